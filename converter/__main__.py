@@ -1,0 +1,5 @@
+"""``python -m converter`` is ``gloss``."""
+
+from converter.cli import gloss
+
+gloss()

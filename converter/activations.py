@@ -1,0 +1,212 @@
+"""Run the model over the pairs once, and keep what the fit needs of each layer.
+
+For every layer: the pooled activations of both sides of each pair, (N, D) in float32, and one
+(D, D) second moment of neutral tokens, averaged over the layers. A file in the user's cache holds
+them under a key made from the content of everything they depend on.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from converter.architecture import Architecture
+from converter.cache import replacing
+from converter.errors import DataError
+from converter.forward import MAX_TOKENS, Pool, Pooling, SecondMoment, Sink, batches, encode, run
+from converter.pairs import Pairs, Prose
+
+Site = Literal["ffn", "residual"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a method wants to see.
+
+    Attributes:
+        site: ``ffn``, what the FFN adds to the residual stream, or ``residual``, the stream after
+            the layer.
+        pooling: of the toxic side: ``predicting``, the mean over the positions that predict a
+            token of a toxic span; ``mean`` over all tokens; ``last``. The neutral side is the mean
+            over its tokens, or its last.
+        layers: from 0.
+        second_moment: whether neutral tokens' second moment is wanted.
+    """
+
+    site: Site
+    pooling: Pooling
+    layers: tuple[int, ...]
+    second_moment: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """The pooled activations of a model.
+
+    Attributes:
+        toxic, neutral: layer -> (N, D) float32; row i of both is pair i.
+        second_moment: (D, D) float32, the mean over layers of E[f f^T] / tr E[f f^T] over neutral
+            tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
+        inputs: what they depend on; see ``activation_inputs``. Empty for a file without it.
+    """
+
+    toxic: Mapping[int, Tensor]
+    neutral: Mapping[int, Tensor]
+    second_moment: Tensor | None
+    inputs: Mapping[str, Any]
+
+
+def activation_inputs(
+    digests: Mapping[str, str],
+    pairs: Pairs,
+    prose: Prose,
+    request: Request,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Everything the activations depend on, by content. Its hash is the cache key.
+
+    The code that extracts counts too, and so do the versions of the libraries that compute.
+    """
+    return {
+        "files": dict(digests),
+        "pairs": pairs.sha256,
+        "prose": prose.sha256,
+        **asdict(request),
+        "layers": list(request.layers),
+        "max_tokens": MAX_TOKENS,
+        "device": device.partition(":")[0],
+        "dtype": dtype,
+        "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        "extractor": _code_digest(),
+    }
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """The sha256 of the canonical JSON of ``inputs``."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def save_activations(activations: Activations, path: Path) -> None:
+    """Write a safetensors file with ``toxic.L``, ``neutral.L`` and ``second_moment``."""
+    tensors = {f"toxic.{layer}": x for layer, x in activations.toxic.items()}
+    tensors |= {f"neutral.{layer}": x for layer, x in activations.neutral.items()}
+    if activations.second_moment is not None:
+        tensors["second_moment"] = activations.second_moment
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"inputs": json.dumps(activations.inputs)})
+
+
+def load_activations(path: Path, request: Request, hidden_size: int) -> Activations:
+    """Read a file of ``save_activations`` and check that it serves ``request``.
+
+    Raises:
+        DataError: it cannot be read, lacks a layer, has other shapes, holds NaN or Inf, or was
+            taken at another site or with another pooling.
+    """
+    what = f"activations {path.name}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            inputs = json.loads((file.metadata() or {}).get("inputs", "{}"))
+            wanted = [f"{side}.{n}" for side in ("toxic", "neutral") for n in request.layers]
+            wanted += ["second_moment"] * request.second_moment
+            if missing := [name for name in wanted if name not in names]:
+                raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    for key in ("site", "pooling"):
+        if inputs.get(key, getattr(request, key)) != getattr(request, key):
+            raise DataError(
+                f"{what} were taken with another {key}",
+                expected=getattr(request, key),
+                found=inputs[key],
+                hint=f"give -o {key}={inputs[key]} or other activations",
+            )
+    rows = tensors[wanted[0]].shape[0]
+    for name, tensor in tensors.items():
+        shape = [hidden_size if name == "second_moment" else rows, hidden_size]
+        if list(tensor.shape) != shape:
+            raise DataError(
+                f"{what}: {name}", expected=f"shape {shape}", found=f"{list(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{what}: {name} holds NaN or Inf", hint="take them again")
+    return Activations(
+        {n: tensors[f"toxic.{n}"].float() for n in request.layers},
+        {n: tensors[f"neutral.{n}"].float() for n in request.layers},
+        tensors.get("second_moment"),
+        inputs,
+    )
+
+
+def _code_digest() -> str:
+    """The sha256 of this module and ``forward.py``: any change to them is another extractor."""
+    code = (
+        Path(__file__).with_name(name).read_bytes() for name in ("activations.py", "forward.py")
+    )
+    return hashlib.sha256(b"".join(code)).hexdigest()
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: Any,
+    architecture: Architecture,
+    request: Request,
+    pairs: Pairs,
+    prose: Prose,
+    *,
+    device: str,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> tuple[Activations, int]:
+    """Run the model over pairs and prose.
+
+    Returns:
+        the activations (without ``inputs``), and the number of pairs left out because no position
+        of their toxic side predicts a toxic token.
+
+    Raises:
+        DataError: no pair is left, or the activations are not finite.
+    """
+    template = architecture.ffn if request.site == "ffn" else architecture.block
+    modules = {layer: template.format(layer=layer) for layer in request.layers}
+    mean: Pooling = "last" if request.pooling == "last" else "mean"
+    toxic = [encode(tokenizer, p.toxic, request.pooling, p.spans) for p in pairs.pairs]
+    neutral = [encode(tokenizer, p.neutral, mean, ()) for p in pairs.pairs]
+    kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
+    if not kept:
+        raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
+    sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
+    pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
+    sinks: list[list[Sink]] = [[pools[0]], [pools[1]]]
+    run(model, modules, sides[0], sinks[0], advance)
+    if request.second_moment:
+        sinks[1].append(moment)
+        moment.start_group(sides[1])
+    run(model, modules, sides[1], sinks[1], advance)
+    if request.second_moment:
+        coded = [encode(tokenizer, text, "mean", ()) for text in prose.paragraphs]
+        texts = batches(coded, batch_size, device)
+        moment.start_group(texts)
+        run(model, modules, texts, [moment], advance)
+    seen = Activations(
+        pools[0].pooled, pools[1].pooled, moment.result() if request.second_moment else None, {}
+    )
+    extra = [] if seen.second_moment is None else [seen.second_moment]
+    for tensor in (*seen.toxic.values(), *seen.neutral.values(), *extra):
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                "the forward pass gives NaN or Inf",
+                hint="try --forward-dtype float32, and check the source's weights",
+            )
+    return seen, len(pairs.pairs) - len(kept)

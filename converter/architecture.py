@@ -1,0 +1,142 @@
+"""Architectures as data: what the tensors and modules of a model are called.
+
+One TOML file in ``converter/architectures`` describes one ``model_type`` of ``config.json``; see
+``llama.toml`` for the format. No Python file knows the name of a model.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from converter.errors import CheckpointError
+
+_KEYS = {"title", "model_type", "prefix", "config", "down_proj", "vocabulary", "modules"}
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """Sizes of one model, read from its ``config.json``."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One data file.
+
+    Attributes:
+        title: name for people.
+        model_type: the key in ``config.json``.
+        prefix: a leading part of the disk names that a checkpoint may lack, or empty.
+        config: our name of a size -> its key in ``config.json``.
+        weight: disk name of the down-projection, with ``{layer}``.
+        bias: disk name of its bias, with ``{layer}``; a checkpoint may have none.
+        shape: names of the sizes of the weight's axes, as stored.
+        output_axis: the axis of the weight that runs over the hidden size.
+        embedding, unembedding, final_norm: disk names; a tied checkpoint has no unembedding.
+        block, ffn: modules of the transformers class, with ``{layer}``: the whole decoder layer,
+            and the module whose output is what the FFN adds to the residual stream.
+    """
+
+    title: str
+    model_type: str
+    prefix: str
+    config: dict[str, str]
+    weight: str
+    bias: str
+    shape: tuple[str, ...]
+    output_axis: int
+    embedding: str
+    unembedding: str
+    final_norm: str
+    block: str
+    ffn: str
+
+    def dimensions(self, config: dict[str, Any]) -> Dimensions:
+        """Read the sizes from a parsed ``config.json``.
+
+        A size whose key is missing or null is derived where the data file says so
+        (``intermediate_size = "n_inner | 4 * n_embd"``).
+
+        Raises:
+            CheckpointError: a size is missing or not a positive integer.
+        """
+
+        def size(name: str) -> int:
+            key, _, fallback = (part.strip() for part in self.config[name].partition("|"))
+            value = config.get(key)
+            if value is None and fallback:
+                factor, _, other = fallback.partition(" * ")
+                value = int(factor) * config.get(other, 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(
+                    f"config.json: {key}", expected="a positive integer", found=repr(value)
+                )
+            return value
+
+        return Dimensions(size("num_hidden_layers"), size("hidden_size"), size("intermediate_size"))
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """All data files, by ``model_type``."""
+    found = {}
+    for entry in sorted(files("converter").joinpath("architectures").iterdir(), key=str):
+        if entry.name.endswith(".toml"):
+            architecture = parse_architecture(entry.read_text("utf-8"), entry.name)
+            found[architecture.model_type] = architecture
+    return found
+
+
+def parse_architecture(text: str, name: str) -> Architecture:
+    """Parse one data file.
+
+    Raises:
+        ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
+    """
+    data = tomllib.loads(text)
+    if unknown := set(data) ^ _KEYS:
+        raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
+    down, vocabulary, modules = data["down_proj"], data["vocabulary"], data["modules"]
+    for table, keys in (
+        (data["config"], {"num_hidden_layers", "hidden_size", "intermediate_size"}),
+        (down, {"weight", "bias", "shape", "output_axis"}),
+        (vocabulary, {"embedding", "unembedding", "final_norm"}),
+        (modules, {"block", "ffn"}),
+    ):
+        if unknown := set(table) ^ keys:
+            raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
+    return Architecture(
+        title=data["title"],
+        model_type=data["model_type"],
+        prefix=data["prefix"],
+        config=data["config"],
+        weight=down["weight"],
+        bias=down["bias"],
+        shape=tuple(down["shape"]),
+        output_axis=down["output_axis"],
+        **vocabulary,
+        **modules,
+    )
+
+
+def find_architecture(config: dict[str, Any]) -> Architecture:
+    """The data file for a parsed ``config.json``.
+
+    Raises:
+        CheckpointError: there is none for its ``model_type``; the sentence says how to add one.
+    """
+    model_type = config.get("model_type")
+    known = architectures()
+    if not isinstance(model_type, str) or model_type not in known:
+        raise CheckpointError(
+            "config.json: model_type",
+            expected="one of " + ", ".join(sorted(known)),
+            found=repr(model_type),
+            hint="to add a model, copy converter/architectures/llama.toml and name its tensors",
+        )
+    return known[model_type]

@@ -1,0 +1,64 @@
+"""What is kept between runs, in the user's cache folder: activations, file digests, the demo model.
+
+Everything in it can be deleted at any time; it is made again.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SETTLED = 2.0
+"""Seconds since a file's last change before its times are trusted: coarser than any clock of a
+filesystem, so a change within one tick of the clock cannot hide behind an unchanged time."""
+
+
+def default_cache() -> Path:
+    """``$GLOSS_CACHE_DIR``, else ``gloss-convert`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("GLOSS_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gloss-convert"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A sibling to write into; it becomes ``path`` if the block succeeds, and is removed if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path, cache: Path) -> str:
+    """``sha256_of``, remembered for as long as the file's inode, size and times stay the same.
+
+    The times include that of the last change of the inode, which a program cannot set. A wrong
+    answer would still be caught: the edit hashes the same bytes again while it reads them.
+    """
+    stat = path.stat()
+    state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    memo = cache / "digests" / f"{key}.json"
+    try:
+        known = json.loads(memo.read_text())
+        if known["state"] == state:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no memo, or one that is damaged: the file itself is the truth
+    digest = sha256_of(path)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
+        with replacing(memo) as part:
+            part.write_text(json.dumps({"state": state, "sha256": digest}))
+    return digest

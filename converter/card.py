@@ -1,0 +1,116 @@
+"""The model card: front matter for the Hub, and in plain words what was done to the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from converter import __version__
+from converter.source import Source
+
+TAGS = ["detoxification", "model-editing"]
+
+BODY = """
+# {title}
+
+This is {base} after {method}. The model was edited, not trained: {tensors} of its tensors, the
+matrices (and biases) with which the feed-forward networks of layers {layers} write into the
+residual stream, no longer write along a subspace of {rank} dimensions. The subspace was fitted on
+{count} pairs of toxic and neutral sentences ({pairs}). Every other byte of the weights is that of
+the source.
+
+Method: {paper}
+
+## What this does not promise
+
+An edit of this kind lowers the probability of toxic text; it does not rule it out. Toxicity and
+perplexity of this checkpoint were **not measured** when it was made. Measure both, on text that you
+care about, before you use it.
+
+## How it was made, and how to check it
+
+gloss-convert {version} wrote this folder. `gloss_manifest.json` records the source and the sha256
+of every file read and written, every option, and for each edited tensor how much it changed.
+`gloss_subspace.safetensors` holds the subspace. To check all of it:
+
+    gloss verify THIS_FOLDER --source SOURCE
+
+## How to undo it
+
+A projection deletes information, so it cannot be inverted from these files alone. Use the source:
+{source}. The manifest lists the sha256 of each of its files.
+"""
+
+
+def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], str | None]:
+    """The licence part of the front matter, read from the source's card and never guessed.
+
+    Returns:
+        the fields, and a warning when the source does not say.
+    """
+    card = source.card
+    if card.license:
+        fields = {"license": card.license, "license_name": card.license_name}
+        fields["license_link"] = card.license_link
+        return {key: str(value) for key, value in fields.items() if value}, None
+    files = [name for name in source.companions if name.upper().startswith(("LICENSE", "LICENCE"))]
+    link = files[0] if files else (f"https://huggingface.co/{base}" if base else "README.md")
+    return (
+        {"license": "other", "license_name": "unknown", "license_link": link},
+        f"{source.name} does not state a licence; the card says 'other', so look it up and mend it",
+    )
+
+
+def make_card(
+    source: Source, base: str | None, manifest: Mapping[str, Any], title: str
+) -> tuple[str, list[str]]:
+    """The text of README.md, and warnings for the terminal.
+
+    Args:
+        source: what was edited.
+        base: Hub repo id of the base model, or None.
+        manifest: everything but the file list.
+        title: name of the new model.
+    """
+    fields, warning = license_fields(source, base)
+    warnings = [warning] if warning else []
+    if base is None:
+        warnings.append("the card names no base model; give --base-model with its repo id")
+    dataset = manifest["pairs"]["origin"].get("repo_id")
+    data = ModelCardData(
+        **fields,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        language=source.card.language,
+        datasets=[dataset] if dataset else None,
+        tags=[*TAGS, manifest["method"]["name"]],
+    )
+    edited, commit = manifest["edited"], manifest["source"]["commit"]
+    layers = sorted({entry["layer"] for entry in edited})
+    body = BODY.format(
+        title=title,
+        base=f"[{base}](https://huggingface.co/{base})" if base else source.name,
+        method=manifest["method"]["title"],
+        tensors=len(edited),
+        layers=compress(layers),
+        rank=manifest["subspace"]["rank"],
+        count=manifest["pairs"]["count"],
+        pairs=dataset or manifest["pairs"]["origin"]["name"],
+        paper=manifest["method"]["paper"],
+        version=__version__,
+        source=f"{source.name} at commit `{commit}`" if commit else source.name,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{body}", warnings
+
+
+def compress(numbers: list[int]) -> str:
+    """``[3, 4, 5, 8]`` -> ``3-5, 8``."""
+    parts: list[list[int]] = []
+    for n in sorted(numbers):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

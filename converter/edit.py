@@ -1,0 +1,153 @@
+"""What happens to one weight.
+
+An ``Edit`` looks at a weight and answers with a change or with nothing; it knows no files.
+``apply`` carries the change out and measures it. Throughout, W is (D, F) with the hidden size
+first, in float32, however it is stored: a Conv1D weight is transposed on the way in and out, a
+bias has F = 1.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from converter.errors import CheckpointError
+from converter.plan import Target
+from converter.shards import to_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A change ``W + B A`` with B (D, R) and A (R, F), the two factors of a LoRA adapter."""
+
+    B: Tensor
+    A: Tensor
+
+
+class Edit(Protocol):
+    """What a method makes of a model."""
+
+    def delta(self, target: Target, W: Tensor) -> LowRank | None:
+        """The change of one weight W (D, F), float32 on the device where it is to be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Removes a subspace from what a layer writes: ``W - U (U^T W)``, so B = -U and A = U^T W.
+
+    The factors are kept apart: the D x D projector is never formed.
+
+    Attributes:
+        bases: layer -> U (D, R) float32 with orthonormal columns.
+        bias: whether biases are projected too. If they are not, the layer still writes a constant
+            along U.
+    """
+
+    bases: Mapping[int, Tensor]
+    bias: bool = True
+
+    def delta(self, target: Target, W: Tensor) -> LowRank | None:
+        basis = self.bases.get(target.layer)
+        if basis is None or (target.role == "down_proj_bias" and not self.bias):
+            return None
+        U = basis.to(W.device)
+        return LowRank(-U, U.T @ W)
+
+
+@dataclass(frozen=True, slots=True)
+class EditRecord:
+    """What an edit did to one tensor; norms are Frobenius norms.
+
+    Attributes:
+        norm: ||W||, before.
+        relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
+        energy_removed: ||B A||^2 / ||W||^2, before rounding; for a projection, the share of the
+            weight's squared norm that lay in the subspace.
+        leakage: ||B^T W'|| / ||B^T W|| after rounding: what is left along the subspace. It is 0 in
+            exact arithmetic; rounding to bf16 leaves about 1e-3.
+    """
+
+    name: str
+    shard: str
+    layer: int
+    role: str
+    axis: int
+    shape: tuple[int, ...]
+    dtype: str
+    sha256_before: str
+    sha256_after: str
+    norm: float
+    relative_change: float
+    energy_removed: float
+    leakage: float
+
+
+def output_first(tensor: Tensor, axis: int) -> Tensor:
+    """A stored tensor as W (D, F): the hidden axis first, all others flattened."""
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def apply(
+    edit: Edit, target: Target, tensor: Tensor, device: str
+) -> tuple[Tensor, EditRecord | None]:
+    """Edit one tensor.
+
+    Args:
+        edit: what to do.
+        target: which tensor it is.
+        tensor: as stored, on the CPU.
+        device: where to compute, in float32.
+
+    Returns:
+        the new tensor, of the same shape and dtype, on the CPU, with its record; the same tensor
+        and None if the edit leaves it alone.
+
+    Raises:
+        CheckpointError: the tensor holds NaN or Inf, or would after the edit.
+    """
+    W = output_first(tensor.to(device, torch.float32), target.axis)
+    if not torch.isfinite(W).all():
+        raise CheckpointError(
+            f"tensor {target.info.name} of {target.shard} holds NaN or Inf",
+            hint="the source is damaged; get an intact copy",
+        )
+    change = edit.delta(target, W)
+    if change is None:
+        return tensor, None
+    moved = tensor.movedim(target.axis, 0).shape
+    rounded = torch.addmm(W, change.B, change.A).to(tensor.dtype)
+    W_new = rounded.float()
+    if not torch.isfinite(W_new).all():
+        raise CheckpointError(
+            f"tensor {target.info.name} overflows {target.info.dtype} when it is edited"
+        )
+    new = rounded.reshape(moved).movedim(0, target.axis).cpu().contiguous()
+    record = EditRecord(
+        name=target.info.name,
+        shard=target.shard,
+        layer=target.layer,
+        role=target.role,
+        axis=target.axis,
+        shape=target.info.shape,
+        dtype=target.info.dtype,
+        sha256_before=hashlib.sha256(to_bytes(tensor)).hexdigest(),
+        sha256_after=hashlib.sha256(to_bytes(new)).hexdigest(),
+        norm=_norm(W),
+        relative_change=_ratio(W_new - W, W),
+        energy_removed=_ratio(change.A, W) ** 2,
+        leakage=_ratio(change.B.T @ W_new, change.B.T @ W),
+    )
+    return new, record
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    """||part|| / ||whole||, or 0 if both are 0."""
+    return _norm(part) / (_norm(whole) or 1.0)
+
+
+def _norm(x: Tensor) -> float:
+    """The Frobenius norm, summed in float64."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

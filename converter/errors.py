@@ -1,0 +1,85 @@
+"""One error tree. Every error a user can cause is a ``ConverterError`` and ends as one sentence.
+
+Errors of libraries and of the operating system are converted where they are first understood
+(``raise SourceError(...) from error``), never swallowed. The command line prints the sentence and
+leaves with the error's ``exit_code``; nothing else in the program ends the process.
+"""
+
+
+class ConverterError(Exception):
+    """Something the user can mend, said in one sentence.
+
+    Args:
+        what: the thing that is wrong, by name: a tensor, a file, a repo, an option.
+        expected: what would have been right, if that is not plain from ``what``.
+        found: what was there instead.
+        hint: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        details = [
+            f"{label} {text}"
+            for label, text in (("expected", self.expected), ("found", self.found))
+            if text is not None
+        ]
+        sentence = self.what + (": " + ", ".join(details) if details else "")
+        sentence += f"; {self.hint}" if self.hint else ""
+        return " ".join(sentence.split())
+
+
+class OptionError(ConverterError):
+    """An option that does not exist, or a value it cannot take."""
+
+    exit_code = 2
+
+
+class SourceError(ConverterError):
+    """The source cannot be reached: missing, gated, offline, or too large for this machine."""
+
+    exit_code = 3
+
+
+class CheckpointError(ConverterError):
+    """The source was reached and is not a checkpoint that can be edited safely."""
+
+    exit_code = 4
+
+
+class DataError(ConverterError):
+    """Pairs, neutral text, word list or activations that cannot be used."""
+
+    exit_code = 5
+
+
+class FitError(ConverterError):
+    """The data are readable, but no subspace can be fitted from them as asked."""
+
+    exit_code = 6
+
+
+class DestinationError(ConverterError):
+    """The output cannot be written where it was asked for."""
+
+    exit_code = 7
+
+
+class VerificationError(ConverterError):
+    """A checkpoint is not what its manifest says."""
+
+    exit_code = 8

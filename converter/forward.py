@@ -1,0 +1,301 @@
+"""Run a model over sentences and look at what chosen modules give; nothing is kept but sums.
+
+Shapes: B sentences in a batch, T tokens, D hidden size, N sentences in all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from converter.errors import DataError, SourceError
+
+MAX_TOKENS = 256
+"""Tokens of a sentence or paragraph that are read; the rest is cut. Pairs are far shorter."""
+
+Pooling = Literal["predicting", "mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """Token ids, the first of them a BOS, and a weight for each position; see ``encode``."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def encode(
+    tokenizer: Any, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]
+) -> Sentence:
+    """Tokenize one text and give each position its weight in the pool.
+
+    A BOS (or another special token, where the model has none) is put first: it is the attention
+    sink, whose huge activations would drown the rest, and never has weight. The weights of the
+    others sum to 1, or are all 0 if ``pooling`` finds no position.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        text: one sentence or paragraph.
+        pooling: ``predicting`` weighs the positions whose next token overlaps a span.
+        spans: character ranges, used by ``predicting`` only.
+    """
+    coded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=pooling == "predicting",
+        truncation=True,
+        max_length=MAX_TOKENS - 1,
+    )
+    ids = [first_token(tokenizer), *coded["input_ids"]]
+    chosen = list(range(1, len(ids)))
+    if pooling == "last":
+        chosen = chosen[-1:]
+    elif pooling == "predicting":
+        inside = [
+            any(start < b and end > a for a, b in spans) for start, end in coded["offset_mapping"]
+        ]
+        # inside[i] is about token i + 1 of ids, which position i predicts
+        chosen = [i for i, toxic in enumerate(inside) if toxic and i > 0]
+    weights = [0.0] * len(ids)
+    for i in chosen:
+        weights[i] = 1.0 / len(chosen)
+    return Sentence(ids, weights)
+
+
+def first_token(tokenizer: Any) -> int:
+    """The id to put first: BOS, or the special token that comes nearest to one.
+
+    Raises:
+        DataError: the tokenizer has no special token at all.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError("the tokenizer has no BOS, EOS or padding token", expected="one of them")
+
+
+class _Enough(Exception):  # noqa: N818 - it is not an error
+    """Raised by the last hook: the layers above are not needed."""
+
+
+Visit = Callable[[int, Tensor], None]
+"""Called with a layer and its activations, (B, T, D) float32, on the model's device."""
+
+
+def forward(model: nn.Module, modules: Mapping[int, str], batch: "Batch", visit: Visit) -> None:
+    """Run one batch up to the last module of interest and show each one's output to ``visit``.
+
+    Args:
+        model: a causal language model of transformers in eval mode.
+        modules: layer -> name of the module whose output is wanted; a tuple's first element counts.
+        batch: token ids and masks.
+        visit: called once for each layer, in order of execution.
+    """
+    last = max(modules)
+
+    def hook(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def show(module: nn.Module, args: Any, output: Any) -> None:
+            visit(layer, (output[0] if isinstance(output, tuple) else output).float())
+            if layer == last:
+                raise _Enough
+
+        return show
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(layer))
+        for layer, name in modules.items()
+    ]
+    try:
+        with torch.inference_mode():
+            model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
+                use_cache=False,
+            )
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded sentences: ``rows`` are their places in the list, the rest is (B, T).
+
+    ``content`` marks the tokens that count: neither padding nor the first position.
+    """
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    content: Tensor
+    weights: Tensor
+
+
+def batches(
+    sentences: Sequence[Sentence], size: int, device: str, side: Literal["left", "right"] = "right"
+) -> list[Batch]:
+    """Group sentences of like length, longest first, and pad each group.
+
+    Padding has mask 0 and weight 0, and real tokens count their positions from 0, so neither
+    ``size`` nor ``side`` changes a result beyond rounding.
+    """
+    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return [_pad([sentences[i] for i in rows], rows, device, side) for rows in groups]
+
+
+def _pad(group: list[Sentence], rows: list[int], device: str, side: str) -> Batch:
+    length = max(len(s.ids) for s in group)
+    ids = torch.zeros(len(group), length, dtype=torch.long)
+    mask = torch.zeros(len(group), length, dtype=torch.long)
+    weights = torch.zeros(len(group), length)
+    for i, s in enumerate(group):
+        place = slice(0, len(s.ids)) if side == "right" else slice(length - len(s.ids), length)
+        ids[i, place] = torch.tensor(s.ids)
+        mask[i, place] = 1
+        weights[i, place] = torch.tensor(s.weights)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    content = mask.bool() & (positions > 0)
+    return Batch(rows, *(x.to(device) for x in (ids, mask, positions, content, weights)))
+
+
+Sink = Callable[[Batch, int, Tensor], None]
+"""Called with a batch, a layer and its activations, (B, T, D) float32, on the model's device."""
+
+
+class Pool:
+    """A sink for the weighted mean of each sentence's activations.
+
+    Attributes:
+        pooled: layer -> (N, D) float32 on the CPU, rows in the order of the sentences.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pooled: dict[int, Tensor] = {}
+
+    def __call__(self, batch: Batch, layer: int, f: Tensor) -> None:
+        rows = torch.einsum("bt,btd->bd", batch.weights, f).cpu()
+        self.pooled.setdefault(layer, torch.empty(self.count, f.shape[-1]))[batch.rows] = rows
+
+
+class SecondMoment:
+    """A sink for the second moment of content tokens.
+
+        M = mean over layers of  M_l / tr M_l,   M_l = sum over groups of  E_group[f f^T]
+
+    Uncentred; every token counts the same within its group, and every group the same. Memory is
+    one (D, D) float32 accumulator per layer, a small part of the model's own.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[int, Tensor] = {}
+        self.tokens = 1
+
+    def start_group(self, batched: Sequence[Batch]) -> None:
+        """Say which batches come next: one group."""
+        self.tokens = max(sum(int(batch.content.sum()) for batch in batched), 1)
+
+    def __call__(self, batch: Batch, layer: int, f: Tensor) -> None:
+        rows = f[batch.content]
+        if layer not in self.moments:
+            self.moments[layer] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / self.tokens)
+
+    def result(self) -> Tensor:
+        """M, (D, D) float32 on the CPU."""
+        normalised = [m / m.trace() for m in self.moments.values()]
+        return torch.stack(normalised).mean(0).cpu()
+
+
+def run(
+    model: nn.Module,
+    modules: Mapping[int, str],
+    batched: Sequence[Batch],
+    sinks: Sequence[Sink],
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Run all batches and show every layer's activations to every sink.
+
+    Args:
+        model: a causal language model of transformers in eval mode.
+        modules: layer -> name of the module whose output is wanted; see ``forward``.
+        batched: what to run.
+        sinks: what to do with the activations.
+        advance: called with the number of sentences done since the last call.
+    """
+    for batch in batched:
+
+        def visit(layer: int, f: Tensor, batch: Batch = batch) -> None:
+            for sink in sinks:
+                sink(batch, layer, f)
+
+        forward(model, modules, batch, visit)
+        advance(len(batch.rows))
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    """Load a causal language model for a forward pass.
+
+    Raises:
+        SourceError: it does not fit in memory, or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    needed = sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
+    if device == "cpu" and (free := available_memory()) is not None and needed > free:
+        raise SourceError(
+            "the model does not fit in memory for the forward pass",
+            expected=f"{needed / 1e9:.1f} GB or more available",
+            found=f"{free / 1e9:.1f} GB",
+            hint="use --activations with a file from a larger machine",
+        )
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model.eval().to(device)
+    except Exception as error:  # whatever a third party's loader makes of a stranger's files
+        raise _unusable("model", error) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a fast tokenizer.
+
+    Raises:
+        SourceError: transformers cannot load it, or it cannot map tokens to characters.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as above
+        raise _unusable("tokenizer", error) from error
+    if not tokenizer.is_fast:
+        raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
+    return tokenizer
+
+
+def _unusable(part: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"transformers cannot load the {part}",
+        found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+        hint="check that the source loads with from_pretrained",
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be used without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,150 @@
+"""The header of a safetensors file, read and checked by itself.
+
+A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converter.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+"""The limit of the safetensors format on a header, in bytes."""
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits per element of the dtypes of the format (safetensors 0.8)."""
+
+FLOATS = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The dtypes that can be read as numbers here, and so the only ones that can be edited."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a header. ``start`` and ``end`` are byte offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed safetensors header; ``tensors`` in file order, ``data_start`` where they begin."""
+
+    data_start: int
+    size: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file, and the file's size against it.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not well-formed safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{path.name} is truncated or not a safetensors file",
+                    expected=f"a header of at most {max(size - 8, 0):,} bytes",
+                    found=f"a length field of {length:,}",
+                    hint="fetch the file again",
+                )
+            return parse_header(file.read(length), size, path.name)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
+
+
+def parse_header(raw: bytes, size: int, name: str) -> Header:
+    """Parse the JSON of a header for a file of ``size`` bytes, and check it against the format.
+
+    The tensors must cover the data section exactly, without holes or overlaps, and each must be
+    as long as its dtype and shape say.
+
+    Raises:
+        CheckpointError: naming ``name`` and, where there is one, the tensor.
+    """
+
+    def fail(what: str, **details: str) -> CheckpointError:
+        return CheckpointError(f"{name}: {what}", hint="fetch the file again", **details)
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            raise fail("the header names a key twice")
+        return found
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise fail("the header is not JSON", found=str(error)) from error
+    if not isinstance(entries, dict):
+        raise fail("the header is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    data_start = 8 + len(raw)
+    try:
+        tensors = [
+            TensorInfo(
+                key,
+                str(entry["dtype"]),
+                tuple(int(n) for n in entry["shape"]),
+                data_start + int(entry["data_offsets"][0]),
+                data_start + int(entry["data_offsets"][1]),
+            )
+            for key, entry in entries.items()
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise fail("the header has an entry without dtype, shape or offsets") from error
+    tensors.sort(key=lambda info: (info.start, info.end))
+    position = data_start
+    for info in tensors:
+        if info.start != position or info.end < info.start:
+            raise fail(
+                f"tensor {info.name} leaves a hole or an overlap",
+                expected=f"a start at byte {position:,}",
+                found=f"{info.start:,} to {info.end:,}",
+            )
+        bits = BITS.get(info.dtype)
+        if bits is not None and (
+            min(info.shape, default=0) < 0 or prod(info.shape) * bits != info.nbytes * 8
+        ):
+            raise fail(
+                f"tensor {info.name} has the wrong length",
+                expected=f"{prod(info.shape) * bits / 8:,.0f} bytes for {info.dtype} "
+                f"{list(info.shape)}",
+                found=f"{info.nbytes:,}",
+            )
+        position = info.end
+    if position != size:
+        raise fail(
+            "the file is truncated or has bytes after its last tensor",
+            expected=f"{position:,} bytes",
+            found=f"{size:,}",
+        )
+    return Header(data_start, size, {info.name: info for info in tensors}, metadata)

@@ -1,0 +1,163 @@
+"""Reading from the Hugging Face Hub: a revision becomes a commit, and all reads are at it."""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from converter.errors import SourceError
+from converter.header import Header, TensorInfo
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
+
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """A Hub repo at a commit.
+
+    Attributes:
+        kind: ``model`` or ``dataset``.
+        repo_id: ``owner/name``.
+        revision: as asked for, or None.
+        commit: what it resolved to.
+        sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
+    """
+
+    kind: Kind
+    repo_id: str
+    revision: str | None
+    commit: str
+    sizes: dict[str, int]
+
+
+def looks_like_repo(text: str) -> bool:
+    """Whether ``text`` can be a repo id with an optional ``@revision``, rather than a path."""
+    return _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
+
+
+@contextmanager
+def plain_errors(kind: Kind, name: str) -> Iterator[None]:
+    """Turn what the client raises into one sentence about the repo ``name``.
+
+    Raises:
+        SourceError: gated, missing, offline, or the Hub answered with an error.
+    """
+    what = f"{kind} {name}"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{what} is gated",
+            hint=f"ask for access on https://huggingface.co/{name.partition('@')[0]} "
+            "and log in with 'hf auth login' or HF_TOKEN",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"{what} has no such revision", hint="check what follows the @"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"there is no {what}, neither as a local path nor on the Hub",
+            hint="check the name; for a private repo, log in with 'hf auth login' or HF_TOKEN",
+        ) from error
+    except HFValidationError as error:
+        raise SourceError(
+            f"{what} is neither an existing path nor a repo id", hint="check the spelling"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise SourceError(
+            f"{what} is not in the local cache and the Hub cannot be asked",
+            hint="unset HF_HUB_OFFLINE, check the network, or give a local folder",
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise SourceError(f"{what}: unreadable safetensors header", found=str(error)) from error
+    except OSError as error:  # what is left of the network: no route, no name, a broken pipe
+        raise SourceError(
+            f"{what} cannot be read from the Hub",
+            found=str(error) or type(error).__name__,
+            hint="check the network, or give a local folder",
+        ) from error
+
+
+def resolve(kind: Kind, text: str) -> Repo:
+    """Resolve ``owner/name[@revision]`` to a commit and list its files.
+
+    Without a network, or with HF_HUB_OFFLINE, a repo that is in the client's cache is used.
+
+    Raises:
+        SourceError: see ``plain_errors``.
+    """
+    repo_id, _, revision = text.partition("@")
+    asked = revision or None
+    with plain_errors(kind, text):
+        try:
+            info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
+        except OfflineModeIsEnabled:
+            folder = snapshot_download(
+                repo_id, repo_type=kind, revision=asked, local_files_only=True
+            )
+            return Repo(kind, repo_id, asked, Path(folder).name, {})
+    siblings = getattr(info, "siblings", None) or []
+    sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
+    return Repo(kind, repo_id, asked, str(info.sha), sizes)
+
+
+def download(repo: Repo, names: Iterable[str]) -> Path:
+    """Fetch files of a repo at its commit into the client's cache; their folder is returned.
+
+    Raises:
+        SourceError: see ``plain_errors``.
+    """
+    with plain_errors(repo.kind, repo.repo_id):
+        return Path(
+            snapshot_download(
+                repo.repo_id,
+                repo_type=repo.kind,
+                revision=repo.commit,
+                allow_patterns=list(names),
+                local_files_only=not repo.sizes,
+            )
+        )
+
+
+def remote_header(repo: Repo, name: str) -> Header:
+    """The header of one safetensors file, by range requests; no weights are fetched.
+
+    Raises:
+        SourceError: see ``plain_errors``.
+    """
+    with plain_errors(repo.kind, repo.repo_id):
+        parsed = HfApi().parse_safetensors_file_metadata(repo.repo_id, name, revision=repo.commit)
+    end = max((info.data_offsets[1] for info in parsed.tensors.values()), default=0)
+    start = repo.sizes[name] - end
+    tensors = {
+        key: TensorInfo(
+            key,
+            info.dtype,
+            tuple(info.shape),
+            start + info.data_offsets[0],
+            start + info.data_offsets[1],
+        )
+        for key, info in parsed.tensors.items()
+    }
+    return Header(start, repo.sizes[name], tensors, dict(parsed.metadata or {}))

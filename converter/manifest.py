@@ -1,0 +1,186 @@
+"""The manifest: what was read, what was done to it, what was written, by content.
+
+Its schema is published as ``manifests/gloss_manifest.schema.json``. Everything in it but
+``measurements`` is a function of the inputs, so two runs can be compared with ``diff``. It holds no
+absolute path, host name or user name.
+"""
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import torch
+
+from converter import __version__
+from converter.activations import Activations, cache_key
+from converter.errors import VerificationError
+from converter.methods import Method
+from converter.outputs.checkpoint import Written
+from converter.pairs import Pairs, Prose
+from converter.report import Report
+from converter.run import Run
+from converter.source import Source
+from converter.subspace import SUBSPACE_FILE, Subspace
+from converter.words import WordList
+
+MANIFEST = "gloss_manifest.json"
+SUMS = "SHA256SUMS"
+SCHEMA_VERSION = 1
+LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+
+
+def make_manifest(
+    run: Run,
+    source: Source,
+    method: Method,
+    pairs: Pairs,
+    prose: Prose,
+    words: WordList,
+    activations: Activations,
+    subspace: Subspace,
+    written: Written,
+    device: str,
+) -> dict[str, Any]:
+    """Everything but ``files`` and ``measurements``, in the order in which it is written."""
+    asked = asdict(run)
+    for key in ("source", "pairs", "neutral", "word_list", "activations"):
+        asked[key] = _without_folders(asked[key])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": {"name": "gloss-convert", "version": __version__},
+        "run": asked,
+        "source": {
+            "name": source.name,
+            "repo_id": source.repo.repo_id if source.repo else None,
+            "revision": source.repo.revision if source.repo else None,
+            "commit": source.repo.commit if source.repo else None,
+            "files": {
+                name: {"sha256": record.source_sha256, "bytes": record.nbytes}
+                for name, record in written.shards.items()
+            }
+            | {name: {"sha256": s, "bytes": n} for name, (s, n) in written.copies.items()},
+        },
+        "method": {
+            "name": run.method,
+            "title": method.title,
+            "paper": method.paper,
+            "options": asdict(method),  # type: ignore[call-overload]
+        },
+        "pairs": {
+            "origin": pairs.origin,
+            "sha256": pairs.sha256,
+            "count": len(activations.toxic[min(activations.toxic)]),
+            "skipped": {reason: len(rows) for reason, rows in pairs.skipped.items()},
+        },
+        "neutral": {"origin": prose.origin, "sha256": prose.sha256},
+        "word_list": {"origin": words.origin, "sha256": words.sha256},
+        "activations": {
+            "key": cache_key(activations.inputs) if activations.inputs else None,
+            "inputs": dict(activations.inputs),
+        },
+        "subspace": {
+            "file": SUBSPACE_FILE,
+            "hidden_size": next(iter(subspace.bases.values())).shape[0],
+            "rank": subspace.rank,
+            "shared": subspace.shared,
+            "singular_values": {
+                name: values.tolist() for name, values in subspace.singular_values.items()
+            },
+            "candidates": [asdict(candidate) for candidate in subspace.candidates],
+        },
+        "edited": [
+            asdict(record) | {"basis": subspace.basis_name(record.layer)}
+            for record in written.edits
+        ],
+        "environment": {
+            "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+            "platform": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "libraries": {name: version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def _without_folders(value: Any) -> str | None:
+    """A path cut down to its file name; repo ids and keywords as they are."""
+    if value is None:
+        return None
+    text = str(value)
+    is_path = isinstance(value, Path) or Path(text).is_absolute() or Path(text).exists()
+    return Path(text).resolve().name if is_path or text.startswith((".", "~")) else text
+
+
+def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    """The output files: sha256 and bytes of each, and for a shard its running digests."""
+    shards = {
+        name: {"sha256": record.sha256, "bytes": record.nbytes, "prefixes": dict(record.prefixes)}
+        for name, record in written.shards.items()
+    }
+    rest = {**written.copies, **others}
+    return shards | {name: {"sha256": s, "bytes": n} for name, (s, n) in sorted(rest.items())}
+
+
+def measurements(report: Report) -> dict[str, Any]:
+    """The only part that may differ between two runs of the same inputs.
+
+    Peak memory is the largest resident set of the process so far, in bytes.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
+        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest and, over it and all the files it lists, ``SHA256SUMS``."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, "utf-8")
+    (folder / SUMS).write_text(sums_text(manifest, text.encode()), "utf-8")
+
+
+def sums_text(manifest: Mapping[str, Any], raw: bytes) -> str:
+    """The exact text of SHA256SUMS, in the format of sha256sum, for a manifest of bytes ``raw``."""
+    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    digests[MANIFEST] = hashlib.sha256(raw).hexdigest()
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The published JSON schema, from the wheel or from the repository beside the package."""
+    packaged = files("converter").joinpath("data/gloss_manifest.schema.json")
+    if packaged.is_file():
+        text = packaged.read_text("utf-8")
+    else:
+        text = (Path(__file__).parents[1] / "manifests/gloss_manifest.schema.json").read_text()
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest and check it against the schema.
+
+    Raises:
+        VerificationError: it is missing, is not JSON, or does not follow the schema.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(f"{MANIFEST} cannot be read", found=str(error)) from error
+    for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
+        raise VerificationError(
+            f"{MANIFEST} does not follow its schema at {first.json_path}", found=first.message[:200]
+        )
+    assert isinstance(manifest, dict)
+    return manifest

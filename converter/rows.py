@@ -1,0 +1,127 @@
+"""Files of sentence pairs, local or in a Hub dataset, read row by row."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from converter import hub
+from converter.errors import DataError
+
+FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as read: a number for messages, and either a problem or two sides."""
+
+    number: int
+    toxic: str = ""
+    neutral: str = ""
+    spans: Spans | None = None
+    problem: str | None = None
+
+
+def locate(origin: str) -> tuple[dict[str, Any], Path]:
+    """A local file, or the data file of a Hub dataset at a resolved commit."""
+    path = Path(origin).expanduser()
+    if path.is_file() or path.suffix in FORMATS or not hub.looks_like_repo(origin):
+        if not path.is_file():
+            raise DataError(f"pairs file {origin} does not exist", hint="check the path")
+        return {"name": path.name, "file_sha256": _sha256(path)}, path
+    repo = hub.resolve("dataset", origin)
+    readable = [name for name in repo.sizes if PurePosixPath(name).suffix in FORMATS]
+    chosen = min(readable, key=lambda name: ("train" not in name, name), default=None)
+    if chosen is None and repo.sizes:
+        raise DataError(
+            f"dataset {origin} has no file that can be read",
+            expected=", ".join(FORMATS),
+            found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
+        )
+    folder = hub.download(repo, [chosen] if chosen else ["*"])
+    path = folder / chosen if chosen else _first_readable(folder, origin)
+    described = {"repo_id": repo.repo_id, "commit": repo.commit, "file_sha256": _sha256(path)}
+    return described, path
+
+
+def _first_readable(folder: Path, origin: str) -> Path:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in FORMATS:
+            return path
+    raise DataError(f"dataset {origin} has no readable file in the local cache")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file; one that cannot be read carries its problem.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or lacks the columns.
+    """
+    kind = FORMATS.get(path.suffix)
+    if kind is None:
+        raise DataError(
+            f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
+    lines = text.removeprefix("\ufeff").splitlines()
+    yield from _read_jsonl(lines) if kind == "jsonl" else _read_table(lines, kind, path.name)
+
+
+def _read_jsonl(lines: list[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            sides = entry["toxic"], entry["neutral"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            yield Row(number, problem="unreadable")
+            continue
+        yield _row(number, *sides)
+
+
+def _read_table(lines: list[str], kind: str, name: str) -> Iterator[Row]:
+    """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
+    reader = (
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if kind == "tsv"
+        else csv.reader(lines)
+    )
+    try:
+        columns = [column.strip().lower() for column in next(reader, [])]
+        neutral = [i for i, column in enumerate(columns) if re.fullmatch(r"neutral\d*", column)]
+        if "toxic" not in columns or not neutral:
+            raise DataError(
+                f"pairs file {name}",
+                expected="a first line with the columns toxic and neutral",
+                found=", ".join(columns) or "an empty file",
+            )
+        toxic = columns.index("toxic")
+        for cells in reader:
+            number = reader.line_num
+            if len(cells) <= max(toxic, neutral[0]):
+                yield Row(number, problem="unreadable")
+                continue
+            sides = [cells[i] for i in neutral if i < len(cells) and cells[i].strip()]
+            yield _row(number, cells[toxic], sides[0] if sides else "")
+    except csv.Error as error:
+        raise DataError(f"pairs file {name} is malformed", found=str(error)) from error
+
+
+def _row(number: int, toxic: Any, neutral: Any) -> Row:
+    if not isinstance(toxic, str) or not isinstance(neutral, str) or "\ufffd" in toxic + neutral:
+        return Row(number, problem="unreadable")
+    return Row(number, toxic, neutral)

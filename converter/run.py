@@ -1,0 +1,40 @@
+"""``Run``: everything the result of a conversion depends on, and nothing else."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One conversion, as asked for. The manifest records it with paths cut down to file names.
+
+    Attributes:
+        source: a folder, a Hub repo id with an optional ``@revision``, or ``demo``.
+        method: name of a module in ``converter.methods``.
+        options: the method's own options as typed (``-o key=value``), before their defaults.
+        pairs: ``builtin``, a file, or a Hub dataset id with an optional ``@revision``.
+        num_pairs: pairs to draw, or None for all that are usable, at most
+            ``converter.pairs.MAX_PAIRS``.
+        seed: of that draw, the only random choice there is.
+        neutral: ``builtin`` or a plain text file: ordinary prose for the neutral statistics.
+        word_list: ``builtin`` (the list of the package better-profanity) or a file, a word a line.
+        activations: a file written by an earlier run, used instead of a forward pass.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+        forward_dtype: dtype of the forward pass: ``auto``, ``float32``, ``bfloat16``, ``float16``.
+        batch_size: sentences in one forward pass; changes the result by rounding only.
+        base_model: Hub repo id that the card names as the base when the source is a folder.
+    """
+
+    source: str
+    method: str = "gloss"
+    options: dict[str, str] = field(default_factory=dict)
+    pairs: str = "builtin"
+    num_pairs: int | None = None
+    seed: int = 0
+    neutral: str = "builtin"
+    word_list: str = "builtin"
+    activations: Path | None = None
+    device: str = "auto"
+    forward_dtype: str = "auto"
+    batch_size: int = 16
+    base_model: str | None = None

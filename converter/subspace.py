@@ -1,0 +1,202 @@
+"""The linear algebra of toxic subspaces: candidates -> scores -> basis. Pure functions of tensors.
+
+Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candidates; a basis is
+(D, R) with orthonormal columns. Everything is float64: the matrices are small beside the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from converter.errors import FitError, VerificationError
+
+SUBSPACE_FILE = "gloss_subspace.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A direction that may be toxic.
+
+    Attributes:
+        layer: counted from 0.
+        kind: ``mean`` for the mean difference, ``svd`` for a singular vector of the differences.
+        index: 0, or the place of the singular vector.
+        score: of the ranking signal; larger is more toxic.
+        kept: whether it went into the basis.
+        tokens: what it decodes to, the nearest first.
+    """
+
+    layer: int
+    kind: str
+    index: int
+    score: float
+    kept: bool
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Subspace:
+    """The frozen result of a fit.
+
+    Attributes:
+        bases: edited layer -> (D, R) float32, orthonormal columns.
+        shared: whether all layers have the same basis, as in GloSS.
+        singular_values: of the matrix whose leading singular vectors the basis is; one tensor
+            under the key ``U``, or one for each layer under ``U.layer``.
+        candidates: all of them, in order of layer.
+    """
+
+    bases: Mapping[int, Tensor]
+    shared: bool
+    singular_values: Mapping[str, Tensor]
+    candidates: tuple[Candidate, ...]
+
+    def basis_name(self, layer: int) -> str:
+        """The tensor of the subspace file that holds the basis of ``layer``."""
+        return "U" if self.shared else f"U.{layer}"
+
+    @property
+    def rank(self) -> int:
+        """Columns of the widest basis."""
+        return max(basis.shape[1] for basis in self.bases.values())
+
+    def save(self, path: Path) -> None:
+        """Write bases, singular values and candidate scores to a safetensors file."""
+        tensors = {self.basis_name(layer): basis for layer, basis in self.bases.items()}
+        for name, values in self.singular_values.items():
+            tensors[name.replace("U", "singular_values", 1)] = values.float()
+        tensors["scores"] = torch.tensor([c.score for c in self.candidates])
+        tensors["score_layers"] = torch.tensor([c.layer for c in self.candidates])
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+
+
+def load_bases(path: Path) -> dict[str, Tensor]:
+    """The bases of a subspace file, by name (``U`` or ``U.layer``).
+
+    Raises:
+        VerificationError: the file cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
+    return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
+
+
+def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading right singular vectors of an uncentred matrix.
+
+    Args:
+        x: (N, D).
+        count: at most min(N, D).
+
+    Returns:
+        (D, count) orthonormal columns, and all min(N, D) singular values, descending.
+    """
+    _, values, vectors = torch.linalg.svd(x.double(), full_matrices=False)
+    return vectors[:count].T, values
+
+
+SAME_DIRECTION = 0.1
+"""Unit columns whose part outside the others is shorter than about this add no dimension: of two
+estimates of one direction the difference is noise, and normalising it would make it a direction."""
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span of unit columns, (D, k) -> (D, at most k).
+
+    Dimensions with a singular value under ``SAME_DIRECTION`` are dropped.
+    """
+    if columns.shape[1] == 0:
+        return columns.double()
+    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    basis: Tensor = left[:, values > SAME_DIRECTION]
+    return basis
+
+
+def remove(x: Tensor, basis: Tensor) -> Tensor:
+    """Project rows away from a subspace: ``x - (x P) P^T`` for x (N, D) and P (D, k)."""
+    x = x.double()
+    return x - (x @ basis) @ basis.T
+
+
+def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
+    """The eigenvectors of a symmetric (D, D) matrix with the largest eigenvalues, (D, count)."""
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors.flip(1)[:, :count]
+
+
+def mean_difference(differences: Tensor) -> Tensor:
+    """The unit vector along the mean row of (N, D), as (1, D).
+
+    Raises:
+        FitError: the mean is zero: the two sides do not differ.
+    """
+    mean: Tensor = differences.double().mean(0, keepdim=True)
+    if not mean.any():
+        raise FitError("the toxic and the neutral side have the same mean", hint="check the pairs")
+    return torch.nn.functional.normalize(mean)
+
+
+def svd_directions(differences: Tensor, count: int) -> Tensor:
+    """The first ``count`` right singular vectors of (N, D) as rows, turned to the toxic side.
+
+    The sign of a singular vector is arbitrary; here the mean difference has a component >= 0 along
+    each.
+    """
+    rows = top_right_singular_vectors(differences, count)[0].T
+    backwards = rows @ differences.double().mean(0) < 0
+    return torch.where(backwards[:, None], -rows, rows)
+
+
+def above_threshold(scores: Sequence[float], alpha: float) -> list[bool]:
+    """Which scores exceed mean + alpha * std of all of them (population std).
+
+    The threshold rule of GloSS (arXiv 2505.17078).
+
+    Raises:
+        FitError: none does.
+    """
+    values = torch.tensor(scores, dtype=torch.float64)
+    threshold = values.mean() + alpha * values.std(correction=0)
+    kept = [bool(v > threshold) for v in values]
+    if not any(kept):
+        raise FitError(
+            "no candidate direction is over the threshold",
+            expected=f"a score over {threshold:.4f} (mean + {alpha} standard deviations)",
+            found=f"a highest score of {values.max():.4f}",
+            hint="lower -o alpha",
+        )
+    return kept
+
+
+def global_basis(candidates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading subspace of stacked unit candidates, by uncentred principal component analysis.
+
+    Args:
+        candidates: (C, D) unit rows.
+        rank: R, columns wanted.
+
+    Returns:
+        U (D, R) float32 with orthonormal columns, each turned so that the candidates have a
+        positive sum along it, and all singular values.
+
+    Raises:
+        FitError: the candidates span fewer than ``rank`` dimensions.
+    """
+    spanned = int(torch.linalg.matrix_rank(candidates.double()))
+    if rank > spanned:
+        raise FitError(
+            f"rank {rank} is larger than the candidates allow",
+            expected=f"at most {spanned}, the dimensions that {len(candidates)} candidates span",
+            found=str(rank),
+            hint="lower -o rank, or lower -o alpha to keep more candidates",
+        )
+    vectors, values = top_right_singular_vectors(candidates, rank)
+    signs = torch.where((candidates.double() @ vectors).sum(0) < 0, -1.0, 1.0).double()
+    return (vectors * signs).float().contiguous(), values

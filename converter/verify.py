@@ -1,0 +1,273 @@
+"""Is a checkpoint what its manifest says? Every byte, every edit, and whether it loads."""
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.cache import sha256_of
+from converter.edit import output_first
+from converter.errors import ConverterError, VerificationError
+from converter.header import TensorInfo, read_header
+from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
+from converter.plan import make_plan
+from converter.report import Report
+from converter.shards import find_damage, read_tensor
+from converter.source import INDEX, Source, read_json
+from converter.subspace import load_bases
+
+SLACK = 8.0
+"""Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
+SIAM J. Sci. Comput. 41, 2019): at 8 a correct sum exceeds it with negligible probability."""
+
+U32 = 2.0**-24
+"""Unit roundoff of float32, in which edits are computed."""
+
+ORTHONORMAL = 1e-5
+"""How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
+
+COPY = 64 << 20
+
+
+def verify(folder: Path, source: Source | None = None, report: Report | None = None) -> list[str]:
+    """Check a converted checkpoint, and against its source if one is given.
+
+    Every file of the manifest has the recorded bytes and there are no others; the manifest and
+    SHA256SUMS agree; index, headers and config fit together; every edited tensor has the recorded
+    digest and is orthogonal to its basis to rounding; config and tokenizer load in transformers.
+    With a source, also: headers and untouched tensors are byte-identical to it, and every element
+    of an edited tensor is the rounded projection of the source's.
+
+    Returns:
+        what is wrong, a sentence each; empty if nothing is.
+    """
+    report = report or Report(quiet=True)
+    try:
+        manifest = read_manifest(folder)
+    except VerificationError as error:
+        return [str(error)]
+    damaged: dict[str, str] = {}
+    damaged.update(_check_files(folder, manifest, report))
+    problems = [f"{name}: {what}" for name, what in damaged.items()]
+    problems += _check_sums(folder, manifest)
+    checks = chain(
+        _check_structure(folder, manifest, damaged),
+        _check_edits(folder, manifest, damaged, report),
+        _check_loading(folder),
+        _check_source(folder, manifest, damaged, source, report) if source else (),
+    )
+    try:
+        problems += list(checks)
+    except (ConverterError, OSError) as error:
+        problems.append(str(error))
+    return problems
+
+
+def _check_files(
+    folder: Path, manifest: Mapping[str, Any], report: Report
+) -> Iterator[tuple[str, str]]:
+    """The files that are missing, altered or unexpected, and how."""
+    files = manifest["files"]
+    with report.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
+        for name, entry in files.items():
+            path = folder / name
+            bar.set_postfix_str(name)
+            if not path.resolve().is_relative_to(folder.resolve()):
+                yield name, "lies outside the folder"
+            elif not path.is_file():
+                yield name, "is missing"
+            elif sha256_of(path) != entry["sha256"]:
+                yield name, "is not as recorded" + _damage(path, entry.get("prefixes"))
+            bar.update(entry["bytes"])
+    known = {*files, MANIFEST, SUMS}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if path.is_file() and name not in known and not hidden:
+            yield name, "is not in the manifest"
+
+
+def _damage(path: Path, prefixes: Mapping[str, str] | None) -> str:
+    if prefixes is None:
+        return ""
+    try:
+        return f": the first difference is in {find_damage(path, prefixes)}"
+    except ConverterError as error:
+        return f": {error}"
+
+
+def _check_sums(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """SHA256SUMS must be exactly the text that follows from the manifest and its own bytes."""
+    try:
+        found = (folder / SUMS).read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        return [f"{SUMS}: {error.strerror}"]
+    expected = sums_text(manifest, (folder / MANIFEST).read_bytes())
+    if (folder / SUMS).read_bytes() == expected.encode():
+        return []
+    lines = [line for line in expected.splitlines() if line not in found]
+    names = ", ".join(line.split("  ", 1)[1] for line in lines) or "its own form"
+    return [f"{SUMS} and {MANIFEST} disagree about {names}"]
+
+
+def _check_structure(
+    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]
+) -> Iterator[str]:
+    """The index, the headers and the config must describe one checkpoint."""
+    shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
+    if damaged.keys() & {*shards, INDEX, "config.json"}:
+        return
+    weight_map = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else None
+    headers = {name: read_header(folder / name) for name in shards}
+    plan = make_plan(read_json(folder / "config.json"), weight_map, headers)
+    targets = {target.info.name: target for target in plan.targets}
+    for entry in manifest["edited"]:
+        target = targets.get(entry["name"])
+        found = target and (target.shard, target.layer, target.axis, target.info.shape)
+        if found != (entry["shard"], entry["layer"], entry["axis"], tuple(entry["shape"])):
+            yield f"tensor {entry['name']} is recorded as edited and is not that projection"
+
+
+def _check_edits(
+    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str], report: Report
+) -> Iterator[str]:
+    """Edited tensors: their digests, and what is left of them along their bases."""
+    name = manifest["subspace"]["file"]
+    if name in damaged:
+        return
+    bases = load_bases(folder / name)
+    for label, basis in bases.items():
+        error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
+        if not error <= ORTHONORMAL:
+            yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"
+    entries = [entry for entry in manifest["edited"] if entry["shard"] not in damaged]
+    with report.bar("check edits", len(entries), "tensor") as bar:
+        for entry, info in _with_info(folder, entries):
+            W = output_first(read_tensor(folder / entry["shard"], info), entry["axis"])
+            U = bases[entry["basis"]]
+            left = float(torch.linalg.vector_norm(U.T @ W.float(), dtype=torch.float64))
+            bound = rounding_bound(W, entry["norm"])
+            if not left <= bound:
+                yield (
+                    f"{entry['shard']}: tensor {entry['name']} is not orthogonal to "
+                    f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
+                )
+            bar.update()
+
+
+def _with_info(
+    folder: Path, entries: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], TensorInfo]]:
+    """Entries of ``edited`` with their header entries; each header is read once."""
+    headers = {shard: read_header(folder / shard) for shard in {e["shard"] for e in entries}}
+    for entry in entries:
+        yield entry, headers[entry["shard"]].tensors[entry["name"]]
+
+
+def half_ulp(x: Tensor) -> Tensor:
+    """Half the distance from |x| to the next larger value of its dtype, in float64.
+
+    This is the largest error that rounding to nearest can have made where it gave x. With
+    |x| = m 2^e, 1/2 <= m < 1, the distance is eps 2^(e-1), and below the normal numbers it is
+    eps times the smallest of them.
+    """
+    info = torch.finfo(x.dtype)
+    exponent = torch.frexp(x.float() if x.dtype != torch.float64 else x).exponent
+    normal = torch.ldexp(torch.full(x.shape, info.eps / 4, dtype=torch.float64), exponent)
+    return torch.where(x.abs() < info.tiny, info.eps * info.tiny / 2, normal)
+
+
+def rounding_bound(W: Tensor, norm: float) -> float:
+    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to its dtype.
+
+    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
+    ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
+    rounding, at most half a unit in the last place of each element, and the float32 arithmetic
+    before it, whose sums over D products err by at most ``SLACK`` sqrt(D) u of the norms involved,
+    the largest of which is that of the weight before the edit. The bound cannot assume that
+    rounding errors are independent of U: corrections smaller than half a unit are lost together.
+
+    Args:
+        W: as stored.
+        norm: ||W||_F before the edit, from the manifest.
+    """
+    rounding = float(torch.linalg.vector_norm(half_ulp(W)))
+    return rounding + SLACK * sqrt(W.shape[0]) * U32 * norm
+
+
+def _check_loading(folder: Path) -> Iterator[str]:
+    """Config and tokenizer load in transformers, without code of the folder."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for kind in (AutoConfig, AutoTokenizer):
+        try:
+            kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # a third party's loader on files that may be damaged
+            first = (str(error).strip().splitlines() or [""])[0]
+            yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {first}"
+
+
+def _check_source(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    damaged: Mapping[str, str],
+    source: Source,
+    report: Report,
+) -> Iterator[str]:
+    """Compare with the source, tensor by tensor."""
+    shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
+    if sorted(shards) != sorted(source.shards):
+        yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
+        return
+    name = manifest["subspace"]["file"]
+    bases = {} if name in damaged else load_bases(folder / name)
+    edited = {entry["name"]: entry for entry in manifest["edited"]}
+    with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
+        for shard in shards:
+            ours, theirs = folder / shard, source.folder / shard
+            header = read_header(theirs)
+            if not _same_bytes(ours, theirs, 0, header.data_start):
+                yield f"{shard}: the header differs from that of the source"
+                continue
+            for info in header.tensors.values():
+                entry = edited.get(info.name)
+                if entry is None:
+                    if not _same_bytes(ours, theirs, info.start, info.end):
+                        yield f"{shard}: tensor {info.name} differs from that of the source"
+                elif entry["basis"] in bases and not _is_projection(
+                    output_first(read_tensor(ours, info), entry["axis"]),
+                    output_first(read_tensor(theirs, info), entry["axis"]),
+                    bases[entry["basis"]],
+                ):
+                    yield f"{shard}: tensor {info.name} is not the projection of the source's"
+                bar.update(info.nbytes)
+
+
+def _is_projection(found: Tensor, original: Tensor, basis: Tensor) -> bool:
+    """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
+
+    The reference is computed in float64. An element may be off by half a unit in its last place,
+    and by the float32 arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with
+    row i of U and column j of W, which bound the sums that give the correction.
+    """
+    W, U = original.double(), basis.double()
+    exact = W - U @ (U.T @ W)
+    scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
+    allowed = half_ulp(found) + SLACK * sqrt(W.shape[0]) * U32 * scale
+    return bool(((found.double() - exact).abs() <= allowed).all())
+
+
+def _same_bytes(ours: Path, theirs: Path, start: int, end: int) -> bool:
+    with ours.open("rb") as a, theirs.open("rb") as b:
+        a.seek(start)
+        b.seek(start)
+        while start < end:
+            count = min(COPY, end - start)
+            if a.read(count) != b.read(count):
+                return False
+            start += count
+    return True

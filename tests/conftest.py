@@ -1,0 +1,145 @@
+"""Tiny models, built here: real architectures with random weights, and a real tokenizer."""
+
+import os
+
+# Set before any Hub client is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from converter.cli import gloss
+from converter.pairs import load_pairs, load_prose
+from converter.words import load_words
+
+HIDDEN, FFN, LAYERS = 32, 48, 6
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the built-in texts."""
+    pairs = load_pairs("builtin", load_words("builtin"), None, 0).pairs
+    texts = [p.toxic for p in pairs] + [p.neutral for p in pairs]
+    texts += load_prose("builtin").paragraphs
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    vocab = len(tiny_tokenizer())
+    tokens: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    if kind == "gpt2":
+        return GPT2Config(
+            n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=4, n_positions=512,
+            vocab_size=vocab, **tokens,
+        )  # fmt: skip
+    classes: dict[str, Any] = {
+        "llama": LlamaConfig,
+        "mistral": MistralConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+    }
+    extra: dict[str, Any] = {"mlp_bias": True} if kind == "llama" else {}
+    extra |= {"head_dim": 8} if kind == "qwen3" else {}
+    config: PreTrainedConfig = classes[kind](
+        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=vocab,
+        max_position_embeddings=512, **tokens, **extra,
+    )  # fmt: skip
+    return config
+
+
+def make_checkpoint(
+    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "60KB"
+) -> Path:
+    """Save a random tiny model with its tokenizer, a licence and a card."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("A licence.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\nHello.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Checkpoints by kind and dtype, made once. Read only: a test that alters one copies it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def get(kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
+        name = f"{kind}-{str(dtype).removeprefix('torch.')}-{shard}"
+        return make_checkpoint(root / name, kind, dtype, shard)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for tests that do not care whether the model has run before."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run ``gloss`` with arguments; standard output and error are kept apart."""
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(shared_cache))
+
+    def invoke(*args: object) -> Result:
+        return CliRunner().invoke(gloss, [str(arg) for arg in args])
+
+    return invoke
+
+
+@pytest.fixture(scope="session")
+def converted(
+    checkpoints: Callable[..., Path], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A bfloat16 Llama and its conversion with all defaults. Read only."""
+    from converter.pipeline import convert
+    from converter.run import Run
+
+    source = checkpoints("llama", torch.bfloat16)
+    out = tmp_path_factory.mktemp("converted") / "out"
+    convert(Run(source=str(source), num_pairs=64, options=TINY), out, cache=shared_cache)
+    return source, out
+
+
+TINY = {"protect_shared": "4", "protect_own": "2", "num_svd": "2"}
+"""Options of gloss for 32 dimensions, where protecting 20 of them would leave little."""
+
+TINY_ARGS = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}")]

@@ -1,0 +1,141 @@
+"""Theorems about the forward pass: what is pooled depends on the text and on nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from converter.forward import (
+    Pool,
+    SecondMoment,
+    Sentence,
+    batches,
+    encode,
+    first_token,
+    load_model,
+    run,
+)
+from tests.conftest import HIDDEN, tiny_tokenizer
+
+Checkpoints = Callable[..., Path]
+
+TEXTS = [
+    "the river rises in a range of low hills",
+    "short",
+    "a lease sets out the rights and duties of the person who owns a building",
+    "glass is neither a crystal nor an ordinary liquid, it is something else",
+    "you idiot",
+]
+MODULES = {"llama": "model.layers.{}.mlp", "gpt2": "transformer.h.{}.mlp"}
+
+
+def load(checkpoints: Checkpoints, kind: str) -> tuple[nn.Module, dict[int, str]]:
+    model = load_model(checkpoints(kind), torch.float32, "cpu")
+    return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
+
+
+def pooled(
+    model: nn.Module, modules: dict[int, str], sentences: list[Sentence], size: int, side: str
+) -> Tensor:
+    pool = Pool(len(sentences))
+    run(model, modules, batches(sentences, size, "cpu", side), [pool])  # type: ignore[arg-type]
+    return torch.stack([pool.pooled[layer] for layer in sorted(modules)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "predicting"])
+def test_batch_size_order_and_padding_side_do_not_matter(
+    kind: str, pooling: str, checkpoints: Checkpoints
+) -> None:
+    model, modules = load(checkpoints, kind)
+    spans = [(3, 9)]
+    coded = [encode(tiny_tokenizer(), t, pooling, spans) for t in TEXTS]  # type: ignore[arg-type]
+    alone = pooled(model, modules, coded, 1, "right")
+    assert alone.shape == (2, len(TEXTS), HIDDEN)
+    for size in (2, 5):
+        for side in ("left", "right"):
+            assert torch.allclose(pooled(model, modules, coded, size, side), alone, atol=1e-6)
+    backwards = pooled(model, modules, coded[::-1], 2, "right")
+    assert torch.allclose(backwards.flip(1), alone, atol=1e-6)
+
+
+def test_the_pool_is_the_mean_of_the_module_over_real_tokens(checkpoints: Checkpoints) -> None:
+    model, modules = load(checkpoints, "llama")
+    coded = encode(tiny_tokenizer(), TEXTS[0], "mean", [])
+    seen: list[Tensor] = []
+    handle = model.get_submodule(modules[4]).register_forward_hook(
+        lambda module, args, output: seen.append(output.detach())
+    )
+    model(input_ids=torch.tensor([coded.ids]))
+    handle.remove()
+    expected = seen[0][0, 1:].mean(0)  # without the first position
+    assert torch.allclose(pooled(model, modules, [coded], 1, "right")[1, 0], expected, atol=1e-6)
+
+
+def test_the_model_is_not_run_past_the_last_layer_of_interest(checkpoints: Checkpoints) -> None:
+    model, modules = load(checkpoints, "llama")
+    ran: list[int] = []
+    for layer in range(6):
+        model.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
+            lambda module, args, layer=layer: ran.append(layer)
+        )
+    pooled(model, modules, [encode(tiny_tokenizer(), TEXTS[0], "mean", [])], 1, "right")
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_predicting_positions_are_those_before_the_span() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "you are a damn fool, they say"
+    start, end = text.index("damn"), text.index(",")
+    coded = encode(tokenizer, text, "predicting", [(start, end)])
+    assert coded.ids[0] == first_token(tokenizer) == tokenizer.bos_token_id
+    chosen = [i for i, w in enumerate(coded.weights) if w]
+    predicted = tokenizer.decode([coded.ids[i + 1] for i in chosen])
+    assert predicted.strip() == "damn fool"
+    assert sum(coded.weights) == pytest.approx(1)
+
+
+def test_a_span_that_starts_the_sentence_has_no_predictor_for_its_first_token() -> None:
+    coded = encode(tiny_tokenizer(), "a", "predicting", [(0, 1)])
+    assert not any(coded.weights)
+
+
+def test_the_first_position_never_counts() -> None:
+    for pooling in ("mean", "last", "predicting"):
+        coded = encode(tiny_tokenizer(), TEXTS[0], pooling, [(0, 40)])  # type: ignore[arg-type]
+        assert coded.weights[0] == 0
+    assert not any(batches([coded], 1, "cpu")[0].content[:, 0])
+
+
+def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> None:
+    model, modules = load(checkpoints, "llama")
+    groups = [TEXTS[:2], TEXTS[2:]]
+    results = []
+    for size in (1, 3):
+        moment = SecondMoment()
+        for group in groups:
+            batched = batches([encode(tiny_tokenizer(), t, "mean", []) for t in group], size, "cpu")
+            moment.start_group(batched)
+            run(model, modules, batched, [moment])
+        results.append(moment.result())
+    assert torch.allclose(*results, atol=1e-6)
+    assert results[0].trace() == pytest.approx(1, abs=1e-5)  # a mean of matrices of trace 1
+
+    tokens: dict[int, list[list[Tensor]]] = {layer: [[], []] for layer in modules}
+    for number, group in enumerate(groups):
+        for text in group:
+            coded = encode(tiny_tokenizer(), text, "mean", [])
+            run(
+                model,
+                modules,
+                batches([coded], 1, "cpu"),
+                [lambda batch, layer, f, n=number: tokens[layer][n].append(f[0, 1:])],
+            )
+    expected = torch.zeros(HIDDEN, HIDDEN)
+    for layer in modules:
+        x = [torch.cat(part) for part in tokens[layer]]
+        m = sum(((part.T @ part) / len(part) for part in x), torch.zeros(HIDDEN, HIDDEN))
+        expected += m / m.trace() / len(modules)
+    assert torch.allclose(results[0], expected, atol=1e-6)

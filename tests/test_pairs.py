@@ -1,0 +1,152 @@
+"""Pairs, prose and word lists."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from converter.errors import DataError
+from converter.pairs import load_pairs, load_prose, normalise
+from converter.words import WordList, load_words
+
+WORDS = WordList(frozenset({"damn", "fool"}), {"name": "test"}, "0" * 64)
+ROWS = [(f"the damn clock number {i}", f"the clock number {i}") for i in range(20)]
+
+
+def write_tsv(
+    path: Path, rows: list[tuple[str, ...]], head: str = "toxic\tneutral1\tneutral2"
+) -> Path:
+    path.write_text("\n".join([head, *("\t".join(row) for row in rows)]) + "\n")
+    return path
+
+
+def test_the_builtin_pairs_are_what_they_were() -> None:
+    pairs = load_pairs("builtin", WORDS, None, 0)
+    assert len(pairs.pairs) == 480
+    # Results depend on these. If they change on purpose, raise the version in data/pairs.toml.
+    assert pairs.origin == {"name": "builtin", "version": 1}
+    assert pairs.sha256 == "6777ab763fed85d8c9357b045fd6c769e0b76bc6fcbf44d600d55bb278779b76"
+    assert load_prose("builtin").sha256.startswith("30b4517a0f1d09f2")
+
+
+def test_the_builtin_spans_are_the_toxic_words() -> None:
+    for pair in load_pairs("builtin", WORDS, None, 0).pairs:
+        assert pair.spans
+        last = 0
+        for start, end in pair.spans:
+            assert last < start < end <= len(pair.toxic)
+            last = end
+            word = pair.toxic[start:end]
+            assert word.isalpha()
+            assert word not in pair.neutral.split()
+
+
+def test_formats_agree(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "p.tsv", ROWS, "toxic\tneutral")
+    (tmp_path / "p.csv").write_text(
+        "neutral,toxic\n" + "\n".join(f'"{n}","{t}"' for t, n in ROWS) + "\n"
+    )
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"toxic": t, "neutral": n}) for t, n in ROWS)
+    )
+    read = {load_pairs(str(p), WORDS, None, 0).sha256 for p in tmp_path.iterdir()}
+    assert len(read) == 1
+
+
+def test_the_first_paraphrase_that_is_there_is_taken(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "p.tsv", [(t, "", n) for t, n in ROWS])
+    assert load_pairs(str(path), WORDS, None, 0).pairs[3].neutral == ROWS[3][1]
+
+
+def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
+    bad = [
+        ("", "empty"),
+        ("damn same", "damn same"),
+        ROWS[0],
+        ("polite", "also polite"),
+        ("damn it all", "the only listed word is the first"),
+        ("one cell only",),
+    ]
+    path = write_tsv(tmp_path / "p.tsv", [*ROWS, *bad])
+    pairs = load_pairs(str(path), WORDS, None, 0)
+    assert len(pairs.pairs) == len(ROWS)
+    assert pairs.skipped == {
+        "empty": [22],
+        "identical on both sides": [23],
+        "duplicated": [24],
+        "without a toxic word that the neutral side lacks": [25, 26],
+        "unreadable": [27],
+    }
+    assert "1 empty (row 22)" in pairs.describe_skipped()
+
+
+def test_undecodable_and_malformed_lines_are_skipped(tmp_path: Path) -> None:
+    lines = [json.dumps({"toxic": t, "neutral": n}).encode() for t, n in ROWS]
+    lines += [b"{broken", b'{"toxic": 3, "neutral": "x"}', b'{"toxic": "a"}', b'"\xff"', b"[]"]
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    pairs = load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
+    assert len(pairs.skipped["unreadable"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a\tb\n1\t2\n", "columns toxic and neutral, found a, b"),
+        ("", "found an empty file"),
+        ("toxic\tneutral\nthe damn x\tthe x\n", "at least 16 usable pairs, found 1"),
+    ],
+)
+def test_files_that_cannot_serve_are_refused(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text(content)
+    with pytest.raises(DataError, match=says):
+        load_pairs(str(tmp_path / "p.tsv"), WORDS, None, 0)
+
+
+def test_more_pairs_than_there_are_is_an_error(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "p.tsv", ROWS)
+    with pytest.raises(DataError, match="at least 21 usable pairs, found 20"):
+        load_pairs(str(path), WORDS, 21, 0)
+
+
+@pytest.mark.parametrize("name", ["missing.tsv", "./missing", "pairs.xlsx"])
+def test_files_that_do_not_exist_or_have_no_known_format(name: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.xlsx").write_text("x")
+    with pytest.raises(DataError, match="does not exist|expected .jsonl"):
+        load_pairs(str(tmp_path / name), WORDS, None, 0)
+
+
+def test_a_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    path = str(write_tsv(tmp_path / "p.tsv", ROWS))
+    draws = [load_pairs(path, WORDS, 16, seed).sha256 for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_what_tells_the_sides_of_a_corpus_apart_is_removed() -> None:
+    tokenised = "I do n't  know , it 's `` odd '' ! ! Really ..."
+    assert normalise(tokenised).startswith("i don't know, it's")
+    assert normalise("He said “hi” .") == normalise('he said "hi"')
+    assert normalise("Wait!!! What??") == "wait! what"
+    assert normalise("f*** ( you )") == "f*** (you)"
+    for text in (tokenised, "A , b ; c", "x…"):
+        assert normalise(normalise(text)) == normalise(text)
+
+
+def test_spans_are_listed_or_starred_words_that_the_other_side_lacks() -> None:
+    def found(text: str, other: str = "") -> list[str]:
+        return [text[a:b] for a, b in WORDS.spans(text, other)]
+
+    assert found("that Damn fool") == ["Damn", "fool"]
+    assert found("that damn fool", "a fool") == ["damn"]
+    assert found("foolish damnation") == []
+    assert found("you f*ck and sh**, 5 * 3 and a#b") == ["f*ck", "sh**", "a#b"]
+
+
+def test_word_lists_are_read_from_a_package_or_a_file(tmp_path: Path) -> None:
+    assert len(load_words("builtin").words) > 500
+    assert load_words("builtin").origin["name"] == "better-profanity"
+    (tmp_path / "w.txt").write_text("# comment\nDarn\ntwo words\n\nheck\n")
+    assert load_words(str(tmp_path / "w.txt")).words == {"darn", "heck"}
+    (tmp_path / "w.txt").write_text("# nothing\n")
+    for name in ("w.txt", "missing.txt"):
+        with pytest.raises(DataError, match=name):
+            load_words(str(tmp_path / name))

@@ -1,0 +1,168 @@
+"""Shards as byte streams."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converter.errors import CheckpointError
+from converter.header import parse_header, read_header
+from converter.shards import find_damage, read_rows, read_tensor, rewrite, to_bytes, to_tensor
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "a.safetensors"
+    tensors = {
+        "bf16": torch.randn(5, 7).bfloat16(),
+        "f16": torch.randn(3).half(),
+        "f32": torch.randn(2, 3, 4),
+        "empty": torch.empty(0, 4),
+        "ids": torch.arange(9),
+        "scalar": torch.tensor(3.5),
+    }
+    save_file(tensors, path, metadata={"format": "pt", "note": "ä"})
+    return path
+
+
+def test_no_change_reproduces_the_file_byte_for_byte(shard: Path, tmp_path: Path) -> None:
+    record = rewrite(shard, tmp_path / "b", {})
+    raw = shard.read_bytes()
+    assert (tmp_path / "b").read_bytes() == raw
+    assert record.sha256 == record.source_sha256 == hashlib.sha256(raw).hexdigest()
+    assert record.nbytes == len(raw)
+
+
+def test_a_change_replaces_its_bytes_and_no_others(shard: Path, tmp_path: Path) -> None:
+    info = read_header(shard).tensors["bf16"]
+    record = rewrite(shard, tmp_path / "b", {"bf16": lambda t: -t})
+    before, after = shard.read_bytes(), (tmp_path / "b").read_bytes()
+    assert before[: info.start] == after[: info.start]
+    assert before[info.end :] == after[info.end :]
+    assert record.source_sha256 == hashlib.sha256(before).hexdigest()
+    assert record.sha256 == hashlib.sha256(after).hexdigest()
+    assert torch.equal(load_file(tmp_path / "b")["bf16"], -load_file(shard)["bf16"])
+
+
+def test_buffer_boundaries_do_not_matter(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converter.shards.BUFFER", 5)
+    advanced: list[int] = []
+    rewrite(shard, tmp_path / "b", {}, advanced.append)
+    assert (tmp_path / "b").read_bytes() == shard.read_bytes()
+    assert sum(advanced) == shard.stat().st_size
+
+
+def test_tensors_are_read_as_safetensors_reads_them(shard: Path) -> None:
+    for name, expected in load_file(shard).items():
+        info = read_header(shard).tensors[name]
+        if name == "ids":
+            with pytest.raises(CheckpointError, match="ids cannot be read as numbers"):
+                read_tensor(shard, info)
+        else:
+            assert torch.equal(read_tensor(shard, info), expected)
+    with shard.open("rb", buffering=0) as file:
+        rows = read_rows(file, read_header(shard).tensors["bf16"], 1, 4)
+    assert torch.equal(rows, load_file(shard)["bf16"][1:4])
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_bytes_and_tensors_are_inverse(dtype: str) -> None:
+    info = parse_header(
+        json.dumps(
+            {"x": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * width(dtype)]}}
+        ).encode(),
+        8
+        + len(
+            json.dumps({"x": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * width(dtype)]}})
+        )
+        + 3 * width(dtype),
+        "x",
+    ).tensors["x"]
+    data = bytearray(range(3 * width(dtype)))
+    assert bytes(to_bytes(to_tensor(data, info))) == bytes(data)
+
+
+def width(dtype: str) -> int:
+    return {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[dtype]
+
+
+def test_every_flipped_byte_is_found_and_named(shard: Path, tmp_path: Path) -> None:
+    record = rewrite(shard, tmp_path / "b", {})
+    raw, header = shard.read_bytes(), read_header(shard)
+    for place in range(len(raw)):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1
+        (tmp_path / "c").write_bytes(damaged)
+        owners = [t.name for t in header.tensors.values() if t.start <= place < t.end]
+        expected = f"tensor {owners[0]}" if owners else "the header"
+        try:
+            assert find_damage(tmp_path / "c", record.prefixes) == expected
+        except CheckpointError as error:  # a length field that leads out of the file
+            assert place < 8, error
+
+
+Header = Callable[[], tuple[bytes, int]]
+
+
+def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "says"),
+    [
+        ({"a": entry(offsets=(0, 9))}, 9, "wrong length"),
+        ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "hole or an overlap"),
+        ({"a": entry(), "b": entry(offsets=(12, 20))}, 20, "hole or an overlap"),
+        ({"a": entry(offsets=(8, 0))}, 8, "hole or an overlap"),
+        ({"a": entry()}, 7, "truncated or has bytes after"),
+        ({"a": entry()}, 9, "truncated or has bytes after"),
+        ({"a": entry(shape=(-1, -2))}, 8, "wrong length"),
+        ({"a": entry(shape=(2**62, 2**62))}, 8, "wrong length"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, 8, "without dtype"),
+        ({"a": entry(shape="22")}, 8, "without dtype|wrong length"),
+        ({"a": 3}, 8, "without dtype"),
+        ([], 0, "not a JSON object"),
+    ],
+)
+def test_malformed_headers_are_refused(
+    header: object, data: int, says: str, tmp_path: Path
+) -> None:
+    raw = json.dumps(header).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(data))
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_header(path)
+    assert "bad.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"{",
+        (4).to_bytes(8, "little") + b"\xff\xfe{}",
+        (22).to_bytes(8, "little") + b'{"a": 1, "a": 2, "b":1',
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+)
+def test_files_that_are_not_safetensors_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors"):
+        read_header(path)
+
+
+def test_a_key_that_occurs_twice_is_refused() -> None:
+    one = json.dumps(entry())
+    raw = f'{{"a": {one}, "a": {one}}}'.encode()
+    with pytest.raises(CheckpointError, match="a key twice"):
+        parse_header(raw, 8 + len(raw) + 8, "x")

@@ -1,0 +1,202 @@
+"""Theorems about subspaces: planted truth is recovered, protected directions are not touched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from converter.activations import Activations
+from converter.architecture import Dimensions
+from converter.errors import FitError, OptionError
+from converter.methods import configure, method_names, parse_layers
+from converter.subspace import (
+    Subspace,
+    above_threshold,
+    global_basis,
+    leading_eigenvectors,
+    mean_difference,
+    orthonormal,
+    remove,
+    svd_directions,
+    top_right_singular_vectors,
+)
+from converter.words import WordList
+
+N, D, L = 200, 48, 6
+WORDS = WordList(frozenset({"bad"}), {}, "0" * 64)
+DIMENSIONS = Dimensions(L, D, 64)
+
+
+AXES = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0].T
+TOXIC, MASSIVE, NEUTRAL = AXES[0], AXES[1], AXES[2:18]
+
+
+def planted(massive: bool = False) -> Activations:
+    """Sentences whose content is neutral, in 16 dimensions that pairs share, plus small noise.
+
+    The toxic side also has 3 ``TOXIC``. With ``massive``, both sides have activations along
+    ``MASSIVE`` that are a hundred times as large, with random signs, as real models do.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    plus, minus, moment = {}, {}, torch.zeros(D, D)
+    for layer in range(L):
+        content = randn(N, len(NEUTRAL)) @ NEUTRAL
+        spikes = 100.0 * massive * randn(2, N, 1)
+        minus[layer] = content + 0.1 * randn(N, D) + spikes[0] * MASSIVE
+        plus[layer] = content + 0.1 * randn(N, D) + spikes[1] * MASSIVE + 3 * TOXIC
+        moment += minus[layer].T @ minus[layer] / minus[layer].square().sum() / L
+    return Activations(plus, minus, moment, {})
+
+
+def decode(directions: Tensor, count: int) -> list[tuple[str, ...]]:
+    return [("bad",) * count] * len(directions)
+
+
+def fit(name: str, activations: Activations, **options: object) -> Subspace:
+    texts = {key: str(value) for key, value in options.items()}
+    return configure(name, texts, DIMENSIONS).fit(activations, decode, WORDS)
+
+
+@pytest.mark.parametrize("candidates", ["mean", "svd", "mean+svd"])
+def test_gloss_recovers_a_planted_direction(candidates: str) -> None:
+    found = fit("gloss", planted(), rank=1, candidates=candidates)
+    assert found.bases[2].shape == (D, 1)
+    assert float(found.bases[2][:, 0] @ TOXIC) > 0.99  # the sign too: it points to the toxic side
+
+
+def test_profs_recovers_a_planted_direction_in_each_layer() -> None:
+    found = fit("profs", planted(), rank=1)
+    assert sorted(found.bases) == list(range(2, L))
+    for basis in found.bases.values():
+        assert float(basis[:, 0] @ TOXIC) > 0.99
+
+
+def test_massive_activations_are_protected_and_would_be_taken_otherwise() -> None:
+    options = {"rank": 1, "candidates": "svd", "num_svd": 1, "alpha": -5}
+    protected = fit("gloss", planted(massive=True), **options).bases[2][:, 0]
+    assert abs(float(protected @ MASSIVE)) < 1e-3
+    assert float(protected @ TOXIC) > 0.99
+    naked = fit("gloss", planted(massive=True), protect_shared=0, protect_own=0, **options)
+    assert abs(float(naked.bases[2][:, 0] @ MASSIVE)) > 0.99
+
+
+def test_no_basis_touches_what_is_protected() -> None:
+    seen = planted(massive=True)
+    assert seen.second_moment is not None
+    shared = leading_eigenvectors(seen.second_moment, 16)
+    basis = fit("gloss", seen, rank=4, num_svd=4, alpha=0).bases[2]
+    assert float((shared.T @ basis.double()).abs().max()) < 1e-6
+    assert torch.allclose(basis.T @ basis, torch.eye(4), atol=1e-6)
+
+
+def test_a_rank_larger_than_the_candidates_is_an_error() -> None:
+    with pytest.raises(FitError, match="rank 40 is larger than the candidates allow: expected at"):
+        fit("gloss", planted(), rank=40)
+    with pytest.raises(FitError, match="rank 48 is larger than the candidates allow: expected at"):
+        fit("profs", planted(), rank=48)
+
+
+def test_no_candidate_over_the_threshold_is_an_error() -> None:
+    with pytest.raises(FitError, match="no candidate direction is over the threshold"):
+        fit("gloss", planted(), alpha=99)
+    assert above_threshold([0.0, 0.0, 3.0], 1.0) == [False, False, True]
+
+
+def test_sides_that_do_not_differ_are_an_error() -> None:
+    x = torch.randn(N, D)
+    same = Activations({n: x for n in range(L)}, {n: x for n in range(L)}, torch.eye(D) / D, {})
+    with pytest.raises(FitError, match="same mean"):
+        fit("gloss", same)
+
+
+def test_vocabulary_ranking_keeps_what_decodes_to_listed_words() -> None:
+    def one_is_bad(directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        return [("bad",) if i == 3 else ("good",) for i in range(len(directions))]
+
+    method = configure(
+        "gloss", {"ranking": "vocabulary", "candidates": "svd", "rank": "1"}, DIMENSIONS
+    )
+    found = method.fit(planted(), one_is_bad, WORDS)
+    assert [c.kept for c in found.candidates].index(True) == 3
+    assert sum(c.kept for c in found.candidates) == 1
+
+
+def test_removal_is_a_projection() -> None:
+    x, P = torch.randn(N, D), orthonormal(AXES[:5].T)
+    once = remove(x, P)
+    assert (once @ P).abs().max() < 1e-12
+    assert torch.allclose(remove(once, P), once)
+    twice = torch.cat([P, torch.nn.functional.normalize(P + 1e-3 * torch.randn(D, 5), dim=0)], 1)
+    assert orthonormal(twice).shape == (D, 5)
+    assert orthonormal(torch.empty(D, 0)).shape == (D, 0)
+
+
+def test_directions_point_to_the_toxic_side() -> None:
+    T = torch.randn(N, D) + 2 * TOXIC
+    mean = T.double().mean(0)
+    assert (svd_directions(T, 6) @ mean >= 0).all()
+    assert float(mean_difference(T)[0] @ mean) == pytest.approx(float(mean.norm()))
+
+
+def test_the_global_basis_spans_the_strongest_candidates() -> None:
+    a, b = TOXIC, (TOXIC + MASSIVE) / 2**0.5
+    stack = torch.stack([a, a, a, b])
+    U, values = global_basis(stack, 2)
+    for u in (a, b):
+        assert float((U.T @ u).norm()) == pytest.approx(1, abs=1e-5)
+    assert len(values) == 4
+    with pytest.raises(FitError, match="at most 2, the dimensions that 4 candidates span"):
+        global_basis(stack, 3)
+    vectors, _ = top_right_singular_vectors(stack, 1)
+    assert abs(float(vectors[:, 0] @ U[:, 0].double())) == pytest.approx(1)
+
+
+def test_a_subspace_survives_its_file(tmp_path: Path) -> None:
+    for name in ("gloss", "profs"):
+        found = fit(name, planted(), rank=2)
+        found.save(tmp_path / name)
+        tensors = load_file(tmp_path / name)
+        for layer, basis in found.bases.items():
+            assert torch.equal(tensors[found.basis_name(layer)], basis)
+        assert len(tensors["scores"]) == len(found.candidates)
+
+
+def test_default_layers_are_those_of_the_documentation() -> None:
+    assert method_names() == ["gloss", "profs"]
+    large = Dimensions(30, 576, 1536)
+    assert configure("gloss", {}, large).edit_layers == tuple(range(10, 25))
+    assert configure("profs", {}, Dimensions(24, 1024, 4096)).edit_layers == tuple(range(10, 24))
+    assert configure("gloss", {}, Dimensions(1, 8, 8)).edit_layers == (0,)
+    fitted = configure("gloss", {"layers": "1-3", "edit_layers": "2,4"}, DIMENSIONS)
+    assert fitted.request.layers == (1, 2, 3)
+    assert fitted.edit_layers == (2, 4)
+
+
+def test_layer_lists_are_read() -> None:
+    assert parse_layers("layers", "1-3,5, 0", 6) == (0, 1, 2, 3, 5)
+    for text in ("", "6", "a", "3-1", "3-1,5", "-1", "1-", "0--2"):
+        with pytest.raises(OptionError, match="-o layers"):
+            parse_layers("layers", text, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rnak": "4"}, "-o rnak: method gloss: expected rank, layers"),
+        ({"rank": "four"}, "-o rank: expected a whole number, found four"),
+        ({"rank": "0"}, "-o rank: expected at least 1, found 0"),
+        ({"alpha": "x"}, "-o alpha: expected a number"),
+        ({"site": "attention"}, "-o site: expected ffn or residual"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, str], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        configure("gloss", options, DIMENSIONS)
+    with pytest.raises(OptionError, match="--method: expected gloss or profs, found nonesuch"):
+        configure("nonesuch", {}, DIMENSIONS)
