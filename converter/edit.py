@@ -9,6 +9,7 @@ bias has F = 1.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -109,7 +110,8 @@ def apply(
         CheckpointError: the tensor holds NaN or Inf, or would after the edit.
     """
     W = output_first(tensor.to(device, torch.float32), target.axis)
-    if not torch.isfinite(W).all():
+    norm = _norm(W)
+    if not isfinite(norm):
         raise CheckpointError(
             f"tensor {target.info.name} of {target.shard} holds NaN or Inf",
             hint="the source is damaged; get an intact copy",
@@ -120,7 +122,8 @@ def apply(
     moved = tensor.movedim(target.axis, 0).shape
     rounded = torch.addmm(W, change.B, change.A).to(tensor.dtype)
     W_new = rounded.float()
-    if not torch.isfinite(W_new).all():
+    leakage = _ratio(change.B.T @ W_new, change.B.T @ W)
+    if not isfinite(leakage):
         raise CheckpointError(
             f"tensor {target.info.name} overflows {target.info.dtype} when it is edited"
         )
@@ -135,10 +138,10 @@ def apply(
         dtype=target.info.dtype,
         sha256_before=hashlib.sha256(to_bytes(tensor)).hexdigest(),
         sha256_after=hashlib.sha256(to_bytes(new)).hexdigest(),
-        norm=_norm(W),
+        norm=norm,
         relative_change=_ratio(W_new - W, W),
         energy_removed=_ratio(change.A, W) ** 2,
-        leakage=_ratio(change.B.T @ W_new, change.B.T @ W),
+        leakage=leakage,
     )
     return new, record
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -91,7 +93,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise SourceError(f"{what}: unreadable safetensors header", found=str(error)) from error
-    except OSError as error:  # what is left of the network: no route, no name, a broken pipe
+    except (HTTPError, OSError) as error:  # what is left of the network: no route, a broken pipe
         raise SourceError(
             f"{what} cannot be read from the Hub",
             found=str(error) or type(error).__name__,
@@ -113,31 +115,53 @@ def resolve(kind: Kind, text: str) -> Repo:
         try:
             info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
         except OfflineModeIsEnabled:
-            folder = snapshot_download(
-                repo_id, repo_type=kind, revision=asked, local_files_only=True
-            )
-            return Repo(kind, repo_id, asked, Path(folder).name, {})
+            return Repo(kind, repo_id, asked, _cached(kind, repo_id, asked).name, {})
     siblings = getattr(info, "siblings", None) or []
     sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
     return Repo(kind, repo_id, asked, str(info.sha), sizes)
 
 
-def download(repo: Repo, names: Iterable[str]) -> Path:
+def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
     """Fetch files of a repo at its commit into the client's cache; their folder is returned.
 
+    Args:
+        repo: resolved.
+        names: files.
+        first: ask for the revision by its name, as the first call should: the client then remembers
+            what it means, and a later run finds it offline.
+
     Raises:
-        SourceError: see ``plain_errors``.
+        SourceError: see ``plain_errors``; or the revision has moved since it was resolved.
     """
     with plain_errors(repo.kind, repo.repo_id):
-        return Path(
+        if not repo.sizes:
+            return _cached(repo.kind, repo.repo_id, repo.commit)
+        folder = Path(
             snapshot_download(
                 repo.repo_id,
                 repo_type=repo.kind,
-                revision=repo.commit,
+                revision=repo.revision if first else repo.commit,
                 allow_patterns=list(names),
-                local_files_only=not repo.sizes,
             )
         )
+    if folder.name != repo.commit:
+        raise SourceError(
+            f"{repo.kind} {repo.repo_id} changed while it was read",
+            expected=f"commit {repo.commit}",
+            found=folder.name,
+            hint="run again, or name a commit after @",
+        )
+    return folder
+
+
+def _cached(kind: Kind, repo_id: str, revision: str | None) -> Path:
+    """What the client's cache holds of a revision, complete or not."""
+    try:
+        return Path(
+            snapshot_download(repo_id, repo_type=kind, revision=revision, local_files_only=True)
+        )
+    except IncompleteSnapshotError as error:  # we never fetch a repo whole
+        return Path(error.snapshot_path)
 
 
 def remote_header(repo: Repo, name: str) -> Header:

@@ -44,7 +44,7 @@ def locate(origin: str) -> tuple[dict[str, Any], Path]:
             expected=", ".join(FORMATS),
             found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
         )
-    folder = hub.download(repo, [chosen] if chosen else ["*"])
+    folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
     path = folder / chosen if chosen else _first_readable(folder, origin)
     described = {"repo_id": repo.repo_id, "commit": repo.commit, "file_sha256": _sha256(path)}
     return described, path

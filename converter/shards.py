@@ -72,14 +72,18 @@ def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
 
 def _read_exactly(file: IO[bytes], count: int, name: str) -> bytearray:
     data = bytearray(count)
-    view = memoryview(data)
+    _fill(file, memoryview(data), name)
+    return data
+
+
+def _fill(file: IO[bytes], view: memoryview, name: str) -> memoryview:
     done = 0
-    while done < count:
+    while done < len(view):
         got = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not got:
             raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
         done += got
-    return data
+    return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +136,16 @@ def rewrite(
         read = hashlib.sha256()
         wrote = None
         prefixes = {}
+        buffer = memoryview(bytearray(min(BUFFER, header.size)))
         for name, start, end in _ranges(header):
             change = changes.get(name) if name else None
             if change is None:
                 for count in _chunks(end - start):
-                    data = _read_exactly(reading, count, name or "the header")
-                    read.update(data)
+                    part = _fill(reading, buffer[:count], name or "the header")
+                    read.update(part)
                     if wrote is not None:
-                        wrote.update(data)
-                    _write(writing, data)
+                        wrote.update(part)
+                    _write(writing, part)
                     advance(count)
             else:
                 data = _read_exactly(reading, end - start, name)
@@ -167,8 +172,7 @@ def _chunks(count: int) -> Iterator[int]:
         count -= BUFFER
 
 
-def _write(file: IO[bytes], data: bytearray | memoryview) -> None:
-    view = memoryview(data)
+def _write(file: IO[bytes], view: memoryview) -> None:
     while view:
         view = view[file.write(view) :]
 
@@ -189,9 +193,10 @@ def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
         if digest.hexdigest()[:PREFIX_DIGITS] != prefixes.get(""):
             return "the header"
         # The header is the recorded one, so its offsets can be trusted.
+        buffer = memoryview(bytearray(BUFFER))
         for info in read_header(path).tensors.values():
             for count in _chunks(info.nbytes):
-                digest.update(_read_exactly(file, count, info.name))
+                digest.update(_fill(file, buffer[:count], info.name))
             if digest.copy().hexdigest()[:PREFIX_DIGITS] != prefixes.get(info.name):
                 return f"tensor {info.name}"
     return "the bytes after its last tensor"

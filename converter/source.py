@@ -136,7 +136,7 @@ def resolve(source: str, cache: Path) -> Source:
     if repo.sizes:
         _choose_shards(repo.repo_id, list(repo.sizes))
         wanted = [n for n in repo.sizes if is_companion(n) or n in (CARD, INDEX)]
-        folder, names = hub.download(repo, wanted), sorted(repo.sizes)
+        folder, names = hub.download(repo, wanted, first=True), sorted(repo.sizes)
     else:
         folder = hub.download(repo, ["*"])
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

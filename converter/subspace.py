@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from converter.errors import FitError, VerificationError
@@ -72,7 +72,7 @@ class Subspace:
             tensors[name.replace("U", "singular_values", 1)] = values.float()
         tensors["scores"] = torch.tensor([c.score for c in self.candidates])
         tensors["score_layers"] = torch.tensor([c.layer for c in self.candidates])
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+        path.write_bytes(save({n: t.contiguous() for n, t in tensors.items()}, {"format": "pt"}))
 
 
 def load_bases(path: Path) -> dict[str, Tensor]:
@@ -103,20 +103,21 @@ def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 SAME_DIRECTION = 0.1
-"""Unit columns whose part outside the others is shorter than about this add no dimension: of two
-estimates of one direction the difference is noise, and normalising it would make it a direction."""
+"""A unit vector whose part outside a subspace is shorter than this adds no dimension to it: it is a
+second estimate of what is there, and normalising the difference would make noise a direction."""
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the span of unit columns, (D, k) -> (D, at most k).
+def extend(basis: Tensor, columns: Tensor) -> Tensor:
+    """An orthonormal basis (D, a) with what orthonormal columns (D, b) add to its span.
 
-    Dimensions with a singular value under ``SAME_DIRECTION`` are dropped.
+    Returns:
+        (D, at most a + b), the first a columns unchanged.
     """
     if columns.shape[1] == 0:
-        return columns.double()
-    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
-    basis: Tensor = left[:, values > SAME_DIRECTION]
-    return basis
+        return basis
+    outside = columns - basis @ (basis.T @ columns)
+    left, values, _ = torch.linalg.svd(outside, full_matrices=False)
+    return torch.cat([basis, left[:, values > SAME_DIRECTION]], 1)
 
 
 def remove(x: Tensor, basis: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from converter.header import TensorInfo, read_header
 from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
-from converter.shards import find_damage, read_tensor
+from converter.shards import BUFFER, find_damage, read_tensor
 from converter.source import INDEX, Source, read_json
 from converter.subspace import load_bases
 
@@ -29,8 +29,6 @@ U32 = 2.0**-24
 
 ORTHONORMAL = 1e-5
 """How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
-
-COPY = 64 << 20
 
 
 def verify(folder: Path, source: Source | None = None, report: Report | None = None) -> list[str]:
@@ -266,7 +264,7 @@ def _same_bytes(ours: Path, theirs: Path, start: int, end: int) -> bool:
         a.seek(start)
         b.seek(start)
         while start < end:
-            count = min(COPY, end - start)
+            count = min(BUFFER, end - start)
             if a.read(count) != b.read(count):
                 return False
             start += count

@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
 
@@ -84,7 +84,8 @@ def make_checkpoint(
 ) -> Path:
     """Save a random tiny model with its tokenizer, a licence and a card."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind)).to(dtype)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(kind))  # type: ignore[no-untyped-call]
+    model = model.to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
             torch.nn.init.normal_(parameter, std=0.1)
@@ -93,6 +94,11 @@ def make_checkpoint(
     (folder / "LICENSE").write_text("A licence.\n")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\nHello.\n")
     return folder
+
+
+def load(folder: Path) -> Any:
+    """The causal language model of a folder, ready to run."""
+    return cast(Any, AutoModelForCausalLM.from_pretrained(folder)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +145,7 @@ def converted(
     return source, out
 
 
-TINY = {"protect_shared": "4", "protect_own": "2", "num_svd": "2"}
-"""Options of gloss for 32 dimensions, where protecting 20 of them would leave little."""
+TINY = {"protect_shared": "4", "protect_own": "2", "num_svd": "2", "alpha": "-0.5"}
+"""Options of gloss for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
 
 TINY_ARGS = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}")]

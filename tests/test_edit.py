@@ -16,7 +16,8 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def basis(seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(D, R, generator=generator))[0]
+    q: Tensor = torch.linalg.qr(torch.randn(D, R, generator=generator))[0]
+    return q
 
 
 def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:

@@ -1,6 +1,7 @@
 """Pairs, prose and word lists."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROWS = [(f"the damn clock number {i}", f"the clock number {i}") for i in range(2
 
 
 def write_tsv(
-    path: Path, rows: list[tuple[str, ...]], head: str = "toxic\tneutral1\tneutral2"
+    path: Path, rows: Sequence[tuple[str, ...]], head: str = "toxic\tneutral1\tneutral2"
 ) -> Path:
     path.write_text("\n".join([head, *("\t".join(row) for row in rows)]) + "\n")
     return path
@@ -111,7 +112,7 @@ def test_more_pairs_than_there_are_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.tsv", "./missing", "pairs.xlsx"])
 def test_files_that_do_not_exist_or_have_no_known_format(name: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.xlsx").write_text("x")
-    with pytest.raises(DataError, match="does not exist|expected .jsonl"):
+    with pytest.raises(DataError, match=r"does not exist|expected \.jsonl"):
         load_pairs(str(tmp_path / name), WORDS, None, 0)
 
 

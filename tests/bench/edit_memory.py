@@ -1,0 +1,140 @@
+"""Peak anonymous memory of the edit stage, over checkpoints of several sizes.
+
+    python tests/bench/edit_memory.py [--folder CHECKPOINT] [--layers 30 --layers 270]
+
+Synthetic checkpoints have SmolLM2-135M's tensors (hidden size 576, FFN 1536, bfloat16, shards of
+60 MB) and as many layers as asked for: the number of shards grows, the largest tensor does not.
+Linux only: it reads RssAnon of /proc every 0.3 ms, in a process of its own for each checkpoint. Each
+is run twice: as it is, and with MALLOC_MMAP_THRESHOLD_ set, so that glibc gives freed blocks back at
+once. The second figure is what the stage needs; the first also has what the allocator keeps.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, FFN, VOCAB, SHARD = 576, 1536, 49152, 60_000_000
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not tell RssAnon")
+
+
+def build(folder: Path, layers: int) -> None:
+    """Write a synthetic Llama checkpoint."""
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for n in range(layers):
+        layer = f"model.layers.{n}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (HIDDEN,),
+            f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
+            f"{layer}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            f"{layer}.self_attn.k_proj.weight": (HIDDEN // 3, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": (HIDDEN // 3, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            f"{layer}.mlp.gate_proj.weight": (FFN, HIDDEN),
+            f"{layer}.mlp.up_proj.weight": (FFN, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": (HIDDEN, FFN),
+        }
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        if filled and filled + nbytes > SHARD:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(groups, 1):
+        shard = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        tensors = {name: torch.randn(shapes[name]).bfloat16() for name in names}
+        save_file(tensors, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": FFN}))
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def measure(folder: Path, out: Path) -> dict[str, Any]:
+    """Edit all layers of a checkpoint and sample this process's memory meanwhile."""
+    from converter.edit import Projection
+    from converter.outputs.checkpoint import write_checkpoint
+    from converter.plan import make_plan
+    from converter.report import Report
+    from converter.source import resolve
+
+    source = resolve(str(folder), out)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    hidden = plan.dimensions.hidden_size
+    basis = torch.linalg.qr(torch.randn(hidden, 4))[0]
+    layers = range(plan.dimensions.num_hidden_layers)
+    edit, targets = Projection(dict.fromkeys(layers, basis)), plan.select(layers, True)
+    basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
+    idle, peak, done = anonymous(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.0003)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    write_checkpoint(source, plan, edit, targets, out, "cpu", Report(quiet=True))
+    done.set()
+    thread.join()
+    return {
+        "gigabytes": plan.nbytes / 1e9,
+        "shards": len(source.shards),
+        "edited": len(targets),
+        "peak": peak - idle,
+    }
+
+
+@click.command()
+@click.option("--folder", "folders", multiple=True, type=click.Path(path_type=Path))
+@click.option("--layers", multiple=True, type=int, default=[30, 90, 270], show_default=True)
+@click.option("--child", hidden=True, is_flag=True)
+def main(folders: tuple[Path, ...], layers: tuple[int, ...], child: bool) -> None:
+    if child:
+        with tempfile.TemporaryDirectory(dir=folders[0].parent) as out:
+            click.echo(json.dumps(measure(folders[0], Path(out))))
+        return
+    click.echo("| checkpoint | GB | shards | tensors edited | peak above idle, MB | needed, MB |")
+    click.echo("|---|---|---|---|---|---|")
+    for item in (*folders, *layers):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = item if isinstance(item, Path) else Path(temporary)
+            if isinstance(item, int):
+                build(folder, item)
+            command = [sys.executable, __file__, "--child", "--folder", str(folder)]
+            r, needed = (
+                json.loads(subprocess.check_output(command, env={**os.environ, **extra}))
+                for extra in ({}, {"MALLOC_MMAP_THRESHOLD_": "262144"})
+            )
+        name = folder.name if isinstance(item, Path) else f"{item} layers"
+        click.echo(
+            f"| {name} | {r['gigabytes']:.2f} | {r['shards']} | {r['edited']} | "
+            f"{r['peak'] / 1e6:.0f} | {needed['peak'] / 1e6:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

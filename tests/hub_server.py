@@ -1,0 +1,126 @@
+"""A small Hub on the loopback interface: enough of its routes for the real client to download."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+@dataclass
+class HubServer:
+    """Serves folders as repos at ``COMMIT``; ``log`` lists the requests, as ``METHOD path range``.
+
+    Attributes:
+        models, datasets: repo id -> folder.
+        gated: repo ids that answer 403.
+    """
+
+    models: dict[str, Path] = field(default_factory=dict)
+    datasets: dict[str, Path] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    log: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET  # noqa: N815 - the base class asks for this name
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(request.path).path)
+        span = request.headers.get("Range", "")
+        self.log.append(f"{request.command} {path} {span}".strip())
+        parts = path.strip("/").split("/")
+        if parts[0] == "api":
+            kind, repo_id, rest = parts[1], "/".join(parts[2:4]), parts[4:] or ["revision", "main"]
+        else:
+            kind = "datasets" if parts[0] == "datasets" else "models"
+            parts = parts[1:] if kind == "datasets" else parts
+            repo_id, rest = "/".join(parts[:2]), parts[2:]
+        folder = (self.models if kind == "models" else self.datasets).get(repo_id)
+        if repo_id in self.gated:
+            send(request, 403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+        elif folder is None:
+            send(request, 401, b"", {"X-Error-Code": "RepoNotFound"})
+        elif not rest or (rest[1] not in (COMMIT, "main", "v1")):
+            send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif rest[0] == "revision":
+            siblings = [
+                {"rfilename": name, "size": size, "blobId": "0" * 40}
+                for name, size in listing(folder)
+            ]
+            info: dict[str, Any] = {"id": repo_id, "sha": COMMIT, "siblings": siblings}
+            info |= {"private": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            send_json(request, info)
+        elif rest[0] == "tree":
+            entries = [
+                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                for name, size in listing(folder)
+            ]
+            send_json(request, entries)
+        elif rest[0] == "resolve":
+            self.send_file(request, folder / "/".join(rest[2:]), span)
+        else:
+            send(request, 404, b"", {})
+
+    def send_file(self, request: BaseHTTPRequestHandler, path: Path, span: str) -> None:
+        if not path.is_file():
+            send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        data = path.read_bytes()
+        etag = hashlib.sha256(data).hexdigest()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if not span:
+            send(request, 200, data, headers)
+            return
+        first, _, last = span.removeprefix("bytes=").partition("-")
+        end = min(int(last or len(data) - 1), len(data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{end}/{len(data)}"
+        send(request, 206, data[int(first) : end + 1], headers)
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    return sorted(
+        (p.relative_to(folder).as_posix(), p.stat().st_size)
+        for p in folder.rglob("*")
+        if p.is_file()
+    )
+
+
+def send_json(request: BaseHTTPRequestHandler, data: object) -> None:
+    send(request, 200, json.dumps(data).encode(), {"Content-Type": "application/json"})
+
+
+def send(
+    request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]
+) -> None:
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(body)

@@ -1,0 +1,178 @@
+"""The cache of activations: hit when nothing changed, missed when any one input does."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from converter import activations, forward, pipeline
+from converter.activations import Request, load_activations
+from converter.cache import remembered_sha256, sha256_of
+from converter.errors import DataError
+from converter.pairs import load_pairs, load_prose
+from converter.report import Report
+from converter.run import Run
+from converter.words import load_words
+from tests.conftest import TINY
+
+Checkpoints = Callable[..., Path]
+
+
+class Runs:
+    """Runs the activation stage and says whether the model was loaded."""
+
+    def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache = cache
+        self.loaded = 0
+
+        def counted(*args: object) -> nn.Module:
+            self.loaded += 1
+            return forward.load_model(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(pipeline, "load_model", counted)
+
+    def __call__(self, run: Run) -> str:
+        report = Report(quiet=True)
+        source, plan, method = pipeline.prepare(run, self.cache, report)
+        words = load_words(run.word_list)
+        pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
+        prose = load_prose(run.neutral)
+        before = self.loaded
+        pipeline.activations_of(run, source, plan, method, pairs, prose, "cpu", self.cache, report)
+        return "miss" if self.loaded > before else "hit"
+
+
+def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    stage = Runs(tmp_path / "cache", monkeypatch)
+    run = Run(source=str(source), num_pairs=16, options=TINY)
+    assert stage(run) == "miss"
+    assert stage(run) == "hit"
+    # what the activations do not depend on
+    for same in ({"rank": "2"}, {"alpha": "0.5"}, {"candidates": "svd"}, {"edit_layers": "1"}):
+        assert stage(replace(run, options={**TINY, **same})) == "hit", same
+    assert stage(replace(run, batch_size=3)) == "hit"  # changes rounding at most
+    moved = shutil.copytree(source, tmp_path / "moved")
+    assert stage(replace(run, source=str(moved))) == "hit"  # by content, not by path
+
+    prose = tmp_path / "prose.txt"
+    prose.write_text("Another text.\n")
+    for change in (
+        {"num_pairs": 17},
+        {"seed": 1},
+        {"neutral": str(prose)},
+        {"forward_dtype": "bfloat16"},
+        {"options": {**TINY, "layers": "2-3"}},
+        {"options": {**TINY, "pooling": "mean"}},
+        {"options": {**TINY, "site": "residual"}},
+    ):
+        assert stage(replace(run, **change)) == "miss", change
+    for name in ("config.json", "tokenizer_config.json"):
+        text = (source / name).read_text()
+        (source / name).write_text(text + "\n")
+        assert stage(run) == "miss", name
+        (source / name).write_text(text)
+        assert stage(run) == "hit", name
+    shard = max(source.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    assert stage(run) == "miss"
+    monkeypatch.setattr(activations, "MAX_TOKENS", 255)
+    assert stage(run) == "miss"
+    monkeypatch.undo()
+
+
+def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = load_pairs("builtin", load_words("builtin"), 16, 0)
+    request = Request("ffn", "mean", (1,), False)
+
+    def key(device: str = "cpu") -> str:
+        return activations.cache_key(
+            activations.activation_inputs(
+                {}, pairs, load_prose("builtin"), request, device, "float32"
+            )
+        )
+
+    first = key()
+    assert key() == first
+    assert key("cuda:1") == key("cuda") != first
+    monkeypatch.setattr(activations, "_code_digest", lambda: "other")
+    assert key() != first
+    monkeypatch.undo()
+    monkeypatch.setattr(activations, "version", lambda name: "0")
+    assert key() != first
+
+
+def test_a_damaged_cache_file_is_made_again(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Runs(tmp_path, monkeypatch)
+    run = Run(source=str(checkpoints("llama")), num_pairs=16, options=TINY)
+    assert stage(run) == "miss"
+    (path,) = (tmp_path / "activations").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert stage(run) == "miss"
+    assert stage(run) == "hit"
+
+
+REQUEST = Request("ffn", "mean", (0,), True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"toxic.0": torch.ones(4, 8)}, "expected a tensor neutral.0"),
+        (
+            {"toxic.0": torch.ones(4, 8), "neutral.0": torch.ones(4, 8)},
+            "expected a tensor second_moment",
+        ),
+        (
+            {"toxic.0": torch.ones(4, 8), "neutral.0": torch.ones(5, 8),
+             "second_moment": torch.eye(8)},
+            r"neutral.0: expected shape \[4, 8\], found \[5, 8\]",
+        ),
+        (
+            {"toxic.0": torch.ones(4, 9), "neutral.0": torch.ones(4, 9),
+             "second_moment": torch.eye(9)},
+            r"toxic.0: expected shape \[4, 8\], found \[4, 9\]",
+        ),
+        (
+            {"toxic.0": torch.full((4, 8), float("nan")), "neutral.0": torch.ones(4, 8),
+             "second_moment": torch.eye(8)},
+            "toxic.0 holds NaN or Inf",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_serve_are_refused(
+    tensors: dict[str, torch.Tensor], says: str, tmp_path: Path
+) -> None:
+    save_file(tensors, tmp_path / "seen.safetensors")
+    with pytest.raises(DataError, match=says):
+        load_activations(tmp_path / "seen.safetensors", REQUEST, 8)
+
+
+def test_remembered_digests_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert not (tmp_path / "cache").exists()  # too young for its times to be trusted
+    monkeypatch.setattr("converter.cache.SETTLED", -1.0)
+    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert list((tmp_path / "cache/digests").iterdir())
+    stat = path.stat()
+    path.write_bytes(b"two")  # same size, and the same time by force
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    (memo,) = (tmp_path / "cache/digests").iterdir()
+    memo.write_text("{broken")
+    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)

@@ -1,0 +1,307 @@
+"""What bad input gets: one sentence, the documented exit code, and nothing left behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+from converter.errors import ConverterError
+from tests.conftest import TINY_ARGS
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def source(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoints("llama"), tmp_path / "source")
+
+
+@pytest.fixture
+def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
+    """Convert, expect an exit code, and check that the refusal is one clean sentence."""
+
+    def convert(source: object, code: int, *args: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        result = cli("convert", source, tmp_path / "out", *TINY_ARGS, *args)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.exit_code == code, result.stderr
+        assert len(errors) == 1
+        assert "Traceback" not in result.output + result.stderr
+        assert sorted(tmp_path.rglob("*")) == before  # nothing is left behind
+        return errors[0]
+
+    return convert
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_index(source: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((source / INDEX).read_text())
+    change(index["weight_map"])
+    (source / INDEX).write_text(json.dumps(index))
+
+
+def edit_tensor(source: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    shard = source / json.loads((source / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    save_file({**tensors, name: change(tensors[name])}, shard, {"format": "pt"})
+
+
+DOWN = "model.layers.3.mlp.down_proj.weight"
+
+
+def test_sources_that_cannot_be_reached(
+    refused: Callable[..., str], source: Path, tmp_path: Path
+) -> None:
+    assert "/nowhere/at/all does not exist" in refused("/nowhere/at/all", 3)
+    assert "is a file: expected a folder" in refused(source / "config.json", 3)
+    # HF_HUB_OFFLINE is set for all tests
+    says = refused("someone/model", 3)
+    assert "model someone/model is not in the local cache and the Hub cannot be asked" in says
+
+
+@pytest.mark.parametrize(
+    ("remove", "says"),
+    [
+        ("*.safetensors*", "has no safetensors weights: expected model.safetensors or model.safe"),
+        ("config.json", "has no config.json"),
+        ("tokenizer*", "has no tokenizer"),
+        ("model-00002*", "the index names model-00002-of-"),
+    ],
+)
+def test_incomplete_folders(
+    remove: str, says: str, refused: Callable[..., str], source: Path
+) -> None:
+    for path in source.glob(remove):
+        path.unlink()
+    assert says in refused(source, 4)
+
+
+def test_another_weight_format_is_named(refused: Callable[..., str], source: Path) -> None:
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    (source / "consolidated.00.pth").write_text("")
+    assert "found consolidated.00.pth" in refused(source, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(ghost=m[DOWN]), "the index names tensor ghost"),
+        (lambda m: m.update({DOWN: "model-00009-of-00009.safetensors"}), "found no such file"),
+        (lambda m: m.update({DOWN: "../elsewhere.safetensors"}), "outside the folder"),
+        (lambda m: m.update({DOWN: "/etc/passwd"}), "outside the folder"),
+        (lambda m: m.update({DOWN: 3}), "outside the folder"),
+        (lambda m: m.clear(), "has no weight_map"),
+    ],
+)
+def test_bad_indexes(
+    change: Callable[[dict[str, str]], object],
+    says: str,
+    refused: Callable[..., str],
+    source: Path,
+) -> None:
+    edit_index(source, change)
+    assert says in refused(source, 4)
+
+
+def test_a_tensor_in_two_files(refused: Callable[..., str], source: Path) -> None:
+    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
+    other = next(shard for shard in weight_map.values() if shard != weight_map[DOWN])
+    extra = load_file(source / weight_map[DOWN])[DOWN]
+    save_file({**load_file(source / other), DOWN: extra}, source / other, {"format": "pt"})
+    assert f"tensor {DOWN} is in two files" in refused(source, 4)
+
+
+def test_truncated_and_corrupt_shards(refused: Callable[..., str], source: Path) -> None:
+    shard = max(source.glob("*.safetensors"))
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1])
+    assert f"{shard.name}: the file is truncated" in refused(source, 4)
+    shard.write_bytes(raw[:5])
+    assert f"{shard.name} is truncated or not a safetensors file" in refused(source, 4)
+    shard.write_bytes(b"\xff" * len(raw))
+    assert f"{shard.name} is truncated or not a safetensors file" in refused(source, 4)
+
+
+def test_a_shape_that_contradicts_the_config(refused: Callable[..., str], source: Path) -> None:
+    edit_tensor(source, DOWN, lambda t: t[:, :-1].contiguous())
+    assert f"tensor {DOWN} contradicts config.json: expected shape" in refused(source, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_and_inf_in_an_edited_weight(
+    value: float, refused: Callable[..., str], source: Path
+) -> None:
+    def poison(t: torch.Tensor) -> torch.Tensor:
+        t[1, 1] = value
+        return t
+
+    edit_tensor(source, "model.layers.4.mlp.down_proj.weight", poison)
+    x = torch.randn(20, 32)
+    save_file(
+        {f"{side}.{n}": x + (side == "toxic") * torch.randn(20, 32) for side in ("toxic", "neutral")
+         for n in (2, 3, 4)} | {"second_moment": torch.eye(32)},
+        source.parent / "seen.safetensors",
+    )  # fmt: skip
+    says = refused(source, 4, "--activations", source.parent / "seen.safetensors")
+    assert "tensor model.layers.4.mlp.down_proj.weight of model-0000" in says
+    assert "holds NaN or Inf" in says
+
+
+def test_nan_in_a_forward_pass(refused: Callable[..., str], source: Path) -> None:
+    edit_tensor(source, "model.layers.0.input_layernorm.weight", lambda t: t * float("nan"))
+    assert "the forward pass gives NaN or Inf" in refused(source, 5)
+
+
+def test_quantized_and_unknown_models(refused: Callable[..., str], source: Path) -> None:
+    edit_json(source / "config.json", quantization_config={"quant_method": "awq"})
+    assert "quantized: expected" in refused(source, 4)
+    edit_json(source / "config.json", quantization_config=None, model_type="nonesuch")
+    assert "to add a model, copy converter/architectures/llama.toml" in refused(source, 4)
+    (source / "config.json").write_text("{broken")
+    assert "config.json cannot be read" in refused(source, 4)
+
+
+def test_a_tokenizer_that_does_not_load(refused: Callable[..., str], source: Path) -> None:
+    (source / "tokenizer.json").write_text("{broken")
+    assert "transformers cannot load the tokenizer" in refused(source, 3)
+
+
+def test_pairs_that_are_malformed_or_too_few(refused: Callable[..., str], source: Path) -> None:
+    pairs = source.parent / "p.tsv"
+    pairs.write_text("toxic\tneutral\nthe damn x\tthe x\nthe y\t\n")
+    says = refused(source, 5, "--pairs", pairs)
+    assert "expected at least 16 usable pairs, found 1, skipped: 1 empty (row 3)" in says
+    pairs.write_text("left\tright\n")
+    assert "columns toxic and neutral" in refused(source, 5, "--pairs", pairs)
+    assert "nowhere.tsv does not exist" in refused(source, 5, "--pairs", "nowhere.tsv")
+    assert "neutral text nowhere" in refused(source, 5, "--neutral", "nowhere")
+    assert "word list nowhere" in refused(source, 5, "--word-list", "nowhere")
+
+
+def test_fits_that_cannot_be(refused: Callable[..., str], source: Path) -> None:
+    assert "rank 30 is larger than the candidates allow" in refused(source, 6, "-o", "rank=30")
+    assert "no candidate direction is over" in refused(source, 6, "-o", "alpha=50")
+
+
+def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
+    assert "-o layers: expected layers from 0 to 5" in refused(source, 2, "-o", "layers=5-9")
+    assert "-o: expected KEY=VALUE, found rank" in refused(source, 2, "-o", "rank")
+    assert "--device: expected auto, cpu" in refused(source, 2, "--device", "tpu")
+    assert "--method: expected gloss or profs" in refused(source, 2, "--method", "magic")
+
+
+def test_destinations_that_cannot_be(cli: Cli, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (source / "empty").mkdir()
+    for destination, says in (
+        (source, "is the source or lies inside it"),
+        (source / "empty", "is the source or lies inside it"),
+        (source / "new", "is the source or lies inside it"),
+        (tmp_path, "contains the input source"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "below", "is a file|cannot be written"),
+    ):
+        result = cli("convert", source, destination, *TINY_ARGS)
+        assert result.exit_code == 7, (destination, result.stderr)
+        assert any(part in result.stderr for part in says.split("|")), result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_leaves_nothing(
+    refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, target: Path, *args: object) -> None:
+        target.write_bytes(b"half a shard")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("converter.outputs.checkpoint.rewrite", full)
+    assert "cannot be written: found No space left on device" in refused(source, 7)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything(
+    refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "is too small: expected 0.00 GB free" in refused(source, 7)
+
+
+def test_activations_of_another_model(
+    refused: Callable[..., str], cli: Cli, source: Path, tmp_path: Path, checkpoints: Checkpoints
+) -> None:
+    cache = tmp_path / "cache"
+    args = ("--cache-dir", cache, *TINY_ARGS, "--quiet")
+    first = cli("convert", checkpoints("llama"), tmp_path / "first", *args)
+    assert first.exit_code == 0, first.stderr
+    (seen,) = (cache / "activations").iterdir()
+    edit_tensor(source, DOWN, lambda t: t * 1.01)
+    says = refused(source, 4, "--activations", seen)
+    assert "is not the file that the activations were taken from" in says
+    says = refused(source, 5, "--activations", seen, "-o", "pooling=mean")
+    assert "taken with another pooling: expected mean, found predicting" in says
+    says = refused(source, 5, "--activations", seen, "-o", "layers=0-3")
+    assert "expected a tensor toxic.0" in says
+    seen.write_bytes(seen.read_bytes()[:100])
+    assert "cannot be read" in refused(source, 5, "--activations", seen)
+
+
+def test_errors_are_json_too(cli: Cli, tmp_path: Path) -> None:
+    result = cli("convert", "/nowhere", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["exit_code"] == result.exit_code == 3
+
+
+def test_every_error_class_has_its_own_exit_code() -> None:
+    codes = [kind.exit_code for kind in ConverterError.__subclasses__()]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_an_interrupted_run_leaves_nothing(
+    number: signal.Signals, code: int, source: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, interrupted while a shard is half written."""
+    script = (
+        "import sys, time\n"
+        "from converter import cli\n"
+        "from converter.outputs import checkpoint\n"
+        "def slow(source, target, *rest):\n"
+        "    target.write_bytes(b'half'); print('writing', flush=True); time.sleep(60)\n"
+        "checkpoint.rewrite = slow\n"
+        "cli.convert_command(sys.argv[1:])\n"
+    )
+    args = [source, tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    start = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "source"]

@@ -1,0 +1,312 @@
+"""Whole conversions of tiny models."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from converter.activations import Activations, save_activations
+from converter.architecture import find_architecture
+from converter.edit import Projection
+from converter.header import read_header
+from converter.outputs.checkpoint import write_checkpoint
+from converter.pipeline import convert
+from converter.plan import make_plan
+from converter.report import Report
+from converter.run import Run
+from converter.source import resolve
+from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, load
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {
+        k: v for p in sorted(folder.glob("model*.safetensors")) for k, v in load_file(p).items()
+    }
+
+
+def test_an_empty_basis_reproduces_every_file_byte_for_byte(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    source = resolve(str(checkpoints("llama", torch.bfloat16)), tmp_path)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    (tmp_path / "out").mkdir()
+    write_checkpoint(source, plan, Projection({}), (), tmp_path / "out", "cpu", Report(quiet=True))
+    ours = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
+    assert len(source.shards) > 2
+    assert len(ours) == len(source.shards) + len(source.companions) + 1  # the index
+    for name in ours:
+        assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
+
+
+def test_only_the_down_projections_of_the_chosen_layers_change(
+    converted: tuple[Path, Path],
+) -> None:
+    source, out = converted
+    before, after = tensors_of(source), tensors_of(out)
+    assert list(before) == list(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{layer}.mlp.down_proj.{part}"
+        for layer in (2, 3, 4)  # L/3 to 0.8 L of 6
+        for part in ("weight", "bias")
+    }
+    manifest = json.loads((out / "gloss_manifest.json").read_text())
+    assert {entry["name"] for entry in manifest["edited"]} == changed
+
+
+def test_headers_names_and_small_files_are_those_of_the_source(
+    converted: tuple[Path, Path],
+) -> None:
+    source, out = converted
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            end = read_header(path).data_start
+            assert (out / path.name).read_bytes()[:end] == path.read_bytes()[:end]
+        elif path.name != "README.md":
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    new = {p.name for p in out.iterdir()} - {p.name for p in source.iterdir()}
+    assert new == {"gloss_manifest.json", "gloss_subspace.safetensors", "SHA256SUMS"}
+
+
+def test_the_result_loads_and_generates(converted: tuple[Path, Path]) -> None:
+    _, out = converted
+    model = load(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("the river", return_tensors="pt")
+    text = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert text.shape[1] == ids["input_ids"].shape[1] + 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_editing_weights_is_projecting_ffn_outputs(
+    kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
+) -> None:
+    source, out = checkpoints(kind), tmp_path / "out"
+    convert(Run(source=str(source), num_pairs=32, options=TINY), out, cache=shared_cache)
+    U = load_file(out / "gloss_subspace.safetensors")["U"]
+    assert U.shape == (HIDDEN, 4)
+    ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    original = load(source)
+    plain = original(ids).logits
+    architecture = find_architecture(json.loads((source / "config.json").read_text()))
+
+    def project(module: nn.Module, args: Any, f: Tensor) -> Tensor:
+        return f - (f @ U) @ U.T
+
+    for layer in (2, 3, 4):
+        name = architecture.ffn.format(layer=layer)
+        original.get_submodule(name).register_forward_hook(project)
+    hooked = original(ids).logits
+    edited = load(out)(ids).logits
+    assert torch.allclose(edited, hooked, atol=2e-6)
+    assert not torch.allclose(edited, plain, atol=1e-4)
+
+
+def test_a_planted_direction_is_removed_from_what_layers_write(
+    checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
+) -> None:
+    """From given activations: no forward pass, and nothing of the truth is left."""
+    source, out = checkpoints("llama"), tmp_path / "out"
+    d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
+    x = 0.01 * torch.randn(2, LAYERS, 40, HIDDEN)
+    seen = Activations(
+        {n: x[0, n] + d for n in range(LAYERS)}, {n: x[1, n] for n in range(LAYERS)}, None, {}
+    )
+    save_activations(seen, tmp_path / "seen.safetensors")
+    options = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
+    run = Run(
+        source=str(source), options=options, num_pairs=16, activations=tmp_path / "seen.safetensors"
+    )
+    convert(run, out, cache=shared_cache)
+    U = load_file(out / "gloss_subspace.safetensors")["U"]
+    assert float(U[:, 0] @ d) > 0.99
+    model = load(out)
+    for layer in (2, 3, 4):
+        f = model.get_submodule(f"model.layers.{layer}.mlp")(torch.randn(1, 9, HIDDEN)).detach()
+        assert float((f @ U).abs().max()) < 1e-6 * float(f.norm())
+
+
+def test_two_runs_give_the_same_bytes(
+    checkpoints: Checkpoints, tmp_path: Path, converted: tuple[Path, Path]
+) -> None:
+    _, first = converted
+    source = checkpoints("llama", torch.bfloat16)
+    run = Run(source=str(source), num_pairs=64, options=TINY)
+    convert(run, tmp_path / "out", cache=tmp_path / "another cache")
+    names = {p.name for p in first.iterdir()}
+    assert names == {p.name for p in (tmp_path / "out").iterdir()}
+    for name in names - {"gloss_manifest.json", "SHA256SUMS"}:
+        assert (tmp_path / "out" / name).read_bytes() == (first / name).read_bytes()
+    manifests = [
+        json.loads((f / "gloss_manifest.json").read_text()) for f in (first, tmp_path / "out")
+    ]
+    assert manifests[0].pop("measurements") != manifests[1].pop("measurements")
+    assert manifests[0] == manifests[1]
+
+
+def test_the_manifest_holds_no_path_and_no_user(converted: tuple[Path, Path]) -> None:
+    source, out = converted
+    text = (out / "gloss_manifest.json").read_text()
+    assert str(source.parent) not in text
+    assert str(Path.home()) not in text
+    assert os.uname().nodename not in text
+
+
+def test_a_second_run_with_another_rank_does_not_run_the_model(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoints("llama")
+    args = ("convert", source, "--num-pairs", 40, *TINY_ARGS)
+    first = cli(*args, tmp_path / "a")
+    assert "cache miss, running the model" in first.stderr
+
+    def no_model(*args: object) -> nn.Module:
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr("converter.pipeline.load_model", no_model)
+    second = cli(*args, tmp_path / "b", "-o", "rank=2", "-o", "alpha=0.0")
+    assert second.exit_code == 0, second.stderr
+    assert "cache hit, no forward pass" in second.stderr
+    assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["subspace"]["rank"] == 2
+
+
+def test_profs_edits_each_layer_with_its_own_basis(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    result = cli("convert", checkpoints("gpt2"), tmp_path / "out", "--method", "profs", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["layers"] == [2, 3, 4, 5]
+    bases = load_file(tmp_path / "out/gloss_subspace.safetensors")
+    assert {n for n in bases if n.startswith("U.")} == {"U.2", "U.3", "U.4", "U.5"}
+    assert cli("verify", tmp_path / "out", "--source", checkpoints("gpt2")).exit_code == 0
+
+
+def test_bias_keep_leaves_the_bias(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
+    source = checkpoints("gpt2")
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS, "-o", "bias=keep")
+    assert result.exit_code == 0, result.stderr
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    name = "transformer.h.3.mlp.c_proj"
+    assert torch.equal(before[f"{name}.bias"], after[f"{name}.bias"])
+    assert not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    assert manifest["method"]["options"]["bias"] == "keep"
+
+
+def test_a_single_file_checkpoint_converts(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = checkpoints("qwen2", torch.float16, "1GB")
+    assert [p.name for p in source.glob("*.safetensors")] == ["model.safetensors"]
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 0, result.stderr
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    source = checkpoints("llama", torch.bfloat16)
+    for args in (("convert", source, tmp_path / "out", "--dry-run"), ("plan", source)):
+        result = cli(*args, "--json")
+        assert result.exit_code == 0, result.stderr
+        plan = json.loads(result.stdout)
+        assert plan["edited_tensors"] == [
+            f"model.layers.{layer}.mlp.down_proj.{part}"
+            for layer in (2, 3, 4)
+            for part in ("weight", "bias")
+        ]
+        assert plan["bytes_to_write"] == sum(p.stat().st_size for p in source.glob("*.safetensors"))
+        assert list(tmp_path.iterdir()) == []
+    text = cli("plan", source).stdout
+    assert "6 tensors to edit" in text
+    assert "peak memory about" in text
+
+
+def test_overwrite_replaces_a_checkpoint_and_nothing_else(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    out, args = tmp_path / "out", ("convert", checkpoints("llama"), *TINY_ARGS)
+    out.mkdir()  # an empty folder is fine
+    assert cli(*args, out).exit_code == 0
+    (out / "leftover.json").write_text("{}")
+    refused = cli(*args, out)
+    assert refused.exit_code == 7
+    assert "is not empty; choose another, or give --overwrite" in refused.stderr
+    assert cli(*args, out, "--overwrite").exit_code == 0
+    assert not (out / "leftover.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    precious = tmp_path / "photos"
+    precious.mkdir()
+    (precious / "a.jpg").write_text("x")
+    refused = cli(*args, precious, "--overwrite")
+    assert refused.exit_code == 7
+    assert "is not a checkpoint" in refused.stderr
+    assert (precious / "a.jpg").exists()
+
+
+def test_output_files_have_the_usual_permissions(converted: tuple[Path, Path]) -> None:
+    _, out = converted
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (out, *out.iterdir()):
+        usual = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == usual & ~umask, path.name
+
+
+def test_the_source_is_not_touched(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
+    assert cli("convert", source, tmp_path / "out", *TINY_ARGS).exit_code == 0
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before
+
+
+def test_the_card_is_correct_front_matter(converted: tuple[Path, Path]) -> None:
+    from huggingface_hub import ModelCard
+
+    _, out = converted
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert data == {
+        "license": "mit",
+        "base_model": "someone/tiny",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["detoxification", "model-editing", "gloss"],
+    }
+    assert "not measured" in card.text
+    assert "How to undo" in card.text
+
+
+def test_a_source_without_a_licence_is_never_given_one(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    from huggingface_hub import ModelCard
+
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    (source / "README.md").unlink()
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert "source does not state a licence" in result.stderr
+    assert "names no base model" in result.stderr
+    data = ModelCard.load(tmp_path / "out/README.md").data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == (
+        "other",
+        "unknown",
+        "LICENSE",
+    )

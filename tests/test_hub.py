@@ -1,0 +1,150 @@
+"""Sources and pairs from a Hub, read by the real client from a loopback server."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from converter.hub import looks_like_repo
+from converter.source import is_companion
+from tests.conftest import TINY_ARGS
+from tests.hub_server import COMMIT, HubServer
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HubServer]:
+    data = tmp_path_factory.mktemp("dataset")
+    rows = [f"that damn clock number {i}\tthat clock number {i}" for i in range(20)]
+    (data / "train.tsv").write_text("\n".join(["toxic\tneutral1", *rows]))
+    (data / "README.md").write_text("data")
+    models = {"someone/tiny": checkpoints("llama")}
+    with HubServer(models, {"someone/pairs": data}, {"someone/gated"}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def gloss(server: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the program in a process of its own: the client reads its environment when imported."""
+
+    def run(*args: object, offline: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "1" if offline else "0",
+            "GLOSS_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, "-m", "converter", *map(str, args)]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+
+    return run
+
+
+def test_a_repo_converts_as_its_folder_does(
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    args = ("--pairs", "someone/pairs", *TINY_ARGS)
+    result = gloss("convert", "someone/tiny@v1", tmp_path / "out", *args)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    assert manifest["source"]["repo_id"] == "someone/tiny"
+    assert manifest["source"]["revision"] == "v1"
+    assert manifest["source"]["commit"] == COMMIT
+    assert manifest["pairs"]["origin"]["repo_id"] == "someone/pairs"
+    assert manifest["pairs"]["origin"]["commit"] == COMMIT
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: someone/tiny" in card
+    assert "- someone/pairs" in card
+    # everything after the resolution is read at the commit
+    assert not any("/resolve/" in line and COMMIT not in line for line in server.log)
+    # the folder gives the same weights
+    pairs = server.datasets["someone/pairs"] / "train.tsv"
+    result = gloss("convert", checkpoints("llama"), tmp_path / "b", *TINY_ARGS, "--pairs", pairs)
+    assert result.returncode == 0, result.stderr
+    for path in (tmp_path / "b").glob("model*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    # and so does the client's cache, without a network
+    asked = len(server.log)
+    result = gloss("convert", "someone/tiny@v1", tmp_path / "c", *args, offline=True)
+    assert result.returncode == 0, result.stderr
+    assert "cache hit" in result.stderr
+    assert len(server.log) == asked
+    assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").returncode == 0
+
+
+def test_a_plan_reads_headers_and_no_weights(
+    gloss: Callable[..., subprocess.CompletedProcess[str]], server: HubServer
+) -> None:
+    server.log.clear()
+    result = gloss("plan", "someone/tiny", "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["edited_tensors"]) == 6
+    weights = [line for line in server.log if ".safetensors" in line and "index" not in line]
+    assert weights
+    assert all("bytes=0-" in line for line in weights)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("someone/gated", "model someone/gated is gated; ask for access on https://huggingface.co"),
+        ("someone/nothing", "there is no model someone/nothing, neither as a local path nor on"),
+        ("someone/tiny@v9", "model someone/tiny@v9 has no such revision"),
+    ],
+)
+def test_repos_that_cannot_be_read(
+    source: str,
+    says: str,
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    result = gloss("convert", source, tmp_path / "out")
+    assert result.returncode == 3, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dead_server_is_one_sentence(
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    server: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "url", "http://127.0.0.1:9")
+    result = gloss("convert", "someone/tiny", tmp_path / "out")
+    assert result.returncode == 3, result.stderr
+    assert "model someone/tiny cannot be read from the Hub" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_repo_ids_and_paths_are_told_apart() -> None:
+    for repo in ("gpt2", "meta-llama/Llama-2-7b", "a/b@v1.0", "a/b@refs/pr/3"):
+        assert looks_like_repo(repo)
+    for path in ("./a", "../a/b", "/a/b", "a/b/c", "~/a", "", "a b/c"):
+        assert not looks_like_repo(path)
+
+
+def test_what_belongs_to_a_model_and_what_does_not() -> None:
+    kept = ["config.json", "tokenizer.model", "modeling_x.py", "LICENSE", "chat_template.jinja"]
+    kept += ["additional_chat_templates/tool.jinja", "generation_config.json"]
+    for name in kept:
+        assert is_companion(name), name
+    dropped = ["pytorch_model.bin", "model.safetensors", "consolidated.00.pth", "m.gguf"]
+    dropped += ["onnx/config.json", "original/params.json", ".gitattributes", "README.md"]
+    dropped += ["pytorch_model.bin.index.json", "gloss_manifest.json", ".cache/x", "SHA256SUMS"]
+    for name in dropped:
+        assert not is_companion(name), name

@@ -1,0 +1,152 @@
+"""Verification finds one wrong byte anywhere, and names it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+from converter.header import read_header
+from converter.manifest import read_manifest, schema, write_manifest
+from converter.source import resolve
+from converter.verify import verify
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def out(converted: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(converted[1], tmp_path / "out")
+
+
+def flip(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x01
+    path.write_bytes(raw)
+
+
+def test_what_was_converted_verifies(converted: tuple[Path, Path], cli: Cli) -> None:
+    source, out = converted
+    assert verify(out) == []
+    assert verify(out, resolve(str(source), out)) == []
+    result = cli("verify", out, "--source", source, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"verified": True, "problems": []}
+
+
+def test_a_flipped_byte_in_any_file_is_found_and_the_file_is_named(out: Path) -> None:
+    for path in sorted(out.iterdir()):
+        raw = path.read_bytes()
+        for place in {0, len(raw) // 3, len(raw) // 2, len(raw) - 1}:
+            flip(path, place)
+            problems = verify(out)
+            assert any(path.name in problem for problem in problems), (path.name, place, problems)
+            path.write_bytes(raw)
+    assert verify(out) == []
+
+
+def test_a_flipped_byte_in_a_tensor_names_the_tensor(out: Path, cli: Cli) -> None:
+    shard = min(out.glob("model-*.safetensors"))
+    raw = shard.read_bytes()
+    for info in read_header(shard).tensors.values():
+        flip(shard, (info.start + info.end) // 2)
+        result = cli("verify", out)
+        assert result.exit_code == 8
+        assert f"{shard.name}: is not as recorded" in result.stderr
+        assert f"tensor {info.name}\n" in result.stderr
+        shard.write_bytes(raw)
+
+
+def test_missing_and_additional_files_are_found(out: Path) -> None:
+    (out / "tokenizer.json").unlink()
+    (out / "extra.bin").write_text("x")
+    (out / ".gitattributes").write_text("the Hub adds this one")
+    problems = verify(out)
+    assert "tokenizer.json: is missing" in problems
+    assert "extra.bin: is not in the manifest" in problems
+    assert not any("gitattributes" in problem for problem in problems)
+
+
+def reseal(out: Path, **changed: str) -> None:
+    """Write a manifest and sums that agree with altered files, as someone with intent would."""
+    manifest = read_manifest(out)
+    import hashlib
+
+    for name in changed.values():
+        digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+        manifest["files"][name]["sha256"] = digest
+    write_manifest(out, manifest)
+
+
+def test_a_weight_that_was_not_edited_is_not_orthogonal(
+    converted: tuple[Path, Path], out: Path
+) -> None:
+    source, _ = converted
+    name = "model.layers.3.mlp.down_proj.weight"
+    entry = next(e for e in read_manifest(out)["edited"] if e["name"] == name)
+    shutil.copyfile(source / entry["shard"], out / entry["shard"])
+    reseal(out, shard=entry["shard"])
+    problems = verify(out)
+    assert any(f"tensor {name} is not orthogonal to U" in problem for problem in problems)
+
+
+def test_with_the_source_a_resealed_change_is_found_too(
+    converted: tuple[Path, Path], out: Path
+) -> None:
+    source = resolve(str(converted[0]), out)
+    edited = {entry["name"]: entry["shard"] for entry in read_manifest(out)["edited"]}
+    shard = next(iter(edited.values()))
+    tensors = load_file(out / shard)
+    for name, says in (
+        (next(n for n in tensors if n not in edited), "differs from that of the source"),
+        (next(n for n in tensors if n in edited), "is not the projection of the source's"),
+    ):
+        altered = dict(tensors)
+        altered[name] = tensors[name] * 1.02  # still orthogonal to U, if it was
+        save_file(altered, out / shard, {"format": "pt"})
+        reseal(out, shard=shard)
+        assert not any("as recorded" in problem for problem in verify(out))
+        problems = verify(out, source)
+        assert any(f"{shard}: tensor {name} {says}" in problem for problem in problems)
+
+
+def test_a_basis_that_is_not_orthonormal_is_found(out: Path) -> None:
+    name = "gloss_subspace.safetensors"
+    tensors = load_file(out / name)
+    tensors["U"] = tensors["U"] * 0.99
+    save_file(tensors, out / name)
+    reseal(out, subspace=name)
+    assert any("U is not orthonormal" in problem for problem in verify(out))
+
+
+def test_another_source_is_noticed(
+    converted: tuple[Path, Path], checkpoints: Callable[..., Path]
+) -> None:
+    problems = verify(converted[1], resolve(str(checkpoints("mistral", torch.bfloat16)), Path()))
+    assert problems
+
+
+@pytest.mark.parametrize("key", sorted(schema()["required"]))
+def test_the_schema_requires_every_part(key: str, out: Path) -> None:
+    manifest = json.loads((out / "gloss_manifest.json").read_text())
+    del manifest[key]
+    (out / "gloss_manifest.json").write_text(json.dumps(manifest))
+    assert verify(out)[0].startswith("gloss_manifest.json does not follow its schema")
+
+
+def test_a_manifest_that_points_out_of_the_folder_is_refused(out: Path) -> None:
+    (out.parent / "secret").write_text("x")
+    manifest = read_manifest(out)
+    manifest["files"]["../secret"] = {"sha256": "0" * 64, "bytes": 1}
+    write_manifest(out, manifest)
+    assert "../secret: lies outside the folder" in verify(out)
+
+
+def test_a_folder_without_a_manifest_does_not_verify(tmp_path: Path, cli: Cli) -> None:
+    result = cli("verify", tmp_path)
+    assert result.exit_code == 8
+    assert "gloss_manifest.json cannot be read" in result.stderr
