@@ -4,9 +4,10 @@
 
 Synthetic checkpoints have SmolLM2-135M's tensors (hidden size 576, FFN 1536, bfloat16, shards of
 60 MB) and as many layers as asked for: the number of shards grows, the largest tensor does not.
-Linux only: it reads RssAnon of /proc every 0.3 ms, in a process of its own for each checkpoint. Each
-is run twice: as it is, and with MALLOC_MMAP_THRESHOLD_ set, so that glibc gives freed blocks back at
-once. The second figure is what the stage needs; the first also has what the allocator keeps.
+Linux only: it reads RssAnon of /proc every 0.3 ms, in a process of its own for each checkpoint.
+Each is run twice: as it is, and with MALLOC_MMAP_THRESHOLD_ set, so that glibc gives freed blocks
+back at once. The second figure is what the stage needs; the first also has what the allocator
+keeps.
 """
 
 import json
