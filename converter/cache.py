@@ -8,8 +8,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from converter.errors import DestinationError
 
 SETTLED = 2.0
 """Seconds since a file's last change before its times are trusted: coarser than any clock of a
@@ -25,14 +29,30 @@ def default_cache() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A sibling to write into; it becomes ``path`` if the block succeeds, and is removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A sibling to write into; it becomes ``path`` if the block succeeds, and is removed if not.
+
+    Raises:
+        DestinationError: the cache cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise cache_error(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def cache_error(path: Path, error: Exception) -> DestinationError:
+    """The one sentence about a cache that cannot be written."""
+    return DestinationError(
+        f"the cache {path.parent} cannot be written",
+        found=getattr(error, "strerror", None) or str(error),
+        hint="free space or give another --cache-dir",
+    )
 
 
 def sha256_of(path: Path) -> str:

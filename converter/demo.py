@@ -6,11 +6,15 @@ are written once into the user's cache; from there on the demo is a folder like 
 
 import importlib.util
 import io
+import os
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from converter.cache import cache_error
 from converter.errors import SourceError
 
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,16 +35,19 @@ def demo_folder(cache: Path) -> Path:
 
     Raises:
         SourceError: neither the package nor the Hub can be read.
+        DestinationError: the cache cannot be written.
     """
     folder = cache / "demo" / FOLDER
     if folder.is_dir():
         return folder
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
+        part.mkdir(parents=True)
         _write(part)
         part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if not folder.is_dir():  # unless another run has made it meanwhile
+            raise cache_error(folder, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

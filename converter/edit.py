@@ -2,8 +2,8 @@
 
 An ``Edit`` looks at a weight and answers with a change or with nothing; it knows no files.
 ``apply`` carries the change out and measures it. Throughout, W is (D, F) with the hidden size
-first, in float32, however it is stored: a Conv1D weight is transposed on the way in and out, a
-bias has F = 1.
+first, in float32 (float64 if it is stored so), however it is stored: a Conv1D weight is
+transposed on the way in and out, a bias has F = 1.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Edit(Protocol):
     """What a method makes of a model."""
 
     def delta(self, target: Target, W: Tensor) -> LowRank | None:
-        """The change of one weight W (D, F), float32 on the device where it is to be computed."""
+        """The change of one weight W (D, F), on the device where it is to be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Projection:
         basis = self.bases.get(target.layer)
         if basis is None or (target.role == "down_proj_bias" and not self.bias):
             return None
-        U = basis.to(W.device)
+        U = basis.to(W)
         return LowRank(-U, U.T @ W)
 
 
@@ -100,7 +100,7 @@ def apply(
         edit: what to do.
         target: which tensor it is.
         tensor: as stored, on the CPU.
-        device: where to compute, in float32.
+        device: where to compute.
 
     Returns:
         the new tensor, of the same shape and dtype, on the CPU, with its record; the same tensor
@@ -109,7 +109,8 @@ def apply(
     Raises:
         CheckpointError: the tensor holds NaN or Inf, or would after the edit.
     """
-    W = output_first(tensor.to(device, torch.float32), target.axis)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    W = output_first(tensor.to(device, wide), target.axis)
     norm = _norm(W)
     if not isfinite(norm):
         raise CheckpointError(
@@ -121,7 +122,7 @@ def apply(
         return tensor, None
     moved = tensor.movedim(target.axis, 0).shape
     rounded = torch.addmm(W, change.B, change.A).to(tensor.dtype)
-    W_new = rounded.float()
+    W_new = rounded.to(wide)
     leakage = _ratio(change.B.T @ W_new, change.B.T @ W)
     if not isfinite(leakage):
         raise CheckpointError(

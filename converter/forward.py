@@ -237,28 +237,42 @@ def run(
             for sink in sinks:
                 sink(batch, layer, f)
 
-        forward(model, modules, batch, visit)
+        try:
+            forward(model, modules, batch, visit)
+        except torch.OutOfMemoryError as error:
+            raise SourceError(
+                f"the GPU is out of memory with {len(batch.rows)} sentences in a batch",
+                hint="lower --batch-size, or give --device cpu",
+            ) from error
         advance(len(batch.rows))
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
+def load_model(folder: Path, dtype: torch.dtype, device: str, needed: int) -> nn.Module:
     """Load a causal language model for a forward pass.
+
+    Args:
+        folder: a checkpoint; code that comes with it is not run.
+        dtype: of the weights in memory.
+        device: where to.
+        needed: bytes of the weights in ``dtype``.
 
     Raises:
         SourceError: it does not fit in memory, or transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
 
-    needed = sum(p.stat().st_size for p in folder.glob("model*.safetensors"))
-    if device == "cpu" and (free := available_memory()) is not None and needed > free:
+    free = available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if free is not None and needed > free:
         raise SourceError(
-            "the model does not fit in memory for the forward pass",
+            f"the model does not fit in the memory of the {device} for the forward pass",
             expected=f"{needed / 1e9:.1f} GB or more available",
             found=f"{free / 1e9:.1f} GB",
             hint="use --activations with a file from a larger machine",
         )
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
         return model.eval().to(device)
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise _unusable("model", error) from error
@@ -273,7 +287,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # as above
         raise _unusable("tokenizer", error) from error
     if not tokenizer.is_fast:

@@ -97,7 +97,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         raise SourceError(
             f"{what} cannot be read from the Hub",
             found=str(error) or type(error).__name__,
-            hint="check the network, or give a local folder",
+            hint="check the network and the disk of HF_HOME, or give a local folder",
         ) from error
 
 

@@ -70,8 +70,9 @@ def convert(
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
         report.note(f"  pairs skipped: {pairs.describe_skipped()}")
-    with report.stage("fetch", f"fetching {source.name}"):
-        source.fetch()
+    if source.repo:
+        with report.stage("fetch", f"fetching the weights of {source.name}"):
+            source.fetch()
     with report.stage("activations", f"activations of {len(pairs.pairs)} pairs"):
         seen = activations_of(run, source, plan, method, pairs, prose, device, cache, report)
     with report.stage("fit", f"fitting {run.method}"):
@@ -80,7 +81,7 @@ def convert(
         subspace = method.fit(seen, vocabulary.decode, words)
     edit = Projection(subspace.bases, method.edit_bias)
     targets = plan.select(method.edit_layers, method.edit_bias)
-    with staged(destination) as folder:
+    with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             written = write_checkpoint(source, plan, edit, targets, folder, device, report)
             check_unchanged(written, seen, report)
@@ -137,7 +138,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """``auto`` is float32 on the CPU, which is exact and no slower there, else the stored dtype."""
+    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype."""
     if asked != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             asked
@@ -175,7 +176,8 @@ def activations_of(
             return found
     report.note("  cache miss, running the model")
     tokenizer = load_tokenizer(source.folder)
-    model = load_model(source.folder, dtype, device)
+    needed = plan.num_parameters * dtype.itemsize
+    model = load_model(source.folder, dtype, device, needed)
     total = 2 * len(pairs.pairs)
     total += len(prose.paragraphs) if request.second_moment else 0
     with report.bar("forward", total, "text") as bar:

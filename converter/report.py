@@ -53,6 +53,6 @@ class Report:
             click.echo(text, err=True)
 
     def warn(self, text: str) -> None:
-        """A line for everybody, ``quiet`` or not; it is also kept for the manifest."""
+        """A line for everybody, ``quiet`` or not; it is also kept for the summary."""
         self.warnings.append(text)
         click.echo(f"warning: {text}", err=True)

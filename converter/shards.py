@@ -79,7 +79,10 @@ def _read_exactly(file: IO[bytes], count: int, name: str) -> bytearray:
 def _fill(file: IO[bytes], view: memoryview, name: str) -> memoryview:
     done = 0
     while done < len(view):
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        try:
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
         if not got:
             raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
         done += got

@@ -52,14 +52,14 @@ def verify(folder: Path, source: Source | None = None, report: Report | None = N
     damaged.update(_check_files(folder, manifest, report))
     problems = [f"{name}: {what}" for name, what in damaged.items()]
     problems += _check_sums(folder, manifest)
-    checks = chain(
-        _check_structure(folder, manifest, damaged),
-        _check_edits(folder, manifest, damaged, report),
-        _check_loading(folder),
-        _check_source(folder, manifest, damaged, source, report) if source else (),
-    )
     try:
-        problems += list(checks)
+        structure = list(_check_structure(folder, manifest, damaged))
+        checks: Iterator[str] = iter(())
+        if not structure:
+            checks = _check_edits(folder, manifest, damaged, report)
+            if source:
+                checks = chain(checks, _check_source(folder, manifest, damaged, source, report))
+        problems += [*structure, *_check_loading(folder), *checks]
     except (ConverterError, OSError) as error:
         problems.append(str(error))
     return problems
@@ -74,7 +74,7 @@ def _check_files(
         for name, entry in files.items():
             path = folder / name
             bar.set_postfix_str(name)
-            if not path.resolve().is_relative_to(folder.resolve()):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 yield name, "lies outside the folder"
             elif not path.is_file():
                 yield name, "is missing"
@@ -138,7 +138,14 @@ def _check_edits(
     if name in damaged:
         return
     bases = load_bases(folder / name)
+    width = manifest["subspace"]["hidden_size"]
+    if lacking := {e["basis"] for e in manifest["edited"]} - set(bases):
+        yield f"{name}: holds no {', '.join(sorted(lacking))}"
+        return
     for label, basis in bases.items():
+        if basis.ndim != 2 or basis.shape[0] != width:
+            yield f"{name}: {label} has shape {list(basis.shape)}, not ({width}, R)"
+            return
         error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
         if not error <= ORTHONORMAL:
             yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"
@@ -203,7 +210,7 @@ def _check_loading(folder: Path) -> Iterator[str]:
 
     for kind in (AutoConfig, AutoTokenizer):
         try:
-            kind.from_pretrained(folder, local_files_only=True)
+            kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a third party's loader on files that may be damaged
             first = (str(error).strip().splitlines() or [""])[0]
             yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {first}"

@@ -260,6 +260,23 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
     assert (precious / "a.jpg").exists()
 
 
+def test_a_mount_point_is_filled_in_place(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of a container can be neither renamed nor replaced."""
+    out, args = tmp_path / "out", ("convert", checkpoints("llama"), *TINY_ARGS)
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    inode = out.stat().st_ino
+    assert cli(*args, out).exit_code == 0
+    (out / "leftover.json").write_text("{}")
+    (out / "folder").mkdir()
+    assert cli(*args, out).exit_code == 7
+    assert cli(*args, out, "--overwrite").exit_code == 0
+    assert cli("verify", out).exit_code == 0
+    assert out.stat().st_ino == inode
+
+
 def test_output_files_have_the_usual_permissions(converted: tuple[Path, Path]) -> None:
     _, out = converted
     umask = os.umask(0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from converter.errors import SourceError
 from converter.forward import (
     Batch,
     Pool,
@@ -33,7 +34,7 @@ MODULES = {"llama": "model.layers.{}.mlp", "gpt2": "transformer.h.{}.mlp"}
 
 
 def load(checkpoints: Checkpoints, kind: str) -> tuple[nn.Module, dict[int, str]]:
-    model = load_model(checkpoints(kind), torch.float32, "cpu")
+    model = load_model(checkpoints(kind), torch.float32, "cpu", 0)
     return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
 
 
@@ -108,6 +109,11 @@ def test_the_first_position_never_counts() -> None:
         coded = encode(tiny_tokenizer(), TEXTS[0], pooling, [(0, 40)])
         assert coded.weights[0] == 0
     assert not any(batches([coded], 1, "cpu")[0].content[:, 0])
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"does not fit in the memory of the cpu .* 1000000.0 GB"):
+        load_model(tmp_path, torch.float32, "cpu", 10**15)
 
 
 def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> None:

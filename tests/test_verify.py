@@ -146,6 +146,27 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(out: Path) -> None:
     assert "../secret: lies outside the folder" in verify(out)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", "no.such.tensor"), ("basis", "U.99"), ("axis", 1), ("shard", "x.safetensors")],
+)
+def test_a_manifest_that_names_what_is_not_there_is_refused(
+    key: str, value: object, out: Path
+) -> None:
+    manifest = read_manifest(out)
+    manifest["edited"][0][key] = value
+    write_manifest(out, manifest)
+    problems = verify(out)
+    assert len(problems) == 1
+    assert "is not that projection" in problems[0] or "holds no U.99" in problems[0]
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(out: Path) -> None:
+    blob = (out / "tokenizer.json").rename(out.parent / "blob")
+    (out / "tokenizer.json").symlink_to(blob)
+    assert verify(out) == []
+
+
 def test_a_folder_without_a_manifest_does_not_verify(tmp_path: Path, cli: Cli) -> None:
     result = cli("verify", tmp_path)
     assert result.exit_code == 8

@@ -21,8 +21,8 @@ def check_destination(
         nbytes: what will be written.
 
     Raises:
-        DestinationError: it is a file, is not empty, contains an input, lies inside one, or the
-            disk is too small.
+        DestinationError: it is a file, is not empty, is or contains an input or the current
+            folder, lies inside an input, or the disk is too small.
     """
     target = destination.resolve()
     for path in (path.resolve() for path in inputs):
@@ -38,6 +38,10 @@ def check_destination(
             )
     if target.exists() and not target.is_dir():
         raise DestinationError(f"destination {destination} is a file", expected="a folder")
+    if Path.cwd().is_relative_to(target):
+        raise DestinationError(
+            f"destination {destination} is the current folder", hint="run this from another one"
+        )
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise DestinationError(
@@ -50,8 +54,8 @@ def check_destination(
                 expected="a folder with a config.json, since --overwrite deletes what is there",
                 hint="choose another folder",
             )
-    parent = next(path for path in target.parents if path.exists())
-    free = shutil.disk_usage(parent).free
+    place = next(path for path in (target, *target.parents) if path.exists())
+    free = shutil.disk_usage(place).free
     if nbytes > free:
         raise DestinationError(
             f"the disk of {destination} is too small",
@@ -60,25 +64,43 @@ def check_destination(
         )
 
 
-@contextmanager
-def staged(destination: Path) -> Iterator[Path]:
-    """A new folder beside ``destination`` that takes its place if the block succeeds.
+LAST = ("model.safetensors.index.json", "config.json", "gloss_manifest.json", "SHA256SUMS")
+"""Moved last where files are moved one by one: without them it is no checkpoint."""
 
-    If it does not, for whatever reason, the new folder is removed and the destination is as it
-    was. A folder that is already there is replaced; ``check_destination`` has been asked first.
+
+@contextmanager
+def staged(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder that takes the place of ``destination`` if the block succeeds.
+
+    It is made beside the destination and renamed, which is one step for everybody who looks. Only
+    a mount point, which cannot be renamed, is filled file by file from a folder inside it. If the
+    block does not succeed, for whatever reason, the new folder is removed and the destination is
+    as it was.
+
+    Args:
+        destination: asked about before with ``check_destination``.
+        overwrite: whether what is there by then may be replaced.
 
     Raises:
-        DestinationError: the operating system refuses to write, for lack of space for example.
+        DestinationError: the operating system refuses to write, for lack of space for example, or
+            another run was faster.
     """
     target = destination.resolve()
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    mounted = os.path.ismount(target)
+    name = f".{target.name}.part-{os.getpid()}"
+    part = target / name if mounted else target.with_name(name)
     made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         yield part
         _sync(part)
-        _publish(part, target)
+        if not overwrite and _content(target, part):
+            raise DestinationError(
+                f"destination {destination} was filled meanwhile",
+                hint="another run may have been faster; choose another folder",
+            )
+        (_fill if mounted else _replace)(part, target)
     except OSError as error:
         raise DestinationError(
             f"destination {destination} cannot be written",
@@ -92,7 +114,13 @@ def staged(destination: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _publish(part: Path, target: Path) -> None:
+def _content(target: Path, part: Path) -> list[Path]:
+    """What is in the destination besides the folder that is to fill it."""
+    return [path for path in target.iterdir() if path != part] if target.is_dir() else []
+
+
+def _replace(part: Path, target: Path) -> None:
+    """Rename ``part`` to ``target``; a folder that is there is set aside, then deleted."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     replaced = target.is_dir()
     if replaced:
@@ -108,8 +136,20 @@ def _publish(part: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
+def _fill(part: Path, target: Path) -> None:
+    """Move the content of ``part``, which is inside ``target``, one level up; ``LAST`` comes last.
+
+    What was there before is deleted first.
+    """
+    for path in _content(target, part):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in sorted(part.iterdir(), key=lambda path: (path.name in LAST, path.name)):
+        path.rename(target / path.name)
+    _sync(target)
+
+
 def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
