@@ -317,7 +317,9 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     """In a process of its own, interrupted while a shard is half written."""
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # a parent that runs in the background may have handed down that SIGINT is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from converter import cli\n"
         "from converter.outputs import checkpoint\n"
         "def slow(source, target, *rest):\n"
@@ -326,16 +328,16 @@ def test_an_interrupted_run_leaves_nothing(
         "cli.convert_command(sys.argv[1:])\n"
     )
     args = [source, tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", script, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(number)
+        _, errors = process.communicate()
     assert process.returncode == code
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "source"]
