@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from converter.architecture import Architecture
-from converter.cache import replacing
+from converter.cache import replacing, sha256_of
 from converter.errors import DataError
-from converter.forward import MAX_TOKENS, Pool, Pooling, SecondMoment, Sink, batches, encode, run
+from converter.forward import Pool, SecondMoment, Sink, run
 from converter.pairs import Pairs, Prose
+from converter.report import Report
+from converter.tokens import MAX_TOKENS, Encoder, Pooling, batches
 
 Site = Literal["ffn", "residual"]
 
@@ -66,15 +68,19 @@ class Activations:
 
 def activation_inputs(
     digests: Mapping[str, str],
+    architecture: Architecture,
     pairs: Pairs,
     prose: Prose,
     request: Request,
+    *,
     device: str,
     dtype: str,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Everything the activations depend on, by content. Its hash is the cache key.
 
-    The code that extracts counts too, and so do the versions of the libraries that compute.
+    The code that extracts counts too, and so do the versions of the libraries that compute. The
+    batch size changes rounding only, but equal inputs have to give equal bytes.
     """
     return {
         "files": dict(digests),
@@ -82,12 +88,19 @@ def activation_inputs(
         "prose": prose.sha256,
         **asdict(request),
         "layers": list(request.layers),
+        "module": module_template(architecture, request),
         "max_tokens": MAX_TOKENS,
+        "batch_size": batch_size,
         "device": device.partition(":")[0],
         "dtype": dtype,
         "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
         "extractor": _code_digest(),
     }
+
+
+def module_template(architecture: Architecture, request: Request) -> str:
+    """The name of the modules whose output is wanted, with ``{layer}``."""
+    return architecture.ffn if request.site == "ffn" else architecture.block
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:
@@ -113,10 +126,10 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             taken at another site or with another pooling.
     """
     what = f"activations {path.name}"
+    inputs = read_inputs(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            inputs = json.loads((file.metadata() or {}).get("inputs", "{}"))
             wanted = [f"{side}.{n}" for side in ("toxic", "neutral") for n in request.layers]
             wanted += ["second_moment"] * request.second_moment
             if missing := [name for name in wanted if name not in names]:
@@ -132,7 +145,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
                 found=inputs[key],
                 hint=f"give -o {key}={inputs[key]} or other activations",
             )
-    rows = tensors[wanted[0]].shape[0]
+    rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
     for name, tensor in tensors.items():
         shape = [hidden_size if name == "second_moment" else rows, hidden_size]
         if list(tensor.shape) != shape:
@@ -149,11 +162,64 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
     )
 
 
+def read_inputs(path: Path) -> dict[str, Any]:
+    """What a file of ``save_activations`` says it depends on; empty if it does not say.
+
+    Raises:
+        DataError: it cannot be read, or what it says is not what ``save_activations`` writes.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"metadata with {constant}")
+
+    what = f"activations {path.name}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("inputs", "{}")
+        inputs = json.loads(text, parse_constant=refuse)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    texts = ("pairs", "prose", "site", "pooling")
+    if (
+        not isinstance(inputs, dict)
+        or not isinstance(inputs.get("files", {}), dict)
+        or not all(isinstance(inputs.get(key, ""), str) for key in texts)
+        or not all(isinstance(digest, str) for digest in inputs.get("files", {}).values())
+    ):
+        raise DataError(f"{what} have metadata that are not those of gloss-convert")
+    return inputs
+
+
+def texts_of_file(path: Path, pairs: Pairs, prose: Prose, report: Report) -> tuple[Pairs, Prose]:
+    """The pairs and the prose that an activations file was made from, for the record.
+
+    Raises:
+        DataError: the file says that they are not those of this run.
+    """
+    inputs = read_inputs(path)
+    for what, found in (("pairs", pairs.sha256), ("prose", prose.sha256)):
+        if inputs.get(what, found) != found:
+            raise DataError(
+                f"activations {path.name} were taken from other {what}",
+                expected=f"those with sha256 {inputs[what][:16]}...",
+                found=f"{found[:16]}...",
+                hint="give the same --pairs, --num-pairs, --seed, --neutral and --word-list",
+            )
+    if "pairs" in inputs and "prose" in inputs:
+        return pairs, prose
+    report.warn(f"{path.name} does not say which pairs and prose it was made from")
+    unknown = {"name": f"unknown, in {path.name}"}
+    digest = sha256_of(path)
+    return Pairs((), unknown, digest), Prose((), unknown, digest)
+
+
+EXTRACTOR = ("activations.py", "forward.py", "tokens.py")
+"""The modules that decide what the activations are."""
+
+
 def _code_digest() -> str:
-    """The sha256 of this module and ``forward.py``: any change to them is another extractor."""
-    code = (
-        Path(__file__).with_name(name).read_bytes() for name in ("activations.py", "forward.py")
-    )
+    """The sha256 of the extractor's code: any change of it makes another extractor."""
+    code = (Path(__file__).with_name(name).read_bytes() for name in EXTRACTOR)
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 
@@ -178,11 +244,12 @@ def extract(
     Raises:
         DataError: no pair is left, or the activations are not finite.
     """
-    template = architecture.ffn if request.site == "ffn" else architecture.block
+    template = module_template(architecture, request)
     modules = {layer: template.format(layer=layer) for layer in request.layers}
+    encode = Encoder(tokenizer, model)
     mean: Pooling = "last" if request.pooling == "last" else "mean"
-    toxic = [encode(tokenizer, p.toxic, request.pooling, p.spans) for p in pairs.pairs]
-    neutral = [encode(tokenizer, p.neutral, mean, ()) for p in pairs.pairs]
+    toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]
+    neutral = [encode(p.neutral, mean, ()) for p in pairs.pairs]
     kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
     if not kept:
         raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
@@ -195,7 +262,7 @@ def extract(
         moment.start_group(sides[1])
     run(model, modules, sides[1], sinks[1], advance)
     if request.second_moment:
-        coded = [encode(tokenizer, text, "mean", ()) for text in prose.paragraphs]
+        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
         texts = batches(coded, batch_size, device)
         moment.start_group(texts)
         run(model, modules, texts, [moment], advance)

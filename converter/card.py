@@ -50,9 +50,8 @@ def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], st
     """
     card = source.card
     if card.license:
-        fields = {"license": card.license, "license_name": card.license_name}
-        fields["license_link"] = card.license_link
-        return {key: str(value) for key, value in fields.items() if value}, None
+        names = ("license", "license_name", "license_link")
+        return {name: value for name in names if (value := getattr(card, name))}, None
     files = [name for name in source.companions if name.upper().startswith(("LICENSE", "LICENCE"))]
     link = files[0] if files else (f"https://huggingface.co/{base}" if base else "README.md")
     return (

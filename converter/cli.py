@@ -35,7 +35,7 @@ Command = Callable[..., None]
 @contextmanager
 def plain_exit(as_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     except ConverterError as error:
@@ -45,8 +45,10 @@ def plain_exit(as_json: bool) -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("interrupted; nothing was written", err=True)
+        click.echo("interrupted; no half-written checkpoint is at the destination", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_json(data: Any) -> None:
@@ -240,8 +242,8 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{plan['source']}: {plan['architecture']}, "
         f"{plan['dimensions']['num_hidden_layers']} layers, hidden size "
         f"{plan['dimensions']['hidden_size']}, FFN {plan['dimensions']['intermediate_size']}",
-        f"method {plan['method']['name']}, rank {options['rank']}, layers "
-        f"{compress(list(options['layers']))}",
+        f"method {plan['method']['name']}, rank {options['rank']}, edited layers "
+        f"{compress(plan['edited_layers'])}",
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
             f"{entry['edited']} edited"

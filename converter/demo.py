@@ -6,14 +6,14 @@ are written once into the user's cache; from there on the demo is a folder like 
 
 import importlib.util
 import io
-import os
-import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 
+from converter import hub
 from converter.cache import cache_error
 from converter.errors import SourceError
 
@@ -21,12 +21,11 @@ REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = "SmolLM2-135M-Instruct"
 SHARD_SIZE = "60MB"
 
-CARD = f"""---
+CARD = """---
 license: apache-2.0
-base_model: {REPO_ID}
 language: [en]
 ---
-SmolLM2-135M-Instruct in bfloat16, written by gloss-convert for its demo from {{origin}}.
+SmolLM2-135M-Instruct in bfloat16, written by gloss-convert for its demo from {origin}.
 """
 
 
@@ -40,16 +39,16 @@ def demo_folder(cache: Path) -> Path:
     folder = cache / "demo" / FOLDER
     if folder.is_dir():
         return folder
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     try:
-        part.mkdir(parents=True)
-        _write(part)
-        part.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".demo-", dir=folder.parent) as temporary:
+            part = Path(temporary) / FOLDER
+            part.mkdir()
+            _write(part)
+            part.rename(folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # unless another run has made it meanwhile
             raise cache_error(folder, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
@@ -85,8 +84,10 @@ def _load(gguf: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if gguf is None:
-        model = AutoModelForCausalLM.from_pretrained(REPO_ID, dtype=torch.bfloat16)
-        return model, AutoTokenizer.from_pretrained(REPO_ID)
+        repo = hub.resolve("model", REPO_ID)
+        folder = hub.download(repo, ["*.json", "*.txt", "model.safetensors"], first=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model, AutoTokenizer.from_pretrained(folder)
     with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

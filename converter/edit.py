@@ -9,7 +9,7 @@ transposed on the way in and out, a bias has F = 1.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Protocol
 
 import torch
@@ -111,7 +111,7 @@ def apply(
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     W = output_first(tensor.to(device, wide), target.axis)
-    norm = _norm(W)
+    norm = norm_of(W)
     if not isfinite(norm):
         raise CheckpointError(
             f"tensor {target.info.name} of {target.shard} holds NaN or Inf",
@@ -123,7 +123,7 @@ def apply(
     moved = tensor.movedim(target.axis, 0).shape
     rounded = torch.addmm(W, change.B, change.A).to(tensor.dtype)
     W_new = rounded.to(wide)
-    leakage = _ratio(change.B.T @ W_new, change.B.T @ W)
+    leakage = norm_of(change.B.T @ W_new) / (norm_of(change.B.T @ W) or 1.0)
     if not isfinite(leakage):
         raise CheckpointError(
             f"tensor {target.info.name} overflows {target.info.dtype} when it is edited"
@@ -140,18 +140,28 @@ def apply(
         sha256_before=hashlib.sha256(to_bytes(tensor)).hexdigest(),
         sha256_after=hashlib.sha256(to_bytes(new)).hexdigest(),
         norm=norm,
-        relative_change=_ratio(W_new - W, W),
-        energy_removed=_ratio(change.A, W) ** 2,
+        relative_change=norm_of(W_new, W) / (norm or 1.0),
+        energy_removed=(norm_of(change.A) / (norm or 1.0)) ** 2,
         leakage=leakage,
     )
     return new, record
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    """||part|| / ||whole||, or 0 if both are 0."""
-    return _norm(part) / (_norm(whole) or 1.0)
+def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
+    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (D, F)."""
+    total = 0.0
+    for start in range(0, x.shape[1], columns(x)):
+        block = x[:, start : start + columns(x)].double()
+        if minus is not None:
+            block = block - minus[:, start : start + columns(x)]
+        total += float(block.square().sum())
+    return sqrt(total)
 
 
-def _norm(x: Tensor) -> float:
-    """The Frobenius norm, summed in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+BLOCK = 1 << 20
+"""Elements of a tensor that are held in float64 at a time."""
+
+
+def columns(x: Tensor) -> int:
+    """How many columns of (D, F) make a block."""
+    return max(BLOCK // max(x.shape[0], 1), 1)

@@ -4,77 +4,14 @@ Shapes: B sentences in a batch, T tokens, D hidden size, N sentences in all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from converter.errors import DataError, SourceError
-
-MAX_TOKENS = 256
-"""Tokens of a sentence or paragraph that are read; the rest is cut. Pairs are far shorter."""
-
-Pooling = Literal["predicting", "mean", "last"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """Token ids, the first of them a BOS, and a weight for each position; see ``encode``."""
-
-    ids: list[int]
-    weights: list[float]
-
-
-def encode(
-    tokenizer: Any, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]
-) -> Sentence:
-    """Tokenize one text and give each position its weight in the pool.
-
-    A BOS (or another special token, where the model has none) is put first: it is the attention
-    sink, whose huge activations would drown the rest, and never has weight. The weights of the
-    others sum to 1, or are all 0 if ``pooling`` finds no position.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        text: one sentence or paragraph.
-        pooling: ``predicting`` weighs the positions whose next token overlaps a span.
-        spans: character ranges, used by ``predicting`` only.
-    """
-    coded = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=pooling == "predicting",
-        truncation=True,
-        max_length=MAX_TOKENS - 1,
-    )
-    ids = [first_token(tokenizer), *coded["input_ids"]]
-    chosen = list(range(1, len(ids)))
-    if pooling == "last":
-        chosen = chosen[-1:]
-    elif pooling == "predicting":
-        inside = [
-            any(start < b and end > a for a, b in spans) for start, end in coded["offset_mapping"]
-        ]
-        # inside[i] is about token i + 1 of ids, which position i predicts
-        chosen = [i for i, toxic in enumerate(inside) if toxic and i > 0]
-    weights = [0.0] * len(ids)
-    for i in chosen:
-        weights[i] = 1.0 / len(chosen)
-    return Sentence(ids, weights)
-
-
-def first_token(tokenizer: Any) -> int:
-    """The id to put first: BOS, or the special token that comes nearest to one.
-
-    Raises:
-        DataError: the tokenizer has no special token at all.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return int(token)
-    raise DataError("the tokenizer has no BOS, EOS or padding token", expected="one of them")
+from converter.errors import CheckpointError, SourceError
+from converter.tokens import Batch
 
 
 class _Enough(Exception):  # noqa: N818 - it is not an error
@@ -85,7 +22,7 @@ Visit = Callable[[int, Tensor], None]
 """Called with a layer and its activations, (B, T, D) float32, on the model's device."""
 
 
-def forward(model: nn.Module, modules: Mapping[int, str], batch: "Batch", visit: Visit) -> None:
+def forward(model: nn.Module, modules: Mapping[int, str], batch: Batch, visit: Visit) -> None:
     """Run one batch up to the last module of interest and show each one's output to ``visit``.
 
     Args:
@@ -121,49 +58,6 @@ def forward(model: nn.Module, modules: Mapping[int, str], batch: "Batch", visit:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Padded sentences: ``rows`` are their places in the list, the rest is (B, T).
-
-    ``content`` marks the tokens that count: neither padding nor the first position.
-    """
-
-    rows: list[int]
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    content: Tensor
-    weights: Tensor
-
-
-def batches(
-    sentences: Sequence[Sentence], size: int, device: str, side: Literal["left", "right"] = "right"
-) -> list[Batch]:
-    """Group sentences of like length, longest first, and pad each group.
-
-    Padding has mask 0 and weight 0, and real tokens count their positions from 0, so neither
-    ``size`` nor ``side`` changes a result beyond rounding.
-    """
-    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
-    groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return [_pad([sentences[i] for i in rows], rows, device, side) for rows in groups]
-
-
-def _pad(group: list[Sentence], rows: list[int], device: str, side: str) -> Batch:
-    length = max(len(s.ids) for s in group)
-    ids = torch.zeros(len(group), length, dtype=torch.long)
-    mask = torch.zeros(len(group), length, dtype=torch.long)
-    weights = torch.zeros(len(group), length)
-    for i, s in enumerate(group):
-        place = slice(0, len(s.ids)) if side == "right" else slice(length - len(s.ids), length)
-        ids[i, place] = torch.tensor(s.ids)
-        mask[i, place] = 1
-        weights[i, place] = torch.tensor(s.weights)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    content = mask.bool() & (positions > 0)
-    return Batch(rows, *(x.to(device) for x in (ids, mask, positions, content, weights)))
 
 
 Sink = Callable[[Batch, int, Tensor], None]
@@ -258,6 +152,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, needed: int) -> nn
 
     Raises:
         SourceError: it does not fit in memory, or transformers cannot load it.
+        CheckpointError: a tensor of the model is not in the checkpoint.
     """
     from transformers import AutoModelForCausalLM
 
@@ -270,11 +165,25 @@ def load_model(folder: Path, dtype: torch.dtype, device: str, needed: int) -> nn
             hint="use --activations with a file from a larger machine",
         )
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-        return model.eval().to(device)
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
+        raise _unusable("model", error) from error
+    model, info = cast(tuple[nn.Module, dict[str, Any]], loaded)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors that the model needs",
+            found=f"no {missing[0]}",
+            hint="transformers would fill them with random numbers; get an intact copy",
+        )
+    try:
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
         raise _unusable("model", error) from error
 
 

@@ -56,7 +56,6 @@ class Header:
     data_start: int
     size: int
     tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -106,16 +105,16 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
         raise fail("the header is not JSON", found=str(error)) from error
     if not isinstance(entries, dict):
         raise fail("the header is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
+    entries.pop("__metadata__", None)
     data_start = 8 + len(raw)
     try:
         tensors = [
             TensorInfo(
                 key,
                 str(entry["dtype"]),
-                tuple(int(n) for n in entry["shape"]),
-                data_start + int(entry["data_offsets"][0]),
-                data_start + int(entry["data_offsets"][1]),
+                tuple(_integer(n) for n in entry["shape"]),
+                data_start + _integer(entry["data_offsets"][0]),
+                data_start + _integer(entry["data_offsets"][1]),
             )
             for key, entry in entries.items()
         ]
@@ -136,7 +135,7 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
         ):
             raise fail(
                 f"tensor {info.name} has the wrong length",
-                expected=f"{prod(info.shape) * bits / 8:,.0f} bytes for {info.dtype} "
+                expected=f"{prod(info.shape) * bits // 8:,} bytes for {info.dtype} "
                 f"{list(info.shape)}",
                 found=f"{info.nbytes:,}",
             )
@@ -147,4 +146,11 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
             expected=f"{position:,} bytes",
             found=f"{size:,}",
         )
-    return Header(data_start, size, {info.name: info for info in tensors}, metadata)
+    return Header(data_start, size, {info.name: info for info in tensors})
+
+
+def _integer(value: Any) -> int:
+    """A number of a header that is an integer and nothing like it (true, 2.0, 1e999)."""
+    if type(value) is not int or abs(value) >= 1 << 63:
+        raise ValueError(value)
+    return value

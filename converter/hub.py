@@ -184,4 +184,4 @@ def remote_header(repo: Repo, name: str) -> Header:
         )
         for key, info in parsed.tensors.items()
     }
-    return Header(start, repo.sizes[name], tensors, dict(parsed.metadata or {}))
+    return Header(start, repo.sizes[name], tensors)

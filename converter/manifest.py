@@ -25,7 +25,7 @@ from converter import __version__
 from converter.activations import Activations, cache_key
 from converter.errors import VerificationError
 from converter.methods import Method
-from converter.outputs.checkpoint import Written
+from converter.outputs.checkpoint import Written, file_entry
 from converter.pairs import Pairs, Prose
 from converter.report import Report
 from converter.run import Run
@@ -145,8 +145,9 @@ def measurements(report: Report) -> dict[str, Any]:
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest and, over it and all the files it lists, ``SHA256SUMS``."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / MANIFEST).write_text(text, "utf-8")
-    (folder / SUMS).write_text(sums_text(manifest, text.encode()), "utf-8")
+    for name, content in ((MANIFEST, text), (SUMS, sums_text(manifest, text.encode()))):
+        (folder / name).write_text(content, "utf-8")
+        file_entry(folder / name)
 
 
 def sums_text(manifest: Mapping[str, Any], raw: bytes) -> str:

@@ -206,7 +206,7 @@ def load_prose(origin: str) -> Prose:
         text = files("converter").joinpath("data/neutral.txt").read_text("utf-8")
         name: dict[str, Any] = {"name": "builtin"}
     else:
-        path = Path(origin).expanduser()
+        path = Path(origin)
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:

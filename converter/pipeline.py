@@ -15,6 +15,7 @@ from converter.activations import (
     extract,
     load_activations,
     save_activations,
+    texts_of_file,
 )
 from converter.cache import default_cache
 from converter.card import make_card
@@ -63,17 +64,19 @@ def convert(
     report, cache = report or Report(quiet=True), cache or default_cache()
     source, plan, method = prepare(run, cache, report)
     device = choose_device(run.device)
-    inputs = [source.folder, *(Path(p) for p in (run.pairs, run.neutral, run.word_list))]
-    inputs += [run.activations] if run.activations else []
-    check_destination(destination, overwrite, [p for p in inputs if p.exists()], plan.nbytes)
+    named = [Path(p) for p in (run.pairs, run.neutral, run.word_list, run.activations) if p]
+    inputs = [*source.files, *(path for path in named if path.is_file())]
+    check_destination(destination, overwrite, inputs, plan.nbytes)
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
+    if run.activations is not None:
+        pairs, prose = texts_of_file(run.activations, pairs, prose, report)
     if pairs.skipped:
         report.note(f"  pairs skipped: {pairs.describe_skipped()}")
     if source.repo:
         with report.stage("fetch", f"fetching the weights of {source.name}"):
             source.fetch()
-    with report.stage("activations", f"activations of {len(pairs.pairs)} pairs"):
+    with report.stage("activations", f"activations of {len(pairs.pairs) or 'unknown'} pairs"):
         seen = activations_of(run, source, plan, method, pairs, prose, device, cache, report)
     with report.stage("fit", f"fitting {run.method}"):
         vocabulary = Vocabulary(plan, source.folder, load_tokenizer(source.folder))
@@ -89,9 +92,8 @@ def convert(
         manifest = make_manifest(
             run, source, method, pairs, prose, words, seen, subspace, written, device
         )
-        base = run.base_model or (source.repo.repo_id if source.repo else source.card.base_model)
-        base_name = base if isinstance(base, str) else None
-        card, warnings = make_card(source, base_name, manifest, destination.resolve().name)
+        base = run.base_model or source.base
+        card, warnings = make_card(source, base, manifest, destination.resolve().name)
         for warning in warnings:
             report.warn(warning)
         (folder / CARD).write_text(card, "utf-8")
@@ -163,7 +165,14 @@ def activations_of(
         return load_activations(run.activations, request, hidden_size)
     dtype = choose_dtype(run.forward_dtype, plan, device)
     inputs = activation_inputs(
-        source.digests(cache), pairs, prose, request, device, str(dtype).removeprefix("torch.")
+        source.digests(cache),
+        plan.architecture,
+        pairs,
+        prose,
+        request,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        batch_size=run.batch_size,
     )
     path = cache / "activations" / f"{cache_key(inputs)}.safetensors"
     if path.exists():
@@ -258,6 +267,7 @@ def describe_plan(run: Run, cache: Path, report: Report) -> dict[str, Any]:
             }
             for name, header in plan.headers.items()
         },
+        "edited_layers": list(method.edit_layers),
         "edited_tensors": [target.info.name for target in targets],
         "bytes_to_read": plan.nbytes,
         "bytes_to_write": plan.nbytes,

@@ -115,6 +115,8 @@ def make_plan(
     targets = []
     for layer in range(dimensions.num_hidden_layers):
         weight = find(architecture.weight, layer)
+        if weight is None and find(architecture.weight.replace(".weight", ".qweight"), layer):
+            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
         if weight is None:
             raise CheckpointError(
                 f"the down-projection of layer {layer} is missing",
@@ -133,6 +135,13 @@ def make_plan(
         "unembedding": find(architecture.unembedding) or find(architecture.embedding),
         "final_norm": find(architecture.final_norm),
     }
+    for role, place in parts.items():
+        if place and (place[1].shape[-1:] != (dimensions.hidden_size,) or len(place[1].shape) > 2):
+            raise CheckpointError(
+                f"tensor {place[1].name} ({role}) contradicts config.json",
+                expected=f"a last axis of {dimensions.hidden_size}",
+                found=f"shape {list(place[1].shape)}",
+            )
     return Plan(
         architecture,
         dimensions,
@@ -147,12 +156,17 @@ def refuse_quantized(config: dict[str, Any]) -> None:
     scheme = config.get("quantization_config") or config.get("compression_config")
     if scheme:
         name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else str(scheme)
-        raise CheckpointError(
-            "the checkpoint is quantized",
-            expected="16- or 32-bit floating-point weights",
-            found=f"scheme {name}",
-            hint="edit the unquantized base and quantize the result",
-        )
+        raise quantized(name)
+
+
+def quantized(scheme: str) -> CheckpointError:
+    """The one sentence about a quantized checkpoint."""
+    return CheckpointError(
+        "the checkpoint is quantized",
+        expected="16- or 32-bit floating-point weights",
+        found=f"scheme {scheme}",
+        hint="edit the unquantized base and quantize the result",
+    )
 
 
 def locate_tensors(

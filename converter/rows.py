@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ class Row:
 
 def locate(origin: str) -> tuple[dict[str, Any], Path]:
     """A local file, or the data file of a Hub dataset at a resolved commit."""
-    path = Path(origin).expanduser()
+    path = Path(origin)
+    if path.is_dir():
+        raise DataError(f"pairs {origin} is a folder", expected="a file or a Hub dataset id")
     if path.is_file() or path.suffix in FORMATS or not hub.looks_like_repo(origin):
         if not path.is_file():
             raise DataError(f"pairs file {origin} does not exist", hint="check the path")
@@ -58,7 +61,14 @@ def _first_readable(folder: Path, origin: str) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -72,16 +82,14 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
         )
-    try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
-    lines = text.removeprefix("\ufeff").splitlines()
-    yield from _read_jsonl(lines) if kind == "jsonl" else _read_table(lines, kind, path.name)
+    text = _read_bytes(path).decode("utf-8", errors="replace")
+    text = text.removeprefix("\ufeff")
+    yield from _read_jsonl(text) if kind == "jsonl" else _read_table(text, kind, path.name)
 
 
-def _read_jsonl(lines: list[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def _read_jsonl(text: str) -> Iterator[Row]:
+    # not splitlines(), which also cuts at characters that may stand in a sentence
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -93,12 +101,13 @@ def _read_jsonl(lines: list[str]) -> Iterator[Row]:
         yield _row(number, *sides)
 
 
-def _read_table(lines: list[str], kind: str, name: str) -> Iterator[Row]:
+def _read_table(text: str, kind: str, name: str) -> Iterator[Row]:
     """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
+    file = io.StringIO(text, newline="")
     reader = (
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if kind == "tsv"
-        else csv.reader(lines)
+        else csv.reader(file)
     )
     try:
         columns = [column.strip().lower() for column in next(reader, [])]

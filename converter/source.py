@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from converter import hub
 from converter.cache import remembered_sha256
+from converter.demo import REPO_ID as DEMO
 from converter.demo import demo_folder
 from converter.errors import CheckpointError, SourceError
 from converter.header import Header, read_header
@@ -18,12 +19,20 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 
-OTHER_WEIGHTS = {
-    ".bin", ".ckpt", ".gguf", ".h5", ".mlmodel", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot",
-    ".pt", ".pth", ".safetensors", ".tflite",
-}  # fmt: skip
-OTHER_FORMATS = {"coreml", "gguf", "onnx", "openvino", "original"}
-"""Folders in which repos keep the same model for other programs."""
+OTHER_WEIGHTS = (
+    ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
+    ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
+    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
+)  # fmt: skip
+"""Endings of files that hold weights or data, in this format or another."""
+
+OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
+                 "wandb")  # fmt: skip
+"""Beginnings of folders with the model for other programs, or with the traces of a training."""
+
+MAX_COMPANION = 64_000_000
+"""Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
+half of it."""
 
 OURS = {CARD, INDEX, "gloss_manifest.json", "SHA256SUMS"}
 """Files that a conversion writes itself; the source's own are not copied."""
@@ -46,6 +55,7 @@ class Source:
         weight_map: of the index, or None for a single file.
         companions: the other small files that belong to the model, relative to ``folder``.
         repo: where it was downloaded from, or None.
+        base: repo id of the model that this is, as far as it is known.
         card: front matter of its model card; empty when it has none.
     """
 
@@ -56,7 +66,14 @@ class Source:
     weight_map: dict[str, str] | None
     companions: tuple[str, ...]
     repo: hub.Repo | None
+    base: str | None
     card: ModelCardData
+
+    @property
+    def files(self) -> list[Path]:
+        """The folder and what is read from it; links in it may lead elsewhere."""
+        names = (*self.shards, *self.companions)
+        return [self.folder, *(self.folder / name for name in names)]
 
     def headers(self) -> dict[str, Header]:
         """The header of every shard, from disk, or by range requests while it is only on the Hub.
@@ -99,16 +116,14 @@ class Source:
         return {name: remembered_sha256(self.folder / name, cache) for name in sorted(set(names))}
 
 
-def is_companion(name: str) -> bool:
+def is_companion(name: str, size: int = 0) -> bool:
     """Whether a file of a repo belongs to the model and is not its weights, card or history."""
     path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or name in OURS:
+    if any(part.startswith(".") for part in path.parts) or name in OURS or size > MAX_COMPANION:
         return False
-    if len(path.parts) > 1 and path.parts[0] in OTHER_FORMATS:
+    if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
         return False
-    return path.suffix not in OTHER_WEIGHTS and not name.endswith(
-        (".bin.index.json", ".safetensors.index.json")
-    )
+    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
 
 
 def resolve(source: str, cache: Path) -> Source:
@@ -122,32 +137,58 @@ def resolve(source: str, cache: Path) -> Source:
         SourceError: it cannot be reached.
         CheckpointError: it is not a safetensors checkpoint with a config and a tokenizer.
     """
-    folder = demo_folder(cache) if source == "demo" else Path(source).expanduser()
-    if folder.is_dir():
-        names = sorted(
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-        )
-        return _read(folder.resolve().name, folder, names, None)
-    if folder.exists():
+    folder = demo_folder(cache) if source == "demo" else Path(source)
+    try:
+        if folder.is_dir():
+            return _read(
+                folder.resolve().name,
+                folder,
+                _files(folder),
+                None,
+                DEMO if source == "demo" else None,
+            )
+        is_file = folder.exists()
+    except OSError as error:
+        raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
+    if is_file:
         raise SourceError(f"{source} is a file", expected="a folder with a checkpoint or a repo id")
     if not hub.looks_like_repo(source):
         raise SourceError(f"{source} does not exist", hint="check the path")
     repo = hub.resolve("model", source)
     if repo.sizes:
         _choose_shards(repo.repo_id, list(repo.sizes))
-        wanted = [n for n in repo.sizes if is_companion(n) or n in (CARD, INDEX)]
-        folder, names = hub.download(repo, wanted, first=True), sorted(repo.sizes)
+        wanted = [
+            n for n, size in repo.sizes.items() if is_companion(n, size) or n in (CARD, INDEX)
+        ]
+        folder, sizes = hub.download(repo, wanted, first=True), repo.sizes
     else:
-        folder = hub.download(repo, ["*"])
-        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return _read(repo.repo_id, folder, names, repo)
+        folder = hub.download(repo, [])
+        sizes = _files(folder)
+    return _read(repo.repo_id, folder, sizes, repo, repo.repo_id)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Every file below a folder, and its size."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file():
+            if not name.isprintable():  # a name that is not UTF-8 is not printable either
+                raise CheckpointError(f"the file name {name!r} is not plain text")
+            found[name] = path.stat().st_size
+    return found
 
 
 def _choose_shards(name: str, names: list[str]) -> bool:
-    """Whether there is an index, for a repo or folder that holds a safetensors checkpoint."""
+    """Whether there is an index, for a repo or folder that holds one safetensors checkpoint."""
+    if INDEX in names and SINGLE in names:
+        raise CheckpointError(
+            f"{name} has two sets of weights: {SINGLE} and {INDEX}",
+            hint="loaders differ in which they take; remove one",
+        )
     if INDEX in names or SINGLE in names:
         return INDEX in names
-    others = sorted({n for n in names if PurePosixPath(n).suffix in OTHER_WEIGHTS})
+    others = sorted({n for n in names if n.endswith(OTHER_WEIGHTS)})
     raise CheckpointError(
         f"{name} has no safetensors weights",
         expected=f"{SINGLE} or {INDEX}",
@@ -156,7 +197,10 @@ def _choose_shards(name: str, names: list[str]) -> bool:
     )
 
 
-def _read(name: str, folder: Path, names: list[str], repo: hub.Repo | None) -> Source:
+def _read(
+    name: str, folder: Path, sizes: dict[str, int], repo: hub.Repo | None, base: str | None
+) -> Source:
+    names = list(sizes)
     sharded = _choose_shards(name, names)
     if "config.json" not in names:
         raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
@@ -164,7 +208,7 @@ def _read(name: str, folder: Path, names: list[str], repo: hub.Repo | None) -> S
         raise CheckpointError(
             f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
         )
-    weight_map = _read_index(folder / INDEX) if sharded else None
+    weight_map = read_index(folder / INDEX) if sharded else None
     shards = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE,)
     for shard in shards:
         if shard not in names:
@@ -175,13 +219,19 @@ def _read(name: str, folder: Path, names: list[str], repo: hub.Repo | None) -> S
         read_json(folder / "config.json"),
         shards,
         weight_map,
-        tuple(n for n in names if is_companion(n)),
+        tuple(n for n in names if is_companion(n, sizes[n])),
         repo,
+        base,
         _read_card(folder / CARD),
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, as an index says.
+
+    Raises:
+        CheckpointError: there is none, or a shard is not a plain file name.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name} has no weight_map", hint="fetch the file again")

@@ -144,15 +144,24 @@ def mean_difference(differences: Tensor) -> Tensor:
     return torch.nn.functional.normalize(mean)
 
 
-def svd_directions(differences: Tensor, count: int) -> Tensor:
+def svd_directions(differences: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first ``count`` right singular vectors of (N, D) as rows, turned to the toxic side.
 
     The sign of a singular vector is arbitrary; here the mean difference has a component >= 0 along
     each.
+
+    Returns:
+        (count, D) and all singular values.
+
+    Raises:
+        FitError: all differences are zero.
     """
-    rows = top_right_singular_vectors(differences, count)[0].T
+    vectors, values = top_right_singular_vectors(differences, count)
+    if not values[0] > 0:
+        raise FitError("the toxic and the neutral side are the same", hint="check the pairs")
+    rows = vectors.T
     backwards = rows @ differences.double().mean(0) < 0
-    return torch.where(backwards[:, None], -rows, rows)
+    return torch.where(backwards[:, None], -rows, rows), values
 
 
 def above_threshold(scores: Sequence[float], alpha: float) -> list[bool]:

@@ -1,31 +1,27 @@
 """Is a checkpoint what its manifest says? Every byte, every edit, and whether it loads."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from math import sqrt
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from converter.activations import cache_key
 from converter.cache import sha256_of
-from converter.edit import output_first
+from converter.edit import norm_of, output_first
 from converter.errors import ConverterError, VerificationError
 from converter.header import TensorInfo, read_header
 from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
-from converter.shards import BUFFER, find_damage, read_tensor
-from converter.source import INDEX, Source, read_json
+from converter.rounding import is_projection, rounding_bound
+from converter.shards import BUFFER, find_damage, read_tensor, to_bytes
+from converter.source import INDEX, Source, read_index, read_json
 from converter.subspace import load_bases
-
-SLACK = 8.0
-"""Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
-SIAM J. Sci. Comput. 41, 2019): at 8 a correct sum exceeds it with negligible probability."""
-
-U32 = 2.0**-24
-"""Unit roundoff of float32, in which edits are computed."""
 
 ORTHONORMAL = 1e-5
 """How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
@@ -51,7 +47,7 @@ def verify(folder: Path, source: Source | None = None, report: Report | None = N
     damaged: dict[str, str] = {}
     damaged.update(_check_files(folder, manifest, report))
     problems = [f"{name}: {what}" for name, what in damaged.items()]
-    problems += _check_sums(folder, manifest)
+    problems += [*_check_sums(folder, manifest), *_check_records(manifest)]
     try:
         structure = list(_check_structure(folder, manifest, damaged))
         checks: Iterator[str] = iter(())
@@ -112,6 +108,17 @@ def _check_sums(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return [f"{SUMS} and {MANIFEST} disagree about {names}"]
 
 
+def _check_records(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest says twice must agree: the cache key, and files that were only copied."""
+    inputs, key = manifest["activations"]["inputs"], manifest["activations"]["key"]
+    if inputs and cache_key(inputs) != key:
+        yield f"{MANIFEST}: the key of the activations is not that of their inputs"
+    for name, entry in manifest["source"]["files"].items():
+        ours = manifest["files"].get(name, {})
+        if "prefixes" not in ours and ours.get("sha256") != entry["sha256"]:
+            yield f"{name}: was to be a copy of the source's and is not"
+
+
 def _check_structure(
     folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]
 ) -> Iterator[str]:
@@ -119,7 +126,7 @@ def _check_structure(
     shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
     if damaged.keys() & {*shards, INDEX, "config.json"}:
         return
-    weight_map = read_json(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else None
+    weight_map = read_index(folder / INDEX) if (folder / INDEX).exists() else None
     headers = {name: read_header(folder / name) for name in shards}
     plan = make_plan(read_json(folder / "config.json"), weight_map, headers)
     targets = {target.info.name: target for target in plan.targets}
@@ -128,6 +135,11 @@ def _check_structure(
         found = target and (target.shard, target.layer, target.axis, target.info.shape)
         if found != (entry["shard"], entry["layer"], entry["axis"], tuple(entry["shape"])):
             yield f"tensor {entry['name']} is recorded as edited and is not that projection"
+    options = manifest["method"]["options"]
+    layers = options.get("edit_layers") or options.get("layers") or ()
+    expected = {t.info.name for t in plan.select(layers, options.get("bias") != "keep")}
+    for name in sorted(expected ^ {entry["name"] for entry in manifest["edited"]}):
+        yield f"tensor {name}: the method's options and the list of edited tensors disagree"
 
 
 def _check_edits(
@@ -152,9 +164,11 @@ def _check_edits(
     entries = [entry for entry in manifest["edited"] if entry["shard"] not in damaged]
     with report.bar("check edits", len(entries), "tensor") as bar:
         for entry, info in _with_info(folder, entries):
-            W = output_first(read_tensor(folder / entry["shard"], info), entry["axis"])
-            U = bases[entry["basis"]]
-            left = float(torch.linalg.vector_norm(U.T @ W.float(), dtype=torch.float64))
+            tensor = read_tensor(folder / entry["shard"], info)
+            if hashlib.sha256(to_bytes(tensor)).hexdigest() != entry["sha256_after"]:
+                yield f"{entry['shard']}: tensor {entry['name']} has another sha256 than recorded"
+            W = output_first(tensor, entry["axis"])
+            left = norm_of(bases[entry["basis"]].T @ W.float())
             bound = rounding_bound(W, entry["norm"])
             if not left <= bound:
                 yield (
@@ -171,37 +185,6 @@ def _with_info(
     headers = {shard: read_header(folder / shard) for shard in {e["shard"] for e in entries}}
     for entry in entries:
         yield entry, headers[entry["shard"]].tensors[entry["name"]]
-
-
-def half_ulp(x: Tensor) -> Tensor:
-    """Half the distance from |x| to the next larger value of its dtype, in float64.
-
-    This is the largest error that rounding to nearest can have made where it gave x. With
-    |x| = m 2^e, 1/2 <= m < 1, the distance is eps 2^(e-1), and below the normal numbers it is
-    eps times the smallest of them.
-    """
-    info = torch.finfo(x.dtype)
-    exponent = torch.frexp(x.float() if x.dtype != torch.float64 else x).exponent
-    normal = torch.ldexp(torch.full(x.shape, info.eps / 4, dtype=torch.float64), exponent)
-    return torch.where(x.abs() < info.tiny, info.eps * info.tiny / 2, normal)
-
-
-def rounding_bound(W: Tensor, norm: float) -> float:
-    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to its dtype.
-
-    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
-    ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
-    rounding, at most half a unit in the last place of each element, and the float32 arithmetic
-    before it, whose sums over D products err by at most ``SLACK`` sqrt(D) u of the norms involved,
-    the largest of which is that of the weight before the edit. The bound cannot assume that
-    rounding errors are independent of U: corrections smaller than half a unit are lost together.
-
-    Args:
-        W: as stored.
-        norm: ||W||_F before the edit, from the manifest.
-    """
-    rounding = float(torch.linalg.vector_norm(half_ulp(W)))
-    return rounding + SLACK * sqrt(W.shape[0]) * U32 * norm
 
 
 def _check_loading(folder: Path) -> Iterator[str]:
@@ -228,6 +211,10 @@ def _check_source(
     if sorted(shards) != sorted(source.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
+    for name, entry in manifest["source"]["files"].items():
+        path = source.folder / name
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            yield f"{name} of the source is not the file that was converted"
     name = manifest["subspace"]["file"]
     bases = {} if name in damaged else load_bases(folder / name)
     edited = {entry["name"]: entry for entry in manifest["edited"]}
@@ -243,27 +230,23 @@ def _check_source(
                 if entry is None:
                     if not _same_bytes(ours, theirs, info.start, info.end):
                         yield f"{shard}: tensor {info.name} differs from that of the source"
-                elif entry["basis"] in bases and not _is_projection(
-                    output_first(read_tensor(ours, info), entry["axis"]),
-                    output_first(read_tensor(theirs, info), entry["axis"]),
-                    bases[entry["basis"]],
-                ):
-                    yield f"{shard}: tensor {info.name} is not the projection of the source's"
+                elif entry["basis"] in bases:
+                    yield from _check_projection(entry, info, ours, theirs, bases[entry["basis"]])
                 bar.update(info.nbytes)
 
 
-def _is_projection(found: Tensor, original: Tensor, basis: Tensor) -> bool:
-    """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
-
-    The reference is computed in float64. An element may be off by half a unit in its last place,
-    and by the float32 arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with
-    row i of U and column j of W, which bound the sums that give the correction.
-    """
-    W, U = original.double(), basis.double()
-    exact = W - U @ (U.T @ W)
-    scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
-    allowed = half_ulp(found) + SLACK * sqrt(W.shape[0]) * U32 * scale
-    return bool(((found.double() - exact).abs() <= allowed).all())
+def _check_projection(
+    entry: Mapping[str, Any], info: TensorInfo, ours: Path, theirs: Path, basis: Tensor
+) -> Iterator[str]:
+    """An edited tensor against the one it was made from."""
+    original = read_tensor(theirs, info)
+    if hashlib.sha256(to_bytes(original)).hexdigest() != entry["sha256_before"]:
+        yield f"{ours.name}: tensor {info.name} was another one before the edit, by its sha256"
+    old = output_first(original, entry["axis"])
+    if not isclose(norm_of(old), entry["norm"], rel_tol=1e-4):
+        yield f"{ours.name}: tensor {info.name} had another norm before the edit than recorded"
+    if not is_projection(output_first(read_tensor(ours, info), entry["axis"]), old, basis):
+        yield f"{ours.name}: tensor {info.name} is not the projection of the source's"
 
 
 def _same_bytes(ours: Path, theirs: Path, start: int, end: int) -> bool:

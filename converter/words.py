@@ -41,7 +41,10 @@ class WordList:
             for match in _WORD.finditer(text)
             if match.group().lower() in self.words and match.group().lower() not in shared
         ]
-        starred = [match.span() for match in _STARRED.finditer(text)]
+        masked = {match.group().lower() for match in _STARRED.finditer(other)}
+        starred = [
+            match.span() for match in _STARRED.finditer(text) if match.group().lower() not in masked
+        ]
         kept = [s for s in listed if not any(a <= s[0] < b for a, b in starred)]
         return tuple(sorted(kept + starred))
 

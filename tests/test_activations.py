@@ -12,13 +12,16 @@ from torch import nn
 
 from converter import activations, forward, pipeline
 from converter.activations import Request, load_activations
+from converter.architecture import architectures
 from converter.cache import remembered_sha256, sha256_of
 from converter.errors import DataError
-from converter.pairs import load_pairs, load_prose
+from converter.pairs import Prose, load_pairs, load_prose
 from converter.report import Report
+from converter.rows import Spans
 from converter.run import Run
+from converter.tokens import Encoder, Pooling, batches
 from converter.words import load_words
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -58,7 +61,6 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
     # what the activations do not depend on
     for same in ({"rank": "2"}, {"alpha": "0.5"}, {"candidates": "svd"}, {"edit_layers": "1"}):
         assert stage(replace(run, options={**TINY, **same})) == "hit", same
-    assert stage(replace(run, batch_size=3)) == "hit"  # changes rounding at most
     moved = shutil.copytree(source, tmp_path / "moved")
     assert stage(replace(run, source=str(moved))) == "hit"  # by content, not by path
 
@@ -69,6 +71,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
         {"seed": 1},
         {"neutral": str(prose)},
         {"forward_dtype": "bfloat16"},
+        {"batch_size": 3},  # rounding only, but equal keys must mean equal bytes
         {"options": {**TINY, "layers": "2-3"}},
         {"options": {**TINY, "pooling": "mean"}},
         {"options": {**TINY, "site": "residual"}},
@@ -97,18 +100,66 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     def key(device: str = "cpu") -> str:
         return activations.cache_key(
             activations.activation_inputs(
-                {}, pairs, load_prose("builtin"), request, device, "float32"
+                {},
+                architectures()["llama"],
+                pairs,
+                load_prose("builtin"),
+                request,
+                device=device,
+                dtype="float32",
+                batch_size=16,
             )
         )
 
     first = key()
     assert key() == first
     assert key("cuda:1") == key("cuda") != first
-    monkeypatch.setattr(activations, "_code_digest", lambda: "other")
+    monkeypatch.setattr(activations, "EXTRACTOR", (*activations.EXTRACTOR, "words.py"))
     assert key() != first
     monkeypatch.undo()
+    assert activations.EXTRACTOR == ("activations.py", "forward.py", "tokens.py")
     monkeypatch.setattr(activations, "version", lambda name: "0")
     assert key() != first
+
+
+def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
+    checkpoints: Checkpoints,
+) -> None:
+    model = forward.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
+    tokenizer, pairs = tiny_tokenizer(), load_pairs("builtin", load_words("builtin"), 16, 0)
+    encode = Encoder(tokenizer, model)
+    prose = Prose(("A text.",), {}, "")
+    other = Prose(("Quite another text, and longer.",), {}, "")
+
+    def seen(request: Request, prose: Prose = prose) -> activations.Activations:
+        return activations.extract(
+            model, tokenizer, architectures()["llama"], request, pairs, prose,
+            device="cpu", batch_size=5,
+        )[0]  # fmt: skip
+
+    def alone(text: str, pooling: Pooling, spans: Spans, site: str) -> torch.Tensor:
+        pool = forward.Pool(1)
+        name = "model.layers.3.mlp" if site == "ffn" else "model.layers.3"
+        forward.run(model, {3: name}, batches([encode(text, pooling, spans)], 1, "cpu"), [pool])
+        return pool.pooled[3][0]
+
+    pair = pairs.pairs[7]
+    poolings: tuple[Pooling, ...] = ("predicting", "mean", "last")
+    for pooling in poolings:
+        for site in ("ffn", "residual"):
+            found = seen(Request(site, pooling, (3,), False))
+            expected = alone(pair.toxic, pooling, pair.spans, site)
+            assert torch.allclose(found.toxic[3][7], expected, atol=1e-5)
+            plain: Pooling = "last" if pooling == "last" else "mean"
+            assert torch.allclose(
+                found.neutral[3][7], alone(pair.neutral, plain, (), site), atol=1e-5
+            )
+    rows = [seen(Request("ffn", pooling, (3,), False)).toxic[3] for pooling in poolings]
+    assert not torch.allclose(rows[0], rows[1], atol=1e-4)
+    moments = [seen(Request("ffn", "mean", (3,), True), p).second_moment for p in (prose, other)]
+    assert moments[0] is not None
+    assert moments[1] is not None
+    assert float((moments[0] - moments[1]).abs().max()) > 1e-5
 
 
 def test_a_damaged_cache_file_is_made_again(

@@ -169,6 +169,40 @@ def test_nan_in_a_forward_pass(refused: Callable[..., str], source: Path) -> Non
     assert "the forward pass gives NaN or Inf" in refused(source, 5)
 
 
+def test_a_checkpoint_that_lacks_a_tensor_of_the_model(
+    refused: Callable[..., str], source: Path
+) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    index = json.loads((source / INDEX).read_text())
+    shard = source / index["weight_map"].pop(name)
+    (source / INDEX).write_text(json.dumps(index))
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    assert f"lacks 1 tensors that the model needs: found no {name}" in refused(source, 4)
+
+
+def test_two_sets_of_weights_in_one_folder(refused: Callable[..., str], source: Path) -> None:
+    shutil.copyfile(min(source.glob("*.safetensors")), source / "model.safetensors")
+    assert "has two sets of weights" in refused(source, 4)
+
+
+def test_a_vocabulary_of_another_width(refused: Callable[..., str], source: Path) -> None:
+    edit_tensor(source, "lm_head.weight", lambda t: t[:, :-1].contiguous())
+    assert "tensor lm_head.weight (unembedding) contradicts" in refused(source, 4)
+
+
+def test_paths_that_no_system_accepts(refused: Callable[..., str], source: Path) -> None:
+    assert "cannot be read: found File name too long" in refused("x" * 5000, 3)
+    assert "is a folder: expected a file" in refused(source, 5, "--pairs", source)
+
+
+def test_a_destination_that_no_system_accepts(cli: Cli, source: Path, tmp_path: Path) -> None:
+    result = cli("convert", source, tmp_path / ("x" * 300), *TINY_ARGS)
+    assert result.exit_code == 7
+    assert "cannot be reached: found File name too long" in result.stderr
+
+
 def test_quantized_and_unknown_models(refused: Callable[..., str], source: Path) -> None:
     edit_json(source / "config.json", quantization_config={"quant_method": "awq"})
     assert "quantized: expected" in refused(source, 4)
@@ -291,6 +325,8 @@ def test_activations_of_another_model(
     edit_tensor(source, DOWN, lambda t: t * 1.01)
     says = refused(source, 4, "--activations", seen)
     assert "is not the file that the activations were taken from" in says
+    says = refused(source, 5, "--activations", seen, "--num-pairs", 20)
+    assert "were taken from other pairs: expected those with sha256" in says
     says = refused(source, 5, "--activations", seen, "-o", "pooling=mean")
     assert "taken with another pooling: expected mean, found predicting" in says
     says = refused(source, 5, "--activations", seen, "-o", "layers=0-3")

@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 from converter.activations import Activations, save_activations
 from converter.architecture import find_architecture
 from converter.edit import Projection
+from converter.errors import DestinationError
 from converter.header import read_header
+from converter.outputs import staged
 from converter.outputs.checkpoint import write_checkpoint
 from converter.pipeline import convert
 from converter.plan import make_plan
@@ -251,13 +253,49 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
     assert cli(*args, out, "--overwrite").exit_code == 0
     assert not (out / "leftover.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    precious = tmp_path / "photos"
-    precious.mkdir()
-    (precious / "a.jpg").write_text("x")
-    refused = cli(*args, precious, "--overwrite")
-    assert refused.exit_code == 7
-    assert "is not a checkpoint" in refused.stderr
-    assert (precious / "a.jpg").exists()
+    for name, content in (("photos", ("a.jpg",)), ("code", ("config.json", "a.py")),
+                          ("clone", ("config.json", "a.safetensors", ".git"))):  # fmt: skip
+        precious = tmp_path / name
+        precious.mkdir()
+        for file in content:
+            (precious / file).write_text("{}")
+        refused = cli(*args, precious, "--overwrite")
+        assert refused.exit_code == 7
+        assert "is not a checkpoint" in refused.stderr
+        assert sorted(p.name for p in precious.iterdir()) == sorted(content)
+
+
+def test_a_source_behind_links_is_not_overwritten(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    real = shutil.copytree(checkpoints("llama"), tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for path in real.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    result = cli("convert", tmp_path / "links", real, *TINY_ARGS, "--overwrite")
+    assert result.exit_code == 7
+    assert "contains the input" in result.stderr
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_what_was_there_comes_back_if_the_last_step_fails(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((DestinationError, KeyboardInterrupt)), staged(out, True) as part:
+        (part / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_mount_point_is_filled_in_place(
@@ -301,8 +339,6 @@ def test_the_card_is_correct_front_matter(converted: tuple[Path, Path]) -> None:
     data = card.data.to_dict()
     assert data == {
         "license": "mit",
-        "base_model": "someone/tiny",
-        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["detoxification", "model-editing", "gloss"],

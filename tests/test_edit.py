@@ -1,5 +1,7 @@
 """Theorems about the edit of one weight."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,10 +10,11 @@ from converter.edit import Projection, apply, output_first
 from converter.errors import CheckpointError
 from converter.header import TensorInfo
 from converter.plan import Target
-from converter.verify import half_ulp, rounding_bound
+from converter.rounding import half_ulp, is_projection, rounding_bound
 
 D, F, R = 24, 40, 3
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {**DTYPES, torch.float64: "F64"}
 
 
 def basis(seed: int = 0) -> Tensor:
@@ -21,7 +24,7 @@ def basis(seed: int = 0) -> Tensor:
 
 
 def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:
-    info = TensorInfo("w", DTYPES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+    info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
     return Target(info, "shard", 0, axis, role)
 
 
@@ -113,3 +116,53 @@ def test_half_an_ulp_is_half_the_distance_to_the_next_value(dtype: torch.dtype) 
     x = torch.tensor([1.0, 1.5, 2.0, 3.1, 1e-3, 0.0, smallest, smallest / 4]).to(dtype)
     up = torch.nextafter(x, torch.full_like(x, float("inf")))
     assert torch.equal(half_ulp(x), (up.double() - x.double()) / 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bound_is_as_tight_as_one_rounding(dtype: torch.dtype) -> None:
+    W = torch.randn(D, F).to(dtype)
+    norm = float(W.float().norm())
+    one_rounding = torch.finfo(dtype).eps / 2 * norm
+    arithmetic = 1e-5 * norm
+    assert 0.3 * one_rounding < rounding_bound(W, norm) < one_rounding + arithmetic
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_element_that_is_one_unit_off_is_not_the_projection(dtype: torch.dtype) -> None:
+    W = torch.randn(D, F).to(dtype)
+    new = edit(W)
+    assert is_projection(new, W, basis())
+    for row, column in ((0, 0), (D - 1, F - 1)):
+        other = new.clone()
+        up = torch.nextafter(new[row, column], torch.tensor(9.0, dtype=dtype))
+        other[row, column] = torch.nextafter(up, torch.tensor(9.0, dtype=dtype))
+        assert not is_projection(other, W, basis())
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(D, F).bfloat16()
+    whole = apply(Projection({0: basis()}), target(W), W, "cpu")
+    bound = rounding_bound(W, 1.0)
+    monkeypatch.setattr("converter.edit.BLOCK", 3 * D)
+    part = apply(Projection({0: basis()}), target(W), W, "cpu")
+    assert part[1] is not None
+    assert whole[1] is not None
+    assert part[1].norm == pytest.approx(whole[1].norm)
+    assert part[1].relative_change == pytest.approx(whole[1].relative_change)
+    assert rounding_bound(W, 1.0) == pytest.approx(bound)
+    assert is_projection(part[0], W, basis())
+
+
+def test_the_digests_are_those_of_the_stored_bytes() -> None:
+    W = torch.randn(D, F).bfloat16()
+    new, record = apply(Projection({0: basis()}), target(W), W, "cpu")
+    assert record is not None
+    for tensor, digest in ((W, record.sha256_before), (new, record.sha256_after)):
+        raw = tensor.view(torch.int16).numpy().tobytes()
+        assert hashlib.sha256(raw).hexdigest() == digest
+
+
+def test_float64_weights_are_edited_in_float64() -> None:
+    W = torch.randn(D, F, dtype=torch.float64)
+    values = torch.linalg.svdvals(edit(W) - W)
+    assert values[R] < 1e-14

@@ -1,24 +1,15 @@
 """Theorems about the forward pass: what is pooled depends on the text and on nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from converter.errors import SourceError
-from converter.forward import (
-    Batch,
-    Pool,
-    SecondMoment,
-    Sentence,
-    batches,
-    encode,
-    first_token,
-    load_model,
-    run,
-)
+from converter.errors import DataError, SourceError
+from converter.forward import Pool, SecondMoment, load_model, run
+from converter.tokens import Batch, Encoder, Pooling, Sentence, batches, first_token
 from tests.conftest import HIDDEN, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
@@ -31,6 +22,20 @@ TEXTS = [
     "you idiot",
 ]
 MODULES = {"llama": "model.layers.{}.mlp", "gpt2": "transformer.h.{}.mlp"}
+
+
+class Shape:
+    """As much of a model as an ``Encoder`` looks at."""
+
+    class config:  # noqa: N801 - as transformers names it
+        max_position_embeddings = 512
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return nn.Embedding(len(tiny_tokenizer()), 1)
+
+
+def encoder(text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:
+    return Encoder(tiny_tokenizer(), Shape())(text, pooling, spans)
 
 
 def load(checkpoints: Checkpoints, kind: str) -> tuple[nn.Module, dict[int, str]]:
@@ -53,7 +58,7 @@ def test_batch_size_order_and_padding_side_do_not_matter(
 ) -> None:
     model, modules = load(checkpoints, kind)
     spans = [(3, 9)]
-    coded = [encode(tiny_tokenizer(), t, pooling, spans) for t in TEXTS]  # type: ignore[arg-type]
+    coded = [encoder(t, pooling, spans) for t in TEXTS]  # type: ignore[arg-type]
     alone = pooled(model, modules, coded, 1, "right")
     assert alone.shape == (2, len(TEXTS), HIDDEN)
     for size in (2, 5):
@@ -65,7 +70,7 @@ def test_batch_size_order_and_padding_side_do_not_matter(
 
 def test_the_pool_is_the_mean_of_the_module_over_real_tokens(checkpoints: Checkpoints) -> None:
     model, modules = load(checkpoints, "llama")
-    coded = encode(tiny_tokenizer(), TEXTS[0], "mean", [])
+    coded = encoder(TEXTS[0], "mean", [])
     seen: list[Tensor] = []
     handle = model.get_submodule(modules[4]).register_forward_hook(
         lambda module, args, output: seen.append(output.detach())
@@ -83,7 +88,7 @@ def test_the_model_is_not_run_past_the_last_layer_of_interest(checkpoints: Check
         model.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
             lambda module, args, layer=layer: ran.append(layer)
         )
-    pooled(model, modules, [encode(tiny_tokenizer(), TEXTS[0], "mean", [])], 1, "right")
+    pooled(model, modules, [encoder(TEXTS[0], "mean", [])], 1, "right")
     assert ran == [0, 1, 2, 3, 4]
 
 
@@ -91,7 +96,7 @@ def test_predicting_positions_are_those_before_the_span() -> None:
     tokenizer = tiny_tokenizer()
     text = "you are a damn fool, they say"
     start, end = text.index("damn"), text.index(",")
-    coded = encode(tokenizer, text, "predicting", [(start, end)])
+    coded = encoder(text, "predicting", [(start, end)])
     assert coded.ids[0] == first_token(tokenizer) == tokenizer.bos_token_id
     chosen = [i for i, w in enumerate(coded.weights) if w]
     predicted = str(tokenizer.decode([coded.ids[i + 1] for i in chosen]))
@@ -100,13 +105,13 @@ def test_predicting_positions_are_those_before_the_span() -> None:
 
 
 def test_a_span_that_starts_the_sentence_has_no_predictor_for_its_first_token() -> None:
-    coded = encode(tiny_tokenizer(), "a", "predicting", [(0, 1)])
+    coded = encoder("a", "predicting", [(0, 1)])
     assert not any(coded.weights)
 
 
 def test_the_first_position_never_counts() -> None:
     for pooling in ("mean", "last", "predicting"):
-        coded = encode(tiny_tokenizer(), TEXTS[0], pooling, [(0, 40)])
+        coded = encoder(TEXTS[0], pooling, [(0, 40)])
         assert coded.weights[0] == 0
     assert not any(batches([coded], 1, "cpu")[0].content[:, 0])
 
@@ -123,7 +128,7 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
     for size in (1, 3):
         moment = SecondMoment()
         for group in groups:
-            batched = batches([encode(tiny_tokenizer(), t, "mean", []) for t in group], size, "cpu")
+            batched = batches([encoder(t, "mean", []) for t in group], size, "cpu")
             moment.start_group(batched)
             run(model, modules, batched, [moment])
         results.append(moment.result())
@@ -133,7 +138,7 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
     tokens: dict[int, list[list[Tensor]]] = {layer: [[], []] for layer in modules}
     for number, group in enumerate(groups):
         for text in group:
-            coded = encode(tiny_tokenizer(), text, "mean", [])
+            coded = encoder(text, "mean", [])
 
             def keep(batch: Batch, layer: int, f: Tensor, number: int = number) -> None:
                 tokens[layer][number].append(f[0, 1:])
@@ -145,3 +150,22 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
         m = sum(((part.T @ part) / len(part) for part in x), torch.zeros(HIDDEN, HIDDEN))
         expected += m / m.trace() / len(modules)
     assert torch.allclose(results[0], expected, atol=1e-6)
+
+
+def test_long_texts_are_cut_to_the_positions_of_the_model() -> None:
+    shape = Shape()
+    shape.config.max_position_embeddings = 10
+    try:
+        coded = Encoder(tiny_tokenizer(), shape)(TEXTS[0] * 9, "mean", [])
+        assert len(coded.ids) == 10
+    finally:
+        shape.config.max_position_embeddings = 512
+
+
+def test_tokens_without_an_embedding_are_refused() -> None:
+    class Small(Shape):
+        def get_input_embeddings(self) -> nn.Embedding:
+            return nn.Embedding(5, 1)
+
+    with pytest.raises(DataError, match="does not belong to the model: expected tokens below 5"):
+        Encoder(tiny_tokenizer(), Small())(TEXTS[0], "mean", [])

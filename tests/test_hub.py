@@ -140,11 +140,15 @@ def test_repo_ids_and_paths_are_told_apart() -> None:
 
 def test_what_belongs_to_a_model_and_what_does_not() -> None:
     kept = ["config.json", "tokenizer.model", "modeling_x.py", "LICENSE", "chat_template.jinja"]
+    kept += ["vocab.json", "merges.txt", "preprocessor_config.json"]
     kept += ["additional_chat_templates/tool.jinja", "generation_config.json"]
     for name in kept:
         assert is_companion(name), name
     dropped = ["pytorch_model.bin", "model.safetensors", "consolidated.00.pth", "m.gguf"]
     dropped += ["onnx/config.json", "original/params.json", ".gitattributes", "README.md"]
     dropped += ["pytorch_model.bin.index.json", "gloss_manifest.json", ".cache/x", "SHA256SUMS"]
+    dropped += ["model.nemo", "model.onnx.data", "x.onnx_data", "model.pkl", "train.parquet"]
+    dropped += ["wandb/run.log", "checkpoint-500/config.json", "runs/events.out.tfevents.1"]
+    assert not is_companion("notes.txt", 10**9)
     for name in dropped:
         assert not is_companion(name), name

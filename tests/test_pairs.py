@@ -81,6 +81,22 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
     assert "1 empty (row 22)" in pairs.describe_skipped()
 
 
+def test_line_breaks_within_a_row_do_not_cut_it(tmp_path: Path) -> None:
+    rows = [(f"the\u2028damn clock\x85number {i}", f"the clock {i}") for i in range(16)]
+    write_tsv(tmp_path / "p.tsv", rows, "toxic\tneutral")
+    (tmp_path / "p.csv").write_text(
+        "toxic,neutral\n" + "\n".join(f'"{t}\nmore","{n}"' for t, n in rows)
+    )
+    (tmp_path / "p.jsonl").write_text(
+        "\n".join(json.dumps({"toxic": t, "neutral": n}, ensure_ascii=False) for t, n in rows)
+    )
+    for path in tmp_path.iterdir():
+        pairs = load_pairs(str(path), WORDS, None, 0)
+        assert not pairs.skipped
+        more = " more" if path.suffix == ".csv" else ""
+        assert pairs.pairs[3].toxic == f"the damn clock number 3{more}"
+
+
 def test_undecodable_and_malformed_lines_are_skipped(tmp_path: Path) -> None:
     lines = [json.dumps({"toxic": t, "neutral": n}).encode() for t, n in ROWS]
     lines += [b"{broken", b'{"toxic": 3, "neutral": "x"}', b'{"toxic": "a"}', b'"\xff"', b"[]"]
@@ -139,6 +155,7 @@ def test_spans_are_listed_or_starred_words_that_the_other_side_lacks() -> None:
     assert found("that Damn fool") == ["Damn", "fool"]
     assert found("that damn fool", "a fool") == ["damn"]
     assert found("foolish damnation") == []
+    assert found("mail bob@x now, you f*ck", "mail bob@x now") == ["f*ck"]
     assert found("you f*ck and sh**, 5 * 3 and a#b") == ["f*ck", "sh**", "a#b"]
 
 

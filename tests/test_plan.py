@@ -51,7 +51,7 @@ def test_gpt2_without_its_prefix_is_found_too(checkpoints: Checkpoints) -> None:
             )
             for name, t in header.tensors.items()
         }
-        bare[shard] = Header(header.data_start, header.size, tensors, {})
+        bare[shard] = Header(header.data_start, header.size, tensors)
     plan = make_plan(config, None, bare)
     assert plan.targets[0].info.name == "h.0.mlp.c_proj.weight"
     assert len(plan.targets) == 2 * LAYERS

@@ -86,6 +86,21 @@ def test_massive_activations_are_protected_and_would_be_taken_otherwise() -> Non
     assert abs(float(naked.bases[2][:, 0] @ MASSIVE)) > 0.99
 
 
+def test_each_of_the_two_protections_works_alone() -> None:
+    options = {"rank": 1, "candidates": "svd", "num_svd": 1, "alpha": -5}
+    for protection in ({"protect_shared": 1, "protect_own": 0},
+                       {"protect_shared": 0, "protect_own": 1}):  # fmt: skip
+        found = fit("gloss", planted(massive=True), **options, **protection).bases[2][:, 0]
+        assert abs(float(found @ MASSIVE)) < 1e-3
+        assert float(found @ TOXIC) > 0.99
+
+
+def test_protection_that_leaves_nothing_is_an_error() -> None:
+    for count in (D, 10**9):
+        with pytest.raises(FitError, match=r"leaves nothing of what tells the two sides apart"):
+            fit("gloss", planted(), protect_shared=count)
+
+
 def test_no_basis_touches_what_is_protected() -> None:
     seen = planted(massive=True)
     assert seen.second_moment is not None
@@ -111,8 +126,10 @@ def test_no_candidate_over_the_threshold_is_an_error() -> None:
 def test_sides_that_do_not_differ_are_an_error() -> None:
     x = torch.randn(N, D)
     same = Activations(dict.fromkeys(range(L), x), dict.fromkeys(range(L), x), torch.eye(D) / D, {})
-    with pytest.raises(FitError, match="same mean"):
+    with pytest.raises(FitError, match=r"leaves nothing|same mean"):
         fit("gloss", same)
+    with pytest.raises(FitError, match="are the same"):
+        fit("profs", same)
 
 
 def test_vocabulary_ranking_keeps_what_decodes_to_listed_words() -> None:
@@ -125,6 +142,12 @@ def test_vocabulary_ranking_keeps_what_decodes_to_listed_words() -> None:
     found = method.fit(planted(), one_is_bad, WORDS)
     assert [c.kept for c in found.candidates].index(True) == 3
     assert sum(c.kept for c in found.candidates) == 1
+
+
+def test_a_vocabulary_that_cannot_be_decoded_cannot_rank() -> None:
+    method = configure("gloss", {"ranking": "vocabulary"}, DIMENSIONS)
+    with pytest.raises(FitError, match="cannot be decoded"):
+        method.fit(planted(), lambda directions, count: [()] * len(directions), WORDS)
 
 
 def test_removal_is_a_projection() -> None:
@@ -148,7 +171,7 @@ def test_a_basis_is_extended_by_new_directions_only() -> None:
 def test_directions_point_to_the_toxic_side() -> None:
     T = torch.randn(N, D) + 2 * TOXIC
     mean = T.double().mean(0)
-    assert (svd_directions(T, 6) @ mean >= 0).all()
+    assert (svd_directions(T, 6)[0] @ mean >= 0).all()
     assert float(mean_difference(T)[0] @ mean) == pytest.approx(float(mean.norm()))
 
 
@@ -181,6 +204,9 @@ def test_default_layers_are_those_of_the_documentation() -> None:
     assert configure("gloss", {}, large).edit_layers == tuple(range(10, 25))
     assert configure("profs", {}, Dimensions(24, 1024, 4096)).edit_layers == tuple(range(10, 24))
     assert configure("gloss", {}, Dimensions(1, 8, 8)).edit_layers == (0,)
+    for layers in ("0-1", "3"):  # layers alone moves both
+        method = configure("gloss", {"layers": layers}, DIMENSIONS)
+        assert method.edit_layers == method.request.layers == parse_layers("", layers, L)
     fitted = configure("gloss", {"layers": "1-3", "edit_layers": "2,4"}, DIMENSIONS)
     assert fitted.request.layers == (1, 2, 3)
     assert fitted.edit_layers == (2, 4)
@@ -188,7 +214,7 @@ def test_default_layers_are_those_of_the_documentation() -> None:
 
 def test_layer_lists_are_read() -> None:
     assert parse_layers("layers", "1-3,5, 0", 6) == (0, 1, 2, 3, 5)
-    for text in ("", "6", "a", "3-1", "3-1,5", "-1", "1-", "0--2"):
+    for text in ("", "6", "a", "3-1", "3-1,5", "-1", "1-", "0--2", "0-9999999999"):
         with pytest.raises(OptionError, match="-o layers"):
             parse_layers("layers", text, 6)
 
@@ -200,6 +226,7 @@ def test_layer_lists_are_read() -> None:
         ({"rank": "four"}, "-o rank: expected a whole number, found four"),
         ({"rank": "0"}, "-o rank: expected at least 1, found 0"),
         ({"alpha": "x"}, "-o alpha: expected a number"),
+        ({"alpha": "-inf"}, "-o alpha: expected a number, found -inf"),
         ({"site": "attention"}, "-o site: expected ffn or residual"),
     ],
 )

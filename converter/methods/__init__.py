@@ -8,6 +8,7 @@ import dataclasses
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -86,10 +87,13 @@ def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
     if hint == Layers:
         return parse_layers(key, text, num_layers)
     try:
-        return hint(text)
+        value = hint(text)
+        if not isfinite(value):
+            raise ValueError(text)  # noqa: TRY301 - as malformed as the others
     except ValueError as error:
         expected = {"int": "a whole number", "float": "a number"}[hint.__name__]
         raise OptionError(f"-o {key}", expected=expected, found=text) from error
+    return value
 
 
 def parse_layers(key: str, text: str, num_layers: int) -> Layers:
@@ -103,9 +107,10 @@ def parse_layers(key: str, text: str, num_layers: int) -> Layers:
         for part in text.split(","):
             first, dash, last = part.partition("-")
             numbers = range(int(first), int(last if dash else first) + 1)
-            layers.update(numbers)
             if not numbers:
                 raise ValueError(part)  # noqa: TRY301 - as malformed as the others
+            # one past the end is enough to be refused below, and a huge range is not written out
+            layers.update(numbers[: num_layers + 1])
     except ValueError as error:
         raise OptionError(
             f"-o {key}", expected="layers such as 10-24 or 3,5,8", found=text

@@ -21,7 +21,6 @@ from torch import Tensor
 from converter.activations import Activations, Request, Site
 from converter.architecture import Dimensions
 from converter.errors import FitError
-from converter.forward import Pooling
 from converter.methods import Decode, Layers
 from converter.subspace import (
     Candidate,
@@ -35,7 +34,11 @@ from converter.subspace import (
     svd_directions,
     top_right_singular_vectors,
 )
+from converter.tokens import Pooling
 from converter.words import WordList
+
+NOTHING = 1e-6
+"""A share of the differences' norm that is rounding error rather than a difference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class Method:
 
     rank: int = field(default=4, metadata={"min": 1})
     layers: Layers
-    edit_layers: Layers
+    edit_layers: Layers = ()
     site: Site = "ffn"
     pooling: Pooling = "predicting"
     candidates: Literal["mean", "svd", "mean+svd"] = "mean+svd"
@@ -84,7 +87,11 @@ class Method:
         """Values of the options that depend on the model."""
         count = dimensions.num_hidden_layers
         layers = tuple(range(count // 3, min(int(0.8 * count), count - 1) + 1))
-        return {"layers": layers, "edit_layers": layers}
+        return {"layers": layers}
+
+    def __post_init__(self) -> None:
+        if not self.edit_layers:
+            object.__setattr__(self, "edit_layers", self.layers)
 
     @property
     def edit_bias(self) -> bool:
@@ -98,17 +105,22 @@ class Method:
         """Fit the global subspace; see the module's formulas.
 
         Raises:
-            FitError: no candidate over the threshold, or fewer of them than ``rank``.
+            FitError: protection leaves nothing, no candidate is over the threshold, or fewer than
+                ``rank`` are.
         """
+        width = activations.neutral[self.layers[0]].shape[1]
+        shared = torch.empty(width, 0, dtype=torch.float64)
+        if activations.second_moment is not None and self.protect_shared:
+            shared = leading_eigenvectors(activations.second_moment, self.protect_shared)
         rows, found = [], []
         for layer in self.layers:
-            differences = self._protected_differences(activations, layer)
+            differences = self._protected_differences(activations, layer, shared)
             mean = mean_difference(differences)
             parts = []
             if "mean" in self.candidates:
                 parts.append(("mean", mean))
             if "svd" in self.candidates:
-                parts.append(("svd", svd_directions(differences, self.num_svd)))
+                parts.append(("svd", svd_directions(differences, self.num_svd)[0]))
             for kind, directions in parts:
                 for index, u in enumerate(directions):
                     rows.append(u)
@@ -132,7 +144,9 @@ class Method:
             ),
         )
 
-    def _protected_differences(self, activations: Activations, layer: int) -> Tensor:
+    def _protected_differences(
+        self, activations: Activations, layer: int, shared: Tensor
+    ) -> Tensor:
         """T_l of the module's formulas, (N, D) float64."""
         neutral = activations.neutral[layer].double()
         if min(neutral.shape) <= self.protect_own + self.num_svd:
@@ -142,12 +156,16 @@ class Method:
                 found=f"{list(neutral.shape)}",
                 hint="lower -o protect_own and -o num_svd",
             )
-        protected = neutral.new_empty(neutral.shape[1], 0)
-        if activations.second_moment is not None and self.protect_shared:
-            protected = leading_eigenvectors(activations.second_moment, self.protect_shared)
-        own, _ = top_right_singular_vectors(neutral, self.protect_own)
+        protected = extend(shared, top_right_singular_vectors(neutral, self.protect_own)[0])
         differences = activations.toxic[layer].double() - neutral
-        return remove(differences, extend(protected, own))
+        left = remove(differences, protected)
+        if left.norm() < NOTHING * differences.norm():
+            raise FitError(
+                f"protecting {protected.shape[1]} of {protected.shape[0]} dimensions leaves "
+                f"nothing of what tells the two sides apart in layer {layer}",
+                hint="lower -o protect_shared and -o protect_own",
+            )
+        return left
 
 
 def _by_mean_difference(
@@ -159,6 +177,12 @@ def _by_mean_difference(
 def _by_vocabulary(
     cosines: list[float], tokens: list[tuple[str, ...]], words: WordList
 ) -> list[float]:
+    if not all(tokens):
+        raise FitError(
+            "the directions cannot be decoded, so they cannot be ranked by vocabulary",
+            expected="an unembedding stored as plain numbers",
+            hint="use -o ranking=mean-difference",
+        )
     return [sum(token in words for token in decoded) / len(decoded) for decoded in tokens]
 
 

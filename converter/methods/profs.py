@@ -9,12 +9,14 @@ GPT-2 Medium's 24, 15-31 of Mistral's 32.
 """
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar, Literal
+
+import torch
 
 from converter.activations import Activations, Request, Site
 from converter.architecture import Dimensions
 from converter.errors import FitError
-from converter.forward import Pooling
 from converter.methods import Decode, Layers
 from converter.subspace import (
     Candidate,
@@ -23,6 +25,7 @@ from converter.subspace import (
     svd_directions,
     top_right_singular_vectors,
 )
+from converter.tokens import Pooling
 from converter.words import WordList
 
 
@@ -77,9 +80,10 @@ class Method:
         """Fit one basis for each layer.
 
         Raises:
-            FitError: ``rank`` and ``center`` ask for more directions than there are.
+            FitError: ``rank`` and ``center`` ask for more directions than there are, or the sides
+                are the same.
         """
-        bases, spectrum, candidates = {}, {}, []
+        spectrum, found = {}, []
         for layer in self.layers:
             neutral = activations.neutral[layer]
             if self.rank + self.center > min(neutral.shape):
@@ -91,12 +95,21 @@ class Method:
                 )
             center, _ = top_right_singular_vectors(neutral, self.center)
             differences = remove(activations.toxic[layer] - neutral, center)
-            directions = svd_directions(differences, self.rank)
-            values = top_right_singular_vectors(differences, 0)[1]
-            bases[layer] = directions.T.float().contiguous()
-            spectrum[f"U.{layer}"] = values
-            candidates += [
+            directions, spectrum[f"U.{layer}"] = svd_directions(differences, self.rank)
+            found.append(directions)
+        tokens = decode(torch.cat(found), self.top_tokens)
+        return Subspace(
+            {
+                layer: directions.T.float().contiguous()
+                for layer, directions in zip(self.layers, found, strict=True)
+            },
+            False,
+            spectrum,
+            tuple(
                 Candidate(layer, "svd", i, float(values[i] / values[0]), True, decoded)
-                for i, decoded in enumerate(decode(directions, self.top_tokens))
-            ]
-        return Subspace(bases, False, spectrum, tuple(candidates))
+                for (layer, i), decoded in zip(
+                    product(self.layers, range(self.rank)), tokens, strict=True
+                )
+                for values in (spectrum[f"U.{layer}"],)
+            ),
+        )

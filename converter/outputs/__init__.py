@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 from converter.errors import DestinationError
 
@@ -24,6 +25,15 @@ def check_destination(
         DestinationError: it is a file, is not empty, is or contains an input or the current
             folder, lies inside an input, or the disk is too small.
     """
+    try:
+        _check(destination, overwrite, inputs, nbytes)
+    except OSError as error:
+        raise DestinationError(
+            f"destination {str(destination)[:80]} cannot be reached", found=error.strerror
+        ) from error
+
+
+def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
     for path in (path.resolve() for path in inputs):
         if target == path or target.is_relative_to(path):
@@ -48,13 +58,18 @@ def check_destination(
                 f"destination {destination} is not empty",
                 hint="choose another, or give --overwrite to replace it",
             )
-        if not (target / "config.json").is_file():
+        if not _is_checkpoint(target):
             raise DestinationError(
                 f"destination {destination} is not a checkpoint",
-                expected="a folder with a config.json, since --overwrite deletes what is there",
+                expected="config.json and safetensors files and no .git, since --overwrite "
+                "deletes everything that is there",
                 hint="choose another folder",
             )
     place = next(path for path in (target, *target.parents) if path.exists())
+    if place == target and not os.path.ismount(target):
+        place = target.parent  # it is replaced, not filled
+    if not os.access(place, os.W_OK):
+        raise DestinationError(f"destination {destination}: the folder {place} is read-only")
     free = shutil.disk_usage(place).free
     if nbytes > free:
         raise DestinationError(
@@ -66,6 +81,15 @@ def check_destination(
 
 LAST = ("model.safetensors.index.json", "config.json", "gloss_manifest.json", "SHA256SUMS")
 """Moved last where files are moved one by one: without them it is no checkpoint."""
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks as if a conversion could have made it, so that it may be deleted."""
+    return (
+        (folder / "config.json").is_file()
+        and any(folder.glob("*.safetensors"))
+        and not (folder / ".git").exists()
+    )
 
 
 @contextmanager
@@ -87,15 +111,17 @@ def staged(destination: Path, overwrite: bool) -> Iterator[Path]:
     """
     target = destination.resolve()
     mounted = os.path.ismount(target)
-    name = f".{target.name}.part-{os.getpid()}"
-    part = target / name if mounted else target.with_name(name)
     made = [path for path in target.parents if not path.exists()]
+    holder = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target if mounted else target.parent
+        holder = Path(mkdtemp(prefix=f".{target.name[:40]}.part-", dir=beside))
+        part = holder / "new"  # with the usual permissions, which mkdtemp does not give
         part.mkdir()
         yield part
         _sync(part)
-        if not overwrite and _content(target, part):
+        if not overwrite and _content(target, holder):
             raise DestinationError(
                 f"destination {destination} was filled meanwhile",
                 hint="another run may have been faster; choose another folder",
@@ -105,43 +131,41 @@ def staged(destination: Path, overwrite: bool) -> Iterator[Path]:
         raise DestinationError(
             f"destination {destination} cannot be written",
             found=error.strerror or str(error),
-            hint="nothing was left behind; free space or choose another folder",
+            hint="no half-written checkpoint is there; free space or choose another folder",
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if holder is not None and (target.exists() or not (holder / "old").exists()):
+            shutil.rmtree(holder, ignore_errors=True)
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
 
-def _content(target: Path, part: Path) -> list[Path]:
+def _content(target: Path, holder: Path) -> list[Path]:
     """What is in the destination besides the folder that is to fill it."""
-    return [path for path in target.iterdir() if path != part] if target.is_dir() else []
+    return [path for path in target.iterdir() if path != holder] if target.is_dir() else []
 
 
 def _replace(part: Path, target: Path) -> None:
-    """Rename ``part`` to ``target``; a folder that is there is set aside, then deleted."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    replaced = target.is_dir()
-    if replaced:
-        target.rename(old)
+    """Rename ``part`` to ``target``; a folder that is there is set aside, beside ``part``."""
+    old = part.with_name("old")
     try:
+        if target.is_dir():
+            target.rename(old)
         part.rename(target)
     except BaseException:
-        if replaced:
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
     _sync(target.parent)
-    if replaced:
-        shutil.rmtree(old)
 
 
 def _fill(part: Path, target: Path) -> None:
-    """Move the content of ``part``, which is inside ``target``, one level up; ``LAST`` comes last.
+    """Move the content of ``part``, which is below ``target``, up to it; ``LAST`` comes last.
 
     What was there before is deleted first.
     """
-    for path in _content(target, part):
+    for path in _content(target, part.parent):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for path in sorted(part.iterdir(), key=lambda path: (path.name in LAST, path.name)):
         path.rename(target / path.name)

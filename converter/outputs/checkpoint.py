@@ -92,7 +92,12 @@ def _change(edit: Edit, target: Target, device: str, records: list[EditRecord]) 
 
 def _copy(source: Path, target: Path) -> tuple[str, int]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    try:
+        reading = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source.name} cannot be read", found=error.strerror) from error
+    with reading, target.open("xb") as writing:
+        shutil.copyfileobj(reading, writing)
     return file_entry(target)
 
 

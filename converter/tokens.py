@@ -1,0 +1,141 @@
+"""Sentences as padded batches of tokens, with a weight for every position.
+
+Shapes: B sentences in a batch, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from converter.errors import DataError
+
+MAX_TOKENS = 256
+"""Tokens of a sentence or paragraph that are read; the rest is cut. Pairs are far shorter."""
+
+Pooling = Literal["predicting", "mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """Token ids, the first of them a BOS, and a weight for each position; see ``Encoder``."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+class Encoder:
+    """Tokenizes texts for a model and gives each position its weight in the pool.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        model: its embedding and its number of positions bound the tokens.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer = tokenizer
+        self.first = first_token(tokenizer)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.max_tokens = min(MAX_TOKENS, positions or MAX_TOKENS)
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def __call__(self, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:
+        """Encode one sentence or paragraph.
+
+        A BOS (or another special token, where the model has none) is put first: it is the
+        attention sink, whose huge activations would drown the rest, and never has weight. The
+        weights of the others sum to 1, or are all 0 if ``pooling`` finds no position.
+
+        Args:
+            text: what is too long is cut.
+            pooling: ``predicting`` weighs the positions whose next token overlaps a span.
+            spans: character ranges, used by ``predicting`` only.
+
+        Raises:
+            DataError: the model has no embedding for a token.
+        """
+        coded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=pooling == "predicting",
+            truncation=True,
+            max_length=self.max_tokens - 1,
+        )
+        ids = [self.first, *coded["input_ids"]]
+        if max(ids) >= self.vocabulary:
+            raise DataError(
+                "the tokenizer does not belong to the model",
+                expected=f"tokens below {self.vocabulary}, the rows of the embedding",
+                found=str(max(ids)),
+            )
+        chosen = list(range(1, len(ids)))
+        if pooling == "last":
+            chosen = chosen[-1:]
+        elif pooling == "predicting":
+            inside = [
+                any(start < b and end > a for a, b in spans)
+                for start, end in coded["offset_mapping"]
+            ]
+            # inside[i] is about token i + 1 of ids, which position i predicts
+            chosen = [i for i, toxic in enumerate(inside) if toxic and i > 0]
+        weights = [0.0] * len(ids)
+        for i in chosen:
+            weights[i] = 1.0 / len(chosen)
+        return Sentence(ids, weights)
+
+
+def first_token(tokenizer: Any) -> int:
+    """The id to put first: BOS, or the special token that comes nearest to one.
+
+    Raises:
+        DataError: the tokenizer has no special token at all.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError("the tokenizer has no BOS, EOS or padding token", expected="one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded sentences: ``rows`` are their places in the list, the rest is (B, T).
+
+    ``content`` marks the tokens that count: neither padding nor the first position.
+    """
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    content: Tensor
+    weights: Tensor
+
+
+def batches(
+    sentences: Sequence[Sentence], size: int, device: str, side: Literal["left", "right"] = "right"
+) -> list[Batch]:
+    """Group sentences of like length, longest first, and pad each group.
+
+    Padding has mask 0 and weight 0, and real tokens count their positions from 0, so neither
+    ``size`` nor ``side`` changes a result beyond rounding.
+    """
+    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return [_pad([sentences[i] for i in rows], rows, device, side) for rows in groups]
+
+
+def _pad(group: list[Sentence], rows: list[int], device: str, side: str) -> Batch:
+    length = max(len(s.ids) for s in group)
+    ids = torch.zeros(len(group), length, dtype=torch.long)
+    mask = torch.zeros(len(group), length, dtype=torch.long)
+    weights = torch.zeros(len(group), length)
+    for i, s in enumerate(group):
+        place = slice(0, len(s.ids)) if side == "right" else slice(length - len(s.ids), length)
+        ids[i, place] = torch.tensor(s.ids)
+        mask[i, place] = 1
+        weights[i, place] = torch.tensor(s.weights)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    content = mask.bool() & (positions > 0)
+    return Batch(rows, *(x.to(device) for x in (ids, mask, positions, content, weights)))
