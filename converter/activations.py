@@ -24,6 +24,7 @@ from converter.errors import DataError
 from converter.forward import Pool, SecondMoment, Sink, run
 from converter.pairs import Pairs, Prose
 from converter.report import Report
+from converter.shards import to_bytes
 from converter.tokens import MAX_TOKENS, Encoder, Pooling, batches
 
 Site = Literal["ffn", "residual"]
@@ -115,7 +116,9 @@ def save_activations(activations: Activations, path: Path) -> None:
     if activations.second_moment is not None:
         tensors["second_moment"] = activations.second_moment
     with replacing(path) as part:
-        save_file(tensors, part, metadata={"inputs": json.dumps(activations.inputs)})
+        digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+        metadata = {"inputs": activations.inputs, "sha256": digests}
+        save_file(tensors, part, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def load_activations(path: Path, request: Request, hidden_size: int) -> Activations:
@@ -135,6 +138,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             if missing := [name for name in wanted if name not in names]:
                 raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
             tensors = {name: file.get_tensor(name) for name in wanted}
+            digests = json.loads((file.metadata() or {}).get("sha256", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=str(error)) from error
     for key in ("site", "pooling"):
@@ -145,6 +149,9 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
                 found=inputs[key],
                 hint=f"give -o {key}={inputs[key]} or other activations",
             )
+    for name, tensor in tensors.items():
+        if digests and digests.get(name) != _digest(tensor):
+            raise DataError(f"{what}: {name} is damaged", hint="take them again")
     rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
     for name, tensor in tensors.items():
         shape = [hidden_size if name == "second_moment" else rows, hidden_size]
@@ -160,6 +167,10 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         tensors.get("second_moment"),
         inputs,
     )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
 
 
 def read_inputs(path: Path) -> dict[str, Any]:

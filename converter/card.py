@@ -15,9 +15,9 @@ BODY = """
 
 This is {base} after {method}. The model was edited, not trained: {tensors} of its tensors, the
 matrices (and biases) with which the feed-forward networks of layers {layers} write into the
-residual stream, no longer write along a subspace of {rank} dimensions. The subspace was fitted on
-{count} pairs of toxic and neutral sentences ({pairs}). Every other byte of the weights is that of
-the source.
+residual stream, no longer write along {subspace} of {rank} dimensions. It was fitted on {count}
+pairs of toxic and neutral sentences ({pairs}). Every other byte of the weights is that of the
+source.
 
 Method: {paper}
 
@@ -56,7 +56,8 @@ def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], st
     link = files[0] if files else (f"https://huggingface.co/{base}" if base else "README.md")
     return (
         {"license": "other", "license_name": "unknown", "license_link": link},
-        f"{source.name} does not state a licence; the card says 'other', so look it up and mend it",
+        f"{source.name} does not state a licence, so the card says 'other'; add it to the front "
+        "matter of the source's README.md and convert again",
     )
 
 
@@ -90,10 +91,11 @@ def make_card(
     layers = sorted({entry["layer"] for entry in edited})
     body = BODY.format(
         title=title,
-        base=f"[{base}](https://huggingface.co/{base})" if base else source.name,
+        base=source.name + (f" ([{base}](https://huggingface.co/{base}))" if base else ""),
         method=manifest["method"]["title"],
         tensors=len(edited),
         layers=compress(layers),
+        subspace="one subspace" if manifest["subspace"]["shared"] else "a subspace, each its own,",
         rank=manifest["subspace"]["rank"],
         count=manifest["pairs"]["count"],
         pairs=dataset or manifest["pairs"]["origin"]["name"],

@@ -16,8 +16,8 @@ from converter.errors import ConverterError, OptionError, VerificationError
 from converter.report import Report
 from converter.run import Run
 
-INTERRUPTED = 130
-TERMINATED = 143
+STOPPED = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run as Ctrl-C does; the exit code is 128 and their number."""
 
 EXIT_CODES = """
 \b
@@ -26,7 +26,7 @@ Exit codes:
   2  wrong option or value       6  no subspace can be fitted as asked
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
-  130 interrupted                143 terminated
+  130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP
 """
 
 Command = Callable[..., None]
@@ -35,7 +35,10 @@ Command = Callable[..., None]
 @contextmanager
 def plain_exit(as_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    before = {number: signal.getsignal(number) for number in STOPPED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
     try:
         yield
     except ConverterError as error:
@@ -44,11 +47,20 @@ def plain_exit(as_json: bool) -> Iterator[None]:
             _print_json({"error": kind, "message": str(error), "exit_code": error.exit_code})
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; no half-written checkpoint is at the destination", err=True)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        click.echo(
+            f"stopped by {signal.Signals(number).name}; what is at the destination is complete",
+            err=True,
+        )
+        sys.exit(128 + number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _print_json(data: Any) -> None:
@@ -125,7 +137,10 @@ def _make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> 
         key, equals, value = text.partition("=")
         if not equals:
             raise OptionError("-o", expected="KEY=VALUE", found=text)
-        pairs[key.strip().replace("-", "_")] = value.strip()
+        name = key.strip().replace("-", "_")
+        if name in pairs:
+            raise OptionError(f"-o {name} is given twice")
+        pairs[name] = value.strip()
     return Run(source=source, options=pairs, **fields)
 
 
@@ -159,7 +174,7 @@ def convert_command(
         run = _make_run(source, options, fields)
         cache, report = cache_dir or default_cache(), Report(quiet)
         if dry_run:
-            plan = describe_plan(run, cache, report)
+            plan = describe_plan(run, cache, report, destination, overwrite)
             _print_json(plan) if as_json else click.echo(_plan_text(plan))
             return
         manifest = convert(run, destination, overwrite=overwrite, cache=cache, report=report)
@@ -212,7 +227,8 @@ def verify_command(
             original.fetch()
         problems = verify(destination, original, report)
         if as_json:
-            _print_json({"verified": not problems, "problems": problems})
+            checked = {"destination": str(destination), "source": source}
+            _print_json({"verified": not problems, "problems": problems, **checked})
         for problem in problems:
             click.echo(f"error: {problem}", err=True)
         if problems:
@@ -249,6 +265,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
             f"{entry['edited']} edited"
             for name, entry in plan["shards"].items()
         ),
+        f"copied as they are: {', '.join(plan['copied_files'])}",
         f"{len(plan['edited_tensors'])} tensors to edit; "
         f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read and to write",
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
@@ -268,6 +285,7 @@ def _result(manifest: dict[str, Any], destination: Path, report: Report) -> dict
         "rank": manifest["subspace"]["rank"],
         "layers": sorted({entry["layer"] for entry in edited}),
         "pairs": manifest["pairs"]["count"],
+        "rows_skipped": manifest["pairs"]["skipped"],
         "candidates": len(manifest["subspace"]["candidates"]),
         "candidates_kept": sum(c["kept"] for c in manifest["subspace"]["candidates"]),
         "tensors_edited": len(manifest["edited"]),
@@ -285,10 +303,11 @@ def _result_text(result: dict[str, Any]) -> str:
     from converter.card import compress
 
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
-    return f"""
+    return f"""\
 {result["source"]} -> {result["destination"]}
   method        {result["method"]}, rank {result["rank"]}, layers {compress(result["layers"])}
-  pairs         {result["pairs"]}; {result["candidates_kept"]} of {result["candidates"]} \
+  pairs         {result["pairs"]} ({sum(result["rows_skipped"].values())} rows not usable); \
+{result["candidates_kept"]} of {result["candidates"]} \
 candidate directions kept
   edited        {result["tensors_edited"]} tensors, changed by \
 {result["mean_relative_change"]:.2%} of their norm on average

@@ -209,7 +209,7 @@ def load_tokenizer(folder: Path) -> Any:
 def _unusable(part: str, error: Exception) -> SourceError:
     return SourceError(
         f"transformers cannot load the {part}",
-        found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+        found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         hint="check that the source loads with from_pretrained",
     )
 

@@ -67,7 +67,13 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise CheckpointError(
+                    f"{path.name} is a pointer of git-lfs, not the file itself",
+                    hint="run 'git lfs pull' in the source",
+                )
+            length = int.from_bytes(start, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(
                     f"{path.name} is truncated or not a safetensors file",

@@ -22,8 +22,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from converter.errors import SourceError
+from converter.errors import OptionError, SourceError
 from converter.header import Header, TensorInfo
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
@@ -55,6 +56,14 @@ def looks_like_repo(text: str) -> bool:
     return _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
+def check_repo_id(option: str, text: str) -> None:
+    """Raise OptionError if ``text`` cannot be a repo id."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise OptionError(option, expected="a repo id such as owner/name", found=text) from error
+
+
 @contextmanager
 def plain_errors(kind: Kind, name: str) -> Iterator[None]:
     """Turn what the client raises into one sentence about the repo ``name``.
@@ -63,6 +72,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         SourceError: gated, missing, offline, or the Hub answered with an error.
     """
     what = f"{kind} {name}"
+    local = "folder" if kind == "model" else "file"
     try:
         yield
     except GatedRepoError as error:
@@ -87,7 +97,8 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise SourceError(
             f"{what} is not in the local cache and the Hub cannot be asked",
-            hint="unset HF_HUB_OFFLINE, check the network, or give a local folder",
+            hint=f"there is no local {local} of that name either; unset HF_HUB_OFFLINE, check the "
+            "network, or give a path",
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
@@ -97,7 +108,8 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         raise SourceError(
             f"{what} cannot be read from the Hub",
             found=str(error) or type(error).__name__,
-            hint="check the network and the disk of HF_HOME, or give a local folder",
+            hint=f"there is no local {local} of that name either; check the network and the disk "
+            "of HF_HOME, or give a path",
         ) from error
 
 

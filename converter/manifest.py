@@ -175,6 +175,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: it is missing, is not JSON, or does not follow the schema.
     """
+    if not (folder / MANIFEST).is_file():
+        raise VerificationError(
+            f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -11,12 +11,15 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from converter.errors import DataError
+from converter.errors import DataError, OptionError
 from converter.rows import Row, Spans, locate, read_rows
 from converter.words import WordList
 
 MIN_PAIRS = 16
 """Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
+
+MIN_WORDS = 100
+"""Of neutral prose, which carries half of the weight in the second moment of neutral tokens."""
 
 MAX_PAIRS = 2000
 """Drawn unless the user asks for another number; more gained nothing where it was tried."""
@@ -86,6 +89,8 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
         described, path = locate(origin)
         rows = read_rows(path)
     usable, skipped = _clean(rows, words)
+    if num_pairs is not None and num_pairs < MIN_PAIRS:
+        raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
     wanted = min(len(usable), MAX_PAIRS) if num_pairs is None else num_pairs
     if len(usable) < max(wanted, MIN_PAIRS):
         result = Pairs((), {}, "", skipped)
@@ -95,8 +100,6 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
             found=f"{len(usable)}" + (f", skipped: {result.describe_skipped()}" if skipped else ""),
             hint="give more pairs or a longer --word-list, or lower --num-pairs",
         )
-    if wanted < MIN_PAIRS:
-        raise DataError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(wanted))
     chosen = usable if wanted == len(usable) else _draw(usable, wanted, seed)
     lines = (json.dumps([p.toxic, p.neutral, p.spans], ensure_ascii=False) for p in chosen)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -128,7 +131,7 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
         elif problem is None and toxic in seen:
             problem = "duplicated"
         elif problem is None and not spans:
-            problem = "without a toxic word that the neutral side lacks"
+            problem = "without a toxic word after the first that the neutral side lacks"
         if problem is not None:
             skipped.setdefault(problem, []).append(row.number)
             continue
@@ -213,7 +216,12 @@ def load_prose(origin: str) -> Prose:
             raise DataError(f"neutral text {origin} cannot be read", found=str(error)) from error
         name = {"name": path.name}
     paragraphs = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not paragraphs:
-        raise DataError(f"neutral text {origin} is empty", expected="plain text in paragraphs")
+    count = sum(len(paragraph.split()) for paragraph in paragraphs)
+    if count < MIN_WORDS:
+        raise DataError(
+            f"neutral text {origin} is too short",
+            expected=f"at least {MIN_WORDS} words, since what it needs is protected",
+            found=str(count),
+        )
     digest = hashlib.sha256("\n".join(paragraphs).encode()).hexdigest()
     return Prose(paragraphs, name, digest)

@@ -23,6 +23,7 @@ from converter.edit import Projection
 from converter.errors import CheckpointError, DataError, OptionError, VerificationError
 from converter.forward import load_model, load_tokenizer
 from converter.header import FLOATS
+from converter.hub import check_repo_id
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
 from converter.methods import Method, configure
 from converter.outputs import check_destination, staged
@@ -30,6 +31,7 @@ from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
 from converter.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.plan import Plan, edit_memory, make_plan
 from converter.report import Report
+from converter.rows import is_dataset
 from converter.run import Run
 from converter.source import CARD, Source
 from converter.subspace import SUBSPACE_FILE
@@ -64,9 +66,7 @@ def convert(
     report, cache = report or Report(quiet=True), cache or default_cache()
     source, plan, method = prepare(run, cache, report)
     device = choose_device(run.device)
-    named = [Path(p) for p in (run.pairs, run.neutral, run.word_list, run.activations) if p]
-    inputs = [*source.files, *(path for path in named if path.is_file())]
-    check_destination(destination, overwrite, inputs, plan.nbytes)
+    check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if run.activations is not None:
@@ -112,10 +112,18 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     Raises:
         SourceError, CheckpointError, OptionError.
     """
+    if run.base_model is not None:
+        check_repo_id("--base-model", run.base_model)
     with report.stage("plan", f"reading the headers of {run.source}"):
         source = sources.resolve(run.source, cache)
         plan = make_plan(source.config, source.weight_map, source.headers())
         return source, plan, configure(run.method, run.options, plan.dimensions)
+
+
+def inputs_of(run: Run, source: Source) -> list[Path]:
+    """Every local file that a run reads."""
+    named = [Path(p) for p in (run.pairs, run.neutral, run.word_list, run.activations) if p]
+    return [*source.files, *(path for path in named if path.is_file())]
 
 
 def choose_device(device: str) -> str:
@@ -243,13 +251,26 @@ def check_unchanged(written: Written, seen: Activations, report: Report) -> None
             )
 
 
-def describe_plan(run: Run, cache: Path, report: Report) -> dict[str, Any]:
+def describe_plan(
+    run: Run,
+    cache: Path,
+    report: Report,
+    destination: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """What a conversion would do, from the headers alone. Nothing is written.
 
+    The destination and local files of pairs, prose and words are looked at too.
+
     Raises:
-        SourceError, CheckpointError, OptionError: as ``convert`` would.
+        ConverterError: as ``convert`` would, as far as it can be known.
     """
     source, plan, method = prepare(run, cache, report)
+    words, _ = load_words(run.word_list), load_prose(run.neutral)
+    if run.pairs == "builtin" or not is_dataset(run.pairs):
+        load_pairs(run.pairs, words, run.num_pairs, run.seed)
+    if destination is not None:
+        check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     device = choose_device(run.device)
     width = choose_dtype(run.forward_dtype, plan, device).itemsize

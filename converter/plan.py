@@ -130,6 +130,12 @@ def make_plan(
         if bias := find(architecture.bias, layer):
             _check(bias[1], (dimensions.hidden_size,))
             targets.append(Target(bias[1], bias[0], layer, 0, "down_proj_bias"))
+    if extra := find(architecture.weight, dimensions.num_hidden_layers):
+        raise CheckpointError(
+            "config.json has fewer layers than the checkpoint",
+            expected=f"no tensor {extra[1].name} with {dimensions.num_hidden_layers} layers",
+            found=f"it in {extra[0]}",
+        )
     parts = {
         "embedding": find(architecture.embedding),
         "unembedding": find(architecture.unembedding) or find(architecture.embedding),

@@ -29,12 +29,18 @@ class Row:
     problem: str | None = None
 
 
+def is_dataset(origin: str) -> bool:
+    """Whether pairs are named by a Hub dataset id rather than by a local file."""
+    path = Path(origin)
+    return not path.exists() and path.suffix not in FORMATS and hub.looks_like_repo(origin)
+
+
 def locate(origin: str) -> tuple[dict[str, Any], Path]:
     """A local file, or the data file of a Hub dataset at a resolved commit."""
     path = Path(origin)
     if path.is_dir():
         raise DataError(f"pairs {origin} is a folder", expected="a file or a Hub dataset id")
-    if path.is_file() or path.suffix in FORMATS or not hub.looks_like_repo(origin):
+    if not is_dataset(origin):
         if not path.is_file():
             raise DataError(f"pairs file {origin} does not exist", hint="check the path")
         return {"name": path.name, "file_sha256": _sha256(path)}, path
@@ -121,8 +127,8 @@ def _read_table(text: str, kind: str, name: str) -> Iterator[Row]:
         toxic = columns.index("toxic")
         for cells in reader:
             number = reader.line_num
-            if len(cells) <= max(toxic, neutral[0]):
-                yield Row(number, problem="unreadable")
+            if not max(toxic, neutral[0]) < len(cells) <= len(columns):
+                yield Row(number, problem=f"of another number of cells than {len(columns)}")
                 continue
             sides = [cells[i] for i in neutral if i < len(cells) and cells[i].strip()]
             yield _row(number, cells[toxic], sides[0] if sides else "")

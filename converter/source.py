@@ -137,6 +137,8 @@ def resolve(source: str, cache: Path) -> Source:
         SourceError: it cannot be reached.
         CheckpointError: it is not a safetensors checkpoint with a config and a tokenizer.
     """
+    if not source.strip():
+        raise SourceError("SOURCE is empty", expected="a folder, a repo id, or demo")
     folder = demo_folder(cache) if source == "demo" else Path(source)
     try:
         if folder.is_dir():
@@ -153,7 +155,9 @@ def resolve(source: str, cache: Path) -> Source:
     if is_file:
         raise SourceError(f"{source} is a file", expected="a folder with a checkpoint or a repo id")
     if not hub.looks_like_repo(source):
-        raise SourceError(f"{source} does not exist", hint="check the path")
+        repo_id = source.partition("huggingface.co/")[2].strip("/")
+        hint = f"give the repo id {repo_id}" if repo_id else "check the path"
+        raise SourceError(f"{source} does not exist", hint=hint)
     repo = hub.resolve("model", source)
     if repo.sizes:
         _choose_shards(repo.repo_id, list(repo.sizes))
@@ -188,12 +192,15 @@ def _choose_shards(name: str, names: list[str]) -> bool:
         )
     if INDEX in names or SINGLE in names:
         return INDEX in names
-    others = sorted({n for n in names if n.endswith(OTHER_WEIGHTS)})
+    others = sorted(n for n in names if n.endswith(OTHER_WEIGHTS))
+    stray = bool(others) and all(n.endswith(".safetensors") for n in others)
     raise CheckpointError(
-        f"{name} has no safetensors weights",
+        f"{name} has no safetensors weights" if not stray else f"{name} has no {INDEX}",
         expected=f"{SINGLE} or {INDEX}",
         found=", ".join(others[:5]) or "no weights at all",
-        hint="use a checkpoint in Hugging Face safetensors format",
+        hint="get the index file, too"
+        if stray
+        else "use a checkpoint in Hugging Face safetensors format",
     )
 
 

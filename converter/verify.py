@@ -195,8 +195,8 @@ def _check_loading(folder: Path) -> Iterator[str]:
         try:
             kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a third party's loader on files that may be damaged
-            first = (str(error).strip().splitlines() or [""])[0]
-            yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {first}"
+            said = " ".join(str(error).split())[:200]
+            yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {said}"
 
 
 def _check_source(

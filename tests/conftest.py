@@ -148,4 +148,10 @@ def converted(
 TINY = {"protect_shared": "4", "protect_own": "2", "num_svd": "2", "alpha": "-0.5"}
 """Options of gloss for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
 
-TINY_ARGS = [part for key, value in TINY.items() for part in ("-o", f"{key}={value}")]
+
+def tiny_args(**changes: object) -> list[str]:
+    """These options on the command line."""
+    return [part for k, v in {**TINY, **changes}.items() for part in ("-o", f"{k}={v}")]
+
+
+TINY_ARGS = tiny_args()

@@ -65,7 +65,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
     assert stage(replace(run, source=str(moved))) == "hit"  # by content, not by path
 
     prose = tmp_path / "prose.txt"
-    prose.write_text("Another text.\n")
+    prose.write_text("Another text. " * 60)
     for change in (
         {"num_pairs": 17},
         {"seed": 1},
@@ -172,6 +172,19 @@ def test_a_damaged_cache_file_is_made_again(
     path.write_bytes(path.read_bytes()[:-1])
     assert stage(run) == "miss"
     assert stage(run) == "hit"
+
+
+def test_one_wrong_bit_in_a_file_is_noticed(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    path = tmp_path / "seen.safetensors"
+    seen = activations.Activations({0: x}, {0: -x}, torch.eye(8), {})
+    activations.save_activations(seen, path)
+    assert torch.equal(load_activations(path, REQUEST, 8).toxic[0], x)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="is damaged"):
+        load_activations(path, REQUEST, 8)
 
 
 REQUEST = Request("ffn", "mean", (0,), True)

@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.errors import ConverterError
-from tests.conftest import TINY_ARGS
+from tests.conftest import TINY_ARGS, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -33,9 +33,9 @@ def source(checkpoints: Checkpoints, tmp_path: Path) -> Path:
 def refused(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     """Convert, expect an exit code, and check that the refusal is one clean sentence."""
 
-    def convert(source: object, code: int, *args: object) -> str:
+    def convert(source: object, code: int, *args: object, **options: object) -> str:
         before = sorted(tmp_path.rglob("*"))
-        result = cli("convert", source, tmp_path / "out", *TINY_ARGS, *args)
+        result = cli("convert", source, tmp_path / "out", *tiny_args(**options), *args)
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.exit_code == code, result.stderr
         assert len(errors) == 1
@@ -70,6 +70,9 @@ def test_sources_that_cannot_be_reached(
 ) -> None:
     assert "/nowhere/at/all does not exist" in refused("/nowhere/at/all", 3)
     assert "is a file: expected a folder" in refused(source / "config.json", 3)
+    url = "https://huggingface.co/someone/model"
+    assert f"{url} does not exist; give the repo id someone/model" in refused(url, 3)
+    assert "SOURCE is empty" in refused("", 3)
     # HF_HUB_OFFLINE is set for all tests
     says = refused("someone/model", 3)
     assert "model someone/model is not in the local cache and the Hub cannot be asked" in says
@@ -90,6 +93,17 @@ def test_incomplete_folders(
     for path in source.glob(remove):
         path.unlink()
     assert says in refused(source, 4)
+
+
+def test_shards_without_their_index(refused: Callable[..., str], source: Path) -> None:
+    (source / INDEX).unlink()
+    assert "has no model.safetensors.index.json" in refused(source, 4)
+
+
+def test_a_pointer_of_git_lfs(refused: Callable[..., str], source: Path) -> None:
+    shard = min(source.glob("*.safetensors"))
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert f"{shard.name} is a pointer of git-lfs" in refused(source, 4)
 
 
 def test_another_weight_format_is_named(refused: Callable[..., str], source: Path) -> None:
@@ -225,18 +239,23 @@ def test_pairs_that_are_malformed_or_too_few(refused: Callable[..., str], source
     pairs.write_text("left\tright\n")
     assert "columns toxic and neutral" in refused(source, 5, "--pairs", pairs)
     assert "nowhere.tsv does not exist" in refused(source, 5, "--pairs", "nowhere.tsv")
+    pairs.write_text("two words")
+    assert "is too short: expected at least 100 words" in refused(source, 5, "--neutral", pairs)
     assert "neutral text nowhere" in refused(source, 5, "--neutral", "nowhere")
     assert "word list nowhere" in refused(source, 5, "--word-list", "nowhere")
 
 
 def test_fits_that_cannot_be(refused: Callable[..., str], source: Path) -> None:
     assert "rank 30 is larger than the candidates allow" in refused(source, 6, "-o", "rank=30")
-    assert "no candidate direction is over" in refused(source, 6, "-o", "alpha=50")
+    assert "no candidate direction is over" in refused(source, 6, alpha=50)
 
 
 def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert "-o layers: expected layers from 0 to 5" in refused(source, 2, "-o", "layers=5-9")
     assert "-o: expected KEY=VALUE, found rank" in refused(source, 2, "-o", "rank")
+    assert "-o rank is given twice" in refused(source, 2, "-o", "rank=1", "-o", "rank=2")
+    assert "--num-pairs: expected at least 16, found 3" in refused(source, 2, "--num-pairs", 3)
+    assert "--base-model: expected a repo id" in refused(source, 2, "--base-model", "no repo!")
     assert "--device: expected auto, cpu" in refused(source, 2, "--device", "tpu")
     assert "--method: expected gloss or profs" in refused(source, 2, "--method", "magic")
 
@@ -346,7 +365,9 @@ def test_every_error_class_has_its_own_exit_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
 def test_an_interrupted_run_leaves_nothing(
     number: signal.Signals, code: int, source: Path, tmp_path: Path
@@ -354,8 +375,9 @@ def test_an_interrupted_run_leaves_nothing(
     """In a process of its own, interrupted while a shard is half written."""
     script = (
         "import signal, sys, time\n"
-        # a parent that runs in the background may have handed down that SIGINT is ignored
+        # a parent in the background may have handed down that these are ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from converter import cli\n"
         "from converter.outputs import checkpoint\n"
         "def slow(source, target, *rest):\n"
@@ -376,4 +398,5 @@ def test_an_interrupted_run_leaves_nothing(
         _, errors = process.communicate()
     assert process.returncode == code
     assert "Traceback" not in errors
+    assert f"stopped by {number.name}" in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "source"]

@@ -27,7 +27,7 @@ from converter.plan import make_plan
 from converter.report import Report
 from converter.run import Run
 from converter.source import resolve
-from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, load
+from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, load, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -171,15 +171,15 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = checkpoints("llama")
-    args = ("convert", source, "--num-pairs", 40, *TINY_ARGS)
-    first = cli(*args, tmp_path / "a")
+    args = ("convert", source, "--num-pairs", 40)
+    first = cli(*args, tmp_path / "a", *TINY_ARGS)
     assert "cache miss, running the model" in first.stderr
 
     def no_model(*args: object) -> nn.Module:
         raise AssertionError("the model was run")
 
     monkeypatch.setattr("converter.pipeline.load_model", no_model)
-    second = cli(*args, tmp_path / "b", "-o", "rank=2", "-o", "alpha=0.0")
+    second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
     assert second.exit_code == 0, second.stderr
     assert "cache hit, no forward pass" in second.stderr
     assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["subspace"]["rank"] == 2
@@ -235,6 +235,10 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
         ]
         assert plan["bytes_to_write"] == sum(p.stat().st_size for p in source.glob("*.safetensors"))
         assert list(tmp_path.iterdir()) == []
+    refused = cli("convert", source, source, "--dry-run")
+    assert refused.exit_code == 7
+    refused = cli("convert", source, tmp_path / "out", "--dry-run", "--pairs", "nowhere.tsv")
+    assert refused.exit_code == 5
     text = cli("plan", source).stdout
     assert "6 tensors to edit" in text
     assert "peak memory about" in text
@@ -261,7 +265,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
             (precious / file).write_text("{}")
         refused = cli(*args, precious, "--overwrite")
         assert refused.exit_code == 7
-        assert "is not a checkpoint" in refused.stderr
+        assert "is neither empty nor a checkpoint" in refused.stderr
         assert sorted(p.name for p in precious.iterdir()) == sorted(content)
 
 

@@ -67,6 +67,7 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
         ("polite", "also polite"),
         ("damn it all", "the only listed word is the first"),
         ("one cell only",),
+        ("a damn", "row", "of too", "many"),
     ]
     path = write_tsv(tmp_path / "p.tsv", [*ROWS, *bad])
     pairs = load_pairs(str(path), WORDS, None, 0)
@@ -75,8 +76,8 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
         "empty": [22],
         "identical on both sides": [23],
         "duplicated": [24],
-        "without a toxic word that the neutral side lacks": [25, 26],
-        "unreadable": [27],
+        "without a toxic word after the first that the neutral side lacks": [25, 26],
+        "of another number of cells than 3": [27, 28],
     }
     assert "1 empty (row 22)" in pairs.describe_skipped()
 

@@ -84,6 +84,7 @@ def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"num_hidden_layers": LAYERS - 1}, "has fewer layers than the checkpoint"),
         ({"num_hidden_layers": LAYERS + 1}, f"layer {LAYERS} is missing"),
         ({"intermediate_size": FFN + 1}, "contradicts config.json: expected shape"),
         ({"hidden_size": None}, "hidden_size: expected a positive integer, found None"),

@@ -36,7 +36,12 @@ def test_what_was_converted_verifies(converted: tuple[Path, Path], cli: Cli) -> 
     assert verify(out, resolve(str(source), out)) == []
     result = cli("verify", out, "--source", source, "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {"verified": True, "problems": []}
+    assert json.loads(result.stdout) == {
+        "verified": True,
+        "problems": [],
+        "destination": str(out),
+        "source": str(source),
+    }
 
 
 def test_a_flipped_byte_in_any_file_is_found_and_the_file_is_named(out: Path) -> None:
@@ -203,4 +208,4 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(out: Path) -> None:
 def test_a_folder_without_a_manifest_does_not_verify(tmp_path: Path, cli: Cli) -> None:
     result = cli("verify", tmp_path)
     assert result.exit_code == 8
-    assert "gloss_manifest.json cannot be read" in result.stderr
+    assert "has no gloss_manifest.json; only what gloss-convert wrote" in result.stderr

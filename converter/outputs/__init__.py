@@ -53,17 +53,19 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
             f"destination {destination} is the current folder", hint="run this from another one"
         )
     if target.is_dir() and any(target.iterdir()):
+        if not _is_checkpoint(target):
+            raise DestinationError(
+                f"destination {destination} is neither empty nor a checkpoint",
+                expected="a new folder"
+                if not overwrite
+                else "config.json and safetensors files "
+                "and no .git, since --overwrite deletes everything that is there",
+                hint="choose another folder",
+            )
         if not overwrite:
             raise DestinationError(
                 f"destination {destination} is not empty",
-                hint="choose another, or give --overwrite to replace it",
-            )
-        if not _is_checkpoint(target):
-            raise DestinationError(
-                f"destination {destination} is not a checkpoint",
-                expected="config.json and safetensors files and no .git, since --overwrite "
-                "deletes everything that is there",
-                hint="choose another folder",
+                hint="choose another, or give --overwrite to delete it and write anew",
             )
     place = next(path for path in (target, *target.parents) if path.exists())
     if place == target and not os.path.ismount(target):
