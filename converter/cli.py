@@ -169,17 +169,18 @@ def convert_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.pipeline import convert, describe_plan
+        from converter.summary import plan_text, result_of, result_text
 
         _quiet_libraries()
         run = _make_run(source, options, fields)
         cache, report = cache_dir or default_cache(), Report(quiet)
         if dry_run:
             plan = describe_plan(run, cache, report, destination, overwrite)
-            _print_json(plan) if as_json else click.echo(_plan_text(plan))
+            _print_json(plan) if as_json else click.echo(plan_text(plan))
             return
         manifest = convert(run, destination, overwrite=overwrite, cache=cache, report=report)
-        result = _result(manifest, destination, report)
-        _print_json(result) if as_json else click.echo(_result_text(result))
+        result = result_of(manifest, destination, report)
+        _print_json(result) if as_json else click.echo(result_text(result))
 
 
 @click.command("plan", epilog=EXIT_CODES)
@@ -196,11 +197,12 @@ def plan_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.pipeline import describe_plan
+        from converter.summary import plan_text
 
         _quiet_libraries()
         run = _make_run(source, options, fields)
         plan = describe_plan(run, cache_dir or default_cache(), Report(quiet))
-        _print_json(plan) if as_json else click.echo(_plan_text(plan))
+        _print_json(plan) if as_json else click.echo(plan_text(plan))
 
 
 @click.command("verify", epilog=EXIT_CODES)
@@ -247,72 +249,3 @@ def gloss() -> None:
 gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
-
-
-def _plan_text(plan: dict[str, Any]) -> str:
-    from converter.card import compress
-
-    options = plan["method"]["options"]
-    peak = plan["expected_peak_bytes"]
-    lines = [
-        f"{plan['source']}: {plan['architecture']}, "
-        f"{plan['dimensions']['num_hidden_layers']} layers, hidden size "
-        f"{plan['dimensions']['hidden_size']}, FFN {plan['dimensions']['intermediate_size']}",
-        f"method {plan['method']['name']}, rank {options['rank']}, edited layers "
-        f"{compress(plan['edited_layers'])}",
-        *(
-            f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
-            f"{entry['edited']} edited"
-            for name, entry in plan["shards"].items()
-        ),
-        f"copied as they are: {', '.join(plan['copied_files'])}",
-        f"{len(plan['edited_tensors'])} tensors to edit; "
-        f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read and to write",
-        f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
-        f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
-    ]
-    return "\n".join(lines)
-
-
-def _result(manifest: dict[str, Any], destination: Path, report: Report) -> dict[str, Any]:
-    edited = [entry for entry in manifest["edited"] if entry["role"] == "down_proj"]
-    count = len(edited)
-    return {
-        "destination": str(destination),
-        "source": manifest["source"]["name"],
-        "commit": manifest["source"]["commit"],
-        "method": manifest["method"]["name"],
-        "rank": manifest["subspace"]["rank"],
-        "layers": sorted({entry["layer"] for entry in edited}),
-        "pairs": manifest["pairs"]["count"],
-        "rows_skipped": manifest["pairs"]["skipped"],
-        "candidates": len(manifest["subspace"]["candidates"]),
-        "candidates_kept": sum(c["kept"] for c in manifest["subspace"]["candidates"]),
-        "tensors_edited": len(manifest["edited"]),
-        "mean_relative_change": sum(e["relative_change"] for e in edited) / count,
-        "max_leakage": max(e["leakage"] for e in manifest["edited"]),
-        "bytes_written": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "verified": True,
-        "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
-        "peak_memory_bytes": manifest["measurements"]["peak_memory_bytes"],
-        "warnings": report.warnings,
-    }
-
-
-def _result_text(result: dict[str, Any]) -> str:
-    from converter.card import compress
-
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
-    return f"""\
-{result["source"]} -> {result["destination"]}
-  method        {result["method"]}, rank {result["rank"]}, layers {compress(result["layers"])}
-  pairs         {result["pairs"]} ({sum(result["rows_skipped"].values())} rows not usable); \
-{result["candidates_kept"]} of {result["candidates"]} \
-candidate directions kept
-  edited        {result["tensors_edited"]} tensors, changed by \
-{result["mean_relative_change"]:.2%} of their norm on average
-  left along U  at most {result["max_leakage"]:.2e} of what was there
-  written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
-  not measured  perplexity, toxicity
-  seconds       {seconds}
-  peak memory   {result["peak_memory_bytes"] / 1e6:,.0f} MB"""

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from converter.errors import CheckpointError, SourceError
+from converter.errors import CheckpointError, OptionError, SourceError
 from converter.tokens import Batch
 
 
@@ -139,6 +139,36 @@ def run(
                 hint="lower --batch-size, or give --device cpu",
             ) from error
         advance(len(batch.rows))
+
+
+def choose_device(device: str) -> str:
+    """``auto`` becomes the first GPU if there is one.
+
+    Raises:
+        OptionError: not a device, or one that this machine does not have.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise OptionError("--device", expected="auto, cpu, cuda or cuda:n", found=device)
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"--device {device}",
+            expected="a GPU that PyTorch can see",
+            found=f"{torch.cuda.device_count()} of them",
+            hint="give --device cpu",
+        )
+    return device
+
+
+def choose_dtype(asked: str, stored: torch.dtype, device: str) -> torch.dtype:
+    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            asked
+        ]
+    return torch.float32 if device == "cpu" else stored
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str, needed: int) -> nn.Module:

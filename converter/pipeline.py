@@ -20,8 +20,8 @@ from converter.activations import (
 from converter.cache import default_cache
 from converter.card import make_card
 from converter.edit import Projection
-from converter.errors import CheckpointError, DataError, OptionError, VerificationError
-from converter.forward import load_model, load_tokenizer
+from converter.errors import CheckpointError, DataError, VerificationError
+from converter.forward import choose_device, choose_dtype, load_model, load_tokenizer
 from converter.header import FLOATS
 from converter.hub import check_repo_id
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
@@ -126,34 +126,9 @@ def inputs_of(run: Run, source: Source) -> list[Path]:
     return [*source.files, *(path for path in named if path.is_file())]
 
 
-def choose_device(device: str) -> str:
-    """``auto`` becomes the first GPU if there is one.
-
-    Raises:
-        OptionError: not a device, or one that this machine does not have.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise OptionError("--device", expected="auto, cpu, cuda or cuda:n", found=device)
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"--device {device}",
-            expected="a GPU that PyTorch can see",
-            found=f"{torch.cuda.device_count()} of them",
-            hint="give --device cpu",
-        )
-    return device
-
-
-def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype."""
-    if asked != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            asked
-        ]
-    return torch.float32 if device == "cpu" else FLOATS[plan.targets[0].info.dtype]
+def stored_dtype(plan: Plan) -> torch.dtype:
+    """That of the down-projections."""
+    return FLOATS[plan.targets[0].info.dtype]
 
 
 def activations_of(
@@ -171,7 +146,7 @@ def activations_of(
     request, hidden_size = method.request, plan.dimensions.hidden_size
     if run.activations is not None:
         return load_activations(run.activations, request, hidden_size)
-    dtype = choose_dtype(run.forward_dtype, plan, device)
+    dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
     inputs = activation_inputs(
         source.digests(cache),
         plan.architecture,
@@ -273,7 +248,7 @@ def describe_plan(
         check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     device = choose_device(run.device)
-    width = choose_dtype(run.forward_dtype, plan, device).itemsize
+    width = choose_dtype(run.forward_dtype, stored_dtype(plan), device).itemsize
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,
