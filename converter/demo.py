@@ -65,7 +65,7 @@ def _write(folder: Path) -> None:
     gguf = packaged_gguf()
     try:
         model, tokenizer = _load(gguf)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, SourceError) as error:
         raise SourceError(
             "the demo model cannot be read",
             found=str(error).split("\n")[0],
