@@ -50,7 +50,7 @@ def plain_exit(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         click.echo(
-            f"stopped by {signal.Signals(number).name}; what is at the destination is complete",
+            f"stopped by {signal.Signals(number).name}; no half-written checkpoint is at the destination",
             err=True,
         )
         sys.exit(128 + number)

@@ -92,18 +92,30 @@ def convert(
         manifest = make_manifest(
             run, source, method, pairs, prose, words, seen, subspace, written, device
         )
-        base = run.base_model or source.base
-        card, warnings = make_card(source, base, manifest, destination.resolve().name)
-        for warning in warnings:
-            report.warn(warning)
-        (folder / CARD).write_text(card, "utf-8")
-        own = {name: file_entry(folder / name) for name in (SUBSPACE_FILE, CARD)}
-        manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
-        write_manifest(folder, manifest)
+        write_records(run, source, written, folder, manifest, destination.resolve().name, report)
         with report.stage("verify", "verifying what was written"):
             if problems := verify(folder, report=report):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
     return manifest
+
+
+def write_records(
+    run: Run,
+    source: Source,
+    written: Written,
+    folder: Path,
+    manifest: dict[str, Any],
+    title: str,
+    report: Report,
+) -> None:
+    """Write the card and, last of all, the manifest, which is completed with the list of files."""
+    card, warnings = make_card(source, run.base_model or source.base, manifest, title)
+    for warning in warnings:
+        report.warn(warning)
+    (folder / CARD).write_text(card, "utf-8")
+    own = {name: file_entry(folder / name) for name in (SUBSPACE_FILE, CARD)}
+    manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
+    write_manifest(folder, manifest)
 
 
 def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method]:
