@@ -49,10 +49,8 @@ def plain_exit(as_json: bool) -> Iterator[None]:
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        click.echo(
-            f"stopped by {signal.Signals(number).name}; no half-written checkpoint is at the destination",
-            err=True,
-        )
+        name = signal.Signals(number).name
+        click.echo(f"stopped by {name}; no half-written checkpoint was left", err=True)
         sys.exit(128 + number)
     finally:
         for number, handler in before.items():
