@@ -23,9 +23,9 @@ Method: {paper}
 
 ## What this does not promise
 
-An edit of this kind lowers the probability of toxic text; it does not rule it out. Toxicity and
-perplexity of this checkpoint were **not measured** when it was made. Measure both, on text that you
-care about, before you use it.
+An edit of this kind is meant to lower the probability of toxic text; it does not rule it out.
+Toxicity and perplexity of this checkpoint were **not measured** when it was made. Measure both, on
+text that you care about, before you use it.
 
 ## How it was made, and how to check it
 
