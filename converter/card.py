@@ -62,7 +62,7 @@ def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], st
 
 
 def make_card(
-    source: Source, base: str | None, manifest: Mapping[str, Any], title: str
+    source: Source, base: str | None, manifest: Mapping[str, Any]
 ) -> tuple[str, list[str]]:
     """The text of README.md, and warnings for the terminal.
 
@@ -70,7 +70,6 @@ def make_card(
         source: what was edited.
         base: Hub repo id of the base model, or None.
         manifest: everything but the file list.
-        title: name of the new model.
     """
     fields, warning = license_fields(source, base)
     warnings = [warning] if warning else []
@@ -90,7 +89,7 @@ def make_card(
     edited, commit = manifest["edited"], manifest["source"]["commit"]
     layers = sorted({entry["layer"] for entry in edited})
     body = BODY.format(
-        title=title,
+        title=f"{source.name.rpartition('/')[2]}-{manifest['method']['name']}",
         base=source.name + (f" ([{base}](https://huggingface.co/{base}))" if base else ""),
         method=manifest["method"]["title"],
         tensors=len(edited),

@@ -92,7 +92,7 @@ def convert(
         manifest = make_manifest(
             run, source, method, pairs, prose, words, seen, subspace, written, device
         )
-        write_records(run, source, written, folder, manifest, destination.resolve().name, report)
+        write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
             if problems := verify(folder, report=report):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
@@ -105,11 +105,10 @@ def write_records(
     written: Written,
     folder: Path,
     manifest: dict[str, Any],
-    title: str,
     report: Report,
 ) -> None:
     """Write the card and, last of all, the manifest, which is completed with the list of files."""
-    card, warnings = make_card(source, run.base_model or source.base, manifest, title)
+    card, warnings = make_card(source, run.base_model or source.base, manifest)
     for warning in warnings:
         report.warn(warning)
     (folder / CARD).write_text(card, "utf-8")

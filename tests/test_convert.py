@@ -147,13 +147,13 @@ def test_two_runs_give_the_same_bytes(
     _, first = converted
     source = checkpoints("llama", torch.bfloat16)
     run = Run(source=str(source), num_pairs=64, options=TINY)
-    convert(run, tmp_path / "out", cache=tmp_path / "another cache")
+    convert(run, tmp_path / "second", cache=tmp_path / "another cache")
     names = {p.name for p in first.iterdir()}
-    assert names == {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {p.name for p in (tmp_path / "second").iterdir()}
     for name in names - {"gloss_manifest.json", "SHA256SUMS"}:
-        assert (tmp_path / "out" / name).read_bytes() == (first / name).read_bytes()
+        assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
     manifests = [
-        json.loads((f / "gloss_manifest.json").read_text()) for f in (first, tmp_path / "out")
+        json.loads((f / "gloss_manifest.json").read_text()) for f in (first, tmp_path / "second")
     ]
     assert manifests[0].pop("measurements") != manifests[1].pop("measurements")
     assert manifests[0] == manifests[1]
