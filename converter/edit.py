@@ -158,7 +158,7 @@ def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
     return sqrt(total)
 
 
-BLOCK = 1 << 20
+BLOCK = 1 << 17
 """Elements of a tensor that are held in float64 at a time."""
 
 
