@@ -1,15 +1,13 @@
-"""Run the model over the pairs once, and keep what the fit needs of each layer.
+"""What a fit sees of a model, and the file that keeps it; ``extraction`` makes it.
 
-For every layer: the pooled activations of both sides of each pair, (N, D) in float32, and one
-(D, D) second moment of neutral tokens, averaged over the layers. A file in the user's cache holds
-them under a key made from the content of everything they depend on.
+For every layer: the pooled activations of both sides of each pair, (N, D) in float32. One (D, D)
+second moment of neutral tokens, averaged over the layers. Causal moments where a method wants them.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converter.architecture import Architecture
 from converter.cache import replacing, sha256_of
 from converter.errors import DataError
-from converter.forward import LanguageModel, Pool, SecondMoment, Sink, run
-from converter.gradients import causal_moments, sum_of
 from converter.pairs import Pairs, Prose
 from converter.report import Report
 from converter.shards import to_bytes
-from converter.tokens import MAX_TOKENS, Encoder, Pooling, batches
+from converter.tokens import Pooling
 
 Site = Literal["ffn", "residual"]
 
 TEXTS = ("pairs", "prose")
-"""The neutral texts whose causal moments are taken apart, so that each can count the same."""
+"""The kinds of neutral text whose moments are taken apart, so that each can count the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +42,9 @@ class Request:
         layers: from 0.
         second_moment: whether neutral tokens' second moment is wanted.
         gradient: whether the causal moments of the toxic side are wanted; needs a backward pass.
+        directions: K, how many of their leading directions the moments of single words and of
+            neutral text are wanted in; 0 for none. They are orthogonal to ``protect_shared``
+            leading eigenvectors of the second moment.
     """
 
     site: Site
@@ -54,6 +52,48 @@ class Request:
     layers: tuple[int, ...]
     second_moment: bool
     gradient: bool = False
+    directions: int = 0
+    protect_shared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What single words and pieces of text owe to the layers together, in a few directions.
+
+    See ``gradients.moments_within``; K directions, all float32.
+
+    Attributes:
+        directions: V (D, K), orthonormal columns.
+        words: (n, K, K), of the toxic words of each pair.
+        weights: (n,), positive; every distinct word counts the same, however often it occurs.
+        texts: ``pairs`` and ``prose`` -> (m, K, K), of pieces of neutral sides and of prose.
+        tokens: how many tokens these are.
+    """
+
+    directions: Tensor
+    words: Tensor
+    weights: Tensor
+    texts: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in a file."""
+        named = {"directions": self.directions, "words": self.words, "weights": self.weights}
+        named |= self.texts
+        named["tokens"] = torch.tensor([float(self.tokens[text]) for text in TEXTS])
+        return {f"moments.{name}": tensor for name, tensor in named.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Moments":
+        """The inverse of ``tensors``."""
+        directions, words, weights = (tensors[f"moments.{n}"].float() for n in MOMENTS[:3])
+        texts = {text: tensors[f"moments.{text}"].float() for text in TEXTS}
+        counts = zip(TEXTS, tensors["moments.tokens"].tolist(), strict=True)
+        return cls(directions, words, weights, texts, {text: int(n) for text, n in counts})
+
+
+MOMENTS = ("directions", "words", "weights", *TEXTS, "tokens")
+"""The tensors of ``Moments``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +104,11 @@ class Activations:
         toxic, neutral: layer -> (N, D) float32; row i of both is pair i.
         second_moment: (D, D) float32, the mean over layers of E[f f^T] / tr E[f f^T] over neutral
             tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
-        inputs: what they depend on; see ``activation_inputs``. Empty for a file without it.
+        inputs: what they depend on; see ``extraction.activation_inputs``. Empty for a file without
+            it.
         causal: layer -> A_l (D, D) float32 of the toxic words; see ``gradients.causal_moments``.
             Empty if not wanted.
-        owed: ``pairs`` and ``prose`` -> (D, D) float32, the causal moments of the tokens of neutral
-            sides and of prose, summed over layers. Empty if not wanted.
+        moments: of single words and pieces of neutral text. None if not wanted.
     """
 
     toxic: Mapping[int, Tensor]
@@ -76,44 +116,15 @@ class Activations:
     second_moment: Tensor | None
     inputs: Mapping[str, Any]
     causal: Mapping[int, Tensor] = field(default_factory=dict)
-    owed: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Moments | None = None
 
-
-def activation_inputs(
-    digests: Mapping[str, str],
-    architecture: Architecture,
-    pairs: Pairs,
-    prose: Prose,
-    request: Request,
-    *,
-    device: str,
-    dtype: str,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Everything the activations depend on, by content. Its hash is the cache key.
-
-    The code that extracts counts too, and so do the versions of the libraries that compute. The
-    batch size changes rounding only, but equal inputs have to give equal bytes.
-    """
-    return {
-        "files": dict(digests),
-        "pairs": pairs.sha256,
-        "prose": prose.sha256,
-        **asdict(request),
-        "layers": list(request.layers),
-        "module": module_template(architecture, request),
-        "max_tokens": MAX_TOKENS,
-        "batch_size": batch_size,
-        "device": device.partition(":")[0],
-        "dtype": dtype,
-        "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
-        "extractor": _code_digest(),
-    }
-
-
-def module_template(architecture: Architecture, request: Request) -> str:
-    """The name of the modules whose output is wanted, with ``{layer}``."""
-    return architecture.ffn if request.site == "ffn" else architecture.block
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in a file: ``toxic.L`` and the like."""
+        sides = {"toxic": self.toxic, "neutral": self.neutral, "causal": self.causal}
+        named = {f"{side}.{n}": x for side, layers in sides.items() for n, x in layers.items()}
+        if self.second_moment is not None:
+            named["second_moment"] = self.second_moment
+        return named | (self.moments.tensors() if self.moments else {})
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:
@@ -122,13 +133,8 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
 
 
 def save_activations(activations: Activations, path: Path) -> None:
-    """Write ``toxic.L``, ``neutral.L``, ``causal.L``, ``owed.TEXT`` and ``second_moment``."""
-    tensors = {f"toxic.{layer}": x for layer, x in activations.toxic.items()}
-    tensors |= {f"neutral.{layer}": x for layer, x in activations.neutral.items()}
-    tensors |= {f"causal.{layer}": x for layer, x in activations.causal.items()}
-    tensors |= {f"owed.{text}": x for text, x in activations.owed.items()}
-    if activations.second_moment is not None:
-        tensors["second_moment"] = activations.second_moment
+    """Write all tensors, with their hashes and what they depend on."""
+    tensors = activations.tensors()
     with replacing(path) as part:
         digests = {name: _digest(tensor) for name, tensor in tensors.items()}
         metadata = {"inputs": activations.inputs, "sha256": digests}
@@ -150,19 +156,19 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             sides = ["toxic", "neutral"] + ["causal"] * request.gradient
             wanted = [f"{side}.{n}" for side in sides for n in request.layers]
             wanted += ["second_moment"] * request.second_moment
-            wanted += [f"owed.{text}" for text in TEXTS if request.gradient]
+            wanted += [f"moments.{name}" for name in MOMENTS if request.directions]
             if missing := [name for name in wanted if name not in names]:
                 raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
             tensors = {name: file.get_tensor(name) for name in wanted}
             digests = json.loads((file.metadata() or {}).get("sha256", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=str(error)) from error
-    for key in ("site", "pooling"):
+    for key in ("site", "pooling", *(("directions", "protect_shared") * (request.directions > 0))):
         if inputs.get(key, getattr(request, key)) != getattr(request, key):
             raise DataError(
                 f"{what} were taken with another {key}",
-                expected=getattr(request, key),
-                found=inputs[key],
+                expected=str(getattr(request, key)),
+                found=str(inputs[key]),
                 hint=f"give -o {key}={inputs[key]} or other activations",
             )
     for name, tensor in tensors.items():
@@ -170,8 +176,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             raise DataError(f"{what}: {name} is damaged", hint="take them again")
     rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
     for name, tensor in tensors.items():
-        square = name == "second_moment" or name.startswith(("causal.", "owed."))
-        shape = [hidden_size if square else rows, hidden_size]
+        shape = _shape(name, tensors, rows, hidden_size)
         if list(tensor.shape) != shape:
             raise DataError(
                 f"{what}: {name}", expected=f"shape {shape}", found=f"{list(tensor.shape)}"
@@ -184,7 +189,23 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         tensors.get("second_moment"),
         inputs,
         {n: tensors[f"causal.{n}"].float() for n in request.layers if request.gradient},
-        {text: tensors[f"owed.{text}"].float() for text in TEXTS if request.gradient},
+        Moments.of(tensors) if request.directions else None,
+    )
+
+
+def _shape(name: str, tensors: Mapping[str, Tensor], rows: int, hidden_size: int) -> list[int]:
+    """The shape that a tensor must have; the number of words and pieces of text is free."""
+    kind, _, part = name.partition(".")
+    if kind in ("toxic", "neutral"):
+        return [rows, hidden_size]
+    if kind != "moments":
+        return [hidden_size, hidden_size]
+    K = tensors["moments.directions"].shape[-1]
+    count = tensors[name].shape[0] if tensors[name].ndim else 0
+    if part in ("words", "weights"):
+        count = tensors["moments.words"].shape[0] if tensors["moments.words"].ndim else 0
+    return {"directions": [hidden_size, K], "weights": [count], "tokens": [len(TEXTS)]}.get(
+        part, [count, K, K]
     )
 
 
@@ -241,79 +262,3 @@ def texts_of_file(path: Path, pairs: Pairs, prose: Prose, report: Report) -> tup
     unknown = {"name": f"unknown, in {path.name}"}
     digest = sha256_of(path)
     return Pairs((), unknown, digest), Prose((), unknown, digest)
-
-
-EXTRACTOR = ("activations.py", "forward.py", "gradients.py", "tokens.py")
-"""The modules that decide what the activations are."""
-
-
-def _code_digest() -> str:
-    """The sha256 of the extractor's code: any change of it makes another extractor."""
-    code = (Path(__file__).with_name(name).read_bytes() for name in EXTRACTOR)
-    return hashlib.sha256(b"".join(code)).hexdigest()
-
-
-def extract(
-    model: LanguageModel,
-    request: Request,
-    pairs: Pairs,
-    prose: Prose,
-    *,
-    batch_size: int,
-    advance: Callable[[int], object] = lambda count: None,
-) -> tuple[Activations, int]:
-    """Run the model over pairs and prose.
-
-    Returns:
-        the activations (without ``inputs``), and the number of pairs left out because no position
-        of their toxic side predicts a toxic token.
-
-    Raises:
-        DataError: no pair is left, or the activations are not finite.
-    """
-    template, device = module_template(model.architecture, request), model.device
-    modules = {layer: template.format(layer=layer) for layer in request.layers}
-    encode = Encoder(model.tokenizer, model.module)
-    mean: Pooling = "last" if request.pooling == "last" else "mean"
-    toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]
-    neutral = [encode(p.neutral, mean, ()) for p in pairs.pairs]
-    kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
-    if not kept:
-        raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
-    sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
-    pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
-    sinks: list[list[Sink]] = [[pools[0]], [pools[1]]]
-    run(model.module, modules, sides[0], sinks[0], advance)
-    if request.second_moment:
-        sinks[1].append(moment)
-        moment.start_group(sides[1])
-    run(model.module, modules, sides[1], sinks[1], advance)
-    if request.second_moment:
-        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
-        texts = batches(coded, batch_size, device)
-        moment.start_group(texts)
-        run(model.module, modules, texts, [moment], advance)
-    causal, owed = {}, {}
-    if request.gradient:
-        spans = [encode(p.toxic, "predicting", p.spans) for p in pairs.pairs]
-        causal = causal_moments(model, modules, spans, advance)
-        plain = ([pair.neutral for pair in pairs.pairs], prose.paragraphs)
-        for name, whole in zip(TEXTS, plain, strict=True):
-            predicted = [encode.predicted(text) for text in whole]
-            owed[name] = sum_of(causal_moments(model, modules, predicted, advance))
-    seen = Activations(
-        pools[0].pooled,
-        pools[1].pooled,
-        moment.result() if request.second_moment else None,
-        {},
-        causal,
-        owed,
-    )
-    extra = [*owed.values(), *([] if seen.second_moment is None else [seen.second_moment])]
-    for tensor in (*seen.toxic.values(), *seen.neutral.values(), *causal.values(), *extra):
-        if not torch.isfinite(tensor).all():
-            raise DataError(
-                "the model gives NaN or Inf",
-                hint="try --forward-dtype float32, and check the source's weights",
-            )
-    return seen, len(pairs.pairs) - len(kept)

@@ -9,7 +9,7 @@ from converter.methods import Method
 from converter.probe import Measured, Probe
 from converter.subspace import MAX_RANK, Subspace
 
-RANKS = (1, 2, 3, 4, 6, 8, 12, MAX_RANK)
+RANKS = (1, 2, 3, 4, 6, MAX_RANK)
 """Tried in this order."""
 
 

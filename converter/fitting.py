@@ -12,9 +12,7 @@ import torch
 from converter.activations import (
     Activations,
     Request,
-    activation_inputs,
     cache_key,
-    extract,
     load_activations,
     save_activations,
     texts_of_file,
@@ -22,6 +20,7 @@ from converter.activations import (
 from converter.choice import Choice, choose_rank
 from converter.edit import Projection
 from converter.errors import DataError, GuardError
+from converter.extraction import activation_inputs, extract
 from converter.forward import LanguageModel, choose_dtype, load_model, load_tokenizer
 from converter.guard import Verdict, examine
 from converter.header import FLOATS
@@ -176,8 +175,9 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
             report.note(f"  cache hit, no forward pass: {path}")
             return found
     report.note("  cache miss, running the model")
-    total = (2 + 2 * request.gradient) * len(part.pairs.pairs)
-    total += len(part.prose.paragraphs) * (request.second_moment + request.gradient)
+    moments = request.directions > 0
+    total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
+    total += len(part.prose.paragraphs) * (request.second_moment + moments)
     with report.bar("forward", total, "text") as bar:
         seen, dropped = extract(
             bench.load(),

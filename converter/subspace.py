@@ -17,7 +17,7 @@ from converter.errors import FitError, VerificationError
 
 SUBSPACE_FILE = "gloss_subspace.safetensors"
 
-MAX_RANK = 16
+MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
 
 
@@ -49,8 +49,8 @@ class Subspace:
     Attributes:
         bases: edited layer -> (D, R) float32, orthonormal columns.
         shared: whether all layers have the same basis, as in GloSS.
-        singular_values: of the matrix whose leading singular vectors the basis is; one tensor
-            under the key ``U``, or one for each layer under ``U.layer``.
+        singular_values: of the matrix from which the basis was taken; one tensor under the key
+            ``U``, or one for each layer under ``U.layer``.
         candidates: all of them, in order of layer.
         rows: (C, D) float32, their directions, unit vectors.
     """
@@ -220,13 +220,6 @@ def eigen_directions(matrix: Tensor, count: int, toward: Tensor) -> Tensor:
         rows = found[1].T
     signs = torch.where(rows @ toward < 0, -1.0, 1.0).double()
     return signs[:, None] * rows
-
-
-def absolute(matrix: Tensor) -> Tensor:
-    """A symmetric (D, D) matrix with the absolute values of its eigenvalues, float64."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    whole: Tensor = (vectors * values.abs()) @ vectors.T
-    return whole
 
 
 WIDE = 1024

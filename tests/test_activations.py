@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from converter import activations, fitting, forward, pipeline
+from converter import activations, extraction, fitting, forward, pipeline
 from converter.activations import Request, load_activations
 from converter.architecture import architectures
 from converter.cache import remembered_sha256, sha256_of
@@ -90,7 +90,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
     raw[-1] ^= 1
     shard.write_bytes(raw)
     assert stage(run) == "miss"
-    monkeypatch.setattr(activations, "MAX_TOKENS", 255)
+    monkeypatch.setattr(extraction, "MAX_TOKENS", 255)
     assert stage(run) == "miss"
     monkeypatch.undo()
 
@@ -101,7 +101,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
 
     def key(device: str = "cpu") -> str:
         return activations.cache_key(
-            activations.activation_inputs(
+            extraction.activation_inputs(
                 {},
                 architectures()["llama"],
                 pairs,
@@ -116,11 +116,17 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     first = key()
     assert key() == first
     assert key("cuda:1") == key("cuda") != first
-    monkeypatch.setattr(activations, "EXTRACTOR", (*activations.EXTRACTOR, "words.py"))
+    monkeypatch.setattr(extraction, "EXTRACTOR", (*extraction.EXTRACTOR, "words.py"))
     assert key() != first
     monkeypatch.undo()
-    assert activations.EXTRACTOR == ("activations.py", "forward.py", "gradients.py", "tokens.py")
-    monkeypatch.setattr(activations, "version", lambda name: "0")
+    assert extraction.EXTRACTOR == (
+        "extraction.py",
+        "forward.py",
+        "gradients.py",
+        "subspace.py",
+        "tokens.py",
+    )
+    monkeypatch.setattr(extraction, "version", lambda name: "0")
     assert key() != first
 
 
@@ -135,7 +141,7 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     other = Prose(("Quite another text, and longer.",), {}, "")
 
     def seen(request: Request, prose: Prose = prose) -> activations.Activations:
-        return activations.extract(model, request, pairs, prose, batch_size=5)[0]
+        return extraction.extract(model, request, pairs, prose, batch_size=5)[0]
 
     def alone(text: str, pooling: Pooling, spans: Spans, site: str) -> torch.Tensor:
         pool = forward.Pool(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from converter import forward
 from converter.architecture import architectures
 from converter.edit import Projection
-from converter.gradients import causal_moments
+from converter.gradients import causal_moments, moments_within
 from converter.hooks import edited
 from converter.likelihood import (
     Words,
@@ -130,6 +130,29 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
             slope = (log_p(s, layer, u) - log_p(0.0, layer, u)) / s
             assert abs(slope) > 0.2
             assert slope == pytest.approx(-n * float(values[place]), rel=0.05)
+
+
+def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
+    model: forward.LanguageModel,
+) -> None:
+    encode = Encoder(model.tokenizer, model.module)
+    texts = ("a cup of tea", "you stupid idiot, get out of my kitchen, now", "the cat sat down")
+    sentences = [encode.predicted(text) for text in texts]
+    count = sum(len(s.ids) - 1 for s in sentences)
+    modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
+    V = torch.linalg.qr(torch.randn(HIDDEN, 3))[0]
+    A = torch.stack(list(causal_moments(model, modules, sentences).values())).sum(0)
+    whole = moments_within(model, modules, sentences, V)
+    assert whole.shape == (3, 3, 3)
+    assert torch.allclose(whole.sum(0), count * V.T @ A @ V, atol=1e-4)
+    for place, sentence in enumerate(sentences):  # in their order, not in that of the batch
+        alone = moments_within(model, modules, [sentence], V)
+        assert torch.allclose(whole[place], alone[0], atol=1e-5)
+    pieces = moments_within(model, modules, sentences, V, 4)
+    assert len(pieces) == sum(-(-len(s.ids) // 4) for s in sentences)
+    first = -(-len(sentences[0].ids) // 4)
+    assert torch.allclose(pieces[:first].sum(0), whole[0], atol=1e-5)
+    assert torch.allclose(pieces.sum(0), whole.sum(0), atol=1e-4)
 
 
 def test_bias_keep_spares_the_bias_in_hooks_too(model: forward.LanguageModel) -> None:

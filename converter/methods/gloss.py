@@ -4,10 +4,9 @@
     T_l = (X+_l - X-_l) (I - P_l P_l^T)        differences of pooled FFN outputs, (N, D)
     A_l' = (I - P P^T) A_l (I - P P^T)         causal moments, (D, D), P shared by the layers;
                                                u^T A_l u is what toxic words lose without u
-    basis=moments:     A = sum of A_l' over layers;  B, B': the same of tokens of neutral sides, of
-                       prose;  C ~ |B| + |B'|, tr C = D, |.| with absolute eigenvalues, since to
-                       first order tokens are better off without some of what they need
-                       U = leading u of  max u^T A u / u^T (C + ridge I) u,  made orthonormal
+    basis=moments:     V = leading eigenvectors of the sum of A_l' over layers, (D, K)
+                       U = V X, X (K, R) from the moments of single words and pieces of neutral
+                       text within V: see ``greedy``
     basis=candidates:  candidates of layer l: first eigenvectors of A_l', or the mean row of T_l,
                        or its first right singular vectors
                        keep those with score > mean + alpha std over all of them
@@ -16,25 +15,23 @@
 arXiv 2505.17078 gives the scheme of ``basis=candidates``: candidates of each layer, a toxicity
 signal that scores them, a threshold, one principal component analysis of what is kept, one
 projection for all layers. Its published description leaves pooling and centering open.
-``basis=moments`` lets the signal speak before the layers are cut into candidates: of all subspaces
-of rank R that the layers share, U is the one whose removal costs toxic words most, to first order,
-for what it costs neutral ones. A direction that serves toxic words in one layer and hinders them in
-another cancels, where a stack of unit candidates adds it up. Without C the leading directions are
-those of slang: toxic words fall further still, and so does all informal text. In either case the
-protection of neutral directions is what keeps the edit from destroying a small model.
+``basis=moments`` lets the signal speak before the layers are cut into candidates, and asks for more
+than a large sum: a corpus is mostly forms of two words, and the eigenvectors of the sum take these
+to nothing many times over and leave the others, or take slang, and all informal text, with them. In
+either case the protection of neutral directions is what keeps the edit from destroying a small
+model.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from converter.activations import Activations, Request, Site
+from converter.activations import Activations, Moments, Request, Site
 from converter.architecture import Dimensions
 from converter.errors import FitError, OptionError
-from converter.gradients import sum_of
+from converter.greedy import greedy_directions
 from converter.methods import Decode, Layers
 from converter.rankings import Evidence, load_ranking, ranking_names
 from converter.subspace import (
@@ -42,7 +39,6 @@ from converter.subspace import (
     Candidate,
     Subspace,
     above_threshold,
-    absolute,
     eigen_directions,
     extend,
     global_basis,
@@ -58,6 +54,12 @@ from converter.words import WordList
 NOTHING = 1e-6
 """A share of the differences' norm that is rounding error rather than a difference."""
 
+ONLY_FOR = {
+    "candidates": ("candidates", "ranking", "alpha", "weights"),
+    "moments": ("directions", "saturation", "cost"),
+}
+"""Options that have a meaning with one ``basis`` only."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -71,8 +73,9 @@ class Method:
         site: where activations are taken: ``ffn`` or ``residual``.
         pooling: of the differences: over the positions that predict a toxic token, over all, or the
             last.
-        basis: how the layers make one subspace: ``moments`` sums their causal moments, which need a
-            backward pass; ``candidates`` stacks their candidates.
+        basis: how the layers make one subspace: ``moments`` looks for what most toxic words owe
+            something to and neutral text does not, which takes backward passes; ``candidates``
+            stacks the layers' candidates.
         candidates: of each layer: ``causal`` directions, the ``mean`` difference, the first ``svd``
             directions of the differences, or both of these. With ``basis=moments`` they are only
             recorded, to show what the layers have in common.
@@ -82,7 +85,9 @@ class Method:
             needs. If all scores are equal (``candidates=mean`` with ``ranking=mean-difference``)
             all are kept.
         weights: of kept candidates in the stack: by ``score`` or ``equal``.
-        ridge: for ``basis=moments``: cost of every direction alike, in units of the mean cost.
+        directions: for ``basis=moments``: K, among which U is sought.
+        saturation: for ``basis=moments``: nats that a word may lose before more counts little.
+        cost: for ``basis=moments``: of a nat per neutral token, in shares of toxic words.
         protect_shared: leading eigenvectors of the layers' average neutral second moment that no
             candidate may touch. ``U`` acts on every layer, so a layer's own are not enough.
         protect_own: leading right singular vectors of the layer's own neutral side, which its
@@ -105,7 +110,9 @@ class Method:
     ranking: str = field(default="causal", metadata={"names": ranking_names})
     alpha: float = 1.0
     weights: Literal["score", "equal"] = "score"
-    ridge: float = field(default=0.1, metadata={"min": 1e-6})
+    directions: int = field(default=32, metadata={"min": 1})
+    saturation: float = field(default=3.0, metadata={"min": 1e-3})
+    cost: float = field(default=3.0, metadata={"min": 0})
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
     top_tokens: int = field(default=10, metadata={"min": 1})
@@ -121,14 +128,14 @@ class Method:
     def __post_init__(self) -> None:
         if not self.edit_layers:
             object.__setattr__(self, "edit_layers", self.layers)
-        if self.basis == "moments":
-            for name in ("candidates", "ranking", "alpha", "weights"):
-                default = type(self).__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise OptionError(
-                        f"-o {name}={getattr(self, name)} has no effect with basis=moments",
-                        hint="add -o basis=candidates",
-                    )
+        other = "candidates" if self.basis == "moments" else "moments"
+        for name in ONLY_FOR[other]:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise OptionError(
+                    f"-o {name}={getattr(self, name)} has no effect with basis={self.basis}",
+                    hint=f"add -o basis={other}",
+                )
 
     @property
     def edit_bias(self) -> bool:
@@ -136,12 +143,19 @@ class Method:
 
     @property
     def request(self) -> Request:
+        moments = self.basis == "moments"
         gradient = (
-            self.basis == "moments"
-            or self.candidates == "causal"
-            or load_ranking(self.ranking).NEEDS_GRADIENT
+            moments or self.candidates == "causal" or load_ranking(self.ranking).NEEDS_GRADIENT
         )
-        return Request(self.site, self.pooling, self.layers, self.protect_shared > 0, gradient)
+        return Request(
+            self.site,
+            self.pooling,
+            self.layers,
+            self.protect_shared > 0,
+            gradient,
+            self.directions if moments else 0,
+            self.protect_shared if moments else 0,
+        )
 
     def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
         """Fit the global subspace; see the module's formulas.
@@ -171,7 +185,8 @@ class Method:
         if self.basis == "moments":
             kept = [True] * len(scores)
             toward = torch.stack([T.mean(0) for T in differences.values()]).sum(0)
-            basis, values = self._of_moments(causal, activations.owed, shared, toward)
+            assert activations.moments is not None  # requested
+            basis, values = self._of_moments(activations.moments, toward)
         else:
             kept = above_threshold(scores, self.alpha)
             basis, values = self._of_candidates(stack, torch.tensor(scores), torch.tensor(kept))
@@ -198,39 +213,25 @@ class Method:
             parts.append(("svd", svd_directions(T, self.per_layer)[0]))
         return parts
 
-    def _of_moments(
-        self,
-        causal: Mapping[int, Tensor],
-        owed: Mapping[str, Tensor],
-        shared: Tensor,
-        toward: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """U, turned to the toxic side, and square roots of positive generalised eigenvalues.
+    def _of_moments(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
+        """U, turned to the toxic side, and square roots of what words lose on average along V.
 
         U is as wide as it can be if no rank is given.
         """
-        width = len(shared)
-        C = torch.zeros(width, width, dtype=torch.float64)
-        for B in owed.values():
-            C += absolute(remove(remove(B, shared).T, shared))
-        C = C / C.trace() * len(C) + self.ridge * torch.eye(len(C), dtype=C.dtype)
-        L = torch.linalg.cholesky(C)
-        A = torch.linalg.solve_triangular(L, sum_of(causal), upper=False)
-        A = torch.linalg.solve_triangular(L, A.T, upper=False)
-        values, vectors = torch.linalg.eigh((A + A.T) / 2)
-        helpful = int((values > NOTHING * values.abs().max()).sum())
-        rank = self.rank or min(MAX_RANK, helpful)
-        if not 1 <= rank <= helpful:
+        width = moments.directions.shape[1]
+        rank = self.rank or min(MAX_RANK, width)
+        if rank > width:
             raise FitError(
-                f"rank {rank} is larger than the causal moments allow",
-                expected=f"at most {helpful}, the directions that toxic words owe something to",
+                f"rank {rank} is larger than the directions among which it is sought",
+                expected=f"at most {width}",
                 found=str(rank),
-                hint="lower -o rank",
+                hint="lower -o rank, or raise -o directions",
             )
-        best = torch.linalg.solve_triangular(L.T, vectors.flip(1)[:, :rank], upper=True)
-        U = torch.linalg.qr(remove(best.T, shared).T).Q
+        V = moments.directions.double()
+        U = torch.linalg.qr(V @ greedy_directions(moments, rank, self.saturation, self.cost)).Q
         signs = torch.where(toward @ U < 0, -1.0, 1.0).double()
-        return (U * signs).float().contiguous(), values.flip(0)[:helpful].sqrt()
+        values = torch.linalg.eigvalsh(moments.words.double().mean(0)).flip(0)
+        return (U * signs).float().contiguous(), values.clamp(min=0).sqrt()
 
     def _of_candidates(self, rows: Tensor, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """U and singular values of the kept rows; as wide as it can be if no rank is given."""

@@ -1,0 +1,171 @@
+"""Run the model over the pairs once, and take what a fit needs."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.activations import TEXTS, Activations, Moments, Request
+from converter.architecture import Architecture
+from converter.errors import DataError
+from converter.forward import LanguageModel, Pool, SecondMoment, Sink, run
+from converter.gradients import causal_moments, moments_within
+from converter.pairs import Pair, Pairs, Prose
+from converter.subspace import eigen_directions, remove, shared_directions
+from converter.tokens import MAX_TOKENS, Encoder, Pooling, batches
+
+PIECE = 8
+"""Positions of neutral text whose losses are taken together."""
+
+
+def activation_inputs(
+    digests: Mapping[str, str],
+    architecture: Architecture,
+    pairs: Pairs,
+    prose: Prose,
+    request: Request,
+    *,
+    device: str,
+    dtype: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything the activations depend on, by content. Its hash is the cache key.
+
+    The code that extracts counts too, and so do the versions of the libraries that compute. The
+    batch size changes rounding only, but equal inputs have to give equal bytes.
+    """
+    return {
+        "files": dict(digests),
+        "pairs": pairs.sha256,
+        "prose": prose.sha256,
+        **asdict(request),
+        "layers": list(request.layers),
+        "module": module_template(architecture, request),
+        "max_tokens": MAX_TOKENS,
+        "batch_size": batch_size,
+        "device": device.partition(":")[0],
+        "dtype": dtype,
+        "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        "extractor": _code_digest(),
+    }
+
+
+def module_template(architecture: Architecture, request: Request) -> str:
+    """The name of the modules whose output is wanted, with ``{layer}``."""
+    return architecture.ffn if request.site == "ffn" else architecture.block
+
+
+EXTRACTOR = ("extraction.py", "forward.py", "gradients.py", "subspace.py", "tokens.py")
+"""The modules that decide what they are."""
+
+
+def _code_digest() -> str:
+    """The sha256 of the extractor's code: any change of it makes another extractor."""
+    code = (Path(__file__).with_name(name).read_bytes() for name in EXTRACTOR)
+    return hashlib.sha256(b"".join(code)).hexdigest()
+
+
+def extract(
+    model: LanguageModel,
+    request: Request,
+    pairs: Pairs,
+    prose: Prose,
+    *,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda count: None,
+) -> tuple[Activations, int]:
+    """Run the model over pairs and prose.
+
+    Returns:
+        the activations (without ``inputs``), and the number of pairs left out because no position
+        of their toxic side predicts a toxic token.
+
+    Raises:
+        DataError: no pair is left, or the activations are not finite.
+    """
+    template, device = module_template(model.architecture, request), model.device
+    modules = {layer: template.format(layer=layer) for layer in request.layers}
+    encode = Encoder(model.tokenizer, model.module)
+    mean: Pooling = "last" if request.pooling == "last" else "mean"
+    toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]
+    neutral = [encode(p.neutral, mean, ()) for p in pairs.pairs]
+    kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
+    if not kept:
+        raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
+    sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
+    pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
+    sinks: list[list[Sink]] = [[pools[0]], [pools[1]]]
+    run(model.module, modules, sides[0], sinks[0], advance)
+    if request.second_moment:
+        sinks[1].append(moment)
+        moment.start_group(sides[1])
+    run(model.module, modules, sides[1], sinks[1], advance)
+    if request.second_moment:
+        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
+        texts = batches(coded, batch_size, device)
+        moment.start_group(texts)
+        run(model.module, modules, texts, [moment], advance)
+    causal, moments = {}, None
+    second = moment.result() if request.second_moment else None
+    if request.gradient:
+        spans = [encode(p.toxic, "predicting", p.spans) for p in pairs.pairs]
+        causal = causal_moments(model, modules, spans, advance)
+    if request.directions:
+        V = _directions(causal, second, request)
+        moments = _moments(model, modules, encode, pairs.pairs, prose, V, advance)
+    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, moments)
+    if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
+        raise DataError(
+            "the model gives NaN or Inf",
+            hint="try --forward-dtype float32, and check the source's weights",
+        )
+    return seen, len(pairs.pairs) - len(kept)
+
+
+def _directions(causal: Mapping[int, Tensor], second: Tensor | None, request: Request) -> Tensor:
+    """What toxic words owe most to in all layers together, V (D, K) float32, K as far as it goes.
+
+    The leading eigenvectors of the sum of the causal moments, outside of what is protected.
+    """
+    A = torch.stack(list(causal.values())).sum(0, dtype=torch.float64)
+    shared = shared_directions(second, request.protect_shared, len(A))
+    count = min(request.directions, len(A) - shared.shape[1])
+    A = remove(remove(A, shared).T, shared)
+    rows = eigen_directions(A, count, torch.zeros(len(A), dtype=torch.float64))
+    V: Tensor = torch.linalg.qr(remove(rows, shared).T).Q
+    return V.float().contiguous()
+
+
+def _moments(
+    model: LanguageModel,
+    modules: Mapping[int, str],
+    encode: Encoder,
+    pairs: Sequence[Pair],
+    prose: Prose,
+    V: Tensor,
+    advance: Callable[[int], object],
+) -> Moments:
+    """Moments of single words and of pieces of neutral text within the columns of V.
+
+    A pair weighs as much as the sum of 1 / occurrences of its toxic words, so that every word of
+    the corpus counts the same: four words in five may be forms of two.
+    """
+    said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
+    occurrences = Counter(word for words in said for word in words)
+    coded = [encode(pair.toxic, "predicting", pair.spans) for pair in pairs]
+    chosen = [i for i, sentence in enumerate(coded) if any(sentence.weights)]
+    words = moments_within(model, modules, [coded[i] for i in chosen], V, advance=advance)
+    weights = [sum(1 / occurrences[word] for word in said[i]) for i in chosen]
+    texts, tokens = {}, {}
+    for name, whole in zip(TEXTS, ([p.neutral for p in pairs], prose.paragraphs), strict=True):
+        predicted = [encode.predicted(text) for text in whole]
+        predicted = [sentence for sentence in predicted if len(sentence.ids) > 1]
+        texts[name] = moments_within(model, modules, predicted, V, PIECE, advance)
+        tokens[name] = sum(len(sentence.ids) - 1 for sentence in predicted)
+    return Moments(V, words, torch.tensor(weights), texts, tokens)
