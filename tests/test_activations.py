@@ -14,15 +14,16 @@ from converter import activations, extraction, fitting, forward, pipeline
 from converter.activations import Request, load_activations
 from converter.architecture import architectures
 from converter.cache import remembered_sha256, sha256_of
-from converter.errors import DataError
+from converter.errors import DataError, FitError
 from converter.pairs import Prose, load_pairs, load_prose
 from converter.report import Report
 from converter.rows import Spans
 from converter.run import Run
 from converter.split import Part
+from converter.subspace import leading_eigenvectors
 from converter.tokens import Encoder, Pooling, batches
 from converter.words import load_words
-from tests.conftest import TINY, tiny_tokenizer
+from tests.conftest import HIDDEN, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -166,6 +167,44 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     assert moments[0] is not None
     assert moments[1] is not None
     assert float((moments[0] - moments[1]).abs().max()) > 1e-5
+
+
+def test_moments_are_kept_and_every_distinct_word_weighs_the_same(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    module = forward.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
+    model = forward.LanguageModel(module, tiny_tokenizer(), architectures()["llama"], "cpu")
+    pairs, prose = load_pairs("builtin", load_words("builtin"), 40, 0), load_prose("builtin")
+    prose = replace(prose, paragraphs=prose.paragraphs[:2])
+    request = Request("ffn", "predicting", (2, 3), True, True, directions=5, protect_shared=2)
+    seen, dropped = extraction.extract(model, request, pairs, prose, batch_size=8)
+    assert dropped == 0
+    assert seen.second_moment is not None
+    assert seen.moments is not None
+    V, shared = seen.moments.directions.double(), leading_eigenvectors(seen.second_moment, 2)
+    assert torch.allclose(V.T @ V, torch.eye(5).double(), atol=1e-6)
+    assert float((shared.T @ V).abs().max()) < 1e-6
+    distinct = {p.toxic[a:b].lower() for p in pairs.pairs for a, b in p.spans}
+    assert float(seen.moments.weights.sum()) == pytest.approx(len(distinct))
+
+    path = tmp_path / "a.safetensors"
+    inputs = {"directions": 5, "protect_shared": 2}
+    activations.save_activations(replace(seen, inputs=inputs), path)
+    found = load_activations(path, request, HIDDEN)
+    assert found.moments is not None
+    assert found.moments.tokens == seen.moments.tokens
+    for name, tensor in seen.tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+    with pytest.raises(DataError, match="another directions: expected 6, found 5; give -o dir"):
+        load_activations(path, replace(request, directions=6), HIDDEN)
+    wrong = {**seen.tensors(), "moments.pairs": torch.zeros(3, 5, 4)}
+    save_file(wrong, path)
+    with pytest.raises(DataError, match=r"moments.pairs: expected shape \[3, 5, 5\]"):
+        load_activations(path, request, HIDDEN)
+    with pytest.raises(FitError, match="leaves nothing of what toxic words depend on"):
+        extraction.extract(
+            model, replace(request, protect_shared=HIDDEN), pairs, prose, batch_size=8
+        )
 
 
 def test_a_damaged_cache_file_is_made_again(
