@@ -22,6 +22,7 @@ from converter.options import (
     plain_exit,
     print_json,
     quiet_libraries,
+    refuse_settings,
     run_options,
 )
 from converter.report import Report
@@ -85,7 +86,9 @@ def convert_command(
             print_json(plan) if as_json else click.echo(plan_text(plan))
             return
         evaluation = None
-        if evaluate:
+        if not evaluate:
+            refuse_settings((*SETTINGS, "controls", "passages"))
+        else:
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
         manifest = convert(

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from converter.errors import ConverterError, OptionError
 from converter.run import Run
@@ -160,3 +161,17 @@ def make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> R
             raise OptionError(f"-o {name} is given twice")
         pairs[name] = value.strip()
     return Run(source=source, options=pairs, **fields)
+
+
+def refuse_settings(names: Container[str | None]) -> None:
+    """Raise OptionError if one of these parameters of the current command was typed.
+
+    Without an evaluation they would have no effect, and their user would not learn it.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is ParameterSource.COMMANDLINE:
+            raise OptionError(
+                f"{parameter.opts[0]} has no effect without --evaluate", hint="add --evaluate"
+            )

@@ -124,47 +124,7 @@ def bootstrap(
 
     Source: Efron, The jackknife, the bootstrap and other resampling plans (1982), chapter 10.
     """
-    return _interval(
-        [statistic(units[rows]) for rows in _draws(len(units), resamples, seed)], confidence
-    )
-
-
-def paired_bootstrap(
-    statistic: Statistic,
-    before: NDArray[np.float64],
-    after: NDArray[np.float64],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """A percentile interval for ``statistic(after) - statistic(before)`` on the same prompts.
-
-    Every draw takes the same prompts for both, so what makes a prompt easy or hard cancels. If 0 is
-    outside, the two differ at that confidence.
-
-    Args:
-        statistic: of units (P, ...).
-        before: units of one system, prompts first.
-        after: units of the other, rows in the same order.
-        confidence: of the interval, in (0, 1).
-        resamples: draws of P prompts.
-        seed: of the draws.
-    """
-    assert len(before) == len(after), "not the same prompts"
-    return _interval(
-        [
-            statistic(after[rows]) - statistic(before[rows])
-            for rows in _draws(len(before), resamples, seed)
-        ],
-        confidence,
-    )
-
-
-def _draws(count: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, count, (resamples, count))
-
-
-def _interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    draws = np.random.default_rng(seed).integers(0, len(units), (resamples, len(units)))
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile([statistic(units[rows]) for rows in draws], ends)
     return float(low), float(high)
