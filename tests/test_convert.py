@@ -27,7 +27,7 @@ from converter.plan import make_plan
 from converter.report import Report
 from converter.run import Run
 from converter.source import resolve
-from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, load, tiny_args
+from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, TINY_MODELS, load, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -92,7 +92,7 @@ def test_the_result_loads_and_generates(converted: tuple[Path, Path]) -> None:
     assert text.shape[1] == ids["input_ids"].shape[1] + 5
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
