@@ -16,7 +16,7 @@ from converter.errors import CheckpointError
 _TABLES = {
     "": {"title", "model_type", "prefix", "config", "down_proj", "vocabulary", "modules"},
     "config": {"num_hidden_layers", "hidden_size", "intermediate_size"},
-    "down_proj": {"weight", "bias", "shape", "output_axis"},
+    "down_proj": {"weight", "bias", "shape", "output_axis", "post_norm"},
     "vocabulary": {"embedding", "unembedding", "final_norm", "norm_offset"},
     "modules": {"block", "ffn", "down_proj"},
 }
@@ -45,6 +45,7 @@ class Architecture:
         bias: disk name of its bias, with ``{layer}``; a checkpoint may have none.
         shape: names of the sizes of the weight's axes, as stored.
         output_axis: the axis of the weight that runs over the hidden size.
+        post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         embedding, unembedding, final_norm: disk names; a tied checkpoint has no unembedding.
         norm_offset: norms multiply by their weight plus this.
         block, ffn, down_proj: modules of the transformers class, with ``{layer}``: the whole
@@ -60,6 +61,7 @@ class Architecture:
     bias: str
     shape: tuple[str, ...]
     output_axis: int
+    post_norm: str
     embedding: str
     unembedding: str
     final_norm: str
@@ -125,6 +127,7 @@ def parse_architecture(text: str, name: str) -> Architecture:
         bias=down["bias"],
         shape=tuple(down["shape"]),
         output_axis=down["output_axis"],
+        post_norm=down["post_norm"],
         **vocabulary,
         **modules,
     )

@@ -56,6 +56,8 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "cohere": {},
     "falcon": {"ffn_hidden_size": FFN, "bias": True},
     "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
     "gpt2": {"n_inner": FFN},
     "gpt_bigcode": {"n_inner": FFN},
     "gpt_neox": {},
@@ -64,6 +66,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "llama": {"mlp_bias": True},
     "mistral": {},
     "olmo": {},
+    "olmo2": {},
     "opt": {"ffn_dim": FFN, "word_embed_proj_dim": HIDDEN},
     "phi": {},
     "phi3": {},
@@ -97,6 +100,8 @@ def make_checkpoint(
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
             torch.nn.init.normal_(parameter, std=0.1)
+        if "post_feedforward" in name:  # they start as the identity, which would hide a wrong norm
+            torch.nn.init.normal_(parameter, 0.5, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("A licence.\n")
