@@ -8,11 +8,19 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from converter.errors import CheckpointError
 
-_KEYS = {"title", "model_type", "prefix", "config", "down_proj", "vocabulary", "modules"}
+_TABLES = {
+    "": {"title", "model_type", "prefix", "config", "down_proj", "vocabulary", "modules"},
+    "config": {"num_hidden_layers", "hidden_size", "intermediate_size"},
+    "down_proj": {"weight", "bias", "shape", "output_axis", "post_norm"},
+    "vocabulary": {"embedding", "unembedding", "final_norm", "norm_offset"},
+    "modules": {"block", "ffn", "down_proj"},
+}
+"""The keys of a data file, all of them needed, its own ones under the empty name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,9 @@ class Architecture:
         bias: disk name of its bias, with ``{layer}``; a checkpoint may have none.
         shape: names of the sizes of the weight's axes, as stored.
         output_axis: the axis of the weight that runs over the hidden size.
+        post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         embedding, unembedding, final_norm: disk names; a tied checkpoint has no unembedding.
+        norm_offset: norms multiply by their weight plus this.
         block, ffn, down_proj: modules of the transformers class, with ``{layer}``: the whole
             decoder layer, the module whose output is what the FFN adds to the residual stream, and
             the one that holds the down-projection.
@@ -51,9 +61,11 @@ class Architecture:
     bias: str
     shape: tuple[str, ...]
     output_axis: int
+    post_norm: str
     embedding: str
     unembedding: str
     final_norm: str
+    norm_offset: int
     block: str
     ffn: str
     down_proj: str
@@ -87,7 +99,7 @@ class Architecture:
 def architectures() -> dict[str, Architecture]:
     """All data files, by ``model_type``."""
     found = {}
-    for entry in sorted(files("converter").joinpath("architectures").iterdir(), key=str):
+    for entry in sorted(_folder().iterdir(), key=str):
         if entry.name.endswith(".toml"):
             architecture = parse_architecture(entry.read_text("utf-8"), entry.name)
             found[architecture.model_type] = architecture
@@ -95,23 +107,17 @@ def architectures() -> dict[str, Architecture]:
 
 
 def parse_architecture(text: str, name: str) -> Architecture:
-    """Parse one data file.
+    """Parse one data file, and those that it is like.
 
     Raises:
         ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
     """
-    data = tomllib.loads(text)
-    if unknown := set(data) ^ _KEYS:
-        raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
-    down, vocabulary, modules = data["down_proj"], data["vocabulary"], data["modules"]
-    for table, keys in (
-        (data["config"], {"num_hidden_layers", "hidden_size", "intermediate_size"}),
-        (down, {"weight", "bias", "shape", "output_axis"}),
-        (vocabulary, {"embedding", "unembedding", "final_norm"}),
-        (modules, {"block", "ffn", "down_proj"}),
-    ):
-        if unknown := set(table) ^ keys:
+    data = _merged(text, name)
+    for table, keys in _TABLES.items():
+        found = set(data) if table == "" else set(data[table])
+        if unknown := found ^ keys:
             raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
+    down, vocabulary, modules = data["down_proj"], data["vocabulary"], data["modules"]
     return Architecture(
         title=data["title"],
         model_type=data["model_type"],
@@ -121,9 +127,31 @@ def parse_architecture(text: str, name: str) -> Architecture:
         bias=down["bias"],
         shape=tuple(down["shape"]),
         output_axis=down["output_axis"],
+        post_norm=down["post_norm"],
         **vocabulary,
         **modules,
     )
+
+
+def _folder() -> Traversable:
+    return files("converter").joinpath("architectures")
+
+
+def _merged(text: str, name: str) -> dict[str, Any]:
+    """A parsed data file over the one that it is ``like``, if any."""
+    data = tomllib.loads(text)
+    other = data.pop("like", None)
+    if other is None:
+        return data
+    try:
+        whole = _merged(_folder().joinpath(f"{other}.toml").read_text("utf-8"), f"{other}.toml")
+    except OSError as error:
+        raise ValueError(f"{name}: like {other!r}, of which there is no file") from error
+    for key in ("title", "model_type"):  # never those of another
+        whole.pop(key, None)
+    for key, value in data.items():
+        whole[key] = whole[key] | value if isinstance(value, dict) and key in whole else value
+    return whole
 
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
@@ -139,6 +167,14 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
             "config.json: model_type",
             expected="one of " + ", ".join(sorted(known)),
             found=repr(model_type),
-            hint="to add a model, copy converter/architectures/llama.toml and name its tensors",
+            hint="to add a model, see README, 'To add a model'",
         )
     return known[model_type]
+
+
+def architecture_table() -> str:
+    """What is supported, as a Markdown table: one row for each data file."""
+    rows = ["| models | `model_type` | down-projections |", "|---|---|---|"]
+    for name, architecture in architectures().items():
+        rows.append(f"| {architecture.title} | `{name}` | `{architecture.weight}` |")
+    return "\n".join(rows)

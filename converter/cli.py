@@ -162,6 +162,14 @@ def verify_command(
             click.echo(f"{destination}: verified against its manifest{against}")
 
 
+@click.command("architectures")
+def architectures_command() -> None:
+    """Print which models are supported, as a Markdown table."""
+    from converter.architecture import architecture_table
+
+    click.echo(architecture_table())
+
+
 @click.group()
 @click.version_option(__version__, prog_name="gloss")
 def gloss() -> None:
@@ -172,3 +180,4 @@ gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
 gloss.add_command(evaluate_command)
+gloss.add_command(architectures_command)

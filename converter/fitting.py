@@ -25,6 +25,7 @@ from converter.forward import LanguageModel, choose_dtype, load_model, load_toke
 from converter.guard import Verdict, examine
 from converter.header import FLOATS
 from converter.methods import Method
+from converter.norms import Gains, before_norm, read_gains
 from converter.pairs import Pairs, Prose
 from converter.plan import Plan
 from converter.probe import Probe
@@ -71,6 +72,7 @@ class Bench:
     dtype: torch.dtype
     cache: Path
     report: Report
+    gains: Gains
     model: LanguageModel | None = None
 
     @classmethod
@@ -84,10 +86,11 @@ class Bench:
         cache: Path,
         report: Report,
     ) -> "Bench":
-        """Nothing is read yet but the tokenizer."""
+        """Nothing is read yet but the tokenizer and the norms after the FFN."""
         dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
         vocabulary = Vocabulary(plan, source.folder, load_tokenizer(source.folder))
-        return cls(run, source, plan, words, vocabulary, device, dtype, cache, report)
+        gains = read_gains(plan, source.folder)
+        return cls(run, source, plan, words, vocabulary, device, dtype, cache, report, gains)
 
     def load(self) -> LanguageModel:
         """The unedited model, loaded at the first call."""
@@ -105,13 +108,14 @@ class Bench:
         self.model = None
 
     def fit(self, method: Method, part: Part) -> tuple[Activations, Subspace]:
-        """Take the activations, or find them, and fit."""
+        """Take the activations, or find them, and fit; bases are those of down-projections."""
         count = len(part.pairs.pairs) or "unknown"
         with self.report.stage("activations", f"activations of {count} pairs"):
             seen = activations_of(self, method.request, part)
         with self.report.stage("fit", f"fitting {method.title}"):
             warn_about_words(method, self.vocabulary, self.words, self.report)
-            return seen, method.fit(seen, self.vocabulary.decode, self.words)
+            subspace = method.fit(seen, self.vocabulary.decode, self.words)
+            return seen, before_norm(subspace, self.gains)
 
 
 def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
@@ -231,6 +235,7 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
         draws=run.guard_draws,
         seed=run.seed,
         moment=seen.second_moment,
+        gains=bench.gains,
     )
     for warning in verdict.warnings:
         report.warn(warning)

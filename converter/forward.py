@@ -48,7 +48,8 @@ def forward(model: nn.Module, modules: Mapping[int, str], batch: Batch, visit: V
 
     def hook(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def show(module: nn.Module, args: Any, output: Any) -> None:
-            visit(layer, (output[0] if isinstance(output, tuple) else output).float())
+            first = output[0] if isinstance(output, tuple) else output
+            visit(layer, first.float().view(*batch.ids.shape, -1))  # OPT's is (B T, D)
             if layer == last:
                 raise _Enough
 

@@ -114,8 +114,11 @@ def _gradients(
                 hint="do without gradients: -o basis=candidates "
                 "-o candidates=mean+svd -o ranking=mean-difference",
             ) from error
-        found = zip(outputs.items(), gradients, strict=True)
-        yield batch, {layer: (f.detach().float(), g.float()) for (layer, f), g in found}
+        products = {}
+        for (layer, f), g in zip(outputs.items(), gradients, strict=True):
+            f, g = (x.detach().float().view(*batch.ids.shape, -1) for x in (f, g))
+            products[layer] = f, g
+        yield batch, products
         advance(len(batch.rows))
 
 

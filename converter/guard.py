@@ -23,6 +23,7 @@ from torch import Tensor
 
 from converter.edit import Projection
 from converter.errors import GuardError
+from converter.norms import Gains, through
 from converter.probe import Measured, Probe
 from converter.subspace import random_basis, shared_directions
 
@@ -76,6 +77,7 @@ def examine(
     draws: int,
     seed: int,
     moment: Tensor | None,
+    gains: Gains,
 ) -> Verdict:
     """Measure an edit and random ones of its rank, and judge.
 
@@ -88,6 +90,7 @@ def examine(
         seed: of the draws.
         moment: (D, D) neutral second moment averaged over layers, or None if it is not known;
             random subspaces then spare nothing.
+        gains: of norms after the FFN.
 
     Raises:
         GuardError: what was measured is not even a number.
@@ -98,11 +101,16 @@ def examine(
     controls = []
     for draw in range(draws):
         basis = random_basis(width, rank, seed + draw, spared)
-        control = Projection(dict.fromkeys(layers, basis), edit.bias)
+        bases = {n: through(basis, gains[n]) if n in gains else basis for n in layers}
+        control = Projection(bases, edit.bias)
         controls.append(probe.measure(control, layers))
     energy = None
     if moment is not None:
-        energy = max(neutral_energy(U, moment) for U in edit.bases.values())
+        written = (
+            through(Q, torch.where(gains[n] == 0, 0, 1 / gains[n])) if n in gains else Q
+            for n, Q in edit.bases.items()
+        )
+        energy = max(neutral_energy(U, moment) for U in written)
     if not all(measured.finite for measured in (found, *controls)):
         raise GuardError(
             "an edited model gives NaN or Inf on held-out text",

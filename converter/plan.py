@@ -44,6 +44,8 @@ class Plan:
         targets: every down-projection and its bias, all layers, in order of layer.
         vocabulary: ``embedding``, ``unembedding``, ``final_norm`` -> shard and entry; the
             unembedding is the embedding where they are tied; what a checkpoint lacks is absent.
+        post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
+            architecture has none.
     """
 
     architecture: Architecture
@@ -51,6 +53,7 @@ class Plan:
     headers: Mapping[str, Header]
     targets: tuple[Target, ...]
     vocabulary: Mapping[str, tuple[str, TensorInfo]]
+    post_norms: Mapping[int, tuple[str, TensorInfo]]
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +115,7 @@ def make_plan(
         name = template.format(layer=layer)
         return tensors.get(name.removeprefix(prefix) if strip else name)
 
-    targets = []
+    targets, post_norms = [], {}
     for layer in range(dimensions.num_hidden_layers):
         weight = find(architecture.weight, layer)
         if weight is None and find(architecture.weight.replace(".weight", ".qweight"), layer):
@@ -127,6 +130,9 @@ def make_plan(
         shape = tuple(getattr(dimensions, name) for name in architecture.shape)
         _check(weight[1], shape)
         targets.append(Target(weight[1], weight[0], layer, architecture.output_axis, "down_proj"))
+        if architecture.post_norm:
+            post_norms[layer] = _norm(find(architecture.post_norm, layer), architecture, layer)
+            _check(post_norms[layer][1], (dimensions.hidden_size,))
         if bias := find(architecture.bias, layer):
             _check(bias[1], (dimensions.hidden_size,))
             targets.append(Target(bias[1], bias[0], layer, 0, "down_proj_bias"))
@@ -154,7 +160,20 @@ def make_plan(
         headers,
         tuple(targets),
         {role: place for role, place in parts.items() if place is not None},
+        post_norms,
     )
+
+
+def _norm(
+    place: tuple[str, TensorInfo] | None, architecture: Architecture, layer: int
+) -> tuple[str, TensorInfo]:
+    if place is None:
+        raise CheckpointError(
+            f"the norm after the FFN of layer {layer} is missing",
+            expected=f"a tensor {architecture.post_norm.format(layer=layer)}",
+            found="no tensor of that name",
+        )
+    return place
 
 
 def refuse_quantized(config: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ class Vocabulary:
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """The ``count`` tokens whose logits a step along each direction raises most.
 
-            logits = E (g * u)     E: (V, D) unembedding, g: (D,) weight of the final norm
+            logits = E (g * u)     E: (V, D) unembedding, g: (D,) of the final norm
 
         Args:
             directions: (C, D).
@@ -45,7 +45,8 @@ class Vocabulary:
         directions = directions.float()
         if "final_norm" in self.plan.vocabulary:
             norm_shard, norm = self.plan.vocabulary["final_norm"]
-            directions = directions * read_tensor(self.folder / norm_shard, norm).float()
+            weight = read_tensor(self.folder / norm_shard, norm).float()
+            directions = directions * (weight + self.plan.architecture.norm_offset)
         best = torch.empty(len(directions), 0)
         ids = torch.empty(len(directions), 0, dtype=torch.long)
         with (self.folder / shard).open("rb", buffering=0) as file:

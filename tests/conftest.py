@@ -17,14 +17,10 @@ import torch
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from converter.cli import gloss
@@ -56,28 +52,42 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TINY_MODELS: dict[str, dict[str, Any]] = {
+    "cohere": {},
+    "falcon": {"ffn_hidden_size": FFN, "bias": True},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8},
+    "gpt2": {"n_inner": FFN},
+    "gpt_bigcode": {"n_inner": FFN},
+    "gpt_neox": {},
+    "gptj": {"n_inner": FFN, "rotary_dim": 4},
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "llama": {"mlp_bias": True},
+    "mistral": {},
+    "olmo": {},
+    "olmo2": {},
+    "opt": {"ffn_dim": FFN, "word_embed_proj_dim": HIDDEN},
+    "phi": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+}
+"""``model_type`` -> what its tiny model's config has besides the sizes that all share. One line for
+each data file."""
+
+
 def tiny_config(kind: str) -> PreTrainedConfig:
-    vocab = len(tiny_tokenizer())
-    tokens: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    if kind == "gpt2":
-        return GPT2Config(
-            n_embd=HIDDEN, n_inner=FFN, n_layer=LAYERS, n_head=4, n_positions=512,
-            vocab_size=vocab, **tokens,
-        )  # fmt: skip
-    classes: dict[str, Any] = {
-        "llama": LlamaConfig,
-        "mistral": MistralConfig,
-        "qwen2": Qwen2Config,
-        "qwen3": Qwen3Config,
-    }
-    extra: dict[str, Any] = {"mlp_bias": True} if kind == "llama" else {}
-    extra |= {"head_dim": 8} if kind == "qwen3" else {}
-    config: PreTrainedConfig = classes[kind](
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, vocab_size=vocab,
-        max_position_embeddings=512, **tokens, **extra,
-    )  # fmt: skip
-    return config
+    sizes = {
+        "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "vocab_size": len(tiny_tokenizer()),
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **sizes | TINY_MODELS[kind])
 
 
 def make_checkpoint(
@@ -90,6 +100,8 @@ def make_checkpoint(
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
             torch.nn.init.normal_(parameter, std=0.1)
+        if "post_feedforward" in name:  # they start as the identity, which would hide a wrong norm
+            torch.nn.init.normal_(parameter, 0.5, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("A licence.\n")

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from converter.plan import make_plan
 from converter.report import Report
 from converter.run import Run
 from converter.source import resolve
-from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, load, tiny_args
+from converter.subspace import load_bases
+from converter.verify import verify
+from tests.conftest import HIDDEN, LAYERS, TINY, TINY_ARGS, TINY_MODELS, load, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -92,7 +95,7 @@ def test_the_result_loads_and_generates(converted: tuple[Path, Path]) -> None:
     assert text.shape[1] == ids["input_ids"].shape[1] + 5
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
@@ -100,20 +103,68 @@ def test_editing_weights_is_projecting_ffn_outputs(
     convert(
         Run(source=str(source), num_pairs=32, options=TINY, guard=False), out, cache=shared_cache
     )
-    U = load_file(out / "gloss_subspace.safetensors")["U"]
-    assert U.shape == (HIDDEN, 4)
+    bases = load_bases(out / "gloss_subspace.safetensors")
+    layers = (2, 3, 4)
+    U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
+    assert all(basis.shape == (HIDDEN, 4) for basis in U.values())
     ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
     original = load(source)
     plain = original(ids).logits
     architecture = find_architecture(json.loads((source / "config.json").read_text()))
 
-    layers = (2, 3, 4)
-    with edited(original, architecture, Projection(dict.fromkeys(layers, U)), layers):
+    with edited(original, architecture, Projection(U), layers):
         hooked = original(ids).logits
     assert torch.equal(original(ids).logits, plain)  # the hooks are gone
     written = load(out)(ids).logits
     assert torch.allclose(written, hooked, atol=2e-6)
     assert not torch.allclose(written, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
+def test_nothing_is_left_along_the_subspace_after_a_norm(
+    kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
+) -> None:
+    """What counts is what reaches the residual stream; W projected along U itself leaves most."""
+    source, out = checkpoints(kind), tmp_path / "out"
+    d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
+    x = 0.01 * torch.randn(2, LAYERS, 40, HIDDEN)
+    seen = Activations(
+        {n: x[0, n] + d for n in range(LAYERS)}, {n: x[1, n] for n in range(LAYERS)}, None, {}
+    )
+    save_activations(seen, tmp_path / "seen.safetensors")
+    none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
+    run = Run(
+        source=str(source), num_pairs=32, options=TINY | none, guard=False,
+        activations=tmp_path / "seen.safetensors",
+    )  # fmt: skip
+    convert(run, out, cache=shared_cache)
+    assert not verify(out, None, Report(quiet=True))
+    stacked = torch.stack([x[0, n].mean(0) + d - x[1, n].mean(0) for n in (2, 3, 4)])
+    u = torch.linalg.svd(torch.nn.functional.normalize(stacked))[2][0]  # what GloSS makes of it
+    ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+
+    def along(model: Any) -> float:
+        """The largest component along u of what layers 2 to 4 add to the residual stream."""
+        found: list[float] = []
+        handles = [
+            model.model.layers[n].post_feedforward_layernorm.register_forward_hook(
+                lambda module, args, f: found.append(float((f.detach() @ u).abs().max()))
+            )
+            for n in (2, 3, 4)
+        ]
+        model(ids)
+        for handle in handles:
+            handle.remove()
+        return max(found)
+
+    original = load(source)
+    whole = along(original)
+    architecture = find_architecture(json.loads((source / "config.json").read_text()))
+    naive = Projection(dict.fromkeys((2, 3, 4), u[:, None]))
+    with edited(original, architecture, naive, (2, 3, 4)):
+        left = along(original)
+    assert along(load(out)) < 1e-5 * whole
+    assert left > 0.1 * whole
 
 
 def test_a_planted_direction_is_removed_from_what_layers_write(

@@ -170,7 +170,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     probe = Probe(model, parts.report)
     for direction, refused in ((TOXIC, False), (MASSIVE, True), (AXES[9], True)):
         edit = Projection(dict.fromkeys(WRITING, direction[:, None]))
-        verdict = examine(probe, edit, WRITING, budget=1.03, draws=2, seed=0, moment=None)
+        verdict = examine(probe, edit, WRITING, budget=1.03, draws=2, seed=0, moment=None, gains={})
         assert bool(verdict.reasons) == refused, verdict.record
     broken = Projection(dict.fromkeys(WRITING, MASSIVE[:, None]))
     assert probe.measure(broken, WRITING).perplexity_ratio.value > 1.5

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 
 from converter.architecture import architectures, find_architecture, parse_architecture
 from converter.errors import CheckpointError
 from converter.header import Header, TensorInfo, read_header
 from converter.plan import Plan, make_plan
-from tests.conftest import FFN, HIDDEN, LAYERS
+from tests.conftest import FFN, HIDDEN, LAYERS, TINY_MODELS
 
 Checkpoints = Callable[..., Path]
 
@@ -58,7 +59,7 @@ def test_gpt2_without_its_prefix_is_found_too(checkpoints: Checkpoints) -> None:
 
 
 def test_an_unknown_model_type_says_how_to_add_it() -> None:
-    with pytest.raises(CheckpointError, match=r"found 'nonesuch'; to add a model, copy .*toml"):
+    with pytest.raises(CheckpointError, match=r"found 'nonesuch'; to add a model, see README"):
         find_architecture({"model_type": "nonesuch"})
 
 
@@ -69,7 +70,21 @@ def test_architecture_files_with_unknown_keys_are_refused() -> None:
     for wrong in ("extra = 1\n" + text, text.replace("weight =", "wieght =")):
         with pytest.raises(ValueError, match="unknown or missing keys"):
             parse_architecture(wrong, "x")
-    assert {"llama", "mistral", "qwen2", "qwen3", "gpt2"} <= set(architectures())
+    with pytest.raises(ValueError, match="like 'nothing', of which there is no file"):
+        parse_architecture('title = "A"\nmodel_type = "a"\nlike = "nothing"\n', "x")
+    with pytest.raises(ValueError, match=r"missing keys .'model_type'"):
+        parse_architecture('title = "A"\nlike = "gpt2"\n', "x")
+
+
+def test_every_architecture_has_a_tiny_model_and_a_file_of_its_name() -> None:
+    folder = Path(__file__).parents[1] / "converter/architectures"
+    assert {path.stem for path in folder.glob("*.toml")} == set(architectures()) == set(TINY_MODELS)
+
+
+def test_the_readme_has_the_table_that_the_command_prints(cli: Callable[..., Result]) -> None:
+    table = cli("architectures").stdout
+    assert all(f"| `{name}` |" in table for name in TINY_MODELS)
+    assert table in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(
