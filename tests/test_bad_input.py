@@ -221,7 +221,7 @@ def test_quantized_and_unknown_models(refused: Callable[..., str], source: Path)
     edit_json(source / "config.json", quantization_config={"quant_method": "awq"})
     assert "quantized: expected" in refused(source, 4)
     edit_json(source / "config.json", quantization_config=None, model_type="nonesuch")
-    assert "to add a model, copy converter/architectures/llama.toml" in refused(source, 4)
+    assert "to add a model, see README" in refused(source, 4)
     (source / "config.json").write_text("{broken")
     assert "config.json cannot be read" in refused(source, 4)
 
