@@ -138,7 +138,8 @@ def _log_probability(
             if not first.requires_grad:  # the graph starts here; layers below need none
                 first = first.detach().requires_grad_()
             outputs[layer] = first
-            return (first, *output[1:]) if isinstance(output, tuple) else first
+            copy = first.clone()  # some models add to it in place
+            return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
         return keep
 

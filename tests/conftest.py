@@ -53,7 +53,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TINY_MODELS: dict[str, dict[str, Any]] = {
-    "cohere": {},
+    "cohere": {"logit_scale": 2.0},
     "falcon": {"ffn_hidden_size": FFN, "bias": True},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8},

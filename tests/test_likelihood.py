@@ -26,7 +26,7 @@ from converter.likelihood import (
     word_changes,
 )
 from converter.tokens import Encoder, Sentence
-from tests.conftest import HIDDEN, tiny_tokenizer
+from tests.conftest import HIDDEN, TINY_MODELS, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -130,6 +130,39 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
             slope = (log_p(s, layer, u) - log_p(0.0, layer, u)) / s
             assert abs(slope) > 0.2
             assert slope == pytest.approx(-n * float(values[place]), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_adds(
+    kind: str, checkpoints: Checkpoints
+) -> None:
+    """Also where logits are scaled or capped, where a norm follows, and where tokens are flat."""
+    architecture = architectures()[kind]
+    module = forward.load_model(checkpoints(kind), torch.float32, "cpu", 0)
+    model = forward.LanguageModel(module, tiny_tokenizer(), architecture, "cpu")
+    encode = Encoder(model.tokenizer, module)
+    sentences = [encode.predicted("you stupid idiot, get out"), encode.predicted("a cup of tea")]
+    n = sum(len(s.ids) - 1 for s in sentences)
+    name = architecture.ffn.format(layer=3)
+    A = causal_moments(model, {3: name}, sentences)[3].double()
+    u = torch.linalg.eigh(A).eigenvectors[:, -1].float()
+
+    def log_p(share: float) -> float:
+        hook = module.get_submodule(name).register_forward_hook(
+            lambda m, args, f: f - share * (f @ u)[..., None] * u * content(f)
+        )
+        values = log_probabilities(module, sentences, "cpu")
+        hook.remove()
+        return float(sum(v.sum() for v in values))
+
+    def content(f: Tensor) -> Tensor:
+        """All positions but the first: what is done to the attention sink is not counted."""
+        length = max(len(s.ids) for s in sentences)
+        return (torch.arange(f[..., 0].numel()) % length > 0).float().view(*f.shape[:-1], 1)
+
+    slope = (log_p(0.01) - log_p(-0.01)) / 0.02
+    assert slope == pytest.approx(-n * float(u.double() @ A @ u.double()), rel=0.02)
+    assert slope < 0
 
 
 def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
