@@ -120,18 +120,22 @@ def test_editing_weights_is_projecting_ffn_outputs(
     assert not torch.allclose(written, plain, atol=1e-4)
 
 
+def save_planted(path: Path) -> tuple[Tensor, Tensor]:
+    """Activations whose sides differ by a unit vector (D,), and noise (2, L, N, D) on both."""
+    d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
+    x = 0.01 * torch.randn(2, LAYERS, 40, HIDDEN)
+    toxic, neutral = ({n: side[n] for n in range(LAYERS)} for side in (x[0] + d, x[1]))
+    save_activations(Activations(toxic, neutral, None, {}), path)
+    return d, x
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
 def test_nothing_is_left_along_the_subspace_after_a_norm(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     """What counts is what reaches the residual stream; W projected along U itself leaves most."""
     source, out = checkpoints(kind), tmp_path / "out"
-    d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
-    x = 0.01 * torch.randn(2, LAYERS, 40, HIDDEN)
-    seen = Activations(
-        {n: x[0, n] + d for n in range(LAYERS)}, {n: x[1, n] for n in range(LAYERS)}, None, {}
-    )
-    save_activations(seen, tmp_path / "seen.safetensors")
+    d, x = save_planted(tmp_path / "seen.safetensors")
     none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
     run = Run(
         source=str(source), num_pairs=32, options=TINY | none, guard=False,
@@ -172,12 +176,7 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
 ) -> None:
     """From given activations: no forward pass, and nothing of the truth is left."""
     source, out = checkpoints("llama"), tmp_path / "out"
-    d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
-    x = 0.01 * torch.randn(2, LAYERS, 40, HIDDEN)
-    seen = Activations(
-        {n: x[0, n] + d for n in range(LAYERS)}, {n: x[1, n] for n in range(LAYERS)}, None, {}
-    )
-    save_activations(seen, tmp_path / "seen.safetensors")
+    d, _ = save_planted(tmp_path / "seen.safetensors")
     options = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
     options |= {"basis": "candidates", "ranking": "mean-difference"}
     run = Run(
