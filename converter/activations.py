@@ -18,9 +18,9 @@ from torch import Tensor
 
 from converter.cache import replacing, sha256_of
 from converter.errors import DataError
+from converter.header import to_bytes
 from converter.pairs import Pairs, Prose
 from converter.report import Report
-from converter.shards import to_bytes
 from converter.tokens import Pooling
 
 Site = Literal["ffn", "residual"]

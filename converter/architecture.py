@@ -4,95 +4,185 @@ One TOML file in ``converter/architectures`` describes one ``model_type`` of ``c
 ``llama.toml`` for the format. No Python file knows the name of a model.
 """
 
+import re
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from math import prod
 from typing import Any
 
 from converter.errors import CheckpointError
 
+_WEIGHT = {"weight", "bias", "shape", "output_axis"}
 _TABLES = {
-    "": {"title", "model_type", "prefix", "config", "down_proj", "vocabulary", "modules"},
-    "config": {"num_hidden_layers", "hidden_size", "intermediate_size"},
-    "down_proj": {"weight", "bias", "shape", "output_axis", "post_norm"},
-    "vocabulary": {"embedding", "unembedding", "final_norm", "norm_offset"},
-    "modules": {"block", "ffn", "down_proj"},
-}
+    "": {"title", "model_type", "variants", "config", "down_proj", "experts", "shared_experts",
+         "norms", "vocabulary", "modules"},
+    "config": {"within", "num_hidden_layers", "hidden_size", "intermediate_size", "embedding_size",
+               "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+               "first_dense_layers", "dense_layers", "sparse_step", "unused_layers"},
+    "down_proj": _WEIGHT,
+    "experts": _WEIGHT,
+    "shared_experts": _WEIGHT,
+    "norms": {"post_ffn", "final", "offset"},
+    "vocabulary": {"embedding", "unembedding"},
+    "modules": {"auto_class", "block", "ffn", "down_proj"},
+}  # fmt: skip
 """The keys of a data file, all of them needed, its own ones under the empty name."""
+
+_OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+             "first_dense_layers", "sparse_step", "unused_layers"}  # fmt: skip
+"""Sizes that may be 0 or be missing from a config, which is the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of one model, read from its ``config.json``."""
+    """Sizes of one model, read from its ``config.json``; 0 for what it does not have.
+
+    Attributes:
+        sparse_layers: those with experts.
+        unused_layers: layers that a checkpoint may have after the last, for speculative decoding;
+            the model does not run through them, and they are left alone.
+    """
 
     num_hidden_layers: int
     hidden_size: int
     intermediate_size: int
+    embedding_size: int = 0
+    num_experts: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    sparse_layers: tuple[int, ...] = ()
+    unused_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """One kind of down-projection.
+
+    Attributes:
+        weight, bias: disk names, with ``{layer}``, and with ``{expert}`` if each expert has a
+            tensor of its own. The bias may be missing from a checkpoint; an empty name: none has.
+        shape: names of the sizes of the weight's axes, as stored.
+        output_axis: the axis of the weight that runs over the hidden size.
+    """
+
+    weight: str
+    bias: str
+    shape: tuple[str, ...]
+    output_axis: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """One data file.
 
     Attributes:
         title: name for people.
         model_type: the key in ``config.json``.
-        prefix: a leading part of the disk names that a checkpoint may lack, or empty.
+        variants: other beginnings of disk names that checkpoints have, each a table from a
+            beginning as in this file to the one on disk.
         config: our name of a size -> its key in ``config.json``.
-        weight: disk name of the down-projection, with ``{layer}``.
-        bias: disk name of its bias, with ``{layer}``; a checkpoint may have none.
-        shape: names of the sizes of the weight's axes, as stored.
-        output_axis: the axis of the weight that runs over the hidden size.
+        down_proj: of a dense FFN.
+        experts, shared_experts: of a mixture of experts; their weight is empty if there are none.
         post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
-        embedding, unembedding, final_norm: disk names; a tied checkpoint has no unembedding.
+        final_norm: disk name, or empty.
         norm_offset: norms multiply by their weight plus this.
-        block, ffn, down_proj: modules of the transformers class, with ``{layer}``: the whole
+        embedding, unembedding: disk names; a tied checkpoint has no unembedding.
+        auto_class: of transformers, that loads the model.
+        block, ffn, down_proj_module: modules of the transformers class, with ``{layer}``: the whole
             decoder layer, the module whose output is what the FFN adds to the residual stream, and
-            the one that holds the down-projection.
+            the one that gives what the down-projections write.
     """
 
     title: str
     model_type: str
-    prefix: str
-    config: dict[str, str]
-    weight: str
-    bias: str
-    shape: tuple[str, ...]
-    output_axis: int
+    variants: tuple[Mapping[str, str], ...]
+    config: Mapping[str, str]
+    down_proj: Projection
+    experts: Projection
+    shared_experts: Projection
     post_norm: str
-    embedding: str
-    unembedding: str
     final_norm: str
     norm_offset: int
+    embedding: str
+    unembedding: str
+    auto_class: str
     block: str
     ffn: str
-    down_proj: str
+    down_proj_module: str
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
         """Read the sizes from a parsed ``config.json``.
 
-        A size whose key is missing or null is derived where the data file says so
-        (``intermediate_size = "n_inner | 4 * n_embd"``).
-
         Raises:
             CheckpointError: a size is missing or not a positive integer.
         """
+        inner = config.get(self.config["within"], config)
+        if not isinstance(inner, dict):
+            raise CheckpointError(
+                f"config.json: {self.config['within']}", expected="an object", found=repr(inner)
+            )
+        sizes = {
+            name: _size(inner, self.config[name], optional=name in _OPTIONAL)
+            for name in _TABLES["config"] - {"within", "dense_layers"}
+        }
+        first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
+        listed = inner.get(self.config["dense_layers"]) or ()
+        sparse = (
+            layer
+            for layer in range(first, sizes["num_hidden_layers"])
+            if sizes["num_experts"] and layer not in listed and (layer + 1) % step == 0
+        )
+        return Dimensions(**sizes, sparse_layers=tuple(sparse))
 
-        def size(name: str) -> int:
-            key, _, fallback = (part.strip() for part in self.config[name].partition("|"))
-            value = config.get(key)
-            if value is None and fallback:
-                factor, _, other = fallback.partition(" * ")
-                value = int(factor) * config.get(other, 0)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(
-                    f"config.json: {key}", expected="a positive integer", found=repr(value)
-                )
-            return value
+    def projections(self, layer: int, sizes: Dimensions) -> Iterator[tuple[Projection, int]]:
+        """The down-projections that a layer must have, and the expert of each (0 for others)."""
+        if layer not in sizes.sparse_layers:
+            yield self.down_proj, 0
+            return
+        for expert in range(sizes.num_experts if "{expert}" in self.experts.weight else 1):
+            yield self.experts, expert
+        if self.shared_experts.weight and sizes.shared_expert_intermediate_size:
+            yield self.shared_experts, 0
 
-        return Dimensions(size("num_hidden_layers"), size("hidden_size"), size("intermediate_size"))
+    def find_layer(self, name: str) -> int | None:
+        """The layer whose down-projection has this name, as in this file; None if it is another."""
+        found = _pattern(self).fullmatch(name)
+        return int(next(g for g in found.groups() if g is not None)) if found else None
+
+
+@cache
+def _pattern(architecture: Architecture) -> re.Pattern[str]:
+    kinds = (architecture.down_proj, architecture.experts, architecture.shared_experts)
+    names = {re.escape(kind.weight) for kind in kinds if kind.weight}
+    number = r"(\d+)"
+    return re.compile(
+        "|".join(
+            name.replace(r"\{layer\}", number).replace(r"\{expert\}", r"\d+")
+            for name in sorted(names)
+        )
+    )
+
+
+def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
+    """A size from a config: ``a | 4 * b`` is the key a, or if it has none 4 times the key b."""
+    parts: list[Any] = []
+    for alternative in source.split("|"):
+        factors = (part.strip() for part in alternative.split("*"))
+        parts = [int(f) if f.isdigit() else config.get(f) for f in factors if f]
+        if parts and None not in parts:
+            break
+    if optional and (not parts or None in parts or 0 in parts):
+        return 0
+    if not parts or not all(type(part) is int and part > 0 for part in parts):
+        key = source.partition("|")[0].strip()
+        raise CheckpointError(
+            f"config.json: {key}", expected="a positive integer", found=repr(config.get(key))
+        )
+    return prod(parts)
 
 
 @cache
@@ -117,20 +207,28 @@ def parse_architecture(text: str, name: str) -> Architecture:
         found = set(data) if table == "" else set(data[table])
         if unknown := found ^ keys:
             raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
-    down, vocabulary, modules = data["down_proj"], data["vocabulary"], data["modules"]
+    norms, modules = data["norms"], data["modules"]
     return Architecture(
         title=data["title"],
         model_type=data["model_type"],
-        prefix=data["prefix"],
+        variants=tuple(data["variants"]),
         config=data["config"],
-        weight=down["weight"],
-        bias=down["bias"],
-        shape=tuple(down["shape"]),
-        output_axis=down["output_axis"],
-        post_norm=down["post_norm"],
-        **vocabulary,
-        **modules,
+        down_proj=_projection(data["down_proj"]),
+        experts=_projection(data["experts"]),
+        shared_experts=_projection(data["shared_experts"]),
+        post_norm=norms["post_ffn"],
+        final_norm=norms["final"],
+        norm_offset=norms["offset"],
+        auto_class=modules["auto_class"],
+        block=modules["block"],
+        ffn=modules["ffn"],
+        down_proj_module=modules["down_proj"],
+        **data["vocabulary"],
     )
+
+
+def _projection(table: Mapping[str, Any]) -> Projection:
+    return Projection(table["weight"], table["bias"], tuple(table["shape"]), table["output_axis"])
 
 
 def _folder() -> Traversable:
@@ -176,5 +274,7 @@ def architecture_table() -> str:
     """What is supported, as a Markdown table: one row for each data file."""
     rows = ["| models | `model_type` | down-projections |", "|---|---|---|"]
     for name, architecture in architectures().items():
-        rows.append(f"| {architecture.title} | `{name}` | `{architecture.weight}` |")
+        kinds = (architecture.down_proj, architecture.experts, architecture.shared_experts)
+        weights = dict.fromkeys(f"`{kind.weight}`" for kind in kinds if kind.weight)
+        rows.append(f"| {architecture.title} | `{name}` | {'<br>'.join(weights)} |")
     return "\n".join(rows)

@@ -225,8 +225,8 @@ def load_whole(
     spread: bool = False,
 ) -> "LanguageModel":
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
-    from converter.fitting import stored_dtype
-    from converter.forward import LanguageModel, choose_dtype, load_model, load_tokenizer
+    from converter.fitting import load_language_model, stored_dtype
+    from converter.forward import choose_dtype, load_tokenizer
     from converter.plan import make_plan
     from converter.source import resolve
 
@@ -234,9 +234,8 @@ def load_whole(
     plan = make_plan(source.config, source.weight_map, source.headers())
     source.fetch()
     dtype = dtype or choose_dtype("auto", stored_dtype(plan), device)
-    needed = plan.num_parameters * dtype.itemsize
-    module = load_model(source.folder, dtype, device, needed, spread)
-    return LanguageModel(module, load_tokenizer(source.folder), plan.architecture, device)
+    tokenizer = load_tokenizer(source.folder)
+    return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
 
 
 def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel", "System"]:

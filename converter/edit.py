@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from converter.errors import CheckpointError
+from converter.header import to_bytes
 from converter.plan import Target
-from converter.shards import to_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ runs through hooks.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,12 +96,14 @@ class Bench:
     def load(self) -> LanguageModel:
         """The unedited model, loaded at the first call."""
         if self.model is None:
-            needed = self.plan.num_parameters * self.dtype.itemsize
-            module = load_model(
-                self.source.folder, self.dtype, self.device, needed, self.run.device == "map"
+            self.model = load_language_model(
+                self.source,
+                self.plan,
+                self.vocabulary.tokenizer,
+                self.dtype,
+                self.device,
+                spread=self.run.device == "map",
             )
-            tokenizer, architecture = self.vocabulary.tokenizer, self.plan.architecture
-            self.model = LanguageModel(module, tokenizer, architecture, self.device)
         return self.model
 
     def unload(self) -> None:
@@ -147,6 +150,16 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         with report.stage("guard", "measuring the edit and random ones on other held-out text"):
             verdict = guard(bench, method, edit, seen, parts.report)
     return Fitted(parts, seen, subspace, edit, choice, verdict)
+
+
+def load_language_model(
+    source: Source, plan: Plan, tokenizer: Any, dtype: torch.dtype, device: str, *, spread: bool
+) -> LanguageModel:
+    """The model of a source, as it is; see ``forward.load_model``."""
+    architecture = plan.architecture
+    needed = plan.num_parameters * dtype.itemsize
+    module = load_model(source.folder, dtype, device, needed, spread, architecture.auto_class)
+    return LanguageModel(module, tokenizer, architecture, device)
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:

@@ -190,7 +190,12 @@ def choose_dtype(asked: str, stored: torch.dtype, device: str) -> torch.dtype:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: str, needed: int, spread: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    needed: int,
+    spread: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> nn.Module:
     """Load a causal language model for a forward pass.
 
@@ -200,12 +205,13 @@ def load_model(
         device: where to.
         needed: bytes of the weights in ``dtype``.
         spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
+        auto_class: of transformers, that loads it.
 
     Raises:
         SourceError: it does not fit in memory, or transformers cannot load it.
         CheckpointError: a tensor of the model is not in the checkpoint.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     free = available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
     if free is not None and needed > free and not spread:
@@ -216,7 +222,7 @@ def load_model(
             hint="give --device map, or --activations with a file from a larger machine",
         )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,

@@ -31,7 +31,26 @@ FLOATS = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""The dtypes that can be read as numbers here, and so the only ones that can be edited."""
+"""The dtypes that are plain floating-point numbers."""
+
+DTYPES = FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+}
+"""The dtypes of the format that PyTorch has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +172,13 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
             found=f"{size:,}",
         )
     return Header(data_start, size, {info.name: info for info in tensors})
+
+
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    array = flat.view(torch.uint8).numpy()
+    return memoryview(array) if array.size else memoryview(b"")  # type: ignore[arg-type]
 
 
 def _integer(value: Any) -> int:

@@ -24,7 +24,7 @@ def edited(
     """
     handles = []
     for layer in layers:
-        name = architecture.down_proj.format(layer=layer)
+        name = architecture.down_proj_module.format(layer=layer)
         handles.append(model.get_submodule(name).register_forward_hook(_hook(edit, layer)))
     try:
         yield
@@ -33,9 +33,11 @@ def edited(
             handle.remove()
 
 
-def _hook(edit: Edit, layer: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def change(module: nn.Module, args: Any, f: Tensor) -> Tensor:
-        bias = module.bias if isinstance(module.bias, Tensor) else None
-        return edit.output(layer, f, bias)
+def _hook(edit: Edit, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        bias = getattr(module, "bias", None)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        first = edit.output(layer, first, bias if isinstance(bias, Tensor) else None)
+        return (first, *rest) if isinstance(output, tuple) else first
 
     return change

@@ -9,7 +9,7 @@ from converter import source as sources
 from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card
-from converter.errors import CheckpointError, VerificationError
+from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit, stored_dtype
 from converter.forward import choose_device, choose_dtype
 from converter.hub import check_repo_id
@@ -114,7 +114,19 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     with report.stage("plan", f"reading the headers of {run.source}"):
         source = sources.resolve(run.source, cache)
         plan = make_plan(source.config, source.weight_map, source.headers())
-        return source, plan, configure(run.method, run.options, plan.dimensions)
+        method = configure(run.method, run.options, plan.dimensions)
+        expert_bias = any(
+            t.role == "down_proj_bias" and len(t.info.shape) > 1 for t in plan.targets
+        )
+        if expert_bias and not method.edit_bias:
+            raise OptionError(
+                "-o bias=keep",
+                expected="bias=project for experts with biases",
+                found="keep",
+                hint="what a mixture gives holds its biases as the router weighs them, so an edit "
+                "that keeps them could not be examined",
+            )
+        return source, plan, method
 
 
 def inputs_of(run: Run, source: Source) -> list[Path]:

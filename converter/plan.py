@@ -4,7 +4,7 @@ A ``Plan`` knows every tensor of the source and which of them are down-projectio
 wrong with a checkpoint's structure is found here, before anything is computed or written.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,7 +22,7 @@ class Target:
         info: its entry in the header of ``shard``.
         shard: file name.
         layer: counted from 0.
-        axis: the axis of length hidden size: 0 for Linear, 1 for Conv1D, 0 for a bias.
+        axis: the axis of length hidden size: 0 for Linear, 1 for Conv1D, the last of a bias.
         role: ``down_proj`` or ``down_proj_bias``.
     """
 
@@ -106,74 +106,131 @@ def make_plan(
     """
     refuse_quantized(config)
     architecture = find_architecture(config)
-    dimensions = architecture.dimensions(config)
-    tensors = locate_tensors(weight_map, headers)
-    prefix = architecture.prefix
-    strip = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
-
-    def find(template: str, layer: int = 0) -> tuple[str, TensorInfo] | None:
-        name = template.format(layer=layer)
-        return tensors.get(name.removeprefix(prefix) if strip else name)
-
-    targets, post_norms = [], {}
-    for layer in range(dimensions.num_hidden_layers):
-        weight = find(architecture.weight, layer)
-        if weight is None and find(architecture.weight.replace(".weight", ".qweight"), layer):
-            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
-        if weight is None:
-            raise CheckpointError(
-                f"the down-projection of layer {layer} is missing",
-                expected=f"a tensor {architecture.weight.format(layer=layer)}, as in every "
-                f"{architecture.title} of {dimensions.num_hidden_layers} layers",
-                found="no tensor of that name",
-            )
-        shape = tuple(getattr(dimensions, name) for name in architecture.shape)
-        _check(weight[1], shape)
-        targets.append(Target(weight[1], weight[0], layer, architecture.output_axis, "down_proj"))
+    sizes = architecture.dimensions(config)
+    tensors = Names(locate_tensors(weight_map, headers), architecture, sizes)
+    targets: list[Target] = []
+    post_norms = {}
+    for layer in range(sizes.num_hidden_layers):
+        targets.extend(_targets(tensors, architecture, sizes, layer))
         if architecture.post_norm:
-            post_norms[layer] = _norm(find(architecture.post_norm, layer), architecture, layer)
-            _check(post_norms[layer][1], (dimensions.hidden_size,))
-        if bias := find(architecture.bias, layer):
-            _check(bias[1], (dimensions.hidden_size,))
-            targets.append(Target(bias[1], bias[0], layer, 0, "down_proj_bias"))
-    if extra := find(architecture.weight, dimensions.num_hidden_layers):
+            post_norms[layer] = tensors.need(architecture.post_norm, layer)
+            _check_shape(post_norms[layer][1], (sizes.hidden_size,))
+    _check_all_found(tensors, targets, architecture, sizes)
+    vocabulary = _vocabulary(tensors, architecture, sizes)
+    return Plan(architecture, sizes, headers, tuple(targets), vocabulary, post_norms)
+
+
+Place = tuple[str, TensorInfo]
+"""Shard file name, and the entry in its header."""
+
+
+class Names:
+    """The tensors of a checkpoint by the names that its architecture's data file has for them.
+
+    Of the beginnings of names that checkpoints of this architecture have, it takes those under
+    which the first layer's down-projection is found.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Place], architecture: Architecture, sizes: Dimensions
+    ) -> None:
+        self.tensors, self._title = tensors, architecture.title
+        self._variant: Mapping[str, str] = {}
+        first, _ = next(architecture.projections(0, sizes))
+        for variant in ({}, *architecture.variants):
+            self._variant = variant
+            if self.find(first.weight):
+                return
+        self._variant = {}
+
+    def on_disk(self, name: str) -> str:
+        """A name of the data file as it is on disk."""
+        for ours, theirs in self._variant.items():
+            if name.startswith(ours):
+                return theirs + name[len(ours) :]
+        return name
+
+    def of_file(self, name: str) -> str:
+        """The reverse."""
+        for ours, theirs in self._variant.items():
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return name
+
+    def find(self, template: str, layer: int = 0, expert: int = 0) -> Place | None:
+        """A tensor, or None if the checkpoint has none of that name."""
+        return self.tensors.get(self.on_disk(template.format(layer=layer, expert=expert)))
+
+    def need(self, template: str, layer: int, expert: int = 0) -> Place:
+        """A tensor that must be there. Raises CheckpointError."""
+        if place := self.find(template, layer, expert):
+            return place
+        name = self.on_disk(template.format(layer=layer, expert=expert))
+        if name.replace(".weight", ".qweight") in self.tensors:
+            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
         raise CheckpointError(
-            "config.json has fewer layers than the checkpoint",
-            expected=f"no tensor {extra[1].name} with {dimensions.num_hidden_layers} layers",
-            found=f"it in {extra[0]}",
-        )
-    parts = {
-        "embedding": find(architecture.embedding),
-        "unembedding": find(architecture.unembedding) or find(architecture.embedding),
-        "final_norm": find(architecture.final_norm),
-    }
-    for role, place in parts.items():
-        if place and (place[1].shape[-1:] != (dimensions.hidden_size,) or len(place[1].shape) > 2):
+            f"tensor {name} is missing", expected=f"it, as in every {self._title} of these sizes",
+            found="no tensor of that name", hint="compare config.json with the checkpoint",
+        )  # fmt: skip
+
+
+def _targets(
+    tensors: Names, architecture: Architecture, sizes: Dimensions, layer: int
+) -> Iterator[Target]:
+    """The down-projections of a layer and their biases, each checked against the config."""
+    for kind, expert in architecture.projections(layer, sizes):
+        shard, info = tensors.need(kind.weight, layer, expert)
+        _check_shape(info, tuple(getattr(sizes, name) for name in kind.shape))
+        _check_dtype(info)
+        yield Target(info, shard, layer, kind.output_axis, "down_proj")
+        bias = tensors.find(kind.bias, layer, expert) if kind.bias else None
+        if bias:
+            fused = info.shape[:1] if len(info.shape) == 3 else ()
+            _check_shape(bias[1], (*fused, sizes.hidden_size))
+            _check_dtype(bias[1])
+            yield Target(bias[1], bias[0], layer, len(fused), "down_proj_bias")
+
+
+def _check_all_found(
+    tensors: Names, targets: Iterable[Target], architecture: Architecture, sizes: Dimensions
+) -> None:
+    """No tensor may be named like a down-projection and be none by the config.
+
+    Raises:
+        CheckpointError: naming it: it would be left unedited.
+    """
+    found = {target.info.name for target in targets}
+    end = sizes.num_hidden_layers
+    for name, (shard, _) in tensors.tensors.items():
+        layer = architecture.find_layer(tensors.of_file(name))
+        unused = layer is not None and end <= layer < end + sizes.unused_layers
+        if layer is not None and name not in found and not unused:
+            experts = f" and {sizes.num_experts} experts" if sizes.num_experts else ""
             raise CheckpointError(
-                f"tensor {place[1].name} ({role}) contradicts config.json",
-                expected=f"a last axis of {dimensions.hidden_size}",
-                found=f"shape {list(place[1].shape)}",
+                "the checkpoint has a down-projection that config.json does not imply",
+                expected=f"no tensor {name} with {end} layers{experts}",
+                found=f"it in {shard}",
             )
-    return Plan(
-        architecture,
-        dimensions,
-        headers,
-        tuple(targets),
-        {role: place for role, place in parts.items() if place is not None},
-        post_norms,
-    )
 
 
-def _norm(
-    place: tuple[str, TensorInfo] | None, architecture: Architecture, layer: int
-) -> tuple[str, TensorInfo]:
-    if place is None:
-        raise CheckpointError(
-            f"the norm after the FFN of layer {layer} is missing",
-            expected=f"a tensor {architecture.post_norm.format(layer=layer)}",
-            found="no tensor of that name",
-        )
-    return place
+def _vocabulary(tensors: Names, architecture: Architecture, sizes: Dimensions) -> dict[str, Place]:
+    """What it takes to decode directions; nothing where embeddings have a width of their own."""
+    places = {
+        "embedding": tensors.find(architecture.embedding),
+        "unembedding": tensors.find(architecture.unembedding)
+        or tensors.find(architecture.embedding),
+        "final_norm": tensors.find(architecture.final_norm),
+    }
+    found = {role: place for role, place in places.items() if place is not None}
+    for role, (_, info) in found.items():
+        width = sizes.hidden_size if role == "final_norm" else sizes.embedding_size
+        if info.shape[-1:] != (width,) or len(info.shape) > 2:
+            raise CheckpointError(
+                f"tensor {info.name} ({role}) contradicts config.json",
+                expected=f"a last axis of {width}",
+                found=f"shape {list(info.shape)}",
+            )
+    return found if sizes.embedding_size == sizes.hidden_size else {}
 
 
 def refuse_quantized(config: dict[str, Any]) -> None:
@@ -221,13 +278,16 @@ def locate_tensors(
     return tensors
 
 
-def _check(info: TensorInfo, shape: tuple[int, ...]) -> None:
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
         raise CheckpointError(
             f"tensor {info.name} contradicts config.json",
             expected=f"shape {list(shape)}",
             found=f"{list(info.shape)}",
         )
+
+
+def _check_dtype(info: TensorInfo) -> None:
     if info.dtype not in FLOATS:
         raise CheckpointError(
             f"tensor {info.name} cannot be edited",

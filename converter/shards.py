@@ -16,7 +16,7 @@ from typing import IO
 import torch
 
 from converter.errors import CheckpointError
-from converter.header import FLOATS, MAX_HEADER, Header, TensorInfo, read_header
+from converter.header import FLOATS, MAX_HEADER, Header, TensorInfo, read_header, to_bytes
 
 BUFFER = 8 << 20
 """Bytes copied at a time: enough that Python's cost per call vanishes, small beside a tensor."""
@@ -42,13 +42,6 @@ def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
-
-
-def to_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    array = flat.view(torch.uint8).numpy()
-    return memoryview(array) if array.size else memoryview(b"")  # type: ignore[arg-type]
 
 
 def read_rows(file: IO[bytes], info: TensorInfo, start: int, stop: int) -> torch.Tensor:

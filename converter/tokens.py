@@ -29,6 +29,14 @@ class Sentence:
     weights: list[float] = field(default_factory=list)
 
 
+def num_positions(model: Any) -> int | None:
+    """The number of positions that a model of transformers knows, or None if it has no limit."""
+    wrapped = getattr(model.config, "get_text_config", None)
+    config = wrapped(decoder=True) if wrapped else model.config
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
+
+
 class Encoder:
     """Tokenizes texts for a model and gives each position its weight in the pool.
 
@@ -40,8 +48,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
         self.first = first_token(tokenizer)
-        positions = getattr(model.config, "max_position_embeddings", None)
-        self.max_tokens = min(MAX_TOKENS, positions or MAX_TOKENS)
+        self.max_tokens = min(MAX_TOKENS, num_positions(model) or MAX_TOKENS)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:

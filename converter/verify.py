@@ -14,12 +14,12 @@ from converter.activations import cache_key
 from converter.cache import sha256_of
 from converter.edit import norm_of, output_first
 from converter.errors import ConverterError, VerificationError
-from converter.header import TensorInfo, read_header
+from converter.header import TensorInfo, read_header, to_bytes
 from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
 from converter.rounding import is_projection, rounding_bound
-from converter.shards import BUFFER, find_damage, read_tensor, to_bytes
+from converter.shards import BUFFER, find_damage, read_tensor
 from converter.source import INDEX, Source, read_index, read_json
 from converter.subspace import load_bases
 

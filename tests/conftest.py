@@ -1,5 +1,6 @@
 """Tiny models, built here: real architectures with random weights, and a real tokenizer."""
 
+import json
 import os
 
 # Set before any Hub client is imported: no test may reach for the network.
@@ -10,19 +11,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from converter.architecture import architectures
 from converter.cli import gloss
 from converter.pairs import load_pairs, load_prose
 from converter.words import load_words
@@ -52,32 +50,84 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+DEEPSEEK = {
+    "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 24, "n_group": 2,
+    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 3, "kv_lora_rank": 8,
+    "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 2.0},
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
     "falcon": {"ffn_hidden_size": FFN, "bias": True},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8},
+    "gemma3": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8},
     "gpt2": {"n_inner": FFN},
     "gpt_bigcode": {"n_inner": FFN},
     "gpt_neox": {},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
     "gptj": {"n_inner": FFN, "rotary_dim": 4},
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
     "llama": {"mlp_bias": True},
     "mistral": {},
+    "mistral3": {},
+    "mixtral": {"num_local_experts": 4},
     "olmo": {},
     "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": FFN, "word_embed_proj_dim": HIDDEN},
     "phi": {},
     "phi3": {},
     "qwen2": {},
+    "qwen2_5_vl": {"rope_parameters": MROPE},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [3],
+    },
+    "qwen2_vl": {"rope_parameters": MROPE},
     "qwen3": {"head_dim": 8},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "decoder_sparse_step": 2,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_vl": {"rope_parameters": MROPE},
     "smollm3": {},
     "stablelm": {},
     "starcoder2": {},
 }
 """``model_type`` -> what its tiny model's config has besides the sizes that all share. One line for
 each data file."""
+
+
+OTHER_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+}
+"""Models of the same ``model_type`` as another and built otherwise."""
+
+VISION = {
+    "gemma3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    "mistral3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    "qwen2_vl": {"depth": 1, "embed_dim": 16, "hidden_size": HIDDEN, "num_heads": 2},
+    "qwen2_5_vl": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+                   "out_hidden_size": HIDDEN},
+    "qwen3_vl": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
+                 "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
+}  # fmt: skip
+"""What the vision tower of a wrapper's tiny model is like; the rest is its language model."""
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
@@ -87,7 +137,11 @@ def tiny_config(kind: str) -> PreTrainedConfig:
         "vocab_size": len(tiny_tokenizer()),
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
     }  # fmt: skip
-    return AutoConfig.for_model(kind, **sizes | TINY_MODELS[kind])
+    kind, other = OTHER_LAYOUTS.get(kind, (kind, {}))
+    sizes |= TINY_MODELS[kind] | other
+    if kind not in VISION:
+        return AutoConfig.for_model(kind, **sizes)
+    return AutoConfig.for_model(kind, text_config=sizes, vision_config=VISION[kind])
 
 
 def make_checkpoint(
@@ -95,7 +149,9 @@ def make_checkpoint(
 ) -> Path:
     """Save a random tiny model with its tokenizer, a licence and a card."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(kind))  # type: ignore[no-untyped-call]
+    config = tiny_config(kind)
+    auto = getattr(transformers, architectures()[config.model_type].auto_class)
+    model: Any = auto.from_config(config)
     model = model.to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
@@ -111,7 +167,9 @@ def make_checkpoint(
 
 def load(folder: Path) -> Any:
     """The causal language model of a folder, ready to run."""
-    return cast(Any, AutoModelForCausalLM.from_pretrained(folder)).eval()
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    auto = getattr(transformers, architectures()[kind].auto_class)
+    return auto.from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="session")

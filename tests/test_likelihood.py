@@ -138,7 +138,8 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
 ) -> None:
     """Also where logits are scaled or capped, where a norm follows, and where tokens are flat."""
     architecture = architectures()[kind]
-    module = forward.load_model(checkpoints(kind), torch.float32, "cpu", 0)
+    auto = architecture.auto_class
+    module = forward.load_model(checkpoints(kind), torch.float32, "cpu", 0, auto_class=auto)
     model = forward.LanguageModel(module, tiny_tokenizer(), architecture, "cpu")
     encode = Encoder(model.tokenizer, module)
     sentences = [encode.predicted("you stupid idiot, get out"), encode.predicted("a cup of tea")]
@@ -148,9 +149,12 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
     u = torch.linalg.eigh(A).eigenvectors[:, -1].float()
 
     def log_p(share: float) -> float:
-        hook = module.get_submodule(name).register_forward_hook(
-            lambda m, args, f: f - share * (f @ u)[..., None] * u * content(f)
-        )
+        def along(m: Any, args: Any, output: Any) -> Any:
+            f, *rest = output if isinstance(output, tuple) else (output,)
+            f = f - share * (f @ u)[..., None] * u * content(f)
+            return (f, *rest) if rest else f
+
+        hook = module.get_submodule(name).register_forward_hook(along)
         values = log_probabilities(module, sentences, "cpu")
         hook.remove()
         return float(sum(v.sum() for v in values))

@@ -1,7 +1,11 @@
 """Plans from headers: what is found, and what is refused before anything is read."""
 
+import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from converter.architecture import architectures, find_architecture, parse_archi
 from converter.errors import CheckpointError
 from converter.header import Header, TensorInfo, read_header
 from converter.plan import Plan, make_plan
-from tests.conftest import FFN, HIDDEN, LAYERS, TINY_MODELS
+from tests.conftest import FFN, HIDDEN, LAYERS, TINY_MODELS, load
 
 Checkpoints = Callable[..., Path]
 
@@ -42,19 +46,132 @@ def test_every_layer_has_its_down_projection(kind: str, checkpoints: Checkpoints
     assert plan.select([1, 3], bias=False) == tuple(t for t in weights if t.layer in (1, 3))
 
 
-def test_gpt2_without_its_prefix_is_found_too(checkpoints: Checkpoints) -> None:
-    config, _, headers = parts(checkpoints("gpt2"))
-    bare = {}
+def renamed(headers: dict[str, Header], rename: Callable[[str], str]) -> dict[str, Header]:
+    """The same headers with other names."""
+    found = {}
     for shard, header in headers.items():
-        tensors = {
-            name.removeprefix("transformer."): TensorInfo(
-                name.removeprefix("transformer."), t.dtype, t.shape, t.start, t.end
-            )
-            for name, t in header.tensors.items()
-        }
-        bare[shard] = Header(header.data_start, header.size, tensors)
-    plan = make_plan(config, None, bare)
-    assert plan.targets[0].info.name == "h.0.mlp.c_proj.weight"
+        entries = [dataclasses.replace(t, name=rename(n)) for n, t in header.tensors.items()]
+        found[shard] = dataclasses.replace(header, tensors={t.name: t for t in entries})
+    return found
+
+
+VARIANTS = [
+    (kind, place) for kind in TINY_MODELS for place in range(len(architectures()[kind].variants))
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), VARIANTS)
+def test_other_beginnings_of_names_are_found_too(
+    kind: str, place: int, checkpoints: Checkpoints
+) -> None:
+    config, _, headers = parts(checkpoints(kind))
+    usual = make_plan(config, None, headers)
+    variant = architectures()[kind].variants[place]
+
+    def rename(name: str) -> str:
+        for ours, theirs in variant.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    plan = make_plan(config, None, renamed(headers, rename))
+    assert [t.info.name for t in plan.targets] == [rename(t.info.name) for t in usual.targets]
+    assert set(plan.vocabulary) == set(usual.vocabulary)
+    assert plan.targets != usual.targets
+
+
+COUNTS = {
+    "mixtral": dict.fromkeys(range(6), 4),
+    "olmoe": dict.fromkeys(range(6), 4),
+    "qwen2_moe": {0: 5, 1: 5, 2: 5, 3: 1, 4: 5, 5: 5},  # layer 3 is dense, each other one shared
+    "qwen3_moe": {0: 1, 1: 4, 2: 1, 3: 4, 4: 1, 5: 4},  # every second layer
+    "deepseek_v2": {0: 1, 1: 1, 2: 1, 3: 5, 4: 5, 5: 5},  # dense up to layer 2
+    "deepseek_v3": {0: 1, 1: 1, 2: 1, 3: 5, 4: 5, 5: 5},
+    "gpt_oss": dict.fromkeys(range(6), 1),  # all experts in one tensor
+}
+
+
+@pytest.mark.parametrize("kind", sorted(COUNTS))
+def test_every_expert_of_every_layer_is_a_target(kind: str, checkpoints: Checkpoints) -> None:
+    """And as many as the config implies: the plan is checked against the model itself."""
+    plan = make_plan(*parts(checkpoints(kind)))
+    weights = [t for t in plan.targets if t.role == "down_proj"]
+    assert Counter(t.layer for t in weights) == COUNTS[kind]
+    for target in weights:
+        assert target.info.shape[target.axis] == HIDDEN
+    written = sum(prod(t.info.shape) for t in weights)
+    model: Any = load(checkpoints(kind))
+    in_memory = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "mlp" in name and name.endswith(("down_proj", "down_proj.weight"))
+    )
+    assert written == in_memory
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("mixtral", "model.layers.4.block_sparse_moe.experts.2.w2.weight"),
+        ("qwen2_moe", "model.layers.1.mlp.shared_expert.down_proj.weight"),
+        ("deepseek_v3", "model.layers.5.mlp.experts.3.down_proj.weight"),
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_an_expert_of_another_name_is_missed(
+    kind: str, name: str, checkpoints: Checkpoints
+) -> None:
+    config, _, headers = parts(checkpoints(kind))
+    other = renamed(headers, lambda n: n.replace("experts.", "expert_") if n == name else n)
+    other = renamed(other, lambda n: n.replace("expert.", "experte.") if n == name else n)
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(name)} is missing"):
+        make_plan(config, None, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "left"),
+    [
+        ("mixtral", {"num_local_experts": 3}, "layers.0.block_sparse_moe.experts.3.w2"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert.down_proj"),
+        ("qwen3_moe", {"decoder_sparse_step": 1}, "layers.0.mlp.experts.0.down_proj"),
+        ("deepseek_v2", {"first_k_dense_replace": 2}, "layers.2.mlp.experts.0.down_proj"),
+    ],
+)
+def test_a_config_that_implies_other_experts_is_refused(
+    kind: str, change: dict[str, Any], left: str, checkpoints: Checkpoints
+) -> None:
+    config, weight_map, headers = parts(checkpoints(kind))
+    with pytest.raises(CheckpointError, match=re.escape(left)):
+        make_plan({**config, **change}, weight_map, headers)
+
+
+def test_layers_for_speculative_decoding_are_left_alone(checkpoints: Checkpoints) -> None:
+    config, weight_map, headers = parts(checkpoints("deepseek_v3"))
+    config = {**config, "num_hidden_layers": LAYERS - 1}
+    config.pop("num_mtp_layers", None)
+    with pytest.raises(CheckpointError, match="does not imply"):
+        make_plan({**config, "num_nextn_predict_layers": 0}, weight_map, headers)
+    plan = make_plan({**config, "num_nextn_predict_layers": 1}, weight_map, headers)
+    assert {t.layer for t in plan.targets} == set(range(LAYERS - 1))
+
+
+def test_embeddings_of_another_width_are_not_decoded(checkpoints: Checkpoints) -> None:
+    """As in OPT-350m: its embeddings are projected to the hidden size, and only then."""
+    config, weight_map, headers = parts(checkpoints("opt"))
+    entries = {
+        shard: dataclasses.replace(
+            header,
+            tensors={
+                n: dataclasses.replace(t, shape=(t.shape[0], 16)) if "embed_tokens" in n else t
+                for n, t in header.tensors.items()
+            },
+        )
+        for shard, header in headers.items()
+    }
+    with pytest.raises(CheckpointError, match="expected a last axis of 32"):
+        make_plan(config, weight_map, entries)
+    plan = make_plan({**config, "word_embed_proj_dim": 16}, weight_map, entries)
+    assert plan.vocabulary == {}
     assert len(plan.targets) == 2 * LAYERS
 
 
@@ -99,8 +216,11 @@ def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"num_hidden_layers": LAYERS - 1}, "has fewer layers than the checkpoint"),
-        ({"num_hidden_layers": LAYERS + 1}, f"layer {LAYERS} is missing"),
+        (
+            {"num_hidden_layers": LAYERS - 1},
+            "that config.json does not imply: expected no tensor .* with 5 layers",
+        ),
+        ({"num_hidden_layers": LAYERS + 1}, f"layers.{LAYERS}.mlp.down_proj.weight is missing"),
         ({"intermediate_size": FFN + 1}, "contradicts config.json: expected shape"),
         ({"hidden_size": None}, "hidden_size: expected a positive integer, found None"),
         ({"hidden_size": True}, "found True"),

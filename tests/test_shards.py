@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.errors import CheckpointError
-from converter.header import parse_header, read_header
-from converter.shards import find_damage, read_rows, read_tensor, rewrite, to_bytes, to_tensor
+from converter.header import parse_header, read_header, to_bytes
+from converter.shards import find_damage, read_rows, read_tensor, rewrite, to_tensor
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 
 from converter.errors import DataError
 from converter.likelihood import log_probabilities
-from converter.tokens import Sentence, first_token
+from converter.tokens import Sentence, first_token, num_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,7 @@ def conditional_perplexity(
         DataError: all continuations are empty.
         SourceError: the GPU is out of memory.
     """
-    config: Any = model.config
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = num_positions(model)
     sentences, counts, places = [], [], []
     for place, (prompt, texts) in enumerate(zip(prompts, continuations, strict=True)):
         for sentence, count in _encode(tokenizer, prompt, texts, positions):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from converter.errors import OptionError, SourceError
-from converter.tokens import Batch, Sentence, batches, first_token
+from converter.tokens import Batch, Sentence, batches, first_token, num_positions
 
 
 def generate(
@@ -74,8 +74,7 @@ def _encode(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> Iterator[list[int]]:
     """Token ids of each prompt, at least one and few enough to leave room for the new ones."""
-    config: Any = model.config
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = num_positions(model)
     if positions is not None and max_new_tokens >= positions - 1:
         raise OptionError(
             "--max-new-tokens", expected=f"fewer than {positions - 1}", found=str(max_new_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 from converter.evaluate.generation import generate
 from converter.forward import LanguageModel
 from converter.likelihood import LogProbabilities, Words, log_probabilities
-from converter.tokens import Sentence
+from converter.tokens import Sentence, num_positions
 from converter.words import WordList
 
 
@@ -59,7 +59,7 @@ def draw_passages(
         batch_size=batch_size,
         seed=seed,
     )
-    positions = getattr(model.module.config, "max_position_embeddings", None)
+    positions = num_positions(model.module)
     coded = [
         (place, *_encode(model.tokenizer, prompt, text, words, positions))
         for place, (prompt, group) in enumerate(zip(prompts, drawn, strict=True))
