@@ -61,8 +61,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remembered_sha256(path: Path, cache: Path) -> str:
-    """``sha256_of``, remembered for as long as the file's inode, size and times stay the same.
+def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str:
+    """A file's digest, remembered for as long as its inode, size and times stay the same.
 
     The times include that of the last change of the inode, which a program cannot set. A wrong
     answer would still be caught: the edit hashes the same bytes again while it reads them.
@@ -70,15 +70,16 @@ def remembered_sha256(path: Path, cache: Path) -> str:
     stat = path.stat()
     state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    memo = cache / "digests" / f"{key}.json"
+    memo = cache / "digests" / f"{key}.{algorithm}.json"
     try:
         known = json.loads(memo.read_text())
         if known["state"] == state:
-            return str(known["sha256"])
+            return str(known[algorithm])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no memo, or one that is damaged: the file itself is the truth
-    digest = sha256_of(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
         with replacing(memo) as part:
-            part.write_text(json.dumps({"state": state, "sha256": digest}))
+            part.write_text(json.dumps({"state": state, algorithm: digest}))
     return digest

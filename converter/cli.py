@@ -33,6 +33,12 @@ from converter.report import Report
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DESTINATION.")
 @click.option(
+    "--keep-source/--no-keep-source",
+    default=True,
+    show_default=True,
+    help="Keep what is fetched from the Hub, or delete each shard once it is edited.",
+)
+@click.option(
     "--evaluate", is_flag=True, help="Measure more than the guard does; see gloss evaluate."
 )
 @evaluation_options
@@ -57,6 +63,7 @@ def convert_command(
     as_json: bool,
     quiet: bool,
     overwrite: bool,
+    keep_source: bool,
     dry_run: bool,
     evaluate: bool,
     controls: str,
@@ -66,8 +73,9 @@ def convert_command(
 ) -> None:
     """Write a less toxic copy of the model SOURCE to the folder DESTINATION.
 
-    SOURCE is a folder with a safetensors checkpoint, a Hub repo id with an optional @revision, or
-    the word demo, which is SmolLM2-135M-Instruct.
+    SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's
+    consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
+    which is SmolLM2-135M-Instruct.
     """
     with plain_exit(as_json):
         from converter.cache import default_cache
@@ -95,6 +103,7 @@ def convert_command(
             run,
             destination,
             overwrite=overwrite,
+            keep_source=keep_source,
             evaluation=evaluation,
             cache=cache,
             report=report,
@@ -129,14 +138,22 @@ def plan_command(
 
 @click.command("verify", epilog=EXIT_CODES)
 @click.argument("destination", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--source", help="What it was made from: a folder, a Hub repo id, or demo.")
+@click.option("--source", help="What it was made from, as it was given to gloss-convert.")
+@click.option("--subfolder", default="", help="Of --source, that the checkpoint is in.")
+@click.option("--trust-remote-code", is_flag=True, help="Execute code of the checkpoint.")
 @click.option(
     "--cache-dir", type=click.Path(file_okay=False, path_type=Path), envvar="GLOSS_CACHE_DIR"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, only results.")
 def verify_command(
-    destination: Path, source: str | None, cache_dir: Path | None, as_json: bool, quiet: bool
+    destination: Path,
+    source: str | None,
+    subfolder: str,
+    trust_remote_code: bool,
+    cache_dir: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Check that the checkpoint DESTINATION is, byte for byte, what its manifest says."""
     with plain_exit(as_json):
@@ -146,10 +163,11 @@ def verify_command(
 
         quiet_libraries()
         report = Report(quiet)
-        original = resolve(source, cache_dir or default_cache()) if source else None
+        cache = cache_dir or default_cache()
+        original = resolve(source, cache, subfolder) if source else None
         if original:
             original.fetch()
-        problems = verify(destination, original, report)
+        problems = verify(destination, original, report, trust_remote_code)
         if as_json:
             checked = {"destination": str(destination), "source": source}
             print_json({"verified": not problems, "problems": problems, **checked})

@@ -143,7 +143,6 @@ def evaluate_command(
             passages,
         )
         unedited, plan, _ = prepare(run, cache, report)
-        unedited.fetch()
         bench = Bench.of(run, unedited, plan, load_words(run.word_list), device, cache, report)
         model = reference = None
         if base:
@@ -232,7 +231,6 @@ def load_whole(
 
     source = resolve(name, cache)
     plan = make_plan(source.config, source.weight_map, source.headers())
-    source.fetch()
     dtype = dtype or choose_dtype("auto", stored_dtype(plan), device)
     tokenizer = load_tokenizer(source.folder)
     return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)

@@ -89,8 +89,8 @@ class Bench:
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN."""
         dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
-        vocabulary = Vocabulary(plan, source.folder, load_tokenizer(source.folder))
-        gains = read_gains(plan, source.folder)
+        vocabulary = Vocabulary(plan, source, load_tokenizer(source.folder, run.trust_remote_code))
+        gains = read_gains(plan, source)
         return cls(run, source, plan, words, vocabulary, device, dtype, cache, report, gains)
 
     def load(self) -> LanguageModel:
@@ -103,6 +103,7 @@ class Bench:
                 self.dtype,
                 self.device,
                 spread=self.run.device == "map",
+                trust_remote_code=self.run.trust_remote_code,
             )
         return self.model
 
@@ -153,13 +154,28 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
 
 
 def load_language_model(
-    source: Source, plan: Plan, tokenizer: Any, dtype: torch.dtype, device: str, *, spread: bool
+    source: Source,
+    plan: Plan,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    spread: bool = False,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """The model of a source, as it is; see ``forward.load_model``."""
-    architecture = plan.architecture
-    needed = plan.num_parameters * dtype.itemsize
-    module = load_model(source.folder, dtype, device, needed, spread, architecture.auto_class)
-    return LanguageModel(module, tokenizer, architecture, device)
+    source.fetch()
+    module = load_model(
+        source.folder,
+        dtype,
+        device,
+        plan.num_parameters * dtype.itemsize,
+        spread=spread,
+        auto_class=plan.architecture.auto_class,
+        trust_remote_code=trust_remote_code,
+        recipes=source.recipes,
+    )
+    return LanguageModel(module, tokenizer, plan.architecture, device)
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:

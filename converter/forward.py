@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from converter.architecture import Architecture
-from converter.errors import CheckpointError, OptionError, SourceError
+from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
+from converter.formats import Recipe, Shards
 from converter.tokens import Batch
 
 
@@ -189,23 +190,38 @@ def choose_dtype(asked: str, stored: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else stored
 
 
+class Made:
+    """A tensor that is made when transformers loads it, which it does by slicing."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.recipe.make()[place]
+
+
 def load_model(
     folder: Path,
     dtype: torch.dtype,
     device: str,
     needed: int,
+    *,
     spread: bool = False,
     auto_class: str = "AutoModelForCausalLM",
+    trust_remote_code: bool = False,
+    recipes: Shards | None = None,
 ) -> nn.Module:
     """Load a causal language model for a forward pass.
 
     Args:
-        folder: a checkpoint; code that comes with it is not run.
+        folder: a checkpoint.
         dtype: of the weights in memory.
         device: where to.
         needed: bytes of the weights in ``dtype``.
         spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
         auto_class: of transformers, that loads it.
+        trust_remote_code: whether code that comes with the checkpoint may be run.
+        recipes: make the weights, if they are not safetensors in the folder.
 
     Raises:
         SourceError: it does not fit in memory, or transformers cannot load it.
@@ -221,15 +237,24 @@ def load_model(
             found=f"{free / 1e9:.1f} GB",
             hint="give --device map, or --activations with a file from a larger machine",
         )
+    auto = getattr(transformers, auto_class)
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "device_map": "auto" if spread else None,
+    }
     try:
-        loaded = getattr(transformers, auto_class).from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map="auto" if spread else None,
-        )
+        if recipes is None:
+            loaded = auto.from_pretrained(folder, **local, **settings)
+        else:
+            config = transformers.AutoConfig.from_pretrained(folder, **local)
+            with torch.device("meta"):
+                kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
+            made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}
+            loaded = kind.from_pretrained(None, config=config, state_dict=made, **settings)
+    except ConverterError:
+        raise
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise _unusable("model", error) from error
     model, info = cast(tuple[nn.Module, dict[str, Any]], loaded)
@@ -246,8 +271,8 @@ def load_model(
         raise _unusable("model", error) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a fast tokenizer.
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Load a fast tokenizer; code that comes with it is run only if it is trusted.
 
     Raises:
         SourceError: transformers cannot load it, or it cannot map tokens to characters.
@@ -256,7 +281,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as above
         raise _unusable("tokenizer", error) from error

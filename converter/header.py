@@ -6,6 +6,7 @@ A file is 8 bytes of little-endian header length, a JSON header, and the tensors
 import json
 import os
 from dataclasses import dataclass
+from io import RawIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -84,28 +85,59 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file is missing, truncated, or not well-formed safetensors.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            if start == b"version ":
-                raise CheckpointError(
-                    f"{path.name} is a pointer of git-lfs, not the file itself",
-                    hint="run 'git lfs pull' in the source",
-                )
-            length = int.from_bytes(start, "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(
-                    f"{path.name} is truncated or not a safetensors file",
-                    expected=f"a header of at most {max(size - 8, 0):,} bytes",
-                    found=f"a length field of {length:,}",
-                    hint="fetch the file again",
-                )
-            return parse_header(file.read(length), size, path.name)
+        with path.open("rb", buffering=0) as file:
+            return header_of(file, path.name)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
 
 
-def parse_header(raw: bytes, size: int, name: str) -> Header:
+def header_of(file: RawIOBase, name: str) -> Header:
+    """``read_header`` of an open file, whose name is for messages."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8) or b""
+    if start == b"version ":
+        raise CheckpointError(
+            f"{name} is a pointer of git-lfs, not the file itself",
+            hint="run 'git lfs pull' in the source",
+        )
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{name} is truncated or not a safetensors file",
+            expected=f"a header of at most {max(size - 8, 0):,} bytes",
+            found=f"a length field of {length:,}",
+            hint="fetch the file again",
+        )
+    return parse_header(read_exactly(file, length, "the header"), size, name)
+
+
+def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
+    """The next bytes of a file; ``name`` says of what.
+
+    Raises:
+        CheckpointError: it ends early, or cannot be read.
+    """
+    data = bytearray(count)
+    fill(file, memoryview(data), name)
+    return data
+
+
+def fill(file: RawIOBase, view: memoryview, name: str) -> memoryview:
+    """``read_exactly`` into a buffer, which is returned."""
+    done = 0
+    while done < len(view):
+        try:
+            got = file.readinto(view[done:])
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
+        if not got:
+            raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
+        done += got
+    return view
+
+
+def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
     """Parse the JSON of a header for a file of ``size`` bytes, and check it against the format.
 
     The tensors must cover the data section exactly, without holes or overlaps, and each must be

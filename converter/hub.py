@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,7 @@ class Repo:
         revision: as asked for, or None.
         commit: what it resolved to.
         sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
+        sha256: file name -> digest, of files in large file storage.
     """
 
     kind: Kind
@@ -49,6 +50,7 @@ class Repo:
     revision: str | None
     commit: str
     sizes: dict[str, int]
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def looks_like_repo(text: str) -> bool:
@@ -130,7 +132,8 @@ def resolve(kind: Kind, text: str) -> Repo:
             return Repo(kind, repo_id, asked, _cached(kind, repo_id, asked).name, {})
     siblings = getattr(info, "siblings", None) or []
     sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
-    return Repo(kind, repo_id, asked, str(info.sha), sizes)
+    digests = {entry.rfilename: str(entry.lfs.sha256) for entry in siblings if entry.lfs}
+    return Repo(kind, repo_id, asked, str(info.sha), sizes, digests)
 
 
 def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
@@ -174,6 +177,13 @@ def _cached(kind: Kind, repo_id: str, revision: str | None) -> Path:
         )
     except IncompleteSnapshotError as error:  # we never fetch a repo whole
         return Path(error.snapshot_path)
+
+
+def forget(path: Path) -> None:
+    """Delete a downloaded file from the client's cache: the link of the snapshot and the blob."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
 
 
 def remote_header(repo: Repo, name: str) -> Header:

@@ -64,10 +64,7 @@ def make_manifest(
             "repo_id": source.repo.repo_id if source.repo else None,
             "revision": source.repo.revision if source.repo else None,
             "commit": source.repo.commit if source.repo else None,
-            "files": {
-                name: {"sha256": record.source_sha256, "bytes": record.nbytes}
-                for name, record in written.shards.items()
-            }
+            "files": ({} if source.originals else _read_shards(written))
             | {name: {"sha256": s, "bytes": n} for name, (s, n) in written.copies.items()},
         },
         "method": {
@@ -118,6 +115,13 @@ def make_manifest(
     }
 
 
+def _read_shards(written: Written) -> dict[str, Any]:
+    return {
+        name: {"sha256": record.source_sha256, "bytes": record.nbytes}
+        for name, record in written.shards.items()
+    }
+
+
 def without_folders(value: Any) -> str | None:
     """A path cut down to its file name; repo ids and keywords as they are."""
     if value is None:
@@ -133,7 +137,7 @@ def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[s
         name: {"sha256": record.sha256, "bytes": record.nbytes, "prefixes": dict(record.prefixes)}
         for name, record in written.shards.items()
     }
-    rest = {**written.copies, **others}
+    rest = {**written.copies, **written.made, **others}
     return shards | {name: {"sha256": s, "bytes": n} for name, (s, n) in sorted(rest.items())}
 
 

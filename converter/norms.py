@@ -9,26 +9,26 @@ and nothing of f is left along U, whatever the scalar.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from converter.plan import Plan
 from converter.shards import read_tensor
+from converter.source import Source
 from converter.subspace import Subspace
 
 Gains = Mapping[int, Tensor]
 """Layer -> g (D,) float32 of the norm after its FFN; empty for models without such norms."""
 
 
-def read_gains(plan: Plan, folder: Path) -> Gains:
+def read_gains(plan: Plan, source: Source) -> Gains:
     """The gains of all layers, from a source's shards."""
-    offset = plan.architecture.norm_offset
-    return {
-        layer: read_tensor(folder / shard, info).float() + offset
-        for layer, (shard, info) in plan.post_norms.items()
-    }
+    gains = {}
+    for layer, (shard, info) in plan.post_norms.items():
+        with source.open(shard) as file:
+            gains[layer] = read_tensor(file, info).float() + plan.architecture.norm_offset
+    return gains
 
 
 def before_norm(subspace: Subspace, gains: Gains) -> Subspace:

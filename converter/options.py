@@ -138,6 +138,11 @@ def run_options(command: Command) -> Command:
             help="Star out offensive words in what is written.",
         ),
         click.option("--base-model", help="Hub repo id that the card names as the base."),
+        click.option("--subfolder", default="", help="Of SOURCE, that the checkpoint is in."),
+        click.option(
+            "--trust-remote-code", is_flag=True,
+            help="Execute code that SOURCE brings along; otherwise it is only copied.",
+        ),
         click.option(
             "--cache-dir", type=click.Path(file_okay=False, path_type=Path),
             envvar="GLOSS_CACHE_DIR", help="Kept between runs.  [default: ~/.cache/gloss-convert]",

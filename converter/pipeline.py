@@ -13,6 +13,7 @@ from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit, stored_dtype
 from converter.forward import choose_device, choose_dtype
 from converter.hub import check_repo_id
+from converter.layout import CARD
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
 from converter.methods import Method, configure
 from converter.outputs import check_destination, staged
@@ -22,7 +23,7 @@ from converter.plan import Plan, edit_memory, make_plan
 from converter.report import Report
 from converter.rows import is_dataset
 from converter.run import Run
-from converter.source import CARD, Source
+from converter.source import Source
 from converter.subspace import SUBSPACE_FILE
 from converter.verify import verify
 from converter.words import load_words
@@ -35,6 +36,7 @@ def convert(
     destination: Path,
     *,
     overwrite: bool = False,
+    keep_source: bool = True,
     evaluation: Evaluation | None = None,
     cache: Path | None = None,
     report: Report | None = None,
@@ -45,6 +47,7 @@ def convert(
         run: what to do.
         destination: a folder that does not exist or is empty.
         overwrite: replace a checkpoint that is already there.
+        keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
         evaluation: measures the edit before it is written; its results go into the manifest.
         cache: the user's cache folder.
         report: where progress is shown and seconds are kept.
@@ -57,15 +60,14 @@ def convert(
     """
     report, cache = report or Report(quiet=True), cache or default_cache()
     source, plan, method = prepare(run, cache, report)
+    if not keep_source and source.repo is None:
+        raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
     device = choose_device(run.device)
     check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
         report.note(f"  pairs skipped: {pairs.describe_skipped()}")
-    if source.repo:
-        with report.stage("fetch", f"fetching the weights of {source.name}"):
-            source.fetch()
     bench = Bench.of(run, source, plan, words, device, cache, report)
     fitted = fit(bench, method, pairs, prose)
     results = evaluation(bench, fitted, method) if evaluation else None
@@ -73,15 +75,20 @@ def convert(
     targets = plan.select(method.edit_layers, method.edit_bias)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
-            written = write_checkpoint(source, plan, fitted.edit, targets, folder, device, report)
-            check_unchanged(written, fitted.activations, report)
+            written = write_checkpoint(
+                source, plan, fitted.edit, targets, folder, device, report, keep_source
+            )
+            check_unchanged(source, written, fitted.activations, cache, report)
             fitted.subspace.save(folder / SUBSPACE_FILE)
         manifest = make_manifest(run, source, method, pairs, prose, words, fitted, written, device)
+        manifest["source"]["originals"] = source.original_files(cache)
         manifest["evaluation"] = results
         write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
-            if problems := verify(folder, report=report):
+            if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
+    if not keep_source:
+        source.drop_originals()
     return manifest
 
 
@@ -112,7 +119,7 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     if run.base_model is not None:
         check_repo_id("--base-model", run.base_model)
     with report.stage("plan", f"reading the headers of {run.source}"):
-        source = sources.resolve(run.source, cache)
+        source = sources.resolve(run.source, cache, run.subfolder)
         plan = make_plan(source.config, source.weight_map, source.headers())
         method = configure(run.method, run.options, plan.dimensions)
         expert_bias = any(
@@ -135,22 +142,27 @@ def inputs_of(run: Run, source: Source) -> list[Path]:
     return [*source.files, *(path for path in named if path.is_file())]
 
 
-def check_unchanged(written: Written, seen: Activations, report: Report) -> None:
+def check_unchanged(
+    source: Source, written: Written, seen: Activations, cache: Path, report: Report
+) -> None:
     """The shards that were edited must be those that the activations were taken from.
 
     Raises:
         CheckpointError: naming a shard that is not.
     """
     known: Mapping[str, str] = seen.inputs.get("files", {})
-    if not set(written.shards) <= set(known):
-        report.warn("the activations do not say which shards they are from; this is not checked")
+    found = {name: record.source_sha256 for name, record in written.shards.items()}
+    if source.originals:
+        found = {n: entry["sha256"] for n, entry in source.original_files(cache).items()}
+    if not set(found) <= set(known):
+        report.warn("the activations do not say which weights they are from; this is not checked")
         return
-    for name, record in written.shards.items():
-        if record.source_sha256 != known[name]:
+    for name, digest in found.items():
+        if digest != known[name]:
             raise CheckpointError(
                 f"{name} is not the file that the activations were taken from",
                 expected=f"sha256 {known[name][:16]}...",
-                found=f"{record.source_sha256[:16]}...",
+                found=f"{digest[:16]}...",
                 hint="it changed during the run, or --activations is of another model",
             )
 

@@ -28,6 +28,8 @@ class Run:
         force: write an edit that the guard refuses.
         mask: star out offensive words in what is written.
         base_model: Hub repo id that the card names as the base when the source is a folder.
+        subfolder: of the source, that the checkpoint is in.
+        trust_remote_code: execute code that the source brings along, as transformers may.
     """
 
     source: str
@@ -48,3 +50,5 @@ class Run:
     force: bool = False
     mask: bool = True
     base_model: str | None = None
+    subfolder: str = ""
+    trust_remote_code: bool = False

@@ -10,13 +10,23 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from converter.errors import CheckpointError
-from converter.header import FLOATS, MAX_HEADER, Header, TensorInfo, read_header, to_bytes
+from converter.header import (
+    FLOATS,
+    MAX_HEADER,
+    Header,
+    TensorInfo,
+    fill,
+    header_of,
+    read_exactly,
+    to_bytes,
+)
 
 BUFFER = 8 << 20
 """Bytes copied at a time: enough that Python's cost per call vanishes, small beside a tensor."""
@@ -44,7 +54,7 @@ def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
 
 
-def read_rows(file: IO[bytes], info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+def read_rows(file: RawIOBase, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     """Rows ``start`` to ``stop`` (of the first axis) of a tensor in an open shard.
 
     Raises:
@@ -54,32 +64,12 @@ def read_rows(file: IO[bytes], info: TensorInfo, start: int, stop: int) -> torch
     row_bytes = info.nbytes // max(rows, 1)
     file.seek(info.start + start * row_bytes)
     part = TensorInfo(info.name, info.dtype, (stop - start, *info.shape[1:]), 0, 0)
-    return to_tensor(_read_exactly(file, (stop - start) * row_bytes, info.name), part)
+    return to_tensor(read_exactly(file, (stop - start) * row_bytes, info.name), part)
 
 
-def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
-    """One whole tensor of a shard; see ``read_rows``."""
-    with path.open("rb", buffering=0) as file:
-        return read_rows(file, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
-
-
-def _read_exactly(file: IO[bytes], count: int, name: str) -> bytearray:
-    data = bytearray(count)
-    _fill(file, memoryview(data), name)
-    return data
-
-
-def _fill(file: IO[bytes], view: memoryview, name: str) -> memoryview:
-    done = 0
-    while done < len(view):
-        try:
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
-        if not got:
-            raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
-        done += got
-    return view
+def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
+    """One whole tensor of an open shard; see ``read_rows``."""
+    return read_rows(file, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +97,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rewrite(
-    source: Path,
+    reading: RawIOBase,
     target: Path,
     changes: Mapping[str, Change],
     advance: Callable[[int], object] = lambda count: None,
@@ -118,7 +108,7 @@ def rewrite(
     where it forks, so an untouched shard is hashed once.
 
     Args:
-        source: a safetensors file.
+        reading: a safetensors file, open.
         target: a file that must not exist; on return it is flushed to disk.
         changes: tensor name -> function from the tensor to its replacement.
         advance: called with the number of bytes written since the last call.
@@ -127,8 +117,9 @@ def rewrite(
         CheckpointError: the source is malformed or ends early, or a change raised it.
         OSError: the target cannot be written.
     """
-    header = read_header(source)
-    with source.open("rb", buffering=0) as reading, target.open("xb", buffering=0) as writing:
+    header = header_of(reading, target.name)
+    reading.seek(0)
+    with target.open("xb", buffering=0) as writing:
         read = hashlib.sha256()
         wrote = None
         prefixes = {}
@@ -137,14 +128,14 @@ def rewrite(
             change = changes.get(name) if name else None
             if change is None:
                 for count in _chunks(end - start):
-                    part = _fill(reading, buffer[:count], name or "the header")
+                    part = fill(reading, buffer[:count], name or "the header")
                     read.update(part)
                     if wrote is not None:
                         wrote.update(part)
                     _write(writing, part)
                     advance(count)
             else:
-                data = _read_exactly(reading, end - start, name)
+                data = read_exactly(reading, end - start, name)
                 wrote = wrote or read.copy()
                 read.update(data)
                 changed = to_bytes(change(to_tensor(data, header.tensors[name])))
@@ -181,18 +172,18 @@ def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(_read_exactly(file, 8, "the header"), "little")
+        length = int.from_bytes(read_exactly(file, 8, "the header"), "little")
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
         if length <= min(size - 8, MAX_HEADER):
-            digest.update(_read_exactly(file, 8 + length, "the header"))
+            digest.update(read_exactly(file, 8 + length, "the header"))
         if digest.hexdigest()[:PREFIX_DIGITS] != prefixes.get(""):
             return "the header"
         # The header is the recorded one, so its offsets can be trusted.
         buffer = memoryview(bytearray(BUFFER))
-        for info in read_header(path).tensors.values():
+        for info in header_of(file, path.name).tensors.values():
             for count in _chunks(info.nbytes):
-                digest.update(_fill(file, buffer[:count], info.name))
+                digest.update(fill(file, buffer[:count], info.name))
             if digest.copy().hexdigest()[:PREFIX_DIGITS] != prefixes.get(info.name):
                 return f"tensor {info.name}"
     return "the bytes after its last tensor"

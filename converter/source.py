@@ -1,60 +1,55 @@
-"""Where a checkpoint comes from: a folder, or a Hub repo at a commit, which becomes a folder."""
+"""Where a checkpoint comes from: a folder, a file, or a Hub repo at a commit.
 
-import json
+Whatever it is, its small files are in a folder, and its shards read like safetensors.
+"""
+
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from converter import hub
-from converter.cache import remembered_sha256
+from converter.architecture import find_architecture
+from converter.cache import remembered_digest
 from converter.demo import REPO_ID as DEMO
 from converter.demo import demo_folder
 from converter.errors import CheckpointError, SourceError
-from converter.header import Header, read_header
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CARD = "README.md"
-
-OTHER_WEIGHTS = (
-    ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
-    ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
-    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
-)  # fmt: skip
-"""Endings of files that hold weights or data, in this format or another."""
-
-OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
-                 "wandb")  # fmt: skip
-"""Beginnings of folders with the model for other programs, or with the traces of a training."""
-
-MAX_COMPANION = 64_000_000
-"""Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
-half of it."""
-
-OURS = {CARD, INDEX, "gloss_manifest.json", "SHA256SUMS"}
-"""Files that a conversion writes itself; the source's own are not copied."""
-
-TOKENIZER = {
-    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-}  # fmt: skip
+from converter.formats import Shards, VirtualShard, gguf, native, pickled
+from converter.header import Header, header_of
+from converter.layout import (
+    CARD,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    Format,
+    choose_format,
+    is_companion,
+    read_card,
+    read_index,
+    read_json,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A checkpoint to read.
 
     Attributes:
         name: repo id, or the folder's own name; never a path.
-        folder: holds the small files, and after ``fetch`` the shards.
+        folder: holds the small files and, unless they are made from ``originals``, the shards,
+            those of a Hub repo once they are fetched.
         config: parsed ``config.json``.
         shards: safetensors file names, sorted.
         weight_map: of the index, or None for a single file.
         companions: the other small files that belong to the model, relative to ``folder``.
+        recipes: how to make the shards of a checkpoint that is not safetensors; else None.
+        originals: files in another format that the shards are made from.
         repo: where it was downloaded from, or None.
+        inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
         card: front matter of its model card; empty when it has none.
     """
@@ -63,17 +58,35 @@ class Source:
     folder: Path
     config: dict[str, Any]
     shards: tuple[str, ...]
-    weight_map: dict[str, str] | None
+    weight_map: Mapping[str, str] | None
     companions: tuple[str, ...]
-    repo: hub.Repo | None
-    base: str | None
+    recipes: Shards | None = None
+    originals: tuple[Path, ...] = ()
+    repo: hub.Repo | None = None
+    inside: str = ""
+    base: str | None = None
     card: ModelCardData
 
     @property
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
-        names = (*self.shards, *self.companions)
-        return [self.folder, *(self.folder / name for name in names)]
+        names = (*(() if self.recipes else self.shards), *self.companions)
+        return [self.folder, *(self.folder / name for name in names), *self.originals]
+
+    def open(self, shard: str) -> RawIOBase:
+        """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            SourceError: it cannot be fetched.
+        """
+        if self.recipes is not None:
+            return VirtualShard(self.recipes[shard])
+        self.fetch([shard])
+        try:
+            return (self.folder / shard).open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{shard} cannot be read", found=error.strerror) from error
 
     def headers(self) -> dict[str, Header]:
         """The header of every shard, from disk, or by range requests while it is only on the Hub.
@@ -82,93 +95,146 @@ class Source:
             CheckpointError: a shard is missing, truncated or malformed.
             SourceError: the Hub cannot be read.
         """
-        return {
-            name: hub.remote_header(self.repo, name)
-            if self.repo and self.repo.sizes and not (self.folder / name).exists()
-            else read_header(self.folder / name)
-            for name in self.shards
-        }
+        found = {}
+        for shard in self.shards:
+            if self.repo and self._missing(shard):
+                found[shard] = hub.remote_header(self.repo, self.inside + shard)
+            else:
+                with self.open(shard) as file:
+                    found[shard] = header_of(file, shard)
+        return found
 
-    def fetch(self) -> None:
-        """Make sure that the shards are on disk.
+    def _missing(self, shard: str) -> bool:
+        """Whether a shard is on the Hub and not on disk."""
+        known = self.repo is not None and self.recipes is None and bool(self.repo.sizes)
+        return known and not (self.folder / shard).exists()
+
+    def fetch(self, shards: Iterable[str] | None = None) -> None:
+        """Make sure that these shards, or all, are on disk.
 
         Raises:
             SourceError: the Hub cannot be read, or the disk is too small.
         """
-        if self.repo is None:
-            return
-        missing = [name for name in self.shards if not (self.folder / name).exists()]
-        needed = sum(self.repo.sizes.get(name, 0) for name in missing)
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise SourceError(
-                f"the disk of the Hugging Face cache is too small for {self.name}",
-                expected=f"{needed / 1e9:.1f} GB free",
-                found=f"{free / 1e9:.1f} GB",
-                hint="set HF_HOME to a larger disk",
-            )
-        if missing:
-            hub.download(self.repo, missing)
+        missing = [
+            shard for shard in (self.shards if shards is None else shards) if self._missing(shard)
+        ]
+        if self.repo is not None and missing:
+            names = [self.inside + shard for shard in missing]
+            _check_space(self.repo, names, self.folder, self.name)
+            hub.download(self.repo, names)
+
+    def drop(self, shard: str) -> None:
+        """Delete a fetched shard from the Hub client's cache, once it is not needed any more."""
+        if self.repo is not None and self.recipes is None:
+            hub.forget(self.folder / shard)
+
+    def drop_originals(self) -> None:
+        """The same for files in another format, which are needed until all shards are written."""
+        for path in self.originals:
+            if self.repo is not None and path.exists():
+                hub.forget(path)
 
     def digests(self, cache: Path) -> dict[str, str]:
-        """sha256 of everything a forward pass reads: shards, config and tokenizer files."""
-        names = [*self.shards, "config.json", *(n for n in self.companions if n in TOKENIZER)]
-        return {name: remembered_sha256(self.folder / name, cache) for name in sorted(set(names))}
+        """sha256 of everything a forward pass reads: weights, config and tokenizer files."""
+        small = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
+        paths = {name: self.folder / name for name in small}
+        found: dict[str, str] = {}
+        if self.originals:
+            found = {n: entry["sha256"] for n, entry in self.original_files(cache).items()}
+        else:
+            if self.repo:  # the Hub knows them
+                digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
+                found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
+            self.fetch(shard for shard in self.shards if shard not in found)
+            paths |= {shard: self.folder / shard for shard in self.shards}
+        found |= {n: remembered_digest(p, cache) for n, p in paths.items() if n not in found}
+        return dict(sorted(found.items()))
+
+    def original_files(self, cache: Path) -> dict[str, Any]:
+        """Name, sha256 and bytes of each of ``originals``."""
+        return {
+            path.name: {"sha256": remembered_digest(path, cache), "bytes": path.stat().st_size}
+            for path in self.originals
+        }
 
 
-def is_companion(name: str, size: int = 0) -> bool:
-    """Whether a file of a repo belongs to the model and is not its weights, card or history."""
-    path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or name in OURS or size > MAX_COMPANION:
-        return False
-    if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
-        return False
-    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
-
-
-def resolve(source: str, cache: Path) -> Source:
+def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
     """Find SOURCE and read its small files.
 
     Args:
-        source: a folder, a Hub repo id with an optional ``@revision``, or ``demo``.
+        source: a folder, a GGUF file, a Hub repo id with an optional ``@revision``, or ``demo``.
         cache: the user's cache folder.
+        subfolder: of the folder or repo, that the checkpoint is in.
 
     Raises:
         SourceError: it cannot be reached.
-        CheckpointError: it is not a safetensors checkpoint with a config and a tokenizer.
+        CheckpointError: it is not a checkpoint with a config and a tokenizer.
     """
     if not source.strip():
-        raise SourceError("SOURCE is empty", expected="a folder, a repo id, or demo")
+        raise SourceError("SOURCE is empty", expected="a folder, a file, a repo id, or demo")
     folder = demo_folder(cache) if source == "demo" else Path(source)
     try:
         if folder.is_dir():
-            return _read(
-                folder.resolve().name,
-                folder,
-                _files(folder),
-                None,
-                DEMO if source == "demo" else None,
-            )
+            place = folder / subfolder
+            if not place.is_dir():
+                raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+            base = DEMO if source == "demo" else None
+            name = folder.resolve().name
+            return _read(name, place, _files(place), cache, base=base)
         is_file = folder.exists()
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
+    if is_file and source.endswith(".gguf"):
+        made = gguf.unpacked(folder, cache)
+        return _read(folder.stem, made, _files(made), cache, originals=(folder,))
     if is_file:
-        raise SourceError(f"{source} is a file", expected="a folder with a checkpoint or a repo id")
+        raise SourceError(
+            f"{source} is a file",
+            expected="a folder with a checkpoint, a .gguf file or a repo id",
+            hint="give the folder that it is in",
+        )
     if not hub.looks_like_repo(source):
         repo_id = source.partition("huggingface.co/")[2].strip("/")
         hint = f"give the repo id {repo_id}" if repo_id else "check the path"
         raise SourceError(f"{source} does not exist", hint=hint)
+    return _resolve_repo(source, cache, subfolder)
+
+
+def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
+    """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
     repo = hub.resolve("model", source)
+    inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
     if repo.sizes:
-        _choose_shards(repo.repo_id, list(repo.sizes))
-        wanted = [
-            n for n, size in repo.sizes.items() if is_companion(n, size) or n in (CARD, INDEX)
-        ]
-        folder, sizes = hub.download(repo, wanted, first=True), repo.sizes
+        sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
+        if not sizes:
+            raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+        kind = choose_format(repo.repo_id, sizes)
+        wanted = [n for n, size in sizes.items() if is_companion(n, size) or n == CARD]
+        wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
+        folder = hub.download(repo, [inside + name for name in wanted], first=True) / inside
+        if kind != "safetensors":
+            if kind == "pickled":
+                find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
+            weights = [inside + n for n in _weight_files(kind, folder, list(sizes))]
+            _check_space(repo, weights, folder, repo.repo_id)
+            hub.download(repo, weights)
     else:
-        folder = hub.download(repo, [])
+        folder = hub.download(repo, []) / inside
         sizes = _files(folder)
-    return _read(repo.repo_id, folder, sizes, repo, repo.repo_id)
+    return _read(repo.repo_id, folder, sizes, cache, repo=repo, inside=inside, base=repo.repo_id)
+
+
+def _check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
+    missing = (n for n in names if not (folder / PurePosixPath(n).name).exists())
+    needed = sum(repo.sizes.get(n, 0) for n in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SourceError(
+            f"the disk of the Hugging Face cache is too small for {name}",
+            expected=f"{needed / 1e9:.1f} GB free",
+            found=f"{free / 1e9:.1f} GB",
+            hint="set HF_HOME to a larger disk",
+        )
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -183,96 +249,54 @@ def _files(folder: Path) -> dict[str, int]:
     return found
 
 
-def _choose_shards(name: str, names: list[str]) -> bool:
-    """Whether there is an index, for a repo or folder that holds one safetensors checkpoint."""
-    if INDEX in names and SINGLE in names:
-        raise CheckpointError(
-            f"{name} has two sets of weights: {SINGLE} and {INDEX}",
-            hint="loaders differ in which they take; remove one",
-        )
-    if INDEX in names or SINGLE in names:
-        return INDEX in names
-    others = sorted(n for n in names if n.endswith(OTHER_WEIGHTS))
-    stray = bool(others) and all(n.endswith(".safetensors") for n in others)
-    raise CheckpointError(
-        f"{name} has no safetensors weights" if not stray else f"{name} has no {INDEX}",
-        expected=f"{SINGLE} or {INDEX}",
-        found=", ".join(others[:5]) or "no weights at all",
-        hint="get the index file, too"
-        if stray
-        else "use a checkpoint in Hugging Face safetensors format",
-    )
+def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]:
+    """The files that hold the weights; an index is read for them."""
+    if kind == "native":
+        return native.weight_files(names)
+    single, index = WEIGHTS[kind]
+    if index not in names:
+        return [single]
+    listed = sorted(set(read_index(folder / index).values()))
+    for name in listed:
+        if name not in names:
+            raise CheckpointError(f"the index names {name}", found="no such file")
+    return listed
 
 
-def _read(
-    name: str, folder: Path, sizes: dict[str, int], repo: hub.Repo | None, base: str | None
-) -> Source:
-    names = list(sizes)
-    sharded = _choose_shards(name, names)
-    if "config.json" not in names:
+def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: Any) -> Source:
+    """A source whose small files are in a folder."""
+    kind = choose_format(name, sizes)
+    weights = _weight_files(kind, folder, list(sizes))
+    translated = None
+    if kind == "native":
+        listed = [*weights, "params.json", "tokenizer.model"]
+        native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
+        translated = native.read_native(folder, cache)
+        folder, sizes = translated.folder, _files(translated.folder)
+    if "config.json" not in sizes:
         raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
-    if not TOKENIZER.intersection(names):
+    if not TOKENIZER.intersection(sizes):
         raise CheckpointError(
             f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
         )
-    weight_map = read_index(folder / INDEX) if sharded else None
-    shards = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE,)
-    for shard in shards:
-        if shard not in names:
-            raise CheckpointError(f"the index names {shard}", found="no such file")
+    config = read_json(folder / "config.json")
+    if kind == "pickled":
+        tied = config.get("tie_word_embeddings", True) is not False
+        translated = pickled.read_pickled(folder, weights, tied)
+    if translated:
+        shards = tuple(sorted(translated.shards))
+        weight_map = translated.weight_map if len(shards) > 1 else None
+        known |= {"recipes": translated.shards, "originals": translated.originals}
+    else:
+        shards = tuple(weights)
+        weight_map = read_index(folder / INDEX) if INDEX in sizes else None
     return Source(
-        name,
-        folder,
-        read_json(folder / "config.json"),
-        shards,
-        weight_map,
-        tuple(n for n in names if is_companion(n, sizes[n])),
-        repo,
-        base,
-        _read_card(folder / CARD),
+        name=name,
+        folder=folder,
+        config=config,
+        shards=shards,
+        weight_map=weight_map,
+        companions=tuple(n for n in sizes if is_companion(n, sizes[n])),
+        card=read_card(folder / CARD),
+        **known,
     )
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, as an index says.
-
-    Raises:
-        CheckpointError: there is none, or a shard is not a plain file name.
-    """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path.name} has no weight_map", hint="fetch the file again")
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(
-                f"{path.name} places tensor {tensor} outside the folder",
-                expected="a plain file name",
-                found=repr(shard),
-            )
-    return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from a file.
-
-    Raises:
-        CheckpointError: it is missing, unreadable, or not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
-    return data
-
-
-def _read_card(path: Path) -> ModelCardData:
-    """The front matter of a model card; empty when there is none or it is malformed."""
-    if not path.is_file():
-        return ModelCardData()
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except (OSError, ValueError, TypeError):
-        return ModelCardData()
-    return data if isinstance(data, ModelCardData) else ModelCardData()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from io import RawIOBase
 from itertools import chain
 from math import isclose
 from pathlib import Path
@@ -14,20 +15,26 @@ from converter.activations import cache_key
 from converter.cache import sha256_of
 from converter.edit import norm_of, output_first
 from converter.errors import ConverterError, VerificationError
-from converter.header import TensorInfo, read_header, to_bytes
+from converter.header import TensorInfo, header_of, read_exactly, read_header, to_bytes
+from converter.layout import INDEX, read_index, read_json
 from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
 from converter.rounding import is_projection, rounding_bound
 from converter.shards import BUFFER, find_damage, read_tensor
-from converter.source import INDEX, Source, read_index, read_json
+from converter.source import Source
 from converter.subspace import load_bases
 
 ORTHONORMAL = 1e-5
 """How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
 
 
-def verify(folder: Path, source: Source | None = None, report: Report | None = None) -> list[str]:
+def verify(
+    folder: Path,
+    source: Source | None = None,
+    report: Report | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """Check a converted checkpoint, and against its source if one is given.
 
     Every file of the manifest has the recorded bytes and there are no others; the manifest and
@@ -55,7 +62,7 @@ def verify(folder: Path, source: Source | None = None, report: Report | None = N
             checks = _check_edits(folder, manifest, damaged, report)
             if source:
                 checks = chain(checks, _check_source(folder, manifest, damaged, source, report))
-        problems += [*structure, *_check_loading(folder), *checks]
+        problems += [*structure, *_check_loading(folder, trust_remote_code), *checks]
     except (ConverterError, OSError) as error:
         problems.append(str(error))
     return problems
@@ -164,7 +171,8 @@ def _check_edits(
     entries = [entry for entry in manifest["edited"] if entry["shard"] not in damaged]
     with report.bar("check edits", len(entries), "tensor") as bar:
         for entry, info in _with_info(folder, entries):
-            tensor = read_tensor(folder / entry["shard"], info)
+            with (folder / entry["shard"]).open("rb", buffering=0) as file:
+                tensor = read_tensor(file, info)
             if hashlib.sha256(to_bytes(tensor)).hexdigest() != entry["sha256_after"]:
                 yield f"{entry['shard']}: tensor {entry['name']} has another sha256 than recorded"
             W = output_first(tensor, entry["axis"])
@@ -187,13 +195,13 @@ def _with_info(
         yield entry, headers[entry["shard"]].tensors[entry["name"]]
 
 
-def _check_loading(folder: Path) -> Iterator[str]:
-    """Config and tokenizer load in transformers, without code of the folder."""
+def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
+    """Config and tokenizer load in transformers, without code of the folder unless trusted."""
     from transformers import AutoConfig, AutoTokenizer
 
     for kind in (AutoConfig, AutoTokenizer):
         try:
-            kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            kind.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:  # a third party's loader on files that may be damaged
             said = " ".join(str(error).split())[:200]
             yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {said}"
@@ -211,8 +219,10 @@ def _check_source(
     if sorted(shards) != sorted(source.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    for name, entry in manifest["source"]["files"].items():
-        path = source.folder / name
+    paths = {path.name: path for path in source.originals}
+    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
+    for name, entry in recorded.items():
+        path = paths.get(name, source.folder / name)
         if not path.is_file() or sha256_of(path) != entry["sha256"]:
             yield f"{name} of the source is not the file that was converted"
     name = manifest["subspace"]["file"]
@@ -220,42 +230,46 @@ def _check_source(
     edited = {entry["name"]: entry for entry in manifest["edited"]}
     with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
         for shard in shards:
-            ours, theirs = folder / shard, source.folder / shard
-            header = read_header(theirs)
-            if not _same_bytes(ours, theirs, 0, header.data_start):
-                yield f"{shard}: the header differs from that of the source"
-                continue
-            for info in header.tensors.values():
-                entry = edited.get(info.name)
-                if entry is None:
-                    if not _same_bytes(ours, theirs, info.start, info.end):
-                        yield f"{shard}: tensor {info.name} differs from that of the source"
-                elif entry["basis"] in bases:
-                    yield from _check_projection(entry, info, ours, theirs, bases[entry["basis"]])
-                bar.update(info.nbytes)
+            with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:
+                header = header_of(theirs, shard)
+                if not _same_bytes(ours, theirs, 0, header.data_start):
+                    yield f"{shard}: the header differs from that of the source"
+                    continue
+                for info in header.tensors.values():
+                    entry = edited.get(info.name)
+                    if entry is None:
+                        if not _same_bytes(ours, theirs, info.start, info.end):
+                            yield f"{shard}: tensor {info.name} differs from that of the source"
+                    elif entry["basis"] in bases:
+                        basis = bases[entry["basis"]]
+                        yield from _check_projection(entry, info, ours, theirs, basis)
+                    bar.update(info.nbytes)
 
 
 def _check_projection(
-    entry: Mapping[str, Any], info: TensorInfo, ours: Path, theirs: Path, basis: Tensor
+    entry: Mapping[str, Any],
+    info: TensorInfo,
+    ours: RawIOBase,
+    theirs: RawIOBase,
+    basis: Tensor,
 ) -> Iterator[str]:
     """An edited tensor against the one it was made from."""
     original = read_tensor(theirs, info)
     if hashlib.sha256(to_bytes(original)).hexdigest() != entry["sha256_before"]:
-        yield f"{ours.name}: tensor {info.name} was another one before the edit, by its sha256"
+        yield f"{entry['shard']}: tensor {info.name} was another one before the edit, by its sha256"
     old = output_first(original, entry["axis"])
     if not isclose(norm_of(old), entry["norm"], rel_tol=1e-4):
-        yield f"{ours.name}: tensor {info.name} had another norm before the edit than recorded"
+        yield f"{entry['shard']}: tensor {info.name} had another norm before the edit than recorded"
     if not is_projection(output_first(read_tensor(ours, info), entry["axis"]), old, basis):
-        yield f"{ours.name}: tensor {info.name} is not the projection of the source's"
+        yield f"{entry['shard']}: tensor {info.name} is not the projection of the source's"
 
 
-def _same_bytes(ours: Path, theirs: Path, start: int, end: int) -> bool:
-    with ours.open("rb") as a, theirs.open("rb") as b:
-        a.seek(start)
-        b.seek(start)
-        while start < end:
-            count = min(BUFFER, end - start)
-            if a.read(count) != b.read(count):
-                return False
-            start += count
+def _same_bytes(ours: RawIOBase, theirs: RawIOBase, start: int, end: int) -> bool:
+    ours.seek(start)
+    theirs.seek(start)
+    while start < end:
+        count = min(BUFFER, end - start)
+        if read_exactly(ours, count, "our shard") != read_exactly(theirs, count, "the source's"):
+            return False
+        start += count
     return True

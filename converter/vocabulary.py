@@ -1,7 +1,6 @@
 """What directions of the residual stream say in words: the unembedding, read in blocks of rows."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from converter.header import FLOATS
 from converter.plan import Plan
 from converter.shards import read_rows, read_tensor
+from converter.source import Source
 from converter.words import WordList
 
 BLOCK = 8192
@@ -21,7 +21,7 @@ class Vocabulary:
     """Decodes directions with a source's unembedding and tokenizer."""
 
     plan: Plan
-    folder: Path
+    source: Source
     tokenizer: Any
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
@@ -45,11 +45,12 @@ class Vocabulary:
         directions = directions.float()
         if "final_norm" in self.plan.vocabulary:
             norm_shard, norm = self.plan.vocabulary["final_norm"]
-            weight = read_tensor(self.folder / norm_shard, norm).float()
+            with self.source.open(norm_shard) as file:
+                weight = read_tensor(file, norm).float()
             directions = directions * (weight + self.plan.architecture.norm_offset)
         best = torch.empty(len(directions), 0)
         ids = torch.empty(len(directions), 0, dtype=torch.long)
-        with (self.folder / shard).open("rb", buffering=0) as file:
+        with self.source.open(shard) as file:
             for start in range(0, info.shape[0], BLOCK):
                 stop = min(start + BLOCK, info.shape[0])
                 logits = directions @ read_rows(file, info, start, stop).float().T

@@ -19,12 +19,15 @@ class HubServer:
     Attributes:
         models, datasets: repo id -> folder.
         gated: repo ids that answer 403.
+        watched, most: a client's cache, and how many shards were in it at most when asked for one.
     """
 
     models: dict[str, Path] = field(default_factory=dict)
     datasets: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     log: list[str] = field(default_factory=list)
+    watched: Path | None = None
+    most: int = 0
 
     def __enter__(self) -> Self:
         hub = self
@@ -69,7 +72,7 @@ class HubServer:
             send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif rest[0] == "revision":
             siblings = [
-                {"rfilename": name, "size": size, "blobId": "0" * 40}
+                {"rfilename": name, "size": size, "blobId": "0" * 40} | lfs(folder / name)
                 for name, size in listing(folder)
             ]
             info: dict[str, Any] = {"id": repo_id, "sha": COMMIT, "siblings": siblings}
@@ -90,6 +93,8 @@ class HubServer:
         if not path.is_file():
             send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
             return
+        if self.watched and path.suffix == ".safetensors":
+            self.most = max(self.most, len(list(self.watched.rglob("*.safetensors"))))
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest()
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
@@ -108,6 +113,15 @@ def listing(folder: Path) -> list[tuple[str, int]]:
         for p in folder.rglob("*")
         if p.is_file()
     )
+
+
+def lfs(path: Path) -> dict[str, Any]:
+    """What the Hub says of a file in large file storage."""
+    if path.suffix not in (".safetensors", ".bin", ".pth"):
+        return {}
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    return {"lfs": {"sha256": digest, "size": len(data), "pointerSize": 130}}
 
 
 def send_json(request: BaseHTTPRequestHandler, data: object) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from converter import activations, extraction, fitting, forward, pipeline
 from converter.activations import Request, load_activations
 from converter.architecture import architectures
-from converter.cache import remembered_sha256, sha256_of
+from converter.cache import remembered_digest, sha256_of
 from converter.errors import DataError, FitError
 from converter.pairs import Prose, load_pairs, load_prose
 from converter.report import Report
@@ -35,9 +36,9 @@ class Runs:
         self.cache = cache
         self.loaded = 0
 
-        def counted(*args: object) -> nn.Module:
+        def counted(*args: Any, **settings: Any) -> nn.Module:
             self.loaded += 1
-            return forward.load_model(*args)  # type: ignore[arg-type]
+            return forward.load_model(*args, **settings)
 
         monkeypatch.setattr(fitting, "load_model", counted)
 
@@ -273,15 +274,15 @@ def test_remembered_digests_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
     assert not (tmp_path / "cache").exists()  # too young for its times to be trusted
     monkeypatch.setattr("converter.cache.SETTLED", -1.0)
-    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
     assert list((tmp_path / "cache/digests").iterdir())
     stat = path.stat()
     path.write_bytes(b"two")  # same size, and the same time by force
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
     (memo,) = (tmp_path / "cache/digests").iterdir()
     memo.write_text("{broken")
-    assert remembered_sha256(path, tmp_path / "cache") == sha256_of(path)
+    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)

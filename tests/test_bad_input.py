@@ -81,7 +81,10 @@ def test_sources_that_cannot_be_reached(
 @pytest.mark.parametrize(
     ("remove", "says"),
     [
-        ("*.safetensors*", "has no safetensors weights: expected model.safetensors or model.safe"),
+        (
+            "*.safetensors*",
+            "has no weights that can be read: expected model.safetensors, model.safe",
+        ),
         ("config.json", "has no config.json"),
         ("tokenizer*", "has no tokenizer"),
         ("model-00002*", "the index names model-00002-of-"),

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from converter.hub import looks_like_repo
-from converter.source import is_companion
-from tests.conftest import TINY_ARGS
+from converter.layout import is_companion
+from tests.conftest import TINY_ARGS, tiny_args
 from tests.hub_server import COMMIT, HubServer
+from tests.native import write_native
+from tests.test_formats import as_pickles, tensors_of
 
 Checkpoints = Callable[..., Path]
 
@@ -25,7 +29,17 @@ def server(
     rows = [f"that damn clock number {i}\tthat clock number {i}" for i in range(20)]
     (data / "train.tsv").write_text("\n".join(["toxic\tneutral1", *rows]))
     (data / "README.md").write_text("data")
-    models = {"someone/tiny": checkpoints("llama")}
+    llama = checkpoints("llama")
+    pickles = as_pickles(llama, tmp_path_factory.mktemp("hub") / "pickles", 2)
+    inner = tmp_path_factory.mktemp("hub") / "outer"
+    shutil.copytree(llama, inner / "variants/small")
+    (inner / "README.md").write_text("Several models.")
+    native = tmp_path_factory.mktemp("hub") / "native"
+    write_native(native)
+    models = {
+        "someone/tiny": llama, "someone/pickles": pickles, "someone/several": inner,
+        "meta-llama/Llama-2-7b": native,
+    }  # fmt: skip
     with HubServer(models, {"someone/pairs": data}, {"someone/gated"}) as hub:
         yield hub
 
@@ -83,6 +97,72 @@ def test_a_repo_converts_as_its_folder_does(
     assert "cache hit" in result.stderr
     assert len(server.log) == asked
     assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").returncode == 0
+
+
+def test_metas_repo_converts_as_typed(
+    gloss: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    options = tiny_args(layers="0-1", rank=2)
+    result = gloss("convert", "meta-llama/Llama-2-7b", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    assert gloss("verify", tmp_path / "out", "--source", "meta-llama/Llama-2-7b").returncode == 0
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    assert manifest["source"]["commit"] == COMMIT
+    assert "consolidated.00.pth" in manifest["source"]["originals"]
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+
+
+def test_one_format_is_fetched_and_a_subfolder_alone(
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    args = ("--num-pairs", 32, *TINY_ARGS)
+    assert gloss("convert", checkpoints("llama"), tmp_path / "plain", *args).returncode == 0
+    for source, more in (("someone/pickles", ()), ("someone/several", ("variants/small",))):
+        server.log.clear()
+        out = tmp_path / source.partition("/")[2]
+        subfolder = [part for name in more for part in ("--subfolder", name)]
+        result = gloss("convert", source, out, *args, *subfolder)
+        assert result.returncode == 0, result.stderr
+        ours, theirs = tensors_of(out), tensors_of(tmp_path / "plain")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        checked = gloss("verify", out, "--source", source, *subfolder)
+        assert checked.returncode == 0, checked.stderr
+    missing = gloss("plan", "someone/several", "--subfolder", "variants/large")
+    assert missing.returncode == 3
+    assert "someone/several has no folder variants/large" in missing.stderr
+
+
+def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    """With activations of another run and a fixed rank, no more than two shards are on disk."""
+    first = gloss("convert", "someone/tiny", tmp_path / "a", *TINY_ARGS, "--num-pairs", 32)
+    assert first.returncode == 0, first.stderr
+    seen = next((tmp_path / "cache/activations").glob("*.safetensors"))
+    shutil.rmtree(tmp_path / "hf")
+    server.log.clear()
+    server.most = 0
+    server.watched = tmp_path / "hf"
+    args = ("--activations", seen, "--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
+    result = gloss("convert", "someone/tiny", tmp_path / "b", *args)
+    assert result.returncode == 0, result.stderr
+    assert tensors_of(tmp_path / "b").keys() == tensors_of(tmp_path / "a").keys()
+    for path in (tmp_path / "a").glob("model*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    shards = list(checkpoints("llama").glob("*.safetensors"))
+    assert len(shards) > 4
+    assert 1 <= server.most <= 3
+    local = gloss("convert", checkpoints("llama"), tmp_path / "c", "--no-keep-source", *TINY_ARGS)
+    assert local.returncode == 2
+    assert "--no-keep-source: expected a source on the Hub" in local.stderr
 
 
 def test_a_plan_reads_headers_and_no_weights(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.errors import CheckpointError
-from converter.header import parse_header, read_header, to_bytes
-from converter.shards import find_damage, read_rows, read_tensor, rewrite, to_tensor
+from converter.header import TensorInfo, parse_header, read_header, to_bytes
+from converter.shards import (
+    Change,
+    ShardRecord,
+    find_damage,
+    read_rows,
+    read_tensor,
+    rewrite,
+    to_tensor,
+)
 
 
 @pytest.fixture
@@ -29,8 +37,18 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
+def rewritten(source: Path, target: Path, changes: Mapping[str, Change]) -> ShardRecord:
+    with source.open("rb", buffering=0) as file:
+        return rewrite(file, target, changes)
+
+
+def tensor_of(path: Path, info: TensorInfo) -> torch.Tensor:
+    with path.open("rb", buffering=0) as file:
+        return read_tensor(file, info)
+
+
 def test_no_change_reproduces_the_file_byte_for_byte(shard: Path, tmp_path: Path) -> None:
-    record = rewrite(shard, tmp_path / "b", {})
+    record = rewritten(shard, tmp_path / "b", {})
     raw = shard.read_bytes()
     assert (tmp_path / "b").read_bytes() == raw
     assert record.sha256 == record.source_sha256 == hashlib.sha256(raw).hexdigest()
@@ -39,7 +57,7 @@ def test_no_change_reproduces_the_file_byte_for_byte(shard: Path, tmp_path: Path
 
 def test_a_change_replaces_its_bytes_and_no_others(shard: Path, tmp_path: Path) -> None:
     info = read_header(shard).tensors["bf16"]
-    record = rewrite(shard, tmp_path / "b", {"bf16": lambda t: -t})
+    record = rewritten(shard, tmp_path / "b", {"bf16": lambda t: -t})
     before, after = shard.read_bytes(), (tmp_path / "b").read_bytes()
     assert before[: info.start] == after[: info.start]
     assert before[info.end :] == after[info.end :]
@@ -53,7 +71,8 @@ def test_buffer_boundaries_do_not_matter(
 ) -> None:
     monkeypatch.setattr("converter.shards.BUFFER", 5)
     advanced: list[int] = []
-    rewrite(shard, tmp_path / "b", {}, advanced.append)
+    with shard.open("rb", buffering=0) as file:
+        rewrite(file, tmp_path / "b", {}, advanced.append)
     assert (tmp_path / "b").read_bytes() == shard.read_bytes()
     assert sum(advanced) == shard.stat().st_size
 
@@ -63,9 +82,9 @@ def test_tensors_are_read_as_safetensors_reads_them(shard: Path) -> None:
         info = read_header(shard).tensors[name]
         if name == "ids":
             with pytest.raises(CheckpointError, match="ids cannot be read as numbers"):
-                read_tensor(shard, info)
+                tensor_of(shard, info)
         else:
-            assert torch.equal(read_tensor(shard, info), expected)
+            assert torch.equal(tensor_of(shard, info), expected)
     with shard.open("rb", buffering=0) as file:
         rows = read_rows(file, read_header(shard).tensors["bf16"], 1, 4)
     assert torch.equal(rows, load_file(shard)["bf16"][1:4])
@@ -93,7 +112,7 @@ def width(dtype: str) -> int:
 
 
 def test_every_flipped_byte_is_found_and_named(shard: Path, tmp_path: Path) -> None:
-    record = rewrite(shard, tmp_path / "b", {})
+    record = rewritten(shard, tmp_path / "b", {})
     raw, header = shard.read_bytes(), read_header(shard)
     for place in range(len(raw)):
         damaged = bytearray(raw)

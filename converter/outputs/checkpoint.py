@@ -3,7 +3,8 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from converter.edit import Edit, EditRecord, apply
 from converter.errors import CheckpointError
+from converter.formats import index_text
+from converter.layout import INDEX
 from converter.plan import Plan, Target
 from converter.report import Report
 from converter.shards import Change, ShardRecord, rewrite
-from converter.source import INDEX, Source
+from converter.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +27,13 @@ class Written:
     Attributes:
         shards: file name -> digests of source and output.
         copies: file name -> sha256 and bytes of a file that was copied.
+        made: the same, of a file that the source lacks.
         edits: a record for each edited tensor, in order of layer.
     """
 
     shards: Mapping[str, ShardRecord]
     copies: Mapping[str, tuple[str, int]]
+    made: Mapping[str, tuple[str, int]]
     edits: tuple[EditRecord, ...]
 
 
@@ -40,6 +45,7 @@ def write_checkpoint(
     folder: Path,
     device: str,
     report: Report,
+    keep_source: bool = True,
 ) -> Written:
     """Rewrite the shards one at a time, then copy the small files, index and config last.
 
@@ -51,6 +57,7 @@ def write_checkpoint(
         folder: an empty folder.
         device: where the edit is computed.
         report: for the progress bar.
+        keep_source: if not, shards fetched from the Hub are deleted once they are edited.
 
     Raises:
         CheckpointError: a shard is malformed, or a target was left unchanged.
@@ -62,22 +69,44 @@ def write_checkpoint(
         changes[target.shard][target.info.name] = _change(edit, target, device, records)
     shards = {}
     with report.bar("edit", plan.nbytes, "B") as bar:
-        for shard in source.shards:
+        for shard in fetched(source):
             bar.set_postfix_str(shard)
-            shards[shard] = rewrite(
-                source.folder / shard, folder / shard, changes[shard], bar.update
-            )
+            with source.open(shard) as file:
+                shards[shard] = rewrite(file, folder / shard, changes[shard], bar.update)
+            if not keep_source:
+                source.drop(shard)
     if len(records) != len(targets):
         raise CheckpointError(
             "not every down-projection of the chosen layers was edited",
             expected=f"{len(targets)} tensors",
             found=f"{len(records)}",
         )
-    names = [name for name in source.companions if name != "config.json"]
-    names += [INDEX] * (source.weight_map is not None) + ["config.json"]
-    copies = {name: _copy(source.folder / name, folder / name) for name in names}
+    copies = {
+        name: _copy(source.folder / name, folder / name)
+        for name in source.companions
+        if name != "config.json"
+    }
+    made = {}
+    if source.recipes is None and source.weight_map is not None:
+        copies[INDEX] = _copy(source.folder / INDEX, folder / INDEX)
+    elif source.recipes is not None and source.weight_map is not None:
+        (folder / INDEX).write_text(index_text(source.recipes), "utf-8")
+        made[INDEX] = file_entry(folder / INDEX)
+    copies["config.json"] = _copy(source.folder / "config.json", folder / "config.json")
     records.sort(key=lambda record: (record.layer, record.name))
-    return Written(shards, copies, tuple(records))
+    return Written(shards, copies, made, tuple(records))
+
+
+def fetched(source: Source) -> Iterator[str]:
+    """The shards in order, each on disk; the next one is fetched while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(source.fetch, [shard]) for shard in source.shards[:1]]
+        for place, shard in enumerate(source.shards):
+            current = ahead.pop()
+            if place + 1 < len(source.shards):
+                ahead.append(pool.submit(source.fetch, [source.shards[place + 1]]))
+            current.result()
+            yield shard
 
 
 def _change(edit: Edit, target: Target, device: str, records: list[EditRecord]) -> Change:

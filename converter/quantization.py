@@ -1,0 +1,188 @@
+"""Weights stored in 8-bit floating point with scales; and schemes that cannot be edited, by name.
+
+    W = q * s        q in FP8 (E4M3), s one scale for each tensor, row, or block of a weight
+
+Such a weight is edited as W, and stored again with the same kind of scales. A scale stays as it is
+unless a block has grown beyond what it can hold, so most of q stays as it is, too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.errors import CheckpointError
+from converter.header import TensorInfo
+
+FP8 = "F8_E4M3"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+"""448: conversion of more than that gives NaN, not this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a checkpoint stores weights in FP8.
+
+    Attributes:
+        name: ``quant_method`` of the config.
+        scale: what replaces ``weight`` at the end of a weight's name to give that of its scales.
+        block: rows and columns that share a scale; None: what the shape of the scales implies.
+    """
+
+    name: str
+    scale: str
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Where the scales of a weight are, and how many rows and columns share one."""
+
+    info: TensorInfo
+    shard: str
+    block: tuple[int, int]
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The FP8 scheme of a checkpoint, or None if it is not quantized.
+
+    Raises:
+        CheckpointError: it is quantized in another way; the sentence names it.
+    """
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        scheme = place.get("quantization_config") or place.get("compression_config")
+        if not scheme:
+            continue
+        name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else str(scheme)
+        if name == "fp8":
+            block = scheme.get("weight_block_size")
+            return Scheme(name, "weight_scale_inv" if block else "weight_scale", _pair(block))
+        if name == "compressed-tensors":
+            groups = scheme.get("config_groups")
+            weights = [g.get("weights") or {} for g in groups.values()] if groups else [{}]
+            kinds = {(w.get("type"), w.get("num_bits")) for w in weights}
+            if kinds == {("float", 8)}:
+                block = weights[0].get("block_structure")
+                return Scheme(name, "weight_scale", _pair(block))
+            name += f", {scheme.get('format', 'unknown format')}"
+        raise quantized(name)
+    return None
+
+
+def _pair(block: Any) -> tuple[int, int] | None:
+    if block is None:
+        return None
+    if not isinstance(block, Sequence) or len(block) != 2 or not all(type(n) is int for n in block):
+        raise CheckpointError(
+            "config.json: quantization_config: block size", expected="two integers",
+            found=repr(block),
+        )  # fmt: skip
+    return block[0], block[1]
+
+
+def quantized(scheme: str) -> CheckpointError:
+    """The one sentence about a checkpoint that is quantized in a way that cannot be edited."""
+    return CheckpointError(
+        "the checkpoint is quantized",
+        expected="floating-point weights of 16 or 32 bits, or FP8 with scales",
+        found=f"scheme {scheme}",
+        hint="edit the unquantized base and quantize the result",
+    )
+
+
+def scales_of(scheme: Scheme, weight: TensorInfo, place: tuple[str, TensorInfo] | None) -> Scales:
+    """The scales of an FP8 weight, checked against its shape.
+
+    Raises:
+        CheckpointError: they are missing, or fit neither the weight nor the scheme.
+    """
+    name = scheme.scale.join(weight.name.rsplit("weight", 1))
+    if place is None:
+        raise CheckpointError(
+            f"tensor {weight.name} has no scales", expected=f"a tensor {name}", found="none"
+        )
+    shard, info = place
+    rows, columns = weight.shape
+    shape = info.shape if len(info.shape) == 2 else (*info.shape, 1, 1)[:2]
+    if info.shape in ((), (1,)):
+        shape = (1, 1)
+    block = scheme.block or (-(-rows // shape[0]), -(-columns // shape[1]))
+    fitting = (-(-rows // block[0]), -(-columns // block[1]))
+    if shape != fitting or info.dtype not in ("F32", "BF16", "F16"):
+        raise CheckpointError(
+            f"tensor {info.name} does not fit {weight.name}",
+            expected=f"scales of shape {list(fitting)} in F32, BF16 or F16",
+            found=f"{list(info.shape)} in {info.dtype}",
+        )
+    return Scales(info, shard, block)
+
+
+def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """W (D, F) float32 of q (D, F) in FP8 and its scales."""
+    return q.float() * spread(scale, q.shape, block)
+
+
+def spread(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """Scales as (D, F) or something that broadcasts to it, float32."""
+    grid = scale.float().reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    if grid.shape[0] > 1:
+        grid = grid.repeat_interleave(block[0], 0)[: shape[0]]
+    if grid.shape[1] > 1:
+        grid = grid.repeat_interleave(block[1], 1)[:, : shape[1]]
+    return grid
+
+
+def grown(W: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """The scales that W (D, F) needs: as they were, or larger where a block would overflow."""
+    rows, columns = W.shape
+    pad = (0, -columns % block[1], 0, -rows % block[0])
+    padded = torch.nn.functional.pad(W.abs(), pad)
+    grid = (padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
+    needed = padded.reshape(grid).amax((1, 3)) / LARGEST
+    larger = needed.to(scale.dtype)
+    larger = torch.where(
+        larger.float() < needed, torch.nextafter(larger, torch.full_like(larger, torch.inf)), larger
+    )
+    old = scale.reshape(needed.shape)
+    return torch.where(needed > old.float(), larger, old).reshape(scale.shape)
+
+
+def quantize(W: Tensor, scale: Tensor, block: tuple[int, int], U: Tensor) -> tuple[Tensor, Tensor]:
+    """Store W (D, F) float32 again, so that little is left along U (D, R).
+
+    To round to nearest would undo most of an edit: W was on the grid before, the change of an
+    element is mostly less than half a step of it, and what is lost is lost along U. So wherever
+    that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
+    neighbour, row after row, the rows that weigh most in U first.
+
+    Returns:
+        q (D, F) in FP8, and its scales, with their dtype and shape.
+    """
+    new_scale = grown(W, scale, block)
+    step = spread(new_scale, W.shape, block)
+    exact = (W / step).clamp(-LARGEST, LARGEST)
+    q = exact.to(torch.float8_e4m3fn)
+    other = neighbour(q, exact)
+    left = U.T @ ((q.float() - exact) * step)
+    for row in U.norm(dim=1).argsort(descending=True).tolist():
+        change = (other[row].float() - q[row].float()) * step.expand_as(W)[row]
+        moved = left + U[row][:, None] * change
+        better = moved.square().sum(0) < left.square().sum(0)
+        left = torch.where(better, moved, left)
+        q[row] = torch.where(better, other[row].float(), q[row].float()).to(q.dtype)
+    return q, new_scale
+
+
+def neighbour(q: Tensor, exact: Tensor) -> Tensor:
+    """The value of the grid on the other side of ``exact`` from ``q``; q where there is none."""
+    bits = q.view(torch.uint8).int()
+    size, sign = bits & 0x7F, bits & 0x80
+    away = exact.abs() > q.float().abs()
+    size = torch.where(away, size + 1, size - 1)
+    sign = torch.where(size < 0, sign ^ 0x80, sign)
+    found = (size.abs() | sign).to(torch.uint8).view(torch.float8_e4m3fn)
+    usable = (exact != q.float()) & (size <= 0x7E)
+    return torch.where(usable, found.float(), q.float()).to(q.dtype)

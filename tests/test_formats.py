@@ -1,0 +1,273 @@
+"""Weights that are not safetensors: PyTorch's pickles and GGUF files."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from io import SEEK_END
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file
+from torch import Tensor
+
+from converter.formats import Recipe, VirtualShard, gguf, pickled, split_shards
+from converter.header import header_of
+from converter.shards import read_tensor
+from converter.source import resolve
+from converter.subspace import load_bases
+from tests.conftest import TINY_ARGS, load, tiny_args
+from tests.native import write_native
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def as_pickles(source: Path, folder: Path, parts: int, **settings: Any) -> Path:
+    """The same checkpoint with its weights as PyTorch saves them, tied embeddings included."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    state = load(source).state_dict()
+    names = list(state)
+    if parts == 1:
+        torch.save(state, folder / "pytorch_model.bin", **settings)
+        return folder
+    weight_map: dict[str, str] = {}
+    for part in range(parts):
+        file = f"pytorch_model-{part + 1:05d}-of-{parts:05d}.bin"
+        chosen = names[part * len(names) // parts : (part + 1) * len(names) // parts]
+        torch.save({name: state[name] for name in chosen}, folder / file, **settings)
+        weight_map |= dict.fromkeys(chosen, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "settings"),
+    [
+        ("llama", 3, {}),
+        ("gpt2", 1, {}),
+        ("gpt2", 1, {"_use_new_zipfile_serialization": False}),  # before PyTorch 1.6
+    ],
+    ids=["sharded", "single", "old"],
+)
+def test_pickled_weights_convert_as_safetensors_do(
+    kind: str,
+    parts: int,
+    settings: dict[str, Any],
+    checkpoints: Checkpoints,
+    cli: Cli,
+    tmp_path: Path,
+) -> None:
+    source = checkpoints(kind)
+    pickles = as_pickles(source, tmp_path / "pickles", parts, **settings)
+    for place, out in ((source, "a"), (pickles, "b")):
+        result = cli("convert", place, tmp_path / out, *TINY_ARGS, "--num-pairs", 32)
+        assert result.exit_code == 0, result.stderr
+    ours, theirs = tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a")
+    assert ours.keys() == theirs.keys()  # GPT-2's tied unembedding is written once
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(list((tmp_path / "b").glob("model*.safetensors"))) == parts
+    assert not list((tmp_path / "b").glob("*.bin*"))
+    manifest = json.loads((tmp_path / "b/gloss_manifest.json").read_text())
+    assert set(manifest["source"]["originals"]) == {p.name for p in pickles.glob("*.bin")}
+    verified = cli("verify", tmp_path / "b", "--source", pickles)
+    assert verified.exit_code == 0, verified.stderr
+    ids = torch.randint(2, 300, (1, 9))
+    assert torch.equal(load(tmp_path / "b")(ids).logits, load(tmp_path / "a")(ids).logits)
+
+
+def test_another_source_is_noticed_when_it_was_pickled(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
+    assert cli("convert", pickles, tmp_path / "out", *TINY_ARGS).exit_code == 0
+    state = torch.load(pickles / "pytorch_model.bin", weights_only=True)
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    torch.save(state, pickles / "pytorch_model.bin")
+    result = cli("verify", tmp_path / "out", "--source", pickles)
+    assert result.exit_code == 8
+    assert "pytorch_model.bin of the source is not the file that was converted" in result.stderr
+    assert "tensor model.layers.0.mlp.up_proj.weight differs" in result.stderr
+
+
+def test_a_shared_storage_is_copied_where_the_model_does_not_tie(tmp_path: Path) -> None:
+    weight = torch.randn(5, 4)
+    state = {"embed": weight, "head": weight, "rows": weight[1:3], "other": torch.ones(2)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    for tied, expected in ((True, ["embed", "rows", "other"]), (False, list(state))):
+        made = pickled.read_pickled(tmp_path, ["pytorch_model.bin"], tied).shards
+        assert [recipe.name for recipe in made["model.safetensors"]] == expected
+        for recipe in made["model.safetensors"]:
+            assert torch.equal(recipe.make(), state[recipe.name])
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"a": Bomb()}, "holds more than tensors, and reading it would execute code"),
+        ([torch.ones(2)], "is not a state_dict: expected names and tensors, found list"),
+        ({"state_dict": {"a": torch.ones(2)}}, "found 'state_dict': dict; save the model's"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (b"PK\x03\x04 and then nothing", "cannot be read as a PyTorch file"),
+        (b"", "cannot be read as a PyTorch file"),
+    ],
+    ids=["code", "list", "nested", "pointer", "truncated", "empty"],
+)
+def test_pickles_that_are_no_weights_are_refused(
+    content: Any,
+    says: str,
+    checkpoints: Checkpoints,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
+    path = pickles / "pytorch_model.bin"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 4
+    assert says in result.stderr
+    assert not (tmp_path / "exploded").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["pickles"]
+
+
+def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def recipe(name: str, tensor: Tensor) -> Recipe:
+        def make() -> Tensor:
+            made.append(name)
+            return tensor
+
+        return Recipe(name, tensor.dtype, tuple(tensor.shape), make)
+
+    tensors = {
+        "flags": torch.tensor([True, False, True]),
+        "half": torch.randn(7, 3).to(torch.bfloat16),
+        "empty": torch.empty(0, 4),
+        "wide": torch.randn(2, 2, dtype=torch.float64),
+        "eight": torch.randn(5).to(torch.float8_e4m3fn),
+        "turned": torch.randn(4, 6).T,
+    }
+    recipes = [recipe(name, tensor) for name, tensor in tensors.items()]
+    shard = VirtualShard(recipes)
+    assert made == []
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(shard.read())
+    assert sorted(made) == sorted(name for name in tensors if name != "empty")  # each made once
+    back = load_file(path)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name].float(), tensor.float())
+    made.clear()
+    info = header_of(shard, "x").tensors["turned"]
+    assert made == []
+    assert torch.equal(read_tensor(shard, info), tensors["turned"])
+    assert made == ["turned"]
+    assert shard.seek(-8, SEEK_END) == path.stat().st_size - 8
+    assert shard.read() == path.read_bytes()[-8:]
+    assert [len(part) for part in split_shards(recipes, 50).values()] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("parts", "kv_heads"), [(1, None), (2, 2)])
+def test_metas_own_layout_converts(
+    parts: int, kv_heads: int | None, cli: Cli, tmp_path: Path
+) -> None:
+    """The output's logits are those of Meta's forward pass with projected ``w2``."""
+    source, out = tmp_path / "native", tmp_path / "out"
+    reference = write_native(source, parts, kv_heads, dtype=torch.float32)
+    args = ("--num-pairs", 32, *tiny_args(layers="0-1", rank=2))
+    result = cli("convert", source, out, *args)
+    assert result.exit_code == 0, result.stderr
+    assert cli("verify", out, "--source", source).exit_code == 0
+    U = load_bases(out / "gloss_subspace.safetensors")["U"]
+    projected = {
+        name: w - U @ (U.T @ w) if "w2" in name else w for name, w in reference.weights.items()
+    }
+    ids = torch.randint(3, 500, (20,), generator=torch.Generator().manual_seed(0))
+    logits = load(out)(ids[None]).logits[0]
+    expected = dataclasses.replace(reference, weights=projected).logits(ids)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert not torch.allclose(logits, reference.logits(ids), atol=1e-2)
+    manifest = json.loads((out / "gloss_manifest.json").read_text())
+    names = {f"consolidated.{n:02d}.pth" for n in range(parts)} | {"params.json"}
+    assert set(manifest["source"]["originals"]) == names
+    assert not list(out.glob("*.pth"))
+    assert (out / "LICENSE.txt").exists()
+
+
+def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
+    cli: Cli, tmp_path: Path
+) -> None:
+    write_native(tmp_path / "native")
+    path = tmp_path / "native/consolidated.00.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = cli("convert", tmp_path / "native", tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 4
+    assert "consolidated.00.pth is damaged: its md5 is not that of the checklist" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_is_unpacked_once(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader itself is transformers'; the demo runs it on a real file."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "tiny-q4.gguf"
+    path.write_bytes(b"GGUF and some weights")
+    source = checkpoints("llama", torch.bfloat16)
+    loaded: list[Path] = []
+
+    def fake(path: Path) -> tuple[Any, Any]:
+        loaded.append(path)
+        return load(source), AutoTokenizer.from_pretrained(source)
+
+    monkeypatch.setattr(gguf, "load", fake)
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    result = cli("convert", path, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
+    assert result.exit_code == 0, result.stderr
+    assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
+    assert loaded == [path]
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    assert set(manifest["source"]["originals"]) == {"tiny-q4.gguf"}
+    assert manifest["source"]["name"] == "tiny-q4"
+
+
+def test_what_only_looks_like_gguf_is_refused(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"not this")
+    result = cli("convert", tmp_path / "a.gguf", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "a.gguf is not a GGUF file" in result.stderr
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    result = cli("convert", folder, tmp_path / "out")
+    assert result.exit_code == 4
+    assert "give the file m.gguf itself as SOURCE" in result.stderr
+
+
+def test_safetensors_are_preferred(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "both")
+    (source / "pytorch_model.bin").write_bytes(b"older")
+    found = resolve(str(source), tmp_path)
+    assert found.recipes is None
+    assert "pytorch_model.bin" not in found.companions
