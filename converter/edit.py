@@ -18,6 +18,7 @@ from torch import Tensor
 from converter.errors import CheckpointError
 from converter.header import to_bytes
 from converter.plan import Target
+from converter.quantization import dequantize, quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class EditRecord:
             weight's squared norm that lay in the subspace.
         leakage: ||B^T W'|| / ||B^T W|| after rounding: what is left along the subspace. It is 0 in
             exact arithmetic; rounding to bf16 leaves about 1e-3.
+        requantized: for a weight in FP8, ||W' - (W + B A)|| / ||W||, what storing it again cost on
+            top of the edit, and what became of its scales; else None.
     """
 
     name: str
@@ -101,6 +104,28 @@ class EditRecord:
     relative_change: float
     energy_removed: float
     leakage: float
+    requantized: "Requantized | None"
+
+
+@dataclass(frozen=True, slots=True)
+class Requantized:
+    """The part of an ``EditRecord`` about FP8; ``block`` is how many rows and columns share one."""
+
+    error: float
+    scales: str
+    shard: str
+    block: tuple[int, int]
+    sha256_before: str
+    sha256_after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A changed tensor, of the shape and dtype that it had, on the CPU; so its scales, if any."""
+
+    tensor: Tensor
+    scale: Tensor | None
+    record: EditRecord
 
 
 def output_first(tensor: Tensor, axis: int) -> Tensor:
@@ -109,8 +134,8 @@ def output_first(tensor: Tensor, axis: int) -> Tensor:
 
 
 def apply(
-    edit: Edit, target: Target, tensor: Tensor, device: str
-) -> tuple[Tensor, EditRecord | None]:
+    edit: Edit, target: Target, tensor: Tensor, device: str, scale: Tensor | None = None
+) -> Edited | None:
     """Edit one tensor.
 
     Args:
@@ -118,16 +143,18 @@ def apply(
         target: which tensor it is.
         tensor: as stored, on the CPU.
         device: where to compute.
+        scale: of a weight in FP8, as stored.
 
     Returns:
-        the new tensor, of the same shape and dtype, on the CPU, with its record; the same tensor
-        and None if the edit leaves it alone.
+        None if the edit leaves it alone.
 
     Raises:
         CheckpointError: the tensor holds NaN or Inf, or would after the edit.
     """
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    W = output_first(tensor.to(device, wide), target.axis)
+    block = target.scales.block if target.scales else (1, 1)
+    wide = torch.promote_types(tensor.dtype, torch.float32) if scale is None else torch.float32
+    values = tensor if scale is None else dequantize(tensor, scale, block)
+    W = output_first(values.to(device, wide), target.axis)
     norm = norm_of(W)
     if not isfinite(norm):
         raise CheckpointError(
@@ -136,15 +163,24 @@ def apply(
         )
     change = edit.delta(target, W)
     if change is None:
-        return tensor, None
-    moved = tensor.movedim(target.axis, 0).shape
-    rounded = torch.addmm(W, change.B, change.A).to(tensor.dtype)
-    W_new = rounded.to(wide)
+        return None
+    exact = torch.addmm(W, change.B, change.A)
+    new_scale, error = None, 0.0
+    if scale is None:
+        rounded = exact.to(tensor.dtype)
+        del exact
+        W_new = rounded.to(wide)
+    else:
+        rounded, new_scale = quantize(exact, scale.to(device), block, change.B)
+        new_scale = new_scale.cpu()
+        W_new = dequantize(rounded, new_scale.to(device), block)
+        error = norm_of(W_new, exact) / (norm or 1.0)
     leakage = norm_of(change.B.T @ W_new) / (norm_of(change.B.T @ W) or 1.0)
     if not isfinite(leakage):
         raise CheckpointError(
             f"tensor {target.info.name} overflows {target.info.dtype} when it is edited"
         )
+    moved = tensor.movedim(target.axis, 0).shape
     new = rounded.reshape(moved).movedim(0, target.axis).cpu().contiguous()
     record = EditRecord(
         name=target.info.name,
@@ -154,14 +190,30 @@ def apply(
         axis=target.axis,
         shape=target.info.shape,
         dtype=target.info.dtype,
-        sha256_before=hashlib.sha256(to_bytes(tensor)).hexdigest(),
-        sha256_after=hashlib.sha256(to_bytes(new)).hexdigest(),
+        sha256_before=_sha256(tensor),
+        sha256_after=_sha256(new),
         norm=norm,
         relative_change=norm_of(W_new, W) / (norm or 1.0),
         energy_removed=(norm_of(change.A) / (norm or 1.0)) ** 2,
         leakage=leakage,
+        requantized=_requantized(target, error, scale, new_scale),
     )
-    return new, record
+    return Edited(new, new_scale, record)
+
+
+def _requantized(
+    target: Target, error: float, scale: Tensor | None, new_scale: Tensor | None
+) -> Requantized | None:
+    if target.scales is None or scale is None or new_scale is None:
+        return None
+    place = target.scales
+    return Requantized(
+        error, place.info.name, place.shard, place.block, _sha256(scale), _sha256(new_scale)
+    )
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

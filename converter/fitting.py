@@ -22,6 +22,7 @@ from converter.choice import Choice, choose_rank
 from converter.edit import Projection
 from converter.errors import DataError, GuardError
 from converter.extraction import activation_inputs, extract
+from converter.formats.fp8 import dequantized
 from converter.forward import LanguageModel, choose_dtype, load_model, load_tokenizer
 from converter.guard import Verdict, examine
 from converter.header import FLOATS
@@ -173,14 +174,14 @@ def load_language_model(
         spread=spread,
         auto_class=plan.architecture.auto_class,
         trust_remote_code=trust_remote_code,
-        recipes=source.recipes,
+        recipes=dequantized(source, plan, plan.scheme) if plan.scheme else source.recipes,
     )
     return LanguageModel(module, tokenizer, plan.architecture, device)
 
 
 def stored_dtype(plan: Plan) -> torch.dtype:
-    """That of the down-projections."""
-    return FLOATS[plan.targets[0].info.dtype]
+    """That of the down-projections; bfloat16 where they are stored in less."""
+    return FLOATS.get(plan.targets[0].info.dtype, torch.bfloat16)
 
 
 def activations_of(bench: Bench, request: Request, part: Part) -> Activations:

@@ -249,6 +249,9 @@ def load_model(
             loaded = auto.from_pretrained(folder, **local, **settings)
         else:
             config = transformers.AutoConfig.from_pretrained(folder, **local)
+            for part in (config, config.get_text_config(decoder=True)):
+                if hasattr(part, "quantization_config"):  # what is made is not quantized
+                    del part.quantization_config
             with torch.device("meta"):
                 kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
             made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}

@@ -12,6 +12,7 @@ from typing import Any
 from converter.architecture import Architecture, Dimensions, find_architecture
 from converter.errors import CheckpointError
 from converter.header import FLOATS, Header, TensorInfo
+from converter.quantization import FP8, Scales, Scheme, quantized, read_scheme, scales_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Target:
         layer: counted from 0.
         axis: the axis of length hidden size: 0 for Linear, 1 for Conv1D, the last of a bias.
         role: ``down_proj`` or ``down_proj_bias``.
+        scales: of a weight in FP8, which change with it; else None.
     """
 
     info: TensorInfo
@@ -31,6 +33,7 @@ class Target:
     layer: int
     axis: int
     role: str
+    scales: Scales | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Plan:
             unembedding is the embedding where they are tied; what a checkpoint lacks is absent.
         post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
             architecture has none.
+        scheme: how weights are stored in FP8, or None if they are not.
     """
 
     architecture: Architecture
@@ -54,6 +58,7 @@ class Plan:
     targets: tuple[Target, ...]
     vocabulary: Mapping[str, tuple[str, TensorInfo]]
     post_norms: Mapping[int, tuple[str, TensorInfo]]
+    scheme: Scheme | None
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +68,7 @@ class Plan:
     @property
     def num_parameters(self) -> int:
         """Elements of all floating-point tensors."""
-        widths = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+        widths = {"F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
         return sum(
             info.nbytes // widths[info.dtype]
             for header in self.headers.values()
@@ -104,20 +109,20 @@ def make_plan(
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
             agree with the files, a down-projection that is missing or has the wrong shape or dtype.
     """
-    refuse_quantized(config)
+    scheme = read_scheme(config)
     architecture = find_architecture(config)
     sizes = architecture.dimensions(config)
     tensors = Names(locate_tensors(weight_map, headers), architecture, sizes)
     targets: list[Target] = []
     post_norms = {}
     for layer in range(sizes.num_hidden_layers):
-        targets.extend(_targets(tensors, architecture, sizes, layer))
+        targets.extend(_targets(tensors, architecture, sizes, scheme, layer))
         if architecture.post_norm:
             post_norms[layer] = tensors.need(architecture.post_norm, layer)
             _check_shape(post_norms[layer][1], (sizes.hidden_size,))
     _check_all_found(tensors, targets, architecture, sizes)
     vocabulary = _vocabulary(tensors, architecture, sizes)
-    return Plan(architecture, sizes, headers, tuple(targets), vocabulary, post_norms)
+    return Plan(architecture, sizes, headers, tuple(targets), vocabulary, post_norms, scheme)
 
 
 Place = tuple[str, TensorInfo]
@@ -175,14 +180,22 @@ class Names:
 
 
 def _targets(
-    tensors: Names, architecture: Architecture, sizes: Dimensions, layer: int
+    tensors: Names,
+    architecture: Architecture,
+    sizes: Dimensions,
+    scheme: Scheme | None,
+    layer: int,
 ) -> Iterator[Target]:
     """The down-projections of a layer and their biases, each checked against the config."""
     for kind, expert in architecture.projections(layer, sizes):
         shard, info = tensors.need(kind.weight, layer, expert)
         _check_shape(info, tuple(getattr(sizes, name) for name in kind.shape))
-        _check_dtype(info)
-        yield Target(info, shard, layer, kind.output_axis, "down_proj")
+        scales = None
+        if scheme and info.dtype == FP8:
+            scales = scales_of(scheme, info, tensors.tensors)
+        else:
+            _check_dtype(info)
+        yield Target(info, shard, layer, kind.output_axis, "down_proj", scales)
         bias = tensors.find(kind.bias, layer, expert) if kind.bias else None
         if bias:
             fused = info.shape[:1] if len(info.shape) == 3 else ()
@@ -231,24 +244,6 @@ def _vocabulary(tensors: Names, architecture: Architecture, sizes: Dimensions) -
                 found=f"shape {list(info.shape)}",
             )
     return found if sizes.embedding_size == sizes.hidden_size else {}
-
-
-def refuse_quantized(config: dict[str, Any]) -> None:
-    """Raise CheckpointError, naming the scheme, if the config says the weights are quantized."""
-    scheme = config.get("quantization_config") or config.get("compression_config")
-    if scheme:
-        name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else str(scheme)
-        raise quantized(name)
-
-
-def quantized(scheme: str) -> CheckpointError:
-    """The one sentence about a quantized checkpoint."""
-    return CheckpointError(
-        "the checkpoint is quantized",
-        expected="16- or 32-bit floating-point weights",
-        found=f"scheme {scheme}",
-        hint="edit the unquantized base and quantize the result",
-    )
 
 
 def locate_tensors(

@@ -8,6 +8,7 @@ unless a block has grown beyond what it can hold, so most of q stays as it is, t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,18 +22,23 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448: conversion of more than that gives NaN, not this."""
 
 
+Places = Mapping[str, tuple[str, TensorInfo]]
+"""Tensor name -> shard file name and entry in its header."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How a checkpoint stores weights in FP8.
 
     Attributes:
         name: ``quant_method`` of the config.
-        scale: what replaces ``weight`` at the end of a weight's name to give that of its scales.
+        scales: what may replace ``weight`` at the end of a weight's name to give that of its
+            scales.
         block: rows and columns that share a scale; None: what the shape of the scales implies.
     """
 
     name: str
-    scale: str
+    scales: tuple[str, ...]
     block: tuple[int, int] | None
 
 
@@ -58,15 +64,15 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
             continue
         name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else str(scheme)
         if name == "fp8":
-            block = scheme.get("weight_block_size")
-            return Scheme(name, "weight_scale_inv" if block else "weight_scale", _pair(block))
+            block = _pair(scheme.get("weight_block_size"))
+            return Scheme(name, ("weight_scale_inv", "weight_scale"), block)
         if name == "compressed-tensors":
             groups = scheme.get("config_groups")
             weights = [g.get("weights") or {} for g in groups.values()] if groups else [{}]
             kinds = {(w.get("type"), w.get("num_bits")) for w in weights}
             if kinds == {("float", 8)}:
-                block = weights[0].get("block_structure")
-                return Scheme(name, "weight_scale", _pair(block))
+                block = _pair(weights[0].get("block_structure"))
+                return Scheme(name, ("weight_scale",), block)
             name += f", {scheme.get('format', 'unknown format')}"
         raise quantized(name)
     return None
@@ -93,22 +99,29 @@ def quantized(scheme: str) -> CheckpointError:
     )
 
 
-def scales_of(scheme: Scheme, weight: TensorInfo, place: tuple[str, TensorInfo] | None) -> Scales:
-    """The scales of an FP8 weight, checked against its shape.
+def scales_of(scheme: Scheme, weight: TensorInfo, places: Places) -> Scales:
+    """The scales of an FP8 weight (D, F), checked against its shape.
+
+    They are one number, one for each row (D,) or (D, 1), or one for each block.
+
+    Args:
+        scheme: of the checkpoint.
+        weight: its entry.
+        places: tensor name -> shard and entry, of all tensors.
 
     Raises:
         CheckpointError: they are missing, or fit neither the weight nor the scheme.
     """
-    name = scheme.scale.join(weight.name.rsplit("weight", 1))
-    if place is None:
+    names = [scale.join(weight.name.rsplit("weight", 1)) for scale in scheme.scales]
+    shard, info = next((places[name] for name in names if name in places), ("", None))
+    if info is None or len(weight.shape) != 2:
         raise CheckpointError(
-            f"tensor {weight.name} has no scales", expected=f"a tensor {name}", found="none"
+            f"tensor {weight.name} is stored in FP8 and cannot be read",
+            expected=f"two axes, and a tensor {' or '.join(names)}",
+            found=f"shape {list(weight.shape)}, {'scales' if info else 'no scales'}",
         )
-    shard, info = place
     rows, columns = weight.shape
-    shape = info.shape if len(info.shape) == 2 else (*info.shape, 1, 1)[:2]
-    if info.shape in ((), (1,)):
-        shape = (1, 1)
+    shape = (1, 1) if prod(info.shape) == 1 else (*info.shape, 1)[:2]
     block = scheme.block or (-(-rows // shape[0]), -(-columns // shape[1]))
     fitting = (-(-rows // block[0]), -(-columns // block[1]))
     if shape != fitting or info.dtype not in ("F32", "BF16", "F16"):

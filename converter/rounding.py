@@ -1,11 +1,19 @@
 """How far a weight that was projected and rounded may be from the exact projection."""
 
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import RawIOBase
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from converter.edit import columns
+from converter.edit import columns, output_first
+from converter.header import TensorInfo, to_bytes
+from converter.quantization import dequantize, spread
+from converter.shards import read_tensor
 
 SLACK = 8.0
 """Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
@@ -23,9 +31,58 @@ def half_ulp(x: Tensor) -> Tensor:
     eps times the smallest of them.
     """
     info = torch.finfo(x.dtype)
-    exponent = torch.frexp(x.float() if x.dtype != torch.float64 else x).exponent
+    wide = x.float() if x.dtype != torch.float64 else x
+    exponent = torch.frexp(wide).exponent
     normal = torch.ldexp(torch.full(x.shape, info.eps / 4, dtype=torch.float64), exponent)
-    return torch.where(x.abs() < info.tiny, info.eps * info.tiny / 2, normal)
+    return torch.where(wide.abs() < info.tiny, info.eps * info.tiny / 2, normal)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An edited tensor as it is on disk, before or after.
+
+    Attributes:
+        tensor, scale: as stored; the scale of a weight in FP8.
+        W: (D, F), what they stand for.
+        step: (D, F) float64, the distance to the next larger value in FP8; else None.
+    """
+
+    tensor: Tensor
+    scale: Tensor | None
+    W: Tensor
+    step: Tensor | None
+
+    @property
+    def digests(self) -> tuple[str, str | None]:
+        """sha256 of tensor and scale."""
+        first, *rest = (
+            hashlib.sha256(to_bytes(part)).hexdigest()
+            for part in (self.tensor, self.scale)
+            if part is not None
+        )
+        return first, rest[0] if rest else None
+
+
+def read_stored(
+    opened: Callable[[str], RawIOBase], entry: Mapping[str, Any], infos: Mapping[str, TensorInfo]
+) -> Stored:
+    """Read an edited tensor.
+
+    Args:
+        opened: opens a shard.
+        entry: of the manifest's ``edited``.
+        infos: tensor name -> entry in its shard's header.
+    """
+    with opened(entry["shard"]) as file:
+        tensor = read_tensor(file, infos[entry["name"]])
+    fp8 = entry["requantized"]
+    if fp8 is None:
+        return Stored(tensor, None, output_first(tensor, entry["axis"]), None)
+    with opened(fp8["shard"]) as file:
+        scale = read_tensor(file, infos[fp8["scales"]])
+    block = fp8["block"]
+    step = 2 * half_ulp(tensor) * spread(scale, tensor.shape, block)
+    return Stored(tensor, scale, dequantize(tensor, scale, block), step)
 
 
 def rounding_bound(W: Tensor, norm: float) -> float:
@@ -46,21 +103,25 @@ def rounding_bound(W: Tensor, norm: float) -> float:
     return sqrt(squares) + SLACK * sqrt(W.shape[0]) * U32 * norm
 
 
-def is_projection(found: Tensor, original: Tensor, basis: Tensor) -> bool:
+def is_projection(
+    found: Tensor, original: Tensor, basis: Tensor, step: Tensor | None = None
+) -> bool:
     """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
 
     The reference is computed in float64. An element may be off by half a unit in its last place,
-    and by the float32 arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with
-    row i of U and column j of W, which bound the sums that give the correction.
+    or by ``step`` (D, F), the distance of the values that FP8 has there; and by the float32
+    arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column
+    j of W, which bound the sums that give the correction.
     """
     U = basis.double()
-    for new, old in zip(
-        torch.split(found, columns(found), 1), torch.split(original, columns(found), 1), strict=True
-    ):
-        W = old.double()
+    width = columns(found)
+    for start in range(0, found.shape[1], width):
+        new = found[:, start : start + width]
+        W = original[:, start : start + width].double()
         exact = W - U @ (U.T @ W)
         scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
-        allowed = half_ulp(new) + SLACK * sqrt(W.shape[0]) * U32 * scale
+        rounding = half_ulp(new) if step is None else step[:, start : start + width]
+        allowed = rounding + SLACK * sqrt(W.shape[0]) * U32 * scale
         if not bool(((new.double() - exact).abs() <= allowed).all()):
             return False
     return True

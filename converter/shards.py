@@ -18,6 +18,7 @@ import torch
 
 from converter.errors import CheckpointError
 from converter.header import (
+    DTYPES,
     FLOATS,
     MAX_HEADER,
     Header,
@@ -41,14 +42,18 @@ def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
     Raises:
         CheckpointError: the dtype holds no plain floating-point numbers.
     """
-    dtype = FLOATS.get(info.dtype)
-    if dtype is None:
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None or not dtype.is_floating_point:
         raise CheckpointError(
             f"tensor {info.name} cannot be read as numbers",
             expected=f"dtype {', '.join(FLOATS)}",
             found=info.dtype,
             hint="use the unquantized checkpoint of this model",
         )
+    return _view(data, info, dtype)
+
+
+def _view(data: bytearray, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
@@ -70,6 +75,12 @@ def read_rows(file: RawIOBase, info: TensorInfo, start: int, stop: int) -> torch
 def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
     """One whole tensor of an open shard; see ``read_rows``."""
     return read_rows(file, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
+
+
+def read_raw(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
+    """One whole tensor of an open shard, whatever its dtype."""
+    file.seek(info.start)
+    return _view(read_exactly(file, info.nbytes, info.name), info, DTYPES[info.dtype])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from converter.formats import index_text
 from converter.layout import INDEX
 from converter.plan import Plan, Target
 from converter.report import Report
-from converter.shards import Change, ShardRecord, rewrite
+from converter.shards import Change, ShardRecord, read_tensor, rewrite
 from converter.source import Source
 
 
@@ -66,7 +66,10 @@ def write_checkpoint(
     records: list[EditRecord] = []
     changes: dict[str, dict[str, Change]] = {shard: {} for shard in source.shards}
     for target in targets:
-        changes[target.shard][target.info.name] = _change(edit, target, device, records)
+        weight, scales = _changes(source, edit, target, device, records)
+        changes[target.shard][target.info.name] = weight
+        if target.scales:
+            changes[target.scales.shard][target.scales.info.name] = scales
     shards = {}
     with report.bar("edit", plan.nbytes, "B") as bar:
         for shard in fetched(source):
@@ -109,14 +112,39 @@ def fetched(source: Source) -> Iterator[str]:
             yield shard
 
 
-def _change(edit: Edit, target: Target, device: str, records: list[EditRecord]) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        new, record = apply(edit, target, tensor, device)
-        if record is not None:
-            records.append(record)
-        return new
+def _changes(
+    source: Source, edit: Edit, target: Target, device: str, records: list[EditRecord]
+) -> tuple[Change, Change]:
+    """What becomes of a target, and of its scales if it is in FP8.
 
-    return change
+    They are two tensors of the file, in any order and even in two shards. Whichever is met first
+    reads the other; if that is the scales, the edit is computed twice.
+    """
+    held: list[Tensor] = []
+
+    def scale_now() -> Tensor | None:
+        if target.scales is None:
+            return None
+        with source.open(target.scales.shard) as file:
+            return read_tensor(file, target.scales.info)
+
+    def weight(tensor: Tensor) -> Tensor:
+        edited = apply(edit, target, tensor, device, scale_now())
+        if edited is None:
+            return tensor
+        records.append(edited.record)
+        if edited.scale is not None:
+            held.append(edited.scale)
+        return edited.tensor
+
+    def scales(scale: Tensor) -> Tensor:
+        if held:
+            return held.pop()
+        with source.open(target.shard) as file:
+            edited = apply(edit, target, read_tensor(file, target.info), device, scale)
+        return scale if edited is None or edited.scale is None else edited.scale
+
+    return weight, scales
 
 
 def _copy(source: Path, target: Path) -> tuple[str, int]:

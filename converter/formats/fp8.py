@@ -1,0 +1,52 @@
+"""FP8 checkpoints as the numbers that they stand for, for a forward pass on any machine."""
+
+import torch
+from torch import Tensor
+
+from converter.formats import Recipe, Shards
+from converter.header import DTYPES, TensorInfo
+from converter.plan import Plan
+from converter.quantization import FP8, Scales, Scheme, dequantize, scales_of
+from converter.shards import read_raw, read_tensor
+from converter.source import Source
+
+
+def dequantized(source: Source, plan: Plan, scheme: Scheme) -> Shards:
+    """Recipes for all tensors of a source, weights in float32, scales left out.
+
+    Raises:
+        CheckpointError: an FP8 tensor has no scales that fit it.
+    """
+    places = {
+        name: (shard, info)
+        for shard, header in plan.headers.items()
+        for name, info in header.tensors.items()
+    }
+    made: dict[str, list[Recipe]] = {}
+    for name, (shard, info) in places.items():
+        if name.endswith((*scheme.scales, "input_scale", "activation_scale")):
+            continue
+        recipes = made.setdefault(shard, [])
+        if info.dtype == FP8:
+            recipes.append(_weight(source, shard, info, scales_of(scheme, info, places)))
+        else:
+            recipes.append(_plain(source, shard, info))
+    return made
+
+
+def _weight(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Recipe:
+    def make() -> Tensor:
+        with source.open(shard) as file, source.open(scales.shard) as other:
+            return dequantize(
+                read_tensor(file, info), read_tensor(other, scales.info), scales.block
+            )
+
+    return Recipe(info.name, torch.float32, info.shape, make)
+
+
+def _plain(source: Source, shard: str, info: TensorInfo) -> Recipe:
+    def make() -> Tensor:
+        with source.open(shard) as file:
+            return read_raw(file, info)
+
+    return Recipe(info.name, DTYPES[info.dtype], info.shape, make)

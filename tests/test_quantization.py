@@ -1,0 +1,204 @@
+"""Checkpoints in FP8, and those in schemes that are refused."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from converter.errors import CheckpointError
+from converter.quantization import dequantize, grown, neighbour, quantize, read_scheme
+from converter.subspace import load_bases
+from tests.conftest import HIDDEN, TINY_ARGS
+from tests.test_formats import tensors_of
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+ROWS = {
+    "quant_method": "compressed-tensors", "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8}}},
+}  # fmt: skip
+WHOLE = {"quant_method": "fp8", "activation_scheme": "static"}
+
+
+def as_fp8(source: Path, folder: Path, scheme: dict[str, Any], *, apart: bool = False) -> Path:
+    """The same checkpoint with the weights of its layers in FP8, by a few lines of our own."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    block = {id(BLOCKS): (16, 16), id(ROWS): (1, 10**6), id(WHOLE): (10**6, 10**6)}[id(scheme)]
+    suffix = "weight_scale_inv" if scheme is BLOCKS else "weight_scale"
+    weights: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for name, tensor in tensors_of(source).items():
+        if "layers" not in name or tensor.ndim != 2:
+            weights[name] = tensor
+            continue
+        rows = [
+            torch.stack([part.abs().max() / 448 for part in torch.split(strip, block[1], 1)])
+            for strip in torch.split(tensor.float(), block[0])
+        ]
+        scale = torch.stack(rows)
+        whole = scale.repeat_interleave(min(block[0], len(tensor)), 0)[: len(tensor)]
+        whole = whole.repeat_interleave(min(block[1], tensor.shape[1]), 1)[:, : tensor.shape[1]]
+        weights[name] = (tensor / whole).to(torch.float8_e4m3fn)
+        scale = scale.reshape(()) if scheme is WHOLE else scale
+        scales[name.replace("weight", suffix)] = scale.bfloat16() if scheme is ROWS else scale
+    if apart:
+        save_file(weights, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+        save_file(scales, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+        weight_map = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+        weight_map |= dict.fromkeys(scales, "model-00002-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_file(weights | scales, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+    return folder
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("scheme", [BLOCKS, ROWS, WHOLE], ids=["blocks", "rows", "whole"])
+def test_fp8_weights_are_projected_and_stored_in_their_scheme(
+    scheme: dict[str, Any], apart: bool, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", scheme, apart=apart)
+    out = tmp_path / "out"
+    result = cli("convert", source, out, "--num-pairs", 32, *TINY_ARGS)
+    assert result.exit_code == 0, result.stderr
+    verified = cli("verify", out, "--source", source)  # each element is next to the projection's
+    assert verified.exit_code == 0, verified.stderr
+    before, after = tensors_of(source), tensors_of(out)
+    entries = {
+        e["name"]: e for e in json.loads((out / "gloss_manifest.json").read_text())["edited"]
+    }
+    assert set(entries) == {f"model.layers.{n}.mlp.down_proj.weight" for n in (2, 3, 4)}
+    scales = {entry["requantized"]["scales"] for entry in entries.values()}
+    U = load_bases(out / "gloss_subspace.safetensors")["U"]
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        if name not in entries and name not in scales:
+            assert torch.equal(after[name].float(), tensor.float())
+    for name, entry in entries.items():
+        fp8 = entry["requantized"]
+        old, new = (dequantize(t[name], t[fp8["scales"]], fp8["block"]) for t in (before, after))
+        left = (U.T @ new).norm() / (U.T @ old).norm()
+        assert float(left) == pytest.approx(entry["leakage"], rel=1e-3)
+        assert left < 0.05
+        exact = old - U @ (U.T @ old)
+        assert float((new - exact).norm() / old.norm()) == pytest.approx(fp8["error"], rel=1e-3)
+        assert 0.01 < fp8["error"] < 0.06  # three bits after the point
+
+
+def test_an_fp8_weight_that_was_tampered_with_is_found(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
+    assert cli("convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS).exit_code == 0
+    path = tmp_path / "out/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.mlp.down_proj.weight_scale_inv"][0, 0] *= 2
+    save_file(tensors, path, {"format": "pt"})
+    result = cli("verify", tmp_path / "out", "--source", source)
+    assert result.exit_code == 8
+    assert "the first difference is in tensor model.layers.3.mlp.down_proj.weight_scale_inv" in (
+        result.stderr
+    )
+
+
+def test_rounding_to_nearest_would_undo_much_of_an_edit() -> None:
+    torch.manual_seed(0)
+    W, block = 0.02 * torch.randn(256, 512), (128, 128)
+    scale = grown(W, torch.zeros(2, 4), block)
+    spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    W = dequantize((W / spread).to(torch.float8_e4m3fn), scale, block)
+    U = torch.linalg.qr(torch.randn(256, 2))[0]
+    exact = W - U @ (U.T @ W)
+    nearest = (exact / spread).clamp(-448, 448).to(torch.float8_e4m3fn).float() * spread
+    ours = dequantize(*quantize(exact, scale, block, U), block)
+    there = (U.T @ W).norm()
+    assert (U.T @ nearest).norm() > 0.04 * there
+    assert (U.T @ ours).norm() < 1e-3 * there
+    assert (ours - exact).norm() < 1.25 * (nearest - exact).norm()
+
+
+def test_the_neighbour_is_the_next_value_on_the_other_side() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = torch.unique(codes.float()[~codes.float().isnan()])
+    assert len(values) == 253  # two zeros, two that are no numbers
+    for share in (0.25, 0.75):
+        exact = values[:-1] + share * (values[1:] - values[:-1])
+        q = exact.to(torch.float8_e4m3fn)
+        expected = torch.where(q.float() == values[:-1], values[1:], values[:-1])
+        assert torch.equal(neighbour(q, exact).float(), expected)
+    q = values.to(torch.float8_e4m3fn)
+    assert torch.equal(neighbour(q, values).float(), values)  # what is exact has none
+    edge = torch.tensor([448.0, -448.0])
+    assert torch.equal(neighbour(edge.to(q.dtype), edge * 1.01).float(), edge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_stay_unless_a_block_outgrows_them(dtype: torch.dtype) -> None:
+    W = torch.ones(5, 7)
+    W[4, 6] = 3.0
+    old = torch.full((2, 2), 1 / 448).to(dtype).nextafter(torch.tensor(1.0, dtype=dtype))
+    new = grown(W, old, (3, 4))
+    assert new.dtype == dtype
+    assert torch.equal(new.flatten()[:3], old.flatten()[:3])
+    assert 3.0 <= float(new[1, 1]) * 448 < 3.05
+
+
+REFUSED = [
+    ({"quant_method": "gptq", "bits": 4}, "scheme gptq"),
+    ({"quant_method": "awq"}, "scheme awq"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "scheme bitsandbytes"),
+    ({"quant_method": "mxfp4"}, "scheme mxfp4"),
+    (
+        {
+            "quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
+        },
+        "scheme compressed-tensors, pack-quantized",
+    ),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two integers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "says"), REFUSED)
+def test_other_schemes_are_refused_by_name(config: dict[str, Any], says: str) -> None:
+    for place in (
+        {"quantization_config": config},
+        {"text_config": {"quantization_config": config}},
+    ):
+        with pytest.raises(CheckpointError, match=says.replace("[", r"\[")):
+            read_scheme(place)
+    assert read_scheme({"text_config": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("rename", "stored in FP8 and cannot be read: expected two axes, and a tensor .*scale_inv"),
+        ("shape", r"does not fit .*expected scales of shape \[2, 3\] .* found \[2, 2\]"),
+    ],
+)
+def test_fp8_without_scales_that_fit_is_refused(
+    change: str, says: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight_scale_inv"
+    assert tensors[name].shape == (HIDDEN // 16, 3)
+    scale = tensors.pop(name)
+    tensors[name if change == "shape" else "elsewhere"] = scale[:, :2].contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 4
+    assert re.search(says, result.stderr), result.stderr
