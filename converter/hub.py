@@ -38,7 +38,7 @@ class Repo:
 
     Attributes:
         kind: ``model`` or ``dataset``.
-        repo_id: ``owner/name``.
+        repo_id: ``owner/name``; after a renaming, the new one.
         revision: as asked for, or None.
         commit: what it resolved to.
         sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
@@ -133,7 +133,7 @@ def resolve(kind: Kind, text: str) -> Repo:
     siblings = getattr(info, "siblings", None) or []
     sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
     digests = {entry.rfilename: str(entry.lfs.sha256) for entry in siblings if entry.lfs}
-    return Repo(kind, repo_id, asked, str(info.sha), sizes, digests)
+    return Repo(kind, str(info.id), asked, str(info.sha), sizes, digests)
 
 
 def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:

@@ -120,6 +120,9 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
         check_repo_id("--base-model", run.base_model)
     with report.stage("plan", f"reading the headers of {run.source}"):
         source = sources.resolve(run.source, cache, run.subfolder)
+        asked = run.source.partition("@")[0]
+        if source.repo is not None and source.repo.repo_id != asked:
+            report.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
         method = configure(run.method, run.options, plan.dimensions)
         expert_bias = any(

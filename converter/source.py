@@ -5,6 +5,7 @@ Whatever it is, its small files are in a folder, and its shards read like safete
 
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
@@ -32,6 +33,9 @@ from converter.layout import (
     read_index,
     read_json,
 )
+
+READERS = 8
+"""Headers that are read at a time; a model may have hundreds of shards on a network disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +99,14 @@ class Source:
             CheckpointError: a shard is missing, truncated or malformed.
             SourceError: the Hub cannot be read.
         """
-        found = {}
-        for shard in self.shards:
-            if self.repo and self._missing(shard):
-                found[shard] = hub.remote_header(self.repo, self.inside + shard)
-            else:
-                with self.open(shard) as file:
-                    found[shard] = header_of(file, shard)
-        return found
+        with ThreadPoolExecutor(READERS) as pool:  # what takes time is waiting for the network
+            return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
+
+    def _header(self, shard: str) -> Header:
+        if self.repo and self._missing(shard):
+            return hub.remote_header(self.repo, self.inside + shard)
+        with self.open(shard) as file:
+            return header_of(file, shard)
 
     def _missing(self, shard: str) -> bool:
         """Whether a shard is on the Hub and not on disk."""

@@ -19,6 +19,7 @@ class HubServer:
     Attributes:
         models, datasets: repo id -> folder.
         gated: repo ids that answer 403.
+        renamed: old repo id -> new one, to which requests are redirected.
         watched, most: a client's cache, and how many shards were in it at most when asked for one.
     """
 
@@ -26,6 +27,7 @@ class HubServer:
     datasets: dict[str, Path] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     log: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
     watched: Path | None = None
     most: int = 0
 
@@ -64,7 +66,10 @@ class HubServer:
             parts = parts[1:] if kind == "datasets" else parts
             repo_id, rest = "/".join(parts[:2]), parts[2:]
         folder = (self.models if kind == "models" else self.datasets).get(repo_id)
-        if repo_id in self.gated:
+        if repo_id in self.renamed:
+            place = request.path.replace(repo_id, self.renamed[repo_id])
+            send(request, 307, b"", {"Location": place})
+        elif repo_id in self.gated:
             send(request, 403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
         elif folder is None:
             send(request, 401, b"", {"X-Error-Code": "RepoNotFound"})

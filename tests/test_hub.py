@@ -165,6 +165,20 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
     assert "--no-keep-source: expected a source on the Hub" in local.stderr
 
 
+def test_a_repo_that_was_renamed_is_read_and_called_by_its_new_name(
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    tmp_path: Path,
+) -> None:
+    server.renamed["someone/old"] = "someone/tiny"
+    result = gloss("convert", "someone/old", tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
+    assert result.returncode == 0, result.stderr
+    assert "warning: someone/old is now called someone/tiny" in result.stderr
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    assert manifest["source"]["repo_id"] == "someone/tiny"
+    assert "base_model: someone/tiny" in (tmp_path / "out/README.md").read_text()
+
+
 def test_a_plan_reads_headers_and_no_weights(
     gloss: Callable[..., subprocess.CompletedProcess[str]], server: HubServer
 ) -> None:
