@@ -229,9 +229,8 @@ def _check_all_found(
 def _vocabulary(tensors: Names, architecture: Architecture, sizes: Dimensions) -> dict[str, Place]:
     """What it takes to decode directions; nothing where embeddings have a width of their own."""
     places = {
-        "embedding": tensors.find(architecture.embedding),
-        "unembedding": tensors.find(architecture.unembedding)
-        or tensors.find(architecture.embedding),
+        "embedding": (embedding := tensors.need(architecture.embedding, 0)),
+        "unembedding": tensors.find(architecture.unembedding) or embedding,
         "final_norm": tensors.find(architecture.final_norm),
     }
     found = {role: place for role, place in places.items() if place is not None}

@@ -75,7 +75,8 @@ class Source:
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
         names = (*(() if self.recipes else self.shards), *self.companions)
-        return [self.folder, *(self.folder / name for name in names), *self.originals]
+        given = {path.parent for path in self.originals} if self.recipes else ()
+        return [self.folder, *given, *(self.folder / name for name in names), *self.originals]
 
     def open(self, shard: str) -> RawIOBase:
         """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
@@ -119,9 +120,8 @@ class Source:
         Raises:
             SourceError: the Hub cannot be read, or the disk is too small.
         """
-        missing = [
-            shard for shard in (self.shards if shards is None else shards) if self._missing(shard)
-        ]
+        wanted = self.shards if shards is None else shards
+        missing = [shard for shard in wanted if self._missing(shard)]
         if self.repo is not None and missing:
             names = [self.inside + shard for shard in missing]
             _check_space(self.repo, names, self.folder, self.name)

@@ -272,6 +272,20 @@ def test_bias_keep_leaves_the_bias(checkpoints: Checkpoints, cli: Cli, tmp_path:
     assert manifest["method"]["options"]["bias"] == "keep"
 
 
+def test_a_renamed_expert_stops_the_run_before_anything_is_written(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoints("mixtral", torch.float32, "1GB"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
+    tensors[name.replace("w2", "down")] = tensors.pop(name)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 4
+    assert f"tensor {name} is missing" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_biases_of_experts_cannot_be_kept(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
@@ -294,6 +308,38 @@ def test_buffers_that_the_model_does_not_know_are_copied(
     assert result.exit_code == 0, result.stderr
     assert set(masks) <= set(tensors_of(tmp_path / "out"))
     assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaForCausalLM
+
+Path(__file__).with_name("executed").touch()
+
+
+class Marked(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_code_of_a_source_is_copied_and_not_executed_unless_trusted(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_marked.Marked"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "modeling_marked.py").write_text(CODE)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    args = ("--num-pairs", 32, "--cache-dir", tmp_path / "cache", *TINY_ARGS)
+    result = cli("convert", source, tmp_path / "a", *args)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "a/modeling_marked.py").read_text() == CODE
+    assert not list(tmp_path.rglob("executed"))
+    shutil.rmtree(tmp_path / "cache")
+    result = cli("convert", source, tmp_path / "b", *args, "--trust-remote-code")
+    assert result.exit_code == 0, result.stderr
+    assert list(tmp_path.rglob("executed"))
 
 
 def test_a_single_file_checkpoint_converts(

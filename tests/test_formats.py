@@ -212,6 +212,17 @@ def test_metas_own_layout_converts(
     assert (out / "LICENSE.txt").exists()
 
 
+def test_a_destination_inside_a_source_in_another_format_is_refused(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    write_native(tmp_path / "native")
+    as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
+    for source in (tmp_path / "native", tmp_path / "pickles"):
+        result = cli("convert", source, source / "out", "-o", "layers=0-1")
+        assert result.exit_code == 7
+        assert "is the source or lies inside it" in result.stderr
+
+
 def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
     cli: Cli, tmp_path: Path
 ) -> None:

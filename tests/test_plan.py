@@ -175,6 +175,19 @@ def test_embeddings_of_another_width_are_not_decoded(checkpoints: Checkpoints) -
     assert len(plan.targets) == 2 * LAYERS
 
 
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_every_name_of_a_data_file_is_that_of_a_tensor(kind: str, checkpoints: Checkpoints) -> None:
+    config, weight_map, headers = parts(checkpoints(kind))
+    architecture = architectures()[kind]
+    plan = make_plan(config, weight_map, headers)
+    final = {"final_norm"} if architecture.final_norm else set()
+    assert set(plan.vocabulary) == {"embedding", "unembedding"} | final
+    names = {info.name for _, info in plan.vocabulary.values()}
+    untied = {architecture.unembedding} & set(weight_map)
+    assert names == {architecture.embedding, *untied} | ({architecture.final_norm} - {""})
+    assert len(plan.post_norms) == (LAYERS if architecture.post_norm else 0)
+
+
 def test_an_unknown_model_type_says_how_to_add_it() -> None:
     with pytest.raises(CheckpointError, match=r"found 'nonesuch'; to add a model, see README"):
         find_architecture({"model_type": "nonesuch"})
