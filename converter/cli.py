@@ -158,7 +158,7 @@ def verify_command(
     """Check that the checkpoint DESTINATION is, byte for byte, what its manifest says."""
     with plain_exit(as_json):
         from converter.cache import default_cache
-        from converter.source import resolve
+        from converter.resolve import resolve
         from converter.verify import verify
 
         quiet_libraries()

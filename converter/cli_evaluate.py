@@ -225,9 +225,10 @@ def load_whole(
 ) -> "LanguageModel":
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
     from converter.fitting import load_language_model, stored_dtype
-    from converter.forward import choose_dtype, load_tokenizer
+    from converter.forward import choose_dtype
+    from converter.loading import load_tokenizer
     from converter.plan import make_plan
-    from converter.source import resolve
+    from converter.resolve import resolve
 
     source = resolve(name, cache)
     plan = make_plan(source.config, source.weight_map, source.headers())
@@ -242,7 +243,7 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     from converter.evaluate import EDITED
     from converter.evaluate.systems import System
     from converter.manifest import MANIFEST, read_manifest
-    from converter.source import resolve
+    from converter.resolve import resolve
     from converter.subspace import load_bases
 
     model = load_whole(name, bench.device, cache, bench.dtype, bench.run.device == "map")

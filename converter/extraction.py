@@ -61,13 +61,17 @@ def module_template(architecture: Architecture, request: Request) -> str:
     return architecture.ffn if request.site == "ffn" else architecture.block
 
 
-EXTRACTOR = ("extraction.py", "forward.py", "gradients.py", "subspace.py", "tokens.py")
+EXTRACTOR = (
+    "extraction.py", "formats/__init__.py", "formats/fp8.py", "formats/native.py",
+    "formats/pickled.py", "forward.py", "gradients.py", "loading.py", "quantization.py",
+    "subspace.py", "tokens.py",
+)  # fmt: skip
 """The modules that decide what they are."""
 
 
 def _code_digest() -> str:
     """The sha256 of the extractor's code: any change of it makes another extractor."""
-    code = (Path(__file__).with_name(name).read_bytes() for name in EXTRACTOR)
+    code = ((Path(__file__).parent / name).read_bytes() for name in EXTRACTOR)
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 

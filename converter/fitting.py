@@ -23,9 +23,10 @@ from converter.edit import Projection
 from converter.errors import DataError, GuardError
 from converter.extraction import activation_inputs, extract
 from converter.formats.fp8 import dequantized
-from converter.forward import LanguageModel, choose_dtype, load_model, load_tokenizer
+from converter.forward import LanguageModel, choose_dtype
 from converter.guard import Verdict, examine
 from converter.header import FLOATS
+from converter.loading import load_model, load_tokenizer
 from converter.methods import Method
 from converter.norms import Gains, before_norm, read_gains
 from converter.pairs import Pairs, Prose
@@ -164,7 +165,7 @@ def load_language_model(
     spread: bool = False,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """The model of a source, as it is; see ``forward.load_model``."""
+    """The model of a source, as it is; see ``loading.load_model``."""
     source.fetch()
     module = load_model(
         source.folder,

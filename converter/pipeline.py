@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from converter import source as sources
 from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card
@@ -21,6 +20,7 @@ from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
 from converter.pairs import load_pairs, load_prose
 from converter.plan import Plan, edit_memory, make_plan
 from converter.report import Report
+from converter.resolve import resolve
 from converter.rows import is_dataset
 from converter.run import Run
 from converter.source import Source
@@ -119,7 +119,7 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     if run.base_model is not None:
         check_repo_id("--base-model", run.base_model)
     with report.stage("plan", f"reading the headers of {run.source}"):
-        source = sources.resolve(run.source, cache, run.subfolder)
+        source = resolve(run.source, cache, run.subfolder)
         asked = run.source.partition("@")[0]
         if source.repo is not None and source.repo.repo_id != asked:
             report.warn(f"{asked} is now called {source.repo.repo_id}")

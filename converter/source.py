@@ -1,7 +1,4 @@
-"""Where a checkpoint comes from: a folder, a file, or a Hub repo at a commit.
-
-Whatever it is, its small files are in a folder, and its shards read like safetensors.
-"""
+"""A checkpoint to read: its small files are in a folder, and its shards read like safetensors."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,24 +11,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from converter import hub
-from converter.architecture import find_architecture
 from converter.cache import remembered_digest
-from converter.demo import REPO_ID as DEMO
-from converter.demo import demo_folder
 from converter.errors import CheckpointError, SourceError
-from converter.formats import Shards, VirtualShard, gguf, native, pickled
+from converter.formats import Shards, VirtualShard
 from converter.header import Header, header_of
 from converter.layout import (
-    CARD,
-    INDEX,
     TOKENIZER,
-    WEIGHTS,
-    Format,
-    choose_format,
-    is_companion,
-    read_card,
-    read_index,
-    read_json,
 )
 
 READERS = 8
@@ -124,7 +109,7 @@ class Source:
         missing = [shard for shard in wanted if self._missing(shard)]
         if self.repo is not None and missing:
             names = [self.inside + shard for shard in missing]
-            _check_space(self.repo, names, self.folder, self.name)
+            check_space(self.repo, names, self.folder, self.name)
             hub.download(self.repo, names)
 
     def drop(self, shard: str) -> None:
@@ -162,73 +147,7 @@ class Source:
         }
 
 
-def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
-    """Find SOURCE and read its small files.
-
-    Args:
-        source: a folder, a GGUF file, a Hub repo id with an optional ``@revision``, or ``demo``.
-        cache: the user's cache folder.
-        subfolder: of the folder or repo, that the checkpoint is in.
-
-    Raises:
-        SourceError: it cannot be reached.
-        CheckpointError: it is not a checkpoint with a config and a tokenizer.
-    """
-    if not source.strip():
-        raise SourceError("SOURCE is empty", expected="a folder, a file, a repo id, or demo")
-    folder = demo_folder(cache) if source == "demo" else Path(source)
-    try:
-        if folder.is_dir():
-            place = folder / subfolder
-            if not place.is_dir():
-                raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-            base = DEMO if source == "demo" else None
-            name = folder.resolve().name
-            return _read(name, place, _files(place), cache, base=base)
-        is_file = folder.exists()
-    except OSError as error:
-        raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
-    if is_file and source.endswith(".gguf"):
-        made = gguf.unpacked(folder, cache)
-        return _read(folder.stem, made, _files(made), cache, originals=(folder,))
-    if is_file:
-        raise SourceError(
-            f"{source} is a file",
-            expected="a folder with a checkpoint, a .gguf file or a repo id",
-            hint="give the folder that it is in",
-        )
-    if not hub.looks_like_repo(source):
-        repo_id = source.partition("huggingface.co/")[2].strip("/")
-        hint = f"give the repo id {repo_id}" if repo_id else "check the path"
-        raise SourceError(f"{source} does not exist", hint=hint)
-    return _resolve_repo(source, cache, subfolder)
-
-
-def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
-    """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
-    repo = hub.resolve("model", source)
-    inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
-    if repo.sizes:
-        sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
-        if not sizes:
-            raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-        kind = choose_format(repo.repo_id, sizes)
-        wanted = [n for n, size in sizes.items() if is_companion(n, size) or n == CARD]
-        wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
-        folder = hub.download(repo, [inside + name for name in wanted], first=True) / inside
-        if kind != "safetensors":
-            if kind == "pickled":
-                find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
-            weights = [inside + n for n in _weight_files(kind, folder, list(sizes))]
-            _check_space(repo, weights, folder, repo.repo_id)
-            hub.download(repo, weights)
-    else:
-        folder = hub.download(repo, []) / inside
-        sizes = _files(folder)
-    return _read(repo.repo_id, folder, sizes, cache, repo=repo, inside=inside, base=repo.repo_id)
-
-
-def _check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
+def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
     missing = (n for n in names if not (folder / PurePosixPath(n).name).exists())
     needed = sum(repo.sizes.get(n, 0) for n in missing)
     free = shutil.disk_usage(folder).free
@@ -239,68 +158,3 @@ def _check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) 
             found=f"{free / 1e9:.1f} GB",
             hint="set HF_HOME to a larger disk",
         )
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Every file below a folder, and its size."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file():
-            if not name.isprintable():  # a name that is not UTF-8 is not printable either
-                raise CheckpointError(f"the file name {name!r} is not plain text")
-            found[name] = path.stat().st_size
-    return found
-
-
-def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]:
-    """The files that hold the weights; an index is read for them."""
-    if kind == "native":
-        return native.weight_files(names)
-    single, index = WEIGHTS[kind]
-    if index not in names:
-        return [single]
-    listed = sorted(set(read_index(folder / index).values()))
-    for name in listed:
-        if name not in names:
-            raise CheckpointError(f"the index names {name}", found="no such file")
-    return listed
-
-
-def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: Any) -> Source:
-    """A source whose small files are in a folder."""
-    kind = choose_format(name, sizes)
-    weights = _weight_files(kind, folder, list(sizes))
-    translated = None
-    if kind == "native":
-        listed = [*weights, "params.json", "tokenizer.model"]
-        native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
-        translated = native.read_native(folder, cache)
-        folder, sizes = translated.folder, _files(translated.folder)
-    if "config.json" not in sizes:
-        raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
-    if not TOKENIZER.intersection(sizes):
-        raise CheckpointError(
-            f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
-        )
-    config = read_json(folder / "config.json")
-    if kind == "pickled":
-        tied = config.get("tie_word_embeddings", True) is not False
-        translated = pickled.read_pickled(folder, weights, tied)
-    if translated:
-        shards = tuple(sorted(translated.shards))
-        weight_map = translated.weight_map if len(shards) > 1 else None
-        known |= {"recipes": translated.shards, "originals": translated.originals}
-    else:
-        shards = tuple(weights)
-        weight_map = read_index(folder / INDEX) if INDEX in sizes else None
-    return Source(
-        name=name,
-        folder=folder,
-        config=config,
-        shards=shards,
-        weight_map=weight_map,
-        companions=tuple(n for n in sizes if is_companion(n, sizes[n])),
-        card=read_card(folder / CARD),
-        **known,
-    )

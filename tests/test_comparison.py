@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter import forward
+from converter import forward, loading
 from converter.architecture import architectures
 from converter.evaluate.measure import summarise
 from converter.evaluate.passages import draw_passages
@@ -144,9 +144,9 @@ def test_safeedit_counts_what_the_judge_calls_unsafe(
 def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None:
     """Drawn from p, weighted by q / p: the mean number of listed words that q would write."""
     words = load_words("builtin")
-    module = forward.load_model(planted, torch.float32, "cpu", 0)
+    module = loading.load_model(planted, torch.float32, "cpu", 0)
     model = forward.LanguageModel(
-        module, forward.load_tokenizer(planted), architectures()["llama"], "cpu"
+        module, loading.load_tokenizer(planted), architectures()["llama"], "cpu"
     )
     passages = draw_passages(
         model, ["w1 w2 damn"], words, samples=200, max_new_tokens=1, batch_size=50, seed=0

@@ -26,8 +26,8 @@ from converter.outputs.checkpoint import write_checkpoint
 from converter.pipeline import convert
 from converter.plan import make_plan
 from converter.report import Report
+from converter.resolve import resolve
 from converter.run import Run
-from converter.source import resolve
 from converter.subspace import load_bases
 from converter.verify import verify
 from tests.conftest import (

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from converter.formats import Recipe, VirtualShard, gguf, pickled, split_shards
 from converter.header import header_of
+from converter.resolve import resolve
 from converter.shards import read_tensor
-from converter.source import resolve
 from converter.subspace import load_bases
 from tests.conftest import TINY_ARGS, load, tiny_args
 from tests.native import write_native

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from converter.errors import DataError, SourceError
-from converter.forward import Pool, SecondMoment, load_model, run
+from converter.forward import Pool, SecondMoment, run
+from converter.loading import load_model
 from converter.tokens import Batch, Encoder, Pooling, Sentence, batches, first_token
 from tests.conftest import HIDDEN, tiny_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter import choice, forward
+from converter import choice, forward, loading
 from converter.architecture import architectures
 from converter.edit import Projection
 from converter.errors import DataError, GuardError
@@ -163,8 +163,8 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["edit"]["teacher_forced"]["value"] < 0.6  # half of the words follow a curse
     assert guard["edit"]["perplexity_ratio"]["value"] < 1.03
 
-    module = forward.load_model(planted, torch.float32, "cpu", 0)
-    tokenizer = forward.load_tokenizer(planted)
+    module = loading.load_model(planted, torch.float32, "cpu", 0)
+    tokenizer = loading.load_tokenizer(planted)
     model = forward.LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
     parts = split(load_pairs(str(pairs), WORDS, None, 0), load_prose("builtin"), 0)
     probe = Probe(model, parts.report)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter import forward
+from converter import forward, loading
 from converter.architecture import architectures
 from converter.edit import Projection
 from converter.gradients import causal_moments, moments_within
@@ -33,7 +33,7 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture
 def model(checkpoints: Checkpoints) -> forward.LanguageModel:
-    module = forward.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
+    module = loading.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
     return forward.LanguageModel(module, tiny_tokenizer(), architectures()["llama"], "cpu")
 
 
@@ -139,7 +139,7 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
     """Also where logits are scaled or capped, where a norm follows, and where tokens are flat."""
     architecture = architectures()[kind]
     auto = architecture.auto_class
-    module = forward.load_model(checkpoints(kind), torch.float32, "cpu", 0, auto_class=auto)
+    module = loading.load_model(checkpoints(kind), torch.float32, "cpu", 0, auto_class=auto)
     model = forward.LanguageModel(module, tiny_tokenizer(), architecture, "cpu")
     encode = Encoder(model.tokenizer, module)
     sentences = [encode.predicted("you stupid idiot, get out"), encode.predicted("a cup of tea")]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.header import read_header
 from converter.manifest import read_manifest, schema, write_manifest
-from converter.source import resolve
+from converter.resolve import resolve
 from converter.verify import verify
 
 Cli = Callable[..., Result]

@@ -79,7 +79,7 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     from converter.outputs.checkpoint import write_checkpoint
     from converter.plan import make_plan
     from converter.report import Report
-    from converter.source import resolve
+    from converter.resolve import resolve
 
     source = resolve(str(folder), out)
     plan = make_plan(source.config, source.weight_map, source.headers())
