@@ -12,9 +12,12 @@ from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WEIGHT = {"weight", "bias", "shape", "output_axis"}
 _TABLES = {
@@ -125,8 +128,10 @@ class Architecture:
             raise CheckpointError(
                 f"config.json: {self.config['within']}", expected="an object", found=repr(inner)
             )
+        needed = {"num_experts", "moe_intermediate_size"} if self.experts.weight else set()
+        optional = _OPTIONAL - needed
         sizes = {
-            name: _size(inner, self.config[name], optional=name in _OPTIONAL)
+            name: _size(inner, self.config[name], optional=name in optional)
             for name in _TABLES["config"] - {"within", "dense_layers"}
         }
         first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
@@ -147,6 +152,20 @@ class Architecture:
             yield self.experts, expert
         if self.shared_experts.weight and sizes.shared_expert_intermediate_size:
             yield self.shared_experts, 0
+
+    def check_modules(self, model: "nn.Module") -> None:
+        """Raise ValueError, a mistake of the file's author, if a module is not in ``model``."""
+        names = {name for name, _ in model.named_modules()}
+        for key, template in (
+            ("block", self.block), ("ffn", self.ffn), ("down_proj", self.down_proj_module),
+        ):  # fmt: skip
+            name = template.format(layer=0)
+            if name not in names:
+                near = sorted(n for n in names if n.rpartition(".")[0] == name.rpartition(".")[0])
+                raise ValueError(
+                    f"{self.model_type}.toml: [modules] {key}: {type(model).__name__} has no "
+                    f"{name}; beside it are {', '.join(near) or 'none'}"
+                )
 
     def find_layer(self, name: str) -> int | None:
         """The layer whose down-projection has this name, as in this file; None if it is another."""
@@ -207,6 +226,10 @@ def parse_architecture(text: str, name: str) -> Architecture:
         found = set(data) if table == "" else set(data[table])
         if unknown := found ^ keys:
             raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
+    for table in ("down_proj", "experts", "shared_experts"):
+        shape, axis = data[table]["shape"], data[table]["output_axis"]
+        if axis not in range(len(shape)) or shape[axis] != "hidden_size":
+            raise ValueError(f"{name}: [{table}] output_axis {axis} is not hidden_size in {shape}")
     norms, modules = data["norms"], data["modules"]
     return Architecture(
         title=data["title"],

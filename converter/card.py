@@ -17,8 +17,8 @@ BODY = """
 This is {base} after {method}. The model was edited, not trained: {tensors} of its tensors, the
 matrices (and biases) with which the feed-forward networks of layers {layers} write into the
 residual stream, no longer write along {subspace} of {rank} dimensions. It was fitted on {count}
-pairs of toxic and neutral sentences ({pairs}). Every other byte of the weights is that of the
-source.
+pairs of toxic and neutral sentences ({pairs}). Every other {unit} of the weights is that of the
+source{origin}.
 
 Method: {paper}
 
@@ -85,7 +85,7 @@ def make_card(
         base_model=base,
         base_model_relation="finetune" if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
         tags=[*TAGS, manifest["method"]["name"]],
@@ -103,6 +103,10 @@ def make_card(
         rank=manifest["subspace"]["rank"],
         count=manifest["pairs"]["count"],
         pairs=dataset or manifest["pairs"]["origin"]["name"],
+        unit="number" if source.originals else "byte",
+        origin=f", whose files are {', '.join(p.name for p in source.originals)}"
+        if source.originals
+        else "",
         paper=manifest["method"]["paper"],
         version=__version__,
         source=f"{source.name} at commit `{commit}`" if commit else source.name,

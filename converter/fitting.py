@@ -177,6 +177,7 @@ def load_language_model(
         trust_remote_code=trust_remote_code,
         recipes=dequantized(source, plan, plan.scheme) if plan.scheme else source.recipes,
     )
+    plan.architecture.check_modules(module)
     return LanguageModel(module, tokenizer, plan.architecture, device)
 
 

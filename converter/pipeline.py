@@ -211,6 +211,7 @@ def describe_plan(
         "edited_tensors": [target.info.name for target in targets],
         "bytes_to_read": plan.nbytes,
         "bytes_to_write": plan.nbytes,
+        "originals": [path.name for path in source.originals],
         "copied_files": list(source.companions),
         "device": device,
         "expected_peak_bytes": {

@@ -15,7 +15,9 @@ def plan_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['source']}: {plan['architecture']}, "
         f"{plan['dimensions']['num_hidden_layers']} layers, hidden size "
-        f"{plan['dimensions']['hidden_size']}, FFN {plan['dimensions']['intermediate_size']}",
+        f"{plan['dimensions']['hidden_size']}, FFN {plan['dimensions']['intermediate_size']}"
+        + experts_text(plan["dimensions"]),
+        *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
         f"method {plan['method']['name']}, rank {options['rank'] or 'chosen by the budget'}, "
         f"edited layers {compress(plan['edited_layers'])}",
         *(
@@ -30,6 +32,14 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
     ]
     return "\n".join(lines)
+
+
+def experts_text(sizes: dict[str, Any]) -> str:
+    """How many experts there are, for people; nothing if there are none."""
+    if not sizes["num_experts"]:
+        return ""
+    shared = " and shared ones" if sizes["shared_expert_intermediate_size"] else ""
+    return f", {sizes['num_experts']} experts{shared} in {len(sizes['sparse_layers'])} layers"
 
 
 def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> dict[str, Any]:

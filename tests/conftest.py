@@ -153,10 +153,11 @@ def make_checkpoint(
     auto = getattr(transformers, architectures()[config.model_type].auto_class)
     model: Any = auto.from_config(config)
     model = model.to(dtype)
+    after = architectures()[config.model_type].post_norm.partition("{layer}")[2]
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
             torch.nn.init.normal_(parameter, std=0.1)
-        if "post_feedforward" in name:  # they start as the identity, which would hide a wrong norm
+        if after and name.endswith(after):  # they start as the identity, which hides a wrong norm
             torch.nn.init.normal_(parameter, 0.5, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     tiny_tokenizer().save_pretrained(folder)

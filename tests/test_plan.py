@@ -188,6 +188,43 @@ def test_every_name_of_a_data_file_is_that_of_a_tensor(kind: str, checkpoints: C
     assert len(plan.post_norms) == (LAYERS if architecture.post_norm else 0)
 
 
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_what_the_ffn_module_gives_is_what_the_layer_adds(
+    kind: str, checkpoints: Checkpoints
+) -> None:
+    """A vector added to one moves the residual stream by a multiple of it, the same everywhere."""
+    architecture, model = architectures()[kind], load(checkpoints(kind))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 300, (2, 9), generator=generator)
+    d = torch.randn(HIDDEN, generator=generator)
+
+    def run(size: float) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+
+        def add(module: Any, args: Any, output: Any) -> Any:
+            f, *rest = output if isinstance(output, tuple) else (output,)
+            return (f + size * d, *rest) if rest else f + size * d
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [(architecture.ffn, add), (architecture.block, keep)]
+        handles = [
+            model.get_submodule(name.format(layer=3)).register_forward_hook(hook)
+            for name, hook in hooks
+        ]
+        with torch.no_grad():
+            model(ids)
+        for handle in handles:
+            handle.remove()
+        return seen[0].flatten(0, -2)
+
+    moved = run(1.0) - run(0.0)
+    factor = (moved @ d) / (d @ d)
+    assert torch.allclose(moved, factor.mean() * d, atol=1e-5)
+    assert factor.mean() > 0.1
+
+
 def test_an_unknown_model_type_says_how_to_add_it() -> None:
     with pytest.raises(CheckpointError, match=r"found 'nonesuch'; to add a model, see README"):
         find_architecture({"model_type": "nonesuch"})
@@ -200,6 +237,8 @@ def test_architecture_files_with_unknown_keys_are_refused() -> None:
     for wrong in ("extra = 1\n" + text, text.replace("weight =", "wieght =")):
         with pytest.raises(ValueError, match="unknown or missing keys"):
             parse_architecture(wrong, "x")
+    with pytest.raises(ValueError, match="output_axis 1 is not hidden_size"):
+        parse_architecture(text.replace("output_axis = 0", "output_axis = 1"), "x")
     with pytest.raises(ValueError, match="like 'nothing', of which there is no file"):
         parse_architecture('title = "A"\nmodel_type = "a"\nlike = "nothing"\n', "x")
     with pytest.raises(ValueError, match=r"missing keys .'model_type'"):
@@ -208,13 +247,15 @@ def test_architecture_files_with_unknown_keys_are_refused() -> None:
 
 def test_every_architecture_has_a_tiny_model_and_a_file_of_its_name() -> None:
     folder = Path(__file__).parents[1] / "converter/architectures"
-    assert {path.stem for path in folder.glob("*.toml")} == set(architectures()) == set(TINY_MODELS)
+    assert {path.stem for path in folder.glob("*.toml")} == set(architectures())
+    assert set(architectures()) == set(TINY_MODELS), "TINY_MODELS in conftest.py needs a line each"
 
 
 def test_the_readme_has_the_table_that_the_command_prints(cli: Callable[..., Result]) -> None:
     table = cli("architectures").stdout
     assert all(f"| `{name}` |" in table for name in TINY_MODELS)
-    assert table in (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert table in readme, "put what 'gloss architectures' prints into README.md"
 
 
 def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(

@@ -5,6 +5,7 @@ shard of its own, mapped rather than read, so that memory is a tensor at a time.
 """
 
 import pickle
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +71,7 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} holds more than tensors, and reading it would execute code",
-            found=_said(error),
+            found=" ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1]) or _said(error),
             hint="get the model as safetensors, or save its state_dict alone",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
