@@ -40,6 +40,10 @@ _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate
 """Sizes that may be 0 or be missing from a config, which is the same."""
 
 
+MAX_LAYERS = 10_000
+"""The deepest models have a few hundred."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dimensions:
     """Sizes of one model, read from its ``config.json``; 0 for what it does not have.
@@ -135,7 +139,16 @@ class Architecture:
             for name in _TABLES["config"] - {"within", "dense_layers"}
         }
         first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
-        listed = inner.get(self.config["dense_layers"]) or ()
+        listed = inner.get(self.config["dense_layers"]) or []
+        if not isinstance(listed, list):
+            raise CheckpointError(
+                f"config.json: {self.config['dense_layers']}", expected="a list", found=repr(listed)
+            )
+        if sizes["num_hidden_layers"] > MAX_LAYERS:
+            raise CheckpointError(
+                "config.json: the number of layers", expected=f"at most {MAX_LAYERS:,}",
+                found=f"{sizes['num_hidden_layers']:,}",
+            )  # fmt: skip
         sparse = (
             layer
             for layer in range(first, sizes["num_hidden_layers"])
@@ -177,7 +190,7 @@ class Architecture:
 def _pattern(architecture: Architecture) -> re.Pattern[str]:
     kinds = (architecture.down_proj, architecture.experts, architecture.shared_experts)
     names = {re.escape(kind.weight) for kind in kinds if kind.weight}
-    number = r"(\d+)"
+    number = r"(\d{1,9})"
     return re.compile(
         "|".join(
             name.replace(r"\{layer\}", number).replace(r"\{expert\}", r"\d+")

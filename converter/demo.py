@@ -57,7 +57,8 @@ def _load(path: Path | None) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         repo = hub.resolve("model", REPO_ID)
-        folder = hub.download(repo, ["*.json", "*.txt", "model.safetensors"], first=True)
+        names = [n for n in repo.sizes if n.endswith((".json", ".txt")) or n == "model.safetensors"]
+        folder = hub.download(repo, names, first=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         return model, AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, CheckpointError, SourceError) as error:

@@ -20,6 +20,10 @@ from converter.header import to_bytes
 from converter.plan import Target
 from converter.quantization import dequantize, quantize
 
+FP8_LEFT = 1e-3
+"""Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
+rounding to bfloat16 leaves as much."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -171,7 +175,8 @@ def apply(
         del exact
         W_new = rounded.to(wide)
     else:
-        rounded, new_scale = quantize(exact, scale.to(device), block, change.B)
+        allowed = FP8_LEFT * norm_of(change.A)
+        rounded, new_scale = quantize(exact, scale.to(device), block, change.B, allowed)
         new_scale = new_scale.cpu()
         W_new = dequantize(rounded, new_scale.to(device), block)
         error = norm_of(W_new, exact) / (norm or 1.0)

@@ -118,7 +118,8 @@ class SecondMoment:
 
     def result(self) -> Tensor:
         """M, (D, D) float32 on the CPU."""
-        normalised = [m / m.trace() for m in self.moments.values()]
+        tiny = torch.finfo(torch.float32).tiny  # a layer that writes nothing has no directions
+        normalised = [m / m.trace().clamp(min=tiny) for m in self.moments.values()]
         return torch.stack(normalised).mean(0).cpu()
 
 

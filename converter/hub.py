@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -156,7 +157,7 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
                 repo.repo_id,
                 repo_type=repo.kind,
                 revision=repo.revision if first else repo.commit,
-                allow_patterns=list(names),
+                allow_patterns=[escape(name) for name in names],
             )
         )
     if folder.name != repo.commit:

@@ -62,6 +62,11 @@ def convert(
     source, plan, method = prepare(run, cache, report)
     if not keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
+    if not keep_source and source.repo is not None and not source.repo.sizes:
+        raise OptionError(
+            "--no-keep-source", expected="a Hub that can be reached",
+            found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
+        )  # fmt: skip
     device = choose_device(run.device)
     check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     words, prose = load_words(run.word_list), load_prose(run.neutral)

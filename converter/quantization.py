@@ -8,7 +8,7 @@ unless a block has grown beyond what it can hold, so most of q stays as it is, t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ FP8 = "F8_E4M3"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448: conversion of more than that gives NaN, not this."""
 
+
+COLUMNS = 1 << 21
+"""Elements of a weight that are rounded at a time."""
+
+CHECKED = 32
+"""Rows after which it is asked whether enough is gone along U."""
+
+Block = Sequence[int]
+"""Rows and columns that share a scale."""
 
 Places = Mapping[str, tuple[str, TensorInfo]]
 """Tensor name -> shard file name and entry in its header."""
@@ -62,15 +71,15 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
         scheme = place.get("quantization_config") or place.get("compression_config")
         if not scheme:
             continue
-        name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else str(scheme)
+        if not isinstance(scheme, dict):
+            raise quantized(str(scheme)[:80])
+        name = str(scheme.get("quant_method", "unnamed"))
         if name == "fp8":
             block = _pair(scheme.get("weight_block_size"))
             return Scheme(name, ("weight_scale_inv", "weight_scale"), block)
         if name == "compressed-tensors":
-            groups = scheme.get("config_groups")
-            weights = [g.get("weights") or {} for g in groups.values()] if groups else [{}]
-            kinds = {(w.get("type"), w.get("num_bits")) for w in weights}
-            if kinds == {("float", 8)}:
+            weights = _weights_of(scheme.get("config_groups"))
+            if weights and all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights):
                 block = _pair(weights[0].get("block_structure"))
                 return Scheme(name, ("weight_scale",), block)
             name += f", {scheme.get('format', 'unknown format')}"
@@ -78,12 +87,23 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     return None
 
 
+def _weights_of(groups: Any) -> list[Mapping[str, Any]]:
+    """What compressed-tensors says of weights, of each group."""
+    found = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in found]
+    return [part if isinstance(part, dict) else {} for part in weights]
+
+
 def _pair(block: Any) -> tuple[int, int] | None:
     if block is None:
         return None
-    if not isinstance(block, Sequence) or len(block) != 2 or not all(type(n) is int for n in block):
+    if (
+        not isinstance(block, Sequence)
+        or len(block) != 2
+        or not all(type(n) is int and n > 0 for n in block)
+    ):
         raise CheckpointError(
-            "config.json: quantization_config: block size", expected="two integers",
+            "config.json: quantization_config: block size", expected="two positive integers",
             found=repr(block),
         )  # fmt: skip
     return block[0], block[1]
@@ -114,7 +134,7 @@ def scales_of(scheme: Scheme, weight: TensorInfo, places: Places) -> Scales:
     """
     names = [scale.join(weight.name.rsplit("weight", 1)) for scale in scheme.scales]
     shard, info = next((places[name] for name in names if name in places), ("", None))
-    if info is None or len(weight.shape) != 2:
+    if info is None or len(weight.shape) != 2 or not prod(weight.shape):
         raise CheckpointError(
             f"tensor {weight.name} is stored in FP8 and cannot be read",
             expected=f"two axes, and a tensor {' or '.join(names)}",
@@ -122,7 +142,9 @@ def scales_of(scheme: Scheme, weight: TensorInfo, places: Places) -> Scales:
         )
     rows, columns = weight.shape
     shape = (1, 1) if prod(info.shape) == 1 else (*info.shape, 1)[:2]
-    block = scheme.block or (-(-rows // shape[0]), -(-columns // shape[1]))
+    if len(info.shape) > 2 or not prod(info.shape):
+        shape = (0, 0)
+    block = scheme.block or (-(-rows // max(shape[0], 1)), -(-columns // max(shape[1], 1)))
     fitting = (-(-rows // block[0]), -(-columns // block[1]))
     if shape != fitting or info.dtype not in ("F32", "BF16", "F16"):
         raise CheckpointError(
@@ -133,28 +155,37 @@ def scales_of(scheme: Scheme, weight: TensorInfo, places: Places) -> Scales:
     return Scales(info, shard, block)
 
 
-def dequantize(q: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, block: Block) -> Tensor:
     """W (D, F) float32 of q (D, F) in FP8 and its scales."""
-    return q.float() * spread(scale, q.shape, block)
+    W = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    for part in slices(q):
+        W[:, part] = q[:, part].float() * spread(scale, q.shape, block, part)
+    return W
 
 
-def spread(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """Scales as (D, F) or something that broadcasts to it, float32."""
+def slices(x: Tensor) -> list[slice]:
+    """Columns of (D, F) in blocks, so that what is computed of each is small beside x."""
+    width = max(COLUMNS // max(x.shape[0], 1), 1)
+    return [slice(start, start + width) for start in range(0, x.shape[1], width)]
+
+
+def spread(scale: Tensor, shape: Sequence[int], block: Block, part: slice) -> Tensor:
+    """The scale of each element of some columns of (D, F), float32."""
+    rows, columns = (
+        torch.arange(n, device=scale.device) // size for n, size in zip(shape, block, strict=True)
+    )
     grid = scale.float().reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    if grid.shape[0] > 1:
-        grid = grid.repeat_interleave(block[0], 0)[: shape[0]]
-    if grid.shape[1] > 1:
-        grid = grid.repeat_interleave(block[1], 1)[:, : shape[1]]
-    return grid
+    return grid[rows[:, None], columns[part]]
 
 
-def grown(W: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+def grown(W: Tensor, scale: Tensor, block: Block) -> Tensor:
     """The scales that W (D, F) needs: as they were, or larger where a block would overflow."""
     rows, columns = W.shape
     pad = (0, -columns % block[1], 0, -rows % block[0])
-    padded = torch.nn.functional.pad(W.abs(), pad)
+    padded = torch.nn.functional.pad(W, pad) if any(pad) else W
     grid = (padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
-    needed = padded.reshape(grid).amax((1, 3)) / LARGEST
+    blocks = padded.reshape(grid)
+    needed = torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))) / LARGEST
     larger = needed.to(scale.dtype)
     larger = torch.where(
         larger.float() < needed, torch.nextafter(larger, torch.full_like(larger, torch.inf)), larger
@@ -163,30 +194,47 @@ def grown(W: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     return torch.where(needed > old.float(), larger, old).reshape(scale.shape)
 
 
-def quantize(W: Tensor, scale: Tensor, block: tuple[int, int], U: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(
+    W: Tensor, scale: Tensor, block: Block, U: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
     """Store W (D, F) float32 again, so that little is left along U (D, R).
 
-    To round to nearest would undo most of an edit: W was on the grid before, the change of an
+    To round to nearest would undo much of an edit: W was on the grid before, the change of an
     element is mostly less than half a step of it, and what is lost is lost along U. So wherever
     that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
-    neighbour, row after row, the rows that weigh most in U first.
+    neighbour, row after row, the rows that weigh most in U first, until the difference of all
+    columns together is no more than ``tolerance`` (Frobenius).
 
     Returns:
         q (D, F) in FP8, and its scales, with their dtype and shape.
     """
     new_scale = grown(W, scale, block)
-    step = spread(new_scale, W.shape, block)
-    exact = (W / step).clamp(-LARGEST, LARGEST)
+    q = torch.empty(W.shape, dtype=torch.float8_e4m3fn, device=W.device)
+    order = U.norm(dim=1).argsort(descending=True).tolist()
+    parts = slices(W)
+    for part in parts:
+        step = spread(new_scale, W.shape, block, part)
+        exact = torch.where(step > 0, W[:, part] / step, 0.0).clamp(-LARGEST, LARGEST)
+        q[:, part] = _toward(exact, step, U, order, tolerance / sqrt(len(parts)))
+    return q, new_scale
+
+
+def _toward(
+    exact: Tensor, step: Tensor, U: Tensor, order: Sequence[int], tolerance: float
+) -> Tensor:
+    """Round some columns, ``exact`` in units of ``step``; see ``quantize``."""
     q = exact.to(torch.float8_e4m3fn)
     other = neighbour(q, exact)
+    change = (other.float() - q.float()) * step
     left = U.T @ ((q.float() - exact) * step)
-    for row in U.norm(dim=1).argsort(descending=True).tolist():
-        change = (other[row].float() - q[row].float()) * step.expand_as(W)[row]
-        moved = left + U[row][:, None] * change
+    for count, row in enumerate(order):
+        if count % CHECKED == 0 and left.norm() <= tolerance:
+            break
+        moved = left + U[row][:, None] * change[row]
         better = moved.square().sum(0) < left.square().sum(0)
         left = torch.where(better, moved, left)
         q[row] = torch.where(better, other[row].float(), q[row].float()).to(q.dtype)
-    return q, new_scale
+    return q
 
 
 def neighbour(q: Tensor, exact: Tensor) -> Tensor:

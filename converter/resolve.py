@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: a folder, a file, or a Hub repo at a commit."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,8 +53,13 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
         is_file = folder.exists()
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
-    if is_file and source.endswith(".gguf"):
-        made = gguf.unpacked(folder, cache)
+    if is_file and source.lower().endswith(".gguf"):
+        if subfolder:
+            raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
+        try:
+            made = gguf.unpacked(folder, cache)
+        except OSError as error:
+            raise SourceError(f"{source} cannot be read", found=error.strerror) from error
         return _read(folder.stem, made, _files(made), cache, originals=(folder,))
     if is_file:
         raise SourceError(
@@ -90,6 +96,17 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
         folder = hub.download(repo, []) / inside
         sizes = _files(folder)
     return _read(repo.repo_id, folder, sizes, cache, repo=repo, inside=inside, base=repo.repo_id)
+
+
+def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a model ties its embeddings; where its config does not say, its class does."""
+    said = config.get("tie_word_embeddings")
+    if said is None:
+        from transformers import AutoConfig
+
+        with suppress(Exception):  # a third party's loader, for a default
+            said = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
+    return said is not False
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -136,8 +153,14 @@ def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: 
         )
     config = read_json(folder / "config.json")
     if kind == "pickled":
-        tied = config.get("tie_word_embeddings", True) is not False
-        translated = pickled.read_pickled(folder, weights, tied)
+        index = folder / pickled.INDEX
+        translated = pickled.read_pickled(
+            folder,
+            weights,
+            read_index(index) if index.name in sizes else {},
+            find_architecture(config).unembedding,
+            lambda: _is_tied(folder, config),
+        )
     if translated:
         shards = tuple(sorted(translated.shards))
         weight_map = translated.weight_map if len(shards) > 1 else None

@@ -44,13 +44,14 @@ class Stored:
     Attributes:
         tensor, scale: as stored; the scale of a weight in FP8.
         W: (D, F), what they stand for.
-        step: (D, F) float64, the distance to the next larger value in FP8; else None.
+        step: of a weight in FP8, gives the distance to the next larger value, float64, for some
+            columns; else None.
     """
 
     tensor: Tensor
     scale: Tensor | None
     W: Tensor
-    step: Tensor | None
+    step: Callable[[slice], Tensor] | None
 
     @property
     def digests(self) -> tuple[str, str | None]:
@@ -81,7 +82,10 @@ def read_stored(
     with opened(fp8["shard"]) as file:
         scale = read_tensor(file, infos[fp8["scales"]])
     block = fp8["block"]
-    step = 2 * half_ulp(tensor) * spread(scale, tensor.shape, block)
+
+    def step(part: slice) -> Tensor:
+        return 2 * half_ulp(tensor[:, part]) * spread(scale, tensor.shape, block, part)
+
     return Stored(tensor, scale, dequantize(tensor, scale, block), step)
 
 
@@ -104,23 +108,26 @@ def rounding_bound(W: Tensor, norm: float) -> float:
 
 
 def is_projection(
-    found: Tensor, original: Tensor, basis: Tensor, step: Tensor | None = None
+    found: Tensor,
+    original: Tensor,
+    basis: Tensor,
+    step: Callable[[slice], Tensor] | None = None,
 ) -> bool:
     """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
 
     The reference is computed in float64. An element may be off by half a unit in its last place,
-    or by ``step`` (D, F), the distance of the values that FP8 has there; and by the float32
+    or by ``step``, the distance of the values that FP8 has there; and by the float32
     arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column
     j of W, which bound the sums that give the correction.
     """
     U = basis.double()
     width = columns(found)
     for start in range(0, found.shape[1], width):
-        new = found[:, start : start + width]
-        W = original[:, start : start + width].double()
+        part = slice(start, start + width)
+        new, W = found[:, part], original[:, part].double()
         exact = W - U @ (U.T @ W)
         scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
-        rounding = half_ulp(new) if step is None else step[:, start : start + width]
+        rounding = half_ulp(new) if step is None else step(part)
         allowed = rounding + SLACK * sqrt(W.shape[0]) * U32 * scale
         if not bool(((new.double() - exact).abs() <= allowed).all()):
             return False

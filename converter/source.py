@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from converter import hub
 from converter.cache import remembered_digest
 from converter.errors import CheckpointError, SourceError
-from converter.formats import Shards, VirtualShard
+from converter.formats import Layout, Shards, VirtualShard
 from converter.header import Header, header_of
 from converter.layout import (
     TOKENIZER,
@@ -41,6 +41,7 @@ class Source:
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
         card: front matter of its model card; empty when it has none.
+        layouts: of the shards made from ``recipes`` that have been opened.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Source:
     inside: str = ""
     base: str | None = None
     card: ModelCardData
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -71,7 +73,9 @@ class Source:
             SourceError: it cannot be fetched.
         """
         if self.recipes is not None:
-            return VirtualShard(self.recipes[shard])
+            if shard not in self.layouts:
+                self.layouts[shard] = Layout(self.recipes[shard])
+            return VirtualShard(self.layouts[shard])
         self.fetch([shard])
         try:
             return (self.folder / shard).open("rb", buffering=0)

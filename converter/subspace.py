@@ -83,7 +83,8 @@ class Subspace:
         tensors["scores"] = torch.tensor([c.score for c in self.candidates])
         tensors["candidates"] = self.rows
         tensors["score_layers"] = torch.tensor([c.layer for c in self.candidates])
-        path.write_bytes(save({n: t.contiguous() for n, t in tensors.items()}, {"format": "pt"}))
+        tensors = {name: t.clone().contiguous() for name, t in tensors.items()}  # none shared
+        path.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def load_bases(path: Path) -> dict[str, Tensor]:

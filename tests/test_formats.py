@@ -14,7 +14,8 @@ from click.testing import Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from converter.formats import Recipe, VirtualShard, gguf, pickled, split_shards
+from converter.fitting import fit
+from converter.formats import Layout, Recipe, VirtualShard, gguf, pickled, split_shards
 from converter.header import header_of
 from converter.resolve import resolve
 from converter.shards import read_tensor
@@ -104,11 +105,57 @@ def test_a_shared_storage_is_copied_where_the_model_does_not_tie(tmp_path: Path)
     weight = torch.randn(5, 4)
     state = {"embed": weight, "head": weight, "rows": weight[1:3], "other": torch.ones(2)}
     torch.save(state, tmp_path / "pytorch_model.bin")
-    for tied, expected in ((True, ["embed", "rows", "other"]), (False, list(state))):
-        made = pickled.read_pickled(tmp_path, ["pytorch_model.bin"], tied).shards
+    for unembedding, tied, expected in (
+        ("head", True, ["embed", "rows", "other"]),
+        ("embed", True, ["head", "rows", "other"]),
+        ("head", False, list(state)),
+    ):
+        says = {True: lambda: True, False: lambda: False}[tied]
+        made = pickled.read_pickled(tmp_path, ["pytorch_model.bin"], {}, unembedding, says).shards
         assert [recipe.name for recipe in made["model.safetensors"]] == expected
         for recipe in made["model.safetensors"]:
             assert torch.equal(recipe.make(), state[recipe.name])
+
+
+def test_an_index_must_be_that_of_the_pickles(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
+    path = pickles / "pytorch_model-00002-of-00002.bin"
+    state = torch.load(path, weights_only=True)
+    del state["model.norm.weight"]
+    torch.save(state, path)
+    result = cli("plan", pickles)
+    assert result.exit_code == 4
+    assert f"the index places tensor model.norm.weight in {path.name}" in result.stderr
+
+
+def test_pickles_that_change_during_a_run_are_noticed(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
+    path = pickles / "pytorch_model.bin"
+
+    def slow(*args: Any) -> Any:
+        fitted = fit(*args)
+        state = torch.load(path, weights_only=True)
+        state["model.norm.weight"] += 1
+        torch.save(state, tmp_path / "new.bin")
+        (tmp_path / "new.bin").replace(path)
+        return fitted
+
+    monkeypatch.setattr("converter.pipeline.fit", slow)
+    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
+    assert result.exit_code == 4
+    assert "pytorch_model.bin is not the file that the activations were taken from" in result.stderr
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()  # the next run, in the same process, takes the new file
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
+    assert result.exit_code == 0, result.stderr
+    name = "model.norm.weight"
+    old, new = tensors_of(checkpoints("llama"))[name], tensors_of(tmp_path / "out")[name]
+    assert torch.equal(new, old + 1)
 
 
 class Bomb:
@@ -166,7 +213,7 @@ def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> No
         "turned": torch.randn(4, 6).T,
     }
     recipes = [recipe(name, tensor) for name, tensor in tensors.items()]
-    shard = VirtualShard(recipes)
+    shard = VirtualShard(Layout(recipes))
     assert made == []
     path = tmp_path / "model.safetensors"
     path.write_bytes(shard.read())
@@ -258,6 +305,12 @@ def test_a_gguf_file_is_unpacked_once(
     assert result.exit_code == 0, result.stderr
     assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
     assert loaded == [path]
+    weights = next((tmp_path / "cache/gguf").rglob("model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
+    assert loaded == [path, path]  # what is in the cache and damaged is made again
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert set(manifest["source"]["originals"]) == {"tiny-q4.gguf"}
     assert manifest["source"]["name"] == "tiny-q4"

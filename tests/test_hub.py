@@ -17,6 +17,7 @@ from tests.conftest import TINY_ARGS, tiny_args
 from tests.hub_server import COMMIT, HubServer
 from tests.native import write_native
 from tests.test_formats import as_pickles, tensors_of
+from tests.test_quantization import BLOCKS, as_fp8
 
 Checkpoints = Callable[..., Path]
 
@@ -34,11 +35,13 @@ def server(
     inner = tmp_path_factory.mktemp("hub") / "outer"
     shutil.copytree(llama, inner / "variants/small")
     (inner / "README.md").write_text("Several models.")
+    fp8 = tmp_path_factory.mktemp("hub") / "fp8"
+    as_fp8(checkpoints("qwen3", torch.bfloat16), fp8, BLOCKS, apart=True)
     native = tmp_path_factory.mktemp("hub") / "native"
     write_native(native)
     models = {
         "someone/tiny": llama, "someone/pickles": pickles, "someone/several": inner,
-        "meta-llama/Llama-2-7b": native,
+        "meta-llama/Llama-2-7b": native, "someone/fp8": fp8,
     }  # fmt: skip
     with HubServer(models, {"someone/pairs": data}, {"someone/gated"}) as hub:
         yield hub
@@ -97,6 +100,11 @@ def test_a_repo_converts_as_its_folder_does(
     assert "cache hit" in result.stderr
     assert len(server.log) == asked
     assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").returncode == 0
+    result = gloss(
+        "convert", "someone/tiny@v1", tmp_path / "d", *args, "--no-keep-source", offline=True
+    )
+    assert result.returncode == 2
+    assert "so what is deleted could not be fetched again" in result.stderr
 
 
 def test_metas_repo_converts_as_typed(
@@ -157,12 +165,35 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
     for path in (tmp_path / "a").glob("model*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    sizes = {path.stat().st_size for path in checkpoints("llama").glob("*.safetensors")}
+    left = (tmp_path / "hf").rglob("blobs/*")
+    assert not sizes & {path.stat().st_size for path in left}  # nor what the links led to
     shards = list(checkpoints("llama").glob("*.safetensors"))
     assert len(shards) > 4
     assert 1 <= server.most <= 3
     local = gloss("convert", checkpoints("llama"), tmp_path / "c", "--no-keep-source", *TINY_ARGS)
     assert local.returncode == 2
     assert "--no-keep-source: expected a source on the Hub" in local.stderr
+
+
+@pytest.mark.parametrize("repo", ["someone/fp8", "someone/pickles"])
+def test_weights_that_need_one_another_are_dropped_together(
+    repo: str,
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    tmp_path: Path,
+) -> None:
+    """FP8 weights and their scales are in two shards; pickles are read until the end."""
+    args = ("--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
+    server.log.clear()
+    result = gloss("convert", repo, tmp_path / "out", *args)
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in server.models[repo].glob("*0000*")}
+    assert len(names) == 2
+    assert not [path for path in (tmp_path / "hf").rglob("*") if path.name in names]
+    for name in names:
+        fetched = [line for line in server.log if name in line and line.startswith("GET")]
+        assert len([line for line in fetched if "bytes=0-" not in line]) <= 1
 
 
 def test_a_repo_that_was_renamed_is_read_and_called_by_its_new_name(

@@ -95,19 +95,33 @@ def index_text(shards: Shards) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-class VirtualShard(io.RawIOBase):
-    """The safetensors file that some tensors would make, open for reading.
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if git-lfs has left a pointer in the place of a file."""
+    with path.open("rb") as file:
+        if file.read(19) == b"version https://git":
+            what = f"{path.name} is a pointer of git-lfs, not the file itself"
+            raise CheckpointError(what, hint="run 'git lfs pull' in the source")
 
-    Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept. One
-    tensor is held at a time.
+
+class Layout:
+    """Where the tensors of a virtual shard would be; made once for each shard.
+
+    Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept.
     """
 
     def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self.recipes = sorted(recipes, key=lambda recipe: -recipe.dtype.itemsize)
+        self.header = _header(self.recipes)
+        sizes = (recipe.nbytes for recipe in self.recipes)
+        self.starts = list(accumulate(sizes, initial=len(self.header)))
+
+
+class VirtualShard(io.RawIOBase):
+    """The safetensors file that some tensors would make, open for reading; it holds one of them."""
+
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self._recipes = sorted(recipes, key=lambda recipe: -recipe.dtype.itemsize)
-        self._header = _header(self._recipes)
-        sizes = (recipe.nbytes for recipe in self._recipes)
-        self._starts = list(accumulate(sizes, initial=len(self._header)))
+        self._recipes, self._header, self._starts = layout.recipes, layout.header, layout.starts
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
         self._position = 0
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from converter.errors import CheckpointError
 from converter.formats import Recipe, Shards
 from converter.header import DTYPES, TensorInfo
 from converter.plan import Plan
@@ -29,6 +30,11 @@ def dequantized(source: Source, plan: Plan, scheme: Scheme) -> Shards:
         recipes = made.setdefault(shard, [])
         if info.dtype == FP8:
             recipes.append(_weight(source, shard, info, scales_of(scheme, info, places)))
+        elif info.dtype.startswith("F8") or DTYPES.get(info.dtype) is None:
+            raise CheckpointError(
+                f"tensor {name} cannot be read as numbers", expected="a float, or FP8 with scales",
+                found=info.dtype,
+            )  # fmt: skip
         else:
             recipes.append(_plain(source, shard, info))
     return made

@@ -4,32 +4,57 @@ transformers dequantizes the whole model in memory; from there on it is a folder
 """
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 
-from converter.cache import cache_error, remembered_digest
+from converter.cache import cache_error, remembered_digest, replacing
 from converter.errors import CheckpointError, SourceError
 
 SHARD_SIZE = "5GB"
+
+VERSION = 1
+"""Of what is unpacked; to be raised when it changes."""
 
 
 def unpacked(path: Path, cache: Path) -> Path:
     """The folder of a GGUF file's model in bfloat16; it is made on the first call.
 
+    Beside it are the digests of its files, as they were made. If they are not those of the files
+    any more, it is made again.
+
     Raises:
-        CheckpointError: transformers cannot read it.
+        CheckpointError: transformers cannot read it, or not all of it.
         SourceError: a package for GGUF is missing.
         DestinationError: the cache cannot be written.
     """
-    folder = cache / "gguf" / remembered_digest(path, cache)
-    if not folder.is_dir():
+    made_by = f"{VERSION}-{version('transformers')}"
+    folder = cache / "gguf" / f"{remembered_digest(path, cache)}-{made_by}"
+    known = folder.with_suffix(".json")
+    if not folder.is_dir() or _digests(folder, cache) != _read_digests(known):
+        shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, lambda: load(path), SHARD_SIZE)
+        with replacing(known) as part:
+            part.write_text(json.dumps(_digests(folder, cache)))
     return folder
+
+
+def _digests(folder: Path, cache: Path) -> dict[str, str]:
+    return {path.name: remembered_digest(path, cache) for path in sorted(folder.iterdir())}
+
+
+def _read_digests(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def make_folder(
@@ -72,13 +97,14 @@ def load(path: Path) -> tuple[Any, Any]:
             raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
     try:
         with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+                output_loading_info=True,
             )
-            return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise SourceError(
             f"{path.name} needs packages that are not installed",
@@ -90,3 +116,27 @@ def load(path: Path) -> tuple[Any, Any]:
             f"transformers cannot read {path.name}",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         ) from error
+    model, info = loaded
+    _check_complete(path, model, info)
+    return model, tokenizer
+
+
+def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers, and leaves out what is too much."""
+    from gguf import GGUFReader
+
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, info[what])):
+            raise CheckpointError(
+                f"{path.name} does not hold the model that it names",
+                found=f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}",
+                hint="fetch the file again; of a file in parts, join them first",
+            )
+    parts = (str(tensor.name).split(".") for tensor in GGUFReader(path).tensors)
+    blocks = {int(part[1]) for part in parts if part[0] == "blk" and part[1].isdigit()}
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if blocks != set(range(layers)):
+        raise CheckpointError(
+            f"{path.name} has other blocks than its header says",
+            expected=f"blk.0 to blk.{layers - 1}", found=f"{len(blocks)} of them",
+        )  # fmt: skip

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from converter.errors import CheckpointError, SourceError
-from converter.formats import Recipe, Translated, index_text, split_shards
+from converter.formats import Recipe, Translated, index_text, refuse_pointer, split_shards
 from converter.formats.native_params import Params, config_of, read_params
-from converter.formats.native_small import AGAIN, keep, refuse_pointer, small_files
+from converter.formats.native_small import AGAIN, keep, small_files
 
 VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""

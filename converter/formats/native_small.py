@@ -11,6 +11,7 @@ from typing import Any
 
 from converter.cache import cache_error
 from converter.errors import CheckpointError, SourceError
+from converter.formats import refuse_pointer
 
 AGAIN = "fetch the file again"
 
@@ -31,13 +32,6 @@ def small_files(folder: Path) -> dict[str, bytes]:
     if not {"tokenizer.json", "tokenizer.model"} & set(small):
         raise CheckpointError(f"{folder.name} has no tokenizer", expected="tokenizer.model")
     return small
-
-
-def refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(19) == b"version https://git":
-            what = f"{path.name} is a pointer of git-lfs, not the file itself"
-            raise CheckpointError(what, hint="run 'git lfs pull' in the source")
 
 
 def keep(kept: Path, small: Mapping[str, bytes], config: dict[str, Any], scaled: bool) -> None:

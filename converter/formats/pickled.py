@@ -6,7 +6,7 @@ shard of its own, mapped rather than read, so that memory is a tensor at a time.
 
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,43 +15,65 @@ import torch
 from torch import Tensor
 
 from converter.errors import CheckpointError
-from converter.formats import Recipe, Translated
+from converter.formats import Recipe, Translated, refuse_pointer
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 
+Tied = Callable[[], bool]
 
-def read_pickled(folder: Path, names: Iterable[str], tied: bool) -> Translated:
+
+def read_pickled(
+    folder: Path, files: Iterable[str], weight_map: Mapping[str, str], unembedding: str, tied: Tied
+) -> Translated:
     """The tensors of some files, each file a shard named like safetensors.
 
     Args:
         folder: that the files are in.
-        names: of the files.
-        tied: whether the model ties its embeddings. A tensor that shares all its numbers with
-            another is then left out; else it becomes a copy.
+        files: their names.
+        weight_map: tensor name -> file name of the index; empty if there is none.
+        unembedding: the name that is left out of two for the same numbers, if the model ties them.
+        tied: whether it does; asked only if a file has two names for the same numbers.
 
     Raises:
-        CheckpointError: a file cannot be read without executing what it holds, is truncated, or
-            holds something else than tensors.
+        CheckpointError: a file cannot be read without executing what it holds, is truncated, holds
+            something else than tensors, or lacks one that the index places in it.
     """
-    paths = tuple(folder / name for name in names)
+    paths = tuple(folder / name for name in files)
+    placed: dict[str, list[str]] = {}
+    for name, place in weight_map.items():
+        placed.setdefault(place, []).append(name)
     shards = {}
     for path in paths:
-        tensors = load_mapped(path)
-        kept = _first_of_each(tensors) if tied else tensors
+        tensors, mapped = load_tensors(path)
+        for name in placed.get(path.name, ()):
+            if name not in tensors:
+                raise CheckpointError(
+                    f"the index places tensor {name} in {path.name}", found="no such tensor in it",
+                    hint="fetch the file and the index again",
+                )  # fmt: skip
+        kept = list(tensors)
+        groups = _same_numbers(tensors)
+        if any(len(group) > 1 for group in groups) and tied():
+            kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
+        # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
+        again = (lambda tensors=tensors: tensors) if mapped else _reader(path)
         stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
-        shards[f"{stem}.safetensors"] = [_recipe(path, name, tensors[name]) for name in kept]
+        shards[f"{stem}.safetensors"] = [_recipe(name, tensors[name], again) for name in kept]
+        del tensors
     return Translated(folder, shards, paths)
 
 
-@lru_cache(maxsize=2)
-def _opened(path: Path) -> dict[str, Tensor]:
-    """The file that is being read; there may be hundreds, and some cannot be mapped."""
-    return load_mapped(path)
+def _reader(path: Path) -> Callable[[], dict[str, Tensor]]:
+    return lru_cache(maxsize=1)(lambda: load_tensors(path)[0])
 
 
-def load_mapped(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name; their numbers stay in the file until they are looked at.
+def _recipe(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) -> Recipe:
+    return Recipe(name, tensor.dtype, tuple(tensor.shape), lambda: again()[name])
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """All tensors of a file by name, and whether their numbers stay in the file until read.
 
     Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole.
 
@@ -59,22 +81,19 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
         CheckpointError: as ``read_pickled``.
     """
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
-            start = file.read(8)
-        if start == b"version ":
-            raise CheckpointError(
-                f"{path.name} is a pointer of git-lfs, not the file itself",
-                hint="run 'git lfs pull' in the source",
-            )
-        mapped = start.startswith(b"PK")
+            mapped = file.read(2) == b"PK"
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path.name} holds more than tensors, and reading it would execute code",
             found=" ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1]) or _said(error),
             hint="get the model as safetensors, or save its state_dict alone",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{path.name} cannot be read as a PyTorch file", found=_said(error),
             hint="fetch the file again",
@@ -85,13 +104,19 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
             found=type(loaded).__name__,
         )  # fmt: skip
     for key, value in loaded.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided
-        if not isinstance(key, str) or not plain or value.is_quantized:
+        if not (isinstance(key, str) and key.isprintable() and is_plain(value)):
             raise CheckpointError(
                 f"{path.name} is not a state_dict", expected="names and dense tensors",
                 found=f"{key!r}: {type(value).__name__}", hint="save the model's state_dict alone",
             )  # fmt: skip
-    return loaded
+    return loaded, mapped
+
+
+def is_plain(value: object) -> bool:
+    """Whether something is a tensor whose numbers are simply there."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_quantized or value.is_meta or value.is_conj() or value.is_neg())
 
 
 def _said(error: Exception) -> str:
@@ -99,16 +124,13 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
 
 
-def _first_of_each(tensors: dict[str, Tensor]) -> list[str]:
-    """The names without those that are another tensor's second; the embedding's comes first."""
-    found: dict[tuple[object, ...], str] = {}
+def _same_numbers(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names, those that stand for the same bytes of the file together."""
+    found: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
         place: tuple[object, ...] = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
         if not tensor.numel():
             place = (name,)
-        found.setdefault((*place, tensor.shape, tensor.stride(), tensor.dtype), name)
+        key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
+        found.setdefault(key, []).append(name)
     return list(found.values())
-
-
-def _recipe(path: Path, name: str, tensor: Tensor) -> Recipe:
-    return Recipe(name, tensor.dtype, tuple(tensor.shape), lambda: _opened(path)[name])

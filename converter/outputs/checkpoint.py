@@ -70,14 +70,14 @@ def write_checkpoint(
         changes[target.shard][target.info.name] = weight
         if target.scales:
             changes[target.scales.shard][target.scales.info.name] = scales
-    shards = {}
+    shards, last_use = {}, _last_use(source, targets)
     with report.bar("edit", plan.nbytes, "B") as bar:
-        for shard in fetched(source):
+        for place, shard in enumerate(fetched(source)):
             bar.set_postfix_str(shard)
             with source.open(shard) as file:
                 shards[shard] = rewrite(file, folder / shard, changes[shard], bar.update)
-            if not keep_source:
-                source.drop(shard)
+            for done in last_use[place] if not keep_source else ():
+                source.drop(done)
     if len(records) != len(targets):
         raise CheckpointError(
             "not every down-projection of the chosen layers was edited",
@@ -98,6 +98,17 @@ def write_checkpoint(
     copies["config.json"] = _copy(source.folder / "config.json", folder / "config.json")
     records.sort(key=lambda record: (record.layer, record.name))
     return Written(shards, copies, made, tuple(records))
+
+
+def _last_use(source: Source, targets: tuple[Target, ...]) -> list[list[str]]:
+    """The shards that are not needed any more after each one; an FP8 weight needs two of them."""
+    number = {shard: place for place, shard in enumerate(source.shards)}
+    last = dict(number)
+    for target in targets:
+        both = {target.shard, target.scales.shard if target.scales else target.shard}
+        for shard in both:
+            last[shard] = max(last[shard], *(number[other] for other in both))
+    return [[s for s, n in last.items() if n == place] for place in range(len(source.shards))]
 
 
 def fetched(source: Source) -> Iterator[str]:
