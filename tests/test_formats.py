@@ -8,6 +8,7 @@ from io import SEEK_END
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -20,7 +21,7 @@ from converter.header import header_of
 from converter.resolve import resolve
 from converter.shards import read_tensor
 from converter.subspace import load_bases
-from tests.conftest import TINY_ARGS, load, tiny_args
+from tests.conftest import TINY_ARGS, load, tiny_args, tiny_tokenizer
 from tests.native import write_native
 
 Checkpoints = Callable[..., Path]
@@ -284,24 +285,56 @@ def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+def write_gguf(path: Path, block_count: int, lacks: str = "") -> None:
+    """A tiny Llama of three blocks, which the header may deny; without one of its tensors."""
+    from gguf import GGUFWriter
+
+    writer, tokenizer = GGUFWriter(str(path), "llama"), tiny_tokenizer()
+    for key, value in {
+        "context_length": 128, "embedding_length": 64, "block_count": block_count,
+        "feed_forward_length": 96, "head_count": 4, "head_count_kv": 4,
+        "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16, "vocab_size": len(tokenizer),
+        "tokenizer_model": "gpt2", "tokenizer_pre": "llama-bpe", "bos_token_id": 0,
+        "eos_token_id": 1, "token_types": [1] * len(tokenizer),
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{key}")(value)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    writer.add_token_list([token for token, _ in vocabulary])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    shapes: dict[str, tuple[int, ...]] = {"output_norm": (64,)}
+    shapes |= {"token_embd": (len(tokenizer), 64), "output": (len(tokenizer), 64)}
+    for block in range(3):
+        names = {"attn_q": (64, 64), "attn_k": (64, 64), "attn_v": (64, 64),
+                 "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64),
+                 "ffn_down": (64, 96), "attn_norm": (64,), "ffn_norm": (64,)}  # fmt: skip
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in names.items()}
+    draw = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if name != lacks:
+            writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, np.float32) / 10)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def test_a_gguf_file_is_unpacked_once(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loader itself is transformers'; the demo runs it on a real file."""
-    from transformers import AutoTokenizer
-
-    path = tmp_path / "tiny-q4.gguf"
-    path.write_bytes(b"GGUF and some weights")
-    source = checkpoints("llama", torch.bfloat16)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, 3)
     loaded: list[Path] = []
+    load = gguf.load
 
-    def fake(path: Path) -> tuple[Any, Any]:
+    def counted(path: Path) -> tuple[Any, Any]:
         loaded.append(path)
-        return load(source), AutoTokenizer.from_pretrained(source)
+        return load(path)
 
-    monkeypatch.setattr(gguf, "load", fake)
+    monkeypatch.setattr(gguf, "load", counted)
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
-    result = cli("convert", path, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
+    args = ("--num-pairs", 32, *tiny_args(layers="0-2", rank=2))
+    result = cli("convert", path, tmp_path / "out", *args)
     assert result.exit_code == 0, result.stderr
     assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
     assert loaded == [path]
@@ -312,8 +345,25 @@ def test_a_gguf_file_is_unpacked_once(
     assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
     assert loaded == [path, path]  # what is in the cache and damaged is made again
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    assert set(manifest["source"]["originals"]) == {"tiny-q4.gguf"}
-    assert manifest["source"]["name"] == "tiny-q4"
+    assert set(manifest["source"]["originals"]) == {"tiny.gguf"}
+    assert manifest["source"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("block_count", "lacks", "says"),
+    [
+        (3, "blk.1.attn_q", "1 missing keys, the first model.layers.1.self_attn.q_proj.weight"),
+        (2, "", "expected blk.0 to blk.1, found 3 of them"),
+    ],
+)
+def test_a_gguf_file_that_is_not_whole_is_refused(
+    block_count: int, lacks: str, says: str, cli: Cli, tmp_path: Path
+) -> None:
+    """transformers would fill what is missing with random numbers, and drop what is too much."""
+    write_gguf(tmp_path / "tiny.gguf", block_count, lacks)
+    result = cli("convert", tmp_path / "tiny.gguf", tmp_path / "out", *TINY_ARGS)
+    assert result.exit_code == 4
+    assert says in result.stderr
 
 
 def test_what_only_looks_like_gguf_is_refused(cli: Cli, tmp_path: Path) -> None:
