@@ -9,19 +9,18 @@ dimensions of a head together, transformers one of the first half with one of th
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from converter.errors import CheckpointError, SourceError
-from converter.formats import Recipe, Translated, index_text, refuse_pointer, split_shards
+from converter.formats import Recipe, Translated, index_text, split_shards
 from converter.formats.native_params import Params, config_of, read_params
 from converter.formats.native_small import AGAIN, keep, small_files
+from converter.formats.pickled import load_tensors
 
 VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""
@@ -147,20 +146,8 @@ def _part_paths(folder: Path) -> list[Path]:
 
 def _open(path: Path) -> dict[str, Tensor]:
     """The tensors of a part, mapped from the file: they take no memory until they are read."""
-    refuse_pointer(path)
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path.name} is truncated or not a file of PyTorch", hint=AGAIN)
-    try:
-        loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged pickle, or a hostile one, can raise anything
-        found = str(error).split(". ")[0][:200] or type(error).__name__
-        if isinstance(error, UnpicklingError):
-            found = "a pickle of something else, which might run code"
-        what = f"{path.name} cannot be read safely"
-        raise CheckpointError(what, expected="tensors", found=found, hint=AGAIN) from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{path.name} is not a table of tensors")
-    return {name: t for name, t in loaded.items() if not str(name).endswith("rope.freqs")}
+    tensors, _ = load_tensors(path)
+    return {name: t for name, t in tensors.items() if not name.endswith("rope.freqs")}
 
 
 def _is_tied(part: Mapping[str, Tensor]) -> bool:
