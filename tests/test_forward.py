@@ -153,6 +153,12 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
     assert torch.allclose(results[0], expected, atol=1e-6)
 
 
+def test_a_layer_that_writes_nothing_has_no_share_of_the_second_moment() -> None:
+    moment = SecondMoment()
+    moment.moments = {0: torch.zeros(3, 3), 1: 2 * torch.eye(3)}
+    assert torch.allclose(moment.result(), torch.eye(3) / 6)
+
+
 def test_long_texts_are_cut_to_the_positions_of_the_model() -> None:
     shape = Shape()
     shape.config.max_position_embeddings = 10

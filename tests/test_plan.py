@@ -135,6 +135,9 @@ def test_an_expert_of_another_name_is_missed(
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert.down_proj"),
         ("qwen3_moe", {"decoder_sparse_step": 1}, "layers.0.mlp.experts.0.down_proj"),
         ("deepseek_v2", {"first_k_dense_replace": 2}, "layers.2.mlp.experts.0.down_proj"),
+        ("qwen2_moe", {"mlp_only_layers": 3}, "mlp_only_layers: expected a list, found 3"),
+        ("qwen2_moe", {"num_experts": None}, "num_experts: expected a positive integer"),
+        ("qwen3_moe", {"num_hidden_layers": 10**10}, "expected at most 10,000"),
     ],
 )
 def test_a_config_that_implies_other_experts_is_refused(
@@ -143,6 +146,13 @@ def test_a_config_that_implies_other_experts_is_refused(
     config, weight_map, headers = parts(checkpoints(kind))
     with pytest.raises(CheckpointError, match=re.escape(left)):
         make_plan({**config, **change}, weight_map, headers)
+
+
+def test_names_with_endless_numbers_are_no_layers(checkpoints: Checkpoints) -> None:
+    config, _, headers = parts(checkpoints())
+    name = f"model.layers.{'9' * 5000}.mlp.down_proj.weight"
+    other = renamed(headers, lambda n: n.replace("model.layers.0.self_attn.q_proj.weight", name))
+    assert len(make_plan(config, None, other).targets) == 2 * LAYERS
 
 
 def test_layers_for_speculative_decoding_are_left_alone(checkpoints: Checkpoints) -> None:
