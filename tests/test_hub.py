@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from converter.hub import looks_like_repo
+from converter.errors import SourceError
+from converter.hub import Repo, looks_like_repo
 from converter.layout import is_companion
+from converter.source import check_space
 from tests.conftest import TINY_ARGS, tiny_args
 from tests.hub_server import COMMIT, HubServer
 from tests.native import write_native
@@ -254,6 +256,13 @@ def test_a_dead_server_is_one_sentence(
     assert result.returncode == 3, result.stderr
     assert "model someone/tiny cannot be read from the Hub" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
+    repo = Repo("model", "someone/huge", None, COMMIT, {"a/x.safetensors": 10**16, "b": 1})
+    check_space(repo, ["b"], tmp_path, "someone/huge")
+    with pytest.raises(SourceError, match=r"too small for someone/huge: expected 10000000\.0 GB"):
+        check_space(repo, ["a/x.safetensors"], tmp_path, "someone/huge")
 
 
 def test_repo_ids_and_paths_are_told_apart() -> None:

@@ -88,6 +88,7 @@ COUNTS = {
     "deepseek_v2": {0: 1, 1: 1, 2: 1, 3: 5, 4: 5, 5: 5},  # dense up to layer 2
     "deepseek_v3": {0: 1, 1: 1, 2: 1, 3: 5, 4: 5, 5: 5},
     "gpt_oss": dict.fromkeys(range(6), 1),  # all experts in one tensor
+    "granitemoe": dict.fromkeys(range(6), 1),
 }
 
 
@@ -104,7 +105,7 @@ def test_every_expert_of_every_layer_is_a_target(kind: str, checkpoints: Checkpo
     in_memory = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if "mlp" in name and name.endswith(("down_proj", "down_proj.weight"))
+        if re.search(r"(mlp|moe)\..*down_proj", name) and "bias" not in name
     )
     assert written == in_memory
 
