@@ -50,7 +50,7 @@ def write_checkpoint(
     """Rewrite the shards one at a time, then copy the small files, index and config last.
 
     Args:
-        source: a fetched source.
+        source: its shards are fetched as they come, the next one while one is edited.
         plan: of that source.
         edit: what happens to ``targets``.
         targets: the tensors that must change.
