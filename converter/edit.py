@@ -20,7 +20,7 @@ from converter.header import to_bytes
 from converter.plan import Target
 from converter.quantization import dequantize, quantize
 
-FP8_LEFT = 1e-3
+FP8_AIM = 1e-3
 """Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
 rounding to bfloat16 leaves as much."""
 
@@ -175,7 +175,7 @@ def apply(
         del exact
         W_new = rounded.to(wide)
     else:
-        allowed = FP8_LEFT * norm_of(change.A)
+        allowed = FP8_AIM * norm_of(change.A)
         rounded, new_scale = quantize(exact, scale.to(device), block, change.B, allowed)
         new_scale = new_scale.cpu()
         W_new = dequantize(rounded, new_scale.to(device), block)

@@ -48,7 +48,10 @@ WEIGHTS = {
 
 
 def choose_format(name: str, names: Iterable[str]) -> Format:
-    """The format that the weights of a folder or repo are read in: safetensors if there are any.
+    """The format that the weights of a folder or repo are read in.
+
+    Meta's layout where it is all there is, since it comes without config.json; else safetensors if
+    there are any.
 
     Args:
         name: of the source, for messages.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from converter.architecture import Architecture, Dimensions, find_architecture
+from converter.architecture import Architecture, find_architecture
+from converter.dimensions import Dimensions
 from converter.errors import CheckpointError
 from converter.header import FLOATS, Header, TensorInfo
 from converter.quantization import FP8, Scales, Scheme, quantized, read_scheme, scales_of

@@ -13,11 +13,9 @@ from huggingface_hub import ModelCardData
 from converter import hub
 from converter.cache import remembered_digest
 from converter.errors import CheckpointError, SourceError
-from converter.formats import Layout, Shards, VirtualShard
+from converter.formats import Shards, VirtualFile, VirtualShard
 from converter.header import Header, header_of
-from converter.layout import (
-    TOKENIZER,
-)
+from converter.layout import TOKENIZER
 
 READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""
@@ -41,7 +39,7 @@ class Source:
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
         card: front matter of its model card; empty when it has none.
-        layouts: of the shards made from ``recipes`` that have been opened.
+        virtual: the shards made from ``recipes`` that have been opened.
     """
 
     name: str
@@ -56,7 +54,7 @@ class Source:
     inside: str = ""
     base: str | None = None
     card: ModelCardData
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    virtual: dict[str, VirtualFile] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -73,9 +71,9 @@ class Source:
             SourceError: it cannot be fetched.
         """
         if self.recipes is not None:
-            if shard not in self.layouts:
-                self.layouts[shard] = Layout(self.recipes[shard])
-            return VirtualShard(self.layouts[shard])
+            if shard not in self.virtual:
+                self.virtual[shard] = VirtualFile(self.recipes[shard])
+            return VirtualShard(self.virtual[shard])
         self.fetch([shard])
         try:
             return (self.folder / shard).open("rb", buffering=0)
@@ -152,6 +150,7 @@ class Source:
 
 
 def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
+    """Raise SourceError if files of ``repo`` that ``folder`` lacks do not fit on its disk."""
     missing = (n for n in names if not (folder / PurePosixPath(n).name).exists())
     needed = sum(repo.sizes.get(n, 0) for n in missing)
     free = shutil.disk_usage(folder).free

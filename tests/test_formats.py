@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from converter.fitting import fit
-from converter.formats import Layout, Recipe, VirtualShard, gguf, pickled, split_shards
+from converter.formats import Recipe, VirtualFile, VirtualShard, gguf, pickled, split_shards
 from converter.header import header_of
 from converter.resolve import resolve
 from converter.shards import read_tensor
@@ -214,7 +214,7 @@ def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> No
         "turned": torch.randn(4, 6).T,
     }
     recipes = [recipe(name, tensor) for name, tensor in tensors.items()]
-    shard = VirtualShard(Layout(recipes))
+    shard = VirtualShard(VirtualFile(recipes))
     assert made == []
     path = tmp_path / "model.safetensors"
     path.write_bytes(shard.read())

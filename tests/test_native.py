@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from converter.errors import CheckpointError, DestinationError, SourceError
 from converter.formats import (
     MAX_SHARD,
-    Layout,
     Translated,
+    VirtualFile,
     VirtualShard,
     native,
     native_params,
@@ -66,7 +66,7 @@ def materialize(translated: Translated, folder: Path) -> Path:
     """The checkpoint that a translation stands for, as files."""
     shutil.copytree(translated.folder, folder)
     for name, recipes in translated.shards.items():
-        (folder / name).write_bytes(VirtualShard(Layout(recipes)).read())
+        (folder / name).write_bytes(VirtualShard(VirtualFile(recipes)).read())
     return folder
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from converter.activations import Activations, Moments
-from converter.architecture import Dimensions
+from converter.dimensions import Dimensions
 from converter.errors import FitError, OptionError
 from converter.methods import configure, method_names, parse_layers
 from converter.rankings import ranking_names

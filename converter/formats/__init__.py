@@ -103,8 +103,8 @@ def refuse_pointer(path: Path) -> None:
             raise CheckpointError(what, hint="run 'git lfs pull' in the source")
 
 
-class Layout:
-    """Where the tensors of a virtual shard would be; made once for each shard.
+class VirtualFile:
+    """A safetensors file that is never written: its header, and where its tensors would be.
 
     Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept.
     """
@@ -117,11 +117,11 @@ class Layout:
 
 
 class VirtualShard(io.RawIOBase):
-    """The safetensors file that some tensors would make, open for reading; it holds one of them."""
+    """A ``VirtualFile``, open for reading; it holds one tensor at a time."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, file: VirtualFile) -> None:
         super().__init__()
-        self._recipes, self._header, self._starts = layout.recipes, layout.header, layout.starts
+        self._recipes, self._header, self._starts = file.recipes, file.header, file.starts
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
         self._position = 0
 

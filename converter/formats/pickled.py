@@ -7,7 +7,7 @@ shard of its own, mapped rather than read, so that memory is a tensor at a time.
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def read_pickled(
     placed: dict[str, list[str]] = {}
     for name, place in weight_map.items():
         placed.setdefault(place, []).append(name)
+    read_again = lru_cache(maxsize=1)(lambda path: load_tensors(path)[0])  # one file in memory
     shards = {}
     for path in paths:
         tensors, mapped = load_tensors(path)
@@ -57,15 +58,15 @@ def read_pickled(
         if any(len(group) > 1 for group in groups) and tied():
             kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
-        again = (lambda tensors=tensors: tensors) if mapped else _reader(path)
+        again = partial(_same, tensors) if mapped else partial(read_again, path)
         stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
         shards[f"{stem}.safetensors"] = [_recipe(name, tensors[name], again) for name in kept]
         del tensors
     return Translated(folder, shards, paths)
 
 
-def _reader(path: Path) -> Callable[[], dict[str, Tensor]]:
-    return lru_cache(maxsize=1)(lambda: load_tensors(path)[0])
+def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
 
 
 def _recipe(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) -> Recipe:

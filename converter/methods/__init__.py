@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 from torch import Tensor
 
 from converter.activations import Activations, Request
-from converter.architecture import Dimensions
+from converter.dimensions import Dimensions
 from converter.errors import OptionError
 from converter.subspace import Subspace
 from converter.words import WordList

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from converter.activations import Activations, Moments, Request, Site
-from converter.architecture import Dimensions
+from converter.dimensions import Dimensions
 from converter.errors import FitError, OptionError
 from converter.greedy import greedy_directions
 from converter.methods import Decode, Layers

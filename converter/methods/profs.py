@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from converter.activations import Activations, Request, Site
-from converter.architecture import Dimensions
+from converter.dimensions import Dimensions
 from converter.errors import FitError
 from converter.methods import Decode, Layers
 from converter.subspace import (

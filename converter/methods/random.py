@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from converter.activations import Activations, Request
-from converter.architecture import Dimensions
+from converter.dimensions import Dimensions
 from converter.errors import FitError
 from converter.methods import Decode, Layers, gloss
 from converter.subspace import MAX_RANK, Candidate, Subspace, random_basis, shared_directions
