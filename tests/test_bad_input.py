@@ -323,11 +323,16 @@ def test_a_cache_that_cannot_be_written(refused: Callable[..., str], source: Pat
 def test_a_full_disk_leaves_nothing(
     refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, target: Path, *args: object) -> None:
-        target.write_bytes(b"half a shard")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    pwrite, calls = os.pwrite, []
 
-    monkeypatch.setattr("converter.outputs.checkpoint.rewrite", full)
+    def full(file: int, data: memoryview, offset: int) -> int:
+        """The disk fills up in the second shard."""
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr("os.pwrite", full)
     assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
