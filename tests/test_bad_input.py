@@ -385,15 +385,15 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     """In a process of its own, interrupted while a shard is half written."""
     script = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         # a parent in the background may have handed down that these are ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from converter import cli\n"
-        "from converter.outputs import checkpoint\n"
-        "def slow(source, target, *rest):\n"
-        "    target.write_bytes(b'half'); print('writing', flush=True); time.sleep(60)\n"
-        "checkpoint.rewrite = slow\n"
+        "pwrite = os.pwrite\n"
+        "def slow(*args):\n"
+        "    print('writing', flush=True); time.sleep(0.5); return pwrite(*args)\n"
+        "os.pwrite = slow\n"
         "cli.convert_command(sys.argv[1:])\n"
     )
     args = [source, tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]
