@@ -18,6 +18,7 @@ import re
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -74,8 +75,8 @@ def watch(command: list[str], cap: int) -> tuple[int, dict[str, int]]:
 
     They are read while it runs: what ``wait`` tells begins with those of the process that forked.
     """
-    child = subprocess.Popen(command, preexec_fn=capped(cap))
-    peaks: dict[str, int] = {}
+    child = subprocess.Popen(command, preexec_fn=capped(cap), stdout=sys.stderr)
+    peaks = {"HWM": 0, "Peak": 0}
     while child.poll() is None:
         with suppress(OSError):
             status = Path(f"/proc/{child.pid}/status").read_text()
@@ -104,7 +105,7 @@ def main(gigabytes: float, shards: int, pairs: int, forward: str, folder: Path |
         write_llama(source, model, shard_limit(model, shards), builtin_texts())
         code, peaks = watch(
             [
-                *(sys.executable, "-m", "converter", "convert", str(source), str(out)),
+                *(str(Path(sysconfig.get_path("scripts"), "gloss-convert")), str(source), str(out)),
                 *("--no-guard", "-o", "rank=2", "--num-pairs", str(pairs), "--forward", forward),
                 *("--cache-dir", str(Path(root, "cache"))),
             ],
@@ -115,9 +116,9 @@ def main(gigabytes: float, shards: int, pairs: int, forward: str, folder: Path |
             manifest = json.loads((out / MANIFEST).read_text())
             how = manifest["forward"]["mode"]
     click.echo(
-        "| weights, GB | imports, GB | cap, GB | address space, GB | resident, GB ", nl=False
+        "| weights, GB | needed to import, GB | cap, GB | peak of address space, GB "
+        "| peak in memory, GB | forward | exit code |"
     )
-    click.echo("| forward | exit code |")
     click.echo("|---|---|---|---|---|---|---|")
     sizes = [model.nbytes, least, cap, peaks["Peak"], peaks["HWM"]]
     cells = [*(f"{size / 1e9:.2f}" for size in sizes), how, str(code)]

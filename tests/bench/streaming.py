@@ -53,7 +53,7 @@ COPIES = [Row(DD, "dd"), Row(CP, "cp")]
 
 def table_rows(checkpoint: Checkpoint, mergekit: str | None) -> list[Row]:
     """All ways to write the checkpoint again."""
-    size = {"shard_size": shard_limit(checkpoint.model, checkpoint.shards)}
+    size = {"shard_size": shard_limit(checkpoint.model, checkpoint.shards, by_name=True)}
     found = [
         *COPIES,
         Row(OURS, "ours"),

@@ -2,8 +2,8 @@
 
 ``write_llama`` makes a checkpoint that transformers and this converter load: bfloat16 weights drawn
 from a normal distribution, norms of one, shards of at most ``limit`` bytes, an index, a config and
-a tokenizer of bytes. Tensors go into the shards in the order of the model, and stand inside a shard
-in that of their names, as ``save_pretrained`` has it.
+a tokenizer. Tensors go into the shards in the order of the model and stand inside a shard in that
+of their names, as in most checkpoints on the Hub.
 """
 
 import json
@@ -99,16 +99,20 @@ class Llama:
         }
 
 
-def shard_limit(model: Llama, shards: int) -> int:
+def shard_limit(model: Llama, shards: int, by_name: bool = False) -> int:
     """The least number of bytes in a shard with which there are at most so many shards.
 
-    ``save_pretrained(max_shard_size=...)`` with it makes the same shards as ``write_llama``.
+    Args:
+        model: its sizes.
+        shards: how many.
+        by_name: tensors go into the shards in the order of their names, as transformers 5 writes
+            them, not in that of the model.
     """
-    sizes = [_nbytes(shape) for shape in model.shapes.values()]
-    low, high = max(sizes), sum(sizes)
+    shapes = dict(sorted(model.shapes.items())) if by_name else model.shapes
+    low, high = max(map(_nbytes, shapes.values())), model.nbytes
     while low < high:
         middle = (low + high) // 2
-        if len(_groups(model.shapes, middle)) <= shards:
+        if len(_groups(shapes, middle)) <= shards:
             high = middle
         else:
             low = middle + 1
