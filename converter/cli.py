@@ -39,6 +39,12 @@ from converter.report import Report
     help="Keep what is fetched from the Hub, or delete each shard once it is edited.",
 )
 @click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(0),
+    help="Shards to edit at a time.  [default: processors, at most 4]",
+)
+@click.option(
     "--evaluate", is_flag=True, help="Measure more than the guard does; see gloss evaluate."
 )
 @evaluation_options
@@ -64,6 +70,7 @@ def convert_command(
     quiet: bool,
     overwrite: bool,
     keep_source: bool,
+    workers: int,
     dry_run: bool,
     evaluate: bool,
     controls: str,
@@ -104,6 +111,7 @@ def convert_command(
             destination,
             overwrite=overwrite,
             keep_source=keep_source,
+            workers=workers,
             evaluation=evaluation,
             cache=cache,
             report=report,

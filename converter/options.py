@@ -120,6 +120,11 @@ def run_options(command: Command) -> Command:
             help="Sentences in one forward pass.",
         ),
         click.option(
+            "--rounding", default="null-space", show_default=True,
+            type=click.Choice(["null-space", "nearest"]),
+            help="Of edited weights: leaving nothing along the subspace, or each for itself.",
+        ),
+        click.option(
             "--max-perplexity-ratio", default=1.03, show_default=True,
             type=click.FloatRange(1.0, min_open=True),
             help="Budget on held-out neutral text: after over before.",

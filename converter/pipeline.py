@@ -8,6 +8,7 @@ from typing import Any
 from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card
+from converter.engine import Engine, worker_memory
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit, stored_dtype
 from converter.forward import choose_device, choose_dtype
@@ -18,13 +19,13 @@ from converter.methods import Method, configure
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
 from converter.pairs import load_pairs, load_prose
-from converter.plan import Plan, edit_memory, make_plan
+from converter.plan import Plan, make_plan
 from converter.report import Report
 from converter.resolve import resolve
 from converter.rows import is_dataset
 from converter.run import Run
 from converter.source import Source
-from converter.subspace import SUBSPACE_FILE
+from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
 from converter.words import load_words
 
@@ -37,6 +38,7 @@ def convert(
     *,
     overwrite: bool = False,
     keep_source: bool = True,
+    workers: int = 0,
     evaluation: Evaluation | None = None,
     cache: Path | None = None,
     report: Report | None = None,
@@ -48,6 +50,7 @@ def convert(
         destination: a folder that does not exist or is empty.
         overwrite: replace a checkpoint that is already there.
         keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
+        workers: shards to edit at a time; 0 chooses.
         evaluation: measures the edit before it is written; its results go into the manifest.
         cache: the user's cache folder.
         report: where progress is shown and seconds are kept.
@@ -78,10 +81,11 @@ def convert(
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
     targets = plan.select(method.edit_layers, method.edit_bias)
+    engine = Engine(workers, device=device, rounding=run.rounding)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             written = write_checkpoint(
-                source, plan, fitted.edit, targets, folder, device, report, keep_source
+                source, plan, fitted.edit, targets, folder, engine, report, keep_source
             )
             check_unchanged(source, written, fitted.activations, cache, report)
             fitted.subspace.save(folder / SUBSPACE_FILE)
@@ -197,6 +201,8 @@ def describe_plan(
         check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     device = choose_device(run.device)
+    rank = method.rank or MAX_RANK
+    workers = Engine().workers_for(len(source.shards), targets, rank)
     width = choose_dtype(run.forward_dtype, stored_dtype(plan), device).itemsize
     return {
         "source": source.name,
@@ -221,6 +227,6 @@ def describe_plan(
         "device": device,
         "expected_peak_bytes": {
             "forward": plan.num_parameters * width,
-            "edit": edit_memory(targets),
+            "edit": workers * worker_memory(targets, rank),
         },
     }

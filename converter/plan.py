@@ -6,7 +6,6 @@ wrong with a checkpoint's structure is found here, before anything is computed o
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from converter.architecture import Architecture, find_architecture
@@ -85,15 +84,6 @@ class Plan:
             for target in self.targets
             if target.layer in wanted and (bias or target.role == "down_proj")
         )
-
-
-def edit_memory(targets: Iterable[Target]) -> int:
-    """Expected peak bytes of editing the largest target; see ``converter.edit.apply``.
-
-    Per element: the bytes as read and as written, and three float32 copies while both the old and
-    the new value are needed.
-    """
-    return max((t.info.nbytes * 2 + prod(t.info.shape) * 12 for t in targets), default=0)
 
 
 def make_plan(

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from converter.errors import CheckpointError
 from converter.header import TensorInfo
+from converter.projector import neighbour, settle
 
 FP8 = "F8_E4M3"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448: conversion of more than that gives NaN, not this."""
 
-
-COLUMNS = 1 << 21
+COLUMNS = 1 << 20
 """Elements of a weight that are rounded at a time."""
-
-CHECKED = 32
-"""Rows after which it is asked whether enough is gone along U."""
 
 Block = Sequence[int]
 """Rows and columns that share a scale."""
@@ -203,47 +200,21 @@ def quantize(
     element is mostly less than half a step of it, and what is lost is lost along U. So wherever
     that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
     neighbour, row after row, the rows that weigh most in U first, until the difference of all
-    columns together is no more than ``tolerance`` (Frobenius).
+    columns together is no more than ``tolerance`` (Frobenius); see ``projector.settle``.
 
     Returns:
         q (D, F) in FP8, and its scales, with their dtype and shape.
     """
     new_scale = grown(W, scale, block)
     q = torch.empty(W.shape, dtype=torch.float8_e4m3fn, device=W.device)
-    order = U.norm(dim=1).argsort(descending=True).tolist()
-    parts = slices(W)
+    parts, wide = slices(W), U.double()
     for part in parts:
         step = spread(new_scale, W.shape, block, part)
         exact = torch.where(step > 0, W[:, part] / step, 0.0).clamp(-LARGEST, LARGEST)
-        q[:, part] = _toward(exact, step, U, order, tolerance / sqrt(len(parts)))
+        nearest = exact.to(q.dtype)
+        other = neighbour(nearest, exact)
+        left = wide.T @ ((nearest.float() - exact) * step).double()
+        change = ((other.float() - nearest.float()) * step).double()
+        moved = settle(left, wide, change, tolerance / sqrt(len(parts)))
+        q[:, part] = torch.where(moved, other.float(), nearest.float()).to(q.dtype)
     return q, new_scale
-
-
-def _toward(
-    exact: Tensor, step: Tensor, U: Tensor, order: Sequence[int], tolerance: float
-) -> Tensor:
-    """Round some columns, ``exact`` in units of ``step``; see ``quantize``."""
-    q = exact.to(torch.float8_e4m3fn)
-    other = neighbour(q, exact)
-    change = (other.float() - q.float()) * step
-    left = U.T @ ((q.float() - exact) * step)
-    for count, row in enumerate(order):
-        if count % CHECKED == 0 and left.norm() <= tolerance:
-            break
-        moved = left + U[row][:, None] * change[row]
-        better = moved.square().sum(0) < left.square().sum(0)
-        left = torch.where(better, moved, left)
-        q[row] = torch.where(better, other[row].float(), q[row].float()).to(q.dtype)
-    return q
-
-
-def neighbour(q: Tensor, exact: Tensor) -> Tensor:
-    """The value of the grid on the other side of ``exact`` from ``q``; q where there is none."""
-    bits = q.view(torch.uint8).int()
-    size, sign = bits & 0x7F, bits & 0x80
-    away = exact.abs() > q.float().abs()
-    size = torch.where(away, size + 1, size - 1)
-    sign = torch.where(size < 0, sign ^ 0x80, sign)
-    found = (size.abs() | sign).to(torch.uint8).view(torch.float8_e4m3fn)
-    usable = (exact != q.float()) & (size <= 0x7E)
-    return torch.where(usable, found.float(), q.float()).to(q.dtype)

@@ -92,7 +92,8 @@ def read_stored(
 def rounding_bound(W: Tensor, norm: float) -> float:
     """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to its dtype.
 
-    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
+    It is for rounding to nearest. Let P be the exact projection of the source's weight, so
+    U^T P = 0, and W = P + E.
     ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
     rounding, at most half a unit in the last place of each element, and the float32 arithmetic
     before it, whose sums over D products err by at most ``SLACK`` sqrt(D) u of the norms involved,
@@ -112,13 +113,16 @@ def is_projection(
     original: Tensor,
     basis: Tensor,
     step: Callable[[slice], Tensor] | None = None,
+    nearest: bool = True,
 ) -> bool:
     """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
 
-    The reference is computed in float64. An element may be off by half a unit in its last place,
-    or by ``step``, the distance of the values that FP8 has there; and by the float32
-    arithmetic before it: ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column
-    j of W, which bound the sums that give the correction.
+    The reference is computed in float64. An element may be off by half a unit in its last place;
+    in 16 bits and not rounded to ``nearest``, by a whole one and one machine epsilon of the root
+    mean square of its column of W, as ``projector`` promises; in FP8 by ``step``, the distance of
+    the values that it has there; and by the float32 arithmetic before it:
+    ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column j of W, which bound
+    the sums that give the correction.
     """
     U = basis.double()
     width = columns(found)
@@ -128,6 +132,8 @@ def is_projection(
         exact = W - U @ (U.T @ W)
         scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
         rounding = half_ulp(new) if step is None else step(part)
+        if step is None and not nearest and new.dtype.itemsize == 2:
+            rounding = 2 * rounding + torch.finfo(new.dtype).eps * W.square().mean(0).sqrt()
         allowed = rounding + SLACK * sqrt(W.shape[0]) * U32 * scale
         if not bool(((new.double() - exact).abs() <= allowed).all()):
             return False

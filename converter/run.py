@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converter.projector import Rounding
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -22,6 +24,8 @@ class Run:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:n``; or ``map``, over all GPUs and the memory.
         forward_dtype: dtype of the forward pass: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         batch_size: sentences in one forward pass; changes the result by rounding only.
+        rounding: how edited weights are rounded: ``null-space`` or ``nearest``; see
+            ``converter.projector``.
         max_perplexity_ratio: the budget: perplexity on held-out neutral text, after over before.
         guard: whether the edit is examined before anything is written.
         guard_draws: random subspaces that it is compared with.
@@ -44,6 +48,7 @@ class Run:
     device: str = "auto"
     forward_dtype: str = "auto"
     batch_size: int = 16
+    rounding: Rounding = "null-space"
     max_perplexity_ratio: float = 1.03
     guard: bool = True
     guard_draws: int = 3

@@ -2,17 +2,17 @@
 
 A shard is rewritten in one pass. The header and every untouched tensor are copied byte for byte,
 an edited tensor replaces a range of the same length, so names, order, shapes, dtypes, padding and
-metadata of the source survive without being understood. Memory is one copy buffer and one edited
-tensor, whatever the size of the shard.
+metadata of the source survive without being understood. Memory is a few buffers and what a change
+holds, whatever the size of the shard.
 """
 
 import hashlib
+import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -21,22 +21,18 @@ from converter.header import (
     DTYPES,
     FLOATS,
     MAX_HEADER,
-    Header,
     TensorInfo,
     fill,
     header_of,
     read_exactly,
-    to_bytes,
 )
+from converter.writer import BUFFER, PREFIX_DIGITS, Writer
 
-BUFFER = 8 << 20
-"""Bytes copied at a time: enough that Python's cost per call vanishes, small beside a tensor."""
-
-PREFIX_DIGITS = 16
-"""Hex digits kept of a running digest: they name a damaged tensor, the full digest proves it."""
+PIECE = 1 << 20
+"""Bytes read and hashed at a time: they are still in the processor's cache when they are hashed."""
 
 
-def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
+def to_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
     """View bytes as the tensor ``info`` describes (no copy).
 
     Raises:
@@ -50,10 +46,12 @@ def to_tensor(data: bytearray, info: TensorInfo) -> torch.Tensor:
             found=info.dtype,
             hint="use the unquantized checkpoint of this model",
         )
-    return _view(data, info, dtype)
+    return as_tensor(data, info)
 
 
-def _view(data: bytearray, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
+    """The same whatever the dtype is."""
+    dtype = DTYPES[info.dtype]
     if not data:
         return torch.empty(info.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
@@ -80,7 +78,7 @@ def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
 def read_raw(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
     """One whole tensor of an open shard, whatever its dtype."""
     file.seek(info.start)
-    return _view(read_exactly(file, info.nbytes, info.name), info, DTYPES[info.dtype])
+    return as_tensor(read_exactly(file, info.nbytes, info.name), info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class ShardRecord:
     """What was read and written for one shard.
 
     Attributes:
-        source_sha256: of the whole source file.
+        source_sha256: of the whole source file; empty if nothing was hashed.
         sha256: of the whole output file.
         nbytes: size of both.
         prefixes: per tensor in file order, the first ``PREFIX_DIGITS`` digits of the sha256 of the
@@ -103,8 +101,51 @@ class ShardRecord:
     prefixes: dict[str, str]
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""Maps a tensor to its replacement of the same shape and dtype."""
+class Region:
+    """The bytes of one tensor in an open shard, as often as they are needed.
+
+    What is read for the first time, which happens in order, goes into ``digests``.
+
+    Attributes:
+        info: the tensor's entry.
+        seen: bytes that have been read.
+    """
+
+    def __init__(
+        self, file: RawIOBase, info: TensorInfo, digests: Iterable["hashlib._Hash"] = ()
+    ) -> None:
+        self.info, self.seen = info, 0
+        self._file, self._digests = file, list(digests)
+        self._scratch = bytearray()
+
+    def read(self, start: int, count: int) -> memoryview:
+        """``count`` bytes from ``start`` on; they last until the next call.
+
+        Raises:
+            CheckpointError: the file ends early, or cannot be read.
+        """
+        if len(self._scratch) < count:
+            self._scratch = bytearray(count)
+        return self.read_into(memoryview(self._scratch)[:count], start)
+
+    def read_into(self, view: memoryview, start: int) -> memoryview:
+        """The same into a given place."""
+        assert start <= self.seen, "the first reading is in order"
+        self._file.seek(self.info.start + start)
+        fill(self._file, view, self.info.name)
+        fresh = view[self.seen - start :] if start + len(view) > self.seen else view[:0]
+        for digest in self._digests:
+            digest.update(fresh)
+        self.seen = max(self.seen, start + len(view))
+        return view
+
+    def also_hash(self, digest: "hashlib._Hash") -> None:
+        """Feed one more digest; said before anything is read."""
+        self._digests.append(digest)
+
+
+Change = Callable[[Region], Iterator[memoryview]]
+"""Reads a tensor's bytes and gives those that replace them, as many, in order."""
 
 
 def rewrite(
@@ -112,67 +153,91 @@ def rewrite(
     target: Path,
     changes: Mapping[str, Change],
     advance: Callable[[int], object] = lambda count: None,
+    *,
+    digests: bool = True,
+    direct: bool = True,
+    clone: bool = True,
 ) -> ShardRecord:
     """Copy a shard to ``target`` in one pass, replacing the tensors named in ``changes``.
 
     Both files are hashed on the way. There is one running digest until the first changed tensor,
-    where it forks, so an untouched shard is hashed once.
+    where it forks, so an untouched shard is hashed once. A second thread hashes the output and
+    writes it.
 
     Args:
         reading: a safetensors file, open.
         target: a file that must not exist; on return it is flushed to disk.
-        changes: tensor name -> function from the tensor to its replacement.
-        advance: called with the number of bytes written since the last call.
+        changes: tensor name -> how its bytes change.
+        advance: called with the number of bytes done since the last call.
+        digests, direct, clone: see ``converter.engine.Engine``.
 
     Raises:
         CheckpointError: the source is malformed or ends early, or a change raised it.
         OSError: the target cannot be written.
     """
     header = header_of(reading, target.name)
-    reading.seek(0)
-    with target.open("xb", buffering=0) as writing:
-        read = hashlib.sha256()
-        wrote = None
-        prefixes = {}
-        buffer = memoryview(bytearray(min(BUFFER, header.size)))
-        for name, start, end in _ranges(header):
+    ranges = [("", 0, header.data_start)]
+    ranges += [(info.name, info.start, info.end) for info in header.tensors.values()]
+    ends = [(end, name) for name, _, end in ranges]
+    shared = reading.fileno() if clone and isinstance(reading, io.FileIO) else None
+    writer = Writer(target, header.size, ends, direct, shared)
+    read, prefixes = hashlib.sha256(), {}
+    hashed = [read] if digests else []
+    try:
+        reading.seek(0)
+        for name, start, end in ranges:
             change = changes.get(name) if name else None
             if change is None:
-                for count in _chunks(end - start):
-                    part = fill(reading, buffer[:count], name or "the header")
-                    read.update(part)
-                    if wrote is not None:
-                        wrote.update(part)
-                    _write(writing, part)
-                    advance(count)
+                _copy(reading, writer, end - start, name, hashed, advance)
             else:
-                data = read_exactly(reading, end - start, name)
-                wrote = wrote or read.copy()
-                read.update(data)
-                changed = to_bytes(change(to_tensor(data, header.tensors[name])))
-                wrote.update(changed)
-                _write(writing, changed)
-                advance(end - start)
-            prefixes[name] = (wrote or read).copy().hexdigest()[:PREFIX_DIGITS]
-        os.fsync(writing.fileno())
-    return ShardRecord(read.hexdigest(), (wrote or read).hexdigest(), header.size, prefixes)
+                if digests and writer.digest is None:
+                    writer.fork(read)
+                _replace(Region(reading, header.tensors[name], hashed), writer, change, advance)
+                reading.seek(end)
+            if digests and writer.digest is None:
+                prefixes[name] = read.hexdigest()[:PREFIX_DIGITS]
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    source = read.hexdigest() if digests else ""
+    output = writer.digest.hexdigest() if writer.digest else source
+    return ShardRecord(source, output, header.size, prefixes | writer.prefixes)
 
 
-def _ranges(header: Header) -> Iterator[tuple[str, int, int]]:
-    yield "", 0, header.data_start
-    for info in header.tensors.values():
-        yield info.name, info.start, info.end
+def _copy(
+    reading: RawIOBase,
+    writer: Writer,
+    count: int,
+    name: str,
+    hashed: Iterable["hashlib._Hash"],
+    advance: Callable[[int], object],
+) -> None:
+    while count:
+        part = fill(reading, writer.space()[: min(count, PIECE)], name or "the header")
+        for digest in hashed:
+            digest.update(part)
+        writer.filled(len(part))
+        advance(len(part))
+        count -= len(part)
+
+
+def _replace(
+    region: Region, writer: Writer, change: Change, advance: Callable[[int], object]
+) -> None:
+    written = 0
+    for data in change(region):
+        writer.put(data)
+        advance(len(data))
+        written += len(data)
+    if not written == region.seen == region.info.nbytes:
+        raise AssertionError(f"the change of {region.info.name} is not of its length")
 
 
 def _chunks(count: int) -> Iterator[int]:
     while count > 0:
         yield min(count, BUFFER)
         count -= BUFFER
-
-
-def _write(file: IO[bytes], view: memoryview) -> None:
-    while view:
-        view = view[file.write(view) :]
 
 
 def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:

@@ -20,16 +20,18 @@ from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
 from converter.rounding import Stored, is_projection, read_stored, rounding_bound
-from converter.shards import BUFFER, find_damage
+from converter.shards import find_damage
 from converter.source import Source
 from converter.subspace import load_bases
+from converter.writer import BUFFER
 
-FP8_LEFT = 0.05
-"""Share of what was along U that may be left of a weight in FP8. Rounding toward U^T W' = 0 leaves
-about 1e-3 where there are hundreds of rows to choose from; to nearest, 0.05 to 0.15."""
+LEFT = 0.05
+"""Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
+rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
+"""
 
-FP8_NOISE = 0.03
-"""Relative error of rounding to FP8, three bits after the point. Were it independent of U, a share
+NOISE = {"F8_E4M3": 0.03}
+"""Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
 sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
 
 ORTHONORMAL = 1e-5
@@ -184,10 +186,7 @@ def _check_edits(
             if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
                 yield f"{shard}: tensor {name} has another sha256 than recorded"
             basis = bases[entry["basis"]]
-            noise = FP8_NOISE * sqrt(basis.shape[1] / basis.shape[0])
-            bound = max(FP8_LEFT * sqrt(entry["energy_removed"]), noise) * entry["norm"]
-            if fp8 is None:
-                bound = rounding_bound(stored.W, entry["norm"])
+            bound = _allowed(entry, stored, basis, manifest["run"]["rounding"])
             left = norm_of(basis.T @ stored.W.float())
             if not left <= bound:
                 yield (
@@ -195,6 +194,16 @@ def _check_edits(
                     f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
                 )
             bar.update()
+
+
+def _allowed(entry: Mapping[str, Any], stored: Stored, basis: Tensor, rounding: str) -> float:
+    """The largest ||U^T W'|| that rounding explains."""
+    dtype = stored.tensor.dtype
+    if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
+        return rounding_bound(stored.W, entry["norm"])
+    noise = NOISE.get(entry["dtype"], torch.finfo(dtype).eps / 2)
+    noise *= sqrt(basis.shape[1] / basis.shape[0])
+    return max(LEFT * sqrt(entry["energy_removed"]), noise) * float(entry["norm"])
 
 
 def _shards_of(entry: Mapping[str, Any]) -> set[str]:
@@ -249,7 +258,7 @@ def _check_source(
     edited = {entry["name"]: entry for entry in manifest["edited"]}
     fp8 = (entry["requantized"] for entry in manifest["edited"])
     scales = {entry["scales"] for entry in fp8 if entry}
-    infos = _infos(folder, shards)
+    infos, rounding = _infos(folder, shards), manifest["run"]["rounding"]
     with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
         for shard in shards:
             with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:
@@ -267,12 +276,13 @@ def _check_source(
                             read_stored(place, entry, infos)
                             for place in (source.open, _opener(folder))
                         )
-                        yield from _check_projection(entry, before, after, bases[entry["basis"]])
+                        basis, nearest = bases[entry["basis"]], rounding == "nearest"
+                        yield from _check_projection(entry, before, after, basis, nearest)
                     bar.update(info.nbytes)
 
 
 def _check_projection(
-    entry: Mapping[str, Any], before: Stored, after: Stored, basis: Tensor
+    entry: Mapping[str, Any], before: Stored, after: Stored, basis: Tensor, nearest: bool
 ) -> Iterator[str]:
     """An edited tensor against the one it was made from."""
     place, fp8 = f"{entry['shard']}: tensor {entry['name']}", entry["requantized"]
@@ -280,7 +290,7 @@ def _check_projection(
         yield f"{place} was another one before the edit, by its sha256"
     if not isclose(norm_of(before.W), entry["norm"], rel_tol=1e-4):
         yield f"{place} had another norm before the edit than recorded"
-    if not is_projection(after.W, before.W, basis, after.step):
+    if not is_projection(after.W, before.W, basis, after.step, nearest):
         yield f"{place} is not the projection of the source's"
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from converter.activations import Activations, save_activations
 from converter.architecture import architectures, find_architecture
 from converter.edit import Projection
+from converter.engine import Engine
 from converter.errors import DestinationError
 from converter.header import read_header
 from converter.hooks import edited
@@ -57,7 +58,9 @@ def test_an_empty_basis_reproduces_every_file_byte_for_byte(
     source = resolve(str(checkpoints("llama", torch.bfloat16)), tmp_path)
     plan = make_plan(source.config, source.weight_map, source.headers())
     (tmp_path / "out").mkdir()
-    write_checkpoint(source, plan, Projection({}), (), tmp_path / "out", "cpu", Report(quiet=True))
+    write_checkpoint(
+        source, plan, Projection({}), (), tmp_path / "out", Engine(), Report(quiet=True)
+    )
     ours = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
     assert len(source.shards) > 2
     assert len(ours) == len(source.shards) + len(source.companions) + 1  # the index

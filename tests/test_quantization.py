@@ -17,7 +17,8 @@ from converter.errors import CheckpointError
 from converter.fitting import load_language_model
 from converter.header import read_header
 from converter.plan import make_plan
-from converter.quantization import dequantize, grown, neighbour, quantize, read_scheme
+from converter.projector import neighbour
+from converter.quantization import dequantize, grown, quantize, read_scheme
 from converter.resolve import resolve
 from converter.rounding import Stored, is_projection, read_stored
 from converter.subspace import load_bases
@@ -98,8 +99,10 @@ def test_fp8_weights_are_projected_and_stored_in_their_scheme(
         assert float(left) == pytest.approx(entry["leakage"], rel=1e-3)
         assert left < 0.05
         exact = old - U @ (U.T @ old)
-        assert float((new - exact).norm() / old.norm()) == pytest.approx(fp8["error"], rel=1e-3)
-        assert 0.01 < fp8["error"] < 0.06  # three bits after the point
+        assert float((new - exact).norm() / old.norm()) == pytest.approx(
+            entry["rounding_error"], rel=1e-3
+        )
+        assert 0.01 < entry["rounding_error"] < 0.06  # three bits after the point
 
 
 def test_a_forward_pass_runs_on_the_numbers_that_fp8_stands_for(
@@ -128,7 +131,7 @@ def test_fp8_weights_that_keep_the_subspace_do_not_pass_as_edited(
         )
 
     source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
-    monkeypatch.setattr("converter.edit.quantize", wrong)
+    monkeypatch.setattr("converter.changes.quantize", wrong)
     args = ("--num-pairs", 32, "--method", "random", "-o", "rank=2", "-o", "layers=2-4")
     result = cli("convert", source, tmp_path / "out", *args, "--no-guard")
     assert result.exit_code == 8

@@ -1,9 +1,14 @@
 """Shards as byte streams."""
 
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +18,16 @@ from converter.errors import CheckpointError
 from converter.header import TensorInfo, parse_header, read_header, to_bytes
 from converter.shards import (
     Change,
+    Region,
     ShardRecord,
+    as_tensor,
     find_damage,
     read_rows,
     read_tensor,
     rewrite,
     to_tensor,
 )
+from converter.writer import BUFFER, Writer
 
 
 @pytest.fixture
@@ -37,9 +45,20 @@ def shard(tmp_path: Path) -> Path:
     return path
 
 
-def rewritten(source: Path, target: Path, changes: Mapping[str, Change]) -> ShardRecord:
+def rewritten(
+    source: Path, target: Path, changes: Mapping[str, Change], **settings: Any
+) -> ShardRecord:
     with source.open("rb", buffering=0) as file:
-        return rewrite(file, target, changes)
+        return rewrite(file, target, changes, **settings)
+
+
+def negated(region: Region) -> Iterator[memoryview]:
+    """In pieces of one row, each read twice."""
+    row = region.info.nbytes // region.info.shape[0]
+    for start in range(0, region.info.nbytes, row):
+        region.read(start, row)
+        part = TensorInfo("", region.info.dtype, region.info.shape[1:], 0, 0)
+        yield to_bytes(-as_tensor(region.read(start, row), part))
 
 
 def tensor_of(path: Path, info: TensorInfo) -> torch.Tensor:
@@ -57,7 +76,7 @@ def test_no_change_reproduces_the_file_byte_for_byte(shard: Path, tmp_path: Path
 
 def test_a_change_replaces_its_bytes_and_no_others(shard: Path, tmp_path: Path) -> None:
     info = read_header(shard).tensors["bf16"]
-    record = rewritten(shard, tmp_path / "b", {"bf16": lambda t: -t})
+    record = rewritten(shard, tmp_path / "b", {"bf16": negated})
     before, after = shard.read_bytes(), (tmp_path / "b").read_bytes()
     assert before[: info.start] == after[: info.start]
     assert before[info.end :] == after[info.end :]
@@ -69,12 +88,125 @@ def test_a_change_replaces_its_bytes_and_no_others(shard: Path, tmp_path: Path) 
 def test_buffer_boundaries_do_not_matter(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.shards.BUFFER", 5)
+    whole = rewritten(shard, tmp_path / "whole", {"f32": negated})
+    monkeypatch.setattr("converter.shards.PIECE", 5)
+    monkeypatch.setattr("converter.writer.BUFFER", 7)
     advanced: list[int] = []
     with shard.open("rb", buffering=0) as file:
-        rewrite(file, tmp_path / "b", {}, advanced.append)
-    assert (tmp_path / "b").read_bytes() == shard.read_bytes()
+        record = rewrite(file, tmp_path / "b", {"f32": negated}, advanced.append)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert record == whole
     assert sum(advanced) == shard.stat().st_size
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Larger than a buffer, of a size that no disk is aligned to, with one byte between tensors."""
+    path = tmp_path / "large.safetensors"
+    tensors = {
+        "a": torch.randint(0, 255, (BUFFER + 12345,), dtype=torch.uint8),
+        "b": torch.randn(1000, 1001).bfloat16(),
+        "c": torch.randint(0, 255, (BUFFER + 1,), dtype=torch.uint8),
+    }
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("clones", [False, True])
+def test_however_it_is_written_the_bytes_are_the_same(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, clones: bool
+) -> None:
+    written: list[int] = []
+    pwrite = os.pwrite
+
+    def counting(file: int, data: memoryview, offset: int) -> int:
+        written.append(pwrite(file, data, offset))
+        return written[-1]
+
+    def clone(source: int, target: int) -> bool:
+        """Where no file system can, a copy is as good."""
+        size = os.fstat(source).st_size
+        return clones and pwrite(target, os.pread(source, size, 0), 0) == size
+
+    monkeypatch.setattr("converter.writer._clone", clone)
+    monkeypatch.setattr("os.pwrite", counting)
+    record = rewritten(large, tmp_path / "out", {"b": negated}, direct=direct)
+    raw, info = bytearray(large.read_bytes()), read_header(large).tensors["b"]
+    for place in range(info.start + 1, info.end, 2):  # the byte with the sign
+        raw[place] ^= 0x80
+    assert (tmp_path / "out").read_bytes() == raw
+    assert record.sha256 == hashlib.sha256(raw).hexdigest()
+    assert record.source_sha256 == hashlib.sha256(large.read_bytes()).hexdigest()
+    for name, digest in record.prefixes.items():
+        end = read_header(large).tensors[name].end if name else read_header(large).data_start
+        assert digest == hashlib.sha256(raw[:end]).hexdigest()[: len(digest)]
+    assert list(record.prefixes) == ["", *read_header(large).tensors]
+    # a clone costs no more than the changed bytes and what aligns them
+    assert sum(written) <= info.nbytes + 4 * 4096 if clones else sum(written) == len(raw)
+
+
+def test_no_digests_are_computed_unless_asked_for(large: Path, tmp_path: Path) -> None:
+    record = rewritten(large, tmp_path / "out", {"b": negated}, digests=False)
+    expected = rewritten(large, tmp_path / "expected", {"b": negated})
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert (record.sha256, record.source_sha256) == ("", "")
+    assert len(expected.sha256) == 64
+
+
+def test_the_file_has_the_usual_permissions(shard: Path, tmp_path: Path) -> None:
+    rewritten(shard, tmp_path / "b", {})
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_error_of_the_disk_reaches_the_caller(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    def full(file: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("os.pwrite", full)
+    threads = threading.active_count()
+    with pytest.raises(OSError, match="no space"):
+        rewritten(large, tmp_path / "out", {}, direct=direct)
+    assert threading.active_count() == threads
+
+
+def test_a_disk_that_refuses_direct_writes_is_written_to_all_the_same(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, refused = os.pwrite, []
+
+    def picky(file: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(file)
+            raise OSError(errno.EINVAL, "not aligned as I like it")
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr("os.pwrite", picky)
+    rewritten(large, tmp_path / "out", {})
+    assert (tmp_path / "out").read_bytes() == large.read_bytes()
+    assert len(refused) <= 1
+
+
+def test_a_change_of_another_length_is_noticed(shard: Path, tmp_path: Path) -> None:
+    def short(region: Region) -> Iterator[memoryview]:
+        yield region.read(0, region.info.nbytes)[1:]
+
+    threads = threading.active_count()
+    with pytest.raises(AssertionError, match="bf16"):
+        rewritten(shard, tmp_path / "b", {"bf16": short})
+    assert threading.active_count() == threads
+
+
+def test_a_writer_that_is_abandoned_leaves_no_thread(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    writer = Writer(tmp_path / "a", 100, [], True, None)
+    writer.put(memoryview(b"some"))
+    writer.abandon()
+    assert threading.active_count() == threads
 
 
 def test_tensors_are_read_as_safetensors_reads_them(shard: Path) -> None:

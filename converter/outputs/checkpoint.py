@@ -4,19 +4,24 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore, Event, Lock
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from converter.edit import Edit, EditRecord, apply
+from converter.changes import Changes, changes_of
+from converter.edit import Edit, EditRecord
+from converter.engine import Engine, quiet_blas
 from converter.errors import CheckpointError
 from converter.formats import index_text
 from converter.layout import INDEX
 from converter.plan import Plan, Target
 from converter.report import Report
-from converter.shards import Change, ShardRecord, read_tensor, rewrite
+from converter.shards import ShardRecord, rewrite
 from converter.source import Source
 
 
@@ -43,41 +48,35 @@ def write_checkpoint(
     edit: Edit,
     targets: tuple[Target, ...],
     folder: Path,
-    device: str,
+    engine: Engine,
     report: Report,
     keep_source: bool = True,
 ) -> Written:
-    """Rewrite the shards one at a time, then copy the small files, index and config last.
+    """Rewrite the shards, some at a time, then copy the small files, index and config last.
 
     Args:
-        source: its shards are fetched as they come, the next one while one is edited.
+        source: its shards are fetched as they come, the next one while others are edited.
         plan: of that source.
         edit: what happens to ``targets``.
         targets: the tensors that must change.
         folder: an empty folder.
-        device: where the edit is computed.
+        engine: how many at a time, and how.
         report: for the progress bar.
         keep_source: if not, shards fetched from the Hub are deleted once they are edited.
 
     Raises:
         CheckpointError: a shard is malformed, or a target was left unchanged.
+        OptionError: the engine's memory is too little.
         OSError: the folder cannot be written.
     """
     records: list[EditRecord] = []
-    changes: dict[str, dict[str, Change]] = {shard: {} for shard in source.shards}
-    for target in targets:
-        weight, scales = _changes(source, edit, target, device, records)
-        changes[target.shard][target.info.name] = weight
-        if target.scales:
-            changes[target.scales.shard][target.scales.info.name] = scales
-    shards, last_use = {}, _last_use(source, targets)
+    changes = changes_of(source, edit, targets, engine, records)
+    rank = max((U.shape[1] for t in targets if (U := edit.basis(t)) is not None), default=0)
+    workers = engine.workers_for(len(source.shards), targets, rank)
     with report.bar("edit", plan.nbytes, "B") as bar:
-        for place, shard in enumerate(fetched(source)):
-            bar.set_postfix_str(shard)
-            with source.open(shard) as file:
-                shards[shard] = rewrite(file, folder / shard, changes[shard], bar.update)
-            for done in last_use[place] if not keep_source else ():
-                source.drop(done)
+        users = users_of(source, targets)
+        job = _Rewriting(source, changes, users, folder, engine, bar, keep_source)
+        shards = job.run(workers)
     if len(records) != len(targets):
         raise CheckpointError(
             "not every down-projection of the chosen layers was edited",
@@ -100,15 +99,97 @@ def write_checkpoint(
     return Written(shards, copies, made, tuple(records))
 
 
-def _last_use(source: Source, targets: tuple[Target, ...]) -> list[list[str]]:
-    """The shards that are not needed any more after each one; an FP8 weight needs two of them."""
-    number = {shard: place for place, shard in enumerate(source.shards)}
-    last = dict(number)
+class _Stopped(Exception):  # noqa: N818 - it is not an error
+    """Raised in a worker when another one has failed."""
+
+
+class _Rewriting:
+    """The shards being rewritten, some at a time; see ``write_checkpoint``."""
+
+    def __init__(
+        self,
+        source: Source,
+        changes: Changes,
+        users: Mapping[str, set[str]],
+        folder: Path,
+        engine: Engine,
+        bar: Any,
+        keep_source: bool,
+    ) -> None:
+        self.source, self.changes, self.folder = source, changes, folder
+        self.engine, self.bar, self.keep_source = engine, bar, keep_source
+        self.waiting = {shard: set(users[shard]) for shard in users}
+        self.lock, self.stop = Lock(), Event()
+
+    def run(self, workers: int) -> dict[str, ShardRecord]:
+        """Rewrite all shards; if one fails, the others stop soon and its error is raised."""
+        free = BoundedSemaphore(workers)
+        futures: dict[str, Future[ShardRecord]] = {}
+        with (
+            quiet_blas(workers) as threads,
+            ThreadPoolExecutor(workers, "edit", torch.set_num_threads, (threads,)) as pool,
+        ):
+            try:
+                for shard in fetched(self.source):
+                    free.acquire()
+                    if self.stop.is_set():
+                        break
+                    self.bar.set_postfix_str(shard)
+                    futures[shard] = pool.submit(self._work, shard)
+                    futures[shard].add_done_callback(lambda done: free.release())
+            except BaseException:
+                self.stop.set()
+                raise
+        errors = [error for future in futures.values() if (error := future.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
+            raise error
+        return {shard: future.result() for shard, future in futures.items()}
+
+    def _work(self, shard: str) -> ShardRecord:
+        engine = self.engine
+        try:
+            with _stream(engine.device), self.source.open(shard) as file:
+                record = rewrite(
+                    file, self.folder / shard, self.changes[shard], self._advance,
+                    digests=engine.digests, direct=engine.direct, clone=engine.clone,
+                )  # fmt: skip
+            self._let_go(shard)
+        except BaseException:
+            self.stop.set()
+            raise
+        return record
+
+    def _advance(self, count: int) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+        with self.lock:
+            self.bar.update(count)
+
+    def _let_go(self, shard: str) -> None:
+        """Delete the shards that only this one still needed, unless the source is to be kept."""
+        with self.lock:
+            for name, users in self.waiting.items():
+                if shard in users:
+                    users.discard(shard)
+                    if not users and not self.keep_source:
+                        self.source.drop(name)
+
+
+def _stream(device: str) -> Any:
+    """On a GPU every worker has a stream, so that copies of one overlap with sums of another."""
+    if device == "cpu":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def users_of(source: Source, targets: tuple[Target, ...]) -> dict[str, set[str]]:
+    """Shard -> the shards that cannot be written without it: an FP8 weight may need two."""
+    users = {shard: {shard} for shard in source.shards}
     for target in targets:
-        both = {target.shard, target.scales.shard if target.scales else target.shard}
-        for shard in both:
-            last[shard] = max(last[shard], *(number[other] for other in both))
-    return [[s for s, n in last.items() if n == place] for place in range(len(source.shards))]
+        if target.scales:
+            users[target.shard].add(target.scales.shard)
+            users[target.scales.shard].add(target.shard)
+    return users
 
 
 def fetched(source: Source) -> Iterator[str]:
@@ -121,41 +202,6 @@ def fetched(source: Source) -> Iterator[str]:
                 ahead.append(pool.submit(source.fetch, [source.shards[place + 1]]))
             current.result()
             yield shard
-
-
-def _changes(
-    source: Source, edit: Edit, target: Target, device: str, records: list[EditRecord]
-) -> tuple[Change, Change]:
-    """What becomes of a target, and of its scales if it is in FP8.
-
-    They are two tensors of the file, in any order and even in two shards. Whichever is met first
-    reads the other; if that is the scales, the edit is computed twice.
-    """
-    held: list[Tensor] = []
-
-    def scale_now() -> Tensor | None:
-        if target.scales is None:
-            return None
-        with source.open(target.scales.shard) as file:
-            return read_tensor(file, target.scales.info)
-
-    def weight(tensor: Tensor) -> Tensor:
-        edited = apply(edit, target, tensor, device, scale_now())
-        if edited is None:
-            return tensor
-        records.append(edited.record)
-        if edited.scale is not None:
-            held.append(edited.scale)
-        return edited.tensor
-
-    def scales(scale: Tensor) -> Tensor:
-        if held:
-            return held.pop()
-        with source.open(target.shard) as file:
-            edited = apply(edit, target, read_tensor(file, target.info), device, scale)
-        return scale if edited is None or edited.scale is None else edited.scale
-
-    return weight, scales
 
 
 def _copy(source: Path, target: Path) -> tuple[str, int]:

@@ -68,6 +68,7 @@ def build_native(folder: Path, layers: int) -> None:
 def measure(folder: Path, out: Path) -> dict[str, Any]:
     """Edit all layers of a checkpoint and sample this process's memory meanwhile."""
     from converter.edit import Projection
+    from converter.engine import Engine
     from converter.outputs.checkpoint import write_checkpoint
     from converter.plan import make_plan
     from converter.report import Report
@@ -90,7 +91,7 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
 
     thread = threading.Thread(target=sample)
     thread.start()
-    write_checkpoint(source, plan, edit, targets, out, "cpu", Report(quiet=True))
+    write_checkpoint(source, plan, edit, targets, out, Engine(), Report(quiet=True))
     done.set()
     thread.join()
     return {

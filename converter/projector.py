@@ -1,0 +1,225 @@
+"""Take a subspace out of a matrix in blocks of rows, and round so that nothing of it comes back.
+
+    W' = round(W - U P),   P = U^T W        W (D, F), U (D, R) orthonormal, P (R, F)
+
+Two passes over the rows of W, each in order: one for P, one for W'. Memory is a few (R, F) and one
+block of rows, whatever D is. Sums over rows are accumulated in float64, so that two BLAS libraries,
+which add in another order, give the same bytes; the arithmetic of single elements is float32.
+
+**Rounding.** What is rounded to nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in
+bfloat16, and more where corrections are smaller than half a unit in the last place and are lost
+together. L is known block after block, so the blocks that follow can make up for it, as in noise
+shaping: from row i is taken ``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows
+of U that are still to come. That is the smallest change of these rows that makes L vanish. The last
+block goes further: one row after the other is rounded to the other neighbour wherever that makes a
+column of L smaller; so do rows that hold much of U, wherever they are. What is taken from an
+element is at most one machine epsilon of the root mean square of its column, so it ends up no
+further from the exact one than that and one unit in the last place, where rounding to nearest
+allows half a unit.
+"""
+
+from collections.abc import Callable, Iterator
+from math import isfinite, sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["nearest", "null-space"]
+
+BLOCK = 128
+"""Rows at a time. Fewer would keep L smaller; so many make matrix products worth their while."""
+
+AIM = 1e-4
+"""||L|| / ||P|| at which rounding is content: a sixteenth of what rounding to nearest leaves."""
+
+HEAVY = 4.0
+"""A row of U is heavy if it holds so many times what it would if all held the same."""
+
+CHECKED = 32
+"""Rows after which it is asked whether ``AIM`` is reached."""
+
+STRIP = 1 << 18
+"""Elements that are computed on at a time on the CPU: they stay in its caches."""
+
+DEVICE_STRIP = 1 << 25
+"""The same on a GPU, where launching a kernel costs more than reading memory."""
+
+RIDGE = 1e-3
+"""Share of its mean eigenvalue that is added to G, which may be singular near the end."""
+
+Rows = Callable[[int, int], Tensor]
+"""Gives rows i to j of a matrix, (j - i, F), as stored, on the device of the computation."""
+
+
+class Projector:
+    """Projects the matrices of one tensor and measures what happens to it.
+
+    Args:
+        basis: U (D, R) with orthonormal columns.
+        dtype: stored: bfloat16, float16, float32 or float64.
+        rounding: ``null-space`` changes how bfloat16 and float16 are rounded; the wider dtypes
+            leave 1e-7 along U as they are.
+        device: of the computation.
+    """
+
+    def __init__(self, basis: Tensor, dtype: torch.dtype, rounding: Rounding, device: str) -> None:
+        self.host = basis.to("cpu", torch.float64)
+        self.U = self.host.to(device)
+        self.dtype = dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.feedback = rounding == "null-space" and dtype.itemsize == 2
+        self.strip = STRIP if device == "cpu" else DEVICE_STRIP
+        weights = self.host.square().sum(1)
+        self.heavy = weights > HEAVY * weights.mean() if self.feedback else weights < 0
+        self.squares = {
+            name: torch.zeros((), dtype=torch.float64, device=device)
+            for name in ("W", "P", "error", "left", "change")
+        }
+
+    def project(self, rows: Rows, width: int) -> Iterator[Tensor]:
+        """Project one matrix (D, F).
+
+        Args:
+            rows: reads it; asked twice for all of it, in order, ``BLOCK`` rows at a time at most.
+            width: F.
+
+        Yields:
+            the new rows, in order, as they are stored.
+
+        Raises:
+            ValueError: W holds NaN or Inf.
+        """
+        P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
+        squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
+        for block in self._blocks():
+            W = rows(block.start, block.stop)
+            for part in self._strips(len(W), width):
+                x = W[:, part].double()
+                P[:, part].addmm_(self.U[block].T, x)
+                squares[part] += x.square_().sum(0)
+        self.squares["W"] += squares.sum()
+        if not isfinite(float(self.squares["W"])):
+            raise ValueError
+        left = torch.zeros_like(P)
+        gram = self.host.T @ self.host
+        for block in self._blocks():
+            taken = P
+            if self.feedback and block.start:
+                taken = P + self._push(gram, left, block, squares)
+            yield self._round(rows(block.start, block.stop), block, P, taken, left)
+            gram -= self.host[block].T @ self.host[block]
+        written = self.U.T @ self.U @ P
+        self.squares["P"] += P.square().sum()
+        self.squares["left"] += (left + P - written).square().sum()
+        self.squares["error"] += 2 * (P * left).sum() - (P * written).sum()
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norms over all matrices: of W, P, W' - W (``change``) and two more.
+
+        ``error`` is that of E = W' - (W - U P), whose square is
+        ``||W' - W||^2 + 2 <P, U^T E> - ||U P||^2``, and ``left`` that of U^T W'.
+        """
+        sums = {name: float(value) for name, value in self.squares.items()}
+        sums["error"] += sums["change"]
+        return {name: sqrt(x) if x > 0 else x for name, x in sums.items()}
+
+    def _blocks(self) -> Iterator[slice]:
+        """The rows in blocks; if one is short, it is the first."""
+        count = len(self.U)
+        stops = range(count % BLOCK or BLOCK, count + 1, BLOCK)
+        return (slice(max(stop - BLOCK, 0), stop) for stop in stops)
+
+    def _round(
+        self, stored: Tensor, block: slice, P: Tensor, taken: Tensor, left: Tensor
+    ) -> Tensor:
+        """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U."""
+        new = torch.empty_like(stored)
+        U, chosen = self.U[block], self.heavy[block]
+        if self.feedback and block.stop == len(self.U):
+            chosen = torch.ones_like(chosen)
+        settles = bool(chosen.any())
+        heavy = chosen.nonzero()[:, 0].to(U.device)
+        left.addmm_(U.T @ U, P)
+        for part in self._strips(len(stored), len(P[0]), 1 + settles):
+            W = stored[:, part].to(self.wide)
+            aim = W - (U @ taken[:, part]).to(self.wide)
+            rounded = aim.to(self.dtype)
+            change = (rounded.to(self.wide) - W).double()
+            L = left[:, part].addmm_(U.T, change)
+            if settles:
+                nearest = rounded[heavy]
+                other = neighbour(nearest, aim[heavy])
+                step = other.double() - nearest.double()
+                moved = settle(L, U[heavy], step, AIM * float(P[:, part].norm()))
+                rounded[heavy] = torch.where(moved, other, nearest)
+                change[heavy] += step * moved
+            self.squares["change"] += torch.dot(change.flatten(), change.flatten())
+            new[:, part] = rounded
+        return new
+
+    def _push(self, gram: Tensor, left: Tensor, block: slice, squares: Tensor) -> Tensor:
+        """G^-1 L (R, F), each column cut down to what the block's rows may move by."""
+        ridge = gram.trace() / len(gram) * RIDGE + torch.finfo(torch.float64).tiny
+        inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
+        push: Tensor = inverse.to(left.device) @ left
+        allowed = torch.finfo(self.dtype).eps * (squares / len(self.U)).sqrt()
+        weight = self.U[block].square().sum(1).max()
+        moved = (push.square().sum(0) * weight).sqrt()
+        return push * torch.where(moved > allowed, allowed / moved, 1.0)
+
+    def _strips(self, height: int, width: int, factor: int = 1) -> Iterator[slice]:
+        size = max(factor * self.strip // max(height, 1), 1)
+        return (slice(start, min(start + size, width)) for start in range(0, width, size))
+
+
+def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
+    """Where to take a step, so that ``left + U^T (taken steps)`` becomes small.
+
+    One row after the other, those that weigh most in U first; a step is taken if it makes the norm
+    of its column of ``left`` smaller: with l the column, u the row of U and s the step,
+    ``|l + u s|^2 < |l|^2``, that is ``2 s (u l) + s^2 |u|^2 < 0``.
+
+    Args:
+        left: (R, F) float64; changed in place.
+        U: (n, R) float64.
+        step: (n, F) float64; 0 where there is none to take.
+        aim: stop when the norm of ``left`` is no larger.
+
+    Returns:
+        (n, F) bool: the steps taken.
+    """
+    weights = U.square().sum(1)
+    taken = torch.zeros(step.shape, dtype=torch.bool, device=step.device)
+    for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):
+        if count % CHECKED == 0 and float(left.norm()) <= aim:
+            break
+        u, s = U[row], step[row]
+        chosen = torch.mul(s, torch.add(u @ left, s, alpha=float(weights[row]) / 2)) < 0
+        left.addr_(u, s * chosen)
+        taken[row] = chosen
+    return taken
+
+
+def neighbour(rounded: Tensor, exact: Tensor) -> Tensor:
+    """The value of the dtype on the other side of ``exact`` from ``rounded``.
+
+    Args:
+        rounded: in a floating-point dtype of 8 or 16 bits whose bits count its values in order of
+            size, sign apart, as those of bfloat16, float16 and float8_e4m3fn do.
+        exact: in a wider one.
+
+    Returns:
+        ``rounded`` itself where it is exact, or where the other side is beyond the largest number.
+    """
+    integer = {1: torch.uint8, 2: torch.int16}[rounded.dtype.itemsize]
+    signed = 0x80 if rounded.dtype.itemsize == 1 else 0x8000
+    bits = rounded.view(integer).int()
+    size, sign = bits & (signed - 1), bits & signed
+    away = exact.abs() > rounded.to(exact.dtype).abs()
+    size = torch.where(away, size + 1, size - 1)
+    sign = torch.where(size < 0, sign ^ signed, sign)
+    found = (size.abs() | sign).to(integer).view(rounded.dtype)
+    largest = torch.tensor(torch.finfo(rounded.dtype).max, dtype=rounded.dtype)
+    usable = (exact != rounded.to(exact.dtype)) & (size <= int(largest.view(integer)))
+    return torch.where(usable, found.to(exact.dtype), rounded.to(exact.dtype)).to(rounded.dtype)

@@ -1,0 +1,235 @@
+"""One file, written in order and in large aligned blocks, hashed and written by a second thread.
+
+Where the operating system allows it, the page cache is bypassed (O_DIRECT): a checkpoint is larger
+than memory and is not read again soon, so to cache it costs a copy and evicts what is. Where the
+file system can, the file starts as a clone of its source that shares its blocks (a reflink), and
+only what differs is written.
+"""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+BUFFER = 4 << 20
+"""Bytes written at a time: enough that a call costs nothing beside them."""
+
+BUFFERS = 3
+"""One is filled, one is written, one waits."""
+
+ALIGNMENT = 4096
+"""Of offsets, lengths and memory of direct writes; disks ask for that or less."""
+
+FICLONE = 0x40049409
+"""Request of Linux to share all blocks of another file; see ioctl_ficlone(2)."""
+
+PREFIX_DIGITS = 16
+"""Hex digits kept of a running digest: they name a damaged tensor, the full digest proves it."""
+
+
+@dataclass(slots=True)
+class Block:
+    """Consecutive bytes of the file, from ``start`` on; ``size`` of them are filled.
+
+    ``first`` and ``last`` enclose, within the block, the bytes that are not the source's.
+    """
+
+    memory: mmap.mmap
+    start: int = 0
+    size: int = 0
+    first: int = 0
+    last: int = 0
+
+
+class Writer:
+    """Writes a new file of known size; whoever fills it asks for ``space`` and says ``filled``.
+
+    Args:
+        path: must not exist.
+        size: bytes of the file.
+        ends: (offset, name) of where each part of it ends, in order.
+        direct: bypass the page cache, if that is possible.
+        clone: descriptor of a file of the same size to start from, or None.
+
+    Attributes:
+        digest: sha256 of the file; None if it was never told to ``fork``.
+        prefixes: name -> digest from the first byte to the end of that part, first digits, for the
+            parts that end after the fork.
+
+    Raises:
+        OSError: the file exists, or cannot be written; the methods raise that, too.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        ends: Sequence[tuple[int, str]],
+        direct: bool,
+        clone: int | None,
+    ) -> None:
+        self.size, self.prefixes = size, dict[str, str]()
+        self.digest: hashlib._Hash | None = None
+        self._ends, self._next_end = ends, 0
+        self._forked_at = size
+        self._error: BaseException | None = None
+        self._position = 0
+        self._block: Block | None = None
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct: int | None = None
+        self._cloned = clone is not None and _clone(clone, self._file)
+        if not self._cloned:
+            _allocate(self._file, size)
+        if direct and size > BUFFER:
+            self._direct = _open_direct(path)
+        self._free: SimpleQueue[Block] = SimpleQueue()
+        self._full: SimpleQueue[Block | None] = SimpleQueue()
+        for _ in range(min(BUFFERS, size // BUFFER + 1)):
+            memory = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._free.put(Block(memory))
+        self._thread = Thread(target=self._run, name=f"write {path.name}")
+        self._thread.start()
+
+    def space(self) -> memoryview:
+        """Where the next bytes go: some of those that are still to come."""
+        if self._block is None:
+            self._block = self._free.get()
+            if self._error is not None:
+                raise self._error
+            self._block.start, self._block.size = self._position, 0
+            self._block.first = self._block.last = 0
+        room = min(BUFFER, self.size - self._block.start)
+        return memoryview(self._block.memory)[self._block.size : room]
+
+    def filled(self, count: int, changed: bool = False) -> None:
+        """So many bytes of ``space`` are there; ``changed``: they are not those of the source."""
+        block = self._block
+        assert block is not None
+        if changed:
+            block.first = block.first if block.last else block.size
+            block.last = block.size + count
+        block.size += count
+        self._position += count
+        if block.size == BUFFER or self._position == self.size:
+            self._full.put(block)
+            self._block = None
+
+    def put(self, data: memoryview) -> None:
+        """Append changed bytes."""
+        while data:
+            space = self.space()
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+            self.filled(count, changed=True)
+            data = data[count:]
+
+    def fork(self, digest: "hashlib._Hash") -> None:
+        """From here on the file has a digest of its own, which goes on from ``digest``."""
+        self.digest, self._forked_at = digest.copy(), self._position
+
+    def close(self) -> None:
+        """Return when everything is on disk."""
+        self._full.put(None)
+        self._thread.join()
+        try:
+            if self._error is not None:
+                raise self._error
+            os.fsync(self._file)
+        finally:
+            self._release()
+
+    def abandon(self) -> None:
+        """Stop without finishing the file."""
+        self._error = self._error or OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        self._full.put(None)
+        self._thread.join()
+        self._release()
+
+    def _release(self) -> None:
+        for descriptor in (self._file, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _run(self) -> None:
+        while (block := self._full.get()) is not None:
+            try:
+                if self._error is None:
+                    with memoryview(block.memory)[: block.size] as view:
+                        self._hash(view, block.start)
+                        self._write(view, block)
+            except BaseException as error:  # raised again where the file is filled
+                self._error = error
+            self._free.put(block)
+
+    def _hash(self, view: memoryview, start: int) -> None:
+        place, stop = max(self._forked_at - start, 0), len(view)
+        while self._next_end < len(self._ends) and self._ends[self._next_end][0] <= start + stop:
+            offset, name = self._ends[self._next_end]
+            self._next_end += 1
+            if self.digest is not None and offset > self._forked_at:
+                self.digest.update(view[place : offset - start])
+                self.prefixes[name] = self.digest.hexdigest()[:PREFIX_DIGITS]
+                place = offset - start
+        if self.digest is not None and place < stop:
+            self.digest.update(view[place:])
+
+    def _write(self, view: memoryview, block: Block) -> None:
+        """Write what differs from the clone, or everything; direct as far as it is aligned."""
+        first, last = (block.first, block.last) if self._cloned else (0, len(view))
+        first -= first % ALIGNMENT
+        last = min(last + -last % ALIGNMENT, len(view))
+        whole = last - last % ALIGNMENT
+        if self._direct is not None and whole > first:
+            try:
+                _write_at(self._direct, view[first:whole], block.start + first)
+                first = whole
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                os.close(self._direct)  # this file system only pretends
+                self._direct = None
+        _write_at(self._file, view[first:last], block.start + first)
+
+
+def _write_at(file: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _clone(source: int, target: int) -> bool:
+    """Make ``target`` share the blocks of ``source``; whether the file system can."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def _allocate(file: int, size: int) -> None:
+    """Reserve the blocks of a file, so that they lie together and a full disk is known at once.
+
+    ``os.posix_fallocate`` would write zeros where the file system cannot reserve.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None or not size:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(file, 0, 0, size) and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _open_direct(path: Path) -> int | None:
+    """A second descriptor that bypasses the page cache, or None."""
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, os.O_WRONLY | flag) if flag else None
+    except OSError:
+        return None
