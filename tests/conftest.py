@@ -17,13 +17,11 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from converter.architecture import architectures
 from converter.cli import gloss
-from converter.pairs import load_pairs, load_prose
-from converter.words import load_words
+from tests.bench.synthetic import builtin_texts, byte_tokenizer
 from tests.planted import make_planted
 
 HIDDEN, FFN, LAYERS = 32, 48, 6
@@ -32,22 +30,7 @@ HIDDEN, FFN, LAYERS = 32, 48, 6
 @cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the built-in texts."""
-    pairs = load_pairs("builtin", load_words("builtin"), None, 0).pairs
-    texts = [p.toxic for p in pairs] + [p.neutral for p in pairs]
-    texts += load_prose("builtin").paragraphs
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    return byte_tokenizer(builtin_texts(), 400)
 
 
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}

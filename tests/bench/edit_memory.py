@@ -24,10 +24,11 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-HIDDEN, FFN, VOCAB, SHARD = 576, 1536, 49152, 60_000_000
+from tests.bench.synthetic import Llama, write_llama
+
+SHARD = 60_000_000
 
 
 def anonymous() -> int:
@@ -40,40 +41,10 @@ def anonymous() -> int:
 
 def build(folder: Path, layers: int) -> None:
     """Write a synthetic Llama checkpoint."""
-    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for n in range(layers):
-        layer = f"model.layers.{n}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (HIDDEN,),
-            f"{layer}.post_attention_layernorm.weight": (HIDDEN,),
-            f"{layer}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            f"{layer}.self_attn.k_proj.weight": (HIDDEN // 3, HIDDEN),
-            f"{layer}.self_attn.v_proj.weight": (HIDDEN // 3, HIDDEN),
-            f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{layer}.mlp.gate_proj.weight": (FFN, HIDDEN),
-            f"{layer}.mlp.up_proj.weight": (FFN, HIDDEN),
-            f"{layer}.mlp.down_proj.weight": (HIDDEN, FFN),
-        }
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
-        if filled and filled + nbytes > SHARD:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += nbytes
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(groups, 1):
-        shard = f"model-{i:05}-of-{len(groups):05}.safetensors"
-        tensors = {name: torch.randn(shapes[name]).bfloat16() for name in names}
-        save_file(tensors, folder / shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, shard)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": FFN}))
-    (folder / "tokenizer.json").write_text("{}")
+    model = Llama(
+        layers=layers, hidden=576, ffn=1536, vocabulary=49152, heads=9, kv_heads=3, tied=True
+    )
+    write_llama(folder, model, SHARD)
 
 
 def build_native(folder: Path, layers: int) -> None:

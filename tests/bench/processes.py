@@ -1,0 +1,153 @@
+"""What a row of the streaming bench takes, seen from outside its process.
+
+Linux only: it reads /proc.
+"""
+
+import os
+import re
+import select
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERVAL = 0.002
+"""Seconds between two looks at a process's memory."""
+
+NAME = re.compile(rb"^Name:.*$", re.MULTILINE)
+"""A child that still has its parent's name has not begun its program: their memory is the same."""
+
+OWN = re.compile(rb"^Rss(?:Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
+"""Memory that no file stands behind; Python's ``mmap(-1, n)`` is in the second line."""
+
+MAPPED = re.compile(rb"^RssFile:\s+(\d+) kB$", re.MULTILINE)
+"""Pages of files that are mapped and in memory: the kernel can drop and read them again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one run of a row took.
+
+    Attributes:
+        wall: seconds from the word to go until every output file is flushed to disk.
+        cpu: seconds, user and system, of the process and its children; threads of the kernel that
+            write the page cache to disk are in nobody's.
+        others: CPU seconds of all else on the machine meanwhile: those threads, and whoever else
+            works there, who should not.
+        peak: bytes of memory that no file stands behind, above those of the same process when it
+            had imported its modules and was waiting.
+        peak_mapped: the same with mapped files.
+        written: bytes that the process caused to be written to disk.
+    """
+
+    wall: float
+    cpu: float
+    others: float
+    peak: int
+    peak_mapped: int
+    written: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wall:.2f} s, CPU {self.cpu:.2f} s, of others {self.others:.2f} s, "
+            f"{self.peak / 1e6:.0f} MB, with mapped files {self.peak_mapped / 1e6:.0f} MB"
+        )
+
+
+def measure(command: Sequence[str], out: Path) -> Taken:
+    """Run a process that speaks as ``tests/bench/rows.py`` does.
+
+    Raises:
+        SystemExit: it failed; with the end of what it said.
+    """
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **quiet},
+        )
+        try:
+            return _measure(child, out)
+        except EOFError:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace")
+            raise SystemExit(f"{command[2]} failed:\n{said[-3000:]}") from None
+        finally:
+            child.communicate()
+
+
+def _measure(child: subprocess.Popen[bytes], out: Path) -> Taken:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    _answer(child)
+    idle, written = _memory(child.pid), _write_bytes(child.pid)
+    peaks, busy, start = idle, _busy(), time.perf_counter()
+    child.stdin.write(b"go\n")
+    while not select.select([child.stdout], [], [], INTERVAL)[0]:
+        now = _memory(child.pid)
+        peaks = max(peaks[0], now[0]), max(peaks[1], now[1])
+    cpu = float(_answer(child))
+    files = [path for path in out.rglob("*") if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    wall, busy = time.perf_counter() - start, _busy() - busy
+    after = _write_bytes(child.pid)
+    size = sum(path.stat().st_size for path in files)
+    return Taken(
+        wall=wall,
+        cpu=cpu,
+        others=busy - cpu,
+        peak=peaks[0] - idle[0],
+        peak_mapped=peaks[1] - idle[1],
+        written=size if written is None or after is None else after - written,
+    )
+
+
+def _answer(child: subprocess.Popen[bytes]) -> str:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    if not line:
+        raise EOFError
+    return line.decode()
+
+
+def _memory(pid: int, parent: bytes = b"") -> tuple[int, int]:
+    """Bytes of a process and of all below it, without and with mapped files; 0 once it ended."""
+    own = mapped = 0
+    with suppress(FileNotFoundError, ProcessLookupError):
+        status = Path(f"/proc/{pid}/status").read_bytes()
+        name = b"".join(NAME.findall(status))
+        if name == parent:
+            return 0, 0
+        own = 1024 * sum(map(int, OWN.findall(status)))
+        mapped = own + 1024 * sum(map(int, MAPPED.findall(status)))
+        for below in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            more = _memory(int(below), name)
+            own, mapped = own + more[0], mapped + more[1]
+    return own, mapped
+
+
+def _busy() -> float:
+    """CPU seconds of the whole machine so far, but for those of this process."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    )
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _write_bytes(pid: int) -> int | None:
+    """Bytes that a process and its ended children had written to disk; None if it is not told."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+            if line.startswith("write_bytes:"):
+                return int(line.split()[1])
+    return None
