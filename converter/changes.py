@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import partial
-from math import isfinite, prod
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from converter.edit import Edit, EditRecord, Requantized, norm_of
 from converter.engine import Engine
 from converter.errors import CheckpointError
 from converter.header import DTYPES, to_bytes
+from converter.matrices import matrices
 from converter.plan import Target
-from converter.projector import STRIP, Projector, Rows
+from converter.projector import Projector
 from converter.quantization import dequantize, quantize
 from converter.shards import Change, Region, as_tensor, read_tensor
 from converter.source import Source
@@ -67,65 +67,16 @@ def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditR
 
 
 def _projected(region: Region, projector: Projector, target: Target) -> Iterator[memoryview]:
-    """The new bytes of a tensor (.., D, ..).
-
-    With D last, as in a Conv1D weight and in a bias, every row of the file is a column of W: they
-    are taken so many at a time. Otherwise there is a matrix (D, F) for each index before D, as a
-    fused tensor of experts has.
-    """
-    shape, axis = target.info.shape, target.axis
-    width = prod(shape[axis + 1 :])
+    """The new bytes of a tensor, a matrix after the other."""
     try:
-        if width > 1:
-            for number in range(prod(shape[:axis])):
-                rows = _rows(region, projector, number * shape[axis], width)
-                yield from map(to_bytes, _downloaded(projector.project(rows, width)))
-            return
-        count = max(2 * STRIP // shape[axis], 1)
-        for start in range(0, prod(shape[:axis]), count):
-            stop = min(start + count, prod(shape[:axis]))
-            columns = _read(region, projector.dtype, shape[axis], start, stop).T
-            W = columns.to(projector.U.device)
-            blocks = projector.project(partial(_slice, W), stop - start)
-            new = torch.cat(list(blocks))
-            yield to_bytes(new.T)
+        for matrix in matrices(region, target.axis, str(projector.U.device)):
+            blocks = projector.project(matrix.rows, matrix.width)
+            if matrix.transposed:
+                yield to_bytes(torch.cat(list(blocks)).T)
+            else:
+                yield from map(to_bytes, _downloaded(blocks))
     except ValueError as error:
         raise _damaged(target) from error
-
-
-def _slice(W: Tensor, start: int, stop: int) -> Tensor:
-    return W[start:stop]
-
-
-def _read(region: Region, dtype: torch.dtype, width: int, start: int, stop: int) -> Tensor:
-    """Some rows of the file, (stop - start, width), until the region is read again."""
-    row = width * dtype.itemsize
-    data = region.read(start * row, (stop - start) * row)
-    return torch.frombuffer(data, dtype=dtype).view(-1, width)
-
-
-def _rows(region: Region, projector: Projector, first: int, width: int) -> Rows:
-    """Reads a matrix (D, F) that begins at row ``first`` of the file, from disk each time.
-
-    A GPU takes the matrix in as it is read and keeps it. The copies are asynchronous, from pinned
-    memory: while one is under way, the next rows are read.
-    """
-    dtype, device = projector.dtype, projector.U.device
-    if device.type == "cpu":
-        return lambda i, j: _read(region, dtype, width, first + i, first + j)
-    W = torch.empty(len(projector.U), width, dtype=dtype, device=device)
-    known = 0
-
-    def rows(i: int, j: int) -> Tensor:
-        nonlocal known
-        if j > known:
-            pinned = torch.empty(j - i, width, dtype=dtype, pin_memory=True)
-            region.read_into(to_bytes(pinned), (first + i) * width * dtype.itemsize)
-            W[i:j].copy_(pinned, non_blocking=True)
-            known = j
-        return W[i:j]
-
-    return rows
 
 
 def _downloaded(blocks: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -129,11 +129,6 @@ class Requantized:
     sha256_after: str
 
 
-def output_first(tensor: Tensor, axis: int) -> Tensor:
-    """A stored tensor as W (D, F): the hidden axis first, all others flattened."""
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
-
-
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
     """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (D, F)."""
     total = 0.0

@@ -166,7 +166,7 @@ def slices(x: Tensor) -> list[slice]:
     return [slice(start, start + width) for start in range(0, x.shape[1], width)]
 
 
-def spread(scale: Tensor, shape: Sequence[int], block: Block, part: slice) -> Tensor:
+def spread(scale: Tensor, shape: Sequence[int], block: Block, part: slice = slice(None)) -> Tensor:
     """The scale of each element of some columns of (D, F), float32."""
     rows, columns = (
         torch.arange(n, device=scale.device) // size for n, size in zip(shape, block, strict=True)

@@ -1,19 +1,21 @@
 """How far a weight that was projected and rounded may be from the exact projection."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from io import RawIOBase
 from math import sqrt
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from converter.edit import columns, output_first
-from converter.header import TensorInfo, to_bytes
+from converter.header import DTYPES, TensorInfo
+from converter.matrices import Matrix, matrices
+from converter.projector import BLOCK, PUSH, Rows
 from converter.quantization import dequantize, spread
-from converter.shards import read_tensor
+from converter.shards import Region, as_tensor
 
 SLACK = 8.0
 """Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
@@ -37,63 +39,101 @@ def half_ulp(x: Tensor) -> Tensor:
     return torch.where(wide.abs() < info.tiny, info.eps * info.tiny / 2, normal)
 
 
-@dataclass(frozen=True, slots=True)
 class Stored:
-    """An edited tensor as it is on disk, before or after.
-
-    Attributes:
-        tensor, scale: as stored; the scale of a weight in FP8.
-        W: (D, F), what they stand for.
-        step: of a weight in FP8, gives the distance to the next larger value, float64, for some
-            columns; else None.
-    """
-
-    tensor: Tensor
-    scale: Tensor | None
-    W: Tensor
-    step: Callable[[slice], Tensor] | None
-
-    @property
-    def digests(self) -> tuple[str, str | None]:
-        """sha256 of tensor and scale."""
-        first, *rest = (
-            hashlib.sha256(to_bytes(part)).hexdigest()
-            for part in (self.tensor, self.scale)
-            if part is not None
-        )
-        return first, rest[0] if rest else None
-
-
-def read_stored(
-    opened: Callable[[str], RawIOBase], entry: Mapping[str, Any], infos: Mapping[str, TensorInfo]
-) -> Stored:
-    """Read an edited tensor.
+    """An edited tensor as it is on disk, before or after; open while it is used.
 
     Args:
         opened: opens a shard.
         entry: of the manifest's ``edited``.
         infos: tensor name -> entry in its shard's header.
+
+    Attributes:
+        dtype: as stored.
     """
-    with opened(entry["shard"]) as file:
-        tensor = read_tensor(file, infos[entry["name"]])
-    fp8 = entry["requantized"]
-    if fp8 is None:
-        return Stored(tensor, None, output_first(tensor, entry["axis"]), None)
-    with opened(fp8["shard"]) as file:
-        scale = read_tensor(file, infos[fp8["scales"]])
-    block = fp8["block"]
 
-    def step(part: slice) -> Tensor:
-        return 2 * half_ulp(tensor[:, part]) * spread(scale, tensor.shape, block, part)
+    def __init__(
+        self,
+        opened: Callable[[str], RawIOBase],
+        entry: Mapping[str, Any],
+        infos: Mapping[str, TensorInfo],
+    ) -> None:
+        fp8, self._axis, self._files = entry["requantized"], entry["axis"], ExitStack()
+        places = [(entry["shard"], entry["name"])] + (
+            [(fp8["shard"], fp8["scales"])] if fp8 else []
+        )
+        self._digests = [hashlib.sha256() for _ in places]
+        self._regions = [
+            Region(self._files.enter_context(opened(shard)), infos[name], [digest])
+            for (shard, name), digest in zip(places, self._digests, strict=True)
+        ]
+        self._block = fp8["block"] if fp8 else (1, 1)
+        self.dtype = DTYPES[self._regions[0].info.dtype]
 
-    return Stored(tensor, scale, dequantize(tensor, scale, block), step)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
+        """What it stands for, (D, F) each.
+
+        With it comes, for a weight in FP8, what gives the distance to the next larger value,
+        float64, of some rows; else None. A weight in FP8 is held as a whole.
+        """
+        if len(self._regions) == 1:
+            yield from ((matrix, None) for matrix in matrices(self._regions[0], self._axis))
+            return
+        q, scale = (
+            as_tensor(bytearray(region.read(0, region.info.nbytes)), region.info)
+            for region in self._regions
+        )
+        W = dequantize(q, scale, self._block)
+        steps = spread(scale, q.shape, self._block)
+        yield (
+            Matrix(lambda i, j: W[i:j], W.shape[1], False),
+            lambda i, j: 2 * half_ulp(q[i:j]) * steps[i:j],
+        )
+
+    @property
+    def digests(self) -> tuple[str, str | None]:
+        """sha256 of tensor and scale, once all matrices were read."""
+        first, *rest = (digest.hexdigest() for digest in self._digests)
+        return first, rest[0] if rest else None
 
 
-def rounding_bound(W: Tensor, norm: float) -> float:
-    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to its dtype.
+def blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix, so many that what is computed of them is small."""
+    return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
-    It is for rounding to nearest. Let P be the exact projection of the source's weight, so
-    U^T P = 0, and W = P + E.
+
+def left_along(stored: Stored, basis: Tensor) -> tuple[float, float]:
+    """``||U^T W||_F`` and the sum of the squares of half units in the last place of W.
+
+    Args:
+        stored: W.
+        basis: U (D, R).
+    """
+    U, left, units = basis.double(), 0.0, 0.0
+    for matrix, _ in stored.matrices():
+        P = torch.zeros(U.shape[1], matrix.width, dtype=torch.float64)
+        for i, j in blocks(len(U)):
+            W = matrix.rows(i, j)
+            P.addmm_(U[i:j].T, W.double())
+            units += float(half_ulp(W).square().sum())
+        left += float(P.square().sum())
+    return sqrt(left), units
+
+
+def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
+    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to nearest.
+
+    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
     ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
     rounding, at most half a unit in the last place of each element, and the float32 arithmetic
     before it, whose sums over D products err by at most ``SLACK`` sqrt(D) u of the norms involved,
@@ -101,40 +141,44 @@ def rounding_bound(W: Tensor, norm: float) -> float:
     rounding errors are independent of U: corrections smaller than half a unit are lost together.
 
     Args:
-        W: as stored.
+        units: the sum of their squares, of ``left_along``.
+        hidden_size: D.
         norm: ||W||_F before the edit, from the manifest.
     """
-    squares = sum(float(half_ulp(block).square().sum()) for block in torch.split(W, columns(W), 1))
-    return sqrt(squares) + SLACK * sqrt(W.shape[0]) * U32 * norm
+    return sqrt(units) + SLACK * sqrt(hidden_size) * U32 * norm
 
 
 def is_projection(
-    found: Tensor,
-    original: Tensor,
-    basis: Tensor,
-    step: Callable[[slice], Tensor] | None = None,
-    nearest: bool = True,
-) -> bool:
-    """Whether each element of ``found`` is that of W - U (U^T W), rounded to its dtype.
+    after: Stored, before: Stored, basis: Tensor, *, nearest: bool
+) -> tuple[bool, float]:
+    """Whether each element of W' is that of W - U (U^T W), rounded to its dtype; and ||W||_F.
 
     The reference is computed in float64. An element may be off by half a unit in its last place;
-    in 16 bits and not rounded to ``nearest``, by a whole one and one machine epsilon of the root
-    mean square of its column of W, as ``projector`` promises; in FP8 by ``step``, the distance of
-    the values that it has there; and by the float32 arithmetic before it:
+    in 16 bits and not rounded to ``nearest``, by a whole one and ``PUSH`` machine epsilons of the
+    root mean square of its column of W, as ``projector`` promises; in FP8 by the distance of the
+    values that it has there; and by the float32 arithmetic before it:
     ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column j of W, which bound
     the sums that give the correction.
+
+    Both tensors are read to the end, whatever is found.
     """
-    U = basis.double()
-    width = columns(found)
-    for start in range(0, found.shape[1], width):
-        part = slice(start, start + width)
-        new, W = found[:, part], original[:, part].double()
-        exact = W - U @ (U.T @ W)
-        scale = W.abs() + U.norm(dim=1)[:, None] * W.norm(dim=0)
-        rounding = half_ulp(new) if step is None else step(part)
-        if step is None and not nearest and new.dtype.itemsize == 2:
-            rounding = 2 * rounding + torch.finfo(new.dtype).eps * W.square().mean(0).sqrt()
-        allowed = rounding + SLACK * sqrt(W.shape[0]) * U32 * scale
-        if not bool(((new.double() - exact).abs() <= allowed).all()):
-            return False
-    return True
+    U, fits, norm = basis.double(), True, 0.0
+    feedback = not nearest and after.dtype.itemsize == 2
+    margin = PUSH * torch.finfo(after.dtype).eps if feedback else 0.0
+    for (new, step), (old, _) in zip(after.matrices(), before.matrices(), strict=True):
+        P = torch.zeros(U.shape[1], old.width, dtype=torch.float64)
+        squares = torch.zeros(old.width, dtype=torch.float64)
+        for i, j in blocks(len(U)):
+            W = old.rows(i, j).double()
+            P.addmm_(U[i:j].T, W)
+            squares += W.square().sum(0)
+        for i, j in blocks(len(U)):
+            W, found = old.rows(i, j).double(), new.rows(i, j)
+            scale = W.abs() + U[i:j].norm(dim=1)[:, None] * squares.sqrt()
+            allowed = SLACK * sqrt(len(U)) * U32 * scale
+            allowed += half_ulp(found) * (1 + feedback) if step is None else step(i, j)
+            allowed += margin * (squares / len(U)).sqrt()
+            off = (found.double() - (W - U[i:j] @ P)).abs()
+            fits &= bool((off <= allowed).all())
+        norm += float(squares.sum())
+    return fits, sqrt(norm)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from converter.activations import cache_key
 from converter.cache import sha256_of
-from converter.edit import norm_of
 from converter.errors import ConverterError, VerificationError
 from converter.header import TensorInfo, header_of, read_exactly, read_header
 from converter.layout import INDEX, read_index, read_json
 from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
-from converter.rounding import Stored, is_projection, read_stored, rounding_bound
+from converter.rounding import Stored, is_projection, left_along, rounding_bound
 from converter.shards import find_damage
 from converter.source import Source
 from converter.subspace import load_bases
@@ -182,12 +181,12 @@ def _check_edits(
     with report.bar("check edits", len(entries), "tensor") as bar:
         for entry in entries:
             name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
-            stored = read_stored(_opener(folder), entry, infos)
+            basis = bases[entry["basis"]]
+            with Stored(_opener(folder), entry, infos) as stored:
+                left, units = left_along(stored, basis)
+            bound = _allowed(entry, stored.dtype, units, basis, manifest["run"]["rounding"])
             if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
                 yield f"{shard}: tensor {name} has another sha256 than recorded"
-            basis = bases[entry["basis"]]
-            bound = _allowed(entry, stored, basis, manifest["run"]["rounding"])
-            left = norm_of(basis.T @ stored.W.float())
             if not left <= bound:
                 yield (
                     f"{shard}: tensor {name} is not orthogonal to "
@@ -196,11 +195,12 @@ def _check_edits(
             bar.update()
 
 
-def _allowed(entry: Mapping[str, Any], stored: Stored, basis: Tensor, rounding: str) -> float:
+def _allowed(
+    entry: Mapping[str, Any], dtype: torch.dtype, units: float, basis: Tensor, rounding: str
+) -> float:
     """The largest ||U^T W'|| that rounding explains."""
-    dtype = stored.tensor.dtype
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
-        return rounding_bound(stored.W, entry["norm"])
+        return rounding_bound(units, len(basis), entry["norm"])
     noise = NOISE.get(entry["dtype"], torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
     return max(LEFT * sqrt(entry["energy_removed"]), noise) * float(entry["norm"])
@@ -272,12 +272,12 @@ def _check_source(
                         if not _same_bytes(ours, theirs, info.start, info.end):
                             yield f"{shard}: tensor {info.name} differs from that of the source"
                     elif entry and entry["basis"] in bases:
-                        before, after = (
-                            read_stored(place, entry, infos)
-                            for place in (source.open, _opener(folder))
-                        )
-                        basis, nearest = bases[entry["basis"]], rounding == "nearest"
-                        yield from _check_projection(entry, before, after, basis, nearest)
+                        with (
+                            Stored(source.open, entry, infos) as before,
+                            Stored(_opener(folder), entry, infos) as after,
+                        ):
+                            basis, nearest = bases[entry["basis"]], rounding == "nearest"
+                            yield from _check_projection(entry, before, after, basis, nearest)
                     bar.update(info.nbytes)
 
 
@@ -286,11 +286,12 @@ def _check_projection(
 ) -> Iterator[str]:
     """An edited tensor against the one it was made from."""
     place, fp8 = f"{entry['shard']}: tensor {entry['name']}", entry["requantized"]
+    fits, norm = is_projection(after, before, basis, nearest=nearest)
     if before.digests != (entry["sha256_before"], fp8 and fp8["sha256_before"]):
         yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norm_of(before.W), entry["norm"], rel_tol=1e-4):
+    if not isclose(norm, entry["norm"], rel_tol=1e-4):
         yield f"{place} had another norm before the edit than recorded"
-    if not is_projection(after.W, before.W, basis, after.step, nearest):
+    if not fits:
         yield f"{place} is not the projection of the source's"
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from converter.changes import change_of
-from converter.edit import EditRecord, Projection, output_first
+from converter.edit import EditRecord, Projection
 from converter.engine import Engine
 from converter.errors import CheckpointError
 from converter.header import TensorInfo, to_bytes
 from converter.plan import Target
 from converter.projector import AIM, BLOCK, Projector, Rounding, settle
-from converter.rounding import half_ulp, is_projection, rounding_bound
+from converter.rounding import Stored, half_ulp, left_along, rounding_bound
+from converter.rounding import is_projection as compare
 from converter.shards import Region, as_tensor
 
 D, F, R = 24, 40, 3
@@ -27,6 +28,27 @@ def basis(seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     q: Tensor = torch.linalg.qr(torch.randn(D, R, generator=generator))[0]
     return q
+
+
+def stored(tensor: Tensor, axis: int = 0) -> Stored:
+    """As if it were in a file."""
+    info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+    entry = {"name": "w", "shard": "", "axis": axis, "requantized": None}
+    raw = bytes(to_bytes(tensor))
+    return Stored(lambda shard: io.BytesIO(raw), entry, {"w": info})  # type: ignore[arg-type, return-value]
+
+
+def is_projection(new: Tensor, W: Tensor, U: Tensor, *, nearest: bool = True) -> bool:
+    fits, norm = compare(stored(new), stored(W), U, nearest=nearest)
+    assert norm == pytest.approx(float(W.double().norm()))
+    return fits
+
+
+def bound(W: Tensor, norm: float) -> float:
+    """What rounding to nearest may leave."""
+    left, units = left_along(stored(W), basis())
+    assert left == pytest.approx(float((basis().double().T @ W.double()).norm()))
+    return rounding_bound(units, D, norm)
 
 
 def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:
@@ -57,7 +79,7 @@ def test_the_result_is_orthogonal_to_the_basis_to_rounding(dtype: torch.dtype) -
     new, record = edited(Projection({0: basis()}), target(W), W)
     assert new.dtype == dtype
     left = float((basis().double().T @ new.double()).norm())
-    assert left <= rounding_bound(new, record.norm)
+    assert left <= bound(new, record.norm)
     there = float((basis().double().T @ W.double()).norm())
     assert left / there == pytest.approx(record.leakage, rel=1e-3)
     assert record.leakage < 4 * torch.finfo(dtype).eps
@@ -66,7 +88,7 @@ def test_the_result_is_orthogonal_to_the_basis_to_rounding(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bound_does_not_hold_for_a_weight_that_was_not_edited(dtype: torch.dtype) -> None:
     W = torch.randn(D, F).to(dtype)
-    assert float((basis().T @ W.float()).norm()) > 10 * rounding_bound(W, float(W.float().norm()))
+    assert float((basis().T @ W.float()).norm()) > 10 * bound(W, float(W.float().norm()))
 
 
 def test_the_change_has_rank_at_most_r() -> None:
@@ -96,7 +118,6 @@ def test_fused_weights_are_edited_like_their_slices() -> None:
     assert torch.allclose(fused[1], edit(W[1].contiguous(), 1), atol=1e-6)
     other = W.transpose(1, 2).contiguous()
     assert torch.equal(edit(other, 1)[1], edit(other[1].contiguous()))
-    assert output_first(W, 2).shape == (D, 2 * F)
 
 
 def test_a_bias_is_projected_unless_it_is_kept() -> None:
@@ -139,7 +160,7 @@ def test_the_bound_is_as_tight_as_one_rounding(dtype: torch.dtype) -> None:
     norm = float(W.float().norm())
     one_rounding = torch.finfo(dtype).eps / 2 * norm
     arithmetic = 1e-5 * norm
-    assert 0.3 * one_rounding < rounding_bound(W, norm) < one_rounding + arithmetic
+    assert 0.3 * one_rounding < bound(W, norm) < one_rounding + arithmetic
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -158,15 +179,15 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """To nearest, every split into blocks of rows and strips of columns gives the same bytes."""
     W = torch.randn(D, F).bfloat16()
     whole = edited(Projection({0: basis()}), target(W), W)
-    bound = rounding_bound(W, 1.0)
-    monkeypatch.setattr("converter.edit.BLOCK", 3 * D)
+    before = bound(W, 1.0)
+    monkeypatch.setattr("converter.rounding.BLOCK", 5)
     monkeypatch.setattr("converter.projector.BLOCK", 7)
     monkeypatch.setattr("converter.projector.STRIP", 40)
     part = edited(Projection({0: basis()}), target(W), W)
     assert torch.equal(part[0], whole[0])
     assert part[1].norm == pytest.approx(whole[1].norm)
     assert part[1].relative_change == pytest.approx(whole[1].relative_change)
-    assert rounding_bound(W, 1.0) == pytest.approx(bound)
+    assert bound(W, 1.0) == pytest.approx(before)
     assert is_projection(part[0], W, basis())
 
 
@@ -206,6 +227,9 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "rank 8": lambda: orthonormal(1024, 8),
     "rank 1, corrections below half a unit": lambda: orthonormal(4096, 1),
     "rows of all sizes": lambda: orthonormal(1000, 4, 1.0),
+    "faint last rows": lambda: (
+        torch.linalg.qr(torch.cat([torch.randn(300, 3), 1e-3 * torch.randn(600, 3)])).Q
+    ),
     "only the first rows": lambda: torch.cat([orthonormal(96, 2), torch.zeros(500, 2)]),
 }
 
@@ -222,8 +246,8 @@ def test_null_space_rounding_leaves_far_less_along_the_basis(case: str, dtype: t
     left = (U.double().T @ new.double()).norm() / there.norm()
     assert left < 3 * AIM
     assert left < 0.15 * (U.double().T @ nearest.double()).norm() / there.norm() or left < AIM
-    # and costs little: the error against the exact result grows by a tenth, no element goes far
-    assert (new.double() - best).norm() < 1.15 * (nearest.double() - best).norm()
+    # and costs little: the error against the exact result hardly grows, no element goes far
+    assert (new.double() - best).norm() < 1.25 * (nearest.double() - best).norm()
     assert is_projection(new, W, U, nearest=False)
     assert norms["left"] == pytest.approx(float((U.double().T @ new.double()).norm()), rel=1e-6)
     assert norms["error"] == pytest.approx(float((new.double() - best).norm()), rel=1e-2)

@@ -20,7 +20,7 @@ from converter.plan import make_plan
 from converter.projector import neighbour
 from converter.quantization import dequantize, grown, quantize, read_scheme
 from converter.resolve import resolve
-from converter.rounding import Stored, is_projection, read_stored
+from converter.rounding import Stored, is_projection
 from converter.subspace import load_bases
 from tests.conftest import HIDDEN, TINY_ARGS, load
 from tests.test_formats import tensors_of
@@ -145,24 +145,29 @@ def test_an_fp8_weight_elsewhere_than_next_to_the_projection_is_found(tmp_path: 
     save_file({"w": q, "s": scale}, tmp_path / "a", {"format": "pt"})
     requantized = {"scales": "s", "shard": "a", "block": [16, 16]}
     entry = {"name": "w", "shard": "a", "axis": 0, "requantized": requantized}
-    infos = read_header(tmp_path / "a").tensors
 
-    def stored() -> Stored:
-        return read_stored(lambda shard: (tmp_path / shard).open("rb", buffering=0), entry, infos)
+    def stored(name: str) -> Stored:
+        infos = read_header(tmp_path / name).tensors
+        return Stored(lambda shard: (tmp_path / name).open("rb", buffering=0), entry, infos)
 
-    before = stored()
+    def check(weight: Tensor, scale: Tensor) -> tuple[bool, tuple[str, str | None]]:
+        save_file({"w": weight, "s": scale}, tmp_path / "b", {"format": "pt"})
+        with stored("b") as after, stored("a") as before:
+            fits, norm = is_projection(after, before, U, nearest=False)
+            assert norm == pytest.approx(float(W.norm()))
+            return fits, after.digests
+
+    W = dequantize(q, scale, (16, 16))
     U = torch.linalg.qr(torch.randn(32, 2))[0]
-    new, new_scale = quantize(before.W - U @ (U.T @ before.W), scale, (16, 16), U, 0.0)
-    save_file({"w": new, "s": new_scale}, tmp_path / "a", {"format": "pt"})
-    after = stored()
-    assert is_projection(after.W, before.W, U, after.step)
+    new, new_scale = quantize(W - U @ (U.T @ W), scale, (16, 16), U, 0.0)
+    fits, digests = check(new, new_scale)
+    assert fits
     far = new.clone()
     far[3, 5] = far[3, 5].float() * 1.5
-    save_file({"w": far, "s": new_scale}, tmp_path / "a", {"format": "pt"})
-    assert not is_projection(stored().W, before.W, U, stored().step)
-    save_file({"w": new, "s": new_scale * 2}, tmp_path / "a", {"format": "pt"})
-    assert stored().digests[0] == after.digests[0]
-    assert stored().digests[1] != after.digests[1]
+    assert not check(far, new_scale)[0]
+    other = check(new, new_scale * 2)[1]
+    assert other[0] == digests[0]
+    assert other[1] != digests[1]
 
 
 def test_a_second_edit_of_fp8_weights_passes_too(

@@ -121,6 +121,9 @@ def test_however_it_is_written_the_bytes_are_the_same(
     pwrite = os.pwrite
 
     def counting(file: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            assert direct
+            assert offset % 4096 == len(data) % 4096 == 0
         written.append(pwrite(file, data, offset))
         return written[-1]
 
@@ -199,6 +202,27 @@ def test_a_change_of_another_length_is_noticed(shard: Path, tmp_path: Path) -> N
     with pytest.raises(AssertionError, match="bf16"):
         rewritten(shard, tmp_path / "b", {"bf16": short})
     assert threading.active_count() == threads
+
+
+def test_changes_after_the_first_are_hashed_too(shard: Path, tmp_path: Path) -> None:
+    record = rewritten(shard, tmp_path / "b", {"bf16": negated, "f32": negated})
+    assert record.sha256 == hashlib.sha256((tmp_path / "b").read_bytes()).hexdigest()
+    assert record.source_sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+def test_a_file_is_flushed_when_it_is_complete(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[bytes] = []
+    monkeypatch.setattr("os.fsync", lambda file: flushed.append((tmp_path / "b").read_bytes()))
+    rewritten(large, tmp_path / "b", {})
+    assert flushed == [large.read_bytes()]
+
+
+def test_room_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "a", 3 * BUFFER + 1, [], True, None)
+    assert (tmp_path / "a").stat().st_blocks * 512 >= 3 * BUFFER
+    writer.abandon()
 
 
 def test_a_writer_that_is_abandoned_leaves_no_thread(tmp_path: Path) -> None:
