@@ -245,7 +245,7 @@ def test_null_space_rounding_leaves_far_less_along_the_basis(case: str, dtype: t
     nearest, _ = projected(W, U, "nearest")
     left = (U.double().T @ new.double()).norm() / there.norm()
     assert left < 3 * AIM
-    assert left < 0.15 * (U.double().T @ nearest.double()).norm() / there.norm() or left < AIM
+    assert left < 0.2 * (U.double().T @ nearest.double()).norm() / there.norm() or left < AIM
     # and costs little: the error against the exact result hardly grows, no element goes far
     assert (new.double() - best).norm() < 1.25 * (nearest.double() - best).norm()
     assert is_projection(new, W, U, nearest=False)

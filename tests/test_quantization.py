@@ -13,9 +13,11 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.engine import Engine
 from converter.errors import CheckpointError
 from converter.fitting import load_language_model
 from converter.header import read_header
+from converter.outputs.checkpoint import Rewriting, users_of
 from converter.plan import make_plan
 from converter.projector import neighbour
 from converter.quantization import dequantize, grown, quantize, read_scheme
@@ -168,6 +170,28 @@ def test_an_fp8_weight_elsewhere_than_next_to_the_projection_is_found(tmp_path: 
     other = check(new, new_scale * 2)[1]
     assert other[0] == digests[0]
     assert other[1] != digests[1]
+
+
+def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=True)
+    source = resolve(str(folder), tmp_path)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    users = users_of(source, plan.targets)
+    assert all(users[shard] == set(source.shards) for shard in source.shards)
+    dropped: list[str] = []
+
+    class Hub:
+        def drop(self, shard: str) -> None:
+            dropped.append(shard)
+
+    hub: Any = Hub()
+    job = Rewriting(hub, {}, users, tmp_path, Engine(), None, keep_source=False)
+    job.let_go(source.shards[0])
+    assert dropped == []
+    job.let_go(source.shards[1])
+    assert dropped == list(source.shards)
 
 
 def test_a_second_edit_of_fp8_weights_passes_too(

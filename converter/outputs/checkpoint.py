@@ -75,7 +75,7 @@ def write_checkpoint(
     workers = engine.workers_for(len(source.shards), targets, rank)
     with report.bar("edit", plan.nbytes, "B") as bar:
         users = users_of(source, targets)
-        job = _Rewriting(source, changes, users, folder, engine, bar, keep_source)
+        job = Rewriting(source, changes, users, folder, engine, bar, keep_source)
         shards = job.run(workers)
     if len(records) != len(targets):
         raise CheckpointError(
@@ -103,7 +103,7 @@ class _Stopped(Exception):  # noqa: N818 - it is not an error
     """Raised in a worker when another one has failed."""
 
 
-class _Rewriting:
+class Rewriting:
     """The shards being rewritten, some at a time; see ``write_checkpoint``."""
 
     def __init__(
@@ -154,7 +154,7 @@ class _Rewriting:
                     file, self.folder / shard, self.changes[shard], self._advance,
                     digests=engine.digests, direct=engine.direct, clone=engine.clone,
                 )  # fmt: skip
-            self._let_go(shard)
+            self.let_go(shard)
         except BaseException:
             self.stop.set()
             raise
@@ -166,7 +166,7 @@ class _Rewriting:
         with self.lock:
             self.bar.update(count)
 
-    def _let_go(self, shard: str) -> None:
+    def let_go(self, shard: str) -> None:
         """Delete the shards that only this one still needed, unless the source is to be kept."""
         with self.lock:
             for name, users in self.waiting.items():
