@@ -246,8 +246,10 @@ def test_null_space_rounding_leaves_far_less_along_the_basis(case: str, dtype: t
     left = (U.double().T @ new.double()).norm() / there.norm()
     assert left < 3 * AIM
     assert left < 0.2 * (U.double().T @ nearest.double()).norm() / there.norm() or left < AIM
-    # and costs little: the error against the exact result hardly grows, no element goes far
-    assert (new.double() - best).norm() < 1.25 * (nearest.double() - best).norm()
+    # and costs little: the error against the exact result hardly grows, no element goes far;
+    # (where most rows would not change at all, it becomes what rounding costs elsewhere)
+    usual = torch.finfo(dtype).eps / 4 * W.double().norm()
+    assert (new.double() - best).norm() < max(1.1 * (nearest.double() - best).norm(), usual)
     assert is_projection(new, W, U, nearest=False)
     assert norms["left"] == pytest.approx(float((U.double().T @ new.double()).norm()), rel=1e-6)
     assert norms["error"] == pytest.approx(float((new.double() - best).norm()), rel=1e-2)
