@@ -9,12 +9,14 @@ from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.fitting import Bench, Fitted, fit, stored_dtype
+from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device, choose_dtype
 from converter.hub import check_repo_id
 from converter.layout import CARD
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
 from converter.methods import Method, configure
+from converter.mode import choose_forward
+from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
 from converter.pairs import load_pairs, load_prose
@@ -39,6 +41,7 @@ def convert(
     keep_source: bool = True,
     evaluation: Evaluation | None = None,
     cache: Path | None = None,
+    memory_limit: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint.
@@ -50,6 +53,7 @@ def convert(
         keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
         evaluation: measures the edit before it is written; its results go into the manifest.
         cache: the user's cache folder.
+        memory_limit: bytes of memory that the forward pass is planned with, if less than all.
         report: where progress is shown and seconds are kept.
 
     Returns:
@@ -73,7 +77,9 @@ def convert(
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
         report.note(f"  pairs skipped: {pairs.describe_skipped()}")
-    bench = Bench.of(run, source, plan, words, device, cache, report)
+    bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
+    if evaluation:
+        bench.forward.need_resident()
     fitted = fit(bench, method, pairs, prose)
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
@@ -87,6 +93,7 @@ def convert(
             fitted.subspace.save(folder / SUBSPACE_FILE)
         manifest = make_manifest(run, source, method, pairs, prose, words, fitted, written, device)
         manifest["source"]["originals"] = source.original_files(cache)
+        manifest["forward"] = bench.forward.record() if bench.has_run else None
         manifest["evaluation"] = results
         write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
@@ -181,6 +188,7 @@ def describe_plan(
     report: Report,
     destination: Path | None = None,
     overwrite: bool = False,
+    memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """What a conversion would do, from the headers alone. Nothing is written.
 
@@ -197,7 +205,10 @@ def describe_plan(
         check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     device = choose_device(run.device)
-    width = choose_dtype(run.forward_dtype, stored_dtype(plan), device).itemsize
+    dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
+    forward = choose_forward(
+        run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+    )
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,
@@ -219,8 +230,9 @@ def describe_plan(
         "originals": [path.name for path in source.originals],
         "copied_files": list(source.companions),
         "device": device,
+        "forward": forward.record(),
         "expected_peak_bytes": {
-            "forward": plan.num_parameters * width,
+            "forward": plan.num_parameters * dtype.itemsize,
             "edit": edit_memory(targets),
         },
     }

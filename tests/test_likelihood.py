@@ -40,7 +40,7 @@ def model(checkpoints: Checkpoints) -> forward.LanguageModel:
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:
     lengths = (2, 9, 40, 9, 700 // 2)
     sentences = [Sentence([(7 * i + n) % 300 for i in range(n)]) for n in lengths]
-    found = log_probabilities(model.module, sentences, "cpu")
+    found = log_probabilities(model, [sentences])[0]
     for sentence, values in zip(sentences, found, strict=True):
         ids = torch.tensor([sentence.ids])
         logits = model.module(ids).logits[0, :-1].log_softmax(-1)
@@ -119,7 +119,7 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
     def log_p(share: float, layer: int, u: Tensor) -> float:
         edit = Projection({layer: math.sqrt(share) * u[:, None]})  # f - share u (u^T f)
         with edited(model.module, model.architecture, edit, (layer,)):
-            (values,) = log_probabilities(model.module, [sentence], "cpu")
+            ((values,),) = log_probabilities(model, [[sentence]])
         return float(sum(values[i - 1] for word in wordplaces for i in word))
 
     for layer, A in moments.items():
@@ -155,7 +155,7 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
             return (f, *rest) if rest else f
 
         hook = module.get_submodule(name).register_forward_hook(along)
-        values = log_probabilities(module, sentences, "cpu")
+        (values,) = log_probabilities(model, [sentences])
         hook.remove()
         return float(sum(v.sum() for v in values))
 

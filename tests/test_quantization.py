@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.errors import CheckpointError
-from converter.fitting import load_language_model
 from converter.header import read_header
+from converter.models import load_language_model
 from converter.plan import make_plan
 from converter.quantization import dequantize, grown, neighbour, quantize, read_scheme
 from converter.resolve import resolve
