@@ -4,6 +4,7 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentenc
 """
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -262,29 +263,42 @@ class SecondMoment:
         M = mean over layers of  M_l / tr M_l,   M_l = sum over groups of  E_group[f f^T]
 
     Uncentred; every token counts the same within its group, and every group the same. Memory is
-    one (D, D) float32 accumulator per layer, a small part of the model's own.
+    one (D, D) float32 accumulator per layer, a small part of the model's own; where all batches of
+    a layer come together, one in all.
     """
 
     def __init__(self) -> None:
         self.moments: dict[int, Tensor] = {}
+        self._batches, self._seen, self._done = 0, Counter[int](), 0
+        self._sum: Tensor | float = 0.0
 
     def group(self, batched: Sequence[Batch]) -> Sink:
         """The sink for the batches of one group."""
         tokens = max(sum(int(batch.content.sum()) for batch in batched), 1)
+        self._batches += len(batched)
 
         def add(batch: Batch, layer: int, f: Tensor) -> None:
             rows = f[batch.content]
             if layer not in self.moments:
                 self.moments[layer] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / tokens)
+            self._seen[layer] += 1
+            if self._seen[layer] == self._batches and len(self.moments) == 1:
+                self._sum = self._sum + _normalised(self.moments.pop(layer)).double()
+                self._done += 1
 
         return add
 
     def result(self) -> Tensor:
-        """M, (D, D) float32 on the CPU."""
-        tiny = torch.finfo(torch.float32).tiny  # a layer that writes nothing has no directions
-        normalised = [m / m.trace().clamp(min=tiny) for m in self.moments.values()]
-        return torch.stack(normalised).mean(0).cpu()
+        """M, (D, D) float32 on the CPU, once all groups have been seen."""
+        if isinstance(self._sum, Tensor):
+            return (self._sum / self._done).float().cpu()
+        return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
+
+
+def _normalised(moment: Tensor) -> Tensor:
+    """M_l / tr M_l; a layer that writes nothing has no directions."""
+    return moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 Group = tuple[Sequence[Batch], Sequence[Sink]]

@@ -45,7 +45,9 @@ def causal_moments(
         if layer not in sums:
             sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
         sums[layer].addmm_(f[content].T, g[content])
-    return {n: ((m + m.T) / (2 * max(count, 1))).cpu() for n, m in sorted(sums.items())}
+    for layer, m in sums.items():
+        sums[layer] = ((m + m.T) / (2 * max(count, 1))).cpu()
+    return dict(sorted(sums.items()))
 
 
 def moments_within(
