@@ -173,12 +173,13 @@ def _moments(
     said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
     occurrences = Counter(word for words in said for word in words)
     chosen = [i for i, sentence in enumerate(coded) if any(sentence.weights)]
-    words = moments_within(model, modules, [coded[i] for i in chosen], V, advance=advance)
     weights = [sum(1 / occurrences[word] for word in said[i]) for i in chosen]
-    texts, tokens = {}, {}
+    neutral, tokens = {}, {}
     for name, whole in zip(TEXTS, ([p.neutral for p in pairs], prose.paragraphs), strict=True):
         predicted = [encode.predicted(text) for text in whole]
-        predicted = [sentence for sentence in predicted if len(sentence.ids) > 1]
-        texts[name] = moments_within(model, modules, predicted, V, PIECE, advance)
-        tokens[name] = sum(len(sentence.ids) - 1 for sentence in predicted)
-    return Moments(V, words, torch.tensor(weights), texts, tokens)
+        neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
+        tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
+    texts = [([coded[i] for i in chosen], None), *((part, PIECE) for part in neutral.values())]
+    words, *rest = moments_within(model, modules, texts, V, advance)
+    moments = dict(zip(neutral, rest, strict=True))
+    return Moments(V, words, torch.tensor(weights), moments, tokens)

@@ -112,7 +112,9 @@ class Bench:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
         if self.model is None:
             if not self.has_run:
-                self.report.note(f"  forward pass {self.forward.mode}: {self.forward.reason}")
+                free = f"{self.forward.budget / 1e9:.1f} GB to plan with"
+                how = f"forward pass {self.forward.mode}: {self.forward.reason}"
+                self.report.note(f"  {how} ({free})")
             self.has_run = True
             self.model = self._stream() if self.forward.mode == "streamed" else self._load()
         return self.model

@@ -284,7 +284,7 @@ class SecondMoment:
             self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / tokens)
             self._seen[layer] += 1
             if self._seen[layer] == self._batches and len(self.moments) == 1:
-                self._sum = self._sum + _normalised(self.moments.pop(layer)).double()
+                self._sum = self._sum + _normalised(self.moments.pop(layer))
                 self._done += 1
 
         return add
@@ -292,7 +292,7 @@ class SecondMoment:
     def result(self) -> Tensor:
         """M, (D, D) float32 on the CPU, once all groups have been seen."""
         if isinstance(self._sum, Tensor):
-            return (self._sum / self._done).float().cpu()
+            return (self._sum / self._done).cpu()
         return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
 
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from converter.forward import Advance, Model, idle, memory_errors
 from converter.tokens import Batch, Sentence, logit_positions, token_batches
 
+Text = tuple[Sequence[Sentence], int | None]
+"""Sentences, and the positions of the pieces that they are cut into, if they are."""
+
 
 def causal_moments(
     model: Model,
@@ -53,11 +56,10 @@ def causal_moments(
 def moments_within(
     model: Model,
     modules: Mapping[int, str],
-    sentences: Sequence[Sentence],
+    texts: Sequence[Text],
     directions: Tensor,
-    positions: int | None = None,
     advance: Advance = idle,
-) -> Tensor:
+) -> list[Tensor]:
     """The same, of every sentence by itself, summed over layers, and seen in a few directions.
 
         M_i = sum over layers of  V^T (f g^T + g f^T) V / 2,   f and g as above
@@ -66,31 +68,37 @@ def moments_within(
     lose together if the layers no longer write along U, to first order and in nats.
 
     Args:
-        model, modules, sentences, advance: as above; every sentence has a token to choose.
+        model, modules, advance: as above.
+        texts: go through the model together; every sentence has a token to choose. Those with a
+            number of positions are cut into pieces of so many, and each piece has a moment: what
+            the sentence loses if nothing is written along U there.
         directions: V (D, K), orthonormal columns.
-        positions: cut every sentence into pieces of so many positions, and give a moment for each:
-            what the sentence loses if nothing is written along U there.
 
     Returns:
-        (n, K, K) float32 on the CPU, n sentences or pieces, in their order.
+        for each text (n, K, K) float32 on the CPU, n sentences or pieces, in their order.
     """
-    batched = token_batches(sentences, logit_positions(model.module), model.device)
+    positions = logit_positions(model.module)
+    batched = [
+        (place, piece or batch.ids.shape[1], batch)
+        for place, (sentences, piece) in enumerate(texts)
+        for batch in token_batches(sentences, positions, model.device)
+    ]
     sums: dict[int, Tensor] = {}
-    for number, _, f, g in _gradients(model, modules, batched, advance):
-        content, piece = batched[number].content, positions or batched[number].ids.shape[1]
-        V = directions.to(f)
-        inside = (f * content.to(f.device)[..., None]) @ V
-        product = _pieces(inside, piece).transpose(1, 2) @ _pieces(g @ V, piece)
+    found = _gradients(model, modules, [batch for _, _, batch in batched], advance)
+    for number, _, f, g in found:
+        _, piece, batch = batched[number]
+        V, content = directions.to(f), batch.content.to(f.device)[..., None]
+        product = _pieces((f * content) @ V, piece).mT @ _pieces(g @ V, piece)
         sums[number] = sums.get(number, 0) + product.cpu()
-    found, owners = [], []
-    for number, batch in enumerate(batched):
-        piece = positions or batch.ids.shape[1]
+    moments: list[list[Tensor]] = [[] for _ in texts]
+    owners: list[list[Tensor]] = [[] for _ in texts]
+    for number, (place, piece, batch) in enumerate(batched):
         filled = _pieces(batch.content[..., None], piece).flatten(1).any(1).cpu()
-        found.append(((sums[number] + sums[number].transpose(1, 2)) / 2)[filled])
+        moments[place].append(((sums[number] + sums[number].mT) / 2)[filled])
         rows = torch.tensor(batch.rows).repeat_interleave(-(-batch.ids.shape[1] // piece))
-        owners.append(rows[filled])
-    order = torch.cat(owners).argsort(stable=True)
-    return torch.cat(found)[order]
+        owners[place].append(rows[filled])
+    orders = [torch.cat(rows).argsort(stable=True) for rows in owners]
+    return [torch.cat(part)[order] for part, order in zip(moments, orders, strict=True)]
 
 
 def _pieces(x: Tensor, positions: int) -> Tensor:

@@ -179,13 +179,12 @@ def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
     modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
     V = torch.linalg.qr(torch.randn(HIDDEN, 3))[0]
     A = torch.stack(list(causal_moments(model, modules, sentences).values())).sum(0)
-    whole = moments_within(model, modules, sentences, V)
+    whole, pieces = moments_within(model, modules, [(sentences, None), (sentences, 4)], V)
     assert whole.shape == (3, 3, 3)
     assert torch.allclose(whole.sum(0), count * V.T @ A @ V, atol=1e-4)
     for place, sentence in enumerate(sentences):  # in their order, not in that of the batch
-        alone = moments_within(model, modules, [sentence], V)
+        (alone,) = moments_within(model, modules, [([sentence], None)], V)
         assert torch.allclose(whole[place], alone[0], atol=1e-5)
-    pieces = moments_within(model, modules, sentences, V, 4)
     assert len(pieces) == sum(-(-len(s.ids) // 4) for s in sentences)
     first = -(-len(sentences[0].ids) // 4)
     assert torch.allclose(pieces[:first].sum(0), whole[0], atol=1e-5)

@@ -183,11 +183,11 @@ def test_the_size_of_batches_and_where_hidden_states_are_kept_do_not_matter(
     assert torch.equal(log_p(kept), log_p(filed))
     basis = torch.linalg.qr(torch.randn(HIDDEN, 5, generator=torch.manual_seed(0)))[0]
     modules = opened.modules(layers=(1, 2, 4))
-    for positions in (None, 4):
-        a, b, c = (
-            moments_within(m, modules, predicted(m), basis, positions)
-            for m in (kept, filed, opened.resident())
-        )
+    sums = [
+        moments_within(m, modules, [(predicted(m), None), (predicted(m)[:3], 4)], basis)
+        for m in (kept, filed, opened.resident())
+    ]
+    for a, b, c in zip(*sums, strict=True):
         assert torch.equal(a, b)
         assert difference(a, c) < ROUNDING
     assert sizes[::2] == [0] * (len(sizes) // 2)

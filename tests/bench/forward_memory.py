@@ -96,10 +96,12 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.forward import Model, Pool, SecondMoment, run
     from converter.gradients import moments_within
     from converter.models import load_language_model, stream_language_model
+    from converter.options import quiet_libraries
     from converter.plan import make_plan
     from converter.resolve import resolve
     from converter.tokens import Sentence, batches
 
+    quiet_libraries()
     source = resolve(str(folder), folder)
     plan = make_plan(source.config, source.weight_map, source.headers())
     draw = torch.Generator().manual_seed(0)
@@ -124,7 +126,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
         moment.result()
 
     def gradients() -> None:
-        moments_within(model(), modules, texts, directions)
+        moments_within(model(), modules, [(texts, None)], directions)
 
     found: dict[str, Any] = {"gigabytes": plan.nbytes / 1e9}
     for job in (activations, gradients):
