@@ -14,9 +14,10 @@ from torch import Tensor
 from converter.activations import TEXTS, Activations, Moments, Request
 from converter.architecture import Architecture
 from converter.errors import DataError, FitError
-from converter.forward import Advance, Group, Model, Pool, SecondMoment, idle, run
+from converter.forward import Group, Model, Pool, SecondMoment, run
 from converter.gradients import causal_moments, moments_within
 from converter.pairs import Pair, Pairs, Prose
+from converter.passes import Advance, idle
 from converter.subspace import eigen_directions, remove, shared_directions
 from converter.tokens import MAX_TOKENS, Encoder, Pooling, Sentence, batches
 
@@ -66,7 +67,7 @@ def module_template(architecture: Architecture, request: Request) -> str:
 
 EXTRACTOR = (
     "extraction.py", "formats/__init__.py", "formats/fp8.py", "formats/native.py",
-    "formats/pickled.py", "forward.py", "gradients.py", "hidden.py", "loading.py",
+    "formats/pickled.py", "forward.py", "gradients.py", "hidden.py", "loading.py", "passes.py",
     "quantization.py", "streamed.py", "subspace.py", "tokens.py", "weights.py",
 )  # fmt: skip
 """The modules that decide what they are."""

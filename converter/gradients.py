@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from converter.forward import Advance, Model, idle, memory_errors
+from converter.forward import Model
+from converter.passes import Advance, idle, memory_errors
 from converter.tokens import Batch, Sentence, logit_positions, token_batches
 
 Text = tuple[Sequence[Sentence], int | None]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from converter.forward import Advance, Model, idle, memory_errors
+from converter.forward import Model
+from converter.passes import Advance, idle, memory_errors
 from converter.tokens import Sentence, logit_positions, token_batches
 
 LogProbabilities = Sequence[NDArray[np.float64]]

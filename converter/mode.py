@@ -1,6 +1,9 @@
 """Whether the forward pass holds the whole model, or one layer of it at a time."""
 
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -76,6 +79,23 @@ def choose_forward(
     if fits:
         return Forward("resident", f"{size} fit in memory", budget)
     return Forward("streamed", f"{size} do not fit in memory comfortably", budget)
+
+
+def needed_weights(plan: Plan, dtype: torch.dtype, mode: Mode) -> int:
+    """Bytes of the weights that a forward pass has in memory at a time.
+
+    A layer's tensors are those whose names begin as its down-projections do up to its number.
+    """
+    if mode == "resident":
+        return plan.num_parameters * dtype.itemsize
+    layers: Counter[str] = Counter()
+    starts = {t.info.name.partition(f".{t.layer}.")[0] for t in plan.targets}
+    pattern = re.compile(rf"({'|'.join(map(re.escape, starts))})\.\d+\.")
+    for header in plan.headers.values():
+        for name, info in header.tensors.items():
+            if found := pattern.match(name):
+                layers[found[0]] += prod(info.shape)
+    return max(layers.values()) * dtype.itemsize
 
 
 def margin(plan: Plan, dtype: torch.dtype) -> int:

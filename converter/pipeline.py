@@ -15,7 +15,7 @@ from converter.hub import check_repo_id
 from converter.layout import CARD
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
 from converter.methods import Method, configure
-from converter.mode import choose_forward
+from converter.mode import choose_forward, needed_weights
 from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
@@ -232,7 +232,7 @@ def describe_plan(
         "device": device,
         "forward": forward.record(),
         "expected_peak_bytes": {
-            "forward": plan.num_parameters * dtype.itemsize,
+            "forward": needed_weights(plan, dtype, forward.mode),
             "edit": edit_memory(targets),
         },
     }

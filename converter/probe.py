@@ -6,7 +6,7 @@ from typing import Any
 
 from converter.edit import Edit
 from converter.errors import DataError
-from converter.forward import Advance, Model, idle
+from converter.forward import Model
 from converter.hooks import edited
 from converter.likelihood import (
     Estimate,
@@ -18,6 +18,7 @@ from converter.likelihood import (
     teacher_forced,
     word_changes,
 )
+from converter.passes import Advance, idle
 from converter.split import Part
 from converter.tokens import Encoder
 

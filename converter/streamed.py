@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from converter.architecture import Architecture
-from converter.forward import (
+from converter.hidden import HiddenStates
+from converter.passes import (
     Advance,
     Enough,
     Hook,
+    Progress,
     Show,
     by_position,
     call,
@@ -36,7 +38,6 @@ from converter.forward import (
     only_chosen,
     showing,
 )
-from converter.hidden import HiddenStates
 from converter.tokens import Batch
 from converter.weights import Weights
 
@@ -141,7 +142,7 @@ class StreamedModel:
             stop = layer == last
             return {modules[layer]: showing(show, number, batched[number], layer, stop=stop)}
 
-        progress = _Progress(batched, last + 1, advance)
+        progress = Progress(batched, last + 1, advance)
         with self._pass() as states:
             for number in self._upwards(batched, states, range(last + 1), hooks=hooks):
                 progress.step(number)
@@ -151,7 +152,7 @@ class StreamedModel:
     ) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
         end = len(self._blocks)
-        progress = _Progress(batched, end + 1, advance)
+        progress = Progress(batched, end + 1, advance)
         with self._pass(head=True) as states:
             for number in self._upwards(batched, states, range(end)):
                 progress.step(number)
@@ -170,7 +171,7 @@ class StreamedModel:
         runs each layer again from that, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
-        progress = _Progress(batched, 2 * end + 1 - first, advance)
+        progress = Progress(batched, 2 * end + 1 - first, advance)
         with self._pass(head=True) as states:
             for number in self._upwards(batched, states, range(end), first):
                 progress.step(number)
@@ -330,17 +331,3 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     """The name of a submodule."""
     found: str = next(name for name, module in model.named_modules() if module is wanted)
     return found
-
-
-class _Progress:
-    """Sentences done, where a batch takes many steps that do not follow each other."""
-
-    def __init__(self, batched: Sequence[Batch], steps: int, advance: Advance) -> None:
-        self._rows = [len(batch.rows) for batch in batched]
-        self._steps, self._advance, self._done = steps, advance, 0
-
-    def step(self, number: int) -> None:
-        """One step of a batch is done."""
-        before, self._done = self._done, self._done + self._rows[number]
-        if count := self._done // self._steps - before // self._steps:
-            self._advance(count)

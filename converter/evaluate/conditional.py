@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import DataError
-from converter.forward import Advance, Model, idle
+from converter.forward import Model
 from converter.likelihood import log_probabilities
+from converter.passes import Advance, idle
 from converter.tokens import Sentence, first_token, num_positions
 
 
