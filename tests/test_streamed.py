@@ -219,6 +219,7 @@ class Reads:
     def __init__(self, model: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.bytes, self.names, self.most = model, 0, list[str](), 0
         self.layers: list[list[str]] = []
+        self.embedding: dict[str, bool] = {}
 
         def read(file: Any, info: TensorInfo) -> Tensor:
             self.bytes += info.nbytes
@@ -231,6 +232,7 @@ class Reads:
         def loading(part: str) -> None:
             load(part)
             self.layers.append(self.in_memory())
+            self.embedding[part] = not model.module.get_input_embeddings().weight.is_meta
 
         monkeypatch.setattr(model.weights, "load", loading)
 
@@ -273,12 +275,16 @@ def test_every_byte_is_read_once_in_a_pass_and_one_layer_is_in_memory(
     assert {layer for loaded in reads.layers for layer in loaded} == {
         opened.plan.architecture.block.format(layer=layer) for layer in ALL
     }
+    first, second = (opened.plan.architecture.block.format(layer=layer) for layer in (1, 2))
+    tied = model.module.config.get_text_config().tie_word_embeddings
+    assert reads.embedding[first] == reads.embedding[second] == tied  # the head needs it
     with reads.counted():
         activations(model, opened.modules(layers=(1, 3)))
     assert len(reads.names) == len(set(reads.names))
     assert {n for n in reads.names if n in inside} == {n for n in inside if inside[n] <= 3}
     assert not any("norm" in n or "lm_head" in n for n in reads.names if n not in inside)
     assert max(map(len, reads.layers)) == 1
+    assert not reads.embedding[first]
     with reads.counted():
         causal_moments(model, opened.modules(layers=(2, 4)), predicted(model))
     counts = {name: reads.names.count(name) for name in sizes}
