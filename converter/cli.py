@@ -66,6 +66,7 @@ def convert_command(
     destination: Path,
     options: tuple[str, ...],
     cache_dir: Path | None,
+    memory_limit: str | None,
     as_json: bool,
     quiet: bool,
     overwrite: bool,
@@ -87,6 +88,7 @@ def convert_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.forward import choose_device
+        from converter.memory import parse_size
         from converter.pipeline import convert, describe_plan
         from converter.summary import plan_text, result_of, result_text
 
@@ -94,10 +96,10 @@ def convert_command(
         if plots is not None:
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
-        run = make_run(source, options, fields)
+        run, limit = make_run(source, options, fields), parse_size(memory_limit)
         cache, report = cache_dir or default_cache(), Report(quiet)
         if dry_run:
-            plan = describe_plan(run, cache, report, destination, overwrite)
+            plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
             print_json(plan) if as_json else click.echo(plan_text(plan))
             return
         evaluation = None
@@ -114,6 +116,7 @@ def convert_command(
             workers=workers,
             evaluation=evaluation,
             cache=cache,
+            memory_limit=limit,
             report=report,
         )
         if plots is not None:
@@ -128,6 +131,7 @@ def plan_command(
     source: str,
     options: tuple[str, ...],
     cache_dir: Path | None,
+    memory_limit: str | None,
     as_json: bool,
     quiet: bool,
     **fields: Any,
@@ -135,12 +139,14 @@ def plan_command(
     """Print what a conversion of SOURCE would do, from its headers alone."""
     with plain_exit(as_json):
         from converter.cache import default_cache
+        from converter.memory import parse_size
         from converter.pipeline import describe_plan
         from converter.summary import plan_text
 
         quiet_libraries()
-        run = make_run(source, options, fields)
-        plan = describe_plan(run, cache_dir or default_cache(), Report(quiet))
+        run, limit = make_run(source, options, fields), parse_size(memory_limit)
+        cache = cache_dir or default_cache()
+        plan = describe_plan(run, cache, Report(quiet), memory_limit=limit)
         print_json(plan) if as_json else click.echo(plan_text(plan))
 
 

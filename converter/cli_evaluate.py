@@ -95,6 +95,7 @@ def evaluate_command(
     source: str,
     options: tuple[str, ...],
     cache_dir: Path | None,
+    memory_limit: str | None,
     as_json: bool,
     quiet: bool,
     base: str | None,
@@ -119,6 +120,7 @@ def evaluate_command(
         from converter.evaluate.table import markdown
         from converter.fitting import Bench
         from converter.forward import choose_device
+        from converter.memory import parse_size
         from converter.pipeline import prepare
         from converter.words import load_words
 
@@ -126,7 +128,7 @@ def evaluate_command(
         if plots is not None:
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
-        run = make_run(base or source, options, fields)
+        run, limit = make_run(base or source, options, fields), parse_size(memory_limit)
         if run.activations is not None:
             raise OptionError(
                 "--activations is of one draw of the pairs; gloss evaluate takes its own"
@@ -143,7 +145,9 @@ def evaluate_command(
             passages,
         )
         unedited, plan, _ = prepare(run, cache, report)
-        bench = Bench.of(run, unedited, plan, load_words(run.word_list), device, cache, report)
+        words = load_words(run.word_list)
+        bench = Bench.of(run, unedited, plan, words, device, cache, report, memory_limit=limit)
+        bench.forward.need_resident()
         model = reference = None
         if base:
             model, reference = load_edited(source, bench, cache)
@@ -224,9 +228,9 @@ def load_whole(
     spread: bool = False,
 ) -> "LanguageModel":
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
-    from converter.fitting import load_language_model, stored_dtype
     from converter.forward import choose_dtype
     from converter.loading import load_tokenizer
+    from converter.models import load_language_model, stored_dtype
     from converter.plan import make_plan
     from converter.resolve import resolve
 

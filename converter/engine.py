@@ -57,6 +57,15 @@ class Engine:
             wanted = min(wanted, self.memory_limit // each)
         return max(min(wanted, shards), 1)
 
+    def expected_memory(self, shards: int, targets: Iterable[Target], rank: int) -> int:
+        """Peak bytes that the edit is expected to take beside Python itself.
+
+        Raises:
+            OptionError: as ``workers_for``.
+        """
+        chosen = list(targets)
+        return self.workers_for(shards, chosen, rank) * worker_memory(chosen, rank)
+
 
 def processors() -> int:
     """Processors that this process may use."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,10 @@ from torch import Tensor
 from converter.activations import TEXTS, Activations, Moments, Request
 from converter.architecture import Architecture
 from converter.errors import DataError, FitError
-from converter.forward import LanguageModel, Pool, SecondMoment, Sink, run
+from converter.forward import Group, Model, Pool, SecondMoment, run
 from converter.gradients import causal_moments, moments_within
 from converter.pairs import Pair, Pairs, Prose
+from converter.passes import Advance, idle
 from converter.subspace import eigen_directions, remove, shared_directions
 from converter.tokens import MAX_TOKENS, Encoder, Pooling, Sentence, batches
 
@@ -34,11 +35,13 @@ def activation_inputs(
     device: str,
     dtype: str,
     batch_size: int,
+    mode: str,
 ) -> dict[str, Any]:
     """Everything the activations depend on, by content. Its hash is the cache key.
 
     The code that extracts counts too, and so do the versions of the libraries that compute. The
-    batch size changes rounding only, but equal inputs have to give equal bytes.
+    batch size and the mode of the forward pass change rounding only, but equal inputs have to give
+    equal bytes.
     """
     return {
         "files": dict(digests),
@@ -51,6 +54,7 @@ def activation_inputs(
         "batch_size": batch_size,
         "device": device.partition(":")[0],
         "dtype": dtype,
+        "forward": mode,
         "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
         "extractor": _code_digest(),
     }
@@ -63,8 +67,8 @@ def module_template(architecture: Architecture, request: Request) -> str:
 
 EXTRACTOR = (
     "extraction.py", "formats/__init__.py", "formats/fp8.py", "formats/native.py",
-    "formats/pickled.py", "forward.py", "gradients.py", "loading.py", "quantization.py",
-    "subspace.py", "tokens.py",
+    "formats/pickled.py", "forward.py", "gradients.py", "hidden.py", "loading.py", "passes.py",
+    "quantization.py", "streamed.py", "subspace.py", "tokens.py", "weights.py",
 )  # fmt: skip
 """The modules that decide what they are."""
 
@@ -76,13 +80,13 @@ def _code_digest() -> str:
 
 
 def extract(
-    model: LanguageModel,
+    model: Model,
     request: Request,
     pairs: Pairs,
     prose: Prose,
     *,
     batch_size: int,
-    advance: Callable[[int], object] = lambda count: None,
+    advance: Advance = idle,
 ) -> tuple[Activations, int]:
     """Run the model over pairs and prose.
 
@@ -106,17 +110,13 @@ def extract(
         raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
     sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
     pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
-    sinks: list[list[Sink]] = [[pools[0]], [pools[1]]]
-    run(model.module, modules, sides[0], sinks[0], advance)
+    groups: list[Group] = [(side, [pool]) for side, pool in zip(sides, pools, strict=True)]
     if request.second_moment:
-        sinks[1].append(moment)
-        moment.start_group(sides[1])
-    run(model.module, modules, sides[1], sinks[1], advance)
-    if request.second_moment:
+        groups[1] = (sides[1], [pools[1], moment.group(sides[1])])
         coded = [encode(text, "mean", ()) for text in prose.paragraphs]
         texts = batches(coded, batch_size, device)
-        moment.start_group(texts)
-        run(model.module, modules, texts, [moment], advance)
+        groups.append((texts, [moment.group(texts)]))
+    run(model, modules, groups, advance)
     causal, moments = {}, None
     second = moment.result() if request.second_moment else None
     if request.gradient:
@@ -157,14 +157,14 @@ def _directions(causal: Mapping[int, Tensor], second: Tensor | None, request: Re
 
 
 def _moments(
-    model: LanguageModel,
+    model: Model,
     modules: Mapping[int, str],
     encode: Encoder,
     pairs: Sequence[Pair],
     coded: Sequence[Sentence],
     prose: Prose,
     V: Tensor,
-    advance: Callable[[int], object],
+    advance: Advance,
 ) -> Moments:
     """Moments of single words and of pieces of neutral text within the columns of V.
 
@@ -174,12 +174,13 @@ def _moments(
     said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
     occurrences = Counter(word for words in said for word in words)
     chosen = [i for i, sentence in enumerate(coded) if any(sentence.weights)]
-    words = moments_within(model, modules, [coded[i] for i in chosen], V, advance=advance)
     weights = [sum(1 / occurrences[word] for word in said[i]) for i in chosen]
-    texts, tokens = {}, {}
+    neutral, tokens = {}, {}
     for name, whole in zip(TEXTS, ([p.neutral for p in pairs], prose.paragraphs), strict=True):
         predicted = [encode.predicted(text) for text in whole]
-        predicted = [sentence for sentence in predicted if len(sentence.ids) > 1]
-        texts[name] = moments_within(model, modules, predicted, V, PIECE, advance)
-        tokens[name] = sum(len(sentence.ids) - 1 for sentence in predicted)
-    return Moments(V, words, torch.tensor(weights), texts, tokens)
+        neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
+        tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
+    texts = [([coded[i] for i in chosen], None), *((part, PIECE) for part in neutral.values())]
+    words, *rest = moments_within(model, modules, texts, V, advance)
+    moments = dict(zip(neutral, rest, strict=True))
+    return Moments(V, words, torch.tensor(weights), moments, tokens)

@@ -6,7 +6,6 @@ runs through hooks.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,12 +21,12 @@ from converter.choice import Choice, choose_rank
 from converter.edit import Projection
 from converter.errors import DataError, GuardError
 from converter.extraction import activation_inputs, extract
-from converter.formats.fp8 import dequantized
-from converter.forward import LanguageModel, choose_dtype
+from converter.forward import LanguageModel, Model, choose_dtype
 from converter.guard import Verdict, examine
-from converter.header import FLOATS
-from converter.loading import load_model, load_tokenizer
+from converter.loading import load_tokenizer
 from converter.methods import Method
+from converter.mode import Forward, choose_forward
+from converter.models import load_language_model, stored_dtype, stream_language_model
 from converter.norms import Gains, before_norm, read_gains
 from converter.pairs import Pairs, Prose
 from converter.plan import Plan
@@ -36,6 +35,7 @@ from converter.report import Report
 from converter.run import Run
 from converter.source import Source
 from converter.split import Part, Parts, split
+from converter.streamed import StreamedModel
 from converter.subspace import Subspace
 from converter.vocabulary import Vocabulary
 from converter.words import WordList
@@ -76,7 +76,9 @@ class Bench:
     cache: Path
     report: Report
     gains: Gains
-    model: LanguageModel | None = None
+    forward: Forward
+    model: Model | None = None
+    has_run: bool = False
 
     @classmethod
     def of(
@@ -88,26 +90,64 @@ class Bench:
         device: str,
         cache: Path,
         report: Report,
+        *,
+        memory_limit: int | None = None,
     ) -> "Bench":
-        """Nothing is read yet but the tokenizer and the norms after the FFN."""
+        """Nothing is read yet but the tokenizer and the norms after the FFN.
+
+        Args:
+            memory_limit: bytes that the forward pass is planned with, if less than what there is.
+        """
         dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
         vocabulary = Vocabulary(plan, source, load_tokenizer(source.folder, run.trust_remote_code))
         gains = read_gains(plan, source)
-        return cls(run, source, plan, words, vocabulary, device, dtype, cache, report, gains)
+        forward = choose_forward(
+            run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+        )
+        return cls(
+            run, source, plan, words, vocabulary, device, dtype, cache, report, gains, forward
+        )
 
-    def load(self) -> LanguageModel:
-        """The unedited model, loaded at the first call."""
+    def load(self) -> Model:
+        """The unedited model, loaded at the first call, or made ready to be streamed."""
         if self.model is None:
-            self.model = load_language_model(
-                self.source,
-                self.plan,
-                self.vocabulary.tokenizer,
-                self.dtype,
-                self.device,
-                spread=self.run.device == "map",
-                trust_remote_code=self.run.trust_remote_code,
-            )
+            if not self.has_run:
+                free = f"{self.forward.budget / 1e9:.1f} GB to plan with"
+                how = f"forward pass {self.forward.mode}: {self.forward.reason}"
+                self.report.note(f"  {how} ({free})")
+            self.has_run = True
+            self.model = self._stream() if self.forward.mode == "streamed" else self._load()
         return self.model
+
+    def load_resident(self) -> LanguageModel:
+        """The same, for who needs it in memory. Raises OptionError or SourceError."""
+        self.forward.need_resident()
+        model = self.load()
+        assert isinstance(model, LanguageModel)
+        return model
+
+    def _load(self) -> LanguageModel:
+        return load_language_model(
+            self.source,
+            self.plan,
+            self.vocabulary.tokenizer,
+            self.dtype,
+            self.device,
+            spread=self.run.device == "map",
+            trust_remote_code=self.run.trust_remote_code,
+        )
+
+    def _stream(self) -> StreamedModel:
+        return stream_language_model(
+            self.source,
+            self.plan,
+            self.vocabulary.tokenizer,
+            self.dtype,
+            self.device,
+            self.forward.budget,
+            self.cache,
+            trust_remote_code=self.run.trust_remote_code,
+        )
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
@@ -155,37 +195,6 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     return Fitted(parts, seen, subspace, edit, choice, verdict)
 
 
-def load_language_model(
-    source: Source,
-    plan: Plan,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    spread: bool = False,
-    trust_remote_code: bool = False,
-) -> LanguageModel:
-    """The model of a source, as it is; see ``loading.load_model``."""
-    source.fetch()
-    module = load_model(
-        source.folder,
-        dtype,
-        device,
-        plan.num_parameters * dtype.itemsize,
-        spread=spread,
-        auto_class=plan.architecture.auto_class,
-        trust_remote_code=trust_remote_code,
-        recipes=dequantized(source, plan, plan.scheme) if plan.scheme else source.recipes,
-    )
-    plan.architecture.check_modules(module)
-    return LanguageModel(module, tokenizer, plan.architecture, device)
-
-
-def stored_dtype(plan: Plan) -> torch.dtype:
-    """That of the down-projections; bfloat16 where they are stored in less."""
-    return FLOATS.get(plan.targets[0].info.dtype, torch.bfloat16)
-
-
 def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
     """From the file that was given, from the cache, or from a forward pass."""
     run, report, hidden_size = bench.run, bench.report, bench.plan.dimensions.hidden_size
@@ -200,6 +209,7 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
         batch_size=run.batch_size,
+        mode=bench.forward.mode,
     )
     path = bench.cache / "activations" / f"{cache_key(inputs)}.safetensors"
     if path.exists():
@@ -245,7 +255,7 @@ def warn_about_words(
         )
 
 
-def probe_of(model: LanguageModel, part: Part, report: Report) -> Probe:
+def probe_of(model: Model, part: Part, report: Report) -> Probe:
     """The unedited model's view of a held-out part."""
     count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
     with report.bar("unedited", count, "text") as bar:

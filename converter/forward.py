@@ -1,76 +1,134 @@
 """Run a model over sentences and look at what chosen modules give; nothing is kept but sums.
 
-Shapes: B sentences in a batch, T tokens, D hidden size, N sentences in all.
+Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentences in all.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from converter.architecture import Architecture
-from converter.errors import OptionError, SourceError
+from converter.errors import OptionError
+from converter.passes import (
+    Advance,
+    Enough,
+    Show,
+    by_position,
+    call,
+    hooked,
+    idle,
+    keeping,
+    log_probability,
+    memory_errors,
+    only_chosen,
+    showing,
+)
 from converter.tokens import Batch
+
+
+class Model(Protocol):
+    """A causal language model of transformers, in memory as a whole or a layer at a time.
+
+    What is run may come in either order, all layers of a batch or all batches of a layer. Hooks on
+    modules inside of layers work as in any model.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def device(self) -> str: ...
+
+    def visit(
+        self,
+        modules: Mapping[int, str],
+        batched: Sequence[Batch],
+        show: Show,
+        advance: Advance = ...,
+    ) -> None:
+        """Run batches up to the last module of interest and show each one's output.
+
+        Args:
+            modules: layer -> name of the module whose output is wanted; a tuple's first element
+                counts.
+            batched: token ids and masks.
+            show: called once for each batch and layer.
+            advance: for progress.
+        """
+
+    def logits(
+        self, batched: Sequence[Batch], advance: Advance = ...
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number of each batch and its logits, (B, T, V), one batch after the other."""
+
+    def gradients(
+        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = ...
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """What tokens owe to what modules give.
+
+        Yields for each batch and layer the number of the batch, the layer, f and g, both
+        (B, T, D) float32: what the module gives, and the gradient with respect to it of the sum of
+        log p of the batch's chosen tokens, those after positions of positive weight.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """A loaded causal language model of transformers with what belongs to it."""
+    """A ``Model`` that is in memory as a whole. All layers of a batch come together."""
 
     module: nn.Module
     tokenizer: Any
     architecture: Architecture
     device: str
 
+    def visit(
+        self,
+        modules: Mapping[int, str],
+        batched: Sequence[Batch],
+        show: Show,
+        advance: Advance = idle,
+    ) -> None:
+        """See ``Model``; the layers above the last one of interest are not run."""
+        last = max(modules)
+        for number, batch in enumerate(batched):
+            hooks = {
+                name: showing(show, number, batch, layer, stop=layer == last)
+                for layer, name in modules.items()
+            }
+            with torch.inference_mode(), hooked(self.module, hooks), suppress(Enough):
+                call(self.module, batch)
+            advance(len(batch.rows))
 
-class _Enough(Exception):  # noqa: N818 - it is not an error
-    """Raised by the last hook: the layers above are not needed."""
+    def logits(
+        self, batched: Sequence[Batch], advance: Advance = idle
+    ) -> Iterator[tuple[int, Tensor]]:
+        """See ``Model``."""
+        for number, batch in enumerate(batched):
+            yield number, call(self.module, batch).logits
+            advance(len(batch.rows))
 
-
-Visit = Callable[[int, Tensor], None]
-"""Called with a layer and its activations, (B, T, D) float32, on the model's device."""
-
-
-def forward(model: nn.Module, modules: Mapping[int, str], batch: Batch, visit: Visit) -> None:
-    """Run one batch up to the last module of interest and show each one's output to ``visit``.
-
-    Args:
-        model: a causal language model of transformers in eval mode.
-        modules: layer -> name of the module whose output is wanted; a tuple's first element counts.
-        batch: token ids and masks.
-        visit: called once for each layer, in order of execution.
-    """
-    last = max(modules)
-
-    def hook(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def show(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            visit(layer, first.float().view(*batch.ids.shape, -1))  # OPT's is (B T, D)
-            if layer == last:
-                raise _Enough
-
-        return show
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(layer))
-        for layer, name in modules.items()
-    ]
-    try:
-        with torch.inference_mode():
-            model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                use_cache=False,
-            )
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    def gradients(
+        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = idle
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """See ``Model``. The memory is that of a forward pass whose activations are kept."""
+        for number, batch in enumerate(batched):
+            outputs: dict[int, Tensor] = {}
+            hooks = {name: keeping(outputs, layer) for layer, name in modules.items()}
+            with torch.enable_grad(), hooked(self.module, hooks), only_chosen(self.module, batch):
+                chosen = log_probability(call(self.module, batch).logits, batch)
+            found = torch.autograd.grad(chosen, list(outputs.values()))
+            for (layer, f), g in zip(outputs.items(), found, strict=True):
+                yield number, layer, by_position(f, batch), by_position(g, batch)
+            advance(len(batch.rows))
 
 
 Sink = Callable[[Batch, int, Tensor], None]
@@ -94,65 +152,79 @@ class Pool:
 
 
 class SecondMoment:
-    """A sink for the second moment of content tokens.
+    """The second moment of content tokens.
 
         M = mean over layers of  M_l / tr M_l,   M_l = sum over groups of  E_group[f f^T]
 
     Uncentred; every token counts the same within its group, and every group the same. Memory is
-    one (D, D) float32 accumulator per layer, a small part of the model's own.
+    one (D, D) float32 accumulator per layer, a small part of the model's own; where all batches of
+    a layer come together, one in all.
     """
 
     def __init__(self) -> None:
         self.moments: dict[int, Tensor] = {}
-        self.tokens = 1
+        self._batches, self._seen, self._done = 0, Counter[int](), 0
+        self._sum: Tensor | float = 0.0
 
-    def start_group(self, batched: Sequence[Batch]) -> None:
-        """Say which batches come next: one group."""
-        self.tokens = max(sum(int(batch.content.sum()) for batch in batched), 1)
+    def group(self, batched: Sequence[Batch]) -> Sink:
+        """The sink for the batches of one group."""
+        tokens = max(sum(int(batch.content.sum()) for batch in batched), 1)
+        self._batches += len(batched)
 
-    def __call__(self, batch: Batch, layer: int, f: Tensor) -> None:
-        rows = f[batch.content]
-        if layer not in self.moments:
-            self.moments[layer] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / self.tokens)
+        def add(batch: Batch, layer: int, f: Tensor) -> None:
+            rows = f[batch.content]
+            if layer not in self.moments:
+                self.moments[layer] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / tokens)
+            self._seen[layer] += 1
+            if self._seen[layer] == self._batches and len(self.moments) == 1:
+                self._sum = self._sum + _normalised(self.moments.pop(layer))
+                self._done += 1
+
+        return add
 
     def result(self) -> Tensor:
-        """M, (D, D) float32 on the CPU."""
-        tiny = torch.finfo(torch.float32).tiny  # a layer that writes nothing has no directions
-        normalised = [m / m.trace().clamp(min=tiny) for m in self.moments.values()]
-        return torch.stack(normalised).mean(0).cpu()
+        """M, (D, D) float32 on the CPU, once all groups have been seen."""
+        if isinstance(self._sum, Tensor):
+            return (self._sum / self._done).cpu()
+        return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
+
+
+def _normalised(moment: Tensor) -> Tensor:
+    """M_l / tr M_l; a layer that writes nothing has no directions."""
+    return moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+Group = tuple[Sequence[Batch], Sequence[Sink]]
+"""Batches, and what to do with their activations."""
 
 
 def run(
-    model: nn.Module,
-    modules: Mapping[int, str],
-    batched: Sequence[Batch],
-    sinks: Sequence[Sink],
-    advance: Callable[[int], object] = lambda count: None,
+    model: Model, modules: Mapping[int, str], groups: Sequence[Group], advance: Advance = idle
 ) -> None:
-    """Run all batches and show every layer's activations to every sink.
+    """Run all batches of all groups and show every layer's activations to the group's sinks.
 
     Args:
-        model: a causal language model of transformers in eval mode.
-        modules: layer -> name of the module whose output is wanted; see ``forward``.
-        batched: what to run.
-        sinks: what to do with the activations.
-        advance: called with the number of sentences done since the last call.
+        model: not edited, or hooked as wanted.
+        modules: layer -> name of the module whose output is wanted.
+        groups: go through the model together, which reads a streamed one once.
+        advance: for progress.
+
+    Raises:
+        SourceError: memory ran out.
     """
-    for batch in batched:
+    batched = [(batch, sinks) for batches, sinks in groups for batch in batches]
 
-        def visit(layer: int, f: Tensor, batch: Batch = batch) -> None:
-            for sink in sinks:
-                sink(batch, layer, f)
+    def show(number: int, layer: int, f: Tensor) -> None:
+        batch, sinks = batched[number]
+        for sink in sinks:
+            sink(batch, layer, f)
 
-        try:
-            forward(model, modules, batch, visit)
-        except torch.OutOfMemoryError as error:
-            raise SourceError(
-                f"the GPU is out of memory with {len(batch.rows)} sentences in a batch",
-                hint="lower --batch-size, or give --device cpu",
-            ) from error
-        advance(len(batch.rows))
+    most = max((len(batch.rows) for batch, _ in batched), default=0)
+    with memory_errors(
+        f"{most} sentences in a batch", hint="lower --batch-size, or give --device cpu"
+    ):
+        model.visit(modules, [batch for batch, _ in batched], show, advance)
 
 
 def choose_device(device: str) -> str:

@@ -4,17 +4,17 @@ Everything here is teacher-forced: the tokens are fixed, so two models are compa
 text, token by token, and a few thousand tokens tell them apart where generation needs many more.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from converter.errors import SourceError
-from converter.tokens import BATCH_TOKENS, Sentence, token_batches
+from converter.forward import Model
+from converter.passes import Advance, idle, memory_errors
+from converter.tokens import Sentence, logit_positions, token_batches
 
 LogProbabilities = Sequence[NDArray[np.float64]]
 """For each sentence of T tokens (T - 1,) values in nats; the i-th is about token i + 1."""
@@ -46,41 +46,41 @@ Groups = Sequence[Hashable] | None
 
 @torch.inference_mode()
 def log_probabilities(
-    model: nn.Module,
-    sentences: Sequence[Sentence],
-    device: str,
-    advance: Callable[[int], object] = lambda count: None,
-) -> LogProbabilities:
+    model: Model, texts: Sequence[Sequence[Sentence]], advance: Advance = idle
+) -> list[LogProbabilities]:
     """The log-probability of every token after the first, given those before it.
 
     Args:
-        model: a causal language model of transformers in eval mode.
-        sentences: token ids; their weights are not used.
-        device: where the model is.
-        advance: called with the number of sentences done since the last call.
+        model: with the hooks of an edit, or without.
+        texts: sentences of several kinds, which go through the model together and are never in one
+            batch; their weights are not used.
+        advance: for progress.
+
+    Returns:
+        the values of each kind.
 
     Raises:
-        SourceError: the GPU is out of memory.
+        SourceError: memory ran out.
     """
-    found: list[NDArray[np.float64]] = [np.empty(0)] * len(sentences)
-    try:
-        for batch in token_batches(sentences, BATCH_TOKENS, device):
-            logits = model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                use_cache=False,
-            ).logits
-            for row, values, ids in zip(batch.rows, logits, batch.ids, strict=True):
-                count = len(sentences[row].ids) - 1
+    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
+    positions = logit_positions(model.module)
+    batched = [
+        (values, batch)
+        for values, kind in zip(found, texts, strict=True)
+        for batch in token_batches(kind, positions, model.device)
+    ]
+    with memory_errors("held-out text", hint="give --device cpu"):
+        for number, logits in model.logits([batch for _, batch in batched], advance):
+            values, batch = batched[number]
+            lengths = batch.mask.sum(1).tolist()
+            for row, length, scores, ids in zip(
+                batch.rows, lengths, logits, batch.ids, strict=True
+            ):
                 loss = torch.nn.functional.cross_entropy(
-                    values[:count].float(), ids[1 : count + 1], reduction="none"
+                    scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
                 )
-                found[row] = -loss.double().cpu().numpy()
-            advance(len(batch.rows))
-    except torch.OutOfMemoryError as error:
-        raise SourceError("the GPU is out of memory", hint="give --device cpu") from error
-    return found
+                values[row] = -loss.double().cpu().numpy()
+    return list(found)
 
 
 def perplexity(values: LogProbabilities) -> float:

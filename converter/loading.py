@@ -1,5 +1,7 @@
 """Loading a model and its tokenizer with transformers."""
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.formats import Recipe, Shards
+from converter.memory import free_memory
 
 
 class Made:
@@ -18,6 +21,20 @@ class Made:
 
     def __getitem__(self, place: Any) -> Tensor:
         return self.recipe.make()[place]
+
+
+class Shape:
+    """A tensor that transformers is to load onto the meta device."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape = dtype, shape
+
+    def __getitem__(self, place: Any) -> "Shape":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Wherever it is wanted, there is nothing to hold."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
 def load_model(
@@ -47,51 +64,99 @@ def load_model(
         SourceError: it does not fit in memory, or transformers cannot load it.
         CheckpointError: a tensor of the model is not in the checkpoint.
     """
-    import transformers
-
-    free = available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if free is not None and needed > free and not spread:
+    free = free_memory(device)
+    if needed > free and not spread:
         raise SourceError(
             f"the model does not fit in the memory of the {device} for the forward pass",
             expected=f"{needed / 1e9:.1f} GB or more available",
             found=f"{free / 1e9:.1f} GB",
-            hint="give --device map, or --activations with a file from a larger machine",
+            hint="give --forward streamed, or --device map",
         )
-    auto = getattr(transformers, auto_class)
-    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "output_loading_info": True,
-        "device_map": "auto" if spread else None,
-    }
+    settings = {"dtype": dtype, "device_map": "auto" if spread else None}
+    if recipes is None:
+        local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        model = _loaded(partial(_auto(auto_class).from_pretrained, folder, **local, **settings))
+    else:
+        made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}
+        model = _loaded(
+            partial(_from_tensors, folder, made, auto_class, trust_remote_code, **settings)
+        )
     try:
-        if recipes is None:
-            loaded = auto.from_pretrained(folder, **local, **settings)
-        else:
-            config = transformers.AutoConfig.from_pretrained(folder, **local)
-            for part in (config, config.get_text_config(decoder=True)):
-                if hasattr(part, "quantization_config"):  # what is made is not quantized
-                    del part.quantization_config
-            with torch.device("meta"):
-                kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
-            made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}
-            loaded = kind.from_pretrained(None, config=config, state_dict=made, **settings)
+        return model if spread else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise _unusable("model", error) from error
+
+
+def load_skeleton(
+    folder: Path,
+    dtype: torch.dtype,
+    recipes: Iterable[Recipe],
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The same model without its weights, which are on the meta device; no weight is read.
+
+    transformers loads it as it would load the model, so what is tied is tied, what is renamed and
+    fused by its rules would be, and buffers that are no weights have their values.
+
+    Args:
+        folder: holds the config.
+        dtype: of the weights.
+        recipes: of all tensors of the checkpoint; they are not made.
+        auto_class, trust_remote_code: as above.
+
+    Raises:
+        SourceError, CheckpointError: as above.
+    """
+    shapes = {recipe.name: Shape(recipe.dtype, recipe.shape) for recipe in recipes}
+    return _loaded(
+        partial(_from_tensors, folder, shapes, auto_class, trust_remote_code, dtype=dtype)
+    )
+
+
+def _auto(auto_class: str) -> Any:
+    import transformers
+
+    return getattr(transformers, auto_class)
+
+
+def _from_tensors(
+    folder: Path,
+    tensors: Mapping[str, Any],
+    auto_class: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> Any:
+    """``from_pretrained`` of a model whose tensors are not in files of the folder."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):  # what is made is not quantized
+            del part.quantization_config
+    with torch.device("meta"):
+        kind = type(_auto(auto_class).from_config(config, trust_remote_code=trust_remote_code))
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+
+
+def _loaded(load: Callable[..., Any]) -> nn.Module:
+    """A model of ``from_pretrained``, in eval mode and with every tensor that it needs."""
+    try:
+        model, info = cast(tuple[nn.Module, dict[str, Any]], load(output_loading_info=True))
     except ConverterError:
         raise
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise _unusable("model", error) from error
-    model, info = cast(tuple[nn.Module, dict[str, Any]], loaded)
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors that the model needs",
             found=f"no {missing[0]}",
             hint="transformers would fill them with random numbers; get an intact copy",
         )
-    try:
-        model = model.eval().requires_grad_(False)
-        return model if spread else model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise _unusable("model", error) from error
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -119,15 +184,3 @@ def _unusable(part: str, error: Exception) -> SourceError:
         found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         hint="check that the source loads with from_pretrained",
     )
-
-
-def available_memory() -> int | None:
-    """Bytes that can be used without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

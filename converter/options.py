@@ -116,6 +116,15 @@ def run_options(command: Command) -> Command:
             help="Dtype of the forward pass.",
         ),
         click.option(
+            "--forward", default="auto", show_default=True,
+            type=click.Choice(["auto", "resident", "streamed"]),
+            help="The whole model in memory, or a layer at a time; auto: what the memory allows.",
+        ),
+        click.option(
+            "--memory-limit", metavar="SIZE",
+            help="Memory to plan the forward pass with, such as 4GB.  [default: what is available]",
+        ),
+        click.option(
             "--batch-size", default=16, show_default=True, type=click.IntRange(1),
             help="Sentences in one forward pass.",
         ),

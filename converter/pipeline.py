@@ -8,14 +8,16 @@ from typing import Any
 from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card
-from converter.engine import Engine, worker_memory
+from converter.engine import Engine
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.fitting import Bench, Fitted, fit, stored_dtype
+from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device, choose_dtype
 from converter.hub import check_repo_id
 from converter.layout import CARD
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
 from converter.methods import Method, configure
+from converter.mode import choose_forward, needed_weights
+from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
 from converter.pairs import load_pairs, load_prose
@@ -41,6 +43,7 @@ def convert(
     workers: int = 0,
     evaluation: Evaluation | None = None,
     cache: Path | None = None,
+    memory_limit: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint.
@@ -53,6 +56,8 @@ def convert(
         workers: shards to edit at a time; 0 chooses.
         evaluation: measures the edit before it is written; its results go into the manifest.
         cache: the user's cache folder.
+        memory_limit: bytes of memory that forward passes and the edit are planned with, if less
+            than all.
         report: where progress is shown and seconds are kept.
 
     Returns:
@@ -72,16 +77,19 @@ def convert(
         )  # fmt: skip
     device = choose_device(run.device)
     check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
+    targets = plan.select(method.edit_layers, method.edit_bias)
+    engine = Engine(workers, memory_limit, device, run.rounding)
+    engine.expected_memory(len(source.shards), targets, method.rank or MAX_RANK)  # is it allowed?
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
         report.note(f"  pairs skipped: {pairs.describe_skipped()}")
-    bench = Bench.of(run, source, plan, words, device, cache, report)
+    bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
+    if evaluation:
+        bench.forward.need_resident()
     fitted = fit(bench, method, pairs, prose)
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
-    targets = plan.select(method.edit_layers, method.edit_bias)
-    engine = Engine(workers, device=device, rounding=run.rounding)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             written = write_checkpoint(
@@ -91,6 +99,7 @@ def convert(
             fitted.subspace.save(folder / SUBSPACE_FILE)
         manifest = make_manifest(run, source, method, pairs, prose, words, fitted, written, device)
         manifest["source"]["originals"] = source.original_files(cache)
+        manifest["forward"] = bench.forward.record() if bench.has_run else None
         manifest["evaluation"] = results
         write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
@@ -185,6 +194,8 @@ def describe_plan(
     report: Report,
     destination: Path | None = None,
     overwrite: bool = False,
+    workers: int = 0,
+    memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """What a conversion would do, from the headers alone. Nothing is written.
 
@@ -201,9 +212,11 @@ def describe_plan(
         check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     device = choose_device(run.device)
-    rank = method.rank or MAX_RANK
-    workers = Engine().workers_for(len(source.shards), targets, rank)
-    width = choose_dtype(run.forward_dtype, stored_dtype(plan), device).itemsize
+    rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
+    dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
+    forward = choose_forward(
+        run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+    )
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,
@@ -225,8 +238,9 @@ def describe_plan(
         "originals": [path.name for path in source.originals],
         "copied_files": list(source.companions),
         "device": device,
+        "forward": forward.record(),
         "expected_peak_bytes": {
-            "forward": plan.num_parameters * width,
-            "edit": workers * worker_memory(targets, rank),
+            "forward": needed_weights(plan, dtype, forward.mode),
+            "edit": engine.expected_memory(len(source.shards), targets, rank),
         },
     }

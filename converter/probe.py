@@ -1,15 +1,16 @@
 """Held-out text on which edits of one loaded model are compared with the model as it is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from converter.edit import Edit
 from converter.errors import DataError
-from converter.forward import LanguageModel
+from converter.forward import Model
 from converter.hooks import edited
 from converter.likelihood import (
     Estimate,
+    LogProbabilities,
     log_probabilities,
     mean_change,
     perplexity,
@@ -17,6 +18,7 @@ from converter.likelihood import (
     teacher_forced,
     word_changes,
 )
+from converter.passes import Advance, idle
 from converter.split import Part
 from converter.tokens import Encoder
 
@@ -72,9 +74,9 @@ class Probe:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Model,
         part: Part,
-        advance: Callable[[int], object] = lambda count: None,
+        advance: Advance = idle,
     ) -> None:
         encode = Encoder(model.tokenizer, model.module)
         self.model, self.advance = model, advance
@@ -99,12 +101,8 @@ class Probe:
         self._before = self._run()
         self.perplexity = perplexity(self._before[0])
 
-    def _run(self) -> list[Any]:
-        module, device = self.model.module, self.model.device
-        return [
-            log_probabilities(module, sentences, device, self.advance)
-            for sentences in (self._neutral, self._toxic)
-        ]
+    def _run(self) -> list[LogProbabilities]:
+        return log_probabilities(self.model, (self._neutral, self._toxic), self.advance)
 
     def measure(self, edit: Edit, layers: Sequence[int]) -> Measured:
         """Compare an edit of some layers with the unedited model, through hooks."""

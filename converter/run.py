@@ -23,6 +23,8 @@ class Run:
         activations: a file written by an earlier run, used instead of a forward pass.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:n``; or ``map``, over all GPUs and the memory.
         forward_dtype: dtype of the forward pass: ``auto``, ``float32``, ``bfloat16``, ``float16``.
+        forward: ``resident``, the whole model in memory; ``streamed``, a layer at a time, which
+            changes the result by rounding only; ``auto`` to stream what does not fit comfortably.
         batch_size: sentences in one forward pass; changes the result by rounding only.
         rounding: how edited weights are rounded: ``null-space`` or ``nearest``; see
             ``converter.projector``.
@@ -47,6 +49,7 @@ class Run:
     activations: Path | None = None
     device: str = "auto"
     forward_dtype: str = "auto"
+    forward: str = "auto"
     batch_size: int = 16
     rounding: Rounding = "null-space"
     max_perplexity_ratio: float = 1.03

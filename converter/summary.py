@@ -28,6 +28,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"copied as they are: {', '.join(plan['copied_files'])}",
         f"{len(plan['edited_tensors'])} tensors to edit; "
         f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read and to write",
+        f"forward pass {forward_text(plan['forward'])}",
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
     ]
@@ -66,6 +67,7 @@ def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> di
         "max_leakage": max(e["leakage"] for e in manifest["edited"]),
         "bytes_written": sum(entry["bytes"] for entry in manifest["files"].values()),
         "verified": True,
+        "forward": manifest["forward"],
         "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
         "memory_bytes": dict(report.memory),
         "peak_memory_bytes": manifest["measurements"]["peak_memory_bytes"],
@@ -87,9 +89,15 @@ usable){candidates_text(result)}
   left along U  at most {result["max_leakage"]:.2e} of what was there
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
 {effect_text(result["guard"])}
+  forward pass  {forward_text(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}\
 {evaluation_text(result["evaluation"])}"""
+
+
+def forward_text(forward: dict[str, str] | None) -> str:
+    """How the model was run, and why so."""
+    return "none" if forward is None else f"{forward['mode']}: {forward['reason']}"
 
 
 def candidates_text(result: dict[str, Any]) -> str:

@@ -16,7 +16,10 @@ MAX_TOKENS = 256
 """Tokens of a sentence or paragraph that are read; the rest is cut. Pairs are far shorter."""
 
 BATCH_TOKENS = 1024
-"""Positions in a batch whose logits are wanted: 0.2 GB in float32 for a vocabulary of 49,000."""
+"""Positions in a batch whose logits are wanted, where the vocabulary is not large."""
+
+LOGITS_BYTES = BATCH_TOKENS * 49152 * 4
+"""Bytes of the float32 logits of a batch, 0.2 GB: fewer positions where the vocabulary is large."""
 
 Pooling = Literal["predicting", "mean", "last"]
 
@@ -162,6 +165,12 @@ def batches(
     order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     return [_pad([sentences[i] for i in rows], rows, device, side) for rows in groups]
+
+
+def logit_positions(model: Any) -> int:
+    """Positions in a batch whose logits are wanted of a model of transformers."""
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return max(min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)), 1)
 
 
 def token_batches(sentences: Sequence[Sentence], tokens: int, device: str) -> list[Batch]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from converter import activations, extraction, fitting, forward, loading, pipeline
+from converter import activations, extraction, fitting, forward, loading, models, pipeline
 from converter.activations import Request, load_activations
 from converter.architecture import architectures
 from converter.cache import remembered_digest, sha256_of
@@ -40,7 +40,7 @@ class Runs:
             self.loaded += 1
             return loading.load_model(*args, **settings)
 
-        monkeypatch.setattr(fitting, "load_model", counted)
+        monkeypatch.setattr(models, "load_model", counted)
 
     def __call__(self, run: Run) -> str:
         report = Report(quiet=True)
@@ -101,7 +101,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     pairs = load_pairs("builtin", load_words("builtin"), 16, 0)
     request = Request("ffn", "mean", (1,), False)
 
-    def key(device: str = "cpu") -> str:
+    def key(device: str = "cpu", mode: str = "resident") -> str:
         return activations.cache_key(
             extraction.activation_inputs(
                 {},
@@ -112,18 +112,22 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
                 device=device,
                 dtype="float32",
                 batch_size=16,
+                mode=mode,
             )
         )
 
     first = key()
     assert key() == first
     assert key("cuda:1") == key("cuda") != first
+    assert key(mode="streamed") != first
     monkeypatch.setattr(extraction, "EXTRACTOR", (*extraction.EXTRACTOR, "words.py"))
     assert key() != first
     monkeypatch.undo()
     package = Path(extraction.__file__).parent
     assert all((package / name).is_file() for name in extraction.EXTRACTOR)
-    assert {"forward.py", "loading.py", "quantization.py"} < set(extraction.EXTRACTOR)
+    assert {"forward.py", "loading.py", "quantization.py", "streamed.py"} < set(
+        extraction.EXTRACTOR
+    )
     monkeypatch.setattr(extraction, "version", lambda name: "0")
     assert key() != first
 
@@ -144,7 +148,8 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     def alone(text: str, pooling: Pooling, spans: Spans, site: str) -> torch.Tensor:
         pool = forward.Pool(1)
         name = "model.layers.3.mlp" if site == "ffn" else "model.layers.3"
-        forward.run(module, {3: name}, batches([encode(text, pooling, spans)], 1, "cpu"), [pool])
+        batched = batches([encode(text, pooling, spans)], 1, "cpu")
+        forward.run(model, {3: name}, [(batched, [pool])])
         return pool.pooled[3][0]
 
     pair = pairs.pairs[7]

@@ -253,7 +253,7 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
     def no_model(*args: object) -> nn.Module:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("converter.fitting.load_model", no_model)
+    monkeypatch.setattr("converter.models.load_model", no_model)
     second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
     assert second.exit_code == 0, second.stderr
     assert "cache hit, no forward pass" in second.stderr

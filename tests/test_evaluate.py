@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from converter.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
 from converter.evaluate.ability import measure
 from converter.evaluate.conditional import conditional_perplexity
@@ -34,6 +35,7 @@ from converter.evaluate.prompts import load_prompts
 from converter.evaluate.safeedit import SETS, defence_rates, load_safeedit
 from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
+from converter.forward import LanguageModel
 from tests.conftest import load, tiny_tokenizer
 from tests.hub_server import COMMIT, HubServer
 
@@ -59,6 +61,11 @@ def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
             if weight.ndim == 2 and "embed" not in name:
                 weight *= 10
     return found
+
+
+def judge(model: Any) -> LanguageModel:
+    """A model of transformers with what belongs to it."""
+    return LanguageModel(model, tiny_tokenizer(), architectures()["llama"], "cpu")
 
 
 write = partial(generate, tokenizer=tiny_tokenizer(), device="cpu", max_new_tokens=8)
@@ -260,7 +267,7 @@ def test_offloaded_weights_give_the_same_text(model: Any) -> None:
 def test_conditional_perplexity_is_that_of_the_continuation(model: Any) -> None:
     continuations = write(model, prompts=PROMPTS, samples=2)
     continuations[0] = ["", " and falls into the sea"]
-    found = conditional_perplexity(model, tiny_tokenizer(), PROMPTS, continuations, "cpu")
+    found = conditional_perplexity(judge(model), PROMPTS, continuations)
     assert found.prompts.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     prompt = tiny_tokenizer()(PROMPTS[0])["input_ids"]
     whole = [0, *tiny_tokenizer()(PROMPTS[0] + continuations[0][1])["input_ids"]]
@@ -280,12 +287,12 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(m
         model.get_output_embeddings().weight.zero_()
     texts = [[" and so on", " or not"]] * 2
     prompts = [PROMPTS[0], " ".join(PROMPTS * 60)]  # the second does not fit
-    found = conditional_perplexity(model, tiny_tokenizer(), prompts, texts, "cpu")
+    found = conditional_perplexity(judge(model), prompts, texts)
     assert found.perplexity == pytest.approx(len(tiny_tokenizer()))
     assert found.mean == pytest.approx(len(tiny_tokenizer()))
     assert found.tokens[0] == found.tokens[2]
     with pytest.raises(DataError, match="expected text, found empty continuations"):
-        conditional_perplexity(model, tiny_tokenizer(), prompts, [[""], []], "cpu")
+        conditional_perplexity(judge(model), prompts, [[""], []])
 
 
 # scorers

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from converter.architecture import architectures
 from converter.errors import DataError, SourceError
-from converter.forward import Pool, SecondMoment, run
+from converter.forward import LanguageModel, Pool, SecondMoment, run
 from converter.loading import load_model
 from converter.tokens import Batch, Encoder, Pooling, Sentence, batches, first_token
 from tests.conftest import HIDDEN, tiny_tokenizer
@@ -39,16 +40,18 @@ def encoder(text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Se
     return Encoder(tiny_tokenizer(), Shape())(text, pooling, spans)
 
 
-def load(checkpoints: Checkpoints, kind: str) -> tuple[nn.Module, dict[int, str]]:
-    model = load_model(checkpoints(kind), torch.float32, "cpu", 0)
+def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, dict[int, str]]:
+    module = load_model(checkpoints(kind), torch.float32, "cpu", 0)
+    model = LanguageModel(module, tiny_tokenizer(), architectures()[kind], "cpu")
     return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
 
 
 def pooled(
-    model: nn.Module, modules: dict[int, str], sentences: list[Sentence], size: int, side: str
+    model: LanguageModel, modules: dict[int, str], sentences: list[Sentence], size: int, side: str
 ) -> Tensor:
     pool = Pool(len(sentences))
-    run(model, modules, batches(sentences, size, "cpu", side), [pool])  # type: ignore[arg-type]
+    batched = batches(sentences, size, "cpu", side)  # type: ignore[arg-type]
+    run(model, modules, [(batched, [pool])])
     return torch.stack([pool.pooled[layer] for layer in sorted(modules)])
 
 
@@ -73,10 +76,10 @@ def test_the_pool_is_the_mean_of_the_module_over_real_tokens(checkpoints: Checkp
     model, modules = load(checkpoints, "llama")
     coded = encoder(TEXTS[0], "mean", [])
     seen: list[Tensor] = []
-    handle = model.get_submodule(modules[4]).register_forward_hook(
+    handle = model.module.get_submodule(modules[4]).register_forward_hook(
         lambda module, args, output: seen.append(output.detach())
     )
-    model(input_ids=torch.tensor([coded.ids]))
+    model.module(input_ids=torch.tensor([coded.ids]))
     handle.remove()
     expected = seen[0][0, 1:].mean(0)  # without the first position
     assert torch.allclose(pooled(model, modules, [coded], 1, "right")[1, 0], expected, atol=1e-6)
@@ -86,7 +89,7 @@ def test_the_model_is_not_run_past_the_last_layer_of_interest(checkpoints: Check
     model, modules = load(checkpoints, "llama")
     ran: list[int] = []
     for layer in range(6):
-        model.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
+        model.module.get_submodule(f"model.layers.{layer}").register_forward_pre_hook(
             lambda module, args, layer=layer: ran.append(layer)
         )
     pooled(model, modules, [encoder(TEXTS[0], "mean", [])], 1, "right")
@@ -128,10 +131,8 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
     results = []
     for size in (1, 3):
         moment = SecondMoment()
-        for group in groups:
-            batched = batches([encoder(t, "mean", []) for t in group], size, "cpu")
-            moment.start_group(batched)
-            run(model, modules, batched, [moment])
+        batched = [batches([encoder(t, "mean", []) for t in g], size, "cpu") for g in groups]
+        run(model, modules, [(group, [moment.group(group)]) for group in batched])
         results.append(moment.result())
     assert torch.allclose(results[0], results[1], atol=1e-6)
     assert results[0].trace() == pytest.approx(1, abs=1e-5)  # a mean of matrices of trace 1
@@ -144,7 +145,7 @@ def test_the_second_moment_is_that_of_the_tokens(checkpoints: Checkpoints) -> No
             def keep(batch: Batch, layer: int, f: Tensor, number: int = number) -> None:
                 tokens[layer][number].append(f[0, 1:])
 
-            run(model, modules, batches([coded], 1, "cpu"), [keep])
+            run(model, modules, [(batches([coded], 1, "cpu"), [keep])])
     expected = torch.zeros(HIDDEN, HIDDEN)
     for layer in modules:
         x = [torch.cat(part) for part in tokens[layer]]

@@ -40,7 +40,7 @@ def model(checkpoints: Checkpoints) -> forward.LanguageModel:
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:
     lengths = (2, 9, 40, 9, 700 // 2)
     sentences = [Sentence([(7 * i + n) % 300 for i in range(n)]) for n in lengths]
-    found = log_probabilities(model.module, sentences, "cpu")
+    found = log_probabilities(model, [sentences])[0]
     for sentence, values in zip(sentences, found, strict=True):
         ids = torch.tensor([sentence.ids])
         logits = model.module(ids).logits[0, :-1].log_softmax(-1)
@@ -119,7 +119,7 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
     def log_p(share: float, layer: int, u: Tensor) -> float:
         edit = Projection({layer: math.sqrt(share) * u[:, None]})  # f - share u (u^T f)
         with edited(model.module, model.architecture, edit, (layer,)):
-            (values,) = log_probabilities(model.module, [sentence], "cpu")
+            ((values,),) = log_probabilities(model, [[sentence]])
         return float(sum(values[i - 1] for word in wordplaces for i in word))
 
     for layer, A in moments.items():
@@ -155,7 +155,7 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
             return (f, *rest) if rest else f
 
         hook = module.get_submodule(name).register_forward_hook(along)
-        values = log_probabilities(module, sentences, "cpu")
+        (values,) = log_probabilities(model, [sentences])
         hook.remove()
         return float(sum(v.sum() for v in values))
 
@@ -179,13 +179,12 @@ def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
     modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
     V = torch.linalg.qr(torch.randn(HIDDEN, 3))[0]
     A = torch.stack(list(causal_moments(model, modules, sentences).values())).sum(0)
-    whole = moments_within(model, modules, sentences, V)
+    whole, pieces = moments_within(model, modules, [(sentences, None), (sentences, 4)], V)
     assert whole.shape == (3, 3, 3)
     assert torch.allclose(whole.sum(0), count * V.T @ A @ V, atol=1e-4)
     for place, sentence in enumerate(sentences):  # in their order, not in that of the batch
-        alone = moments_within(model, modules, [sentence], V)
+        (alone,) = moments_within(model, modules, [([sentence], None)], V)
         assert torch.allclose(whole[place], alone[0], atol=1e-5)
-    pieces = moments_within(model, modules, sentences, V, 4)
     assert len(pieces) == sum(-(-len(s.ids) // 4) for s in sentences)
     first = -(-len(sentences[0].ids) // 4)
     assert torch.allclose(pieces[:first].sum(0), whole[0], atol=1e-5)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from converter.engine import Engine
 from converter.errors import CheckpointError
-from converter.fitting import load_language_model
 from converter.header import read_header
+from converter.models import load_language_model
 from converter.outputs.checkpoint import Rewriting, users_of
 from converter.plan import make_plan
 from converter.projector import neighbour

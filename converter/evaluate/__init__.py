@@ -63,9 +63,12 @@ def evaluate(
 
     Returns:
         the results: ``settings``, ``systems`` and, averaged over seeds, ``rows``.
+
+    Raises:
+        ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
     report = report or Report(quiet=True)
-    base = bench.load()
+    base = bench.load_resident()
     systems: list[dict[str, Any]] = []
     passages = None
     if settings.prompts is not None and comparison.passages:

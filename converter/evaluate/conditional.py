@@ -1,16 +1,17 @@
 """How probable a (larger) model finds continuations: do they make sense after their prompts?"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from converter.errors import DataError
+from converter.forward import Model
 from converter.likelihood import log_probabilities
+from converter.passes import Advance, idle
 from converter.tokens import Sentence, first_token, num_positions
 
 
@@ -44,12 +45,10 @@ class Conditional:
 
 
 def conditional_perplexity(
-    model: nn.Module,
-    tokenizer: Any,
+    model: Model,
     prompts: Sequence[str],
     continuations: Sequence[Sequence[str]],
-    device: str,
-    advance: Callable[[int], object] = lambda count: None,
+    advance: Advance = idle,
 ) -> Conditional:
     """The loss of continuations given their prompts, over tokens of the continuations only.
 
@@ -58,27 +57,25 @@ def conditional_perplexity(
     Empty continuations have no loss and are left out.
 
     Args:
-        model: that judges, in eval mode; one that did not write the continuations.
-        tokenizer: its own, a fast one.
+        model: that judges; one that did not write the continuations.
         prompts: P texts.
         continuations: of each prompt, as ``generate`` returns them.
-        device: where the model is.
         advance: called with the number of continuations done since the last call.
 
     Raises:
         DataError: all continuations are empty.
-        SourceError: the GPU is out of memory.
+        SourceError: memory ran out.
     """
-    positions = num_positions(model)
+    positions = num_positions(model.module)
     sentences, counts, places = [], [], []
     for place, (prompt, texts) in enumerate(zip(prompts, continuations, strict=True)):
-        for sentence, count in _encode(tokenizer, prompt, texts, positions):
+        for sentence, count in _encode(model.tokenizer, prompt, texts, positions):
             sentences.append(sentence)
             counts.append(count)
             places.append(place)
     if not sentences:
         raise DataError("conditional perplexity", expected="text", found="empty continuations")
-    found = log_probabilities(model, sentences, device, advance)
+    (found,) = log_probabilities(model, [sentences], advance)
     nats = [-values[-count:].sum() for values, count in zip(found, counts, strict=True)]
     return Conditional(np.array(nats), np.array(counts), np.array(places))
 

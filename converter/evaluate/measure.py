@@ -116,12 +116,12 @@ def measure(
     now = None
     if settings.text is not None:
         sentences = windows(model, settings.text, settings.text_tokens)
-        now = log_probabilities(model.module, sentences, model.device)
+        (now,) = log_probabilities(model, [sentences])
         metrics["perplexity"] = around(perplexity_estimate(now))
         if before is not None:
             metrics["perplexity_ratio"] = around(perplexity_ratio(before, now))
     if passages is not None:
-        after = log_probabilities(model.module, passages.sentences, model.device)
+        (after,) = log_probabilities(model, [passages.sentences])
         changes = word_changes(passages.before, after, passages.words)
         metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
     if settings.prompts is not None:
@@ -164,8 +164,7 @@ def _generation(
     except OptionError:  # it needs the extra [eval]; not measured is said in the results
         metrics[f"fluency/{way}"] = None
     if settings.judge is not None:
-        judge = settings.judge
-        found = conditional_perplexity(judge.module, judge.tokenizer, prompts, texts, judge.device)
+        found = conditional_perplexity(settings.judge, prompts, texts)
         pairs = np.stack(
             [np.bincount(found.prompts, x, len(prompts)) for x in (found.nats, found.tokens)], 1
         ).astype(np.float64)

@@ -69,7 +69,7 @@ def draw_passages(
     if not kept:
         return None
     places, sentences, found = zip(*kept, strict=True)
-    before = log_probabilities(model.module, sentences, model.device)
+    (before,) = log_probabilities(model, [sentences])
     return Passages(sentences, found, places, before)
 
 

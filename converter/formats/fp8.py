@@ -36,7 +36,7 @@ def dequantized(source: Source, plan: Plan, scheme: Scheme) -> Shards:
                 found=info.dtype,
             )  # fmt: skip
         else:
-            recipes.append(_plain(source, shard, info))
+            recipes.append(stored(source, shard, info))
     return made
 
 
@@ -50,7 +50,9 @@ def _weight(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Rec
     return Recipe(info.name, torch.float32, info.shape, make)
 
 
-def _plain(source: Source, shard: str, info: TensorInfo) -> Recipe:
+def stored(source: Source, shard: str, info: TensorInfo) -> Recipe:
+    """The recipe of a tensor that is read as it is."""
+
     def make() -> Tensor:
         with source.open(shard) as file:
             return read_raw(file, info)

@@ -1,0 +1,111 @@
+"""How much memory there is, and whether a model fits in it."""
+
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+from converter.errors import OptionError
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of a size such as ``4GB``, ``512MB``, ``1.5GiB`` or ``1000000``; None of None.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if found:
+        power = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}[found[2].upper()]
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+        if size > 0:
+            return size
+    raise OptionError("--memory-limit", expected="a size such as 4GB or 512MB", found=repr(text))
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process can still use without swapping or being stopped for it.
+
+    The least of what the system has available, what ``ulimit -v`` leaves above the address space
+    in use, and what the control groups of the process leave, of version 2 and of version 1. File
+    pages in a group do not count as used: the kernel drops them when it needs to. Where the system
+    says nothing (it has no ``/proc``), there is no bound and the answer is ``UNKNOWN``.
+    """
+    limits = (address_space(proc), *_system(proc), *_groups(proc, cgroups))
+    return max(min(limits), 0)
+
+
+UNKNOWN = 1 << 62
+"""More bytes than any machine has."""
+
+
+def address_space(proc: Path = Path("/proc")) -> int:
+    """What ``ulimit -v`` leaves above the address space in use, or ``UNKNOWN``."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _field(_read(proc / "self/status"), "VmSize")
+    return UNKNOWN if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
+
+
+def free_memory(device: str) -> int:
+    """The same of a device: a GPU has what its driver says."""
+    return available_memory() if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+
+
+def _read(path: Path) -> str:
+    """A small file of the system, or nothing if there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> int | None:
+    """The number after a name at the beginning of a line."""
+    found = re.search(rf"^{name}:?\s+(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _system(proc: Path) -> list[int]:
+    kilobytes = _field(_read(proc / "meminfo"), "MemAvailable")
+    return [] if kilobytes is None else [kilobytes * 1024]
+
+
+def _groups(proc: Path, cgroups: Path) -> list[int]:
+    """What every control group above the process leaves; a container may see its own as the root.
+
+    A line of ``/proc/self/cgroup`` is ``number:controllers:path``; version 2 has number 0 and no
+    controllers. Version 1 writes a huge number where there is no limit.
+    """
+    left = []
+    for line in _read(proc / "self/cgroup").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0" and not controllers:
+            roots = [cgroups, cgroups / "unified"]
+            names = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+        elif "memory" in controllers.split(","):
+            roots = [cgroups / "memory"]
+            names = (
+                "memory.limit_in_bytes", "memory.usage_in_bytes",
+                ("total_inactive_file", "total_active_file"),
+            )  # fmt: skip
+        else:
+            continue
+        inside = Path(path.lstrip("/"))
+        for root in roots:
+            for folder in (root / inside, *(root / parent for parent in inside.parents), root):
+                left += _left(folder, *names)
+    return left
+
+
+def _left(folder: Path, limit: str, usage: str, reclaimable: tuple[str, ...]) -> list[int]:
+    most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+    if not (most.isdigit() and used.isdigit()):  # "max" is no limit
+        return []
+    stat = _read(folder / "memory.stat")
+    files = sum(_field(stat, name) or 0 for name in reclaimable)
+    return [int(most) - max(int(used) - files, 0)]
