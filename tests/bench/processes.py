@@ -72,6 +72,7 @@ def measure(command: Sequence[str], out: Path) -> Taken:
         try:
             return _measure(child, out)
         except EOFError:
+            child.wait()
             errors.seek(0)
             said = errors.read().decode(errors="replace")
             raise SystemExit(f"{command[2]} failed:\n{said[-3000:]}") from None
