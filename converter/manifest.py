@@ -8,8 +8,6 @@ absolute path, host name or user name.
 import hashlib
 import json
 import platform
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -28,7 +26,7 @@ from converter.fitting import Fitted
 from converter.methods import Method
 from converter.outputs.checkpoint import Written, file_entry
 from converter.pairs import Pairs, Prose
-from converter.report import Report
+from converter.report import Report, peak_memory
 from converter.run import Run
 from converter.source import Source
 from converter.subspace import SUBSPACE_FILE
@@ -144,12 +142,12 @@ def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[s
 def measurements(report: Report) -> dict[str, Any]:
     """The only part that may differ between two runs of the same inputs.
 
-    Peak memory is the largest resident set of the process so far, in bytes.
+    Memory is the largest resident set, of each stage and of all of them, in bytes.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "memory_bytes": dict(report.memory),
+        "peak_memory_bytes": max((peak_memory(), *report.memory.values())),
     }
 
 

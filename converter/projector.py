@@ -27,8 +27,9 @@ from torch import Tensor
 
 Rounding = Literal["nearest", "null-space"]
 
-BLOCK = 128
-"""Rows at a time. Fewer would keep L smaller; so many make matrix products worth their while."""
+BLOCK = 64
+"""Rows at a time, and so many are settled one by one at the end. More would make L larger between,
+fewer would make matrix products slow."""
 
 AIM = 1e-4
 """||L|| / ||P|| at which rounding is content: a sixteenth of what rounding to nearest leaves."""
@@ -39,7 +40,7 @@ HEAVY = 4.0
 CHECKED = 32
 """Rows after which it is asked whether ``AIM`` is reached."""
 
-STRIP = 1 << 18
+STRIP = 1 << 17
 """Elements that are computed on at a time on the CPU: they stay in its caches."""
 
 DEVICE_STRIP = 1 << 25
@@ -68,6 +69,7 @@ class Projector:
         self.U = self.host.to(device)
         self.dtype = dtype
         self.wide = torch.promote_types(dtype, torch.float32)
+        self.lossless = torch.float32 if dtype.itemsize == 2 else torch.float64
         self.feedback = rounding == "null-space" and dtype.itemsize == 2
         self.strip = STRIP if device == "cpu" else DEVICE_STRIP
         weights = self.host.square().sum(1)
@@ -135,28 +137,31 @@ class Projector:
     ) -> Tensor:
         """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U."""
         new = torch.empty_like(stored)
-        U, chosen = self.U[block], self.heavy[block]
-        if self.feedback and block.stop == len(self.U):
-            chosen = torch.ones_like(chosen)
-        settles = bool(chosen.any())
-        heavy = chosen.nonzero()[:, 0].to(U.device)
+        U, settled = self.U[block], self._settled(block)
         left.addmm_(U.T @ U, P)
-        for part in self._strips(len(stored), len(P[0]), 1 + settles):
+        for part in self._strips(len(stored), len(P[0])):
             W = stored[:, part].to(self.wide)
             aim = W - (U @ taken[:, part]).to(self.wide)
             rounded = aim.to(self.dtype)
-            change = (rounded.to(self.wide) - W).double()
+            change = (rounded.to(self.lossless) - W.to(self.lossless)).double()
             L = left[:, part].addmm_(U.T, change)
-            if settles:
-                nearest = rounded[heavy]
-                other = neighbour(nearest, aim[heavy])
-                step = other.double() - nearest.double()
-                moved = settle(L, U[heavy], step, AIM * float(P[:, part].norm()))
-                rounded[heavy] = torch.where(moved, other, nearest)
-                change[heavy] += step * moved
+            if settled is not None:
+                nearest = rounded[settled]
+                other = neighbour(nearest, aim[settled])
+                step = other.to(self.wide) - nearest.to(self.wide)
+                moved = settle(L, U[settled], step, AIM * float(P[:, part].norm()))
+                rounded[settled] = torch.where(moved, other, nearest)
+                change[settled] += step.mul_(moved)
             self.squares["change"] += torch.dot(change.flatten(), change.flatten())
             new[:, part] = rounded
         return new
+
+    def _settled(self, block: slice) -> Tensor | slice | None:
+        """Which rows of a block are settled one by one: the heavy ones, and all of the last."""
+        if self.feedback and block.stop == len(self.U):
+            return slice(None)
+        heavy = self.heavy[block].nonzero()[:, 0]
+        return heavy.to(self.U.device) if len(heavy) else None
 
     def _push(self, gram: Tensor, left: Tensor, block: slice, squares: Tensor) -> Tensor:
         """G^-1 L (R, F), each column cut down to what the block's rows may move by."""
@@ -168,8 +173,8 @@ class Projector:
         moved = (push.square().sum(0) * weight).sqrt()
         return push * torch.where(moved > allowed, allowed / moved, 1.0)
 
-    def _strips(self, height: int, width: int, factor: int = 1) -> Iterator[slice]:
-        size = max(factor * self.strip // max(height, 1), 1)
+    def _strips(self, height: int, width: int) -> Iterator[slice]:
+        size = max(self.strip // max(height, 1), 1)
         return (slice(start, min(start + size, width)) for start in range(0, width, size))
 
 
@@ -183,7 +188,7 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     Args:
         left: (R, F) float64; changed in place.
         U: (n, R) float64.
-        step: (n, F) float64; 0 where there is none to take.
+        step: (n, F); 0 where there is none to take.
         aim: stop when the norm of ``left`` is no larger.
 
     Returns:
@@ -194,7 +199,7 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):
         if count % CHECKED == 0 and float(left.norm()) <= aim:
             break
-        u, s = U[row], step[row]
+        u, s = U[row], step[row].double()
         chosen = torch.mul(s, torch.add(u @ left, s, alpha=float(weights[row]) / 2)) < 0
         left.addr_(u, s * chosen)
         taken[row] = chosen
@@ -212,14 +217,8 @@ def neighbour(rounded: Tensor, exact: Tensor) -> Tensor:
     Returns:
         ``rounded`` itself where it is exact, or where the other side is beyond the largest number.
     """
-    integer = {1: torch.uint8, 2: torch.int16}[rounded.dtype.itemsize]
-    signed = 0x80 if rounded.dtype.itemsize == 1 else 0x8000
-    bits = rounded.view(integer).int()
-    size, sign = bits & (signed - 1), bits & signed
-    away = exact.abs() > rounded.to(exact.dtype).abs()
-    size = torch.where(away, size + 1, size - 1)
-    sign = torch.where(size < 0, sign ^ signed, sign)
-    found = (size.abs() | sign).to(integer).view(rounded.dtype)
-    largest = torch.tensor(torch.finfo(rounded.dtype).max, dtype=rounded.dtype)
-    usable = (exact != rounded.to(exact.dtype)) & (size <= int(largest.view(integer)))
-    return torch.where(usable, found.to(exact.dtype), rounded.to(exact.dtype)).to(rounded.dtype)
+    bits = rounded.view({1: torch.uint8, 2: torch.int16}[rounded.dtype.itemsize])
+    value = rounded.to(exact.dtype)
+    found = torch.where(exact.abs() > value.abs(), bits + 1, bits - 1).view(rounded.dtype)
+    usable = (exact != value) & found.to(exact.dtype).isfinite()
+    return torch.where(usable, found.to(exact.dtype), value).to(rounded.dtype)

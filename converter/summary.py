@@ -67,6 +67,7 @@ def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> di
         "bytes_written": sum(entry["bytes"] for entry in manifest["files"].values()),
         "verified": True,
         "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
+        "memory_bytes": dict(report.memory),
         "peak_memory_bytes": manifest["measurements"]["peak_memory_bytes"],
         "warnings": report.warnings,
     }
@@ -75,6 +76,7 @@ def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> di
 def result_text(result: dict[str, Any]) -> str:
     """The same for people."""
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
+    memory = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in result["memory_bytes"].items())
     return f"""\
 {result["source"]} -> {result["destination"]}
   method        {result["method"]}, rank {result["rank"]}, layers {compress(result["layers"])}
@@ -86,7 +88,7 @@ usable){candidates_text(result)}
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
 {effect_text(result["guard"])}
   seconds       {seconds}
-  peak memory   {result["peak_memory_bytes"] / 1e6:,.0f} MB\
+  peak MB       {memory}\
 {evaluation_text(result["evaluation"])}"""
 
 

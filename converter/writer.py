@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
-BUFFER = 4 << 20
+BUFFER = 2 << 20
 """Bytes written at a time: enough that a call costs nothing beside them."""
 
 BUFFERS = 3

@@ -323,11 +323,16 @@ def test_a_cache_that_cannot_be_written(refused: Callable[..., str], source: Pat
 def test_a_full_disk_leaves_nothing(
     refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, target: Path, *args: object) -> None:
-        target.write_bytes(b"half a shard")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    pwrite, calls = os.pwrite, []
 
-    monkeypatch.setattr("converter.outputs.checkpoint.rewrite", full)
+    def full(file: int, data: memoryview, offset: int) -> int:
+        """The disk fills up in the second shard."""
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr("os.pwrite", full)
     assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
@@ -380,15 +385,15 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     """In a process of its own, interrupted while a shard is half written."""
     script = (
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
         # a parent in the background may have handed down that these are ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from converter import cli\n"
-        "from converter.outputs import checkpoint\n"
-        "def slow(source, target, *rest):\n"
-        "    target.write_bytes(b'half'); print('writing', flush=True); time.sleep(60)\n"
-        "checkpoint.rewrite = slow\n"
+        "pwrite = os.pwrite\n"
+        "def slow(*args):\n"
+        "    print('writing', flush=True); time.sleep(0.5); return pwrite(*args)\n"
+        "os.pwrite = slow\n"
         "cli.convert_command(sys.argv[1:])\n"
     )
     args = [source, tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,8 @@ class _Rewriting:
                     self.bar.set_postfix_str(shard)
                     futures[shard] = pool.submit(self._work, shard)
                     futures[shard].add_done_callback(lambda done: free.release())
-            except BaseException:
+                wait(futures.values())
+            except BaseException:  # Ctrl-C too, which must not leave threads that write
                 self.stop.set()
                 raise
         errors = [error for future in futures.values() if (error := future.exception())]
