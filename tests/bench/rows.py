@@ -55,9 +55,8 @@ def cp(source: Path, out: Path) -> Work:
 
 def ours(source: Path, out: Path, **settings: Any) -> Work:
     """This project, with these settings of its engine and the others as they are by default."""
-    from converter.engine import Engine
-
     from converter.edit import Projection
+    from converter.engine import Engine
     from converter.outputs.checkpoint import write_checkpoint
     from converter.plan import make_plan
     from converter.report import Report
