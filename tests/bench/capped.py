@@ -28,6 +28,7 @@ from pathlib import Path
 import click
 
 from converter.manifest import MANIFEST
+from converter.pairs import load_prose
 from tests.bench.synthetic import Llama, builtin_texts, shard_limit, write_llama
 
 STEP = 64 << 20
@@ -80,7 +81,8 @@ def watch(command: list[str], cap: int) -> tuple[int, dict[str, int]]:
     while child.poll() is None:
         with suppress(OSError):
             status = Path(f"/proc/{child.pid}/status").read_text()
-            peaks |= {name: int(kilo) * 1024 for name, kilo in PEAKS.findall(status)}
+            for name, kilobytes in PEAKS.findall(status):  # a stage may begin a new maximum
+                peaks[name] = max(peaks[name], int(kilobytes) * 1024)
         time.sleep(0.1)
     return child.returncode, peaks
 
@@ -89,25 +91,30 @@ def watch(command: list[str], cap: int) -> tuple[int, dict[str, int]]:
 @click.option("--gigabytes", default=4.0, show_default=True, help="Of the checkpoint.")
 @click.option("--shards", default=7, show_default=True, help="That it comes in.")
 @click.option("--pairs", default=40, show_default=True, help="Drawn from the built-in ones.")
+@click.option("--paragraphs", default=8, show_default=True, help="Of the built-in prose.")
 @click.option("--forward", default="auto", show_default=True, help="auto, resident or streamed.")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where to write.  [default: a temporary folder]",
 )
-def main(gigabytes: float, shards: int, pairs: int, forward: str, folder: Path | None) -> None:
+def main(
+    gigabytes: float, shards: int, pairs: int, paragraphs: int, forward: str, folder: Path | None
+) -> None:
     least = least_cap()
     cap = max(LEAST, least + ROOM)
     model = Llama.of_bytes(gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=folder) as root:
         source, out = Path(root, "source"), Path(root, "out")
         source.mkdir()
+        prose = Path(root, "prose.txt")
+        prose.write_text("\n\n".join(load_prose("builtin").paragraphs[:paragraphs]))
         write_llama(source, model, shard_limit(model, shards), builtin_texts())
         code, peaks = watch(
             [
                 *(str(Path(sysconfig.get_path("scripts"), "gloss-convert")), str(source), str(out)),
                 *("--no-guard", "-o", "rank=2", "--num-pairs", str(pairs), "--forward", forward),
-                *("--cache-dir", str(Path(root, "cache"))),
+                *("--cache-dir", str(Path(root, "cache")), "--neutral", str(prose)),
             ],
             cap,
         )
