@@ -198,15 +198,16 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     Returns:
         (n, F) bool: the steps taken.
     """
-    weights = U.square().sum(1)
     taken = torch.zeros(step.shape, dtype=torch.bool, device=step.device)
+    weights, step = U.square().sum(1), step.double()
+    halves = (step * (weights[:, None] / 2)).unbind()
+    steps, places, columns = step.unbind(), taken.unbind(), U.unbind()
     for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):
         if count % CHECKED == 0 and float(left.norm()) <= aim:
             break
-        u, s = U[row], step[row].double()
-        chosen = torch.mul(s, torch.add(u @ left, s, alpha=float(weights[row]) / 2)) < 0
-        left.addr_(u, s * chosen)
-        taken[row] = chosen
+        product = (columns[row] @ left).add_(halves[row]).mul_(steps[row])
+        torch.lt(product, 0, out=places[row])
+        left.addr_(columns[row], steps[row] * places[row])
     return taken
 
 
