@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter import memory, mode, models
+from converter.architecture import architectures
 from converter.edit import Projection
-from converter.errors import CheckpointError, OptionError, SourceError
+from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
 from converter.forward import LanguageModel, Model
 from converter.gradients import causal_moments, moments_within
 from converter.header import TensorInfo
@@ -42,6 +44,8 @@ from tests.conftest import (
     TINY_MODELS,
     tiny_tokenizer,
 )
+from tests.test_plan import VARIANTS
+from tests.test_quantization import BLOCKS, as_fp8
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -350,6 +354,54 @@ def test_a_missing_tensor_is_an_error_of_the_checkpoint(
     for load in (opened.resident, opened.streamed):
         with pytest.raises(CheckpointError, match=says):
             load()
+
+
+def same(opened: Opened) -> None:
+    """Log-probabilities and gradients are those of the resident model."""
+    whole, streamed = opened.resident(), opened.streamed()
+    assert difference(log_p(streamed), log_p(whole)) < ROUNDING
+    modules = opened.modules(layers=(0, 3))
+    a, b = (causal_moments(m, modules, predicted(m)) for m in (streamed, whole))
+    assert max(difference(a[n], b[n]) for n in b) < ROUNDING
+
+
+@pytest.mark.parametrize(("kind", "place"), VARIANTS)
+def test_other_beginnings_of_names_are_found_too(
+    kind: str, place: int, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Where transformers knows them; what it does not load is no matter of streaming."""
+    variant = architectures()[kind].variants[place]
+    folder = shutil.copytree(checkpoints(kind, torch.float32, "1GB"), tmp_path / "source")
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        ours = next((start for start in variant if name.startswith(start)), None)
+        new = name if ours is None else variant[ours] + name.removeprefix(ours)
+        tensors[new] = tensor
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    opened = Opened.of(folder, tmp_path)
+    try:
+        opened.resident()
+    except ConverterError as error:
+        with pytest.raises(type(error)):
+            opened.streamed()
+    else:
+        same(opened)
+
+
+def test_fp8_is_streamed_as_the_numbers_that_it_stands_for(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
+    same(Opened.of(folder, tmp_path))
+
+
+def test_pickles_are_streamed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("llama", torch.float32, "1GB"), tmp_path / "source")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    opened = Opened.of(folder, tmp_path)
+    assert opened.source.recipes is not None
+    same(opened)
 
 
 def test_a_layer_that_does_not_fit_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
