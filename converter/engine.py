@@ -78,7 +78,8 @@ def worker_memory(targets: Iterable[Target], rank: int) -> int:
     """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
 
     A matrix (D, F) takes three (R, F) in float64 (P, L and what is made of them), and a block of
-    its rows as read and as written; strips of it take up to 48 bytes an element. FP8 and hidden
+    its rows as read and as written; strips of it take up to 96 bytes an element, with what the
+    allocator and the threads keep. FP8 and hidden
     sizes that come last are held whole, or in blocks as large.
     """
     edits = [0]
@@ -88,7 +89,7 @@ def worker_memory(targets: Iterable[Target], rank: int) -> int:
         rows = 2 * BLOCK * width * target.info.nbytes // max(prod(shape), 1)
         whole = 24 * prod(shape) if target.scales else 0
         edits.append(3 * 8 * rank * width + rows + whole)
-    return BUFFER * BUFFERS + 2 * STRIP * 48 + max(edits)
+    return BUFFER * BUFFERS + 2 * STRIP * 96 + max(edits)
 
 
 @contextmanager

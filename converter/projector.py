@@ -3,8 +3,8 @@
     W' = round(W - U P),   P = U^T W        W (D, F), U (D, R) orthonormal, P (R, F)
 
 Two passes over the rows of W, each in order: one for P, one for W'. Memory is a few (R, F) and one
-block of rows, whatever D is. Sums over rows are accumulated in float64, so that two BLAS libraries,
-which add in another order, give the same bytes; the arithmetic of single elements is float32.
+block of rows, whatever D is. All of it is float64, so that two BLAS libraries, which add in another
+order, give the same bytes.
 
 **Rounding.** What is rounded to nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in
 bfloat16, and more where corrections are smaller than half a unit in the last place and are lost
@@ -40,7 +40,7 @@ HEAVY = 4.0
 CHECKED = 32
 """Rows after which it is asked whether ``AIM`` is reached."""
 
-STRIP = 1 << 17
+STRIP = 3 << 15
 """Elements that are computed on at a time on the CPU: they stay in its caches."""
 
 DEVICE_STRIP = 1 << 25
@@ -72,8 +72,6 @@ class Projector:
         self.host = basis.to("cpu", torch.float64)
         self.U = self.host.to(device)
         self.dtype = dtype
-        self.wide = torch.promote_types(dtype, torch.float32)
-        self.lossless = torch.float32 if dtype.itemsize == 2 else torch.float64
         self.feedback = rounding == "null-space" and dtype.itemsize == 2
         self.strip = STRIP if device == "cpu" else DEVICE_STRIP
         weights = self.host.square().sum(1)
@@ -144,15 +142,15 @@ class Projector:
         U, settled = self.U[block], self._settled(block)
         left.addmm_(U.T @ U, P)
         for part in self._strips(len(stored), len(P[0])):
-            W = stored[:, part].to(self.wide)
-            aim = W - (U @ taken[:, part]).to(self.wide)
+            W = stored[:, part].double()
+            aim = torch.addmm(W, U, taken[:, part], alpha=-1)
             rounded = aim.to(self.dtype)
-            change = (rounded.to(self.lossless) - W.to(self.lossless)).double()
+            change = rounded.double() - W
             L = left[:, part].addmm_(U.T, change)
             if settled is not None:
                 nearest = rounded[settled]
                 other = neighbour(nearest, aim[settled])
-                step = other.to(self.wide) - nearest.to(self.wide)
+                step = other.double().sub_(nearest)
                 moved = settle(L, U[settled], step, AIM * float(P[:, part].norm()))
                 rounded[settled] = torch.where(moved, other, nearest)
                 change[settled] += step.mul_(moved)
@@ -192,14 +190,14 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     Args:
         left: (R, F) float64; changed in place.
         U: (n, R) float64.
-        step: (n, F); 0 where there is none to take.
+        step: (n, F) float64; 0 where there is none to take.
         aim: stop when the norm of ``left`` is no larger.
 
     Returns:
         (n, F) bool: the steps taken.
     """
     taken = torch.zeros(step.shape, dtype=torch.bool, device=step.device)
-    weights, step = U.square().sum(1), step.double()
+    weights = U.square().sum(1)
     halves = (step * (weights[:, None] / 2)).unbind()
     steps, places, columns = step.unbind(), taken.unbind(), U.unbind()
     for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):

@@ -214,7 +214,7 @@ def quantize(
         nearest = exact.to(q.dtype)
         other = neighbour(nearest, exact)
         left = wide.T @ ((nearest.float() - exact) * step).double()
-        change = (other.float() - nearest.float()) * step
+        change = ((other.float() - nearest.float()) * step).double()
         moved = settle(left, wide, change, tolerance / sqrt(len(parts)))
         q[:, part] = torch.where(moved, other.float(), nearest.float()).to(q.dtype)
     return q, new_scale
