@@ -79,8 +79,8 @@ def worker_memory(targets: Iterable[Target], rank: int) -> int:
 
     A matrix (D, F) takes three (R, F) in float64 (P, L and what is made of them), and a block of
     its rows as read and as written; strips of it take up to 96 bytes an element, with what the
-    allocator and the threads keep. FP8 and hidden
-    sizes that come last are held whole, or in blocks as large.
+    allocator and the threads keep. FP8 and hidden sizes that come last are held whole, or in blocks
+    as large.
     """
     edits = [0]
     for target in targets:
