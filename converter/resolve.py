@@ -164,7 +164,11 @@ def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: 
     if translated:
         shards = tuple(sorted(translated.shards))
         weight_map = translated.weight_map if len(shards) > 1 else None
-        known |= {"recipes": translated.shards, "originals": translated.originals}
+        known |= {
+            "recipes": translated.shards,
+            "originals": translated.originals,
+            "serial": translated.serial,
+        }
     else:
         shards = tuple(weights)
         weight_map = read_index(folder / INDEX) if INDEX in sizes else None

@@ -35,6 +35,7 @@ class Source:
         companions: the other small files that belong to the model, relative to ``folder``.
         recipes: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
+        serial: whether one shard should be done with before the next; see ``Translated``.
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
@@ -50,6 +51,7 @@ class Source:
     companions: tuple[str, ...]
     recipes: Shards | None = None
     originals: tuple[Path, ...] = ()
+    serial: bool = False
     repo: hub.Repo | None = None
     inside: str = ""
     base: str | None = None

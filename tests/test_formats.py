@@ -15,13 +15,19 @@ from click.testing import Result
 from safetensors.torch import load_file
 from torch import Tensor
 
+from converter.edit import Projection
+from converter.engine import Engine
 from converter.fitting import fit
 from converter.formats import Recipe, VirtualFile, VirtualShard, gguf, pickled, split_shards
+from converter.formats.pickled import load_tensors
 from converter.header import header_of
+from converter.outputs.checkpoint import write_checkpoint
+from converter.plan import make_plan
+from converter.report import Report
 from converter.resolve import resolve
 from converter.shards import read_tensor
 from converter.subspace import load_bases
-from tests.conftest import TINY_ARGS, load, tiny_args, tiny_tokenizer
+from tests.conftest import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
 from tests.native import write_native
 
 Checkpoints = Callable[..., Path]
@@ -86,6 +92,26 @@ def test_pickled_weights_convert_as_safetensors_do(
     assert verified.exit_code == 0, verified.stderr
     ids = torch.randint(2, 300, (1, 9))
     assert torch.equal(load(tmp_path / "b")(ids).logits, load(tmp_path / "a")(ids).logits)
+
+
+def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_are(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {"_use_new_zipfile_serialization": False}
+    source = resolve(str(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old)), tmp_path)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    read: list[str] = []
+
+    def load(path: Path) -> Any:
+        read.append(path.name)
+        return load_tensors(path)
+
+    monkeypatch.setattr("converter.formats.pickled.load_tensors", load)
+    bases = dict.fromkeys(range(len(plan.targets)), torch.eye(HIDDEN)[:, :1])
+    out, report = tmp_path / "out", Report(quiet=True)
+    out.mkdir()
+    write_checkpoint(source, plan, Projection(bases), plan.targets, out, Engine(4), report)
+    assert len(read) == len(set(read)) == 3
 
 
 def test_another_source_is_noticed_when_it_was_pickled(

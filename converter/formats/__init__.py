@@ -56,11 +56,14 @@ class Translated:
         folder: holds the small files of a Hugging Face checkpoint (config, tokenizer).
         shards: what its weights would be.
         originals: the files that the tensors are made from.
+        serial: whether a file must be held to read a tensor of it, so that it is better to be done
+            with one before the next.
     """
 
     folder: Path
     shards: Shards
     originals: tuple[Path, ...]
+    serial: bool = False
 
     @property
     def weight_map(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ def read_pickled(
     for name, place in weight_map.items():
         placed.setdefault(place, []).append(name)
     read_again = lru_cache(maxsize=1)(lambda path: load_tensors(path)[0])  # one file in memory
-    shards = {}
+    shards, serial = {}, False
     for path in paths:
         tensors, mapped = load_tensors(path)
         for name in placed.get(path.name, ()):
@@ -59,10 +59,11 @@ def read_pickled(
             kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
+        serial |= not mapped
         stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
         shards[f"{stem}.safetensors"] = [_recipe(name, tensors[name], again) for name in kept]
         del tensors
-    return Translated(folder, shards, paths)
+    return Translated(folder, shards, paths, serial)
 
 
 def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,7 +72,8 @@ def write_checkpoint(
     records: list[EditRecord] = []
     changes = changes_of(source, edit, targets, engine, records)
     rank = max((U.shape[1] for t in targets if (U := edit.basis(t)) is not None), default=0)
-    workers = engine.workers_for(len(source.shards), targets, rank)
+    shards_at_a_time = 1 if source.serial else len(source.shards)
+    workers = engine.workers_for(shards_at_a_time, targets, rank)
     with report.bar("edit", plan.nbytes, "B") as bar:
         users = users_of(source, targets)
         job = Rewriting(source, changes, users, folder, engine, bar, keep_source)
