@@ -141,7 +141,7 @@ def _directions(causal: Mapping[int, Tensor], second: Tensor | None, request: Re
     Raises:
         FitError: all is protected.
     """
-    A = torch.stack(list(causal.values())).sum(0, dtype=torch.float64)
+    A = sum((moment.double() for moment in causal.values()), torch.zeros((), dtype=torch.float64))
     shared = shared_directions(second, request.protect_shared, len(A))
     count = min(request.directions, len(A) - shared.shape[1])
     if count < 1:

@@ -168,12 +168,11 @@ class Method:
         shared = shared_directions(activations.second_moment, self.protect_shared, width)
         rows: list[Tensor] = []
         places: list[tuple[int, str, int]] = []
-        differences, causal = {}, {}
+        differences, causal = {}, activations.causal
         for layer in self.layers:
             differences[layer] = self._differences(activations, layer, shared)
-            if layer in activations.causal:
-                causal[layer] = remove(remove(activations.causal[layer], shared).T, shared)
-            for kind, directions in self._candidates(differences[layer], causal.get(layer)):
+            A = remove(remove(causal[layer], shared).T, shared) if layer in causal else None
+            for kind, directions in self._candidates(differences[layer], A):
                 rows.extend(directions)
                 places.extend((layer, kind, index) for index in range(len(directions)))
         stack = torch.stack(rows)
