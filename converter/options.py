@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -12,11 +13,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from converter.errors import ConverterError, OptionError
+from converter.errors import ConverterError, OptionError, SourceError
 from converter.run import Run
 
 STOPPED = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run as Ctrl-C does; the exit code is 128 and their number."""
+
+NO_MEMORY = "can't allocate memory|out of memory"
+"""How PyTorch says so, on a CPU and on a GPU."""
 
 EXIT_CODES = """
 \b
@@ -35,6 +39,14 @@ Command = Callable[..., None]
 @contextmanager
 def plain_exit(as_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
+
+    def refuse(error: ConverterError) -> None:
+        if as_json:
+            kind = type(error).__name__
+            print_json({"error": kind, "message": str(error), "exit_code": error.exit_code})
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
     before = {number: signal.getsignal(number) for number in STOPPED}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup sets it
@@ -42,11 +54,11 @@ def plain_exit(as_json: bool) -> Iterator[None]:
     try:
         yield
     except ConverterError as error:
-        if as_json:
-            kind = type(error).__name__
-            print_json({"error": kind, "message": str(error), "exit_code": error.exit_code})
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        refuse(SourceError("memory ran out", hint="run this on a larger machine, or with less"))
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         name = signal.Signals(number).name

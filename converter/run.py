@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from converter.projector import Rounding
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Run:
     forward_dtype: str = "auto"
     forward: str = "auto"
     batch_size: int = 16
-    rounding: Rounding = "null-space"
+    rounding: Literal["null-space", "nearest"] = "null-space"
     max_perplexity_ratio: float = 1.03
     guard: bool = True
     guard_draws: int = 3

@@ -336,6 +336,26 @@ def test_a_full_disk_leaves_nothing(
     assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out_is_one_sentence(
+    refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def out(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("converter.methods.gloss.Method.fit", out)
+    assert "memory ran out; " in refused(source, 3)
+
+
+def test_an_edit_that_memory_does_not_allow_is_refused_before_the_model_is_run(
+    refused: Callable[..., str], source: Path
+) -> None:
+    says = refused(source, 2, "--memory-limit", "5MB")
+    assert "--memory-limit is too small for the edit: expected at least" in says
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything(
     refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
