@@ -15,6 +15,7 @@ from converter.memory import free_memory
 from converter.plan import Plan
 from converter.source import Source
 from converter.streamed import StreamedModel
+from converter.tokens import LOGITS_BYTES
 from converter.weights import Weights
 
 
@@ -44,8 +45,9 @@ def load_language_model(
     return LanguageModel(module, tokenizer, plan.architecture, device)
 
 
-HIDDEN_SHARE = 4
-"""A quarter of the memory is for hidden states."""
+HIDDEN_SHARE, LEAST_SHARE = 2, 32
+"""One in so many bytes is for hidden states: of the memory that all else leaves; of all, at least.
+"""
 
 
 def stream_language_model(
@@ -90,9 +92,10 @@ def stream_language_model(
             found=f"{free / 1e9:.2f} GB",
             hint="give --forward-dtype bfloat16, or --activations with a file from elsewhere",
         )
-    return StreamedModel(
-        weights, tokenizer, architecture, blocks, device, budget // HIDDEN_SHARE, cache
-    )
+    others = largest + 4 * LOGITS_BYTES + layers * plan.dimensions.hidden_size**2 * 4
+    others += max(weights.nbytes(part) for part in weights.parts)
+    held = max((budget - others) // HIDDEN_SHARE, budget // LEAST_SHARE)
+    return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache)
 
 
 def recipes_of(source: Source, plan: Plan) -> dict[str, Recipe]:
