@@ -583,7 +583,7 @@ def test_writing_needs_the_whole_model(
         assert result.exit_code == 2
         assert result.stderr.count("\n") <= 2
         assert f"{what}: found --forward streamed; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "1MB")
+        result = cli(*command, "--memory-limit", "30MB")
         assert result.exit_code == 3
         assert f"{what}: found" in result.stderr
         assert "do not fit in memory comfortably; give --forward resident" in result.stderr
@@ -596,7 +596,7 @@ def test_writing_needs_the_whole_model(
 def test_a_plan_says_how_the_model_would_be_run(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
-    shown = cli("plan", checkpoints("llama"), "--memory-limit", "1MB")
+    shown = cli("plan", checkpoints("llama"), "--memory-limit", "30MB")
     assert (
         "forward pass streamed: 0.0 GB of weights do not fit in memory comfortably" in shown.stdout
     )
