@@ -45,6 +45,8 @@ class Request:
         directions: K, how many of their leading directions the moments of single words and of
             neutral text are wanted in; 0 for none. They are orthogonal to ``protect_shared``
             leading eigenvectors of the second moment.
+        per_layer: with ``directions``, how many leading causal directions of each layer are kept,
+            instead of its causal moment, which is (D, D).
     """
 
     site: Site
@@ -54,6 +56,12 @@ class Request:
     gradient: bool = False
     directions: int = 0
     protect_shared: int = 0
+    per_layer: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether the causal moment of each layer is kept."""
+        return self.gradient and not self.directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,9 @@ class Activations:
             it.
         causal: layer -> A_l (D, D) float32 of the toxic words; see ``gradients.causal_moments``.
             Empty if not wanted.
+        leading: layer -> its leading causal directions and what they are worth, (K, D) and (K,)
+            float32: the first eigenvectors of A_l outside of what is protected in all layers, and
+            their eigenvalues. Empty if not wanted.
         moments: of single words and pieces of neutral text. None if not wanted.
     """
 
@@ -116,12 +127,15 @@ class Activations:
     second_moment: Tensor | None
     inputs: Mapping[str, Any]
     causal: Mapping[int, Tensor] = field(default_factory=dict)
+    leading: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Moments | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that they have in a file: ``toxic.L`` and the like."""
         sides = {"toxic": self.toxic, "neutral": self.neutral, "causal": self.causal}
         named = {f"{side}.{n}": x for side, layers in sides.items() for n, x in layers.items()}
+        for layer, (rows, values) in self.leading.items():
+            named |= {f"leading.{layer}": rows, f"worth.{layer}": values}
         if self.second_moment is not None:
             named["second_moment"] = self.second_moment
         return named | (self.moments.tensors() if self.moments else {})
@@ -153,7 +167,8 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            sides = ["toxic", "neutral"] + ["causal"] * request.gradient
+            sides = ["toxic", "neutral"] + ["causal"] * request.causal
+            sides += ["leading", "worth"] * (request.directions > 0)
             wanted = [f"{side}.{n}" for side in sides for n in request.layers]
             wanted += ["second_moment"] * request.second_moment
             wanted += [f"moments.{name}" for name in MOMENTS if request.directions]
@@ -163,7 +178,8 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             digests = json.loads((file.metadata() or {}).get("sha256", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=str(error)) from error
-    for key in ("site", "pooling", *(("directions", "protect_shared") * (request.directions > 0))):
+    only = ("directions", "protect_shared", "per_layer") if request.directions else ()
+    for key in ("site", "pooling", *only):
         if inputs.get(key, getattr(request, key)) != getattr(request, key):
             raise DataError(
                 f"{what} were taken with another {key}",
@@ -188,7 +204,12 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         {n: tensors[f"neutral.{n}"].float() for n in request.layers},
         tensors.get("second_moment"),
         inputs,
-        {n: tensors[f"causal.{n}"].float() for n in request.layers if request.gradient},
+        {n: tensors[f"causal.{n}"].float() for n in request.layers if request.causal},
+        {
+            n: (tensors[f"leading.{n}"].float(), tensors[f"worth.{n}"].float())
+            for n in request.layers
+            if request.directions
+        },
         Moments.of(tensors) if request.directions else None,
     )
 
@@ -198,6 +219,9 @@ def _shape(name: str, tensors: Mapping[str, Tensor], rows: int, hidden_size: int
     kind, _, part = name.partition(".")
     if kind in ("toxic", "neutral"):
         return [rows, hidden_size]
+    if kind in ("leading", "worth"):
+        count = len(tensors[f"leading.{part}"]) if tensors[f"leading.{part}"].ndim else 0
+        return [count, hidden_size] if kind == "leading" else [count]
     if kind != "moments":
         return [hidden_size, hidden_size]
     K = tensors["moments.directions"].shape[-1]

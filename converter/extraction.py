@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -117,14 +117,17 @@ def extract(
         texts = batches(coded, batch_size, device)
         groups.append((texts, [moment.group(texts)]))
     run(model, modules, groups, advance)
-    causal, moments = {}, None
+    causal: dict[int, Tensor] = {}
+    leading: dict[int, tuple[Tensor, Tensor]] = {}
+    moments = None
     second = moment.result() if request.second_moment else None
-    if request.gradient:
-        causal = causal_moments(model, modules, spans, advance)
+    found = causal_moments(model, modules, spans, advance) if request.gradient else iter(())
     if request.directions:
-        V = _directions(causal, second, request)
+        V, leading = _directions(found, second, request)
         moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V, advance)
-    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, moments)
+    else:
+        causal = dict(sorted(found))
+    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, leading, moments)
     if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
         raise DataError(
             "the model gives NaN or Inf",
@@ -133,27 +136,45 @@ def extract(
     return seen, len(pairs.pairs) - len(kept)
 
 
-def _directions(causal: Mapping[int, Tensor], second: Tensor | None, request: Request) -> Tensor:
-    """What toxic words owe most to in all layers together, V (D, K) float32, K as far as it goes.
+def _directions(
+    causal: Iterator[tuple[int, Tensor]], second: Tensor | None, request: Request
+) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    """What toxic words owe most to, in all layers together and in each, but for what is protected.
 
-    The leading eigenvectors of the sum of the causal moments, outside of what is protected.
+    The causal moments of a streamed model come one by one and are not kept.
+
+    Returns:
+        V (D, K) float32, the leading eigenvectors of their sum, K as far as it goes; and of each
+        layer its own with their eigenvalues, as ``Activations.leading``.
 
     Raises:
         FitError: all is protected.
     """
-    A = sum((moment.double() for moment in causal.values()), torch.zeros((), dtype=torch.float64))
-    shared = shared_directions(second, request.protect_shared, len(A))
-    count = min(request.directions, len(A) - shared.shape[1])
+    width, total, leading = 0, torch.zeros((), dtype=torch.float64), {}
+    shared = torch.zeros(0, 0)
+    for layer, moment in causal:
+        if not width:
+            width = len(moment)
+            shared = shared_directions(second, request.protect_shared, width)
+            if shared.shape[1] >= width:
+                break
+        total = total + moment.double()  # of float32: exact, so layers may come in any order
+        A = remove(remove(moment.double(), shared).T, shared)
+        count = min(request.per_layer, width - shared.shape[1])
+        rows = eigen_directions(A, count, torch.zeros(width, dtype=torch.float64))
+        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
+        leading[layer] = rows.float().contiguous(), worth.float()
+    count = min(request.directions, width - shared.shape[1])
     if count < 1:
         raise FitError(
-            f"protecting {shared.shape[1]} of {len(A)} dimensions leaves nothing of what toxic "
+            f"protecting {shared.shape[1]} of {width} dimensions leaves nothing of what toxic "
             "words depend on",
             hint="lower -o protect_shared",
         )
-    A = remove(remove(A, shared).T, shared)
-    rows = eigen_directions(A, count, torch.zeros(len(A), dtype=torch.float64))
+    total = remove(remove(total, shared).T, shared)
+    rows = eigen_directions(total, count, torch.zeros(width, dtype=torch.float64))
     V: Tensor = torch.linalg.qr(remove(rows, shared).T).Q
-    return V.float().contiguous()
+    return V.float().contiguous(), dict(sorted(leading.items()))
 
 
 def _moments(

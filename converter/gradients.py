@@ -1,5 +1,6 @@
 """What tokens owe to what layers write: outer products of activations and gradients."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ def causal_moments(
     modules: Mapping[int, str],
     sentences: Sequence[Sentence],
     advance: Advance = idle,
-) -> dict[int, Tensor]:
+) -> Iterator[tuple[int, Tensor]]:
     """How much chosen tokens owe, to first order, to each direction of what a layer writes.
 
         A_l = (M + M^T) / 2,   M = 1/n  sum over tokens of  f g^T
@@ -35,13 +36,15 @@ def causal_moments(
         sentences: a positive weight marks a position whose next token is chosen.
         advance: called with the number of sentences done since the last call.
 
-    Returns:
-        layer -> A_l (D, D) float32 on the CPU.
+    Yields:
+        layers and A_l (D, D) float32 on the CPU: each when it is complete, so that those of a
+        streamed model are never all there.
 
     Raises:
         SourceError: the GPU is out of memory.
     """
     sums: dict[int, Tensor] = {}
+    seen = Counter[int]()
     count = sum(w > 0 for s in sentences for w in s.weights)
     batched = token_batches(sentences, logit_positions(model.module), model.device)
     for number, layer, f, g in _gradients(model, modules, batched, advance):
@@ -49,9 +52,10 @@ def causal_moments(
         if layer not in sums:
             sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
         sums[layer].addmm_(f[content].T, g[content])
-    for layer, m in sums.items():
-        sums[layer] = ((m + m.T) / (2 * max(count, 1))).cpu()
-    return dict(sorted(sums.items()))
+        seen[layer] += 1
+        if seen[layer] == len(batched):
+            m = sums.pop(layer)
+            yield layer, ((m + m.T) / (2 * max(count, 1))).cpu()
 
 
 def moments_within(

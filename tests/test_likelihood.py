@@ -113,7 +113,7 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
     n = sum(w > 0 for w in sentence.weights)
     assert n == sum(len(word) for word in wordplaces)
     modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
-    moments = causal_moments(model, modules, [sentence])
+    moments = dict(causal_moments(model, modules, [sentence]))
     s = 0.02
 
     def log_p(share: float, layer: int, u: Tensor) -> float:
@@ -145,7 +145,7 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
     sentences = [encode.predicted("you stupid idiot, get out"), encode.predicted("a cup of tea")]
     n = sum(len(s.ids) - 1 for s in sentences)
     name = architecture.ffn.format(layer=3)
-    A = causal_moments(model, {3: name}, sentences)[3].double()
+    A = dict(causal_moments(model, {3: name}, sentences))[3].double()
     u = torch.linalg.eigh(A).eigenvectors[:, -1].float()
 
     def log_p(share: float) -> float:
@@ -178,7 +178,7 @@ def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
     count = sum(len(s.ids) - 1 for s in sentences)
     modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
     V = torch.linalg.qr(torch.randn(HIDDEN, 3))[0]
-    A = torch.stack(list(causal_moments(model, modules, sentences).values())).sum(0)
+    A = torch.stack([A for _, A in causal_moments(model, modules, sentences)]).sum(0)
     whole, pieces = moments_within(model, modules, [(sentences, None), (sentences, 4)], V)
     assert whole.shape == (3, 3, 3)
     assert torch.allclose(whole.sum(0), count * V.T @ A @ V, atol=1e-4)

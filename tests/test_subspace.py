@@ -58,7 +58,8 @@ def planted(massive: bool = False) -> Activations:
         product = plus[layer].T @ gradient / N
         causal[layer] = (product + product.T) / 2
         moment += minus[layer].T @ minus[layer] / minus[layer].square().sum() / L
-    return Activations(plus, minus, moment, {}, causal)
+    leading = {layer: (TOXIC[None], torch.tensor([0.6])) for layer in range(L)}
+    return Activations(plus, minus, moment, {}, causal, leading)
 
 
 def decode(directions: Tensor, count: int) -> list[tuple[str, ...]]:

@@ -155,6 +155,7 @@ class Method:
             gradient,
             self.directions if moments else 0,
             self.protect_shared if moments else 0,
+            self.per_layer if moments else 0,
         )
 
     def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
@@ -168,11 +169,17 @@ class Method:
         shared = shared_directions(activations.second_moment, self.protect_shared, width)
         rows: list[Tensor] = []
         places: list[tuple[int, str, int]] = []
-        differences, causal = {}, activations.causal
+        differences, causal, scores = {}, activations.causal, []
         for layer in self.layers:
-            differences[layer] = self._differences(activations, layer, shared)
+            T = differences[layer] = self._differences(activations, layer, shared)
             A = remove(remove(causal[layer], shared).T, shared) if layer in causal else None
-            for kind, directions in self._candidates(differences[layer], A):
+            found = [] if self.basis == "moments" else self._candidates(T, A)
+            if self.basis == "moments":
+                own, worth = activations.leading[layer]
+                signs = torch.where(own.double() @ T.mean(0) < 0, -1.0, 1.0).double()
+                found = [("causal", signs[:, None] * own.double())]
+                scores.extend(worth.tolist())
+            for kind, directions in found:
                 rows.extend(directions)
                 places.extend((layer, kind, index) for index in range(len(directions)))
         stack = torch.stack(rows)
@@ -180,7 +187,7 @@ class Method:
         evidence = Evidence(
             stack, tuple(layer for layer, *_ in places), differences, causal, tokens, words
         )
-        scores = load_ranking(self.ranking).score(evidence)
+        scores = scores or load_ranking(self.ranking).score(evidence)
         if self.basis == "moments":
             kept = [True] * len(scores)
             toward = torch.stack([T.mean(0) for T in differences.values()]).sum(0)
