@@ -89,3 +89,9 @@ class GuardError(ConverterError):
     """The edit would break the model, or does no more than a random one."""
 
     exit_code = 9
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; PyTorch says so with a RuntimeError on a CPU."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said

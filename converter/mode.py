@@ -49,7 +49,13 @@ ASKED = "asked for"
 
 
 def choose_forward(
-    asked: str, plan: Plan, dtype: torch.dtype, device: str, limit: int | None, *, spread: bool
+    asked: Literal["auto"] | Mode,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: str,
+    limit: int | None,
+    *,
+    spread: bool,
 ) -> Forward:
     """``auto`` is resident where the model fits in memory comfortably, and streamed elsewhere.
 
@@ -64,11 +70,12 @@ def choose_forward(
     Raises:
         OptionError: streamed and spread.
     """
-    budget = min(available_memory(), limit or available_memory())
+    available = available_memory()
+    budget = min(available, limit or available)
     if asked == "streamed" and spread:
         raise OptionError("--forward streamed", expected="one device", found="--device map")
-    if asked == "resident" or asked == "streamed":
-        return Forward(asked, ASKED, budget)  # type: ignore[arg-type]
+    if asked != "auto":
+        return Forward(asked, ASKED, budget)
     if spread:
         return Forward("resident", "--device map", budget)
     weights = plan.num_parameters * dtype.itemsize

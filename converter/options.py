@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -13,14 +12,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from converter.errors import ConverterError, OptionError, SourceError
+from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.run import Run
 
 STOPPED = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run as Ctrl-C does; the exit code is 128 and their number."""
-
-NO_MEMORY = "can't allocate memory|out of memory"
-"""How PyTorch says so, on a CPU and on a GPU."""
 
 EXIT_CODES = """
 \b
@@ -56,7 +52,7 @@ def plain_exit(as_json: bool) -> Iterator[None]:
     except ConverterError as error:
         refuse(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         refuse(SourceError("memory ran out", hint="run this on a larger machine, or with less"))
     except KeyboardInterrupt as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.errors import SourceError
+from converter.errors import SourceError, is_out_of_memory
 from converter.tokens import Batch
 
 Advance = Callable[[int], object]
@@ -127,10 +127,11 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise SourceError(f"the GPU is out of memory with {what}", hint=hint) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise SourceError(
-            f"memory ran out with {what}", hint="lower --batch-size, or give --forward streamed"
+            f"memory ran out with {what}",
+            hint="lower --batch-size, and give --forward streamed unless that was so",
         ) from error
 
 

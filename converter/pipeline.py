@@ -79,7 +79,7 @@ def convert(
     check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     engine = Engine(workers, memory_limit, device, run.rounding)
-    engine.expected_memory(len(source.shards), targets, method.rank or MAX_RANK)  # is it allowed?
+    engine.workers_for(len(source.shards), targets, method.rank or MAX_RANK)  # or it says no now
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:

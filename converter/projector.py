@@ -19,7 +19,7 @@ allows half a unit.
 """
 
 from collections.abc import Callable, Iterator
-from math import isfinite, sqrt
+from math import isfinite, isnan, sqrt
 from typing import Literal
 
 import torch
@@ -126,7 +126,7 @@ class Projector:
         """
         sums = {name: float(value) for name, value in self.squares.items()}
         sums["error"] += sums["change"]
-        return {name: sqrt(x) if x > 0 else x for name, x in sums.items()}
+        return {name: x if isnan(x) else sqrt(max(x, 0.0)) for name, x in sums.items()}
 
     def _blocks(self) -> Iterator[slice]:
         """The rows in blocks; if one is short, it is the first."""

@@ -22,7 +22,8 @@ SLACK = 8.0
 SIAM J. Sci. Comput. 41, 2019): at 8 a correct sum exceeds it with negligible probability."""
 
 U32 = 2.0**-24
-"""Unit roundoff of float32, in which edits are computed."""
+"""Unit roundoff of float32, in which weights in FP8 are edited; others are edited in float64, which
+PyTorch rounds to 16 bits by way of float32."""
 
 
 def half_ulp(x: Tensor) -> Tensor:
@@ -135,10 +136,11 @@ def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
 
     Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
     ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
-    rounding, at most half a unit in the last place of each element, and the float32 arithmetic
-    before it, whose sums over D products err by at most ``SLACK`` sqrt(D) u of the norms involved,
-    the largest of which is that of the weight before the edit. The bound cannot assume that
-    rounding errors are independent of U: corrections smaller than half a unit are lost together.
+    rounding, at most half a unit in the last place of each element, and the arithmetic before it,
+    whose sums over D products err, were they float32, by at most ``SLACK`` sqrt(D) u of the norms
+    involved, the largest of which is that of the weight before the edit. The bound cannot assume
+    that rounding errors are independent of U: corrections smaller than half a unit are lost
+    together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
@@ -156,7 +158,7 @@ def is_projection(
     The reference is computed in float64. An element may be off by half a unit in its last place;
     in 16 bits and not rounded to ``nearest``, by a whole one and ``PUSH`` machine epsilons of the
     root mean square of its column of W, as ``projector`` promises; in FP8 by the distance of the
-    values that it has there; and by the float32 arithmetic before it:
+    values that it has there; and by the arithmetic before it, were it float32:
     ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column j of W, which bound
     the sums that give the correction.
 

@@ -48,7 +48,7 @@ class Run:
     activations: Path | None = None
     device: str = "auto"
     forward_dtype: str = "auto"
-    forward: str = "auto"
+    forward: Literal["auto", "resident", "streamed"] = "auto"
     batch_size: int = 16
     rounding: Literal["null-space", "nearest"] = "null-space"
     max_perplexity_ratio: float = 1.03

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -440,7 +440,9 @@ def test_auto_streams_what_does_not_fit(
     plan = Opened.of(checkpoints("llama"), tmp_path).plan
     needed = plan.num_parameters * 4 + mode.margin(plan, torch.float32)
 
-    def choose(asked: str = "auto", limit: int | None = None, spread: bool = False) -> mode.Forward:
+    def choose(
+        asked: Literal["auto"] | mode.Mode = "auto", limit: int | None = None, spread: bool = False
+    ) -> mode.Forward:
         return choose_forward(asked, plan, torch.float32, "cpu", limit, spread=spread)
 
     monkeypatch.setattr(mode, "available_memory", lambda: needed)

@@ -169,31 +169,27 @@ class Method:
         shared = shared_directions(activations.second_moment, self.protect_shared, width)
         rows: list[Tensor] = []
         places: list[tuple[int, str, int]] = []
-        differences, causal, scores = {}, activations.causal, []
+        differences = {}
         for layer in self.layers:
-            T = differences[layer] = self._differences(activations, layer, shared)
-            A = remove(remove(causal[layer], shared).T, shared) if layer in causal else None
-            found = [] if self.basis == "moments" else self._candidates(T, A)
-            if self.basis == "moments":
-                own, worth = activations.leading[layer]
-                signs = torch.where(own.double() @ T.mean(0) < 0, -1.0, 1.0).double()
-                found = [("causal", signs[:, None] * own.double())]
-                scores.extend(worth.tolist())
+            differences[layer] = self._differences(activations, layer, shared)
+            found = self._candidates(activations, layer, differences[layer], shared)
             for kind, directions in found:
                 rows.extend(directions)
                 places.extend((layer, kind, index) for index in range(len(directions)))
         stack = torch.stack(rows)
         tokens = decode(stack, self.top_tokens)
-        evidence = Evidence(
-            stack, tuple(layer for layer, *_ in places), differences, causal, tokens, words
-        )
-        scores = scores or load_ranking(self.ranking).score(evidence)
         if self.basis == "moments":
+            scores = [
+                worth for layer in self.layers for worth in activations.leading[layer][1].tolist()
+            ]
             kept = [True] * len(scores)
             toward = torch.stack([T.mean(0) for T in differences.values()]).sum(0)
             assert activations.moments is not None  # requested
             basis, values = self._of_moments(activations.moments, toward)
         else:
+            layers = tuple(layer for layer, *_ in places)
+            evidence = Evidence(stack, layers, differences, activations.causal, tokens, words)
+            scores = load_ranking(self.ranking).score(evidence)
             kept = above_threshold(scores, self.alpha)
             basis, values = self._of_candidates(stack, torch.tensor(scores), torch.tensor(kept))
         return Subspace(
@@ -207,10 +203,16 @@ class Method:
             stack.float(),
         )
 
-    def _candidates(self, T: Tensor, A: Tensor | None) -> list[tuple[str, Tensor]]:
+    def _candidates(
+        self, activations: Activations, layer: int, T: Tensor, shared: Tensor
+    ) -> list[tuple[str, Tensor]]:
         """Unit rows of one layer by kind, turned to the toxic side."""
+        if self.basis == "moments":
+            found = activations.leading[layer][0].double()
+            signs = torch.where(found @ T.mean(0) < 0, -1.0, 1.0).double()
+            return [("causal", signs[:, None] * found)]
         if self.candidates == "causal":
-            assert A is not None  # requested
+            A = remove(remove(activations.causal[layer], shared).T, shared)
             return [("causal", eigen_directions(A, self.per_layer, T.mean(0)))]
         parts = []
         if "mean" in self.candidates:

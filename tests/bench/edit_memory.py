@@ -17,8 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,10 @@ import click
 import torch
 from tokenizers import Tokenizer, models
 
+from tests.bench.processes import peak_of
 from tests.bench.synthetic import Llama, write_llama
 
 SHARD = 60_000_000
-
-
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell RssAnon")
 
 
 def build(folder: Path, layers: int) -> None:
@@ -81,24 +72,14 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     layers = range(plan.dimensions.num_hidden_layers)
     edit, targets = Projection(dict.fromkeys(layers, basis)), plan.select(layers, True)
     basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
-    idle, peak, done = anonymous(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.0003)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    write_checkpoint(source, plan, edit, targets, out, Engine(), Report(quiet=True))
-    done.set()
-    thread.join()
+    peak = peak_of(
+        lambda: write_checkpoint(source, plan, edit, targets, out, Engine(), Report(quiet=True))
+    )
     return {
         "gigabytes": plan.nbytes / 1e9,
         "shards": len(source.shards),
         "edited": len(targets),
-        "peak": peak - idle,
+        "peak": peak,
     }
 
 

@@ -4,9 +4,8 @@
 
 Synthetic Llamas (hidden size 1024, FFN 2816, 16384 tokens, tied, stored in bfloat16, run in
 float32) take random texts: first the pass that activations and second moments are taken from, then
-the one for moments of gradients. Linux only: it reads RssAnon of /proc every millisecond, in a
-process of its own for each model and mode. Hidden states have a quarter of ``--memory-limit``, and
-the rest of them goes to a file.
+the one for moments of gradients. Linux only: it reads RssAnon of /proc, in a process of its own for
+each model and mode. Hidden states have their share of ``--memory-limit``; the rest is in a file.
 """
 
 import json
@@ -14,79 +13,27 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from converter.memory import parse_size
+from tests.bench.processes import peak_of
+from tests.bench.synthetic import Llama, write_llama
 
-HIDDEN, FFN, VOCAB = 1024, 2816, 16384
+HIDDEN, FFN, VOCAB, SHARD = 1024, 2816, 16384, 60_000_000
 TEXTS, TOKENS = 32, 24
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not tell RssAnon")
-
-
 def build(folder: Path, layers: int) -> None:
-    """Write a synthetic Llama, a shard for each layer."""
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, vocab_size=VOCAB,
-        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    weight_map: dict[str, str] = {}
-
-    def save(number: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        shard = f"model-{number:05}-of-{layers + 1:05}.safetensors"
-        tensors = {
-            name: (0.02 * torch.randn(shape) if len(shape) > 1 else torch.ones(shape)).bfloat16()
-            for name, shape in shapes.items()
-        }
-        save_file(tensors, folder / shard, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shapes, shard))
-
-    save(1, {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)})
-    for n in range(layers):
-        layer = f"model.layers.{n}"
-        norms = {f"{layer}.{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
-        attention = {f"{layer}.self_attn.{x}_proj.weight": (HIDDEN, HIDDEN) for x in "qkvo"}
-        ffn = {f"{layer}.mlp.{x}_proj.weight": (FFN, HIDDEN) for x in ("gate", "up")}
-        save(n + 2, {**norms, **attention, **ffn, f"{layer}.mlp.down_proj.weight": (HIDDEN, FFN)})
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def peak_of(job: Callable[[], object]) -> int:
-    """Bytes that a job needs above what the process has."""
-    idle, peak, done = anonymous(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        job()
-    finally:
-        done.set()
-        thread.join()
-    return peak - idle
+    """Write a synthetic Llama."""
+    model = Llama(
+        layers=layers, hidden=HIDDEN, ffn=FFN, vocabulary=VOCAB, heads=16, kv_heads=16, tied=True
+    )
+    write_llama(folder, model, SHARD)
 
 
 def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import os
 import select
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,3 +180,28 @@ def _write_bytes(pid: int) -> int | None:
             if line.startswith("write_bytes:"):
                 return int(line.split()[1])
     return None
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process now."""
+    return _kilobytes(Path("/proc/self/status").read_bytes(), OWN[0])
+
+
+def peak_of(job: Callable[[], object]) -> int:
+    """Bytes of anonymous memory that a job takes above what this process has."""
+    idle, peak, done = anonymous(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.0003)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        job()
+    finally:
+        done.set()
+        thread.join()
+    return peak - idle
