@@ -77,8 +77,8 @@ def processors() -> int:
 def worker_memory(targets: Iterable[Target], rank: int) -> int:
     """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
 
-    A matrix (D, F) takes three (R, F) in float64 (P, L and what is made of them), and a block of
-    its rows as read and as written; strips of it take up to 96 bytes an element, with what the
+    A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of
+    its rows as read and as written; a strip of it takes up to 64 bytes an element, with what the
     allocator and the threads keep. FP8 and hidden sizes that come last are held whole, or in blocks
     as large.
     """
@@ -88,8 +88,8 @@ def worker_memory(targets: Iterable[Target], rank: int) -> int:
         width = prod(shape[axis + 1 :])
         rows = 2 * BLOCK * width * target.info.nbytes // max(prod(shape), 1)
         whole = 24 * prod(shape) if target.scales else 0
-        edits.append(3 * 8 * rank * width + rows + whole)
-    return BUFFER * BUFFERS + 2 * STRIP * 96 + max(edits)
+        edits.append(5 * 8 * rank * width + rows + whole)
+    return BUFFER * BUFFERS + 64 * STRIP + max(edits)
 
 
 @contextmanager

@@ -40,8 +40,9 @@ HEAVY = 4.0
 CHECKED = 32
 """Rows after which it is asked whether ``AIM`` is reached."""
 
-STRIP = 3 << 15
-"""Elements that are computed on at a time on the CPU: they stay in its caches."""
+STRIP = 1 << 18
+"""Elements that are computed on at a time on the CPU. More would leave its caches, with fewer the
+threads that edit other shards wait for each other: each operation takes the interpreter's lock."""
 
 DEVICE_STRIP = 1 << 25
 """The same on a GPU, where launching a kernel costs more than reading memory."""
@@ -76,6 +77,7 @@ class Projector:
         self.strip = STRIP if device == "cpu" else DEVICE_STRIP
         weights = self.host.square().sum(1)
         self.heavy = weights > HEAVY * weights.mean() if self.feedback else weights < 0
+        self.inverses = inverses(self.host, list(self._blocks())).to(device)
         self.squares = {
             name: torch.zeros((), dtype=torch.float64, device=device)
             for name in ("W", "P", "error", "left", "change")
@@ -96,23 +98,23 @@ class Projector:
         """
         P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
         squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
+        scratch = P.new_empty(2, max(min(self.strip, BLOCK * width), BLOCK))
         for block in self._blocks():
-            W = rows(block.start, block.stop)
-            for part in self._strips(len(W), width):
-                x = W[:, part].double()
-                P[:, part].addmm_(self.U[block].T, x)
-                squares[part] += x.square_().sum(0)
+            stored = rows(block.start, block.stop)
+            for part in self._strips(len(stored), width):
+                W = _shaped(scratch[0], stored[:, part])
+                P[:, part].addmm_(self.U[block].T, W)
+                squares[part].add_(W.square_().sum(0))
         self.squares["W"] += squares.sum()
         if not isfinite(float(self.squares["W"])):
             raise ValueError
         left = torch.zeros_like(P)
-        gram = self.host.T @ self.host
-        for block in self._blocks():
+        limit = PUSH * torch.finfo(self.dtype).eps * squares.div_(len(self.U)).sqrt_()
+        for inverse, block in zip(self.inverses, self._blocks(), strict=True):
             taken = P
             if self.feedback and block.start:
-                taken = P + self._push(gram, left, block, squares)
-            yield self._round(rows(block.start, block.stop), block, P, taken, left)
-            gram -= self.host[block].T @ self.host[block]
+                taken = self._push(inverse @ left, block, limit).add_(P)
+            yield self._round(rows(block.start, block.stop), block, P, taken, left, scratch)
         written = self.U.T @ self.U @ P
         self.squares["P"] += P.square().sum()
         self.squares["left"] += (left + P - written).square().sum()
@@ -135,27 +137,33 @@ class Projector:
         return (slice(max(stop - BLOCK, 0), stop) for stop in stops)
 
     def _round(
-        self, stored: Tensor, block: slice, P: Tensor, taken: Tensor, left: Tensor
+        self,
+        stored: Tensor,
+        block: slice,
+        P: Tensor,
+        taken: Tensor,
+        left: Tensor,
+        scratch: Tensor,
     ) -> Tensor:
         """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U."""
         new = torch.empty_like(stored)
         U, settled = self.U[block], self._settled(block)
         left.addmm_(U.T @ U, P)
         for part in self._strips(len(stored), len(P[0])):
-            W = stored[:, part].double()
-            aim = torch.addmm(W, U, taken[:, part], alpha=-1)
-            rounded = aim.to(self.dtype)
-            change = rounded.double() - W
-            L = left[:, part].addmm_(U.T, change)
+            W = _shaped(scratch[0], stored[:, part])
+            aim = torch.addmm(W, U, taken[:, part], alpha=-1, out=_shaped(scratch[1], W, False))
+            rounded = new[:, part].copy_(aim)
             if settled is not None:
                 nearest = rounded[settled]
                 other = neighbour(nearest, aim[settled])
-                step = other.double().sub_(nearest)
+            change = aim.copy_(rounded).sub_(W)
+            L = left[:, part].addmm_(U.T, change)
+            if settled is not None:
+                step = _shaped(scratch[0], other).sub_(nearest)
                 moved = settle(L, U[settled], step, AIM * float(P[:, part].norm()))
                 rounded[settled] = torch.where(moved, other, nearest)
                 change[settled] += step.mul_(moved)
             self.squares["change"] += torch.dot(change.flatten(), change.flatten())
-            new[:, part] = rounded
         return new
 
     def _settled(self, block: slice) -> Tensor | slice | None:
@@ -165,19 +173,37 @@ class Projector:
         heavy = self.heavy[block].nonzero()[:, 0]
         return heavy.to(self.U.device) if len(heavy) else None
 
-    def _push(self, gram: Tensor, left: Tensor, block: slice, squares: Tensor) -> Tensor:
-        """G^-1 L (R, F), each column cut down to what the block's rows may move by."""
-        ridge = gram.trace() / len(gram) * RIDGE + torch.finfo(torch.float64).tiny
-        inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
-        push: Tensor = inverse.to(left.device) @ left
-        allowed = PUSH * torch.finfo(self.dtype).eps * (squares / len(self.U)).sqrt()
-        weight = self.U[block].square().sum(1).max()
-        moved = (push.square().sum(0) * weight).sqrt()
-        return push * torch.where(moved > allowed, allowed / moved, 1.0)
+    def _push(self, push: Tensor, block: slice, limit: Tensor) -> Tensor:
+        """G^-1 L (R, F), each column cut down to what moves the block's rows by (F,) at most."""
+        moved = push.square().sum(0).sqrt_() * self.U[block].norm(dim=1).max()
+        return push.mul_(torch.where(moved > limit, limit / moved, 1.0))
 
     def _strips(self, height: int, width: int) -> Iterator[slice]:
         size = max(self.strip // max(height, 1), 1)
         return (slice(start, min(start + size, width)) for start in range(0, width, size))
+
+
+def _shaped(scratch: Tensor, like: Tensor, filled: bool = True) -> Tensor:
+    """The beginning of ``scratch`` as a matrix like this one, with its numbers if ``filled``."""
+    matrix = scratch[: like.numel()].view(like.shape)
+    return matrix.copy_(like) if filled else matrix
+
+
+def inverses(U: Tensor, blocks: list[slice]) -> Tensor:
+    """For each block of rows of U (D, R) the inverse of the Gram matrix of it and all that follow.
+
+    Args:
+        U: float64, on the CPU.
+        blocks: consecutive.
+
+    Returns:
+        (blocks, R, R). What is nearly singular, as near the end, is regularised with ``RIDGE``.
+    """
+    grams = torch.stack([U[block].T @ U[block] for block in blocks]).flip(0).cumsum(0).flip(0)
+    ridge = grams.diagonal(dim1=1, dim2=2).mean(1) * RIDGE + torch.finfo(U.dtype).tiny
+    grams += ridge[:, None, None] * torch.eye(U.shape[1], dtype=U.dtype)
+    inverted: Tensor = torch.linalg.inv(grams)
+    return inverted
 
 
 def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
@@ -198,12 +224,12 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     """
     taken = torch.zeros(step.shape, dtype=torch.bool, device=step.device)
     weights = U.square().sum(1)
-    halves = (step * (weights[:, None] / 2)).unbind()
     steps, places, columns = step.unbind(), taken.unbind(), U.unbind()
+    halves = weights.div(2).tolist()
     for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):
         if count % CHECKED == 0 and float(left.norm()) <= aim:
             break
-        product = (columns[row] @ left).add_(halves[row]).mul_(steps[row])
+        product = (columns[row] @ left).add_(steps[row], alpha=halves[row]).mul_(steps[row])
         torch.lt(product, 0, out=places[row])
         left.addr_(columns[row], steps[row] * places[row])
     return taken
@@ -221,7 +247,8 @@ def neighbour(rounded: Tensor, exact: Tensor) -> Tensor:
         ``rounded`` itself where it is exact, or where the other side is beyond the largest number.
     """
     bits = rounded.view({1: torch.uint8, 2: torch.int16}[rounded.dtype.itemsize])
-    value = rounded.to(exact.dtype)
-    found = torch.where(exact.abs() > value.abs(), bits + 1, bits - 1).view(rounded.dtype)
-    usable = (exact != value) & found.to(exact.dtype).isfinite()
-    return torch.where(usable, found.to(exact.dtype), value).to(rounded.dtype)
+    error = rounded.to(exact.dtype).sub_(exact)
+    outward = (error < 0) ^ exact.signbit()  # so the other side is further from zero
+    found = torch.where(outward, bits + 1, bits - 1)
+    usable = (error != 0) & found.view(rounded.dtype).float().isfinite()
+    return torch.where(usable, found, bits).view(rounded.dtype)
