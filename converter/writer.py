@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -158,15 +159,19 @@ class Writer:
                 os.close(descriptor)
 
     def _run(self) -> None:
-        while (block := self._full.get()) is not None:
-            try:
-                if self._error is None:
-                    with memoryview(block.memory)[: block.size] as view:
-                        self._hash(view, block.start)
-                        self._write(view, block)
-            except BaseException as error:  # raised again where the file is filled
-                self._error = error
-            self._free.put(block)
+        with ThreadPoolExecutor(1, "hash") as pool:
+            while (block := self._full.get()) is not None:
+                try:
+                    if self._error is None:
+                        with memoryview(block.memory)[: block.size] as view:
+                            hashed = pool.submit(self._hash, view, block.start)
+                            try:
+                                self._write(view, block)  # waits for the disk meanwhile
+                            finally:
+                                hashed.result()
+                except BaseException as error:  # raised again where the file is filled
+                    self._error = error
+                self._free.put(block)
 
     def _hash(self, view: memoryview, start: int) -> None:
         place, stop = max(self._forked_at - start, 0), len(view)
