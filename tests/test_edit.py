@@ -14,7 +14,7 @@ from converter.engine import Engine
 from converter.errors import CheckpointError
 from converter.header import TensorInfo, to_bytes
 from converter.plan import Target
-from converter.projector import AIM, BLOCK, Projector, Rounding, settle
+from converter.projector import AIM, BLOCK, Projector, Rounding, inverses, settle
 from converter.rounding import Stored, half_ulp, left_along, rounding_bound
 from converter.rounding import is_projection as compare
 from converter.shards import Region, as_tensor
@@ -221,6 +221,22 @@ def projected(W: Tensor, U: Tensor, rounding: Rounding) -> tuple[Tensor, dict[st
 
 def exact(W: Tensor, U: Tensor) -> Tensor:
     return W.double() - U.double() @ (U.double().T @ W.double())
+
+
+def test_what_is_left_is_shared_among_all_rows_to_come() -> None:
+    U = orthonormal(150, 3).double()
+    found = inverses(U, [slice(0, 50), slice(50, 100), slice(100, 150)])
+    for start, inverse in zip((0, 50, 100), found, strict=True):
+        later = U[start:]
+        torch.testing.assert_close(
+            inverse @ (later.T @ later), torch.eye(3).double(), atol=2e-3, rtol=0
+        )
+
+
+def test_a_norm_that_rounding_makes_negative_is_zero() -> None:
+    projector = Projector(orthonormal(64, 1), torch.float32, "nearest", "cpu")
+    projector.squares["left"] -= 1e-30
+    assert projector.norms()["left"] == 0
 
 
 CASES: dict[str, Callable[[], Tensor]] = {
