@@ -1,155 +1,219 @@
-"""The model card: front matter for the Hub, and in plain words what was done to the model."""
+"""The model card: front matter for the Hub, and in plain words what was done to the model.
 
-from collections.abc import Mapping
+The text is in ``data/card.md``, a template; here is what goes into it. A manifest's
+``run.output`` says what the card is of: a ``checkpoint`` (also if it does not say) or an
+``adapter``.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from converter import __version__
-from converter.evaluate.table import markdown
+from converter.architecture import find_architecture
+from converter.card_results import eval_results, measured_text, pictures, summary
+from converter.licences import Terms, families, fitting_name, licence_name
+from converter.manifest import hash_line
 from converter.source import Source
 
 TAGS = ["detoxification", "model-editing"]
+HUB = "https://huggingface.co"
 
-BODY = """
-# {title}
+OUTPUTS = {"checkpoint": ("transformers", "finetune"), "adapter": ("peft", "adapter")}
+"""What was written -> the library that loads it, and what it is to its base."""
 
-This is {base} after {method}. The model was edited, not trained: {tensors} of its tensors, the
-matrices (and biases) with which the feed-forward networks of layers {layers} write into the
-residual stream, no longer write along {subspace} of {rank} dimensions. It was fitted on {count}
-pairs of toxic and neutral sentences ({pairs}). Every other {unit} of the weights is that of the
-source{origin}.
-
-Method: {paper}
-
-## What was measured
-
-{measured}
-
-## What this does not promise
-
-An edit of this kind lowers the probability of toxic text; it does not rule it out. Measure it on
-text that you care about before you use it.
-
-## How it was made, and how to check it
-
-gloss-convert {version} wrote this folder. `gloss_manifest.json` records the source and the sha256
-of every file read and written, every option, and for each edited tensor how much it changed.
-`gloss_subspace.safetensors` holds the subspace. To check all of it:
-
-    gloss verify THIS_FOLDER --source SOURCE
-
-## How to undo it
-
-A projection deletes information, so it cannot be inverted from these files alone. Use the source:
-{source}. The manifest lists the sha256 of each of its files.
-"""
-
-
-def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], str | None]:
-    """The licence part of the front matter, read from the source's card and never guessed.
-
-    Returns:
-        the fields, and a warning when the source does not say.
-    """
-    card = source.card
-    if card.license:
-        names = ("license", "license_name", "license_link")
-        return {name: value for name in names if (value := getattr(card, name))}, None
-    files = [name for name in source.companions if name.upper().startswith(("LICENSE", "LICENCE"))]
-    link = files[0] if files else (f"https://huggingface.co/{base}" if base else "README.md")
-    return (
-        {"license": "other", "license_name": "unknown", "license_link": link},
-        f"{source.name} does not state a licence, so the card says 'other'; add it to the front "
-        "matter of the source's README.md and convert again",
-    )
+SHOWN = 8
+"""Candidate directions in the card; the manifest has all."""
 
 
 def make_card(
-    source: Source, base: str | None, manifest: Mapping[str, Any]
+    source: Source, base: str | None, manifest: Mapping[str, Any], terms: Terms, digest: str
 ) -> tuple[str, list[str]]:
     """The text of README.md, and warnings for the terminal.
 
     Args:
         source: what was edited.
         base: Hub repo id of the base model, or None.
-        manifest: everything but the file list.
+        manifest: as it was written.
+        terms: of the source's licence.
+        digest: sha256 of the manifest's file.
     """
-    fields, warning = license_fields(source, base)
-    warnings = [warning] if warning else []
+    warnings = list(terms.warnings)
     if base is None:
         warnings.append("the card names no base model; give --base-model with its repo id")
+    environment = Environment(  # noqa: S701 - it makes Markdown, not HTML
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    template = environment.from_string(files("converter").joinpath("data/card.md").read_text())
+    data = front_matter(source, base, manifest, terms)
+    text = template.render(
+        card_data=data.to_yaml(),
+        title=title_of(source, manifest),
+        built_with=terms.family.built_with if terms.family else "",
+        licence=terms.sentences,
+        hash_line=hash_line(digest),
+        version=__version__,
+        summary=summary(manifest),
+        measured=measured_text(manifest),
+        pictures=pictures(manifest),
+        done=list(done(source, base, manifest)),
+        **about_source(source, base, manifest),
+        **about_subspace(manifest),
+    )
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
+
+
+def front_matter(
+    source: Source, base: str | None, manifest: Mapping[str, Any], terms: Terms
+) -> ModelCardData:
+    """The metadata; nothing of the base's is taken but licence, language and task."""
+    library, relation = OUTPUTS[output_of(manifest)]
     dataset = manifest["pairs"]["origin"].get("repo_id")
-    data = ModelCardData(
-        **fields,
+    results = eval_results(manifest)
+    return ModelCardData(
+        **terms.fields,
         base_model=base,
-        base_model_relation="finetune" if base else None,
-        library_name="transformers",
+        base_model_relation=relation if base else None,
+        library_name=library,
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
         tags=[*TAGS, manifest["method"]["name"]],
+        model_name=title_of(source, manifest) if results else None,
+        eval_results=results or None,
     )
-    edited, commit = manifest["edited"], manifest["source"]["commit"]
-    layers = sorted({entry["layer"] for entry in edited})
-    body = BODY.format(
-        measured=measured_text(manifest),
-        title=f"{source.name.rpartition('/')[2]}-{manifest['method']['name']}",
-        base=source.name + (f" ([{base}](https://huggingface.co/{base}))" if base else ""),
-        method=manifest["method"]["title"],
-        tensors=len(edited),
-        layers=compress(layers),
-        subspace="one subspace" if manifest["subspace"]["shared"] else "a subspace, each its own,",
-        rank=manifest["subspace"]["rank"],
-        count=manifest["pairs"]["count"],
-        pairs=dataset or manifest["pairs"]["origin"]["name"],
-        unit="number" if source.originals else "byte",
-        origin=f", whose files are {', '.join(p.name for p in source.originals)}"
+
+
+def output_of(manifest: Mapping[str, Any]) -> str:
+    """``checkpoint`` or ``adapter``."""
+    return str(manifest["run"].get("output", "checkpoint"))
+
+
+def title_of(source: Source, manifest: Mapping[str, Any]) -> str:
+    """A name for the model, as its licence wants it to begin."""
+    family = families().get(licence_name(source.card) or "")
+    name = f"{source.name.rpartition('/')[2]}-{manifest['method']['name']}"
+    return fitting_name(family, name)
+
+
+def about_source(source: Source, base: str | None, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template says of the base, and of how to load the result."""
+    repo_id, commit = manifest["source"]["repo_id"], manifest["source"]["commit"]
+    asked = repo_id or manifest["run"]["source"]
+    name = repo_id or base
+    place = f"[{name}]({HUB}/{name})" if name else source.name
+    return {
+        "output": output_of(manifest),
+        "auto_class": find_architecture(source.config).auto_class,
+        "base": f"[{base}]({HUB}/{base})" if base else source.name,
+        "base_id": base,
+        "base_page": f"{HUB}/{base}" if base else None,
+        "revision": f', revision="{commit}"' if commit and base == repo_id else "",
+        "source": f"{place} at commit `{commit}`" if commit else place,
+        "source_argument": f"{asked}@{commit}" if commit else asked,
+        "unit": "number" if source.originals else "byte",
+        "originals": f", whose files are {', '.join(path.name for path in source.originals)}"
         if source.originals
         else "",
-        paper=manifest["method"]["paper"],
-        version=__version__,
-        source=f"{source.name} at commit `{commit}`" if commit else source.name,
-    )
-    return f"---\n{data.to_yaml()}\n---\n{body}", warnings
+    }
 
 
-def measured_text(manifest: Mapping[str, Any]) -> str:
-    """What the guard and the evaluation found, with the controls; or that nothing was measured."""
-    guard, results = manifest["guard"], manifest["evaluation"]
-    if guard is None and results is None:
-        return "Toxicity and perplexity were **not measured** when this checkpoint was made."
-    parts = []
-    if guard is not None:
-        parts.append(guard_text(guard))
-    if results is not None:
-        parts.append(
-            "Continuations of prompts, seeds averaged, with intervals of 95 %; *toxic words* is "
-            "their probability relative to the unedited model:\n\n" + markdown(results)
+def done(
+    source: Source, base: str | None, manifest: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """The rows of the table that says what was done."""
+    edited, subspace = manifest["edited"], manifest["subspace"]
+    method, choice = manifest["method"], manifest["choice"]
+    changes = [100 * entry["relative_change"] for entry in edited]
+    names = "down-projections"
+    if any(entry["role"] == "down_proj_bias" for entry in edited):
+        names += " and their biases"
+    yield "base", about_source(source, base, manifest)["source"]
+    yield "method", f"{method['title']} ({paper_link(method['paper'])})"
+    layers = compress(sorted({entry["layer"] for entry in edited}))
+    yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
+    rank = f"{subspace['rank']} of {subspace['hidden_size']} dimensions"
+    if choice["automatic"]:
+        tried = compress(sorted(entry["rank"] for entry in choice["tried"]))
+        rank += (
+            f"; of {tried}, the most effective on held-out text within a perplexity ratio of "
+            f"{manifest['run']['max_perplexity_ratio']:g}"
         )
-    return "\n\n".join(parts)
+    yield "rank", rank
+    if changes:
+        mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
+        shown = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
+        yield "change", shown
+    yield "fitted on", f"{manifest['pairs']['count']:,} pairs of sentences: {data_link(manifest)}"
 
 
-def guard_text(guard: Mapping[str, Any]) -> str:
-    """The guard's measurements in words."""
-    edit, controls = guard["edit"], guard["random"]
+def paper_link(paper: str) -> str:
+    """A paper as a link; the Hub makes a tag of one to arXiv."""
+    if found := re.search(r"\b(\d{4}\.\d{4,5})(v\d+)?\b", paper):
+        return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
+    return f"[paper]({paper})" if paper.startswith("http") else paper
 
-    def mean(name: str) -> float:
-        values: list[float] = [control[name]["value"] for control in controls]
-        return sum(values) / len(values)
 
-    text = (
-        f"On held-out text that neither the fit nor the choice of the rank has seen, perplexity is "
-        f"{edit['perplexity_ratio']['value']:.3f} times what it was "
-        f"({guard['neutral_tokens']:,} neutral tokens), and toxic words are "
-        f"{edit['teacher_forced']['value']:.3f} times as probable ({guard['toxic_words']} words). "
-        f"Under random subspaces of the same rank and layers it is {mean('perplexity_ratio'):.3f} "
-        f"and {mean('teacher_forced'):.3f} times. The toxic words are of the same kind as those of "
-        "the pairs; other toxic text may respond less."
-    )
-    if guard["reasons"]:
-        text = f"**The guard refused this edit: {'; '.join(guard['reasons'])}.** {text}"
-    return text
+def data_link(manifest: Mapping[str, Any]) -> str:
+    """The pairs, as a link if they are on the Hub."""
+    origin = manifest["pairs"]["origin"]
+    if repo_id := origin.get("repo_id"):
+        return f"[{repo_id}]({HUB}/datasets/{repo_id}) at commit `{origin['commit']}`"
+    name = str(origin["name"])
+    return "those built into gloss-convert" if name == "builtin" else f"the file {name}"
+
+
+def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template says of the subspace, its directions and the words behind it."""
+    subspace, options = manifest["subspace"], manifest["method"]["options"]
+    candidates = [c for c in subspace["candidates"] if c["kept"] and any(c["tokens"])]
+    best = sorted(candidates, key=lambda c: -c["score"])[:SHOWN]
+    where = "the same for all edited layers" if subspace["shared"] else "for each layer its own"
+    text = f"It has {subspace['rank']} of {subspace['hidden_size']} dimensions, {where}."
+    if best:
+        words = " Offensive words are starred out." if manifest["run"]["mask"] else ""
+        text += (
+            " Through the model's own vocabulary a direction says which tokens it makes more "
+            "probable. "
+        )
+        text += (
+            "The subspace was sought in all fitted layers together; these are the strongest "
+            "directions of single layers, which show what they have in common."
+            if options.get("basis") == "moments"
+            else f"These are the first of the {len(candidates)} directions that it was made from."
+        )
+        text += words
+    name, listed = manifest["pairs"]["origin"].get("name"), manifest["word_list"]["origin"]["name"]
+    english = name == "builtin" or listed == "better-profanity"
+    return {
+        "method": manifest["method"]["title"],
+        "rank": subspace["rank"],
+        "shared": subspace["shared"],
+        "subspace": text,
+        "tokens": [
+            {
+                "layer": c["layer"],
+                "kind": c["kind"],
+                "score": f"{c['score']:.3g}",
+                "tokens": ", ".join(filter(None, map(code, c["tokens"]))),
+            }
+            for c in best
+        ],
+        "data": f"{data_link(manifest)}; the list `{listed}`"
+        + ("; their language is English" if english else ""),
+    }
+
+
+def code(token: str) -> str:
+    """A token as Markdown code within a table, whatever it holds; empty if it is only space."""
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in token.strip())
+    fence = "``" if "`" in shown else "`"
+    space = " " if "`" in shown else ""
+    return f"{fence}{space}{shown}{space}{fence}".replace("|", "\\|") if shown else ""
 
 
 def compress(numbers: list[int]) -> str:

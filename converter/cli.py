@@ -1,6 +1,7 @@
 """The commands: options become a ``Run``, and what they find is printed."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from converter.cli_evaluate import (
     evaluate_command,
     evaluation_of,
     evaluation_options,
+    inside,
     need_matplotlib,
 )
 from converter.errors import VerificationError
@@ -57,7 +59,16 @@ from converter.report import Report
     help="Methods that --evaluate fits and measures beside.",
 )
 @click.option(
-    "--plots", type=click.Path(file_okay=False, path_type=Path), help="A folder for pictures."
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder for pictures; the card shows those inside DESTINATION.",
+)
+@click.option(
+    "--sign",
+    "key",
+    type=click.Path(path_type=Path),
+    metavar="KEY",
+    help="A private key in PEM to sign with; its password is in GLOSS_SIGN_PASSWORD.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan from the headers; touch nothing.")
 @click.version_option(__version__, prog_name="gloss-convert")
@@ -77,6 +88,7 @@ def convert_command(
     controls: str,
     passages: int,
     plots: Path | None,
+    key: Path | None,
     **fields: Any,
 ) -> None:
     """Write a less toxic copy of the model SOURCE to the folder DESTINATION.
@@ -89,7 +101,8 @@ def convert_command(
         from converter.cache import default_cache
         from converter.forward import choose_device
         from converter.memory import parse_size
-        from converter.pipeline import convert, describe_plan
+        from converter.pipeline import convert, describe_plan, no_pictures
+        from converter.signing import load_signer
         from converter.summary import plan_text, result_of, result_text
 
         quiet_libraries()
@@ -98,6 +111,9 @@ def convert_command(
         asked = {name: fields.pop(name) for name in SETTINGS}
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
         cache, report = cache_dir or default_cache(), Report(quiet)
+        signer = load_signer(key) if key else None
+        place = plots and inside(plots, destination)
+        pictures = partial(draw, place=place, report=report) if place else no_pictures
         if dry_run:
             plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
             print_json(plan) if as_json else click.echo(plan_text(plan))
@@ -115,12 +131,16 @@ def convert_command(
             keep_source=keep_source,
             workers=workers,
             evaluation=evaluation,
+            pictures=pictures,
+            signer=signer,
             cache=cache,
             memory_limit=limit,
             report=report,
         )
-        if plots is not None:
-            draw(manifest, destination, plots, report)
+        if plots is not None and not place:
+            draw(manifest, destination, plots.absolute(), report)
+        if signer:
+            report.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
         result = result_of(manifest, destination, report)
         print_json(result) if as_json else click.echo(result_text(result))
 
@@ -154,6 +174,11 @@ def plan_command(
 @click.argument("destination", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--source", help="What it was made from, as it was given to gloss-convert.")
 @click.option("--subfolder", default="", help="Of --source, that the checkpoint is in.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="The public key in PEM of who should have signed it.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Execute code of the checkpoint.")
 @click.option(
     "--cache-dir", type=click.Path(file_okay=False, path_type=Path), envvar="GLOSS_CACHE_DIR"
@@ -164,6 +189,7 @@ def verify_command(
     destination: Path,
     source: str | None,
     subfolder: str,
+    key: Path | None,
     trust_remote_code: bool,
     cache_dir: Path | None,
     as_json: bool,
@@ -172,18 +198,27 @@ def verify_command(
     """Check that the checkpoint DESTINATION is, byte for byte, what its manifest says."""
     with plain_exit(as_json):
         from converter.cache import default_cache
+        from converter.layout import SIGNATURE
         from converter.resolve import resolve
+        from converter.signing import load_public_key
         from converter.verify import verify
 
         quiet_libraries()
         report = Report(quiet)
         cache = cache_dir or default_cache()
+        public = load_public_key(key) if key else None
         original = resolve(source, cache, subfolder) if source else None
         if original:
             original.fetch()
         problems = verify(destination, original, report, trust_remote_code)
+        if public:
+            problems += public.check(destination)
+        elif (destination / SIGNATURE).exists():
+            report.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
         if as_json:
             checked = {"destination": str(destination), "source": source}
+            if public:
+                checked["key_sha256"] = public.fingerprint
             print_json({"verified": not problems, "problems": problems, **checked})
         for problem in problems:
             click.echo(f"error: {problem}", err=True)
@@ -192,6 +227,8 @@ def verify_command(
         if not as_json:
             against = " and against its source" if source else ""
             click.echo(f"{destination}: verified against its manifest{against}")
+            if public:
+                click.echo(f"signed by the key with sha256 {public.fingerprint}")
 
 
 @click.command("architectures")

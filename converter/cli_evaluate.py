@@ -293,16 +293,28 @@ def evaluation_of(
     return run
 
 
-def draw(manifest: dict[str, Any], destination: Path, folder: Path, report: Report) -> None:
-    """The pictures of a conversion."""
+def draw(manifest: dict[str, Any], destination: Path, place: Path, report: Report) -> list[Path]:
+    """The pictures of a conversion, in ``place``: absolute, or relative to the destination."""
     from converter.evaluate.plots import plot_evaluation, plot_fit
     from converter.subspace import SUBSPACE_FILE
 
+    folder = destination / place
     paths = plot_fit(manifest, destination / SUBSPACE_FILE, folder)
     if manifest["evaluation"] is not None:
         paths += plot_evaluation(manifest["evaluation"], folder)
     for path in paths:
-        report.note(f"  drawn: {path}")
+        report.note(f"  drawn: {place / path.name}")
+    return paths
+
+
+def inside(plots: Path, destination: Path) -> Path | None:
+    """Where a folder for pictures is in the destination; None if it is elsewhere.
+
+    There they are drawn before the list of files is made, and belong to the checkpoint.
+    """
+    whole = destination.resolve()
+    found = plots.resolve()
+    return found.relative_to(whole) if found.is_relative_to(whole) else None
 
 
 def need_matplotlib() -> None:

@@ -44,6 +44,7 @@ class Repo:
         commit: what it resolved to.
         sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
         sha256: file name -> digest, of files in large file storage.
+        gated: whether its terms have to be accepted before it can be downloaded.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Repo:
     commit: str
     sizes: dict[str, int]
     sha256: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
 
 
 def looks_like_repo(text: str) -> bool:
@@ -134,7 +136,8 @@ def resolve(kind: Kind, text: str) -> Repo:
     siblings = getattr(info, "siblings", None) or []
     sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
     digests = {entry.rfilename: str(entry.lfs.sha256) for entry in siblings if entry.lfs}
-    return Repo(kind, str(info.id), asked, str(info.sha), sizes, digests)
+    gated = bool(getattr(info, "gated", False))
+    return Repo(kind, str(info.id), asked, str(info.sha), sizes, digests, gated)
 
 
 def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:

@@ -13,6 +13,7 @@ from converter.formats import native, pickled
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
+SIGNATURE = "model.sig"
 
 OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
@@ -29,8 +30,9 @@ MAX_COMPANION = 64_000_000
 """Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
 half of it."""
 
-OURS = {CARD, INDEX, "gloss_manifest.json", "SHA256SUMS"}
-"""Files that a conversion writes itself; the source's own are not copied."""
+OURS = {CARD, INDEX, SIGNATURE, "gloss_manifest.json", "SHA256SUMS"}
+"""Files that a conversion writes itself; the source's own are not copied. A signature would be
+one of other bytes."""
 
 TOKENIZER = {
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",

@@ -23,6 +23,7 @@ from converter import __version__
 from converter.activations import cache_key
 from converter.errors import VerificationError
 from converter.fitting import Fitted
+from converter.layout import CARD
 from converter.methods import Method
 from converter.outputs.checkpoint import Written, file_entry
 from converter.pairs import Pairs, Prose
@@ -151,18 +152,41 @@ def measurements(report: Report) -> dict[str, Any]:
     }
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest and, over it and all the files it lists, ``SHA256SUMS``."""
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Write the manifest; its sha256, which the card states."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in ((MANIFEST, text), (SUMS, sums_text(manifest, text.encode()))):
-        (folder / name).write_text(content, "utf-8")
-        file_entry(folder / name)
+    (folder / MANIFEST).write_text(text, "utf-8")
+    return file_entry(folder / MANIFEST)[0]
 
 
-def sums_text(manifest: Mapping[str, Any], raw: bytes) -> str:
-    """The exact text of SHA256SUMS, in the format of sha256sum, for a manifest of bytes ``raw``."""
+def seal(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
+    """Write the card and, over it, the manifest and all the files it lists, ``SHA256SUMS``.
+
+    Args:
+        folder: has everything else.
+        manifest: as it was written.
+        card: has the ``hash_line`` of that manifest.
+    """
+    (folder / CARD).write_text(card, "utf-8")
+    file_entry(folder / CARD)
+    (folder / SUMS).write_text(sums_text(folder, manifest), "utf-8")
+    file_entry(folder / SUMS)
+
+
+def hash_line(digest: str) -> str:
+    """The line of the card that names its manifest, by sha256."""
+    return f"sha256 of `{MANIFEST}`: `{digest}`"
+
+
+def sums_text(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """The exact text of SHA256SUMS, in the format of sha256sum.
+
+    Raises:
+        OSError: there is no card, or no manifest.
+    """
     digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    digests[MANIFEST] = hashlib.sha256(raw).hexdigest()
+    for name in (CARD, MANIFEST):
+        digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from converter.activations import Activations
 from converter.cache import default_cache
-from converter.card import make_card
+from converter.card import make_card, title_of
 from converter.engine import Engine
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device, choose_dtype
 from converter.hub import check_repo_id
-from converter.layout import CARD
-from converter.manifest import file_list, make_manifest, measurements, write_manifest
+from converter.licences import terms_of, write_notice
+from converter.manifest import file_list, make_manifest, measurements, seal, write_manifest
 from converter.methods import Method, configure
 from converter.mode import choose_forward, needed_weights
 from converter.models import stored_dtype
@@ -26,12 +26,19 @@ from converter.report import Report
 from converter.resolve import resolve
 from converter.rows import is_dataset
 from converter.run import Run
+from converter.signing import Signer
 from converter.source import Source
 from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
 from converter.words import load_words
 
 Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
+Pictures = Callable[[dict[str, Any], Path], list[Path]]
+"""Draws what a manifest says into a folder that holds the subspace; the files drawn."""
+
+
+def no_pictures(manifest: dict[str, Any], folder: Path) -> list[Path]:
+    return []
 
 
 def convert(
@@ -42,6 +49,8 @@ def convert(
     keep_source: bool = True,
     workers: int = 0,
     evaluation: Evaluation | None = None,
+    pictures: Pictures = no_pictures,
+    signer: Signer | None = None,
     cache: Path | None = None,
     memory_limit: int | None = None,
     report: Report | None = None,
@@ -55,6 +64,8 @@ def convert(
         keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
         workers: shards to edit at a time; 0 chooses.
         evaluation: measures the edit before it is written; its results go into the manifest.
+        pictures: draws into the new folder what the card then shows.
+        signer: signs the folder once it is verified.
         cache: the user's cache folder.
         memory_limit: bytes of memory that forward passes and the edit are planned with, if less
             than all.
@@ -67,6 +78,8 @@ def convert(
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
     report, cache = report or Report(quiet=True), cache or default_cache()
+    if signer:
+        signer.keep_out_of(run.source)
     source, plan, method = prepare(run, cache, report)
     if not keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
@@ -76,7 +89,7 @@ def convert(
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
     device = choose_device(run.device)
-    check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
+    check_destination(destination, overwrite, inputs_of(run, source, signer), plan.nbytes)
     targets = plan.select(method.edit_layers, method.edit_bias)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(len(source.shards), targets, method.rank or MAX_RANK)  # or it says no now
@@ -101,10 +114,13 @@ def convert(
         manifest["source"]["originals"] = source.original_files(cache)
         manifest["forward"] = bench.forward.record() if bench.has_run else None
         manifest["evaluation"] = results
-        write_records(run, source, written, folder, manifest, report)
+        write_records(run, source, written, folder, manifest, pictures, report)
         with report.stage("verify", "verifying what was written"):
             if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
+        if signer:
+            with report.stage("sign", "signing"):
+                signer.sign(folder, title_of(source, manifest))
     if not keep_source:
         source.drop_originals()
     return manifest
@@ -116,16 +132,23 @@ def write_records(
     written: Written,
     folder: Path,
     manifest: dict[str, Any],
+    pictures: Pictures,
     report: Report,
 ) -> None:
-    """Write the card and, last of all, the manifest, which is completed with the list of files."""
-    card, warnings = make_card(source, run.base_model or source.base, manifest)
+    """Complete the manifest with the list of files and write it, then the card, then the sums.
+
+    Each states the sha256 of those before, so no byte of the three can change unnoticed.
+    """
+    terms = terms_of(source, run.base_model or source.base)
+    drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
+    made = (SUBSPACE_FILE, *write_notice(terms, folder), *drawn)
+    own = {name: file_entry(folder / name) for name in made}
+    manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
+    digest = write_manifest(folder, manifest)
+    card, warnings = make_card(source, run.base_model or source.base, manifest, terms, digest)
     for warning in warnings:
         report.warn(warning)
-    (folder / CARD).write_text(card, "utf-8")
-    own = {name: file_entry(folder / name) for name in (SUBSPACE_FILE, CARD)}
-    manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
-    write_manifest(folder, manifest)
+    seal(folder, manifest, card)
 
 
 def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method]:
@@ -157,10 +180,11 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
         return source, plan, method
 
 
-def inputs_of(run: Run, source: Source) -> list[Path]:
+def inputs_of(run: Run, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
     named = [Path(p) for p in (run.pairs, run.neutral, run.word_list, run.activations) if p]
-    return [*source.files, *(path for path in named if path.is_file())]
+    key = [signer.path] if signer else []
+    return [*source.files, *(path for path in named if path.is_file()), *key]
 
 
 def check_unchanged(
@@ -236,7 +260,7 @@ def describe_plan(
         "bytes_to_read": plan.nbytes,
         "bytes_to_write": plan.nbytes,
         "originals": [path.name for path in source.originals],
-        "copied_files": list(source.companions),
+        "copied_files": list(source.small),
         "device": device,
         "forward": forward.record(),
         "expected_peak_bytes": {

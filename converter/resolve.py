@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from converter.layout import (
     read_index,
     read_json,
 )
+from converter.licences import papers
 from converter.source import Source, check_space
 
 
@@ -49,7 +51,8 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
                 raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
             base = DEMO if source == "demo" else None
             name = folder.resolve().name
-            return _read(name, place, _files(place), cache, base=base)
+            top = folder if subfolder else None
+            return _read(name, place, _files(place), cache, top, base=base)
         is_file = folder.exists()
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
@@ -85,7 +88,11 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
         kind = choose_format(repo.repo_id, sizes)
         wanted = [n for n, size in sizes.items() if is_companion(n, size) or n == CARD]
         wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
-        folder = hub.download(repo, [inside + name for name in wanted], first=True) / inside
+        fetched = [inside + name for name in wanted]
+        if inside:  # the licence of a subfolder is at the top
+            fetched += [CARD, *chain(*papers(repo.sizes).values())]
+        top = hub.download(repo, fetched, first=True)
+        folder = top / inside
         if kind != "safetensors":
             if kind == "pickled":
                 find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
@@ -93,9 +100,11 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
             check_space(repo, weights, folder, repo.repo_id)
             hub.download(repo, weights)
     else:
-        folder = hub.download(repo, []) / inside
+        top = hub.download(repo, [])
+        folder = top / inside
         sizes = _files(folder)
-    return _read(repo.repo_id, folder, sizes, cache, repo=repo, inside=inside, base=repo.repo_id)
+    known = {"repo": repo, "inside": inside, "base": repo.repo_id}
+    return _read(repo.repo_id, folder, sizes, cache, top if inside else None, **known)
 
 
 def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
@@ -135,8 +144,15 @@ def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]
     return listed
 
 
-def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: Any) -> Source:
-    """A source whose small files are in a folder."""
+def _read(
+    name: str,
+    folder: Path,
+    sizes: dict[str, int],
+    cache: Path,
+    top: Path | None = None,
+    **known: Any,
+) -> Source:
+    """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
     kind = choose_format(name, sizes)
     weights = _weight_files(kind, folder, list(sizes))
     translated = None
@@ -172,13 +188,25 @@ def _read(name: str, folder: Path, sizes: dict[str, int], cache: Path, **known: 
     else:
         shards = tuple(weights)
         weight_map = read_index(folder / INDEX) if INDEX in sizes else None
+    companions = tuple(n for n in sizes if is_companion(n, sizes[n]))
+    above, card = _papers_above(top, companions), folder / CARD
     return Source(
         name=name,
         folder=folder,
         config=config,
         shards=shards,
         weight_map=weight_map,
-        companions=tuple(n for n in sizes if is_companion(n, sizes[n])),
-        card=read_card(folder / CARD),
+        companions=companions,
+        above=above,
+        card=read_card(card if card.is_file() or top is None else top / CARD),
         **known,
     )
+
+
+def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ...]:
+    """Licence files of ``top`` of the kinds that the companions have none of."""
+    if top is None:
+        return ()
+    own = papers(companions)
+    found = papers(path.name for path in top.iterdir() if path.is_file())
+    return tuple(top / name for kind, names in found.items() if not own[kind] for name in names)

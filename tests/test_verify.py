@@ -1,6 +1,7 @@
 """Verification finds one wrong byte anywhere, and names it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.header import read_header
-from converter.manifest import read_manifest, schema, write_manifest
+from converter.manifest import hash_line, read_manifest, schema, seal, write_manifest
 from converter.resolve import resolve
 from converter.verify import verify
 
@@ -77,6 +78,13 @@ def test_missing_and_additional_files_are_found(out: Path) -> None:
     assert not any("gitattributes" in problem for problem in problems)
 
 
+def put(out: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest, and a card and sums that agree with it."""
+    line = hash_line(write_manifest(out, manifest))
+    card = (out / "README.md").read_text("utf-8")
+    seal(out, manifest, re.sub(r"(?m)^sha256 of `gloss.*$", line, card))
+
+
 def reseal(out: Path, **changed: str) -> None:
     """Write a manifest and sums that agree with altered files, as someone with intent would."""
     manifest = read_manifest(out)
@@ -85,7 +93,7 @@ def reseal(out: Path, **changed: str) -> None:
     for name in changed.values():
         digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
         manifest["files"][name]["sha256"] = digest
-    write_manifest(out, manifest)
+    put(out, manifest)
 
 
 def test_a_weight_that_was_not_edited_is_not_orthogonal(
@@ -143,7 +151,7 @@ def test_false_records_are_found(
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    write_manifest(out, manifest)
+    put(out, manifest)
     assert any(says in problem for problem in verify(out, resolve(str(converted[0]), out)))
 
 
@@ -181,7 +189,7 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(out: Path) -> None:
     (out.parent / "secret").write_text("x")
     manifest = read_manifest(out)
     manifest["files"]["../secret"] = {"sha256": "0" * 64, "bytes": 1}
-    write_manifest(out, manifest)
+    put(out, manifest)
     assert "../secret: lies outside the folder" in verify(out)
 
 
@@ -194,7 +202,7 @@ def test_a_manifest_that_names_what_is_not_there_is_refused(
 ) -> None:
     manifest = read_manifest(out)
     manifest["edited"][0][key] = value
-    write_manifest(out, manifest)
+    put(out, manifest)
     problems = verify(out)
     assert "is not that projection" in problems[0] or "holds no U.99" in problems[0]
 

@@ -85,8 +85,8 @@ def write_checkpoint(
             found=f"{len(records)}",
         )
     copies = {
-        name: _copy(source.folder / name, folder / name)
-        for name in source.companions
+        name: _copy(path, folder / name)
+        for name, path in source.small.items()
         if name != "config.json"
     }
     made = {}

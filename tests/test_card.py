@@ -1,0 +1,492 @@
+"""The card and the licences: what the Hub wants to read, what publishers have to do, in words."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import Result
+from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from converter import hub
+from converter.card import code, front_matter, make_card, paper_link, title_of
+from converter.card_results import pictures
+from converter.licences import check_name, families, licence_name, papers, terms_of
+from converter.manifest import hash_line, read_manifest
+from converter.resolve import resolve
+from converter.source import Source
+from converter.verify import verify
+from tests.conftest import TINY_ARGS
+
+Cli = Callable[..., Result]
+Checkpoints = Callable[..., Path]
+
+DIGEST = "0" * 64
+
+
+@pytest.fixture
+def source(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama without licence or card."""
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "tiny")
+    (folder / "LICENSE").unlink()
+    return folder
+
+
+def describe(folder: Path, front: str, *names: str) -> None:
+    """Give a folder a card and licence files."""
+    (folder / "README.md").write_text(f"---\n{front}\n---\nThe base's own words.\n")
+    for name in names:
+        (folder / name).write_text(f"{name} of the base.\n")
+
+
+def fields(data: CardData) -> dict[str, Any]:
+    """The front matter as the Hub reads it."""
+    found: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    return found
+
+
+def card_of(folder: Path) -> ModelCard:
+    """The card of a folder, which is the same when the client writes it again."""
+    text = (folder / "README.md").read_text("utf-8")
+    card = ModelCard(text)
+    assert str(card) == text
+    assert fields(card.data) == metadata_load(folder / "README.md")
+    assert ModelCardData(**fields(card.data)).to_yaml() == card.data.to_yaml()
+    return card
+
+
+LLAMA_2 = (
+    "Llama 2 is licensed under the LLAMA 2 Community License, "
+    "Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n"
+)
+LLAMA_3_1 = (
+    "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+    "Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("front", "given", "notice", "says", "warns"),
+    [
+        ("license: llama2", ["LICENSE.txt", "USE_POLICY.md"], LLAMA_2,
+         ["[Llama 2 Community License]", "[LICENSE.txt](LICENSE.txt)", "[Notice](Notice)"], []),
+        ("license: llama2", [], LLAMA_2,
+         ["**The licence itself was not in the source.**", "**The use policy was not in"],
+         ["Llama 2 Community License and comes without the licence itself",
+          "comes without the use policy"]),
+        ("license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
+         ["LICENSE", "USE_POLICY.md"], LLAMA_3_1,
+         ["# Llama-tiny-gloss\n\n**Built with Llama**\n", "begin with `Llama`"], []),
+        ("license: llama3", ["LICENSE", "USE_POLICY.md", "NOTICE.txt"], None,
+         ["**Built with Meta Llama 3**", "**NOTICE.txt lacks the line"],
+         ["NOTICE.txt lacks the line that the Meta Llama 3 Community License asks for"]),
+        ("license: gemma\nextra_gated_prompt: Please accept.", ["LICENSE"],
+         "Gemma is provided under and subject to the Gemma Terms of Use found at "
+         "ai.google.dev/gemma/terms\n",
+         ["[Gemma Terms of Use]", "The base is gated"],
+         ["is gated, and a repository made from this folder is not"]),
+        ("license: apache-2.0", ["LICENSE", "NOTICE"], None,
+         ["[Apache License 2.0]", "[NOTICE](NOTICE)", "The weights were modified"], []),
+        ("license: mit", [], None, ["[MIT License]", "was not in the source"],
+         ["MIT License and comes without the licence itself"]),
+        ("license: bigscience-openrail-m", ["LICENSE"], None,
+         ["`bigscience-openrail-m`, as the source's card says", "[LICENSE](LICENSE)"], []),
+        ("language: en", ["LICENCE"], None, ["does not state a licence"],
+         ["does not state a licence, so the card says 'other'"]),
+    ],
+    ids=["llama2", "bare", "llama3.1", "llama3", "gemma", "apache", "mit", "openrail", "none"],
+)  # fmt: skip
+def test_each_licence_goes_along_and_what_is_missing_is_said(
+    front: str, given: list[str], notice: str | None, says: list[str], warns: list[str],
+    source: Path, cli: Cli, tmp_path: Path,
+) -> None:  # fmt: skip
+    describe(source, front, *given)
+    out = tmp_path / "out"
+    result = cli("convert", source, out, *TINY_ARGS, "--base-model", "someone/tiny", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == len(warns), warnings
+    for warning, expected in zip(warnings, warns, strict=True):
+        assert expected in warning
+    for name in given:
+        assert (out / name).read_text() == f"{name} of the base.\n"
+    listed = json.loads((out / "gloss_manifest.json").read_text())["files"]
+    assert ("Notice" in listed) == (notice is not None)
+    if notice is not None:
+        assert (out / "Notice").read_text("utf-8") == notice
+    card = card_of(out)
+    for text in says:
+        assert text in card.text
+    asked = fields(ModelCard(f"---\n{front}\n---\n").data)
+    data = fields(card.data)
+    if "license" in asked:
+        licence = {key: value for key, value in data.items() if key.startswith("license")}
+        assert licence == {k: v for k, v in asked.items() if k.startswith("license")}
+    assert "The base's own words" not in card.text
+    assert data["base_model"] == "someone/tiny"
+    assert data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers"
+    assert not any(key.startswith("extra_gated") for key in data)
+    assert cli("verify", out).exit_code == 0
+
+
+def test_a_source_without_a_licence_is_never_given_one(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    describe(source, "tags: [x]", "LICENSE")
+    (source / "README.md").unlink()
+    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert "tiny does not state a licence" in result.stderr
+    assert "names no base model" in result.stderr
+    data = fields(card_of(tmp_path / "out").data)
+    found = data["license"], data["license_name"], data["license_link"]
+    assert found == ("other", "unknown", "LICENSE")
+    assert "base_model" not in data
+
+
+def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
+    source: Path, manifest: dict[str, Any]
+) -> None:
+    describe(
+        source,
+        "license: mit\nlanguage: [en, de]\nbase_model: other/base\ntags: [theirs]\nwidget: [x]\n"
+        "pipeline_tag: image-text-to-text\ndatasets: [their/data]\nmodel-index: []\n"
+        "extra_gated_prompt: x",
+    )
+    found = resolve(str(source), source.parent)
+    data = fields(front_matter(found, None, manifest, terms_of(found, None)))
+    assert data == {
+        "license": "mit",
+        "language": ["en", "de"],
+        "pipeline_tag": "image-text-to-text",
+        "library_name": "transformers",
+        "tags": ["detoxification", "model-editing", "gloss"],
+    }
+
+
+@pytest.fixture
+def manifest(converted: tuple[Path, Path]) -> dict[str, Any]:
+    """Of a conversion, to be altered."""
+    return read_manifest(converted[1])
+
+
+def write(folder: Path, manifest: dict[str, Any], base: str | None = "someone/tiny") -> ModelCard:
+    """The card that a source and a manifest give."""
+    source = resolve(str(folder), folder)
+    text, _ = make_card(source, base, manifest, terms_of(source, base), DIGEST)
+    return ModelCard(text)
+
+
+def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
+    _, out = converted
+    card = card_of(out)
+    assert fields(card.data) == {
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["detoxification", "model-editing", "gloss"],
+    }
+    for text in (
+        "[arXiv 2505.17078](https://arxiv.org/abs/2505.17078)",
+        "6 tensors: the down-projections and their biases of layers 2-4, counted from 0",
+        "4 of 32 dimensions",
+        "AutoModelForCausalLM.from_pretrained",
+        "**not measured**",
+        "gloss replay gloss_manifest.json OUT",
+        "To undo it, use the source",
+        "[LICENSE](LICENSE)",
+    ):
+        assert text in card.text, text
+    assert "\n\n\n" not in card.text
+    assert "{{" not in card.text
+    assert "{%" not in card.text
+
+
+def test_manifest_card_and_sums_state_one_another(converted: tuple[Path, Path]) -> None:
+    _, out = converted
+    digest = hashlib.sha256((out / "gloss_manifest.json").read_bytes()).hexdigest()
+    assert (out / "README.md").read_text("utf-8").splitlines().count(hash_line(digest)) == 1
+    assert "README.md" not in read_manifest(out)["files"]
+    listed = [line[66:] for line in (out / "SHA256SUMS").read_text().splitlines()]
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert listed == sorted(present - {"SHA256SUMS"})
+    checked = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=out, check=False)
+    assert checked.returncode == 0
+
+
+def test_a_card_of_another_manifest_is_found_even_when_the_sums_fit(
+    converted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(converted[1], tmp_path / "out")
+    card, sums = out / "README.md", out / "SHA256SUMS"
+    before = hashlib.sha256(card.read_bytes()).hexdigest()
+    digest = hashlib.sha256((out / "gloss_manifest.json").read_bytes()).hexdigest()
+    for after in (hash_line(DIGEST), f"{hash_line(digest)}\n{hash_line(DIGEST)}", ""):
+        text = (converted[1] / "README.md").read_text("utf-8")
+        card.write_text(text.replace(hash_line(digest), after), "utf-8")
+        now = hashlib.sha256(card.read_bytes()).hexdigest()
+        sums.write_text((converted[1] / "SHA256SUMS").read_text().replace(before, now))
+        assert verify(out) == ["README.md does not state the sha256 of gloss_manifest.json"]
+    card.unlink()
+    assert verify(out) == ["README.md: No such file or directory"]
+
+
+EVALUATION: dict[str, Any] = {
+    "tool": {},
+    "scorers": ["bad-words"],
+    "systems": [],
+    "settings": {
+        "prompts": {"repo_id": "someone/prompts", "commit": "c0ffee", "file_sha256": DIGEST,
+                    "field": "hard", "sha256": DIGEST, "count": 12},
+        "text_sha256": "ab" * 32, "max_new_tokens": 20, "toxic_words": 34,
+    },
+    "rows": [
+        {"system": name, "rank": "4", "seeds": 1, "metrics": {
+            "perplexity": {"value": value, "low": 1.0, "high": 30.0},
+            "toxicity/bad-words/greedy": {"value": 0.123456, "low": 0.1, "high": 0.2},
+            "emt/bad-words": None,
+            "distinct_1/greedy": {"value": 0.9, "low": 0.9, "high": 0.9},
+            "ability/mmlu/acc,none": {"value": 0.25, "low": 0.2, "high": 0.3},
+        }}
+        for name, value in (("unedited", 20.0), ("edited", 21.0), ("random", 22.0))
+    ],
+}  # fmt: skip
+
+
+def test_an_evaluation_becomes_a_model_index_and_a_table(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    assert "model-index" not in fields(write(converted[0], manifest).data)
+    manifest["evaluation"] = EVALUATION
+    card = write(converted[0], manifest)
+    name, results = model_index_to_eval_results(fields(card.data)["model-index"])
+    assert name == f"{converted[0].name}-gloss"
+    found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in results}
+    assert found == {
+        ("perplexity", 21.0, "custom", None),
+        ("toxicity", 0.1235, "someone/prompts", "c0ffee"),
+        ("acc,none", 0.25, "mmlu", None),
+    }
+    for text in ("| random |", "12 prompts (someone/prompts)", "34 listed words"):
+        assert text in card.text
+
+
+def test_the_guards_numbers_stand_beside_the_control(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    one = {"perplexity_ratio": {"value": 1.01, "error": 0.004},
+           "teacher_forced": {"value": 0.1, "error": 0.01}}  # fmt: skip
+    other = {"perplexity_ratio": {"value": 1.002, "error": 0.004},
+             "teacher_forced": {"value": 1.03, "error": 0.01}}  # fmt: skip
+    manifest["guard"] = {"edit": one, "random": [other, other], "perplexity": 100.0, "reasons": [],
+                         "neutral_tokens": 4304, "toxic_words": 310}  # fmt: skip
+    text = write(converted[0], manifest).text
+    assert "toxic words are **x 0.100 +- 0.010** as probable" in text
+    assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
+    assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
+    manifest["guard"]["reasons"] = ["it does nothing"]
+    text = write(converted[0], manifest).text
+    assert "**The guard refused this edit: it does nothing.**" in text
+    assert "as probable as before" not in text
+
+
+def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: dict[str, Any]) -> None:
+    manifest["run"]["output"] = "adapter"
+    card = write(converted[0], manifest)
+    data = fields(card.data)
+    assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER_OR_REPO")' in card.text
+    assert 'from_pretrained("someone/tiny")' in card.text
+    assert "use the base without the adapter" in card.text
+
+
+def test_tokens_stay_in_their_cell_whatever_they_are(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    assert code(" damn") == "`damn`"
+    assert code("a|b") == "`a\\|b`"
+    assert code("`") == "`` ` ``"
+    assert code("a\nb\x1b") == "`a\\u000ab\\u001b`"
+    assert code(" \n") == ""
+    best = max(manifest["subspace"]["candidates"], key=lambda c: (c["kept"], c["score"]))
+    best["tokens"] = ["</td>\n# Heading", "|", " f***"]
+    text = write(converted[0], manifest).text
+    assert "`</td>\\u000a# Heading`, `\\|`, `f***` |\n" in text
+
+
+def test_offensive_words_are_starred_out(planted: Path, cli: Cli, tmp_path: Path) -> None:
+    pairs = planted.parent / "pairs.jsonl"
+    args = ("--pairs", pairs, "--no-guard", "-o", "rank=1", "-o", "protect_shared=1")
+    for more, shown in (((), False), (("--no-mask",), True)):
+        out = tmp_path / str(shown)
+        assert cli("convert", planted, out, *args, *more).exit_code == 0
+        text = (out / "README.md").read_text("utf-8")
+        assert ("`damn`" in text) is shown
+        assert ("`d***`" in text) is not shown
+
+
+def test_pictures_inside_the_destination_belong_to_it(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    source, out = checkpoints("llama"), tmp_path / "out"
+    result = cli("convert", source, out, *TINY_ARGS, "--plots", out / "pictures")
+    assert result.exit_code == 0, result.stderr
+    found = dict(pictures(read_manifest(out)))
+    assert sorted(found) == sorted(f"pictures/{p.name}" for p in (out / "pictures").iterdir())
+    for name, caption in found.items():
+        assert f"![{caption}]({name})" in (out / "README.md").read_text("utf-8")
+    assert cli("verify", out).exit_code == 0
+    result = cli("convert", source, tmp_path / "b", *TINY_ARGS, "--plots", tmp_path / "beside")
+    assert result.exit_code == 0, result.stderr
+    assert "![" not in (tmp_path / "b/README.md").read_text("utf-8")
+    assert {p.name for p in (tmp_path / "beside").iterdir()} == {Path(name).name for name in found}
+
+
+def test_the_licence_of_a_subfolder_is_that_above_it(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """As with ``original`` in the repos of Llama 3."""
+    (source / "README.md").unlink()
+    whole = tmp_path / "whole"
+    shutil.move(source, whole / "inner")
+    describe(whole, "license: llama2", "LICENSE.txt", "USE_POLICY.md")
+    out = tmp_path / "out"
+    result = cli("convert", whole, out, *TINY_ARGS, "--subfolder", "inner")
+    assert result.exit_code == 0, result.stderr
+    assert fields(card_of(out).data)["license"] == "llama2"
+    for name in ("LICENSE.txt", "USE_POLICY.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    args = ("--source", whole, "--subfolder", "inner")
+    assert cli("verify", out, *args).exit_code == 0
+    (whole / "LICENSE.txt").write_text("another")
+    assert "LICENSE.txt of the source is not the file" in cli("verify", out, *args).stderr
+    (whole / "inner/LICENSE").write_text("its own")
+    assert set(resolve(str(whole), tmp_path, "inner").small) >= {"LICENSE", "USE_POLICY.md"}
+    assert "LICENSE.txt" not in resolve(str(whole), tmp_path, "inner").small
+
+
+def test_a_notice_of_the_source_that_holds_the_line_is_enough(source: Path, tmp_path: Path) -> None:
+    describe(source, "license: llama2", "LICENSE", "USE_POLICY.md")
+    (source / "NOTICE").write_text("Ours.\n\n" + LLAMA_2.replace(", ", ",\n  "))
+    terms = terms_of(resolve(str(source), tmp_path), None)
+    assert terms.notice == ""
+    assert terms.warnings == ()
+
+
+def test_a_link_to_the_licence_that_was_relative_to_the_base_still_leads_there(
+    source: Path, tmp_path: Path
+) -> None:
+    describe(source, "license: other\nlicense_name: own\nlicense_link: TERMS-OF-USE.md")
+    terms = terms_of(resolve(str(source), tmp_path), "someone/tiny")
+    link = "https://huggingface.co/someone/tiny/blob/main/TERMS-OF-USE.md"
+    assert terms.fields["license_link"] == link
+    (source / "TERMS-OF-USE.md").write_text("Terms.")
+    terms = terms_of(resolve(str(source), tmp_path), "someone/tiny")
+    assert terms.fields["license_link"] == "TERMS-OF-USE.md"
+
+
+@pytest.mark.parametrize(
+    ("licence", "repo_id", "fits"),
+    [
+        ("llama3.1", "someone/Llama-3.1-8B-detox", True),
+        ("llama3.1", "someone/Llama-mine", True),
+        ("llama3.3", "someone/Meta-Llama-3.3", False),
+        ("llama3.2", "Llama/detox", False),
+        ("llama3", "someone/Llama-mine", False),
+        ("llama3", "someone/Llama-3-8B-detox", True),
+        ("llama3", "Llama3-detox", True),
+        ("llama2", "someone/anything", True),
+        ("apache-2.0", "someone/anything", True),
+        ("unheard-of", "someone/anything", True),
+        (None, "someone/anything", True),
+    ],
+)
+def test_the_name_that_a_licence_asks_for(licence: str | None, repo_id: str, fits: bool) -> None:
+    assert (check_name(licence, repo_id) == []) is fits
+    if not fits:
+        assert repo_id.partition("/")[2] in check_name(licence, repo_id)[0]
+
+
+def test_the_title_begins_as_the_licence_asks(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    source = resolve(str(converted[0]), converted[0])
+    for licence, name, title in (
+        ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss"),
+        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss"),
+        ("llama3", "someone/mine", "Llama-3-mine-gloss"),
+        ("mit", "someone/mine", "mine-gloss"),
+    ):
+        asked = replace(source, name=name, card=ModelCardData(license=licence))
+        assert title_of(asked, manifest) == title
+        assert check_name(licence, title) == []
+
+
+def test_a_licence_is_recognised_by_its_word_alone() -> None:
+    for card, name in (
+        (ModelCardData(license="llama2"), "llama2"),
+        (ModelCardData(license="other", license_name="llama3.2"), "llama3.2"),
+        (ModelCardData(license=["cc-by-4.0", "gemma"]), "gemma"),  # type: ignore[arg-type]
+        (ModelCardData(license="other"), None),
+        (ModelCardData(license="unknown"), None),
+        (ModelCardData(), None),
+        (ModelCardData(license="llama-2-ish"), "llama-2-ish"),
+    ):
+        assert licence_name(card) == name
+    assert "llama-2-ish" not in families()
+    for family in families().values():
+        assert set(family.papers) <= {"agreement", "policy"}
+
+
+def test_which_files_are_papers() -> None:
+    names = ["LICENSE", "license.txt", "LICENCE-MODEL", "Notice", "NOTICE.md", "USE_POLICY.md",
+             "use_policy.txt", "licenses.json", "license.py", "docs/LICENSE", "notices.safetensors",
+             "unlicensed.txt"]  # fmt: skip
+    assert papers(names) == {
+        "agreement": ["LICENCE-MODEL", "LICENSE", "license.txt"],
+        "notice": ["NOTICE.md", "Notice"],
+        "policy": ["USE_POLICY.md", "use_policy.txt"],
+    }
+
+
+def test_a_gate_on_the_hub_is_seen(
+    converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gated in ("manual", False, None):
+        info = SimpleNamespace(id="someone/tiny", sha="c0ffee", siblings=[], gated=gated)
+        monkeypatch.setattr(HfApi, "repo_info", lambda *_, info=info, **__: info)
+        source: Source = resolve(str(converted[0]), converted[0])
+        source = replace(source, repo=hub.resolve("model", "someone/tiny"))
+        warnings = terms_of(source, "someone/tiny").warnings
+        assert any("someone/tiny is gated" in text for text in warnings) is bool(gated)
+
+
+def test_a_signature_of_the_source_is_not_carried_over(source: Path, tmp_path: Path) -> None:
+    (source / "model.sig").write_text("of other bytes")
+    assert "model.sig" not in resolve(str(source), tmp_path).small
+
+
+def test_papers_become_links() -> None:
+    link = "[arXiv 2405.13967](https://arxiv.org/abs/2405.13967)"
+    assert paper_link("https://arxiv.org/abs/2405.13967") == link
+    assert paper_link("Uppaal et al., arXiv:2405.13967v3") == link
+    assert paper_link("https://example.org/a.pdf") == "[paper](https://example.org/a.pdf)"
+    assert paper_link("A book.") == "A book."
+
+
+def test_a_commit_is_named_wherever_it_is_needed(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    manifest["source"] |= {"repo_id": "someone/tiny", "commit": "c0ffee"}
+    text = write(converted[0], manifest).text
+    assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
+    assert "--source someone/tiny@c0ffee" in text
