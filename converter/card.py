@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from converter import __version__
+from converter.architecture import find_architecture
 from converter.evaluate.table import markdown
 from converter.source import Source
 
@@ -39,11 +40,39 @@ of every file read and written, every option, and for each edited tensor how muc
 
     gloss verify THIS_FOLDER --source SOURCE
 
-## How to undo it
+{form}"""
+
+FORMS = {
+    "checkpoint": """## How to undo it
 
 A projection deletes information, so it cannot be inverted from these files alone. Use the source:
 {source}. The manifest lists the sha256 of each of its files.
-"""
+""",
+    "adapter": """## How to use it
+
+This is a LoRA adapter: it is loaded on the model that it was made from, {source}.
+
+    from peft import PeftModel
+    from transformers import {auto_class}
+
+    model = {auto_class}.from_pretrained("{base}"{revision})
+    model = PeftModel.from_pretrained(model, "THIS_FOLDER")
+
+It says exactly the edit, rounded to float32. After `model.merge_and_unload()` the weights are those
+of the edited model, in the dtype of the base and rounded to it.
+
+## How to undo it
+
+`model.unload()` gives back the model that it was loaded on, whose files are as they were.
+""",
+}
+"""The last part, for each output."""
+
+FIELDS = {
+    "checkpoint": {"library_name": "transformers", "base_model_relation": "finetune"},
+    "adapter": {"library_name": "peft", "base_model_relation": "adapter"},
+}
+"""The part of the front matter that differs between outputs."""
 
 
 def license_fields(source: Source, base: str | None) -> tuple[dict[str, Any], str | None]:
@@ -80,11 +109,12 @@ def make_card(
     if base is None:
         warnings.append("the card names no base model; give --base-model with its repo id")
     dataset = manifest["pairs"]["origin"].get("repo_id")
+    output = manifest["run"]["output"]
     data = ModelCardData(
         **fields,
         base_model=base,
-        base_model_relation="finetune" if base else None,
-        library_name="transformers",
+        base_model_relation=FIELDS[output]["base_model_relation"] if base else None,
+        library_name=FIELDS[output]["library_name"],
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
@@ -109,7 +139,14 @@ def make_card(
         else "",
         paper=manifest["method"]["paper"],
         version=__version__,
-        source=f"{source.name} at commit `{commit}`" if commit else source.name,
+        form=FORMS[output].format(
+            source=f"{source.name} at commit `{commit}`" if commit else source.name,
+            auto_class=find_architecture(source.config).auto_class,
+            base=base or source.name,
+            revision=f', revision="{commit}"'
+            if commit and base == manifest["source"]["repo_id"]
+            else "",
+        ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}", warnings
 
