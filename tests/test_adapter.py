@@ -191,8 +191,8 @@ def test_the_guard_measures_the_edit_that_the_adapter_makes(
         return examine(probe, edit, *args, **named)
 
     monkeypatch.setattr("converter.fitting.examine", examining)
-    args = ("--pairs", planted.parent / "pairs.jsonl", "-o", "protect_shared=1", "--json")
-    args = (*args, "-o", "rank=1", "-o", "protect_own=1", "--output", "adapter")
+    options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
+    args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
     result = cli("convert", planted, tmp_path / "out", *args)
     assert result.exit_code == 0, result.stderr
     assert [edit.bias for edit in measured] == [False]
@@ -217,11 +217,11 @@ def test_options_without_an_effect_are_refused(
 def test_a_rank_that_serving_engines_do_not_take_is_warned_about(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
-    args = ("--output", "adapter", "--method", "random", "-o", "layers=2-4", "--no-guard")
-    args = (*args, "-o", "protect_shared=8", "--num-pairs", 32)
+    args = ("--output", "adapter", "--method", "random", "--no-guard", "--num-pairs", 32)
+    options = ("-o", "layers=2-4", "-o", "protect_shared=8", "-o")
     for rank, warned in ((17, True), (16, False)):
         out = tmp_path / str(rank)
-        result = cli("convert", checkpoints("llama"), out, *args, "-o", f"rank={rank}")
+        result = cli("convert", checkpoints("llama"), out, *args, *options, f"rank={rank}")
         assert result.exit_code == 0, result.stderr
         assert ("serving engines take 16 or less" in result.stderr) == warned
 

@@ -94,7 +94,7 @@ class Adapter:
         """Write the adapter and its config, as peft does."""
         order = sorted(targets, key=lambda target: (target.shard, target.info.start))
         bases = {target.layer: basis_of(edit, target) for target in order}
-        ranks = {module_of(plan, target): bases[target.layer].shape[1] for target in order}
+        ranks = {module_of(plan, target): bases[target.layer].shape[1] for target in targets}
         if max(ranks.values()) > SERVED_RANK:
             report.warn(
                 f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
@@ -131,11 +131,11 @@ def adapter_config(
     Args:
         base: repo id of the model that the adapter belongs to, or its name.
         commit: of that repo, or None.
-        ranks: module name -> R.
+        ranks: module name -> R, in order of layer.
         transposed: whether the modules are Conv1D.
     """
     rank = max(ranks.values())
-    others = {module: r for module, r in sorted(ranks.items()) if r != rank}
+    others = {module: r for module, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -147,7 +147,7 @@ def adapter_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": transposed,
-        "target_modules": sorted(ranks),
+        "target_modules": list(ranks),
         "rank_pattern": others,
         "alpha_pattern": others,
         "use_rslora": False,
