@@ -65,7 +65,8 @@ def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str
     """A file's digest, remembered for as long as its inode, size and times stay the same.
 
     The times include that of the last change of the inode, which a program cannot set. A wrong
-    answer would still be caught: the edit hashes the same bytes again while it reads them.
+    answer would still be caught: who writes a checkpoint hashes the same bytes again while they are
+    read.
     """
     stat = path.stat()
     state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -21,10 +21,12 @@ from converter.errors import VerificationError
 from converter.options import (
     EXIT_CODES,
     make_run,
+    output_option,
     plain_exit,
     print_json,
     quiet_libraries,
     refuse_settings,
+    refuse_unused,
     run_options,
 )
 from converter.report import Report
@@ -32,6 +34,7 @@ from converter.report import Report
 
 @click.command("convert", epilog=EXIT_CODES)
 @run_options
+@output_option
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DESTINATION.")
 @click.option(
@@ -91,7 +94,7 @@ def convert_command(
     key: Path | None,
     **fields: Any,
 ) -> None:
-    """Write a less toxic copy of the model SOURCE to the folder DESTINATION.
+    """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
     SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's
     consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
@@ -110,6 +113,7 @@ def convert_command(
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
+        refuse_unused(run)
         cache, report = cache_dir or default_cache(), Report(quiet)
         signer = load_signer(key) if key else None
         place = plots and inside(plots, destination)
@@ -120,7 +124,9 @@ def convert_command(
             return
         evaluation = None
         if not evaluate:
-            refuse_settings((*SETTINGS, "controls", "passages"))
+            refuse_settings(
+                (*SETTINGS, "controls", "passages"), "without --evaluate", "add --evaluate"
+            )
         else:
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
@@ -147,6 +153,7 @@ def convert_command(
 
 @click.command("plan", epilog=EXIT_CODES)
 @run_options
+@output_option
 def plan_command(
     source: str,
     options: tuple[str, ...],
@@ -165,6 +172,7 @@ def plan_command(
 
         quiet_libraries()
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
+        refuse_unused(run)
         cache = cache_dir or default_cache()
         plan = describe_plan(run, cache, Report(quiet), memory_limit=limit)
         print_json(plan) if as_json else click.echo(plan_text(plan))
@@ -195,7 +203,7 @@ def verify_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that the checkpoint DESTINATION is, byte for byte, what its manifest says."""
+    """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.layout import SIGNATURE

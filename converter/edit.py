@@ -70,7 +70,9 @@ class EditRecord:
         energy_removed: ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace.
         leakage: ||U^T W'|| / ||U^T W||, what is left of it after rounding.
         rounding_error: ||W' - (W - U U^T W)|| / ||W||, what storing the result cost.
+        sha256_after: None if the tensor itself stays as it is.
         requantized: what became of the scales of a weight in FP8; else None.
+        lora: where the edit is, if it is in an adapter; norms are then those of W' = W + B A.
     """
 
     name: str
@@ -81,21 +83,23 @@ class EditRecord:
     shape: tuple[int, ...]
     dtype: str
     sha256_before: str
-    sha256_after: str
+    sha256_after: str | None
     norm: float
     relative_change: float
     energy_removed: float
     leakage: float
     rounding_error: float
     requantized: "Requantized | None"
+    lora: "Lora | None" = None
 
     @classmethod
     def of(
         cls,
         target: Target,
         norms: Mapping[str, float],
-        digests: tuple[str, str],
+        digests: tuple[str, str | None],
         requantized: "Requantized | None" = None,
+        lora: "Lora | None" = None,
     ) -> "EditRecord":
         """From the norms of ``projector.Projector.norms`` and sha256 before and after."""
         norm, removed = norms["W"] or 1.0, norms["P"]
@@ -115,6 +119,7 @@ class EditRecord:
             leakage=norms["left"] / (removed or 1.0),
             rounding_error=norms["error"] / norm,
             requantized=requantized,
+            lora=lora,
         )
 
 
@@ -127,6 +132,18 @@ class Requantized:
     block: tuple[int, int]
     sha256_before: str
     sha256_after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """The part of an ``EditRecord`` about an adapter: the module in memory, and sha256 of A and B.
+
+    Their bytes are those of the tensors in the adapter's file.
+    """
+
+    module: str
+    sha256_a: str
+    sha256_b: str
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

@@ -64,6 +64,10 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
             that can be read.
     """
     known = list(names)
+    if "adapter_config.json" in known and "config.json" not in known:
+        raise CheckpointError(
+            f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+        )
     if native.is_native(known):
         return "native"
     for kind, (single, index) in WEIGHTS.items():

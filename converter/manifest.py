@@ -48,6 +48,7 @@ def make_manifest(
     words: WordList,
     fitted: Fitted,
     written: Written,
+    read: Mapping[str, tuple[str, int]],
     device: str,
 ) -> dict[str, Any]:
     """Everything but ``files`` and ``measurements``, in the order in which it is written."""
@@ -63,8 +64,7 @@ def make_manifest(
             "repo_id": source.repo.repo_id if source.repo else None,
             "revision": source.repo.revision if source.repo else None,
             "commit": source.repo.commit if source.repo else None,
-            "files": ({} if source.originals else _read_shards(written))
-            | {name: {"sha256": s, "bytes": n} for name, (s, n) in written.copies.items()},
+            "files": {name: {"sha256": s, "bytes": n} for name, (s, n) in read.items()},
         },
         "method": {
             "name": run.method,
@@ -111,13 +111,6 @@ def make_manifest(
             "python": platform.python_version(),
             "libraries": {name: version(name) for name in LIBRARIES},
         },
-    }
-
-
-def _read_shards(written: Written) -> dict[str, Any]:
-    return {
-        name: {"sha256": record.source_sha256, "bytes": record.nbytes}
-        for name, record in written.shards.items()
     }
 
 

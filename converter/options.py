@@ -177,6 +177,16 @@ def run_options(command: Command) -> Command:
     return command
 
 
+def output_option(command: Command) -> Command:
+    """What is written; not for commands that only measure."""
+    option = click.option(
+        "--output", default="checkpoint", show_default=True,
+        type=click.Choice(["checkpoint", "adapter"]),
+        help="The whole model again, or a LoRA adapter to load on SOURCE.",
+    )  # fmt: skip
+    return option(command)
+
+
 def make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> Run:
     pairs = {}
     for text in options:
@@ -190,15 +200,26 @@ def make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> R
     return Run(source=source, options=pairs, **fields)
 
 
-def refuse_settings(names: Container[str | None]) -> None:
+def refuse_settings(names: Container[str | None], where: str, hint: str) -> None:
     """Raise OptionError if one of these parameters of the current command was typed.
 
-    Without an evaluation they would have no effect, and their user would not learn it.
+    They would have no effect, and their user would not learn it.
+
+    Args:
+        names: of the parameters.
+        where: they have none, such as ``without --evaluate``.
+        hint: what to do.
     """
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is ParameterSource.COMMANDLINE:
-            raise OptionError(
-                f"{parameter.opts[0]} has no effect without --evaluate", hint="add --evaluate"
-            )
+            raise OptionError(f"{parameter.opts[0]} has no effect {where}", hint=hint)
+
+
+def refuse_unused(run: Run) -> None:
+    """Raise OptionError if an option was typed that has no effect on the output that was chosen."""
+    from converter.outputs.registry import OUTPUTS
+
+    where = f"with --output {run.output}"
+    refuse_settings(OUTPUTS[run.output].unused, where, "leave it out")

@@ -1,7 +1,7 @@
 """The whole job, in the order in which it happens."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from converter.methods import Method, configure
 from converter.mode import choose_forward, needed_weights
 from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
-from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
+from converter.outputs.checkpoint import Written, file_entry
+from converter.outputs.registry import OUTPUTS
 from converter.pairs import load_pairs, load_prose
 from converter.plan import Plan, make_plan
 from converter.report import Report
@@ -89,10 +90,12 @@ def convert(
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
     device = choose_device(run.device)
-    check_destination(destination, overwrite, inputs_of(run, source, signer), plan.nbytes)
-    targets = plan.select(method.edit_layers, method.edit_bias)
+    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
+    rank = method.rank or MAX_RANK
+    nbytes = output.nbytes(plan, targets, rank)
+    check_destination(destination, overwrite, inputs_of(run, source, signer), nbytes)
     engine = Engine(workers, memory_limit, device, run.rounding)
-    engine.workers_for(len(source.shards), targets, method.rank or MAX_RANK)  # or it says no now
+    engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
@@ -105,12 +108,15 @@ def convert(
     bench.unload()
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
-            written = write_checkpoint(
+            written = output.write(
                 source, plan, fitted.edit, targets, folder, engine, report, keep_source
             )
-            check_unchanged(source, written, fitted.activations, cache, report)
+            read = files_read(source, plan, written, cache)
+            check_unchanged(source, read, fitted.activations, cache, report)
             fitted.subspace.save(folder / SUBSPACE_FILE)
-        manifest = make_manifest(run, source, method, pairs, prose, words, fitted, written, device)
+        manifest = make_manifest(
+            run, source, method, pairs, prose, words, fitted, written, read, device
+        )
         manifest["source"]["originals"] = source.original_files(cache)
         manifest["forward"] = bench.forward.record() if bench.has_run else None
         manifest["evaluation"] = results
@@ -161,11 +167,15 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
         check_repo_id("--base-model", run.base_model)
     with report.stage("plan", f"reading the headers of {run.source}"):
         source = resolve(run.source, cache, run.subfolder)
+        if run.base_model is not None:
+            source = replace(source, base=run.base_model)
         asked = run.source.partition("@")[0]
         if source.repo is not None and source.repo.repo_id != asked:
             report.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
-        method = configure(run.method, run.options, plan.dimensions)
+        output = OUTPUTS[run.output]
+        method = configure(run.method, run.options, plan.dimensions, output.implied)
+        output.check(plan, plan.select(method.edit_layers, method.edit_bias))
         expert_bias = any(
             t.role == "down_proj_bias" and len(t.info.shape) > 1 for t in plan.targets
         )
@@ -187,8 +197,34 @@ def inputs_of(run: Run, source: Source, signer: Signer | None = None) -> list[Pa
     return [*source.files, *(path for path in named if path.is_file()), *key]
 
 
+def files_read(
+    source: Source, plan: Plan, written: Written, cache: Path
+) -> dict[str, tuple[str, int]]:
+    """sha256 and bytes of the source's files, but for those in another format.
+
+    Shards that were not read from beginning to end have the digest that is remembered, asked for
+    now that they were read, so that a change meanwhile shows in their times.
+    """
+    if written.shards:
+        shards = {} if source.originals else written.shards
+        read = {name: (record.source_sha256, record.nbytes) for name, record in shards.items()}
+    else:
+        sizes = {shard: header.size for shard, header in plan.headers.items()}
+        originals = {path.name for path in source.originals}
+        read = {
+            name: (digest, sizes.get(name) or (source.folder / name).stat().st_size)
+            for name, digest in source.digests(cache).items()
+            if name not in originals
+        }
+    return read | dict(written.copies)
+
+
 def check_unchanged(
-    source: Source, written: Written, seen: Activations, cache: Path, report: Report
+    source: Source,
+    read: Mapping[str, tuple[str, int]],
+    seen: Activations,
+    cache: Path,
+    report: Report,
 ) -> None:
     """The shards that were edited must be those that the activations were taken from.
 
@@ -196,7 +232,7 @@ def check_unchanged(
         CheckpointError: naming a shard that is not.
     """
     known: Mapping[str, str] = seen.inputs.get("files", {})
-    found = {name: record.source_sha256 for name, record in written.shards.items()}
+    found = {name: read[name][0] for name in source.shards if name in read}
     if source.originals:
         found = {n: entry["sha256"] for n, entry in source.original_files(cache).items()}
     if not set(found) <= set(known):
@@ -232,11 +268,12 @@ def describe_plan(
     words, _ = load_words(run.word_list), load_prose(run.neutral)
     if run.pairs == "builtin" or not is_dataset(run.pairs):
         load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    if destination is not None:
-        check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
-    targets = plan.select(method.edit_layers, method.edit_bias)
-    device = choose_device(run.device)
+    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
     rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
+    nbytes = output.nbytes(plan, targets, rank)
+    if destination is not None:
+        check_destination(destination, overwrite, inputs_of(run, source), nbytes)
+    device = choose_device(run.device)
     dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
     forward = choose_forward(
         run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
@@ -258,13 +295,14 @@ def describe_plan(
         "edited_layers": list(method.edit_layers),
         "edited_tensors": [target.info.name for target in targets],
         "bytes_to_read": plan.nbytes,
-        "bytes_to_write": plan.nbytes,
+        "output": run.output,
+        "bytes_to_write": nbytes,
         "originals": [path.name for path in source.originals],
-        "copied_files": list(source.small),
+        "copied_files": output.companions(source),
         "device": device,
         "forward": forward.record(),
         "expected_peak_bytes": {
             "forward": needed_weights(plan, dtype, forward.mode),
-            "edit": engine.expected_memory(len(source.shards), targets, rank),
+            "edit": engine.expected_memory(output.at_a_time(source), targets, rank),
         },
     }

@@ -96,18 +96,8 @@ class Projector:
         Raises:
             ValueError: W holds NaN or Inf.
         """
-        P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
-        squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
-        scratch = P.new_empty(2, max(min(self.strip, BLOCK * width), BLOCK))
-        for block in self._blocks():
-            stored = rows(block.start, block.stop)
-            for part in self._strips(len(stored), width):
-                W = _shaped(scratch[0], stored[:, part])
-                P[:, part].addmm_(self.U[block].T, W)
-                squares[part].add_(W.square_().sum(0))
-        self.squares["W"] += squares.sum()
-        if not isfinite(float(self.squares["W"])):
-            raise ValueError
+        scratch = self._scratch(width, 2)
+        P, squares = self._first_pass(rows, width, scratch[0])
         left = torch.zeros_like(P)
         limit = PUSH * torch.finfo(self.dtype).eps * squares.div_(len(self.U)).sqrt_()
         for inverse, block in zip(self.inverses, self._blocks(), strict=True):
@@ -119,6 +109,13 @@ class Projector:
         self.squares["P"] += P.square().sum()
         self.squares["left"] += (left + P - written).square().sum()
         self.squares["error"] += 2 * (P * left).sum() - (P * written).sum()
+
+    def coordinates(self, rows: Rows, width: int) -> Tensor:
+        """P = U^T W of one matrix (D, F), (R, F) float64, for who needs no more; one pass.
+
+        Args and Raises: as ``project``.
+        """
+        return self._first_pass(rows, width, self._scratch(width, 1)[0])[0]
 
     def norms(self) -> dict[str, float]:
         """Frobenius norms over all matrices: of W, P, W' - W (``change``) and two more.
@@ -135,6 +132,24 @@ class Projector:
         count = len(self.U)
         stops = range(count % BLOCK or BLOCK, count + 1, BLOCK)
         return (slice(max(stop - BLOCK, 0), stop) for stop in stops)
+
+    def _scratch(self, width: int, count: int) -> Tensor:
+        return self.U.new_empty(count, max(min(self.strip, BLOCK * width), BLOCK))
+
+    def _first_pass(self, rows: Rows, width: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """P (R, F), and of each column of W the sum of its squares (F,); adds to ``squares``."""
+        P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
+        squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
+        for block in self._blocks():
+            stored = rows(block.start, block.stop)
+            for part in self._strips(len(stored), width):
+                W = _shaped(scratch, stored[:, part])
+                P[:, part].addmm_(self.U[block].T, W)
+                squares[part].add_(W.square_().sum(0))
+        self.squares["W"] += squares.sum()
+        if not isfinite(float(self.squares["W"])):
+            raise ValueError
+        return P, squares
 
     def _round(
         self,

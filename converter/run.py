@@ -19,6 +19,8 @@ class Run:
         seed: of that draw, of the split into parts, and of the guard's random subspaces.
         neutral: ``builtin`` or a plain text file: ordinary prose for the neutral statistics.
         word_list: ``builtin`` (the list of the package better-profanity) or a file, a word a line.
+        output: ``checkpoint``, the whole model again, or ``adapter``, a LoRA to load on the source;
+            see ``converter.outputs.registry``.
         activations: a file written by an earlier run, used instead of a forward pass.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:n``; or ``map``, over all GPUs and the memory.
         forward_dtype: dtype of the forward pass: ``auto``, ``float32``, ``bfloat16``, ``float16``.
@@ -45,6 +47,7 @@ class Run:
     seed: int = 0
     neutral: str = "builtin"
     word_list: str = "builtin"
+    output: Literal["checkpoint", "adapter"] = "checkpoint"
     activations: Path | None = None
     device: str = "auto"
     forward_dtype: str = "auto"

@@ -25,9 +25,10 @@ def plan_text(plan: dict[str, Any]) -> str:
             f"{entry['edited']} edited"
             for name, entry in plan["shards"].items()
         ),
-        f"copied as they are: {', '.join(plan['copied_files'])}",
+        f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
         f"{len(plan['edited_tensors'])} tensors to edit; "
-        f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read and to write",
+        f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read, {plan['output']} of "
+        f"{plan['bytes_to_write'] / 1e6:,.1f} MB to write",
         f"forward pass {forward_text(plan['forward'])}",
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
@@ -51,6 +52,7 @@ def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> di
         "destination": str(destination),
         "source": manifest["source"]["name"],
         "commit": manifest["source"]["commit"],
+        "output": manifest["run"]["output"],
         "method": manifest["method"]["name"],
         "rank": manifest["subspace"]["rank"],
         "layers": sorted({entry["layer"] for entry in edited}),

@@ -1,8 +1,7 @@
-"""Is a checkpoint what its manifest says? Every byte, every edit, and whether it loads."""
+"""Is an output what its manifest says? Every byte, every edit, and whether it loads."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
-from itertools import chain
 from math import isclose, sqrt
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from converter.header import TensorInfo, header_of, read_exactly, read_header
 from converter.layout import CARD, INDEX, SIGNATURE, read_index, read_json
 from converter.manifest import MANIFEST, SUMS, hash_line, read_manifest, sums_text
 from converter.plan import make_plan
+from converter.recorded import check_bases, check_source_files, edited_layers, recorded_bases
 from converter.report import Report
 from converter.rounding import Stored, is_projection, left_along, rounding_bound
 from converter.shards import find_damage
 from converter.source import Source
 from converter.subspace import load_bases
+from converter.verify_adapter import check_adapter
 from converter.writer import BUFFER
 
 LEFT = 0.05
@@ -33,9 +34,6 @@ NOISE = {"F8_E4M3": 0.03}
 """Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
 sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
 
-ORTHONORMAL = 1e-5
-"""How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
-
 
 def verify(
     folder: Path,
@@ -43,14 +41,15 @@ def verify(
     report: Report | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Check a converted checkpoint, and against its source if one is given.
+    """Check a converted checkpoint or an adapter, and against its source if one is given.
 
     Every file of the manifest has the recorded bytes and there are no others but a signature, which
     is looked at in ``signing``; manifest, card and SHA256SUMS agree; index, headers and config fit
     together; every edited tensor has the recorded digest and is orthogonal to its basis to
     rounding; config and tokenizer load in transformers.
     With a source, also: headers and untouched tensors are byte-identical to it, and every element
-    of an edited tensor is the rounded projection of the source's.
+    of an edited tensor is the rounded projection of the source's. Of an adapter, see
+    ``verify_adapter``.
 
     Returns:
         what is wrong, a sentence each; empty if nothing is.
@@ -64,17 +63,34 @@ def verify(
     damaged.update(_check_files(folder, manifest, report))
     problems = [f"{name}: {what}" for name, what in damaged.items()]
     problems += [*_check_sums(folder, manifest), *_check_records(manifest)]
+    check = CHECKS[manifest["run"].get("output", "checkpoint")]
     try:
-        structure = list(_check_structure(folder, manifest, damaged))
-        checks: Iterator[str] = iter(())
-        if not structure:
-            checks = _check_edits(folder, manifest, damaged, report)
-            if source:
-                checks = chain(checks, _check_source(folder, manifest, damaged, source, report))
-        problems += [*structure, *_check_loading(folder, trust_remote_code), *checks]
+        problems.extend(check(folder, manifest, damaged, source, report, trust_remote_code))
     except (ConverterError, OSError) as error:
         problems.append(str(error))
     return problems
+
+
+def _check_checkpoint(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    damaged: Mapping[str, str],
+    source: Source | None,
+    report: Report,
+    trust_remote_code: bool,
+) -> Iterator[str]:
+    """What a whole model must be, beside having its files."""
+    structure = list(_check_structure(folder, manifest, damaged))
+    yield from structure
+    yield from _check_loading(folder, trust_remote_code)
+    if not structure:
+        yield from _check_edits(folder, manifest, damaged, report)
+        if source:
+            yield from _check_source(folder, manifest, damaged, source, report)
+
+
+CHECKS = {"adapter": check_adapter, "checkpoint": _check_checkpoint}
+"""Of each output."""
 
 
 def _check_files(
@@ -135,9 +151,11 @@ def _check_records(manifest: Mapping[str, Any]) -> Iterator[str]:
     inputs, key = manifest["activations"]["inputs"], manifest["activations"]["key"]
     if inputs and cache_key(inputs) != key:
         yield f"{MANIFEST}: the key of the activations is not that of their inputs"
+    whole = manifest["run"].get("output") != "adapter"  # which leaves most files where they are
     for name, entry in manifest["source"]["files"].items():
         ours = manifest["files"].get(name, {})
-        if "prefixes" not in ours and ours.get("sha256") != entry["sha256"]:
+        copied = "prefixes" not in ours and (whole or ours)
+        if copied and ours.get("sha256") != entry["sha256"]:
             yield f"{name}: was to be a copy of the source's and is not"
 
 
@@ -157,9 +175,8 @@ def _check_structure(
         found = target and (target.shard, target.layer, target.axis, target.info.shape)
         if found != (entry["shard"], entry["layer"], entry["axis"], tuple(entry["shape"])):
             yield f"tensor {entry['name']} is recorded as edited and is not that projection"
-    options = manifest["method"]["options"]
-    layers = options.get("edit_layers") or options.get("layers") or ()
-    expected = {t.info.name for t in plan.select(layers, options.get("bias") != "keep")}
+    bias = manifest["method"]["options"].get("bias") != "keep"
+    expected = {t.info.name for t in plan.select(edited_layers(manifest), bias)}
     for name in sorted(expected ^ {entry["name"] for entry in manifest["edited"]}):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
 
@@ -171,18 +188,8 @@ def _check_edits(
     name = manifest["subspace"]["file"]
     if name in damaged:
         return
-    bases = load_bases(folder / name)
-    width = manifest["subspace"]["hidden_size"]
-    if lacking := {e["basis"] for e in manifest["edited"]} - set(bases):
-        yield f"{name}: holds no {', '.join(sorted(lacking))}"
-        return
-    for label, basis in bases.items():
-        if basis.ndim != 2 or basis.shape[0] != width:
-            yield f"{name}: {label} has shape {list(basis.shape)}, not ({width}, R)"
-            return
-        error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
-        if not error <= ORTHONORMAL:
-            yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"
+    bases = recorded_bases(folder, manifest)
+    yield from check_bases(name, bases)
     entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
     infos = _infos(folder, {shard for entry in entries for shard in _shards_of(entry)})
     with report.bar("check edits", len(entries), "tensor") as bar:
@@ -254,12 +261,7 @@ def _check_source(
     if sorted(shards) != sorted(source.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    paths = {path.name: path for path in (*source.originals, *source.above)}
-    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    for name, entry in recorded.items():
-        path = paths.get(name, source.folder / name)
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
-            yield f"{name} of the source is not the file that was converted"
+    yield from check_source_files(manifest, source)
     name = manifest["subspace"]["file"]
     bases = {} if name in damaged else load_bases(folder / name)
     edited = {entry["name"]: entry for entry in manifest["edited"]}

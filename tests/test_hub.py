@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from converter.cache import sha256_of
 from converter.errors import SourceError
 from converter.hub import Repo, looks_like_repo
 from converter.layout import is_companion
@@ -176,6 +177,27 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
     local = gloss("convert", checkpoints("llama"), tmp_path / "c", "--no-keep-source", *TINY_ARGS)
     assert local.returncode == 2
     assert "--no-keep-source: expected a source on the Hub" in local.stderr
+
+
+@pytest.mark.parametrize("repo", ["someone/tiny", "someone/fp8"])
+def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
+    repo: str,
+    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    server: HubServer,
+    tmp_path: Path,
+) -> None:
+    out, args = tmp_path / "out", ("--num-pairs", 32, "--output", "adapter", *TINY_ARGS)
+    result = gloss("convert", repo, out, "--no-keep-source", *args)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (repo, COMMIT)
+    assert f'from_pretrained("{repo}", revision="{COMMIT}")' in (out / "README.md").read_text()
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    shards = {path.name: path for path in server.models[repo].glob("*.safetensors")}
+    recorded = json.loads((out / "gloss_manifest.json").read_text())["source"]["files"]
+    for name, path in shards.items():
+        assert recorded[name] == {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    assert gloss("verify", out, "--source", repo).returncode == 0
 
 
 @pytest.mark.parametrize("repo", ["someone/fp8", "someone/pickles"])

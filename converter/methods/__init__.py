@@ -56,13 +56,19 @@ def method_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def configure(name: str, options: Mapping[str, str], dimensions: Dimensions) -> Method:
+def configure(
+    name: str,
+    options: Mapping[str, str],
+    dimensions: Dimensions,
+    implied: Mapping[str, str] | None = None,
+) -> Method:
     """A method with its options: as typed, or by default.
 
     Args:
         name: of a method.
         options: key -> value, as typed.
         dimensions: of the model; the defaults of some options depend on them.
+        implied: other defaults, of those options that the method has.
 
     Raises:
         OptionError: an unknown method, an unknown option, or a value out of range.
@@ -73,7 +79,8 @@ def configure(name: str, options: Mapping[str, str], dimensions: Dimensions) -> 
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = kind.defaults(dimensions)
-    for key, text in options.items():
+    others = {key: text for key, text in (implied or {}).items() if key in fields}
+    for key, text in {**others, **options}.items():
         if key not in fields:
             raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
         values[key] = _parse(key, text, hints[key], dimensions.num_hidden_layers)

@@ -58,7 +58,7 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
                 f"destination {destination} is neither empty nor a checkpoint",
                 expected="a new folder"
                 if not overwrite
-                else "config.json and safetensors files "
+                else "config.json or adapter_config.json, safetensors files "
                 "and no .git, since --overwrite deletes everything that is there",
                 hint="choose another folder",
             )
@@ -81,14 +81,17 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
         )
 
 
-LAST = ("model.safetensors.index.json", "config.json", "gloss_manifest.json", "SHA256SUMS")
-"""Moved last where files are moved one by one: without them it is no checkpoint."""
+TRUTH = ("config.json", "adapter_config.json")
+"""A checkpoint or an adapter has one of them."""
+
+LAST = ("model.safetensors.index.json", *TRUTH, "gloss_manifest.json", "SHA256SUMS")
+"""Moved last where files are moved one by one: without them it is neither."""
 
 
 def _is_checkpoint(folder: Path) -> bool:
     """Whether a folder looks as if a conversion could have made it, so that it may be deleted."""
     return (
-        (folder / "config.json").is_file()
+        any((folder / name).is_file() for name in TRUTH)
         and any(folder.glob("*.safetensors"))
         and not (folder / ".git").exists()
     )

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Written:
     """What was written.
 
     Attributes:
-        shards: file name -> digests of source and output.
+        shards: file name -> digests of source and output; empty if none was written.
         copies: file name -> sha256 and bytes of a file that was copied.
         made: the same, of a file that the source lacks.
         edits: a record for each edited tensor, in order of layer.
@@ -85,19 +85,39 @@ def write_checkpoint(
             found=f"{len(records)}",
         )
     copies = {
-        name: _copy(path, folder / name)
+        name: copy_file(path, folder / name)
         for name, path in source.small.items()
         if name != "config.json"
     }
     made = {}
     if source.recipes is None and source.weight_map is not None:
-        copies[INDEX] = _copy(source.folder / INDEX, folder / INDEX)
+        copies[INDEX] = copy_file(source.folder / INDEX, folder / INDEX)
     elif source.recipes is not None and source.weight_map is not None:
         (folder / INDEX).write_text(index_text(source.recipes), "utf-8")
         made[INDEX] = file_entry(folder / INDEX)
-    copies["config.json"] = _copy(source.folder / "config.json", folder / "config.json")
+    copies["config.json"] = copy_file(source.folder / "config.json", folder / "config.json")
     records.sort(key=lambda record: (record.layer, record.name))
     return Written(shards, copies, made, tuple(records))
+
+
+class Checkpoint:
+    """This output, as ``outputs.registry`` has it."""
+
+    implied: Mapping[str, str] = {}
+    unused: tuple[str, ...] = ()
+    write = staticmethod(write_checkpoint)
+
+    def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
+        """Whatever can be planned can be written as a checkpoint."""
+
+    def nbytes(self, plan: Plan, targets: tuple[Target, ...], rank: int) -> int:
+        return plan.nbytes
+
+    def companions(self, source: Source) -> list[str]:
+        return list(source.small)
+
+    def at_a_time(self, source: Source) -> int:
+        return 1 if source.serial else len(source.shards)
 
 
 class _Stopped(Exception):  # noqa: N818 - it is not an error
@@ -131,7 +151,7 @@ class Rewriting:
             ThreadPoolExecutor(workers, "edit", torch.set_num_threads, (threads,)) as pool,
         ):
             try:
-                for shard in fetched(self.source):
+                for shard in fetched(self.source, self.source.shards):
                     free.acquire()
                     if self.stop.is_set():
                         break
@@ -194,19 +214,20 @@ def users_of(source: Source, targets: tuple[Target, ...]) -> dict[str, set[str]]
     return users
 
 
-def fetched(source: Source) -> Iterator[str]:
+def fetched(source: Source, shards: Sequence[str]) -> Iterator[str]:
     """The shards in order, each on disk; the next one is fetched while one is used."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(source.fetch, [shard]) for shard in source.shards[:1]]
-        for place, shard in enumerate(source.shards):
+        ahead = [pool.submit(source.fetch, [shard]) for shard in shards[:1]]
+        for place, shard in enumerate(shards):
             current = ahead.pop()
-            if place + 1 < len(source.shards):
-                ahead.append(pool.submit(source.fetch, [source.shards[place + 1]]))
+            if place + 1 < len(shards):
+                ahead.append(pool.submit(source.fetch, [shards[place + 1]]))
             current.result()
             yield shard
 
 
-def _copy(source: Path, target: Path) -> tuple[str, int]:
+def copy_file(source: Path, target: Path) -> tuple[str, int]:
+    """Copy a small file and flush it to disk; its sha256 and size."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         reading = source.open("rb")

@@ -1,0 +1,572 @@
+"""The edit as a LoRA adapter: peft and transformers make of it what the edit is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import Result
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from converter.architecture import Architecture, architectures, find_architecture
+from converter.edit import Projection
+from converter.engine import Engine
+from converter.errors import CheckpointError
+from converter.guard import examine
+from converter.header import read_header
+from converter.hooks import edited
+from converter.manifest import read_manifest
+from converter.models import load_language_model
+from converter.outputs.adapter import CONFIG, WEIGHTS, Adapter, tensor_names
+from converter.pipeline import convert
+from converter.plan import Plan, make_plan
+from converter.quantization import dequantize
+from converter.report import Report
+from converter.resolve import resolve
+from converter.run import Run
+from converter.source import Source
+from converter.subspace import load_bases
+from converter.verify import verify
+from tests.conftest import (
+    FFN,
+    HIDDEN,
+    OTHER_LAYOUTS,
+    TINY,
+    TINY_ARGS,
+    TINY_MODELS,
+    load,
+    tiny_config,
+)
+from tests.native import write_native
+from tests.test_convert import save_planted
+from tests.test_formats import as_pickles, tensors_of
+from tests.test_quantization import BLOCKS, as_fp8
+from tests.test_verify import flip, reseal
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+"""peft 0.21 asks for a name that transformers 5 deprecates."""
+
+LAYERS = (2, 3, 4)
+MIXTURES = [kind for kind, found in architectures().items() if found.experts.weight]
+LOADED = ["llama", "llama-tied", "gpt2", "gemma2", "gemma3", "gpt_neox", "opt", "falcon", "phi",
+          "gptj", "olmo2", "qwen2_vl"]  # fmt: skip
+"""Linear and Conv1D, with biases and without, a norm after the FFN, wrappers of images."""
+
+
+def architecture_of(folder: Path) -> Architecture:
+    return find_architecture(json.loads((folder / "config.json").read_text()))
+
+
+def adapter_of(source: Path, out: Path, cache: Path, **changed: Any) -> Path:
+    run: dict[str, Any] = {"num_pairs": 32, "options": TINY, "guard": False} | changed
+    convert(Run(source=str(source), output="adapter", **run), out, cache=cache)
+    return out
+
+
+def edit_of(out: Path) -> Projection:
+    """The projection that a folder's subspace and manifest say, biases left alone."""
+    bases = load_bases(out / "gloss_subspace.safetensors")
+    entries = read_manifest(out)["edited"]
+    return Projection({e["layer"]: bases[e["basis"]] for e in entries}, bias=False)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest, over the largest."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("kind", LOADED)
+@torch.no_grad()
+def test_peft_makes_the_edit_of_it(
+    kind: str, checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    source = checkpoints(kind)
+    out = adapter_of(source, tmp_path / "out", shared_cache)
+    original = load(source)
+    plain = original(ids).logits
+    with edited(original, architecture_of(source), edit_of(out), LAYERS):
+        expected = original(ids).logits
+    assert difference(plain, expected) > 1e-3
+
+    adapted = PeftModel.from_pretrained(load(source), out)
+    assert difference(adapted(ids).logits, expected) < 1e-6
+    assert torch.equal(adapted.unload()(ids).logits, plain)
+    merged = PeftModel.from_pretrained(load(source), out).merge_and_unload()
+    assert difference(merged(ids).logits, expected) < 1e-6
+    native = load(source)
+    native.load_adapter(str(out))
+    assert difference(native(ids).logits, expected) < 1e-6
+
+    assert verify(out, resolve(str(source), tmp_path)) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_an_adapter_on_the_source_is_the_edited_checkpoint(
+    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path, ids: Tensor
+) -> None:
+    source = checkpoints(kind)
+    for output in ("adapter", "checkpoint"):
+        args = ("--output", output, "-o", "bias=keep", "--num-pairs", 32, *TINY_ARGS)
+        result = cli("convert", source, tmp_path / output, *args)
+        assert result.exit_code == 0, result.stderr
+    adapted = PeftModel.from_pretrained(load(source), tmp_path / "adapter")(ids).logits
+    written = load(tmp_path / "checkpoint")(ids).logits
+    assert difference(adapted, written) < 1e-6
+    assert difference(load(source)(ids).logits, written) > 1e-3
+
+
+@pytest.mark.parametrize("kind", sorted({*TINY_MODELS, *OTHER_LAYOUTS} - {*MIXTURES}))
+def test_the_modules_of_an_adapter_are_linear_or_conv1d(kind: str) -> None:
+    config = tiny_config(kind)
+    architecture = architectures()[config.model_type]
+    with torch.device("meta"):
+        model = getattr(transformers, architecture.auto_class).from_config(config)
+    module = model.get_submodule(architecture.down_proj_module.format(layer=3))
+    assert isinstance(module, Conv1D if architecture.down_proj.output_axis else nn.Linear)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_of_experts_are_refused_before_anything_is_computed(
+    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    result = cli("convert", checkpoints(kind), tmp_path / "out", "--output", "adapter", *TINY_ARGS)
+    assert result.exit_code == 2
+    assert "--output adapter: expected one feed-forward network" in result.stderr
+    assert "activations" not in result.stderr
+    assert cli("plan", checkpoints(kind), "--output", "adapter").exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_biases_cannot_be_projected_and_are_kept_if_nothing_is_said(
+    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    args = ("convert", checkpoints(kind), tmp_path / "out", "--output", "adapter", *TINY_ARGS)
+    args = (*args, "--num-pairs", 32)
+    refused = cli(*args, "-o", "bias=project")
+    assert refused.exit_code == 2
+    assert "-o bias=project: expected bias=keep with --output adapter" in refused.stderr
+    assert "activations" not in refused.stderr
+    result = cli(*args)
+    assert result.exit_code == 0, result.stderr
+    assert "3 biases stay as they are" in result.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["method"]["options"]["bias"] == "keep"
+    assert {entry["role"] for entry in manifest["edited"]} == {"down_proj"}
+
+
+def test_without_biases_there_is_nothing_to_refuse(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    args = ("--output", "adapter", "-o", "bias=project", "--num-pairs", 32, *TINY_ARGS)
+    assert cli("convert", checkpoints("qwen2"), tmp_path / "out", *args).exit_code == 0
+
+
+def test_the_guard_measures_the_edit_that_the_adapter_makes(
+    planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the one which leaves the biases, although nothing was said about them."""
+    measured = []
+
+    def examining(probe: Any, edit: Projection, *args: Any, **named: Any) -> Any:
+        measured.append(edit)
+        return examine(probe, edit, *args, **named)
+
+    monkeypatch.setattr("converter.fitting.examine", examining)
+    options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
+    args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
+    result = cli("convert", planted, tmp_path / "out", *args)
+    assert result.exit_code == 0, result.stderr
+    assert [edit.bias for edit in measured] == [False]
+    found = json.loads(result.stdout)
+    assert found["output"] == "adapter"
+    assert found["guard"]["edit"]["teacher_forced"]["value"] < 0.5
+    assert found["max_leakage"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "option", [("--rounding", "nearest"), ("--workers", 2)], ids=["rounding", "workers"]
+)
+def test_options_without_an_effect_are_refused(
+    option: tuple[str, object], checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    args = ("--output", "adapter", *option, *TINY_ARGS)
+    result = cli("convert", checkpoints("llama"), tmp_path / "out", *args)
+    assert result.exit_code == 2
+    assert f"{option[0]} has no effect with --output adapter; leave it out" in result.stderr
+
+
+def test_a_rank_that_serving_engines_do_not_take_is_warned_about(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    args = ("--output", "adapter", "--method", "random", "--no-guard", "--num-pairs", 32)
+    options = ("-o", "layers=2-4", "-o", "protect_shared=8", "-o")
+    for rank, warned in ((17, True), (16, False)):
+        out = tmp_path / str(rank)
+        result = cli("convert", checkpoints("llama"), out, *args, *options, f"rank={rank}")
+        assert result.exit_code == 0, result.stderr
+        assert ("serving engines take 16 or less" in result.stderr) == warned
+
+
+@pytest.fixture(scope="module")
+def made(
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A bfloat16 Llama and its adapter. Read only."""
+    source = checkpoints("llama", torch.bfloat16)
+    return source, adapter_of(source, tmp_path_factory.mktemp("made") / "out", shared_cache)
+
+
+def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Path]) -> None:
+    source, out = made
+    assert {path.name for path in out.iterdir()} == {
+        WEIGHTS, CONFIG, "LICENSE", "README.md", "gloss_manifest.json",
+        "gloss_subspace.safetensors", "SHA256SUMS",
+    }  # fmt: skip
+    config = json.loads((out / CONFIG).read_text())
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in LAYERS]
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 4, modules)
+    assert (config["base_model_name_or_path"], config["revision"]) == (source.name, None)
+    assert not set(config) - set(asdict(LoraConfig()))  # keys that peft knows
+    found = PeftConfig.from_pretrained(str(out))
+    assert isinstance(found, LoraConfig)
+    assert found.inference_mode
+    with safe_open(out / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    tensors = load_file(out / WEIGHTS)
+    assert set(tensors) == {name for module in modules for name in tensor_names(module)}
+    header = read_header(out / WEIGHTS)
+    assert header.size - header.data_start == 3 * 4 * 4 * (HIDDEN + FFN)
+    U = load_bases(out / "gloss_subspace.safetensors")["U"].double()
+    weights = tensors_of(source)
+    for module in modules:
+        A, B = (tensors[name].double() for name in tensor_names(module))
+        W = weights[f"{module}.weight"].double()
+        assert torch.equal(B, -U)
+        assert torch.allclose(A, U.T @ W, rtol=2**-24, atol=1e-12)
+
+
+def test_the_manifest_says_what_was_read_and_what_the_adapter_does(made: tuple[Path, Path]) -> None:
+    source, out = made
+    manifest = read_manifest(out)
+    assert manifest["run"]["output"] == "adapter"
+    shards = {path.name for path in source.glob("*.safetensors")}
+    assert shards < set(manifest["source"]["files"])
+    for entry in manifest["edited"]:
+        assert entry["sha256_after"] is None
+        assert entry["leakage"] < 1e-6
+        assert entry["rounding_error"] < 1e-7
+        assert entry["relative_change"] == pytest.approx(entry["energy_removed"] ** 0.5)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft"
+    assert "PeftModel.from_pretrained" in card.text
+
+
+def test_the_card_names_the_relation(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
+    args = ("--output", "adapter", "--base-model", "someone/tiny", "--num-pairs", 32, *TINY_ARGS)
+    assert cli("convert", checkpoints("llama"), tmp_path / "out", *args).exit_code == 0
+    data = ModelCard.load(tmp_path / "out/README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("someone/tiny", "adapter")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    assert verify(tmp_path / "out", resolve(str(checkpoints("llama")), tmp_path)) == []
+
+
+def test_two_runs_give_the_same_bytes(
+    made: tuple[Path, Path], shared_cache: Path, tmp_path: Path
+) -> None:
+    source, out = made
+    again = adapter_of(source, tmp_path / "out", shared_cache)
+    for name in {path.name for path in out.iterdir()} - {"gloss_manifest.json", "SHA256SUMS"}:
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_plan_says_how_small_it_is(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so much room is asked for, not that of a model."""
+    source = checkpoints("llama")
+    result = cli(
+        "plan", source, "--output", "adapter", "-o", "rank=4", "-o", "layers=2-4", "--json"
+    )
+    plan = json.loads(result.stdout)
+    assert plan["bytes_to_write"] == 3 * 4 * 4 * (HIDDEN + FFN)
+    assert plan["copied_files"] == ["LICENSE"]
+    text = cli("plan", source, "--output", "adapter").stdout
+    assert "adapter of 0.0 MB to write" in text
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 50_000))
+    args = ("convert", source, tmp_path / "out", "--dry-run")
+    assert cli(*args).exit_code == 7
+    assert cli(*args, "--output", "adapter").exit_code == 0
+
+
+def planned(folder: Path, tmp_path: Path) -> tuple[Source, Plan]:
+    source = resolve(str(folder), tmp_path)
+    return source, make_plan(source.config, source.weight_map, source.headers())
+
+
+@torch.no_grad()
+def test_layers_may_have_subspaces_of_different_ranks(
+    checkpoints: Checkpoints, tmp_path: Path, ids: Tensor
+) -> None:
+    source, plan = planned(checkpoints("gpt2"), tmp_path)
+    bases = {n: torch.linalg.qr(torch.randn(HIDDEN, n)).Q for n in LAYERS}
+    edit, targets = Projection(bases, bias=False), plan.select(LAYERS, bias=False)
+    (tmp_path / "out").mkdir()
+    Adapter().write(source, plan, edit, targets, tmp_path / "out", Engine(), Report(quiet=True))
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    pattern = {f"transformer.h.{n}.mlp.c_proj": n for n in (2, 3)}
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, pattern, pattern)
+    original = load(source.folder)
+    with edited(original, plan.architecture, edit, LAYERS):
+        expected = original(ids).logits
+    adapted = PeftModel.from_pretrained(load(source.folder), tmp_path / "out")
+    assert difference(adapted(ids).logits, expected) < 1e-6
+
+
+def test_shards_without_an_edited_weight_are_not_opened(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan = planned(checkpoints("llama"), tmp_path)
+    opened, fetched = set(), set()
+    real = Source.open
+
+    def opening(self: Source, shard: str) -> Any:
+        opened.add(shard)
+        return real(self, shard)
+
+    monkeypatch.setattr(Source, "open", opening)
+    monkeypatch.setattr(Source, "fetch", lambda self, shards: fetched.update(shards))
+    targets = plan.select([2], bias=False)
+    U = torch.linalg.qr(torch.randn(HIDDEN, 2)).Q
+    (tmp_path / "out").mkdir()
+    Adapter().write(
+        source, plan, Projection({2: U}), targets, tmp_path / "out", Engine(), Report(quiet=True)
+    )
+    assert opened == fetched == {targets[0].shard}
+    assert len(source.shards) > 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_fp8_weights_count_as_the_numbers_that_they_stand_for(
+    apart: bool, checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, ids: Tensor
+) -> None:
+    folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=apart)
+    out = adapter_of(folder, tmp_path / "out", shared_cache)
+    source, plan = planned(folder, tmp_path)
+    assert verify(out, source) == []
+    weights, tensors = tensors_of(folder), load_file(out / WEIGHTS)
+    name = "model.layers.3.mlp.down_proj"
+    W = dequantize(weights[f"{name}.weight"], weights[f"{name}.weight_scale_inv"], (16, 16))
+    U = edit_of(out).bases[3].double()
+    assert torch.allclose(tensors[tensor_names(name)[0]].double(), U.T @ W.double(), atol=1e-8)
+    model: Any = load_language_model(source, plan, None, torch.float32, "cpu").module
+    with edited(model, plan.architecture, edit_of(out), LAYERS):
+        expected = model(ids).logits
+    plain = model(ids).logits
+    model.load_adapter(str(out))
+    assert difference(model(ids).logits, expected) < 1e-6
+    assert difference(plain, expected) > 1e-3
+
+
+def test_sources_in_other_formats(
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path
+) -> None:
+    native = tmp_path / "native"
+    write_native(native)
+    options = TINY | {"layers": "0-1", "protect_shared": "0", "protect_own": "0", "rank": "1"}
+    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
+    for folder, chosen in ((native, options), (pickles, TINY)):
+        out = adapter_of(folder, tmp_path / f"{folder.name}-out", shared_cache, options=chosen)
+        assert verify(out, resolve(str(folder), shared_cache)) == []
+        files = read_manifest(out)["source"]
+        assert not any(name.endswith(".safetensors") for name in files["files"])
+        assert files["originals"]
+
+
+def test_a_shard_that_changes_during_the_run_is_noticed(
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    real = Adapter.write
+
+    def meanwhile(self: Adapter, *args: Any) -> Any:
+        shard = min(source.glob("*.safetensors"))
+        flip(shard, shard.stat().st_size - 1)
+        return real(self, *args)
+
+    monkeypatch.setattr(Adapter, "write", meanwhile)
+    with pytest.raises(CheckpointError, match="is not the file that the activations"):
+        adapter_of(source, tmp_path / "out", shared_cache)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_weight_is_named(
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(checkpoints("gpt2", torch.float32, "1GB"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "transformer.h.3.mlp.c_proj.weight"
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    save_planted(tmp_path / "seen.safetensors")
+    none = {"candidates": "mean", "rank": "1", "protect_shared": "0", "protect_own": "0"}
+    seen = {"activations": tmp_path / "seen.safetensors", "options": TINY | none}
+    with pytest.raises(CheckpointError, match=rf"tensor {name} of .* holds NaN or Inf"):
+        adapter_of(source, tmp_path / "out", shared_cache, **seen)
+
+
+def test_an_adapter_is_overwritten_like_a_checkpoint(
+    made: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    source, _ = made
+    out = shutil.copytree(made[1], tmp_path / "out")
+    args = ("convert", source, out, "--num-pairs", 32, *TINY_ARGS)
+    assert cli(*args).exit_code == 7
+    assert cli(*args, "--output", "adapter", "--overwrite").exit_code == 0
+    assert (out / CONFIG).exists()
+    assert cli(*args, "--overwrite").exit_code == 0
+    assert not (out / CONFIG).exists()
+    assert (out / "config.json").exists()
+
+
+def test_an_adapter_is_no_source(made: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
+    result = cli("convert", made[1], tmp_path / "out")
+    assert result.exit_code == 4
+    assert "out is an adapter, not a model" in result.stderr
+
+
+@pytest.fixture
+def out(made: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(made[1], tmp_path / "out")
+
+
+def test_verify_names_the_file_with_a_flipped_byte(
+    made: tuple[Path, Path], out: Path, cli: Cli
+) -> None:
+    result = cli("verify", out, "--source", made[0])
+    assert result.exit_code == 0, result.stderr
+    for path in sorted(out.iterdir()):
+        raw = path.read_bytes()
+        for place in {0, len(raw) // 2, len(raw) - 1}:
+            flip(path, place)
+            problems = verify(out)
+            assert any(path.name in problem for problem in problems), (path.name, place, problems)
+            path.write_bytes(raw)
+    assert verify(out) == []
+
+
+def seal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a manifest in which everything agrees with everything else."""
+    from converter.manifest import write_manifest
+    from converter.outputs.adapter import sha256_of_tensor
+
+    tensors, manifest = load_file(out / WEIGHTS), read_manifest(out)
+    for entry in manifest["edited"]:
+        A, B = (tensors[name] for name in tensor_names(entry["lora"]["module"]))
+        entry["lora"] |= {"sha256_a": sha256_of_tensor(A), "sha256_b": sha256_of_tensor(B)}
+    change(manifest)
+    write_manifest(out, manifest)
+    reseal(out, weights=WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        (1, lambda B: B * (1 + 2**-20), "is not -U of the subspace"),
+        (1, lambda B: -B, "is not -U of the subspace"),
+        (0, lambda A: A * 1.01, "has another norm than recorded"),
+        (0, lambda A: A.bfloat16(), "expected float32 [4, 48], found bfloat16 [4, 48]"),
+        (0, lambda A: A[:3].contiguous(), "expected float32 [4, 48], found float32 [3, 48]"),
+        (0, lambda A: A.flip(1).contiguous(), "is not U^T W of the source"),
+        (0, lambda A: A * (1 + 2**-20), "is not U^T W of the source"),
+    ],
+)  # fmt: skip
+def test_factors_that_are_not_those_of_the_edit_are_found_however_they_are_recorded(
+    part: int,
+    change: Callable[[Tensor], Tensor],
+    says: str,
+    made: tuple[Path, Path],
+    out: Path,
+) -> None:
+    tensors = load_file(out / WEIGHTS)
+    name = tensor_names("model.layers.3.mlp.down_proj")[part]
+    save_file(tensors | {name: change(tensors[name])}, out / WEIGHTS, {"format": "pt"})
+    seal(out, lambda manifest: None)
+    problems = verify(out, resolve(str(made[0]), out))
+    assert any(says in problem for problem in problems), problems
+    assert not any("as recorded" in problem for problem in problems)
+
+
+def test_a_tensor_more_or_less_is_found(out: Path) -> None:
+    tensors = load_file(out / WEIGHTS)
+    name = tensor_names("model.layers.3.mlp.down_proj")[0]
+    tensors["other"] = tensors.pop(name)
+    save_file(tensors, out / WEIGHTS, {"format": "pt"})
+    reseal(out, weights=WEIGHTS)
+    problems = verify(out)
+    assert f"{WEIGHTS}: {name} is missing" in problems
+    assert f"{WEIGHTS}: other is not of an edited module" in problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_alpha", 8), ("r", 3), ("bias", "all"), ("fan_in_fan_out", True), ("peft_type", "IA3"),
+     ("target_modules", ["down_proj"]), ("revision", "main"), ("use_rslora", True),
+     ("init_lora_weights", "pissa"), ("rank_pattern", {"model.layers.3.mlp.down_proj": 2})],
+)  # fmt: skip
+def test_a_config_that_makes_something_else_of_it_is_found(
+    key: str, value: object, out: Path
+) -> None:
+    config = json.loads((out / CONFIG).read_text())
+    (out / CONFIG).write_text(json.dumps(config | {key: value}))
+    reseal(out, config=CONFIG)
+    assert [p for p in verify(out) if p.startswith(f"{CONFIG}: {key}")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("sha256_before", "0" * 64, "is another one, by its sha256"),
+        ("norm", 1e300, "has another norm than recorded"),
+        ("lora", None, "cannot be edited by an adapter"),
+        ("layer", 5, "the method's options and the list of edited tensors disagree"),
+        ("name", "no.such.tensor", "has no such projection"),
+        ("basis", "U.9", "holds no U.9"),
+    ],
+)
+def test_false_records_are_found(
+    key: str, value: object, says: str, made: tuple[Path, Path], out: Path
+) -> None:
+    from converter.manifest import write_manifest
+
+    manifest = read_manifest(out)
+    manifest["edited"][1][key] = value
+    write_manifest(out, manifest)
+    problems = verify(out, resolve(str(made[0]), out))
+    assert any(says in problem for problem in problems), problems
+
+
+def test_another_source_is_noticed(made: tuple[Path, Path], checkpoints: Checkpoints) -> None:
+    problems = verify(made[1], resolve(str(checkpoints("mistral", torch.bfloat16)), Path()))
+    assert any("of the source is not the file that was converted" in p for p in problems)
+    assert any("is not U^T W of the source" in p for p in problems)
