@@ -145,13 +145,13 @@ def write_records(
 
     Each states the sha256 of those before, so no byte of the three can change unnoticed.
     """
-    terms = terms_of(source, run.base_model or source.base)
+    terms = terms_of(source, source.base)
     drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
     made = (SUBSPACE_FILE, *write_notice(terms, folder), *drawn)
     own = {name: file_entry(folder / name) for name in made}
     manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
     digest = write_manifest(folder, manifest)
-    card, warnings = make_card(source, run.base_model or source.base, manifest, terms, digest)
+    card, warnings = make_card(source, source.base, manifest, terms, digest)
     for warning in warnings:
         report.warn(warning)
     seal(folder, manifest, card)
