@@ -140,7 +140,7 @@ def done(
     if choice["automatic"]:
         tried = compress(sorted(entry["rank"] for entry in choice["tried"]))
         rank += (
-            f"; of {tried}, the most effective on held-out text within a perplexity ratio of "
+            f"; of {tried} the most effective on held-out text within a perplexity ratio of "
             f"{manifest['run']['max_perplexity_ratio']:g}"
         )
     yield "rank", rank
@@ -148,7 +148,8 @@ def done(
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         shown = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
         yield "change", shown
-    yield "fitted on", f"{manifest['pairs']['count']:,} pairs of sentences: {data_link(manifest)}"
+    count = f"{manifest['pairs']['count']:,} pairs of toxic and neutral sentences"
+    yield "fitted on", f"{count} from {data_link(manifest)}"
 
 
 def paper_link(paper: str) -> str:
@@ -164,36 +165,32 @@ def data_link(manifest: Mapping[str, Any]) -> str:
     if repo_id := origin.get("repo_id"):
         return f"[{repo_id}]({HUB}/datasets/{repo_id}) at commit `{origin['commit']}`"
     name = str(origin["name"])
-    return "those built into gloss-convert" if name == "builtin" else f"the file {name}"
+    return "the pairs built into gloss-convert" if name == "builtin" else f"the file {name}"
 
 
 def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the template says of the subspace, its directions and the words behind it."""
     subspace, options = manifest["subspace"], manifest["method"]["options"]
-    candidates = [c for c in subspace["candidates"] if c["kept"] and any(c["tokens"])]
-    best = sorted(candidates, key=lambda c: -c["score"])[:SHOWN]
-    where = "the same for all edited layers" if subspace["shared"] else "for each layer its own"
-    text = f"It has {subspace['rank']} of {subspace['hidden_size']} dimensions, {where}."
-    if best:
-        words = " Offensive words are starred out." if manifest["run"]["mask"] else ""
-        text += (
-            " Through the model's own vocabulary a direction says which tokens it makes more "
-            "probable. "
-        )
-        text += (
-            "The subspace was sought in all fitted layers together; these are the strongest "
-            "directions of single layers, which show what they have in common."
-            if options.get("basis") == "moments"
-            else f"These are the first of the {len(candidates)} directions that it was made from."
-        )
-        text += words
-    name, listed = manifest["pairs"]["origin"].get("name"), manifest["word_list"]["origin"]["name"]
-    english = name == "builtin" or listed == "better-profanity"
+    kept = [c for c in subspace["candidates"] if c["kept"] and any(c["tokens"])]
+    best = sorted(kept, key=lambda c: -c["score"])[:SHOWN]
+    shown = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
+    name, _, rest = manifest["method"]["title"].partition(", ")
+    listed = manifest["word_list"]["origin"]["name"]
+    english = "builtin" in (manifest["pairs"]["origin"].get("name"), manifest["run"]["word_list"])
     return {
-        "method": manifest["method"]["title"],
-        "rank": subspace["rank"],
-        "shared": subspace["shared"],
-        "subspace": text,
+        "method": f"{name} ({rest})" if rest else name,
+        "control": any(c["kind"] == "random" for c in subspace["candidates"]),
+        "dimensions": f"{subspace['rank']} dimension{'' if subspace['rank'] == 1 else 's'}",
+        "where": "the same for all edited layers"
+        if subspace["shared"]
+        else "for each layer its own",
+        "mask": manifest["run"]["mask"],
+        "candidates": (
+            "The subspace was sought in all fitted layers together; to show what there is, these "
+            "are the strongest directions of single layers."
+            if options.get("basis") == "moments"
+            else f"Of the directions that the subspace was made from, these are {shown}."
+        ),
         "tokens": [
             {
                 "layer": c["layer"],
@@ -203,8 +200,8 @@ def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
             }
             for c in best
         ],
-        "data": f"{data_link(manifest)}; the list `{listed}`"
-        + ("; their language is English" if english else ""),
+        "data": f"{data_link(manifest)}, and the word list `{listed}`"
+        + (", in English" if english else ""),
     }
 
 

@@ -17,9 +17,6 @@ CAPTIONS = {
 }
 """Pictures that ``evaluate.plots`` draws, by file name."""
 
-CUSTOM = "custom"
-"""The ``type`` of data that is not on the Hub."""
-
 
 def pictures(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Name and caption of the pictures that were drawn into the folder."""
@@ -39,9 +36,9 @@ def summary(manifest: Mapping[str, Any]) -> str:
         return f"**The guard refused this edit: {'; '.join(guard['reasons'])}.**"
     edit = guard["edit"]
     return (
-        f"On held-out text, toxic words are **{_times(edit['teacher_forced'])}** as probable as "
-        f"before, and the perplexity of neutral text is **{_times(edit['perplexity_ratio'])}** of "
-        "what it was."
+        f"On held-out text, toxic words are **{_number(edit['teacher_forced'])} times** as "
+        f"probable as before, and perplexity is **{_number(edit['perplexity_ratio'])} times** what "
+        "it was."
     )
 
 
@@ -67,19 +64,20 @@ def _guard_text(guard: Mapping[str, Any]) -> str:
         return sum(values) / len(values)
 
     after = before * edit["perplexity_ratio"]["value"]
+    drawn = f" (the mean of {len(controls)})" if len(controls) > 1 else ""
     return f"""\
 On held-out text, which neither the fit nor the choice of the rank has seen:
 
-| | before | after | random subspaces |
+| | before | after | a random subspace |
 |---|---|---|---|
 | perplexity, {guard["neutral_tokens"]:,} neutral tokens | {before:.2f} | {after:.2f} \
-({_times(edit["perplexity_ratio"])}) | x {mean("perplexity_ratio"):.3f} |
+(x {_number(edit["perplexity_ratio"])}) | x {mean("perplexity_ratio"):.3f} |
 | probability of toxic words, {guard["toxic_words"]:,} of them | x 1 \
-| {_times(edit["teacher_forced"])} | x {mean("teacher_forced"):.3f} |
+| x {_number(edit["teacher_forced"])} | x {mean("teacher_forced"):.3f} |
 
-+- is a standard error. The {len(controls)} random subspaces have the same rank and layers:
-what they do, any damage would. The toxic words are of the same kind as those of the pairs; other
-toxic text may respond less."""
+The +- are standard errors. A random subspace has the same rank and is taken out of the same layers:
+what it does, any edit of this size does{drawn}. The toxic words are of the same kind as
+those of the pairs; other toxic text may respond less."""
 
 
 def _evaluation_text(results: Mapping[str, Any]) -> str:
@@ -106,8 +104,8 @@ def _evaluation_text(results: Mapping[str, Any]) -> str:
     )
 
 
-def _times(estimate: Mapping[str, float]) -> str:
-    return f"x {estimate['value']:.3f} +- {estimate['error']:.3f}"
+def _number(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.3f} +- {estimate['error']:.3f}"
 
 
 def eval_results(manifest: Mapping[str, Any]) -> list[EvalResult]:
@@ -120,35 +118,34 @@ def eval_results(manifest: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _entries(metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """One for each metric; results of one ``dataset_type`` become one entry of the index."""
     prompts = asked["prompts"] or {"name": "prompts"}
     name = prompts.get("repo_id") or prompts["name"]
     prompted: dict[str, Any] = {
-        "dataset_type": prompts.get("repo_id", CUSTOM),
+        "dataset_type": prompts.get("repo_id", "prompts"),
         "dataset_name": f"{name}, {prompts['field']}" if "field" in prompts else name,
         "dataset_revision": prompts.get("commit"),
     }
     digest = asked["text_sha256"] or ""
-    text: dict[str, Any] = {
-        "dataset_type": CUSTOM,
-        "dataset_name": f"text with sha256 {digest[:16]}",
-    }
+    text = {"dataset_type": "text", "dataset_name": f"text with sha256 {digest[:16]}"}
     for key, metric in metrics.items():
-        kind, _, rest = key.partition("/")
+        kind, _, detail = key.partition("/")
         if metric is None or kind not in NAMES:
             continue
-        if kind == "ability":
-            rest, _, kind = rest.partition("/")
-            data: dict[str, Any]
-            data, shown = {"dataset_type": rest, "dataset_name": rest}, kind
+        shown, data = NAMES[kind], prompted
+        if kind.startswith("perplexity"):
+            data = text
         elif kind == "safeedit":
-            data, shown = {"dataset_type": CUSTOM, "dataset_name": "SafeEdit"}, NAMES[kind]
-        else:
-            data, shown = text if kind.startswith("perplexity") else prompted, NAMES[kind]
-        detail = f" ({rest.replace('/', ', ')})" if rest and shown != kind else ""
+            data = {"dataset_type": "safeedit", "dataset_name": "SafeEdit"}
+        elif kind == "ability":
+            task, _, number = detail.partition("/")
+            data = {"dataset_type": task, "dataset_name": task}
+            kind, _, detail = number.partition(",")  # how lm-eval filters answers, or "none"
+            shown, detail = kind, detail.removeprefix("none")
         yield EvalResult(
             task_type="text-generation",
             metric_type=kind,
-            metric_name=shown + detail,
+            metric_name=shown + (f" ({detail.replace('/', ', ')})" if detail else ""),
             metric_value=round(metric["value"], 4),
             **data,
         )

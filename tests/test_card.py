@@ -271,10 +271,16 @@ def test_an_evaluation_becomes_a_model_index_and_a_table(
     assert name == f"{converted[0].name}-gloss"
     found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in results}
     assert found == {
-        ("perplexity", 21.0, "custom", None),
+        ("perplexity", 21.0, "text", None),
         ("toxicity", 0.1235, "someone/prompts", "c0ffee"),
-        ("acc,none", 0.25, "mmlu", None),
+        ("acc", 0.25, "mmlu", None),
     }
+    here = {"name": "builtin", "sha256": DIGEST, "count": 12}
+    settings = {**EVALUATION["settings"], "prompts": here}
+    manifest["evaluation"] = EVALUATION | {"settings": settings}
+    (index,) = fields(write(converted[0], manifest).data)["model-index"]
+    named = {part["dataset"]["name"]: len(part["metrics"]) for part in index["results"]}
+    assert named == {f"text with sha256 {'ab' * 8}": 1, "builtin": 1, "mmlu": 1}
     for text in ("| random |", "12 prompts (someone/prompts)", "34 listed words"):
         assert text in card.text
 
@@ -289,7 +295,7 @@ def test_the_guards_numbers_stand_beside_the_control(
     manifest["guard"] = {"edit": one, "random": [other, other], "perplexity": 100.0, "reasons": [],
                          "neutral_tokens": 4304, "toxic_words": 310}  # fmt: skip
     text = write(converted[0], manifest).text
-    assert "toxic words are **x 0.100 +- 0.010** as probable" in text
+    assert "toxic words are **0.100 +- 0.010 times** as probable" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
     manifest["guard"]["reasons"] = ["it does nothing"]
