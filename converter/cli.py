@@ -15,6 +15,8 @@ from converter.cli_evaluate import (
     evaluation_options,
     need_matplotlib,
 )
+from converter.cli_release import GATES, diff_command, gate_options, replay_command
+from converter.environment import FromEnvironment
 from converter.errors import VerificationError
 from converter.options import (
     EXIT_CODES,
@@ -28,7 +30,7 @@ from converter.options import (
 from converter.report import Report
 
 
-@click.command("convert", epilog=EXIT_CODES)
+@click.command("convert", cls=FromEnvironment, epilog=EXIT_CODES)
 @run_options
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DESTINATION.")
@@ -48,6 +50,7 @@ from converter.report import Report
     "--evaluate", is_flag=True, help="Measure more than the guard does; see gloss evaluate."
 )
 @evaluation_options
+@gate_options
 @click.option(
     "--control",
     "controls",
@@ -88,6 +91,7 @@ def convert_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.forward import choose_device
+        from converter.gates import Gates
         from converter.memory import parse_size
         from converter.pipeline import convert, describe_plan
         from converter.summary import plan_text, result_of, result_text
@@ -96,7 +100,10 @@ def convert_command(
         if plots is not None:
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
+        gates = Gates(**{name: fields.pop(name) for name in GATES})
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
+        drawn = evaluate and asked["prompts"] != "none" and passages > 0
+        gates.need(words=run.guard or drawn, ratio=evaluate and asked["text"] is not None)
         cache, report = cache_dir or default_cache(), Report(quiet)
         if dry_run:
             plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
@@ -115,6 +122,7 @@ def convert_command(
             keep_source=keep_source,
             workers=workers,
             evaluation=evaluation,
+            gates=gates,
             cache=cache,
             memory_limit=limit,
             report=report,
@@ -125,7 +133,7 @@ def convert_command(
         print_json(result) if as_json else click.echo(result_text(result))
 
 
-@click.command("plan", epilog=EXIT_CODES)
+@click.command("plan", cls=FromEnvironment, epilog=EXIT_CODES)
 @run_options
 def plan_command(
     source: str,
@@ -150,13 +158,13 @@ def plan_command(
         print_json(plan) if as_json else click.echo(plan_text(plan))
 
 
-@click.command("verify", epilog=EXIT_CODES)
+@click.command("verify", cls=FromEnvironment, epilog=EXIT_CODES)
 @click.argument("destination", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--source", help="What it was made from, as it was given to gloss-convert.")
 @click.option("--subfolder", default="", help="Of --source, that the checkpoint is in.")
 @click.option("--trust-remote-code", is_flag=True, help="Execute code of the checkpoint.")
 @click.option(
-    "--cache-dir", type=click.Path(file_okay=False, path_type=Path), envvar="GLOSS_CACHE_DIR"
+    "--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Kept between runs."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, only results.")
@@ -194,7 +202,7 @@ def verify_command(
             click.echo(f"{destination}: verified against its manifest{against}")
 
 
-@click.command("architectures")
+@click.command("architectures", cls=FromEnvironment)
 def architectures_command() -> None:
     """Print which models are supported, as a Markdown table."""
     from converter.architecture import architecture_table
@@ -211,5 +219,7 @@ def gloss() -> None:
 gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
+gloss.add_command(replay_command)
+gloss.add_command(diff_command)
 gloss.add_command(evaluate_command)
 gloss.add_command(architectures_command)

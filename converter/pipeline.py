@@ -12,6 +12,7 @@ from converter.engine import Engine
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device, choose_dtype
+from converter.gates import Gates
 from converter.hub import check_repo_id
 from converter.layout import CARD
 from converter.manifest import file_list, make_manifest, measurements, write_manifest
@@ -20,7 +21,7 @@ from converter.mode import choose_forward, needed_weights
 from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry, write_checkpoint
-from converter.pairs import load_pairs, load_prose
+from converter.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.plan import Plan, make_plan
 from converter.report import Report
 from converter.resolve import resolve
@@ -29,7 +30,7 @@ from converter.run import Run
 from converter.source import Source
 from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
-from converter.words import load_words
+from converter.words import WordList, load_words
 
 Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
 
@@ -42,6 +43,7 @@ def convert(
     keep_source: bool = True,
     workers: int = 0,
     evaluation: Evaluation | None = None,
+    gates: Gates | None = None,
     cache: Path | None = None,
     memory_limit: int | None = None,
     report: Report | None = None,
@@ -55,6 +57,7 @@ def convert(
         keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
         workers: shards to edit at a time; 0 chooses.
         evaluation: measures the edit before it is written; its results go into the manifest.
+        gates: limits on what is measured, beyond the guard's.
         cache: the user's cache folder.
         memory_limit: bytes of memory that forward passes and the edit are planned with, if less
             than all.
@@ -66,7 +69,7 @@ def convert(
     Raises:
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
-    report, cache = report or Report(quiet=True), cache or default_cache()
+    report, cache, gates = report or Report(quiet=True), cache or default_cache(), gates or Gates()
     source, plan, method = prepare(run, cache, report)
     if not keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
@@ -80,34 +83,47 @@ def convert(
     targets = plan.select(method.edit_layers, method.edit_bias)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(len(source.shards), targets, method.rank or MAX_RANK)  # or it says no now
-    words, prose = load_words(run.word_list), load_prose(run.neutral)
-    pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    if pairs.skipped:
-        report.note(f"  pairs skipped: {pairs.describe_skipped()}")
+    pairs, prose, words = load_texts(run, report)
     bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
     if evaluation:
         bench.forward.need_resident()
     fitted = fit(bench, method, pairs, prose)
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
+    passed = gates.check_effect(fitted.verdict, results)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             written = write_checkpoint(
                 source, plan, fitted.edit, targets, folder, engine, report, keep_source
             )
             check_unchanged(source, written, fitted.activations, cache, report)
+            passed += gates.check_edits(written.edits)
             fitted.subspace.save(folder / SUBSPACE_FILE)
         manifest = make_manifest(run, source, method, pairs, prose, words, fitted, written, device)
         manifest["source"]["originals"] = source.original_files(cache)
         manifest["forward"] = bench.forward.record() if bench.has_run else None
-        manifest["evaluation"] = results
+        manifest |= {"evaluation": results, "gates": passed}
         write_records(run, source, written, folder, manifest, report)
-        with report.stage("verify", "verifying what was written"):
-            if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
-                raise VerificationError("what was written is not whole", found="; ".join(problems))
+        check_whole(run, folder, report)
     if not keep_source:
         source.drop_originals()
     return manifest
+
+
+def load_texts(run: Run, report: Report) -> tuple[Pairs, Prose, WordList]:
+    """The texts of a fit. Raises DataError or SourceError."""
+    words, prose = load_words(run.word_list), load_prose(run.neutral)
+    pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
+    if pairs.skipped:
+        report.note(f"  pairs skipped: {pairs.describe_skipped()}")
+    return pairs, prose, words
+
+
+def check_whole(run: Run, folder: Path, report: Report) -> None:
+    """Verify what was written. Raises VerificationError."""
+    with report.stage("verify", "verifying what was written"):
+        if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
+            raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 
 def write_records(
