@@ -8,8 +8,11 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from huggingface_hub import get_token
 
 from converter.cli import convert_command, gloss
+from converter.errors import SourceError
+from converter.hub import plain_errors
 from tests.conftest import TINY
 
 Checkpoints = Callable[..., Path]
@@ -63,3 +66,20 @@ def test_a_wrong_value_and_a_misspelt_variable_are_named(
     assert result.exit_code == 0
     assert "warning: GLOSS_MAX_LEAKAG is not the variable of any option" in result.stderr
     assert "GLOSS_MAX_LEAKAGE " not in result.stderr
+
+
+def test_trusted_publishing_outside_a_job_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "someone/tiny")
+    monkeypatch.delenv("HF_OIDC_ID_TOKEN", raising=False)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    with (
+        pytest.raises(SourceError, match="HF_OIDC_RESOURCE is set but"),
+        plain_errors("model", "x/y"),
+    ):
+        get_token()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.delenv("ACTIONS_ID_TOKEN_REQUEST_URL", raising=False)
+    with pytest.raises(SourceError, match="id-token: write"), plain_errors("model", "x/y"):
+        get_token()
