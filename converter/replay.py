@@ -33,8 +33,8 @@ from converter.source import Source
 from converter.subspace import SUBSPACE_FILE
 
 MAX_ANGLE = 1.0
-"""Degrees between a refitted subspace and the recorded one that are not held against it. The same
-machine gives 0; another number of threads or batch size turned it by some hundredths."""
+"""Degrees between a refitted subspace and the recorded one that are not held against it: other
+batch sizes, threads and devices add in another order. The same machine gives the same subspace."""
 
 
 @dataclass(frozen=True, slots=True)
