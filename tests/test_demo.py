@@ -14,6 +14,8 @@ from converter.demo import packaged_gguf
 from converter.pairs import load_prose
 from tests.conftest import load
 
+RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
+
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -58,3 +60,19 @@ def test_the_demo_model_is_edited_and_still_speaks(
     ids = tokenizer("The capital of France is", return_tensors="pt")
     answer = tokenizer.decode(edited.generate(**ids, max_new_tokens=8, do_sample=False)[0])
     assert "Paris" in answer
+
+
+def test_the_recorded_demo_comes_out_byte_for_byte(
+    cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    """``make manifests`` records it; what was fitted then is what is taken out now."""
+    result = cli("replay", RECORDED, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["identical"] is True
+    recorded = json.loads(RECORDED.read_text())
+    found = json.loads(cli("diff", "demo", tmp_path / "out", "--json").stdout)
+    changed = {entry["name"]: entry["measured"] for entry in found["changed"]}
+    assert changed.keys() == {entry["name"] for entry in recorded["edited"]}
+    for name, measured in changed.items():
+        assert measured["rank"] == recorded["subspace"]["rank"], name
+        assert measured["in_span"] > 0.99, name

@@ -1,0 +1,126 @@
+"""Gates fail the job with their own exit code and leave nothing that could be published."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from converter.errors import GateError, OptionError
+from converter.gates import Gates
+from converter.guard import Verdict
+from converter.likelihood import Estimate
+from converter.probe import Measured
+from tests.conftest import TINY_ARGS
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+MEASURED = Measured(Estimate(1.01, 0.0), Estimate(-0.5, 0.0), Estimate(0.6, 0.0))
+VERDICT = Verdict(MEASURED, (), None, (), (), {})
+
+
+def results(**metrics: Any) -> dict[str, Any]:
+    """Of an evaluation: the edited model between others that must not be mistaken for it."""
+    other = {"teacher_forced": {"value": 0.0}, "perplexity_ratio": {"value": 1.0}}
+    return {
+        "systems": [
+            {"system": "unedited", "metrics": other},
+            {"system": "edited", "metrics": metrics},
+            {"system": "random", "metrics": other},
+        ]
+    }
+
+
+def test_a_gate_is_judged_by_every_measurement_there_is() -> None:
+    gates, evaluated = Gates(min_toxicity_drop=0.4), results(teacher_forced={"value": 0.65})
+    (record,) = gates.check_effect(VERDICT, None)
+    assert record == {"gate": "--min-toxicity-drop", "by": "guard", "limit": 0.4, "measured": 0.4}
+    with pytest.raises(GateError, match=r"at least 0\.4, evaluation has 0\.35"):
+        gates.check_effect(VERDICT, evaluated)
+    with pytest.raises(GateError, match=r"guard has 0\.4"):
+        Gates(min_toxicity_drop=0.41).check_effect(VERDICT, None)
+    assert Gates(min_toxicity_drop=0.3).check_effect(None, evaluated)[0]["by"] == "evaluation"
+    ratio = Gates(max_evaluated_perplexity_ratio=1.05)
+    assert ratio.check_effect(None, results(perplexity_ratio={"value": 1.05}))
+    with pytest.raises(GateError, match=r"at most 1\.05, evaluation has 1\.06"):
+        ratio.check_effect(VERDICT, results(perplexity_ratio={"value": 1.06}))
+
+
+def test_what_is_not_a_number_passes_no_gate_and_what_was_not_measured_is_an_error() -> None:
+    ratio = Gates(max_evaluated_perplexity_ratio=1.05)
+    with pytest.raises(GateError, match="evaluation has no number"):
+        ratio.check_effect(VERDICT, results(perplexity_ratio=None))
+    broken = replace(VERDICT, edit=replace(MEASURED, teacher_forced=Estimate(float("nan"), 0)))
+    with pytest.raises(GateError):
+        Gates(min_toxicity_drop=0.0).check_effect(broken, None)
+    for gates in (ratio, Gates(min_toxicity_drop=0.1)):
+        with pytest.raises(OptionError, match="has no measurement"):
+            gates.check_effect(None, results())
+    assert Gates().check_effect(None, None) == []
+
+
+def test_a_gate_without_a_measurement_is_refused_before_any_work(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("convert", checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
+    text = ("--evaluate", "--prompts", "none", "--min-toxicity-drop", 0.5)
+    for more in (("--min-toxicity-drop", 0.5), ("--max-evaluated-perplexity-ratio", 1.1), text):
+        for last in ((), ("--dry-run",)):
+            result = cli(*args, *more, *last)
+            assert result.exit_code == 2, result.stderr
+            assert "has no measurement" in result.stderr
+            assert "reading the headers" not in result.stderr
+    monkeypatch.setenv("GLOSS_MIN_TOXICITY_DROP", "0.5")
+    assert cli(*args).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source = checkpoints("llama", torch.bfloat16)
+    args = ("convert", source, tmp_path / "out", "--num-pairs", 64, *TINY_ARGS, "--json")
+    result = cli(*args, "--max-leakage", 1e-9)
+    assert result.exit_code == 11
+    said = json.loads(result.stdout)
+    assert (said["error"], said["exit_code"]) == ("GateError", 11)
+    assert "a gate is closed: --max-leakage asks for at most 1e-09, tensor model" in said["message"]
+    assert list(tmp_path.iterdir()) == []
+    result = cli(*args, "--max-leakage", 0.9)
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    worst = max(entry["leakage"] for entry in manifest["edited"])
+    (gate,) = manifest["gates"]
+    assert (gate["limit"], gate["measured"]) == (0.9, worst)
+    # what is there stays there when a later job fails
+    before = (tmp_path / "out/gloss_manifest.json").read_bytes()
+    assert cli(*args, "--max-leakage", 1e-9, "--overwrite").exit_code == 11
+    assert (tmp_path / "out/gloss_manifest.json").read_bytes() == before
+
+
+def test_the_gate_of_toxicity_closes_before_the_edit(
+    planted: Path, cli: Cli, tmp_path: Path
+) -> None:
+    pairs = planted.parent / "pairs.jsonl"
+    args = (
+        "convert", planted, tmp_path / "out", "--pairs", pairs,
+        "-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--num-pairs", 200,
+        "--guard-draws", 2,
+    )  # fmt: skip
+    result = cli(*args, "--min-toxicity-drop", 0.99, "--force")
+    assert result.exit_code == 11, result.stderr
+    assert "a gate is closed: --min-toxicity-drop asks for at least 0.99, guard" in result.stderr
+    assert "editing" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    result = cli(*args, "--min-toxicity-drop", 0.1)
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
+    drop = 1 - manifest["guard"]["edit"]["teacher_forced"]["value"]
+    assert manifest["gates"] == [
+        {"gate": "--min-toxicity-drop", "by": "guard", "limit": 0.1, "measured": drop}
+    ]

@@ -1,0 +1,264 @@
+"""A recorded conversion done again: the same bytes, or a sentence about what differs."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+from converter.manifest import MANIFEST, read_manifest
+from converter.refit import principal_angles
+from converter.subspace import SUBSPACE_FILE
+from tests.conftest import TINY_ARGS
+from tests.hub_server import COMMIT, HubServer
+from tests.test_formats import as_pickles
+from tests.test_quantization import BLOCKS, as_fp8
+from tests.test_verify import flip
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def recorded(converted: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A manifest and its subspace under a name of their own, as in ``manifests/``."""
+    shutil.copyfile(converted[1] / MANIFEST, tmp_path / "tiny.json")
+    shutil.copyfile(converted[1] / SUBSPACE_FILE, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.json"
+
+
+def alter(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    source, first = converted
+    for manifest, name in ((recorded, "a"), (first, "b")):
+        again = tmp_path / name
+        result = cli("replay", manifest, again, "--source", source, "--json")
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert (found["identical"], found["differences"]) == (True, [])
+        assert found["other_files"] == []  # the card, too
+        assert set(found["seconds"]) == {"plan", "edit", "verify"}  # nothing was run
+        assert weights(again) == weights(first)
+        verified = cli("verify", again, "--source", source)
+        assert verified.exit_code == 0, verified.stderr
+        then, now = read_manifest(first), read_manifest(again)
+        assert now.pop("replay_of") == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
+        assert then.pop("measurements") != now.pop("measurements")
+        assert now == then
+    text = cli("replay", again, tmp_path / "c", "--source", source).stdout
+    assert "byte for byte as recorded, verified" in text
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
+def test_other_layouts_replay(
+    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    if kind == "fp8":
+        source = tmp_path / "fp8"
+        as_fp8(checkpoints("qwen3", torch.bfloat16), source, BLOCKS, apart=True)
+    elif kind == "pickled":
+        source = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
+    else:
+        source = checkpoints(kind, torch.bfloat16)
+    args = ("--num-pairs", 32, *TINY_ARGS)
+    result = cli("convert", source, tmp_path / "out", *args)
+    assert result.exit_code == 0, result.stderr
+    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
+    assert result.exit_code == 0, result.stderr
+    assert weights(tmp_path / "out") == weights(tmp_path / "again")
+
+
+def test_one_other_byte_in_the_source_is_an_error_before_any_work(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    source = shutil.copytree(converted[0], tmp_path / "source")
+    shard = min(source.glob("model-*.safetensors"))
+    for path in (shard, source / "tokenizer.json"):
+        before = path.read_bytes()
+        flip(path, len(before) - 40)
+        result = cli("replay", recorded, tmp_path / "again", "--source", source)
+        assert result.exit_code == 8
+        assert "is not the one that was converted" in result.stderr
+        assert f"{path.name} has sha256" in result.stderr
+        assert result.stderr.count("has sha256") == 1
+        assert "editing" not in result.stderr
+        path.write_bytes(before)
+    (source / "LICENSE").unlink()
+    result = cli("replay", recorded, tmp_path / "again", "--source", source)
+    assert result.exit_code == 8
+    assert "LICENSE is missing" in result.stderr
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_environment_that_differs_is_named_though_the_bytes_agree(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["environment"]["libraries"]["torch"] = "1.0"
+        manifest["environment"]["device"] = "NVIDIA H100"
+        manifest["tool"]["version"] = "0.0.1"
+
+    alter(recorded, older)
+    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
+    result = cli(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["differences"]
+    assert [entry["what"] for entry in found] == ["gloss-convert", "device", "torch"]
+    assert found[2]["recorded"] == "1.0"
+    assert f"torch is {torch.__version__.partition('+')[0]}" in result.stderr
+    shutil.rmtree(tmp_path / "again")
+    # and it is the probable cause where they do not
+    alter(recorded, lambda m: m["run"].update(rounding="nearest"))
+    result = cli(*args)
+    assert result.exit_code == 8
+    assert "the probable cause is gloss-convert" in result.stderr
+    assert not (tmp_path / "again").exists()
+
+
+def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    entry = next(e for e in read_manifest(converted[1])["edited"] if e["layer"] == 3)
+
+    def forge(manifest: dict[str, Any]) -> None:
+        file = manifest["files"][entry["shard"]]
+        file["sha256"] = "0" * 64
+        names = list(file["prefixes"])
+        for name in names[names.index(entry["name"]) :]:
+            file["prefixes"][name] = "0" * 16
+
+    alter(recorded, forge)
+    before = sorted(tmp_path.iterdir())
+    result = cli("replay", recorded, tmp_path / "again", "--source", converted[0])
+    assert result.exit_code == 8
+    assert f"{entry['shard']} differs from tensor {entry['name']} on" in result.stderr
+    assert "so the manifest may be altered" in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_manifest_cannot_know_is_asked_for(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    source, out = converted
+    args = ("replay", recorded, tmp_path / "again")
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert "say where it is with --source" in result.stderr
+    result = cli("replay", out, out, "--source", source, "--overwrite")
+    assert result.exit_code == 7
+    assert "contains the input" in result.stderr
+    flip(tmp_path / "tiny.safetensors", -1)
+    result = cli(*args, "--source", source)
+    assert result.exit_code == 8
+    assert "tiny.safetensors is not the subspace that tiny.json records" in result.stderr
+    (tmp_path / "tiny.safetensors").unlink()
+    result = cli(*args, "--source", source)
+    assert result.exit_code == 8
+    assert "tiny.safetensors or gloss_subspace.safetensors beside it" in result.stderr
+
+
+def test_a_manifest_alone_does_not_make_code_run(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    alter(recorded, lambda m: m["run"].update(trust_remote_code=True))
+    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert "executed code of its source" in result.stderr
+    assert cli(*args, "--trust-remote-code").exit_code == 0
+
+
+def test_a_refit_finds_the_recorded_subspace(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    args = ("replay", recorded, tmp_path / "again", "--source", converted[0], "--refit")
+    result = cli(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    (angles,) = json.loads(result.stdout)["angles"].values()
+    assert len(angles) == 4
+    assert angles[-1] < 1e-3
+    assert weights(tmp_path / "again") == weights(converted[1])
+    # a recorded basis that was turned by two degrees in one direction
+    subspace = tmp_path / "tiny.safetensors"
+    tensors = load_file(subspace)
+    U = tensors["U"]
+    outside = torch.linalg.qr(torch.cat([U, torch.eye(32)[:, :1]], 1)).Q[:, -1]
+    turn = math.radians(2)
+    U[:, 1] = math.cos(turn) * U[:, 1] + math.sin(turn) * outside
+    save_file(tensors, subspace, {"format": "pt"})
+    digest = hashlib.sha256(subspace.read_bytes()).hexdigest()
+    alter(recorded, lambda m: m["files"][SUBSPACE_FILE].update(sha256=digest))
+    shutil.rmtree(tmp_path / "again")
+    result = cli(*args)
+    assert result.exit_code == 8
+    assert "expected an angle of at most 1 degrees, found 2.000" in result.stderr
+    assert not (tmp_path / "again").exists()
+    alter(recorded, lambda m: m["pairs"].update(sha256="0" * 64))
+    result = cli(*args)
+    assert result.exit_code == 8
+    assert "not the texts of the recorded fit, by their sha256: pairs" in result.stderr
+
+
+def test_principal_angles_are_known_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(12, 6, generator=generator, dtype=torch.float64)).Q
+    known = torch.tensor([1e-5, 30.0, 80.0], dtype=torch.float64)
+    turns = torch.deg2rad(known)
+    turned = turns.cos() * Q[:, :3] + turns.sin() * Q[:, 3:]
+    mixed = turned @ torch.linalg.qr(torch.randn(3, 3, generator=generator).double()).Q
+    assert torch.allclose(principal_angles(Q[:, :3], mixed), known, rtol=1e-6)
+    assert float(principal_angles(Q[:, :3], Q[:, :3].float()).max()) < 1e-5
+
+
+def test_a_repo_is_read_at_the_recorded_commit(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [f"that damn clock number {i}\tthat clock number {i}" for i in range(20)]
+    (data / "train.tsv").write_text("\n".join(["toxic\tneutral1", *rows]))
+    with HubServer({"someone/tiny": checkpoints("llama")}, {"someone/pairs": data}) as server:
+        environment = {
+            **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0", "GLOSS_CACHE_DIR": str(tmp_path / "cache"), "GLOSS_JSON": "1",
+        }  # fmt: skip
+
+        def run(*args: object) -> dict[str, Any]:
+            command = [sys.executable, "-m", "converter", *map(str, args)]
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=120
+            )
+            assert done.returncode == 0, done.stderr
+            found: dict[str, Any] = json.loads(done.stdout)
+            return found
+
+        pairs = ("--pairs", "someone/pairs", *TINY_ARGS)
+        run("convert", "someone/tiny@v1", tmp_path / "out", *pairs)
+        server.log.clear()
+        environment["HF_HOME"] = str(tmp_path / "other")
+        found = run("replay", tmp_path / "out", tmp_path / "again", "--refit")
+    assert found["commit"] == COMMIT
+    assert found["angles"]["U"][-1] < 1e-3
+    asked = [line for line in server.log if "someone/" in line]
+    assert asked
+    assert all(COMMIT in line for line in asked), asked
+    assert weights(tmp_path / "out") == weights(tmp_path / "again")
