@@ -15,6 +15,7 @@ from converter.cli_evaluate import (
     evaluation_options,
     need_matplotlib,
 )
+from converter.cli_push import DETAILS, Publishing, hub_options, published_text, push_command
 from converter.errors import VerificationError
 from converter.options import (
     EXIT_CODES,
@@ -59,6 +60,7 @@ from converter.report import Report
 @click.option(
     "--plots", type=click.Path(file_okay=False, path_type=Path), help="A folder for pictures."
 )
+@hub_options
 @click.option("--dry-run", is_flag=True, help="Print the plan from the headers; touch nothing.")
 @click.version_option(__version__, prog_name="gloss-convert")
 def convert_command(
@@ -77,6 +79,8 @@ def convert_command(
     controls: str,
     passages: int,
     plots: Path | None,
+    push_to_hub: str | None,
+    stream_to_hub: bool,
     **fields: Any,
 ) -> None:
     """Write a less toxic copy of the model SOURCE to the folder DESTINATION.
@@ -86,6 +90,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct.
     """
     with plain_exit(as_json):
+        from converter.again import done_before
         from converter.cache import default_cache
         from converter.forward import choose_device
         from converter.memory import parse_size
@@ -96,8 +101,10 @@ def convert_command(
         if plots is not None:
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
+        details = {name: fields.pop(name) for name in DETAILS}
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
         cache, report = cache_dir or default_cache(), Report(quiet)
+        publishing = Publishing(push_to_hub, stream_to_hub, details, report)
         if dry_run:
             plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
             print_json(plan) if as_json else click.echo(plan_text(plan))
@@ -108,7 +115,12 @@ def convert_command(
         else:
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
-        manifest = convert(
+        before = None
+        if publishing.may_be_done and not overwrite:
+            before = done_before(run, destination, evaluate, cache)
+        if before:
+            report.note(f"{destination} is the result of this run already")
+        manifest = before or convert(
             run,
             destination,
             overwrite=overwrite,
@@ -117,12 +129,16 @@ def convert_command(
             evaluation=evaluation,
             cache=cache,
             memory_limit=limit,
+            stream=publishing.stream,
             report=report,
         )
+        published = publishing.finish(destination, not before, run.trust_remote_code)
         if plots is not None:
             draw(manifest, destination, plots, report)
         result = result_of(manifest, destination, report)
-        print_json(result) if as_json else click.echo(result_text(result))
+        result["published"] = published.record() if published else None
+        text = result_text(result) + published_text(published)
+        print_json(result) if as_json else click.echo(text)
 
 
 @click.command("plan", epilog=EXIT_CODES)
@@ -211,5 +227,6 @@ def gloss() -> None:
 gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
+gloss.add_command(push_command)
 gloss.add_command(evaluate_command)
 gloss.add_command(architectures_command)

@@ -25,7 +25,7 @@ Exit codes:
   2  wrong option or value       6  no subspace can be fitted as asked
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
-  9  the guard refuses the edit
+  9  the guard refuses the edit  10 the Hub refuses the upload or cannot be reached
   130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP
 """
 
@@ -190,15 +190,15 @@ def make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> R
     return Run(source=source, options=pairs, **fields)
 
 
-def refuse_settings(names: Container[str | None]) -> None:
+def refuse_settings(names: Container[str | None], needed: str = "--evaluate") -> None:
     """Raise OptionError if one of these parameters of the current command was typed.
 
-    Without an evaluation they would have no effect, and their user would not learn it.
+    Without the option ``needed`` they would have no effect, and their user would not learn it.
     """
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is ParameterSource.COMMANDLINE:
             raise OptionError(
-                f"{parameter.opts[0]} has no effect without --evaluate", hint="add --evaluate"
+                f"{parameter.opts[0]} has no effect without {needed}", hint=f"add {needed}"
             )

@@ -27,6 +27,7 @@ from converter.resolve import resolve
 from converter.rows import is_dataset
 from converter.run import Run
 from converter.source import Source
+from converter.stream import Streaming
 from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
 from converter.words import load_words
@@ -44,6 +45,7 @@ def convert(
     evaluation: Evaluation | None = None,
     cache: Path | None = None,
     memory_limit: int | None = None,
+    stream: Streaming | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint.
@@ -58,6 +60,7 @@ def convert(
         cache: the user's cache folder.
         memory_limit: bytes of memory that forward passes and the edit are planned with, if less
             than all.
+        stream: publishes the shards as they are finished; the destination gets all else.
         report: where progress is shown and seconds are kept.
 
     Returns:
@@ -76,7 +79,8 @@ def convert(
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
     device = choose_device(run.device)
-    check_destination(destination, overwrite, inputs_of(run, source), plan.nbytes)
+    room = stream.room(plan) if stream else plan.nbytes
+    check_destination(destination, overwrite, inputs_of(run, source), room)
     targets = plan.select(method.edit_layers, method.edit_bias)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(len(source.shards), targets, method.rank or MAX_RANK)  # or it says no now
@@ -92,8 +96,11 @@ def convert(
     bench.unload()
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
+            finished = None
+            if stream:
+                finished = stream.receiver(source, fitted.subspace, run.rounding, folder)
             written = write_checkpoint(
-                source, plan, fitted.edit, targets, folder, engine, report, keep_source
+                source, plan, fitted.edit, targets, folder, engine, report, keep_source, finished
             )
             check_unchanged(source, written, fitted.activations, cache, report)
             fitted.subspace.save(folder / SUBSPACE_FILE)
@@ -103,8 +110,12 @@ def convert(
         manifest["evaluation"] = results
         write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
-            if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
+            gone = stream.gone if stream else ()
+            problems = verify(folder, None, report, run.trust_remote_code, gone)
+            if problems:
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
+        if stream:
+            stream.commit(folder, manifest)
     if not keep_source:
         source.drop_originals()
     return manifest
