@@ -43,6 +43,7 @@ class Uploads:
         chunk: bytes of a part, above which files are sent in parts.
         xet: a folder that hf_xet uses as its storage, or None.
         origins: gives the files of a repo that is only read.
+        ignored: files that a .gitignore leaves out.
         stuck: set when a fault of status -1 has begun.
     """
 
@@ -52,6 +53,7 @@ class Uploads:
     xet: Path | None = None
     repos: dict[str, Repo] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
     stuck: threading.Event = field(default_factory=threading.Event)
     sent: list[str] = field(default_factory=list)
     accounts: dict[str, Account] = field(default_factory=lambda: {
@@ -151,7 +153,8 @@ class Uploads:
     def _mode(self, file: dict[str, Any], there: Entry | None) -> dict[str, Any]:
         """How a file is to be sent, and what is there in its place."""
         large = file["path"].endswith(LARGE)
-        mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        mode: dict[str, Any] = {"uploadMode": "lfs" if large else "regular"}
+        mode |= {"shouldIgnore": file["path"] in self.ignored}
         oid = {"oid": there.sha256 if there.large else there.git} if there else {}
         return {"path": file["path"], **mode, **oid}
 

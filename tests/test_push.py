@@ -8,15 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import Result
 from huggingface_hub import constants, snapshot_download
 
+from converter.header import TensorInfo
+from converter.push import Files, published_files
 from converter.redact import redacted
+from converter.subspace import SUBSPACE_FILE
+from converter.verify import infos_of
 from tests.conftest import TINY_ARGS
 from tests.hub_repos import READER, TOKEN, Account, Request
 from tests.hub_server import HubServer
@@ -292,6 +297,54 @@ def test_only_a_whole_checkpoint_is_published(
     ignored = cli("convert", "demo", tmp_path / "x", "--create-pr")
     assert ignored.exit_code == 2
     assert "--create-pr has no effect without --push-to-hub REPO" in ignored.stderr
+
+
+def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads.ignored = {"LICENSE"}
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    says = f"of {REPO} does not hold what was uploaded: found other content, or none, of LICENSE;"
+    assert says in result.stderr
+    uploads.ignored = set()
+
+    def other(folder: Path, manifest: dict[str, Any]) -> Files:
+        files = dict(published_files(folder, manifest))
+        return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
+
+    monkeypatch.setattr("converter.push.published_files", other)
+    result = cli("push", converted[1], "someone/other")
+    assert result.exit_code == 10
+    assert f"{SUBSPACE_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
+    repo = uploads.repos["someone/other"]
+    assert list(repo.commits.values()) == [{}]
+
+
+def test_a_shard_that_was_written_badly_is_not_uploaded(
+    cli: Cli,
+    checkpoints: Checkpoints,
+    uploads: Uploads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each shard is read again before it goes, as gloss verify would."""
+
+    def damaged(folder: Path, shards: list[str]) -> Mapping[str, TensorInfo]:
+        infos = infos_of(folder, shards)
+        if edited := infos.get("model.layers.3.mlp.down_proj.weight"):
+            with (folder / shards[0]).open("r+b") as file:
+                file.seek(edited.start)
+                file.write(b"\x01\x02\x03\x40")
+        return infos
+
+    monkeypatch.setattr("converter.stream.infos_of", damaged)
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
+    assert result.exit_code == 8
+    assert "has another sha256 than recorded" in result.stderr
+    assert list(uploads.repos[REPO].commits.values()) == [{}]
+    assert not list(tmp_path.glob("*out*"))
 
 
 LIMIT = {"error": "Private repository storage limit reached, upgrade your plan"}
