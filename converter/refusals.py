@@ -25,7 +25,8 @@ LOG_IN = (
 FULL = re.compile(r"(?i)storage|quota|limit reached|too large|exceed")
 """What is said of a repo or an account that can hold no more."""
 
-STATUS = re.compile(r"\b(4\d\d|5\d\d)\b")
+STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
+"""How hf_xet, whose errors are ConnectionErrors and the like, says what it was answered."""
 
 
 @contextmanager
@@ -63,15 +64,14 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
         )
     if isinstance(error, HfHubHTTPError):
         return of_status(repo_id, error.response.status_code, error.server_message or said)
+    if status := STATUS.search(said):
+        return of_status(repo_id, int(status[1]), said)
     if isinstance(error, (HTTPError, OSError)):
         return PublishError(
             f"{repo_id}: the Hub cannot be reached, or the connection broke", found=said,
             hint=f"check the network and HF_ENDPOINT, then {AGAIN}",
         )  # fmt: skip
     if _is_of_xet(error):
-        status = STATUS.search(said)
-        if status:
-            return of_status(repo_id, int(status[0]), said)
         return PublishError(
             f"{repo_id}: the upload to the Hub's storage failed", found=said, hint=AGAIN
         )

@@ -20,6 +20,7 @@ from huggingface_hub import constants, snapshot_download
 from converter.header import TensorInfo
 from converter.push import Files, published_files
 from converter.redact import redacted
+from converter.refusals import explain
 from converter.subspace import SUBSPACE_FILE
 from converter.verify import infos_of
 from tests.conftest import TINY_ARGS
@@ -360,7 +361,8 @@ FAILURES = {
             f"the token may not write to {REPO}: found no; use a token"),
     "no room": (TOKEN, [Fault("/commit/", 403, body=LIMIT)], REPO, 10,
                 f"{REPO}: the Hub has no room for this: found Private repository storage"),
-    "too large": (TOKEN, [Fault("PUT /objects/", 413)], REPO, 10, "the Hub has no room for this"),
+    "too large": (TOKEN, [Fault("PUT /objects/", 413)], REPO, 10,
+                  "the Hub has no room for this: found Request Entity Too Large; free storage"),
     "rate limit": (TOKEN, [Fault("/preupload/", 429, headers={"Retry-After": "0"})], REPO, 10,
                    f"{REPO}: too many requests for the Hub's rate limit: found 429 again and"),
     "500": (TOKEN, [Fault("/commit/", 503, body={"error": "busy"})], REPO, 10,
@@ -393,6 +395,25 @@ def test_what_goes_wrong_is_one_sentence(
     assert "Traceback" not in result.output
     assert "hf_w" not in result.output
     assert not any(repo.commits[repo.refs["main"]] for repo in uploads.repos.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("Network error: Request error: HTTP status client error (403 Forbidden)"),
+         "the token may not write to a/b"),
+        (RuntimeError("HTTP status server error (502 Bad Gateway)"), "a/b: the Hub failed"),
+        (RuntimeError("Failed to upload xorb"), "a/b: the upload to the Hub's storage failed"),
+        (TimeoutError("timed out"), "a/b: the Hub cannot be reached, or the connection broke"),
+        (ValueError("LFS batch API returned errors: quota exceeded"), "a/b: the Hub has no room"),
+        (ValueError("Invalid metadata in README.md."), "a/b: the Hub refuses the upload"),
+        (KeyError("x"), ""),
+    ],
+)  # fmt: skip
+def test_what_xet_and_the_client_say(error: Exception, says: str) -> None:
+    """As seen of hf_xet 1.8; an error that is none of the client's stays a bug."""
+    explained = explain("a/b", error)
+    assert str(explained).startswith(says) if says else explained is None
 
 
 def test_what_passes_by_itself_is_waited_for(
