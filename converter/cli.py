@@ -17,6 +17,7 @@ from converter.cli_evaluate import (
     inside,
     need_matplotlib,
 )
+from converter.cli_push import DETAILS, Publishing, hub_options, published_text, push_command
 from converter.cli_release import GATES, diff_command, gate_options, replay_command
 from converter.environment import FromEnvironment
 from converter.errors import VerificationError
@@ -76,6 +77,7 @@ from converter.report import Report
     metavar="KEY",
     help="A private key in PEM to sign with; its password is in GLOSS_SIGN_PASSWORD.",
 )
+@hub_options
 @click.option("--dry-run", is_flag=True, help="Print the plan from the headers; touch nothing.")
 @click.version_option(__version__, prog_name="gloss-convert")
 def convert_command(
@@ -95,6 +97,8 @@ def convert_command(
     passages: int,
     plots: Path | None,
     key: Path | None,
+    push_to_hub: str | None,
+    stream_to_hub: bool,
     **fields: Any,
 ) -> None:
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
@@ -104,6 +108,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct.
     """
     with plain_exit(as_json):
+        from converter.again import done_before
         from converter.cache import default_cache
         from converter.forward import choose_device
         from converter.gates import Gates
@@ -117,6 +122,7 @@ def convert_command(
             need_matplotlib()
         asked = {name: fields.pop(name) for name in SETTINGS}
         gates = Gates(**{name: fields.pop(name) for name in GATES})
+        details = {name: fields.pop(name) for name in DETAILS}
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
         refuse_unused(run)
         drawn = evaluate and asked["prompts"] != "none" and passages > 0
@@ -125,6 +131,7 @@ def convert_command(
         signer = load_signer(key) if key else None
         place = plots and inside(plots, destination)
         pictures = partial(draw, place=place, report=report) if place else no_pictures
+        publishing = Publishing(push_to_hub, stream_to_hub, details, report)
         if dry_run:
             plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
             print_json(plan) if as_json else click.echo(plan_text(plan))
@@ -137,7 +144,12 @@ def convert_command(
         else:
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
-        manifest = convert(
+        before = None
+        if publishing.may_be_done and not overwrite:
+            before = done_before(run, destination, evaluate, bool(signer), gates, cache)
+        if before:
+            report.note(f"{destination} is the result of this run already")
+        manifest = before or convert(
             run,
             destination,
             overwrite=overwrite,
@@ -149,14 +161,18 @@ def convert_command(
             signer=signer,
             cache=cache,
             memory_limit=limit,
+            stream=publishing.stream,
             report=report,
         )
+        published = publishing.finish(destination, not before, run.trust_remote_code)
         if plots is not None and not place:
             draw(manifest, destination, plots.absolute(), report)
         if signer:
             report.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
         result = result_of(manifest, destination, report)
-        print_json(result) if as_json else click.echo(result_text(result))
+        result["published"] = published.record() if published else None
+        text = result_text(result) + published_text(published)
+        print_json(result) if as_json else click.echo(text)
 
 
 @click.command("plan", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -264,6 +280,7 @@ def gloss() -> None:
 gloss.add_command(convert_command)
 gloss.add_command(plan_command)
 gloss.add_command(verify_command)
+gloss.add_command(push_command)
 gloss.add_command(replay_command)
 gloss.add_command(diff_command)
 gloss.add_command(evaluate_command)

@@ -5,6 +5,8 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
+from converter.redact import redacted
+
 
 class ConverterError(Exception):
     """Something the user can mend, said in one sentence.
@@ -40,7 +42,7 @@ class ConverterError(Exception):
         ]
         sentence = self.what + (": " + ", ".join(details) if details else "")
         sentence += f"; {self.hint}" if self.hint else ""
-        return " ".join(sentence.split())
+        return redacted(" ".join(sentence.split()))
 
 
 class OptionError(ConverterError):
@@ -89,6 +91,12 @@ class GuardError(ConverterError):
     """The edit would break the model, or does no more than a random one."""
 
     exit_code = 9
+
+
+class PublishError(ConverterError):
+    """The Hub refuses the upload or cannot be reached."""
+
+    exit_code = 10
 
 
 class GateError(ConverterError):

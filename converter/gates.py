@@ -33,6 +33,16 @@ class Gates:
     max_leakage: float | None = None
     max_evaluated_perplexity_ratio: float | None = None
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gates there are, by the names that their records have."""
+        given = {
+            DROP: self.min_toxicity_drop,
+            LEAKAGE: self.max_leakage,
+            RATIO: self.max_evaluated_perplexity_ratio,
+        }
+        return {name: limit for name, limit in given.items() if limit is not None}
+
     def need(self, *, words: bool, ratio: bool) -> None:
         """Make sure that every gate will have its measurement.
 

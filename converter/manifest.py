@@ -52,13 +52,11 @@ def make_manifest(
     device: str,
 ) -> dict[str, Any]:
     """Everything but ``files`` and ``measurements``, in the order in which it is written."""
-    asked, activations, subspace = asdict(run), fitted.activations, fitted.subspace
-    for key in ("source", "pairs", "neutral", "word_list", "activations"):
-        asked[key] = without_folders(asked[key])
+    activations, subspace = fitted.activations, fitted.subspace
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "gloss-convert", "version": __version__},
-        "run": asked,
+        "run": recorded(run),
         "source": {
             "name": source.name,
             "repo_id": source.repo.repo_id if source.repo else None,
@@ -104,6 +102,14 @@ def make_manifest(
         "edited": edited(written, subspace.basis_name),
         "environment": environment(device),
     }
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """A run as the manifest has it."""
+    asked = asdict(run)
+    for key in ("source", "pairs", "neutral", "word_list", "activations"):
+        asked[key] = without_folders(asked[key])
+    return asked
 
 
 def edited(written: Written, basis_name: Callable[[int], str]) -> list[dict[str, Any]]:

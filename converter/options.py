@@ -25,7 +25,8 @@ Exit codes:
   2  wrong option or value       6  no subspace can be fitted as asked
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
-  9  the guard refuses the edit  11  a gate is closed
+  9  the guard refuses the edit  10 the Hub refuses the upload or cannot be reached
+  11 a gate is closed
   130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP
 \b
 Every option is also read from the environment: --batch-size from

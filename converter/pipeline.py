@@ -1,6 +1,6 @@
 """The whole job, in the order in which it happens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from converter.rows import is_dataset
 from converter.run import Run
 from converter.signing import Signer
 from converter.source import Source
+from converter.stream import Streaming
 from converter.subspace import MAX_RANK, SUBSPACE_FILE
 from converter.verify import verify
 from converter.words import WordList, load_words
@@ -56,6 +57,7 @@ def convert(
     signer: Signer | None = None,
     cache: Path | None = None,
     memory_limit: int | None = None,
+    stream: Streaming | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint.
@@ -73,6 +75,7 @@ def convert(
         cache: the user's cache folder.
         memory_limit: bytes of memory that forward passes and the edit are planned with, if less
             than all.
+        stream: publishes the shards as they are finished; the destination gets all else.
         report: where progress is shown and seconds are kept.
 
     Returns:
@@ -84,6 +87,11 @@ def convert(
     report, cache, gates = report or Report(quiet=True), cache or default_cache(), gates or Gates()
     if signer:
         signer.keep_out_of(run.source)
+        if stream:
+            raise OptionError(
+                "--sign", expected="a folder that is whole", found="--stream-to-hub",
+                hint="give --push-to-hub alone",
+            )  # fmt: skip
     source, plan, method = prepare(run, cache, report)
     if not keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
@@ -95,7 +103,7 @@ def convert(
     device = choose_device(run.device)
     targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
     rank = method.rank or MAX_RANK
-    nbytes = output.nbytes(plan, targets, rank)
+    nbytes = stream.room(plan) if stream else output.nbytes(plan, targets, rank)
     check_destination(destination, overwrite, inputs_of(run, source, signer), nbytes)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
@@ -109,8 +117,11 @@ def convert(
     passed = gates.check_effect(fitted.verdict, results)
     with staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
+            finished = None
+            if stream:
+                finished = stream.receiver(source, fitted.subspace, run.rounding, folder)
             written = output.write(
-                source, plan, fitted.edit, targets, folder, engine, report, keep_source
+                source, plan, fitted.edit, targets, folder, engine, report, keep_source, finished
             )
             read = files_read(source, plan, written, cache)
             check_unchanged(source, read, fitted.activations, cache, report)
@@ -123,10 +134,12 @@ def convert(
         manifest["forward"] = bench.forward.record() if bench.has_run else None
         manifest |= {"evaluation": results, "gates": passed}
         write_records(source, written, folder, manifest, pictures, report)
-        check_whole(run, folder, report)
+        check_whole(run, folder, report, stream.gone if stream else ())
         if signer:
             with report.stage("sign", "signing"):
                 signer.sign(folder, title_of(source, manifest))
+        if stream:
+            stream.commit(folder, manifest)
     if not keep_source:
         source.drop_originals()
     return manifest
@@ -141,10 +154,10 @@ def load_texts(run: Run, report: Report) -> tuple[Pairs, Prose, WordList]:
     return pairs, prose, words
 
 
-def check_whole(run: Run, folder: Path, report: Report) -> None:
-    """Verify what was written. Raises VerificationError."""
+def check_whole(run: Run, folder: Path, report: Report, gone: Collection[str] = ()) -> None:
+    """Verify what was written, except shards that are gone. Raises VerificationError."""
     with report.stage("verify", "verifying what was written"):
-        if problems := verify(folder, report=report, trust_remote_code=run.trust_remote_code):
+        if problems := verify(folder, None, report, run.trust_remote_code, gone):
             raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 

@@ -1,6 +1,6 @@
 """Is an output what its manifest says? Every byte, every edit, and whether it loads."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from io import RawIOBase
 from math import isclose, sqrt
 from pathlib import Path
@@ -40,6 +40,7 @@ def verify(
     source: Source | None = None,
     report: Report | None = None,
     trust_remote_code: bool = False,
+    gone: Collection[str] = (),
 ) -> list[str]:
     """Check a converted checkpoint or an adapter, and against its source if one is given.
 
@@ -51,6 +52,8 @@ def verify(
     of an edited tensor is the rounded projection of the source's. Of an adapter, see
     ``verify_adapter``.
 
+    Shards that are ``gone``, checked before and moved elsewhere, are not looked for.
+
     Returns:
         what is wrong, a sentence each; empty if nothing is.
     """
@@ -60,8 +63,9 @@ def verify(
     except VerificationError as error:
         return [str(error)]
     damaged: dict[str, str] = {}
-    damaged.update(_check_files(folder, manifest, report))
+    damaged.update(_check_files(folder, manifest, report, gone))
     problems = [f"{name}: {what}" for name, what in damaged.items()]
+    damaged |= dict.fromkeys(gone, "is elsewhere")
     problems += [*_check_sums(folder, manifest), *_check_records(manifest)]
     check = CHECKS[manifest["run"].get("output", "checkpoint")]
     try:
@@ -94,10 +98,10 @@ CHECKS = {"adapter": check_adapter, "checkpoint": _check_checkpoint}
 
 
 def _check_files(
-    folder: Path, manifest: Mapping[str, Any], report: Report
+    folder: Path, manifest: Mapping[str, Any], report: Report, gone: Collection[str]
 ) -> Iterator[tuple[str, str]]:
     """The files that are missing, altered or unexpected, and how."""
-    files = manifest["files"]
+    files = {name: entry for name, entry in manifest["files"].items() if name not in gone}
     with report.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
         for name, entry in files.items():
             path = folder / name
@@ -191,22 +195,41 @@ def _check_edits(
     bases = recorded_bases(folder, manifest)
     yield from check_bases(name, bases)
     entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
-    infos = _infos(folder, {shard for entry in entries for shard in _shards_of(entry)})
+    infos = infos_of(folder, {shard for entry in entries for shard in _shards_of(entry)})
     with report.bar("check edits", len(entries), "tensor") as bar:
         for entry in entries:
-            name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
-            basis = bases[entry["basis"]]
-            with Stored(_opener(folder), entry, infos) as stored:
-                left, units = left_along(stored, basis)
-            bound = _allowed(entry, stored.dtype, units, basis, manifest["run"]["rounding"])
-            if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
-                yield f"{shard}: tensor {name} has another sha256 than recorded"
-            if not left <= bound:
-                yield (
-                    f"{shard}: tensor {name} is not orthogonal to "
-                    f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
-                )
+            basis, rounding = bases[entry["basis"]], manifest["run"]["rounding"]
+            yield from check_edit(folder, entry, basis, infos, rounding)
             bar.update()
+
+
+def check_edit(
+    folder: Path,
+    entry: Mapping[str, Any],
+    basis: Tensor,
+    infos: Mapping[str, TensorInfo],
+    rounding: str,
+) -> Iterator[str]:
+    """An edited tensor: its digest, and what is left of it along its basis.
+
+    Args:
+        folder: with its shard.
+        entry: of the manifest's ``edited``.
+        basis: U (D, R).
+        infos: of ``infos_of``.
+        rounding: of the run.
+    """
+    name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
+    with Stored(_opener(folder), entry, infos) as stored:
+        left, units = left_along(stored, basis)
+    bound = _allowed(entry, stored.dtype, units, basis, rounding)
+    if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
+        yield f"{shard}: tensor {name} has another sha256 than recorded"
+    if not left <= bound:
+        yield (
+            f"{shard}: tensor {name} is not orthogonal to "
+            f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
+        )
 
 
 def _allowed(
@@ -226,7 +249,7 @@ def _shards_of(entry: Mapping[str, Any]) -> set[str]:
     return {entry["shard"]} | ({fp8["shard"]} if fp8 else set())
 
 
-def _infos(folder: Path, shards: Iterable[str]) -> dict[str, TensorInfo]:
+def infos_of(folder: Path, shards: Iterable[str]) -> dict[str, TensorInfo]:
     """Tensor name -> entry, of some shards; each header is read once."""
     return {
         name: info for shard in shards for name, info in read_header(folder / shard).tensors.items()
@@ -267,7 +290,7 @@ def _check_source(
     edited = {entry["name"]: entry for entry in manifest["edited"]}
     fp8 = (entry["requantized"] for entry in manifest["edited"])
     scales = {entry["scales"] for entry in fp8 if entry}
-    infos, rounding = _infos(folder, shards), manifest["run"]["rounding"]
+    infos, rounding = infos_of(folder, shards), manifest["run"]["rounding"]
     with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
         for shard in shards:
             with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:

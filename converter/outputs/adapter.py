@@ -30,7 +30,7 @@ from converter.formats import Recipe, VirtualFile
 from converter.header import to_bytes
 from converter.licences import papers
 from converter.matrices import Matrix, matrices
-from converter.outputs.checkpoint import Written, copy_file, fetched, file_entry
+from converter.outputs.checkpoint import Finished, Written, copy_file, fetched, file_entry
 from converter.plan import Plan, Target
 from converter.projector import Projector
 from converter.quantization import dequantize
@@ -49,7 +49,7 @@ class Adapter:
     """This output, as ``outputs.registry`` has it."""
 
     implied: Mapping[str, str] = {"bias": "keep"}
-    unused: tuple[str, ...] = ("rounding", "workers")
+    unused: tuple[str, ...] = ("rounding", "workers", "stream_to_hub")
 
     def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
         """A LoRA adds to the weight of one Linear or Conv1D, and to nothing else."""
@@ -89,6 +89,7 @@ class Adapter:
         engine: Engine,
         report: Report,
         keep_source: bool = True,
+        finished: Finished | None = None,
     ) -> Written:
         """Write the adapter and its config, as peft does."""
         order = sorted(targets, key=lambda target: (target.shard, target.info.start))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +23,12 @@ from converter.plan import Plan, Target
 from converter.report import Report
 from converter.shards import ShardRecord, rewrite
 from converter.source import Source
+
+Finished = Callable[[str, ShardRecord, Sequence[EditRecord]], None]
+"""What is done with a shard once it is written: its name, its digests, what was edited in it."""
+
+AT_A_TIME = 2
+"""Shards that are there at most, if something is done with each that is finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ def write_checkpoint(
     engine: Engine,
     report: Report,
     keep_source: bool = True,
+    finished: Finished | None = None,
 ) -> Written:
     """Rewrite the shards, some at a time, then copy the small files, index and config last.
 
@@ -63,6 +70,8 @@ def write_checkpoint(
         engine: how many at a time, and how.
         report: for the progress bar.
         keep_source: if not, shards fetched from the Hub are deleted once they are edited.
+        finished: called for each shard that is written, and may delete it; no more than
+            ``AT_A_TIME`` shards are then there at a time.
 
     Raises:
         CheckpointError: a shard is malformed, or a target was left unchanged.
@@ -73,10 +82,14 @@ def write_checkpoint(
     changes = changes_of(source, edit, targets, engine, records)
     rank = max((U.shape[1] for t in targets if (U := edit.basis(t)) is not None), default=0)
     shards_at_a_time = 1 if source.serial else len(source.shards)
+    if finished is not None:
+        shards_at_a_time = min(shards_at_a_time, AT_A_TIME)
     workers = engine.workers_for(shards_at_a_time, targets, rank)
     with report.bar("edit", plan.nbytes, "B") as bar:
         users = users_of(source, targets)
         job = Rewriting(source, changes, users, folder, engine, bar, keep_source)
+        if finished is not None:
+            job.then(lambda shard, record: finished(shard, record, _of(records, shard)))
         shards = job.run(workers)
     if len(records) != len(targets):
         raise CheckpointError(
@@ -98,6 +111,11 @@ def write_checkpoint(
     copies["config.json"] = copy_file(source.folder / "config.json", folder / "config.json")
     records.sort(key=lambda record: (record.layer, record.name))
     return Written(shards, copies, made, tuple(records))
+
+
+def _of(records: list[EditRecord], shard: str) -> list[EditRecord]:
+    """What was edited in a shard."""
+    return [record for record in list(records) if record.shard == shard]
 
 
 class Checkpoint:
@@ -141,6 +159,11 @@ class Rewriting:
         self.engine, self.bar, self.keep_source = engine, bar, keep_source
         self.waiting = {shard: set(users[shard]) for shard in users}
         self.lock, self.stop = Lock(), Event()
+        self.after: Callable[[str, ShardRecord], None] = lambda shard, record: None
+
+    def then(self, after: Callable[[str, ShardRecord], None]) -> None:
+        """Call ``after`` for each shard once it is written, in the thread that wrote it."""
+        self.after = after
 
     def run(self, workers: int) -> dict[str, ShardRecord]:
         """Rewrite all shards; if one fails, the others stop soon and its error is raised."""
@@ -175,6 +198,7 @@ class Rewriting:
                     file, self.folder / shard, self.changes[shard], self._advance,
                     digests=engine.digests, direct=engine.direct, clone=engine.clone,
                 )  # fmt: skip
+            self.after(shard, record)
             self.let_go(shard)
         except BaseException:
             self.stop.set()

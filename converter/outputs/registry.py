@@ -7,7 +7,7 @@ from typing import Protocol
 from converter.edit import Edit
 from converter.engine import Engine
 from converter.outputs.adapter import Adapter
-from converter.outputs.checkpoint import Checkpoint, Written
+from converter.outputs.checkpoint import Checkpoint, Finished, Written
 from converter.plan import Plan, Target
 from converter.report import Report
 from converter.source import Source
@@ -50,6 +50,7 @@ class Output(Protocol):
         engine: Engine,
         report: Report,
         keep_source: bool = True,
+        finished: Finished | None = None,
     ) -> Written:
         """Write all but the card, the subspace and the manifest.
 
@@ -62,6 +63,7 @@ class Output(Protocol):
             engine: how it is computed.
             report: for the progress bar, and for warnings.
             keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
+            finished: called with each shard that was written.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.

@@ -1,0 +1,487 @@
+"""Publishing to a Hub: the real client against a loopback server that is written to."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import Result
+from huggingface_hub import constants, snapshot_download
+
+from converter.header import TensorInfo
+from converter.push import Files, published_files
+from converter.redact import redacted
+from converter.refusals import explain
+from converter.subspace import SUBSPACE_FILE
+from converter.verify import infos_of
+from tests.conftest import TINY_ARGS
+from tests.hub_repos import READER, TOKEN, Account, Request
+from tests.hub_server import HubServer
+from tests.hub_uploads import Fault, Uploads
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+REPO = "someone/tiny-detox"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""What the client's HTTP library says of the client."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, checkpoints: Checkpoints) -> Iterator[HubServer]:
+    models = {"base/tiny": checkpoints("llama")}
+    with HubServer(models, uploads=Uploads(tmp_path / "hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def uploads(hub: HubServer) -> Uploads:
+    assert hub.uploads is not None
+    return hub.uploads
+
+
+@pytest.fixture(autouse=True)
+def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of this process, which has read its environment, talks to the server."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+def start(hub: HubServer, tmp_path: Path, *args: object, **more: str) -> subprocess.Popen[str]:
+    """The program, in a process of its own."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN,
+        "HF_HUB_OFFLINE": "0", **more,
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "converter", *map(str, args)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    }
+
+
+def convert_args(checkpoints: Checkpoints, out: Path) -> list[object]:
+    return ["convert", checkpoints("llama"), out, "--num-pairs", 32, *TINY_ARGS]
+
+
+def test_a_conversion_is_published_downloaded_and_verified(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    uploads.chunk = 50_000  # most shards are sent in parts
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--push-to-hub", REPO, "--json")
+    assert result.exit_code == 0, result.stderr
+    published = json.loads(result.stdout)["published"]
+    repo = uploads.repos[REPO]
+    assert repo.private
+    assert published["commit"] == repo.refs["main"]
+    assert published["url"].endswith(f"{REPO}/commit/{published['commit']}")
+    assert len(repo.commits) == 2  # the empty one that a repo begins with, and ours
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+    assert not any(TOKEN.encode() in content for content in files_of(tmp_path / "out").values())
+    verified = cli("verify", tmp_path / "copy")
+    assert verified.exit_code == 0, verified.stderr
+    # the same again changes nothing, and uploads nothing
+    sent = len(uploads.sent)
+    again = cli(*args, "--push-to-hub", REPO)
+    assert again.exit_code == 0, again.stderr
+    assert "is the result of this run already" in again.stderr
+    assert f"{REPO} exists and is private, which it stays" in again.stderr
+    assert (len(uploads.sent), len(repo.commits)) == (sent, 2)
+    # without --push-to-hub, or of another run, it is in the way
+    for other in ((), ("--seed", 1, "--push-to-hub", REPO)):
+        refused = cli(*args, *other)
+        assert refused.exit_code == 7
+        assert "is not empty" in refused.stderr
+
+
+def test_killed_in_the_middle_of_an_upload_and_run_again(
+    cli: Cli,
+    checkpoints: Checkpoints,
+    hub: HubServer,
+    uploads: Uploads,
+    shared_cache: Path,
+    tmp_path: Path,
+) -> None:
+    args = convert_args(checkpoints, tmp_path / "out")
+    uploads.faults = [Fault("PUT /objects/", -1, times=1)]
+    cache = {"GLOSS_CACHE_DIR": str(shared_cache)}
+    process = start(hub, tmp_path, *args, "--push-to-hub", REPO, **cache)
+    assert uploads.stuck.wait(60), process.communicate()
+    deadline = time.monotonic() + 10
+    while len(uploads.sent) < 2 and time.monotonic() < deadline:  # others arrive beside it
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    repo = uploads.repos[REPO]
+    assert list(repo.commits.values()) == [{}]
+    before = list(uploads.sent)
+    assert len(before) >= 2
+    result = cli(*args, "--push-to-hub", REPO)
+    assert result.exit_code == 0, result.stderr
+    assert "is the result of this run already" in result.stderr
+    assert len(repo.commits) == 2
+    assert len(uploads.sent) == len(set(uploads.sent))  # nothing was sent twice
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+
+
+def test_xet_brings_back_the_same_bytes(
+    converted: tuple[Path, Path], hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    uploads.xet = tmp_path / "xet"
+    uploads.xet.mkdir()
+    on = {"HF_HUB_DISABLE_XET": "0"}
+    process = start(hub, tmp_path, "push", converted[1], REPO, "--json", **on)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["commit"] == uploads.repos[REPO].refs["main"]
+    assert not [line for line in hub.log if "info/lfs" in line or line.startswith("PUT")]
+    download = f"snapshot_download('{REPO}', local_dir='{tmp_path}/copy')"
+    script = f"from huggingface_hub import snapshot_download; {download}"
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf2"), **on}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    assert files_of(tmp_path / "copy") == files_of(converted[1])
+
+
+class Sampler(threading.Thread):
+    """Looks, as often as it can, how many shards there are, and how large they are together."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.count, self.nbytes = folder, 0, 0
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            self.look()
+            time.sleep(0.001)
+
+    def look(self) -> None:
+        sizes = []
+        for path in self.folder.glob(".out.part-*/new/model*.safetensors"):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:
+                continue
+        self.count, self.nbytes = max(self.count, len(sizes)), max(self.nbytes, sum(sizes))
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_shards_are_streamed_and_no_more_than_two_are_on_disk(
+    copied: bool,
+    cli: Cli,
+    checkpoints: Checkpoints,
+    hub: HubServer,
+    uploads: Uploads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not copied:
+        uploads.faults = [Fault("lfs-files/duplicate", 403, body={"error": "another region"})]
+    sampler = Sampler(tmp_path)
+    answer = uploads.answer
+
+    def look_and_answer(request: Request, path: str) -> object:
+        sampler.look()
+        return answer(request, path)
+
+    monkeypatch.setattr(uploads, "answer", look_and_answer)
+    args = ("--num-pairs", 32, *TINY_ARGS)
+    sampler.start()
+    result = cli(
+        "convert", "base/tiny", tmp_path / "out", *args, "--workers", 4,
+        "--push-to-hub", REPO, "--stream-to-hub",
+    )  # fmt: skip
+    sampler.done.set()
+    assert result.exit_code == 0, result.stderr
+    shards = list(checkpoints("llama").glob("model-*.safetensors"))
+    assert len(shards) > 4
+    assert 1 <= sampler.count <= 2
+    largest = sorted(path.stat().st_size for path in shards)[-2:]
+    total = sum(path.stat().st_size for path in shards)
+    print(f"most at a time: {sampler.count} shards, {sampler.nbytes} of {total} bytes")
+    assert sampler.nbytes <= sum(largest)
+    assert not list((tmp_path / "out").glob("model*.safetensors"))
+    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *args)
+    assert plain.exit_code == 0, plain.stderr
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    for shard in shards:
+        ours, theirs = tmp_path / "plain" / shard.name, tmp_path / "copy" / shard.name
+        assert ours.read_bytes() == theirs.read_bytes()
+    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
+    assert verified.exit_code == 0, verified.stderr
+    assert len(uploads.repos[REPO].commits) == 2
+    same = [s.name for s in shards if s.read_bytes() == (tmp_path / "copy" / s.name).read_bytes()]
+    assert same  # shards without a target
+    assert ("does not copy untouched shards" in result.stderr) != copied
+    repo = uploads.repos[REPO]
+    large = sum(entry.large for entry in repo.commits[repo.refs["main"]].values())
+    assert len(uploads.sent) == large - (len(same) if copied else 0)
+
+
+@pytest.mark.parametrize("fault", [Fault("PUT /objects/", 0), Fault("/commit/", 500)])
+def test_a_stream_that_fails_leaves_nothing(
+    fault: Fault, cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    uploads.faults = [fault]
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
+    assert result.exit_code == 10, result.stderr
+    assert list(uploads.repos[REPO].commits.values()) == [{}]
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out.part-*"))
+
+
+def test_branches_pull_requests_and_what_an_earlier_model_left(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
+) -> None:
+    out = converted[1]
+    assert cli("push", out, REPO, "--public", "--branch", "try").exit_code == 0
+    repo = uploads.repos[REPO]
+    assert not repo.private
+    assert set(repo.refs) == {"main", "try"}
+    assert not repo.commits[repo.refs["main"]]
+    result = cli("push", out, REPO, "--private", "--create-pr", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["pull_request"].endswith("/discussions/1")
+    assert not repo.private
+    assert not repo.commits[repo.refs["main"]]
+    ours = repo.commits[repo.refs["refs/pr/1"]]
+    assert set(ours) == set(files_of(out))
+    # weights of another model in the same place go away in the same commit, a picture stays
+    entry = ours["README.md"]
+    old = ("model-00001-of-00009.safetensors", "picture.png", "x/a.safetensors", ".gitattributes")
+    repo.add("main", dict.fromkeys(old, entry))
+    result = cli("push", out, REPO)
+    assert result.exit_code == 0, result.stderr
+    assert "deleted by this commit, of an earlier model: model-00001-of-00009.saf" in result.stderr
+    left = {"picture.png", "x/a.safetensors", ".gitattributes"}
+    assert set(repo.commits[repo.refs["main"]]) == set(files_of(out)) | left
+    both = cli("push", out, REPO, "--create-pr", "--branch", "x")
+    assert both.exit_code == 2
+    assert "--create-pr: expected no --branch" in both.stderr
+
+
+def test_only_a_whole_checkpoint_is_published(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, tmp_path: Path
+) -> None:
+    shutil.copytree(converted[1], tmp_path / "out")
+    (tmp_path / "out/config.json").write_text("{}")
+    result = cli("push", tmp_path / "out", REPO)
+    assert result.exit_code == 8
+    assert "out is not published, for it is not whole: found config.json" in result.stderr
+    assert not uploads.repos
+    ignored = cli("convert", "demo", tmp_path / "x", "--create-pr")
+    assert ignored.exit_code == 2
+    assert "--create-pr has no effect without --push-to-hub REPO" in ignored.stderr
+
+
+def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads.ignored = {"LICENSE"}
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    says = f"of {REPO} does not hold what was uploaded: found other content, or none, of LICENSE;"
+    assert says in result.stderr
+    uploads.ignored = set()
+
+    def other(folder: Path, manifest: dict[str, Any]) -> Files:
+        files = dict(published_files(folder, manifest))
+        return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
+
+    monkeypatch.setattr("converter.push.published_files", other)
+    result = cli("push", converted[1], "someone/other")
+    assert result.exit_code == 10
+    assert f"{SUBSPACE_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
+    repo = uploads.repos["someone/other"]
+    assert list(repo.commits.values()) == [{}]
+
+
+def test_a_shard_that_was_written_badly_is_not_uploaded(
+    cli: Cli,
+    checkpoints: Checkpoints,
+    uploads: Uploads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each shard is read again before it goes, as gloss verify would."""
+
+    def damaged(folder: Path, shards: list[str]) -> Mapping[str, TensorInfo]:
+        infos = infos_of(folder, shards)
+        if edited := infos.get("model.layers.3.mlp.down_proj.weight"):
+            with (folder / shards[0]).open("r+b") as file:
+                file.seek(edited.start)
+                file.write(b"\x01\x02\x03\x40")
+        return infos
+
+    monkeypatch.setattr("converter.stream.infos_of", damaged)
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
+    assert result.exit_code == 8
+    assert "has another sha256 than recorded" in result.stderr
+    assert list(uploads.repos[REPO].commits.values()) == [{}]
+    assert not list(tmp_path.glob("*out*"))
+
+
+LIMIT = {"error": "Private repository storage limit reached, upgrade your plan"}
+NO_BRANCH = {"X-Error-Code": "RevisionNotFound"}
+FAILURES = {
+    "no token": ("", [], REPO, 10, "there is no token of the Hugging Face Hub; log in with"),
+    "bad token": ("hf_" + "b" * 34, [], REPO, 10, "the Hub does not accept the token; log in"),
+    "read-only token": (READER, [], REPO, 10, "the token ci is read-only: expected one with write"),
+    "no repo name": (TOKEN, [], "a/b/c", 2, "expected a repo id such as owner/name, found a/b/c"),
+    "somebody else's": (TOKEN, [], "other/x", 10, "someone may not write to other/x: expected a"),
+    "only a reader": (TOKEN, [], "readers/x", 10, "someone may only read what readers has; ask"),
+    "403": (TOKEN, [Fault("repos/create", 403, body={"error": "no"})], REPO, 10,
+            f"the token may not write to {REPO}: found no; use a token"),
+    "no room": (TOKEN, [Fault("/commit/", 403, body=LIMIT)], REPO, 10,
+                f"{REPO}: the Hub has no room for this: found Private repository storage"),
+    "too large": (TOKEN, [Fault("PUT /objects/", 413)], REPO, 10,
+                  "the Hub has no room for this: found Request Entity Too Large; free storage"),
+    "rate limit": (TOKEN, [Fault("/preupload/", 429, headers={"Retry-After": "0"})], REPO, 10,
+                   f"{REPO}: too many requests for the Hub's rate limit: found 429 again and"),
+    "500": (TOKEN, [Fault("/commit/", 503, body={"error": "busy"})], REPO, 10,
+            f"{REPO}: the Hub failed: found 503 busy; later, run the same command again"),
+    "storage fails": (TOKEN, [Fault("PUT /objects/", 500)], REPO, 10, "the Hub failed: found 500"),
+    "broken connection": (TOKEN, [Fault("PUT /objects/", 0)], REPO, 10,
+                          "the Hub cannot be reached, or the connection broke"),
+    "lost branch": (TOKEN, [Fault("/preupload/", 404, headers=NO_BRANCH)], REPO, 10,
+                    f"{REPO} has no such branch; check --branch"),
+}  # fmt: skip
+"""What goes wrong -> token, faults of the server, repo, exit code, and a part of the sentence."""
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_what_goes_wrong_is_one_sentence(
+    what: str,
+    cli: Cli,
+    converted: tuple[Path, Path],
+    uploads: Uploads,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token, uploads.faults, repo, code, says = FAILURES[what]
+    uploads.faults = [Fault(**vars(fault)) for fault in uploads.faults]
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = cli("push", converted[1], repo)
+    last = result.stderr.splitlines()[-1]
+    print(f"| {what} | {code} | {last} |")
+    assert (result.exit_code, says in last) == (code, True), result.output
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.output
+    assert "hf_w" not in result.output
+    assert not any(repo.commits[repo.refs["main"]] for repo in uploads.repos.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("Network error: Request error: HTTP status client error (403 Forbidden)"),
+         "the token may not write to a/b"),
+        (RuntimeError("HTTP status server error (502 Bad Gateway)"), "a/b: the Hub failed"),
+        (RuntimeError("Failed to upload xorb"), "a/b: the upload to the Hub's storage failed"),
+        (TimeoutError("timed out"), "a/b: the Hub cannot be reached, or the connection broke"),
+        (ValueError("LFS batch API returned errors: quota exceeded"), "a/b: the Hub has no room"),
+        (ValueError("Invalid metadata in README.md."), "a/b: the Hub refuses the upload"),
+        (KeyError("x"), ""),
+    ],
+)  # fmt: skip
+def test_what_xet_and_the_client_say(error: Exception, says: str) -> None:
+    """As seen of hf_xet 1.8; an error that is none of the client's stays a bug."""
+    explained = explain("a/b", error)
+    assert str(explained).startswith(says) if says else explained is None
+
+
+def test_what_passes_by_itself_is_waited_for(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
+) -> None:
+    uploads.faults = [
+        Fault("/preupload/", 429, times=2, headers={"Retry-After": "0"}),
+        Fault("PUT /objects/", 500, times=2),
+        Fault("PUT /objects/", 0, times=1),
+    ]
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 0, result.stderr
+    assert all(fault.times == 0 for fault in uploads.faults)
+
+
+def test_a_dead_server_and_offline_mode(
+    cli: Cli, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    assert f"{REPO}: the Hub cannot be reached, or the connection broke" in result.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    assert "HF_HUB_OFFLINE is set, so nothing can be published; unset it" in result.stderr
+
+
+def test_the_right_to_write_is_asked_for_before_anything_else(
+    cli: Cli, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the source is looked at: there is none."""
+    monkeypatch.setenv("HF_TOKEN", READER)
+    result = cli("convert", "base/nothing", tmp_path / "out", "--push-to-hub", REPO)
+    assert result.exit_code == 10
+    assert [line.split()[1] for line in hub.log] == ["/api/whoami-v2"]
+
+
+def test_a_fine_grained_token_must_cover_the_repo(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
+) -> None:
+    account = uploads.accounts[TOKEN] = Account("someone", "fineGrained", scoped=[])
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    says = f"the token ci may not write to {REPO}: expected the permission repo.write"
+    assert says in result.stderr
+    own = {"entity": {"type": "user", "name": "someone"}, "permissions": ["repo.write"]}
+    account.scoped = [own]
+    assert cli("push", converted[1], "tiny-detox").exit_code == 0
+    assert list(uploads.repos) == [REPO]
+
+
+def test_no_token_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "an-old-key-of-mine")
+    said = redacted(
+        f"an-old-key-of-mine, {TOKEN}; Authorization: Bearer abc.def, https://me:pw@hub.co/x, "
+        "https://s3.co/a/b?X-Amz-Signature=abc&x=1 hf_jwt_eyJ.abc-_d and hf_transfer"
+    )
+    assert said == (
+        "***, hf_***; Authorization: Bearer ***, https://***@hub.co/x, "
+        "https://s3.co/a/b hf_*** and hf_transfer"
+    )
+
+
+def test_a_token_in_the_place_of_a_repo_is_not_repeated(
+    cli: Cli, converted: tuple[Path, Path]
+) -> None:
+    for repo in (f"https://me:{TOKEN}@huggingface.co/a/b", f"{TOKEN}/x/y", TOKEN):
+        result = cli("push", converted[1], repo)
+        assert result.exit_code == 2
+        assert "w" * 10 not in result.output
