@@ -496,3 +496,15 @@ def test_a_commit_is_named_wherever_it_is_needed(
     text = write(converted[0], manifest).text
     assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
     assert "--source someone/tiny@c0ffee" in text
+
+
+def test_a_random_subspace_is_called_a_control(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    for candidate in manifest["subspace"]["candidates"]:
+        candidate["kind"] = "random"
+    manifest["method"] |= {"name": "random", "title": "random subspace, a control"}
+    text = write(converted[0], manifest).text
+    assert "with a random subspace taken out: **a control**" in text
+    assert "write toxicity" not in text
+    assert "less probable." not in text.partition("## How to use it")[0]
