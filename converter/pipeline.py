@@ -111,8 +111,8 @@ def convert(
         write_records(run, source, written, folder, manifest, report)
         with report.stage("verify", "verifying what was written"):
             gone = stream.gone if stream else ()
-            problems = verify(folder, None, report, run.trust_remote_code, gone)
-            if problems:
+            trust = run.trust_remote_code
+            if problems := verify(folder, report=report, trust_remote_code=trust, gone=gone):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
         if stream:
             stream.commit(folder, manifest)
