@@ -157,7 +157,8 @@ def load_texts(run: Run, report: Report) -> tuple[Pairs, Prose, WordList]:
 def check_whole(run: Run, folder: Path, report: Report, gone: Collection[str] = ()) -> None:
     """Verify what was written, except shards that are gone. Raises VerificationError."""
     with report.stage("verify", "verifying what was written"):
-        if problems := verify(folder, None, report, run.trust_remote_code, gone):
+        trust = run.trust_remote_code
+        if problems := verify(folder, report=report, trust_remote_code=trust, gone=gone):
             raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 
