@@ -113,7 +113,8 @@ def convert_command(
         from converter.forward import choose_device
         from converter.gates import Gates
         from converter.memory import parse_size
-        from converter.pipeline import convert, describe_plan, no_pictures
+        from converter.pipeline import convert, no_pictures
+        from converter.preview import describe_plan
         from converter.signing import load_signer
         from converter.summary import plan_text, result_of, result_text
 
@@ -191,7 +192,7 @@ def plan_command(
     with plain_exit(as_json):
         from converter.cache import default_cache
         from converter.memory import parse_size
-        from converter.pipeline import describe_plan
+        from converter.preview import describe_plan
         from converter.summary import plan_text
 
         quiet_libraries()

@@ -1,7 +1,7 @@
 """The whole job, in the order in which it happens."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,12 @@ from converter.card import make_card, title_of
 from converter.engine import Engine
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit
-from converter.forward import choose_device, choose_dtype
+from converter.forward import choose_device
 from converter.gates import Gates
 from converter.hub import check_repo_id
 from converter.licences import terms_of, write_notice
 from converter.manifest import file_list, make_manifest, measurements, seal, write_manifest
 from converter.methods import Method, configure
-from converter.mode import choose_forward, needed_weights
-from converter.models import stored_dtype
 from converter.outputs import check_destination, staged
 from converter.outputs.checkpoint import Written, file_entry
 from converter.outputs.registry import OUTPUTS
@@ -26,7 +24,6 @@ from converter.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.plan import Plan, make_plan
 from converter.report import Report
 from converter.resolve import resolve
-from converter.rows import is_dataset
 from converter.run import Run
 from converter.signing import Signer
 from converter.source import Source
@@ -275,63 +272,3 @@ def check_unchanged(
                 found=f"{digest[:16]}...",
                 hint="it changed during the run, or --activations is of another model",
             )
-
-
-def describe_plan(
-    run: Run,
-    cache: Path,
-    report: Report,
-    destination: Path | None = None,
-    overwrite: bool = False,
-    workers: int = 0,
-    memory_limit: int | None = None,
-) -> dict[str, Any]:
-    """What a conversion would do, from the headers alone. Nothing is written.
-
-    The destination and local files of pairs, prose and words are looked at too.
-
-    Raises:
-        ConverterError: as ``convert`` would, as far as it can be known.
-    """
-    source, plan, method = prepare(run, cache, report)
-    words, _ = load_words(run.word_list), load_prose(run.neutral)
-    if run.pairs == "builtin" or not is_dataset(run.pairs):
-        load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
-    rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
-    nbytes = output.nbytes(plan, targets, rank)
-    if destination is not None:
-        check_destination(destination, overwrite, inputs_of(run, source), nbytes)
-    device = choose_device(run.device)
-    dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
-    forward = choose_forward(
-        run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
-    )
-    return {
-        "source": source.name,
-        "commit": source.repo.commit if source.repo else None,
-        "architecture": plan.architecture.title,
-        "dimensions": asdict(plan.dimensions),
-        "method": {"name": run.method, "options": asdict(method)},  # type: ignore[call-overload]
-        "shards": {
-            name: {
-                "bytes": header.size,
-                "tensors": len(header.tensors),
-                "edited": sum(target.shard == name for target in targets),
-            }
-            for name, header in plan.headers.items()
-        },
-        "edited_layers": list(method.edit_layers),
-        "edited_tensors": [target.info.name for target in targets],
-        "bytes_to_read": plan.nbytes,
-        "output": run.output,
-        "bytes_to_write": nbytes,
-        "originals": [path.name for path in source.originals],
-        "copied_files": output.companions(source),
-        "device": device,
-        "forward": forward.record(),
-        "expected_peak_bytes": {
-            "forward": needed_weights(plan, dtype, forward.mode),
-            "edit": engine.expected_memory(output.at_a_time(source), targets, rank),
-        },
-    }
