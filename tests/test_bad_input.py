@@ -392,7 +392,7 @@ def test_errors_are_json_too(cli: Cli, tmp_path: Path) -> None:
 
 def test_every_error_class_has_its_own_exit_code() -> None:
     codes = [kind.exit_code for kind in ConverterError.__subclasses__()]
-    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize(
