@@ -105,6 +105,8 @@ def load(path: Path) -> tuple[Any, Any]:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
+            tokenizer.init_kwargs["local_files_only"] = False
     except ImportError as error:
         raise SourceError(
             f"{path.name} needs packages that are not installed",
