@@ -90,7 +90,9 @@ def evaluation_options(command: Command) -> Command:
 )  # fmt: skip
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Of each.")
 @click.option("--ranks", default="", help="Of controls, such as 1,2,4.  [default: one is chosen]")
-@click.option("--output", type=click.Path(path_type=Path), help="A file for the results as JSON.")
+@click.option(
+    "--results", "output", type=click.Path(path_type=Path), help="A file for the results as JSON."
+)
 @click.option("--plots", type=click.Path(file_okay=False, path_type=Path), help="A folder.")
 def evaluate_command(
     source: str,
@@ -135,7 +137,7 @@ def evaluate_command(
                 "--activations is of one draw of the pairs; gloss evaluate takes its own"
             )
         if output is not None and not output.parent.is_dir():
-            raise DestinationError(f"the folder of --output {output} does not exist")
+            raise DestinationError(f"the folder of --results {output} does not exist")
         cache, report = cache_dir or default_cache(), Report(quiet)
         device = choose_device(run.device)
         settings = read_settings(asked, device, run.seed, cache)

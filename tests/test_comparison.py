@@ -61,7 +61,7 @@ def test_controls_stand_beside_the_edit(
         *texts,
         "--json",
     )
-    found = cli("evaluate", out, *args, "--output", tmp_path / "results.json", "--seeds", 2)
+    found = cli("evaluate", out, *args, "--results", tmp_path / "results.json", "--seeds", 2)
     assert found.exit_code == 0, found.stderr
     results = json.loads(found.stdout)
     assert results == json.loads((tmp_path / "results.json").read_text())
@@ -178,7 +178,7 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--control", "magic"), 2, "--control: expected gloss, profs, random, found magic"),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
-        (("--output", tmp_path / "no/such.json"), 7, "the folder of --output"),
+        (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
         (("--ranks", "x"), 2, "--ranks: expected numbers such as 1,2,4, found x"),
         (("--scorer", "magic"), 2, "--scorer"),
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),
