@@ -61,11 +61,13 @@ def test_a_wrong_value_and_a_misspelt_variable_are_named(
     assert "the environment variable GLOSS_BATCH_SIZE" in result.stderr
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "")  # as unset
     monkeypatch.setenv("GLOSS_MAX_LEAKAG", "0.1")
+    monkeypatch.setenv("GLOSS_SIGN_PASSWORD", "secret")  # not an option, and not a mistake
     monkeypatch.setenv("GLOSS_MAX_LEAKAGE", "0.1")  # of another command
     result = cli("plan", checkpoints("llama"))
     assert result.exit_code == 0
     assert "warning: GLOSS_MAX_LEAKAG is not the variable of any option" in result.stderr
     assert "GLOSS_MAX_LEAKAGE " not in result.stderr
+    assert "PASSWORD" not in result.stderr
 
 
 def test_trusted_publishing_outside_a_job_is_one_sentence(

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from huggingface_hub import constants, snapshot_download
 
 from converter.header import TensorInfo
@@ -464,6 +466,49 @@ def test_a_fine_grained_token_must_cover_the_repo(
     account.scoped = [own]
     assert cli("push", converted[1], "tiny-detox").exit_code == 0
     assert list(uploads.repos) == [REPO]
+
+
+def test_what_cannot_be_streamed_is_refused_first(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--stream-to-hub"]
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    (tmp_path / "key.pem").write_bytes(key)
+    for more, says in (
+        (("--sign", tmp_path / "key.pem"), "--sign: expected a folder that is whole"),
+        (("--output", "adapter"), "--stream-to-hub has no effect with --output adapter"),
+    ):
+        result = cli(*args, *more)
+        assert result.exit_code == 2, result.stderr
+        assert says in result.stderr
+    assert not uploads.repos
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_published_and_a_run_with_other_gates_is_another_run(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = [*convert_args(checkpoints, tmp_path / "out"), "--output", "adapter"]
+    args += ["--push-to-hub", REPO, "--max-leakage", "0.5"]
+    assert cli(*args).exit_code == 0
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+    assert "is the result of this run already" in cli(*args).stderr
+    other = cli(*args[:-1], "0.4")
+    assert other.exit_code == 7, other.stderr  # it is not that of this run, so it is in the way
+
+
+def test_the_name_that_a_licence_asks_for_is_said(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("llama"), source)
+    (source / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    args = ["convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
+    assert "begin with 'Llama'" in cli(*args, "--push-to-hub", REPO).stderr
+    assert "begin with" not in cli(*args, "--push-to-hub", "someone/Llama-detox").stderr
 
 
 def test_no_token_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:

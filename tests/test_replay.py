@@ -70,6 +70,17 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
     assert "byte for byte as recorded, verified" in text
 
 
+def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
+    source, args = converted[0], ("--num-pairs", 32, *TINY_ARGS, "--base-model", "someone/tiny")
+    result = cli("convert", source, tmp_path / "out", "--output", "adapter", *args)
+    assert result.exit_code == 0, result.stderr
+    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
+    assert result.exit_code == 0, result.stderr
+    for name in ("adapter_model.safetensors", "adapter_config.json", SUBSPACE_FILE):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
 def test_other_layouts_replay(
     kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
