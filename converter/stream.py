@@ -23,7 +23,7 @@ from converter.report import Report
 from converter.shards import ShardRecord
 from converter.source import Source
 from converter.subspace import Subspace
-from converter.verify import check_edit, infos_of
+from converter.verify_tensors import check_edit, infos_of
 
 SMALL = 200_000_000
 """Bytes of room for everything but shards."""

@@ -1,38 +1,22 @@
 """Is an output what its manifest says? Every byte, every edit, and whether it loads."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from io import RawIOBase
-from math import isclose, sqrt
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from converter.activations import cache_key
 from converter.cache import sha256_of
 from converter.errors import ConverterError, VerificationError
-from converter.header import TensorInfo, header_of, read_exactly, read_header
+from converter.header import read_header
 from converter.layout import CARD, INDEX, SIGNATURE, read_index, read_json
 from converter.manifest import MANIFEST, SUMS, hash_line, read_manifest, sums_text
 from converter.plan import make_plan
-from converter.recorded import check_bases, check_source_files, edited_layers, recorded_bases
+from converter.recorded import edited_layers
 from converter.report import Report
-from converter.rounding import Stored, is_projection, left_along, rounding_bound
 from converter.shards import find_damage
 from converter.source import Source
-from converter.subspace import load_bases
 from converter.verify_adapter import check_adapter
-from converter.writer import BUFFER
-
-LEFT = 0.05
-"""Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
-rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
-"""
-
-NOISE = {"F8_E4M3": 0.03}
-"""Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
-sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
+from converter.verify_tensors import check_edits, check_source
 
 
 def verify(
@@ -88,9 +72,9 @@ def _check_checkpoint(
     yield from structure
     yield from _check_loading(folder, trust_remote_code)
     if not structure:
-        yield from _check_edits(folder, manifest, damaged, report)
+        yield from check_edits(folder, manifest, damaged, report)
         if source:
-            yield from _check_source(folder, manifest, damaged, source, report)
+            yield from check_source(folder, manifest, damaged, source, report)
 
 
 CHECKS = {"adapter": check_adapter, "checkpoint": _check_checkpoint}
@@ -185,81 +169,6 @@ def _check_structure(
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
 
 
-def _check_edits(
-    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str], report: Report
-) -> Iterator[str]:
-    """Edited tensors: their digests, and what is left of them along their bases."""
-    name = manifest["subspace"]["file"]
-    if name in damaged:
-        return
-    bases = recorded_bases(folder, manifest)
-    yield from check_bases(name, bases)
-    entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
-    infos = infos_of(folder, {shard for entry in entries for shard in _shards_of(entry)})
-    with report.bar("check edits", len(entries), "tensor") as bar:
-        for entry in entries:
-            basis, rounding = bases[entry["basis"]], manifest["run"]["rounding"]
-            yield from check_edit(folder, entry, basis, infos, rounding)
-            bar.update()
-
-
-def check_edit(
-    folder: Path,
-    entry: Mapping[str, Any],
-    basis: Tensor,
-    infos: Mapping[str, TensorInfo],
-    rounding: str,
-) -> Iterator[str]:
-    """An edited tensor: its digest, and what is left of it along its basis.
-
-    Args:
-        folder: with its shard.
-        entry: of the manifest's ``edited``.
-        basis: U (D, R).
-        infos: of ``infos_of``.
-        rounding: of the run.
-    """
-    name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
-    with Stored(_opener(folder), entry, infos) as stored:
-        left, units = left_along(stored, basis)
-    bound = _allowed(entry, stored.dtype, units, basis, rounding)
-    if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
-        yield f"{shard}: tensor {name} has another sha256 than recorded"
-    if not left <= bound:
-        yield (
-            f"{shard}: tensor {name} is not orthogonal to "
-            f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
-        )
-
-
-def _allowed(
-    entry: Mapping[str, Any], dtype: torch.dtype, units: float, basis: Tensor, rounding: str
-) -> float:
-    """The largest ||U^T W'|| that rounding explains."""
-    if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
-        return rounding_bound(units, len(basis), entry["norm"])
-    noise = NOISE.get(entry["dtype"], torch.finfo(dtype).eps / 2)
-    noise *= sqrt(basis.shape[1] / basis.shape[0])
-    return max(LEFT * sqrt(entry["energy_removed"]), noise) * float(entry["norm"])
-
-
-def _shards_of(entry: Mapping[str, Any]) -> set[str]:
-    """The files that an edited tensor and its scales are in."""
-    fp8 = entry["requantized"]
-    return {entry["shard"]} | ({fp8["shard"]} if fp8 else set())
-
-
-def infos_of(folder: Path, shards: Iterable[str]) -> dict[str, TensorInfo]:
-    """Tensor name -> entry, of some shards; each header is read once."""
-    return {
-        name: info for shard in shards for name, info in read_header(folder / shard).tensors.items()
-    }
-
-
-def _opener(folder: Path) -> Callable[[str], RawIOBase]:
-    return lambda shard: (folder / shard).open("rb", buffering=0)
-
-
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     """Config and tokenizer load in transformers, without code of the folder unless trusted."""
     from transformers import AutoConfig, AutoTokenizer
@@ -270,69 +179,3 @@ def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
         except Exception as error:  # a third party's loader on files that may be damaged
             said = " ".join(str(error).split())[:200]
             yield f"{kind.__name__} cannot load the folder: {type(error).__name__}: {said}"
-
-
-def _check_source(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    damaged: Mapping[str, str],
-    source: Source,
-    report: Report,
-) -> Iterator[str]:
-    """Compare with the source, tensor by tensor."""
-    shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
-    if sorted(shards) != sorted(source.shards):
-        yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
-        return
-    yield from check_source_files(manifest, source)
-    name = manifest["subspace"]["file"]
-    bases = {} if name in damaged else load_bases(folder / name)
-    edited = {entry["name"]: entry for entry in manifest["edited"]}
-    fp8 = (entry["requantized"] for entry in manifest["edited"])
-    scales = {entry["scales"] for entry in fp8 if entry}
-    infos, rounding = infos_of(folder, shards), manifest["run"]["rounding"]
-    with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
-        for shard in shards:
-            with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:
-                header = header_of(theirs, shard)
-                if not _same_bytes(ours, theirs, 0, header.data_start):
-                    yield f"{shard}: the header differs from that of the source"
-                    continue
-                for info in header.tensors.values():
-                    entry = edited.get(info.name)
-                    if entry is None and info.name not in scales:
-                        if not _same_bytes(ours, theirs, info.start, info.end):
-                            yield f"{shard}: tensor {info.name} differs from that of the source"
-                    elif entry and entry["basis"] in bases:
-                        with (
-                            Stored(source.open, entry, infos) as before,
-                            Stored(_opener(folder), entry, infos) as after,
-                        ):
-                            basis, nearest = bases[entry["basis"]], rounding == "nearest"
-                            yield from _check_projection(entry, before, after, basis, nearest)
-                    bar.update(info.nbytes)
-
-
-def _check_projection(
-    entry: Mapping[str, Any], before: Stored, after: Stored, basis: Tensor, nearest: bool
-) -> Iterator[str]:
-    """An edited tensor against the one it was made from."""
-    place, fp8 = f"{entry['shard']}: tensor {entry['name']}", entry["requantized"]
-    fits, norm = is_projection(after, before, basis, nearest=nearest)
-    if before.digests != (entry["sha256_before"], fp8 and fp8["sha256_before"]):
-        yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norm, entry["norm"], rel_tol=1e-4):
-        yield f"{place} had another norm before the edit than recorded"
-    if not fits:
-        yield f"{place} is not the projection of the source's"
-
-
-def _same_bytes(ours: RawIOBase, theirs: RawIOBase, start: int, end: int) -> bool:
-    ours.seek(start)
-    theirs.seek(start)
-    while start < end:
-        count = min(BUFFER, end - start)
-        if read_exactly(ours, count, "our shard") != read_exactly(theirs, count, "the source's"):
-            return False
-        start += count
-    return True

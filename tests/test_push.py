@@ -24,7 +24,7 @@ from converter.push import Files, published_files
 from converter.redact import redacted
 from converter.refusals import explain
 from converter.subspace import SUBSPACE_FILE
-from converter.verify import infos_of
+from converter.verify_tensors import infos_of
 from tests.conftest import TINY_ARGS
 from tests.hub_repos import READER, TOKEN, Account, Request
 from tests.hub_server import HubServer
