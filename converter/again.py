@@ -6,29 +6,38 @@ from typing import Any
 
 from converter import __version__
 from converter.activations import read_inputs
+from converter.cache import remembered_digest
 from converter.errors import VerificationError
 from converter.gates import Gates
-from converter.layout import SIGNATURE
+from converter.layout import CARD, SIGNATURE, read_card
+from converter.licences import families, fitting_name, licence_name, terms_of
 from converter.manifest import MANIFEST, read_manifest, recorded
+from converter.outputs.registry import OUTPUTS
 from converter.pairs import load_pairs, load_prose
+from converter.pipeline import check_whole
+from converter.recorded import place_of, source_files
+from converter.report import Report
 from converter.resolve import resolve
 from converter.run import Run
+from converter.signing import Signer
+from converter.source import Source
 from converter.words import load_words
 
 
 def done_before(
-    run: Run, destination: Path, evaluated: bool, signed: bool, gates: Gates, cache: Path
+    run: Run, destination: Path, signed: bool, gates: Gates, pictures: Path | None, cache: Path
 ) -> dict[str, Any] | None:
     """The manifest of a checkpoint that the same run has made of the same inputs.
 
-    Manifests name files without their folders, so the content of every input is compared, too.
+    Manifests name files without their folders, so the content of every input is compared, too. A
+    run that evaluates is never taken for the same: not all that it depends on is recorded.
 
     Args:
-        run: what is asked for now.
+        run: what is asked for now, without an evaluation.
         destination: where it is asked for.
-        evaluated: whether the edit is to be measured.
-        signed: whether the folder is to be signed.
+        signed: whether it will be signed anew; else there must be no signature.
         gates: that it has to have passed.
+        pictures: a folder within it that has to hold some.
         cache: the user's cache folder.
 
     Returns:
@@ -47,15 +56,16 @@ def done_before(
     same = (
         manifest["tool"]["version"] == __version__
         and manifest["run"] == json.loads(json.dumps(recorded(run)))
-        and (manifest["evaluation"] is not None) == evaluated
-        and (destination / SIGNATURE).is_file() == signed
+        and manifest["evaluation"] is None
+        and (signed or not (destination / SIGNATURE).is_file())
+        and (not pictures or any(pictures in Path(name).parents for name in manifest["files"]))
         and {passed["gate"]: passed["limit"] for passed in manifest["gates"]} == gates.limits
         and all((destination / name).is_file() for name in manifest["files"])
     )
-    return manifest if same and _same_inputs(run, manifest, cache) else None
+    return manifest if same and _same_inputs(run, destination, manifest, cache) else None
 
 
-def _same_inputs(run: Run, manifest: dict[str, Any], cache: Path) -> bool:
+def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any], cache: Path) -> bool:
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     for name, found in (("word_list", words), ("neutral", prose), ("pairs", pairs)):
@@ -66,6 +76,30 @@ def _same_inputs(run: Run, manifest: dict[str, Any], cache: Path) -> bool:
     source, known = resolve(run.source, cache, run.subfolder), manifest["source"]
     if source.repo is not None:
         return (source.repo.repo_id, source.repo.commit) == (known["repo_id"], known["commit"])
-    files = {**known["files"], **known["originals"]}
-    digests = source.digests(cache)
-    return all(files.get(name, {}).get("sha256") == sha for name, sha in digests.items())
+    files = source_files(manifest)
+    card, terms = read_card(destination / CARD), terms_of(source, run.base_model or source.base)
+    return (
+        all(card.get(key) == value for key, value in terms.fields.items())
+        and set(OUTPUTS[run.output].companions(source)) <= files.keys()
+        and all(_sha256(source, name, cache) == sha256 for name, sha256 in files.items())
+    )
+
+
+def _sha256(source: Source, name: str, cache: Path) -> str | None:
+    path = place_of(source, name)
+    return remembered_digest(path, cache) if path.is_file() else None
+
+
+def sign_again(
+    run: Run, folder: Path, manifest: dict[str, Any], signer: Signer, report: Report
+) -> None:
+    """Sign what was done before, by the key that is given now.
+
+    Raises:
+        VerificationError: it is not whole.
+        OSError: it cannot be written.
+    """
+    check_whole(run, folder, report)
+    family = families().get(licence_name(read_card(folder / CARD)) or "")
+    name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
+    signer.sign(folder, fitting_name(family, name))

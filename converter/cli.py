@@ -108,7 +108,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct.
     """
     with plain_exit(as_json):
-        from converter.again import done_before
+        from converter.again import done_before, sign_again
         from converter.cache import default_cache
         from converter.forward import choose_device
         from converter.gates import Gates
@@ -146,10 +146,12 @@ def convert_command(
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
         before = None
-        if publishing.may_be_done and not overwrite:
-            before = done_before(run, destination, evaluate, bool(signer), gates, cache)
+        if publishing.may_be_done and not overwrite and not evaluate:
+            before = done_before(run, destination, bool(signer), gates, place or None, cache)
         if before:
             report.note(f"{destination} is the result of this run already")
+            if signer:
+                sign_again(run, destination, before, signer, report)
         manifest = before or convert(
             run,
             destination,

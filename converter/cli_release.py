@@ -8,7 +8,15 @@ import click
 
 from converter.environment import FromEnvironment
 from converter.errors import VerificationError
-from converter.options import EXIT_CODES, Command, plain_exit, print_json, quiet_libraries
+from converter.options import (
+    EXIT_CODES,
+    Command,
+    Finite,
+    plain_exit,
+    print_json,
+    quiet_libraries,
+    refuse_settings,
+)
 from converter.report import Report
 
 if TYPE_CHECKING:
@@ -20,15 +28,15 @@ def gate_options(command: Command) -> Command:
     """The options that make ``Gates``."""
     options = [
         click.option(
-            "--min-toxicity-drop", type=click.FloatRange(0, 1), metavar="FRACTION",
+            "--min-toxicity-drop", type=Finite(0, 1), metavar="FRACTION",
             help="Gate: toxic words must lose this share of their probability at least.",
         ),
         click.option(
-            "--max-leakage", type=click.FloatRange(0), metavar="SHARE",
+            "--max-leakage", type=Finite(0), metavar="SHARE",
             help="Gate: no edited tensor may keep more of what it had along the subspace.",
         ),
         click.option(
-            "--max-evaluated-perplexity-ratio", type=click.FloatRange(0), metavar="RATIO",
+            "--max-evaluated-perplexity-ratio", type=Finite(0), metavar="RATIO",
             help="Gate: perplexity on the --text of --evaluate, after over before.",
         ),
     ]  # fmt: skip
@@ -36,6 +44,9 @@ def gate_options(command: Command) -> Command:
         command = option(command)
     return command
 
+
+REFITTING = ("max_angle", "pairs", "neutral", "word_list", "activations")
+"""Parameters of a replay that only a refit looks at."""
 
 GATES = ("min_toxicity_drop", "max_leakage", "max_evaluated_perplexity_ratio")
 
@@ -61,7 +72,7 @@ def shared_options(command: Command) -> Command:
 @click.option("--source", help="Where the recorded source is, if it was a local one or is a copy.")
 @click.option("--refit", is_flag=True, help="Fit the subspace again, too, and compare it.")
 @click.option(
-    "--max-angle", default=1.0, show_default=True, type=click.FloatRange(0, 90), metavar="DEGREES",
+    "--max-angle", default=1.0, show_default=True, type=Finite(0, 90), metavar="DEGREES",
     help="Between the subspace of --refit and the recorded one.",
 )  # fmt: skip
 @click.option("--pairs", help="With --refit: where the recorded file of pairs is.")
@@ -107,6 +118,8 @@ def replay_command(
         from converter.replay import replay
 
         quiet_libraries()
+        if not refit:
+            refuse_settings(REFITTING, "without --refit", "add --refit")
         limit, report = parse_size(memory_limit), Report(quiet)
         recording = read_recording(manifest)
         done = replay(

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+class Finite(click.FloatRange):
+    """A number within bounds; neither infinity nor NaN, which the manifest could not hold."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{number} is not finite.", param, ctx)
+        return number
+
+
 def run_options(command: Command) -> Command:
     """The options that make a ``Run``."""
     options = [
@@ -147,7 +160,7 @@ def run_options(command: Command) -> Command:
         ),
         click.option(
             "--max-perplexity-ratio", default=1.03, show_default=True,
-            type=click.FloatRange(1.0, min_open=True),
+            type=Finite(1.0, min_open=True),
             help="Budget on held-out neutral text: after over before.",
         ),
         click.option(

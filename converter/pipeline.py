@@ -194,7 +194,8 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     with report.stage("plan", f"reading the headers of {run.source}"):
         source = resolve(run.source, cache, run.subfolder)
         if run.base_model is not None:
-            source = replace(source, base=run.base_model)
+            commit = source.base_commit if run.base_model == source.base else None
+            source = replace(source, base=run.base_model, base_commit=commit)
         asked = run.source.partition("@")[0]
         if source.repo is not None and source.repo.repo_id != asked:
             report.warn(f"{asked} is now called {source.repo.repo_id}")

@@ -1,7 +1,7 @@
 """What verifying any output needs: the subspace, and the source, against what the manifest says."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -53,9 +53,34 @@ def check_bases(name: str, bases: Mapping[str, Tensor]) -> Iterator[str]:
 
 def check_source_files(manifest: Mapping[str, Any], source: Source) -> Iterator[str]:
     """The files of a source must be those that were read."""
-    paths = {path.name: path for path in (*source.originals, *source.above)}
-    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    for name, entry in recorded.items():
-        path = paths.get(name, source.folder / name)
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+    for name, sha256 in source_files(manifest).items():
+        path = place_of(source, name)
+        if not path.is_file() or sha256_of(path) != sha256:
             yield f"{name} of the source is not the file that was converted"
+
+
+def source_files(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The files of the source that were read, and their sha256."""
+    entries = {**manifest["source"]["files"], **manifest["source"]["originals"]}
+    return {name: entry["sha256"] for name, entry in entries.items()}
+
+
+def place_of(source: Source, name: str) -> Path:
+    """Where a source has a file that a manifest lists.
+
+    Raises:
+        VerificationError: the name leads out of it.
+    """
+    plain_name(name)
+    known = {path.name: path for path in source.originals} | source.small
+    return known.get(name, source.folder / name)
+
+
+def plain_name(name: str) -> None:
+    """Make sure that a name from a manifest stays in its folder. Raises VerificationError."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name:
+        raise VerificationError(
+            "the manifest is not one of gloss-convert", expected="names of files in a folder",
+            found=name[:80],
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from converter.edit import Projection
 from converter.errors import OptionError, VerificationError
 from converter.manifest import MANIFEST, environment, read_manifest_file
 from converter.plan import Plan, Target
+from converter.recorded import place_of, plain_name, source_files
 from converter.run import Run
 from converter.source import Source
 from converter.subspace import load_bases
@@ -85,6 +86,8 @@ def read_recording(path: Path) -> Recording:
         raise VerificationError(f"there is no manifest {path.name}", hint="check the path")
     manifest = read_manifest_file(path)
     recorded = manifest["subspace"]["file"]
+    for name in (recorded, *manifest["files"]):
+        plain_name(name)
     places = [path.with_suffix(".safetensors"), path.with_name(recorded)]
     found = [place for place in places if place.is_file()]
     if not found:
@@ -203,14 +206,13 @@ def check_source(recording: Recording, source: Source, cache: Path) -> None:
     Raises:
         VerificationError: naming those that do not.
     """
-    recorded = recording.manifest["source"]
     wrong = []
-    for name, entry in {**recorded["files"], **recorded["originals"]}.items():
+    for name, recorded in source_files(recording.manifest).items():
         found = _digest(source, name, cache)
         if found is None:
             wrong.append(f"{name} is missing")
-        elif found != entry["sha256"]:
-            wrong.append(f"{name} has sha256 {found[:16]}..., not {entry['sha256'][:16]}...")
+        elif found != recorded:
+            wrong.append(f"{name} has sha256 {found[:16]}..., not {recorded[:16]}...")
     if wrong:
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise VerificationError(
@@ -222,7 +224,7 @@ def check_source(recording: Recording, source: Source, cache: Path) -> None:
 
 def _digest(source: Source, name: str, cache: Path) -> str | None:
     """The sha256 of a file of the source; None if it has none of that name."""
-    path = {p.name: p for p in source.originals}.get(name, source.folder / name)
+    path = place_of(source, name)
     if not path.is_file() and source.repo is not None:
         if known := source.repo.sha256.get(source.inside + name):
             return known

@@ -125,11 +125,12 @@ def device_like(recording: Recording, run: Run) -> str:
 def as_recorded(recording: Recording, run: Run, source: Source) -> Source:
     """The source under its recorded name, and of its small files those that were there then."""
     recorded = recording.manifest["source"]
-    known = recorded["files"]
+    known, base = recorded["files"], run.base_model or recorded["repo_id"] or source.base
     return replace(
         source,
         name=recorded["name"],
-        base=run.base_model or source.base or recorded["repo_id"],
+        base=base,
+        base_commit=recorded["commit"] if base == recorded["repo_id"] else None,
         companions=tuple(name for name in source.companions if name in known),
         above=tuple(path for path in source.above if path.name in known),
     )

@@ -103,7 +103,7 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
         top = hub.download(repo, [])
         folder = top / inside
         sizes = _files(folder)
-    known = {"repo": repo, "inside": inside, "base": repo.repo_id}
+    known = {"repo": repo, "inside": inside, "base": repo.repo_id, "base_commit": repo.commit}
     return _read(repo.repo_id, folder, sizes, cache, top if inside else None, **known)
 
 

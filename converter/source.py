@@ -40,6 +40,7 @@ class Source:
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
+        base_commit: of that repo, if that is where it was downloaded from.
         card: front matter of its model card; empty when it has none.
         virtual: the shards made from ``recipes`` that have been opened.
     """
@@ -57,6 +58,7 @@ class Source:
     repo: hub.Repo | None = None
     inside: str = ""
     base: str | None = None
+    base_commit: str | None = None
     card: ModelCardData
     virtual: dict[str, VirtualFile] = field(default_factory=dict)
 

@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from huggingface_hub import constants, snapshot_download
 
 from converter.header import TensorInfo
@@ -498,6 +503,42 @@ def test_an_adapter_is_published_and_a_run_with_other_gates_is_another_run(
     assert "is the result of this run already" in cli(*args).stderr
     other = cli(*args[:-1], "0.4")
     assert other.exit_code == 7, other.stderr  # it is not that of this run, so it is in the way
+
+
+def test_who_signs_again_is_who_signed(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO]
+    for name in "ab":
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"{name}.pem").write_bytes(private)
+        (tmp_path / f"{name}.pub").write_bytes(public)
+        assert cli(*args, "--sign", tmp_path / f"{name}.pem").exit_code == 0
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert cli("verify", tmp_path / "copy", "--key", tmp_path / "b.pub").exit_code == 0
+    assert cli("verify", tmp_path / "copy", "--key", tmp_path / "a.pub").exit_code == 8
+    assert cli(*args).exit_code == 7  # unsigned is another result
+
+
+def test_a_source_with_other_small_files_is_another_run(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("llama"), source)
+    args = ["convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
+    args += ["--push-to-hub", REPO]
+    assert cli(*args).exit_code == 0
+    assert "is the result of this run already" in cli(*args).stderr
+    terms = (source / "LICENSE").read_text()
+    (source / "LICENSE").write_text("other terms")
+    assert cli(*args).exit_code == 7
+    (source / "LICENSE").write_text(terms)
+    assert "is the result of this run already" in cli(*args).stderr
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert cli(*args).exit_code == 7
+    assert cli(*args, "--plots", tmp_path / "out/pictures").exit_code == 7
 
 
 def test_the_name_that_a_licence_asks_for_is_said(

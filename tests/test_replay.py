@@ -81,6 +81,68 @@ def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Pa
     assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
 
 
+def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source, args = checkpoints("llama"), ("--num-pairs", 32, *TINY_ARGS)
+    with HubServer({"someone/tiny": source}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-m", "converter", "convert", "someone/tiny", tmp_path / "out"]
+        subprocess.run(
+            [*map(str, command), "--output", "adapter", *map(str, args)],
+            env={**environment, "HF_HUB_OFFLINE": "0"}, check=True, capture_output=True,
+        )  # fmt: skip
+    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
+    assert result.exit_code == 0, result.stderr
+    name = "adapter_config.json"
+    assert json.loads((tmp_path / "again" / name).read_text())["revision"] == COMMIT
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_licence_files_above_a_subfolder_replay(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints("llama"), tmp_path / "repo/original")
+    (tmp_path / "repo/original/LICENSE").unlink()
+    (tmp_path / "repo/LICENSE").write_text("terms")
+    source = (tmp_path / "repo", "--subfolder", "original")
+    args = ("--num-pairs", 32, *TINY_ARGS)
+    assert cli("convert", *source, tmp_path / "out", *args).exit_code == 0
+    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", tmp_path / "repo")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "again/LICENSE").read_text() == "terms"
+
+
+def test_names_in_a_manifest_do_not_leave_the_folder(
+    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("of someone else")
+    alterations: list[Callable[[dict[str, Any]], object]] = [
+        lambda m: m["source"]["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 1}}),
+        lambda m: m["source"]["files"].update({"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}}),
+        lambda m: m["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 1}}),
+        lambda m: m["subspace"].update(file="."),
+        lambda m: m["subspace"].update(file="../tiny.safetensors"),
+    ]
+    whole = recorded.read_text()
+    for change in alterations:
+        alter(recorded, change)
+        result = cli("replay", recorded, tmp_path / "out", "--source", converted[0])
+        assert result.exit_code == 8, result.output
+        assert "sha256" not in result.stderr  # nothing of the file is told
+        recorded.write_text(whole)
+
+
+def test_options_of_a_refit_are_refused_without_it(
+    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    args = ("replay", converted[1], tmp_path / "out", "--source", converted[0])
+    for option in (("--pairs", "mine.tsv"), ("--max-angle", "2")):
+        result = cli(*args, *option)
+        assert result.exit_code == 2
+        assert f"{option[0]} has no effect without --refit" in result.stderr
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
 def test_other_layouts_replay(
     kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path

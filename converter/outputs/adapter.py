@@ -113,9 +113,8 @@ class Adapter:
                 file.write(to_bytes(B))
                 records.append(record)
                 bar.update(target.info.nbytes)
-        base = source.base or source.name
-        commit = source.repo.commit if source.repo and source.repo.repo_id == base else None
-        config = adapter_config(base, commit, ranks, transposed=any(t.axis for t in order))
+        base, transposed = source.base or source.name, any(target.axis for target in order)
+        config = adapter_config(base, source.base_commit, ranks, transposed=transposed)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         copies = {n: copy_file(source.small[n], folder / n) for n in self.companions(source)}
         made = {name: file_entry(folder / name) for name in (WEIGHTS, CONFIG)}
