@@ -86,8 +86,12 @@ class Writer:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct: int | None = None
         self._cloned = clone is not None and _clone(clone, self._file)
-        if not self._cloned:
-            _allocate(self._file, size)
+        try:
+            if not self._cloned:
+                _allocate(self._file, size)
+        except OSError:
+            os.close(self._file)
+            raise
         if direct and size > BUFFER:
             self._direct = _open_direct(path)
         self._free: SimpleQueue[Block] = SimpleQueue()
