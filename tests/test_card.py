@@ -17,7 +17,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from converter import hub
-from converter.card import code, front_matter, make_card, paper_link, title_of
+from converter.card import code, front_matter, make_card, paper_link, pinned, title_of
 from converter.card_results import pictures
 from converter.licences import check_name, families, licence_name, papers, terms_of
 from converter.manifest import hash_line, read_manifest
@@ -496,6 +496,29 @@ def test_a_commit_is_named_wherever_it_is_needed(
     text = write(converted[0], manifest).text
     assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
     assert "--source someone/tiny@c0ffee" in text
+
+
+def test_a_subfolder_is_named_wherever_it_is_needed(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    manifest["source"] |= {"repo_id": "someone/tiny", "commit": "c0ffee"}
+    manifest["run"]["subfolder"] = "./in it/small"
+    text = write(converted[0], manifest).text
+    command = "gloss verify THIS_FOLDER --source someone/tiny@c0ffee --subfolder './in it/small'"
+    assert f"    {command}\n" in text
+    assert ") at commit `c0ffee`, subfolder `./in it/small`.\n" in text
+    assert "subfolder=" not in text  # what was made is in no subfolder
+    manifest["run"]["output"] = "adapter"
+    where = 'revision="c0ffee", subfolder="in it/small")'
+    text = write(converted[0], manifest).text
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        assert f'{name}.from_pretrained("someone/tiny", {where}\n' in text
+    # where another repo is called the base, nothing is known of its folders
+    assert "subfolder=" not in write(converted[0], manifest, "other/base").text
+    # of Meta's layout, transformers loads the translation, which is at the top of the repo
+    source = resolve(str(converted[0]), converted[0])
+    source = replace(source, originals=(Path("consolidated.00.pth"),))
+    assert pinned(source, manifest) == ', revision="c0ffee"'
 
 
 def test_a_random_subspace_is_called_a_control(
