@@ -6,8 +6,10 @@ The text is in ``data/card.md``, a template; here is what goes into it. A manife
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from pathlib import PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from converter import __version__
 from converter.architecture import find_architecture
 from converter.card_results import eval_results, measured_text, pictures, summary
+from converter.formats.native import weight_files
 from converter.licences import Terms, families, fitting_name, licence_name
 from converter.manifest import hash_line
 from converter.source import Source
@@ -106,20 +109,38 @@ def about_source(source: Source, base: str | None, manifest: Mapping[str, Any]) 
     asked = repo_id or manifest["run"]["source"]
     name = repo_id or base
     place = f"[{name}]({HUB}/{name})" if name else source.name
+    place += f" at commit `{commit}`" if commit else ""
+    subfolder = manifest["run"]["subfolder"]
+    argument = f"{asked}@{commit}" if commit else asked
+    if subfolder:
+        place += f", subfolder `{subfolder}`"
+        argument += f" --subfolder {shlex.quote(subfolder)}"
     return {
         "output": output_of(manifest),
         "auto_class": find_architecture(source.config).auto_class,
         "base": f"[{base}]({HUB}/{base})" if base else source.name,
         "base_id": base,
         "base_page": f"{HUB}/{base}" if base else None,
-        "revision": f', revision="{commit}"' if commit and base == repo_id else "",
-        "source": f"{place} at commit `{commit}`" if commit else place,
-        "source_argument": f"{asked}@{commit}" if commit else asked,
+        "pinned": pinned(source, manifest) if base == repo_id else "",
+        "source": place,
+        "source_argument": argument,
         "unit": "number" if source.originals else "byte",
         "originals": f", whose files are {', '.join(path.name for path in source.originals)}"
         if source.originals
         else "",
     }
+
+
+def pinned(source: Source, manifest: Mapping[str, Any]) -> str:
+    """What transformers is to be told, besides the name, to load what was edited.
+
+    Of Meta's own layout it reads the translation, which is at the top of the repo.
+    """
+    commit, subfolder = manifest["source"]["commit"], manifest["run"]["subfolder"]
+    arguments = [f'revision="{commit}"'] if commit else []
+    if subfolder and not weight_files(path.name for path in source.originals):
+        arguments.append(f'subfolder="{PurePosixPath(subfolder)}"')
+    return "".join(f", {argument}" for argument in arguments)
 
 
 def done(

@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult
 
 from converter.evaluate.table import markdown
+from converter.layout import PICTURE
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
@@ -19,12 +21,12 @@ CAPTIONS = {
 
 
 def pictures(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and caption of the pictures that were drawn into the folder."""
+    """Link and caption of the pictures that were drawn into the folder."""
     names = (PurePosixPath(name) for name in manifest["files"].keys() - manifest["source"]["files"])
-    drawn = [path for path in names if path.suffix == ".png" and path.stem in CAPTIONS]
+    drawn = [path for path in names if path.suffix == PICTURE and path.stem in CAPTIONS]
     order = list(CAPTIONS)
     drawn.sort(key=lambda path: order.index(path.stem))
-    return [(path.as_posix(), CAPTIONS[path.stem]) for path in drawn]
+    return [(quote(path.as_posix()), CAPTIONS[path.stem]) for path in drawn]
 
 
 def summary(manifest: Mapping[str, Any]) -> str:

@@ -133,16 +133,21 @@ def convert_command(
         place = plots and inside(plots, destination)
         pictures = partial(draw, place=place, report=report) if place else no_pictures
         publishing = Publishing(push_to_hub, stream_to_hub, details, report)
-        if dry_run:
-            plan = describe_plan(run, cache, report, destination, overwrite, workers, limit)
-            print_json(plan) if as_json else click.echo(plan_text(plan))
-            return
-        evaluation = None
+        how: dict[str, Any] = {
+            "overwrite": overwrite, "keep_source": keep_source, "workers": workers,
+            "signer": signer, "cache": cache, "memory_limit": limit,
+            "stream": publishing.stream, "report": report,
+        }  # fmt: skip
         if not evaluate:
             refuse_settings(
                 (*SETTINGS, "controls", "passages"), "without --evaluate", "add --evaluate"
             )
-        else:
+        if dry_run:
+            plan = describe_plan(run, destination=destination, **how)
+            print_json(plan) if as_json else click.echo(plan_text(plan))
+            return
+        evaluation = None
+        if evaluate:
             device = choose_device(run.device)
             evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
         before = None
@@ -155,17 +160,10 @@ def convert_command(
         manifest = before or convert(
             run,
             destination,
-            overwrite=overwrite,
-            keep_source=keep_source,
-            workers=workers,
             evaluation=evaluation,
             gates=gates,
             pictures=pictures,
-            signer=signer,
-            cache=cache,
-            memory_limit=limit,
-            stream=publishing.stream,
-            report=report,
+            **how,
         )
         published = publishing.finish(destination, not before, run.trust_remote_code)
         if plots is not None and not place:

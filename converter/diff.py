@@ -13,8 +13,7 @@ from converter import hub
 from converter.cache import sha256_of
 from converter.errors import ConverterError, OptionError
 from converter.header import FLOATS, TensorInfo, read_exactly
-from converter.layout import CARD, INDEX, read_json
-from converter.manifest import MANIFEST, SUMS
+from converter.layout import OURS, read_json
 from converter.plan import Target, locate_tensors, make_plan
 from converter.report import Report
 from converter.resolve import resolve
@@ -23,7 +22,7 @@ from converter.spectrum import Place, spectrum
 from converter.subspace import SUBSPACE_FILE, load_bases
 from converter.writer import BUFFER
 
-GENERATED = (CARD, INDEX, MANIFEST, SUBSPACE_FILE, SUMS)
+GENERATED = (*sorted(OURS), SUBSPACE_FILE)
 """Files of a checkpoint that are neither weights nor companions of a source."""
 
 LEFT_OUT = ("measurements", "prefixes")
@@ -48,8 +47,11 @@ class Side:
 
     @classmethod
     def of(cls, name: str, cache: Path) -> "Side":
-        """From headers alone. Raises SourceError or CheckpointError."""
+        """From headers and small files alone. Raises SourceError or CheckpointError."""
         source = resolve(name, cache)
+        if repo := source.repo:
+            own = (source.inside + name for name in GENERATED)
+            hub.download(repo, [name for name in own if name in repo.sizes])
         headers = source.headers()
         targets: dict[str, Target] = {}
         with suppress(ConverterError):  # an architecture that cannot be edited can be compared
@@ -72,7 +74,8 @@ class Side:
 
     def files(self) -> dict[str, Path]:
         """The small files, by name."""
-        found = {name: self.source.folder / name for name in self.source.companions}
+        names = (*self.source.companions, *self.source.drawn)
+        found = {name: self.source.folder / name for name in names}
         return found | {
             name: self.source.folder / name
             for name in GENERATED
@@ -81,9 +84,6 @@ class Side:
 
     def subspace(self) -> Path | None:
         """The subspace that a converted checkpoint brings along."""
-        repo, name = self.source.repo, self.source.inside + SUBSPACE_FILE
-        if repo is not None and name in repo.sizes:
-            hub.download(repo, [name])
         path = self.source.folder / SUBSPACE_FILE
         return path if path.is_file() else None
 

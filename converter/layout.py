@@ -13,6 +13,8 @@ from converter.formats import native, pickled
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
+MANIFEST = "gloss_manifest.json"
+SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 
 OTHER_WEIGHTS = (
@@ -30,9 +32,15 @@ MAX_COMPANION = 64_000_000
 """Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
 half of it."""
 
-OURS = {CARD, INDEX, SIGNATURE, "gloss_manifest.json", "SHA256SUMS"}
+UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
+"""Files that a conversion writes last: the manifest, and what holds its sha256."""
+
+OURS = {INDEX, *UNLISTED}
 """Files that a conversion writes itself; the source's own are not copied. A signature would be
 one of other bytes."""
+
+PICTURE = ".png"
+"""Ending of the pictures that ``evaluate.plots`` draws."""
 
 TOKENIZER = {
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
@@ -102,6 +110,19 @@ def is_companion(name: str, size: int = 0) -> bool:
     if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
         return False
     return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+
+
+def drawn_before(folder: Path) -> set[str]:
+    """The pictures that an earlier conversion drew into a folder, as its own manifest says.
+
+    They show that edit. None if there is no manifest, or one that cannot be made out.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        made = manifest["files"].keys() - manifest["source"]["files"].keys()
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in made if name.endswith(PICTURE)}
 
 
 def read_index(path: Path) -> dict[str, str]:

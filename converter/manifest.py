@@ -24,6 +24,8 @@ from converter.activations import cache_key
 from converter.errors import VerificationError
 from converter.fitting import Fitted
 from converter.layout import CARD
+from converter.layout import MANIFEST as MANIFEST  # it is asked for here, too
+from converter.layout import SUMS as SUMS
 from converter.methods import Method
 from converter.outputs.checkpoint import Written, file_entry
 from converter.pairs import Pairs, Prose
@@ -33,8 +35,6 @@ from converter.source import Source
 from converter.subspace import SUBSPACE_FILE
 from converter.words import WordList
 
-MANIFEST = "gloss_manifest.json"
-SUMS = "SHA256SUMS"
 SCHEMA_VERSION = 1
 LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 

@@ -82,26 +82,12 @@ def convert(
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
     report, cache, gates = report or Report(quiet=True), cache or default_cache(), gates or Gates()
-    if signer:
-        signer.keep_out_of(run.source)
-        if stream:
-            raise OptionError(
-                "--sign", expected="a folder that is whole", found="--stream-to-hub",
-                hint="give --push-to-hub alone",
-            )  # fmt: skip
-    source, plan, method = prepare(run, cache, report)
-    if not keep_source and source.repo is None:
-        raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
-    if not keep_source and source.repo is not None and not source.repo.sizes:
-        raise OptionError(
-            "--no-keep-source", expected="a Hub that can be reached",
-            found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
-        )  # fmt: skip
+    source, plan, method, _ = prepare_to_write(
+        run, destination, cache, report, overwrite, keep_source, signer, stream
+    )
     device = choose_device(run.device)
     targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
     rank = method.rank or MAX_RANK
-    nbytes = stream.room(plan) if stream else output.nbytes(plan, targets, rank)
-    check_destination(destination, overwrite, inputs_of(run, source, signer), nbytes)
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
     pairs, prose, words = load_texts(run, report)
@@ -215,6 +201,46 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
                 "that keeps them could not be examined",
             )
         return source, plan, method
+
+
+def prepare_to_write(
+    run: Run,
+    destination: Path | None,
+    cache: Path,
+    report: Report,
+    overwrite: bool = False,
+    keep_source: bool = True,
+    signer: Signer | None = None,
+    stream: Streaming | None = None,
+) -> tuple[Source, Plan, Method, int]:
+    """``prepare``, and whether the result can be written; of ``convert`` and of a dry run.
+
+    Returns:
+        also the bytes that the disk of the destination must have free.
+
+    Raises:
+        SourceError, CheckpointError, OptionError, DestinationError.
+    """
+    if signer:
+        signer.keep_out_of(run.source)
+        if stream:
+            raise OptionError(
+                "--sign", expected="a folder that is whole", found="--stream-to-hub",
+                hint="give --push-to-hub alone",
+            )  # fmt: skip
+    source, plan, method = prepare(run, cache, report)
+    if not keep_source and source.repo is None:
+        raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
+    if not keep_source and source.repo is not None and not source.repo.sizes:
+        raise OptionError(
+            "--no-keep-source", expected="a Hub that can be reached",
+            found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
+        )  # fmt: skip
+    targets, rank = plan.select(method.edit_layers, method.edit_bias), method.rank or MAX_RANK
+    room = stream.room(plan) if stream else OUTPUTS[run.output].nbytes(plan, targets, rank)
+    if destination is not None:
+        check_destination(destination, overwrite, inputs_of(run, source, signer), room)
+    return source, plan, method, room
 
 
 def inputs_of(run: Run, source: Source, signer: Signer | None = None) -> list[Path]:

@@ -8,13 +8,14 @@ from converter.engine import Engine
 from converter.forward import choose_device, choose_dtype
 from converter.mode import choose_forward, needed_weights
 from converter.models import stored_dtype
-from converter.outputs import check_destination
 from converter.outputs.registry import OUTPUTS
 from converter.pairs import load_pairs, load_prose
-from converter.pipeline import inputs_of, prepare
+from converter.pipeline import prepare_to_write
 from converter.report import Report
 from converter.rows import is_dataset
 from converter.run import Run
+from converter.signing import Signer
+from converter.stream import Streaming
 from converter.subspace import MAX_RANK
 from converter.words import load_words
 
@@ -27,6 +28,9 @@ def describe_plan(
     overwrite: bool = False,
     workers: int = 0,
     memory_limit: int | None = None,
+    keep_source: bool = True,
+    signer: Signer | None = None,
+    stream: Streaming | None = None,
 ) -> dict[str, Any]:
     """What a conversion would do, from the headers alone. Nothing is written.
 
@@ -35,15 +39,14 @@ def describe_plan(
     Raises:
         ConverterError: as ``convert`` would, as far as it can be known.
     """
-    source, plan, method = prepare(run, cache, report)
+    source, plan, method, room = prepare_to_write(
+        run, destination, cache, report, overwrite, keep_source, signer, stream
+    )
     words, _ = load_words(run.word_list), load_prose(run.neutral)
     if run.pairs == "builtin" or not is_dataset(run.pairs):
         load_pairs(run.pairs, words, run.num_pairs, run.seed)
     targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
     rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
-    nbytes = output.nbytes(plan, targets, rank)
-    if destination is not None:
-        check_destination(destination, overwrite, inputs_of(run, source), nbytes)
     device = choose_device(run.device)
     dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
     forward = choose_forward(
@@ -67,7 +70,8 @@ def describe_plan(
         "edited_tensors": [target.info.name for target in targets],
         "bytes_to_read": plan.nbytes,
         "output": run.output,
-        "bytes_to_write": nbytes,
+        "bytes_to_write": output.nbytes(plan, targets, rank),
+        "bytes_on_disk": room,
         "originals": [path.name for path in source.originals],
         "copied_files": output.companions(source),
         "device": device,

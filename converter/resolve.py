@@ -16,10 +16,12 @@ from converter.formats import gguf, native, pickled
 from converter.layout import (
     CARD,
     INDEX,
+    MANIFEST,
     TOKENIZER,
     WEIGHTS,
     Format,
     choose_format,
+    drawn_before,
     is_companion,
     read_card,
     read_index,
@@ -86,7 +88,7 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
         if not sizes:
             raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
         kind = choose_format(repo.repo_id, sizes)
-        wanted = [n for n, size in sizes.items() if is_companion(n, size) or n == CARD]
+        wanted = [n for n, size in sizes.items() if is_companion(n, size) or n in (CARD, MANIFEST)]
         wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
         fetched = [inside + name for name in wanted]
         if inside:  # the licence of a subfolder is at the top
@@ -188,7 +190,8 @@ def _read(
     else:
         shards = tuple(weights)
         weight_map = read_index(folder / INDEX) if INDEX in sizes else None
-    companions = tuple(n for n in sizes if is_companion(n, sizes[n]))
+    drawn = drawn_before(folder).intersection(sizes)
+    companions = tuple(n for n in sizes if is_companion(n, sizes[n]) and n not in drawn)
     above, card = _papers_above(top, companions), folder / CARD
     return Source(
         name=name,
@@ -197,6 +200,7 @@ def _read(
         shards=shards,
         weight_map=weight_map,
         companions=companions,
+        drawn=tuple(sorted(drawn)),
         above=above,
         card=read_card(card if card.is_file() or top is None else top / CARD),
         **known,

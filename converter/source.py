@@ -33,6 +33,7 @@ class Source:
         shards: safetensors file names, sorted.
         weight_map: of the index, or None for a single file.
         companions: the other small files that belong to the model, relative to ``folder``.
+        drawn: pictures of an earlier edit, which are not copied.
         above: licence files of the folder or repo that the checkpoint is in a subfolder of.
         recipes: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
@@ -51,6 +52,7 @@ class Source:
     shards: tuple[str, ...]
     weight_map: Mapping[str, str] | None
     companions: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
     above: tuple[Path, ...] = ()
     recipes: Shards | None = None
     originals: tuple[Path, ...] = ()

@@ -11,7 +11,7 @@ from converter.report import Report
 def plan_text(plan: dict[str, Any]) -> str:
     """The result of ``describe_plan`` for people."""
     options = plan["method"]["options"]
-    peak = plan["expected_peak_bytes"]
+    peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     lines = [
         f"{plan['source']}: {plan['architecture']}, "
         f"{plan['dimensions']['num_hidden_layers']} layers, hidden size "
@@ -28,7 +28,8 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
         f"{len(plan['edited_tensors'])} tensors to edit; "
         f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read, {plan['output']} of "
-        f"{plan['bytes_to_write'] / 1e6:,.1f} MB to write",
+        f"{plan['bytes_to_write'] / 1e6:,.1f} MB to write"
+        + (f", in {needed / 1e6:,.1f} MB of disk" if needed != plan["bytes_to_write"] else ""),
         f"forward pass {forward_text(plan['forward'])}",
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",

@@ -8,8 +8,8 @@ from converter.activations import cache_key
 from converter.cache import sha256_of
 from converter.errors import ConverterError, VerificationError
 from converter.header import read_header
-from converter.layout import CARD, INDEX, SIGNATURE, read_index, read_json
-from converter.manifest import MANIFEST, SUMS, hash_line, read_manifest, sums_text
+from converter.layout import CARD, INDEX, MANIFEST, SUMS, UNLISTED, read_index, read_json
+from converter.manifest import hash_line, read_manifest, sums_text
 from converter.plan import make_plan
 from converter.recorded import edited_layers
 from converter.report import Report
@@ -97,7 +97,7 @@ def _check_files(
             elif sha256_of(path) != entry["sha256"]:
                 yield name, "is not as recorded" + _damage(path, entry.get("prefixes"))
             bar.update(entry["bytes"])
-    known = {*files, CARD, MANIFEST, SUMS, SIGNATURE}
+    known = {*files, *UNLISTED}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)

@@ -262,8 +262,9 @@ def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert "--device: expected auto, map, cpu" in refused(source, 2, "--device", "tpu")
     assert "--method: expected gloss or profs or random" in refused(source, 2, "--method", "magic")
     for option, value in (("--control", "profs"), ("--scorer", "detoxify"), ("--passages", 2)):
-        says = refused(source, 2, option, value)
-        assert f"{option} has no effect without --evaluate; add --evaluate" in says
+        for more in ((), ("--dry-run",)):
+            says = refused(source, 2, option, value, *more)
+            assert f"{option} has no effect without --evaluate; add --evaluate" in says
 
 
 def test_destinations_that_cannot_be(cli: Cli, source: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from converter import hub
-from converter.card import code, front_matter, make_card, paper_link, title_of
+from converter.card import code, front_matter, make_card, paper_link, pinned, title_of
 from converter.card_results import pictures
+from converter.layout import drawn_before
 from converter.licences import check_name, families, licence_name, papers, terms_of
 from converter.manifest import hash_line, read_manifest
 from converter.resolve import resolve
@@ -357,6 +358,40 @@ def test_pictures_inside_the_destination_belong_to_it(
     assert {p.name for p in (tmp_path / "beside").iterdir()} == {Path(name).name for name in found}
 
 
+def test_pictures_of_an_earlier_edit_are_left_behind(
+    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    first = shutil.copytree(converted[1], tmp_path / "first")
+    manifest = read_manifest(first)
+    names = [f"of it/{name}.png" for name in ("spectrum", "scores", "tradeoff")]
+    manifest["files"] |= dict.fromkeys(names, manifest["files"]["LICENSE"])
+    (first / "gloss_manifest.json").write_text(json.dumps(manifest))
+    (first / "of it").mkdir()
+    for name in (*names, "of it/theirs.png"):
+        (first / name).write_text("drawn before")
+    out = tmp_path / "out"
+    result = cli("convert", first, out, *TINY_ARGS, "--no-guard", "--plots", out / "of it")
+    assert result.exit_code == 0, result.stderr
+    present = {path.name for path in (out / "of it").iterdir()}
+    assert present == {"spectrum.png", "scores.png", "cosines.png", "theirs.png"}
+    assert (out / "of it/theirs.png").read_text() == "drawn before"
+    assert (out / "of it/scores.png").read_bytes() != b"drawn before"
+    assert "](of%20it/scores.png)" in (out / "README.md").read_text("utf-8")
+
+
+def test_a_malformed_manifest_of_the_source_says_nothing_of_pictures(tmp_path: Path) -> None:
+    assert drawn_before(tmp_path) == set()
+    for text in ("", "[]", "{}", '{"files": 1, "source": {"files": {}}}',
+                 '{"files": {"a.png": 1}, "source": []}', '{"files": {"a.png": 1}, "source": null}',
+                 '{"files": ["a.png"], "source": {"files": {}}}'):  # fmt: skip
+        (tmp_path / "gloss_manifest.json").write_text(text)
+        assert drawn_before(tmp_path) == set()
+    listed = {"files": {"a.png": 1, "b.png": 1, "Notice": 1}, "source": {"files": {"b.png": 1}}}
+    (tmp_path / "gloss_manifest.json").write_text(json.dumps(listed))
+    assert drawn_before(tmp_path) == {"a.png"}
+
+
 def test_the_licence_of_a_subfolder_is_that_above_it(
     source: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -496,6 +531,29 @@ def test_a_commit_is_named_wherever_it_is_needed(
     text = write(converted[0], manifest).text
     assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
     assert "--source someone/tiny@c0ffee" in text
+
+
+def test_a_subfolder_is_named_wherever_it_is_needed(
+    converted: tuple[Path, Path], manifest: dict[str, Any]
+) -> None:
+    manifest["source"] |= {"repo_id": "someone/tiny", "commit": "c0ffee"}
+    manifest["run"]["subfolder"] = "./in it/small"
+    text = write(converted[0], manifest).text
+    command = "gloss verify THIS_FOLDER --source someone/tiny@c0ffee --subfolder './in it/small'"
+    assert f"    {command}\n" in text
+    assert ") at commit `c0ffee`, subfolder `./in it/small`.\n" in text
+    assert "subfolder=" not in text  # what was made is in no subfolder
+    manifest["run"]["output"] = "adapter"
+    where = 'revision="c0ffee", subfolder="in it/small")'
+    text = write(converted[0], manifest).text
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        assert f'{name}.from_pretrained("someone/tiny", {where}\n' in text
+    # where another repo is called the base, nothing is known of its folders
+    assert "subfolder=" not in write(converted[0], manifest, "other/base").text
+    # of Meta's layout, transformers loads the translation, which is at the top of the repo
+    source = resolve(str(converted[0]), converted[0])
+    source = replace(source, originals=(Path("consolidated.00.pth"),))
+    assert pinned(source, manifest) == ', revision="c0ffee"'
 
 
 def test_a_random_subspace_is_called_a_control(

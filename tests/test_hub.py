@@ -140,7 +140,9 @@ def test_one_format_is_fetched_and_a_subfolder_alone(
         ours, theirs = tensors_of(out), tensors_of(tmp_path / "plain")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        checked = gloss("verify", out, "--source", source, *subfolder)
+        card = (out / "README.md").read_text().splitlines()
+        shown = next(line.split() for line in card if "gloss verify THIS_FOLDER --source" in line)
+        checked = gloss("verify", out, *shown[3:])
         assert checked.returncode == 0, checked.stderr
     missing = gloss("plan", "someone/several", "--subfolder", "variants/large")
     assert missing.returncode == 3

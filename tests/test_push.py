@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from huggingface_hub import constants, snapshot_download
 
 from converter.header import TensorInfo
+from converter.layout import MANIFEST
 from converter.push import Files, published_files
 from converter.redact import redacted
 from converter.refusals import explain
@@ -484,12 +485,53 @@ def test_what_cannot_be_streamed_is_refused_first(
     for more, says in (
         (("--sign", tmp_path / "key.pem"), "--sign: expected a folder that is whole"),
         (("--output", "adapter"), "--stream-to-hub has no effect with --output adapter"),
+        (("--no-keep-source",), "--no-keep-source: expected a source on the Hub"),
     ):
-        result = cli(*args, *more)
-        assert result.exit_code == 2, result.stderr
-        assert says in result.stderr
+        for last in ((), ("--dry-run",)):
+            result = cli(*args, *more, *last)
+            assert result.exit_code == 2, result.stderr
+            assert says in result.stderr
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converter.stream.SMALL", 10_000)
+    sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
+    room = sum(sizes[-2:]) + 10_000
+    free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--dry-run"]
+    assert cli(*args).exit_code == 7
+    streamed = cli(*args, "--stream-to-hub", "--json")
+    assert streamed.exit_code == 0, streamed.stderr
+    plan = json.loads(streamed.stdout)
+    assert (plan["bytes_to_write"], plan["bytes_on_disk"]) == (sum(sizes), room)
+    assert f", in {room / 1e6:,.1f} MB of disk" in cli(*args, "--stream-to-hub").stdout
+
+
+def test_a_repo_and_its_folder_are_equal(
+    converted: tuple[Path, Path], cli: Cli, hub: HubServer, tmp_path: Path
+) -> None:
+    out = shutil.copytree(converted[1], tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"]["scores.png"] = {"sha256": "0" * 64, "bytes": 1}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / "scores.png").write_text("drawn")
+    hub.models["someone/edited"] = out
+    for sides in ((out, "someone/edited"), ("someone/edited", out)):
+        result = cli("diff", *sides, "--json", "--exit-code")
+        assert result.exit_code == 0, result.stdout
+        assert json.loads(result.stdout)["subspace"] == SUBSPACE_FILE
+    other = shutil.copytree(out, tmp_path / "other")
+    (other / "model.sig").write_text("signed")
+    (other / "scores.png").unlink()
+    (other / SUBSPACE_FILE).unlink()
+    found = json.loads(cli("diff", "someone/edited", other, "--json").stdout)["files"]
+    only = [SUBSPACE_FILE, "scores.png"]
+    assert found == {"only_in_a": only, "only_in_b": ["model.sig"], "changed": []}
 
 
 def test_an_adapter_is_published_and_a_run_with_other_gates_is_another_run(
