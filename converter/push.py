@@ -6,10 +6,9 @@ Hub knows files in large storage by their sha256, and with Xet also parts of the
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -73,13 +72,13 @@ class Copyable:
 
     Attributes:
         repo_id, commit, name: where.
-        local: gives the same file on disk, while it is needed, if the Hub will not copy it.
+        local: gives the same file on disk, once, if the Hub will not copy it.
     """
 
     repo_id: str
     commit: str
     name: str
-    local: Callable[[], AbstractContextManager[Path]]
+    local: AbstractContextManager[Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,7 @@ class Upload:
         """Upload from disk what the Hub would not copy."""
         copies, self._copies = self._copies, {}
         for name, origin in copies.items():
-            with origin.local() as path:
+            with origin.local as path:
                 self.send({name: (path, self._expected[name].sha256)})
 
     def _files(self, revision: str | None) -> dict[str, RepoFile]:
@@ -254,13 +253,9 @@ def untouched(manifest: Mapping[str, Any], folder: Path) -> dict[str, Copyable]:
         theirs = source["files"].get(name, {})
         if source["repo_id"] and "prefixes" in entry and theirs.get("sha256") == entry["sha256"]:
             there = f"{inside.strip('/')}/{name}" if inside else name
-            local = partial(_kept, folder / name)
+            local = nullcontext(folder / name)
             found[name] = Copyable(source["repo_id"], source["commit"], there, local)
     return found
-
-
-def _kept(path: Path) -> AbstractContextManager[Path]:
-    return nullcontext(path)
 
 
 def push(

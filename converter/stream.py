@@ -133,4 +133,4 @@ def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) 
             if not keep_source:
                 source.drop(shard)
 
-    return Copyable(repo.repo_id, repo.commit, name, local)
+    return Copyable(repo.repo_id, repo.commit, name, local())
