@@ -113,6 +113,7 @@ def convert_command(
         from converter.forward import choose_device
         from converter.gates import Gates
         from converter.memory import parse_size
+        from converter.outputs import check_folder
         from converter.pipeline import convert, no_pictures
         from converter.preview import describe_plan
         from converter.signing import load_signer
@@ -131,6 +132,8 @@ def convert_command(
         cache, report = cache_dir or default_cache(), Report(quiet)
         signer = load_signer(key) if key else None
         place = plots and inside(plots, destination)
+        if plots is not None and not place:
+            check_folder(plots)
         pictures = partial(draw, place=place, report=report) if place else no_pictures
         publishing = Publishing(push_to_hub, stream_to_hub, details, report)
         how: dict[str, Any] = {
@@ -165,9 +168,9 @@ def convert_command(
             pictures=pictures,
             **how,
         )
-        published = publishing.finish(destination, not before, run.trust_remote_code)
         if plots is not None and not place:
             draw(manifest, destination, plots.absolute(), report)
+        published = publishing.finish(destination, not before, run.trust_remote_code)
         if signer:
             report.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
         result = result_of(manifest, destination, report)

@@ -1,6 +1,7 @@
 """The whole job, in the order in which it happens."""
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,13 @@ def convert(
     results = evaluation(bench, fitted, method) if evaluation else None
     bench.unload()
     passed = gates.check_effect(fitted.verdict, results)
-    with staged(destination, overwrite) as folder:
+    with stream.told() if stream else nullcontext(), staged(destination, overwrite) as folder:
         with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
             finished = None
             if stream:
-                finished = stream.receiver(source, fitted.subspace, run.rounding, folder)
+                finished = stream.receiver(
+                    source, fitted.subspace, run.rounding, folder, keep_source
+                )
             written = output.write(
                 source, plan, fitted.edit, targets, folder, engine, report, keep_source, finished
             )

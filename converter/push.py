@@ -6,9 +6,9 @@ Hub knows files in large storage by their sha256, and with Xet also parts of the
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,23 +20,19 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
 )
-from huggingface_hub.errors import EntryNotFoundError, FileDuplicationError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from converter import __version__
-from converter.errors import PublishError, VerificationError
+from converter.errors import ConverterError, PublishError, VerificationError
 from converter.layout import CARD, SIGNATURE, read_card
+from converter.leftovers import leftovers
 from converter.licences import licence_name
 from converter.manifest import MANIFEST, SUMS, read_manifest
 from converter.publication import Publication, open_repo, warn_of_name
 from converter.redact import redacted
-from converter.refusals import plain_refusals
+from converter.refusals import plain_refusals, refuses_copies
 from converter.report import Report
 from converter.verify import verify
-
-WEIGHTS = (".safetensors", ".safetensors.index.json")
-"""Endings of files in the repo's main folder that belong to a model only if its manifest says so.
-A loader would read what an earlier model has left."""
 
 LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""
@@ -65,6 +61,10 @@ class Published:
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
+    def stands(self, error: ConverterError) -> None:
+        """Let an error that came after the commit say that it was made."""
+        error.hint = "; ".join(filter(None, [f"commit {self.url} was made and stays", error.hint]))
+
 
 @dataclass(frozen=True, slots=True)
 class Copyable:
@@ -72,13 +72,13 @@ class Copyable:
 
     Attributes:
         repo_id, commit, name: where.
-        local: gives the same file on disk, if the Hub will not copy it.
+        local: gives the same file on disk, once, if the Hub will not copy it.
     """
 
     repo_id: str
     commit: str
     name: str
-    local: Callable[[], Path]
+    local: AbstractContextManager[Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +146,28 @@ class Upload:
     def commit(self, message: str) -> Published:
         """Make one commit of all files, and see that it holds them.
 
-        Weights that are in the repo's main folder and are none of them are deleted by the same
-        commit; other files that are there are left alone, and said.
+        ``leftovers`` are deleted by it; other files that are there are left alone, and said. What
+        the Hub refuses to copy is uploaded, and then the commit is made.
         """
         with plain_refusals(self.place.repo_id):
             deletes = self._stale()
             try:
                 info = self._commit(message, deletes)
-            except (HfHubHTTPError, FileDuplicationError, EntryNotFoundError, ValueError) as error:
-                if not self._copies:
+            except Exception as error:
+                if not self._copies or not refuses_copies(self.place.repo_id, error):
                     raise
                 said = redacted(" ".join(str(error).split())[:120])
                 self.report.note(f"  the Hub does not copy untouched shards ({said}): uploading")
                 self._send_copies()
                 info = self._commit(message, deletes)
-            self._check(info.oid)
-        return Published(self.place.repo_id, info.oid, info.commit_url, info.pr_url)
+        published = Published(self.place.repo_id, info.oid, info.commit_url, info.pr_url)
+        try:
+            with plain_refusals(self.place.repo_id):
+                self._check(info.oid)
+        except PublishError as error:
+            published.stands(error)
+            raise
+        return published
 
     def _commit(self, message: str, deletes: Iterable[CommitOperationDelete]) -> CommitInfo:
         copies = [
@@ -185,17 +191,18 @@ class Upload:
         """Upload from disk what the Hub would not copy."""
         copies, self._copies = self._copies, {}
         for name, origin in copies.items():
-            self.send({name: (origin.local(), self._expected[name].sha256)})
+            with origin.local as path:
+                self.send({name: (path, self._expected[name].sha256)})
 
     def _files(self, revision: str | None) -> dict[str, RepoFile]:
         tree = self._api.list_repo_tree(self.place.repo_id, recursive=True, revision=revision)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _stale(self) -> list[CommitOperationDelete]:
-        """Weights that an earlier model has left in the repo's main folder."""
-        others = [name for name in self._files(self.place.branch) if name not in self._expected]
-        stale = [n for n in others if ("/" not in n and n.endswith(WEIGHTS)) or n == SIGNATURE]
-        kept = [name for name in others if name not in stale and not name.startswith(".")]
+        there = self._files(self.place.branch)
+        stale = leftovers(self._api, self.place, there, self._expected)
+        known = {*stale, *self._expected}
+        kept = [name for name in there if name not in known and not name.startswith(".")]
         if stale:
             self.report.warn(f"deleted by this commit, of an earlier model: {', '.join(stale)}")
         if kept:
@@ -246,7 +253,7 @@ def untouched(manifest: Mapping[str, Any], folder: Path) -> dict[str, Copyable]:
         theirs = source["files"].get(name, {})
         if source["repo_id"] and "prefixes" in entry and theirs.get("sha256") == entry["sha256"]:
             there = f"{inside.strip('/')}/{name}" if inside else name
-            local = partial(folder.joinpath, name)
+            local = nullcontext(folder / name)
             found[name] = Copyable(source["repo_id"], source["commit"], there, local)
     return found
 
@@ -269,7 +276,7 @@ def push(
 
     Raises:
         VerificationError: it is not what its manifest says; nothing was sent.
-        PublishError: the Hub refuses; there is no commit.
+        PublishError: the Hub refuses; there is no commit, unless it says so.
     """
     if not verified:
         with report.stage("verify", f"verifying {folder.name}"):

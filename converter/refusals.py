@@ -82,6 +82,19 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
     return None
 
 
+def refuses_copies(repo_id: str, error: Exception) -> bool:
+    """Whether an error of a commit to ``repo_id`` is of the copies in it, not of the commit itself.
+
+    The Hub is asked for copies on a route of the source, and so is what it has there.
+    """
+    if isinstance(error, HfHubHTTPError):
+        path = error.response.url.path
+        listing = "/paths-info/" in path and f"/{repo_id}/" not in path
+        return listing or path.endswith("/lfs-files/duplicate")
+    missing = isinstance(error, (FileDuplicationError, EntryNotFoundError))
+    return missing or "no xet hash" in str(error)
+
+
 def of_status(repo_id: str, status: int, said: str) -> PublishError:
     """What an answer of the Hub means.
 

@@ -5,7 +5,8 @@ there are at most ``AT_A_TIME`` workers, so no more shards than that are on disk
 last: without it what was uploaded belongs to no repo, and the Hub forgets it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from converter.edit import EditRecord
-from converter.errors import VerificationError
+from converter.errors import ConverterError, VerificationError
 from converter.licences import licence_name
 from converter.outputs.checkpoint import AT_A_TIME, Finished
 from converter.plan import Plan
@@ -53,7 +54,9 @@ class Streaming:
         sizes = sorted((header.size for header in plan.headers.values()), reverse=True)
         return sum(sizes[:AT_A_TIME]) + SMALL
 
-    def receiver(self, source: Source, subspace: Subspace, rounding: str, folder: Path) -> Finished:
+    def receiver(
+        self, source: Source, subspace: Subspace, rounding: str, folder: Path, keep_source: bool
+    ) -> Finished:
         """What ``write_checkpoint`` calls for each shard that it has written to ``folder``."""
         warn_of_name(licence_name(source.card), self.place, self.report)
         upload = self._upload = Upload(self.place, self.report)
@@ -61,7 +64,7 @@ class Streaming:
         def finished(shard: str, record: ShardRecord, edits: Sequence[EditRecord]) -> None:
             path = folder / shard
             self._check(folder, shard, edits, subspace, rounding)
-            origin = _origin(source, shard, record)
+            origin = _origin(source, shard, record, keep_source)
             if origin is not None:
                 upload.copy(shard, record.sha256, record.nbytes, origin)
             else:
@@ -101,8 +104,18 @@ class Streaming:
             self._upload.send({name: f for name, f in files.items() if name not in self.gone})
             self.published = self._upload.commit(default_message(manifest))
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """An error of the block names the commit, if it was made by then."""
+        try:
+            yield
+        except ConverterError as error:
+            if self.published:
+                self.published.stands(error)
+            raise
 
-def _origin(source: Source, shard: str, record: ShardRecord) -> Copyable | None:
+
+def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:
     """Where the Hub has a shard in which nothing changed, if it does."""
     repo = source.repo
     if repo is None or source.recipes is not None or record.sha256 != record.source_sha256:
@@ -111,8 +124,13 @@ def _origin(source: Source, shard: str, record: ShardRecord) -> Copyable | None:
     if repo.sha256.get(name) != record.sha256:
         return None
 
-    def local() -> Path:
-        source.fetch([shard])
-        return source.folder / shard
+    @contextmanager
+    def local() -> Iterator[Path]:
+        source.fetch([shard])  # it may have been dropped
+        try:
+            yield source.folder / shard
+        finally:
+            if not keep_source:
+                source.drop(shard)
 
-    return Copyable(repo.repo_id, repo.commit, name, local)
+    return Copyable(repo.repo_id, repo.commit, name, local())

@@ -24,15 +24,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from huggingface_hub import constants, snapshot_download
 
+from converter.errors import DestinationError
 from converter.header import TensorInfo
 from converter.layout import MANIFEST
 from converter.push import Files, published_files
 from converter.redact import redacted
 from converter.refusals import explain
+from converter.stream import Streaming
 from converter.subspace import SUBSPACE_FILE
 from converter.verify_tensors import infos_of
 from tests.conftest import TINY_ARGS
-from tests.hub_repos import READER, TOKEN, Account, Request
+from tests.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.hub_server import HubServer
 from tests.hub_uploads import Fault, Uploads
 
@@ -292,6 +294,175 @@ def test_branches_pull_requests_and_what_an_earlier_model_left(
     both = cli("push", out, REPO, "--create-pr", "--branch", "x")
     assert both.exit_code == 2
     assert "--create-pr: expected no --branch" in both.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of what draws
+def test_the_next_version_leaves_nothing_of_the_last(
+    cli: Cli, checkpoints: Checkpoints, converted: tuple[Path, Path], uploads: Uploads,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Adapter, then checkpoint with pictures, then without: each downloads as it was."""
+    args = convert_args(checkpoints, tmp_path / "adapter")
+    assert cli(*args, "--output", "adapter", "--push-to-hub", REPO).exit_code == 0
+    repo = uploads.repos[REPO]
+    drawn = convert_args(checkpoints, tmp_path / "drawn")
+    result = cli(*drawn, "--plots", tmp_path / "drawn/pictures", "--push-to-hub", REPO)
+    assert result.exit_code == 0, result.stderr
+    assert "deleted by this commit, of an earlier model: adapter_" in result.stderr
+    ours = repo.commits[repo.refs["main"]]
+    assert set(ours) == set(files_of(tmp_path / "drawn"))
+    assert any(name.startswith("pictures/") for name in ours)
+    for folder in (tmp_path / "adapter", converted[1]):  # config.json goes, and comes again
+        assert cli("push", folder, REPO).exit_code == 0
+        assert set(repo.commits[repo.refs["main"]]) == set(files_of(folder))
+    # what a manifest does not list is somebody's, and hidden files are the Hub's
+    mine = dict.fromkeys(("mine.png", ".gitattributes", "adapter_config.json"), ours["LICENSE"])
+    for text, left in (
+        ('{"files": {".gitattributes": {}, "LICENSE": {}}}', {"mine.png", ".gitattributes"}),
+        ('{"files": 7}', {"mine.png", ".gitattributes"}),
+        ("no JSON", {"mine.png", ".gitattributes"}),
+    ):
+        (tmp_path / "old.json").write_text(text)
+        old = {"gloss_manifest.json": entry_of(tmp_path / "old.json")}
+        repo.add("main", repo.commits[repo.refs["main"]] | mine | old)
+        assert cli("push", converted[1], REPO).exit_code == 0
+        assert set(repo.commits[repo.refs["main"]]) == set(files_of(converted[1])) | left
+
+
+def large_in(repo: Repo) -> int:
+    return sum(entry.large for entry in repo.commits[repo.refs["main"]].values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (Fault("/commit/", 500, body={"error": "busy"}), "the Hub failed: found 500 busy"),
+        (Fault("/commit/", 404, headers={"X-Error-Code": "EntryNotFound"}), "there is no"),
+        (Fault("/validate-yaml", 400, body={"error": "Invalid metadata"}), "Invalid metadata"),
+    ],
+)
+def test_only_a_refused_copy_is_uploaded_instead(
+    fault: Fault, says: str, cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    """A commit that fails for another reason is not tried again with gigabytes more."""
+    uploads.faults = [fault]
+    args = ["convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
+    result = cli(*args, "--push-to-hub", REPO)
+    assert result.exit_code == 10, result.stderr
+    assert says in result.stderr
+    assert "does not copy" not in result.stderr
+    assert sum(f"/{fault.route.strip('/')}" in line for line in hub.log) == 1
+
+
+def test_a_copy_is_refused_or_the_base_is_gone(
+    cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = ["convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
+    assert cli(*args, "--push-to-hub", REPO).exit_code == 0
+    assert 0 < len(uploads.sent) < large_in(uploads.repos[REPO])  # the Hub copied the others
+
+    def push_again() -> None:
+        uploads.repos.clear()
+        uploads.sent.clear()
+        for stored in uploads.objects.iterdir():
+            stored.unlink()
+        result = cli("push", tmp_path / "out", REPO)
+        assert result.exit_code == 0, result.stderr
+        assert "does not copy untouched shards" in result.stderr
+        assert len(uploads.sent) == large_in(uploads.repos[REPO])
+
+    uploads.faults = [Fault("lfs-files", 500)]
+    push_again()
+    uploads.faults = []
+    del hub.models["base/tiny"]
+    push_again()
+
+
+def test_what_is_fetched_again_for_an_upload_is_not_kept(
+    cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    uploads.faults = [Fault("lfs-files/duplicate", 403, body={"error": "another region"})]
+    hub.watched = tmp_path / "hf"
+    result = cli(
+        "convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS,
+        "--push-to-hub", REPO, "--stream-to-hub", "--no-keep-source",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "does not copy untouched shards" in result.stderr
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+def test_an_error_after_the_commit_names_it(
+    cli: Cli,
+    checkpoints: Checkpoints,
+    uploads: Uploads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commit = Streaming.commit
+
+    def commit_and_fill(self: Streaming, folder: Path, manifest: Mapping[str, Any]) -> None:
+        commit(self, folder, manifest)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/x").write_text("another run")
+
+    monkeypatch.setattr(Streaming, "commit", commit_and_fill)
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
+    repo = uploads.repos[REPO]
+    assert result.exit_code == 7
+    assert "was filled meanwhile; commit http" in result.stderr
+    assert f"/{REPO}/commit/{repo.refs['main']} was made and stays; another" in result.stderr
+    assert repo.commits[repo.refs["main"]]
+
+
+def test_a_commit_that_cannot_be_looked_at_is_named(
+    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = uploads.answer
+
+    def fail_afterwards(request: Request, path: str) -> object:
+        found = answer(request, path)
+        if "/commit/" in path:
+            uploads.faults = [Fault("/tree/", 500, body={"error": "busy"})]
+        return found
+
+    monkeypatch.setattr(uploads, "answer", fail_afterwards)
+    result = cli("push", converted[1], REPO)
+    assert result.exit_code == 10
+    url = f"{uploads.url}/{REPO}/commit/{uploads.repos[REPO].refs['main']}"
+    assert f"the Hub failed: found 500 busy; commit {url} was made and stays" in result.stderr
+
+
+@pytest.mark.parametrize("streamed", [(), ("--stream-to-hub",)])
+def test_pictures_that_cannot_be_written_come_before_the_push(
+    streamed: tuple[str, ...], cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    args = convert_args(checkpoints, tmp_path / "out")
+    plots = ("--plots", tmp_path / "file/pictures")
+    result = cli(*args, *plots, "--push-to-hub", REPO, *streamed)
+    assert result.exit_code == 7
+    assert "file/pictures cannot be made: found a file at" in result.stderr
+    assert not uploads.repos
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_drawn_before_the_push(
+    cli: Cli,
+    checkpoints: Checkpoints,
+    uploads: Uploads,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*args: object) -> None:
+        raise DestinationError("the disk is full")
+
+    monkeypatch.setattr("converter.cli.draw", full)
+    args = convert_args(checkpoints, tmp_path / "out")
+    result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
+    assert result.exit_code == 7
+    assert not uploads.repos
 
 
 def test_only_a_whole_checkpoint_is_published(

@@ -33,6 +33,23 @@ def check_destination(
         ) from error
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written to, before anything is computed.
+
+    Raises:
+        DestinationError: it is below a file, or the operating system does not allow it.
+    """
+    try:
+        target = folder.resolve()
+        place = next(path for path in (target, *target.parents) if path.exists())
+    except OSError as error:
+        raise DestinationError(f"{folder} cannot be reached", found=error.strerror) from error
+    if not place.is_dir():
+        raise DestinationError(f"{folder} cannot be made", found=f"a file at {place}")
+    if not os.access(place, os.W_OK):
+        raise DestinationError(f"{folder} cannot be written: the folder {place} is read-only")
+
+
 def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
     for path in (path.resolve() for path in inputs):
