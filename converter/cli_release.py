@@ -16,6 +16,7 @@ from converter.options import (
     print_json,
     quiet_libraries,
     refuse_settings,
+    shared_options,
 )
 from converter.report import Report
 
@@ -49,21 +50,6 @@ REFITTING = ("max_angle", "pairs", "neutral", "word_list", "activations")
 """Parameters of a replay that only a refit looks at."""
 
 GATES = ("min_toxicity_drop", "max_leakage", "max_evaluated_perplexity_ratio")
-
-
-def shared_options(command: Command) -> Command:
-    """Options that all commands here have."""
-    options = [
-        click.option(
-            "--cache-dir", type=click.Path(file_okay=False, path_type=Path),
-            help="Kept between runs.  [default: ~/.cache/gloss-convert]",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print results as JSON."),
-        click.option("--quiet", is_flag=True, help="No progress, only warnings and results."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.command("replay", cls=FromEnvironment, epilog=EXIT_CODES)

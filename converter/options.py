@@ -99,6 +99,21 @@ class Finite(click.FloatRange):
         return number
 
 
+def shared_options(command: Command) -> Command:
+    """Where things are kept, and how results are told."""
+    options = [
+        click.option(
+            "--cache-dir", type=click.Path(file_okay=False, path_type=Path),
+            help="Kept between runs.  [default: ~/.cache/gloss-convert]",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print results as JSON."),
+        click.option("--quiet", is_flag=True, help="No progress, only warnings and results."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def run_options(command: Command) -> Command:
     """The options that make a ``Run``."""
     options = [
@@ -182,13 +197,8 @@ def run_options(command: Command) -> Command:
             "--trust-remote-code", is_flag=True,
             help="Execute code that SOURCE brings along; otherwise it is only copied.",
         ),
-        click.option(
-            "--cache-dir", type=click.Path(file_okay=False, path_type=Path),
-            help="Kept between runs.  [default: ~/.cache/gloss-convert]",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print results as JSON."),
-        click.option("--quiet", is_flag=True, help="No progress, only warnings and results."),
     ]  # fmt: skip
+    command = shared_options(command)
     for option in reversed(options):
         command = option(command)
     return command
