@@ -7,7 +7,7 @@ from typing import Any
 from converter import __version__
 from converter.activations import read_inputs
 from converter.cache import remembered_digest
-from converter.errors import VerificationError
+from converter.errors import DestinationError, VerificationError
 from converter.gates import Gates
 from converter.layout import CARD, SIGNATURE, read_card
 from converter.licences import families, fitting_name, licence_name, terms_of
@@ -97,16 +97,18 @@ def settle(
     """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:
-        VerificationError: it is not whole.
-        DestinationError: another run holds it, or it cannot be written.
+        DestinationError: it is not whole, another run holds it, or it cannot be written.
     """
     report.note(f"{folder} is the result of this run already")
     with claimed(folder, True, report):
         try:
             check_whole(run, folder, report)
         except VerificationError as error:
-            error.hint = "give --overwrite to write it anew"
-            raise
+            raise DestinationError(
+                f"destination {folder} is not empty",
+                found=f"the result of this run, and it is not whole: {error.found}",
+                hint="choose another, or give --overwrite to delete it and write anew",
+            ) from error
     if signer:
         family = families().get(licence_name(read_card(folder / CARD)) or "")
         name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"

@@ -111,16 +111,9 @@ def convert(
                     else Journal.of(claim, source, fitted.edit, targets, engine, cache, report)
                 )
                 written = output.write(
-                    source,
-                    plan,
-                    fitted.edit,
-                    targets,
-                    folder,
-                    engine,
-                    report,
-                    keep_source,
-                    progress,
-                )
+                    source, plan, fitted.edit, targets, folder, engine, report,
+                    keep_source, progress,
+                )  # fmt: skip
                 read = files_read(source, plan, written, cache)
                 check_unchanged(source, read, fitted.activations, cache, report)
                 passed += gates.check_edits(written.edits)
@@ -129,7 +122,8 @@ def convert(
                 run, source, method, pairs, prose, words, fitted, written, read, device
             )
             manifest["source"]["originals"] = source.original_files(cache)
-            manifest["forward"] = bench.forward.record() if bench.has_run else None
+            ran = bench.has_run or run.activations is None  # or has run before
+            manifest["forward"] = bench.forward.record() if ran else None
             manifest |= {"evaluation": results, "gates": passed}
             write_records(source, written, folder, manifest, pictures, report)
             check_whole(run, folder, report, stream.gone if stream else ())

@@ -400,6 +400,10 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
     (out / "leftover.json").write_text("{}")
     refused = cli(*args, out)
     assert refused.exit_code == 7
+    assert "is not empty" in refused.stderr
+    assert "leftover.json: is not in the manifest; choose another, or give --ov" in refused.stderr
+    refused = cli(*args, out, "--seed", 1)
+    assert refused.exit_code == 7
     assert "is not empty; choose another, or give --overwrite" in refused.stderr
     assert cli(*args, out, "--overwrite").exit_code == 0
     assert not (out / "leftover.json").exists()

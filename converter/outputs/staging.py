@@ -281,7 +281,7 @@ def _locked(claim: Claim, report: Report) -> int:
         os.close(file)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%F %T}"}
     os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(me).encode(), 0)
+    os.write(file, json.dumps(me).encode())
     return file
 
 
