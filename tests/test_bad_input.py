@@ -413,7 +413,7 @@ def test_an_interrupted_run_leaves_nothing(
         "from converter import cli\n"
         "pwrite = os.pwrite\n"
         "def slow(*args):\n"
-        "    print('writing', flush=True); time.sleep(0.5); return pwrite(*args)\n"
+        "    print('writing', flush=True); time.sleep(0.1); return pwrite(*args)\n"
         "os.pwrite = slow\n"
         "cli.convert_command(sys.argv[1:])\n"
     )
