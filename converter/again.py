@@ -100,7 +100,7 @@ def settle(
         DestinationError: it is not whole, another run holds it, or it cannot be written.
     """
     report.note(f"{folder} is the result of this run already")
-    with claimed(folder, True, report):
+    with claimed(folder, True, report) as claim:
         try:
             check_whole(run, folder, report)
         except VerificationError as error:
@@ -109,7 +109,7 @@ def settle(
                 found=f"the result of this run, and it is not whole: {error.found}",
                 hint="choose another, or give --overwrite to delete it and write anew",
             ) from error
-    if signer:
-        family = families().get(licence_name(read_card(folder / CARD)) or "")
-        name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
-        signer.sign(folder, fitting_name(family, name))
+        if signer:
+            family = families().get(licence_name(read_card(folder / CARD)) or "")
+            name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
+            signer.sign(folder, fitting_name(family, name), claim.holder)

@@ -333,3 +333,16 @@ def test_planted_checkpoints_of_one_file_are_written_anew(
     assert rewrites.run(cli, *args, fails="model.safetensors").exit_code == 7
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     assert rewrites.run(cli, *args).exit_code == 0
+
+
+def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> None:
+    from converter.cache import replacing
+
+    old, new, other = (tmp_path / name for name in (".memo.json.1", ".memo.json.2", ".ssh"))
+    for path in (old, new, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (1e9, 1e9))
+    with replacing(tmp_path / "memo.json") as part:
+        part.write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".memo.json.2", ".ssh", "memo.json"]

@@ -7,20 +7,16 @@ that makes it count.
 """
 
 import ctypes
-import errno
-import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 from converter.errors import ConverterError, DestinationError, GateError, VerificationError
+from converter.outputs.lock import locked
 from converter.report import Report
 
 JOURNAL = "journal.jsonl"
@@ -35,7 +31,6 @@ TRUTH = ("config.json", "adapter_config.json")
 LAST = ("model.safetensors.index.json", *TRUTH, "gloss_manifest.json", "SHA256SUMS")
 """Moved last where files are moved one by one: without them it is neither."""
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
@@ -182,7 +177,7 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
             claim.holder.parent.mkdir(parents=True, exist_ok=True)
             for path in made:
                 sync(path.parent)
-            lock = _locked(claim, report)
+            lock = locked(claim.holder, destination, report)
             sweep(claim.holder)
             claim.recover()
         if not overwrite:
@@ -243,55 +238,6 @@ def finished_in(path: Path) -> int:
         return max(path.read_bytes().count(b"\n") - 1, 0)
     except OSError:
         return 0
-
-
-def _locked(claim: Claim, report: Report) -> int:
-    """A descriptor of ``lock``, locked for as long as this process lives or until it is closed.
-
-    Raises:
-        DestinationError: another process has it.
-    """
-    path = claim.holder / "lock"
-    while True:
-        if claim.holder.is_symlink():
-            raise OSError(errno.ENOTDIR, f"{claim.holder.name} is a link")
-        claim.holder.mkdir(exist_ok=True)
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # who held it has just discarded the folder
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            who = os.pread(file, 1000, 0)
-            os.close(file)
-            raise DestinationError(
-                f"destination {claim.destination} is held by another run", found=_holder(who),
-                hint="wait for it, or choose another folder",
-            ) from error  # fmt: skip
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            report.warn(f"the file system of {claim.destination} has no locks: run this once only")
-        try:
-            if os.path.samestat(os.fstat(file), path.stat()):
-                break
-        except FileNotFoundError:
-            pass
-        os.close(file)
-    me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%F %T}"}
-    os.ftruncate(file, 0)
-    os.write(file, json.dumps(me).encode())
-    return file
-
-
-def _holder(who: bytes) -> str:
-    """What a lock file says about who holds it."""
-    try:
-        known = json.loads(who)
-        return f"process {known['pid']} on {known['host']} since {known['since']} UTC"
-    except (ValueError, KeyError, TypeError):
-        return "a process that has just begun"
 
 
 def sweep(holder: Path) -> None:
