@@ -201,6 +201,7 @@ def test_the_same_run_again_finds_its_result(
     args = (checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
     assert rewrites.run(cli, *args).exit_code == 0
     (tmp_path / ".out.part/new").mkdir(parents=True)  # killed before it was deleted
+    (tmp_path / ".out.part/lock").touch()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = rewrites.run(cli, *args)
     assert again.exit_code == 0
@@ -255,6 +256,18 @@ def test_a_holder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """Even one that is named as ours would be."""
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part/mine").write_text("mine")
+    with (
+        pytest.raises(DestinationError, match="is not of gloss-convert"),
+        claimed(tmp_path / "out", False, Report(quiet=True)),
+    ):
+        pytest.fail("it was claimed")
+    assert (tmp_path / ".out.part/mine").read_text() == "mine"
+
+
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +299,7 @@ def test_what_another_run_left_counts_as_free(
     assert "is too small" in cli(*args).stderr
     (tmp_path / ".out.part/new").mkdir(parents=True)
     (tmp_path / ".out.part/new/stale").write_bytes(bytes(needed))
+    (tmp_path / ".out.part/lock").touch()
     assert cli(*args).exit_code == 0
 
 
