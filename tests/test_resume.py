@@ -360,3 +360,36 @@ def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> Non
     with replacing(tmp_path / "memo.json") as part:
         part.write_text("whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".memo.json.2", ".ssh", "memo.json"]
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "after both", "moving out", "moving in"])
+def test_a_last_step_that_was_killed_is_undone(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The destination is then the old one, whole; or the new one, if it was in its place."""
+    out, holder = tmp_path / "out", tmp_path / ".out.part"
+    old, new = {"a": "old", "config.json": "old"}, {"b": "new", "config.json": "new"}
+    there, aside, part = {}, old, new
+    if moment == "after both":
+        there, part = new, {}
+    if moment.startswith("moving"):
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+        holder = out / ".out.part"
+        there, aside = {"a": "old"}, {"config.json": "old"}
+    if moment == "moving in":
+        there, aside, part = {"b": "new"}, old, {"config.json": "new"}
+    for folder, files in ((out, there), (holder / "old", aside), (holder / "new", part)):
+        if files:
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (holder / "lock").touch()
+    if moment == "moving in":
+        (holder / "filling").touch()
+    with claimed(out, True, Report(quiet=True)) as claim:
+        found = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+        assert found == (new if moment == "after both" else old)
+        if moment != "after both":
+            assert {path.name: path.read_text() for path in claim.part.iterdir()} == new
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (out / ".out.part").exists()
