@@ -32,7 +32,9 @@ from converter.options import (
     refuse_unused,
     run_options,
 )
+from converter.plain import shown
 from converter.report import Report
+from converter.terminal import say
 
 
 @click.command("convert", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -147,7 +149,7 @@ def convert_command(
             )
         if dry_run:
             plan = describe_plan(run, destination=destination, **how)
-            print_json(plan) if as_json else click.echo(plan_text(plan))
+            print_json(plan) if as_json else say(plan_text(plan))
             return
         evaluation = None
         if evaluate:
@@ -176,7 +178,7 @@ def convert_command(
         result = result_of(manifest, destination, report)
         result["published"] = published.record() if published else None
         text = result_text(result) + published_text(published)
-        print_json(result) if as_json else click.echo(text)
+        print_json(result) if as_json else say(text)
 
 
 @click.command("plan", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -203,7 +205,7 @@ def plan_command(
         refuse_unused(run)
         cache = cache_dir or default_cache()
         plan = describe_plan(run, cache, Report(quiet), memory_limit=limit)
-        print_json(plan) if as_json else click.echo(plan_text(plan))
+        print_json(plan) if as_json else say(plan_text(plan))
 
 
 @click.command("verify", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -257,14 +259,14 @@ def verify_command(
                 checked["key_sha256"] = public.fingerprint
             print_json({"verified": not problems, "problems": problems, **checked})
         for problem in problems:
-            click.echo(f"error: {problem}", err=True)
+            say(f"error: {shown(problem)}", err=True)
         if problems:
             sys.exit(VerificationError.exit_code)
         if not as_json:
             against = " and against its source" if source else ""
-            click.echo(f"{destination}: verified against its manifest{against}")
+            say(f"{destination}: verified against its manifest{against}")
             if public:
-                click.echo(f"signed by the key with sha256 {public.fingerprint}")
+                say(f"signed by the key with sha256 {public.fingerprint}")
 
 
 @click.command("architectures", cls=FromEnvironment)
@@ -272,7 +274,7 @@ def architectures_command() -> None:
     """Print which models are supported, as a Markdown table."""
     from converter.architecture import architecture_table
 
-    click.echo(architecture_table())
+    say(architecture_table())
 
 
 @click.group()

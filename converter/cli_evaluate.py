@@ -19,6 +19,7 @@ from converter.options import (
     run_options,
 )
 from converter.report import Report
+from converter.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def evaluate_command(
         if base:
             model, reference = load_edited(source, bench, cache)
         results = evaluate(bench, settings, comparison, model, reference, report, output)
-        print_json(results) if as_json else click.echo(markdown(results))
+        print_json(results) if as_json else say(markdown(results))
         if plots is not None:
             for path in plot_evaluation(results, plots):
                 report.note(f"  drawn: {path}")

@@ -19,8 +19,9 @@ from typing import Any
 import jsonschema
 import torch
 
-from converter import __version__
+from converter import __version__, strict_json
 from converter.activations import cache_key
+from converter.bounded import read_file, reason
 from converter.errors import VerificationError
 from converter.fitting import Fitted
 from converter.layout import CARD
@@ -224,9 +225,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_manifest_file(path: Path) -> dict[str, Any]:
     """The same, wherever it is."""
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
+        manifest = strict_json.parse(read_file(path))
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
     for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
         raise VerificationError(
             f"{path.name} does not follow its schema at {first.json_path}",

@@ -10,6 +10,7 @@ from converter.errors import ConverterError, VerificationError
 from converter.header import read_header
 from converter.layout import CARD, INDEX, MANIFEST, SUMS, UNLISTED, read_index, read_json
 from converter.manifest import hash_line, read_manifest, sums_text
+from converter.plain import shown
 from converter.plan import make_plan
 from converter.recorded import edited_layers
 from converter.report import Report
@@ -89,7 +90,7 @@ def _check_files(
     with report.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
         for name, entry in files.items():
             path = folder / name
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(shown(name))
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 yield name, "lies outside the folder"
             elif not path.is_file():
