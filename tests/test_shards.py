@@ -295,7 +295,7 @@ def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) ->
         ({"a": entry(offsets=(8, 0))}, 8, "hole or an overlap"),
         ({"a": entry()}, 7, "truncated or has bytes after"),
         ({"a": entry()}, 9, "truncated or has bytes after"),
-        ({"a": entry(shape=(-1, -2))}, 8, "wrong length"),
+        ({"a": entry(shape=(-1, -2))}, 8, "without dtype"),
         ({"a": entry(shape=(2**40, 2**40))}, 8, "wrong length"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "without dtype"),
         ({"a": entry(shape="22")}, 8, "without dtype|wrong length"),
