@@ -248,10 +248,10 @@ def verify_command(
         original = resolve(source, cache, subfolder) if source else None
         if original:
             original.fetch()
-        problems = verify(destination, original, report, trust_remote_code)
-        if public:
-            problems += public.check(destination)
-        elif (destination / SIGNATURE).exists():
+        unsigned = public.check(destination) if public else []
+        trust = trust_remote_code and not unsigned  # what its owner did not sign is not run
+        problems = [*verify(destination, original, report, trust), *unsigned]
+        if not public and (destination / SIGNATURE).exists():
             report.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
         if as_json:
             checked = {"destination": str(destination), "source": source}

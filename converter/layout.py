@@ -39,6 +39,10 @@ OURS = {INDEX, *UNLISTED}
 """Files that a conversion writes itself; the source's own are not copied. A signature would be
 one of other bytes."""
 
+ELSEWHERE = "adapter_config.json"
+"""A file that makes transformers load another model, the one that it names, in place of the weights
+beside it. It is not copied along with them."""
+
 PICTURE = ".png"
 """Ending of the pictures that ``evaluate.plots`` draws."""
 
@@ -105,7 +109,9 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
 def is_companion(name: str, size: int = 0) -> bool:
     """Whether a file of a repo belongs to the model and is not its weights, card or history."""
     path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or name in OURS or size > MAX_COMPANION:
+    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
+        return False
+    if name in OURS or path.name == ELSEWHERE:
         return False
     if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
         return False

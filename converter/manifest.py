@@ -175,8 +175,8 @@ def seal(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
         card: has the ``hash_line`` of that manifest.
     """
     (folder / CARD).write_text(card, "utf-8")
-    file_entry(folder / CARD)
-    (folder / SUMS).write_text(sums_text(folder, manifest), "utf-8")
+    digests = {name: file_entry(folder / name)[0] for name in (CARD, MANIFEST)}
+    (folder / SUMS).write_text(sums_text(manifest, digests), "utf-8")
     file_entry(folder / SUMS)
 
 
@@ -185,15 +185,14 @@ def hash_line(digest: str) -> str:
     return f"sha256 of `{MANIFEST}`: `{digest}`"
 
 
-def sums_text(folder: Path, manifest: Mapping[str, Any]) -> str:
+def sums_text(manifest: Mapping[str, Any], own: Mapping[str, str]) -> str:
     """The exact text of SHA256SUMS, in the format of sha256sum.
 
-    Raises:
-        OSError: there is no card, or no manifest.
+    Args:
+        manifest: of the folder.
+        own: sha256 of the card and of the manifest, which it cannot list.
     """
-    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    for name in (CARD, MANIFEST):
-        digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()} | dict(own)
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
@@ -215,17 +214,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         VerificationError: it is missing, is not JSON, or does not follow the schema.
     """
+    return read_manifest_bytes(folder)[0]
+
+
+def read_manifest_bytes(folder: Path) -> tuple[dict[str, Any], str]:
+    """The same, and the sha256 of the very bytes that were read."""
     if not (folder / MANIFEST).is_file():
         raise VerificationError(
             f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
-    return read_manifest_file(folder / MANIFEST)
+    return _read_manifest(folder / MANIFEST)
 
 
 def read_manifest_file(path: Path) -> dict[str, Any]:
-    """The same, wherever it is."""
+    """The same as ``read_manifest``, wherever it is."""
+    return _read_manifest(path)[0]
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        manifest = strict_json.parse(read_file(path))
+        data = read_file(path)
+        manifest = strict_json.parse(data)
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
     for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
@@ -234,4 +243,4 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
             found=first.message[:200],
         )
     assert isinstance(manifest, dict)
-    return manifest
+    return manifest, hashlib.sha256(data).hexdigest()

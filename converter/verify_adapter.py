@@ -21,6 +21,7 @@ from converter.manifest import MANIFEST
 from converter.outputs.adapter import (
     CONFIG,
     WEIGHTS,
+    Adapter,
     adapter_config,
     coordinates,
     module_of,
@@ -28,7 +29,7 @@ from converter.outputs.adapter import (
     tensor_names,
 )
 from converter.plan import make_plan
-from converter.recorded import check_bases, check_source_files, edited_layers, recorded_bases
+from converter.recorded import check_source_files, check_subspace, edited_layers, recorded_bases
 from converter.report import Report
 from converter.rounding import SLACK, half_ulp
 from converter.source import Source
@@ -46,7 +47,6 @@ def check_adapter(
     damaged: Mapping[str, str],
     source: Source | None,
     report: Report,
-    trust_remote_code: bool,
 ) -> Iterator[str]:
     """What an adapter must be, beside having its files; see ``verify.verify``.
 
@@ -58,7 +58,7 @@ def check_adapter(
     if structure or manifest["subspace"]["file"] in damaged:
         return
     bases = recorded_bases(folder, manifest)
-    yield from check_bases(manifest["subspace"]["file"], bases)
+    yield from check_subspace(folder, manifest, bases)
     if CONFIG not in damaged:
         yield from _check_config(read_json(folder / CONFIG), manifest, bases)
     tensors = _load(folder / WEIGHTS)
@@ -70,7 +70,8 @@ def check_adapter(
     for entry in manifest["edited"]:
         yield from _check_factors(entry, tensors, bases[entry["basis"]])
     if source:
-        yield from check_source_files(manifest, source)
+        companions = Adapter().companions(source)
+        yield from check_source_files(manifest, source, companions)
         yield from _check_source(manifest, tensors, bases, source, report)
 
 

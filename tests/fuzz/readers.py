@@ -28,7 +28,7 @@ from converter.memory import parse_size
 from converter.methods import configure, method_names, parse_layers
 from converter.pairs import load_pairs, load_prose
 from converter.plan import make_plan
-from converter.recorded import check_bases, recorded_bases
+from converter.recorded import check_subspace, recorded_bases
 from converter.recording import Given, differences, read_recording, run_of
 from converter.report import Report
 from converter.shards import Region, find_damage, read_raw
@@ -189,7 +189,7 @@ def subspace(data: bytes) -> None:
     folder.mkdir(exist_ok=True)
     (folder / SUBSPACE_FILE).write_bytes(data)
     bases = recorded_bases(folder, known())
-    list(check_bases(SUBSPACE_FILE, bases))
+    list(check_subspace(folder, known(), bases))
 
 
 @reader("safetensors")
@@ -290,7 +290,7 @@ def check(folder: Path, name: str, data: bytes) -> None:
     kept = (folder / name).read_bytes()
     (folder / name).write_bytes(data)
     try:
-        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None, Report(True), False))
+        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None, Report(True)))
     finally:
         (folder / name).write_bytes(kept)
 

@@ -52,7 +52,8 @@ AFTER = floats(0, 0, 1, 2, 3, 4, 5, 6)
 
 SUBSPACE = safetensors(
     {"U": ([D, 1], floats(1, 0, 0, 0)), "candidates": ([1, D], floats(1, 0, 0, 0)),
-     "singular_values": ([1], floats(1)), "scores": ([1], floats(1))}
+     "singular_values": ([1], floats(1)), "scores": ([1], floats(1)),
+     "score_layers": ([1], floats(0))}
 )  # fmt: skip
 
 
@@ -93,14 +94,14 @@ def manifest() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "schema_version": 1,
-        "tool": {"name": "gloss-convert", "version": "0.1.0"},
+        "tool": {"name": "gloss-convert", "version": "0.0.1"},
         "run": {
             "source": "tiny", "method": "gloss", "options": {}, "pairs": "builtin",
             "num_pairs": None, "seed": 0, "neutral": "builtin", "word_list": "builtin",
             "output": "checkpoint", "activations": None, "device": "auto",
             "forward_dtype": "auto", "forward": "auto", "batch_size": 16,
             "rounding": "null-space", "max_perplexity_ratio": 1.03, "guard": True,
-            "guard_draws": 3, "force": False, "mask": True, "base_model": None, "subfolder": "",
+            "guard_draws": 1, "force": False, "mask": True, "base_model": None, "subfolder": "",
             "trust_remote_code": False,
         },
         "source": {
@@ -160,7 +161,8 @@ def seal(folder: Path, raw: bytes, sums: bytes | None = None) -> None:
     """Write a manifest, and over it card and sums, as somebody would who wants to be believed."""
     (folder / MANIFEST).write_bytes(raw)
     (folder / CARD).write_text(hash_line(sha256(raw)) + "\n")
-    (folder / SUMS).write_bytes(sums or sums_text(folder, manifest()).encode())
+    own = {name: sha256((folder / name).read_bytes()) for name in (CARD, MANIFEST)}
+    (folder / SUMS).write_bytes(sums or sums_text(manifest(), own).encode())
 
 
 MODULE = "model.layers.0.mlp.down_proj"
