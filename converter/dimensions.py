@@ -99,7 +99,7 @@ def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
         key = source.partition("|")[0].strip()
         raise CheckpointError(
             f"config.json: {key}",
-            expected="a positive integer below 2^40",
+            expected="a positive integer",
             found=brief(config.get(key)),
         )  # fmt: skip
     return prod(parts)
