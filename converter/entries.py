@@ -113,11 +113,9 @@ def _numbers(raw: bytes, name: str, data_start: int) -> tuple[str, tuple[int, ..
     """Dtype, shape, start and end of a tensor."""
     try:
         entry = _DECODER.decode(raw.decode("utf-8"))
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if type(dtype) is not str or type(shape) is not list or len(shape) > MAX_AXES:
-            raise ValueError(dtype)
-        axes = tuple(_integer(n) for n in shape)
-        return sys.intern(dtype), axes, data_start + _integer(start), data_start + _integer(end)
+        start, end = (data_start + _integer(n) for n in _list(entry["data_offsets"], 2))
+        axes = tuple(_integer(n) for n in _list(entry["shape"], MAX_AXES))
+        return sys.intern(entry["dtype"]), axes, start, end
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"the header has an entry without dtype, shape or offsets: that of tensor {name}"
         raise ValueError(what) from error
@@ -131,6 +129,12 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _list(value: Any, longest: int) -> list[Any]:
+    if type(value) is not list or len(value) > longest:
+        raise ValueError(value)
+    return value
 
 
 def _integer(value: Any) -> int:

@@ -16,3 +16,12 @@ def shown(text: str, longest: int = LONGEST) -> str:
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def brief(value: object) -> str:
+    """What a value of JSON is, in a few characters, however large it is."""
+    if type(value) is int and abs(value) >= 10**30:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (dict, list)) and value:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    return repr(value)[:80]

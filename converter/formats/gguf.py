@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from converter.cache import cache_error, remembered_digest, replacing
 from converter.errors import CheckpointError, SourceError
+from converter.formats.gguf_header import check_header
 
 SHARD_SIZE = "5GB"
 
@@ -86,25 +87,30 @@ def make_folder(
 def load(path: Path) -> tuple[Any, Any]:
     """Model in bfloat16 and tokenizer of a GGUF file.
 
+    It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
+    or ask whether to run code.
+
     Raises:
         CheckpointError, SourceError: as ``unpacked``.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
+    check_header(path)
     try:
-        with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+        # its progress bar cannot be turned off
+        with TemporaryDirectory() as alone, redirect_stderr(io.StringIO()):
+            (Path(alone) / path.name).symlink_to(path.resolve())
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent,
+                alone,
                 gguf_file=path.name,
+                local_files_only=True,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
             # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
             tokenizer.init_kwargs["local_files_only"] = False
     except ImportError as error:
