@@ -1,14 +1,16 @@
 """What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult
 
+from converter.errors import VerificationError
 from converter.evaluate.table import markdown
-from converter.layout import PICTURE
+from converter.layout import MANIFEST, PICTURE
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
@@ -53,8 +55,24 @@ def measured_text(manifest: Mapping[str, Any]) -> str:
     if guard is not None:
         parts.append(_guard_text(guard))
     if results is not None:
-        parts.append(_evaluation_text(results))
+        with _well_formed():
+            parts.append(_evaluation_text(results))
     return "\n\n".join(parts)
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """The schema leaves open what an evaluation measured; a manifest to replay may say anything.
+
+    Raises:
+        VerificationError: it does.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"the evaluation in {MANIFEST} is not one of gloss-convert", found=repr(error)
+        ) from error
 
 
 def _guard_text(guard: Mapping[str, Any]) -> str:
@@ -115,8 +133,9 @@ def eval_results(manifest: Mapping[str, Any]) -> list[EvalResult]:
     results = manifest["evaluation"]
     if results is None:
         return []
-    rows = [row["metrics"] for row in results["rows"] if row["system"] == "edited"]
-    return list(_entries(rows[0], results["settings"])) if rows else []
+    with _well_formed():
+        rows = [row["metrics"] for row in results["rows"] if row["system"] == "edited"]
+        return list(_entries(rows[0], results["settings"])) if rows else []
 
 
 def _entries(metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[EvalResult]:

@@ -80,10 +80,11 @@ def licence_name(card: ModelCardData) -> str | None:
     """The word of a card that says which licence it is; None if it does not say."""
     said = card.get("license")
     if isinstance(said, list):  # the Hub takes several; one that asks for something comes first
-        said = next((name for name in said if name in families()), said[0] if said else None)
+        names = [name for name in said if isinstance(name, str)]
+        said = next((name for name in names if name in families()), names[0] if names else None)
     if said == "other":
         said = card.get("license_name")
-    return str(said) if said and said != "unknown" else None
+    return said if isinstance(said, str) and said and said != "unknown" else None
 
 
 def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002

@@ -16,6 +16,9 @@ from converter.subspace import load_bases, load_tensors
 ORTHONORMAL = 1e-5
 """How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
 
+LONGEST_NAME = 255
+"""Bytes of the name of a file, on every usual system."""
+
 LAYERS = ("edit_layers", "layers")
 """Options of methods that say which layers are edited, the first that is there."""
 
@@ -133,4 +136,6 @@ def is_plain(name: str) -> bool:
     """Whether a name from a manifest is that of a file in its folder, and plain text."""
     path = PurePosixPath(name)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return inside and name.isprintable() and str(path) == name
+    if not (inside and name.isprintable() and str(path) == name):
+        return False
+    return all(len(part.encode()) <= LONGEST_NAME for part in path.parts)

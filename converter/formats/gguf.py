@@ -101,6 +101,7 @@ def load(path: Path) -> tuple[Any, Any]:
         # its progress bar cannot be turned off
         with TemporaryDirectory() as alone, redirect_stderr(io.StringIO()):
             (Path(alone) / path.name).symlink_to(path.resolve())
+            _check_size(path, Path(alone))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
                 gguf_file=path.name,
@@ -113,6 +114,8 @@ def load(path: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
             # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
             tokenizer.init_kwargs["local_files_only"] = False
+    except CheckpointError:
+        raise
     except ImportError as error:
         raise SourceError(
             f"{path.name} needs packages that are not installed",
@@ -127,6 +130,40 @@ def load(path: Path) -> tuple[Any, Any]:
     model, info = loaded
     _check_complete(path, model, info)
     return model, tokenizer
+
+
+BITS = 1.5
+"""Per weight, of the smallest quantization that GGUF has; less cannot be the whole model."""
+
+
+def _check_size(path: Path, folder: Path) -> None:
+    """Refuse a header that asks for a larger model than the file can hold: it would be made first.
+
+    Args:
+        path: of the file.
+        folder: with a link to it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        folder, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):  # modules without numbers
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
+    if named * BITS > 8 * size:
+        raise CheckpointError(
+            f"{path.name} does not hold the model that it names",
+            expected=f"{named:,} weights",
+            found=f"{size:,} bytes",
+            hint="fetch the file again; of a file in parts, join them first",
+        )
 
 
 def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
