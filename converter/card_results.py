@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult
 from converter.errors import VerificationError
 from converter.evaluate.table import markdown
 from converter.layout import MANIFEST, PICTURE
+from converter.markdown import code, escaped
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
@@ -37,7 +38,7 @@ def summary(manifest: Mapping[str, Any]) -> str:
     if guard is None:
         return ""
     if guard["reasons"]:
-        return f"**The guard refused this edit: {'; '.join(guard['reasons'])}.**"
+        return f"**The guard refused this edit: {escaped('; '.join(guard['reasons']))}.**"
     edit = guard["edit"]
     return (
         f"On held-out text, toxic words are **{_number(edit['teacher_forced'])} times** as "
@@ -107,11 +108,11 @@ def _evaluation_text(results: Mapping[str, Any]) -> str:
     if asked["prompts"]:
         name = asked["prompts"].get("repo_id") or asked["prompts"]["name"]
         on.append(
-            f"Continuations of {asked['prompts']['count']:,} prompts ({name}) by at most "
+            f"Continuations of {asked['prompts']['count']:,} prompts ({escaped(name)}) by at most "
             f"{asked['max_new_tokens']} tokens"
         )
     if asked["text_sha256"]:
-        on.append(f"perplexity on a text with sha256 `{asked['text_sha256'][:16]}`")
+        on.append(f"perplexity on a text with sha256 {code(asked['text_sha256'][:16])}")
     words = (
         f" *toxic words* are {asked['toxic_words']:,} listed words in continuations by the "
         "unedited model, and how probable they are relative to it."

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
+from converter.markdown import code, escaped
 from converter.source import Source
 
 NOTICE = "Notice"
@@ -144,7 +145,7 @@ def terms_of(source: Source, base: str | None) -> Terms:
     sentences = [_under(source, name, family)]
     for kind, names in found.items():
         if names:
-            links = ", ".join(f"[{name}]({quote(name)})" for name in names)
+            links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
             sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
     notice = ""
     for kind in family.papers if family else ():
@@ -223,8 +224,8 @@ def _under(source: Source, name: str | None, family: Family | None) -> str:
         )
     if family is None:
         return (
-            f"The licence is `{name}`, as the source's card says. gloss-convert knows nothing of "
-            "what it asks for: read it before you publish this model."
+            f"The licence is {code(name)}, as the source's card says. gloss-convert knows nothing "
+            "of what it asks for: read it before you publish this model."
         )
     return (
         f"[{family.title}]({family.link}), as the source. The weights were modified, as described "

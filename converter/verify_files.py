@@ -130,7 +130,8 @@ def check_sums(
     expected = sums_text(manifest, {name: seen[name] for name in (CARD, MANIFEST)})
     if found != expected.encode("utf-8", "surrogatepass"):
         known = found.decode("utf-8", "replace").splitlines()
-        names = [text.split("  ", 1)[1] for text in expected.splitlines() if text not in known]
+        rest = (text for text in expected.splitlines() if text not in known)
+        names = [text.partition("  ")[2] or text for text in rest]
         for name in names or ["its own form"]:
             yield f"{SUMS} is wrong about {name}"
 
