@@ -40,16 +40,18 @@ def read_text(path: Path) -> str:
         OSError: as ``read_file``.
         ValueError: it is not UTF-8, holds a zero byte, or has a line that is none.
     """
-    text = read_file(path).decode("utf-8-sig")
-    if "\0" in text:
-        raise ValueError("a zero byte; text is to be saved as UTF-8")
-    start = 0
-    while (end := text.find("\n", start)) >= 0 or start < len(text):
-        end = end if end >= 0 else len(text)
-        if end - start > MAX_LINE:
-            raise ValueError(f"a line of {end - start:,} characters, more than {MAX_LINE:,}")
-        start = end + 1
-    return text
+    lines, size = [], 0
+    with open(path, encoding="utf-8-sig", opener=_open) as file:
+        while line := file.readline(MAX_LINE + 1):
+            size += len(line)
+            if len(line) > MAX_LINE:
+                raise ValueError(f"a line of more than {MAX_LINE:,} characters")
+            if size > MAX_TEXT:
+                raise ValueError(f"more than {MAX_TEXT:,} characters")
+            if "\0" in line:
+                raise ValueError("a zero byte; text is to be saved as UTF-8")
+            lines.append(line)
+    return "".join(lines)
 
 
 def reason(error: Exception) -> str:

@@ -175,39 +175,40 @@ def test_what_is_no_text_is_refused_in_a_sentence(
 
 LARGE = """
 import sys
-from converter.pairs import load_pairs, load_prose
-from converter.words import load_words
-from converter.report import peak_memory, _forget_peak
 from converter.errors import ConverterError
-words, kind, path = load_words("builtin"), sys.argv[1], sys.argv[2]
-_forget_peak()
-before = peak_memory()
-try:
-    if kind == "prose":
-        load_prose(path)
-    else:
-        load_pairs(path, words, None, 0)
-except ConverterError as error:
-    print("refused", error, file=sys.stderr)
-print(peak_memory() - before)
+from converter.pairs import load_pairs, load_prose
+from converter.report import _forget_peak, peak_memory
+from converter.words import load_words
+words = load_words("builtin")
+for path in sys.argv[1:]:
+    with open(path, "w") as file:
+        file.write({"t": "toxic\\tneutral\\n", "c": "toxic,neutral\\n"}.get(path[-3], ""))
+        for _ in range(100):
+            file.write("x" * 1_000_000)
+        file.write("\\n")
+        if path.endswith("l"):
+            for i in range(20):
+                print(f'{{"toxic": "that damn clock {i}", "neutral": "a clock {i}"}}', file=file)
+    _forget_peak()
+    before, said = peak_memory(), "accepted"
+    try:
+        load_prose(path) if path.endswith("t") else load_pairs(path, words, None, 0)
+    except ConverterError as error:
+        said = str(error)
+    print(peak_memory() - before, said)
 """
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "tsv", "csv"])
-def test_a_line_of_100_MB_takes_no_memory(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"pairs.{kind}"
-    with path.open("w") as file:
-        file.write({"jsonl": "", "tsv": "toxic\tneutral\n", "csv": "toxic,neutral\n"}[kind])
-        for _ in range(100):
-            file.write("x" * 1_000_000)
-        file.write("\n" + (jsonl(*PAIRS) if kind == "jsonl" else ""))
-    command = [sys.executable, "-c", LARGE, kind, str(path)]
+def test_a_line_of_100_MB_takes_no_memory(tmp_path: Path) -> None:
+    """In a process of its own, in which nothing else has had that memory before."""
+    paths = [str(tmp_path / f"text.{kind}") for kind in ("jsonl", "tsv", "csv", "txt")]
+    command = [sys.executable, "-c", LARGE, *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) < 30_000_000
-    if kind == "jsonl":
-        assert "refused" not in done.stderr
-    else:
-        assert "is malformed: found" in done.stderr
+    taken = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert len(taken) == 4
+    assert max(int(count) for count, _ in taken) < 20_000_000
+    assert taken[0][1] == "accepted"  # that row is left out
+    assert all("more than 1,000,000 characters" in said for _, said in taken[1:])
 
 
 @pytest.mark.parametrize(
