@@ -75,7 +75,7 @@ class _Text:
         names: set[str] = set()
         while True:
             name = _decoded(self.take(_KEY)[1])
-            if len(name) > MAX_NAME or not name.isprintable():
+            if not 0 < len(name) <= MAX_NAME or not name.isprintable():
                 raise ValueError(f"the name of tensor {shown(name, 80)} is not plain text")
             if name in names:
                 raise ValueError("the header names a key twice")

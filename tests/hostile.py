@@ -120,7 +120,7 @@ HEADERS: dict[str, Case] = {
     "name from right to left": (
         header('{"a\u202eb":'.encode() + ONE + b"}", 8), 4, "tensor a\\u202eb is not plain",
     ),
-    "name of nothing": (header(b'{"":' + ONE + b"}", 8), 4, ""),
+    "name of nothing": (header(b'{"":' + ONE + b"}", 8), 4, "is not plain text"),
     "unknown dtype": (entries(dtype="F3"), 4, ""),
     "pointer of git-lfs": (
         lambda f: max(f.glob("*.safetensors")).write_text("version https://git-lfs.github.com/x\n"),

@@ -1,6 +1,6 @@
 """Facts that hold for whatever is read, tried on what hypothesis thinks of.
 
-``make properties`` tries a hundred times as much; ``make test`` the same few each time.
+``make properties`` tries thirty times as much; ``make test`` the same few each time.
 """
 
 import json
@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
     "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),
 }  # fmt: skip
 settings.register_profile("few", max_examples=60, derandomize=True, **COMMON)
-settings.register_profile("many", max_examples=6000, **COMMON)
+settings.register_profile("many", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("GLOSS_PROPERTIES", "few"))
 
 JSON = st.recursive(
@@ -42,7 +42,8 @@ JSON = st.recursive(
 )  # fmt: skip
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
-PLAIN = st.text(max_size=20).filter(str.isprintable).filter(lambda name: name != "__metadata__")
+PLAIN = st.text(min_size=1, max_size=20).filter(str.isprintable)
+TEXTS = st.dictionaries(st.text(max_size=9), st.text(max_size=9))
 ARRAYS = st.builds(
     lambda dtype, shape, seed: np.random.default_rng(seed).integers(0, 2, shape).astype(dtype),
     st.sampled_from(NUMBERS), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 9),
@@ -53,6 +54,12 @@ TENSORS = st.dictionaries(PLAIN, ARRAYS, max_size=6)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("properties")
+
+
+def one_line(error: Exception) -> None:
+    """A message steers no terminal and has an end."""
+    assert str(error).isprintable()
+    assert len(str(error)) < 9000
 
 
 def file_of(raw: bytes, data: int) -> bytes:
@@ -85,10 +92,11 @@ def compare(path: Path) -> None:
     assert theirs == {name: (info.dtype, info.shape) for name, info in ours.tensors.items()}
 
 
-@given(TENSORS, st.none() | st.dictionaries(st.text(max_size=9), st.text(max_size=9)))
+@given(TENSORS, st.none() | TEXTS)
 def test_what_safetensors_writes_is_read_alike(
     folder: Path, tensors: dict[str, Any], metadata: dict[str, str] | None
 ) -> None:
+    assume(tensors or metadata != {})  # of which safetensors 0.8 makes what it cannot read
     save_file(tensors, folder / "a", metadata)
     header, raw = read_header(folder / "a"), (folder / "a").read_bytes()
     assert header.tensors.keys() == tensors.keys()
@@ -110,14 +118,18 @@ def headers(draw: st.DrawFn) -> tuple[bytes, int]:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
         start += size
     if draw(st.booleans()):
-        entries["__metadata__"] = draw(st.dictionaries(st.text(max_size=5), st.text(max_size=5)) | JSON)
+        entries["__metadata__"] = draw(
+            st.dictionaries(st.text(max_size=5), st.text(max_size=5)) | JSON
+        )
     for name in draw(st.lists(st.sampled_from(sorted(entries)), max_size=2)) if entries else ():
         if name == "__metadata__" or draw(st.booleans()):
             entries[name] = draw(JSON)
         elif isinstance(entries[name], dict):
             key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))
             value = draw(
-                JSON | st.lists(st.integers(-1, 1 << 65), max_size=5) | st.sampled_from(sorted(BITS))
+                JSON
+                | st.lists(st.integers(-1, 1 << 65), max_size=5)
+                | st.sampled_from(sorted(BITS))
             )
             entries[name] = entries[name] | {key: value}
     spaced = draw(st.sampled_from([(",", ":"), (" , ", "\n:\t")]))
@@ -160,8 +172,11 @@ def test_a_header_is_read_within_a_small_multiple_of_its_bytes(
     assert peak < 12 * len(raw) + 50_000
 
 
-SHARD = st.sampled_from(["a.safetensors", "b.safetensors", "../a.safetensors", "A.safetensors",
-                         "/a", "", ".", "gloss_subspace.safetensors", "\0.safetensors"])  # fmt: skip
+SHARD = st.sampled_from([
+    "a.safetensors", "b.safetensors", "../a.safetensors", "A.safetensors", "/a", "", ".",
+    "gloss_subspace.safetensors", "\0.safetensors",
+])  # fmt: skip
+STEPS = st.sampled_from(["..", ".", "", "a", "/", "\\", "\0", "C:"])
 
 
 @given(
@@ -174,7 +189,7 @@ def test_an_index_places_tensors_in_plain_files_or_is_refused(folder: Path, cont
     try:
         found = read_index(path)
     except CheckpointError as error:
-        assert str(error).isprintable()
+        one_line(error)
         return
     names = set(found.values())
     assert all((folder / name).parent == folder for name in names)
@@ -188,14 +203,14 @@ def test_a_config_is_good_or_refused(config: dict[str, Any]) -> None:
     try:
         check_config(config)
     except CheckpointError as error:
-        assert str(error).isprintable()
+        one_line(error)
 
 
 @given(
     st.dictionaries(PLAIN, ARRAYS, min_size=1, max_size=6),
     st.sets(st.integers(0, 5)),
-    st.integers(1, 9),
-    st.integers(1, 9),
+    st.integers(3, 90),
+    st.integers(3, 90),
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
 )
 def test_a_shard_is_rewritten_as_in_memory(
@@ -229,9 +244,7 @@ def test_a_shard_is_rewritten_as_in_memory(
         _check_damage(target, bytes(raw), record.prefixes, header)
 
 
-def _check_damage(
-    target: Path, raw: bytes, prefixes: Mapping[str, str], header: Header
-) -> None:
+def _check_damage(target: Path, raw: bytes, prefixes: Mapping[str, str], header: Header) -> None:
     """A byte that is changed later is found where it is."""
     damaged = bytearray(raw)
     damaged[-1] ^= 1
@@ -241,12 +254,14 @@ def _check_damage(
     assert find_damage(target, prefixes) == f"tensor {full[-1]}"
 
 
-@given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "\0", "C:"])).map("/".join))
+@given(
+    st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "\0", "C:"])).map("/".join)
+)
 def test_names_of_a_manifest_stay_in_their_folder(folder: Path, name: str) -> None:
     try:
         plain_name(name)
     except VerificationError as error:
-        assert str(error).isprintable()
+        one_line(error)
         return
     place = Path(os.path.normpath(folder / name))
     assert place != folder
@@ -283,8 +298,7 @@ def test_a_manifest_that_was_changed_follows_its_schema_or_is_refused(
     try:
         read_manifest(folder)
     except VerificationError as error:
-        assert str(error).isprintable()
+        one_line(error)
 
 
 GOOD = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
-
