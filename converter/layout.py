@@ -64,7 +64,7 @@ TOKENIZER = {
 
 LOADED = TOKENIZER | {
     CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
 """Files beside the weights that we or transformers read whole, whatever their size."""
 

@@ -214,5 +214,6 @@ def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ..
         return ()
     own = papers(companions)
     found = papers(path.name for path in top.iterdir() if path.is_file())
-    check_links(top, chain(*found.values()))
-    return tuple(top / name for kind, names in found.items() if not own[kind] for name in names)
+    wanted = [name for kind, names in found.items() if not own[kind] for name in names]
+    check_links(top, wanted)
+    return tuple(top / name for name in wanted)

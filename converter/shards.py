@@ -190,7 +190,7 @@ def rewrite(
             if change is None:
                 _copy(reading, writer, end - start, name, hashed, advance)
             else:
-                if digests and writer.digest is None:
+                if digests and writer.digest is None and end > start:
                     writer.fork(read)
                 _replace(Region(reading, header.tensors[name], hashed), writer, change, advance)
                 reading.seek(end)

@@ -8,7 +8,7 @@ named pipe would wait for ever.
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from converter.errors import CheckpointError
@@ -36,10 +36,12 @@ def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> di
         if not name.isprintable():  # a name that is not UTF-8 is not printable either
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
+        if path.is_dir():
+            continue  # by a link
         if entry.is_symlink() and is_copied(name):
             check_link(path, name, inside)
-        if not path.exists() or path.is_dir():
-            continue  # a link to nothing, or to a folder
+        if not path.exists():
+            continue  # a link to nothing, of what is not copied
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(
@@ -78,7 +80,7 @@ def _allowed(home: Path) -> Iterator[Path]:
             yield parent.with_name("blobs")
 
 
-def check_links(home: Path, names: Iterator[str]) -> None:
+def check_links(home: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError if one of these files of a folder is a link that leads out of it."""
     inside = tuple(_allowed(home.resolve()))
     for name in names:
