@@ -251,8 +251,8 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     from converter.evaluate import EDITED
     from converter.evaluate.systems import System
     from converter.manifest import MANIFEST, read_manifest
+    from converter.recorded import recorded_bases
     from converter.resolve import resolve
-    from converter.subspace import load_bases
 
     model = load_whole(name, bench.device, cache, bench.dtype, bench.run.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
@@ -264,7 +264,7 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     if not (folder / MANIFEST).is_file():
         return model, System(EDITED)
     manifest = read_manifest(folder)
-    bases = load_bases(folder / manifest["subspace"]["file"])
+    bases = recorded_bases(folder, manifest)
     layers = {entry["layer"]: bases[entry["basis"]] for entry in manifest["edited"]}
     bias = any(entry["role"] == "down_proj_bias" for entry in manifest["edited"])
     rank = manifest["subspace"]["rank"]

@@ -208,6 +208,14 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
+@cache
+def _validator() -> Any:
+    """Of the schema, to which 1.0 is no integer: it could not count anything."""
+    kind = jsonschema.Draft202012Validator
+    checker = kind.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return jsonschema.validators.extend(kind, type_checker=checker)(schema())  # type: ignore[no-untyped-call]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check it against the schema.
 
@@ -237,7 +245,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         manifest = strict_json.parse(data)
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
-    for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
+    for first in _validator().iter_errors(manifest):
         raise VerificationError(
             f"{path.name} does not follow its schema at {first.json_path}",
             found=first.message[:200],

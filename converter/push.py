@@ -239,21 +239,11 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def published_files(
-    folder: Path, manifest: Mapping[str, Any], own: Mapping[str, str] | None = None
-) -> Files:
-    """What is published of a checkpoint: what the manifest lists, and what cannot be listed.
-
-    Args:
-        folder: with them.
-        manifest: of it.
-        own: sha256 of those that it cannot list, as they were verified; by default any will do.
-    """
+def published_files(folder: Path, manifest: Mapping[str, Any]) -> Files:
+    """What is published of a checkpoint: what the manifest lists, and what cannot be listed."""
     known = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    if own is not None:
-        return {name: (folder / name, sha256) for name, sha256 in (known | dict(own)).items()}
-    there = [name for name in (CARD, MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()]
-    return {n: (folder / n, known.get(n)) for n in (*known, *there)}
+    own = [name for name in (CARD, MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()]
+    return {n: (folder / n, known.get(n)) for n in (*known, *own)}
 
 
 def default_message(manifest: Mapping[str, Any]) -> str:
@@ -304,10 +294,11 @@ def push(
                     found="; ".join(problems),
                 )
     manifest, digest = read_manifest_bytes(folder)
-    if digest != seen.get(MANIFEST, digest):
-        raise _changed(MANIFEST, seen[MANIFEST], digest)
+    if digest != (verified_one := seen.get(MANIFEST, digest)):
+        raise _changed(MANIFEST, verified_one, digest)
     warn_of_name(licence_name(read_card(folder / CARD)), place, report)
-    files = published_files(folder, manifest, seen or None)
+    listed = published_files(folder, manifest)
+    files = {name: (path, seen.get(name, sha256)) for name, (path, sha256) in listed.items()}
     size = sum(path.stat().st_size for path, _ in files.values())
     with report.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
         upload, copyable = Upload(place, report), untouched(manifest, folder)

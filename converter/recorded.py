@@ -26,7 +26,8 @@ LAYERS = ("edit_layers", "layers")
 def edited_layers(manifest: Mapping[str, Any]) -> tuple[int, ...]:
     """The layers that the method was to edit."""
     options = manifest["method"]["options"]
-    return next((tuple(options[key]) for key in LAYERS if options.get(key)), ())
+    listed = next((options[key] for key in LAYERS if options.get(key)), ())
+    return tuple(n for n in listed if type(n) is int) if isinstance(listed, list) else ()
 
 
 def recorded_bases(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -41,12 +42,16 @@ def recorded_bases(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tenso
     if lacking := {entry["basis"] for entry in manifest["edited"]} - set(bases):
         raise VerificationError(f"{name}: holds no {', '.join(sorted(lacking))}")
     for label, basis in bases.items():
-        if basis.ndim != 2 or basis.shape[0] != width or not 0 < basis.shape[1] <= width:
-            found = list(basis.shape)
-            raise VerificationError(f"{name}: {label} has shape {found}, not ({width}, R)")
-        if basis.dtype != torch.float32:
-            raise VerificationError(f"{name}: {label} is not float32, but {basis.dtype}")
+        if not is_basis(basis, width):
+            found = f"{str(basis.dtype).removeprefix('torch.')} {list(basis.shape)}"
+            raise VerificationError(f"{name}: {label} is {found}, not float32 [{width}, R]")
     return bases
+
+
+def is_basis(tensor: Tensor, width: int) -> bool:
+    """Whether it may be a U (D, R) of D dimensions, by dtype and shape."""
+    fits = tensor.ndim == 2 and tensor.shape[0] == width and 0 < tensor.shape[1] <= width
+    return fits and tensor.dtype == torch.float32
 
 
 def check_subspace(
@@ -100,9 +105,12 @@ def check_source_files(
     for name in sorted({*companions, *source.shards} - set(manifest["files"])):
         if name in companions or manifest["run"].get("output") != "adapter":
             yield f"{name} of the source is missing from the record of what was converted"
-    for name, sha256 in source_files(manifest).items():
+    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
+    for name, entry in recorded.items():
         path = place_of(source, name)
-        if not path.is_file() or sha256_of(path) != sha256:
+        if not path.is_file() or (sha256_of(path), path.stat().st_size) != (
+            entry["sha256"], entry["bytes"],
+        ):  # fmt: skip
             yield f"{name} of the source is not the file that was converted"
 
 

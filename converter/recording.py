@@ -15,7 +15,7 @@ from converter.errors import OptionError, VerificationError
 from converter.hub_listing import looks_like_repo
 from converter.manifest import MANIFEST, environment, read_manifest_file
 from converter.plan import Plan, Target
-from converter.recorded import place_of, plain_name, source_files
+from converter.recorded import is_basis, place_of, plain_name, source_files
 from converter.run import Run
 from converter.source import Source
 from converter.subspace import load_bases
@@ -60,7 +60,8 @@ class Recording:
                 raise VerificationError(
                     f"tensor {entry['name']} is recorded as edited and is not in the source"
                 )
-            if basis is None or basis.shape[:1] != (plan.dimensions.hidden_size,):
+            width = plan.dimensions.hidden_size
+            if basis is None or not is_basis(basis, width):
                 raise VerificationError(
                     f"{self.subspace.name} holds no basis {entry['basis']} of this width"
                 )

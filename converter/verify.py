@@ -1,24 +1,20 @@
 """Is an output what its manifest says? Every byte, every edit, and whether it loads."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from converter import __version__
-from converter.errors import ConverterError, OptionError, VerificationError
+from converter.errors import ConverterError, VerificationError
 from converter.header import read_header
-from converter.layout import INDEX, MANIFEST, read_index, read_json
+from converter.layout import INDEX, read_index, read_json
 from converter.manifest import read_manifest_bytes
-from converter.methods import configure, method_names
-from converter.plan import Plan, Target, make_plan
+from converter.plan import Target, make_plan
 from converter.recorded import edited_layers
 from converter.report import Report
 from converter.source import Source
 from converter.verify_adapter import check_adapter
 from converter.verify_files import check_files, check_sums
-from converter.verify_records import check_records
+from converter.verify_records import check_options, check_records
 from converter.verify_tensors import check_edits, check_source
 
 
@@ -104,7 +100,7 @@ def _check_structure(
     weight_map = read_index(folder / INDEX) if (folder / INDEX).exists() else None
     headers = {name: read_header(folder / name) for name in shards}
     plan = make_plan(read_json(folder / "config.json"), weight_map, headers)
-    yield from _check_options(manifest, plan)
+    yield from check_options(manifest, plan)
     targets = {target.info.name: target for target in plan.targets}
     for entry in manifest["edited"]:
         target = targets.get(entry["name"])
@@ -128,24 +124,6 @@ def _recorded_place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     fp8 = entry["requantized"]
     place = (*(entry[key] for key in ("shard", "layer", "axis", "role")), tuple(entry["shape"]))
     return (*place, entry["dtype"], fp8 and (fp8["scales"], fp8["shard"], tuple(fp8["block"])))
-
-
-def _check_options(manifest: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    """The method's options must be those typed, and defaults; other versions have others."""
-    run, method = manifest["run"], manifest["method"]
-    if run["method"] not in method_names() or manifest["tool"]["version"] != __version__:
-        return
-    try:
-        expected = configure(run["method"], run["options"], plan.dimensions)
-    except OptionError as error:
-        yield f"{MANIFEST}: {error}"
-        return
-    options = json.loads(json.dumps(asdict(expected)))  # type: ignore[call-overload]
-    for key in sorted({*options, *method["options"]}):
-        if options.get(key) != method["options"].get(key):
-            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    if (method["title"], method["paper"]) != (expected.title, expected.paper):
-        yield f"{MANIFEST}: the method has another title or paper"
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:

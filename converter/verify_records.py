@@ -1,18 +1,24 @@
-"""What a manifest says twice must agree: nothing here looks at a file.
+"""What a manifest says twice must agree: nothing here looks at the files that it lists.
 
 What is said once only, such as what was measured, cannot be checked without doing it again; see
 ``gloss replay --refit``.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
+from converter import __version__
 from converter.activations import cache_key
+from converter.errors import OptionError
 from converter.gates import DROP, LEAKAGE
 from converter.layout import INDEX, MANIFEST, PICTURE, is_companion
 from converter.licences import NOTICE, papers
+from converter.methods import configure, method_names
 from converter.outputs.adapter import CONFIG, WEIGHTS
+from converter.plan import Plan
 from converter.subspace import SUBSPACE_FILE
 
 Manifest = Mapping[str, Any]
@@ -21,7 +27,7 @@ Manifest = Mapping[str, Any]
 def check_records(manifest: Manifest) -> Iterator[str]:
     """Copies, the key of the activations, the rank, guard and gates."""
     inputs, key = manifest["activations"]["inputs"], manifest["activations"]["key"]
-    if inputs and cache_key(inputs) != key:
+    if (cache_key(inputs) if inputs else None) != key:
         yield f"{MANIFEST}: the key of the activations is not that of their inputs"
     yield from _check_origins(manifest)
     for what, holds in _claims(manifest):
@@ -47,6 +53,8 @@ def _check_origins(manifest: Manifest) -> Iterator[str]:
         if "prefixes" in entry:
             if not whole or not name.endswith(".safetensors"):
                 yield f"{name}: is recorded as a shard and cannot be one"
+            elif entry["bytes"] != theirs.get(name, entry)["bytes"]:
+                yield f"{name}: has other bytes than the source's, by the manifest"
         elif name in theirs and (name == INDEX or is_companion(name)):
             if (entry["sha256"], entry["bytes"]) != (theirs[name]["sha256"], theirs[name]["bytes"]):
                 yield f"{name}: was to be a copy of the source's and is not"
@@ -88,3 +96,23 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if name == DROP and gate["by"] == "guard":
             drop = 1 - guard["edit"]["teacher_forced"]["value"] if guard else None
             yield "the guard has not measured what the gate says", measured == drop
+
+
+def check_options(
+    manifest: Manifest, plan: Plan, implied: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The method's options must be those typed, and defaults; other versions have others."""
+    run, method = manifest["run"], manifest["method"]
+    if run["method"] not in method_names() or manifest["tool"]["version"] != __version__:
+        return
+    try:
+        expected = configure(run["method"], run["options"], plan.dimensions, implied)
+    except OptionError as error:
+        yield f"{MANIFEST}: {error}"
+        return
+    options = json.loads(json.dumps(asdict(expected)))  # type: ignore[call-overload]
+    for key in sorted({*options, *method["options"]}):
+        if options.get(key) != method["options"].get(key):
+            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
+    if (method["title"], method["paper"]) != (expected.title, expected.paper):
+        yield f"{MANIFEST}: the method has another title or paper"
