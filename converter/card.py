@@ -5,12 +5,14 @@ The text is in ``data/card.md``, a template; here is what goes into it. A manife
 ``adapter``.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -21,10 +23,15 @@ from converter.card_results import eval_results, measured_text, pictures, summar
 from converter.formats.native import weight_files
 from converter.licences import Terms, families, fitting_name, licence_name
 from converter.manifest import hash_line
+from converter.markdown import code, escaped
+from converter.plain import shown
 from converter.source import Source
 
 TAGS = ["detoxification", "model-editing"]
 HUB = "https://huggingface.co"
+
+URL = "/:?&=%#@,;+!$'*~"
+"""What may be in the link to a paper besides letters and digits."""
 
 OUTPUTS = {"checkpoint": ("transformers", "finetune"), "adapter": ("peft", "adapter")}
 """What was written -> the library that loads it, and what it is to its base."""
@@ -55,7 +62,7 @@ def make_card(
     data = front_matter(source, base, manifest, terms)
     text = template.render(
         card_data=data.to_yaml(),
-        title=title_of(source, manifest),
+        title=escaped(title_of(source, manifest)),
         built_with=terms.family.built_with if terms.family else "",
         licence=terms.sentences,
         hash_line=hash_line(digest),
@@ -108,24 +115,24 @@ def about_source(source: Source, base: str | None, manifest: Mapping[str, Any]) 
     repo_id, commit = manifest["source"]["repo_id"], manifest["source"]["commit"]
     asked = repo_id or manifest["run"]["source"]
     name = repo_id or base
-    place = f"[{name}]({HUB}/{name})" if name else source.name
-    place += f" at commit `{commit}`" if commit else ""
+    place = f"[{name}]({HUB}/{name})" if name else escaped(source.name)
+    place += f" at commit {code(commit)}" if commit else ""
     subfolder = manifest["run"]["subfolder"]
-    argument = f"{asked}@{commit}" if commit else asked
+    argument = shlex.quote(f"{asked}@{commit}" if commit else asked)
     if subfolder:
-        place += f", subfolder `{subfolder}`"
+        place += f", subfolder {code(subfolder)}"
         argument += f" --subfolder {shlex.quote(subfolder)}"
     return {
         "output": output_of(manifest),
         "auto_class": find_architecture(source.config).auto_class,
-        "base": f"[{base}]({HUB}/{base})" if base else source.name,
+        "base": f"[{base}]({HUB}/{base})" if base else escaped(source.name),
         "base_id": base,
         "base_page": f"{HUB}/{base}" if base else None,
         "pinned": pinned(source, manifest) if base == repo_id else "",
         "source": place,
-        "source_argument": argument,
+        "source_argument": shown(argument),
         "unit": "number" if source.originals else "byte",
-        "originals": f", whose files are {', '.join(path.name for path in source.originals)}"
+        "originals": f", whose files are {', '.join(escaped(p.name) for p in source.originals)}"
         if source.originals
         else "",
     }
@@ -139,7 +146,7 @@ def pinned(source: Source, manifest: Mapping[str, Any]) -> str:
     commit, subfolder = manifest["source"]["commit"], manifest["run"]["subfolder"]
     arguments = [f'revision="{commit}"'] if commit else []
     if subfolder and not weight_files(path.name for path in source.originals):
-        arguments.append(f'subfolder="{PurePosixPath(subfolder)}"')
+        arguments.append(f"subfolder={json.dumps(str(PurePosixPath(subfolder)))}")
     return "".join(f", {argument}" for argument in arguments)
 
 
@@ -154,7 +161,7 @@ def done(
     if any(entry["role"] == "down_proj_bias" for entry in edited):
         names += " and their biases"
     yield "base", about_source(source, base, manifest)["source"]
-    yield "method", f"{method['title']} ({paper_link(method['paper'])})"
+    yield "method", f"{escaped(method['title'])} ({paper_link(method['paper'])})"
     layers = compress(sorted({entry["layer"] for entry in edited}))
     yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
     rank = f"{subspace['rank']} of {subspace['hidden_size']} dimensions"
@@ -177,16 +184,19 @@ def paper_link(paper: str) -> str:
     """A paper as a link; the Hub makes a tag of one to arXiv."""
     if found := re.search(r"\b(\d{4}\.\d{4,5})(v\d+)?\b", paper):
         return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
-    return f"[paper]({paper})" if paper.startswith("http") else paper
+    return f"[paper]({quote(paper, safe=URL)})" if paper.startswith("http") else escaped(paper)
 
 
 def data_link(manifest: Mapping[str, Any]) -> str:
     """The pairs, as a link if they are on the Hub."""
     origin = manifest["pairs"]["origin"]
     if repo_id := origin.get("repo_id"):
-        return f"[{repo_id}]({HUB}/datasets/{repo_id}) at commit `{origin['commit']}`"
+        link = f"{HUB}/datasets/{quote(repo_id)}"
+        return f"[{escaped(repo_id)}]({link}) at commit {code(origin['commit'])}"
     name = str(origin["name"])
-    return "the pairs built into gloss-convert" if name == "builtin" else f"the file {name}"
+    return (
+        "the pairs built into gloss-convert" if name == "builtin" else f"the file {escaped(name)}"
+    )
 
 
 def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
     listed = manifest["word_list"]["origin"]["name"]
     english = "builtin" in (manifest["pairs"]["origin"].get("name"), manifest["run"]["word_list"])
     return {
-        "method": f"{name} ({rest})" if rest else name,
+        "method": escaped(f"{name} ({rest})" if rest else name),
         "control": any(c["kind"] == "random" for c in subspace["candidates"]),
         "dimensions": f"{subspace['rank']} dimension{'' if subspace['rank'] == 1 else 's'}",
         "where": "the same for all edited layers"
@@ -221,17 +231,9 @@ def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
             }
             for c in best
         ],
-        "data": f"{data_link(manifest)}, and the word list `{listed}`"
+        "data": f"{data_link(manifest)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
-
-
-def code(token: str) -> str:
-    """A token as Markdown code within a table, whatever it holds; empty if it is only space."""
-    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in token.strip())
-    fence = "``" if "`" in shown else "`"
-    space = " " if "`" in shown else ""
-    return f"{fence}{space}{shown}{space}{fence}".replace("|", "\\|") if shown else ""
 
 
 def compress(numbers: list[int]) -> str:

@@ -1,14 +1,17 @@
 """What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult
 
+from converter.errors import VerificationError
 from converter.evaluate.table import markdown
-from converter.layout import PICTURE
+from converter.layout import MANIFEST, PICTURE
+from converter.markdown import code, escaped
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
@@ -35,7 +38,7 @@ def summary(manifest: Mapping[str, Any]) -> str:
     if guard is None:
         return ""
     if guard["reasons"]:
-        return f"**The guard refused this edit: {'; '.join(guard['reasons'])}.**"
+        return f"**The guard refused this edit: {escaped('; '.join(guard['reasons']))}.**"
     edit = guard["edit"]
     return (
         f"On held-out text, toxic words are **{_number(edit['teacher_forced'])} times** as "
@@ -53,8 +56,24 @@ def measured_text(manifest: Mapping[str, Any]) -> str:
     if guard is not None:
         parts.append(_guard_text(guard))
     if results is not None:
-        parts.append(_evaluation_text(results))
+        with _well_formed():
+            parts.append(_evaluation_text(results))
     return "\n\n".join(parts)
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """The schema leaves open what an evaluation measured; a manifest to replay may say anything.
+
+    Raises:
+        VerificationError: it does.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"the evaluation in {MANIFEST} is not one of gloss-convert", found=repr(error)
+        ) from error
 
 
 def _guard_text(guard: Mapping[str, Any]) -> str:
@@ -89,11 +108,11 @@ def _evaluation_text(results: Mapping[str, Any]) -> str:
     if asked["prompts"]:
         name = asked["prompts"].get("repo_id") or asked["prompts"]["name"]
         on.append(
-            f"Continuations of {asked['prompts']['count']:,} prompts ({name}) by at most "
+            f"Continuations of {asked['prompts']['count']:,} prompts ({escaped(name)}) by at most "
             f"{asked['max_new_tokens']} tokens"
         )
     if asked["text_sha256"]:
-        on.append(f"perplexity on a text with sha256 `{asked['text_sha256'][:16]}`")
+        on.append(f"perplexity on a text with sha256 {code(asked['text_sha256'][:16])}")
     words = (
         f" *toxic words* are {asked['toxic_words']:,} listed words in continuations by the "
         "unedited model, and how probable they are relative to it."
@@ -115,8 +134,9 @@ def eval_results(manifest: Mapping[str, Any]) -> list[EvalResult]:
     results = manifest["evaluation"]
     if results is None:
         return []
-    rows = [row["metrics"] for row in results["rows"] if row["system"] == "edited"]
-    return list(_entries(rows[0], results["settings"])) if rows else []
+    with _well_formed():
+        rows = [row["metrics"] for row in results["rows"] if row["system"] == "edited"]
+        return list(_entries(rows[0], results["settings"])) if rows else []
 
 
 def _entries(metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[EvalResult]:

@@ -32,7 +32,9 @@ from converter.options import (
     refuse_unused,
     run_options,
 )
+from converter.plain import shown
 from converter.report import Report
+from converter.terminal import say
 
 
 @click.command("convert", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -147,7 +149,7 @@ def convert_command(
             )
         if dry_run:
             plan = describe_plan(run, destination=destination, **how)
-            print_json(plan) if as_json else click.echo(plan_text(plan))
+            print_json(plan) if as_json else say(plan_text(plan))
             return
         evaluation = None
         if evaluate:
@@ -174,7 +176,7 @@ def convert_command(
         result = result_of(manifest, destination, report)
         result["published"] = published.record() if published else None
         text = result_text(result) + published_text(published)
-        print_json(result) if as_json else click.echo(text)
+        print_json(result) if as_json else say(text)
 
 
 @click.command("plan", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -201,7 +203,7 @@ def plan_command(
         refuse_unused(run)
         cache = cache_dir or default_cache()
         plan = describe_plan(run, cache, Report(quiet), memory_limit=limit)
-        print_json(plan) if as_json else click.echo(plan_text(plan))
+        print_json(plan) if as_json else say(plan_text(plan))
 
 
 @click.command("verify", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -244,10 +246,10 @@ def verify_command(
         original = resolve(source, cache, subfolder) if source else None
         if original:
             original.fetch()
-        problems = verify(destination, original, report, trust_remote_code)
-        if public:
-            problems += public.check(destination)
-        elif (destination / SIGNATURE).exists():
+        unsigned = public.check(destination) if public else []
+        trust = trust_remote_code and not unsigned  # what its owner did not sign is not run
+        problems = [*verify(destination, original, report, trust), *unsigned]
+        if not public and (destination / SIGNATURE).exists():
             report.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
         if as_json:
             checked = {"destination": str(destination), "source": source}
@@ -255,14 +257,14 @@ def verify_command(
                 checked["key_sha256"] = public.fingerprint
             print_json({"verified": not problems, "problems": problems, **checked})
         for problem in problems:
-            click.echo(f"error: {problem}", err=True)
+            say(f"error: {shown(problem)}", err=True)
         if problems:
             sys.exit(VerificationError.exit_code)
         if not as_json:
             against = " and against its source" if source else ""
-            click.echo(f"{destination}: verified against its manifest{against}")
+            say(f"{destination}: verified against its manifest{against}")
             if public:
-                click.echo(f"signed by the key with sha256 {public.fingerprint}")
+                say(f"signed by the key with sha256 {public.fingerprint}")
 
 
 @click.command("architectures", cls=FromEnvironment)
@@ -270,7 +272,7 @@ def architectures_command() -> None:
     """Print which models are supported, as a Markdown table."""
     from converter.architecture import architecture_table
 
-    click.echo(architecture_table())
+    say(architecture_table())
 
 
 @click.group()

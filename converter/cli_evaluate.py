@@ -19,6 +19,7 @@ from converter.options import (
     run_options,
 )
 from converter.report import Report
+from converter.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def evaluate_command(
         if base:
             model, reference = load_edited(source, bench, cache)
         results = evaluate(bench, settings, comparison, model, reference, report, output)
-        print_json(results) if as_json else click.echo(markdown(results))
+        print_json(results) if as_json else say(markdown(results))
         if plots is not None:
             for path in plot_evaluation(results, plots):
                 report.note(f"  drawn: {path}")
@@ -250,8 +251,8 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     from converter.evaluate import EDITED
     from converter.evaluate.systems import System
     from converter.manifest import MANIFEST, read_manifest
+    from converter.recorded import recorded_bases
     from converter.resolve import resolve
-    from converter.subspace import load_bases
 
     model = load_whole(name, bench.device, cache, bench.dtype, bench.run.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
@@ -263,7 +264,7 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     if not (folder / MANIFEST).is_file():
         return model, System(EDITED)
     manifest = read_manifest(folder)
-    bases = load_bases(folder / manifest["subspace"]["file"])
+    bases = recorded_bases(folder, manifest)
     layers = {entry["layer"]: bases[entry["basis"]] for entry in manifest["edited"]}
     bias = any(entry["role"] == "down_proj_bias" for entry in manifest["edited"])
     rank = manifest["subspace"]["rank"]

@@ -16,6 +16,7 @@ from converter.options import (
     refuse_settings,
 )
 from converter.report import Report
+from converter.terminal import say
 
 if TYPE_CHECKING:
     from converter.publication import Publication
@@ -144,4 +145,4 @@ def push_command(
         if as_json:
             print_json({"destination": str(destination), **published.record()})
         else:
-            click.echo(f"{destination}{published_text(published)}")
+            say(f"{destination}{published_text(published)}")

@@ -19,6 +19,7 @@ from converter.options import (
     shared_options,
 )
 from converter.report import Report
+from converter.terminal import say
 
 if TYPE_CHECKING:
     from converter.recording import Recording
@@ -121,7 +122,7 @@ def replay_command(
             report=report,
         )
         result = replay_result(recording, done, destination, report)
-        print_json(result) if as_json else click.echo(replay_text(result))
+        print_json(result) if as_json else say(replay_text(result))
 
 
 def replay_result(
@@ -195,6 +196,6 @@ def diff_command(
 
         quiet_libraries()
         found = diff(a, b, cache_dir or default_cache(), subspace, Report(quiet))
-        print_json(found) if as_json else click.echo(diff_text(found))
+        print_json(found) if as_json else say(diff_text(found))
         if exit_code and not found["equal"]:
             sys.exit(VerificationError.exit_code)

@@ -7,6 +7,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from converter import hub
@@ -15,6 +16,7 @@ from converter.errors import ConverterError, OptionError
 from converter.header import FLOATS, TensorInfo, read_exactly
 from converter.layout import OURS, read_json
 from converter.plan import Target, locate_tensors, make_plan
+from converter.recorded import is_basis
 from converter.report import Report
 from converter.resolve import resolve
 from converter.source import Source
@@ -110,7 +112,7 @@ def diff_checkpoints(
     report = report or Report(quiet=True)
     one, two = Side.of(a, cache), Side.of(b, cache)
     place = subspace or two.subspace() or one.subspace()
-    bases = load_bases(place) if place else {}
+    bases = spans(load_bases(place)) if place else {}
     names = list(one.tensors)
     changed: list[dict[str, Any]] = []
     total = sum(info.nbytes for _, info in one.tensors.values())
@@ -158,6 +160,15 @@ def compare(
         basis, axis = basis_for(old, target, bases)
         entry["measured"] = asdict(spectrum(before, after, basis, axis))
     yield entry
+
+
+def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Orthonormal columns with the same spans, float64; a file may hold any; see ``verify``."""
+    return {
+        name: torch.linalg.qr(U.double()).Q
+        for name, U in bases.items()
+        if U.ndim == 2 and is_basis(U, U.shape[0])
+    }
 
 
 def basis_for(

@@ -6,11 +6,15 @@ from math import prod
 from typing import Any
 
 from converter.errors import CheckpointError
+from converter.plain import brief
 
 _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
              "first_dense_layers", "sparse_step", "unused_layers"}  # fmt: skip
 """Sizes that may be 0 or be missing from a config, which is the same."""
 
+
+MAX_SIZE = 1 << 40
+"""No axis of a tensor is longer."""
 
 MAX_LAYERS = 10_000
 """The deepest models have a few hundred."""
@@ -53,7 +57,7 @@ def read_dimensions(
     inner = config.get(keys["within"], config)
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"config.json: {keys['within']}", expected="an object", found=repr(inner)
+            f"config.json: {keys['within']}", expected="an object", found=brief(inner)
         )
     needed = {"num_experts", "moe_intermediate_size"} if has_experts else set()
     optional = _OPTIONAL - needed
@@ -65,8 +69,9 @@ def read_dimensions(
     listed = inner.get(keys["dense_layers"]) or []
     if not isinstance(listed, list):
         raise CheckpointError(
-            f"config.json: {keys['dense_layers']}", expected="a list", found=repr(listed)
+            f"config.json: {keys['dense_layers']}", expected="a list", found=brief(listed)
         )
+    dense = {layer for layer in listed if type(layer) is int}
     if sizes["num_hidden_layers"] > MAX_LAYERS:
         raise CheckpointError(
             "config.json: the number of layers", expected=f"at most {MAX_LAYERS:,}",
@@ -75,7 +80,7 @@ def read_dimensions(
     sparse = (
         layer
         for layer in range(first, sizes["num_hidden_layers"])
-        if sizes["num_experts"] and layer not in listed and (layer + 1) % step == 0
+        if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
     )
     return Dimensions(**sizes, sparse_layers=tuple(sparse))
 
@@ -90,9 +95,11 @@ def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
             break
     if optional and (not parts or None in parts or 0 in parts):
         return 0
-    if not parts or not all(type(part) is int and part > 0 for part in parts):
+    if not parts or not all(type(part) is int and 0 < part < MAX_SIZE for part in parts):
         key = source.partition("|")[0].strip()
         raise CheckpointError(
-            f"config.json: {key}", expected="a positive integer", found=repr(config.get(key))
-        )
+            f"config.json: {key}",
+            expected="a positive integer",
+            found=brief(config.get(key)),
+        )  # fmt: skip
     return prod(parts)

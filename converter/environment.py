@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import click
 from click.core import ParameterSource
 
+from converter.terminal import say
+
 PREFIX = "GLOSS_"
 OTHERS = ("GLOSS_SIGN_PASSWORD",)
 """Variables that are not options: what they hold must not be on a command line."""
@@ -44,7 +46,7 @@ class FromEnvironment(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         for name in sorted(set(os.environ) - self.known):
             if name.startswith(PREFIX):
-                click.echo(f"warning: {name} is not the variable of any option", err=True)
+                say(f"warning: {name} is not the variable of any option", err=True)
         return super().invoke(ctx)
 
 

@@ -5,6 +5,7 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
+from converter.plain import shown
 from converter.redact import redacted
 
 
@@ -36,13 +37,13 @@ class ConverterError(Exception):
 
     def __str__(self) -> str:
         details = [
-            f"{label} {text}"
+            f"{label} {shown(text)}"
             for label, text in (("expected", self.expected), ("found", self.found))
             if text is not None
         ]
-        sentence = self.what + (": " + ", ".join(details) if details else "")
-        sentence += f"; {self.hint}" if self.hint else ""
-        return redacted(" ".join(sentence.split()))
+        sentence = shown(self.what) + (": " + ", ".join(details) if details else "")
+        sentence += f"; {shown(self.hint)}" if self.hint else ""
+        return redacted(sentence)
 
 
 class OptionError(ConverterError):

@@ -3,16 +3,15 @@
 A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes.
 """
 
-import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import RawIOBase
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from converter.entries import read_entries
 from converter.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -141,64 +140,40 @@ def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
     """Parse the JSON of a header for a file of ``size`` bytes, and check it against the format.
 
     The tensors must cover the data section exactly, without holes or overlaps, and each must be
-    as long as its dtype and shape say.
+    as long as its dtype and shape say. Names must be plain text, each there once.
 
     Raises:
         CheckpointError: naming ``name`` and, where there is one, the tensor.
     """
-
-    def fail(what: str, **details: str) -> CheckpointError:
-        return CheckpointError(f"{name}: {what}", hint="fetch the file again", **details)
-
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            raise fail("the header names a key twice")
-        return found
-
-    try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise fail("the header is not JSON", found=str(error)) from error
-    if not isinstance(entries, dict):
-        raise fail("the header is not a JSON object")
-    entries.pop("__metadata__", None)
     data_start = 8 + len(raw)
     try:
-        tensors = [
-            TensorInfo(
-                key,
-                str(entry["dtype"]),
-                tuple(_integer(n) for n in entry["shape"]),
-                data_start + _integer(entry["data_offsets"][0]),
-                data_start + _integer(entry["data_offsets"][1]),
-            )
-            for key, entry in entries.items()
-        ]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise fail("the header has an entry without dtype, shape or offsets") from error
+        tensors = [TensorInfo(*entry) for entry in read_entries(raw, data_start)]
+    except ValueError as error:
+        raise _bad(name, str(error)) from error
     tensors.sort(key=lambda info: (info.start, info.end))
     position = data_start
     for info in tensors:
         if info.start != position or info.end < info.start:
-            raise fail(
+            raise _bad(
+                name,
                 f"tensor {info.name} leaves a hole or an overlap",
                 expected=f"a start at byte {position:,}",
                 found=f"{info.start:,} to {info.end:,}",
             )
         bits = BITS.get(info.dtype)
-        if bits is not None and (
-            min(info.shape, default=0) < 0 or prod(info.shape) * bits != info.nbytes * 8
-        ):
-            raise fail(
+        if bits is not None and (needed := _bits(info.shape, bits)) != info.nbytes * 8:
+            raise _bad(
+                name,
                 f"tensor {info.name} has the wrong length",
-                expected=f"{prod(info.shape) * bits // 8:,} bytes for {info.dtype} "
-                f"{list(info.shape)}",
+                expected=f"{needed // 8:,} bytes for {info.dtype} {list(info.shape)}"
+                if needed is not None
+                else f"a shape that fits in a file, not {list(info.shape)}",
                 found=f"{info.nbytes:,}",
             )
         position = info.end
     if position != size:
-        raise fail(
+        raise _bad(
+            name,
             "the file is truncated or has bytes after its last tensor",
             expected=f"{position:,} bytes",
             found=f"{size:,}",
@@ -206,15 +181,23 @@ def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
     return Header(data_start, size, {info.name: info for info in tensors})
 
 
+def _bad(name: str, what: str, **details: str) -> CheckpointError:
+    return CheckpointError(f"{name}: {what}", hint="fetch the file again", **details)
+
+
+def _bits(shape: Iterable[int], each: int) -> int | None:
+    """Bits of a tensor; None if their number, or one on the way to it, has more than 64 digits in
+    base 2, which safetensors refuses, too."""
+    total = 1
+    for count in (*shape, each):
+        total *= count
+        if total >= 1 << 64:
+            return None
+    return total
+
+
 def to_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy if it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().flatten()
     array = flat.view(torch.uint8).numpy()
     return memoryview(array) if array.size else memoryview(b"")  # type: ignore[arg-type]
-
-
-def _integer(value: Any) -> int:
-    """A number of a header that is an integer and nothing like it (true, 2.0, 1e999)."""
-    if type(value) is not int or abs(value) >= 1 << 63:
-        raise ValueError(value)
-    return value

@@ -1,14 +1,11 @@
 """Reading from the Hugging Face Hub: a revision becomes a commit, and all reads are at it."""
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import Literal
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     EntryNotFoundError,
     GatedRepoError,
@@ -17,49 +14,28 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     HTTPError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
     OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
-from converter.errors import OptionError, SourceError
-from converter.header import Header, TensorInfo
+from converter.cache import sha256_of
+from converter.errors import CheckpointError, OptionError, SourceError
+from converter.header import MAX_HEADER, Header, parse_header
+from converter.hub_guard import AnswerError, guard_session, meter
+from converter.hub_listing import Kind, repo_of
+from converter.hub_listing import Repo as Repo
+from converter.hub_listing import looks_like_repo as looks_like_repo
 
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
-
-Kind = Literal["model", "dataset"]
-
-
-@dataclass(frozen=True, slots=True)
-class Repo:
-    """A Hub repo at a commit.
-
-    Attributes:
-        kind: ``model`` or ``dataset``.
-        repo_id: ``owner/name``; after a renaming, the new one.
-        revision: as asked for, or None.
-        commit: what it resolved to.
-        sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
-        sha256: file name -> digest, of files in large file storage.
-        gated: whether its terms have to be accepted before it can be downloaded.
-    """
-
-    kind: Kind
-    repo_id: str
-    revision: str | None
-    commit: str
-    sizes: dict[str, int]
-    sha256: dict[str, str] = field(default_factory=dict)
-    gated: bool = False
-
-
-def looks_like_repo(text: str) -> bool:
-    """Whether ``text`` can be a repo id with an optional ``@revision``, rather than a path."""
-    return _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
+FIRST = 100_000
+"""Bytes of a shard that are asked for first: nearly all headers end in them."""
 
 
 def check_repo_id(option: str, text: str) -> None:
@@ -80,6 +56,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
     what = f"{kind} {name}"
     local = "folder" if kind == "model" else "file"
     try:
+        guard_session()
         yield
     except GatedRepoError as error:
         raise SourceError(
@@ -112,8 +89,12 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise SourceError(f"{what}: unreadable safetensors header", found=str(error)) from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(  # the client expects answers to be well-formed
+            f"{what}: what the Hub answers makes no sense",
+            found=str(error) if isinstance(error, AnswerError) else repr(error),
+            hint="check HF_ENDPOINT and the network",
+        ) from error
     except (HTTPError, OSError) as error:  # what is left of the network: no route, a broken pipe
         raise SourceError(
             f"{what} cannot be read from the Hub",
@@ -138,11 +119,7 @@ def resolve(kind: Kind, text: str) -> Repo:
             info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
         except OfflineModeIsEnabled:
             return Repo(kind, repo_id, asked, _cached(kind, repo_id, asked).name, {})
-    siblings = getattr(info, "siblings", None) or []
-    sizes = {entry.rfilename: entry.size or 0 for entry in siblings}
-    digests = {entry.rfilename: str(entry.lfs.sha256) for entry in siblings if entry.lfs}
-    gated = bool(getattr(info, "gated", False))
-    return Repo(kind, str(info.id), asked, str(info.sha), sizes, digests, gated)
+    return repo_of(kind, info, asked)
 
 
 def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
@@ -155,17 +132,21 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
             what it means, and a later run finds it offline.
 
     Raises:
-        SourceError: see ``plain_errors``; or the revision has moved since it was resolved.
+        SourceError: see ``plain_errors``; or the revision has moved since it was resolved, or a
+            file is not the one that was listed then.
     """
+    wanted = list(names)
     with plain_errors(repo.kind, repo.repo_id):
         if not repo.sizes:
             return _cached(repo.kind, repo.repo_id, repo.commit)
+        known = _known(repo, wanted)
         folder = Path(
             snapshot_download(
                 repo.repo_id,
                 repo_type=repo.kind,
                 revision=repo.revision if first else repo.commit,
-                allow_patterns=[escape(name) for name in names],
+                allow_patterns=[escape(name) for name in wanted],
+                tqdm_class=meter(sum(repo.sizes.get(name, 0) for name in wanted)),
             )
         )
     if folder.name != repo.commit:
@@ -175,7 +156,37 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
             found=folder.name,
             hint="run again, or name a commit after @",
         )
+    _check_content(repo, folder, [name for name in wanted if name not in known])
     return folder
+
+
+def _known(repo: Repo, names: Iterable[str]) -> set[str]:
+    """The files that are in the client's cache already; they were checked when they came."""
+    try:
+        folder = _cached(repo.kind, repo.repo_id, repo.commit)
+    except LocalEntryNotFoundError:
+        return set()
+    return {name for name in names if (folder / name).is_file()}
+
+
+def _check_content(repo: Repo, folder: Path, names: Iterable[str]) -> None:
+    """Files that were fetched must be those that were listed; others are deleted.
+
+    The client compares sizes only, and those with what the same answer says of itself.
+    """
+    for name in names:
+        path, listed = folder / name, repo.sha256.get(name)
+        if name not in repo.sizes or not path.is_file():
+            continue
+        expected, found = f"{repo.sizes[name]:,} bytes", f"{path.stat().st_size:,} bytes"
+        if listed and expected == found:
+            expected, found = f"sha256 {listed}", f"sha256 {sha256_of(path)}"
+        if expected != found:
+            forget(path)
+            raise SourceError(
+                f"{name} of {repo.kind} {repo.repo_id} is not the file that the Hub lists",
+                expected=expected, found=found, hint="run again; it was not kept",
+            )  # fmt: skip
 
 
 def _cached(kind: Kind, repo_id: str, revision: str | None) -> Path:
@@ -199,20 +210,45 @@ def remote_header(repo: Repo, name: str) -> Header:
     """The header of one safetensors file, by range requests; no weights are fetched.
 
     Raises:
-        SourceError: see ``plain_errors``.
+        SourceError: see ``plain_errors``; or the file breaks off.
+        CheckpointError: it is not well-formed safetensors.
     """
-    with plain_errors(repo.kind, repo.repo_id):
-        parsed = HfApi().parse_safetensors_file_metadata(repo.repo_id, name, revision=repo.commit)
-    end = max((info.data_offsets[1] for info in parsed.tensors.values()), default=0)
-    start = repo.sizes[name] - end
-    tensors = {
-        key: TensorInfo(
-            key,
-            info.dtype,
-            tuple(info.shape),
-            start + info.data_offsets[0],
-            start + info.data_offsets[1],
+    size = repo.sizes[name]
+    start = _range(repo, name, 0, min(FIRST, size))
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{name} is truncated or not a safetensors file",
+            expected=f"a header of at most {max(size - 8, 0):,} bytes",
+            found=f"a length field of {length:,}",
         )
-        for key, info in parsed.tensors.items()
-    }
-    return Header(start, repo.sizes[name], tensors)
+    if 8 + length > len(start):
+        start += _range(repo, name, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, name)
+
+
+def _range(repo: Repo, name: str, start: int, end: int) -> bytes:
+    """Bytes of a file at the commit; reading stops there, however many more are sent."""
+    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    found = bytearray()
+    with (
+        plain_errors(repo.kind, repo.repo_id),
+        get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+    ):
+        hf_raise_for_status(answer)
+        skipped = start if answer.status_code == 200 else 0  # the whole file was sent
+        for piece in answer.iter_bytes():
+            found += piece[skipped:]
+            skipped = max(skipped - len(piece), 0)
+            if len(found) >= end - start:
+                break
+    if len(found) < end - start:
+        raise SourceError(
+            f"{name} of {repo.kind} {repo.repo_id} breaks off",
+            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
+            found=f"the end after {start + len(found):,}",
+            hint="run again",
+        )
+    return bytes(found[: end - start])

@@ -1,7 +1,8 @@
 """Which files make a checkpoint, and which format its weights have."""
 
 import json
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -32,12 +33,25 @@ MAX_COMPANION = 64_000_000
 """Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
 half of it."""
 
+MAX_CONFIG = 16_000_000
+"""Bytes of a config or a card: the lists of labels and layers in some have one or two million."""
+
+MAX_NESTING, MAX_VALUES = 32, 100_000
+"""Levels of the front matter of a card, and values on one of them."""
+
+MAX_INDEX = 100_000_000
+"""Bytes of an index: a million names fit. As for the header of a shard."""
+
 UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
 """Files that a conversion writes last: the manifest, and what holds its sha256."""
 
 OURS = {INDEX, *UNLISTED}
 """Files that a conversion writes itself; the source's own are not copied. A signature would be
 one of other bytes."""
+
+ELSEWHERE = "adapter_config.json"
+"""A file that makes transformers load another model, the one that it names, in place of the weights
+beside it. It is not copied along with them."""
 
 PICTURE = ".png"
 """Ending of the pictures that ``evaluate.plots`` draws."""
@@ -47,6 +61,12 @@ TOKENIZER = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
 
+
+LOADED = TOKENIZER | {
+    CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
+    "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
+"""Files beside the weights that we or transformers read whole, whatever their size."""
 
 Format = Literal["safetensors", "pickled", "native"]
 
@@ -71,10 +91,15 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
         CheckpointError: two sets of weights in one format, an index without its files, or nothing
             that can be read.
     """
-    known = list(names)
-    if "adapter_config.json" in known and "config.json" not in known:
+    known = set(names)
+    if "adapter_config.json" in known:
+        if "config.json" not in known:
+            raise CheckpointError(
+                f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+            )
         raise CheckpointError(
-            f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+            f"{name} is a model with an adapter beside it, which transformers would apply",
+            hint="remove adapter_config.json, or merge the adapter",
         )
     if native.is_native(known):
         return "native"
@@ -105,7 +130,9 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
 def is_companion(name: str, size: int = 0) -> bool:
     """Whether a file of a repo belongs to the model and is not its weights, card or history."""
     path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or name in OURS or size > MAX_COMPANION:
+    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
+        return False
+    if name in OURS or path.name == ELSEWHERE:
         return False
     if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
         return False
@@ -125,33 +152,89 @@ def drawn_before(folder: Path) -> set[str]:
     return {name for name in made if name.endswith(PICTURE)}
 
 
+def is_read(name: str) -> bool:
+    """Whether a file of a folder is copied, or read for what it says, rather than for tensors."""
+    return is_companion(name) or name in (INDEX, pickled.INDEX, CARD, MANIFEST)
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """The files that transformers reads whole must be small. Raises CheckpointError."""
+    for name in sorted(LOADED & sizes.keys()):
+        most = MAX_CONFIG if name in (CARD, "config.json") else MAX_COMPANION
+        if sizes[name] > most:
+            raise _too_large(name, sizes[name], most)
+
+
+def _too_large(name: str, size: int, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is too large", expected=f"at most {most:,} bytes", found=f"{size:,}"
+    )
+
+
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, as an index says.
 
     Raises:
-        CheckpointError: there is none, or a shard is not a plain file name.
+        CheckpointError: there is none, a tensor is there twice, or a shard is not a plain file name
+            of its format, is like another but for case, or is one of ours.
     """
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, MAX_INDEX, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path.name} has no weight_map", hint="fetch the file again")
+    ending = f".{path.name.removesuffix('.index.json').rpartition('.')[2]}"
+    known: set[str] = set()
+    folded: dict[str, str] = {}
     for tensor, shard in weight_map.items():
+        if isinstance(shard, str) and shard in known:
+            continue
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(
                 f"{path.name} places tensor {tensor} outside the folder",
                 expected="a plain file name",
-                found=repr(shard),
+                found=repr(shard)[:200],
             )
+        if not _is_shard(shard, ending):
+            raise CheckpointError(
+                f"{path.name} places tensor {tensor} in a file that cannot be a shard",
+                expected=f"the name of a {ending} file", found=repr(shard)[:200],
+            )  # fmt: skip
+        if (other := folded.setdefault(shard.casefold(), shard)) != shard:
+            raise CheckpointError(f"{path.name} has shards that differ by case: {other}, {shard}")
+        known.add(shard)
     return weight_map
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _is_shard(name: str, ending: str) -> bool:
+    """Whether a plain file name can be that of a shard, in a source and in what is written."""
+    plain = name.isprintable() and "\\" not in name and len(name.encode()) <= 255
+    return plain and name.endswith(ending) and not name.startswith((".", "gloss_"))
+
+
+def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
     """Parse a JSON object from a file.
 
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+        unique: whether to refuse keys that are there twice.
+
     Raises:
-        CheckpointError: it is missing, unreadable, or not a JSON object.
+        CheckpointError: it is missing, unreadable, too large, or not a JSON object.
     """
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            raise ValueError("a key that is there twice")
+        return found
+
     try:
-        data = json.loads(path.read_text("utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path.name} is no file")
+        if status.st_size > most:
+            raise _too_large(path.name, status.st_size, most)
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=once if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
     if not isinstance(data, dict):
@@ -161,10 +244,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_card(path: Path) -> ModelCardData:
     """The front matter of a model card; empty when there is none or it is malformed."""
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG:
         return ModelCardData()
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except (OSError, ValueError, TypeError):
+    except Exception:  # a third party's loader: of many kinds, for a text of a stranger
         return ModelCardData()
-    return data if isinstance(data, ModelCardData) else ModelCardData()
+    return data if isinstance(data, ModelCardData) and not _is_bomb(data) else ModelCardData()
+
+
+def _is_bomb(data: ModelCardData) -> bool:
+    """Whether front matter says the same thing over and over by reference, as no card does."""
+    level: list[Any] = list(vars(data).values())
+    for _ in range(MAX_NESTING):
+        if len(level) > MAX_VALUES:
+            return True
+        level = [
+            value
+            for part in level
+            if isinstance(part, (dict, list))
+            for value in (part.values() if isinstance(part, dict) else part)
+        ]
+    return bool(level)

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
+from converter.markdown import code, escaped
 from converter.source import Source
 
 NOTICE = "Notice"
@@ -80,10 +81,11 @@ def licence_name(card: ModelCardData) -> str | None:
     """The word of a card that says which licence it is; None if it does not say."""
     said = card.get("license")
     if isinstance(said, list):  # the Hub takes several; one that asks for something comes first
-        said = next((name for name in said if name in families()), said[0] if said else None)
+        names = [name for name in said if isinstance(name, str)]
+        said = next((name for name in names if name in families()), names[0] if names else None)
     if said == "other":
         said = card.get("license_name")
-    return str(said) if said and said != "unknown" else None
+    return said if isinstance(said, str) and said and said != "unknown" else None
 
 
 def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002
@@ -143,7 +145,7 @@ def terms_of(source: Source, base: str | None) -> Terms:
     sentences = [_under(source, name, family)]
     for kind, names in found.items():
         if names:
-            links = ", ".join(f"[{name}]({quote(name)})" for name in names)
+            links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
             sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
     notice = ""
     for kind in family.papers if family else ():
@@ -222,8 +224,8 @@ def _under(source: Source, name: str | None, family: Family | None) -> str:
         )
     if family is None:
         return (
-            f"The licence is `{name}`, as the source's card says. gloss-convert knows nothing of "
-            "what it asks for: read it before you publish this model."
+            f"The licence is {code(name)}, as the source's card says. gloss-convert knows nothing "
+            "of what it asks for: read it before you publish this model."
         )
     return (
         f"[{family.title}]({family.link}), as the source. The weights were modified, as described "

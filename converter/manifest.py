@@ -19,8 +19,9 @@ from typing import Any
 import jsonschema
 import torch
 
-from converter import __version__
+from converter import __version__, strict_json
 from converter.activations import cache_key
+from converter.bounded import read_file, reason
 from converter.errors import VerificationError
 from converter.fitting import Fitted
 from converter.layout import CARD
@@ -174,8 +175,8 @@ def seal(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
         card: has the ``hash_line`` of that manifest.
     """
     (folder / CARD).write_text(card, "utf-8")
-    file_entry(folder / CARD)
-    (folder / SUMS).write_text(sums_text(folder, manifest), "utf-8")
+    digests = {name: file_entry(folder / name)[0] for name in (CARD, MANIFEST)}
+    (folder / SUMS).write_text(sums_text(manifest, digests), "utf-8")
     file_entry(folder / SUMS)
 
 
@@ -184,15 +185,14 @@ def hash_line(digest: str) -> str:
     return f"sha256 of `{MANIFEST}`: `{digest}`"
 
 
-def sums_text(folder: Path, manifest: Mapping[str, Any]) -> str:
+def sums_text(manifest: Mapping[str, Any], own: Mapping[str, str]) -> str:
     """The exact text of SHA256SUMS, in the format of sha256sum.
 
-    Raises:
-        OSError: there is no card, or no manifest.
+    Args:
+        manifest: of the folder.
+        own: sha256 of the card and of the manifest, which it cannot list.
     """
-    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    for name in (CARD, MANIFEST):
-        digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()} | dict(own)
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
@@ -208,29 +208,47 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
+@cache
+def _validator() -> Any:
+    """Of the schema, to which 1.0 is no integer: it could not count anything."""
+    kind = jsonschema.Draft202012Validator
+    checker = kind.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return jsonschema.validators.extend(kind, type_checker=checker)(schema())  # type: ignore[no-untyped-call]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check it against the schema.
 
     Raises:
         VerificationError: it is missing, is not JSON, or does not follow the schema.
     """
+    return read_manifest_bytes(folder)[0]
+
+
+def read_manifest_bytes(folder: Path) -> tuple[dict[str, Any], str]:
+    """The same, and the sha256 of the very bytes that were read."""
     if not (folder / MANIFEST).is_file():
         raise VerificationError(
             f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
-    return read_manifest_file(folder / MANIFEST)
+    return _read_manifest(folder / MANIFEST)
 
 
 def read_manifest_file(path: Path) -> dict[str, Any]:
-    """The same, wherever it is."""
+    """The same as ``read_manifest``, wherever it is."""
+    return _read_manifest(path)[0]
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
-    for first in jsonschema.Draft202012Validator(schema()).iter_errors(manifest):
+        data = read_file(path)
+        manifest = strict_json.parse(data)
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
+    for first in _validator().iter_errors(manifest):
         raise VerificationError(
             f"{path.name} does not follow its schema at {first.json_path}",
             found=first.message[:200],
         )
     assert isinstance(manifest, dict)
-    return manifest
+    return manifest, hashlib.sha256(data).hexdigest()

@@ -1,6 +1,5 @@
 """What the commands share: the options that make a ``Run``, and errors as one line."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -16,6 +15,8 @@ from click.core import ParameterSource
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.interrupt import Stopped, leave, stopping
 from converter.run import Run
+from converter.terminal import as_json as json_of
+from converter.terminal import say
 
 EXIT_CODES = """
 \b
@@ -43,7 +44,7 @@ def plain_exit(as_json: bool) -> Iterator[None]:
         if as_json:
             kind = type(error).__name__
             print_json({"error": kind, "message": str(error), "exit_code": error.exit_code})
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 
     try:
@@ -62,7 +63,7 @@ def plain_exit(as_json: bool) -> Iterator[None]:
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+    click.echo(json_of(data))
 
 
 def quiet_libraries() -> None:

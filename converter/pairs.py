@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from converter.bounded import read_text, reason
 from converter.errors import DataError, OptionError
 from converter.rows import Row, Spans, draw, locate, read_rows
 from converter.words import WordList
@@ -211,9 +212,9 @@ def load_prose(origin: str) -> Prose:
     else:
         path = Path(origin)
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"neutral text {origin} cannot be read", found=str(error)) from error
+            text = read_text(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"neutral text {origin} cannot be read", found=reason(error)) from error
         name = {"name": path.name}
     paragraphs = tuple(line.strip() for line in text.splitlines() if line.strip())
     count = sum(len(paragraph.split()) for paragraph in paragraphs)

@@ -27,7 +27,7 @@ from converter.errors import ConverterError, PublishError, VerificationError
 from converter.layout import CARD, SIGNATURE, read_card
 from converter.leftovers import leftovers
 from converter.licences import licence_name
-from converter.manifest import MANIFEST, SUMS, read_manifest
+from converter.manifest import MANIFEST, SUMS, read_manifest_bytes
 from converter.publication import Publication, open_repo, warn_of_name
 from converter.redact import redacted
 from converter.refusals import plain_refusals, refuses_copies
@@ -125,13 +125,12 @@ class Upload:
         for name, (path, known) in files.items():
             found = adds[name].upload_info.sha256.hex()
             if known is not None and found != known:
-                raise PublishError(
-                    f"{name} changed while it was uploaded", expected=f"sha256 {known[:16]}...",
-                    found=f"{found[:16]}...", hint="run gloss verify on the folder",
-                )  # fmt: skip
+                raise _changed(name, known, found)
             size, git = adds[name].upload_info.size, None
             if size <= LARGEST_REGULAR:
                 data = path.read_bytes()
+                if (again := hashlib.sha256(data).hexdigest()) != found:
+                    raise _changed(name, found, again)
                 git = git_id(data)
                 if adds[name].path_or_fileobj != b"":  # not uploaded: it goes into the commit
                     adds[name].path_or_fileobj = data
@@ -228,6 +227,13 @@ class Upload:
             )
 
 
+def _changed(name: str, expected: str, found: str) -> PublishError:
+    return PublishError(
+        f"{name} changed while it was uploaded", expected=f"sha256 {expected[:16]}...",
+        found=f"{found[:16]}...", hint="run gloss verify on the folder",
+    )  # fmt: skip
+
+
 def git_id(data: bytes) -> str:
     """The name that git gives to the content of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
@@ -278,16 +284,21 @@ def push(
         VerificationError: it is not what its manifest says; nothing was sent.
         PublishError: the Hub refuses; there is no commit, unless it says so.
     """
+    seen: dict[str, str] = {}
     if not verified:
         with report.stage("verify", f"verifying {folder.name}"):
-            if problems := verify(folder, report=report, trust_remote_code=trust_remote_code):
+            trust = trust_remote_code
+            if problems := verify(folder, report=report, trust_remote_code=trust, seen=seen):
                 raise VerificationError(
                     f"{folder.name} is not published, for it is not whole",
                     found="; ".join(problems),
                 )
-    manifest = read_manifest(folder)
+    manifest, digest = read_manifest_bytes(folder)
+    if digest != (verified_one := seen.get(MANIFEST, digest)):
+        raise _changed(MANIFEST, verified_one, digest)
     warn_of_name(licence_name(read_card(folder / CARD)), place, report)
-    files = published_files(folder, manifest)
+    listed = published_files(folder, manifest)
+    files = {name: (path, seen.get(name, sha256)) for name, (path, sha256) in listed.items()}
     size = sum(path.stat().st_size for path, _ in files.values())
     with report.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
         upload, copyable = Upload(place, report), untouched(manifest, folder)

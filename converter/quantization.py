@@ -16,6 +16,7 @@ from torch import Tensor
 
 from converter.errors import CheckpointError
 from converter.header import TensorInfo
+from converter.plain import brief
 from converter.projector import neighbour, settle
 
 FP8 = "F8_E4M3"
@@ -69,8 +70,8 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
         if not scheme:
             continue
         if not isinstance(scheme, dict):
-            raise quantized(str(scheme)[:80])
-        name = str(scheme.get("quant_method", "unnamed"))
+            raise quantized(brief(scheme))
+        name = brief(scheme.get("quant_method", "unnamed")).strip("'")
         if name == "fp8":
             block = _pair(scheme.get("weight_block_size"))
             return Scheme(name, ("weight_scale_inv", "weight_scale"), block)
@@ -79,7 +80,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
             if weights and all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights):
                 block = _pair(weights[0].get("block_structure"))
                 return Scheme(name, ("weight_scale",), block)
-            name += f", {scheme.get('format', 'unknown format')}"
+            name += f", {brief(scheme.get('format', 'unknown format'))}"
         raise quantized(name)
     return None
 
@@ -101,7 +102,7 @@ def _pair(block: Any) -> tuple[int, int] | None:
     ):
         raise CheckpointError(
             "config.json: quantization_config: block size", expected="two positive integers",
-            found=repr(block),
+            found=brief(block),
         )  # fmt: skip
     return block[0], block[1]
 

@@ -12,9 +12,10 @@ from converter import __version__
 from converter.cache import remembered_digest, sha256_of
 from converter.edit import Projection
 from converter.errors import OptionError, VerificationError
+from converter.hub_listing import looks_like_repo
 from converter.manifest import MANIFEST, environment, read_manifest_file
 from converter.plan import Plan, Target
-from converter.recorded import place_of, plain_name, source_files
+from converter.recorded import is_basis, place_of, plain_name, source_files
 from converter.run import Run
 from converter.source import Source
 from converter.subspace import load_bases
@@ -59,7 +60,8 @@ class Recording:
                 raise VerificationError(
                     f"tensor {entry['name']} is recorded as edited and is not in the source"
                 )
-            if basis is None or basis.shape[:1] != (plan.dimensions.hidden_size,):
+            width = plan.dimensions.hidden_size
+            if basis is None or not is_basis(basis, width):
                 raise VerificationError(
                     f"{self.subspace.name} holds no basis {entry['basis']} of this width"
                 )
@@ -132,6 +134,7 @@ def run_of(recording: Recording, given: Given, *, refit: bool) -> Run:
 
     Raises:
         OptionError: an input is local, and it is not said where it is.
+        VerificationError: a name leads out of the source, or is not that of a repo.
     """
     manifest = recording.manifest
     asked = dict(manifest["run"])
@@ -140,6 +143,8 @@ def run_of(recording: Recording, given: Given, *, refit: bool) -> Run:
             "the recorded run executed code of its source",
             hint="give --trust-remote-code if this one may, too",
         )
+    if asked["subfolder"]:
+        plain_name(asked["subfolder"])
     asked |= {"source": _source(manifest, given.source), "activations": given.activations}
     asked["trust_remote_code"] = given.trust_remote_code
     if refit:
@@ -153,6 +158,8 @@ def _source(manifest: Mapping[str, Any], given: str | None) -> str:
     if given is not None:
         return given
     if source["repo_id"]:
+        if not looks_like_repo(source["repo_id"]) or Path(source["repo_id"]).exists():
+            raise VerificationError("the recorded source is not a repo", found=source["repo_id"])
         return f"{source['repo_id']}@{source['commit']}"
     if manifest["run"]["source"] == "demo":
         return "demo"

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
 
-import click
 from tqdm import tqdm
+
+from converter.plain import shown
+from converter.terminal import say
 
 
 @dataclass
@@ -61,12 +63,12 @@ class Report:
     def note(self, text: str) -> None:
         """A line for people who watch."""
         if not self.quiet:
-            click.echo(text, err=True)
+            say(text.replace("\n", " "), err=True)
 
     def warn(self, text: str) -> None:
         """A line for everybody, ``quiet`` or not; it is also kept for the summary."""
         self.warnings.append(text)
-        click.echo(f"warning: {text}", err=True)
+        say(f"warning: {shown(text)}", err=True)
 
 
 def peak_memory() -> int:

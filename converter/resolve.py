@@ -9,6 +9,7 @@ from typing import Any
 from converter import hub
 from converter.architecture import find_architecture
 from converter.cache import remembered_digest
+from converter.config import check_config
 from converter.demo import REPO_ID as DEMO
 from converter.demo import demo_folder
 from converter.errors import CheckpointError, SourceError
@@ -17,18 +18,22 @@ from converter.layout import (
     CARD,
     INDEX,
     MANIFEST,
+    MAX_CONFIG,
     TOKENIZER,
     WEIGHTS,
     Format,
+    check_sizes,
     choose_format,
     drawn_before,
     is_companion,
+    is_read,
     read_card,
     read_index,
     read_json,
 )
 from converter.licences import papers
 from converter.source import Source, check_space
+from converter.walk import check_links, list_files
 
 
 def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
@@ -54,7 +59,8 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
             base = DEMO if source == "demo" else None
             name = folder.resolve().name
             top = folder if subfolder else None
-            return _read(name, place, _files(place), cache, top, base=base)
+            files = list_files(place, top or place, is_read)
+            return _read(name, place, files, cache, top, base=base)
         is_file = folder.exists()
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
@@ -65,7 +71,7 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
             made = gguf.unpacked(folder, cache)
         except OSError as error:
             raise SourceError(f"{source} cannot be read", found=error.strerror) from error
-        return _read(folder.stem, made, _files(made), cache, originals=(folder,))
+        return _read(folder.stem, made, _own_files(made), cache, originals=(folder,))
     if is_file:
         raise SourceError(
             f"{source} is a file",
@@ -104,7 +110,7 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
     else:
         top = hub.download(repo, [])
         folder = top / inside
-        sizes = _files(folder)
+        sizes = list_files(folder, top, is_read)
     known = {"repo": repo, "inside": inside, "base": repo.repo_id, "base_commit": repo.commit}
     return _read(repo.repo_id, folder, sizes, cache, top if inside else None, **known)
 
@@ -120,16 +126,9 @@ def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
     return said is not False
 
 
-def _files(folder: Path) -> dict[str, int]:
-    """Every file below a folder, and its size."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file():
-            if not name.isprintable():  # a name that is not UTF-8 is not printable either
-                raise CheckpointError(f"the file name {name!r} is not plain text")
-            found[name] = path.stat().st_size
-    return found
+def _own_files(folder: Path) -> dict[str, int]:
+    """Those of a folder that we have made ourselves, from a source in another format."""
+    return list_files(folder, folder, is_read)
 
 
 def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]:
@@ -139,9 +138,9 @@ def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]
     single, index = WEIGHTS[kind]
     if index not in names:
         return [single]
-    listed = sorted(set(read_index(folder / index).values()))
+    listed, there = sorted(set(read_index(folder / index).values())), set(names)
     for name in listed:
-        if name not in names:
+        if name not in there:
             raise CheckpointError(f"the index names {name}", found="no such file")
     return listed
 
@@ -156,20 +155,22 @@ def _read(
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
     kind = choose_format(name, sizes)
+    check_sizes(sizes)
     weights = _weight_files(kind, folder, list(sizes))
     translated = None
     if kind == "native":
         listed = [*weights, "params.json", "tokenizer.model"]
         native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
         translated = native.read_native(folder, cache)
-        folder, sizes = translated.folder, _files(translated.folder)
+        folder, sizes = translated.folder, _own_files(translated.folder)
     if "config.json" not in sizes:
         raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
     if not TOKENIZER.intersection(sizes):
         raise CheckpointError(
             f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
         )
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", MAX_CONFIG)
+    check_config(config)
     if kind == "pickled":
         index = folder / pickled.INDEX
         translated = pickled.read_pickled(
@@ -213,4 +214,6 @@ def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ..
         return ()
     own = papers(companions)
     found = papers(path.name for path in top.iterdir() if path.is_file())
-    return tuple(top / name for kind, names in found.items() if not own[kind] for name in names)
+    wanted = [name for kind, names in found.items() if not own[kind] for name in names]
+    check_links(top, wanted)
+    return tuple(top / name for name in wanted)

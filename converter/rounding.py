@@ -113,22 +113,23 @@ def blocks(count: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
-def left_along(stored: Stored, basis: Tensor) -> tuple[float, float]:
-    """``||U^T W||_F`` and the sum of the squares of half units in the last place of W.
+def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
+    """``||U^T W||``, the sum of the squares of half units in the last place of W, and ``||W||``.
 
     Args:
         stored: W.
         basis: U (D, R).
     """
-    U, left, units = basis.double(), 0.0, 0.0
+    U, left, units, squares = basis.double(), 0.0, 0.0, 0.0
     for matrix, _ in stored.matrices():
         P = torch.zeros(U.shape[1], matrix.width, dtype=torch.float64)
         for i, j in blocks(len(U)):
             W = matrix.rows(i, j)
             P.addmm_(U[i:j].T, W.double())
+            squares += float(W.double().square().sum())
             units += float(half_ulp(W).square().sum())
         left += float(P.square().sum())
-    return sqrt(left), units
+    return sqrt(left), units, sqrt(squares)
 
 
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
@@ -152,8 +153,8 @@ def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
 
 def is_projection(
     after: Stored, before: Stored, basis: Tensor, *, nearest: bool
-) -> tuple[bool, float]:
-    """Whether each element of W' is that of W - U (U^T W), rounded to its dtype; and ||W||_F.
+) -> tuple[bool, dict[str, float]]:
+    """Whether each element of W' is that of W - U (U^T W), rounded to its dtype.
 
     The reference is computed in float64. An element may be off by half a unit in its last place;
     in 16 bits and not rounded to ``nearest``, by a whole one and ``PUSH`` machine epsilons of the
@@ -163,8 +164,12 @@ def is_projection(
     the sums that give the correction.
 
     Both tensors are read to the end, whatever is found.
+
+    Returns:
+        whether it is, and ``norm``, ``energy_removed``, ``relative_change`` and ``rounding_error``
+        as in ``edit.EditRecord``.
     """
-    U, fits, norm = basis.double(), True, 0.0
+    U, fits, sums = basis.double(), True, dict.fromkeys(("W", "P", "change", "error"), 0.0)
     feedback = not nearest and after.dtype.itemsize == 2
     margin = PUSH * torch.finfo(after.dtype).eps if feedback else 0.0
     for (new, step), (old, _) in zip(after.matrices(), before.matrices(), strict=True):
@@ -182,5 +187,14 @@ def is_projection(
             allowed += margin * (squares / len(U)).sqrt()
             off = (found.double() - (W - U[i:j] @ P)).abs()
             fits &= bool((off <= allowed).all())
-        norm += float(squares.sum())
-    return fits, sqrt(norm)
+            sums["change"] += float((found.double() - W).square().sum())
+            sums["error"] += float(off.square().sum())
+        sums["W"] += float(squares.sum())
+        sums["P"] += float(P.square().sum())
+    norm = sums["W"] or 1.0
+    return fits, {
+        "norm": sqrt(sums["W"]),
+        "energy_removed": sums["P"] / norm,
+        "relative_change": sqrt(sums["change"] / norm),
+        "rounding_error": sqrt(sums["error"] / norm),
+    }

@@ -1,17 +1,17 @@
 """Data files, local or in a Hub dataset; and those of sentence pairs, read row by row."""
 
 import csv
-import hashlib
-import io
 import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from converter import hub
+from converter.bounded import MAX_LINE, read_file
+from converter.cache import sha256_of
 from converter.errors import DataError
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
@@ -93,13 +93,16 @@ def _first_readable(folder: Path, origin: str, formats: Iterable[str]) -> Path:
 
 
 def _sha256(path: Path, what: str) -> str:
-    return hashlib.sha256(read_bytes(path, what)).hexdigest()
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
 
 
 def read_bytes(path: Path, what: str = "pairs") -> bytes:
     """The whole of a file. Raises DataError."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
 
@@ -115,14 +118,31 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
         )
-    text = read_bytes(path).decode("utf-8", errors="replace")
-    text = text.removeprefix("\ufeff")
-    yield from _read_jsonl(text) if kind == "jsonl" else _read_table(text, kind, path.name)
+    # JSON lines end at line feeds only: others may stand in a sentence
+    newline = "\n" if kind == "jsonl" else ""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline=newline) as file:
+            yield from _read_jsonl(file) if kind == "jsonl" else _read_table(file, kind, path.name)
+    except OSError as error:
+        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
 
 
-def _read_jsonl(text: str) -> Iterator[Row]:
-    # not splitlines(), which also cuts at characters that may stand in a sentence
-    for number, line in enumerate(text.split("\n"), 1):
+def _lines(file: TextIO) -> Iterator[str | None]:
+    """The lines of a file, one at a time; None for one of more than ``MAX_LINE`` characters."""
+    while line := file.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith("\n"):
+            yield line
+            continue
+        while line and not line.endswith("\n"):
+            line = file.readline(MAX_LINE)
+        yield None
+
+
+def _read_jsonl(file: TextIO) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), 1):
+        if line is None:
+            yield Row(number, problem=f"of more than {MAX_LINE:,} characters")
+            continue
         if not line.strip():
             continue
         try:
@@ -134,13 +154,21 @@ def _read_jsonl(text: str) -> Iterator[Row]:
         yield _row(number, *sides)
 
 
-def _read_table(text: str, kind: str, name: str) -> Iterator[Row]:
+def _cells(file: TextIO) -> Iterator[str]:
+    """Lines for the reader of tables, which may join some to one row. Raises csv.Error."""
+    for line in _lines(file):
+        if line is None:
+            raise csv.Error(f"a line has more than {MAX_LINE:,} characters")
+        yield line
+
+
+def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
     """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
-    file = io.StringIO(text, newline="")
+    lines = _cells(file)
     reader = (
-        csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         if kind == "tsv"
-        else csv.reader(file)
+        else csv.reader(lines)
     )
     try:
         columns = [column.strip().lower() for column in next(reader, [])]
@@ -149,7 +177,7 @@ def _read_table(text: str, kind: str, name: str) -> Iterator[Row]:
             raise DataError(
                 f"pairs file {name}",
                 expected="a first line with the columns toxic and neutral",
-                found=", ".join(columns) or "an empty file",
+                found=", ".join(columns)[:200] or "an empty file",
             )
         toxic = columns.index("toxic")
         for cells in reader:
@@ -163,7 +191,15 @@ def _read_table(text: str, kind: str, name: str) -> Iterator[Row]:
         raise DataError(f"pairs file {name} is malformed", found=str(error)) from error
 
 
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+"""What no sentence holds: control characters, halves of a pair, and what could not be decoded."""
+
+
 def _row(number: int, toxic: Any, neutral: Any) -> Row:
-    if not isinstance(toxic, str) or not isinstance(neutral, str) or "\ufffd" in toxic + neutral:
+    if (
+        not isinstance(toxic, str)
+        or not isinstance(neutral, str)
+        or _NO_TEXT.search(toxic + neutral)
+    ):
         return Row(number, problem="unreadable")
     return Row(number, toxic, neutral)

@@ -190,7 +190,7 @@ def rewrite(
             if change is None:
                 _copy(reading, writer, end - start, name, hashed, advance)
             else:
-                if digests and writer.digest is None:
+                if digests and writer.digest is None and end > start:
                     writer.fork(read)
                 _replace(Region(reading, header.tensors[name], hashed), writer, change, advance)
                 reading.seek(end)
@@ -263,3 +263,23 @@ def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
             if digest.copy().hexdigest()[:PREFIX_DIGITS] != prefixes.get(info.name):
                 return f"tensor {info.name}"
     return "the bytes after its last tensor"
+
+
+def digests_of(path: Path) -> tuple[str, dict[str, str]]:
+    """The sha256 of a shard and its ``prefixes``, as in ``ShardRecord``, in one reading.
+
+    Raises:
+        CheckpointError: it is malformed, is truncated, or cannot be read.
+        OSError: it cannot be opened.
+    """
+    digest, buffer, prefixes = hashlib.sha256(), memoryview(bytearray(BUFFER)), {}
+    with path.open("rb", buffering=0) as file:
+        header = header_of(file, path.name)
+        file.seek(0)
+        ranges = [("", header.data_start)]
+        ranges += [(info.name, info.nbytes) for info in header.tensors.values()]
+        for name, length in ranges:
+            for count in _chunks(length):
+                digest.update(fill(file, buffer[:count], name or "the header"))
+            prefixes[name] = digest.copy().hexdigest()[:PREFIX_DIGITS]
+    return digest.hexdigest(), prefixes

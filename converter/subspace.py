@@ -93,11 +93,16 @@ def load_bases(path: Path) -> dict[str, Tensor]:
     Raises:
         VerificationError: the file cannot be read.
     """
+    tensors = load_tensors(path)
+    return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Everything in a subspace file; see ``Subspace.save``. Raises VerificationError."""
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
-    return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
 
 
 def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

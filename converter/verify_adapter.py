@@ -21,6 +21,7 @@ from converter.manifest import MANIFEST
 from converter.outputs.adapter import (
     CONFIG,
     WEIGHTS,
+    Adapter,
     adapter_config,
     coordinates,
     module_of,
@@ -28,13 +29,17 @@ from converter.outputs.adapter import (
     tensor_names,
 )
 from converter.plan import make_plan
-from converter.recorded import check_bases, check_source_files, edited_layers, recorded_bases
+from converter.recorded import check_source_files, check_subspace, edited_layers, recorded_bases
 from converter.report import Report
 from converter.rounding import SLACK, half_ulp
 from converter.source import Source
+from converter.verify_records import check_options
 
 U64 = 2.0**-53
 """Unit roundoff of float64, in which A is computed."""
+
+LEFT = 1e-5
+"""Leakage and rounding error, at most: U is orthonormal, and A rounded, to float32."""
 
 Entry = Mapping[str, Any]
 """One of the manifest's ``edited``."""
@@ -46,7 +51,6 @@ def check_adapter(
     damaged: Mapping[str, str],
     source: Source | None,
     report: Report,
-    trust_remote_code: bool,
 ) -> Iterator[str]:
     """What an adapter must be, beside having its files; see ``verify.verify``.
 
@@ -58,7 +62,7 @@ def check_adapter(
     if structure or manifest["subspace"]["file"] in damaged:
         return
     bases = recorded_bases(folder, manifest)
-    yield from check_bases(manifest["subspace"]["file"], bases)
+    yield from check_subspace(folder, manifest, bases)
     if CONFIG not in damaged:
         yield from _check_config(read_json(folder / CONFIG), manifest, bases)
     tensors = _load(folder / WEIGHTS)
@@ -70,7 +74,8 @@ def check_adapter(
     for entry in manifest["edited"]:
         yield from _check_factors(entry, tensors, bases[entry["basis"]])
     if source:
-        yield from check_source_files(manifest, source)
+        companions = Adapter().companions(source)
+        yield from check_source_files(manifest, source, companions)
         yield from _check_source(manifest, tensors, bases, source, report)
 
 
@@ -130,8 +135,12 @@ def _check_factors(entry: Entry, tensors: Mapping[str, Tensor], basis: Tensor) -
             yield f"{WEIGHTS}: {name} has another sha256 than recorded"
     if not torch.equal(B, -basis):
         yield f"{WEIGHTS}: {names[1]} is not -{entry['basis']} of the subspace"
-    norm = float(A.double().norm())
-    if not isclose(norm, sqrt(entry["energy_removed"]) * entry["norm"], rel_tol=1e-4):
+    norm, energy = float(A.double().norm()), entry["energy_removed"]
+    if not 0 <= energy <= 1 or not isclose(entry["relative_change"], sqrt(energy), rel_tol=1e-4):
+        yield f"{MANIFEST}: the change of {entry['name']} contradicts itself"
+    elif not (0 <= entry["leakage"] <= LEFT and 0 <= entry["rounding_error"] <= LEFT):
+        yield f"{MANIFEST}: no adapter leaves so much of {entry['name']}"
+    if not isclose(norm, sqrt(max(energy, 0)) * entry["norm"], rel_tol=1e-4):
         yield f"{WEIGHTS}: {names[0]} has another norm than recorded: {norm:.6g}"
 
 
@@ -144,12 +153,15 @@ def _check_source(
 ) -> Iterator[str]:
     """Each A again, from the weights."""
     plan = make_plan(source.config, source.weight_map, source.headers())
+    yield from check_options(manifest, plan, Adapter.implied)
     targets = {target.info.name: target for target in plan.targets}
     with report.bar("compare", len(manifest["edited"]), "tensor") as bar:
         for entry in manifest["edited"]:
             name, target = entry["name"], targets.get(entry["name"])
             found = target and (target.shard, target.layer, target.axis, target.info.shape)
             recorded = (entry["shard"], entry["layer"], entry["axis"], tuple(entry["shape"]))
+            if target and target.info.dtype != entry["dtype"]:
+                yield f"{name} of the source is {target.info.dtype}, not {entry['dtype']}"
             if target is None or found != recorded:
                 yield f"the source {source.name} has no such projection: {name}"
                 continue

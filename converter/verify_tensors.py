@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
-from math import isclose, sqrt
+from math import isclose, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from converter.header import TensorInfo, header_of, read_exactly, read_header
-from converter.recorded import check_bases, check_source_files, recorded_bases
+from converter.recorded import check_source_files, check_subspace, recorded_bases
 from converter.report import Report
 from converter.rounding import Stored, is_projection, left_along, rounding_bound
 from converter.source import Source
@@ -21,6 +21,11 @@ LEFT = 0.05
 """Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
 rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
 """
+
+CLOSE, SMALL, TINY = 1e-4, 1e-6, 1e-9
+"""Shares of ||W|| by which recorded norms, and what is left along U, may differ from those found:
+they are sums over all elements, added in another order, of FP8 in float32. That of the rounding
+error is a small difference of sums, and uncertain by the root of what they are."""
 
 NOISE = {"F8_E4M3": 0.03}
 """Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
@@ -35,7 +40,7 @@ def check_edits(
     if name in damaged:
         return
     bases = recorded_bases(folder, manifest)
-    yield from check_bases(name, bases)
+    yield from check_subspace(folder, manifest, bases)
     entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
     infos = infos_of(folder, {shard for entry in entries for shard in _shards_of(entry)})
     with report.bar("check edits", len(entries), "tensor") as bar:
@@ -63,7 +68,9 @@ def check_edit(
     """
     name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
     with Stored(_opener(folder), entry, infos) as stored:
-        left, units = left_along(stored, basis)
+        left, units, norm = left_along(stored, basis)
+    if wrong := list(_contradictions(entry, left, norm)):
+        yield f"{shard}: tensor {name} is not as recorded: {', '.join(wrong)}"
     bound = _allowed(entry, stored.dtype, units, basis, rounding)
     if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
         yield f"{shard}: tensor {name} has another sha256 than recorded"
@@ -82,7 +89,31 @@ def _allowed(
         return rounding_bound(units, len(basis), entry["norm"])
     noise = NOISE.get(entry["dtype"], torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
-    return max(LEFT * sqrt(entry["energy_removed"]), noise) * float(entry["norm"])
+    return max(LEFT * sqrt(max(entry["energy_removed"], 0.0)), noise) * float(entry["norm"])
+
+
+def _contradictions(entry: Mapping[str, Any], left: float, norm: float) -> Iterator[str]:
+    """Which numbers of a record do not fit what is there.
+
+    W = W' + U P - E with U^T W = P and E the rounding error, so ||W - U P||^2 = ||W||^2 - ||P||^2
+    is ||W'||^2 but for E, and W' - W = E - U P.
+
+    Args:
+        entry: of the manifest's ``edited``.
+        left: ||U^T W'||.
+        norm: ||W'||.
+    """
+    before, energy, error = entry["norm"], entry["energy_removed"], entry["rounding_error"]
+    if not (0 <= energy <= 1 + CLOSE and error >= 0 and isfinite(before)):
+        yield "its norms are impossible"
+        return
+    removed, noise = sqrt(energy) * before, CLOSE * before
+    if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
+        yield "its norm, or what was removed of it"
+    if not abs(entry["relative_change"] - sqrt(energy)) <= error + CLOSE:
+        yield "its change"
+    if not isclose(left, entry["leakage"] * (removed or 1.0), rel_tol=0.01, abs_tol=TINY * before):
+        yield "its leakage"
 
 
 def _shards_of(entry: Mapping[str, Any]) -> set[str]:
@@ -114,7 +145,7 @@ def check_source(
     if sorted(shards) != sorted(source.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    yield from check_source_files(manifest, source)
+    yield from check_source_files(manifest, source, source.small)
     name = manifest["subspace"]["file"]
     bases = {} if name in damaged else load_bases(folder / name)
     edited = {entry["name"]: entry for entry in manifest["edited"]}
@@ -148,11 +179,14 @@ def _check_projection(
 ) -> Iterator[str]:
     """An edited tensor against the one it was made from."""
     place, fp8 = f"{entry['shard']}: tensor {entry['name']}", entry["requantized"]
-    fits, norm = is_projection(after, before, basis, nearest=nearest)
+    fits, norms = is_projection(after, before, basis, nearest=nearest)
     if before.digests != (entry["sha256_before"], fp8 and fp8["sha256_before"]):
         yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norm, entry["norm"], rel_tol=1e-4):
+    if not isclose(norms["norm"], entry["norm"], rel_tol=CLOSE):
         yield f"{place} had another norm before the edit than recorded"
+    for key in ("energy_removed", "relative_change", "rounding_error"):
+        if not isclose(norms[key], entry[key], rel_tol=0.01, abs_tol=SMALL):
+            yield f"{place} has another {key} than recorded: {norms[key]:.4g}"
     if not fits:
         yield f"{place} is not the projection of the source's"
 

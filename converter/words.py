@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from converter.bounded import read_text, reason
 from converter.errors import DataError
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
@@ -75,9 +76,9 @@ def load_words(origin: str) -> WordList:
         path = Path(origin)
         name = {"name": path.name}
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"word list {origin} cannot be read", found=str(error)) from error
+            text = read_text(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"word list {origin} cannot be read", found=reason(error)) from error
     lines = (line.strip().lower() for line in text.splitlines() if not line.startswith("#"))
     words = frozenset(line for line in lines if _WORD.fullmatch(line))
     if not words:

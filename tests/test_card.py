@@ -17,11 +17,12 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from converter import hub
-from converter.card import code, front_matter, make_card, paper_link, pinned, title_of
+from converter.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.card_results import pictures
 from converter.layout import drawn_before
 from converter.licences import check_name, families, licence_name, papers, terms_of
 from converter.manifest import hash_line, read_manifest
+from converter.markdown import code
 from converter.resolve import resolve
 from converter.source import Source
 from converter.verify import verify
@@ -503,7 +504,7 @@ def test_a_gate_on_the_hub_is_seen(
     converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for gated in ("manual", False, None):
-        info = SimpleNamespace(id="someone/tiny", sha="c0ffee", siblings=[], gated=gated)
+        info = SimpleNamespace(id="someone/tiny", sha="c0ffee0000" * 4, siblings=[], gated=gated)
         monkeypatch.setattr(HfApi, "repo_info", lambda *_, info=info, **__: info)
         source: Source = resolve(str(converted[0]), converted[0])
         source = replace(source, repo=hub.resolve("model", "someone/tiny"))

@@ -40,13 +40,13 @@ def stored(tensor: Tensor, axis: int = 0) -> Stored:
 
 def is_projection(new: Tensor, W: Tensor, U: Tensor, *, nearest: bool = True) -> bool:
     fits, norm = compare(stored(new), stored(W), U, nearest=nearest)
-    assert norm == pytest.approx(float(W.double().norm()))
+    assert norm["norm"] == pytest.approx(float(W.double().norm()))
     return fits
 
 
 def bound(W: Tensor, norm: float) -> float:
     """What rounding to nearest may leave."""
-    left, units = left_along(stored(W), basis())
+    left, units, _ = left_along(stored(W), basis())
     assert left == pytest.approx(float((basis().double().T @ W.double()).norm()))
     return rounding_bound(units, D, norm)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter.evaluate.benchmarks import Metric
+from converter.markdown import escaped
 
 NOT_MEASURED = "not measured"
 
@@ -21,11 +22,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     known = dict.fromkeys(key for row in results["rows"] for key in row["metrics"])
     columns += [(key, key) for key in known if key.startswith(("safeedit/", "ability/"))]
     lines = [
-        "| model | rank | seeds | " + " | ".join(name for name, _ in columns) + " |",
+        "| model | rank | seeds | " + " | ".join(escaped(name) for name, _ in columns) + " |",
         "|" + "---|" * (len(columns) + 3),
     ]
     for row in results["rows"]:
-        cells = [row["system"], row["rank"] or "", str(row["seeds"])]
+        cells = [escaped(row["system"]), escaped(str(row["rank"] or "")), str(row["seeds"])]
         cells += [_cell(key, row["metrics"]) for _, key in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

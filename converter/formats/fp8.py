@@ -51,7 +51,16 @@ def _weight(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Rec
 
 
 def stored(source: Source, shard: str, info: TensorInfo) -> Recipe:
-    """The recipe of a tensor that is read as it is."""
+    """The recipe of a tensor that is read as it is.
+
+    Raises:
+        CheckpointError: PyTorch has no such dtype.
+    """
+    if info.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor {info.name} cannot be read", expected="a dtype that PyTorch has",
+            found=info.dtype,
+        )  # fmt: skip
 
     def make() -> Tensor:
         with source.open(shard) as file:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from converter.cache import cache_error, discard_stale, flush, remembered_digest, replacing
 from converter.errors import CheckpointError, SourceError
+from converter.formats.gguf_header import check_header
 
 SHARD_SIZE = "5GB"
 
@@ -89,27 +90,35 @@ def make_folder(
 def load(path: Path) -> tuple[Any, Any]:
     """Model in bfloat16 and tokenizer of a GGUF file.
 
+    It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
+    or ask whether to run code.
+
     Raises:
         CheckpointError, SourceError: as ``unpacked``.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
+    check_header(path)
     try:
-        with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+        # its progress bar cannot be turned off
+        with TemporaryDirectory() as alone, redirect_stderr(io.StringIO()):
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            _check_size(path, Path(alone))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent,
+                alone,
                 gguf_file=path.name,
+                local_files_only=True,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
             # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
             tokenizer.init_kwargs["local_files_only"] = False
+    except CheckpointError:
+        raise
     except ImportError as error:
         raise SourceError(
             f"{path.name} needs packages that are not installed",
@@ -124,6 +133,40 @@ def load(path: Path) -> tuple[Any, Any]:
     model, info = loaded
     _check_complete(path, model, info)
     return model, tokenizer
+
+
+BITS = 1.5
+"""Per weight, of the smallest quantization that GGUF has; less cannot be the whole model."""
+
+
+def _check_size(path: Path, folder: Path) -> None:
+    """Refuse a header that asks for a larger model than the file can hold: it would be made first.
+
+    Args:
+        path: of the file.
+        folder: with a link to it.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        folder, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):  # modules without numbers
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
+    if named * BITS > 8 * size:
+        raise CheckpointError(
+            f"{path.name} does not hold the model that it names",
+            expected=f"{named:,} weights",
+            found=f"{size:,} bytes",
+            hint="fetch the file again; of a file in parts, join them first",
+        )
 
 
 def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:

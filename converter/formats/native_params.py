@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 from converter.errors import CheckpointError
+from converter.plain import brief
+
+MAX_PARAMS = 1_000_000
+"""Bytes of a file that has ten numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,9 @@ def read_params(path: Path) -> Params:
         CheckpointError: it is missing or malformed, or its numbers do not fit together.
     """
     try:
+        if path.stat().st_size > MAX_PARAMS:
+            what = f"{path.name} is too large"
+            raise CheckpointError(what, expected=f"at most {MAX_PARAMS:,} bytes")
         data = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         found = getattr(error, "strerror", None) or str(error)
@@ -49,7 +56,7 @@ def read_params(path: Path) -> Params:
         if not (type(value) in (int, kind) and 0 < value < 2**40):
             expected = f"a positive {'whole ' * (kind is int)}number"
             raise CheckpointError(
-                f"{path.name} has no usable {key}", expected=expected, found=repr(value)
+                f"{path.name} has no usable {key}", expected=expected, found=brief(value)
             )
         return value
 

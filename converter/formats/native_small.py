@@ -18,6 +18,9 @@ AGAIN = "fetch the file again"
 MAX_SMALL = 64_000_000
 """Bytes beyond which a file beside the weights is not one of the small ones that go along."""
 
+MAX_ALL = 256_000_000
+"""Bytes of all of them together; they are held in memory."""
+
 NOT_SMALL = (".bin", ".chk", ".gguf", ".index.json", ".pt", ".pth", ".safetensors", "params.json")
 
 
@@ -29,6 +32,11 @@ def small_files(folder: Path) -> dict[str, bytes]:
         if fit and path.is_file() and path.stat().st_size <= MAX_SMALL:
             refuse_pointer(path)
             small[path.name] = path.read_bytes()
+            if sum(map(len, small.values())) > MAX_ALL:
+                raise CheckpointError(
+                    f"{folder.name} has too much beside the weights",
+                    expected=f"at most {MAX_ALL:,} bytes of small files",
+                )
     if not {"tokenizer.json", "tokenizer.model"} & set(small):
         raise CheckpointError(f"{folder.name} has no tokenizer", expected="tokenizer.model")
     return small

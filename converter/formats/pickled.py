@@ -8,8 +8,9 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         refuse_pointer(path)
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"
+        if mapped:
+            check_archive(path)
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     except CheckpointError:
         raise
@@ -109,9 +112,43 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         if not (isinstance(key, str) and key.isprintable() and is_plain(value)):
             raise CheckpointError(
                 f"{path.name} is not a state_dict", expected="names and dense tensors",
-                found=f"{key!r}: {type(value).__name__}", hint="save the model's state_dict alone",
+                found=f"{key!r:.80}: {type(value).__name__}" if isinstance(key, str)
+                else f"a name that is a {type(key).__name__}",
+                hint="save the model's state_dict alone",
+            )  # fmt: skip
+        if (size := value.numel() * value.itemsize) > (held := value.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"{path.name} does not hold tensor {key}, only what it repeats",
+                expected=f"{size:,} bytes", found=f"{held:,}",
+                hint="save contiguous tensors",
             )  # fmt: skip
     return loaded, mapped
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
+
+    What is compressed could be a thousand times as large in memory, and its numbers could not be
+    mapped: other bytes would be taken for them.
+
+    Raises:
+        CheckpointError: as said.
+        BadZipFile: it is damaged.
+    """
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+    names = {entry.filename for entry in entries}
+    plain = all(
+        entry.compress_type == ZIP_STORED and ".." not in PurePosixPath(entry.filename).parts
+        for entry in entries
+    )
+    held = sum(entry.file_size for entry in entries)
+    if not plain or len(names) < len(entries) or held > path.stat().st_size:
+        raise CheckpointError(
+            f"{path.name} is an archive that PyTorch has not written",
+            expected="parts that are stored as they are, each once",
+            hint="get the model as safetensors, or save its state_dict with torch.save",
+        )
 
 
 def is_plain(value: object) -> bool:

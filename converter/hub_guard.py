@@ -1,0 +1,87 @@
+"""What the Hub's client does not look at itself: names that it makes paths of, and endless answers.
+
+The client names a downloaded file after the ETag, and a folder after the commit, that the server
+says; and it reads and writes for as long as bytes come. The Hub is trusted to be right about its
+own files, but not whoever answers in its place.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from httpx2 import SyncByteStream
+from huggingface_hub.utils import get_session, tqdm  # type: ignore[attr-defined]
+
+NAMES = ("ETag", "X-Linked-Etag", "X-Repo-Commit", "X-Xet-Hash")
+"""Headers that become the names of files."""
+
+_PLAIN = re.compile(r'(W/)?"?(?!\.{1,2}"?$)[^/\\"\x00-\x1f\x7f]{1,200}"?')
+
+MAX_ANSWER = 256_000_000
+"""Bytes of an answer that is held in memory; a list of 200,000 files has a fifth of it."""
+
+SLACK = 1 << 24
+"""Bytes that more may come than were listed: what is sent again after a connection broke."""
+
+
+class AnswerError(ValueError):
+    """An answer that no Hub gives."""
+
+
+def guard_session() -> None:
+    """Have every answer looked at from now on."""
+    hooks = get_session().event_hooks["response"]
+    if _look_at not in hooks:
+        hooks.append(_look_at)
+
+
+def _look_at(answer: Any) -> None:
+    """Raises AnswerError."""
+    for name in NAMES:
+        said = answer.headers.get(name)
+        if said is not None and not _PLAIN.fullmatch(said):
+            raise AnswerError(f"{name} {said}")
+    if answer.request.url.path.startswith("/api/"):  # else it is a file, and streamed
+        answer.stream = _Bounded(answer.stream)
+
+
+class _Bounded(SyncByteStream):
+    """The body of an answer, up to ``MAX_ANSWER``."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        seen = 0
+        for piece in self._stream:
+            seen += len(piece)
+            if seen > MAX_ANSWER:
+                raise AnswerError(f"an answer of more than {MAX_ANSWER:,} bytes")
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def meter(most: int) -> type[tqdm]:
+    """A progress bar for ``snapshot_download`` that stops it when more comes than can be.
+
+    Args:
+        most: bytes of all files that are wanted.
+    """
+
+    class Meter(tqdm):
+        seen = 0.0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = kwargs.get("disable") or None  # on terminals only
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.seen += n or 0
+            if self.seen > most + SLACK:
+                raise AnswerError(f"more than the {most:,} bytes that were listed")
+            moved: bool | None = super().update(n)
+            return moved
+
+    return Meter

@@ -1,0 +1,87 @@
+"""JSON of strangers, read so that nothing in it surprises later.
+
+Python's parser takes the last of two equal keys, NaN and infinities, which are no JSON, integers of
+any length and halves of surrogate pairs. Each has its place in an attack: two programs read two
+different things in the same bytes, or a number or text ends ours far from where it came in.
+"""
+
+import json
+from collections import Counter
+from math import isfinite
+from typing import Any
+
+DEEPEST = 100
+"""Objects and lists within one another; what gloss-convert writes has ten."""
+
+
+def parse(raw: bytes | str) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: not UTF-8 or not JSON; a key twice; a number beyond 64 bits or float64; half of
+            a surrogate pair; nested deeper than ``DEEPEST``.
+    """
+    text = raw if isinstance(raw, str) else raw.decode("utf-8")
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    _check_depth(value)
+    if "\\u" in text:
+        _check_text(value)
+    return value
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) != len(items):
+        twice = Counter(key for key, _ in items).most_common(1)[0][0]
+        raise ValueError(f"it has the key {twice} twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    value = int(text) if len(text) < 30 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError("it has an integer beyond 64 bits")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"it has the number {text[:20]}, which is none")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number
+)
+
+
+def _check_text(value: Any) -> None:
+    """Raise ValueError if a string cannot be written as UTF-8; its depth is bounded by now."""
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            key.encode("utf-8")
+            _check_text(child)
+    elif isinstance(value, list):
+        for child in value:
+            _check_text(child)
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deeply")
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]

@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing of what reads untrusted bytes; see ``tests/README.md``."""

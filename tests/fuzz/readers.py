@@ -1,0 +1,371 @@
+"""Every reader of untrusted bytes as a function of bytes, which may raise ``ConverterError``.
+
+Anything else that it raises is a crash; so are ten seconds, and memory beyond the campaign's limit.
+A new reader is one function here with ``@reader``, and a folder of seeds in ``corpus``.
+"""
+
+import atexit
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+from converter import verify as verification
+from converter.activations import Request, load_activations, read_inputs
+from converter.card import make_card
+from converter.diff import diff_manifests
+from converter.dimensions import Dimensions
+from converter.errors import ConverterError
+from converter.formats import native_params, pickled
+from converter.formats.gguf_header import check_header
+from converter.header import DTYPES, parse_header, read_header
+from converter.layout import CARD, INDEX, MANIFEST, SIGNATURE, read_card, read_index, read_json
+from converter.licences import terms_of
+from converter.manifest import read_manifest
+from converter.memory import parse_size
+from converter.methods import configure, method_names, parse_layers
+from converter.pairs import load_pairs, load_prose
+from converter.plan import make_plan
+from converter.recorded import check_subspace, recorded_bases
+from converter.recording import Given, differences, read_recording, run_of
+from converter.report import Report
+from converter.shards import Region, find_damage, read_raw
+from converter.source import Source
+from converter.subspace import SUBSPACE_FILE
+from converter.verify_adapter import check_adapter
+from converter.words import load_words
+from tests.fuzz import skeleton
+
+Reader = Callable[[bytes], None]
+Form = Literal["bytes", "json", "safetensors"]
+
+READERS: dict[str, Reader] = {}
+FORMS: dict[str, Form] = {}
+"""How the fuzzer changes an input of each: byte by byte, or keeping it well-formed."""
+
+
+def reader(form: Form = "bytes") -> Callable[[Reader], Reader]:
+    """Put a function under its name into ``READERS``."""
+
+    def register(function: Reader) -> Reader:
+        name = function.__name__.rstrip("_")
+        READERS[name], FORMS[name] = function, form
+        return function
+
+    return register
+
+
+def run(name: str, data: bytes) -> ConverterError | None:
+    """Give bytes to a reader; what it refuses them with, which must be one printable line."""
+    try:
+        READERS[name](data)
+    except ConverterError as error:
+        refused = error
+    else:
+        return None
+    assert str(refused).isprintable(), repr(str(refused))
+    return refused
+
+
+@cache
+def scratch() -> Path:
+    """A folder for the files that readers want, in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    folder = Path(mkdtemp(prefix="gloss-fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def output() -> Path:
+    """A converted checkpoint, in which a reader replaces one file."""
+    skeleton.write_output(scratch() / "output")
+    return scratch() / "output"
+
+
+def placed(name: str, data: bytes) -> Path:
+    path = scratch() / name
+    path.write_bytes(data)
+    return path
+
+
+@reader("safetensors")
+def header(data: bytes) -> None:
+    """The header of a shard, its tensors, and the search for the first damaged one."""
+    path = placed("model.safetensors", data)
+    find_damage(path, skeleton.prefixes(skeleton.shard(skeleton.AFTER)))
+    tensors = read_header(path).tensors
+    with path.open("rb", buffering=0) as file:
+        for info in list(tensors.values())[:50]:
+            if info.dtype in DTYPES:
+                read_raw(file, info)
+            Region(file, info).read(0, min(info.nbytes, 1000))
+
+
+@reader("json")
+def index(data: bytes) -> None:
+    """The index of several shards."""
+    read_index(placed(INDEX, data))
+
+
+@reader("json")
+def config(data: bytes) -> None:
+    """config.json, the index and all headers as one JSON object, as far as the plan."""
+    given = read_json(placed("config.json", data))
+    headers = {}
+    for name, entries in as_object(given.get("shards")).items():
+        raw = json.dumps(entries).encode()
+        size = as_object(given.get("sizes")).get(name)
+        headers[name] = parse_header(raw, size if type(size) is int else 8 + len(raw), name)
+    weight_map = given.get("weight_map")
+    if weight_map is not None:
+        weight_map = read_index(placed(INDEX, json.dumps({"weight_map": weight_map}).encode()))
+    plan = make_plan(as_object(given.get("config")), weight_map, headers)
+    plan.select(range(plan.dimensions.num_hidden_layers), bias=True)
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+@reader("json")
+def manifest(data: bytes) -> None:
+    """gloss_manifest.json in an otherwise right output: verified, replayed, compared, its card."""
+    folder = output()
+    skeleton.seal(folder, data)
+    verification._check_loading = no_loading
+    found = verification.verify(folder)
+    assert all(problem for problem in found)
+    diff_manifests(folder / MANIFEST, placed("other.json", json.dumps(known()).encode()))
+    recording = read_recording(folder)
+    differences(recording, "cpu")
+    card_of(read_manifest(folder))
+    run_of(recording, Given(source="tiny"), refit=True)
+
+
+def no_loading(folder: Path, trust_remote_code: bool) -> Any:
+    """In place of what transformers makes of the folder, which is not ours and takes long."""
+    return iter(())
+
+
+@cache
+def known() -> dict[str, Any]:
+    return skeleton.manifest()
+
+
+@reader("json")
+def part(data: bytes) -> None:
+    """``[[path, value], ...]``: parts of a right manifest, replaced."""
+    try:
+        changes = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    changed = json.loads(json.dumps(known()))
+    for change in changes if isinstance(changes, list) else []:
+        if isinstance(change, list) and len(change) == 2 and isinstance(change[0], list):
+            replace(changed, *change)
+    manifest(json.dumps(changed).encode())
+
+
+def replace(tree: Any, path: list[Any], value: Any) -> None:
+    """Put a value at a path, if there is such a place."""
+    for key in path[:-1]:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return
+    try:
+        tree[path[-1]] = value
+    except (IndexError, TypeError):
+        return
+
+
+@reader("safetensors")
+def subspace(data: bytes) -> None:
+    """The bases, as a manifest that fits them says."""
+    folder = scratch() / "subspace"
+    folder.mkdir(exist_ok=True)
+    (folder / SUBSPACE_FILE).write_bytes(data)
+    bases = recorded_bases(folder, known())
+    list(check_subspace(folder, known(), bases))
+
+
+@reader("safetensors")
+def activations(data: bytes) -> None:
+    """A file of activations, for each kind of request."""
+    path = placed("activations.safetensors", data)
+    read_inputs(path)
+    requests = (
+        Request("ffn", "mean", (0,), second_moment=False),
+        Request("ffn", "mean", (0,), True, gradient=True),
+        Request("ffn", "mean", (0,), True, True, directions=1, protect_shared=1, per_layer=1),
+    )
+    refused = None
+    for request in requests:
+        try:
+            load_activations(path, request, skeleton.D)
+        except ConverterError as error:
+            refused = error
+    if refused:
+        raise refused
+
+
+@cache
+def words() -> Any:
+    return load_words(str(placed("list.txt", b"damn\nhell\n")))
+
+
+@reader()
+def pairs_jsonl(data: bytes) -> None:
+    load_pairs(str(placed("pairs.jsonl", data)), words(), None, 0)
+
+
+@reader()
+def pairs_tsv(data: bytes) -> None:
+    load_pairs(str(placed("pairs.tsv", data)), words(), None, 0)
+
+
+@reader()
+def pairs_csv(data: bytes) -> None:
+    load_pairs(str(placed("pairs.csv", data)), words(), None, 0)
+
+
+@reader()
+def prose(data: bytes) -> None:
+    load_prose(str(placed("prose.txt", data)))
+
+
+@reader()
+def word_list(data: bytes) -> None:
+    load_words(str(placed("words.txt", data)))
+
+
+@reader()
+def sums(data: bytes) -> None:
+    """SHA256SUMS of a right output."""
+    skeleton.seal(output(), json.dumps(known()).encode(), data)
+    verification._check_loading = no_loading
+    verification.verify(output())
+
+
+@reader()
+def card(data: bytes) -> None:
+    """The card of a source, what it says of the licence, and the card made of both."""
+    card_of(known(), data)
+
+
+def card_of(manifest: Mapping[str, Any], data: bytes = b"") -> None:
+    """A card, made; it must have the front matter and headings that the template has."""
+    source = Source(
+        name="tiny", folder=scratch(), config=skeleton.CONFIG, shards=(skeleton.SHARD,),
+        weight_map=None, companions=(), card=read_card(placed(CARD, data)),
+    )  # fmt: skip
+    text, _ = make_card(source, None, manifest, terms_of(source, None), skeleton.ZERO)
+    assert text.startswith("---\n")
+    text.encode()
+
+
+@reader("json")
+def adapter_config(data: bytes) -> None:
+    check(adapter(), "adapter_config.json", data)
+
+
+@reader("safetensors")
+def adapter_weights(data: bytes) -> None:
+    check(adapter(), "adapter_model.safetensors", data)
+
+
+@cache
+def adapter() -> Path:
+    """An adapter of the same edit."""
+    folder = scratch() / "adapter"
+    skeleton.write_adapter(folder)
+    return folder
+
+
+def check(folder: Path, name: str, data: bytes) -> None:
+    """Verify an adapter in which one file is this."""
+    kept = (folder / name).read_bytes()
+    (folder / name).write_bytes(data)
+    try:
+        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None, Report(True)))
+    finally:
+        (folder / name).write_bytes(kept)
+
+
+@reader("json")
+def params(data: bytes) -> None:
+    """Meta's params.json."""
+    import torch
+
+    found = native_params.read_params(placed("params.json", data))
+    json.dumps(native_params.config_of(found, 3, torch.bfloat16, tied=False))
+
+
+@reader()
+def pickle(data: bytes) -> None:
+    pickled.load_tensors(placed("pytorch_model.bin", data))
+
+
+@reader()
+def gguf_(data: bytes) -> None:
+    """What is looked at before transformers is given the file."""
+    check_header(placed("model.gguf", data))
+
+
+@reader("json")
+def signature(data: bytes) -> None:
+    """``model.sig`` beside a right output."""
+    from converter.signing import load_public_key
+
+    key = load_public_key(placed("key.pem", skeleton.PUBLIC_KEY.encode()))
+    (output() / SIGNATURE).write_bytes(data)
+    key.check(output())
+    (output() / SIGNATURE).unlink()
+
+
+@reader()
+def options(data: bytes) -> None:
+    """Options: the first line is a method, the others ``key=value``, a size, or layers."""
+    method, *lines = data.decode("utf-8", "replace").split("\n")
+    sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
+    method = method_names()[len(method) % len(method_names())]
+    refused = None
+    for line in lines[:20]:
+        key, _, value = line.partition("=")
+        for attempt in (
+            lambda key=key, value=value: configure(method, {key: value}, sizes),
+            lambda line=line: parse_size(line),
+            lambda line=line: parse_layers("layers", line, 4),
+        ):
+            try:
+                attempt()
+            except ConverterError as error:
+                refused = error
+    if refused:
+        raise refused
+
+
+@reader()
+def message(data: bytes) -> None:
+    """Whatever a sentence quotes, it stays one printable line; ``run`` asserts that."""
+    text = data.decode("utf-8", "surrogateescape")
+    raise ConverterError(text or "nothing", expected=text, found=text, hint=text)
+
+
+@reader("json")
+def listing(data: bytes) -> None:
+    """What a Hub answers when it is asked for a repo."""
+    from huggingface_hub.hf_api import ModelInfo
+
+    from converter.hub_listing import repo_of
+
+    try:
+        info = ModelInfo(**json.loads(data))  # type: ignore[no-untyped-call]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return  # ``hub.resolve`` refuses what the client cannot take
+    repo = repo_of("model", info, None)
+    assert all(not Path(name).is_absolute() for name in repo.sizes)

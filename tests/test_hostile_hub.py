@@ -1,0 +1,326 @@
+"""A server that lies: what it says of a repo, of a file, and of the bytes that it sends."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from converter import hub, hub_guard, hub_listing
+from converter.errors import ConverterError
+from tests.hub_server import COMMIT, HubServer, send, send_json
+
+Request = BaseHTTPRequestHandler
+Lie = Callable[[Request, str], bool]
+
+CONFIG, WEIGHTS = b'{"model_type": "llama"}', b"0123456789"
+
+
+class LyingServer(HubServer):
+    """Asks ``lie`` first, with the request and its path; true if that has answered."""
+
+    lie: Lie = staticmethod(lambda request, path: False)
+    tokens: list[str]
+
+    def answer(self, request: Request) -> None:
+        self.tokens.append(request.headers.get("Authorization", ""))
+        if not self.lie(request, request.path):
+            super().answer(request)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LyingServer]:
+    """A repo of two files, and a client in this process that asks for it."""
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(CONFIG)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    server = LyingServer({"someone/tiny": folder})
+    server.tokens = []
+    with server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a/b/c/d/cache"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnopqrstuvwxyz")
+        yield server
+
+
+def listed(files: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The answer about a repo."""
+    info = {"id": "someone/tiny", "sha": COMMIT, "siblings": files, "tags": [], "downloads": 0}
+    return {**info, "private": False, "disabled": False, "likes": 0, **more}
+
+
+FILES = [
+    {"rfilename": "config.json", "size": len(CONFIG)},
+    {"rfilename": "model.safetensors", "size": len(WEIGHTS)},
+]
+
+
+def refusal(server: LyingServer, lie: Lie, tmp_path: Path, *names: str) -> ConverterError:
+    """What reading the repo ends with; nothing may be written but the repo and the cache."""
+    server.lie = lie
+    with pytest.raises(ConverterError) as caught:
+        read(names)
+    cache = tmp_path / "a/b/c/d/cache"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.is_relative_to(cache) or path.parent.name == "repo" for path in written)
+    assert caught.value.exit_code in (3, 4)
+    return caught.value
+
+
+def read(names: tuple[str, ...]) -> Path:
+    """A repo resolved and fetched."""
+    repo = hub.resolve("model", "someone/tiny")
+    return hub.download(repo, names or list(repo.sizes), first=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (listed([{"rfilename": "../x", "size": 1}]), "the file name ../x"),
+        (listed([{"rfilename": "/etc/x", "size": 1}]), "the file name /etc/x"),
+        (listed([{"rfilename": "a\\x", "size": 1}]), r"the file name a\x"),
+        (listed([{"rfilename": "a//x", "size": 1}]), "the file name a//x"),
+        (listed([{"rfilename": "a\x1b[2J", "size": 1}]), r"the file name a\x1b[2J"),
+        (listed(2 * FILES), "the file config.json twice"),
+        (listed(FILES, sha="../../x"), "the commit ../../x"),
+        (listed(FILES, sha=None), "the commit None"),
+        (listed(FILES, id="../../x"), "the name ../../x"),
+        (listed([{"rfilename": "x", "size": -1}]), "x of -1 bytes"),
+        (listed([{"rfilename": "x", "size": "1"}]), "x of 1 bytes"),
+        (listed([{"rfilename": "x", "size": 1, "lfs": {"sha256": "..", "size": 1,
+          "pointerSize": 1}}]), "x with sha256 .."),
+        (listed([{"rfilename": 7, "size": 1}]), "the file name 7"),
+        (listed([{"size": 1}]), "makes no sense"),
+        ([], "makes no sense"),
+        (None, "makes no sense"),
+    ],
+)  # fmt: skip
+def test_a_listing_that_no_hub_gives_is_refused(
+    answer: Any, says: str, server: LyingServer, tmp_path: Path
+) -> None:
+    def lie(request: Request, path: str) -> bool:
+        send_json(request, answer)
+        return True
+
+    assert says in str(refusal(server, lie, tmp_path))
+
+
+def test_a_listing_without_end_is_not_read_to_the_end(
+    server: LyingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_guard, "MAX_ANSWER", 1_000_000)
+    assert "of more than 1,000,000 bytes" in str(refusal(server, endless("/api/"), tmp_path))
+    monkeypatch.setattr(hub_listing, "MAX_FILES", 1)
+    assert "a list of 2 files" in str(refusal(server, lambda request, path: False, tmp_path))
+
+
+def endless(start: str) -> Lie:
+    """Bytes for as long as somebody reads them, for whatever begins like this."""
+
+    def lie(request: Request, path: str) -> bool:
+        if request.command != "GET" or not path.startswith(start):
+            return False
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.end_headers()
+        piece = b"[" * 65536
+        try:
+            while True:
+                request.wfile.write(b"10000\r\n" + piece + b"\r\n")
+        except OSError:
+            request.close_connection = True
+        return True
+
+    return lie
+
+
+def test_a_file_without_end_is_not_fetched_to_the_end(
+    server: LyingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_guard, "SLACK", 1_000_000)
+    says = str(refusal(server, endless("/someone"), tmp_path, "config.json"))
+    assert "more than the 23 bytes that were listed" in says
+    assert not list(tmp_path.rglob("*.incomplete"))
+    repo = hub.Repo("model", "someone/tiny", None, COMMIT, {"model.safetensors": 10})
+    with pytest.raises(ConverterError, match="a length field of 6"):
+        hub.remote_header(repo, "model.safetensors")
+
+
+def test_a_commit_that_moves_on_is_noticed(server: LyingServer, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def lie(request: Request, path: str) -> bool:
+        if not path.startswith("/api/") or "/tree/" in path:
+            return False
+        asked.append(path)
+        send_json(request, listed(FILES, sha=COMMIT if len(asked) == 1 else "beef" * 10))
+        return True
+
+    says = str(refusal(server, lie, tmp_path))
+    assert len(asked) > 1
+    assert "someone/tiny" in says
+
+
+@pytest.mark.parametrize("body", [CONFIG[:-1], CONFIG + b" ", b""])
+def test_a_file_of_another_size_than_listed_is_refused_and_not_kept(
+    body: bytes, server: LyingServer, tmp_path: Path
+) -> None:
+    def lie(request: Request, path: str) -> bool:
+        if "/resolve/" not in path or "config.json" not in path:
+            return False
+        send(request, 200, body, {"X-Repo-Commit": COMMIT, "ETag": '"x1"'})
+        return True
+
+    says = str(refusal(server, lie, tmp_path, "config.json"))
+    assert "config.json" in says
+    assert not list((tmp_path / "a").rglob("config.json"))
+
+
+def test_weights_with_another_sha256_than_listed_are_refused_and_not_kept(
+    server: LyingServer, tmp_path: Path
+) -> None:
+    def lie(request: Request, path: str) -> bool:
+        if "/resolve/" not in path or "model.safetensors" not in path:
+            return False
+        send(request, 200, WEIGHTS[::-1], {"X-Repo-Commit": COMMIT, "ETag": '"x1"'})
+        return True
+
+    says = str(refusal(server, lie, tmp_path, "model.safetensors"))
+    assert "model.safetensors of model someone/tiny is not the file that the Hub lists" in says
+    assert "expected sha256" in says
+    assert not list((tmp_path / "a").rglob("model.safetensors"))
+    server.lie = lambda request, path: False  # the next run gets the right one
+    repo = hub.resolve("model", "someone/tiny")
+    folder = hub.download(repo, ["model.safetensors"])
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"ETag": '"../../../../../../evil"', "X-Repo-Commit": COMMIT},
+        {"ETag": '"/tmp/evil"', "X-Repo-Commit": COMMIT},
+        {"ETag": '".."', "X-Repo-Commit": COMMIT},
+        {"ETag": '"x"', "X-Linked-Etag": '"a/../../b"', "X-Repo-Commit": COMMIT},
+        {"ETag": '"x"', "X-Repo-Commit": "../../../../../evil"},
+    ],
+)
+def test_a_header_that_leads_out_of_the_cache_is_refused(
+    headers: dict[str, str], server: LyingServer, tmp_path: Path
+) -> None:
+    def lie(request: Request, path: str) -> bool:
+        if "/resolve/" not in path:
+            return False
+        send(request, 200, CONFIG, headers)
+        return True
+
+    assert "makes no sense" in str(refusal(server, lie, tmp_path, "config.json"))
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_file_that_is_gone_is_one_sentence(server: LyingServer, tmp_path: Path) -> None:
+    def lie(request: Request, path: str) -> bool:
+        if "/resolve/" not in path:
+            return False
+        send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
+        return True
+
+    assert "the Hub refused" in str(refusal(server, lie, tmp_path))
+
+
+def test_a_body_that_breaks_off_is_one_sentence(server: LyingServer, tmp_path: Path) -> None:
+    def lie(request: Request, path: str) -> bool:
+        if request.command != "GET" or "/resolve/" not in path:
+            return False
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(CONFIG)))
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.end_headers()
+        request.wfile.write(CONFIG[:5])
+        request.close_connection = True
+        return True
+
+    assert "cannot be read from the Hub" in str(refusal(server, lie, tmp_path, "config.json"))
+    repo = hub.Repo("model", "someone/tiny", None, COMMIT, {"model.safetensors": 10**6})
+    with pytest.raises(ConverterError, match=r"cannot be read from the Hub|breaks off"):
+        hub.remote_header(repo, "model.safetensors")
+
+
+def test_a_token_does_not_travel_to_another_host(server: LyingServer) -> None:
+    """Neither with a file nor with a header, wherever the Hub sends us for them."""
+    seen: list[str | None] = []
+
+    class Elsewhere(Request):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            send(self, 200, CONFIG, {"X-Repo-Commit": COMMIT, "ETag": '"x1"'})
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+    place = f"http://localhost:{other.server_address[1]}/x"
+
+    def lie(request: Request, path: str) -> bool:
+        if "/resolve/" not in path:
+            return False
+        headers = {"Location": place, "X-Repo-Commit": COMMIT, "X-Linked-Etag": '"x1"'}
+        send(request, 302, b"", headers | {"X-Linked-Size": str(len(CONFIG))})
+        return True
+
+    server.lie = lie
+    try:
+        repo = hub.resolve("model", "someone/tiny")
+        folder = hub.download(repo, ["config.json"])
+        assert (folder / "config.json").read_bytes() == CONFIG
+        with pytest.raises(ConverterError):
+            hub.remote_header(repo, "model.safetensors")
+    finally:
+        other.shutdown()
+        other.server_close()
+    assert len(seen) >= 2
+    assert set(seen) == {None}
+    assert any("hf_abc" in token for token in server.tokens)  # where it belongs
+
+
+def test_a_hostile_header_of_a_shard_is_read_as_a_file_would_be(server: LyingServer) -> None:
+    """Bounds, holes and names twice are refused, and a server without ranges is understood."""
+    folder = server.models["someone/tiny"]
+    for header, says in (
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "leaves a hole"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', "a key twice"),
+        (b'{"a":{"dtype":"F32","shape":"x","data_offsets":[0,4]}}', "without dtype, shape"),
+        (json.dumps({"x" * 150_000: 1}).encode(), "name of tensor xx"),
+    ):
+        data = len(header).to_bytes(8, "little") + header + b"\0" * 4
+        (folder / "model.safetensors").write_bytes(data)
+        sizes = {"model.safetensors": len(data)}
+        repo = hub.Repo("model", "someone/tiny", None, COMMIT, sizes)
+        for ranges in (True, False):
+            server.lie = no_ranges(data) if not ranges else lambda request, path: False
+            with pytest.raises(ConverterError, match=says):
+                hub.remote_header(repo, "model.safetensors")
+
+
+def no_ranges(data: bytes) -> Lie:
+    """The whole file, whatever part was asked for."""
+
+    def lie(request: Request, path: str) -> bool:
+        send(request, 200, data, {"X-Repo-Commit": COMMIT})
+        return True
+
+    return lie
