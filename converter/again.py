@@ -7,12 +7,13 @@ from typing import Any
 from converter import __version__
 from converter.activations import read_inputs
 from converter.cache import remembered_digest
-from converter.errors import VerificationError
+from converter.errors import DestinationError, VerificationError
 from converter.gates import Gates
 from converter.layout import CARD, SIGNATURE, read_card
 from converter.licences import families, fitting_name, licence_name, terms_of
 from converter.manifest import MANIFEST, read_manifest, recorded
 from converter.outputs.registry import OUTPUTS
+from converter.outputs.staging import claimed
 from converter.pairs import load_pairs, load_prose
 from converter.pipeline import check_whole
 from converter.recorded import place_of, source_files
@@ -90,16 +91,25 @@ def _sha256(source: Source, name: str, cache: Path) -> str | None:
     return remembered_digest(path, cache) if path.is_file() else None
 
 
-def sign_again(
-    run: Run, folder: Path, manifest: dict[str, Any], signer: Signer, report: Report
+def settle(
+    run: Run, folder: Path, manifest: dict[str, Any], signer: Signer | None, report: Report
 ) -> None:
-    """Sign what was done before, by the key that is given now.
+    """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:
-        VerificationError: it is not whole.
-        OSError: it cannot be written.
+        DestinationError: it is not whole, another run holds it, or it cannot be written.
     """
-    check_whole(run, folder, report)
-    family = families().get(licence_name(read_card(folder / CARD)) or "")
-    name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
-    signer.sign(folder, fitting_name(family, name))
+    report.note(f"{folder} is the result of this run already")
+    with claimed(folder, True, report) as claim:
+        try:
+            check_whole(run, folder, report)
+        except VerificationError as error:
+            raise DestinationError(
+                f"destination {folder} is not empty",
+                found=f"the result of this run, and it is not whole: {error.found}",
+                hint="choose another, or give --overwrite to delete it and write anew",
+            ) from error
+        if signer:
+            family = families().get(licence_name(read_card(folder / CARD)) or "")
+            name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
+            signer.sign(folder, fitting_name(family, name), claim.holder)

@@ -6,14 +6,19 @@ Everything in it can be deleted at any time; it is made again.
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from converter.errors import DestinationError
+
+STALE = 24 * 3600
+"""Seconds after which something half-written is nobody's any more."""
 
 SETTLED = 2.0
 """Seconds since a file's last change before its times are trusted: coarser than any clock of a
@@ -37,13 +42,33 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        discard_stale(path.parent, f".{path.name}.")
         yield part
+        flush(part)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise cache_error(path, error) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Let a file, or all files of a folder, be on disk before they count as being there."""
+    for each in (path, *path.rglob("*")):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def discard_stale(folder: Path, prefix: str) -> None:
+    """Delete what killed processes have left half-written, under names that begin so, a day ago."""
+    for path in folder.glob(f"{escape(prefix)}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def cache_error(path: Path, error: Exception) -> DestinationError:

@@ -108,7 +108,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct.
     """
     with plain_exit(as_json):
-        from converter.again import done_before, sign_again
+        from converter.again import done_before, settle
         from converter.cache import default_cache
         from converter.forward import choose_device
         from converter.gates import Gates
@@ -157,9 +157,7 @@ def convert_command(
         if publishing.may_be_done and not overwrite and not evaluate:
             before = done_before(run, destination, bool(signer), gates, place or None, cache)
         if before:
-            report.note(f"{destination} is the result of this run already")
-            if signer:
-                sign_again(run, destination, before, signer, report)
+            settle(run, destination, before, signer, report)
         manifest = before or convert(
             run,
             destination,
@@ -170,7 +168,7 @@ def convert_command(
         )
         if plots is not None and not place:
             draw(manifest, destination, plots.absolute(), report)
-        published = publishing.finish(destination, not before, run.trust_remote_code)
+        published = publishing.finish(destination, run.trust_remote_code)
         if signer:
             report.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
         result = result_of(manifest, destination, report)

@@ -94,16 +94,16 @@ class Publishing:
 
     @property
     def may_be_done(self) -> bool:
-        """Whether a checkpoint at the destination may be published instead of made again."""
-        return self.place is not None and self.stream is None
+        """Whether a checkpoint at the destination may serve instead of a new one."""
+        return self.stream is None
 
-    def finish(self, destination: Path, verified: bool, trust: bool) -> "Published | None":
-        """Publish what was written, unless it is published already or is not to be."""
+    def finish(self, destination: Path, trust: bool) -> "Published | None":
+        """Publish what is verified, unless it is published already or is not to be."""
         from converter.push import push
 
         if self.place is None or self.stream is not None:
             return self.stream.published if self.stream else None
-        return push(destination, self.place, self._report, trust, verified)
+        return push(destination, self.place, self._report, trust, verified=True)
 
 
 def published_text(published: "Published | None") -> str:

@@ -2,22 +2,20 @@
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
+from converter.interrupt import Stopped, farewell, stopping
 from converter.run import Run
-
-STOPPED = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run as Ctrl-C does; the exit code is 128 and their number."""
 
 EXIT_CODES = """
 \b
@@ -48,30 +46,19 @@ def plain_exit(as_json: bool) -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 
-    before = {number: signal.getsignal(number) for number in STOPPED}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, _stop)
     try:
-        yield
+        with stopping():
+            yield
     except ConverterError as error:
         refuse(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         refuse(SourceError("memory ran out", hint="run this on a larger machine, or with less"))
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        name = signal.Signals(number).name
-        click.echo(f"stopped by {name}; no half-written checkpoint was left", err=True)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else SIGINT
+        click.echo(farewell(number), err=True)
         sys.exit(128 + number)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def print_json(data: Any) -> None:

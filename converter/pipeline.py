@@ -1,16 +1,15 @@
 """The whole job, in the order in which it happens."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converter.activations import Activations
 from converter.cache import default_cache
 from converter.card import make_card, title_of
 from converter.engine import Engine
-from converter.errors import CheckpointError, OptionError, VerificationError
+from converter.errors import OptionError, VerificationError
 from converter.fitting import Bench, Fitted, fit
 from converter.forward import choose_device
 from converter.gates import Gates
@@ -18,11 +17,14 @@ from converter.hub import check_repo_id
 from converter.licences import terms_of, write_notice
 from converter.manifest import file_list, make_manifest, measurements, seal, write_manifest
 from converter.methods import Method, configure
-from converter.outputs import check_destination, staged
+from converter.outputs import check_destination
 from converter.outputs.checkpoint import Written, file_entry
+from converter.outputs.journal import Journal
 from converter.outputs.registry import OUTPUTS
+from converter.outputs.staging import claimed
 from converter.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.plan import Plan, make_plan
+from converter.provenance import check_unchanged, files_read
 from converter.report import Report
 from converter.resolve import resolve
 from converter.run import Run
@@ -91,41 +93,45 @@ def convert(
     rank = method.rank or MAX_RANK
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
-    pairs, prose, words = load_texts(run, report)
-    bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
-    if evaluation:
-        bench.forward.need_resident()
-    fitted = fit(bench, method, pairs, prose)
-    results = evaluation(bench, fitted, method) if evaluation else None
-    bench.unload()
-    passed = gates.check_effect(fitted.verdict, results)
-    with stream.told() if stream else nullcontext(), staged(destination, overwrite) as folder:
-        with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
-            finished = None
-            if stream:
-                finished = stream.receiver(
-                    source, fitted.subspace, run.rounding, folder, keep_source
+    told = stream.told() if stream else nullcontext()
+    with told, claimed(destination, overwrite, report) as claim:
+        pairs, prose, words = load_texts(run, report)
+        bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
+        if evaluation:
+            bench.forward.need_resident()
+        fitted = fit(bench, method, pairs, prose)
+        results = evaluation(bench, fitted, method) if evaluation else None
+        bench.unload()
+        passed = gates.check_effect(fitted.verdict, results)
+        with claim.staged(overwrite) as folder:
+            with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
+                progress = (
+                    stream.receiver(source, fitted.subspace, run.rounding, folder, keep_source)
+                    if stream
+                    else Journal.of(claim, source, fitted.edit, targets, engine, cache, report)
                 )
-            written = output.write(
-                source, plan, fitted.edit, targets, folder, engine, report, keep_source, finished
+                written = output.write(
+                    source, plan, fitted.edit, targets, folder, engine, report,
+                    keep_source, progress,
+                )  # fmt: skip
+                read = files_read(source, plan, written, cache)
+                check_unchanged(source, read, fitted.activations, cache, report)
+                passed += gates.check_edits(written.edits)
+                fitted.subspace.save(folder / SUBSPACE_FILE)
+            manifest = make_manifest(
+                run, source, method, pairs, prose, words, fitted, written, read, device
             )
-            read = files_read(source, plan, written, cache)
-            check_unchanged(source, read, fitted.activations, cache, report)
-            passed += gates.check_edits(written.edits)
-            fitted.subspace.save(folder / SUBSPACE_FILE)
-        manifest = make_manifest(
-            run, source, method, pairs, prose, words, fitted, written, read, device
-        )
-        manifest["source"]["originals"] = source.original_files(cache)
-        manifest["forward"] = bench.forward.record() if bench.has_run else None
-        manifest |= {"evaluation": results, "gates": passed}
-        write_records(source, written, folder, manifest, pictures, report)
-        check_whole(run, folder, report, stream.gone if stream else ())
-        if signer:
-            with report.stage("sign", "signing"):
-                signer.sign(folder, title_of(source, manifest))
-        if stream:
-            stream.commit(folder, manifest)
+            manifest["source"]["originals"] = source.original_files(cache)
+            ran = bench.has_run or run.activations is None  # or has run before
+            manifest["forward"] = bench.forward.record() if ran else None
+            manifest |= {"evaluation": results, "gates": passed}
+            write_records(source, written, folder, manifest, pictures, report)
+            check_whole(run, folder, report, stream.gone if stream else ())
+            if signer:
+                with report.stage("sign", "signing"):
+                    signer.sign(folder, title_of(source, manifest))
+            if stream:
+                stream.commit(folder, manifest)
     if not keep_source:
         source.drop_originals()
     return manifest
@@ -251,54 +257,3 @@ def inputs_of(run: Run, source: Source, signer: Signer | None = None) -> list[Pa
     named = [Path(p) for p in (run.pairs, run.neutral, run.word_list, run.activations) if p]
     key = [signer.path] if signer else []
     return [*source.files, *(path for path in named if path.is_file()), *key]
-
-
-def files_read(
-    source: Source, plan: Plan, written: Written, cache: Path
-) -> dict[str, tuple[str, int]]:
-    """sha256 and bytes of the source's files, but for those in another format.
-
-    Shards that were not read from beginning to end have the digest that is remembered, asked for
-    now that they were read, so that a change meanwhile shows in their times.
-    """
-    if written.shards:
-        shards = {} if source.originals else written.shards
-        read = {name: (record.source_sha256, record.nbytes) for name, record in shards.items()}
-    else:
-        sizes = {shard: header.size for shard, header in plan.headers.items()}
-        originals = {path.name for path in source.originals}
-        read = {
-            name: (digest, sizes.get(name) or (source.folder / name).stat().st_size)
-            for name, digest in source.digests(cache).items()
-            if name not in originals
-        }
-    return read | dict(written.copies)
-
-
-def check_unchanged(
-    source: Source,
-    read: Mapping[str, tuple[str, int]],
-    seen: Activations,
-    cache: Path,
-    report: Report,
-) -> None:
-    """The shards that were edited must be those that the activations were taken from.
-
-    Raises:
-        CheckpointError: naming a shard that is not.
-    """
-    known: Mapping[str, str] = seen.inputs.get("files", {})
-    found = {name: read[name][0] for name in source.shards if name in read}
-    if source.originals:
-        found = {n: entry["sha256"] for n, entry in source.original_files(cache).items()}
-    if not set(found) <= set(known):
-        report.warn("the activations do not say which weights they are from; this is not checked")
-        return
-    for name, digest in found.items():
-        if digest != known[name]:
-            raise CheckpointError(
-                f"{name} is not the file that the activations were taken from",
-                expected=f"sha256 {known[name][:16]}...",
-                found=f"{digest[:16]}...",
-                hint="it changed during the run, or --activations is of another model",
-            )

@@ -19,9 +19,11 @@ from converter.engine import Engine
 from converter.errors import VerificationError
 from converter.forward import choose_device
 from converter.manifest import edited, environment
-from converter.outputs import check_destination, staged
+from converter.outputs import check_destination
 from converter.outputs.checkpoint import Written
+from converter.outputs.journal import Journal
 from converter.outputs.registry import OUTPUTS
+from converter.outputs.staging import claimed
 from converter.pipeline import check_whole, inputs_of, no_pictures, write_records
 from converter.plan import make_plan
 from converter.recording import NAMED, Given, Recording, check_source, differences, run_of
@@ -102,16 +104,20 @@ def replay(
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)
     angles = None
-    if refit:
-        angles = compare_fit(recording, run, device, max_angle, cache, report, memory_limit)
-    with staged(destination, overwrite) as folder:
-        with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
-            written = output.write(source, plan, edit, targets, folder, engine, report)
-            shutil.copyfile(recording.subspace, folder / SUBSPACE_FILE)
-        identical = check_outputs(recording, written, folder, found)
-        manifest = replayed_manifest(recording, written, device)
-        write_records(source, written, folder, manifest, no_pictures, report)
-        check_whole(run, folder, report)
+    with claimed(destination, overwrite, report) as claim:
+        if refit:
+            angles = compare_fit(recording, run, device, max_angle, cache, report, memory_limit)
+        journal = Journal.of(claim, source, edit, targets, engine, cache, report)
+        with claim.staged(overwrite) as folder:
+            with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
+                written = output.write(
+                    source, plan, edit, targets, folder, engine, report, progress=journal
+                )
+                shutil.copyfile(recording.subspace, folder / SUBSPACE_FILE)
+            identical = check_outputs(recording, written, folder, found)
+            manifest = replayed_manifest(recording, written, device)
+            write_records(source, written, folder, manifest, no_pictures, report)
+            check_whole(run, folder, report)
     return Replayed(manifest, found, identical, others(recording, manifest), angles)
 
 

@@ -58,14 +58,21 @@ class Signer:
                 hint="what is there is copied into the output; keep the key elsewhere",
             )
 
-    def sign(self, folder: Path, name: str) -> None:
+    def sign(self, folder: Path, name: str, beside: Path | None = None) -> None:
         """Sign every file of a folder under a name for the model; ``model.sig`` is written.
+
+        Args:
+            folder: to sign.
+            name: of the model.
+            beside: a folder on the same disk to write to first, if somebody may be looking.
 
         Raises:
             OSError: the folder cannot be read or written.
         """
-        self._config.set_hashing_config(_Hashing(name)).sign(folder, folder / SIGNATURE)
-        file_entry(folder / SIGNATURE)
+        part = (beside or folder) / SIGNATURE
+        self._config.set_hashing_config(_Hashing(name)).sign(folder, part)
+        file_entry(part)
+        part.replace(folder / SIGNATURE)
 
 
 def load_signer(path: Path) -> Signer:

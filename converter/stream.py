@@ -5,18 +5,17 @@ there are at most ``AT_A_TIME`` workers, so no more shards than that are on disk
 last: without it what was uploaded belongs to no repo, and the Hub forgets it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from converter.edit import EditRecord
 from converter.errors import ConverterError, VerificationError
 from converter.licences import licence_name
-from converter.outputs.checkpoint import AT_A_TIME, Finished
+from converter.outputs.journal import Done, Progress, keep_only
 from converter.plan import Plan
 from converter.publication import Publication, warn_of_name
 from converter.push import Copyable, Published, Upload, default_message, published_files
@@ -25,6 +24,9 @@ from converter.shards import ShardRecord
 from converter.source import Source
 from converter.subspace import Subspace
 from converter.verify_tensors import check_edit, infos_of
+
+AT_A_TIME = 2
+"""Shards that are on disk at most."""
 
 SMALL = 200_000_000
 """Bytes of room for everything but shards."""
@@ -56,45 +58,11 @@ class Streaming:
 
     def receiver(
         self, source: Source, subspace: Subspace, rounding: str, folder: Path, keep_source: bool
-    ) -> Finished:
-        """What ``write_checkpoint`` calls for each shard that it has written to ``folder``."""
+    ) -> Progress:
+        """Who is told of each shard that is written to ``folder``."""
         warn_of_name(licence_name(source.card), self.place, self.report)
-        upload = self._upload = Upload(self.place, self.report)
-
-        def finished(shard: str, record: ShardRecord, edits: Sequence[EditRecord]) -> None:
-            path = folder / shard
-            self._check(folder, shard, edits, subspace, rounding)
-            origin = _origin(source, shard, record, keep_source)
-            if origin is not None:
-                upload.copy(shard, record.sha256, record.nbytes, origin)
-            else:
-                upload.send({shard: (path, record.sha256)})
-            path.unlink()
-            self.gone.add(shard)
-
-        return finished
-
-    def _check(
-        self,
-        folder: Path,
-        shard: str,
-        edits: Sequence[EditRecord],
-        subspace: Subspace,
-        rounding: str,
-    ) -> None:
-        """Read the edited tensors again, as ``verify`` does.
-
-        A weight in FP8 whose scales are in another shard cannot be: that one may be gone.
-        """
-        infos = infos_of(folder, [shard])
-        for record in edits:
-            if record.requantized and record.requantized.shard != shard:
-                self.report.warn(f"tensor {record.name} was not read again: its scales are apart")
-                continue
-            entry = asdict(record) | {"basis": subspace.basis_name(record.layer)}
-            basis = subspace.bases[record.layer]
-            if problems := list(check_edit(folder, entry, basis, infos, rounding)):
-                raise VerificationError("what was written is not whole", found="; ".join(problems))
+        self._upload = Upload(self.place, self.report)
+        return _Receiver(self, self._upload, source, subspace, rounding, folder, keep_source)
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Upload what is left in ``folder``, all of it small, and make the commit."""
@@ -113,6 +81,53 @@ class Streaming:
             if self.published:
                 self.published.stands(error)
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiver:
+    """The ``Progress`` of a stream. What was uploaded by a run that failed is made again: its
+    shards are gone, but the Hub, which may still have them, does not have them sent again."""
+
+    stream: Streaming
+    upload: Upload
+    source: Source
+    subspace: Subspace
+    rounding: str
+    folder: Path
+    keep_source: bool
+    at_a_time: int | None = AT_A_TIME
+
+    def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
+        keep_only(self.folder, ())
+        return {}
+
+    def finished(self, shard: str, done: Done) -> None:
+        path, record = self.folder / shard, done.record
+        self._check(shard, done)
+        origin = _origin(self.source, shard, record, self.keep_source)
+        if origin is not None:
+            self.upload.copy(shard, record.sha256, record.nbytes, origin)
+        else:
+            self.upload.send({shard: (path, record.sha256)})
+        path.unlink()
+        self.stream.gone.add(shard)
+
+    def _check(self, shard: str, done: Done) -> None:
+        """Read the edited tensors again, as ``verify`` does.
+
+        A weight in FP8 whose scales are in another shard cannot be: that one may be gone.
+        """
+        infos = infos_of(self.folder, [shard])
+        for record in done.edits:
+            if record.requantized and record.requantized.shard != shard:
+                self.stream.report.warn(
+                    f"tensor {record.name} was not read again: its scales are apart"
+                )
+                continue
+            entry = asdict(record) | {"basis": self.subspace.basis_name(record.layer)}
+            basis = self.subspace.bases[record.layer]
+            if problems := list(check_edit(self.folder, entry, basis, infos, self.rounding)):
+                raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 
 def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:

@@ -22,8 +22,9 @@ from converter.engine import Engine
 from converter.errors import DestinationError
 from converter.header import read_header
 from converter.hooks import edited
-from converter.outputs import staged
+from converter.outputs import staging
 from converter.outputs.checkpoint import write_checkpoint
+from converter.outputs.staging import claimed
 from converter.pipeline import convert
 from converter.plan import make_plan
 from converter.report import Report
@@ -399,6 +400,10 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
     (out / "leftover.json").write_text("{}")
     refused = cli(*args, out)
     assert refused.exit_code == 7
+    assert "is not empty" in refused.stderr
+    assert "leftover.json: is not in the manifest; choose another, or give --ov" in refused.stderr
+    refused = cli(*args, out, "--seed", 1)
+    assert refused.exit_code == 7
     assert "is not empty; choose another, or give --overwrite" in refused.stderr
     assert cli(*args, out, "--overwrite").exit_code == 0
     assert not (out / "leftover.json").exists()
@@ -428,23 +433,34 @@ def test_a_source_behind_links_is_not_overwritten(
 
 
 @pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("mounted", [True, False])
 def test_what_was_there_comes_back_if_the_last_step_fails(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a file system that cannot exchange two folders, and on a mount point."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name == "new":
+        if self.name == "new" or (self.parent.name == "new" and self.name == "weights"):
             raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises((DestinationError, KeyboardInterrupt)), staged(out, True) as part:
-        (part / "config.json").write_text("new")
-    assert (out / "config.json").read_text() == "old"
+    monkeypatch.setattr(staging, "_exchanged", lambda one, other: False)
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+
+    def convert() -> None:
+        with claimed(out, True, Report(quiet=True)) as claim, claim.staged(True) as part:
+            for name in ("a", "weights", "config.json"):
+                (part / name).write_text("new")
+
+    with pytest.raises((DestinationError, KeyboardInterrupt)):
+        convert()
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("config.json", "old")]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

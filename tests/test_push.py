@@ -192,7 +192,7 @@ class Sampler(threading.Thread):
 
     def look(self) -> None:
         sizes = []
-        for path in self.folder.glob(".out.part-*/new/model*.safetensors"):
+        for path in self.folder.glob(".out.part/new/model*.safetensors"):
             try:
                 sizes.append(path.stat().st_size)
             except FileNotFoundError:
@@ -263,7 +263,7 @@ def test_a_stream_that_fails_leaves_nothing(
     assert result.exit_code == 10, result.stderr
     assert list(uploads.repos[REPO].commits.values()) == [{}]
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out.part-*"))
+    assert not list(tmp_path.glob(".out.part*"))
 
 
 def test_branches_pull_requests_and_what_an_earlier_model_left(

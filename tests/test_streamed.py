@@ -569,8 +569,8 @@ def test_a_conversion_can_be_streamed_from_its_texts_to_its_guard(
     again = cli("convert", planted, tmp_path / "again", *args, "--forward", "streamed",
                 "--no-guard", "-o", "rank=2")  # fmt: skip
     assert "cache hit, no forward pass" in again.stderr
-    assert json.loads(again.stdout)["forward"] is None
-    assert "forward pass  none" in cli(
+    assert json.loads(again.stdout)["forward"]["mode"] == "streamed"  # when they were taken
+    assert "forward pass  streamed: asked for" in cli(
         "convert", planted, tmp_path / "people", *args[:-1], "--forward", "streamed",
         "--no-guard", "-o", "rank=2",
     ).stdout  # fmt: skip

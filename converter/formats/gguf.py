@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from converter.cache import cache_error, remembered_digest, replacing
+from converter.cache import cache_error, discard_stale, flush, remembered_digest, replacing
 from converter.errors import CheckpointError, SourceError
 
 SHARD_SIZE = "5GB"
@@ -67,7 +67,9 @@ def make_folder(
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name[:20]}-", dir=folder.parent) as temporary:
+        prefix = f".{folder.name[:20]}-"
+        discard_stale(folder.parent, prefix)
+        with TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
             part = Path(temporary) / folder.name
             part.mkdir()
             model, tokenizer = loaded()
@@ -77,6 +79,7 @@ def make_folder(
                 (part / "README.md").write_text(card, "utf-8")
             for made in part.iterdir():
                 made.chmod(0o644)
+            flush(part)
             part.rename(folder)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # unless another run has made it meanwhile

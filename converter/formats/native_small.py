@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from converter.cache import cache_error
+from converter.cache import cache_error, discard_stale, flush
 from converter.errors import CheckpointError, SourceError
 from converter.formats import refuse_pointer
 
@@ -38,6 +38,7 @@ def keep(kept: Path, small: Mapping[str, bytes], config: dict[str, Any], scaled:
     """Write the small files of a translation, all or none of them."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
+        discard_stale(kept.parent, ".native-")
         with TemporaryDirectory(prefix=".native-", dir=kept.parent) as temporary:
             part = Path(temporary) / kept.name
             part.mkdir()
@@ -47,6 +48,7 @@ def keep(kept: Path, small: Mapping[str, bytes], config: dict[str, Any], scaled:
             if "tokenizer.json" not in small:
                 _convert_tokenizer(part, config, scaled)
             _write_ids(part, config)
+            flush(part)
             part.rename(kept)
     except OSError as error:
         if not kept.is_dir():  # unless another run has made it meanwhile

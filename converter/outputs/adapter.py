@@ -30,7 +30,8 @@ from converter.formats import Recipe, VirtualFile
 from converter.header import to_bytes
 from converter.licences import papers
 from converter.matrices import Matrix, matrices
-from converter.outputs.checkpoint import Finished, Written, copy_file, fetched, file_entry
+from converter.outputs.checkpoint import Written, copy_file, fetched, file_entry
+from converter.outputs.journal import Progress
 from converter.plan import Plan, Target
 from converter.projector import Projector
 from converter.quantization import dequantize
@@ -89,9 +90,11 @@ class Adapter:
         engine: Engine,
         report: Report,
         keep_source: bool = True,
-        finished: Finished | None = None,
+        progress: Progress | None = None,
     ) -> Written:
         """Write the adapter and its config, as peft does."""
+        if progress:
+            progress.before({})
         order = sorted(targets, key=lambda target: (target.shard, target.info.start))
         bases = {target.layer: basis_of(edit, target) for target in order}
         ranks = {module_of(plan, target): bases[target.layer].shape[1] for target in targets}

@@ -19,16 +19,11 @@ from converter.engine import Engine, quiet_blas
 from converter.errors import CheckpointError
 from converter.formats import index_text
 from converter.layout import INDEX
+from converter.outputs.journal import Done, Progress
 from converter.plan import Plan, Target
 from converter.report import Report
 from converter.shards import ShardRecord, rewrite
 from converter.source import Source
-
-Finished = Callable[[str, ShardRecord, Sequence[EditRecord]], None]
-"""What is done with a shard once it is written: its name, its digests, what was edited in it."""
-
-AT_A_TIME = 2
-"""Shards that are there at most, if something is done with each that is finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,7 @@ def write_checkpoint(
     engine: Engine,
     report: Report,
     keep_source: bool = True,
-    finished: Finished | None = None,
+    progress: Progress | None = None,
 ) -> Written:
     """Rewrite the shards, some at a time, then copy the small files, index and config last.
 
@@ -66,12 +61,12 @@ def write_checkpoint(
         plan: of that source.
         edit: what happens to ``targets``.
         targets: the tensors that must change.
-        folder: an empty folder.
+        folder: holds nothing but shards that ``progress`` may know.
         engine: how many at a time, and how.
         report: for the progress bar.
         keep_source: if not, shards fetched from the Hub are deleted once they are edited.
-        finished: called for each shard that is written, and may delete it; no more than
-            ``AT_A_TIME`` shards are then there at a time.
+        progress: knows shards that are finished already, is told of each that is written, and
+            may delete it.
 
     Raises:
         CheckpointError: a shard is malformed, or a target was left unchanged.
@@ -79,18 +74,21 @@ def write_checkpoint(
         OSError: the folder cannot be written.
     """
     records: list[EditRecord] = []
+    users = users_of(source, targets)
+    before = progress.before(users) if progress else {}
+    for done in before.values():
+        records += done.edits
     changes = changes_of(source, edit, targets, engine, records)
     rank = max((U.shape[1] for t in targets if (U := edit.basis(t)) is not None), default=0)
     shards_at_a_time = 1 if source.serial else len(source.shards)
-    if finished is not None:
-        shards_at_a_time = min(shards_at_a_time, AT_A_TIME)
+    if progress and progress.at_a_time:
+        shards_at_a_time = min(shards_at_a_time, progress.at_a_time)
     workers = engine.workers_for(shards_at_a_time, targets, rank)
     with report.bar("edit", plan.nbytes, "B") as bar:
-        users = users_of(source, targets)
         job = Rewriting(source, changes, users, folder, engine, bar, keep_source)
-        if finished is not None:
-            job.then(lambda shard, record: finished(shard, record, _of(records, shard)))
-        shards = job.run(workers)
+        if progress:
+            job.then(lambda shard, record: progress.finished(shard, _done(records, shard, record)))
+        shards = job.run(workers, {shard: done.record for shard, done in before.items()})
     if len(records) != len(targets):
         raise CheckpointError(
             "not every down-projection of the chosen layers was edited",
@@ -113,9 +111,9 @@ def write_checkpoint(
     return Written(shards, copies, made, tuple(records))
 
 
-def _of(records: list[EditRecord], shard: str) -> list[EditRecord]:
-    """What was edited in a shard."""
-    return [record for record in list(records) if record.shard == shard]
+def _done(records: list[EditRecord], shard: str, record: ShardRecord) -> Done:
+    """A shard that is written, with what was edited in it."""
+    return Done(record, tuple(edit for edit in list(records) if edit.shard == shard))
 
 
 class Checkpoint:
@@ -165,16 +163,24 @@ class Rewriting:
         """Call ``after`` for each shard once it is written, in the thread that wrote it."""
         self.after = after
 
-    def run(self, workers: int) -> dict[str, ShardRecord]:
-        """Rewrite all shards; if one fails, the others stop soon and its error is raised."""
+    def run(self, workers: int, before: Mapping[str, ShardRecord]) -> dict[str, ShardRecord]:
+        """Rewrite the shards that were not ``before``; the records of all, in order.
+
+        If one fails, the others stop soon and its error is raised.
+        """
         free = BoundedSemaphore(workers)
         futures: dict[str, Future[ShardRecord]] = {}
+        for shard, record in before.items():
+            self.bar.update(record.nbytes)
+            self.let_go(shard)
         with (
             quiet_blas(workers) as threads,
             ThreadPoolExecutor(workers, "edit", torch.set_num_threads, (threads,)) as pool,
         ):
             try:
-                for shard in fetched(self.source, self.source.shards):
+                for shard in fetched(
+                    self.source, [s for s in self.source.shards if s not in before]
+                ):
                     free.acquire()
                     if self.stop.is_set():
                         break
@@ -188,7 +194,8 @@ class Rewriting:
         errors = [error for future in futures.values() if (error := future.exception())]
         for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
             raise error
-        return {shard: future.result() for shard, future in futures.items()}
+        new = {shard: future.result() for shard, future in futures.items()}
+        return {shard: before.get(shard) or new[shard] for shard in self.source.shards}
 
     def _work(self, shard: str) -> ShardRecord:
         engine = self.engine

@@ -7,7 +7,8 @@ from typing import Protocol
 from converter.edit import Edit
 from converter.engine import Engine
 from converter.outputs.adapter import Adapter
-from converter.outputs.checkpoint import Checkpoint, Finished, Written
+from converter.outputs.checkpoint import Checkpoint, Written
+from converter.outputs.journal import Progress
 from converter.plan import Plan, Target
 from converter.report import Report
 from converter.source import Source
@@ -50,7 +51,7 @@ class Output(Protocol):
         engine: Engine,
         report: Report,
         keep_source: bool = True,
-        finished: Finished | None = None,
+        progress: Progress | None = None,
     ) -> Written:
         """Write all but the card, the subspace and the manifest.
 
@@ -59,11 +60,11 @@ class Output(Protocol):
             plan: of that source.
             edit: what happens to ``targets``.
             targets: the tensors that change.
-            folder: an empty folder.
+            folder: holds nothing but what ``progress`` may know.
             engine: how it is computed.
             report: for the progress bar, and for warnings.
             keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
-            finished: called with each shard that was written.
+            progress: is asked first what is finished, and told of each shard that is.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.

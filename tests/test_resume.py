@@ -1,0 +1,348 @@
+"""What a run that ended too early has finished is not done again, and only one run writes."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from converter import shards as shard_files
+from converter.errors import DestinationError
+from converter.outputs import checkpoint
+from converter.outputs.staging import claimed
+from converter.report import Report
+from tests.conftest import TINY_ARGS, make_checkpoint, tiny_args
+from tests.test_quantization import BLOCKS, as_fp8
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
+
+MEASURED = ("README.md", "SHA256SUMS", "gloss_manifest.json")
+"""They hold seconds, or the sha256 of what does."""
+
+
+class Rewrites:
+    """Notes which shards are written; the one named ``fails`` is half written, and then no more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        self.fails: str | None = None
+        rewrite = shard_files.rewrite
+
+        def note(reading: Any, target: Path, *args: Any, **more: Any) -> Any:
+            if target.name == self.fails:
+                target.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.names.append(target.name)
+            return rewrite(reading, target, *args, **more)
+
+        monkeypatch.setattr(checkpoint, "rewrite", note)
+
+    def run(self, cli: Cli, *args: object, fails: str | None = None) -> Result:
+        self.names.clear()
+        self.fails = fails
+        return cli("convert", *args, "--workers", 1)
+
+
+@pytest.fixture
+def rewrites(monkeypatch: pytest.MonkeyPatch) -> Rewrites:
+    return Rewrites(monkeypatch)
+
+
+def shards_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors") if "gloss" not in path.name)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file of a checkpoint; of the manifest, what is not measured."""
+    files: dict[str, Any] = {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.name not in MEASURED
+    }
+    manifest = json.loads((folder / "gloss_manifest.json").read_text())
+    del manifest["measurements"]
+    return files | {"manifest": manifest}
+
+
+def test_finished_shards_are_kept_and_not_written_again(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    source, out = checkpoints("llama"), tmp_path / "out"
+    shards = shards_of(source)
+    assert cli("convert", source, tmp_path / "whole", *TINY_ARGS).exit_code == 0
+    failed = rewrites.run(cli, source, out, *TINY_ARGS, fails=shards[3])
+    assert failed.exit_code == 7
+    assert "3 finished shards are kept in .out.part for the next run" in failed.stderr
+    assert not out.exists()
+    places = {name: (tmp_path / ".out.part/new" / name).stat().st_ino for name in shards[:3]}
+    again = rewrites.run(cli, source, out, *TINY_ARGS)
+    assert again.exit_code == 0, again.stderr
+    assert f"3 of {len(shards)} shards are finished already" in again.stderr
+    assert rewrites.names == shards[3:]
+    assert {name: (out / name).stat().st_ino for name in shards[:3]} == places
+    assert content(out) == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("what", ["bytes", "size", "missing", "journal", "torn", "source", "rank"])
+def test_what_is_not_certain_is_written_again(
+    what: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(checkpoints("llama"), source)
+    shards = shards_of(source)
+    assert rewrites.run(cli, source, out, *TINY_ARGS, fails=shards[2]).exit_code == 7
+    holder, args, again = tmp_path / ".out.part", TINY_ARGS, shards[1:]
+    second, journal = holder / "new" / shards[1], holder / "journal.jsonl"
+    if what == "bytes":
+        data = bytearray(second.read_bytes())
+        data[-1] ^= 1
+        second.write_bytes(data)
+    elif what == "size":
+        second.write_bytes(second.read_bytes()[:-1])
+    elif what == "missing":
+        second.unlink()
+    elif what == "journal":
+        journal.unlink()
+        again = shards
+    elif what == "torn":
+        journal.write_bytes(journal.read_bytes()[:-20])
+    elif what == "source":  # a change of one weight, after the activations were taken
+        data = bytearray((source / shards[1]).read_bytes())
+        data[-4:] = bytes(4)
+        (source / shards[1]).write_bytes(data)
+        again = shards  # for the activations are others, and the subspace with them
+    else:
+        args, again = tiny_args(rank=3), shards
+    result = rewrites.run(cli, source, out, *args)
+    assert result.exit_code == 0, result.stderr
+    assert rewrites.names == again
+    assert cli("convert", source, tmp_path / "whole", *args).exit_code == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_source_that_changes_between_two_runs_is_noticed_without_a_forward_pass(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites, shared_cache: Path
+) -> None:
+    """With activations of a file the edit is the same, and the shards are not."""
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    shards, before = shards_of(source), set(shared_cache.glob("activations/*"))
+    args = (*TINY_ARGS, "--seed", 91)
+    assert cli("convert", source, tmp_path / "whole", *args).exit_code == 0
+    (kept,) = set(shared_cache.glob("activations/*")) - before
+    args = (*args, "--activations", kept)
+    assert rewrites.run(cli, source, tmp_path / "out", *args, fails=shards[2]).exit_code == 7
+    data = bytearray((source / shards[1]).read_bytes())
+    data[-1] ^= 1
+    (source / shards[1]).write_bytes(data)
+    result = rewrites.run(cli, source, tmp_path / "out", *args)
+    assert rewrites.names == shards[1:]
+    assert result.exit_code == 4
+    assert f"{shards[1]} is not the file that the activations were taken from" in result.stderr
+
+
+def test_shards_that_need_each_other_count_together(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    """A weight in FP8 in one shard, its scales in another."""
+    plain = checkpoints("qwen3", torch.bfloat16)
+    source = as_fp8(plain, tmp_path / "fp8", BLOCKS, apart=True)
+    shards = shards_of(source)
+    args = (source, tmp_path / "out", *TINY_ARGS)
+    assert rewrites.run(cli, *args, fails=shards[-1]).exit_code == 7
+    assert len(rewrites.names) == len(shards) - 1
+    again = rewrites.run(cli, *args)
+    assert again.exit_code == 0, again.stderr
+    assert 1 < len(rewrites.names) <= len(shards)
+    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+
+
+def test_shards_made_from_another_format_are_gone_on_with(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("llama"), source)
+    from safetensors.torch import load_file
+
+    weights: dict[str, Any] = {}
+    for name in shards_of(source):
+        weights |= load_file(source / name)
+        (source / name).unlink()
+    names = sorted(weights)
+    halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, part in halves.items():
+        torch.save({name: weights[name] for name in part}, source / file)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors.index.json").unlink()
+    args = (source, tmp_path / "out", *TINY_ARGS)
+    first, second = "model-1.safetensors", "model-2.safetensors"
+    assert rewrites.run(cli, *args, fails=second).exit_code == 7
+    again = rewrites.run(cli, *args)
+    assert again.exit_code == 0, again.stderr
+    assert rewrites.names == [second]
+    assert first in shards_of(tmp_path / "out")
+    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+
+
+def test_the_same_run_again_finds_its_result(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    args = (checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
+    assert rewrites.run(cli, *args).exit_code == 0
+    (tmp_path / ".out.part/new").mkdir(parents=True)  # killed before it was deleted
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = rewrites.run(cli, *args)
+    assert again.exit_code == 0
+    assert "is the result of this run already" in again.stderr
+    assert rewrites.names == []
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from converter.outputs.staging import claimed
+from converter.report import Report
+with claimed(Path(sys.argv[1]), False, Report(quiet=True)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_who_holds_the_destination(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """And once that process is killed, nobody does."""
+    out = tmp_path / "out"
+    args = ("convert", checkpoints("llama"), out, *TINY_ARGS)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        refused = cli(*args)
+        process.send_signal(signal.SIGKILL)
+    assert refused.exit_code == 7
+    assert "is held by another run: found process" in refused.stderr
+    assert f"process {process.pid} on " in refused.stderr
+    assert not out.exists()
+    assert (tmp_path / ".out.part").is_dir()
+    assert cli(*args).exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_holder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / ".out.part").symlink_to(elsewhere)
+    with (
+        pytest.raises(DestinationError, match="cannot be written"),
+        claimed(tmp_path / "out", False, Report(quiet=True)),
+    ):
+        pytest.fail("it was claimed")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    report = Report(quiet=True)
+    with claimed(tmp_path / "out", False, report):
+        pass
+    assert "has no locks" in report.warnings[0]
+
+
+def test_names_as_long_as_a_file_system_takes_them(tmp_path: Path) -> None:
+    out = tmp_path / ("n" * 255)
+    with claimed(out, False, Report(quiet=True)) as claim, claim.staged(False) as part:
+        (part / "config.json").write_text("{}")
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_what_another_run_left_counts_as_free(
+    tmp_path: Path, checkpoints: Checkpoints, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone on with, or deleted."""
+    source = checkpoints("llama")
+    usage, needed = shutil.disk_usage(tmp_path), sum(p.stat().st_size for p in source.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 2))
+    args = ("convert", source, tmp_path / "out", *TINY_ARGS)
+    assert "is too small" in cli(*args).stderr
+    (tmp_path / ".out.part/new").mkdir(parents=True)
+    (tmp_path / ".out.part/new/stale").write_bytes(bytes(needed))
+    assert cli(*args).exit_code == 0
+
+
+STOP = """
+import os, signal, sys, threading, time
+import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from converter import cli, fitting
+def slow(*args, **more):
+    print("working", flush=True)
+    x = torch.ones(20_000_000)
+    while True:
+        torch.sort(x)  # a step that takes a while
+    return x
+fitting.extract = slow
+cli.convert_command(sys.argv[1:])
+"""
+
+
+def test_a_step_that_takes_long_does_not_keep_a_run_alive(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    args = [checkpoints("llama"), tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]
+    with subprocess.Popen(
+        [sys.executable, "-c", STOP, *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        seconds = time.monotonic() - start
+    assert process.returncode == 130, errors
+    assert "stopped by SIGINT" in errors
+    assert "the same command again goes on" in errors
+    assert seconds < 5  # a second on a machine that has nothing else to do
+
+
+def test_planted_checkpoints_of_one_file_are_written_anew(
+    cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    source = make_checkpoint(tmp_path / "source", shard="5GB")
+    args = (source, tmp_path / "out", *TINY_ARGS)
+    assert rewrites.run(cli, *args, fails="model.safetensors").exit_code == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    assert rewrites.run(cli, *args).exit_code == 0
+
+
+def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> None:
+    from converter.cache import replacing
+
+    old, new, other = (tmp_path / name for name in (".memo.json.1", ".memo.json.2", ".ssh"))
+    for path in (old, new, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (1e9, 1e9))
+    with replacing(tmp_path / "memo.json") as part:
+        part.write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".memo.json.2", ".ssh", "memo.json"]
