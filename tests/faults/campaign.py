@@ -26,6 +26,7 @@ class Count:
         resumed: the next run gave the undisturbed result.
         finished: shards that an interrupted run had finished, of all of them.
         redone: how many of those the next run wrote again.
+        slowest: seconds from a signal to the end of the process.
         broken: what did not hold.
     """
 
@@ -34,27 +35,31 @@ class Count:
     resumed: int = 0
     finished: int = 0
     redone: int = 0
+    slowest: float = 0.0
     broken: list[str] = field(default_factory=list)
 
     def add(self, other: "Count") -> None:
         """Sum up."""
         for name in ("tried", "survived", "resumed", "finished", "redone"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.slowest = max(self.slowest, other.slowest)
         self.broken += other.broken
 
     def text(self) -> str:
         kept = self.finished - self.redone
-        return (
-            f"{self.tried} tried, {self.survived} survived, {self.resumed} resumed identical; "
-            f"{kept} of {self.finished} finished shards recognised and not redone"
-        )
+        text = f"{self.tried} tried, {self.survived} survived, {self.resumed} resumed identical"
+        if self.finished:
+            text += f"; {kept} of {self.finished} finished shards recognised and not redone"
+        return text + (f"; at most {self.slowest:.2f} s to stop" if self.slowest else "")
 
 
 def sample(count: int, size: int | None, start: int = 1) -> Sequence[int]:
     """``size`` of the numbers 1 to ``count``, evenly spread; all without ``size``."""
     if size is None or size >= count:
         return range(1, count + 1)
-    return sorted({start + (count - start) * i // max(size - 1, 1) for i in range(size)})
+    if size == 1:
+        return [(start + count) // 2]
+    return sorted({start + (count - start) * i // (size - 1) for i in range(size)})
 
 
 def points(scene: Scene, kinds: Iterable[str] = ()) -> list[int]:
@@ -121,9 +126,7 @@ def half_writes(scene: Scene, size: int | None = None) -> Count:
     return count
 
 
-def power_cuts(
-    scene: Scene, size: int | None = None, variants: Iterable[str] = VARIANTS
-) -> Count:
+def power_cuts(scene: Scene, size: int | None = None, variants: Iterable[str] = VARIANTS) -> Count:
     """The power goes before each operation, in each variant."""
     count, asked = Count(), {"leave": ["source", "kept", "older", "newer"]}
     for variant in variants:

@@ -78,7 +78,7 @@ class Fault:
 
     def send(self, watch: Any) -> None:
         """Interrupt this process, as Ctrl-C does."""
-        watch.signalled = time.monotonic()
+        watch.moment.write_text(str(time.monotonic()))
         os.kill(os.getpid(), self.number)
 
     def read(

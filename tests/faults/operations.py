@@ -32,14 +32,14 @@ class Watch:
         trace: kind and path of each change, in order.
         reads: how many times a file below ``root`` was read.
         unseen: changes that Python's audit events tell of and no wrapper saw.
-        signalled: when a fault sent this process a signal, or 0.
+        moment: a file for when a fault sent this process a signal.
     """
 
     def __init__(self, root: Path, fault: Any, disk: Any = None) -> None:
         self.root, self.fault, self.disk = os.fspath(root), fault, disk
         self.trace: list[tuple[str, str]] = []
         self.unseen: list[str] = []
-        self.reads, self.signalled = 0, 0.0
+        self.reads, self.moment = 0, Path(os.devnull)
         self.written: set[int] = set()
         self._lock, self._inside = RLock(), local()
 
@@ -116,7 +116,10 @@ class Watched(io.FileIO):
         view = memoryview(data).cast("B")
         put = super().write
         done: int = _change(
-            "write", (place(self.fileno()),), lambda: put(data), (len(view), lambda n: put(view[:n]))
+            "write",
+            (place(self.fileno()),),
+            lambda: put(data),
+            (len(view), lambda n: put(view[:n])),
         )
         return done
 
@@ -135,13 +138,15 @@ class Watched(io.FileIO):
     def readinto(self, buffer: Any) -> int | None:
         view, get = memoryview(buffer).cast("B"), super().readinto
         less = max(len(view) // 2, 1)
-        return self._read(lambda: get(view), lambda: get(view[:less]))
+        count: int | None = self._read(lambda: get(view), lambda: get(view[:less]))
+        return count
 
-    def read(self, size: int | None = -1) -> bytes | None:
+    def read(self, size: int | None = -1) -> bytes:
         get = super().read
         if size is None or size < 0:
             return self.readall()
-        return self._read(lambda: get(size), lambda: get(max(size // 2, 1)))
+        data: bytes = self._read(lambda: get(size), lambda: get(max(size // 2, 1)))
+        return data
 
     def readall(self) -> bytes:
         get = super().readall
@@ -169,7 +174,7 @@ def _open(
         buffered = io.BufferedReader(raw) if "r" in mode else io.BufferedWriter(raw)
     if "b" in mode:
         return buffered
-    text = io.TextIOWrapper(buffered, encoding, errors, newline, buffering == 1)
+    text: Any = io.TextIOWrapper(buffered, encoding, errors, newline, buffering == 1)
     text.mode = mode
     return text
 
@@ -321,8 +326,9 @@ def _wrap_c() -> None:
 
 def wrap_safetensors() -> None:
     """Its writer is in Rust: one operation."""
-    import safetensors.torch as module
+    from importlib import import_module
 
+    module: Any = import_module("safetensors.torch")
     plain = module.serialize_file
 
     def written(tensors: Any, filename: Any, metadata: Any = None) -> Any:

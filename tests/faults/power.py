@@ -9,7 +9,7 @@ taken to save its name, though ext4 does that.
 What is not sure may survive or not, so the power goes in four variants:
 
 ``lost``  no unsure name change, no unsure byte;
-``kept``  all name changes, no unsure byte: new files are empty, the classic of rename without fsync;
+``kept``  all name changes, no unsure byte: new files are empty, as after a rename without fsync;
 ``zeros`` all name changes, files as long as they were, with zeros for unsure bytes;
 ``torn``  some name changes, the first so many; of each file some unsure blocks of 4096.
 """
@@ -19,6 +19,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 BLOCK = 4096
@@ -120,7 +121,7 @@ class Disk:
 
     def cut(self, variant: str, seed: int) -> None:
         """Leave below ``root`` what a disk may hold after the power went."""
-        luck = random.Random(seed)  # noqa: S311
+        luck = random.Random(seed)
         now = {node: path.read_bytes() for path, node in self._files(self.top, self.root)}
         count = {"lost": 0, "torn": luck.randint(0, len(self.pending))}
         for change in self.pending[: count.get(variant)]:
@@ -164,8 +165,10 @@ def _left(sure: bytes, now: bytes, variant: str, luck: random.Random) -> bytes:
         return sure
     padded = sure[: len(now)].ljust(len(now), b"\0")
     if variant == "zeros":
-        same = os.path.commonprefix([sure, now])
-        return now[: len(same)].ljust(len(now), b"\0")
+        same = next(
+            (i for i, (a, b) in enumerate(zip(sure, now, strict=False)) if a != b), len(sure)
+        )
+        return now[: min(same, len(now))].ljust(len(now), b"\0")
     blocks = [
         (now if luck.random() < 0.5 else padded)[i : i + BLOCK] for i in range(0, len(now), BLOCK)
     ]

@@ -52,6 +52,7 @@ class Scene:
         settings: of the child, see ``zygote._settle``.
         mounted: whether the destination is a mount point.
         fits: whether the cache is empty before.
+        fixed: whether ``place`` is emptied and not made anew.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Scene:
     settings: dict[str, Any] = field(default_factory=dict)
     mounted: bool = False
     fits: bool = False
+    fixed: bool = False
     whole: State = field(default_factory=dict)
     before: State | None = None
     undisturbed: Ended = field(default_factory=lambda: Ended(0, ""))
@@ -74,10 +76,10 @@ class Scene:
     def out(self) -> Path:
         return self.place / "out"
 
-    def prepare(self) -> None:
-        """Do the run undisturbed, twice, and remember what it gives."""
-        self.source = _stamps(self.root / "source")
-        for _ in range(2):
+    def prepare(self, times: int = 2) -> None:
+        """Do the run undisturbed, more than once, and remember what it gives."""
+        self.source = stamps(self.root / "source")
+        for _ in range(times):
             self.reset()
             self.before = state_of(self.out)
             self.undisturbed = self.run()
@@ -92,9 +94,10 @@ class Scene:
     def reset(self) -> None:
         """As it was before the first run."""
         if self.mounted:
-            for path in self.out.iterdir() if self.out.is_dir() else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(exist_ok=True)
+            _empty(self.out)
+        elif self.fixed:
+            _empty(self.place)
         else:
             shutil.rmtree(self.place, ignore_errors=True)
             self.place.mkdir()
@@ -116,7 +119,7 @@ class Scene:
 
     def check_untouched(self, when: str) -> None:
         """The source is as it was; the destination is whole, or as it was, or not there."""
-        if _stamps(self.root / "source") != self.source:
+        if stamps(self.root / "source") != self.source:
             raise Broken(f"{self.name} {when}: the source was touched")
         found = state_of(self.out)
         if self.mounted and found is not None:
@@ -144,10 +147,14 @@ class Scene:
         found = state_of(self.out) or {}
         if found != self.whole:
             raise Broken(f"{self.name} {when}: result: {_difference(found, self.whole)}")
-        beside = sorted(path.name for path in self.place.iterdir() if path != self.out)
+        beside = sorted(
+            path.name
+            for path in self.place.iterdir()
+            if path not in (self.out, self.place / "lost+found")
+        )
         if beside:
             raise Broken(f"{self.name} {when}: beside the destination: {beside}")
-        if _stamps(self.root / "source") != self.source:
+        if stamps(self.root / "source") != self.source:
             raise Broken(f"{self.name} {when}: the source was touched")
 
     def finished(self) -> set[str]:
@@ -164,16 +171,23 @@ class Scene:
         Raises:
             Broken: it did not end well.
         """
-        finished = {name for name in self.finished() if (self.part() / "new" / name).is_file()}
+        known = () if state_of(self.out) == self.whole else self.finished()
+        finished = {name for name in known if (self.part() / "new" / name).is_file()}
         again = self.run()
         if again.code:
             raise Broken(f"{self.name} {when}: the next run ends with {again.code}: {again.said}")
         self.check_after_success(f"{when}, then again")
-        made = {Path(p).name for kind, p in again.trace if kind == "open"}
-        return len(finished), len(finished & made)
+        written = {Path(p).name for kind, p in again.trace if kind == "open"}
+        return len(finished), len(finished & written)
 
 
-def _stamps(folder: Path) -> dict[str, tuple[int, int, str]]:
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "lost+found":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int, str]]:
     """Of each file of the source: inode, time of its last change, sha256."""
     found = {}
     for path in sorted(folder.rglob("*")):

@@ -19,7 +19,6 @@ from typing import Any
 
 from tests.faults import operations
 
-
 LIMIT = 60.0
 """Seconds that a run may take; it takes a third of one."""
 
@@ -66,10 +65,13 @@ class Zygote:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(30)
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def start(self, root: Path, args: list[str], **asked: Any) -> int:
         """Fork a run; its process id."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         asked |= {"root": str(root), "args": args}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
@@ -99,17 +101,15 @@ def _child(asked: dict[str, Any], report: str) -> None:
     _settle(asked)
     disk = Disk(root, tuple(asked["leave"])) if fault.do == "power" else None
     watch = operations.Watch(root, fault, disk)
+    watch.moment = Path(f"{report}.moment")
     if asked.get("stop"):
         _await_tracer()
     operations.watching.append(watch)
     code = _command(asked["args"])
-    seconds = time.monotonic() - watch.signalled if watch.signalled else 0.0
     operations.watching.clear()
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS):
         resource.setrlimit(limit, (resource.getrlimit(limit)[1],) * 2)
-    found = {
-        "trace": watch.trace, "reads": watch.reads, "unseen": watch.unseen, "seconds": seconds,
-    }  # fmt: skip
+    found = {"trace": watch.trace, "reads": watch.reads, "unseen": watch.unseen}
     Path(report).write_text(json.dumps(found))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -151,7 +151,7 @@ def _settle(asked: dict[str, Any]) -> None:
         _refuse_exchange()
     if mount := asked.get("mount"):
         plain = os.path.ismount
-        os.path.ismount = lambda path: os.fspath(path) == mount or plain(path)
+        os.path.ismount = lambda path: str(path) == mount or plain(path)
     if limit := asked.get("file_size"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if more := asked.get("memory"):
@@ -219,7 +219,10 @@ def _serve() -> None:
             with output.open("wb") as said:
                 child = _fork(asked, report, said.fileno())
             print(child, flush=True)
-            found = {"code": _wait(child, time.monotonic() + LIMIT)}
+            found: dict[str, Any] = {"code": _wait(child, time.monotonic() + LIMIT)}
+            moment = Path(f"{report}.moment")
+            if moment.exists():
+                found["seconds"] = time.monotonic() - float(moment.read_text())
             found["said"] = output.read_text("utf-8", "replace")
             if os.path.exists(report):
                 found |= json.loads(Path(report).read_text())
@@ -233,7 +236,7 @@ def _import_everything() -> None:
 
     import torch
     import tqdm
-    import transformers  # noqa: F401
+    import transformers
 
     import converter
 
