@@ -321,7 +321,7 @@ def _wrap_c() -> None:
             return plain(file, request, *args)
         return _change("clone", (place(number),), lambda: plain(file, request, *args))
 
-    fcntl.ioctl = ioctl  # type: ignore[assignment]
+    fcntl.ioctl = ioctl
 
 
 def wrap_safetensors() -> None:
@@ -364,5 +364,5 @@ def install() -> None:
         _wrap_descriptor(name)
     _wrap_writes()
     _wrap_c()
-    io.open = builtins.open = _open  # type: ignore[assignment]
+    io.open = builtins.open = _open
     sys.addaudithook(_audit)

@@ -165,10 +165,8 @@ def _left(sure: bytes, now: bytes, variant: str, luck: random.Random) -> bytes:
         return sure
     padded = sure[: len(now)].ljust(len(now), b"\0")
     if variant == "zeros":
-        same = next(
-            (i for i, (a, b) in enumerate(zip(sure, now, strict=False)) if a != b), len(sure)
-        )
-        return now[: min(same, len(now))].ljust(len(now), b"\0")
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(sure, now)))  # noqa: B905
+        return now[:same].ljust(len(now), b"\0")
     blocks = [
         (now if luck.random() < 0.5 else padded)[i : i + BLOCK] for i in range(0, len(now), BLOCK)
     ]
