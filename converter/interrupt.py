@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
+from typing import NoReturn
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run; the exit code is 128 and their number."""
@@ -28,12 +29,14 @@ class Stopped(KeyboardInterrupt):
         self.number = signal.Signals(number)
 
 
-def farewell(number: int) -> str:
-    """The sentence with which a run ends that was told to."""
-    return (
+def leave(number: int) -> NoReturn:
+    """End the process with one sentence, and without taking Python down, which takes seconds."""
+    said = (
         f"stopped by {signal.Signals(number).name}; no half-written checkpoint was left; "
-        "the same command again goes on from what is finished"
+        "the same command again goes on from what is finished\n"
     )
+    os.write(2, said.encode())
+    os._exit(128 + number)
 
 
 @contextmanager
@@ -75,6 +78,5 @@ def _watch(ours: socket.socket, over: Event) -> None:
     while said := ours.recv(1):
         if said[0] in STOPPING:
             if not over.wait(PATIENCE):
-                os.write(2, f"{farewell(said[0])}\n".encode())
-                os._exit(128 + said[0])
+                leave(said[0])
             return

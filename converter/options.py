@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
-from converter.interrupt import Stopped, farewell, stopping
+from converter.interrupt import Stopped, leave, stopping
 from converter.run import Run
 
 EXIT_CODES = """
@@ -55,10 +55,10 @@ def plain_exit(as_json: bool) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         refuse(SourceError("memory ran out", hint="run this on a larger machine, or with less"))
-    except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, Stopped) else SIGINT
-        click.echo(farewell(number), err=True)
-        sys.exit(128 + number)
+    except Stopped as stop:
+        leave(stop.number)
+    except KeyboardInterrupt:  # of a library that listens for Ctrl-C itself
+        leave(SIGINT)
 
 
 def print_json(data: Any) -> None:

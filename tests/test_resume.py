@@ -82,7 +82,7 @@ def test_finished_shards_are_kept_and_not_written_again(
     assert cli("convert", source, tmp_path / "whole", *TINY_ARGS).exit_code == 0
     failed = rewrites.run(cli, source, out, *TINY_ARGS, fails=shards[3])
     assert failed.exit_code == 7
-    assert "3 finished shards are kept in .out.part for the next run" in failed.stderr
+    assert "finished shards kept in .out.part for the next run: 3" in failed.stderr
     assert not out.exists()
     places = {name: (tmp_path / ".out.part/new" / name).stat().st_ino for name in shards[:3]}
     again = rewrites.run(cli, source, out, *TINY_ARGS)

@@ -188,7 +188,7 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
     except BaseException as error:
         if lock is not None and (count := finished_in(claim.journal)):
             keep = True
-            kept = f"{count} finished shards are kept in {claim.holder.name} for the next run"
+            kept = f"finished shards kept in {claim.holder.name} for the next run: {count}"
             if isinstance(error, ConverterError):
                 error.hint = "; ".join(filter(None, [error.hint, kept]))
             else:
