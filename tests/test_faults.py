@@ -10,7 +10,7 @@ import pytest
 from tests.faults import campaign, circumstances, system
 from tests.faults.campaign import Count
 from tests.faults.power import Disk
-from tests.faults.scenes import Scene, make_root, scenes
+from tests.faults.scenes import Scene, make_root, scenes, working_folder
 from tests.faults.zygote import Zygote
 
 Scenes = dict[str, Scene]
@@ -24,10 +24,10 @@ def zygotes() -> Iterator[tuple[Zygote, Zygote]]:
 
 
 @pytest.fixture(scope="module")
-def made(zygotes: tuple[Zygote, Zygote], tmp_path_factory: pytest.TempPathFactory) -> Scenes:
-    """Every scene; ``prepared`` are those whose undisturbed run is known."""
-    root = tmp_path_factory.mktemp("faults").resolve()
-    return scenes(make_root(root, zygotes[0]), zygotes[0])
+def made(zygotes: tuple[Zygote, Zygote]) -> Iterator[Scenes]:
+    """Every scene; ``prepared`` does its undisturbed run."""
+    with working_folder() as folder:  # that of pytest may not be read by others
+        yield scenes(make_root(folder / "plain", zygotes[0]), zygotes[0])
 
 
 def prepared(made: Scenes, name: str) -> Scene:
@@ -106,9 +106,8 @@ def test_a_reading_that_fails(made: Scenes) -> None:
 
 def test_a_source_that_is_lost_while_it_is_edited(made: Scenes) -> None:
     scene, count = prepared(made, "new"), Count()
-    at = circumstances.first_write(scene) + 6
     for action, name in (("vanish", "."), ("replace", circumstances.SHARD)):
-        circumstances.lose(scene, count, action, name, at=at)
+        circumstances.lose(scene, count, action, name, at=7, after=circumstances.NEW)
     sound(count)
 
 

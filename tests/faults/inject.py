@@ -23,6 +23,7 @@ class Fault:
             see ``power``; ``error``; ``short``: every write takes one byte or half; ``zero``: every
             write to a descriptor takes nothing; ``slow``; ``source``: do ``action`` to it.
         at: number of the change, from 1; 0 for none.
+        after: operations count from the first on whose path has this in it.
         read_at: number of the reading, likewise.
         errno: of ``error``; kinds: only these fail; sticky: all later ones fail, too.
         variant, seed: of ``power``.
@@ -34,6 +35,7 @@ class Fault:
 
     do: str = "nothing"
     at: int = 0
+    after: str = ""
     read_at: int = 0
     errno: int = 0
     kinds: list[str] = field(default_factory=list)
@@ -45,18 +47,25 @@ class Fault:
     action: str = ""
     source: str = ""
     short_reads: bool = False
+    before: int = 0
 
     def change(
         self, watch: Any, number: int, kind: str, paths: tuple[str, ...],
         do: Callable[[], Any], half: Any,
     ) -> Any:  # fmt: skip
         """Do an operation, or not."""
+        if self.after:
+            if self.after in paths[0]:
+                self.after, self.before = "", number - 1
+            else:
+                self.before = number
+        number -= self.before
         here = number == self.at
         if self.do == "slow":
             time.sleep(self.seconds)
         elif self.do == "short" and half is not None and half[0] > 1:
             return half[1](1 if number % 2 else half[0] // 2)
-        elif self.do == "zero" and half is not None:
+        elif self.do == "zero" and half is not None and len(half) == 3:
             return 0
         elif self.do == "error":
             late = self.sticky and self.at and number >= self.at

@@ -55,7 +55,8 @@ class Watch:
     ) -> Any:
         """Count a change and do it, or what the fault makes of it.
 
-        ``half`` is of a write: its bytes, and what writes only the first so many of them.
+        ``half`` is of a write: its bytes, and what writes only the first so many of
+        them; and True if it is of a descriptor, not of a file object of Python.
         """
         if self.nested() or not any(map(self.below, paths)):
             return do()
@@ -240,7 +241,7 @@ def _wrap_writes() -> None:
         view = memoryview(data).cast("B")
         done: int = _change(
             "write", (place(number),), lambda: plain_write(number, data),
-            (len(view), lambda n: plain_write(number, view[:n])),
+            (len(view), lambda n: plain_write(number, view[:n]), True),
         )  # fmt: skip
         return done
 
@@ -248,7 +249,7 @@ def _wrap_writes() -> None:
         view = memoryview(data).cast("B")
         done: int = _change(
             "write", (place(number),), lambda: plain_pwrite(number, data, offset),
-            (len(view), lambda n: plain_pwrite(number, view[:n], offset)),
+            (len(view), lambda n: plain_pwrite(number, view[:n], offset), True),
         )  # fmt: skip
         return done
 
