@@ -16,6 +16,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from converter.errors import ConverterError, VerificationError
 from converter.licences import licence_name
 from converter.outputs.journal import Done, Progress, keep_only
+from converter.outputs.staging import JOURNAL
 from converter.plan import Plan
 from converter.publication import Publication, warn_of_name
 from converter.push import Copyable, Published, Upload, default_message, published_files
@@ -99,6 +100,7 @@ class _Receiver:
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
         keep_only(self.folder, ())
+        (self.folder.parent / JOURNAL).unlink(missing_ok=True)
         return {}
 
     def finished(self, shard: str, done: Done) -> None:

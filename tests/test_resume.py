@@ -201,6 +201,7 @@ def test_the_same_run_again_finds_its_result(
     args = (checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
     assert rewrites.run(cli, *args).exit_code == 0
     (tmp_path / ".out.part/new").mkdir(parents=True)  # killed before it was deleted
+    (tmp_path / ".out.part/lock").touch()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = rewrites.run(cli, *args)
     assert again.exit_code == 0
@@ -255,6 +256,18 @@ def test_a_holder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """Even one that is named as ours would be."""
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part/mine").write_text("mine")
+    with (
+        pytest.raises(DestinationError, match="is not of gloss-convert"),
+        claimed(tmp_path / "out", False, Report(quiet=True)),
+    ):
+        pytest.fail("it was claimed")
+    assert (tmp_path / ".out.part/mine").read_text() == "mine"
+
+
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +299,7 @@ def test_what_another_run_left_counts_as_free(
     assert "is too small" in cli(*args).stderr
     (tmp_path / ".out.part/new").mkdir(parents=True)
     (tmp_path / ".out.part/new/stale").write_bytes(bytes(needed))
+    (tmp_path / ".out.part/lock").touch()
     assert cli(*args).exit_code == 0
 
 
@@ -346,3 +360,36 @@ def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> Non
     with replacing(tmp_path / "memo.json") as part:
         part.write_text("whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".memo.json.2", ".ssh", "memo.json"]
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "after both", "moving out", "moving in"])
+def test_a_last_step_that_was_killed_is_undone(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The destination is then the old one, whole; or the new one, if it was in its place."""
+    out, holder = tmp_path / "out", tmp_path / ".out.part"
+    old, new = {"a": "old", "config.json": "old"}, {"b": "new", "config.json": "new"}
+    there, aside, part = {}, old, new
+    if moment == "after both":
+        there, part = new, {}
+    if moment.startswith("moving"):
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+        holder = out / ".out.part"
+        there, aside = {"a": "old"}, {"config.json": "old"}
+    if moment == "moving in":
+        there, aside, part = {"b": "new"}, old, {"config.json": "new"}
+    for folder, files in ((out, there), (holder / "old", aside), (holder / "new", part)):
+        if files:
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (holder / "lock").touch()
+    if moment == "moving in":
+        (holder / "filling").touch()
+    with claimed(out, True, Report(quiet=True)) as claim:
+        found = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+        assert found == (new if moment == "after both" else old)
+        if moment != "after both":
+            assert {path.name: path.read_text() for path in claim.part.iterdir()} == new
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (out / ".out.part").exists()

@@ -9,6 +9,7 @@ that makes it count.
 import ctypes
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -214,8 +215,8 @@ def holder_of(target: Path) -> Path:
 
 def foreign(target: Path) -> list[Path]:
     """What is in a folder, but for what runs into it have left there while it is a mount point."""
-    ours = holder_of(target).name
-    return [p for p in target.iterdir() if p.name != ours and not p.name.startswith(f"{ours}-")]
+    ours = holder_of(target)
+    return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]
 
 
 def unfinished_bytes(target: Path) -> int:
@@ -243,8 +244,12 @@ def finished_in(path: Path) -> int:
 def sweep(holder: Path) -> None:
     """Delete what was discarded beside a ``.NAME.part``."""
     for path in holder.parent.iterdir():
-        if path.name.startswith(f"{holder.name}-"):
+        if _is_trash(path, holder):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_trash(path: Path, holder: Path) -> bool:
+    return re.fullmatch(re.escape(holder.name) + "-[0-9a-f]{8}", path.name) is not None
 
 
 def _move(paths: "Iterator[Path] | list[Path]", folder: Path) -> None:
