@@ -105,10 +105,16 @@ def test_a_reading_that_fails(made: Scenes) -> None:
 
 
 def test_a_source_that_is_lost_while_it_is_edited(made: Scenes) -> None:
-    scene, count = prepared(made, "new"), Count()
-    for action, name in (("vanish", "."), ("replace", circumstances.SHARD)):
-        circumstances.lose(scene, count, action, name, at=7, after=circumstances.NEW)
+    count = Count()
+    circumstances.lose(prepared(made, "new"), count, "vanish", ".", at=7, after=circumstances.NEW)
     sound(count)
+
+
+def test_a_shard_made_of_another_source_is_not_taken_for_finished(made: Scenes) -> None:
+    scene, count = prepared(made, "new"), Count()
+    circumstances.lose(scene, count, "replace", circumstances.SHARD, at=7, after=circumstances.NEW)
+    assert not count.broken, "\n".join(count.broken)
+    assert (count.resumed, count.redone) == (1, 1)
 
 
 def test_folders_and_files_of_somebody_else(made: Scenes) -> None:
