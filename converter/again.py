@@ -48,11 +48,11 @@ def done_before(
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
     """
-    if not (destination / MANIFEST).is_file():
-        return None
     try:
+        if not (destination / MANIFEST).is_file():
+            return None
         manifest = read_manifest(destination)
-    except VerificationError:
+    except (VerificationError, OSError):  # who writes there will say what is wrong
         return None
     same = (
         manifest["tool"]["version"] == __version__

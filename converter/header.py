@@ -94,7 +94,7 @@ def header_of(file: RawIOBase, name: str) -> Header:
     """``read_header`` of an open file, whose name is for messages."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    start = file.read(8) or b""
+    start = bytes(read_exactly(file, min(size, 8), name))
     if start == b"version ":
         raise CheckpointError(
             f"{name} is a pointer of git-lfs, not the file itself",

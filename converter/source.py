@@ -147,7 +147,12 @@ class Source:
                 hub.forget(path)
 
     def digests(self, cache: Path) -> dict[str, str]:
-        """sha256 of everything a forward pass reads: weights, config and tokenizer files."""
+        """sha256 of everything a forward pass reads: weights, config and tokenizer files.
+
+        Raises:
+            CheckpointError: one cannot be read.
+            SourceError: one cannot be fetched.
+        """
         small = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
         paths = {name: self.folder / name for name in small}
         found: dict[str, str] = {}
@@ -159,15 +164,23 @@ class Source:
                 found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
             self.fetch(shard for shard in self.shards if shard not in found)
             paths |= {shard: self.folder / shard for shard in self.shards}
-        found |= {n: remembered_digest(p, cache) for n, p in paths.items() if n not in found}
+        found |= {n: _digest(p, cache) for n, p in paths.items() if n not in found}
         return dict(sorted(found.items()))
 
     def original_files(self, cache: Path) -> dict[str, Any]:
         """Name, sha256 and bytes of each of ``originals``."""
         return {
-            path.name: {"sha256": remembered_digest(path, cache), "bytes": path.stat().st_size}
+            path.name: {"sha256": _digest(path, cache), "bytes": path.stat().st_size}
             for path in self.originals
         }
+
+
+def _digest(path: Path, cache: Path) -> str:
+    """``remembered_digest`` of a file of the source. Raises CheckpointError if it is not there."""
+    try:
+        return remembered_digest(path, cache)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
 
 
 def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:

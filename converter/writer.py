@@ -210,6 +210,8 @@ class Writer:
 def _write_at(file: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(file, view, offset)
+        if not count:  # some file systems on networks say so where they should fail
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         view, offset = view[count:], offset + count
 
 

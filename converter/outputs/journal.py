@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from converter.cache import sha256_of
 from converter.edit import Edit, EditRecord, Requantized
 from converter.engine import Engine
 from converter.header import to_bytes
-from converter.outputs.staging import Claim
+from converter.outputs.staging import Claim, sync
 from converter.plan import Target
 from converter.report import Report
 from converter.shards import ShardRecord
@@ -80,7 +81,7 @@ class Journal:
         report: Report,
     ) -> None:
         self._path, self._folder, self._key = path, folder, key
-        self._digests, self._report = digests, report
+        self._digests, self._report, self._lock = digests, report, Lock()
 
     @classmethod
     def of(
@@ -122,13 +123,12 @@ class Journal:
         return known
 
     def finished(self, shard: str, done: Done) -> None:
-        line = (json.dumps(_line(shard, done)) + "\n").encode()
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(file, line)
-            os.fsync(file)
-        finally:
-            os.close(file)
+        for folder in (self._folder, self._path.parent):
+            sync(folder)  # the shard is on disk under its name before it counts
+        with self._lock, self._path.open("ab") as file:
+            file.write((json.dumps(_line(shard, done)) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def _read(self) -> dict[str, Done]:
         """What the file says, if it is about the same edit."""

@@ -147,12 +147,18 @@ class Claim:
             sync(self.target.parent)
             shutil.rmtree(old, ignore_errors=True)
 
-    def discard(self) -> None:
-        """Delete all that is not the destination. What is renamed first is nobody's any more."""
+    def discard(self, report: Report) -> None:
+        """Delete all that is not the destination. What is renamed first is nobody's any more.
+
+        If that fails it changes nothing about the destination, so it is a warning.
+        """
         trash = self.holder.with_name(f"{self.holder.name}-{secrets.token_hex(4)}")
-        with suppress(FileNotFoundError):
-            self.holder.rename(trash)
-        sweep(self.holder)
+        try:
+            with suppress(FileNotFoundError):
+                self.holder.rename(trash)
+            sweep(self.holder)
+        except OSError as error:
+            report.warn(f"{self.holder.name} could not be deleted: {error.strerror}")
 
 
 @contextmanager
@@ -198,8 +204,9 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
     finally:
         if lock is not None:
             if not keep and not claim.torn:
-                claim.discard()
-            os.close(lock)
+                claim.discard(report)
+            with suppress(OSError):
+                os.close(lock)
         for path in made:
             with suppress(OSError):
                 path.rmdir()

@@ -1,0 +1,186 @@
+"""Killed, powered off, out of disk: a sample of what ``make faults`` tries at every operation."""
+
+import errno
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import campaign, circumstances, system
+from tests.faults.campaign import Count
+from tests.faults.power import Disk
+from tests.faults.scenes import Scene, make_root, scenes, working_folder
+from tests.faults.zygote import Zygote
+
+Scenes = dict[str, Scene]
+
+
+@pytest.fixture(scope="module")
+def zygotes() -> Iterator[tuple[Zygote, Zygote]]:
+    """Two, for runs at the same time; they start while the other works."""
+    with Zygote() as one, Zygote() as two:
+        yield one, two
+
+
+@pytest.fixture(scope="module")
+def made(zygotes: tuple[Zygote, Zygote]) -> Iterator[Scenes]:
+    """Every scene; ``prepared`` does its undisturbed run."""
+    with working_folder() as folder:  # that of pytest may not be read by others
+        yield scenes(make_root(folder / "plain", zygotes[0]), zygotes[0])
+
+
+def prepared(made: Scenes, name: str) -> Scene:
+    scene = made[name]
+    if not scene.whole:
+        scene.prepare(times=1)
+    return scene
+
+
+def sound(count: Count) -> None:
+    """Everything that was tried was survived and gone on with."""
+    assert not count.broken, "\n".join(count.broken)
+    assert count.tried == count.survived == count.resumed
+    assert not count.redone
+
+
+def test_two_undisturbed_runs_are_the_same_and_every_change_is_counted(made: Scenes) -> None:
+    scene = made["new"]
+    scene.prepare(times=2)
+    assert scene.undisturbed.unseen == []
+    kinds = {kind for kind, _ in scene.undisturbed.trace}
+    assert {"open", "write", "fsync", "rename", "mkdir", "fallocate"} <= kinds
+
+
+@pytest.mark.skipif(not system.has_strace(), reason="strace is not installed")
+def test_the_kernel_sees_the_same_operations(made: Scenes) -> None:
+    scene = prepared(made, "new")
+    ended, calls = system.traced(scene)
+    assert ended.code == 0, ended.said
+    assert calls == system.counted(scene, ended)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("new", 4), ("overwrite", 3), ("mount point over", 2), ("adapter", 1)]
+)
+def test_killed_at_any_operation(made: Scenes, name: str, size: int) -> None:
+    sound(campaign.kills(prepared(made, name), size))
+
+
+def test_finished_shards_are_not_done_again(made: Scenes) -> None:
+    scene = prepared(made, "new")
+    trace = list(enumerate(scene.undisturbed.trace, 1))
+    flushed = [n for n, (kind, path) in trace if kind == "fsync" and path.endswith("journal.jsonl")]
+    at = max(flushed)
+    count = Count()
+    campaign.one(scene, count, f"killed at {at + 1}", -9, fault={"do": "kill", "at": at + 1})
+    sound(count)
+    assert count.finished == 5
+
+
+def test_killed_in_the_middle_of_a_write(made: Scenes) -> None:
+    sound(campaign.half_writes(prepared(made, "new"), 2))
+
+
+@pytest.mark.parametrize("variant", campaign.VARIANTS)
+def test_power_lost_at_any_operation(made: Scenes, variant: str) -> None:
+    sound(campaign.power_cuts(prepared(made, "new"), 2, [variant]))
+
+
+@pytest.mark.parametrize("what", ["disk full", "EIO at fsync", "EIO at rename"])
+def test_an_operation_that_fails_is_said_in_a_sentence(made: Scenes, what: str) -> None:
+    sound(campaign.errors(prepared(made, "new"), what, 1))
+
+
+def test_files_that_may_not_grow(made: Scenes) -> None:
+    sound(circumstances.file_sizes(prepared(made, "new"), 1))
+
+
+def test_short_writes_short_readings_and_signals(made: Scenes) -> None:
+    sound(campaign.slow_devices(prepared(made, "new")))
+
+
+def test_a_reading_that_fails(made: Scenes) -> None:
+    sound(campaign.bad_reads(prepared(made, "new"), 1))
+
+
+def test_a_source_that_is_lost_while_it_is_edited(made: Scenes) -> None:
+    count = Count()
+    circumstances.lose(prepared(made, "new"), count, "vanish", ".", at=7, after=circumstances.NEW)
+    sound(count)
+
+
+def test_a_shard_made_of_another_source_is_not_taken_for_finished(made: Scenes) -> None:
+    scene, count = prepared(made, "new"), Count()
+    circumstances.lose(scene, count, "replace", circumstances.SHARD, at=7, after=circumstances.NEW)
+    assert not count.broken, "\n".join(count.broken)
+    assert (count.resumed, count.redone) == (1, 1)
+
+
+def test_folders_and_files_of_somebody_else(made: Scenes) -> None:
+    sound(circumstances.no_permission(prepared(made, "new")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_within_a_second(made: Scenes, number: int) -> None:
+    sound(circumstances.interrupted(prepared(made, "new"), 1, [number]))
+
+
+def test_a_second_run_is_told_who_works(made: Scenes, zygotes: tuple[Zygote, Zygote]) -> None:
+    scene = prepared(made, "new")
+    scene.reset()
+    slow = {"do": "slow", "seconds": 0.02}
+    child = zygotes[0].start(scene.root, scene.args, fault=slow)
+    for _ in range(500):
+        if scene.part().joinpath("new").is_dir():
+            break
+        signal.sigtimedwait([], 0.01)
+    second = zygotes[1].run(scene.root, scene.args)
+    assert second.code == 7, second.said
+    assert f"process {child} on " in second.said
+    assert zygotes[0].wait().code == 0
+    scene.check_after_success("two at a time")
+
+
+def test_the_model_of_the_disk_forgets_what_was_not_flushed(tmp_path: Path) -> None:
+    """Of a file that was renamed without any fsync, each variant leaves something else."""
+    for variant, name, content in (
+        ("lost", None, b""), ("kept", "new", b""), ("zeros", "new", bytes(3)),
+    ):  # fmt: skip
+        root = tmp_path / variant
+        root.mkdir()
+        disk = Disk(root)
+        (root / "a").write_bytes(b"abc")
+        disk.changed("open", (f"{root}/a",))
+        disk.changed("write", (f"{root}/a",))
+        (root / "a").rename(root / "new")
+        disk.changed("rename", (f"{root}/a", f"{root}/new"))
+        disk.cut(variant, 0)
+        assert [path.name for path in root.iterdir()] == ([name] if name else [])
+        assert not name or (root / name).read_bytes() == content
+
+
+def test_the_model_of_the_disk_keeps_what_was_flushed(tmp_path: Path) -> None:
+    for variant in campaign.VARIANTS:
+        root = tmp_path / variant
+        root.mkdir()
+        disk = Disk(root)
+        (root / "a").write_bytes(b"abc")
+        disk.changed("open", (f"{root}/a",))
+        disk.changed("fsync", (f"{root}/a",))
+        disk.changed("fsync", (str(root),))
+        disk.cut(variant, 1)
+        assert (root / "a").read_bytes() == b"abc"
+
+
+def test_a_write_that_takes_nothing_is_an_error_and_no_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from converter.writer import Writer
+
+    writer = Writer(tmp_path / "file", 3, [(3, "")], direct=False, clone=None)
+    monkeypatch.setattr("os.pwrite", lambda *args: 0)
+    writer.put(memoryview(b"abc"))
+    with pytest.raises(OSError, match="Input/output") as caught:
+        writer.close()
+    assert caught.value.errno == errno.EIO
