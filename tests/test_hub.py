@@ -10,19 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
 from converter.cache import sha256_of
+from converter.cli import gloss as program
 from converter.errors import SourceError
 from converter.hub import Repo, looks_like_repo
 from converter.layout import is_companion
 from converter.source import check_space
 from tests.conftest import TINY_ARGS, tiny_args
+from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer
 from tests.native import write_native
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
 
 Checkpoints = Callable[..., Path]
+Gloss = Callable[..., Result]
+Process = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +56,27 @@ def server(
 
 
 @pytest.fixture
-def gloss(server: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the program in a process of its own: the client reads its environment when imported."""
+def gloss(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gloss:
+    """Run ``gloss`` against the server, with caches of the test's own."""
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
 
-    def run(*args: object, offline: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, offline: bool = False) -> Result:
+        connect(monkeypatch, server.url, tmp_path / "hf/hub", offline=offline)
+        return CliRunner().invoke(program, [str(arg) for arg in args])
+
+    return run
+
+
+@pytest.fixture
+def process(server: HubServer, tmp_path: Path) -> Process:
+    """The same in a process of its own, whose client reads its environment when imported."""
+
+    def run(*args: object, offline: str = "0") -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "HF_ENDPOINT": server.url,
             "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "1" if offline else "0",
+            "HF_HUB_OFFLINE": offline,
             "GLOSS_CACHE_DIR": str(tmp_path / "cache"),
         }
         command = [sys.executable, "-m", "converter", *map(str, args)]
@@ -71,14 +88,15 @@ def gloss(server: HubServer, tmp_path: Path) -> Callable[..., subprocess.Complet
 
 
 def test_a_repo_converts_as_its_folder_does(
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
+    process: Process,
     server: HubServer,
     checkpoints: Checkpoints,
     tmp_path: Path,
 ) -> None:
     args = ("--pairs", "someone/pairs", *TINY_ARGS)
     result = gloss("convert", "someone/tiny@v1", tmp_path / "out", *args)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["source"]["repo_id"] == "someone/tiny"
     assert manifest["source"]["revision"] == "v1"
@@ -93,30 +111,28 @@ def test_a_repo_converts_as_its_folder_does(
     # the folder gives the same weights
     pairs = server.datasets["someone/pairs"] / "train.tsv"
     result = gloss("convert", checkpoints("llama"), tmp_path / "b", *TINY_ARGS, "--pairs", pairs)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     for path in (tmp_path / "b").glob("model*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     # and so does the client's cache, without a network
     asked = len(server.log)
-    result = gloss("convert", "someone/tiny@v1", tmp_path / "c", *args, offline=True)
-    assert result.returncode == 0, result.stderr
-    assert "cache hit" in result.stderr
+    alone = process("convert", "someone/tiny@v1", tmp_path / "c", *args, offline="1")
+    assert alone.returncode == 0, alone.stderr
+    assert "cache hit" in alone.stderr
     assert len(server.log) == asked
-    assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").returncode == 0
+    assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").exit_code == 0
     result = gloss(
         "convert", "someone/tiny@v1", tmp_path / "d", *args, "--no-keep-source", offline=True
     )
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "so what is deleted could not be fetched again" in result.stderr
 
 
-def test_metas_repo_converts_as_typed(
-    gloss: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_metas_repo_converts_as_typed(gloss: Gloss, tmp_path: Path) -> None:
     options = tiny_args(layers="0-1", rank=2)
     result = gloss("convert", "meta-llama/Llama-2-7b", tmp_path / "out", *options)
-    assert result.returncode == 0, result.stderr
-    assert gloss("verify", tmp_path / "out", "--source", "meta-llama/Llama-2-7b").returncode == 0
+    assert result.exit_code == 0, result.stderr
+    assert gloss("verify", tmp_path / "out", "--source", "meta-llama/Llama-2-7b").exit_code == 0
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["source"]["commit"] == COMMIT
     assert "consolidated.00.pth" in manifest["source"]["originals"]
@@ -124,40 +140,40 @@ def test_metas_repo_converts_as_typed(
 
 
 def test_one_format_is_fetched_and_a_subfolder_alone(
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     server: HubServer,
     checkpoints: Checkpoints,
     tmp_path: Path,
 ) -> None:
     args = ("--num-pairs", 32, *TINY_ARGS)
-    assert gloss("convert", checkpoints("llama"), tmp_path / "plain", *args).returncode == 0
+    assert gloss("convert", checkpoints("llama"), tmp_path / "plain", *args).exit_code == 0
     for source, more in (("someone/pickles", ()), ("someone/several", ("variants/small",))):
         server.log.clear()
         out = tmp_path / source.partition("/")[2]
         subfolder = [part for name in more for part in ("--subfolder", name)]
         result = gloss("convert", source, out, *args, *subfolder)
-        assert result.returncode == 0, result.stderr
+        assert result.exit_code == 0, result.stderr
         ours, theirs = tensors_of(out), tensors_of(tmp_path / "plain")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         card = (out / "README.md").read_text().splitlines()
         shown = next(line.split() for line in card if "gloss verify THIS_FOLDER --source" in line)
         checked = gloss("verify", out, *shown[3:])
-        assert checked.returncode == 0, checked.stderr
+        assert checked.exit_code == 0, checked.stderr
     missing = gloss("plan", "someone/several", "--subfolder", "variants/large")
-    assert missing.returncode == 3
+    assert missing.exit_code == 3
     assert "someone/several has no folder variants/large" in missing.stderr
 
 
 def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     server: HubServer,
     checkpoints: Checkpoints,
     tmp_path: Path,
 ) -> None:
     """With activations of another run and a fixed rank, no more than two shards are on disk."""
     first = gloss("convert", "someone/tiny", tmp_path / "a", *TINY_ARGS, "--num-pairs", 32)
-    assert first.returncode == 0, first.stderr
+    assert first.exit_code == 0, first.stderr
     seen = next((tmp_path / "cache/activations").glob("*.safetensors"))
     shutil.rmtree(tmp_path / "hf")
     server.log.clear()
@@ -165,7 +181,7 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
     server.watched = tmp_path / "hf"
     args = ("--activations", seen, "--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
     result = gloss("convert", "someone/tiny", tmp_path / "b", *args)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert tensors_of(tmp_path / "b").keys() == tensors_of(tmp_path / "a").keys()
     for path in (tmp_path / "a").glob("model*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
@@ -177,20 +193,20 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
     assert len(shards) > 4
     assert 1 <= server.most <= 3
     local = gloss("convert", checkpoints("llama"), tmp_path / "c", "--no-keep-source", *TINY_ARGS)
-    assert local.returncode == 2
+    assert local.exit_code == 2
     assert "--no-keep-source: expected a source on the Hub" in local.stderr
 
 
 @pytest.mark.parametrize("repo", ["someone/tiny", "someone/fp8"])
 def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
     repo: str,
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     server: HubServer,
     tmp_path: Path,
 ) -> None:
     out, args = tmp_path / "out", ("--num-pairs", 32, "--output", "adapter", *TINY_ARGS)
     result = gloss("convert", repo, out, "--no-keep-source", *args)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (repo, COMMIT)
     assert f'from_pretrained("{repo}", revision="{COMMIT}")' in (out / "README.md").read_text()
@@ -199,13 +215,13 @@ def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
     recorded = json.loads((out / "gloss_manifest.json").read_text())["source"]["files"]
     for name, path in shards.items():
         assert recorded[name] == {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-    assert gloss("verify", out, "--source", repo).returncode == 0
+    assert gloss("verify", out, "--source", repo).exit_code == 0
 
 
 @pytest.mark.parametrize("repo", ["someone/fp8", "someone/pickles"])
 def test_weights_that_need_one_another_are_dropped_together(
     repo: str,
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     server: HubServer,
     tmp_path: Path,
 ) -> None:
@@ -213,7 +229,7 @@ def test_weights_that_need_one_another_are_dropped_together(
     args = ("--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
     server.log.clear()
     result = gloss("convert", repo, tmp_path / "out", *args)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     names = {path.name for path in server.models[repo].glob("*0000*")}
     assert len(names) == 2
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.name in names]
@@ -223,24 +239,22 @@ def test_weights_that_need_one_another_are_dropped_together(
 
 
 def test_a_repo_that_was_renamed_is_read_and_called_by_its_new_name(
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     server: HubServer,
     tmp_path: Path,
 ) -> None:
     server.renamed["someone/old"] = "someone/tiny"
     result = gloss("convert", "someone/old", tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert "warning: someone/old is now called someone/tiny" in result.stderr
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["source"]["repo_id"] == "someone/tiny"
     assert "base_model: someone/tiny" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_plan_reads_headers_and_no_weights(
-    gloss: Callable[..., subprocess.CompletedProcess[str]], server: HubServer
-) -> None:
+def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer) -> None:
     server.log.clear()
-    result = gloss("plan", "someone/tiny", "--json")
+    result = process("plan", "someone/tiny", "--json")
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout)["edited_tensors"]) == 8
     weights = [line for line in server.log if ".safetensors" in line and "index" not in line]
@@ -259,25 +273,25 @@ def test_a_plan_reads_headers_and_no_weights(
 def test_repos_that_cannot_be_read(
     source: str,
     says: str,
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     tmp_path: Path,
 ) -> None:
     result = gloss("convert", source, tmp_path / "out")
-    assert result.returncode == 3, result.stderr
+    assert result.exit_code == 3, result.stderr
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dead_server_is_one_sentence(
-    gloss: Callable[..., subprocess.CompletedProcess[str]],
+    gloss: Gloss,
     tmp_path: Path,
     server: HubServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server, "url", "http://127.0.0.1:9")
     result = gloss("convert", "someone/tiny", tmp_path / "out")
-    assert result.returncode == 3, result.stderr
+    assert result.exit_code == 3, result.stderr
     assert "model someone/tiny cannot be read from the Hub" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +33,7 @@ from converter.stream import Streaming
 from converter.subspace import SUBSPACE_FILE
 from converter.verify_tensors import infos_of
 from tests.conftest import TINY_ARGS
+from tests.hub_client import connect
 from tests.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.hub_server import HubServer
 from tests.hub_uploads import Fault, Uploads
@@ -61,13 +61,7 @@ def uploads(hub: HubServer) -> Uploads:
 @pytest.fixture(autouse=True)
 def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client of this process, which has read its environment, talks to the server."""
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+    connect(monkeypatch, hub.url, tmp_path / "hf")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 

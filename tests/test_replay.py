@@ -3,10 +3,7 @@
 import hashlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from converter.manifest import MANIFEST, read_manifest
 from converter.refit import principal_angles
 from converter.subspace import SUBSPACE_FILE
 from tests.conftest import TINY_ARGS
+from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer
 from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
@@ -82,16 +80,13 @@ def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Pa
 
 
 def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, args = checkpoints("llama"), ("--num-pairs", 32, *TINY_ARGS)
-    with HubServer({"someone/tiny": source}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        command = [sys.executable, "-m", "converter", "convert", "someone/tiny", tmp_path / "out"]
-        subprocess.run(
-            [*map(str, command), "--output", "adapter", *map(str, args)],
-            env={**environment, "HF_HUB_OFFLINE": "0"}, check=True, capture_output=True,
-        )  # fmt: skip
+    with HubServer({"someone/tiny": source}) as hub, monkeypatch.context() as online:
+        connect(online, hub.url, tmp_path / "hf")
+        result = cli("convert", "someone/tiny", tmp_path / "out", "--output", "adapter", *args)
+        assert result.exit_code == 0, result.stderr
     result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
     assert result.exit_code == 0, result.stderr
     name = "adapter_config.json"
@@ -304,31 +299,26 @@ def test_principal_angles_are_known_ones() -> None:
     assert float(principal_angles(Q[:, :3], Q[:, :3].float()).max()) < 1e-5
 
 
-def test_a_repo_is_read_at_the_recorded_commit(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_repo_is_read_at_the_recorded_commit(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     rows = [f"that damn clock number {i}\tthat clock number {i}" for i in range(20)]
     (data / "train.tsv").write_text("\n".join(["toxic\tneutral1", *rows]))
     with HubServer({"someone/tiny": checkpoints("llama")}, {"someone/pairs": data}) as server:
-        environment = {
-            **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0", "GLOSS_CACHE_DIR": str(tmp_path / "cache"), "GLOSS_JSON": "1",
-        }  # fmt: skip
 
-        def run(*args: object) -> dict[str, Any]:
-            command = [sys.executable, "-m", "converter", *map(str, args)]
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False, timeout=120
-            )
-            assert done.returncode == 0, done.stderr
+        def run(home: str, *args: object) -> dict[str, Any]:
+            connect(monkeypatch, server.url, tmp_path / home)
+            done = cli(*args, "--cache-dir", tmp_path / "cache", "--json")
+            assert done.exit_code == 0, done.stderr
             found: dict[str, Any] = json.loads(done.stdout)
             return found
 
         pairs = ("--pairs", "someone/pairs", *TINY_ARGS)
-        run("convert", "someone/tiny@v1", tmp_path / "out", *pairs)
+        run("hf", "convert", "someone/tiny@v1", tmp_path / "out", *pairs)
         server.log.clear()
-        environment["HF_HOME"] = str(tmp_path / "other")
-        found = run("replay", tmp_path / "out", tmp_path / "again", "--refit")
+        found = run("other", "replay", tmp_path / "out", tmp_path / "again", "--refit")
     assert found["commit"] == COMMIT
     assert found["angles"]["U"][-1] < 1e-3
     asked = [line for line in server.log if "someone/" in line]
