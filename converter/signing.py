@@ -128,7 +128,7 @@ class PublicKey:
             if hashing.found is not None:  # the signature is theirs, so the folder is not
                 return _differences(folder / SIGNATURE, hashing.found) or [f"{SIGNATURE}: {said}"]
             return [f"{SIGNATURE} is not a signature of this key: {said}"]
-        return []
+        return [] if _is_canonical(folder / SIGNATURE) else [f"{SIGNATURE} was altered"]
 
 
 def load_public_key(path: Path) -> PublicKey:
@@ -181,6 +181,13 @@ class _Hashing:
         ]
         kind = manifest.SerializationType.from_args(hashed.serialization_type)
         return manifest.Manifest(self.name, items, kind)
+
+
+def _is_canonical(signature: Path) -> bool:
+    """Whether the base64 of a valid signature has no bits set that decoders pass over."""
+    envelope = json.loads(signature.read_text("utf-8"))["dsseEnvelope"]
+    texts = [envelope["payload"], *(entry["sig"] for entry in envelope["signatures"])]
+    return all(base64.b64encode(base64.b64decode(text)).decode() == text for text in texts)
 
 
 def _differences(signature: Path, found: dict[str, str]) -> list[str]:

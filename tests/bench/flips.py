@@ -1,13 +1,14 @@
 """Every byte of finished outputs flipped in turn, and every value of their manifests forged.
 
-    python -m tests.bench.flips [--step 16] [--processes 2]
+    python -m tests.bench.flips [--step 16] [--every 1] [--processes 2]
 
 Makes a tiny checkpoint in three shards and a tiny adapter, and for each: flips one bit of every
 byte of every file (of tensors, of the first, the last and each ``--step``-th byte), one at a time,
-and verifies; then puts other values in place of every value of the manifest, seals manifest, card
-and SHA256SUMS again so that they agree, and verifies without and with the source. It prints how
-many there were and how many were found, and exits with 1 if a flip was not found, if a forged value
-was not that nothing contradicts (``tests.adversary``), or if anything but a sentence came of it.
+and verifies; does the same to a signature, with its key; then puts other values in place of every
+value of the manifest, seals manifest, card and SHA256SUMS again so that they agree, and verifies
+without and with the source. It prints how many there were and how many were found, and exits with 1
+if a flip was not found, if a forged value was not that should be (``tests.adversary`` lists what
+nothing contradicts), or if anything but a sentence came of it.
 
 What transformers says of a folder is left out: it takes longest and would only find more.
 """
@@ -27,10 +28,12 @@ import click
 import torch
 
 from converter import verify as verification
+from converter.layout import SIGNATURE
 from converter.manifest import read_manifest
 from converter.pipeline import convert
 from converter.resolve import resolve
 from converter.run import Run
+from converter.signing import load_public_key, load_signer
 from tests.adversary import (
     BEFORE,
     CLAIMS,
@@ -44,6 +47,7 @@ from tests.adversary import (
     put,
 )
 from tests.conftest import TINY, make_checkpoint
+from tests.test_signing import write_key
 
 OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
 
@@ -59,7 +63,7 @@ def make(root: Path) -> None:
 Found = tuple[Counter[str], set[str]]
 
 
-def flip(root: Path, output: str, step: int, part: int, parts: int) -> Found:
+def flip(root: Path, output: str, step: int, every: int, part: int, parts: int) -> Found:
     """Flip every ``parts``-th byte from ``part`` on; how many of each file, and what was missed."""
     quiet()
     folder = copy_of(root / output, root / f"{output}-{part}")
@@ -67,7 +71,7 @@ def flip(root: Path, output: str, step: int, part: int, parts: int) -> Found:
     missed = set()
     for path in sorted(folder.iterdir()):
         raw = path.read_bytes()
-        for place in places(path, step)[part::parts]:
+        for place in places(path, step)[part * every :: parts * every]:
             path.write_bytes(flipped(raw, place))
             if not any(path.name in problem for problem in verification.verify(folder)):
                 missed.add(f"{path.name}, byte {place}")
@@ -77,13 +81,13 @@ def flip(root: Path, output: str, step: int, part: int, parts: int) -> Found:
     return count, missed
 
 
-def forge(root: Path, output: str, part: int, parts: int) -> Found:
+def forge(root: Path, output: str, every: int, part: int, parts: int) -> Found:
     """The same with values of the manifest; verified without and with the source."""
     quiet()
     folder = copy_of(root / output, root / f"forged-{output}-{part}")
     source = resolve(str(root / "source"), root / "cache")
     manifest, count, missed = read_manifest(folder), Counter[str](), set()
-    for path, value in list(leaves(manifest))[part::parts]:
+    for path, value in list(leaves(manifest))[part * every :: parts * every]:
         for other in changes(value):
             put(folder, forged(manifest, path, other))
             kind = kind_of(path)
@@ -101,6 +105,24 @@ def forge(root: Path, output: str, part: int, parts: int) -> Found:
     return count, missed
 
 
+def flip_signature(root: Path, output: str, every: int, part: int, parts: int) -> Found:
+    """Every byte of a signature, asked of the key alone."""
+    quiet()
+    key = write_key(root, f"key-{part}")
+    folder = copy_of(root / output, root / f"signed-{output}-{part}")
+    load_signer(key).sign(folder, "tiny")
+    public, path = load_public_key(key.with_suffix(".pub")), folder / SIGNATURE
+    raw, missed, count = path.read_bytes(), set(), Counter[str]()
+    for place in range(len(raw))[part * every :: parts * every]:
+        path.write_bytes(flipped(raw, place))
+        if not public.check(folder):
+            missed.add(f"{path.name}, byte {place}")
+        count[path.name] += 1
+    path.write_bytes(raw)
+    assert public.check(folder) == []
+    return count, missed
+
+
 def changes(value: Any) -> Iterator[Any]:
     """Other values than this one."""
     return (other for other in others(value) if type(other) is not type(value) or other != value)
@@ -115,8 +137,9 @@ def quiet() -> None:
 
 @click.command()
 @click.option("--step", default=16, show_default=True, help="Bytes of tensors from flip to flip.")
+@click.option("--every", default=1, show_default=True, help="Of flips and values, each so many.")
 @click.option("--processes", default=2, show_default=True)
-def main(step: int, processes: int) -> None:
+def main(step: int, every: int, processes: int) -> None:
     start, root = time.time(), Path(tempfile.mkdtemp(prefix="flips-"))
     wrong: set[str] = set()
     try:
@@ -124,23 +147,33 @@ def main(step: int, processes: int) -> None:
         with ProcessPoolExecutor(processes) as pool:
             parts = range(processes)
             for output in OUTPUTS:
-                flips = [pool.submit(flip, root, output, step, part, processes) for part in parts]
-                forgeries = [pool.submit(forge, root, output, part, processes) for part in parts]
-                for what, job in (("flipped", flips), ("forged", forgeries)):
+                flips = [
+                    pool.submit(flip, root, output, step, every, part, processes) for part in parts
+                ]
+                forgeries = [
+                    pool.submit(forge, root, output, every, part, processes) for part in parts
+                ]
+                signatures = [
+                    pool.submit(flip_signature, root, output, every, p, processes) for p in parts
+                ]
+                jobs = {"flipped": flips, "signature flipped": signatures, "forged": forgeries}
+                for what, job in jobs.items():
                     counts: Counter[str] = Counter()
                     for done in job:
                         count, missed = done.result()
                         counts += count
                         wrong |= missed
-                    print(f"{output}, {what}:")
-                    for name, number in counts.items():
-                        print(f"  {name:40} {number:,}")
+                    click.echo(f"{output}, {what}:")
+                    for name, number in sorted(counts.items()):
+                        click.echo(f"  {name:40} {number:,}")
                     if what == "flipped":
-                        print(f"  {'all':40} {sum(counts.values()):,}, {len(wrong)} not found")
+                        click.echo(f"  {'all':40} {sum(counts.values()):,}")
     finally:
         shutil.rmtree(root)
-    print("\n".join(["not found, or no sentence:", *sorted(wrong)] if wrong else ["all found"]))
-    print(f"{time.time() - start:.0f} seconds")
+    click.echo(
+        "\n".join(["not found, or no sentence:", *sorted(wrong)] if wrong else ["all found"])
+    )
+    click.echo(f"{time.time() - start:.0f} seconds")
     sys.exit(bool(wrong))
 
 
