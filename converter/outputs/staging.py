@@ -256,7 +256,8 @@ def sweep(holder: Path) -> None:
 
 
 def _is_trash(path: Path, holder: Path) -> bool:
-    return re.fullmatch(re.escape(holder.name) + "-[0-9a-f]{8}", path.name) is not None
+    pattern = re.escape(holder.name) + "-[0-9a-f]{8}"
+    return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None
 
 
 def _move(paths: "Iterator[Path] | list[Path]", folder: Path) -> None:
