@@ -20,7 +20,7 @@ def shown(text: str, longest: int = LONGEST) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def is_plain(name: str) -> bool:
+def is_one_line(name: str) -> bool:
     """Whether a name is one line that steers nothing.
 
     Spaces of all scripts may be in it, and what joins letters or emoji: people have such files.

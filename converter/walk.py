@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from converter.errors import CheckpointError
-from converter.plain import is_plain
+from converter.plain import is_one_line
 
 MAX_DEPTH = 32
 """Folders within one another in a source."""
@@ -37,7 +37,7 @@ def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> di
     found = {}
     inside = folder.resolve(), *_allowed(home.resolve())
     for entry, name in _entries(folder):
-        if not is_plain(name):  # a name that is not UTF-8 is not, either
+        if not is_one_line(name):  # a name that is not UTF-8 is not, either
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
         if path.is_dir():

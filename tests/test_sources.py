@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from converter.formats.gguf_header import check_header
 from converter.hub_listing import is_inside
 from converter.recorded import is_plain
 from converter.resolve import resolve
 
 BESIDE = (
     ".cache/huggingface/download/config.json.metadata", ".git/config", ".gitattributes",
-    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "lost+found/#1", "model-Q4_K_M.gguf",
-    "onnx/model.onnx", "optimizer.pt", "original/consolidated.00.pth", "original/params.json",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "lost+found/#1",
+    "model-Q4_K_M.gguf", "onnx/model.onnx", "optimizer.pt",
+    "original/consolidated.00.pth", "original/params.json",
     "rng_state_0.pth", "training_args.bin",
 )  # fmt: skip
 """What a folder may have that does not belong to the model."""
@@ -73,3 +76,10 @@ def test_a_config_may_hold_what_those_of_large_models_hold(folder: Path, tmp_pat
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2).replace("\n", "\r\n"))
     assert resolve(str(folder), tmp_path / "cache").config == config
+
+
+def test_a_gguf_file_may_say_how_many_parameters_it_has(tmp_path: Path) -> None:
+    key = b"general.parameter_count"
+    fields = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 10, 8_030_261_312)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + fields)
+    check_header(tmp_path / "x.gguf")
