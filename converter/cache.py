@@ -86,6 +86,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_of(path: Path) -> list[int]:
+    """Device, inode, bytes, and the times in ns of the last change of a file and of its inode."""
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str:
     """A file's digest, remembered for as long as its inode, size and times stay the same.
 
@@ -93,8 +99,7 @@ def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str
     answer would still be caught: who writes a checkpoint hashes the same bytes again while they are
     read.
     """
-    stat = path.stat()
-    state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    state = state_of(path)
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     memo = cache / "digests" / f"{key}.{algorithm}.json"
     try:
@@ -105,7 +110,7 @@ def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str
         pass  # no memo, or one that is damaged: the file itself is the truth
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
-    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
+    if time.time() - max(state[3:]) / 1e9 > SETTLED:
         with replacing(memo) as part:
             part.write_text(json.dumps({"state": state, algorithm: digest}))
     return digest

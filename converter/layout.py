@@ -39,6 +39,9 @@ MAX_CONFIG = 16_000_000
 MAX_NESTING, MAX_VALUES = 32, 100_000
 """Levels of the front matter of a card, and values on one of them."""
 
+MAX_PARTS = 1_000_000
+"""Lists and objects in a file of JSON; an index has three."""
+
 MAX_INDEX = 100_000_000
 """Bytes of an index: a million names fit. As for the header of a shard."""
 
@@ -234,7 +237,10 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
             raise CheckpointError(f"{path.name} is no file")
         if status.st_size > most:
             raise _too_large(path.name, status.st_size, most)
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=once if unique else None)
+        text = path.read_text("utf-8")
+        if text.count("[") + text.count("{") > MAX_PARTS:  # each takes twenty times its two bytes
+            raise CheckpointError(f"{path.name} has more than {MAX_PARTS:,} lists and objects")
+        data = json.loads(text, object_pairs_hook=once if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
     if not isinstance(data, dict):

@@ -70,8 +70,8 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
         if not scheme:
             continue
         if not isinstance(scheme, dict):
-            raise quantized(brief(scheme))
-        name = brief(scheme.get("quant_method", "unnamed")).strip("'")
+            raise quantized(_word(scheme))
+        name = _word(scheme.get("quant_method", "unnamed"))
         if name == "fp8":
             block = _pair(scheme.get("weight_block_size"))
             return Scheme(name, ("weight_scale_inv", "weight_scale"), block)
@@ -80,9 +80,13 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
             if weights and all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights):
                 block = _pair(weights[0].get("block_structure"))
                 return Scheme(name, ("weight_scale",), block)
-            name += f", {brief(scheme.get('format', 'unknown format'))}"
+            name += f", {_word(scheme.get('format', 'unknown format'))}"
         raise quantized(name)
     return None
+
+
+def _word(value: Any) -> str:
+    return value[:80] if isinstance(value, str) else brief(value)
 
 
 def _weights_of(groups: Any) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from converter import hub
 from converter.architecture import find_architecture
-from converter.cache import remembered_digest
+from converter.cache import remembered_digest, state_of
 from converter.config import check_config
 from converter.demo import REPO_ID as DEMO
 from converter.demo import demo_folder
@@ -68,10 +68,11 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
         if subfolder:
             raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
         try:
+            states = {folder.name: state_of(folder)}
             made = gguf.unpacked(folder, cache)
         except OSError as error:
             raise SourceError(f"{source} cannot be read", found=error.strerror) from error
-        return _read(folder.stem, made, _own_files(made), cache, originals=(folder,))
+        return _read(folder.stem, made, _own_files(made), cache, originals=(folder,), states=states)
     if is_file:
         raise SourceError(
             f"{source} is a file",
@@ -157,7 +158,9 @@ def _read(
     kind = choose_format(name, sizes)
     check_sizes(sizes)
     weights = _weight_files(kind, folder, list(sizes))
-    translated = None
+    translated, states = None, {}
+    if kind in ("native", "pickled"):
+        states = {p.name: state_of(p) for p in map(folder.joinpath, sizes) if p.is_file()}
     if kind == "native":
         listed = [*weights, "params.json", "tokenizer.model"]
         native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
@@ -186,6 +189,7 @@ def _read(
         known |= {
             "recipes": translated.shards,
             "originals": translated.originals,
+            "states": states,
             "serial": translated.serial,
         }
     else:

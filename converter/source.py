@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from converter import hub
-from converter.cache import remembered_digest
+from converter.cache import remembered_digest, state_of
 from converter.errors import CheckpointError, SourceError
 from converter.formats import Shards, VirtualFile, VirtualShard
 from converter.header import Header, header_of
@@ -37,6 +37,7 @@ class Source:
         above: licence files of the folder or repo that the checkpoint is in a subfolder of.
         recipes: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
+        states: of each of them, by name, ``cache.state_of`` before it was opened.
         serial: whether one shard should be done with before the next; see ``Translated``.
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
@@ -56,6 +57,7 @@ class Source:
     above: tuple[Path, ...] = ()
     recipes: Shards | None = None
     originals: tuple[Path, ...] = ()
+    states: Mapping[str, list[int]] = field(default_factory=dict)
     serial: bool = False
     repo: hub.Repo | None = None
     inside: str = ""
@@ -168,7 +170,16 @@ class Source:
         return dict(sorted(found.items()))
 
     def original_files(self, cache: Path) -> dict[str, Any]:
-        """Name, sha256 and bytes of each of ``originals``."""
+        """Name, sha256 and bytes of each of ``originals``.
+
+        Raises:
+            CheckpointError: one is not there any more, or is not the file that was opened.
+        """
+        for path in self.originals:
+            if path.exists() and state_of(path) != self.states.get(path.name):
+                raise CheckpointError(
+                    f"{path.name} changed while it was read", hint="run the same command again"
+                )
         return {
             path.name: {"sha256": _digest(path, cache), "bytes": path.stat().st_size}
             for path in self.originals

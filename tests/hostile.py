@@ -219,6 +219,9 @@ INDEXES: dict[str, Case] = {
         4, "a key that is there twice",
     ),
     "10 GB of nothing": (lambda f: os.truncate(f / INDEX, 10**10), 4, "is too large"),
+    "a million lists": (
+        written(INDEX, "[[]%s]" % (",[]" * 10**6)), 4, "more than 1,000,000 lists and objects",
+    ),
     "a folder": (folder_for(INDEX), 4, f"has no {INDEX}"),
 }  # fmt: skip
 

@@ -42,7 +42,9 @@ JSON = st.recursive(
 )  # fmt: skip
 
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
-PLAIN = st.text(min_size=1, max_size=20).filter(str.isprintable)
+PLAIN = st.text(min_size=1, max_size=20).filter(
+    lambda name: name.isprintable() and name != "__metadata__"
+)
 TEXTS = st.dictionaries(st.text(max_size=9), st.text(max_size=9))
 ARRAYS = st.builds(
     lambda dtype, shape, seed: np.random.default_rng(seed).integers(0, 2, shape).astype(dtype),

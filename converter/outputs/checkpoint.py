@@ -155,7 +155,7 @@ class Rewriting:
     ) -> None:
         self.source, self.changes, self.folder = source, changes, folder
         self.engine, self.bar, self.keep_source = engine, bar, keep_source
-        self.waiting = {shard: set(users[shard]) for shard in users}
+        self.users, self.waiting = users, {shard: set(users[shard]) for shard in users}
         self.lock, self.stop = Lock(), Event()
         self.after: Callable[[str, ShardRecord], None] = lambda shard, record: None
 
@@ -221,11 +221,10 @@ class Rewriting:
     def let_go(self, shard: str) -> None:
         """Delete the shards that only this one still needed, unless the source is to be kept."""
         with self.lock:
-            for name, users in self.waiting.items():
-                if shard in users:
-                    users.discard(shard)
-                    if not users and not self.keep_source:
-                        self.source.drop(name)
+            for name in sorted(self.users[shard]):
+                self.waiting[name].discard(shard)
+                if not self.waiting[name] and not self.keep_source:
+                    self.source.drop(name)
 
 
 def _stream(device: str) -> Any:

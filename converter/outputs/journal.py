@@ -28,6 +28,7 @@ from converter.plan import Target
 from converter.report import Report
 from converter.shards import ShardRecord
 from converter.source import Source
+from converter.strict_json import parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +135,14 @@ class Journal:
         """What the file says, if it is about the same edit."""
         try:
             first, *lines = self._path.read_text("utf-8").splitlines()
-            if json.loads(first) != {"key": self._key}:
+            if parse(first) != {"key": self._key}:
                 return {}
         except (OSError, ValueError):
             return {}
         found = {}
         for line in lines:
             try:
-                entry = json.loads(line)
+                entry = parse(line)
                 found[entry["shard"]] = _done(entry)
             except (ValueError, KeyError, TypeError):
                 break  # torn

@@ -27,6 +27,8 @@ from converter.licences import terms_of
 from converter.manifest import read_manifest
 from converter.memory import parse_size
 from converter.methods import configure, method_names, parse_layers
+from converter.outputs.journal import Journal
+from converter.outputs.staging import finished_in
 from converter.pairs import load_pairs, load_prose
 from converter.plan import make_plan
 from converter.recorded import check_subspace, recorded_bases
@@ -347,6 +349,20 @@ def options(data: bytes) -> None:
                 refused = error
     if refused:
         raise refused
+
+
+@reader()
+def journal(data: bytes) -> None:
+    """What a killed run has left: never an error, and what is believed can be written again."""
+    folder = scratch() / "claimed"
+    folder.mkdir(exist_ok=True)
+    path, shard = scratch() / "journal.jsonl", "model.safetensors"
+    (folder / shard).write_bytes(b"")
+    path.write_bytes(b'{"key": "k"}\n' + data)
+    kept = Journal(path, folder, "k", dict, Report(quiet=True))
+    for done in kept.before({shard: {shard}}).values():
+        kept.finished(shard, done)
+    assert finished_in(path) % 2 == 0
 
 
 @reader()
