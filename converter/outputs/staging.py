@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from converter.cache import sync
 from converter.errors import ConverterError, DestinationError, GateError, VerificationError
 from converter.outputs.lock import locked
 from converter.report import Report
@@ -278,12 +279,3 @@ def sync_tree(folder: Path) -> None:
     """Flush the entries of a folder and of all below it; the files were flushed when written."""
     for path, _, _ in os.walk(folder, topdown=False):
         sync(Path(path))
-
-
-def sync(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
