@@ -161,7 +161,7 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
 
 
 def _known(repo: Repo, names: Iterable[str]) -> set[str]:
-    """The files that are in the client's cache already; they were checked when they came."""
+    """The files that are in the client's cache already: they are taken as they are."""
     try:
         folder = _cached(repo.kind, repo.repo_id, repo.commit)
     except LocalEntryNotFoundError:

@@ -229,8 +229,11 @@ def foreign(target: Path) -> list[Path]:
 
 def unfinished_bytes(target: Path) -> int:
     """Bytes beside a resolved destination that the next run goes on from or deletes."""
-    files = (holder_of(target) / "new").rglob("*")
-    return sum(path.stat().st_size for path in files if path.is_file())
+    try:
+        files = (holder_of(target) / "new").rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+    except OSError:  # another run works there; who asks for the lock will be told
+        return 0
 
 
 def interrupted(target: Path) -> bool:
