@@ -416,3 +416,26 @@ def test_a_last_step_that_was_killed_is_undone(
             assert {path.name: path.read_text() for path in claim.part.iterdir()} == new
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not (out / ".out.part").exists()
+
+
+def test_a_mount_point_that_is_filled_never_has_a_config_without_all_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, names = tmp_path / "out", ("a.safetensors", "b.safetensors", "config.json", "x.json")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    out.mkdir()
+    for name in names:
+        (out / name).write_text("old")
+    seen: list[set[str]] = []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append({path.name for path in out.iterdir()})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    with claimed(out, True, Report(quiet=True)) as claim, claim.staged(True) as part:
+        for name in names:
+            (part / name).write_text("new")
+    assert len(seen) >= 2 * len(names)
+    assert all(set(names[:2]) <= found for found in seen if "config.json" in found)

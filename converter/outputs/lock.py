@@ -34,9 +34,14 @@ def locked(folder: Path, destination: Path, report: Report) -> int:
     while True:
         if folder.is_symlink():
             raise OSError(errno.ENOTDIR, f"{folder.name} is a link")
-        folder.mkdir(exist_ok=True)
         try:
-            names = {path.name for path in folder.iterdir()}  # who makes it begins with the lock
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue  # who held it has renamed it between two looks
+        try:
+            names = {entry.name for entry in folder.iterdir()}  # who makes it begins with the lock
             if names and path.name not in names:
                 raise OSError(errno.EEXIST, f"{folder.name} is there and is not of gloss-convert")
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

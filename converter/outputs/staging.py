@@ -31,7 +31,7 @@ TRUTH = ("config.json", "adapter_config.json")
 """A checkpoint or an adapter has one of them."""
 
 LAST = ("model.safetensors.index.json", *TRUTH, "gloss_manifest.json", "SHA256SUMS")
-"""Moved last where files are moved one by one: without them it is neither."""
+"""Moved in last and out first, where files are moved one by one: without them it is neither."""
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -123,7 +123,7 @@ class Claim:
         old = self.holder / "old"
         old.mkdir()
         sync(self.holder)
-        _move(self._content(), old)
+        _move(self._content(), old, out=True)
         sync(old)
         (self.holder / "filling").touch()
         sync(self.holder)
@@ -134,7 +134,7 @@ class Claim:
         """Put things where they were if a run was killed in the middle of its last step."""
         old, filling = self.holder / "old", self.holder / "filling"
         if self.mounted and filling.exists():
-            _move(self._content(), self.part)
+            _move(self._content(), self.part, out=True)
             sync(self.part)
             filling.unlink()
             sync(self.holder)
@@ -264,8 +264,8 @@ def _is_trash(path: Path, holder: Path) -> bool:
     return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None
 
 
-def _move(paths: "Iterator[Path] | list[Path]", folder: Path) -> None:
-    for path in sorted(paths, key=lambda path: (path.name in LAST, path.name)):
+def _move(paths: "Iterator[Path] | list[Path]", folder: Path, *, out: bool = False) -> None:
+    for path in sorted(paths, key=lambda path: (path.name in LAST, path.name), reverse=out):
         path.rename(folder / path.name)
 
 
