@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Claim:
         old = self.holder / "old"
         old.mkdir()
         sync(self.holder)
-        _move(self._content(), old)
+        _move(self._content(), old, away=True)
         sync(old)
         (self.holder / "filling").touch()
         sync(self.holder)
@@ -133,7 +133,7 @@ class Claim:
         """Put things where they were if a run was killed in the middle of its last step."""
         old, filling = self.holder / "old", self.holder / "filling"
         if self.mounted and filling.exists():
-            _move(self._content(), self.part)
+            _move(self._content(), self.part, away=True)
             sync(self.part)
             filling.unlink()
             sync(self.holder)
@@ -259,8 +259,9 @@ def _is_trash(path: Path, holder: Path) -> bool:
     return re.fullmatch(re.escape(holder.name) + "-[0-9a-f]{8}", path.name) is not None
 
 
-def _move(paths: "Iterator[Path] | list[Path]", folder: Path) -> None:
-    for path in sorted(paths, key=lambda path: (path.name in LAST, path.name)):
+def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
+    """Move files to a folder, ``LAST`` last; ``away``: out of a destination, so ``LAST`` first."""
+    for path in sorted(paths, key=lambda path: ((path.name in LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 
