@@ -13,7 +13,7 @@ from converter.layout import CARD, SIGNATURE, read_card
 from converter.licences import families, fitting_name, licence_name, terms_of
 from converter.manifest import MANIFEST, read_manifest, recorded
 from converter.outputs.registry import OUTPUTS
-from converter.outputs.staging import claimed
+from converter.outputs.staging import claimed, interrupted
 from converter.pairs import load_pairs, load_prose
 from converter.pipeline import check_whole
 from converter.recorded import place_of, source_files
@@ -42,14 +42,14 @@ def done_before(
         cache: the user's cache folder.
 
     Returns:
-        None if there is no checkpoint, or one of another run. Whether its files are whole is not
-        looked at.
+        None if there is no checkpoint, or one of another run, or one that was killed in its last
+        step. Whether its files are whole is not looked at.
 
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
     """
     try:
-        if not (destination / MANIFEST).is_file():
+        if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
             return None
         manifest = read_manifest(destination)
     except (VerificationError, OSError):  # who writes there will say what is wrong
@@ -97,19 +97,28 @@ def settle(
     """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:
-        DestinationError: it is not whole, another run holds it, or it cannot be written.
+        DestinationError: it is not whole, another run holds it or has replaced it, or it cannot be
+            written.
     """
     report.note(f"{folder} is the result of this run already")
     with claimed(folder, True, report) as claim:
         try:
             check_whole(run, folder, report)
+            is_same = read_manifest(folder) == manifest  # nobody held it until now
         except VerificationError as error:
-            raise DestinationError(
-                f"destination {folder} is not empty",
-                found=f"the result of this run, and it is not whole: {error.found}",
-                hint="choose another, or give --overwrite to delete it and write anew",
+            raise _not_empty(
+                folder, f"the result of this run, and it is not whole: {error.found}"
             ) from error
+        if not is_same:
+            raise _not_empty(folder, "the result of another run, which has just come there")
         if signer:
             family = families().get(licence_name(read_card(folder / CARD)) or "")
             name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
             signer.sign(folder, fitting_name(family, name), claim.holder)
+
+
+def _not_empty(folder: Path, found: str) -> DestinationError:
+    return DestinationError(
+        f"destination {folder} is not empty", found=found,
+        hint="choose another, or give --overwrite to delete it and write anew",
+    )  # fmt: skip

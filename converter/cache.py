@@ -56,11 +56,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Let a file, or all files of a folder, be on disk before they count as being there."""
     for each in (path, *path.rglob("*")):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(each)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def discard_stale(folder: Path, prefix: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from converter.plain import shown
+from converter.strict_json import unique
 
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""
@@ -123,14 +124,7 @@ def _numbers(raw: bytes, name: str, data_start: int) -> tuple[str, tuple[int, ..
         raise ValueError(what) from error
 
 
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) != len(items):
-        raise ValueError("a key twice")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _list(value: Any, longest: int) -> list[Any]:

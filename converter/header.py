@@ -95,6 +95,15 @@ def header_of(file: RawIOBase, name: str) -> Header:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = bytes(read_exactly(file, min(size, 8), name))
+    return parse_header(read_exactly(file, length_of(start, size, name), "the header"), size, name)
+
+
+def length_of(start: bytes, size: int, name: str) -> int:
+    """Bytes of the header of a file of ``size`` bytes, whose first eight, or all, are ``start``.
+
+    Raises:
+        CheckpointError: it has none, or a longer one than can be.
+    """
     if start == b"version ":
         raise CheckpointError(
             f"{name} is a pointer of git-lfs, not the file itself",
@@ -104,11 +113,11 @@ def header_of(file: RawIOBase, name: str) -> Header:
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
             f"{name} is truncated or not a safetensors file",
-            expected=f"a header of at most {max(size - 8, 0):,} bytes",
+            expected=f"a header of at most {min(max(size - 8, 0), MAX_HEADER):,} bytes",
             found=f"a length field of {length:,}",
             hint="fetch the file again",
         )
-    return parse_header(read_exactly(file, length, "the header"), size, name)
+    return length
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:

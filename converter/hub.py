@@ -27,8 +27,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from converter.cache import sha256_of
-from converter.errors import CheckpointError, OptionError, SourceError
-from converter.header import MAX_HEADER, Header, parse_header
+from converter.errors import OptionError, SourceError
+from converter.header import Header, length_of, parse_header
 from converter.hub_guard import AnswerError, guard_session, meter
 from converter.hub_listing import Kind, repo_of
 from converter.hub_listing import Repo as Repo
@@ -161,7 +161,7 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
 
 
 def _known(repo: Repo, names: Iterable[str]) -> set[str]:
-    """The files that are in the client's cache already; they were checked when they came."""
+    """The files that are in the client's cache already: they are taken as they are."""
     try:
         folder = _cached(repo.kind, repo.repo_id, repo.commit)
     except LocalEntryNotFoundError:
@@ -215,13 +215,7 @@ def remote_header(repo: Repo, name: str) -> Header:
     """
     size = repo.sizes[name]
     start = _range(repo, name, 0, min(FIRST, size))
-    length = int.from_bytes(start[:8], "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER):
-        raise CheckpointError(
-            f"{name} is truncated or not a safetensors file",
-            expected=f"a header of at most {max(size - 8, 0):,} bytes",
-            found=f"a length field of {length:,}",
-        )
+    length = length_of(start[:8], size, name)
     if 8 + length > len(start):
         start += _range(repo, name, len(start), 8 + length)
     return parse_header(start[8 : 8 + length], size, name)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from converter.errors import SourceError
+from converter.plain import is_one_line
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -79,4 +80,4 @@ def _believe(is_possible: object, kind: Kind, what: str) -> None:
 def is_inside(name: str) -> bool:
     """Whether a name from a list is that of a file within a folder, on every system."""
     parts = name.split("/")
-    return name.isprintable() and "\\" not in name and not {"", ".", ".."}.intersection(parts)
+    return is_one_line(name) and "\\" not in name and not {"", ".", ".."}.intersection(parts)

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from converter import strict_json
 from converter.errors import CheckpointError
 from converter.formats import native, pickled
 
@@ -225,12 +226,6 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
         CheckpointError: it is missing, unreadable, too large, or not a JSON object.
     """
 
-    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            raise ValueError("a key that is there twice")
-        return found
-
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -240,7 +235,7 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
         text = path.read_text("utf-8")
         if text.count("[") + text.count("{") > MAX_PARTS:  # each takes twenty times its two bytes
             raise CheckpointError(f"{path.name} has more than {MAX_PARTS:,} lists and objects")
-        data = json.loads(text, object_pairs_hook=once if unique else None)
+        data = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
     if not isinstance(data, dict):

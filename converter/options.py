@@ -212,6 +212,9 @@ def make_run(source: str, options: tuple[str, ...], fields: dict[str, Any]) -> R
         if name in pairs:
             raise OptionError(f"-o {name} is given twice")
         pairs[name] = value.strip()
+    seed = fields.get("seed", 0)
+    if not -(1 << 63) <= seed < 1 << 63:  # a manifest can hold no other
+        raise OptionError("--seed", expected="a number of 64 bits", found=str(seed)[:80])
     return Run(source=source, options=pairs, **fields)
 
 

@@ -1,5 +1,7 @@
 """Text of strangers, made fit to be shown."""
 
+from unicodedata import category
+
 LONGEST = 2000
 """Characters of one part of a message that are shown; the name of a tensor can have a hundred
 million."""
@@ -16,6 +18,16 @@ def shown(text: str, longest: int = LONGEST) -> str:
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def is_one_line(name: str) -> bool:
+    """Whether a name is one line that steers nothing.
+
+    Spaces of all scripts may be in it, and what joins letters or emoji: people have such files.
+    """
+    return name.isprintable() or all(
+        c.isprintable() or category(c) == "Zs" or c in "\u200c\u200d" for c in name
+    )
 
 
 def brief(value: object) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from converter.cache import sha256_of
 from converter.errors import VerificationError
 from converter.layout import MANIFEST
+from converter.plain import is_one_line
 from converter.source import Source
 from converter.subspace import load_bases, load_tensors
 
@@ -144,6 +145,6 @@ def is_plain(name: str) -> bool:
     """Whether a name from a manifest is that of a file in its folder, and plain text."""
     path = PurePosixPath(name)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    if not (inside and name.isprintable() and str(path) == name):
+    if not (inside and is_one_line(name) and str(path) == name):
         return False
     return all(len(part.encode()) <= LONGEST_NAME for part in path.parts)

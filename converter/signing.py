@@ -69,8 +69,10 @@ class Signer:
         Raises:
             OSError: the folder cannot be read or written.
         """
-        part = (beside or folder) / SIGNATURE
-        self._config.set_hashing_config(_Hashing(name)).sign(folder, part)
+        part, hashing = (beside or folder) / SIGNATURE, _Hashing(name)
+        if beside and beside.parent.samefile(folder):  # a mount point, which has it within
+            hashing.add_ignored_paths(model_path=folder, paths=[beside.name])
+        self._config.set_hashing_config(hashing).sign(folder, part)
         file_entry(part)
         part.replace(folder / SIGNATURE)
 

@@ -32,7 +32,8 @@ def parse(raw: bytes | str) -> Any:
     return value
 
 
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some keys and values, for a JSON parser. Raises ValueError for a key twice."""
     found = dict(items)
     if len(found) != len(items):
         twice = Counter(key for key, _ in items).most_common(1)[0][0]
@@ -55,7 +56,7 @@ def _number(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number
+    object_pairs_hook=unique, parse_int=_integer, parse_float=_number, parse_constant=_number
 )
 
 

@@ -13,13 +13,14 @@ from converter.cache import sha256_of
 from converter.errors import ConverterError
 from converter.layout import CARD, MANIFEST, SIGNATURE, SUMS, UNLISTED
 from converter.manifest import hash_line, sums_text
+from converter.outputs.staging import foreign
 from converter.plain import shown
 from converter.recorded import is_plain
 from converter.report import Report
 from converter.shards import digests_of, find_damage
 
-HIDDEN = {".cache", ".git", ".gitattributes", ".gitignore"}
-"""What git and the Hub's client leave in a folder: no loader reads it, no signature covers it."""
+HIDDEN = {".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
+"""What git, the Hub's client and file systems leave in a folder: no loader reads it."""
 
 
 def check_files(
@@ -93,8 +94,9 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
     for place, folders, names in os.walk(folder, onerror=fail):
         inside = Path(place).relative_to(folder)
         if inside == Path():
-            folders[:] = [name for name in folders if name not in HIDDEN]
-            names = [name for name in names if name not in HIDDEN]
+            known = {path.name for path in foreign(folder.resolve())} - HIDDEN
+            folders[:] = [name for name in folders if name in known]
+            names = [name for name in names if name in known]
         for name in sorted(folders):
             if (Path(place) / name).is_symlink():
                 yield (inside / name).as_posix(), "is a link to a folder"

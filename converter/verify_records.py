@@ -5,6 +5,7 @@ What is said once only, such as what was measured, cannot be checked without doi
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -33,8 +34,8 @@ def check_records(manifest: Manifest) -> Iterator[str]:
     for what, holds in _claims(manifest):
         if not holds:
             yield f"{MANIFEST}: {what}"
-    names = [entry["name"] for entry in manifest["edited"]]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(entry["name"] for entry in manifest["edited"])
+    for name in sorted(name for name, count in names.items() if count > 1):
         yield f"{MANIFEST}: tensor {name} is recorded as edited twice"
 
 

@@ -1,9 +1,10 @@
 """The files of a source's folder, as far as they may be read.
 
 Small files of a source are copied into what is published. So a link among them must not lead out of
-the source: it could name any file of this machine. Weights may be linked from elsewhere, as people
-do to save room: of them only tensors go on. What is neither file nor folder is refused: to open a
-named pipe would wait for ever.
+the source: it could name any file of this machine. It may lead to what the Hub's client keeps, as
+folders that it downloaded to once did: files there have digests for names, which nobody can guess.
+Weights may be linked from elsewhere, as people do to save room: of them only tensors go on. What is
+neither file nor folder is refused: to open a named pipe would wait for ever.
 """
 
 import os
@@ -12,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from converter.errors import CheckpointError
+from converter.plain import is_one_line
 
 MAX_DEPTH = 32
 """Folders within one another in a source."""
 
 
 def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> dict[str, int]:
-    """Every file below a folder and its size, in bytes; hidden ones and linked folders left out.
+    """Every file below a folder and its size, in bytes.
+
+    Left out are hidden ones, linked folders, and what file systems have of their own.
 
     Args:
         folder: to list.
@@ -33,7 +37,7 @@ def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> di
     found = {}
     inside = folder.resolve(), *_allowed(home.resolve())
     for entry, name in _entries(folder):
-        if not name.isprintable():  # a name that is not UTF-8 is not printable either
+        if not is_one_line(name):  # a name that is not UTF-8 is not, either
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
         if path.is_dir():
@@ -59,7 +63,7 @@ def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
         inside, depth = waiting.pop()
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name == "lost+found":
                     continue
                 name = f"{inside}{entry.name}"
                 if not entry.is_dir(follow_symlinks=False):
@@ -93,14 +97,21 @@ def check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: in a circle
-        raise CheckpointError(f"{name} is a link that leads nowhere") from error
-    if not any(target.is_relative_to(folder) for folder in inside):
+        what = f"{name} is a link that leads nowhere"
+        raise CheckpointError(what, hint="remove it, or put the file in its place") from error
+    if not any(target.is_relative_to(folder) for folder in inside) and not _is_downloaded(target):
         raise CheckpointError(
             f"{name} is a link that leads out of the source",
             expected="a file, or a link within the source",
             hint="it would be published as a file of the model; if it is one, put a copy in its "
             "place",
         )
+
+
+def _is_downloaded(target: Path) -> bool:
+    """Whether a file, all links followed, is one of a model in the cache of the Hub's client."""
+    blobs = target.parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
 
 
 def _kind(mode: int) -> str:

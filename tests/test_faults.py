@@ -40,7 +40,7 @@ def prepared(made: Scenes, name: str) -> Scene:
 def sound(count: Count) -> None:
     """Everything that was tried was survived and gone on with."""
     assert not count.broken, "\n".join(count.broken)
-    assert count.tried == count.survived == count.resumed
+    assert 0 < count.tried == count.survived == count.resumed
     assert not count.redone
 
 

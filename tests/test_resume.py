@@ -20,7 +20,7 @@ from click.testing import Result
 from converter import shards as shard_files
 from converter.errors import DestinationError
 from converter.outputs import checkpoint
-from converter.outputs.staging import claimed
+from converter.outputs.staging import Claim, claimed
 from converter.report import Report
 from tests.conftest import TINY_ARGS, make_checkpoint, tiny_args
 from tests.test_quantization import BLOCKS, as_fp8
@@ -67,7 +67,7 @@ def shards_of(folder: Path) -> list[str]:
 def content(folder: Path) -> dict[str, Any]:
     """Every file of a checkpoint; of the manifest, what is not measured."""
     files: dict[str, Any] = {
-        p.name: p.read_bytes() for p in folder.iterdir() if p.name not in MEASURED
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in MEASURED
     }
     manifest = json.loads((folder / "gloss_manifest.json").read_text())
     del manifest["measurements"]
@@ -209,6 +209,29 @@ def test_the_same_run_again_finds_its_result(
     assert rewrites.names == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_same_run_again_finds_its_result_in_a_mount_point(
+    killed: bool, checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also if a run was killed when all files were in their place, and this was not yet noted."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    args = (checkpoints("llama"), out, *TINY_ARGS)
+    with monkeypatch.context() as patch:
+        if killed:
+            patch.setattr(Claim, "discard", lambda claim, report: None)
+        assert rewrites.run(cli, *args).exit_code == 0
+    before = content(out)
+    assert (out / ".out.part/filling").exists() == killed
+    again = rewrites.run(cli, *args)
+    assert again.exit_code == 0, again.output
+    assert ("is the result of this run already" in again.stderr) == (not killed)
+    assert rewrites.names == []
+    assert content(out) == before
+    assert not (out / ".out.part").exists()
 
 
 HOLD = """

@@ -60,6 +60,18 @@ def out(signed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(signed, tmp_path / "out")
 
 
+def test_what_a_run_has_in_a_mount_point_is_not_signed(
+    converted: tuple[Path, Path], key: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(converted[1], tmp_path / "out")
+    holder = out / ".out.part"
+    holder.mkdir()
+    (holder / "lock").touch()
+    load_signer(key).sign(out, "tiny-gloss", holder)
+    shutil.rmtree(holder)
+    assert load_public_key(key.with_suffix(".pub")).check(out) == []
+
+
 def test_a_conversion_is_signed_and_the_signature_checked(
     checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
 ) -> None:

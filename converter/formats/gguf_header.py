@@ -22,9 +22,10 @@ MAX_TEXT = 16_000_000
 
 LIMITS = (
     (re.compile(r".*\.(block|expert)_count"), 10_000),
-    (re.compile(r".*(_length|_count|_size|_rank)"), 1 << 24),
+    (re.compile(r"(?!general\.).*(_length|_count|_size|_rank)"), 1 << 24),
 )
-"""Endings of keys -> the most that such a number can be."""
+"""Endings of keys -> the most that such a number can be. Those that begin with general describe the
+file: some have its number of parameters."""
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
            11: "<q", 12: "<d"}  # fmt: skip

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 
 from converter import __version__
-from converter.cache import sha256_of
+from converter.cache import sha256_of, sync
 from converter.edit import Edit, EditRecord, Requantized
 from converter.engine import Engine
 from converter.header import to_bytes
-from converter.outputs.staging import Claim, sync
+from converter.outputs.staging import Claim
 from converter.plan import Target
 from converter.report import Report
 from converter.shards import ShardRecord

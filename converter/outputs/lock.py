@@ -36,7 +36,8 @@ def locked(folder: Path, destination: Path, report: Report) -> int:
             raise OSError(errno.ENOTDIR, f"{folder.name} is a link")
         folder.mkdir(exist_ok=True)
         try:
-            if not path.exists() and any(folder.iterdir()):
+            names = {path.name for path in folder.iterdir()}  # who makes it begins with the lock
+            if names and path.name not in names:
                 raise OSError(errno.EEXIST, f"{folder.name} is there and is not of gloss-convert")
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # who held it has just renamed the folder

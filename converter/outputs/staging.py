@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from converter.cache import sync
 from converter.errors import ConverterError, DestinationError, GateError, VerificationError
 from converter.outputs.lock import locked
 from converter.report import Report
@@ -228,8 +229,11 @@ def foreign(target: Path) -> list[Path]:
 
 def unfinished_bytes(target: Path) -> int:
     """Bytes beside a resolved destination that the next run goes on from or deletes."""
-    files = (holder_of(target) / "new").rglob("*")
-    return sum(path.stat().st_size for path in files if path.is_file())
+    try:
+        files = (holder_of(target) / "new").rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+    except OSError:  # another run works there; who asks for the lock will be told
+        return 0
 
 
 def interrupted(target: Path) -> bool:
@@ -256,7 +260,8 @@ def sweep(holder: Path) -> None:
 
 
 def _is_trash(path: Path, holder: Path) -> bool:
-    return re.fullmatch(re.escape(holder.name) + "-[0-9a-f]{8}", path.name) is not None
+    pattern = re.escape(holder.name) + "-[0-9a-f]{8}"
+    return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None
 
 
 def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
@@ -278,12 +283,3 @@ def sync_tree(folder: Path) -> None:
     """Flush the entries of a folder and of all below it; the files were flushed when written."""
     for path, _, _ in os.walk(folder, topdown=False):
         sync(Path(path))
-
-
-def sync(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
