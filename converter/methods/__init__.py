@@ -110,7 +110,7 @@ def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
         value = hint(text)
         if not isfinite(value):
             raise ValueError(text)  # noqa: TRY301 - as malformed as the others
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         expected = {"int": "a whole number", "float": "a number"}[hint.__name__]
         raise OptionError(f"-o {key}", expected=expected, found=text) from error
     return value

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -123,7 +123,7 @@ class Claim:
         old = self.holder / "old"
         old.mkdir()
         sync(self.holder)
-        _move(self._content(), old, out=True)
+        _move(self._content(), old, away=True)
         sync(old)
         (self.holder / "filling").touch()
         sync(self.holder)
@@ -134,7 +134,7 @@ class Claim:
         """Put things where they were if a run was killed in the middle of its last step."""
         old, filling = self.holder / "old", self.holder / "filling"
         if self.mounted and filling.exists():
-            _move(self._content(), self.part, out=True)
+            _move(self._content(), self.part, away=True)
             sync(self.part)
             filling.unlink()
             sync(self.holder)
@@ -264,8 +264,9 @@ def _is_trash(path: Path, holder: Path) -> bool:
     return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None
 
 
-def _move(paths: "Iterator[Path] | list[Path]", folder: Path, *, out: bool = False) -> None:
-    for path in sorted(paths, key=lambda path: (path.name in LAST, path.name), reverse=out):
+def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
+    """Move files to a folder, ``LAST`` last; ``away``: out of a destination, so ``LAST`` first."""
+    for path in sorted(paths, key=lambda path: ((path.name in LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 
