@@ -16,7 +16,8 @@ MAX_NESTING = 32
 
 LIMITS = (
     (re.compile(r"depth|.*layers?|.*experts"), 10_000, "layers or experts"),
-    (re.compile(r".*(_size|_dim|_heads?|_positions|_embeddings|_rank)|n_(embd|inner|ctx)"),
+    (re.compile(r"(.*_)?(vocab|hidden|intermediate|ffn|embedding|state|kernel|patch|image)_size|"
+                r".*(_dim|_heads?|_positions|_embeddings|_rank)|n_(embd|inner|ctx)"),
      1 << 24, "a size of a model"),
 )  # fmt: skip
 """Keys of counts -> the most that there can be: the deepest models have a few hundred layers, and

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from converter import __version__
+from converter.again import settle
 from converter.cache import default_cache
 from converter.engine import Engine
 from converter.errors import VerificationError
 from converter.forward import choose_device
-from converter.manifest import edited, environment
+from converter.manifest import MANIFEST, edited, environment, read_manifest
 from converter.outputs import check_destination
 from converter.outputs.checkpoint import Written
 from converter.outputs.journal import Journal
 from converter.outputs.registry import OUTPUTS
-from converter.outputs.staging import claimed
+from converter.outputs.staging import claimed, interrupted
 from converter.pipeline import check_whole, inputs_of, no_pictures, write_records
 from converter.plan import make_plan
 from converter.recording import NAMED, Given, Recording, check_source, differences, run_of
@@ -98,6 +99,11 @@ def replay(
         check_source(recording, source, cache)
         plan = make_plan(source.config, source.weight_map, source.headers())
         edit, targets = recording.edit(plan)
+    if not (overwrite or refit) and (before := replayed_before(recording, destination)):
+        settle(run, destination, before, None, report)
+        other = others(recording, before)
+        identical = len(before["files"].keys() - {SUBSPACE_FILE, *other})
+        return Replayed(before, found, identical, other, None)
     inputs = [*inputs_of(run, source), recording.path, recording.subspace]
     output, rank = OUTPUTS[run.output], recording.manifest["subspace"]["rank"]
     check_destination(destination, overwrite, inputs, output.nbytes(plan, targets, rank))
@@ -119,6 +125,23 @@ def replay(
             write_records(source, written, folder, manifest, no_pictures, report)
             check_whole(run, folder, report)
     return Replayed(manifest, found, identical, others(recording, manifest), angles)
+
+
+def replayed_before(recording: Recording, destination: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that holds a replay of this recording already; whole or not."""
+    if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
+        return None
+    try:
+        manifest = read_manifest(destination)
+    except VerificationError:
+        return None
+    then, now = recording.manifest["files"], manifest["files"]
+    same = (
+        manifest.get("replay_of") == recording.sha256
+        and manifest["tool"]["version"] == __version__
+        and all(now.get(name) == entry for name, entry in then.items() if "prefixes" in entry)
+    )
+    return manifest if same else None
 
 
 def device_like(recording: Recording, run: Run) -> str:

@@ -19,7 +19,7 @@ from converter.recorded import is_plain
 from converter.report import Report
 from converter.shards import digests_of, find_damage
 
-HIDDEN = {".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
+HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""
 
 

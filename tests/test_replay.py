@@ -64,6 +64,14 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
         assert now.pop("replay_of") == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
         assert then.pop("measurements") != now.pop("measurements")
         assert now == then
+        done = cli("replay", manifest, again, "--source", source, "--json")  # nothing is left to do
+        assert done.exit_code == 0, done.stderr
+        assert "is the result of this run already" in done.stderr
+        for key in ("identical", "differences", "files_compared", "other_files", "replay_of"):
+            assert json.loads(done.stdout)[key] == found[key], key
+    flip(again / "model-00001-of-00003.safetensors", -1)
+    assert cli("replay", first, again, "--source", source).exit_code == 7
+    flip(again / "model-00001-of-00003.safetensors", -1)
     text = cli("replay", again, tmp_path / "c", "--source", source).stdout
     assert "byte for byte as recorded, verified" in text
 
