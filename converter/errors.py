@@ -107,6 +107,10 @@ class GateError(ConverterError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; PyTorch says so with a RuntimeError on a CPU."""
+    """Whether an error says that memory ran out.
+
+    PyTorch says so with a RuntimeError on a CPU, and Python if there is none for another thread.
+    """
     said = str(error)
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+    signs = ("allocate memory", "out of memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(sign in said for sign in signs)

@@ -342,7 +342,12 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("can't start new thread"),
+    ],
 )
 def test_memory_that_runs_out_is_one_sentence(
     refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
