@@ -54,8 +54,8 @@ OURS = {INDEX, *UNLISTED}
 one of other bytes."""
 
 ELSEWHERE = "adapter_config.json"
-"""A file that makes transformers load another model, the one that it names, in place of the weights
-beside it. It is not copied along with them."""
+"""A file that makes transformers load the model that it names, with an adapter, in place of the
+weights beside it: a source that has one is refused, and one in a folder of it is not copied."""
 
 PICTURE = ".png"
 """Ending of the pictures that ``evaluate.plots`` draws."""
@@ -96,14 +96,14 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
             that can be read.
     """
     known = set(names)
-    if "adapter_config.json" in known:
+    if ELSEWHERE in known:
         if "config.json" not in known:
             raise CheckpointError(
                 f"{name} is an adapter, not a model", hint="give the model that it belongs to"
             )
         raise CheckpointError(
             f"{name} is a model with an adapter beside it, which transformers would apply",
-            hint="remove adapter_config.json, or merge the adapter",
+            hint=f"remove {ELSEWHERE}, or merge the adapter",
         )
     if native.is_native(known):
         return "native"

@@ -210,7 +210,7 @@ def test_weights_with_another_sha256_than_listed_are_refused_and_not_kept(
     "headers",
     [
         {"ETag": '"../../../../../../evil"', "X-Repo-Commit": COMMIT},
-        {"ETag": '"/tmp/evil"', "X-Repo-Commit": COMMIT},
+        {"ETag": '"FOLDER/evil"', "X-Repo-Commit": COMMIT},
         {"ETag": '".."', "X-Repo-Commit": COMMIT},
         {"ETag": '"x"', "X-Linked-Etag": '"a/../../b"', "X-Repo-Commit": COMMIT},
         {"ETag": '"x"', "X-Repo-Commit": "../../../../../evil"},
@@ -222,7 +222,8 @@ def test_a_header_that_leads_out_of_the_cache_is_refused(
     def lie(request: Request, path: str) -> bool:
         if "/resolve/" not in path:
             return False
-        send(request, 200, CONFIG, headers)
+        said = {name: text.replace("FOLDER", str(tmp_path)) for name, text in headers.items()}
+        send(request, 200, CONFIG, said)
         return True
 
     assert "makes no sense" in str(refusal(server, lie, tmp_path, "config.json"))
