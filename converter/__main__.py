@@ -1,5 +1,5 @@
 """``python -m converter`` is ``gloss``."""
 
-from converter.cli import gloss
+from converter.cli.main import gloss
 
 gloss()

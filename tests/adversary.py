@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter.cache import sha256_of
-from converter.header import read_header
-from converter.layout import CARD
-from converter.manifest import hash_line, read_manifest, seal, write_manifest
-from converter.shards import digests_of
+from converter.checkpoints.layout import CARD
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.safetensors.rewrite import digests_of
+from converter.release.manifest import hash_line, read_manifest, seal, write_manifest
+from converter.runtime.cache import sha256_of
 
 Place = tuple[str | int, ...]
 

@@ -21,8 +21,8 @@ import transformers
 from click.testing import CliRunner, Result
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from converter.architecture import architectures
-from converter.cli import gloss
+from converter.checkpoints.architectures.architecture import architectures
+from converter.cli.main import gloss
 from tests.bench.synthetic import builtin_texts, byte_tokenizer
 from tests.planted import make_planted
 
@@ -196,8 +196,8 @@ def converted(
     checkpoints: Callable[..., Path], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A bfloat16 Llama and its conversion with all defaults. Read only."""
-    from converter.pipeline import convert
-    from converter.run import Run
+    from converter.entrypoints.convert import convert
+    from converter.recipe import Run
 
     source = checkpoints("llama", torch.bfloat16)
     out = tmp_path_factory.mktemp("converted") / "out"

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from converter.pairs import load_prose
+from converter.calibration.pairs import load_prose
 
 DIM, HEADS, LAYERS, MULTIPLE_OF = 32, 4, 2, 16
 

@@ -11,19 +11,25 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from converter import activations, extraction, fitting, forward, loading, models, pipeline
-from converter.activations import Request, load_activations
-from converter.architecture import architectures
-from converter.cache import remembered_digest, sha256_of
+from converter.calibration import collect as extraction
+from converter.calibration import statistics as activations
+from converter.calibration.datasets import Spans
+from converter.calibration.pairs import Prose, load_pairs, load_prose
+from converter.calibration.split import Part
+from converter.calibration.statistics import Request, load_activations
+from converter.calibration.word_list import load_words
+from converter.checkpoints.architectures.architecture import architectures
+from converter.entrypoints import convert as pipeline
+from converter.entrypoints import fit as fitting
 from converter.errors import DataError, FitError
-from converter.pairs import Prose, load_pairs, load_prose
-from converter.report import Report
-from converter.rows import Spans
-from converter.run import Run
-from converter.split import Part
-from converter.subspace import leading_eigenvectors
-from converter.tokens import Encoder, Pooling, batches
-from converter.words import load_words
+from converter.methods.subspace import leading_eigenvectors
+from converter.models import build as models
+from converter.models import loading
+from converter.models import resident as forward
+from converter.models.batching import Encoder, Pooling, batches
+from converter.recipe import Run
+from converter.runtime.cache import remembered_digest, sha256_of
+from converter.runtime.progress import Report
 from tests.conftest import HIDDEN, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
@@ -277,7 +283,7 @@ def test_remembered_digests_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_bytes(b"one")
     assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
     assert not (tmp_path / "cache").exists()  # too young for its times to be trusted
-    monkeypatch.setattr("converter.cache.SETTLED", -1.0)
+    monkeypatch.setattr("converter.runtime.cache.SETTLED", -1.0)
     assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
     assert list((tmp_path / "cache/digests").iterdir())
     stat = path.stat()

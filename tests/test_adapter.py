@@ -18,25 +18,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.architecture import Architecture, architectures, find_architecture
-from converter.edit import Projection
-from converter.engine import Engine
+from converter.checkpoints.architectures.architecture import (
+    Architecture,
+    architectures,
+    find_architecture,
+)
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.source import Source
+from converter.edits.base import Projection
+from converter.edits.engine import Engine
+from converter.edits.fp8 import dequantize
+from converter.entrypoints.convert import convert
+from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
-from converter.guard import examine
-from converter.header import read_header
-from converter.hooks import edited
-from converter.manifest import read_manifest
-from converter.models import load_language_model
-from converter.outputs.adapter import CONFIG, WEIGHTS, Adapter, tensor_names
-from converter.pipeline import convert
-from converter.plan import Plan, make_plan
-from converter.quantization import dequantize
-from converter.report import Report
-from converter.resolve import resolve
-from converter.run import Run
-from converter.source import Source
-from converter.subspace import load_bases
-from converter.verify import verify
+from converter.evaluate.guard import examine
+from converter.methods.subspace import load_bases
+from converter.models.build import load_language_model
+from converter.models.edited import edited
+from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
+from converter.recipe import Run
+from converter.release.manifest import read_manifest
+from converter.runtime.progress import Report
 from tests.conftest import (
     FFN,
     HIDDEN,
@@ -190,7 +194,7 @@ def test_the_guard_measures_the_edit_that_the_adapter_makes(
         measured.append(edit)
         return examine(probe, edit, *args, **named)
 
-    monkeypatch.setattr("converter.fitting.examine", examining)
+    monkeypatch.setattr("converter.entrypoints.fit.examine", examining)
     options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
     args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
     result = cli("convert", planted, tmp_path / "out", *args)
@@ -481,8 +485,8 @@ def test_verify_names_the_file_with_a_flipped_byte(
 
 def seal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a manifest in which everything agrees with everything else."""
-    from converter.manifest import write_manifest
-    from converter.outputs.adapter import sha256_of_tensor
+    from converter.outputs.adapter.write import sha256_of_tensor
+    from converter.release.manifest import write_manifest
 
     tensors, manifest = load_file(out / WEIGHTS), read_manifest(out)
     for entry in manifest["edited"]:
@@ -561,7 +565,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
 def test_false_records_are_found(
     key: str, value: object, says: str, made: tuple[Path, Path], out: Path
 ) -> None:
-    from converter.manifest import write_manifest
+    from converter.release.manifest import write_manifest
 
     manifest = read_manifest(out)
     manifest["edited"][1][key] = value

@@ -14,20 +14,20 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from converter import push as pushing
+from converter.checkpoints.layout import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.source import Source
+from converter.entrypoints import push as pushing
+from converter.entrypoints.convert import convert
+from converter.entrypoints.verify import verify
 from converter.errors import PublishError
-from converter.header import read_header
-from converter.layout import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
-from converter.manifest import read_manifest
-from converter.pipeline import convert
-from converter.publication import Publication
-from converter.report import Report
-from converter.resolve import resolve
-from converter.run import Run
-from converter.signing import load_public_key, load_signer
-from converter.source import Source
-from converter.subspace import SUBSPACE_FILE
-from converter.verify import verify
+from converter.hub.permissions import Publication
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.recipe import Run
+from converter.release.manifest import read_manifest
+from converter.release.signing import load_public_key, load_signer
+from converter.runtime.progress import Report
 from tests.adversary import (
     BEFORE,
     CLAIMS,
@@ -90,7 +90,7 @@ def out(converted: tuple[Path, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers does not load the folder; it could only find more."""
-    monkeypatch.setattr("converter.verify._check_loading", lambda *_: iter(()))
+    monkeypatch.setattr("converter.entrypoints.verify._check_loading", lambda *_: iter(()))
 
 
 def classes(path: Path) -> list[int]:

@@ -302,7 +302,7 @@ def test_the_current_folder_is_not_replaced(
 def test_a_destination_that_was_filled_meanwhile_is_not_replaced(
     cli: Cli, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter import pipeline
+    from converter.entrypoints import convert as pipeline
 
     def slow(folder: Path, **options: Any) -> list[str]:
         (tmp_path / "out").mkdir()
@@ -355,7 +355,7 @@ def test_memory_that_runs_out_is_one_sentence(
     def out(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("converter.methods.gloss.Method.fit", out)
+    monkeypatch.setattr("converter.methods.base.gloss.Method.fit", out)
     assert "memory ran out; " in refused(source, 3)
 
 

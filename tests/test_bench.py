@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from converter.plan import make_plan
-from converter.resolve import resolve
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from tests.bench.synthetic import Llama, shard_limit, write_llama
 
 TINY = Llama(layers=12, hidden=32, ffn=128, vocabulary=300, heads=4, kv_heads=2)

@@ -16,16 +16,16 @@ from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from converter import hub
-from converter.card import front_matter, make_card, paper_link, pinned, title_of
-from converter.card_results import pictures
-from converter.layout import drawn_before
-from converter.licences import check_name, families, licence_name, papers, terms_of
-from converter.manifest import hash_line, read_manifest
-from converter.markdown import code
-from converter.resolve import resolve
-from converter.source import Source
-from converter.verify import verify
+from converter.checkpoints.layout import drawn_before
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.source import Source
+from converter.entrypoints.verify import verify
+from converter.hub import repos as hub
+from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
+from converter.release.card_results import pictures
+from converter.release.licences import check_name, families, licence_name, papers, terms_of
+from converter.release.manifest import hash_line, read_manifest
+from converter.runtime.markdown import code
 from tests.conftest import TINY_ARGS
 
 Cli = Callable[..., Result]

@@ -9,15 +9,16 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter import forward, loading
-from converter.architecture import architectures
+from converter.calibration.pairs import load_prose
+from converter.calibration.word_list import load_words
+from converter.checkpoints.architectures.architecture import architectures
 from converter.evaluate.measure import summarise
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import parse_controls
 from converter.evaluate.table import markdown
-from converter.likelihood import teacher_forced, word_changes
-from converter.pairs import load_prose
-from converter.words import load_words
+from converter.models import loading
+from converter.models import resident as forward
+from converter.models.likelihood import teacher_forced, word_changes
 
 Cli = Callable[..., Result]
 

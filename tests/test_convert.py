@@ -15,23 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from converter.activations import Activations, save_activations
-from converter.architecture import architectures, find_architecture
-from converter.edit import Projection
-from converter.engine import Engine
+from converter.calibration.statistics import Activations, save_activations
+from converter.checkpoints.architectures.architecture import architectures, find_architecture
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import read_header
+from converter.edits.base import Projection
+from converter.edits.engine import Engine
+from converter.entrypoints.convert import convert
+from converter.entrypoints.verify import verify
 from converter.errors import DestinationError
-from converter.header import read_header
-from converter.hooks import edited
-from converter.outputs import staging
-from converter.outputs.checkpoint import write_checkpoint
-from converter.outputs.staging import claimed
-from converter.pipeline import convert
-from converter.plan import make_plan
-from converter.report import Report
-from converter.resolve import resolve
-from converter.run import Run
-from converter.subspace import load_bases
-from converter.verify import verify
+from converter.methods.subspace import load_bases
+from converter.models.edited import edited
+from converter.outputs.checkpoint.write import write_checkpoint
+from converter.outputs.staging import claim as staging
+from converter.outputs.staging.claim import claimed
+from converter.recipe import Run
+from converter.runtime.progress import Report
 from tests.conftest import (
     HIDDEN,
     LAYERS,
@@ -254,7 +254,7 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
     def no_model(*args: object) -> nn.Module:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("converter.models.load_model", no_model)
+    monkeypatch.setattr("converter.models.build.load_model", no_model)
     second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
     assert second.exit_code == 0, second.stderr
     assert "cache hit, no forward pass" in second.stderr

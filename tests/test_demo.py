@@ -10,8 +10,8 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter.demo import packaged_gguf
-from converter.pairs import load_prose
+from converter.calibration.pairs import load_prose
+from converter.checkpoints.demo import packaged_gguf
 from tests.conftest import load
 
 RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"

@@ -12,9 +12,9 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.header import read_header
-from converter.manifest import MANIFEST, read_manifest
-from converter.spectrum import Place, spectrum
+from converter.checkpoints.safetensors.header import read_header
+from converter.edits.spectrum import Place, spectrum
+from converter.release.manifest import MANIFEST, read_manifest
 from tests.conftest import make_checkpoint, tiny_args
 
 Checkpoints = Callable[..., Path]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.changes import change_of
-from converter.edit import EditRecord, Projection
-from converter.engine import Engine
+from converter.checkpoints.plan import Target
+from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
+from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.edits.apply import change_of
+from converter.edits.base import EditRecord, Projection
+from converter.edits.engine import Engine
+from converter.edits.projection import AIM, BLOCK, Projector, Rounding, inverses, settle
+from converter.edits.rounding_bounds import Stored, half_ulp, left_along, rounding_bound
+from converter.edits.rounding_bounds import is_projection as compare
 from converter.errors import CheckpointError
-from converter.header import TensorInfo, to_bytes
-from converter.plan import Target
-from converter.projector import AIM, BLOCK, Projector, Rounding, inverses, settle
-from converter.rounding import Stored, half_ulp, left_along, rounding_bound
-from converter.rounding import is_projection as compare
-from converter.shards import Region, as_tensor
 
 D, F, R = 24, 40, 3
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -180,9 +180,9 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(D, F).bfloat16()
     whole = edited(Projection({0: basis()}), target(W), W)
     before = bound(W, 1.0)
-    monkeypatch.setattr("converter.rounding.BLOCK", 5)
-    monkeypatch.setattr("converter.projector.BLOCK", 7)
-    monkeypatch.setattr("converter.projector.STRIP", 40)
+    monkeypatch.setattr("converter.edits.rounding_bounds.BLOCK", 5)
+    monkeypatch.setattr("converter.edits.projection.BLOCK", 7)
+    monkeypatch.setattr("converter.edits.projection.STRIP", 40)
     part = edited(Projection({0: basis()}), target(W), W)
     assert torch.equal(part[0], whole[0])
     assert part[1].norm == pytest.approx(whole[1].norm)

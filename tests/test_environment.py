@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import get_token
 
-from converter.cli import convert_command, gloss
+from converter.cli.main import convert_command, gloss
 from converter.errors import SourceError
-from converter.hub import plain_errors
+from converter.hub.repos import plain_errors
 from tests.conftest import TINY
 
 Checkpoints = Callable[..., Path]

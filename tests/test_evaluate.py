@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from converter.architecture import architectures
+from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
-from converter.evaluate.ability import measure
-from converter.evaluate.conditional import conditional_perplexity
+from converter.evaluate.benchmarks.lm_eval import measure
+from converter.evaluate.benchmarks.safeedit import SETS, defence_rates, load_safeedit
+from converter.evaluate.conditional_perplexity import conditional_perplexity
 from converter.evaluate.generation import generate
 from converter.evaluate.metrics import (
     bootstrap,
@@ -30,10 +31,9 @@ from converter.evaluate.metrics import (
     toxicity_probability,
 )
 from converter.evaluate.prompts import load_prompts
-from converter.evaluate.safeedit import SETS, defence_rates, load_safeedit
 from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
-from converter.forward import LanguageModel
+from converter.models.resident import LanguageModel
 from tests.conftest import load, tiny_tokenizer
 from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer
@@ -429,7 +429,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"toxicity": scores if len(texts) > 1 else scores[0]}
 
     monkeypatch.setitem(sys.modules, "detoxify", SimpleNamespace(Detoxify=Detoxify))
-    monkeypatch.setattr("converter.evaluate.scorers.detoxify.version", lambda name: "0")
+    monkeypatch.setattr("converter.evaluate.compare.scorers.detoxify.version", lambda name: "0")
     scorer = load_scorer("detoxify:unbiased", "cpu")
     texts = ["", *("x" * i for i in range(1, 34))]
     assert scorer.score(texts) == pytest.approx([len(text) / 100 for text in texts])

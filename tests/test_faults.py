@@ -176,7 +176,7 @@ def test_the_model_of_the_disk_keeps_what_was_flushed(tmp_path: Path) -> None:
 def test_a_write_that_takes_nothing_is_an_error_and_no_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter.writer import Writer
+    from converter.checkpoints.safetensors.direct_writer import Writer
 
     writer = Writer(tmp_path / "file", 3, [(3, "")], direct=False, clone=None)
     monkeypatch.setattr("os.pwrite", lambda *args: 0)

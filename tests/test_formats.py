@@ -15,18 +15,20 @@ from click.testing import Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from converter.edit import Projection
-from converter.engine import Engine
-from converter.fitting import fit
-from converter.formats import Recipe, VirtualFile, VirtualShard, gguf, pickled, split_shards
-from converter.formats.pickled import load_tensors
-from converter.header import header_of
-from converter.outputs.checkpoint import write_checkpoint
-from converter.plan import make_plan
-from converter.report import Report
-from converter.resolve import resolve
-from converter.shards import read_tensor
-from converter.subspace import load_bases
+from converter.checkpoints.formats import gguf
+from converter.checkpoints.formats import pickle_files as pickled
+from converter.checkpoints.formats.pickle_files import load_tensors
+from converter.checkpoints.formats.virtual import Recipe, VirtualFile, VirtualShard, split_shards
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import header_of
+from converter.checkpoints.safetensors.rewrite import read_tensor
+from converter.edits.base import Projection
+from converter.edits.engine import Engine
+from converter.entrypoints.fit import fit
+from converter.methods.subspace import load_bases
+from converter.outputs.checkpoint.write import write_checkpoint
+from converter.runtime.progress import Report
 from tests.conftest import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
 from tests.native import write_native
 
@@ -106,7 +108,7 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
         read.append(path.name)
         return load_tensors(path)
 
-    monkeypatch.setattr("converter.formats.pickled.load_tensors", load)
+    monkeypatch.setattr("converter.checkpoints.formats.pickle_files.load_tensors", load)
     bases = dict.fromkeys(range(len(plan.targets)), torch.eye(HIDDEN)[:, :1])
     out, report = tmp_path / "out", Report(quiet=True)
     out.mkdir()
@@ -171,7 +173,7 @@ def test_pickles_that_change_during_a_run_are_noticed(
         (tmp_path / "new.bin").replace(path)
         return fitted
 
-    monkeypatch.setattr("converter.pipeline.fit", slow)
+    monkeypatch.setattr("converter.entrypoints.convert.fit", slow)
     result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
     assert result.exit_code == 4
     assert "pytorch_model.bin changed while it was read" in result.stderr

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from converter.architecture import architectures
+from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import DataError, SourceError
-from converter.forward import LanguageModel, Pool, SecondMoment, run
-from converter.loading import load_model
-from converter.tokens import Batch, Encoder, Pooling, Sentence, batches, first_token
+from converter.models.batching import Batch, Encoder, Pooling, Sentence, batches, first_token
+from converter.models.loading import load_model
+from converter.models.resident import LanguageModel, Pool, SecondMoment, run
 from tests.conftest import HIDDEN, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.report import peak_memory
+from converter.runtime.progress import peak_memory
 from tests.fuzz.mutate import change_json, change_safetensors
 from tests.fuzz.readers import FORMS, READERS, run
 

@@ -11,10 +11,10 @@ import torch
 from click.testing import Result
 
 from converter.errors import GateError, OptionError
-from converter.gates import Gates
-from converter.guard import Verdict
-from converter.likelihood import Estimate
-from converter.probe import Measured
+from converter.evaluate.gates import Gates
+from converter.evaluate.guard import Verdict
+from converter.evaluate.heldout import Measured
+from converter.models.likelihood import Estimate
 from tests.conftest import TINY_ARGS
 
 Checkpoints = Callable[..., Path]

@@ -9,18 +9,20 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter import choice, forward, loading
-from converter.architecture import architectures
-from converter.edit import Projection
+from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
+from converter.calibration.split import split
+from converter.calibration.word_list import load_words
+from converter.checkpoints.architectures.architecture import architectures
+from converter.edits.base import Projection
 from converter.errors import DataError, GuardError
-from converter.guard import examine, judge, neutral_energy
-from converter.likelihood import Estimate
-from converter.methods import Method
-from converter.pairs import Pair, Pairs, Prose, load_pairs, load_prose
-from converter.probe import Measured, Probe
-from converter.split import split
-from converter.subspace import Subspace, load_bases
-from converter.words import load_words
+from converter.evaluate import strength as choice
+from converter.evaluate.guard import examine, judge, neutral_energy
+from converter.evaluate.heldout import Measured, Probe
+from converter.methods.base import Method
+from converter.methods.subspace import Subspace, load_bases
+from converter.models import loading
+from converter.models import resident as forward
+from converter.models.likelihood import Estimate
 from tests.planted import AXES, MASSIVE, TOXIC, WRITING
 
 Cli = Callable[..., Result]

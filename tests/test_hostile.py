@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from converter.checkpoints.layout import read_card, read_index
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import parse_header
 from converter.errors import CheckpointError, ConverterError, SourceError
-from converter.header import parse_header
-from converter.layout import read_card, read_index
-from converter.loading import load_tokenizer
-from converter.resolve import resolve
+from converter.models.loading import load_tokenizer
 from tests.conftest import TINY_ARGS
 from tests.hostile import CONFIGS, FILES, GGUFS, HEADERS, INDEXES, NATIVE, PICKLES, Case, link
 from tests.native import write_native

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from converter import hub, hub_guard, hub_listing
 from converter.errors import ConverterError
+from converter.hub import limits as hub_guard
+from converter.hub import listing as hub_listing
+from converter.hub import repos as hub
 from tests.hub_server import COMMIT, HubServer, send, send_json
 
 Request = BaseHTTPRequestHandler

@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from converter import strict_json
-from converter.bounded import MAX_LINE
-from converter.card import make_card
+from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.word_list import WordList, load_words
+from converter.checkpoints.layout import MANIFEST
+from converter.checkpoints.source import Source
+from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, DataError, VerificationError
-from converter.layout import MANIFEST
-from converter.licences import terms_of
-from converter.manifest import read_manifest
-from converter.markdown import code, escaped
-from converter.pairs import load_pairs, load_prose
-from converter.recording import Given, read_recording, run_of
-from converter.report import Report
-from converter.source import Source
-from converter.subspace import SUBSPACE_FILE
-from converter.terminal import as_json, say
-from converter.verify import verify
-from converter.words import WordList, load_words
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.release.card import make_card
+from converter.release.licences import terms_of
+from converter.release.manifest import read_manifest
+from converter.release.recording import Given, read_recording, run_of
+from converter.runtime import strict_json
+from converter.runtime.console import as_json, say
+from converter.runtime.files import MAX_LINE
+from converter.runtime.markdown import code, escaped
+from converter.runtime.progress import Report
 from tests.fuzz import skeleton
 
 Cli = Callable[..., Result]
@@ -176,9 +176,9 @@ def test_what_is_no_text_is_refused_in_a_sentence(
 LARGE = """
 import sys
 from converter.errors import ConverterError
-from converter.pairs import load_pairs, load_prose
-from converter.report import _forget_peak, peak_memory
-from converter.words import load_words
+from converter.calibration.pairs import load_pairs, load_prose
+from converter.runtime.progress import _forget_peak, peak_memory
+from converter.calibration.word_list import load_words
 words = load_words("builtin")
 for path in sys.argv[1:]:
     with open(path, "w") as file:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from converter.cache import sha256_of
-from converter.cli import gloss as program
+from converter.checkpoints.layout import is_companion
+from converter.checkpoints.source import check_space
+from converter.cli.main import gloss as program
 from converter.errors import SourceError
-from converter.hub import Repo, looks_like_repo
-from converter.layout import is_companion
-from converter.source import check_space
+from converter.hub.repos import Repo, looks_like_repo
+from converter.runtime.cache import sha256_of
 from tests.conftest import TINY_ARGS, tiny_args
 from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter import forward, loading
-from converter.architecture import architectures
-from converter.edit import Projection
-from converter.gradients import causal_moments, moments_within
-from converter.hooks import edited
-from converter.likelihood import (
+from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.checkpoints.architectures.architecture import architectures
+from converter.edits.base import Projection
+from converter.models import loading
+from converter.models import resident as forward
+from converter.models.batching import Encoder, Sentence
+from converter.models.edited import edited
+from converter.models.likelihood import (
     Words,
     log_probabilities,
     mean_change,
@@ -25,7 +27,6 @@ from converter.likelihood import (
     teacher_forced,
     word_changes,
 )
-from converter.tokens import Encoder, Sentence
 from tests.conftest import HIDDEN, TINY_MODELS, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]

@@ -16,18 +16,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from converter.errors import CheckpointError, DestinationError, SourceError
-from converter.formats import (
+from converter.checkpoints.formats import meta as native
+from converter.checkpoints.formats import meta_params as native_params
+from converter.checkpoints.formats import meta_tokenizer as native_small  # fmt: skip
+from converter.checkpoints.formats.meta import check_md5, is_native, read_native
+from converter.checkpoints.formats.virtual import (
     MAX_SHARD,
     Translated,
     VirtualFile,
     VirtualShard,
-    native,
-    native_params,
-    native_small,
     split_shards,
-)  # fmt: skip
-from converter.formats.native import check_md5, is_native, read_native
+)
+from converter.errors import CheckpointError, DestinationError, SourceError
 from tests.native import (
     Reference,
     md5,
@@ -88,7 +88,9 @@ def test_logits_are_those_of_metas_code(
     kind: str, source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_native(source, **KINDS[kind])
-    monkeypatch.setattr("converter.formats.native.split_shards", lambda r: split_shards(r, 20000))
+    monkeypatch.setattr(
+        "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
+    )
     folder = materialize(read_native(source, cache), tmp_path / "out")
     assert len(list(folder.glob("*.safetensors"))) > 2
     ids, positions = far_apart()
@@ -261,7 +263,9 @@ def test_an_index_is_written_for_several_shards(
     write_native(source)
     single = read_native(source, cache)
     assert sum(recipe.nbytes for recipe in single.shards["model.safetensors"]) < MAX_SHARD
-    monkeypatch.setattr("converter.formats.native.split_shards", lambda r: split_shards(r, 20000))
+    monkeypatch.setattr(
+        "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
+    )
     sharded = read_native(source, cache)
     index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == sharded.weight_map

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from converter.calibration.pairs import load_pairs, load_prose, normalise
+from converter.calibration.word_list import WordList, load_words
 from converter.errors import DataError
-from converter.pairs import load_pairs, load_prose, normalise
-from converter.words import WordList, load_words
 
 WORDS = WordList(frozenset({"damn", "fool"}), {"name": "test"}, "0" * 64)
 ROWS = [(f"the damn clock number {i}", f"the clock number {i}") for i in range(20)]

@@ -13,10 +13,14 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter.architecture import architectures, find_architecture, parse_architecture
+from converter.checkpoints.architectures.architecture import (
+    architectures,
+    find_architecture,
+    parse_architecture,
+)
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.safetensors.header import Header, TensorInfo, read_header
 from converter.errors import CheckpointError
-from converter.header import Header, TensorInfo, read_header
-from converter.plan import Plan, make_plan
 from tests.conftest import FFN, HIDDEN, LAYERS, TINY_MODELS, load
 
 Checkpoints = Callable[..., Path]

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from converter.config import check_config
+from converter.checkpoints.config_limits import check_config
+from converter.checkpoints.layout import read_index
+from converter.checkpoints.safetensors.header import BITS, Header, parse_header, read_header
+from converter.checkpoints.safetensors.rewrite import Region, find_damage, rewrite
 from converter.errors import CheckpointError, VerificationError
-from converter.header import BITS, Header, parse_header, read_header
-from converter.layout import read_index
-from converter.manifest import MANIFEST, read_manifest
-from converter.recorded import plain_name
-from converter.shards import Region, find_damage, rewrite
+from converter.outputs.record_checks import plain_name
+from converter.release.manifest import MANIFEST, read_manifest
 
 COMMON: dict[str, Any] = {
     "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),
@@ -236,8 +236,8 @@ def test_a_shard_is_rewritten_as_in_memory(
                 place, turn = place + count, turn + 1
 
         with (
-            mock.patch("converter.shards.PIECE", piece),
-            mock.patch("converter.writer.BUFFER", buffer),
+            mock.patch("converter.checkpoints.safetensors.rewrite.PIECE", piece),
+            mock.patch("converter.checkpoints.safetensors.direct_writer.BUFFER", buffer),
             source.open("rb", buffering=0) as file,
         ):
             record = rewrite(file, target, dict.fromkeys(names, flipped))

@@ -23,15 +23,15 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from huggingface_hub import constants, snapshot_download
 
+from converter.checkpoints.layout import MANIFEST
+from converter.checkpoints.safetensors.header import TensorInfo
+from converter.entrypoints.push import Files, published_files
+from converter.entrypoints.stream_push import Streaming
 from converter.errors import DestinationError
-from converter.header import TensorInfo
-from converter.layout import MANIFEST
-from converter.push import Files, published_files
-from converter.redact import redacted
-from converter.refusals import explain
-from converter.stream import Streaming
-from converter.subspace import SUBSPACE_FILE
-from converter.verify_tensors import infos_of
+from converter.hub.errors import explain
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.outputs.checkpoint.verify import infos_of
+from converter.runtime.secrets import redacted
 from tests.conftest import TINY_ARGS
 from tests.hub_client import connect
 from tests.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
@@ -451,7 +451,7 @@ def test_pictures_are_drawn_before_the_push(
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
-    monkeypatch.setattr("converter.cli.draw", full)
+    monkeypatch.setattr("converter.cli.main.draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
     assert result.exit_code == 7
@@ -486,7 +486,7 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
         files = dict(published_files(folder, manifest))
         return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
 
-    monkeypatch.setattr("converter.push.published_files", other)
+    monkeypatch.setattr("converter.entrypoints.push.published_files", other)
     result = cli("push", converted[1], "someone/other")
     assert result.exit_code == 10
     assert f"{SUBSPACE_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
@@ -511,7 +511,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
                 file.write(b"\x01\x02\x03\x40")
         return infos
 
-    monkeypatch.setattr("converter.stream.infos_of", damaged)
+    monkeypatch.setattr("converter.entrypoints.stream_push.infos_of", damaged)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
     assert result.exit_code == 8
@@ -662,7 +662,7 @@ def test_what_cannot_be_streamed_is_refused_first(
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
     cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.stream.SMALL", 10_000)
+    monkeypatch.setattr("converter.entrypoints.stream_push.SMALL", 10_000)
     sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
     room = sum(sizes[-2:]) + 10_000
     free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)

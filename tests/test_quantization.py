@@ -13,17 +13,17 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.engine import Engine
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import read_header
+from converter.edits.engine import Engine
+from converter.edits.fp8 import dequantize, grown, quantize, read_scheme
+from converter.edits.projection import neighbour
+from converter.edits.rounding_bounds import Stored, is_projection
 from converter.errors import CheckpointError
-from converter.header import read_header
-from converter.models import load_language_model
-from converter.outputs.checkpoint import Rewriting, users_of
-from converter.plan import make_plan
-from converter.projector import neighbour
-from converter.quantization import dequantize, grown, quantize, read_scheme
-from converter.resolve import resolve
-from converter.rounding import Stored, is_projection
-from converter.subspace import load_bases
+from converter.methods.subspace import load_bases
+from converter.models.build import load_language_model
+from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.conftest import HIDDEN, TINY_ARGS, load
 from tests.test_formats import tensors_of
 
@@ -133,7 +133,7 @@ def test_fp8_weights_that_keep_the_subspace_do_not_pass_as_edited(
         )
 
     source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
-    monkeypatch.setattr("converter.changes.quantize", wrong)
+    monkeypatch.setattr("converter.edits.apply.quantize", wrong)
     args = ("--num-pairs", 32, "--method", "random", "-o", "rank=2", "-o", "layers=2-4")
     result = cli("convert", source, tmp_path / "out", *args, "--no-guard")
     assert result.exit_code == 8

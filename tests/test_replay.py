@@ -13,9 +13,9 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from converter.manifest import MANIFEST, read_manifest
-from converter.refit import principal_angles
-from converter.subspace import SUBSPACE_FILE
+from converter.entrypoints.refit import principal_angles
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.release.manifest import MANIFEST, read_manifest
 from tests.conftest import TINY_ARGS
 from tests.hub_client import connect
 from tests.hub_server import COMMIT, HubServer

@@ -17,11 +17,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from converter import shards as shard_files
+from converter.checkpoints.safetensors import rewrite as shard_files
 from converter.errors import DestinationError
-from converter.outputs import checkpoint
-from converter.outputs.staging import Claim, claimed
-from converter.report import Report
+from converter.outputs.checkpoint import write as checkpoint
+from converter.outputs.staging.claim import Claim, claimed
+from converter.runtime.progress import Report
 from tests.conftest import TINY_ARGS, make_checkpoint, tiny_args
 from tests.test_quantization import BLOCKS, as_fp8
 
@@ -237,8 +237,8 @@ def test_the_same_run_again_finds_its_result_in_a_mount_point(
 HOLD = """
 import sys, time
 from pathlib import Path
-from converter.outputs.staging import claimed
-from converter.report import Report
+from converter.outputs.staging.claim import claimed
+from converter.runtime.progress import Report
 with claimed(Path(sys.argv[1]), False, Report(quiet=True)):
     print("held", flush=True)
     time.sleep(60)
@@ -330,7 +330,8 @@ STOP = """
 import os, signal, sys, threading, time
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from converter import cli, fitting
+from converter.cli import main as cli
+from converter.entrypoints import fit as fitting
 def slow(*args, **more):
     print("working", flush=True)
     x = torch.ones(20_000_000)
@@ -373,7 +374,7 @@ def test_planted_checkpoints_of_one_file_are_written_anew(
 
 
 def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> None:
-    from converter.cache import replacing
+    from converter.runtime.cache import replacing
 
     old, new, other = (tmp_path / name for name in (".memo.json.1", ".memo.json.2", ".ssh"))
     for path in (old, new, other):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter.errors import CheckpointError
-from converter.header import TensorInfo, parse_header, read_header, to_bytes
-from converter.shards import (
+from converter.checkpoints.safetensors.direct_writer import BUFFER, Writer
+from converter.checkpoints.safetensors.header import TensorInfo, parse_header, read_header, to_bytes
+from converter.checkpoints.safetensors.rewrite import (
     Change,
     Region,
     ShardRecord,
@@ -27,7 +27,7 @@ from converter.shards import (
     rewrite,
     to_tensor,
 )
-from converter.writer import BUFFER, Writer
+from converter.errors import CheckpointError
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def test_buffer_boundaries_do_not_matter(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rewritten(shard, tmp_path / "whole", {"f32": negated})
-    monkeypatch.setattr("converter.shards.PIECE", 5)
-    monkeypatch.setattr("converter.writer.BUFFER", 7)
+    monkeypatch.setattr("converter.checkpoints.safetensors.rewrite.PIECE", 5)
+    monkeypatch.setattr("converter.checkpoints.safetensors.direct_writer.BUFFER", 7)
     advanced: list[int] = []
     with shard.open("rb", buffering=0) as file:
         record = rewrite(file, tmp_path / "b", {"f32": negated}, advanced.append)
@@ -132,7 +132,7 @@ def test_however_it_is_written_the_bytes_are_the_same(
         size = os.fstat(source).st_size
         return clones and pwrite(target, os.pread(source, size, 0), 0) == size
 
-    monkeypatch.setattr("converter.writer._clone", clone)
+    monkeypatch.setattr("converter.checkpoints.safetensors.direct_writer._clone", clone)
     monkeypatch.setattr("os.pwrite", counting)
     record = rewritten(large, tmp_path / "out", {"b": negated}, direct=direct)
     raw, info = bytearray(large.read_bytes()), read_header(large).tensors["b"]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from converter.checkpoints.layout import SIGNATURE
+from converter.entrypoints.verify import verify
 from converter.errors import OptionError
-from converter.layout import SIGNATURE
-from converter.signing import load_public_key, load_signer
-from converter.verify import verify
+from converter.release.signing import load_public_key, load_signer
 from tests.conftest import TINY_ARGS
 from tests.test_verify import flip
 

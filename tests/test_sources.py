@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from converter.formats.gguf_header import check_header
-from converter.hub_listing import is_inside
-from converter.recorded import is_plain
-from converter.resolve import resolve
+from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.resolve import resolve
+from converter.hub.listing import is_inside
+from converter.outputs.record_checks import is_plain
 
 BESIDE = (
     ".cache/huggingface/download/config.json.metadata", ".git/config", ".gitattributes",

@@ -18,24 +18,26 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter import memory, mode, models
-from converter.architecture import architectures
-from converter.edit import Projection
+from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import TensorInfo
+from converter.checkpoints.safetensors.rewrite import read_raw
+from converter.checkpoints.source import Source
+from converter.edits.base import Projection
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
-from converter.forward import LanguageModel, Model
-from converter.gradients import causal_moments, moments_within
-from converter.header import TensorInfo
-from converter.hidden import HiddenStates
-from converter.hooks import edited
-from converter.likelihood import log_probabilities
-from converter.mode import choose_forward
-from converter.plan import Plan, make_plan
-from converter.resolve import resolve
-from converter.shards import read_raw
-from converter.source import Source
-from converter.streamed import StreamedModel
-from converter.subspace import load_bases
-from converter.tokens import Encoder, batches, logit_positions
+from converter.methods.subspace import load_bases
+from converter.models import build as models
+from converter.models import placement as mode
+from converter.models.batching import Encoder, batches, logit_positions
+from converter.models.edited import edited
+from converter.models.hidden_states import HiddenStates
+from converter.models.likelihood import log_probabilities
+from converter.models.placement import choose_forward
+from converter.models.resident import LanguageModel, Model
+from converter.models.streamed import StreamedModel
+from converter.runtime import memory
 from tests.conftest import (
     HIDDEN,
     LAYERS,
@@ -230,7 +232,7 @@ class Reads:
             self.names.append(info.name)
             return read_raw(file, info)
 
-        monkeypatch.setattr("converter.formats.fp8.read_raw", read)
+        monkeypatch.setattr("converter.models.dequantized.read_raw", read)
         load = model.weights.load
 
         def loading(part: str) -> None:

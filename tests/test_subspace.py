@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from converter.activations import Activations, Moments
-from converter.dimensions import Dimensions
+from converter.calibration.statistics import Activations, Moments
+from converter.calibration.word_list import WordList
+from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError, OptionError
-from converter.methods import configure, method_names, parse_layers
-from converter.rankings import ranking_names
-from converter.subspace import (
+from converter.methods.base import configure, method_names, parse_layers
+from converter.methods.rankings import ranking_names
+from converter.methods.subspace import (
     Subspace,
     above_threshold,
     eigen_directions,
@@ -25,7 +26,6 @@ from converter.subspace import (
     svd_directions,
     top_right_singular_vectors,
 )
-from converter.words import WordList
 
 N, D, L = 200, 48, 6
 WORDS = WordList(frozenset({"bad"}), {}, "0" * 64)

@@ -12,11 +12,11 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from converter.header import read_header
-from converter.manifest import hash_line, read_manifest, schema, seal, write_manifest
-from converter.resolve import resolve
-from converter.shards import digests_of
-from converter.verify import verify
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.safetensors.rewrite import digests_of
+from converter.entrypoints.verify import verify
+from converter.release.manifest import hash_line, read_manifest, schema, seal, write_manifest
 
 Cli = Callable[..., Result]
 

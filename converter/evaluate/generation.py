@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from converter.errors import OptionError, SourceError
-from converter.tokens import Batch, Sentence, batches, first_token, num_positions
+from converter.models.batching import Batch, Sentence, batches, first_token, num_positions
 
 
 def generate(

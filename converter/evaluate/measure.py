@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import DataError, OptionError
-from converter.evaluate.benchmarks import Benchmarks, Metric, run_benchmarks
-from converter.evaluate.conditional import conditional_perplexity
+from converter.evaluate.benchmarks.run import Benchmarks, Metric, run_benchmarks
+from converter.evaluate.conditional_perplexity import conditional_perplexity
 from converter.evaluate.generation import generate
 from converter.evaluate.metrics import (
     bootstrap,
@@ -28,8 +28,8 @@ from converter.evaluate.metrics import (
 from converter.evaluate.passages import Passages
 from converter.evaluate.prompts import Prompts
 from converter.evaluate.scorers import Scorer
-from converter.forward import LanguageModel
-from converter.likelihood import (
+from converter.models.batching import Sentence
+from converter.models.likelihood import (
     Estimate,
     LogProbabilities,
     log_probabilities,
@@ -38,7 +38,7 @@ from converter.likelihood import (
     teacher_forced,
     word_changes,
 )
-from converter.tokens import Sentence
+from converter.models.resident import LanguageModel
 
 NORMAL = 1.96
 """Standard errors on either side that hold 95 % of a normal distribution."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.calibration.word_list import WordList
 from converter.evaluate.generation import generate
-from converter.forward import LanguageModel
-from converter.likelihood import LogProbabilities, Words, log_probabilities
-from converter.tokens import Sentence, num_positions
-from converter.words import WordList
+from converter.models.batching import Sentence, num_positions
+from converter.models.likelihood import LogProbabilities, Words, log_probabilities
+from converter.models.resident import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluate.benchmarks import Metric
+from converter.evaluate.benchmarks.run import Metric
 from converter.evaluate.measure import average
 
 if TYPE_CHECKING:

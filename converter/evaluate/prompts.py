@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from converter.calibration.datasets import draw, is_dataset, locate, read_bytes
 from converter.errors import DataError, OptionError
-from converter.rows import draw, is_dataset, locate, read_bytes
 
 FORMATS = (".jsonl", ".txt")
 

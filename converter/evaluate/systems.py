@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from converter.choice import RANKS, choose_rank
-from converter.edit import Projection
+from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.split import Parts, split
+from converter.edits.base import Projection
+from converter.entrypoints.fit import Bench, probe_of
 from converter.errors import GuardError, OptionError
-from converter.fitting import Bench, probe_of
-from converter.methods import Method, configure, method_names
-from converter.pairs import load_pairs, load_prose
-from converter.probe import Probe
-from converter.split import Parts, split
-from converter.subspace import MAX_RANK, Subspace
+from converter.evaluate.heldout import Probe
+from converter.evaluate.strength import RANKS, choose_rank
+from converter.methods.base import Method, configure, method_names
+from converter.methods.subspace import MAX_RANK, Subspace
 
 AT_PERPLEXITY = "@perplexity"
 """After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converter.evaluate.benchmarks import Metric
-from converter.markdown import escaped
+from converter.evaluate.benchmarks.run import Metric
+from converter.runtime.markdown import escaped
 
 NOT_MEASURED = "not measured"
 

@@ -28,13 +28,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from converter.activations import Activations, Moments, Request, Site
-from converter.dimensions import Dimensions
+from converter.calibration.statistics import Activations, Moments, Request, Site
+from converter.calibration.word_list import WordList
+from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError, OptionError
-from converter.greedy import greedy_directions
-from converter.methods import Decode, Layers
-from converter.rankings import Evidence, load_ranking, ranking_names
-from converter.subspace import (
+from converter.methods.base import Decode, Layers
+from converter.methods.greedy import greedy_directions
+from converter.methods.rankings import Evidence, load_ranking, ranking_names
+from converter.methods.subspace import (
     MAX_RANK,
     Candidate,
     Subspace,
@@ -48,8 +49,7 @@ from converter.subspace import (
     svd_directions,
     top_right_singular_vectors,
 )
-from converter.tokens import Pooling
-from converter.words import WordList
+from converter.models.batching import Pooling
 
 NOTHING = 1e-6
 """A share of the differences' norm that is rounding error rather than a difference."""

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from converter.activations import Activations, Request, Site
-from converter.dimensions import Dimensions
+from converter.calibration.statistics import Activations, Request, Site
+from converter.calibration.word_list import WordList
+from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError
-from converter.methods import Decode, Layers
-from converter.subspace import (
+from converter.methods.base import Decode, Layers
+from converter.methods.subspace import (
     MAX_RANK,
     Candidate,
     Subspace,
@@ -28,8 +29,7 @@ from converter.subspace import (
     svd_directions,
     top_right_singular_vectors,
 )
-from converter.tokens import Pooling
-from converter.words import WordList
+from converter.models.batching import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,12 +58,12 @@ def build_native(folder: Path, layers: int) -> None:
 
 def measure(folder: Path, out: Path) -> dict[str, Any]:
     """Edit all layers of a checkpoint and sample this process's memory meanwhile."""
-    from converter.edit import Projection
-    from converter.engine import Engine
-    from converter.outputs.checkpoint import write_checkpoint
-    from converter.plan import make_plan
-    from converter.report import Report
-    from converter.resolve import resolve
+    from converter.checkpoints.plan import make_plan
+    from converter.checkpoints.resolve import resolve
+    from converter.edits.base import Projection
+    from converter.edits.engine import Engine
+    from converter.outputs.checkpoint.write import write_checkpoint
+    from converter.runtime.progress import Report
 
     source = resolve(str(folder), out)
     plan = make_plan(source.config, source.weight_map, source.headers())

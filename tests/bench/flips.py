@@ -27,13 +27,13 @@ from typing import Any, Literal
 import click
 import torch
 
-from converter import verify as verification
-from converter.layout import SIGNATURE
-from converter.manifest import read_manifest
-from converter.pipeline import convert
-from converter.resolve import resolve
-from converter.run import Run
-from converter.signing import load_public_key, load_signer
+from converter.checkpoints.layout import SIGNATURE
+from converter.checkpoints.resolve import resolve
+from converter.entrypoints import verify as verification
+from converter.entrypoints.convert import convert
+from converter.recipe import Run
+from converter.release.manifest import read_manifest
+from converter.release.signing import load_public_key, load_signer
 from tests.adversary import (
     BEFORE,
     CLAIMS,

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from converter.memory import parse_size
+from converter.runtime.memory import parse_size
 from tests.bench.processes import peak_of
 from tests.bench.synthetic import Llama, write_llama
 
@@ -40,13 +40,13 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     """Both passes of one model in one mode."""
     from transformers import LlamaForCausalLM  # noqa: F401 - what is idle has it loaded
 
-    from converter.forward import Model, Pool, SecondMoment, run
-    from converter.gradients import moments_within
-    from converter.models import load_language_model, stream_language_model
-    from converter.options import quiet_libraries
-    from converter.plan import make_plan
-    from converter.resolve import resolve
-    from converter.tokens import Sentence, batches
+    from converter.calibration.causal_moments import moments_within
+    from converter.checkpoints.plan import make_plan
+    from converter.checkpoints.resolve import resolve
+    from converter.cli.options import quiet_libraries
+    from converter.models.batching import Sentence, batches
+    from converter.models.build import load_language_model, stream_language_model
+    from converter.models.resident import Model, Pool, SecondMoment, run
 
     quiet_libraries()
     source = resolve(str(folder), folder)

@@ -14,10 +14,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from converter.config import check_config
+from converter.checkpoints.config_limits import check_config
+from converter.checkpoints.layout import MAX_CONFIG, MAX_INDEX, read_index, read_json
+from converter.checkpoints.safetensors.header import MAX_HEADER, read_header
 from converter.errors import CheckpointError
-from converter.header import MAX_HEADER, read_header
-from converter.layout import MAX_CONFIG, MAX_INDEX, read_index, read_json
 
 ENTRY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 STEP = 10_000

@@ -55,12 +55,12 @@ def cp(source: Path, out: Path) -> Work:
 
 def ours(source: Path, out: Path, **settings: Any) -> Work:
     """This project, with these settings of its engine and the others as they are by default."""
-    from converter.edit import Projection
-    from converter.engine import Engine
-    from converter.outputs.checkpoint import write_checkpoint
-    from converter.plan import make_plan
-    from converter.report import Report
-    from converter.resolve import resolve
+    from converter.checkpoints.plan import make_plan
+    from converter.checkpoints.resolve import resolve
+    from converter.edits.base import Projection
+    from converter.edits.engine import Engine
+    from converter.outputs.checkpoint.write import write_checkpoint
+    from converter.runtime.progress import Report
 
     U, engine, report = subspace(source), Engine(**settings), Report(quiet=True)
 

@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from converter.pairs import load_pairs, load_prose
-from converter.words import load_words
+from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.word_list import load_words
 
 Shape = tuple[int, ...]
 

@@ -124,7 +124,7 @@ def _await_tracer() -> None:
 
 
 def _command(args: list[str]) -> int:
-    from converter.cli import convert_command, gloss
+    from converter.cli.main import convert_command, gloss
 
     command = gloss if args[0] in gloss.commands else convert_command
     try:

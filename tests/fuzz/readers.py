@@ -13,32 +13,41 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from converter import verify as verification
-from converter.activations import Request, load_activations, read_inputs
-from converter.card import make_card
-from converter.diff import diff_manifests
-from converter.dimensions import Dimensions
+from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.statistics import Request, load_activations, read_inputs
+from converter.calibration.word_list import load_words
+from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.formats import meta_params as native_params
+from converter.checkpoints.formats import pickle_files as pickled
+from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.layout import (
+    CARD,
+    INDEX,
+    MANIFEST,
+    SIGNATURE,
+    read_card,
+    read_index,
+    read_json,
+)
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
+from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
+from converter.checkpoints.source import Source
+from converter.entrypoints import verify as verification
+from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError
-from converter.formats import native_params, pickled
-from converter.formats.gguf_header import check_header
-from converter.header import DTYPES, parse_header, read_header
-from converter.layout import CARD, INDEX, MANIFEST, SIGNATURE, read_card, read_index, read_json
-from converter.licences import terms_of
-from converter.manifest import read_manifest
-from converter.memory import parse_size
-from converter.methods import configure, method_names, parse_layers
-from converter.outputs.journal import Journal
-from converter.outputs.staging import finished_in
-from converter.pairs import load_pairs, load_prose
-from converter.plan import make_plan
-from converter.recorded import check_subspace, recorded_bases
-from converter.recording import Given, differences, read_recording, run_of
-from converter.report import Report
-from converter.shards import Region, find_damage, read_raw
-from converter.source import Source
-from converter.subspace import SUBSPACE_FILE
-from converter.verify_adapter import check_adapter
-from converter.words import load_words
+from converter.methods.base import configure, method_names, parse_layers
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.outputs.adapter.verify import check_adapter
+from converter.outputs.record_checks import check_subspace, recorded_bases
+from converter.outputs.staging.claim import finished_in
+from converter.outputs.staging.journal import Journal
+from converter.release.card import make_card
+from converter.release.licences import terms_of
+from converter.release.manifest import read_manifest
+from converter.release.recording import Given, differences, read_recording, run_of
+from converter.runtime.memory import parse_size
+from converter.runtime.progress import Report
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -321,7 +330,7 @@ def gguf_(data: bytes) -> None:
 @reader("json")
 def signature(data: bytes) -> None:
     """``model.sig`` beside a right output."""
-    from converter.signing import load_public_key
+    from converter.release.signing import load_public_key
 
     key = load_public_key(placed("key.pem", skeleton.PUBLIC_KEY.encode()))
     (output() / SIGNATURE).write_bytes(data)
@@ -377,7 +386,7 @@ def listing(data: bytes) -> None:
     """What a Hub answers when it is asked for a repo."""
     from huggingface_hub.hf_api import ModelInfo
 
-    from converter.hub_listing import repo_of
+    from converter.hub.listing import repo_of
 
     try:
         info = ModelInfo(**json.loads(data))  # type: ignore[no-untyped-call]

@@ -9,10 +9,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from converter.layout import CARD, MANIFEST, SUMS
-from converter.manifest import hash_line, sums_text
-from converter.outputs.adapter import adapter_config, tensor_names
-from converter.subspace import SUBSPACE_FILE
+from converter.checkpoints.layout import CARD, MANIFEST, SUMS
+from converter.methods.subspace import SUBSPACE_FILE
+from converter.outputs.adapter.write import adapter_config, tensor_names
+from converter.release.manifest import hash_line, sums_text
 
 D, F, VOCABULARY = 4, 2, 3
 SHARD = "model.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converter.calibration.word_list import WordList, load_words
 from converter.evaluate.scorers import score_written
-from converter.words import WordList, load_words
 
 
 @dataclass(frozen=True, slots=True)

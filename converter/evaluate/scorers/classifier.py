@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from converter import hub
 from converter.errors import OptionError, SourceError
 from converter.evaluate.scorers import score_written
+from converter.hub import repos as hub
 
 TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
 """Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody

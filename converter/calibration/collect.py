@@ -1,0 +1,219 @@
+"""Run the model over the pairs once, and take what a fit needs."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.calibration.pairs import Pair, Pairs, Prose
+from converter.calibration.statistics import TEXTS, Activations, Moments, Request
+from converter.checkpoints.architectures.architecture import Architecture
+from converter.errors import DataError, FitError
+from converter.methods.subspace import eigen_directions, remove, shared_directions
+from converter.models.batching import MAX_TOKENS, Encoder, Pooling, Sentence, batches
+from converter.models.hooks import Advance, idle
+from converter.models.resident import Group, Model, Pool, SecondMoment, run
+
+PIECE = 8
+"""Positions of neutral text whose losses are taken together."""
+
+
+def activation_inputs(
+    digests: Mapping[str, str],
+    architecture: Architecture,
+    pairs: Pairs,
+    prose: Prose,
+    request: Request,
+    *,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    mode: str,
+) -> dict[str, Any]:
+    """Everything the activations depend on, by content. Its hash is the cache key.
+
+    The code that extracts counts too, and so do the versions of the libraries that compute. The
+    batch size and the mode of the forward pass change rounding only, but equal inputs have to give
+    equal bytes.
+    """
+    return {
+        "files": dict(digests),
+        "pairs": pairs.sha256,
+        "prose": prose.sha256,
+        **asdict(request),
+        "layers": list(request.layers),
+        "module": module_template(architecture, request),
+        "max_tokens": MAX_TOKENS,
+        "batch_size": batch_size,
+        "device": device.partition(":")[0],
+        "dtype": dtype,
+        "forward": mode,
+        "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        "extractor": _code_digest(),
+    }
+
+
+def module_template(architecture: Architecture, request: Request) -> str:
+    """The name of the modules whose output is wanted, with ``{layer}``."""
+    return architecture.ffn if request.site == "ffn" else architecture.block
+
+
+EXTRACTOR = (
+    "calibration/collect.py",
+    "checkpoints/formats/virtual.py",
+    "models/dequantized.py",
+    "checkpoints/formats/meta.py",
+    "checkpoints/formats/pickle_files.py",
+    "models/resident.py",
+    "calibration/causal_moments.py",
+    "models/hidden_states.py",
+    "models/loading.py",
+    "models/hooks.py",
+    "edits/fp8.py",
+    "models/streamed.py",
+    "methods/subspace.py",
+    "models/batching.py",
+    "models/streamed_weights.py",
+)
+"""The modules that decide what they are."""
+
+
+def _code_digest() -> str:
+    """The sha256 of the extractor's code: any change of it makes another extractor."""
+    code = ((Path(__file__).parents[1] / name).read_bytes() for name in EXTRACTOR)
+    return hashlib.sha256(b"".join(code)).hexdigest()
+
+
+def extract(
+    model: Model,
+    request: Request,
+    pairs: Pairs,
+    prose: Prose,
+    *,
+    batch_size: int,
+    advance: Advance = idle,
+) -> tuple[Activations, int]:
+    """Run the model over pairs and prose.
+
+    Returns:
+        the activations (without ``inputs``), and the number of pairs left out because no position
+        of their toxic side predicts a toxic token.
+
+    Raises:
+        DataError: no pair is left, or the activations are not finite.
+        FitError: nothing is left to fit in.
+    """
+    template, device = module_template(model.architecture, request), model.device
+    modules = {layer: template.format(layer=layer) for layer in request.layers}
+    encode = Encoder(model.tokenizer, model.module)
+    mean: Pooling = "last" if request.pooling == "last" else "mean"
+    toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]
+    neutral = [encode(p.neutral, mean, ()) for p in pairs.pairs]
+    kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
+    spans = [encode(p.toxic, "predicting", p.spans) for p in pairs.pairs]
+    if not kept or (request.gradient and not any(any(s.weights) for s in spans)):
+        raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
+    sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
+    pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
+    groups: list[Group] = [(side, [pool]) for side, pool in zip(sides, pools, strict=True)]
+    if request.second_moment:
+        groups[1] = (sides[1], [pools[1], moment.group(sides[1])])
+        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
+        texts = batches(coded, batch_size, device)
+        groups.append((texts, [moment.group(texts)]))
+    run(model, modules, groups, advance)
+    causal: dict[int, Tensor] = {}
+    leading: dict[int, tuple[Tensor, Tensor]] = {}
+    moments = None
+    second = moment.result() if request.second_moment else None
+    found = causal_moments(model, modules, spans, advance) if request.gradient else iter(())
+    if request.directions:
+        V, leading = _directions(found, second, request)
+        moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V, advance)
+    else:
+        causal = dict(sorted(found))
+    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, leading, moments)
+    if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
+        raise DataError(
+            "the model gives NaN or Inf",
+            hint="try --forward-dtype float32, and check the source's weights",
+        )
+    return seen, len(pairs.pairs) - len(kept)
+
+
+def _directions(
+    causal: Iterator[tuple[int, Tensor]], second: Tensor | None, request: Request
+) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    """What toxic words owe most to, in all layers together and in each, but for what is protected.
+
+    The causal moments of a streamed model come one by one and are not kept.
+
+    Returns:
+        V (D, K) float32, the leading eigenvectors of their sum, K as far as it goes; and of each
+        layer its own with their eigenvalues, as ``Activations.leading``.
+
+    Raises:
+        FitError: all is protected.
+    """
+    width, total, leading = 0, torch.zeros((), dtype=torch.float64), {}
+    shared = torch.zeros(0, 0)
+    for layer, moment in causal:
+        if not width:
+            width = len(moment)
+            shared = shared_directions(second, request.protect_shared, width)
+            if shared.shape[1] >= width:
+                break
+        total = total + moment.double()  # of float32: exact, so layers may come in any order
+        A = remove(remove(moment.double(), shared).T, shared)
+        count = min(request.per_layer, width - shared.shape[1])
+        rows = eigen_directions(A, count, torch.zeros(width, dtype=torch.float64))
+        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
+        leading[layer] = rows.float().contiguous(), worth.float()
+    count = min(request.directions, width - shared.shape[1])
+    if count < 1:
+        raise FitError(
+            f"protecting {shared.shape[1]} of {width} dimensions leaves nothing of what toxic "
+            "words depend on",
+            hint="lower -o protect_shared",
+        )
+    total = remove(remove(total, shared).T, shared)
+    rows = eigen_directions(total, count, torch.zeros(width, dtype=torch.float64))
+    V: Tensor = torch.linalg.qr(remove(rows, shared).T).Q
+    return V.float().contiguous(), dict(sorted(leading.items()))
+
+
+def _moments(
+    model: Model,
+    modules: Mapping[int, str],
+    encode: Encoder,
+    pairs: Sequence[Pair],
+    coded: Sequence[Sentence],
+    prose: Prose,
+    V: Tensor,
+    advance: Advance,
+) -> Moments:
+    """Moments of single words and of pieces of neutral text within the columns of V.
+
+    A pair weighs as much as the sum of 1 / occurrences of its toxic words, so that every word of
+    the corpus counts the same: in ParaDetox 63 % of the occurrences are forms of two.
+    """
+    said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
+    occurrences = Counter(word for words in said for word in words)
+    chosen = [i for i, sentence in enumerate(coded) if any(sentence.weights)]
+    weights = [sum(1 / occurrences[word] for word in said[i]) for i in chosen]
+    neutral, tokens = {}, {}
+    for name, whole in zip(TEXTS, ([p.neutral for p in pairs], prose.paragraphs), strict=True):
+        predicted = [encode.predicted(text) for text in whole]
+        neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
+        tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
+    texts = [([coded[i] for i in chosen], None), *((part, PIECE) for part in neutral.values())]
+    words, *rest = moments_within(model, modules, texts, V, advance)
+    moments = dict(zip(neutral, rest, strict=True))
+    return Moments(V, words, torch.tensor(weights), moments, tokens)

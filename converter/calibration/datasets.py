@@ -1,0 +1,205 @@
+"""Data files, local or in a Hub dataset; and those of sentence pairs, read row by row."""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO, TypeVar
+
+from converter.errors import DataError
+from converter.hub import repos as hub
+from converter.runtime.cache import sha256_of
+from converter.runtime.files import MAX_LINE, read_file
+
+FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
+
+T = TypeVar("T")
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as read: a number for messages, and either a problem or two sides.
+
+    Rows of one ``group`` were made from the same text.
+    """
+
+    number: int
+    toxic: str = ""
+    neutral: str = ""
+    spans: Spans | None = None
+    problem: str | None = None
+    group: str = ""
+
+
+def draw(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """``count`` of them without replacement, in their own order; the same for the same seed."""
+    places = random.Random(seed).sample(range(len(items)), count)  # noqa: S311 - not a secret
+    return [items[place] for place in sorted(places)]
+
+
+def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
+    """Whether data are named by a Hub dataset id rather than by a local file."""
+    path = Path(origin)
+    return not path.exists() and path.suffix not in formats and hub.looks_like_repo(origin)
+
+
+def locate(
+    origin: str, what: str = "pairs", formats: Iterable[str] = FORMATS, split: str = "train"
+) -> tuple[dict[str, Any], Path]:
+    """A local file, or the data file of a Hub dataset at a resolved commit.
+
+    Args:
+        origin: a path or a dataset id.
+        what: the file holds, for messages.
+        formats: suffixes that can be read.
+        split: preferred among the files of a dataset: one that has it in its name.
+
+    Raises:
+        DataError: there is no such file, or none that can be read.
+        SourceError: the Hub cannot be read.
+    """
+    path = Path(origin)
+    if path.is_dir():
+        raise DataError(f"{what} {origin} is a folder", expected="a file or a Hub dataset id")
+    if not is_dataset(origin, formats):
+        if not path.is_file():
+            raise DataError(f"{what} file {origin} does not exist", hint="check the path")
+        return {"name": path.name, "file_sha256": _sha256(path, what)}, path
+    repo = hub.resolve("dataset", origin)
+    readable = [name for name in repo.sizes if PurePosixPath(name).suffix in formats]
+    chosen = min(readable, key=lambda name: (split not in name, name), default=None)
+    if chosen is None and repo.sizes:
+        raise DataError(
+            f"dataset {origin} has no file that can be read",
+            expected=", ".join(formats),
+            found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
+        )
+    folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
+    path = folder / chosen if chosen else _first_readable(folder, origin, formats)
+    described = {"repo_id": repo.repo_id, "commit": repo.commit, "file_sha256": _sha256(path, what)}
+    return described, path
+
+
+def _first_readable(folder: Path, origin: str, formats: Iterable[str]) -> Path:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in formats:
+            return path
+    raise DataError(f"dataset {origin} has no readable file in the local cache")
+
+
+def _sha256(path: Path, what: str) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
+
+
+def read_bytes(path: Path, what: str = "pairs") -> bytes:
+    """The whole of a file. Raises DataError."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file; one that cannot be read carries its problem.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or lacks the columns.
+    """
+    kind = FORMATS.get(path.suffix)
+    if kind is None:
+        raise DataError(
+            f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
+        )
+    # JSON lines end at line feeds only: others may stand in a sentence
+    newline = "\n" if kind == "jsonl" else ""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace", newline=newline) as file:
+            yield from _read_jsonl(file) if kind == "jsonl" else _read_table(file, kind, path.name)
+    except OSError as error:
+        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
+
+
+def _lines(file: TextIO) -> Iterator[str | None]:
+    """The lines of a file, one at a time; None for one of more than ``MAX_LINE`` characters."""
+    while line := file.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith("\n"):
+            yield line
+            continue
+        while line and not line.endswith("\n"):
+            line = file.readline(MAX_LINE)
+        yield None
+
+
+def _read_jsonl(file: TextIO) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), 1):
+        if line is None:
+            yield Row(number, problem=f"of more than {MAX_LINE:,} characters")
+            continue
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            sides = entry["toxic"], entry["neutral"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            yield Row(number, problem="unreadable")
+            continue
+        yield _row(number, *sides)
+
+
+def _cells(file: TextIO) -> Iterator[str]:
+    """Lines for the reader of tables, which may join some to one row. Raises csv.Error."""
+    for line in _lines(file):
+        if line is None:
+            raise csv.Error(f"a line has more than {MAX_LINE:,} characters")
+        yield line
+
+
+def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
+    """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
+    lines = _cells(file)
+    reader = (
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if kind == "tsv"
+        else csv.reader(lines)
+    )
+    try:
+        columns = [column.strip().lower() for column in next(reader, [])]
+        neutral = [i for i, column in enumerate(columns) if re.fullmatch(r"neutral\d*", column)]
+        if "toxic" not in columns or not neutral:
+            raise DataError(
+                f"pairs file {name}",
+                expected="a first line with the columns toxic and neutral",
+                found=", ".join(columns)[:200] or "an empty file",
+            )
+        toxic = columns.index("toxic")
+        for cells in reader:
+            number = reader.line_num
+            if not max(toxic, neutral[0]) < len(cells) <= len(columns):
+                yield Row(number, problem=f"of another number of cells than {len(columns)}")
+                continue
+            sides = [cells[i] for i in neutral if i < len(cells) and cells[i].strip()]
+            yield _row(number, cells[toxic], sides[0] if sides else "")
+    except csv.Error as error:
+        raise DataError(f"pairs file {name} is malformed", found=str(error)) from error
+
+
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+"""What no sentence holds: control characters, halves of a pair, and what could not be decoded."""
+
+
+def _row(number: int, toxic: Any, neutral: Any) -> Row:
+    if (
+        not isinstance(toxic, str)
+        or not isinstance(neutral, str)
+        or _NO_TEXT.search(toxic + neutral)
+    ):
+        return Row(number, problem="unreadable")
+    return Row(number, toxic, neutral)

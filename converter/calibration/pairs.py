@@ -1,0 +1,232 @@
+"""Contrastive pairs of sentences, toxic and neutral, and ordinary prose: read, cleaned, hashed."""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from converter.calibration.datasets import Row, Spans, draw, locate, read_rows
+from converter.calibration.word_list import WordList
+from converter.errors import DataError, OptionError
+from converter.runtime.files import read_text, reason
+
+MIN_PAIRS = 16
+"""Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
+
+MIN_WORDS = 100
+"""Of neutral prose, which carries half of the weight in the second moment of neutral tokens."""
+
+MAX_PAIRS = 2000
+"""Drawn unless the user asks for another number; more gained nothing where it was tried."""
+
+NAMED_ROWS = 5
+"""Rows named one by one in a message about skipped rows; the rest are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A toxic sentence, its neutral paraphrase, and where the toxic words of the first stand.
+
+    ``spans`` are character ranges of ``toxic``, sorted, not overlapping. Pairs of one ``group``
+    resemble each other and belong into the same part of a split; empty for a pair of its own.
+    """
+
+    toxic: str
+    neutral: str
+    spans: Spans
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of one run.
+
+    Attributes:
+        pairs: in the order they are used.
+        origin: where they came from, for the manifest.
+        sha256: of the pairs as used, spans included.
+        skipped: reason -> row numbers, counted from 1, that were not usable.
+    """
+
+    pairs: tuple[Pair, ...]
+    origin: dict[str, Any]
+    sha256: str
+    skipped: dict[str, list[int]] = field(default_factory=dict)
+
+    def describe_skipped(self) -> str:
+        """One line that counts the skipped rows by reason and names the first of each."""
+        return "; ".join(
+            f"{len(rows)} {reason} (row {', '.join(map(str, rows[:NAMED_ROWS]))}"
+            + (", ...)" if len(rows) > NAMED_ROWS else ")")
+            for reason, rows in self.skipped.items()
+        )
+
+
+def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -> Pairs:
+    """Read, clean and draw the pairs of a run.
+
+    Both sides are normalised alike (``normalise``). A pair of a file is usable if its toxic side
+    has a word of the list, or a starred word, that is absent from the neutral side and is not the
+    first of the sentence: nothing could predict that one.
+
+    Args:
+        origin: ``builtin``, a ``.jsonl``, ``.tsv`` or ``.csv`` file, or a Hub dataset.
+        words: finds the toxic spans of pairs that do not know theirs.
+        num_pairs: how many to draw; None for all, up to ``MAX_PAIRS``.
+        seed: of the draw.
+
+    Raises:
+        DataError: the file is missing or malformed, or has too few usable pairs.
+        SourceError: the Hub cannot be read.
+    """
+    rows: Iterable[Row]
+    if origin == "builtin":
+        described, rows = _builtin()
+    else:
+        described, path = locate(origin)
+        rows = read_rows(path)
+    usable, skipped = _clean(rows, words)
+    if num_pairs is not None and num_pairs < MIN_PAIRS:
+        raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
+    wanted = min(len(usable), MAX_PAIRS) if num_pairs is None else num_pairs
+    if len(usable) < max(wanted, MIN_PAIRS):
+        result = Pairs((), {}, "", skipped)
+        raise DataError(
+            f"pairs {origin if origin == 'builtin' else PurePosixPath(origin).name}",
+            expected=f"at least {max(wanted, MIN_PAIRS)} usable pairs",
+            found=f"{len(usable)}" + (f", skipped: {result.describe_skipped()}" if skipped else ""),
+            hint="give more pairs or a longer --word-list, or lower --num-pairs",
+        )
+    chosen = usable if wanted == len(usable) else draw(usable, wanted, seed)
+    return Pairs(tuple(chosen), described, pairs_digest(chosen), skipped)
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """The sha256 of pairs as used, spans included."""
+    lines = (json.dumps([p.toxic, p.neutral, p.spans], ensure_ascii=False) for p in pairs)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, list[int]]]:
+    usable: list[Pair] = []
+    skipped: dict[str, list[int]] = {}
+    seen: set[str] = set()
+    for row in rows:
+        toxic, neutral = normalise(row.toxic), normalise(row.neutral)
+        spans = row.spans
+        if spans is None:
+            spans = tuple(s for s in words.spans(toxic, neutral) if s[0] > 0)
+        else:
+            toxic, neutral = row.toxic, row.neutral
+        problem = row.problem
+        if problem is None and not (toxic and neutral):
+            problem = "empty"
+        elif problem is None and toxic == neutral:
+            problem = "identical on both sides"
+        elif problem is None and toxic in seen:
+            problem = "duplicated"
+        elif problem is None and not spans:
+            problem = "without a toxic word after the first that the neutral side lacks"
+        if problem is not None:
+            skipped.setdefault(problem, []).append(row.number)
+            continue
+        seen.add(toxic)
+        usable.append(Pair(toxic, neutral, spans, row.group))
+    return usable, skipped
+
+
+_QUOTES = str.maketrans(
+    {"\u2019": "'", "\u2018": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "..."}
+)
+
+
+def normalise(text: str) -> str:
+    """Remove what tells the two sides of a corpus apart without being toxic.
+
+    Lower case; plain quotes; single spaces; no space before punctuation or inside contractions;
+    repeated punctuation once; none at the end. Where one side of a corpus was tokenised and the
+    other was not, the strongest "toxic" direction is otherwise a space before a full stop.
+    """
+    text = " ".join(text.translate(_QUOTES).lower().split())
+    text = re.sub(r"\s+([.,!?;:%)\]])", r"\1", text)
+    text = re.sub(r"([(\[])\s+", r"\1", text)
+    text = re.sub(r"(\w)\s*'\s*(s|t|m|re|ve|ll|d)\b", r"\1'\2", text)
+    text = re.sub(r"(\w)\s+n't\b", r"\1n't", text)
+    text = re.sub(r"([.,!?;:])\1+", r"\1", text)
+    return text.strip().rstrip(".,!?;: ")
+
+
+def _builtin() -> tuple[dict[str, Any], list[Row]]:
+    """The built-in pairs: see ``data/pairs.toml`` for the rule that generates them."""
+    text = files("converter").joinpath("data/pairs.toml").read_text("utf-8")
+    data = tomllib.loads(text)
+    rows: list[Row] = []
+    for place, frame in enumerate(data["frame"]):
+        for fill in range(data["fills"]):
+            toxic, spans = _fill(normalise(frame["toxic"]), data["words"], place + fill)
+            neutral, _ = _fill(normalise(frame["neutral"]), data["words"], place + fill)
+            spans = tuple(s for s in spans if s[0] > 0)
+            rows.append(Row(len(rows) + 1, toxic, neutral, spans, group=f"frame {place}"))
+    return {"name": "builtin", "version": data["version"]}, rows
+
+
+def _fill(frame: str, words: dict[str, list[str]], number: int) -> tuple[str, Spans]:
+    """Fill the slots of a frame; a slot ending in 2 takes the word five places further on."""
+    text = ""
+    spans: list[tuple[int, int]] = []
+    for part in re.split(r"(\{\w+\})", frame):
+        if part.startswith("{"):
+            slot = part[1:-1]
+            options = words[slot.removesuffix("2")]
+            word = options[(number + 5 * slot.endswith("2")) % len(options)]
+            spans.append((len(text), len(text) + len(word)))
+            text += word
+        else:
+            text += part
+    return text, tuple(spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Prose:
+    """Ordinary text for the statistics of neutral tokens: paragraphs, origin, and their sha256."""
+
+    paragraphs: tuple[str, ...]
+    origin: dict[str, Any]
+    sha256: str
+
+
+def load_prose(origin: str) -> Prose:
+    """Read neutral prose, a paragraph a line or separated by empty lines.
+
+    Raises:
+        DataError: the file cannot be read or is empty.
+    """
+    if origin == "builtin":
+        text = files("converter").joinpath("data/neutral.txt").read_text("utf-8")
+        name: dict[str, Any] = {"name": "builtin"}
+    else:
+        path = Path(origin)
+        try:
+            text = read_text(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"neutral text {origin} cannot be read", found=reason(error)) from error
+        name = {"name": path.name}
+    paragraphs = tuple(line.strip() for line in text.splitlines() if line.strip())
+    count = sum(len(paragraph.split()) for paragraph in paragraphs)
+    if count < MIN_WORDS:
+        raise DataError(
+            f"neutral text {origin} is too short",
+            expected=f"at least {MIN_WORDS} words, since what it needs is protected",
+            found=str(count),
+        )
+    return Prose(paragraphs, name, prose_digest(paragraphs))
+
+
+def prose_digest(paragraphs: Iterable[str]) -> str:
+    """The sha256 of paragraphs."""
+    return hashlib.sha256("\n".join(paragraphs).encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""Three parts of the texts that share no sentence: one to fit, one to choose, one to report.
+
+A subspace is fitted on the first, its rank is chosen on the second, and what the guard and the
+manifest say of it is measured on the third, which nothing was tuned on.
+"""
+
+import random
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose, pairs_digest, prose_digest
+from converter.errors import DataError
+
+T = TypeVar("T")
+
+HELD_OUT_SHARE = 0.2
+"""Of the pairs, for each of the two parts that are not fitted."""
+
+MAX_HELD_OUT_PAIRS = 200
+"""In each of these parts; every one of them is run once for each rank and control that is tried."""
+
+MAX_HELD_OUT_WORDS = 2400
+"""Of prose in each of these parts, for the same reason. It is at most a third of the prose."""
+
+MAX_FIT_WORDS = 3000
+"""Of prose in the part that is fitted on: its statistics need a few thousand tokens, not all."""
+
+PIECE = 150
+"""Words of a paragraph that are read as one text; ``tokens.MAX_TOKENS`` is about 190 words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The texts of one part."""
+
+    pairs: Pairs
+    prose: Prose
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The three parts.
+
+    Attributes:
+        fit, choose, report: see the module.
+        dropped: pairs left out because one of their sentences occurs in a held-out part.
+    """
+
+    fit: Part
+    choose: Part
+    report: Part
+    dropped: int
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the split."""
+        named = {"fit": self.fit, "choose": self.choose, "report": self.report}
+        return {"dropped_pairs": self.dropped} | {
+            name: {
+                "pairs": len(part.pairs.pairs),
+                "pairs_sha256": part.pairs.sha256,
+                "paragraphs": len(part.prose.paragraphs),
+                "prose_sha256": part.prose.sha256,
+            }
+            for name, part in named.items()
+        }
+
+
+def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
+    """Deal pairs and paragraphs to the parts.
+
+    Pairs of one group (those with the same neutral side, or made from the same frame) stay
+    together, and a pair of the fit is dropped if one of its sentences occurs in a held-out part on
+    either side.
+
+    Args:
+        pairs: as loaded.
+        prose: as loaded.
+        seed: of the shuffle.
+
+    Raises:
+        DataError: too few pairs are left for the fit, or a part has no prose.
+    """
+    held = min(int(HELD_OUT_SHARE * len(pairs.pairs)), MAX_HELD_OUT_PAIRS)
+    report, choose, fit = _deal(
+        pairs.pairs,
+        lambda p: p.group or p.neutral,
+        lambda p: 1,
+        held,
+        random.Random(seed),  # noqa: S311
+    )
+    choose, lost = _without(choose, report)
+    kept, more = _without(fit, [*report, *choose])
+    if len(kept) < MIN_PAIRS // 2:
+        raise DataError(
+            "too few pairs are left to fit on",
+            expected=f"at least {MIN_PAIRS // 2}",
+            found=f"{len(kept)} of {len(pairs.pairs)}",
+            hint="give more pairs, of which not so many share a sentence",
+        )
+    pieces = [piece for paragraph in prose.paragraphs for piece in _pieces(paragraph)]
+    rng = random.Random(seed)  # noqa: S311 - not a secret
+
+    def size(piece: str) -> int:
+        return len(piece.split())
+
+    quota = min(sum(map(size, pieces)) // 3, MAX_HELD_OUT_WORDS)
+    prose_report, prose_choose, rest = _deal(pieces, str, size, quota, rng)
+    prose_fit = _deal(rest, str, size, MAX_FIT_WORDS, rng)[0]
+    if not (prose_fit and prose_choose and prose_report):
+        raise DataError(
+            "the neutral text cannot be split into three parts",
+            expected=f"three different paragraphs, or more than {2 * PIECE} words",
+            found=f"{len(set(pieces))} of them",
+        )
+
+    def part(chosen: Iterable[Pair], paragraphs: Iterable[str]) -> Part:
+        some, texts = tuple(chosen), tuple(paragraphs)
+        return Part(
+            Pairs(some, pairs.origin, pairs_digest(some)),
+            Prose(texts, prose.origin, prose_digest(texts)),
+        )
+
+    return Parts(
+        part(kept, prose_fit), part(choose, prose_choose), part(report, prose_report), lost + more
+    )
+
+
+def _pieces(paragraph: str) -> list[str]:
+    """A long paragraph in pieces of ``PIECE`` words, since the model reads its beginning only."""
+    words = paragraph.split()
+    if len(words) <= PIECE:
+        return [paragraph]
+    return [" ".join(words[i : i + PIECE]) for i in range(0, len(words), PIECE)]
+
+
+def _deal(
+    items: Sequence[T],
+    group: Callable[[T], Hashable],
+    size: Callable[[T], int],
+    quota: int,
+    rng: random.Random,
+) -> tuple[list[T], list[T], list[T]]:
+    """Two parts of about ``quota`` in size and the rest, whole groups, each in its own order."""
+    groups = list(dict.fromkeys(group(item) for item in items))
+    rng.shuffle(groups)
+    sizes: dict[Hashable, int] = {}
+    for item in items:
+        sizes[group(item)] = sizes.get(group(item), 0) + size(item)
+    place: dict[Hashable, int] = {}
+    total = 0
+    part = 0 if quota else 2
+    for name in groups:
+        place[name] = part
+        total += sizes[name]
+        if part < 2 and total >= quota:  # the next part, however far this one has gone over
+            part, total = part + 1, 0
+    parts: tuple[list[T], list[T], list[T]] = ([], [], [])
+    for item in items:
+        parts[place[group(item)]].append(item)
+    return parts
+
+
+def _without(pairs: Sequence[Pair], others: Sequence[Pair]) -> tuple[list[Pair], int]:
+    """The pairs none of whose sentences occurs in ``others``, and how many were left out."""
+    taken = {text for p in others for text in (p.toxic, p.neutral)}
+    kept = [p for p in pairs if p.toxic not in taken and p.neutral not in taken]
+    return kept, len(pairs) - len(kept)

@@ -1,0 +1,286 @@
+"""What a fit sees of a model, and the file that keeps it; ``extraction`` makes it.
+
+For every layer: the pooled activations of both sides of each pair, (N, D) in float32. One (D, D)
+second moment of neutral tokens, averaged over the layers. Causal moments where a method wants them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converter.calibration.pairs import Pairs, Prose
+from converter.checkpoints.safetensors.header import to_bytes
+from converter.errors import DataError
+from converter.models.batching import Pooling
+from converter.runtime import strict_json
+from converter.runtime.cache import replacing, sha256_of
+from converter.runtime.progress import Report
+
+Site = Literal["ffn", "residual"]
+
+TEXTS = ("pairs", "prose")
+"""The kinds of neutral text whose moments are taken apart, so that each can count the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a method wants to see.
+
+    Attributes:
+        site: ``ffn``, what the FFN adds to the residual stream, or ``residual``, the stream after
+            the layer.
+        pooling: of the toxic side: ``predicting``, the mean over the positions that predict a
+            token of a toxic span; ``mean`` over all tokens; ``last``. The neutral side is the mean
+            over its tokens, or its last.
+        layers: from 0.
+        second_moment: whether neutral tokens' second moment is wanted.
+        gradient: whether the causal moments of the toxic side are wanted; needs a backward pass.
+        directions: K, how many of their leading directions the moments of single words and of
+            neutral text are wanted in; 0 for none. They are orthogonal to ``protect_shared``
+            leading eigenvectors of the second moment.
+        per_layer: with ``directions``, how many leading causal directions of each layer are kept,
+            instead of its causal moment, which is (D, D).
+    """
+
+    site: Site
+    pooling: Pooling
+    layers: tuple[int, ...]
+    second_moment: bool
+    gradient: bool = False
+    directions: int = 0
+    protect_shared: int = 0
+    per_layer: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether the causal moment of each layer is kept."""
+        return self.gradient and not self.directions
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What single words and pieces of text owe to the layers together, in a few directions.
+
+    See ``gradients.moments_within``; K directions, all float32.
+
+    Attributes:
+        directions: V (D, K), orthonormal columns.
+        words: (n, K, K), of the toxic words of each pair.
+        weights: (n,), positive; every distinct word counts the same, however often it occurs.
+        texts: ``pairs`` and ``prose`` -> (m, K, K), of pieces of neutral sides and of prose.
+        tokens: how many tokens these are.
+    """
+
+    directions: Tensor
+    words: Tensor
+    weights: Tensor
+    texts: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in a file."""
+        named = {"directions": self.directions, "words": self.words, "weights": self.weights}
+        named |= self.texts
+        named["tokens"] = torch.tensor([float(self.tokens[text]) for text in TEXTS])
+        return {f"moments.{name}": tensor for name, tensor in named.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Moments":
+        """The inverse of ``tensors``."""
+        directions, words, weights = (tensors[f"moments.{n}"].float() for n in MOMENTS[:3])
+        texts = {text: tensors[f"moments.{text}"].float() for text in TEXTS}
+        counts = zip(TEXTS, tensors["moments.tokens"].tolist(), strict=True)
+        return cls(directions, words, weights, texts, {text: int(n) for text, n in counts})
+
+
+MOMENTS = ("directions", "words", "weights", *TEXTS, "tokens")
+"""The tensors of ``Moments``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """The pooled activations of a model.
+
+    Attributes:
+        toxic, neutral: layer -> (N, D) float32; row i of both is pair i.
+        second_moment: (D, D) float32, the mean over layers of E[f f^T] / tr E[f f^T] over neutral
+            tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
+        inputs: what they depend on; see ``extraction.activation_inputs``. Empty for a file without
+            it.
+        causal: layer -> A_l (D, D) float32 of the toxic words; see ``gradients.causal_moments``.
+            Empty if not wanted.
+        leading: layer -> its leading causal directions and what they are worth, (K, D) and (K,)
+            float32: the first eigenvectors of A_l outside of what is protected in all layers, and
+            their eigenvalues. Empty if not wanted.
+        moments: of single words and pieces of neutral text. None if not wanted.
+    """
+
+    toxic: Mapping[int, Tensor]
+    neutral: Mapping[int, Tensor]
+    second_moment: Tensor | None
+    inputs: Mapping[str, Any]
+    causal: Mapping[int, Tensor] = field(default_factory=dict)
+    leading: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    moments: Moments | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in a file: ``toxic.L`` and the like."""
+        sides = {"toxic": self.toxic, "neutral": self.neutral, "causal": self.causal}
+        named = {f"{side}.{n}": x for side, layers in sides.items() for n, x in layers.items()}
+        for layer, (rows, values) in self.leading.items():
+            named |= {f"leading.{layer}": rows, f"worth.{layer}": values}
+        if self.second_moment is not None:
+            named["second_moment"] = self.second_moment
+        return named | (self.moments.tensors() if self.moments else {})
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """The sha256 of the canonical JSON of ``inputs``."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def save_activations(activations: Activations, path: Path) -> None:
+    """Write all tensors, with their hashes and what they depend on."""
+    tensors = activations.tensors()
+    with replacing(path) as part:
+        digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+        metadata = {"inputs": activations.inputs, "sha256": digests}
+        save_file(tensors, part, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def load_activations(path: Path, request: Request, hidden_size: int) -> Activations:
+    """Read a file of ``save_activations`` and check that it serves ``request``.
+
+    Raises:
+        DataError: it cannot be read, lacks a layer, has other shapes, holds NaN or Inf, or was
+            taken at another site or with another pooling.
+    """
+    what = f"activations {path.name}"
+    inputs = read_inputs(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            sides = ["toxic", "neutral"] + ["causal"] * request.causal
+            sides += ["leading", "worth"] * (request.directions > 0)
+            wanted = [f"{side}.{n}" for side in sides for n in request.layers]
+            wanted += ["second_moment"] * request.second_moment
+            wanted += [f"moments.{name}" for name in MOMENTS if request.directions]
+            if missing := [name for name in wanted if name not in names]:
+                raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
+            tensors = {name: file.get_tensor(name) for name in wanted}
+            digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    only = ("directions", "protect_shared", "per_layer") if request.directions else ()
+    for key in ("site", "pooling", *only):
+        if inputs.get(key, getattr(request, key)) != getattr(request, key):
+            raise DataError(
+                f"{what} were taken with another {key}",
+                expected=str(getattr(request, key)),
+                found=str(inputs[key]),
+                hint=f"give -o {key}={inputs[key]} or other activations",
+            )
+    for name, tensor in tensors.items():
+        if digests and (not isinstance(digests, dict) or digests.get(name) != _digest(tensor)):
+            raise DataError(f"{what}: {name} is damaged", hint="take them again")
+    rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
+    for name, tensor in tensors.items():
+        shape = _shape(name, tensors, rows, hidden_size)
+        if list(tensor.shape) != shape:
+            raise DataError(
+                f"{what}: {name}", expected=f"shape {shape}", found=f"{list(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{what}: {name} holds NaN or Inf", hint="take them again")
+    return Activations(
+        {n: tensors[f"toxic.{n}"].float() for n in request.layers},
+        {n: tensors[f"neutral.{n}"].float() for n in request.layers},
+        tensors.get("second_moment"),
+        inputs,
+        {n: tensors[f"causal.{n}"].float() for n in request.layers if request.causal},
+        {
+            n: (tensors[f"leading.{n}"].float(), tensors[f"worth.{n}"].float())
+            for n in request.layers
+            if request.directions
+        },
+        Moments.of(tensors) if request.directions else None,
+    )
+
+
+def _shape(name: str, tensors: Mapping[str, Tensor], rows: int, hidden_size: int) -> list[int]:
+    """The shape that a tensor must have; the number of words and pieces of text is free."""
+    kind, _, part = name.partition(".")
+    if kind in ("toxic", "neutral"):
+        return [rows, hidden_size]
+    if kind in ("leading", "worth"):
+        count = len(tensors[f"leading.{part}"]) if tensors[f"leading.{part}"].ndim else 0
+        return [count, hidden_size] if kind == "leading" else [count]
+    if kind != "moments":
+        return [hidden_size, hidden_size]
+    K = tensors["moments.directions"].shape[-1]
+    count = tensors[name].shape[0] if tensors[name].ndim else 0
+    if part in ("words", "weights"):
+        count = tensors["moments.words"].shape[0] if tensors["moments.words"].ndim else 0
+    return {"directions": [hidden_size, K], "weights": [count], "tokens": [len(TEXTS)]}.get(
+        part, [count, K, K]
+    )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """What a file of ``save_activations`` says it depends on; empty if it does not say.
+
+    Raises:
+        DataError: it cannot be read, or what it says is not what ``save_activations`` writes.
+    """
+
+    what = f"activations {path.name}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("inputs", "{}")
+        inputs = strict_json.parse(text)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    texts = ("pairs", "prose", "site", "pooling")
+    if (
+        not isinstance(inputs, dict)
+        or not isinstance(inputs.get("files", {}), dict)
+        or not all(isinstance(inputs.get(key, ""), str) for key in texts)
+        or not all(isinstance(digest, str) for digest in inputs.get("files", {}).values())
+    ):
+        raise DataError(f"{what} have metadata that are not those of gloss-convert")
+    return inputs
+
+
+def texts_of_file(path: Path, pairs: Pairs, prose: Prose, report: Report) -> tuple[Pairs, Prose]:
+    """The pairs and the prose that an activations file was made from, for the record.
+
+    Raises:
+        DataError: the file says that they are not those of this run.
+    """
+    inputs = read_inputs(path)
+    for what, found in (("pairs", pairs.sha256), ("prose", prose.sha256)):
+        if inputs.get(what, found) != found:
+            raise DataError(
+                f"activations {path.name} were taken from other {what}",
+                expected=f"those with sha256 {inputs[what][:16]}...",
+                found=f"{found[:16]}...",
+                hint="give the same --pairs, --num-pairs, --seed, --neutral and --word-list",
+            )
+    if "pairs" in inputs and "prose" in inputs:
+        return pairs, prose
+    report.warn(f"{path.name} does not say which pairs and prose it was made from")
+    unknown = {"name": f"unknown, in {path.name}"}
+    digest = sha256_of(path)
+    return Pairs((), unknown, digest), Prose((), unknown, digest)

@@ -1,0 +1,105 @@
+"""The sizes of a model, read from its config by the names that its architecture has for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from converter.errors import CheckpointError
+from converter.runtime.sanitize import brief
+
+_OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+             "first_dense_layers", "sparse_step", "unused_layers"}  # fmt: skip
+"""Sizes that may be 0 or be missing from a config, which is the same."""
+
+
+MAX_SIZE = 1 << 40
+"""No axis of a tensor is longer."""
+
+MAX_LAYERS = 10_000
+"""The deepest models have a few hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dimensions:
+    """Sizes of one model, read from its ``config.json``; 0 for what it does not have.
+
+    Attributes:
+        sparse_layers: those with experts.
+        unused_layers: layers that a checkpoint may have after the last, for speculative decoding;
+            the model does not run through them, and they are left alone.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    embedding_size: int = 0
+    num_experts: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    sparse_layers: tuple[int, ...] = ()
+    unused_layers: int = 0
+
+
+def read_dimensions(
+    keys: Mapping[str, str], config: Mapping[str, Any], *, has_experts: bool
+) -> Dimensions:
+    """Read the sizes from a parsed ``config.json``.
+
+    Args:
+        keys: our name of a size -> where it is in the config; ``[config]`` of a data file.
+        config: of the model.
+        has_experts: their number and size are then needed.
+
+    Raises:
+        CheckpointError: a size is missing or not a positive integer.
+    """
+    inner = config.get(keys["within"], config)
+    if not isinstance(inner, dict):
+        raise CheckpointError(
+            f"config.json: {keys['within']}", expected="an object", found=brief(inner)
+        )
+    needed = {"num_experts", "moe_intermediate_size"} if has_experts else set()
+    optional = _OPTIONAL - needed
+    sizes = {
+        name: _size(inner, keys[name], optional=name in optional)
+        for name in keys.keys() - {"within", "dense_layers"}
+    }
+    first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
+    listed = inner.get(keys["dense_layers"]) or []
+    if not isinstance(listed, list):
+        raise CheckpointError(
+            f"config.json: {keys['dense_layers']}", expected="a list", found=brief(listed)
+        )
+    dense = {layer for layer in listed if type(layer) is int}
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
+        raise CheckpointError(
+            "config.json: the number of layers", expected=f"at most {MAX_LAYERS:,}",
+            found=f"{sizes['num_hidden_layers']:,}",
+        )  # fmt: skip
+    sparse = (
+        layer
+        for layer in range(first, sizes["num_hidden_layers"])
+        if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
+    )
+    return Dimensions(**sizes, sparse_layers=tuple(sparse))
+
+
+def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
+    """A size from a config: ``a | 4 * b`` is the key a, or if it has none 4 times the key b."""
+    parts: list[Any] = []
+    for alternative in source.split("|"):
+        factors = (part.strip() for part in alternative.split("*"))
+        parts = [int(f) if f.isdigit() else config.get(f) for f in factors if f]
+        if parts and None not in parts:
+            break
+    if optional and (not parts or None in parts or 0 in parts):
+        return 0
+    if not parts or not all(type(part) is int and 0 < part < MAX_SIZE for part in parts):
+        key = source.partition("|")[0].strip()
+        raise CheckpointError(
+            f"config.json: {key}",
+            expected="a positive integer",
+            found=brief(config.get(key)),
+        )  # fmt: skip
+    return prod(parts)

@@ -1,0 +1,119 @@
+"""The files of a source's folder, as far as they may be read.
+
+Small files of a source are copied into what is published. So a link among them must not lead out of
+the source: it could name any file of this machine. It may lead to what the Hub's client keeps, as
+folders that it downloaded to once did: files there have digests for names, which nobody can guess.
+Weights may be linked from elsewhere, as people do to save room: of them only tensors go on. What is
+neither file nor folder is refused: to open a named pipe would wait for ever.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from converter.errors import CheckpointError
+from converter.runtime.sanitize import is_one_line
+
+MAX_DEPTH = 32
+"""Folders within one another in a source."""
+
+
+def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> dict[str, int]:
+    """Every file below a folder and its size, in bytes.
+
+    Left out are hidden ones, linked folders, and what file systems have of their own.
+
+    Args:
+        folder: to list.
+        home: the source, which ``folder`` is or is in.
+        is_copied: whether a file, by its name relative to ``folder``, is copied or read as text.
+
+    Raises:
+        CheckpointError: a name is not plain text; something is no file; or a link leads nowhere,
+            or out of the source.
+        OSError: a folder cannot be read.
+    """
+    found = {}
+    inside = folder.resolve(), *_allowed(home.resolve())
+    for entry, name in _entries(folder):
+        if not is_one_line(name):  # a name that is not UTF-8 is not, either
+            raise CheckpointError(f"the file name {name!r} is not plain text")
+        path = Path(entry.path)
+        if path.is_dir():
+            continue  # by a link
+        if entry.is_symlink() and is_copied(name):
+            check_link(path, name, inside)
+        if not path.exists():
+            continue  # a link to nothing, of what is not copied
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(
+                f"{name} is no file", expected="files and folders", found=_kind(status.st_mode),
+                hint="remove it from the source",
+            )  # fmt: skip
+        found[name] = status.st_size
+    return dict(sorted(found.items(), key=lambda item: PurePosixPath(item[0]).parts))
+
+
+def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
+    """What is below a folder and no folder, with names relative to it."""
+    waiting = [("", 0)]
+    while waiting:
+        inside, depth = waiting.pop()
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "lost+found":
+                    continue
+                name = f"{inside}{entry.name}"
+                if not entry.is_dir(follow_symlinks=False):
+                    yield entry, name
+                elif depth < MAX_DEPTH:
+                    waiting.append((f"{name}/", depth + 1))
+                else:
+                    what = f"the source has more than {MAX_DEPTH} folders within one another"
+                    raise CheckpointError(what, found=name, hint="give the folder of the model")
+
+
+def _allowed(home: Path) -> Iterator[Path]:
+    """Where links of a source may lead: into it, and where the Hub's client keeps content, which
+    ``snapshots/COMMIT/FILE`` links to in ``blobs``."""
+    yield home
+    for parent in (home, *home.parents):
+        if parent.name == "snapshots":
+            yield parent.with_name("blobs")
+
+
+def check_links(home: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError if one of these files of a folder is a link that leads out of it."""
+    inside = tuple(_allowed(home.resolve()))
+    for name in names:
+        if (home / name).is_symlink():
+            check_link(home / name, name, inside)
+
+
+def check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
+    """Raise CheckpointError if a link leads nowhere, or to none of some folders."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: in a circle
+        what = f"{name} is a link that leads nowhere"
+        raise CheckpointError(what, hint="remove it, or put the file in its place") from error
+    if not any(target.is_relative_to(folder) for folder in inside) and not _is_downloaded(target):
+        raise CheckpointError(
+            f"{name} is a link that leads out of the source",
+            expected="a file, or a link within the source",
+            hint="it would be published as a file of the model; if it is one, put a copy in its "
+            "place",
+        )
+
+
+def _is_downloaded(target: Path) -> bool:
+    """Whether a file, all links followed, is one of a model in the cache of the Hub's client."""
+    blobs = target.parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -1,0 +1,248 @@
+"""Meta's own layout of a Llama checkpoint, read as the Hugging Face checkpoint that it would be.
+
+A folder holds ``params.json``, ``tokenizer.model`` and the weights in ``consolidated.00.pth``,
+``consolidated.01.pth``, ..., one for each GPU of Meta's tensor parallelism, often with md5 sums.
+Names are translated, parts joined, and the rows of q and k reordered: Meta rotates neighbouring
+dimensions of a head together, transformers one of the first half with one of the second.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.formats.meta_params import Params, config_of, read_params
+from converter.checkpoints.formats.meta_tokenizer import AGAIN, keep, small_files
+from converter.checkpoints.formats.pickle_files import load_tensors
+from converter.checkpoints.formats.virtual import Recipe, Translated, index_text, split_shards
+from converter.errors import CheckpointError, SourceError
+
+VERSION = 1
+"""Of the small files that a translation writes; to be raised when they change."""
+
+PART = re.compile(r"consolidated\.\d\d\.pth")
+CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
+INDEX = "model.safetensors.index.json"
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""File name -> Meta's tensor name -> tensor, mapped from the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a tensor becomes; ``heads`` is how many the rows of q and k belong to, else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int = 0
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether file names are those of Meta's layout: params.json and consolidated.*.pth, no
+    config.json."""
+    known = set(names)
+    weights = any(PART.fullmatch(name) for name in known)
+    return weights and "params.json" in known and "config.json" not in known
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The parts of the weights among some file names, in order."""
+    return sorted(name for name in names if PART.fullmatch(name))
+
+
+def read_native(folder: Path, cache: Path) -> Translated:
+    """Translate a folder in Meta's layout; of the weights, only names and shapes are read.
+
+    Args:
+        folder: the source.
+        cache: the user's cache folder, which keeps the small files of the translation.
+
+    Raises:
+        CheckpointError: the source is damaged, incomplete, or contradicts itself.
+        SourceError: it cannot be read, or a package is missing that reads the tokenizer.
+        DestinationError: the cache cannot be written.
+    """
+    try:
+        return _translate(folder, cache)
+    except OSError as error:
+        raise SourceError(f"{folder.name} cannot be read", found=error.strerror) from error
+
+
+def _translate(folder: Path, cache: Path) -> Translated:
+    paths, small = _part_paths(folder), small_files(folder)
+    params = read_params(folder / "params.json")
+    parts = {path.name: _open(path) for path in paths}
+    tied = all(_is_tied(part) for part in parts.values())
+    rows = sum(part[EMBEDDING].numel() for part in parts.values() if EMBEDDING in part)
+    vocab = params.vocab or rows // params.dim
+    recipes = _recipes(parts, _places(params, vocab, tied), tied)
+    shards = split_shards(recipes)
+    config = config_of(params, vocab, recipes[0].dtype, tied)
+    index = index_text(shards) if len(shards) > 1 else ""
+
+    sizes = [(path.name, path.stat().st_size) for path in paths]
+    key = hashlib.sha256(json.dumps([VERSION, config, index, sizes, list(small)]).encode())
+    for data in ((folder / "params.json").read_bytes(), *small.values()):
+        key.update(hashlib.sha256(data).digest())
+    kept = cache / "native" / key.hexdigest()
+    if not kept.is_dir():
+        keep(kept, small | ({INDEX: index.encode()} if index else {}), config, params.scaled)
+    return Translated(kept, shards, (*paths, folder / "params.json"))
+
+
+def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str]) -> None:
+    """Compare files with the md5 sums that Meta gave along, as far as there are any.
+
+    Args:
+        folder: in Meta's layout.
+        names: of the files to check; one that no checklist lists, or that is not there, passes.
+        digest: gives the md5 of a file as hex digits.
+
+    Raises:
+        CheckpointError: naming a file that differs, or a part that is listed and missing.
+    """
+    _part_paths(folder)
+    listed = _checklist(folder)
+    for name in names:
+        if name not in listed or not (folder / name).is_file():
+            continue
+        if (found := digest(folder / name).lower()) != listed[name]:
+            what = f"{name} is damaged: its md5 is not that of the checklist"
+            raise CheckpointError(what, expected=listed[name], found=found, hint=AGAIN)
+
+
+def _checklist(folder: Path) -> dict[str, str]:
+    """File name -> md5, from all checklists of a folder."""
+    listed = {}
+    for path in (folder / name for name in CHECKLISTS if (folder / name).is_file()):
+        for line in path.read_text("utf-8", "replace").splitlines():
+            if match := re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+?)\s*", line):
+                listed[match[2]] = match[1].lower()
+            elif line.strip():
+                what = f"{path.name} is not a list of md5 sums"
+                raise CheckpointError(what, found=repr(line[:60]), hint=AGAIN + ", or remove it")
+    return listed
+
+
+def _part_paths(folder: Path) -> list[Path]:
+    """The parts of the weights, in order; all up to the last one that exists or is listed."""
+    found = {path.name for path in folder.iterdir() if PART.fullmatch(path.name)}
+    known = found | {name for name in _checklist(folder) if PART.fullmatch(name)}
+    last = max((int(name[-6:-4]) for name in known), default=0)
+    wanted = [f"consolidated.{number:02d}.pth" for number in range(last + 1)]
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(
+            f"{missing[0]} is missing", expected=f"{len(wanted)} parts of the weights",
+            found=str(len(found)), hint="fetch the whole folder",
+        )  # fmt: skip
+    return [folder / name for name in wanted]
+
+
+def _open(path: Path) -> dict[str, Tensor]:
+    """The tensors of a part, mapped from the file: they take no memory until they are read."""
+    tensors, _ = load_tensors(path)
+    return {name: t for name, t in tensors.items() if not name.endswith("rope.freqs")}
+
+
+def _is_tied(part: Mapping[str, Tensor]) -> bool:
+    """Whether the output is the embedding: there is none, or it is the same bytes of the file under
+    another name."""
+    output, embedding = part.get(OUTPUT), part.get(EMBEDDING)
+    if output is None or embedding is None:
+        return output is None
+    return output.data_ptr() == embedding.data_ptr() and output.shape == embedding.shape
+
+
+def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, Place]]:
+    """Meta's name of every tensor and its place, in the order in which they are written."""
+    dim, ffn = params.dim, params.ffn
+    keys = dim // params.heads * params.kv_heads
+    inner = {
+        "attention.wq": Place("self_attn.q_proj", (dim, dim), params.heads),
+        "attention.wk": Place("self_attn.k_proj", (keys, dim), params.kv_heads),
+        "attention.wv": Place("self_attn.v_proj", (keys, dim)),
+        "attention.wo": Place("self_attn.o_proj", (dim, dim)),
+        "feed_forward.w1": Place("mlp.gate_proj", (ffn, dim)),
+        "feed_forward.w3": Place("mlp.up_proj", (ffn, dim)),
+        "feed_forward.w2": Place("mlp.down_proj", (dim, ffn)),
+        "attention_norm": Place("input_layernorm", (dim,)),
+        "ffn_norm": Place("post_attention_layernorm", (dim,)),
+    }
+    yield EMBEDDING, Place("model.embed_tokens.weight", (vocab, dim))
+    for layer in range(params.layers):
+        for name, place in inner.items():
+            there = f"model.layers.{layer}.{place.name}.weight"
+            yield f"layers.{layer}.{name}.weight", replace(place, name=there)
+    yield "norm.weight", Place("model.norm.weight", (dim,))
+    if not tied:
+        yield OUTPUT, Place("lm_head.weight", (vocab, dim))
+
+
+def _recipes(parts: Parts, places: Iterable[tuple[str, Place]], tied: bool) -> list[Recipe]:
+    """A recipe for every place; each part must have a share of each, and nothing else."""
+    recipes, known = [], {OUTPUT} if tied else set()
+    for name, place in places:
+        for part, tensors in parts.items():
+            if name not in tensors:
+                raise CheckpointError(f"{part} has no tensor {name}", hint=AGAIN)
+        known.add(name)
+        recipes.append(_recipe(name, place, parts))
+    for part, tensors in parts.items():
+        for name in tensors:
+            if name not in known:
+                raise CheckpointError(
+                    f"{part} has a tensor {name}, which params.json does not account for",
+                    hint="only text models of Llama are supported, and no quantized ones",
+                )
+    return recipes
+
+
+def _recipe(name: str, place: Place, parts: Parts) -> Recipe:
+    first, *others = tensors = [part[name] for part in parts.values()]
+    for part, tensor in zip(parts, tensors, strict=True):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise CheckpointError(
+                f"{part}: tensor {name} cannot be translated",
+                expected="16- or 32-bit floats", found=str(tensor.dtype),
+            )  # fmt: skip
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            raise CheckpointError(
+                f"{part}: tensor {name} is not like that of the other parts",
+                expected=f"{first.dtype} {list(first.shape)}",
+                found=f"{tensor.dtype} {list(tensor.shape)}",
+            )
+    axis = _axis(tuple(first.shape), place.shape, len(tensors))
+    if axis is None:
+        raise CheckpointError(
+            f"tensor {name} contradicts params.json",
+            expected=f"{list(place.shape)} from {len(tensors)} part{'s' * bool(others)}",
+            found=f"{list(first.shape)} in each",
+            hint="one of them is of another model, or a part is missing",
+        )
+
+    def make() -> Tensor:
+        whole = torch.cat(tensors, axis) if others and axis >= 0 else first
+        return half_split(whole, place.heads) if place.heads else whole
+
+    return Recipe(place.name, first.dtype, place.shape, make)
+
+
+def _axis(share: tuple[int, ...], whole: tuple[int, ...], parts: int) -> int | None:
+    """The axis along which shares make the whole; -1 if each is the whole, None if nothing fits."""
+    if share == whole and (parts == 1 or len(whole) == 1):
+        return -1
+    for axis, size in enumerate(share):
+        if (*share[:axis], size * parts, *share[axis + 1 :]) == whole:
+            return axis
+    return None
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """The rows of q or k, in each head first those at even places, then those at odd ones."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,175 @@
+"""PyTorch's own files, ``pytorch_model.bin`` or its shards, read as safetensors.
+
+They are pickles, so they are read with ``weights_only``: nothing in them is executed. Each stays a
+shard of its own, mapped rather than read, so that memory is a tensor at a time.
+"""
+
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.formats.virtual import Recipe, Translated, refuse_pointer
+from converter.errors import CheckpointError
+
+SINGLE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+Tied = Callable[[], bool]
+
+
+def read_pickled(
+    folder: Path, files: Iterable[str], weight_map: Mapping[str, str], unembedding: str, tied: Tied
+) -> Translated:
+    """The tensors of some files, each file a shard named like safetensors.
+
+    Args:
+        folder: that the files are in.
+        files: their names.
+        weight_map: tensor name -> file name of the index; empty if there is none.
+        unembedding: the name that is left out of two for the same numbers, if the model ties them.
+        tied: whether it does; asked only if a file has two names for the same numbers.
+
+    Raises:
+        CheckpointError: a file cannot be read without executing what it holds, is truncated, holds
+            something else than tensors, or lacks one that the index places in it.
+    """
+    paths = tuple(folder / name for name in files)
+    placed: dict[str, list[str]] = {}
+    for name, place in weight_map.items():
+        placed.setdefault(place, []).append(name)
+    read_again = lru_cache(maxsize=1)(lambda path: load_tensors(path)[0])  # one file in memory
+    shards, serial = {}, False
+    for path in paths:
+        tensors, mapped = load_tensors(path)
+        for name in placed.get(path.name, ()):
+            if name not in tensors:
+                raise CheckpointError(
+                    f"the index places tensor {name} in {path.name}", found="no such tensor in it",
+                    hint="fetch the file and the index again",
+                )  # fmt: skip
+        kept = list(tensors)
+        groups = _same_numbers(tensors)
+        if any(len(group) > 1 for group in groups) and tied():
+            kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
+        # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
+        again = partial(_same, tensors) if mapped else partial(read_again, path)
+        serial |= not mapped
+        stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
+        shards[f"{stem}.safetensors"] = [_recipe(name, tensors[name], again) for name in kept]
+        del tensors
+    return Translated(folder, shards, paths, serial)
+
+
+def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+def _recipe(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) -> Recipe:
+    return Recipe(name, tensor.dtype, tuple(tensor.shape), lambda: again()[name])
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """All tensors of a file by name, and whether their numbers stay in the file until read.
+
+    Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole.
+
+    Raises:
+        CheckpointError: as ``read_pickled``.
+    """
+    try:
+        refuse_pointer(path)
+        with path.open("rb") as file:
+            mapped = file.read(2) == b"PK"
+        if mapped:
+            check_archive(path)
+        loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path.name} holds more than tensors, and reading it would execute code",
+            found=" ".join(re.findall(r"GLOBAL (\S+)", str(error))[:1]) or _said(error),
+            hint="get the model as safetensors, or save its state_dict alone",
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(
+            f"{path.name} cannot be read as a PyTorch file", found=_said(error),
+            hint="fetch the file again",
+        ) from error  # fmt: skip
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path.name} is not a state_dict", expected="names and tensors",
+            found=type(loaded).__name__,
+        )  # fmt: skip
+    for key, value in loaded.items():
+        if not (isinstance(key, str) and key.isprintable() and is_plain(value)):
+            raise CheckpointError(
+                f"{path.name} is not a state_dict", expected="names and dense tensors",
+                found=f"{key!r:.80}: {type(value).__name__}" if isinstance(key, str)
+                else f"a name that is a {type(key).__name__}",
+                hint="save the model's state_dict alone",
+            )  # fmt: skip
+        if (size := value.numel() * value.itemsize) > (held := value.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"{path.name} does not hold tensor {key}, only what it repeats",
+                expected=f"{size:,} bytes", found=f"{held:,}",
+                hint="save contiguous tensors",
+            )  # fmt: skip
+    return loaded, mapped
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
+
+    What is compressed could be a thousand times as large in memory, and its numbers could not be
+    mapped: other bytes would be taken for them.
+
+    Raises:
+        CheckpointError: as said.
+        BadZipFile: it is damaged.
+    """
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+    names = {entry.filename for entry in entries}
+    plain = all(
+        entry.compress_type == ZIP_STORED and ".." not in PurePosixPath(entry.filename).parts
+        for entry in entries
+    )
+    held = sum(entry.file_size for entry in entries)
+    if not plain or len(names) < len(entries) or held > path.stat().st_size:
+        raise CheckpointError(
+            f"{path.name} is an archive that PyTorch has not written",
+            expected="parts that are stored as they are, each once",
+            hint="get the model as safetensors, or save its state_dict with torch.save",
+        )
+
+
+def is_plain(value: object) -> bool:
+    """Whether something is a tensor whose numbers are simply there."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_quantized or value.is_meta or value.is_conj() or value.is_neg())
+
+
+def _said(error: Exception) -> str:
+    """The first sentence of what PyTorch says, which can be a page."""
+    return " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
+
+
+def _same_numbers(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names, those that stand for the same bytes of the file together."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        place: tuple[object, ...] = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if not tensor.numel():
+            place = (name,)
+        key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
+        found.setdefault(key, []).append(name)
+    return list(found.values())

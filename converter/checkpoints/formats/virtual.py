@@ -1,0 +1,198 @@
+"""Checkpoints that are not safetensors, read as if they were.
+
+A format says how each tensor is made from what is on disk (a ``Recipe``); a ``VirtualShard`` is the
+safetensors file that such tensors would make, and reads like one. It is never written: whoever
+reads it holds one tensor at a time. Everything behind the source sees safetensors only.
+"""
+
+import io
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.safetensors.header import DTYPES, to_bytes
+from converter.errors import CheckpointError
+
+MAX_SHARD = 5_000_000_000
+"""Bytes of an output shard, where the source has none to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One tensor that can be made.
+
+    Attributes:
+        name: in the Hugging Face checkpoint.
+        dtype, shape: of what ``make`` returns; known without making it.
+        make: makes it, on the CPU; called each time the tensor is read.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+Shards = Mapping[str, Sequence[Recipe]]
+"""Shard file name -> its tensors, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A checkpoint of another format.
+
+    Attributes:
+        folder: holds the small files of a Hugging Face checkpoint (config, tokenizer).
+        shards: what its weights would be.
+        originals: the files that the tensors are made from.
+        serial: whether a file must be held to read a tensor of it, so that it is better to be done
+            with one before the next.
+    """
+
+    folder: Path
+    shards: Shards
+    originals: tuple[Path, ...]
+    serial: bool = False
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name -> shard file name."""
+        return {recipe.name: shard for shard, made in self.shards.items() for recipe in made}
+
+
+def split_shards(recipes: Sequence[Recipe], limit: int = MAX_SHARD) -> Shards:
+    """Distribute tensors over shards of at most ``limit`` bytes, in their order.
+
+    A tensor larger than that is a shard by itself. The names are those of Hugging Face.
+    """
+    parts: list[list[Recipe]] = [[]]
+    size = 0
+    for recipe in recipes:
+        if parts[-1] and size + recipe.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(recipe)
+        size += recipe.nbytes
+    count = len(parts)
+    if count == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{n:05d}-of-{count:05d}.safetensors": p for n, p in enumerate(parts, 1)}
+
+
+def index_text(shards: Shards) -> str:
+    """The text of ``model.safetensors.index.json``."""
+    total = sum(recipe.nbytes for made in shards.values() for recipe in made)
+    weight_map = {recipe.name: shard for shard, made in shards.items() for recipe in made}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if git-lfs has left a pointer in the place of a file."""
+    with path.open("rb") as file:
+        if file.read(19) == b"version https://git":
+            what = f"{path.name} is a pointer of git-lfs, not the file itself"
+            raise CheckpointError(what, hint="run 'git lfs pull' in the source")
+
+
+class VirtualFile:
+    """A safetensors file that is never written: its header, and where its tensors would be.
+
+    Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self.recipes = sorted(recipes, key=lambda recipe: -recipe.dtype.itemsize)
+        self.header = _header(self.recipes)
+        sizes = (recipe.nbytes for recipe in self.recipes)
+        self.starts = list(accumulate(sizes, initial=len(self.header)))
+
+
+class VirtualShard(io.RawIOBase):
+    """A ``VirtualFile``, open for reading; it holds one tensor at a time."""
+
+    def __init__(self, file: VirtualFile) -> None:
+        super().__init__()
+        self._recipes, self._header, self._starts = file.recipes, file.header, file.starts
+        self._held: tuple[int, memoryview] = (-1, memoryview(b""))
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._starts[-1]}
+        self._position = max(start[whence] + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view):
+            part = self._at(self._position)[: len(view) - done]
+            if not part:
+                break
+            view[done : done + len(part)] = part
+            done += len(part)
+            self._position += len(part)
+            del part  # it would keep the tensor while the next one is made
+        return done
+
+    def _at(self, position: int) -> memoryview:
+        """The bytes from ``position`` to the end of the tensor that it is in."""
+        if position < len(self._header):
+            return memoryview(self._header)[position:]
+        if position >= self._starts[-1]:
+            return memoryview(b"")
+        place = bisect_right(self._starts, position) - 1
+        if self._held[0] != place:
+            self._held = (-1, memoryview(b""))  # let go of the old one before the new one is made
+            self._held = (place, self._made(self._recipes[place]))
+        return self._held[1][position - self._starts[place] :]
+
+    def _made(self, recipe: Recipe) -> memoryview:
+        tensor = recipe.make()
+        if tensor.dtype != recipe.dtype or tuple(tensor.shape) != recipe.shape:
+            raise CheckpointError(
+                f"tensor {recipe.name} is not what its file said",
+                expected=f"{recipe.dtype} {list(recipe.shape)}",
+                found=f"{tensor.dtype} {list(tensor.shape)}",
+            )
+        return to_bytes(tensor)
+
+
+def _header(recipes: Sequence[Recipe]) -> bytes:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for recipe in recipes:
+        if recipe.dtype not in names:
+            raise CheckpointError(
+                f"tensor {recipe.name} cannot be stored", expected="a dtype of safetensors",
+                found=str(recipe.dtype),
+            )  # fmt: skip
+        entries[recipe.name] = {
+            "dtype": names[recipe.dtype],
+            "shape": list(recipe.shape),
+            "data_offsets": [start, start + recipe.nbytes],
+        }
+        start += recipe.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,270 @@
+"""Which files make a checkpoint, and which format its weights have."""
+
+import json
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from converter.checkpoints.formats import meta as native
+from converter.checkpoints.formats import pickle_files as pickled
+from converter.errors import CheckpointError
+from converter.runtime import strict_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+MANIFEST = "gloss_manifest.json"
+SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+
+OTHER_WEIGHTS = (
+    ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
+    ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
+    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
+)  # fmt: skip
+"""Endings of files that hold weights or data, in this format or another."""
+
+OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
+                 "wandb")  # fmt: skip
+"""Beginnings of folders with the model for other programs, or with the traces of a training."""
+
+MAX_COMPANION = 64_000_000
+"""Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
+half of it."""
+
+MAX_CONFIG = 16_000_000
+"""Bytes of a config or a card: the lists of labels and layers in some have one or two million."""
+
+MAX_NESTING, MAX_VALUES = 32, 100_000
+"""Levels of the front matter of a card, and values on one of them."""
+
+MAX_PARTS = 1_000_000
+"""Lists and objects in a file of JSON; an index has three."""
+
+MAX_INDEX = 100_000_000
+"""Bytes of an index: a million names fit. As for the header of a shard."""
+
+UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
+"""Files that a conversion writes last: the manifest, and what holds its sha256."""
+
+OURS = {INDEX, *UNLISTED}
+"""Files that a conversion writes itself; the source's own are not copied. A signature would be
+one of other bytes."""
+
+ELSEWHERE = "adapter_config.json"
+"""A file that makes transformers load the model that it names, with an adapter, in place of the
+weights beside it: a source that has one is refused, and one in a folder of it is not copied."""
+
+PICTURE = ".png"
+"""Ending of the pictures that ``evaluate.plots`` draws."""
+
+TOKENIZER = {
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+
+
+LOADED = TOKENIZER | {
+    CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
+    "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
+"""Files beside the weights that we or transformers read whole, whatever their size."""
+
+Format = Literal["safetensors", "pickled", "native"]
+
+WEIGHTS = {
+    "safetensors": (SINGLE, INDEX),
+    "pickled": (pickled.SINGLE, pickled.INDEX),
+}
+"""Format -> the file that holds the weights, and the index where there are several."""
+
+
+def choose_format(name: str, names: Iterable[str]) -> Format:
+    """The format that the weights of a folder or repo are read in.
+
+    Meta's layout where it is all there is, since it comes without config.json; else safetensors if
+    there are any.
+
+    Args:
+        name: of the source, for messages.
+        names: of its files.
+
+    Raises:
+        CheckpointError: two sets of weights in one format, an index without its files, or nothing
+            that can be read.
+    """
+    known = set(names)
+    if ELSEWHERE in known:
+        if "config.json" not in known:
+            raise CheckpointError(
+                f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+            )
+        raise CheckpointError(
+            f"{name} is a model with an adapter beside it, which transformers would apply",
+            hint=f"remove {ELSEWHERE}, or merge the adapter",
+        )
+    if native.is_native(known):
+        return "native"
+    for kind, (single, index) in WEIGHTS.items():
+        if index in known and single in known:
+            raise CheckpointError(
+                f"{name} has two sets of weights: {single} and {index}",
+                hint="loaders differ in which they take; remove one",
+            )
+        if index in known or single in known:
+            return cast(Format, kind)
+    others = sorted(n for n in known if n.endswith(OTHER_WEIGHTS))
+    stray = bool(others) and all(n.endswith(".safetensors") for n in others)
+    gguf = [n for n in others if n.endswith(".gguf")]
+    raise CheckpointError(
+        f"{name} has no {INDEX}" if stray else f"{name} has no weights that can be read",
+        expected=f"{SINGLE}, {INDEX}, {pickled.SINGLE}, {pickled.INDEX}, or consolidated.*.pth "
+        "with params.json",
+        found=", ".join(others[:5]) or "no weights at all",
+        hint="get the index file, too"
+        if stray
+        else f"give the file {gguf[0]} itself as SOURCE"
+        if gguf
+        else "use a checkpoint in one of these formats",
+    )
+
+
+def is_companion(name: str, size: int = 0) -> bool:
+    """Whether a file of a repo belongs to the model and is not its weights, card or history."""
+    path = PurePosixPath(name)
+    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
+        return False
+    if name in OURS or path.name == ELSEWHERE:
+        return False
+    if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
+        return False
+    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+
+
+def drawn_before(folder: Path) -> set[str]:
+    """The pictures that an earlier conversion drew into a folder, as its own manifest says.
+
+    They show that edit. None if there is no manifest, or one that cannot be made out.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        made = manifest["files"].keys() - manifest["source"]["files"].keys()
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in made if name.endswith(PICTURE)}
+
+
+def is_read(name: str) -> bool:
+    """Whether a file of a folder is copied, or read for what it says, rather than for tensors."""
+    return is_companion(name) or name in (INDEX, pickled.INDEX, CARD, MANIFEST)
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """The files that transformers reads whole must be small. Raises CheckpointError."""
+    for name in sorted(LOADED & sizes.keys()):
+        most = MAX_CONFIG if name in (CARD, "config.json") else MAX_COMPANION
+        if sizes[name] > most:
+            raise _too_large(name, sizes[name], most)
+
+
+def _too_large(name: str, size: int, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is too large", expected=f"at most {most:,} bytes", found=f"{size:,}"
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, as an index says.
+
+    Raises:
+        CheckpointError: there is none, a tensor is there twice, or a shard is not a plain file name
+            of its format, is like another but for case, or is one of ours.
+    """
+    weight_map = read_json(path, MAX_INDEX, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path.name} has no weight_map", hint="fetch the file again")
+    ending = f".{path.name.removesuffix('.index.json').rpartition('.')[2]}"
+    known: set[str] = set()
+    folded: dict[str, str] = {}
+    for tensor, shard in weight_map.items():
+        if isinstance(shard, str) and shard in known:
+            continue
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path.name} places tensor {tensor} outside the folder",
+                expected="a plain file name",
+                found=repr(shard)[:200],
+            )
+        if not _is_shard(shard, ending):
+            raise CheckpointError(
+                f"{path.name} places tensor {tensor} in a file that cannot be a shard",
+                expected=f"the name of a {ending} file", found=repr(shard)[:200],
+            )  # fmt: skip
+        if (other := folded.setdefault(shard.casefold(), shard)) != shard:
+            raise CheckpointError(f"{path.name} has shards that differ by case: {other}, {shard}")
+        known.add(shard)
+    return weight_map
+
+
+def _is_shard(name: str, ending: str) -> bool:
+    """Whether a plain file name can be that of a shard, in a source and in what is written."""
+    plain = name.isprintable() and "\\" not in name and len(name.encode()) <= 255
+    return plain and name.endswith(ending) and not name.startswith((".", "gloss_"))
+
+
+def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
+    """Parse a JSON object from a file.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+        unique: whether to refuse keys that are there twice.
+
+    Raises:
+        CheckpointError: it is missing, unreadable, too large, or not a JSON object.
+    """
+
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path.name} is no file")
+        if status.st_size > most:
+            raise _too_large(path.name, status.st_size, most)
+        text = path.read_text("utf-8")
+        if text.count("[") + text.count("{") > MAX_PARTS:  # each takes twenty times its two bytes
+            raise CheckpointError(f"{path.name} has more than {MAX_PARTS:,} lists and objects")
+        data = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
+    return data
+
+
+def read_card(path: Path) -> ModelCardData:
+    """The front matter of a model card; empty when there is none or it is malformed."""
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+        return ModelCardData()
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception:  # a third party's loader: of many kinds, for a text of a stranger
+        return ModelCardData()
+    return data if isinstance(data, ModelCardData) and not _is_bomb(data) else ModelCardData()
+
+
+def _is_bomb(data: ModelCardData) -> bool:
+    """Whether front matter says the same thing over and over by reference, as no card does."""
+    level: list[Any] = list(vars(data).values())
+    for _ in range(MAX_NESTING):
+        if len(level) > MAX_VALUES:
+            return True
+        level = [
+            value
+            for part in level
+            if isinstance(part, (dict, list))
+            for value in (part.values() if isinstance(part, dict) else part)
+        ]
+    return bool(level)

@@ -1,0 +1,225 @@
+"""Where a checkpoint comes from: a folder, a file, or a Hub repo at a commit."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from converter.checkpoints.architectures.architecture import find_architecture
+from converter.checkpoints.config_limits import check_config
+from converter.checkpoints.demo import REPO_ID as DEMO
+from converter.checkpoints.demo import demo_folder
+from converter.checkpoints.folder import check_links, list_files
+from converter.checkpoints.formats import gguf
+from converter.checkpoints.formats import meta as native
+from converter.checkpoints.formats import pickle_files as pickled
+from converter.checkpoints.layout import (
+    CARD,
+    INDEX,
+    MANIFEST,
+    MAX_CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    Format,
+    check_sizes,
+    choose_format,
+    drawn_before,
+    is_companion,
+    is_read,
+    read_card,
+    read_index,
+    read_json,
+)
+from converter.checkpoints.source import Source, check_space
+from converter.errors import CheckpointError, SourceError
+from converter.hub import repos as hub
+from converter.release.licences import papers
+from converter.runtime.cache import remembered_digest, state_of
+
+
+def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
+    """Find SOURCE and read its small files.
+
+    Args:
+        source: a folder, a GGUF file, a Hub repo id with an optional ``@revision``, or ``demo``.
+        cache: the user's cache folder.
+        subfolder: of the folder or repo, that the checkpoint is in.
+
+    Raises:
+        SourceError: it cannot be reached.
+        CheckpointError: it is not a checkpoint with a config and a tokenizer.
+    """
+    if not source.strip():
+        raise SourceError("SOURCE is empty", expected="a folder, a file, a repo id, or demo")
+    folder = demo_folder(cache) if source == "demo" else Path(source)
+    try:
+        if folder.is_dir():
+            place = folder / subfolder
+            if not place.is_dir():
+                raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+            base = DEMO if source == "demo" else None
+            name = folder.resolve().name
+            top = folder if subfolder else None
+            files = list_files(place, top or place, is_read)
+            return _read(name, place, files, cache, top, base=base)
+        is_file = folder.exists()
+    except OSError as error:
+        raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
+    if is_file and source.lower().endswith(".gguf"):
+        if subfolder:
+            raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
+        try:
+            states = {folder.name: state_of(folder)}
+            made = gguf.unpacked(folder, cache)
+        except OSError as error:
+            raise SourceError(f"{source} cannot be read", found=error.strerror) from error
+        return _read(folder.stem, made, _own_files(made), cache, originals=(folder,), states=states)
+    if is_file:
+        raise SourceError(
+            f"{source} is a file",
+            expected="a folder with a checkpoint, a .gguf file or a repo id",
+            hint="give the folder that it is in",
+        )
+    if not hub.looks_like_repo(source):
+        repo_id = source.partition("huggingface.co/")[2].strip("/")
+        hint = f"give the repo id {repo_id}" if repo_id else "check the path"
+        raise SourceError(f"{source} does not exist", hint=hint)
+    return _resolve_repo(source, cache, subfolder)
+
+
+def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
+    """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
+    repo = hub.resolve("model", source)
+    inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
+    if repo.sizes:
+        sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
+        if not sizes:
+            raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+        kind = choose_format(repo.repo_id, sizes)
+        wanted = [n for n, size in sizes.items() if is_companion(n, size) or n in (CARD, MANIFEST)]
+        wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
+        fetched = [inside + name for name in wanted]
+        if inside:  # the licence of a subfolder is at the top
+            fetched += [CARD, *chain(*papers(repo.sizes).values())]
+        top = hub.download(repo, fetched, first=True)
+        folder = top / inside
+        if kind != "safetensors":
+            if kind == "pickled":
+                find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
+            weights = [inside + n for n in _weight_files(kind, folder, list(sizes))]
+            check_space(repo, weights, folder, repo.repo_id)
+            hub.download(repo, weights)
+    else:
+        top = hub.download(repo, [])
+        folder = top / inside
+        sizes = list_files(folder, top, is_read)
+    known = {"repo": repo, "inside": inside, "base": repo.repo_id, "base_commit": repo.commit}
+    return _read(repo.repo_id, folder, sizes, cache, top if inside else None, **known)
+
+
+def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a model ties its embeddings; where its config does not say, its class does."""
+    said = config.get("tie_word_embeddings")
+    if said is None:
+        from transformers import AutoConfig
+
+        with suppress(Exception):  # a third party's loader, for a default
+            said = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
+    return said is not False
+
+
+def _own_files(folder: Path) -> dict[str, int]:
+    """Those of a folder that we have made ourselves, from a source in another format."""
+    return list_files(folder, folder, is_read)
+
+
+def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]:
+    """The files that hold the weights; an index is read for them."""
+    if kind == "native":
+        return native.weight_files(names)
+    single, index = WEIGHTS[kind]
+    if index not in names:
+        return [single]
+    listed, there = sorted(set(read_index(folder / index).values())), set(names)
+    for name in listed:
+        if name not in there:
+            raise CheckpointError(f"the index names {name}", found="no such file")
+    return listed
+
+
+def _read(
+    name: str,
+    folder: Path,
+    sizes: dict[str, int],
+    cache: Path,
+    top: Path | None = None,
+    **known: Any,
+) -> Source:
+    """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
+    kind = choose_format(name, sizes)
+    check_sizes(sizes)
+    weights = _weight_files(kind, folder, list(sizes))
+    translated, states = None, {}
+    if kind in ("native", "pickled"):
+        states = {p.name: state_of(p) for p in map(folder.joinpath, sizes) if p.is_file()}
+    if kind == "native":
+        listed = [*weights, "params.json", "tokenizer.model"]
+        native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
+        translated = native.read_native(folder, cache)
+        folder, sizes = translated.folder, _own_files(translated.folder)
+    if "config.json" not in sizes:
+        raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
+    if not TOKENIZER.intersection(sizes):
+        raise CheckpointError(
+            f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
+        )
+    config = read_json(folder / "config.json", MAX_CONFIG)
+    check_config(config)
+    if kind == "pickled":
+        index = folder / pickled.INDEX
+        translated = pickled.read_pickled(
+            folder,
+            weights,
+            read_index(index) if index.name in sizes else {},
+            find_architecture(config).unembedding,
+            lambda: _is_tied(folder, config),
+        )
+    if translated:
+        shards = tuple(sorted(translated.shards))
+        weight_map = translated.weight_map if len(shards) > 1 else None
+        known |= {
+            "recipes": translated.shards,
+            "originals": translated.originals,
+            "states": states,
+            "serial": translated.serial,
+        }
+    else:
+        shards = tuple(weights)
+        weight_map = read_index(folder / INDEX) if INDEX in sizes else None
+    drawn = drawn_before(folder).intersection(sizes)
+    companions = tuple(n for n in sizes if is_companion(n, sizes[n]) and n not in drawn)
+    above, card = _papers_above(top, companions), folder / CARD
+    return Source(
+        name=name,
+        folder=folder,
+        config=config,
+        shards=shards,
+        weight_map=weight_map,
+        companions=companions,
+        drawn=tuple(sorted(drawn)),
+        above=above,
+        card=read_card(card if card.is_file() or top is None else top / CARD),
+        **known,
+    )
+
+
+def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ...]:
+    """Licence files of ``top`` of the kinds that the companions have none of."""
+    if top is None:
+        return ()
+    own = papers(companions)
+    found = papers(path.name for path in top.iterdir() if path.is_file())
+    wanted = [name for kind, names in found.items() if not own[kind] for name in names]
+    check_links(top, wanted)
+    return tuple(top / name for name in wanted)

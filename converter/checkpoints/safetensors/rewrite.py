@@ -1,0 +1,285 @@
+"""safetensors files as streams: a header, then byte ranges.
+
+A shard is rewritten in one pass. The header and every untouched tensor are copied byte for byte,
+an edited tensor replaces a range of the same length, so names, order, shapes, dtypes, padding and
+metadata of the source survive without being understood. Memory is a few buffers and what a change
+holds, whatever the size of the shard.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+
+import torch
+
+from converter.checkpoints.safetensors.direct_writer import BUFFER, PREFIX_DIGITS, Writer
+from converter.checkpoints.safetensors.header import (
+    DTYPES,
+    FLOATS,
+    MAX_HEADER,
+    TensorInfo,
+    fill,
+    header_of,
+    read_exactly,
+)
+from converter.errors import CheckpointError
+
+PIECE = 1 << 20
+"""Bytes read and hashed at a time: they are still in the processor's cache when they are hashed."""
+
+
+def to_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
+    """View bytes as the tensor ``info`` describes (no copy).
+
+    Raises:
+        CheckpointError: the dtype holds no plain floating-point numbers.
+    """
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        raise CheckpointError(
+            f"tensor {info.name} cannot be read as numbers",
+            expected=f"dtype {', '.join(FLOATS)}",
+            found=info.dtype,
+            hint="use the unquantized checkpoint of this model",
+        )
+    return as_tensor(data, info)
+
+
+def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
+    """The same whatever the dtype is."""
+    dtype = DTYPES[info.dtype]
+    if not data:
+        return torch.empty(info.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+
+def read_rows(file: RawIOBase, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` (of the first axis) of a tensor in an open shard.
+
+    Raises:
+        CheckpointError: the file ends early, or the dtype holds no plain numbers.
+    """
+    rows = info.shape[0] if info.shape else 1
+    row_bytes = info.nbytes // max(rows, 1)
+    file.seek(info.start + start * row_bytes)
+    part = TensorInfo(info.name, info.dtype, (stop - start, *info.shape[1:]), 0, 0)
+    return to_tensor(read_exactly(file, (stop - start) * row_bytes, info.name), part)
+
+
+def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
+    """One whole tensor of an open shard; see ``read_rows``."""
+    return read_rows(file, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
+
+
+def read_raw(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
+    """One whole tensor of an open shard, whatever its dtype."""
+    file.seek(info.start)
+    return as_tensor(read_exactly(file, info.nbytes, info.name), info)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What was read and written for one shard.
+
+    Attributes:
+        source_sha256: of the whole source file; empty if nothing was hashed.
+        sha256: of the whole output file.
+        nbytes: size of both.
+        prefixes: per tensor in file order, the first ``PREFIX_DIGITS`` digits of the sha256 of the
+            output from its first byte to the end of that tensor. They are read off the running
+            digest, so they cost nothing, and the first that differs names the damaged tensor.
+            The empty name stands for the header.
+    """
+
+    source_sha256: str
+    sha256: str
+    nbytes: int
+    prefixes: dict[str, str]
+
+
+class Region:
+    """The bytes of one tensor in an open shard, as often as they are needed.
+
+    What is read for the first time, which happens in order, goes into ``digests``.
+
+    Attributes:
+        info: the tensor's entry.
+        seen: bytes that have been read.
+    """
+
+    def __init__(
+        self, file: RawIOBase, info: TensorInfo, digests: Iterable["hashlib._Hash"] = ()
+    ) -> None:
+        self.info, self.seen = info, 0
+        self._file, self._digests = file, list(digests)
+        self._scratch = bytearray()
+
+    def read(self, start: int, count: int) -> memoryview:
+        """``count`` bytes from ``start`` on; they last until the next call.
+
+        Raises:
+            CheckpointError: the file ends early, or cannot be read.
+        """
+        if len(self._scratch) < count:
+            self._scratch = bytearray(count)
+        return self.read_into(memoryview(self._scratch)[:count], start)
+
+    def read_into(self, view: memoryview, start: int) -> memoryview:
+        """The same into a given place."""
+        assert start <= self.seen, "the first reading is in order"
+        self._file.seek(self.info.start + start)
+        fill(self._file, view, self.info.name)
+        fresh = view[self.seen - start :] if start + len(view) > self.seen else view[:0]
+        for digest in self._digests:
+            digest.update(fresh)
+        self.seen = max(self.seen, start + len(view))
+        return view
+
+    def also_hash(self, digest: "hashlib._Hash") -> None:
+        """Feed one more digest; said before anything is read."""
+        self._digests.append(digest)
+
+
+Change = Callable[[Region], Iterator[memoryview]]
+"""Reads a tensor's bytes and gives those that replace them, as many, in order."""
+
+
+def rewrite(
+    reading: RawIOBase,
+    target: Path,
+    changes: Mapping[str, Change],
+    advance: Callable[[int], object] = lambda count: None,
+    *,
+    digests: bool = True,
+    direct: bool = True,
+    clone: bool = True,
+) -> ShardRecord:
+    """Copy a shard to ``target`` in one pass, replacing the tensors named in ``changes``.
+
+    Both files are hashed on the way. There is one running digest until the first changed tensor,
+    where it forks, so an untouched shard is hashed once. A second thread hashes the output and
+    writes it.
+
+    Args:
+        reading: a safetensors file, open.
+        target: a file that must not exist; on return it is flushed to disk.
+        changes: tensor name -> how its bytes change.
+        advance: called with the number of bytes done since the last call.
+        digests, direct, clone: see ``converter.engine.Engine``.
+
+    Raises:
+        CheckpointError: the source is malformed or ends early, or a change raised it.
+        OSError: the target cannot be written.
+    """
+    header = header_of(reading, target.name)
+    ranges = [("", 0, header.data_start)]
+    ranges += [(info.name, info.start, info.end) for info in header.tensors.values()]
+    ends = [(end, name) for name, _, end in ranges]
+    shared = reading.fileno() if clone and isinstance(reading, io.FileIO) else None
+    writer = Writer(target, header.size, ends, direct, shared)
+    read, prefixes = hashlib.sha256(), {}
+    hashed = [read] if digests else []
+    try:
+        reading.seek(0)
+        for name, start, end in ranges:
+            change = changes.get(name) if name else None
+            if change is None:
+                _copy(reading, writer, end - start, name, hashed, advance)
+            else:
+                if digests and writer.digest is None and end > start:
+                    writer.fork(read)
+                _replace(Region(reading, header.tensors[name], hashed), writer, change, advance)
+                reading.seek(end)
+            if digests and writer.digest is None:
+                prefixes[name] = read.hexdigest()[:PREFIX_DIGITS]
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    source = read.hexdigest() if digests else ""
+    output = writer.digest.hexdigest() if writer.digest else source
+    return ShardRecord(source, output, header.size, prefixes | writer.prefixes)
+
+
+def _copy(
+    reading: RawIOBase,
+    writer: Writer,
+    count: int,
+    name: str,
+    hashed: Iterable["hashlib._Hash"],
+    advance: Callable[[int], object],
+) -> None:
+    while count:
+        part = fill(reading, writer.space()[: min(count, PIECE)], name or "the header")
+        for digest in hashed:
+            digest.update(part)
+        writer.filled(len(part))
+        advance(len(part))
+        count -= len(part)
+
+
+def _replace(
+    region: Region, writer: Writer, change: Change, advance: Callable[[int], object]
+) -> None:
+    written = 0
+    for data in change(region):
+        writer.put(data)
+        advance(len(data))
+        written += len(data)
+    if not written == region.seen == region.info.nbytes:
+        raise AssertionError(f"the change of {region.info.name} is not of its length")
+
+
+def _chunks(count: int) -> Iterator[int]:
+    while count > 0:
+        yield min(count, BUFFER)
+        count -= BUFFER
+
+
+def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
+    """Name the first tensor at which a shard departs from its recorded prefix digests.
+
+    Returns:
+        ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(read_exactly(file, 8, "the header"), "little")
+        file.seek(0)
+        size = os.fstat(file.fileno()).st_size
+        if length <= min(size - 8, MAX_HEADER):
+            digest.update(read_exactly(file, 8 + length, "the header"))
+        if digest.hexdigest()[:PREFIX_DIGITS] != prefixes.get(""):
+            return "the header"
+        # The header is the recorded one, so its offsets can be trusted.
+        buffer = memoryview(bytearray(BUFFER))
+        for info in header_of(file, path.name).tensors.values():
+            for count in _chunks(info.nbytes):
+                digest.update(fill(file, buffer[:count], info.name))
+            if digest.copy().hexdigest()[:PREFIX_DIGITS] != prefixes.get(info.name):
+                return f"tensor {info.name}"
+    return "the bytes after its last tensor"
+
+
+def digests_of(path: Path) -> tuple[str, dict[str, str]]:
+    """The sha256 of a shard and its ``prefixes``, as in ``ShardRecord``, in one reading.
+
+    Raises:
+        CheckpointError: it is malformed, is truncated, or cannot be read.
+        OSError: it cannot be opened.
+    """
+    digest, buffer, prefixes = hashlib.sha256(), memoryview(bytearray(BUFFER)), {}
+    with path.open("rb", buffering=0) as file:
+        header = header_of(file, path.name)
+        file.seek(0)
+        ranges = [("", header.data_start)]
+        ranges += [(info.name, info.nbytes) for info in header.tensors.values()]
+        for name, length in ranges:
+            for count in _chunks(length):
+                digest.update(fill(file, buffer[:count], name or "the header"))
+            prefixes[name] = digest.copy().hexdigest()[:PREFIX_DIGITS]
+    return digest.hexdigest(), prefixes

@@ -1,0 +1,208 @@
+"""A checkpoint to read: its small files are in a folder, and its shards read like safetensors."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import RawIOBase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
+from converter.checkpoints.layout import TOKENIZER
+from converter.checkpoints.safetensors.header import Header, header_of
+from converter.errors import CheckpointError, SourceError
+from converter.hub import repos as hub
+from converter.runtime.cache import remembered_digest, state_of
+
+READERS = 8
+"""Headers that are read at a time; a model may have hundreds of shards on a network disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A checkpoint to read.
+
+    Attributes:
+        name: repo id, or the folder's own name; never a path.
+        folder: holds the small files and, unless they are made from ``originals``, the shards,
+            those of a Hub repo once they are fetched.
+        config: parsed ``config.json``.
+        shards: safetensors file names, sorted.
+        weight_map: of the index, or None for a single file.
+        companions: the other small files that belong to the model, relative to ``folder``.
+        drawn: pictures of an earlier edit, which are not copied.
+        above: licence files of the folder or repo that the checkpoint is in a subfolder of.
+        recipes: how to make the shards of a checkpoint that is not safetensors; else None.
+        originals: files in another format that the shards are made from.
+        states: of each of them, by name, ``cache.state_of`` before it was opened.
+        serial: whether one shard should be done with before the next; see ``Translated``.
+        repo: where it was downloaded from, or None.
+        inside: the subfolder of the repo, with a slash at the end, or empty.
+        base: repo id of the model that this is, as far as it is known.
+        base_commit: of that repo, if that is where it was downloaded from.
+        card: front matter of its model card; empty when it has none.
+        virtual: the shards made from ``recipes`` that have been opened.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[str, ...]
+    weight_map: Mapping[str, str] | None
+    companions: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
+    above: tuple[Path, ...] = ()
+    recipes: Shards | None = None
+    originals: tuple[Path, ...] = ()
+    states: Mapping[str, list[int]] = field(default_factory=dict)
+    serial: bool = False
+    repo: hub.Repo | None = None
+    inside: str = ""
+    base: str | None = None
+    base_commit: str | None = None
+    card: ModelCardData
+    virtual: dict[str, VirtualFile] = field(default_factory=dict)
+
+    @property
+    def small(self) -> dict[str, Path]:
+        """The files that are copied as they are: their names in the output, and where they are."""
+        here = {name: self.folder / name for name in self.companions}
+        return here | {path.name: path for path in self.above}
+
+    @property
+    def files(self) -> list[Path]:
+        """The folder and what is read from it; links in it may lead elsewhere."""
+        names = () if self.recipes else self.shards
+        given = {path.parent for path in self.originals} if self.recipes else ()
+        shards = (self.folder / name for name in names)
+        return [self.folder, *given, *shards, *self.small.values(), *self.originals]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the Hub or the card says that terms have to be accepted before a download."""
+        said = any(key.startswith("extra_gated_") for key in vars(self.card))
+        return said or (self.repo is not None and self.repo.gated)
+
+    def open(self, shard: str) -> RawIOBase:
+        """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            SourceError: it cannot be fetched.
+        """
+        if self.recipes is not None:
+            if shard not in self.virtual:
+                self.virtual[shard] = VirtualFile(self.recipes[shard])
+            return VirtualShard(self.virtual[shard])
+        self.fetch([shard])
+        try:
+            return (self.folder / shard).open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{shard} cannot be read", found=error.strerror) from error
+
+    def headers(self) -> dict[str, Header]:
+        """The header of every shard, from disk, or by range requests while it is only on the Hub.
+
+        Raises:
+            CheckpointError: a shard is missing, truncated or malformed.
+            SourceError: the Hub cannot be read.
+        """
+        with ThreadPoolExecutor(READERS) as pool:  # what takes time is waiting for the network
+            return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
+
+    def _header(self, shard: str) -> Header:
+        if self.repo and self._missing(shard):
+            return hub.remote_header(self.repo, self.inside + shard)
+        with self.open(shard) as file:
+            return header_of(file, shard)
+
+    def _missing(self, shard: str) -> bool:
+        """Whether a shard is on the Hub and not on disk."""
+        known = self.repo is not None and self.recipes is None and bool(self.repo.sizes)
+        return known and not (self.folder / shard).exists()
+
+    def fetch(self, shards: Iterable[str] | None = None) -> None:
+        """Make sure that these shards, or all, are on disk.
+
+        Raises:
+            SourceError: the Hub cannot be read, or the disk is too small.
+        """
+        wanted = self.shards if shards is None else shards
+        missing = [shard for shard in wanted if self._missing(shard)]
+        if self.repo is not None and missing:
+            names = [self.inside + shard for shard in missing]
+            check_space(self.repo, names, self.folder, self.name)
+            hub.download(self.repo, names)
+
+    def drop(self, shard: str) -> None:
+        """Delete a fetched shard from the Hub client's cache, once it is not needed any more."""
+        if self.repo is not None and self.recipes is None:
+            hub.forget(self.folder / shard)
+
+    def drop_originals(self) -> None:
+        """The same for files in another format, which are needed until all shards are written."""
+        for path in self.originals:
+            if self.repo is not None and path.exists():
+                hub.forget(path)
+
+    def digests(self, cache: Path) -> dict[str, str]:
+        """sha256 of everything a forward pass reads: weights, config and tokenizer files.
+
+        Raises:
+            CheckpointError: one cannot be read.
+            SourceError: one cannot be fetched.
+        """
+        small = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
+        paths = {name: self.folder / name for name in small}
+        found: dict[str, str] = {}
+        if self.originals:
+            found = {n: entry["sha256"] for n, entry in self.original_files(cache).items()}
+        else:
+            if self.repo:  # the Hub knows them
+                digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
+                found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
+            self.fetch(shard for shard in self.shards if shard not in found)
+            paths |= {shard: self.folder / shard for shard in self.shards}
+        found |= {n: _digest(p, cache) for n, p in paths.items() if n not in found}
+        return dict(sorted(found.items()))
+
+    def original_files(self, cache: Path) -> dict[str, Any]:
+        """Name, sha256 and bytes of each of ``originals``.
+
+        Raises:
+            CheckpointError: one is not there any more, or is not the file that was opened.
+        """
+        for path in self.originals:
+            if path.exists() and state_of(path) != self.states.get(path.name):
+                raise CheckpointError(
+                    f"{path.name} changed while it was read", hint="run the same command again"
+                )
+        return {
+            path.name: {"sha256": _digest(path, cache), "bytes": path.stat().st_size}
+            for path in self.originals
+        }
+
+
+def _digest(path: Path, cache: Path) -> str:
+    """``remembered_digest`` of a file of the source. Raises CheckpointError if it is not there."""
+    try:
+        return remembered_digest(path, cache)
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
+
+
+def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
+    """Raise SourceError if files of ``repo`` that ``folder`` lacks do not fit on its disk."""
+    missing = (n for n in names if not (folder / PurePosixPath(n).name).exists())
+    needed = sum(repo.sizes.get(n, 0) for n in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SourceError(
+            f"the disk of the Hugging Face cache is too small for {name}",
+            expected=f"{needed / 1e9:.1f} GB free",
+            found=f"{free / 1e9:.1f} GB",
+            hint="set HF_HOME to a larger disk",
+        )

@@ -1,0 +1,111 @@
+"""How the rewriting of a checkpoint is run: what it may take, and how it rounds."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from converter.checkpoints.plan import Target
+from converter.checkpoints.safetensors.direct_writer import BUFFER, BUFFERS
+from converter.edits.projection import BLOCK, STRIP, Rounding
+from converter.errors import OptionError
+
+MOST_WORKERS = 4
+"""Shards at a time unless asked for more: disks gain little from more streams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Settings of a rewrite. Only ``device`` and ``rounding`` bear on what is written.
+
+    Attributes:
+        workers: shards at a time; 0 chooses.
+        memory_limit: bytes that buffers and matrices may take, or None.
+        device: where edits are computed.
+        rounding: ``null-space`` or ``nearest``; see ``converter.projector``.
+        digests: whether source and output are hashed; benches do without.
+        direct: bypass the page cache where possible.
+        clone: share blocks with the source where the file system can.
+    """
+
+    workers: int = 0
+    memory_limit: int | None = None
+    device: str = "cpu"
+    rounding: Rounding = "null-space"
+    digests: bool = True
+    direct: bool = True
+    clone: bool = True
+
+    def workers_for(self, shards: int, targets: Iterable[Target], rank: int) -> int:
+        """Shards to rewrite at a time.
+
+        Raises:
+            OptionError: not even one fits in ``memory_limit``.
+        """
+        wanted = self.workers or min(processors(), MOST_WORKERS)
+        if self.memory_limit is not None:
+            each = worker_memory(targets, rank)
+            if each > self.memory_limit:
+                raise OptionError(
+                    "--memory-limit is too small for the edit",
+                    expected=f"at least {each / 1e6:.0f} MB",
+                    found=f"{self.memory_limit / 1e6:.0f} MB",
+                )
+            wanted = min(wanted, self.memory_limit // each)
+        return max(min(wanted, shards), 1)
+
+    def expected_memory(self, shards: int, targets: Iterable[Target], rank: int) -> int:
+        """Peak bytes that the edit is expected to take beside Python itself.
+
+        Raises:
+            OptionError: as ``workers_for``.
+        """
+        chosen = list(targets)
+        return self.workers_for(shards, chosen, rank) * worker_memory(chosen, rank)
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_memory(targets: Iterable[Target], rank: int) -> int:
+    """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
+
+    A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of
+    its rows as read and as written; a strip of it takes up to 64 bytes an element, with what the
+    allocator and the threads keep. FP8 and hidden sizes that come last are held whole, or in blocks
+    as large.
+    """
+    edits = [0]
+    for target in targets:
+        shape, axis = target.info.shape, target.axis
+        width = prod(shape[axis + 1 :])
+        rows = 2 * BLOCK * width * target.info.nbytes // max(prod(shape), 1)
+        whole = 24 * prod(shape) if target.scales else 0
+        edits.append(5 * 8 * rank * width + rows + whole)
+    return BUFFER * BUFFERS + 64 * STRIP + max(edits)
+
+
+@contextmanager
+def quiet_blas(workers: int) -> Iterator[int]:
+    """While this lasts, each of ``workers`` threads may use its share of the processors.
+
+    Every worker has a second thread that hashes and writes. Without this each of them would start
+    as many BLAS threads as there are processors, which then wait for each other.
+
+    Yields:
+        the threads that a worker must set for itself, since PyTorch's setting is that of a thread.
+    """
+    before = torch.get_num_threads()
+    share = max(processors() // (2 * workers), 1)
+    torch.set_num_threads(share)
+    try:
+        yield share
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,200 @@
+"""How far a weight that was projected and rounded may be from the exact projection."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from io import RawIOBase
+from math import sqrt
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
+from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.edits.fp8 import dequantize, spread
+from converter.edits.matrices import Matrix, matrices
+from converter.edits.projection import BLOCK, PUSH, Rows
+
+SLACK = 8.0
+"""Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
+SIAM J. Sci. Comput. 41, 2019): at 8 a correct sum exceeds it with negligible probability."""
+
+U32 = 2.0**-24
+"""Unit roundoff of float32, in which weights in FP8 are edited; others are edited in float64, which
+PyTorch rounds to 16 bits by way of float32."""
+
+
+def half_ulp(x: Tensor) -> Tensor:
+    """Half the distance from |x| to the next larger value of its dtype, in float64.
+
+    This is the largest error that rounding to nearest can have made where it gave x. With
+    |x| = m 2^e, 1/2 <= m < 1, the distance is eps 2^(e-1), and below the normal numbers it is
+    eps times the smallest of them.
+    """
+    info = torch.finfo(x.dtype)
+    wide = x.float() if x.dtype != torch.float64 else x
+    exponent = torch.frexp(wide).exponent
+    normal = torch.ldexp(torch.full(x.shape, info.eps / 4, dtype=torch.float64), exponent)
+    return torch.where(wide.abs() < info.tiny, info.eps * info.tiny / 2, normal)
+
+
+class Stored:
+    """An edited tensor as it is on disk, before or after; open while it is used.
+
+    Args:
+        opened: opens a shard.
+        entry: of the manifest's ``edited``.
+        infos: tensor name -> entry in its shard's header.
+
+    Attributes:
+        dtype: as stored.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[str], RawIOBase],
+        entry: Mapping[str, Any],
+        infos: Mapping[str, TensorInfo],
+    ) -> None:
+        fp8, self._axis, self._files = entry["requantized"], entry["axis"], ExitStack()
+        places = [(entry["shard"], entry["name"])] + (
+            [(fp8["shard"], fp8["scales"])] if fp8 else []
+        )
+        self._digests = [hashlib.sha256() for _ in places]
+        self._regions = [
+            Region(self._files.enter_context(opened(shard)), infos[name], [digest])
+            for (shard, name), digest in zip(places, self._digests, strict=True)
+        ]
+        self._block = fp8["block"] if fp8 else (1, 1)
+        self.dtype = DTYPES[self._regions[0].info.dtype]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
+        """What it stands for, (D, F) each.
+
+        With it comes, for a weight in FP8, what gives the distance to the next larger value,
+        float64, of some rows; else None. A weight in FP8 is held as a whole.
+        """
+        if len(self._regions) == 1:
+            yield from ((matrix, None) for matrix in matrices(self._regions[0], self._axis))
+            return
+        q, scale = (
+            as_tensor(bytearray(region.read(0, region.info.nbytes)), region.info)
+            for region in self._regions
+        )
+        W = dequantize(q, scale, self._block)
+        steps = spread(scale, q.shape, self._block)
+        yield (
+            Matrix(lambda i, j: W[i:j], W.shape[1], False),
+            lambda i, j: 2 * half_ulp(q[i:j]) * steps[i:j],
+        )
+
+    @property
+    def digests(self) -> tuple[str, str | None]:
+        """sha256 of tensor and scale, once all matrices were read."""
+        first, *rest = (digest.hexdigest() for digest in self._digests)
+        return first, rest[0] if rest else None
+
+
+def blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix, so many that what is computed of them is small."""
+    return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
+    """``||U^T W||``, the sum of the squares of half units in the last place of W, and ``||W||``.
+
+    Args:
+        stored: W.
+        basis: U (D, R).
+    """
+    U, left, units, squares = basis.double(), 0.0, 0.0, 0.0
+    for matrix, _ in stored.matrices():
+        P = torch.zeros(U.shape[1], matrix.width, dtype=torch.float64)
+        for i, j in blocks(len(U)):
+            W = matrix.rows(i, j)
+            P.addmm_(U[i:j].T, W.double())
+            squares += float(W.double().square().sum())
+            units += float(half_ulp(W).square().sum())
+        left += float(P.square().sum())
+    return sqrt(left), units, sqrt(squares)
+
+
+def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
+    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to nearest.
+
+    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
+    ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
+    rounding, at most half a unit in the last place of each element, and the arithmetic before it,
+    whose sums over D products err, were they float32, by at most ``SLACK`` sqrt(D) u of the norms
+    involved, the largest of which is that of the weight before the edit. The bound cannot assume
+    that rounding errors are independent of U: corrections smaller than half a unit are lost
+    together.
+
+    Args:
+        units: the sum of their squares, of ``left_along``.
+        hidden_size: D.
+        norm: ||W||_F before the edit, from the manifest.
+    """
+    return sqrt(units) + SLACK * sqrt(hidden_size) * U32 * norm
+
+
+def is_projection(
+    after: Stored, before: Stored, basis: Tensor, *, nearest: bool
+) -> tuple[bool, dict[str, float]]:
+    """Whether each element of W' is that of W - U (U^T W), rounded to its dtype.
+
+    The reference is computed in float64. An element may be off by half a unit in its last place;
+    in 16 bits and not rounded to ``nearest``, by a whole one and ``PUSH`` machine epsilons of the
+    root mean square of its column of W, as ``projector`` promises; in FP8 by the distance of the
+    values that it has there; and by the arithmetic before it, were it float32:
+    ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column j of W, which bound
+    the sums that give the correction.
+
+    Both tensors are read to the end, whatever is found.
+
+    Returns:
+        whether it is, and ``norm``, ``energy_removed``, ``relative_change`` and ``rounding_error``
+        as in ``edit.EditRecord``.
+    """
+    U, fits, sums = basis.double(), True, dict.fromkeys(("W", "P", "change", "error"), 0.0)
+    feedback = not nearest and after.dtype.itemsize == 2
+    margin = PUSH * torch.finfo(after.dtype).eps if feedback else 0.0
+    for (new, step), (old, _) in zip(after.matrices(), before.matrices(), strict=True):
+        P = torch.zeros(U.shape[1], old.width, dtype=torch.float64)
+        squares = torch.zeros(old.width, dtype=torch.float64)
+        for i, j in blocks(len(U)):
+            W = old.rows(i, j).double()
+            P.addmm_(U[i:j].T, W)
+            squares += W.square().sum(0)
+        for i, j in blocks(len(U)):
+            W, found = old.rows(i, j).double(), new.rows(i, j)
+            scale = W.abs() + U[i:j].norm(dim=1)[:, None] * squares.sqrt()
+            allowed = SLACK * sqrt(len(U)) * U32 * scale
+            allowed += half_ulp(found) * (1 + feedback) if step is None else step(i, j)
+            allowed += margin * (squares / len(U)).sqrt()
+            off = (found.double() - (W - U[i:j] @ P)).abs()
+            fits &= bool((off <= allowed).all())
+            sums["change"] += float((found.double() - W).square().sum())
+            sums["error"] += float(off.square().sum())
+        sums["W"] += float(squares.sum())
+        sums["P"] += float(P.square().sum())
+    norm = sums["W"] or 1.0
+    return fits, {
+        "norm": sqrt(sums["W"]),
+        "energy_removed": sums["P"] / norm,
+        "relative_change": sqrt(sums["change"] / norm),
+        "rounding_error": sqrt(sums["error"] / norm),
+    }

@@ -1,0 +1,272 @@
+"""What differs between two checkpoints, tensor by tensor, or between two manifests."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.layout import OURS, read_json
+from converter.checkpoints.plan import Target, locate_tensors, make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.safetensors.direct_writer import BUFFER
+from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
+from converter.checkpoints.source import Source
+from converter.edits.spectrum import Place, spectrum
+from converter.errors import ConverterError, OptionError
+from converter.hub import repos as hub
+from converter.methods.subspace import SUBSPACE_FILE, load_bases
+from converter.outputs.record_checks import is_basis
+from converter.runtime.cache import sha256_of
+from converter.runtime.progress import Report
+
+GENERATED = (*sorted(OURS), SUBSPACE_FILE)
+"""Files of a checkpoint that are neither weights nor companions of a source."""
+
+LEFT_OUT = ("measurements", "prefixes")
+"""Parts of a manifest that differ from run to run, or that the digest of the file stands for."""
+
+
+@dataclass(slots=True)
+class Side:
+    """One of two checkpoints.
+
+    Attributes:
+        source: of it.
+        tensors: name -> shard and entry.
+        targets: name -> down-projection, where the architecture is known.
+        opened: the shard that was read last.
+    """
+
+    source: Source
+    tensors: dict[str, tuple[str, TensorInfo]]
+    targets: dict[str, Target]
+    opened: dict[str, RawIOBase] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, cache: Path) -> "Side":
+        """From headers and small files alone. Raises SourceError or CheckpointError."""
+        source = resolve(name, cache)
+        if repo := source.repo:
+            own = (source.inside + name for name in GENERATED)
+            hub.download(repo, [name for name in own if name in repo.sizes])
+        headers = source.headers()
+        targets: dict[str, Target] = {}
+        with suppress(ConverterError):  # an architecture that cannot be edited can be compared
+            plan = make_plan(source.config, source.weight_map, headers)
+            targets = {target.info.name: target for target in plan.targets}
+        return cls(source, locate_tensors(source.weight_map, headers), targets)
+
+    def place(self, name: str) -> Place:
+        """A tensor, its file open until one of another shard is asked for."""
+        shard, info = self.tensors[name]
+        if shard not in self.opened:
+            self.close()
+            self.opened[shard] = self.source.open(shard)
+        return Place(self.opened[shard], info)
+
+    def close(self) -> None:
+        for file in self.opened.values():
+            file.close()
+        self.opened.clear()
+
+    def files(self) -> dict[str, Path]:
+        """The small files, by name."""
+        names = (*self.source.companions, *self.source.drawn)
+        found = {name: self.source.folder / name for name in names}
+        return found | {
+            name: self.source.folder / name
+            for name in GENERATED
+            if (self.source.folder / name).is_file()
+        }
+
+    def subspace(self) -> Path | None:
+        """The subspace that a converted checkpoint brings along."""
+        path = self.source.folder / SUBSPACE_FILE
+        return path if path.is_file() else None
+
+
+def diff_checkpoints(
+    a: str, b: str, cache: Path, subspace: Path | None = None, report: Report | None = None
+) -> dict[str, Any]:
+    """Compare two checkpoints by what they hold, wherever their shards begin and end.
+
+    Tensors are compared in blocks of bytes; of those that differ, both are read twice more.
+
+    Args:
+        a, b: anything that can be converted; b is thought of as made from a.
+        cache: the user's cache folder.
+        subspace: a file of bases; without one, that of b, or of a, is used if there is one.
+        report: for progress.
+
+    Returns:
+        ``equal``, ``only_in_a``, ``only_in_b``, ``changed`` tensors and ``files``.
+
+    Raises:
+        ConverterError: one of them cannot be read.
+    """
+    report = report or Report(quiet=True)
+    one, two = Side.of(a, cache), Side.of(b, cache)
+    place = subspace or two.subspace() or one.subspace()
+    bases = spans(load_bases(place)) if place else {}
+    names = list(one.tensors)
+    changed: list[dict[str, Any]] = []
+    total = sum(info.nbytes for _, info in one.tensors.values())
+    try:
+        with report.bar("compare", total, "B") as bar:
+            for name in names:
+                if name in two.tensors:
+                    target = one.targets.get(name) or two.targets.get(name)
+                    changed += compare(one.place(name), two.place(name), target, bases)
+                bar.update(one.tensors[name][1].nbytes)
+    finally:
+        one.close()
+        two.close()
+    only_in_a = sorted(set(one.tensors) - set(two.tensors))
+    only_in_b = sorted(set(two.tensors) - set(one.tensors))
+    files = diff_files(one.files(), two.files())
+    return {
+        "a": one.source.name,
+        "b": two.source.name,
+        "equal": not (changed or only_in_a or only_in_b or any(files.values())),
+        "tensors": {"a": len(one.tensors), "b": len(two.tensors)},
+        "subspace": place.name if place else None,
+        "only_in_a": only_in_a,
+        "only_in_b": only_in_b,
+        "changed": changed,
+        "files": files,
+    }
+
+
+def compare(
+    before: Place, after: Place, target: Target | None, bases: Mapping[str, Tensor]
+) -> Iterator[dict[str, Any]]:
+    """The difference of two tensors of one name; nothing if there is none."""
+    old, new = before.info, after.info
+    alike = (old.dtype, old.shape) == (new.dtype, new.shape)
+    if alike and same_bytes(before, after):
+        return
+    entry: dict[str, Any] = {
+        "name": old.name,
+        "shape": [list(old.shape), list(new.shape)],
+        "dtype": [old.dtype, new.dtype],
+        "measured": None,
+    }
+    if old.shape == new.shape and old.nbytes and {old.dtype, new.dtype} <= set(FLOATS):
+        basis, axis = basis_for(old, target, bases)
+        entry["measured"] = asdict(spectrum(before, after, basis, axis))
+    yield entry
+
+
+def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Orthonormal columns with the same spans, float64; a file may hold any; see ``verify``."""
+    return {
+        name: torch.linalg.qr(U.double()).Q
+        for name, U in bases.items()
+        if U.ndim == 2 and is_basis(U, U.shape[0])
+    }
+
+
+def basis_for(
+    info: TensorInfo, target: Target | None, bases: Mapping[str, Tensor]
+) -> tuple[Tensor | None, int | None]:
+    """The basis that a tensor may have lost, and the axis that it would lie along.
+
+    Of a down-projection both are known. Of another tensor a shared basis is taken, along the last
+    axis but one, where a Linear layer writes, or else the last, if its length fits.
+    """
+    if target is not None:
+        basis = bases.get("U", bases.get(f"U.{target.layer}"))
+        fits = basis is not None and info.shape[target.axis] == len(basis)
+        return (basis, target.axis) if fits else (None, None)
+    basis, end = bases.get("U"), len(info.shape)
+    for axis in (end - 2, end - 1):
+        if basis is not None and axis >= 0 and info.shape[axis] == len(basis) and end < 4:
+            return basis, axis
+    return None, None
+
+
+def same_bytes(before: Place, after: Place) -> bool:
+    """Whether two tensors of one length have the same bytes; the first difference ends it."""
+    for start in range(0, before.info.nbytes, BUFFER):
+        count = min(BUFFER, before.info.nbytes - start)
+        read = []
+        for place in (before, after):
+            place.file.seek(place.info.start + start)
+            read.append(read_exactly(place.file, count, place.info.name))
+        if read[0] != read[1]:
+            return False
+    return True
+
+
+def diff_files(a: Mapping[str, Path], b: Mapping[str, Path]) -> dict[str, list[str]]:
+    """The small files that only one has, or whose bytes differ."""
+    both = sorted(set(a) & set(b))
+    return {
+        "only_in_a": sorted(set(a) - set(b)),
+        "only_in_b": sorted(set(b) - set(a)),
+        "changed": [name for name in both if sha256_of(a[name]) != sha256_of(b[name])],
+    }
+
+
+def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
+    """The leaves of two manifests that differ, but for those ``LEFT_OUT``.
+
+    Raises:
+        CheckpointError: one of them is not JSON.
+    """
+    one, two = (dict(leaves(read_json(path))) for path in (a, b))
+    changed = [
+        {"path": path, "a": one.get(path), "b": two.get(path)}
+        for path in dict.fromkeys((*one, *two))
+        if (path in one, one.get(path)) != (path in two, two.get(path))
+    ]
+    return {"a": a.name, "b": b.name, "equal": not changed, "changed": changed}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a JSON value by path, such as ``edited[model.norm.weight].norm``.
+
+    Entries of a list are known by their name where they have one, else by their place.
+    """
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            if key not in LEFT_OUT:
+                yield from leaves(child, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and any(isinstance(child, dict | list) for child in value):
+        for number, child in enumerate(value):
+            label = child.get("name", number) if isinstance(child, dict) else number
+            yield from leaves(child, f"{path}[{label}]")
+    else:
+        yield path, value
+
+
+def is_manifest(text: str) -> bool:
+    """Whether a side of a diff is a file of JSON rather than a checkpoint."""
+    return text.endswith(".json") and Path(text).is_file()
+
+
+def diff(
+    a: str, b: str, cache: Path, subspace: Path | None = None, report: Report | None = None
+) -> dict[str, Any]:
+    """Compare two checkpoints, or two manifests.
+
+    Raises:
+        OptionError: one of each.
+        ConverterError: as the two functions that do it.
+    """
+    if is_manifest(a) and is_manifest(b):
+        if subspace is not None:
+            raise OptionError("--subspace has no effect on manifests")
+        return diff_manifests(Path(a), Path(b))
+    if is_manifest(a) or is_manifest(b):
+        raise OptionError(
+            "a manifest and a checkpoint cannot be compared",
+            expected="two of the same kind",
+            hint="gloss verify compares a checkpoint with its own manifest",
+        )
+    return diff_checkpoints(a, b, cache, subspace, report)

@@ -1,0 +1,153 @@
+"""Publishing shards as they are finished, so that the disk never holds the output.
+
+A shard is rewritten, checked, uploaded and deleted by one worker before it takes the next, and
+there are at most ``AT_A_TIME`` workers, so no more shards than that are on disk. The commit comes
+last: without it what was uploaded belongs to no repo, and the Hub forgets it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.rewrite import ShardRecord
+from converter.checkpoints.source import Source
+from converter.entrypoints.push import Copyable, Published, Upload, default_message, published_files
+from converter.errors import ConverterError, VerificationError
+from converter.hub.permissions import Publication, warn_of_name
+from converter.methods.subspace import Subspace
+from converter.outputs.checkpoint.verify import check_edit, infos_of
+from converter.outputs.staging.claim import JOURNAL
+from converter.outputs.staging.journal import Done, Progress, keep_only
+from converter.release.licences import licence_name
+from converter.runtime.progress import Report
+
+AT_A_TIME = 2
+"""Shards that are on disk at most."""
+
+SMALL = 200_000_000
+"""Bytes of room for everything but shards."""
+
+
+class Streaming:
+    """Takes finished shards to the Hub, and commits them in the end.
+
+    Args:
+        place: of ``check_rights``.
+        report: for warnings.
+
+    Attributes:
+        gone: shards that were checked, uploaded and deleted.
+        published: what is on the Hub, once it is.
+    """
+
+    def __init__(self, place: Publication, report: Report) -> None:
+        self.place, self.report = place, report
+        self.gone: set[str] = set()
+        self.published: Published | None = None
+        self._upload: Upload | None = None
+        disable_progress_bars()  # of the client: that of the edit shows what is done
+
+    def room(self, plan: Plan) -> int:
+        """Bytes that the output takes on disk at most."""
+        sizes = sorted((header.size for header in plan.headers.values()), reverse=True)
+        return sum(sizes[:AT_A_TIME]) + SMALL
+
+    def receiver(
+        self, source: Source, subspace: Subspace, rounding: str, folder: Path, keep_source: bool
+    ) -> Progress:
+        """Who is told of each shard that is written to ``folder``."""
+        warn_of_name(licence_name(source.card), self.place, self.report)
+        self._upload = Upload(self.place, self.report)
+        return _Receiver(self, self._upload, source, subspace, rounding, folder, keep_source)
+
+    def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Upload what is left in ``folder``, all of it small, and make the commit."""
+        assert self._upload is not None
+        files = published_files(folder, manifest)
+        with self.report.stage("publish", f"committing to {self.place.repo_id}"):
+            self._upload.send({name: f for name, f in files.items() if name not in self.gone})
+            self.published = self._upload.commit(default_message(manifest))
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """An error of the block names the commit, if it was made by then."""
+        try:
+            yield
+        except ConverterError as error:
+            if self.published:
+                self.published.stands(error)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiver:
+    """The ``Progress`` of a stream. What was uploaded by a run that failed is made again: its
+    shards are gone, but the Hub, which may still have them, does not have them sent again."""
+
+    stream: Streaming
+    upload: Upload
+    source: Source
+    subspace: Subspace
+    rounding: str
+    folder: Path
+    keep_source: bool
+    at_a_time: int | None = AT_A_TIME
+
+    def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
+        keep_only(self.folder, ())
+        (self.folder.parent / JOURNAL).unlink(missing_ok=True)
+        return {}
+
+    def finished(self, shard: str, done: Done) -> None:
+        path, record = self.folder / shard, done.record
+        self._check(shard, done)
+        origin = _origin(self.source, shard, record, self.keep_source)
+        if origin is not None:
+            self.upload.copy(shard, record.sha256, record.nbytes, origin)
+        else:
+            self.upload.send({shard: (path, record.sha256)})
+        path.unlink()
+        self.stream.gone.add(shard)
+
+    def _check(self, shard: str, done: Done) -> None:
+        """Read the edited tensors again, as ``verify`` does.
+
+        A weight in FP8 whose scales are in another shard cannot be: that one may be gone.
+        """
+        infos = infos_of(self.folder, [shard])
+        for record in done.edits:
+            if record.requantized and record.requantized.shard != shard:
+                self.stream.report.warn(
+                    f"tensor {record.name} was not read again: its scales are apart"
+                )
+                continue
+            entry = asdict(record) | {"basis": self.subspace.basis_name(record.layer)}
+            basis = self.subspace.bases[record.layer]
+            if problems := list(check_edit(self.folder, entry, basis, infos, self.rounding)):
+                raise VerificationError("what was written is not whole", found="; ".join(problems))
+
+
+def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:
+    """Where the Hub has a shard in which nothing changed, if it does."""
+    repo = source.repo
+    if repo is None or source.recipes is not None or record.sha256 != record.source_sha256:
+        return None
+    name = source.inside + shard
+    if repo.sha256.get(name) != record.sha256:
+        return None
+
+    @contextmanager
+    def local() -> Iterator[Path]:
+        source.fetch([shard])  # it may have been dropped
+        try:
+            yield source.folder / shard
+        finally:
+            if not keep_source:
+                source.drop(shard)
+
+    return Copyable(repo.repo_id, repo.commit, name, local())

@@ -1,0 +1,116 @@
+"""Held-out text on which edits of one loaded model are compared with the model as it is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from converter.calibration.split import Part
+from converter.edits.base import Edit
+from converter.errors import DataError
+from converter.models.batching import Encoder
+from converter.models.edited import edited
+from converter.models.hooks import Advance, idle
+from converter.models.likelihood import (
+    Estimate,
+    LogProbabilities,
+    log_probabilities,
+    mean_change,
+    perplexity,
+    perplexity_ratio,
+    teacher_forced,
+    word_changes,
+)
+from converter.models.resident import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an edit does to held-out text.
+
+    Attributes:
+        perplexity_ratio: after over before, on neutral text.
+        toxic_change: mean change of a toxic word's log-probability, in nats.
+        teacher_forced: mean of p_after / p_before of toxic words, each capped at e; see
+            ``likelihood.teacher_forced``.
+    """
+
+    perplexity_ratio: Estimate
+    toxic_change: Estimate
+    teacher_forced: Estimate
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers."""
+        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced)
+        return all(part.finite for part in parts)
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest: a value and a standard error of each."""
+        return asdict(self)
+
+
+LEAST_GROUPS = 5
+"""Sentences, or frames that they are made from, without which a standard error is a guess."""
+
+
+class Probe:
+    """The held-out part of the texts, and how probable the unedited model finds it.
+
+    Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
+    the neutral side lacks.
+
+    Args:
+        model: not edited.
+        part: of the split.
+        advance: called with the number of sentences done since the last call.
+
+    Attributes:
+        neutral_tokens, toxic_words: how many are scored.
+        perplexity: of the unedited model on the neutral text.
+
+    Raises:
+        DataError: too few toxic sentences to know a standard error.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        part: Part,
+        advance: Advance = idle,
+    ) -> None:
+        encode = Encoder(model.tokenizer, model.module)
+        self.model, self.advance = model, advance
+        pairs = part.pairs.pairs
+        texts = [*part.prose.paragraphs, *(pair.neutral for pair in pairs)]
+        groups = [pair.group or pair.neutral for pair in pairs]
+        self._neutral = [encode(text, "mean", ()) for text in texts]
+        self._neutral_groups = [*part.prose.paragraphs, *groups]
+        coded = [encode.words(pair.toxic, pair.spans) for pair in pairs]
+        self._toxic = [sentence for sentence, words in coded if words]
+        self._words = [words for _, words in coded if words]
+        self._toxic_groups = [g for g, (_, words) in zip(groups, coded, strict=True) if words]
+        self.neutral_tokens = sum(len(s.ids) - 1 for s in self._neutral)
+        self.toxic_words = sum(len(words) for words in self._words)
+        if len(set(self._toxic_groups)) < LEAST_GROUPS:
+            raise DataError(
+                "too few toxic sentences are left to measure the edit on",
+                expected=f"at least {LEAST_GROUPS} that do not resemble each other",
+                found=str(len(set(self._toxic_groups))),
+                hint="give more pairs, or both -o rank and --no-guard",
+            )
+        self._before = self._run()
+        self.perplexity = perplexity(self._before[0])
+
+    def _run(self) -> list[LogProbabilities]:
+        return log_probabilities(self.model, (self._neutral, self._toxic), self.advance)
+
+    def measure(self, edit: Edit, layers: Sequence[int]) -> Measured:
+        """Compare an edit of some layers with the unedited model, through hooks."""
+        with edited(self.model.module, self.model.architecture, edit, layers):
+            neutral, toxic = self._run()
+        changes = word_changes(self._before[1], toxic, self._words)
+        return Measured(
+            perplexity_ratio(self._before[0], neutral, self._neutral_groups),
+            mean_change(changes, self._toxic_groups),
+            teacher_forced(changes, self._toxic_groups),
+        )

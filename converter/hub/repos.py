@@ -1,0 +1,248 @@
+"""Reading from the Hugging Face Hub: a revision becomes a commit, and all reads are at it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    OIDCError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
+
+from converter.checkpoints.safetensors.header import Header, length_of, parse_header
+from converter.errors import OptionError, SourceError
+from converter.hub.limits import AnswerError, guard_session, meter
+from converter.hub.listing import Kind, repo_of
+from converter.hub.listing import Repo as Repo
+from converter.hub.listing import looks_like_repo as looks_like_repo
+from converter.runtime.cache import sha256_of
+
+FIRST = 100_000
+"""Bytes of a shard that are asked for first: nearly all headers end in them."""
+
+
+def check_repo_id(option: str, text: str) -> None:
+    """Raise OptionError if ``text`` cannot be a repo id."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise OptionError(option, expected="a repo id such as owner/name", found=text) from error
+
+
+@contextmanager
+def plain_errors(kind: Kind, name: str) -> Iterator[None]:
+    """Turn what the client raises into one sentence about the repo ``name``.
+
+    Raises:
+        SourceError: gated, missing, offline, or the Hub answered with an error.
+    """
+    what = f"{kind} {name}"
+    local = "folder" if kind == "model" else "file"
+    try:
+        guard_session()
+        yield
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{what} is gated",
+            hint=f"ask for access on https://huggingface.co/{name.partition('@')[0]} "
+            "and log in with 'hf auth login' or HF_TOKEN",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"{what} has no such revision", hint="check what follows the @"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"there is no {what}, neither as a local path nor on the Hub",
+            hint="check the name; for a private repo, log in with 'hf auth login' or HF_TOKEN",
+        ) from error
+    except OIDCError as error:  # HF_OIDC_RESOURCE is set and the job has no identity
+        raise SourceError(
+            f"{what}: no token from the identity of this job", found=str(error)
+        ) from error
+    except HFValidationError as error:
+        raise SourceError(
+            f"{what} is neither an existing path nor a repo id", hint="check the spelling"
+        ) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise SourceError(
+            f"{what} is not in the local cache and the Hub cannot be asked",
+            hint=f"there is no local {local} of that name either; unset HF_HUB_OFFLINE, check the "
+            "network, or give a path",
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise SourceError(f"{what}: the Hub refused", found=str(error).split("\n")[0]) from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(  # the client expects answers to be well-formed
+            f"{what}: what the Hub answers makes no sense",
+            found=str(error) if isinstance(error, AnswerError) else repr(error),
+            hint="check HF_ENDPOINT and the network",
+        ) from error
+    except (HTTPError, OSError) as error:  # what is left of the network: no route, a broken pipe
+        raise SourceError(
+            f"{what} cannot be read from the Hub",
+            found=str(error) or type(error).__name__,
+            hint=f"there is no local {local} of that name either; check the network and the disk "
+            "of HF_HOME, or give a path",
+        ) from error
+
+
+def resolve(kind: Kind, text: str) -> Repo:
+    """Resolve ``owner/name[@revision]`` to a commit and list its files.
+
+    Without a network, or with HF_HUB_OFFLINE, a repo that is in the client's cache is used.
+
+    Raises:
+        SourceError: see ``plain_errors``.
+    """
+    repo_id, _, revision = text.partition("@")
+    asked = revision or None
+    with plain_errors(kind, text):
+        try:
+            info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
+        except OfflineModeIsEnabled:
+            return Repo(kind, repo_id, asked, _cached(kind, repo_id, asked).name, {})
+    return repo_of(kind, info, asked)
+
+
+def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
+    """Fetch files of a repo at its commit into the client's cache; their folder is returned.
+
+    Args:
+        repo: resolved.
+        names: files.
+        first: ask for the revision by its name, as the first call should: the client then remembers
+            what it means, and a later run finds it offline.
+
+    Raises:
+        SourceError: see ``plain_errors``; or the revision has moved since it was resolved, or a
+            file is not the one that was listed then.
+    """
+    wanted = list(names)
+    with plain_errors(repo.kind, repo.repo_id):
+        if not repo.sizes:
+            return _cached(repo.kind, repo.repo_id, repo.commit)
+        known = _known(repo, wanted)
+        folder = Path(
+            snapshot_download(
+                repo.repo_id,
+                repo_type=repo.kind,
+                revision=repo.revision if first else repo.commit,
+                allow_patterns=[escape(name) for name in wanted],
+                tqdm_class=meter(sum(repo.sizes.get(name, 0) for name in wanted)),
+            )
+        )
+    if folder.name != repo.commit:
+        raise SourceError(
+            f"{repo.kind} {repo.repo_id} changed while it was read",
+            expected=f"commit {repo.commit}",
+            found=folder.name,
+            hint="run again, or name a commit after @",
+        )
+    _check_content(repo, folder, [name for name in wanted if name not in known])
+    return folder
+
+
+def _known(repo: Repo, names: Iterable[str]) -> set[str]:
+    """The files that are in the client's cache already: they are taken as they are."""
+    try:
+        folder = _cached(repo.kind, repo.repo_id, repo.commit)
+    except LocalEntryNotFoundError:
+        return set()
+    return {name for name in names if (folder / name).is_file()}
+
+
+def _check_content(repo: Repo, folder: Path, names: Iterable[str]) -> None:
+    """Files that were fetched must be those that were listed; others are deleted.
+
+    The client compares sizes only, and those with what the same answer says of itself.
+    """
+    for name in names:
+        path, listed = folder / name, repo.sha256.get(name)
+        if name not in repo.sizes or not path.is_file():
+            continue
+        expected, found = f"{repo.sizes[name]:,} bytes", f"{path.stat().st_size:,} bytes"
+        if listed and expected == found:
+            expected, found = f"sha256 {listed}", f"sha256 {sha256_of(path)}"
+        if expected != found:
+            forget(path)
+            raise SourceError(
+                f"{name} of {repo.kind} {repo.repo_id} is not the file that the Hub lists",
+                expected=expected, found=found, hint="run again; it was not kept",
+            )  # fmt: skip
+
+
+def _cached(kind: Kind, repo_id: str, revision: str | None) -> Path:
+    """What the client's cache holds of a revision, complete or not."""
+    try:
+        return Path(
+            snapshot_download(repo_id, repo_type=kind, revision=revision, local_files_only=True)
+        )
+    except IncompleteSnapshotError as error:  # we never fetch a repo whole
+        return Path(error.snapshot_path)
+
+
+def forget(path: Path) -> None:
+    """Delete a downloaded file from the client's cache: the link of the snapshot and the blob."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+def remote_header(repo: Repo, name: str) -> Header:
+    """The header of one safetensors file, by range requests; no weights are fetched.
+
+    Raises:
+        SourceError: see ``plain_errors``; or the file breaks off.
+        CheckpointError: it is not well-formed safetensors.
+    """
+    size = repo.sizes[name]
+    start = _range(repo, name, 0, min(FIRST, size))
+    length = length_of(start[:8], size, name)
+    if 8 + length > len(start):
+        start += _range(repo, name, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, name)
+
+
+def _range(repo: Repo, name: str, start: int, end: int) -> bytes:
+    """Bytes of a file at the commit; reading stops there, however many more are sent."""
+    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    found = bytearray()
+    with (
+        plain_errors(repo.kind, repo.repo_id),
+        get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+    ):
+        hf_raise_for_status(answer)
+        skipped = start if answer.status_code == 200 else 0  # the whole file was sent
+        for piece in answer.iter_bytes():
+            found += piece[skipped:]
+            skipped = max(skipped - len(piece), 0)
+            if len(found) >= end - start:
+                break
+    if len(found) < end - start:
+        raise SourceError(
+            f"{name} of {repo.kind} {repo.repo_id} breaks off",
+            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
+            found=f"the end after {start + len(found):,}",
+            hint="run again",
+        )
+    return bytes(found[: end - start])

@@ -1,0 +1,50 @@
+"""Norms after the FFN: what reaches the residual stream is not what the down-projection gives.
+
+    f = diag(g) rms(W h)        g = weight + offset, (D,);  rms divides by a scalar of each token
+
+U lies in the space of f. Removing U from what W gives leaves most of it in f, because g turns it:
+``U^T f`` is ``(diag(g) U)^T W h`` over that scalar. So W is projected along ``orth(diag(g) U)``,
+and nothing of f is left along U, whatever the scalar.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.rewrite import read_tensor
+from converter.checkpoints.source import Source
+from converter.methods.subspace import Subspace
+
+Gains = Mapping[int, Tensor]
+"""Layer -> g (D,) float32 of the norm after its FFN; empty for models without such norms."""
+
+
+def read_gains(plan: Plan, source: Source) -> Gains:
+    """The gains of all layers, from a source's shards."""
+    gains = {}
+    for layer, (shard, info) in plan.post_norms.items():
+        with source.open(shard) as file:
+            gains[layer] = read_tensor(file, info).float() + plan.architecture.norm_offset
+    return gains
+
+
+def before_norm(subspace: Subspace, gains: Gains) -> Subspace:
+    """A subspace of the residual stream as its counterpart before the norm of each layer.
+
+    The columns of a smaller rank remain the first of those of a larger one.
+    """
+    if not gains:
+        return subspace
+    bases = {layer: through(basis, gains[layer]) for layer, basis in subspace.bases.items()}
+    return replace(subspace, bases=bases, shared=False)
+
+
+def through(basis: Tensor, gain: Tensor) -> Tensor:
+    """``orth(diag(g) U)`` for U (D, R) and g (D,), float32; its columns keep their direction."""
+    Q, R = torch.linalg.qr(gain.double()[:, None] * basis.double())
+    signs = torch.where(R.diagonal() < 0, -1.0, 1.0).double()
+    turned: Tensor = Q * signs
+    return turned.float().contiguous()

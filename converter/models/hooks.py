@@ -1,0 +1,149 @@
+"""What it takes to run a model and look into it, whether it is in memory or streamed.
+
+Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converter.errors import SourceError, is_out_of_memory
+from converter.models.batching import Batch
+
+Advance = Callable[[int], object]
+"""Called with the number of sentences done since the last call."""
+
+Show = Callable[[int, int, Tensor], None]
+"""Called with the number of a batch, a layer and the layer's activations, (B, T, D) float32, on the
+model's device."""
+
+
+def idle(count: int) -> None:
+    """The progress of those who do not show it."""
+
+
+def call(module: nn.Module, batch: Batch) -> Any:
+    """What a model of transformers gives for a batch."""
+    return module(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+    )
+
+
+class Enough(Exception):  # noqa: N818 - it is not an error
+    """Raised by a hook: what would be run next is not needed."""
+
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+
+
+@contextmanager
+def hooked(module: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """While this lasts, call a hook with what the submodule of a name gives."""
+    handles = [module.get_submodule(name).register_forward_hook(h) for name, h in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_of(output: Any) -> Tensor:
+    """What a module gives, or the first of several things."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def by_position(x: Tensor, batch: Batch) -> Tensor:
+    """Activations as (B, T, D) float32; OPT's are (B T, D)."""
+    return x.detach().float().view(*batch.ids.shape, -1)
+
+
+def showing(show: Show, number: int, batch: Batch, layer: int, *, stop: bool) -> Hook:
+    """A hook that shows a module's output, and may end the run."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        show(number, layer, by_position(first_of(output), batch))
+        if stop:
+            raise Enough
+
+    return hook
+
+
+def keeping(outputs: dict[int, Tensor], layer: int) -> Hook:
+    """A hook that keeps a module's output, with respect to which there is to be a gradient."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        first = first_of(output)
+        if not first.requires_grad:  # the graph starts here; layers below need none
+            first = first.detach().requires_grad_()
+        outputs[layer] = first
+        copy = first.clone()  # some models add to it in place
+        return (copy, *output[1:]) if isinstance(output, tuple) else copy
+
+    return hook
+
+
+@contextmanager
+def only_chosen(module: Any, batch: Batch) -> Iterator[None]:
+    """While this lasts, logits are those of the chosen positions: (1, chosen, V).
+
+    The vocabulary is large, so they are computed where a token is chosen and nowhere else.
+    """
+    rows, places = torch.nonzero(batch.weights > 0, as_tuple=True)
+
+    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows.to(args[0].device), places.to(args[0].device)][None], *args[1:])
+
+    handle = module.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def log_probability(logits: Tensor, batch: Batch) -> Tensor:
+    """The sum of log p of the chosen tokens, from their logits (1, chosen, V)."""
+    rows, places = torch.nonzero(batch.weights > 0, as_tuple=True)
+    wanted = batch.ids[rows, places + 1].to(logits.device)
+    return -nn.functional.cross_entropy(logits[0].float(), wanted, reduction="sum")
+
+
+@contextmanager
+def memory_errors(what: str, hint: str) -> Iterator[None]:
+    """Raise SourceError if memory runs out.
+
+    Args:
+        what: was run, for the sentence.
+        hint: what to do if it was a GPU's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SourceError(f"the GPU is out of memory with {what}", hint=hint) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SourceError(
+            f"memory ran out with {what}",
+            hint="lower --batch-size, and give --forward streamed unless that was so",
+        ) from error
+
+
+class Progress:
+    """Sentences done, where a batch takes many steps that do not follow each other."""
+
+    def __init__(self, batched: Sequence[Batch], steps: int, advance: Advance) -> None:
+        self._rows = [len(batch.rows) for batch in batched]
+        self._steps, self._advance, self._done = steps, advance, 0
+
+    def step(self, number: int) -> None:
+        """One step of a batch is done."""
+        before, self._done = self._done, self._done + self._rows[number]
+        if count := self._done // self._steps - before // self._steps:
+            self._advance(count)

@@ -1,0 +1,152 @@
+"""How probable a model finds given tokens, and how an edit changes that.
+
+Everything here is teacher-forced: the tokens are fixed, so two models are compared on the same
+text, token by token, and a few thousand tokens tell them apart where generation needs many more.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import exp, isfinite
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from converter.models.batching import Sentence, logit_positions, token_batches
+from converter.models.hooks import Advance, idle, memory_errors
+from converter.models.resident import Model
+
+LogProbabilities = Sequence[NDArray[np.float64]]
+"""For each sentence of T tokens (T - 1,) values in nats; the i-th is about token i + 1."""
+
+Words = Sequence[Sequence[tuple[int, ...]]]
+"""For each sentence the words of interest, each the places of its tokens in the sentence's ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its standard error over sampling units, which are groups of sentences.
+
+    Sentences made from the same frame, or continuing the same prompt, are one unit: they resemble
+    each other, and counting them apart would make the error too small.
+    """
+
+    value: float
+    error: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether it is a number at all; a broken model gives none."""
+        return isfinite(self.value) and isfinite(self.error)
+
+
+Groups = Sequence[Hashable] | None
+"""The sampling unit of each sentence; None if each is one of its own."""
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Model, texts: Sequence[Sequence[Sentence]], advance: Advance = idle
+) -> list[LogProbabilities]:
+    """The log-probability of every token after the first, given those before it.
+
+    Args:
+        model: with the hooks of an edit, or without.
+        texts: sentences of several kinds, which go through the model together and are never in one
+            batch; their weights are not used.
+        advance: for progress.
+
+    Returns:
+        the values of each kind.
+
+    Raises:
+        SourceError: memory ran out.
+    """
+    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
+    positions = logit_positions(model.module)
+    batched = [
+        (values, batch)
+        for values, kind in zip(found, texts, strict=True)
+        for batch in token_batches(kind, positions, model.device)
+    ]
+    with memory_errors("held-out text", hint="give --device cpu"):
+        for number, logits in model.logits([batch for _, batch in batched], advance):
+            values, batch = batched[number]
+            lengths = batch.mask.sum(1).tolist()
+            for row, length, scores, ids in zip(
+                batch.rows, lengths, logits, batch.ids, strict=True
+            ):
+                loss = torch.nn.functional.cross_entropy(
+                    scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
+                )
+                values[row] = -loss.double().cpu().numpy()
+    return list(found)
+
+
+def perplexity(values: LogProbabilities) -> float:
+    """exp of the mean negative log-probability of a token; every token counts the same."""
+    return exp(-sum(x.sum() for x in values) / sum(len(x) for x in values))
+
+
+def perplexity_estimate(values: LogProbabilities, groups: Groups = None) -> Estimate:
+    """The same with a standard error."""
+    losses = np.array([-x.sum() for x in values])
+    return _exponential(_ratio(losses, np.array([len(x) for x in values]), groups))
+
+
+def perplexity_ratio(
+    before: LogProbabilities, after: LogProbabilities, groups: Groups = None
+) -> Estimate:
+    """Perplexity after an edit over that before, on the same tokens.
+
+        exp(mean over tokens of (log p_before - log p_after))
+
+    The error is that of a ratio estimator, carried through the exponential.
+    """
+    losses = np.array([(a - b).sum() for a, b in zip(before, after, strict=True)])
+    return _exponential(_ratio(losses, np.array([len(x) for x in before]), groups))
+
+
+def word_changes(
+    before: LogProbabilities, after: LogProbabilities, words: Words
+) -> list[list[float]]:
+    """For each sentence, the change of log p of each of its words, in nats."""
+    return [
+        [float(sum(a[i - 1] - b[i - 1] for i in word)) for word in inside]
+        for b, a, inside in zip(before, after, words, strict=True)
+    ]
+
+
+def mean_change(changes: Sequence[Sequence[float]], groups: Groups = None) -> Estimate:
+    """The mean change of a word's log-probability; every word counts the same."""
+    return _ratio(np.array([sum(c) for c in changes]), np.array([len(c) for c in changes]), groups)
+
+
+def teacher_forced(changes: Sequence[Sequence[float]], groups: Groups = None) -> Estimate:
+    """The mean over words of ``min(p_after / p_before, e)``: 1 says no effect, 0 all gone.
+
+    If the words stand in continuations that were drawn from the unedited model, this is the
+    importance-weighted estimate of how often they come after the edit, in their old contexts. The
+    cap keeps one word that has become probable from deciding the mean.
+    """
+    return mean_change([[exp(min(c, 1.0)) for c in inside] for inside in changes], groups)
+
+
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64], groups: Groups) -> Estimate:
+    """sum(sums) / sum(counts) with its linearised standard error over groups; inf for one group."""
+    if groups is not None:
+        numbers: dict[Hashable, int] = {}
+        place = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+        sums = np.bincount(place, sums).astype(np.float64)
+        counts = np.bincount(place, counts).astype(np.int64)
+    total, units = counts.sum(), int((counts > 0).sum())
+    mean = float(sums.sum() / total)
+    spread = ((sums - mean * counts) ** 2).sum()
+    error = np.sqrt(spread * units / (units - 1)) / total if units > 1 else np.inf
+    return Estimate(mean, float(error))
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean.value))
+    return Estimate(value, value * mean.error)

@@ -1,0 +1,186 @@
+"""Loading a model and its tokenizer with transformers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from converter.checkpoints.formats.virtual import Recipe, Shards
+from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.runtime.memory import free_memory
+
+
+class Made:
+    """A tensor that is made when transformers loads it, which it does by slicing."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.recipe.make()[place]
+
+
+class Shape:
+    """A tensor that transformers is to load onto the meta device."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape = dtype, shape
+
+    def __getitem__(self, place: Any) -> "Shape":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Wherever it is wanted, there is nothing to hold."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    needed: int,
+    *,
+    spread: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
+    trust_remote_code: bool = False,
+    recipes: Shards | None = None,
+) -> nn.Module:
+    """Load a causal language model for a forward pass.
+
+    Args:
+        folder: a checkpoint.
+        dtype: of the weights in memory.
+        device: where to.
+        needed: bytes of the weights in ``dtype``.
+        spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
+        auto_class: of transformers, that loads it.
+        trust_remote_code: whether code that comes with the checkpoint may be run.
+        recipes: make the weights, if they are not safetensors in the folder.
+
+    Raises:
+        SourceError: it does not fit in memory, or transformers cannot load it.
+        CheckpointError: a tensor of the model is not in the checkpoint.
+    """
+    free = free_memory(device)
+    if needed > free and not spread:
+        raise SourceError(
+            f"the model does not fit in the memory of the {device} for the forward pass",
+            expected=f"{needed / 1e9:.1f} GB or more available",
+            found=f"{free / 1e9:.1f} GB",
+            hint="give --forward streamed, or --device map",
+        )
+    settings = {"dtype": dtype, "device_map": "auto" if spread else None}
+    if recipes is None:
+        local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        model = _loaded(partial(_auto(auto_class).from_pretrained, folder, **local, **settings))
+    else:
+        made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}
+        model = _loaded(
+            partial(_from_tensors, folder, made, auto_class, trust_remote_code, **settings)
+        )
+    try:
+        return model if spread else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise _unusable("model", error) from error
+
+
+def load_skeleton(
+    folder: Path,
+    dtype: torch.dtype,
+    recipes: Iterable[Recipe],
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The same model without its weights, which are on the meta device; no weight is read.
+
+    transformers loads it as it would load the model, so what is tied is tied, what is renamed and
+    fused by its rules would be, and buffers that are no weights have their values.
+
+    Args:
+        folder: holds the config.
+        dtype: of the weights.
+        recipes: of all tensors of the checkpoint; they are not made.
+        auto_class, trust_remote_code: as above.
+
+    Raises:
+        SourceError, CheckpointError: as above.
+    """
+    shapes = {recipe.name: Shape(recipe.dtype, recipe.shape) for recipe in recipes}
+    return _loaded(
+        partial(_from_tensors, folder, shapes, auto_class, trust_remote_code, dtype=dtype)
+    )
+
+
+def _auto(auto_class: str) -> Any:
+    import transformers
+
+    return getattr(transformers, auto_class)
+
+
+def _from_tensors(
+    folder: Path,
+    tensors: Mapping[str, Any],
+    auto_class: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> Any:
+    """``from_pretrained`` of a model whose tensors are not in files of the folder."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):  # what is made is not quantized
+            del part.quantization_config
+    with torch.device("meta"):
+        kind = type(_auto(auto_class).from_config(config, trust_remote_code=trust_remote_code))
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+
+
+def _loaded(load: Callable[..., Any]) -> nn.Module:
+    """A model of ``from_pretrained``, in eval mode and with every tensor that it needs."""
+    try:
+        model, info = cast(tuple[nn.Module, dict[str, Any]], load(output_loading_info=True))
+    except ConverterError:
+        raise
+    except Exception as error:  # whatever a third party's loader makes of a stranger's files
+        raise _unusable("model", error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors that the model needs",
+            found=f"no {missing[0]}",
+            hint="transformers would fill them with random numbers; get an intact copy",
+        )
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Load a fast tokenizer; code that comes with it is run only if it is trusted.
+
+    Raises:
+        SourceError: transformers cannot load it, or it cannot map tokens to characters.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # as above
+        raise _unusable("tokenizer", error) from error
+    if not tokenizer.is_fast:
+        raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
+    return tokenizer
+
+
+def _unusable(part: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"transformers cannot load the {part}",
+        found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        hint="check that the source loads with from_pretrained",
+    )

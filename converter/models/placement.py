@@ -1,0 +1,118 @@
+"""Whether the forward pass holds the whole model, or one layer of it at a time."""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from converter.checkpoints.plan import Plan
+from converter.errors import OptionError, SourceError
+from converter.models.batching import BATCH_TOKENS, LOGITS_BYTES
+from converter.runtime.memory import address_space, available_memory, free_memory
+
+Mode = Literal["resident", "streamed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """How the model is run, and why.
+
+    Attributes:
+        mode: ``resident`` or ``streamed``.
+        reason: a function of the inputs and not of how much memory happened to be free.
+        budget: bytes of memory to plan with.
+    """
+
+    mode: Mode
+    reason: str
+    budget: int
+
+    def record(self) -> dict[str, str]:
+        """For the manifest."""
+        return {name: value for name, value in asdict(self).items() if name != "budget"}
+
+    def need_resident(self) -> None:
+        """Raise what is wrong if continuations are to be written, each token a pass by itself."""
+        if self.mode == "resident":
+            return
+        what = "an evaluation writes continuations, for which the whole model must be in memory"
+        hint = "give --forward resident or --device map, or do without the evaluation"
+        if self.reason == ASKED:
+            raise OptionError(what, found="--forward streamed", hint=hint)
+        raise SourceError(what, found=self.reason, hint=hint)
+
+
+ASKED = "asked for"
+
+
+def choose_forward(
+    asked: Literal["auto"] | Mode,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: str,
+    limit: int | None,
+    *,
+    spread: bool,
+) -> Forward:
+    """``auto`` is resident where the model fits in memory comfortably, and streamed elsewhere.
+
+    Args:
+        asked: ``auto``, ``resident`` or ``streamed``.
+        plan: says how large the model is.
+        dtype: of the weights in memory.
+        device: where the model would be.
+        limit: bytes of memory to plan with, if less than what is available.
+        spread: over several devices, which only a resident model can be.
+
+    Raises:
+        OptionError: streamed and spread.
+    """
+    available = available_memory()
+    budget = min(available, limit or available)
+    if asked == "streamed" and spread:
+        raise OptionError("--forward streamed", expected="one device", found="--device map")
+    if asked != "auto":
+        return Forward(asked, ASKED, budget)
+    if spread:
+        return Forward("resident", "--device map", budget)
+    weights = plan.num_parameters * dtype.itemsize
+    free = budget if device == "cpu" else free_memory(device)
+    mapped = plan.nbytes  # transformers maps the shards into the address space
+    fits = weights + margin(plan, dtype) <= free and weights + mapped <= address_space()
+    size = f"{weights / 1e9:.1f} GB of weights"
+    if fits:
+        return Forward("resident", f"{size} fit in memory", budget)
+    return Forward("streamed", f"{size} do not fit in memory comfortably", budget)
+
+
+def needed_weights(plan: Plan, dtype: torch.dtype, mode: Mode) -> int:
+    """Bytes of the weights that a forward pass has in memory at a time.
+
+    A layer's tensors are those whose names begin as its down-projections do up to its number.
+    """
+    if mode == "resident":
+        return plan.num_parameters * dtype.itemsize
+    layers: Counter[str] = Counter()
+    starts = {t.info.name.partition(f".{t.layer}.")[0] for t in plan.targets}
+    pattern = re.compile(rf"({'|'.join(map(re.escape, starts))})\.\d+\.")
+    for header in plan.headers.values():
+        for name, info in header.tensors.items():
+            if found := pattern.match(name):
+                layers[found[0]] += prod(info.shape)
+    return max(layers.values()) * dtype.itemsize
+
+
+def margin(plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass and its gradients take beside the weights, roughly.
+
+    Logits and what is made of them; about 10 hidden states and 3 of the FFN's that a layer keeps
+    for the backward pass, for a batch of ``BATCH_TOKENS`` positions; and two (D, D) sums for each
+    layer.
+    """
+    sizes = plan.dimensions
+    position = 10 * sizes.hidden_size + 3 * sizes.intermediate_size
+    kept = BATCH_TOKENS * sizes.num_hidden_layers * position * dtype.itemsize
+    return 4 * LOGITS_BYTES + kept + 2 * sizes.num_hidden_layers * sizes.hidden_size**2 * 4

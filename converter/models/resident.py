@@ -1,0 +1,261 @@
+"""Run a model over sentences and look at what chosen modules give; nothing is kept but sums.
+
+Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentences in all.
+"""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from converter.checkpoints.architectures.architecture import Architecture
+from converter.errors import OptionError
+from converter.models.batching import Batch
+from converter.models.hooks import (
+    Advance,
+    Enough,
+    Show,
+    by_position,
+    call,
+    hooked,
+    idle,
+    keeping,
+    log_probability,
+    memory_errors,
+    only_chosen,
+    showing,
+)
+
+
+class Model(Protocol):
+    """A causal language model of transformers, in memory as a whole or a layer at a time.
+
+    What is run may come in either order, all layers of a batch or all batches of a layer. Hooks on
+    modules inside of layers work as in any model.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def device(self) -> str: ...
+
+    def visit(
+        self,
+        modules: Mapping[int, str],
+        batched: Sequence[Batch],
+        show: Show,
+        advance: Advance = ...,
+    ) -> None:
+        """Run batches up to the last module of interest and show each one's output.
+
+        Args:
+            modules: layer -> name of the module whose output is wanted; a tuple's first element
+                counts.
+            batched: token ids and masks.
+            show: called once for each batch and layer.
+            advance: for progress.
+        """
+
+    def logits(
+        self, batched: Sequence[Batch], advance: Advance = ...
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number of each batch and its logits, (B, T, V), one batch after the other."""
+
+    def gradients(
+        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = ...
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """What tokens owe to what modules give.
+
+        Yields for each batch and layer the number of the batch, the layer, f and g, both
+        (B, T, D) float32: what the module gives, and the gradient with respect to it of the sum of
+        log p of the batch's chosen tokens, those after positions of positive weight.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A ``Model`` that is in memory as a whole. All layers of a batch come together."""
+
+    module: nn.Module
+    tokenizer: Any
+    architecture: Architecture
+    device: str
+
+    def visit(
+        self,
+        modules: Mapping[int, str],
+        batched: Sequence[Batch],
+        show: Show,
+        advance: Advance = idle,
+    ) -> None:
+        """See ``Model``; the layers above the last one of interest are not run."""
+        last = max(modules)
+        for number, batch in enumerate(batched):
+            hooks = {
+                name: showing(show, number, batch, layer, stop=layer == last)
+                for layer, name in modules.items()
+            }
+            with torch.inference_mode(), hooked(self.module, hooks), suppress(Enough):
+                call(self.module, batch)
+            advance(len(batch.rows))
+
+    def logits(
+        self, batched: Sequence[Batch], advance: Advance = idle
+    ) -> Iterator[tuple[int, Tensor]]:
+        """See ``Model``."""
+        for number, batch in enumerate(batched):
+            yield number, call(self.module, batch).logits
+            advance(len(batch.rows))
+
+    def gradients(
+        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = idle
+    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """See ``Model``. The memory is that of a forward pass whose activations are kept."""
+        for number, batch in enumerate(batched):
+            outputs: dict[int, Tensor] = {}
+            hooks = {name: keeping(outputs, layer) for layer, name in modules.items()}
+            with torch.enable_grad(), hooked(self.module, hooks), only_chosen(self.module, batch):
+                chosen = log_probability(call(self.module, batch).logits, batch)
+            found = torch.autograd.grad(chosen, list(outputs.values()))
+            for (layer, f), g in zip(outputs.items(), found, strict=True):
+                yield number, layer, by_position(f, batch), by_position(g, batch)
+            advance(len(batch.rows))
+
+
+Sink = Callable[[Batch, int, Tensor], None]
+"""Called with a batch, a layer and its activations, (B, T, D) float32, on the model's device."""
+
+
+class Pool:
+    """A sink for the weighted mean of each sentence's activations.
+
+    Attributes:
+        pooled: layer -> (N, D) float32 on the CPU, rows in the order of the sentences.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pooled: dict[int, Tensor] = {}
+
+    def __call__(self, batch: Batch, layer: int, f: Tensor) -> None:
+        rows = torch.einsum("bt,btd->bd", batch.weights, f).cpu()
+        self.pooled.setdefault(layer, torch.empty(self.count, f.shape[-1]))[batch.rows] = rows
+
+
+class SecondMoment:
+    """The second moment of content tokens.
+
+        M = mean over layers of  M_l / tr M_l,   M_l = sum over groups of  E_group[f f^T]
+
+    Uncentred; every token counts the same within its group, and every group the same. Memory is
+    one (D, D) float32 accumulator per layer, a small part of the model's own; where all batches of
+    a layer come together, one in all.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[int, Tensor] = {}
+        self._batches, self._seen, self._done = 0, Counter[int](), 0
+        self._sum: Tensor | float = 0.0
+
+    def group(self, batched: Sequence[Batch]) -> Sink:
+        """The sink for the batches of one group."""
+        tokens = max(sum(int(batch.content.sum()) for batch in batched), 1)
+        self._batches += len(batched)
+
+        def add(batch: Batch, layer: int, f: Tensor) -> None:
+            rows = f[batch.content]
+            if layer not in self.moments:
+                self.moments[layer] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / tokens)
+            self._seen[layer] += 1
+            if self._seen[layer] == self._batches and len(self.moments) == 1:
+                self._sum = self._sum + _normalised(self.moments.pop(layer))
+                self._done += 1
+
+        return add
+
+    def result(self) -> Tensor:
+        """M, (D, D) float32 on the CPU, once all groups have been seen."""
+        if isinstance(self._sum, Tensor):
+            return (self._sum / self._done).cpu()
+        return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
+
+
+def _normalised(moment: Tensor) -> Tensor:
+    """M_l / tr M_l; a layer that writes nothing has no directions."""
+    return moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+Group = tuple[Sequence[Batch], Sequence[Sink]]
+"""Batches, and what to do with their activations."""
+
+
+def run(
+    model: Model, modules: Mapping[int, str], groups: Sequence[Group], advance: Advance = idle
+) -> None:
+    """Run all batches of all groups and show every layer's activations to the group's sinks.
+
+    Args:
+        model: not edited, or hooked as wanted.
+        modules: layer -> name of the module whose output is wanted.
+        groups: go through the model together, which reads a streamed one once.
+        advance: for progress.
+
+    Raises:
+        SourceError: memory ran out.
+    """
+    batched = [(batch, sinks) for batches, sinks in groups for batch in batches]
+
+    def show(number: int, layer: int, f: Tensor) -> None:
+        batch, sinks = batched[number]
+        for sink in sinks:
+            sink(batch, layer, f)
+
+    most = max((len(batch.rows) for batch, _ in batched), default=0)
+    with memory_errors(
+        f"{most} sentences in a batch", hint="lower --batch-size, or give --device cpu"
+    ):
+        model.visit(modules, [batch for batch, _ in batched], show, advance)
+
+
+def choose_device(device: str) -> str:
+    """``auto`` becomes the first GPU if there is one, and so does ``map``, whose parts go anywhere.
+
+    Raises:
+        OptionError: not a device, or one that this machine does not have.
+    """
+    if device == "map" and importlib.util.find_spec("accelerate") is None:
+        raise OptionError(
+            "--device map needs the package accelerate", hint="pip install accelerate"
+        )
+    if device in ("auto", "map"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise OptionError("--device", expected="auto, map, cpu, cuda or cuda:n", found=device)
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"--device {device}",
+            expected="a GPU that PyTorch can see",
+            found=f"{torch.cuda.device_count()} of them",
+            hint="give --device cpu",
+        )
+    return device
+
+
+def choose_dtype(asked: str, stored: torch.dtype, device: str) -> torch.dtype:
+    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            asked
+        ]
+    return torch.float32 if device == "cpu" else stored

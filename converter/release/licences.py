@@ -1,0 +1,239 @@
+"""What the source's licence asks of those who publish an edited model, by family.
+
+``data/licences.toml`` holds what is known of each family. A family is recognised by the word in the
+source's card and by nothing else, a file that the source lacks is never made up, and what is
+missing is said: on the terminal, and in the card.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import ModelCardData
+
+from converter.checkpoints.source import Source
+from converter.runtime.markdown import code, escaped
+
+NOTICE = "Notice"
+"""The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
+
+PAPERS = {
+    "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
+    "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),
+    "notice": ("NOTICE",),
+}
+"""Kind of file -> how its name begins, in whatever case."""
+
+CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
+
+TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""Endings of papers; ``license.py`` is not one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What is known of a licence; ``data/licences.toml`` explains the fields."""
+
+    title: str
+    link: str
+    papers: tuple[str, ...]
+    notice: str = ""
+    built_with: str = ""
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a licence means for one output.
+
+    Attributes:
+        fields: ``license``, ``license_name`` and ``license_link`` of the front matter.
+        family: None if nothing is known of this licence.
+        sentences: for the card, each a list item in Markdown.
+        warnings: for the terminal.
+        notice: the text of the file ``NOTICE`` that has to be written; empty for none.
+    """
+
+    fields: Mapping[str, Any]
+    family: Family | None
+    sentences: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notice: str = ""
+
+
+@cache
+def families() -> dict[str, Family]:
+    """The word of a card -> what is known of that licence."""
+    text = files("converter").joinpath("data/licences.toml").read_text("utf-8")
+    return {
+        name: Family(**{**entry, "papers": tuple(entry["papers"])})
+        for name, entry in tomllib.loads(text).items()
+    }
+
+
+def licence_name(card: ModelCardData) -> str | None:
+    """The word of a card that says which licence it is; None if it does not say."""
+    said = card.get("license")
+    if isinstance(said, list):  # the Hub takes several; one that asks for something comes first
+        names = [name for name in said if isinstance(name, str)]
+        said = next((name for name in names if name in families()), names[0] if names else None)
+    if said == "other":
+        said = card.get("license_name")
+    return said if isinstance(said, str) and said and said != "unknown" else None
+
+
+def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002
+    """What is wrong with the name of a repository for a model under a licence.
+
+    Args:
+        license: as ``licence_name`` gives it.
+        repo_id: ``owner/name``, or a name.
+
+    Returns:
+        a sentence, if the licence asks for another beginning; else nothing.
+    """
+    family, name = families().get(license or ""), repo_id.rpartition("/")[2]
+    if family is None or not family.prefix or _prefix(family).match(name):
+        return []
+    return [
+        f"the {family.title} asks that the name of a derived model begin with "
+        f"'{family.prefix.replace(' ', '-')}', which {name} does not"
+    ]
+
+
+def _prefix(family: Family) -> re.Pattern[str]:
+    """``Llama 3`` is also written ``Llama-3`` and ``Llama3``; a repo id cannot have a space."""
+    return re.compile(r"[-_. ]?".join(map(re.escape, family.prefix.split())))
+
+
+def fitting_name(family: Family | None, name: str) -> str:
+    """``name``, cut or lengthened at its beginning if the licence asks for that."""
+    if family is None or not family.prefix:
+        return name
+    found = _prefix(family).search(name)
+    return name[found.start() :] if found else f"{family.prefix.replace(' ', '-')}-{name}"
+
+
+def papers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Kind of file -> those of ``names``, files of a folder, that are of that kind."""
+    found: dict[str, list[str]] = {kind: [] for kind in PAPERS}
+    for name in sorted(names):
+        for kind, starts in PAPERS.items():
+            plain = PurePosixPath(name).suffix.lower() in TEXT or kind == "agreement"
+            if name.upper().startswith(starts) and plain and not name.endswith((".py", ".json")):
+                found[kind].append(name)
+    return found
+
+
+def terms_of(source: Source, base: str | None) -> Terms:
+    """Read from a source what its licence asks for, and which of it is there.
+
+    Args:
+        source: its card and its small files, which are copied.
+        base: Hub repo id of the base model, or None.
+    """
+    found = papers(source.small)
+    name = licence_name(source.card)
+    family = families().get(name or "")
+    fields, warnings = _fields(source, base, found["agreement"], name)
+    sentences = [_under(source, name, family)]
+    for kind, names in found.items():
+        if names:
+            links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
+            sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
+    notice = ""
+    for kind in family.papers if family else ():
+        if not found[kind]:
+            assert family is not None
+            sentences.append(
+                f"**{CALLED[kind].capitalize()} was not in the source.** Add it before you publish "
+                f"this folder: a copy has to go along ([where it is published]({family.link}))."
+            )
+            warnings.append(
+                f"{source.name} is under the {family.title} and comes without {CALLED[kind]}, "
+                f"which has to go along; add it before you publish, from {family.link}"
+            )
+    if family and family.notice and not found["notice"]:
+        notice = family.notice
+        sentences.append(f"[{NOTICE}]({NOTICE}) holds the line that the licence asks for.")
+    elif family and family.notice and not _says(source, found["notice"], family.notice):
+        where = found["notice"][0]
+        sentences.append(f"**{where} lacks the line that the licence asks for**: {family.notice}")
+        warnings.append(f"{where} lacks the line that the {family.title} asks for: {family.notice}")
+    if family and family.prefix:
+        sentences.append(
+            f"The licence asks that the name of a derived model begin with `{family.prefix}`."
+        )
+    if source.gated:
+        sentences.append(
+            "The base is gated: its terms have to be accepted before it can be downloaded. A "
+            "repository made from this folder is not, unless its owner turns that on."
+        )
+        warnings.append(
+            f"{base or source.name} is gated, and a repository made from this folder is not by "
+            "itself; keep it private, or turn gating on there"
+        )
+    return Terms(
+        fields=fields,
+        family=family,
+        sentences=tuple(sentences),
+        warnings=tuple(warnings),
+        notice=notice,
+    )
+
+
+def write_notice(terms: Terms, folder: Path) -> list[str]:
+    """Write the notice that the licence prescribes and the source lacks; the files written."""
+    if not terms.notice:
+        return []
+    (folder / NOTICE).write_text(terms.notice + "\n", "utf-8")
+    return [NOTICE]
+
+
+def _fields(
+    source: Source, base: str | None, agreements: list[str], name: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The licence part of the front matter, read from the source's card and never guessed."""
+    page = f"https://huggingface.co/{base}" if base else None
+    if name is None:
+        link = agreements[0] if agreements else page or "README.md"
+        return {"license": "other", "license_name": "unknown", "license_link": link}, [
+            f"{source.name} does not state a licence, so the card says 'other'; add it to the "
+            "front matter of the source's README.md and convert again"
+        ]
+    keys = ("license", "license_name", "license_link")
+    fields = {key: value for key in keys if (value := source.card.get(key))}
+    link = str(fields.get("license_link", ""))
+    if link and page and "://" not in link and link not in source.small:
+        fields["license_link"] = f"{page}/blob/main/{link}"  # it was relative to the base
+    return fields, []
+
+
+def _under(source: Source, name: str | None, family: Family | None) -> str:
+    """Which licence it is."""
+    if name is None:
+        return (
+            "The source does not state a licence. Find out which one it has before you use or "
+            "publish this model."
+        )
+    if family is None:
+        return (
+            f"The licence is {code(name)}, as the source's card says. gloss-convert knows nothing "
+            "of what it asks for: read it before you publish this model."
+        )
+    return (
+        f"[{family.title}]({family.link}), as the source. The weights were modified, as described "
+        "above."
+    )
+
+
+def _says(source: Source, names: Iterable[str], line: str) -> bool:
+    """Whether one of these files holds a line, however it is broken."""
+    texts = (source.small[name].read_text("utf-8", "replace") for name in names)
+    return any(" ".join(line.split()) in " ".join(text.split()) for text in texts)
