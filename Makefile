@@ -30,7 +30,8 @@ demo:
 test:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.test && \
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal && \
+	$(BIN)/lint-imports --no-logo && \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"
 
 fuzz: $(VENV)/.test

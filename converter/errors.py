@@ -5,8 +5,8 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
-from converter.runtime.sanitize import shown
-from converter.runtime.secrets import redacted
+from converter.text.sanitize import shown
+from converter.text.secrets import redacted
 
 
 class ConverterError(Exception):

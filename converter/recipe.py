@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +62,12 @@ class Run:
     base_model: str | None = None
     subfolder: str = ""
     trust_remote_code: bool = False
+
+
+def without_folders(value: Any) -> str | None:
+    """A path cut down to its file name; repo ids and keywords as they are."""
+    if value is None:
+        return None
+    text = str(value)
+    is_path = isinstance(value, Path) or Path(text).is_absolute() or Path(text).exists()
+    return Path(text).resolve().name if is_path or text.startswith((".", "~")) else text

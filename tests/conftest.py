@@ -1,6 +1,5 @@
 """Tiny models, built here: real architectures with random weights, and a real tokenizer."""
 
-import json
 import os
 
 # Set before any Hub client is imported: no test may reach for the network.
@@ -13,152 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner, Result
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from converter.checkpoints.architectures.architecture import architectures
 from converter.cli.main import gloss
-from tests.bench.synthetic import builtin_texts, byte_tokenizer
-from tests.planted import make_planted
-
-HIDDEN, FFN, LAYERS = 32, 48, 6
-
-
-@cache
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the built-in texts."""
-    return byte_tokenizer(builtin_texts(), 400)
-
-
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
-DEEPSEEK = {
-    "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 24, "n_group": 2,
-    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 3, "kv_lora_rank": 8,
-    "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}  # fmt: skip
-
-TINY_MODELS: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 2.0},
-    "deepseek_v2": DEEPSEEK,
-    "deepseek_v3": DEEPSEEK,
-    "falcon": {"ffn_hidden_size": FFN, "bias": True},
-    "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8},
-    "gemma3": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8},
-    "gpt2": {"n_inner": FFN},
-    "gpt_bigcode": {"n_inner": FFN},
-    "gpt_neox": {},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
-    "gptj": {"n_inner": FFN, "rotary_dim": 4},
-    "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "llama": {"mlp_bias": True},
-    "mistral": {},
-    "mistral3": {},
-    "mixtral": {"num_local_experts": 4},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": {},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "opt": {"ffn_dim": FFN, "word_embed_proj_dim": HIDDEN},
-    "phi": {},
-    "phi3": {},
-    "qwen2": {},
-    "qwen2_5_vl": {"rope_parameters": MROPE},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "mlp_only_layers": [3],
-    },
-    "qwen2_vl": {"rope_parameters": MROPE},
-    "qwen3": {"head_dim": 8},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "moe_intermediate_size": 24,
-        "head_dim": 8,
-        "decoder_sparse_step": 2,
-        "num_experts_per_tok": 2,
-    },
-    "qwen3_vl": {"rope_parameters": MROPE},
-    "seed_oss": {"head_dim": 8, "mlp_bias": True},
-    "smollm3": {},
-    "stablelm": {},
-    "starcoder2": {},
-}
-"""``model_type`` -> what its tiny model's config has besides the sizes that all share. One line for
-each data file."""
-
-
-OTHER_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
-}
-"""Models of the same ``model_type`` as another and built otherwise."""
-
-VISION = {
-    "gemma3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-               "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-    "mistral3": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-                 "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-    "qwen2_vl": {"depth": 1, "embed_dim": 16, "hidden_size": HIDDEN, "num_heads": 2},
-    "qwen2_5_vl": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
-                   "out_hidden_size": HIDDEN},
-    "qwen3_vl": {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2,
-                 "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0]},
-}  # fmt: skip
-"""What the vision tower of a wrapper's tiny model is like; the rest is its language model."""
-
-
-def tiny_config(kind: str) -> PreTrainedConfig:
-    sizes = {
-        "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "vocab_size": len(tiny_tokenizer()),
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
-    kind, other = OTHER_LAYOUTS.get(kind, (kind, {}))
-    sizes |= TINY_MODELS[kind] | other
-    if kind not in VISION:
-        return AutoConfig.for_model(kind, **sizes)
-    return AutoConfig.for_model(kind, text_config=sizes, vision_config=VISION[kind])
-
-
-def make_checkpoint(
-    folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "60KB"
-) -> Path:
-    """Save a random tiny model with its tokenizer, a licence and a card."""
-    torch.manual_seed(0)
-    config = tiny_config(kind)
-    auto = getattr(transformers, architectures()[config.model_type].auto_class)
-    model: Any = auto.from_config(config)
-    model = model.to(dtype)
-    after = architectures()[config.model_type].post_norm.partition("{layer}")[2]
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
-            torch.nn.init.normal_(parameter, std=0.1)
-        if after and name.endswith(after):  # they start as the identity, which hides a wrong norm
-            torch.nn.init.normal_(parameter, 0.5, 0.5)
-    model.save_pretrained(folder, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(folder)
-    (folder / "LICENSE").write_text("A licence.\n")
-    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\nHello.\n")
-    return folder
-
-
-def load(folder: Path) -> Any:
-    """The causal language model of a folder, ready to run."""
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    auto = getattr(transformers, architectures()[kind].auto_class)
-    return auto.from_pretrained(folder).eval()
+from tests.builders.models import TINY, make_checkpoint
+from tests.builders.planted import make_planted
 
 
 @pytest.fixture(scope="session")
@@ -207,30 +68,7 @@ def converted(
     return source, out
 
 
-TINY = {
-    "rank": "4",
-    "layers": "2-4",
-    "basis": "candidates",
-    "candidates": "mean+svd",
-    "ranking": "mean-difference",
-    "protect_shared": "4",
-    "protect_own": "2",
-    "per_layer": "2",
-    "alpha": "-0.5",
-}
-"""Options of gloss for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
-
-
-def tiny_args(**changes: object) -> list[str]:
-    """These options on the command line, without the guard: no edit of a random model passes it."""
-    options = [part for k, v in {**TINY, **changes}.items() for part in ("-o", f"{k}={v}")]
-    return [*options, "--no-guard"]
-
-
-TINY_ARGS = tiny_args()
-
-
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of ``tests.planted``, with its pairs in ``pairs.jsonl`` beside it. Read only."""
+    """A planted checkpoint, with its pairs in ``pairs.jsonl`` beside it. Read only."""
     return make_planted(tmp_path_factory.mktemp("planted"))

@@ -14,15 +14,15 @@ from torch import nn
 from converter.calibration import collect as extraction
 from converter.calibration import statistics as activations
 from converter.calibration.datasets import Spans
+from converter.calibration.linear_algebra import leading_eigenvectors
 from converter.calibration.pairs import Prose, load_pairs, load_prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import Request, load_activations
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
 from converter.entrypoints import convert as pipeline
-from converter.entrypoints import fit as fitting
 from converter.errors import DataError, FitError
-from converter.methods.subspace import leading_eigenvectors
+from converter.methods import workbench
 from converter.models import build as models
 from converter.models import loading
 from converter.models import resident as forward
@@ -30,7 +30,7 @@ from converter.models.batching import Encoder, Pooling, batches
 from converter.recipe import Run
 from converter.runtime.cache import remembered_digest, sha256_of
 from converter.runtime.progress import Report
-from tests.conftest import HIDDEN, TINY, tiny_tokenizer
+from tests.builders.models import HIDDEN, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -55,8 +55,8 @@ class Runs:
         pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
         prose = load_prose(run.neutral)
         before = self.loaded
-        bench = fitting.Bench.of(run, source, plan, words, "cpu", self.cache, report)
-        fitting.activations_of(bench, method.request, Part(pairs, prose))
+        bench = workbench.Bench.of(run, source, plan, words, "cpu", self.cache, report)
+        workbench.activations_of(bench, method.request, Part(pairs, prose))
         return "miss" if self.loaded > before else "hit"
 
 
@@ -126,10 +126,12 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     assert key() == first
     assert key("cuda:1") == key("cuda") != first
     assert key(mode="streamed") != first
-    monkeypatch.setattr(extraction, "EXTRACTOR", (*extraction.EXTRACTOR, "words.py"))
+    monkeypatch.setattr(
+        extraction, "EXTRACTOR", (*extraction.EXTRACTOR, "calibration/word_list.py")
+    )
     assert key() != first
     monkeypatch.undo()
-    package = Path(extraction.__file__).parent
+    package = Path(extraction.__file__).parents[1]
     assert all((package / name).is_file() for name in extraction.EXTRACTOR)
     assert {"forward.py", "loading.py", "quantization.py", "streamed.py"} < set(
         extraction.EXTRACTOR

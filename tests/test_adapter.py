@@ -30,18 +30,19 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
+from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
 from converter.evaluate.guard import examine
-from converter.methods.subspace import load_bases
 from converter.models.build import load_language_model
 from converter.models.edited import edited
 from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
 from converter.runtime.progress import Report
-from tests.conftest import (
+from tests.builders.meta import write_native
+from tests.builders.models import (
     FFN,
     HIDDEN,
     OTHER_LAYOUTS,
@@ -51,7 +52,6 @@ from tests.conftest import (
     load,
     tiny_config,
 )
-from tests.native import write_native
 from tests.test_convert import save_planted
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
@@ -194,7 +194,7 @@ def test_the_guard_measures_the_edit_that_the_adapter_makes(
         measured.append(edit)
         return examine(probe, edit, *args, **named)
 
-    monkeypatch.setattr("converter.entrypoints.fit.examine", examining)
+    monkeypatch.setattr("converter.evaluate.fit.examine", examining)
     options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
     args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
     result = cli("convert", planted, tmp_path / "out", *args)

@@ -14,21 +14,21 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from converter.checkpoints.layout import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
+from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints import push as pushing
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
 from converter.hub.permissions import Publication
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.progress import Report
-from tests.adversary import (
+from tests.builders.adversary import (
     BEFORE,
     CLAIMS,
     copy_of,
@@ -41,7 +41,7 @@ from tests.adversary import (
     record,
     reseal,
 )
-from tests.conftest import TINY
+from tests.builders.models import TINY
 from tests.test_signing import write_key
 
 Cli = Callable[..., Result]

@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.errors import ConverterError
-from tests.conftest import TINY_ARGS, tiny_args
+from tests.builders.models import TINY_ARGS, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -355,7 +355,7 @@ def test_memory_that_runs_out_is_one_sentence(
     def out(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("converter.methods.base.gloss.Method.fit", out)
+    monkeypatch.setattr("converter.methods.gloss.Method.fit", out)
     assert "memory ran out; " in refused(source, 3)
 
 
@@ -419,12 +419,12 @@ def test_an_interrupted_run_leaves_nothing_but_what_is_finished(
         # a parent in the background may have handed down that these are ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "from converter import cli\n"
+        "from converter.cli.main import convert_command\n"
         "pwrite = os.pwrite\n"
         "def slow(*args):\n"
-        "    print('writing', flush=True); time.sleep(0.1); return pwrite(*args)\n"
+        "    os.write(1, b'writing\\n'); time.sleep(0.1); return pwrite(*args)\n"
         "os.pwrite = slow\n"
-        "cli.convert_command(sys.argv[1:])\n"
+        "convert_command(sys.argv[1:])\n"
     )
     args = [source, tmp_path / "out", *TINY_ARGS, "--cache-dir", tmp_path / "cache"]
     with subprocess.Popen(

@@ -16,6 +16,7 @@ from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from converter.checkpoints.companions import papers
 from converter.checkpoints.layout import drawn_before
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
@@ -23,10 +24,10 @@ from converter.entrypoints.verify import verify
 from converter.hub import repos as hub
 from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.release.card_results import pictures
-from converter.release.licences import check_name, families, licence_name, papers, terms_of
+from converter.release.licences import check_name, families, licence_name, terms_of
 from converter.release.manifest import hash_line, read_manifest
-from converter.runtime.markdown import code
-from tests.conftest import TINY_ARGS
+from converter.text.markdown import code
+from tests.builders.models import TINY_ARGS
 
 Cli = Callable[..., Result]
 Checkpoints = Callable[..., Path]

@@ -22,17 +22,17 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
+from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import DestinationError
-from converter.methods.subspace import load_bases
 from converter.models.edited import edited
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging import claim as staging
 from converter.outputs.staging.claim import claimed
 from converter.recipe import Run
 from converter.runtime.progress import Report
-from tests.conftest import (
+from tests.builders.models import (
     HIDDEN,
     LAYERS,
     OTHER_LAYOUTS,

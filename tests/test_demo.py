@@ -12,7 +12,7 @@ from click.testing import Result
 
 from converter.calibration.pairs import load_prose
 from converter.checkpoints.demo import packaged_gguf
-from tests.conftest import load
+from tests.builders.models import load
 
 RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
 
@@ -33,7 +33,7 @@ def test_the_demo_model_is_edited_and_still_speaks(
     out, prose = tmp_path / "out", load_prose("builtin").paragraphs
     (tmp_path / "prose.txt").write_text("\n\n".join(prose[:10]))
     options = ("--num-pairs", 64, "--neutral", tmp_path / "prose.txt", "-o", "rank=2",
-               "--guard-draws", 1, "--json")  # fmt: skip
+               "--guard-draws", 1, "--forward-dtype", "float32", "--json")  # fmt: skip
     result = cli("convert", "demo", out, *options)
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout)

@@ -12,10 +12,11 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.spectrum import Place, spectrum
-from converter.release.manifest import MANIFEST, read_manifest
-from tests.conftest import make_checkpoint, tiny_args
+from converter.release.manifest import read_manifest
+from tests.builders.models import make_checkpoint, tiny_args
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

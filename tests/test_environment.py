@@ -13,7 +13,7 @@ from huggingface_hub import get_token
 from converter.cli.main import convert_command, gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
-from tests.conftest import TINY
+from tests.builders.models import TINY
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

@@ -34,9 +34,9 @@ from converter.evaluate.prompts import load_prompts
 from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
 from converter.models.resident import LanguageModel
-from tests.conftest import load, tiny_tokenizer
-from tests.hub_client import connect
-from tests.hub_server import COMMIT, HubServer
+from tests.builders.hub_client import connect
+from tests.builders.hub_server import COMMIT, HubServer
+from tests.builders.models import load, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -429,7 +429,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"toxicity": scores if len(texts) > 1 else scores[0]}
 
     monkeypatch.setitem(sys.modules, "detoxify", SimpleNamespace(Detoxify=Detoxify))
-    monkeypatch.setattr("converter.evaluate.compare.scorers.detoxify.version", lambda name: "0")
+    monkeypatch.setattr("converter.evaluate.scorers.detoxify.version", lambda name: "0")
     scorer = load_scorer("detoxify:unbiased", "cpu")
     texts = ["", *("x" * i for i in range(1, 34))]
     assert scorer.score(texts) == pytest.approx([len(text) / 100 for text in texts])

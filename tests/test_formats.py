@@ -25,12 +25,12 @@ from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
-from converter.entrypoints.fit import fit
-from converter.methods.subspace import load_bases
+from converter.edits.subspace_file import load_bases
+from converter.evaluate.fit import fit
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.runtime.progress import Report
-from tests.conftest import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
-from tests.native import write_native
+from tests.builders.meta import write_native
+from tests.builders.models import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

@@ -12,7 +12,7 @@ from converter.errors import DataError, SourceError
 from converter.models.batching import Batch, Encoder, Pooling, Sentence, batches, first_token
 from converter.models.loading import load_model
 from converter.models.resident import LanguageModel, Pool, SecondMoment, run
-from tests.conftest import HIDDEN, tiny_tokenizer
+from tests.builders.models import HIDDEN, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 

@@ -15,7 +15,7 @@ from converter.evaluate.gates import Gates
 from converter.evaluate.guard import Verdict
 from converter.evaluate.heldout import Measured
 from converter.models.likelihood import Estimate
-from tests.conftest import TINY_ARGS
+from tests.builders.models import TINY_ARGS
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

@@ -14,16 +14,17 @@ from converter.calibration.split import split
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
 from converter.edits.base import Projection
+from converter.edits.subspace_file import load_bases
 from converter.errors import DataError, GuardError
 from converter.evaluate import strength as choice
 from converter.evaluate.guard import examine, judge, neutral_energy
 from converter.evaluate.heldout import Measured, Probe
 from converter.methods.base import Method
-from converter.methods.subspace import Subspace, load_bases
+from converter.methods.subspace import Subspace
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import Estimate
-from tests.planted import AXES, MASSIVE, TOXIC, WRITING
+from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING
 
 Cli = Callable[..., Result]
 

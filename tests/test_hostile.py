@@ -18,9 +18,19 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.loading import load_tokenizer
-from tests.conftest import TINY_ARGS
-from tests.hostile import CONFIGS, FILES, GGUFS, HEADERS, INDEXES, NATIVE, PICKLES, Case, link
-from tests.native import write_native
+from tests.builders.hostile import (
+    CONFIGS,
+    FILES,
+    GGUFS,
+    HEADERS,
+    INDEXES,
+    NATIVE,
+    PICKLES,
+    Case,
+    link,
+)
+from tests.builders.meta import write_native
+from tests.builders.models import TINY_ARGS
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

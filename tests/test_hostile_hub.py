@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from converter.checkpoints.safetensors.remote import remote_header
 from converter.errors import ConverterError
 from converter.hub import limits as hub_guard
 from converter.hub import listing as hub_listing
 from converter.hub import repos as hub
-from tests.hub_server import COMMIT, HubServer, send, send_json
+from tests.builders.hub_server import COMMIT, HubServer, send, send_json
 
 Request = BaseHTTPRequestHandler
 Lie = Callable[[Request, str], bool]
@@ -156,7 +157,7 @@ def test_a_file_without_end_is_not_fetched_to_the_end(
     assert not list(tmp_path.rglob("*.incomplete"))
     repo = hub.Repo("model", "someone/tiny", None, COMMIT, {"model.safetensors": 10})
     with pytest.raises(ConverterError, match="a length field of 6"):
-        hub.remote_header(repo, "model.safetensors")
+        remote_header(repo, "model.safetensors")
 
 
 def test_a_commit_that_moves_on_is_noticed(server: LyingServer, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_body_that_breaks_off_is_one_sentence(server: LyingServer, tmp_path: P
     assert "cannot be read from the Hub" in str(refusal(server, lie, tmp_path, "config.json"))
     repo = hub.Repo("model", "someone/tiny", None, COMMIT, {"model.safetensors": 10**6})
     with pytest.raises(ConverterError, match=r"cannot be read from the Hub|breaks off"):
-        hub.remote_header(repo, "model.safetensors")
+        remote_header(repo, "model.safetensors")
 
 
 def test_a_token_does_not_travel_to_another_host(server: LyingServer) -> None:
@@ -291,7 +292,7 @@ def test_a_token_does_not_travel_to_another_host(server: LyingServer) -> None:
         folder = hub.download(repo, ["config.json"])
         assert (folder / "config.json").read_bytes() == CONFIG
         with pytest.raises(ConverterError):
-            hub.remote_header(repo, "model.safetensors")
+            remote_header(repo, "model.safetensors")
     finally:
         other.shutdown()
         other.server_close()
@@ -316,7 +317,7 @@ def test_a_hostile_header_of_a_shard_is_read_as_a_file_would_be(server: LyingSer
         for ranges in (True, False):
             server.lie = no_ranges(data) if not ranges else lambda request, path: False
             with pytest.raises(ConverterError, match=says):
-                hub.remote_header(repo, "model.safetensors")
+                remote_header(repo, "model.safetensors")
 
 
 def no_ranges(data: bytes) -> Lie:

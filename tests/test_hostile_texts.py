@@ -15,11 +15,11 @@ from click.testing import Result
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
-from converter.checkpoints.layout import MANIFEST
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, DataError, VerificationError
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.release.card import make_card
 from converter.release.licences import terms_of
 from converter.release.manifest import read_manifest
@@ -27,8 +27,8 @@ from converter.release.recording import Given, read_recording, run_of
 from converter.runtime import strict_json
 from converter.runtime.console import as_json, say
 from converter.runtime.files import MAX_LINE
-from converter.runtime.markdown import code, escaped
 from converter.runtime.progress import Report
+from converter.text.markdown import code, escaped
 from tests.fuzz import skeleton
 
 Cli = Callable[..., Result]

@@ -12,16 +12,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from converter.checkpoints.layout import is_companion
+from converter.checkpoints.companions import is_companion
 from converter.checkpoints.source import check_space
 from converter.cli.main import gloss as program
 from converter.errors import SourceError
 from converter.hub.repos import Repo, looks_like_repo
 from converter.runtime.cache import sha256_of
-from tests.conftest import TINY_ARGS, tiny_args
-from tests.hub_client import connect
-from tests.hub_server import COMMIT, HubServer
-from tests.native import write_native
+from tests.builders.hub_client import connect
+from tests.builders.hub_server import COMMIT, HubServer
+from tests.builders.meta import write_native
+from tests.builders.models import TINY_ARGS, tiny_args
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
 

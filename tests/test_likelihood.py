@@ -27,7 +27,7 @@ from converter.models.likelihood import (
     teacher_forced,
     word_changes,
 )
-from tests.conftest import HIDDEN, TINY_MODELS, tiny_tokenizer
+from tests.builders.models import HIDDEN, TINY_MODELS, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 

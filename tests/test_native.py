@@ -28,7 +28,7 @@ from converter.checkpoints.formats.virtual import (
     split_shards,
 )
 from converter.errors import CheckpointError, DestinationError, SourceError
-from tests.native import (
+from tests.builders.meta import (
     Reference,
     md5,
     rank_file,

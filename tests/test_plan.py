@@ -21,7 +21,7 @@ from converter.checkpoints.architectures.architecture import (
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, TensorInfo, read_header
 from converter.errors import CheckpointError
-from tests.conftest import FFN, HIDDEN, LAYERS, TINY_MODELS, load
+from tests.builders.models import FFN, HIDDEN, LAYERS, TINY_MODELS, load
 
 Checkpoints = Callable[..., Path]
 
@@ -246,7 +246,7 @@ def test_an_unknown_model_type_says_how_to_add_it() -> None:
 
 
 def test_architecture_files_with_unknown_keys_are_refused() -> None:
-    path = Path(__file__).parents[1] / "converter/architectures/llama.toml"
+    path = Path(__file__).parents[1] / "converter/checkpoints/architectures/llama.toml"
     text = path.read_text()
     assert parse_architecture(text, "x").model_type == "llama"
     for wrong in ("extra = 1\n" + text, text.replace("weight =", "wieght =")):
@@ -261,9 +261,9 @@ def test_architecture_files_with_unknown_keys_are_refused() -> None:
 
 
 def test_every_architecture_has_a_tiny_model_and_a_file_of_its_name() -> None:
-    folder = Path(__file__).parents[1] / "converter/architectures"
+    folder = Path(__file__).parents[1] / "converter/checkpoints/architectures"
     assert {path.stem for path in folder.glob("*.toml")} == set(architectures())
-    assert set(architectures()) == set(TINY_MODELS), "TINY_MODELS in conftest.py needs a line each"
+    assert set(architectures()) == set(TINY_MODELS), "TINY_MODELS needs a line each"
 
 
 def test_the_readme_has_the_table_that_the_command_prints(cli: Callable[..., Result]) -> None:

@@ -21,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from converter.checkpoints.config_limits import check_config
 from converter.checkpoints.layout import read_index
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import BITS, Header, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, rewrite
 from converter.errors import CheckpointError, VerificationError
 from converter.outputs.record_checks import plain_name
-from converter.release.manifest import MANIFEST, read_manifest
+from converter.release.manifest import read_manifest
 
 COMMON: dict[str, Any] = {
     "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),

@@ -23,20 +23,20 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from huggingface_hub import constants, snapshot_download
 
-from converter.checkpoints.layout import MANIFEST
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.push import Files, published_files
 from converter.entrypoints.stream_push import Streaming
 from converter.errors import DestinationError
 from converter.hub.errors import explain
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.outputs.checkpoint.verify import infos_of
-from converter.runtime.secrets import redacted
-from tests.conftest import TINY_ARGS
-from tests.hub_client import connect
-from tests.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
-from tests.hub_server import HubServer
-from tests.hub_uploads import Fault, Uploads
+from converter.text.secrets import redacted
+from tests.builders.hub_client import connect
+from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
+from tests.builders.hub_server import HubServer
+from tests.builders.hub_uploads import Fault, Uploads
+from tests.builders.models import TINY_ARGS
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]

@@ -13,18 +13,19 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.checkpoints.fp8_scheme import read_scheme
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.engine import Engine
-from converter.edits.fp8 import dequantize, grown, quantize, read_scheme
+from converter.edits.fp8 import dequantize, grown, quantize
 from converter.edits.projection import neighbour
 from converter.edits.rounding_bounds import Stored, is_projection
+from converter.edits.subspace_file import load_bases
 from converter.errors import CheckpointError
-from converter.methods.subspace import load_bases
 from converter.models.build import load_language_model
 from converter.outputs.checkpoint.write import Rewriting, users_of
-from tests.conftest import HIDDEN, TINY_ARGS, load
+from tests.builders.models import HIDDEN, TINY_ARGS, load
 from tests.test_formats import tensors_of
 
 Checkpoints = Callable[..., Path]

@@ -13,12 +13,13 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from converter.checkpoints.names import MANIFEST
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.refit import principal_angles
-from converter.methods.subspace import SUBSPACE_FILE
-from converter.release.manifest import MANIFEST, read_manifest
-from tests.conftest import TINY_ARGS
-from tests.hub_client import connect
-from tests.hub_server import COMMIT, HubServer
+from converter.release.manifest import read_manifest
+from tests.builders.hub_client import connect
+from tests.builders.hub_server import COMMIT, HubServer
+from tests.builders.models import TINY_ARGS
 from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
 from tests.test_verify import flip

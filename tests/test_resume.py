@@ -22,7 +22,7 @@ from converter.errors import DestinationError
 from converter.outputs.checkpoint import write as checkpoint
 from converter.outputs.staging.claim import Claim, claimed
 from converter.runtime.progress import Report
-from tests.conftest import TINY_ARGS, make_checkpoint, tiny_args
+from tests.builders.models import TINY_ARGS, make_checkpoint, tiny_args
 from tests.test_quantization import BLOCKS, as_fp8
 
 Checkpoints = Callable[..., Path]
@@ -331,7 +331,7 @@ import os, signal, sys, threading, time
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from converter.cli import main as cli
-from converter.entrypoints import fit as fitting
+from converter.methods import workbench as fitting
 def slow(*args, **more):
     print("working", flush=True)
     x = torch.ones(20_000_000)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from converter.checkpoints.layout import SIGNATURE
+from converter.checkpoints.names import SIGNATURE
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError
 from converter.release.signing import load_public_key, load_signer
-from tests.conftest import TINY_ARGS
+from tests.builders.models import TINY_ARGS
 from tests.test_verify import flip
 
 pytest.importorskip("model_signing")
@@ -256,7 +256,7 @@ def test_without_the_package_it_is_one_sentence(key: Path, monkeypatch: pytest.M
 
 def test_nothing_imports_the_package_unless_a_key_is_given() -> None:
     program = (
-        "import sys, converter.cli, converter.pipeline, converter.verify; "
+        "import sys, converter.cli.main, converter.entrypoints.verify; "
         "assert not {'model_signing', 'cryptography', 'sigstore'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -26,8 +26,8 @@ from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.edits.base import Projection
+from converter.edits.subspace_file import load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
-from converter.methods.subspace import load_bases
 from converter.models import build as models
 from converter.models import placement as mode
 from converter.models.batching import Encoder, batches, logit_positions
@@ -38,7 +38,7 @@ from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
 from converter.runtime import memory
-from tests.conftest import (
+from tests.builders.models import (
     HIDDEN,
     LAYERS,
     OTHER_LAYOUTS,
@@ -465,7 +465,7 @@ def test_auto_streams_what_does_not_fit(
 
 
 def test_available_memory_honours_the_limit_of_the_address_space() -> None:
-    code = "from converter.memory import available_memory; print(available_memory())"
+    code = "from converter.runtime.memory import available_memory; print(available_memory())"
     limit = 8_000_000
 
     def available(prefix: str) -> int:

@@ -8,24 +8,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from converter.calibration.statistics import Activations, Moments
-from converter.calibration.word_list import WordList
-from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError, OptionError
-from converter.methods.base import configure, method_names, parse_layers
-from converter.methods.rankings import ranking_names
-from converter.methods.subspace import (
-    Subspace,
-    above_threshold,
+from converter.calibration.linear_algebra import (
     eigen_directions,
     extend,
-    global_basis,
     leading_eigenvectors,
     mean_difference,
     remove,
     svd_directions,
     top_right_singular_vectors,
 )
+from converter.calibration.statistics import Activations, Moments
+from converter.calibration.word_list import WordList
+from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.errors import FitError, OptionError
+from converter.methods.base import configure, method_names, parse_layers
+from converter.methods.rankings import ranking_names
+from converter.methods.subspace import Subspace, above_threshold, global_basis
 
 N, D, L = 200, 48, 6
 WORDS = WordList(frozenset({"bad"}), {}, "0" * 64)

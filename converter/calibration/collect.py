@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.statistics import TEXTS, Activations, Moments, Request
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
-from converter.methods.subspace import eigen_directions, remove, shared_directions
 from converter.models.batching import MAX_TOKENS, Encoder, Pooling, Sentence, batches
 from converter.models.hooks import Advance, idle
 from converter.models.resident import Group, Model, Pool, SecondMoment, run
@@ -78,7 +78,7 @@ EXTRACTOR = (
     "models/hooks.py",
     "edits/fp8.py",
     "models/streamed.py",
-    "methods/subspace.py",
+    "calibration/linear_algebra.py",
     "models/batching.py",
     "models/streamed_weights.py",
 )

@@ -1,0 +1,1 @@
+"""Read a checkpoint: where it is, its format, its headers, its architecture."""

@@ -3,37 +3,17 @@
 import json
 import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from converter.checkpoints.companions import ELSEWHERE, MAX_COMPANION, OTHER_WEIGHTS, PICTURE
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats import pickle_files as pickled
+from converter.checkpoints.names import CARD, INDEX, MANIFEST, SINGLE
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CARD = "README.md"
-MANIFEST = "gloss_manifest.json"
-SUMS = "SHA256SUMS"
-SIGNATURE = "model.sig"
-
-OTHER_WEIGHTS = (
-    ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
-    ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
-    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
-)  # fmt: skip
-"""Endings of files that hold weights or data, in this format or another."""
-
-OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
-                 "wandb")  # fmt: skip
-"""Beginnings of folders with the model for other programs, or with the traces of a training."""
-
-MAX_COMPANION = 64_000_000
-"""Bytes beyond which a file is not one of the small files of a model; the largest tokenizers have
-half of it."""
 
 MAX_CONFIG = 16_000_000
 """Bytes of a config or a card: the lists of labels and layers in some have one or two million."""
@@ -47,19 +27,6 @@ MAX_PARTS = 1_000_000
 MAX_INDEX = 100_000_000
 """Bytes of an index: a million names fit. As for the header of a shard."""
 
-UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
-"""Files that a conversion writes last: the manifest, and what holds its sha256."""
-
-OURS = {INDEX, *UNLISTED}
-"""Files that a conversion writes itself; the source's own are not copied. A signature would be
-one of other bytes."""
-
-ELSEWHERE = "adapter_config.json"
-"""A file that makes transformers load the model that it names, with an adapter, in place of the
-weights beside it: a source that has one is refused, and one in a folder of it is not copied."""
-
-PICTURE = ".png"
-"""Ending of the pictures that ``evaluate.plots`` draws."""
 
 TOKENIZER = {
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
@@ -130,36 +97,6 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
         if gguf
         else "use a checkpoint in one of these formats",
     )
-
-
-def is_companion(name: str, size: int = 0) -> bool:
-    """Whether a file of a repo belongs to the model and is not its weights, card or history."""
-    path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
-        return False
-    if name in OURS or path.name == ELSEWHERE:
-        return False
-    if len(path.parts) > 1 and path.parts[0].startswith(OTHER_FOLDERS):
-        return False
-    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
-
-
-def drawn_before(folder: Path) -> set[str]:
-    """The pictures that an earlier conversion drew into a folder, as its own manifest says.
-
-    They show that edit. None if there is no manifest, or one that cannot be made out.
-    """
-    try:
-        manifest = read_json(folder / MANIFEST)
-        made = manifest["files"].keys() - manifest["source"]["files"].keys()
-    except (CheckpointError, KeyError, TypeError, AttributeError):
-        return set()
-    return {name for name in made if name.endswith(PICTURE)}
-
-
-def is_read(name: str) -> bool:
-    """Whether a file of a folder is copied, or read for what it says, rather than for tensors."""
-    return is_companion(name) or name in (INDEX, pickled.INDEX, CARD, MANIFEST)
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
@@ -268,3 +205,16 @@ def _is_bomb(data: ModelCardData) -> bool:
             for value in (part.values() if isinstance(part, dict) else part)
         ]
     return bool(level)
+
+
+def drawn_before(folder: Path) -> set[str]:
+    """The pictures that an earlier conversion drew into a folder, as its own manifest says.
+
+    They show that edit. None if there is no manifest, or one that cannot be made out.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        made = manifest["files"].keys() - manifest["source"]["files"].keys()
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return set()
+    return {name for name in made if name.endswith(PICTURE)}

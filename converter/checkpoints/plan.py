@@ -10,8 +10,8 @@ from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, find_architecture
 from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, quantized, read_scheme, scales_of
 from converter.checkpoints.safetensors.header import FLOATS, Header, TensorInfo
-from converter.edits.fp8 import FP8, Scales, Scheme, quantized, read_scheme, scales_of
 from converter.errors import CheckpointError
 
 

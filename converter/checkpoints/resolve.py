@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converter.checkpoints.architectures.architecture import find_architecture
+from converter.checkpoints.companions import is_companion, is_read, papers
 from converter.checkpoints.config_limits import check_config
 from converter.checkpoints.demo import REPO_ID as DEMO
 from converter.checkpoints.demo import demo_folder
@@ -15,9 +16,6 @@ from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.layout import (
-    CARD,
-    INDEX,
-    MANIFEST,
     MAX_CONFIG,
     TOKENIZER,
     WEIGHTS,
@@ -25,16 +23,14 @@ from converter.checkpoints.layout import (
     check_sizes,
     choose_format,
     drawn_before,
-    is_companion,
-    is_read,
     read_card,
     read_index,
     read_json,
 )
+from converter.checkpoints.names import CARD, INDEX, MANIFEST
 from converter.checkpoints.source import Source, check_space
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
-from converter.release.licences import papers
 from converter.runtime.cache import remembered_digest, state_of
 
 

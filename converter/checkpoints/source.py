@@ -9,10 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
 from converter.checkpoints.layout import TOKENIZER
-from converter.checkpoints.safetensors.header import Header, header_of
+from converter.checkpoints.safetensors.header import Header, TensorInfo, header_of
+from converter.checkpoints.safetensors.remote import remote_header
+from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
 from converter.runtime.cache import remembered_digest, state_of
@@ -103,6 +106,11 @@ class Source:
         except OSError as error:
             raise CheckpointError(f"{shard} cannot be read", found=error.strerror) from error
 
+    def read(self, shard: str, info: TensorInfo) -> Tensor:
+        """One tensor, as stored. Raises CheckpointError or SourceError, as ``open``."""
+        with self.open(shard) as file:
+            return read_tensor(file, info)
+
     def headers(self) -> dict[str, Header]:
         """The header of every shard, from disk, or by range requests while it is only on the Hub.
 
@@ -115,7 +123,7 @@ class Source:
 
     def _header(self, shard: str) -> Header:
         if self.repo and self._missing(shard):
-            return hub.remote_header(self.repo, self.inside + shard)
+            return remote_header(self.repo, self.inside + shard)
         with self.open(shard) as file:
             return header_of(file, shard)
 

@@ -1,0 +1,1 @@
+"""The command line: parse arguments, print results, end with an exit code. No logic."""

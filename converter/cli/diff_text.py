@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from converter.edits.spectrum import CAP
-from converter.runtime import sanitize as plain
+from converter.text import sanitize as plain
 
 LONGEST = 60
 """Characters of a value of a manifest that are printed."""

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     import torch
 
     from converter.entrypoints.convert import Evaluation
-    from converter.entrypoints.fit import Bench, Fitted
+    from converter.evaluate.fit import Fitted
     from converter.evaluate.measure import Settings
     from converter.evaluate.systems import System
     from converter.methods.base import Method
+    from converter.methods.workbench import Bench
     from converter.models.resident import LanguageModel
 
 
@@ -119,11 +120,11 @@ def evaluate_command(
     with plain_exit(as_json):
         from converter.calibration.word_list import load_words
         from converter.entrypoints.convert import prepare
-        from converter.entrypoints.fit import Bench
         from converter.evaluate.compare import Comparison, evaluate
         from converter.evaluate.plots import plot_evaluation
         from converter.evaluate.systems import parse_controls
         from converter.evaluate.table import markdown
+        from converter.methods.workbench import Bench
         from converter.models.resident import choose_device
         from converter.runtime.cache import default_cache
         from converter.runtime.memory import parse_size
@@ -247,12 +248,13 @@ def load_whole(
 
 def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel", "System"]:
     """An edited model, and its edit if its manifest says what it is."""
+    from converter.checkpoints.names import MANIFEST
     from converter.checkpoints.resolve import resolve
     from converter.edits.base import Projection
     from converter.evaluate.compare import EDITED
     from converter.evaluate.systems import System
     from converter.outputs.record_checks import recorded_bases
-    from converter.release.manifest import MANIFEST, read_manifest
+    from converter.release.manifest import read_manifest
 
     model = load_whole(name, bench.device, cache, bench.dtype, bench.run.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
@@ -299,8 +301,8 @@ def evaluation_of(
 
 def draw(manifest: dict[str, Any], destination: Path, place: Path, report: Report) -> list[Path]:
     """The pictures of a conversion, in ``place``: absolute, or relative to the destination."""
+    from converter.edits.subspace_file import SUBSPACE_FILE
     from converter.evaluate.plots import plot_evaluation, plot_fit
-    from converter.methods.subspace import SUBSPACE_FILE
 
     folder = destination / place
     paths = plot_fit(manifest, destination / SUBSPACE_FILE, folder)

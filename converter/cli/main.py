@@ -34,7 +34,7 @@ from converter.cli.release import GATES, diff_command, gate_options, replay_comm
 from converter.errors import VerificationError
 from converter.runtime.console import say
 from converter.runtime.progress import Report
-from converter.runtime.sanitize import shown
+from converter.text.sanitize import shown
 
 
 @click.command("convert", cls=FromEnvironment, epilog=EXIT_CODES)
@@ -233,7 +233,7 @@ def verify_command(
 ) -> None:
     """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
     with plain_exit(as_json):
-        from converter.checkpoints.layout import SIGNATURE
+        from converter.checkpoints.names import SIGNATURE
         from converter.checkpoints.resolve import resolve
         from converter.entrypoints.verify import verify
         from converter.release.signing import load_public_key

@@ -1,0 +1,1 @@
+"""How an edit changes a weight: formulas, rounding, error bounds. No files are opened here."""

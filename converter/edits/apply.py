@@ -9,7 +9,7 @@ from torch import Tensor
 
 from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
-from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor, read_tensor
+from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, EditRecord, Requantized, norm_of
 from converter.edits.engine import Engine
@@ -126,8 +126,7 @@ def _quantized(
     assert place is not None
 
     def weight(region: Region) -> Iterator[memoryview]:
-        with source.open(place.shard) as file:
-            scale = read_tensor(file, place.info)
+        scale = source.read(place.shard, place.info)
         q, new_scale, record = _edit_quantized(target, _whole(region), scale, basis, device)
         records.append(record)
         held.append(new_scale)
@@ -136,8 +135,7 @@ def _quantized(
     def scales(region: Region) -> Iterator[memoryview]:
         scale = _whole(region)
         if not held:
-            with source.open(target.shard) as file:
-                q = read_tensor(file, target.info)
+            q = source.read(target.shard, target.info)
             held.append(_edit_quantized(target, q, scale, basis, device)[1])
         yield to_bytes(held.pop())
 

@@ -12,14 +12,16 @@ from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.edits.engine import Engine
-from converter.entrypoints.fit import Bench, Fitted, fit
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.stream_push import Streaming
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError, VerificationError
+from converter.evaluate.fit import Fitted, fit
 from converter.evaluate.gates import Gates
 from converter.hub.repos import check_repo_id
 from converter.methods.base import Method, configure
-from converter.methods.subspace import MAX_RANK, SUBSPACE_FILE
+from converter.methods.subspace import MAX_RANK
+from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.outputs.base import OUTPUTS
 from converter.outputs.checkpoint.write import Written, file_entry

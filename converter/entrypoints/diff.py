@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.layout import OURS, read_json
+from converter.checkpoints.companions import OURS
+from converter.checkpoints.layout import read_json
 from converter.checkpoints.plan import Target, locate_tensors, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
 from converter.checkpoints.source import Source
 from converter.edits.spectrum import Place, spectrum
+from converter.edits.subspace_file import SUBSPACE_FILE, load_bases
 from converter.errors import ConverterError, OptionError
 from converter.hub import repos as hub
-from converter.methods.subspace import SUBSPACE_FILE, load_bases
 from converter.outputs.record_checks import is_basis
 from converter.runtime.cache import sha256_of
 from converter.runtime.progress import Report

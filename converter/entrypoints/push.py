@@ -23,16 +23,17 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import RepoFile
 
 from converter import __version__
-from converter.checkpoints.layout import CARD, SIGNATURE, read_card
+from converter.checkpoints.layout import read_card
+from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.entrypoints.stale_files import leftovers
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, PublishError, VerificationError
 from converter.hub.errors import plain_refusals, refuses_copies
-from converter.hub.permissions import Publication, open_repo, warn_of_name
-from converter.release.licences import licence_name
-from converter.release.manifest import MANIFEST, SUMS, read_manifest_bytes
+from converter.hub.permissions import Publication, open_repo
+from converter.release.licences import licence_name, warn_of_name
+from converter.release.manifest import read_manifest_bytes
 from converter.runtime.progress import Report
-from converter.runtime.secrets import redacted
+from converter.text.secrets import redacted
 
 LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.word_list import WordList
 from converter.entrypoints.convert import load_texts, prepare
-from converter.entrypoints.fit import Bench, fit
 from converter.errors import VerificationError
+from converter.evaluate.fit import fit
+from converter.methods.workbench import Bench
 from converter.recipe import Run
 from converter.release.recording import Recording
 from converter.runtime.progress import Report

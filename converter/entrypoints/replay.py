@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from converter import __version__
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
 from converter.edits.engine import Engine
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.convert import check_whole, inputs_of, no_pictures, write_records
 from converter.entrypoints.refit import compare_fit
 from converter.entrypoints.resume import settle
 from converter.errors import VerificationError
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.models.resident import choose_device
 from converter.outputs.base import OUTPUTS
 from converter.outputs.checkpoint.write import Written
@@ -31,7 +32,7 @@ from converter.outputs.destination import check_destination
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Run
-from converter.release.manifest import MANIFEST, edited, environment, read_manifest
+from converter.release.manifest import edited, environment, read_manifest
 from converter.release.recording import NAMED, Given, Recording, check_source, differences, run_of
 from converter.runtime.cache import default_cache
 from converter.runtime.progress import Report

@@ -8,7 +8,8 @@ from converter import __version__
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
 from converter.calibration.word_list import load_words
-from converter.checkpoints.layout import CARD, SIGNATURE, read_card
+from converter.checkpoints.layout import read_card
+from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.entrypoints.convert import check_whole
@@ -19,7 +20,7 @@ from converter.outputs.record_checks import place_of, source_files
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.recipe import Run
 from converter.release.licences import families, fitting_name, licence_name, terms_of
-from converter.release.manifest import MANIFEST, read_manifest, recorded
+from converter.release.manifest import read_manifest, recorded
 from converter.release.signing import Signer
 from converter.runtime.cache import remembered_digest
 from converter.runtime.progress import Report

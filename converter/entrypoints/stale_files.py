@@ -6,10 +6,10 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
-from converter.checkpoints.layout import SIGNATURE, read_json
+from converter.checkpoints.layout import read_json
+from converter.checkpoints.names import MANIFEST, SIGNATURE
 from converter.errors import CheckpointError
 from converter.hub.permissions import Publication
-from converter.release.manifest import MANIFEST
 
 LOADED = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 """Endings of files in the repo's main folder that belong to a model only if its manifest says so.

@@ -18,12 +18,12 @@ from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.entrypoints.push import Copyable, Published, Upload, default_message, published_files
 from converter.errors import ConverterError, VerificationError
-from converter.hub.permissions import Publication, warn_of_name
+from converter.hub.permissions import Publication
 from converter.methods.subspace import Subspace
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.staging.claim import JOURNAL
 from converter.outputs.staging.journal import Done, Progress, keep_only
-from converter.release.licences import licence_name
+from converter.release.licences import licence_name, warn_of_name
 from converter.runtime.progress import Report
 
 AT_A_TIME = 2

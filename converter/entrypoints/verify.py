@@ -4,12 +4,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.layout import INDEX, read_index, read_json
+from converter.checkpoints.layout import read_index, read_json
+from converter.checkpoints.names import INDEX
 from converter.checkpoints.plan import Target, make_plan
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
 from converter.errors import ConverterError, VerificationError
 from converter.outputs.adapter.verify import check_adapter
+from converter.outputs.adapter.write import Adapter
 from converter.outputs.checkpoint.verify import check_edits, check_source
 from converter.outputs.record_checks import edited_layers
 from converter.release.manifest import read_manifest_bytes
@@ -86,7 +88,21 @@ def _check_checkpoint(
             yield from check_source(folder, manifest, damaged, source, report)
 
 
-CHECKS = {"adapter": check_adapter, "checkpoint": _check_checkpoint}
+def _check_adapter(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    damaged: Mapping[str, str],
+    source: Source | None,
+    report: Report,
+) -> Iterator[str]:
+    """What an adapter must be; its options depend on the sizes of its base, which a source has."""
+    yield from check_adapter(folder, manifest, damaged, source, report)
+    if source:
+        plan = make_plan(source.config, source.weight_map, source.headers())
+        yield from check_options(manifest, plan, Adapter.implied)
+
+
+CHECKS = {"adapter": _check_adapter, "checkpoint": _check_checkpoint}
 """Of each output."""
 
 

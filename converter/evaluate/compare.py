@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
-from converter.entrypoints.fit import Bench
 from converter.evaluate.benchmarks.run import Metric
 from converter.evaluate.measure import WINDOW, Settings, measure, summarise
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import Fits, System
+from converter.methods.workbench import Bench
 from converter.models.edited import edited
 from converter.models.likelihood import LogProbabilities
 from converter.models.resident import LanguageModel
-from converter.release.manifest import without_folders
+from converter.recipe import without_folders
 from converter.runtime.progress import Report
 
 UNEDITED, EDITED = "unedited", "edited"

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.calibration.linear_algebra import random_basis, shared_directions
 from converter.edits.base import Projection
 from converter.errors import GuardError
 from converter.evaluate.heldout import Measured, Probe
 from converter.methods.post_norms import Gains, through
-from converter.methods.subspace import random_basis, shared_directions
 
 MARGIN = 2.0
 """Where the edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""

@@ -21,6 +21,7 @@ from converter.models.likelihood import (
     word_changes,
 )
 from converter.models.resident import Model
+from converter.runtime.progress import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +115,10 @@ class Probe:
             mean_change(changes, self._toxic_groups),
             teacher_forced(changes, self._toxic_groups),
         )
+
+
+def probe_of(model: Model, part: Part, report: Report) -> Probe:
+    """The unedited model's view of a held-out part."""
+    count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
+    with report.bar("unedited", count, "text") as bar:
+        return Probe(model, part, bar.update)

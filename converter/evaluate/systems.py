@@ -10,12 +10,12 @@ from typing import Any
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.split import Parts, split
 from converter.edits.base import Projection
-from converter.entrypoints.fit import Bench, probe_of
 from converter.errors import GuardError, OptionError
-from converter.evaluate.heldout import Probe
+from converter.evaluate.heldout import Probe, probe_of
 from converter.evaluate.strength import RANKS, choose_rank
 from converter.methods.base import Method, configure, method_names
 from converter.methods.subspace import MAX_RANK, Subspace
+from converter.methods.workbench import Bench
 
 AT_PERPLEXITY = "@perplexity"
 """After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter.evaluate.benchmarks.run import Metric
-from converter.runtime.markdown import escaped
+from converter.text.markdown import escaped
 
 NOT_MEASURED = "not measured"
 

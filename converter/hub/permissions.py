@@ -18,9 +18,8 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from converter.errors import OptionError, PublishError
 from converter.hub.errors import plain_refusals
 from converter.hub.repos import check_repo_id
-from converter.release.licences import check_name
 from converter.runtime.progress import Report
-from converter.runtime.secrets import redact_log, redacted
+from converter.text.secrets import redact_log, redacted
 
 WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""
@@ -155,12 +154,6 @@ def open_repo(place: Publication) -> None:
         api.create_repo(place.repo_id, private=place.private is not False, exist_ok=True)
     if place.branch not in (None, "main") and not str(place.branch).startswith("refs/"):
         api.create_branch(place.repo_id, branch=str(place.branch), exist_ok=True)
-
-
-def warn_of_name(licence: str | None, place: Publication, report: Report) -> None:
-    """Say so if the licence of the base asks for another name than the repo has."""
-    for text in check_name(licence, place.repo_id):
-        report.warn(text)
 
 
 def quiet_client(report: Report) -> None:

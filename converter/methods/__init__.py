@@ -1,0 +1,1 @@
+"""Fit an edit to a model: one file for each method."""

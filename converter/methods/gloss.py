@@ -28,6 +28,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from converter.calibration.linear_algebra import (
+    eigen_directions,
+    extend,
+    mean_difference,
+    remove,
+    shared_directions,
+    svd_directions,
+    top_right_singular_vectors,
+)
 from converter.calibration.statistics import Activations, Moments, Request, Site
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
@@ -35,20 +44,7 @@ from converter.errors import FitError, OptionError
 from converter.methods.base import Decode, Layers
 from converter.methods.greedy import greedy_directions
 from converter.methods.rankings import Evidence, load_ranking, ranking_names
-from converter.methods.subspace import (
-    MAX_RANK,
-    Candidate,
-    Subspace,
-    above_threshold,
-    eigen_directions,
-    extend,
-    global_basis,
-    mean_difference,
-    remove,
-    shared_directions,
-    svd_directions,
-    top_right_singular_vectors,
-)
+from converter.methods.subspace import MAX_RANK, Candidate, Subspace, above_threshold, global_basis
 from converter.models.batching import Pooling
 
 NOTHING = 1e-6

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.plan import Plan
-from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.checkpoints.source import Source
 from converter.methods.subspace import Subspace
 
@@ -26,8 +25,7 @@ def read_gains(plan: Plan, source: Source) -> Gains:
     """The gains of all layers, from a source's shards."""
     gains = {}
     for layer, (shard, info) in plan.post_norms.items():
-        with source.open(shard) as file:
-            gains[layer] = read_tensor(file, info).float() + plan.architecture.norm_offset
+        gains[layer] = source.read(shard, info).float() + plan.architecture.norm_offset
     return gains
 
 

@@ -14,21 +14,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from converter.calibration.statistics import Activations, Request, Site
-from converter.calibration.word_list import WordList
-from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError
-from converter.methods.base import Decode, Layers
-from converter.methods.subspace import (
-    MAX_RANK,
-    Candidate,
-    Subspace,
+from converter.calibration.linear_algebra import (
     extend,
     remove,
     shared_directions,
     svd_directions,
     top_right_singular_vectors,
 )
+from converter.calibration.statistics import Activations, Request, Site
+from converter.calibration.word_list import WordList
+from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.errors import FitError
+from converter.methods.base import Decode, Layers
+from converter.methods.subspace import MAX_RANK, Candidate, Subspace
 from converter.models.batching import Pooling
 
 

@@ -8,19 +8,14 @@ The guard refuses it. It is here so that it can be measured like any other metho
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from converter.calibration.linear_algebra import random_basis, shared_directions
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError
 from converter.methods import gloss
 from converter.methods.base import Decode, Layers
-from converter.methods.subspace import (
-    MAX_RANK,
-    Candidate,
-    Subspace,
-    random_basis,
-    shared_directions,
-)
+from converter.methods.subspace import MAX_RANK, Candidate, Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

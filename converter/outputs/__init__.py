@@ -1,0 +1,1 @@
+"""Write a folder and verify it: a checkpoint or an adapter."""

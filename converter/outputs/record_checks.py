@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.layout import MANIFEST
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
+from converter.edits.subspace_file import load_bases, load_tensors
 from converter.errors import VerificationError
-from converter.methods.subspace import load_bases, load_tensors
 from converter.runtime.cache import sha256_of
-from converter.runtime.sanitize import is_one_line
+from converter.text.sanitize import is_one_line
 
 ORTHONORMAL = 1e-5
 """How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""

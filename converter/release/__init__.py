@@ -1,0 +1,1 @@
+"""What makes a folder fit to be published: manifest, card, licence, signature."""

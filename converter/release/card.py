@@ -24,8 +24,8 @@ from converter.checkpoints.source import Source
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, families, fitting_name, licence_name
 from converter.release.manifest import hash_line
-from converter.runtime.markdown import code, escaped
-from converter.runtime.sanitize import shown
+from converter.text.markdown import code, escaped
+from converter.text.sanitize import shown
 
 TAGS = ["detoxification", "model-editing"]
 HUB = "https://huggingface.co"

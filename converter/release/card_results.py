@@ -8,10 +8,11 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult
 
-from converter.checkpoints.layout import MANIFEST, PICTURE
+from converter.checkpoints.companions import PICTURE
+from converter.checkpoints.names import MANIFEST
 from converter.errors import VerificationError
 from converter.evaluate.table import markdown
-from converter.runtime.markdown import code, escaped
+from converter.text.markdown import code, escaped
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",

@@ -11,29 +11,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
+from converter.checkpoints.companions import papers
 from converter.checkpoints.source import Source
-from converter.runtime.markdown import code, escaped
+from converter.hub.permissions import Publication
+from converter.runtime.progress import Report
+from converter.text.markdown import code, escaped
 
 NOTICE = "Notice"
 """The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
 
-PAPERS = {
-    "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
-    "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),
-    "notice": ("NOTICE",),
-}
-"""Kind of file -> how its name begins, in whatever case."""
 
 CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
-
-TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
-"""Endings of papers; ``license.py`` is not one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,17 +112,6 @@ def fitting_name(family: Family | None, name: str) -> str:
         return name
     found = _prefix(family).search(name)
     return name[found.start() :] if found else f"{family.prefix.replace(' ', '-')}-{name}"
-
-
-def papers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Kind of file -> those of ``names``, files of a folder, that are of that kind."""
-    found: dict[str, list[str]] = {kind: [] for kind in PAPERS}
-    for name in sorted(names):
-        for kind, starts in PAPERS.items():
-            plain = PurePosixPath(name).suffix.lower() in TEXT or kind == "agreement"
-            if name.upper().startswith(starts) and plain and not name.endswith((".py", ".json")):
-                found[kind].append(name)
-    return found
 
 
 def terms_of(source: Source, base: str | None) -> Terms:
@@ -237,3 +220,9 @@ def _says(source: Source, names: Iterable[str], line: str) -> bool:
     """Whether one of these files holds a line, however it is broken."""
     texts = (source.small[name].read_text("utf-8", "replace") for name in names)
     return any(" ".join(line.split()) in " ".join(text.split()) for text in texts)
+
+
+def warn_of_name(licence: str | None, place: Publication, report: Report) -> None:
+    """Say so if the licence of the base asks for another name than the repo has."""
+    for text in check_name(licence, place.repo_id):
+        report.warn(text)

@@ -23,16 +23,14 @@ from converter import __version__
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import cache_key
 from converter.calibration.word_list import WordList
-from converter.checkpoints.layout import CARD
-from converter.checkpoints.layout import MANIFEST as MANIFEST  # it is asked for here, too
-from converter.checkpoints.layout import SUMS as SUMS
+from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.checkpoints.source import Source
-from converter.entrypoints.fit import Fitted
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.errors import VerificationError
+from converter.evaluate.fit import Fitted
 from converter.methods.base import Method
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.outputs.checkpoint.write import Written, file_entry
-from converter.recipe import Run
+from converter.recipe import Run, without_folders
 from converter.runtime import strict_json
 from converter.runtime.files import read_file, reason
 from converter.runtime.progress import Report, peak_memory
@@ -127,15 +125,6 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-
-
-def without_folders(value: Any) -> str | None:
-    """A path cut down to its file name; repo ids and keywords as they are."""
-    if value is None:
-        return None
-    text = str(value)
-    is_path = isinstance(value, Path) or Path(text).is_absolute() or Path(text).exists()
-    return Path(text).resolve().name if is_path or text.startswith((".", "~")) else text
 
 
 def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[str, Any]:

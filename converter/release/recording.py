@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from converter import __version__
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import Plan, Target
 from converter.checkpoints.source import Source
 from converter.edits.base import Projection
+from converter.edits.subspace_file import load_bases
 from converter.errors import OptionError, VerificationError
 from converter.hub.listing import looks_like_repo
-from converter.methods.subspace import load_bases
 from converter.outputs.record_checks import is_basis, place_of, plain_name, source_files
 from converter.recipe import Run
-from converter.release.manifest import MANIFEST, environment, read_manifest_file
+from converter.release.manifest import environment, read_manifest_file
 from converter.runtime.cache import remembered_digest, sha256_of
 
 NAMED = 5

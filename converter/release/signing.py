@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from converter.checkpoints.layout import SIGNATURE
+from converter.checkpoints.names import SIGNATURE
 from converter.errors import OptionError
 from converter.outputs.checkpoint.write import file_entry
 

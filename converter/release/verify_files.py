@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.layout import CARD, MANIFEST, SIGNATURE, SUMS, UNLISTED
+from converter.checkpoints.companions import UNLISTED
+from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.errors import ConverterError
 from converter.outputs.record_checks import is_plain
@@ -17,7 +18,7 @@ from converter.outputs.staging.claim import foreign
 from converter.release.manifest import hash_line, sums_text
 from converter.runtime.cache import sha256_of
 from converter.runtime.progress import Report
-from converter.runtime.sanitize import shown
+from converter.text.sanitize import shown
 
 HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""

@@ -13,14 +13,15 @@ from typing import Any
 
 from converter import __version__
 from converter.calibration.statistics import cache_key
-from converter.checkpoints.layout import INDEX, MANIFEST, PICTURE, is_companion
+from converter.checkpoints.companions import PICTURE, is_companion, papers
+from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import Plan
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.errors import OptionError
 from converter.evaluate.gates import DROP, LEAKAGE
 from converter.methods.base import configure, method_names
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.outputs.adapter.write import CONFIG, WEIGHTS
-from converter.release.licences import NOTICE, papers
+from converter.release.licences import NOTICE
 
 Manifest = Mapping[str, Any]
 

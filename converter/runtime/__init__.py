@@ -1,0 +1,1 @@
+"""The machine: files, JSON, cache, memory, progress, the terminal."""

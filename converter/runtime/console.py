@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from converter.runtime.sanitize import shown
-from converter.runtime.secrets import redacted
+from converter.text.sanitize import shown
+from converter.text.secrets import redacted
 
 ORDERS = re.compile(r"^(\s*)::|##(?=\w*\[)")
 """What GitHub, Azure and TeamCity take for an order in a line of a log."""

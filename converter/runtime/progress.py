@@ -15,7 +15,7 @@ from typing import Never
 from tqdm import tqdm
 
 from converter.runtime.console import say
-from converter.runtime.sanitize import shown
+from converter.text.sanitize import shown
 
 
 @dataclass

@@ -28,7 +28,7 @@ from pathlib import Path
 import click
 
 from converter.calibration.pairs import load_prose
-from converter.release.manifest import MANIFEST
+from converter.checkpoints.names import MANIFEST
 from tests.bench.synthetic import Llama, builtin_texts, shard_limit, write_llama
 
 STEP = 64 << 20

@@ -7,8 +7,8 @@ byte of every file (of tensors, of the first, the last and each ``--step``-th by
 and verifies; does the same to a signature, with its key; then puts other values in place of every
 value of the manifest, seals manifest, card and SHA256SUMS again so that they agree, and verifies
 without and with the source. It prints how many there were and how many were found, and exits with 1
-if a flip was not found, if a forged value was not that should be (``tests.adversary`` lists what
-nothing contradicts), or if anything but a sentence came of it.
+if a flip was not found, if a forged value was not that should be (``tests.builders.adversary``
+lists what nothing contradicts), or if anything but a sentence came of it.
 
 What transformers says of a folder is left out: it takes longest and would only find more.
 """
@@ -27,14 +27,14 @@ from typing import Any, Literal
 import click
 import torch
 
-from converter.checkpoints.layout import SIGNATURE
+from converter.checkpoints.names import SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
-from tests.adversary import (
+from tests.builders.adversary import (
     BEFORE,
     CLAIMS,
     NOISE,
@@ -47,7 +47,7 @@ from tests.adversary import (
     places,
     put,
 )
-from tests.conftest import TINY, make_checkpoint
+from tests.builders.models import TINY, make_checkpoint
 from tests.test_signing import write_key
 
 OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"

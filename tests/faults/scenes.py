@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import TINY, make_checkpoint
+from tests.builders.models import TINY, make_checkpoint
 from tests.faults.zygote import Ended, Zygote
 
 SHARD = re.compile(r"[\w-]+\.safetensors")

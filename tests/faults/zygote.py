@@ -141,11 +141,11 @@ def _command(args: list[str]) -> int:
 
 def _settle(asked: dict[str, Any]) -> None:
     """What a run is told besides its arguments."""
-    import converter.manifest
-    import converter.pipeline
+    from converter.entrypoints import convert
+    from converter.release import manifest
 
     nothing = {"seconds": {}, "memory_bytes": {}, "peak_memory_bytes": 0}
-    for module in (converter.manifest, converter.pipeline):
+    for module in (manifest, convert):
         module.measurements = lambda report: dict(nothing)  # type: ignore[attr-defined]
     if asked.get("no_exchange"):
         _refuse_exchange()

@@ -20,24 +20,17 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.formats import meta_params as native_params
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.gguf_header import check_header
-from converter.checkpoints.layout import (
-    CARD,
-    INDEX,
-    MANIFEST,
-    SIGNATURE,
-    read_card,
-    read_index,
-    read_json,
-)
+from converter.checkpoints.layout import read_card, read_index, read_json
+from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError
 from converter.methods.base import configure, method_names, parse_layers
-from converter.methods.subspace import SUBSPACE_FILE
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.record_checks import check_subspace, recorded_bases
 from converter.outputs.staging.claim import finished_in

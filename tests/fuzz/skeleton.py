@@ -9,8 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.layout import CARD, MANIFEST, SUMS
-from converter.methods.subspace import SUBSPACE_FILE
+from converter.checkpoints.names import CARD, MANIFEST, SUMS
+from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.outputs.adapter.write import adapter_config, tensor_names
 from converter.release.manifest import hash_line, sums_text
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
 from converter.errors import CheckpointError
-from converter.runtime.sanitize import brief
+from converter.text.sanitize import brief
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,0 +1,1 @@
+"""Formats of weights that are read as if they were safetensors files."""

@@ -1,0 +1,1 @@
+"""Read and rewrite files of the safetensors format."""

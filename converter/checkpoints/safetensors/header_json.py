@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from converter.runtime.sanitize import shown
 from converter.runtime.strict_json import unique
+from converter.text.sanitize import shown
 
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""

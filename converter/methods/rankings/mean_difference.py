@@ -1,7 +1,7 @@
 """The cosine of a candidate with the mean difference of its layer; forward passes suffice."""
 
+from converter.calibration.linear_algebra import mean_difference
 from converter.methods.rankings import Evidence
-from converter.methods.subspace import mean_difference
 
 NEEDS_GRADIENT = False
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.checkpoints.companions import papers
 from converter.checkpoints.formats.virtual import Recipe, VirtualFile
 from converter.checkpoints.plan import Plan, Target
 from converter.checkpoints.safetensors.header import to_bytes
-from converter.checkpoints.safetensors.rewrite import Region, as_tensor, read_tensor
+from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, EditRecord, Lora
 from converter.edits.engine import Engine
@@ -36,7 +37,6 @@ from converter.edits.projection import Projector
 from converter.errors import CheckpointError, OptionError
 from converter.outputs.checkpoint.write import Written, copy_file, fetched, file_entry
 from converter.outputs.staging.journal import Progress
-from converter.release.licences import papers
 from converter.runtime.progress import Report
 
 WEIGHTS = "adapter_model.safetensors"
@@ -241,8 +241,7 @@ def _matrices(
             yield from matrices(region, target.axis, device)
             return
         q = as_tensor(region.read(0, target.info.nbytes), target.info)
-        with source.open(target.scales.shard) as other:
-            scale = read_tensor(other, target.scales.info)
+        scale = source.read(target.scales.shard, target.scales.info)
         W = dequantize(q.to(device), scale.to(device), target.scales.block)
         yield Matrix(lambda i, j: W[i:j], W.shape[1], False)
 

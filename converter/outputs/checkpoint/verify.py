@@ -18,7 +18,7 @@ from converter.checkpoints.safetensors.header import (
 )
 from converter.checkpoints.source import Source
 from converter.edits.rounding_bounds import Stored, is_projection, left_along, rounding_bound
-from converter.methods.subspace import load_bases
+from converter.edits.subspace_file import load_bases
 from converter.outputs.record_checks import check_source_files, check_subspace, recorded_bases
 from converter.runtime.progress import Report
 

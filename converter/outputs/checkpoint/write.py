@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from converter.checkpoints.formats.virtual import index_text
-from converter.checkpoints.layout import INDEX
+from converter.checkpoints.names import INDEX
 from converter.checkpoints.plan import Plan, Target
 from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
 from converter.checkpoints.source import Source

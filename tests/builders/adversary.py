@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.layout import CARD
+from converter.checkpoints.names import CARD
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.release.manifest import hash_line, read_manifest, seal, write_manifest

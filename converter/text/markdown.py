@@ -2,7 +2,7 @@
 
 import re
 
-from converter.runtime.sanitize import shown
+from converter.text.sanitize import shown
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|^[#+=-]")
 """What means something in CommonMark, in tables, or in the mathematics that the Hub shows."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-from tests.hub_repos import LARGE, Entry, entry_of
-from tests.hub_uploads import Dropped, Uploads
+from tests.builders.hub_repos import LARGE, Entry, entry_of
+from tests.builders.hub_uploads import Dropped, Uploads
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 POLL = 0.01

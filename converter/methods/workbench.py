@@ -1,8 +1,4 @@
-"""From texts to a frozen subspace that has been examined: fit, choose the rank, guard.
-
-One model is loaded at most, when it is first needed, and never written to: every edit that is tried
-runs through hooks.
-"""
+"""A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +6,19 @@ from pathlib import Path
 import torch
 
 from converter.calibration.collect import activation_inputs, extract
-from converter.calibration.pairs import Pairs, Prose
-from converter.calibration.split import Part, Parts, split
+from converter.calibration.split import Part
 from converter.calibration.statistics import (
     Activations,
     Request,
     cache_key,
     load_activations,
     save_activations,
-    texts_of_file,
 )
 from converter.calibration.vocabulary import Vocabulary
 from converter.calibration.word_list import WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
-from converter.edits.base import Projection
-from converter.errors import DataError, GuardError
-from converter.evaluate.guard import Verdict, examine
-from converter.evaluate.heldout import Probe
-from converter.evaluate.strength import Choice, choose_rank
+from converter.errors import DataError
 from converter.methods.base import Method
 from converter.methods.post_norms import Gains, before_norm, read_gains
 from converter.methods.subspace import Subspace
@@ -39,27 +29,6 @@ from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
 from converter.recipe import Run
 from converter.runtime.progress import Report
-
-
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """What a fit gives.
-
-    Attributes:
-        parts: the texts, split.
-        activations: that the fit has seen.
-        subspace: of the chosen rank.
-        edit: its projection.
-        choice: how the rank came about.
-        verdict: of the guard; None if it was switched off.
-    """
-
-    parts: Parts
-    activations: Activations
-    subspace: Subspace
-    edit: Projection
-    choice: Choice
-    verdict: Verdict | None
 
 
 @dataclass(slots=True)
@@ -164,37 +133,6 @@ class Bench:
             return seen, before_norm(subspace, self.gains)
 
 
-def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
-    """Fit a method to a fetched source, choose the rank, examine the edit.
-
-    Raises:
-        ConverterError: one of its children; a GuardError if the edit must not be written.
-    """
-    run, report = bench.run, bench.report
-    parts = split(pairs, prose, run.seed)
-    if run.activations is not None:
-        fitted = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose, report))
-        parts = replace(parts, fit=fitted)
-        if not fitted.pairs.pairs and (run.guard or method.rank is None):
-            raise DataError(
-                f"{run.activations.name} does not say which pairs it was made from",
-                hint="nothing is then known to be held out; give both -o rank and --no-guard",
-            )
-    seen, subspace = bench.fit(method, parts.fit)
-    choice = Choice(subspace.rank, {})
-    if method.rank is None:
-        with report.stage("choose", "choosing the rank on held-out text"):
-            probe = probe_of(bench.load(), parts.choose, report)
-            choice = choose_rank(probe, subspace, method, run.max_perplexity_ratio)
-        subspace = subspace.truncated(choice.rank)
-    edit = Projection(subspace.bases, method.edit_bias)
-    verdict = None
-    if run.guard:
-        with report.stage("guard", "measuring the edit and random ones on other held-out text"):
-            verdict = guard(bench, method, edit, seen, parts.report)
-    return Fitted(parts, seen, subspace, edit, choice, verdict)
-
-
 def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
     """From the file that was given, from the cache, or from a forward pass."""
     run, report, hidden_size = bench.run, bench.report, bench.plan.dimensions.hidden_size
@@ -253,40 +191,3 @@ def warn_about_words(
             f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
             "vocabulary says little; the other rankings do not depend on it"
         )
-
-
-def probe_of(model: Model, part: Part, report: Report) -> Probe:
-    """The unedited model's view of a held-out part."""
-    count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
-    with report.bar("unedited", count, "text") as bar:
-        return Probe(model, part, bar.update)
-
-
-def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, part: Part) -> Verdict:
-    """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
-
-    Raises:
-        GuardError: it does not pass.
-    """
-    run, report = bench.run, bench.report
-    verdict = examine(
-        probe_of(bench.load(), part, report),
-        edit,
-        method.edit_layers,
-        budget=run.max_perplexity_ratio,
-        draws=run.guard_draws,
-        seed=run.seed,
-        moment=seen.second_moment,
-        gains=bench.gains,
-    )
-    for warning in verdict.warnings:
-        report.warn(warning)
-    if verdict.reasons:
-        refusal = GuardError(
-            "the edit is refused: " + "; and ".join(verdict.reasons),
-            hint="nothing was written; see README, 'When the guard refuses'",
-        )
-        if not run.force:
-            raise refusal
-        report.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
-    return verdict

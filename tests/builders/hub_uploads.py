@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from tests.hub_repos import LARGE, READER, TOKEN, Account, Entry, Repo, Request, body_of, entry_of
-from tests.hub_xet import xet_hash_of
+from tests.builders.hub_repos import (
+    LARGE,
+    READER,
+    TOKEN,
+    Account,
+    Entry,
+    Repo,
+    Request,
+    body_of,
+    entry_of,
+)
+from tests.builders.hub_xet import xet_hash_of
 
 
 @dataclass

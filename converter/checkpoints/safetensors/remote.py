@@ -1,0 +1,58 @@
+"""The header of a safetensors file on the Hub."""
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
+
+from converter.checkpoints.safetensors.header import Header, length_of, parse_header
+from converter.errors import SourceError
+from converter.hub.listing import Repo
+from converter.hub.repos import plain_errors
+
+FIRST = 100_000
+"""Bytes of a shard that are asked for first: nearly all headers end in them."""
+
+
+def remote_header(repo: Repo, name: str) -> Header:
+    """The header of one safetensors file, by range requests; no weights are fetched.
+
+    Raises:
+        SourceError: see ``plain_errors``; or the file breaks off.
+        CheckpointError: it is not well-formed safetensors.
+    """
+    size = repo.sizes[name]
+    start = _range(repo, name, 0, min(FIRST, size))
+    length = length_of(start[:8], size, name)
+    if 8 + length > len(start):
+        start += _range(repo, name, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, name)
+
+
+def _range(repo: Repo, name: str, start: int, end: int) -> bytes:
+    """Bytes of a file at the commit; reading stops there, however many more are sent."""
+    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    found = bytearray()
+    with (
+        plain_errors(repo.kind, repo.repo_id),
+        get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+    ):
+        hf_raise_for_status(answer)
+        skipped = start if answer.status_code == 200 else 0  # the whole file was sent
+        for piece in answer.iter_bytes():
+            found += piece[skipped:]
+            skipped = max(skipped - len(piece), 0)
+            if len(found) >= end - start:
+                break
+    if len(found) < end - start:
+        raise SourceError(
+            f"{name} of {repo.kind} {repo.repo_id} breaks off",
+            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
+            found=f"the end after {start + len(found):,}",
+            hint="run again",
+        )
+    return bytes(found[: end - start])

@@ -1,0 +1,1 @@
+"""Make text safe to show: control characters, Markdown and secrets."""
