@@ -14,7 +14,7 @@ from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.edits.apply import change_of
 from converter.edits.base import EditRecord, Projection
 from converter.edits.engine import Engine
-from converter.edits.projection import AIM, BLOCK, Projector, Rounding, inverses, settle
+from converter.edits.editor import AIM, BLOCK, Projector, Rounding, inverses, settle
 from converter.edits.rounding_bounds import Stored, half_ulp, left_along, rounding_bound
 from converter.edits.rounding_bounds import is_projection as compare
 from converter.errors import CheckpointError
@@ -181,8 +181,8 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = edited(Projection({0: basis()}), target(W), W)
     before = bound(W, 1.0)
     monkeypatch.setattr("converter.edits.rounding_bounds.BLOCK", 5)
-    monkeypatch.setattr("converter.edits.projection.BLOCK", 7)
-    monkeypatch.setattr("converter.edits.projection.STRIP", 40)
+    monkeypatch.setattr("converter.edits.editor.BLOCK", 7)
+    monkeypatch.setattr("converter.edits.editor.STRIP", 40)
     part = edited(Projection({0: basis()}), target(W), W)
     assert torch.equal(part[0], whole[0])
     assert part[1].norm == pytest.approx(whole[1].norm)

@@ -19,7 +19,7 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, grown, quantize
-from converter.edits.projection import neighbour
+from converter.edits.editor import neighbour
 from converter.edits.rounding_bounds import Stored, is_projection
 from converter.edits.subspace_file import load_bases
 from converter.errors import CheckpointError

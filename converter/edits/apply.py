@@ -15,7 +15,8 @@ from converter.edits.base import Edit, EditRecord, Requantized, norm_of
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, quantize
 from converter.edits.matrices import matrices
-from converter.edits.projection import Projector
+from converter.edits.deltas import Delta
+from converter.edits.editor import Editor
 from converter.errors import CheckpointError
 
 FP8_AIM = 1e-3
@@ -36,41 +37,40 @@ def changes_of(
     """The changes of all targets; each adds to ``records`` what it did."""
     found: dict[str, dict[str, Change]] = {shard: {} for shard in source.shards}
     for target in targets:
-        basis = edit.basis(target)
-        if basis is None:
-            raise CheckpointError(f"the edit does not know tensor {target.info.name}")
+        delta = edit.tensors[target.info.name]
         if target.scales is None:
-            found[target.shard][target.info.name] = change_of(target, basis, engine, records)
+            found[target.shard][target.info.name] = change_of(target, delta, engine, records)
         else:
-            weight, scales = _quantized(source, target, basis, engine.device, records)
+            weight, scales = _quantized(source, target, delta, engine.device, records)
             found[target.shard][target.info.name] = weight
             found[target.scales.shard][target.scales.info.name] = scales
     return found
 
 
-def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditRecord]) -> Change:
-    """A tensor of plain numbers, in blocks; however it is stored, it is matrices (D, F)."""
+def change_of(target: Target, delta: Delta, engine: Engine, records: list[EditRecord]) -> Change:
+    """A tensor of plain numbers, in blocks; however it is stored, it is matrices (O, I)."""
 
     def change(region: Region) -> Iterator[memoryview]:
         before, after = hashlib.sha256(), hashlib.sha256()
         if engine.digests:
             region.also_hash(before)
-        projector = Projector(basis, DTYPES[target.info.dtype], engine.rounding, engine.device)
-        for data in _projected(region, projector, target):
+        height, dtype = target.info.shape[target.axis], DTYPES[target.info.dtype]
+        editor = Editor(delta, height, dtype, engine.rounding, engine.device)
+        for data in _edited(region, editor, target):
             if engine.digests:
                 after.update(data)
             yield data
         digests = (before.hexdigest(), after.hexdigest())
-        records.append(_finite(EditRecord.of(target, projector.norms(), digests)))
+        records.append(_finite(EditRecord.of(target, delta, editor.norms(), digests)))
 
     return change
 
 
-def _projected(region: Region, projector: Projector, target: Target) -> Iterator[memoryview]:
+def _edited(region: Region, editor: Editor, target: Target) -> Iterator[memoryview]:
     """The new bytes of a tensor, a matrix after the other."""
     try:
-        for matrix in matrices(region, target.axis, str(projector.U.device)):
-            blocks = projector.project(matrix.rows, matrix.width)
+        for matrix in matrices(region, target.axis, str(editor.U.device)):
+            blocks = editor.edit(matrix.rows, matrix.width, matrix.first)
             if matrix.transposed:
                 yield to_bytes(torch.cat(list(blocks)).T)
             else:
@@ -101,7 +101,7 @@ def _downloaded(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _finite(record: EditRecord) -> EditRecord:
     """The record itself. Raises CheckpointError if the new tensor holds NaN or Inf."""
-    if isfinite(record.leakage) and isfinite(record.relative_change):
+    if all(map(isfinite, (record.relative_change, *record.measures.values()))):
         return record
     raise CheckpointError(f"tensor {record.name} overflows {record.dtype} when it is edited")
 
@@ -114,7 +114,7 @@ def _damaged(target: Target) -> CheckpointError:
 
 
 def _quantized(
-    source: Source, target: Target, basis: Tensor, device: str, records: list[EditRecord]
+    source: Source, target: Target, delta: Delta, device: str, records: list[EditRecord]
 ) -> tuple[Change, Change]:
     """What becomes of a weight in FP8 and of its scales.
 
@@ -127,7 +127,7 @@ def _quantized(
 
     def weight(region: Region) -> Iterator[memoryview]:
         scale = source.read(place.shard, place.info)
-        q, new_scale, record = _edit_quantized(target, _whole(region), scale, basis, device)
+        q, new_scale, record = _edit_quantized(target, _whole(region), scale, delta, device)
         records.append(record)
         held.append(new_scale)
         yield to_bytes(q)
@@ -136,7 +136,7 @@ def _quantized(
         scale = _whole(region)
         if not held:
             q = source.read(target.shard, target.info)
-            held.append(_edit_quantized(target, q, scale, basis, device)[1])
+            held.append(_edit_quantized(target, q, scale, delta, device)[1])
         yield to_bytes(held.pop())
 
     return weight, scales
@@ -147,18 +147,19 @@ def _whole(region: Region) -> Tensor:
 
 
 def _edit_quantized(
-    target: Target, q: Tensor, scale: Tensor, basis: Tensor, device: str
+    target: Target, q: Tensor, scale: Tensor, delta: Delta, device: str
 ) -> tuple[Tensor, Tensor, EditRecord]:
-    """Edit a weight (D, F) in FP8 as a whole; it and its scales as they are to be stored."""
+    """Edit a weight (O, I) in FP8 as a whole; it and its scales as they are to be stored."""
     place = target.scales
     assert place is not None
-    U = basis.to(device)
     W = dequantize(q.to(device), scale.to(device), place.block)
+    work = delta.to(device, torch.float32)
+    U = W.new_zeros(len(W), 0) if work.protects is None else work.protects
     P = U.T @ W
     norms = {"W": norm_of(W), "P": norm_of(P)}
     if not isfinite(norms["W"]):
         raise _damaged(target)
-    exact = torch.addmm(W, U, P, alpha=-1)
+    exact = work.exact(W, slice(None), slice(None), P, torch.empty_like(W))
     new, new_scale = quantize(exact, scale.to(device), place.block, U, FP8_AIM * norms["P"])
     after = dequantize(new, new_scale, place.block)
     norms |= {"change": norm_of(after, W), "error": norm_of(after, exact)}
@@ -166,7 +167,7 @@ def _edit_quantized(
     new, new_scale = new.cpu(), new_scale.cpu()
     first, second = ((_sha256(a), _sha256(b)) for a, b in ((q, new), (scale, new_scale)))
     about = Requantized(place.info.name, place.shard, place.block, *second)
-    return new, new_scale, _finite(EditRecord.of(target, norms, first, about))
+    return new, new_scale, _finite(EditRecord.of(target, delta, norms, first, about))
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -1,63 +1,35 @@
-"""What happens to the weights.
-
-An ``Edit`` knows what becomes of a weight and of what it gives; it knows no files. Throughout, W is
-(D, F) with the hidden size first, however it is stored: a Conv1D weight is transposed on the way in
-and out, a bias has F = 1.
-"""
+"""An edit of a checkpoint as data, and the record of what it did to each tensor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
 from converter.checkpoints.plan import Target
+from converter.edits.deltas import Delta
 
-
-class Edit(Protocol):
-    """What a method makes of a model."""
-
-    def basis(self, target: Target) -> Tensor | None:
-        """U (D, R), orthonormal columns, that is taken out of a weight; None: it stays as it is."""
-
-    def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
-        """The same as seen from outside: what the down-projection gives after the edit.
-
-        Args:
-            layer: whose.
-            f: (..., D), what it gives now, in any dtype.
-            bias: (D,) of the projection, or None.
-        """
+Patch = Mapping[str, Any] | str
+"""What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
+front of any other file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """Removes a subspace from what a layer writes: ``W - U (U^T W)``.
-
-    The D x D projector is never formed.
+class Edit:
+    """All that a method changes in a checkpoint, and nothing about how that is written.
 
     Attributes:
-        bases: layer -> U (D, R) float32 with orthonormal columns.
-        bias: whether biases are projected too. If they are not, the layer still writes a constant
-            along U.
+        tensors: name on disk -> what becomes of it.
+        created: name -> a tensor that the source lacks; it is stored in its own dtype.
+        patches: file of the source -> how its text changes.
+        files: path -> content of a file that the source lacks.
     """
 
-    bases: Mapping[int, Tensor]
-    bias: bool = True
-
-    def basis(self, target: Target) -> Tensor | None:
-        if target.role == "down_proj_bias" and not self.bias:
-            return None
-        return self.bases.get(target.layer)
-
-    def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
-        basis = self.bases.get(layer)
-        if basis is None:
-            return f
-        written = f if self.bias or bias is None else f - bias
-        U = basis.to(f.device)
-        return f - ((written.float() @ U) @ U.T).to(f.dtype)
+    tensors: Mapping[str, Delta] = field(default_factory=dict)
+    created: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Mapping[str, Patch] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +37,11 @@ class EditRecord:
     """What an edit did to one tensor; norms are Frobenius norms.
 
     Attributes:
+        kind: of the change; see ``edits.deltas``.
         norm: ||W||, before.
         relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
-        energy_removed: ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace.
-        leakage: ||U^T W'|| / ||U^T W||, what is left of it after rounding.
-        rounding_error: ||W' - (W - U U^T W)|| / ||W||, what storing the result cost.
+        rounding_error: ||W' - exact(W)|| / ||W||, what storing the result cost.
+        measures: the kind's own numbers, such as ``leakage``.
         sha256_after: None if the tensor itself stays as it is.
         requantized: what became of the scales of a weight in FP8; else None.
         lora: where the edit is, if it is in an adapter; norms are then those of W' = W + B A.
@@ -82,13 +54,13 @@ class EditRecord:
     axis: int
     shape: tuple[int, ...]
     dtype: str
+    kind: str
     sha256_before: str
     sha256_after: str | None
     norm: float
     relative_change: float
-    energy_removed: float
-    leakage: float
     rounding_error: float
+    measures: Mapping[str, float]
     requantized: "Requantized | None"
     lora: "Lora | None" = None
 
@@ -96,13 +68,14 @@ class EditRecord:
     def of(
         cls,
         target: Target,
+        delta: Delta,
         norms: Mapping[str, float],
         digests: tuple[str, str | None],
         requantized: "Requantized | None" = None,
         lora: "Lora | None" = None,
     ) -> "EditRecord":
-        """From the norms of ``projector.Projector.norms`` and sha256 before and after."""
-        norm, removed = norms["W"] or 1.0, norms["P"]
+        """From the norms of ``editor.Editor.norms`` and sha256 before and after."""
+        norm = norms["W"] or 1.0
         return cls(
             name=target.info.name,
             shard=target.shard,
@@ -111,13 +84,13 @@ class EditRecord:
             axis=target.axis,
             shape=target.info.shape,
             dtype=target.info.dtype,
+            kind=delta.kind,
             sha256_before=digests[0],
             sha256_after=digests[1],
             norm=norms["W"],
             relative_change=norms["change"] / norm,
-            energy_removed=(removed / norm) ** 2,
-            leakage=norms["left"] / (removed or 1.0),
             rounding_error=norms["error"] / norm,
+            measures=delta.measures(norms),
             requantized=requantized,
             lora=lora,
         )
@@ -147,7 +120,7 @@ class Lora:
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
-    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (D, F)."""
+    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (O, I)."""
     total = 0.0
     for start in range(0, x.shape[1], columns(x)):
         block = x[:, start : start + columns(x)].double()
@@ -162,5 +135,5 @@ BLOCK = 1 << 17
 
 
 def columns(x: Tensor) -> int:
-    """How many columns of (D, F) make a block."""
+    """How many columns of (O, I) make a block."""
     return max(BLOCK // max(x.shape[0], 1), 1)

@@ -10,7 +10,7 @@ import torch
 
 from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.direct_writer import BUFFER, BUFFERS
-from converter.edits.projection import BLOCK, STRIP, Rounding
+from converter.edits.editor import BLOCK, STRIP, Rounding
 from converter.errors import OptionError
 
 MOST_WORKERS = 4

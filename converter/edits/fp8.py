@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from converter.edits.projection import neighbour, settle
+from converter.edits.editor import neighbour, settle
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448: conversion of more than that gives NaN, not this."""

@@ -33,7 +33,7 @@ from converter.edits.base import Edit, EditRecord, Lora
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
 from converter.edits.matrices import Matrix, matrices
-from converter.edits.projection import Projector
+from converter.edits.editor import Projector
 from converter.errors import CheckpointError, OptionError
 from converter.outputs.checkpoint.write import Written, copy_file, fetched, file_entry
 from converter.outputs.staging.journal import Progress

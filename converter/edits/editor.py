@@ -1,12 +1,16 @@
-"""Take a subspace out of a matrix in blocks of rows, and round so that nothing of it comes back.
+"""Edit a matrix in blocks of rows, whatever the kind of edit, and round it to its dtype.
 
-    W' = round(W - U P),   P = U^T W        W (D, F), U (D, R) orthonormal, P (R, F)
+    W' = round(exact(W))           W (O, I)
 
-Two passes over the rows of W, each in order: one for P, one for W'. Memory is a few (R, F) and one
-block of rows, whatever D is. All of it is float64, so that two BLAS libraries, which add in another
-order, give the same bytes.
+One pass over the rows of W, in order. An edit that takes a subspace out has two:
 
-**Rounding.** What is rounded to nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in
+    W' = round(W - U P),   P = U^T W        U (O, R) orthonormal, P (R, I)
+
+one for P, one for W'. Memory is a few (R, I) and one block of rows, whatever O is. All of it is
+float64, so that two BLAS libraries, which add in another order, give the same bytes.
+
+**Rounding.** Without a subspace every element is rounded to nearest. With one, what is rounded to
+nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in
 bfloat16, and more where corrections are smaller than half a unit in the last place and are lost
 together. L is known block after block, so the blocks that follow can make up for it, as in noise
 shaping: from row i is taken ``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows
@@ -24,6 +28,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from converter.edits.deltas import Delta
 
 Rounding = Literal["nearest", "null-space"]
 
@@ -55,40 +61,49 @@ RIDGE = 1e-3
 """Share of its mean eigenvalue that is added to G, which may be singular near the end."""
 
 Rows = Callable[[int, int], Tensor]
-"""Gives rows i to j of a matrix, (j - i, F), as stored, on the device of the computation."""
+"""Gives rows i to j of a matrix, (j - i, I), as stored, on the device of the computation."""
 
 
-class Projector:
-    """Projects the matrices of one tensor and measures what happens to it.
+class Editor:
+    """Edits the matrices of one tensor and measures what happens to it.
 
     Args:
-        basis: U (D, R) with orthonormal columns.
+        delta: what becomes of W (O, I).
+        height: O.
         dtype: stored: bfloat16, float16, float32 or float64.
-        rounding: ``null-space`` changes how bfloat16 and float16 are rounded; the wider dtypes
-            leave 1e-7 along U as they are.
+        rounding: ``null-space`` changes how bfloat16 and float16 are rounded where a subspace is
+            taken out; the wider dtypes leave 1e-7 along U as they are.
         device: of the computation.
     """
 
-    def __init__(self, basis: Tensor, dtype: torch.dtype, rounding: Rounding, device: str) -> None:
-        self.host = basis.to("cpu", torch.float64)
+    def __init__(
+        self, delta: Delta, height: int, dtype: torch.dtype, rounding: Rounding, device: str
+    ) -> None:
+        basis = delta.protects
+        host = torch.zeros(height, 0) if basis is None else basis
+        self.host = host.to("cpu", torch.float64)
         self.U = self.host.to(device)
-        self.dtype = dtype
-        self.feedback = rounding == "null-space" and dtype.itemsize == 2
+        self.delta, self.dtype = delta.to(device, torch.float64), dtype
+        self.removes = basis is not None
+        self.feedback = self.removes and rounding == "null-space" and dtype.itemsize == 2
         self.strip = STRIP if device == "cpu" else DEVICE_STRIP
         weights = self.host.square().sum(1)
         self.heavy = weights > HEAVY * weights.mean() if self.feedback else weights < 0
-        self.inverses = inverses(self.host, list(self._blocks())).to(device)
+        blocks = list(self._blocks()) if self.removes else []
+        self.inverses = inverses(self.host, blocks).to(device) if blocks else ()
         self.squares = {
             name: torch.zeros((), dtype=torch.float64, device=device)
             for name in ("W", "P", "error", "left", "change")
         }
 
-    def project(self, rows: Rows, width: int) -> Iterator[Tensor]:
-        """Project one matrix (D, F).
+    def edit(self, rows: Rows, width: int, first: int = 0) -> Iterator[Tensor]:
+        """Edit one matrix (O, I).
 
         Args:
-            rows: reads it; asked twice for all of it, in order, ``BLOCK`` rows at a time at most.
-            width: F.
+            rows: reads it; asked for all of it once, or twice if a subspace is taken out, in order,
+                ``BLOCK`` rows at a time at most.
+            width: columns of the matrix: I, or some of them.
+            first: which column of W is the first of them.
 
         Yields:
             the new rows, in order, as they are stored.
@@ -97,6 +112,12 @@ class Projector:
             ValueError: W holds NaN or Inf.
         """
         scratch = self._scratch(width, 2)
+        if not self.removes:
+            for block in self._blocks():
+                yield self._nearest(rows(block.start, block.stop), block, first, scratch)
+            self._check_finite()
+            return
+        before = self.squares["change"].clone()
         P, squares = self._first_pass(rows, width, scratch[0])
         left = torch.zeros_like(P)
         limit = PUSH * torch.finfo(self.dtype).eps * squares.div_(len(self.U)).sqrt_()
@@ -104,27 +125,27 @@ class Projector:
             taken = P
             if self.feedback and block.start:
                 taken = self._push(inverse @ left, block, limit).add_(P)
-            yield self._round(rows(block.start, block.stop), block, P, taken, left, scratch)
+            yield self._removed(rows(block.start, block.stop), block, P, taken, left, scratch)
         written = self.U.T @ self.U @ P
         self.squares["P"] += P.square().sum()
         self.squares["left"] += (left + P - written).square().sum()
-        self.squares["error"] += 2 * (P * left).sum() - (P * written).sum()
+        change = self.squares["change"] - before
+        self.squares["error"] += change + 2 * (P * left).sum() - (P * written).sum()
 
     def coordinates(self, rows: Rows, width: int) -> Tensor:
-        """P = U^T W of one matrix (D, F), (R, F) float64, for who needs no more; one pass.
+        """P = U^T W of one matrix (O, I), (R, I) float64, for who needs no more; one pass.
 
-        Args and Raises: as ``project``.
+        Without a subspace (0, I). Args and Raises: as ``edit``.
         """
         return self._first_pass(rows, width, self._scratch(width, 1)[0])[0]
 
     def norms(self) -> dict[str, float]:
         """Frobenius norms over all matrices: of W, P, W' - W (``change``) and two more.
 
-        ``error`` is that of E = W' - (W - U P), whose square is
-        ``||W' - W||^2 + 2 <P, U^T E> - ||U P||^2``, and ``left`` that of U^T W'.
+        ``error`` is that of E = W' - exact(W), which is ``||W' - W||^2 + 2 <P, U^T E> - ||U P||^2``
+        squared where a subspace is taken out, and ``left`` that of U^T W'.
         """
         sums = {name: float(value) for name, value in self.squares.items()}
-        sums["error"] += sums["change"]
         return {name: x if isnan(x) else sqrt(max(x, 0.0)) for name, x in sums.items()}
 
     def _blocks(self) -> Iterator[slice]:
@@ -137,7 +158,7 @@ class Projector:
         return self.U.new_empty(count, max(min(self.strip, BLOCK * width), BLOCK))
 
     def _first_pass(self, rows: Rows, width: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """P (R, F), and of each column of W the sum of its squares (F,); adds to ``squares``."""
+        """P (R, I), and of each column of W the sum of its squares (I,); adds to ``squares``."""
         P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
         squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
         for block in self._blocks():
@@ -147,11 +168,28 @@ class Projector:
                 P[:, part].addmm_(self.U[block].T, W)
                 squares[part].add_(W.square_().sum(0))
         self.squares["W"] += squares.sum()
-        if not isfinite(float(self.squares["W"])):
-            raise ValueError
+        self._check_finite()
         return P, squares
 
-    def _round(
+    def _check_finite(self) -> None:
+        if not isfinite(float(self.squares["W"])):
+            raise ValueError
+
+    def _nearest(self, stored: Tensor, block: slice, first: int, scratch: Tensor) -> Tensor:
+        """Some rows, edited, each element rounded to nearest."""
+        new = torch.empty_like(stored)
+        for part in self._strips(len(stored), stored.shape[1]):
+            W = _shaped(scratch[0], stored[:, part])
+            columns = slice(first + part.start, first + part.stop)
+            exact = self.delta.exact(W, block, columns, None, _shaped(scratch[1], W, False))
+            rounded = new[:, part].copy_(exact)
+            self.squares["W"] += torch.dot(W.flatten(), W.flatten())
+            error, change = exact.sub_(rounded).flatten(), W.sub_(rounded).flatten()
+            self.squares["error"] += torch.dot(error, error)
+            self.squares["change"] += torch.dot(change, change)
+        return new
+
+    def _removed(
         self,
         stored: Tensor,
         block: slice,
@@ -160,13 +198,16 @@ class Projector:
         left: Tensor,
         scratch: Tensor,
     ) -> Tensor:
-        """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U."""
+        """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U.
+
+        U and P stand for the columns that the matrix has, whichever of W's they are.
+        """
         new = torch.empty_like(stored)
         U, settled = self.U[block], self._settled(block)
         left.addmm_(U.T @ U, P)
         for part in self._strips(len(stored), len(P[0])):
             W = _shaped(scratch[0], stored[:, part])
-            aim = torch.addmm(W, U, taken[:, part], alpha=-1, out=_shaped(scratch[1], W, False))
+            aim = self.delta.exact(W, block, part, taken[:, part], _shaped(scratch[1], W, False))
             rounded = new[:, part].copy_(aim)
             if settled is not None:
                 nearest = rounded[settled]
@@ -189,7 +230,7 @@ class Projector:
         return heavy.to(self.U.device) if len(heavy) else None
 
     def _push(self, push: Tensor, block: slice, limit: Tensor) -> Tensor:
-        """G^-1 L (R, F), each column cut down to what moves the block's rows by (F,) at most."""
+        """G^-1 L (R, I), each column cut down to what moves the block's rows by (I,) at most."""
         moved = push.square().sum(0).sqrt_() * self.U[block].norm(dim=1).max()
         return push.mul_(torch.where(moved > limit, limit / moved, 1.0))
 
@@ -205,7 +246,7 @@ def _shaped(scratch: Tensor, like: Tensor, filled: bool = True) -> Tensor:
 
 
 def inverses(U: Tensor, blocks: list[slice]) -> Tensor:
-    """For each block of rows of U (D, R) the inverse of the Gram matrix of it and all that follow.
+    """For each block of rows of U (O, R) the inverse of the Gram matrix of it and all that follow.
 
     Args:
         U: float64, on the CPU.
@@ -229,13 +270,13 @@ def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     ``|l + u s|^2 < |l|^2``, that is ``2 s (u l) + s^2 |u|^2 < 0``.
 
     Args:
-        left: (R, F) float64; changed in place.
+        left: (R, I) float64; changed in place.
         U: (n, R) float64.
-        step: (n, F) float64; 0 where there is none to take.
+        step: (n, I) float64; 0 where there is none to take.
         aim: stop when the norm of ``left`` is no larger.
 
     Returns:
-        (n, F) bool: the steps taken.
+        (n, I) bool: the steps taken.
     """
     taken = torch.zeros(step.shape, dtype=torch.bool, device=step.device)
     weights = U.square().sum(1)
