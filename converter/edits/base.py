@@ -33,6 +33,27 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """What an edit will change, known from the headers alone: planned, shown and refused by it.
+
+    Attributes:
+        weights: tensors that change.
+        kinds: of these changes.
+        rank: largest number of columns of what is taken out or added; 0 for kinds that have none.
+        created: name -> shape of a tensor that the source lacks.
+        patches: files of the source whose text changes.
+        files: paths of files that the source lacks.
+    """
+
+    weights: tuple[Target, ...] = ()
+    kinds: tuple[type[Delta], ...] = ()
+    rank: int = 0
+    created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    patches: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EditRecord:
     """What an edit did to one tensor; norms are Frobenius norms.
 

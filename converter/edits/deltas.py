@@ -25,7 +25,7 @@ class Delta(Protocol):
 
     @property
     def protects(self) -> Tensor | None:
-        """U (O, R), orthonormal columns, if ``W' = W - U (U^T W)``; rounding brings none of it back.
+        """U (O, R), orthonormal columns, if ``W' = W - U (U^T W)``, so that rounding spares U.
 
         None for all other kinds.
         """
