@@ -1,5 +1,7 @@
-"""An edit of a checkpoint as data, and the record of what it did to each tensor."""
+"""An edit of a checkpoint as data."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
@@ -7,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
-from converter.edits.deltas import Delta
+from converter.checkpoints.safetensors.header import to_bytes
+from converter.checkpoints.weights import Weight
+from converter.edits.deltas import Delta, tensors_of
 
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
@@ -31,6 +34,30 @@ class Edit:
     patches: Mapping[str, Patch] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> int:
+        """The most columns of a subspace that is taken out of a tensor; 0 if there is none."""
+        bases = (delta.protects for delta in self.tensors.values())
+        return max((basis.shape[1] for basis in bases if basis is not None), default=0)
+
+    def digest(self) -> str:
+        """A sha256 of all of it: two edits of one digest change a checkpoint in the same way."""
+        known: dict[int, str] = {}
+
+        def of(tensor: Tensor) -> str:
+            if id(tensor) not in known:
+                known[id(tensor)] = hashlib.sha256(to_bytes(tensor)).hexdigest()
+            return f"{tensor.dtype} {list(tensor.shape)} {known[id(tensor)]}"
+
+        deltas = {
+            name: [delta.kind, {field: of(t) for field, t in tensors_of(delta).items()}]
+            for name, delta in self.tensors.items()
+        }
+        created = {name: of(tensor) for name, tensor in self.created.items()}
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        what = [deltas, created, dict(self.patches), files]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -45,99 +72,12 @@ class Footprint:
         files: paths of files that the source lacks.
     """
 
-    weights: tuple[Target, ...] = ()
+    weights: tuple[Weight, ...] = ()
     kinds: tuple[type[Delta], ...] = ()
     rank: int = 0
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EditRecord:
-    """What an edit did to one tensor; norms are Frobenius norms.
-
-    Attributes:
-        kind: of the change; see ``edits.deltas``.
-        norm: ||W||, before.
-        relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
-        rounding_error: ||W' - exact(W)|| / ||W||, what storing the result cost.
-        measures: the kind's own numbers, such as ``leakage``.
-        sha256_after: None if the tensor itself stays as it is.
-        requantized: what became of the scales of a weight in FP8; else None.
-        lora: where the edit is, if it is in an adapter; norms are then those of W' = W + B A.
-    """
-
-    name: str
-    shard: str
-    layer: int
-    role: str
-    axis: int
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str
-    sha256_before: str
-    sha256_after: str | None
-    norm: float
-    relative_change: float
-    rounding_error: float
-    measures: Mapping[str, float]
-    requantized: "Requantized | None"
-    lora: "Lora | None" = None
-
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        delta: Delta,
-        norms: Mapping[str, float],
-        digests: tuple[str, str | None],
-        requantized: "Requantized | None" = None,
-        lora: "Lora | None" = None,
-    ) -> "EditRecord":
-        """From the norms of ``editor.Editor.norms`` and sha256 before and after."""
-        norm = norms["W"] or 1.0
-        return cls(
-            name=target.info.name,
-            shard=target.shard,
-            layer=target.layer,
-            role=target.role,
-            axis=target.axis,
-            shape=target.info.shape,
-            dtype=target.info.dtype,
-            kind=delta.kind,
-            sha256_before=digests[0],
-            sha256_after=digests[1],
-            norm=norms["W"],
-            relative_change=norms["change"] / norm,
-            rounding_error=norms["error"] / norm,
-            measures=delta.measures(norms),
-            requantized=requantized,
-            lora=lora,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Requantized:
-    """The part of an ``EditRecord`` about FP8; ``block`` is how many rows and columns share one."""
-
-    scales: str
-    shard: str
-    block: tuple[int, int]
-    sha256_before: str
-    sha256_after: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """The part of an ``EditRecord`` about an adapter: the module in memory, and sha256 of A and B.
-
-    Their bytes are those of the tensors in the adapter's file.
-    """
-
-    module: str
-    sha256_a: str
-    sha256_b: str
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

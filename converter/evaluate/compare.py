@@ -92,8 +92,8 @@ def evaluate(
         subject = written or base
         hooks: AbstractContextManager[None] = nullcontext()
         if system.edit is not None and written is None:
-            hooks = edited(base.module, base.architecture, system.edit, system.layers)
-        label = system.name + (f", rank {system.rank}" if system.rank is not None else "")
+            hooks = edited(base.module, bench.plan, system.edit)
+        label = system.name + (f", strength {system.strength:g}" if system.strength is not None else "")
         label += f", seed {system.seed}" if system.seed is not None else ""
         with progress.stage("measure", f"measuring {label}"), hooks:
             metrics, values = measure(subject, settings, passages, text)
@@ -116,9 +116,9 @@ def entry(system: System, metrics: dict[str, Metric], by_rank: bool) -> dict[str
     """One system's part of the results; those of one name and ``group`` are averaged."""
     return {
         "system": system.name,
-        "group": system.rank if by_rank else None,
+        "group": system.strength if by_rank else None,
         "seed": system.seed,
-        "rank": system.rank,
+        "strength": system.strength,
         "layers": list(system.layers),
         "options": dict(system.options),
         "metrics": metrics,

@@ -1,4 +1,4 @@
-"""From texts to a frozen subspace that has been examined: fit, choose the rank, guard.
+"""From texts to an edit that has been examined: fit, choose the strength, guard.
 
 One model is loaded at most, when it is first needed, and never written to: every edit that is tried
 runs through hooks.
@@ -8,17 +8,13 @@ from dataclasses import dataclass, replace
 
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
-from converter.calibration.statistics import (
-    Activations,
-    texts_of_file,
-)
-from converter.edits.base import Projection
+from converter.calibration.statistics import Activations, texts_of_file
+from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
 from converter.evaluate.guard import Verdict, examine
 from converter.evaluate.heldout import probe_of
-from converter.evaluate.strength import Choice, choose_rank
-from converter.methods.base import Method
-from converter.methods.subspace import Subspace
+from converter.evaluate.strength import Choice, choose_strength
+from converter.methods.base import Method, Proposal
 from converter.methods.workbench import Bench
 from converter.runtime import progress
 
@@ -29,23 +25,23 @@ class Fitted:
 
     Attributes:
         parts: the texts, split.
-        activations: that the fit has seen.
-        subspace: of the chosen rank.
-        edit: its projection.
-        choice: how the rank came about.
+        activations: that the method has seen; None if it needed none.
+        proposal: of the method.
+        edit: of the chosen strength.
+        choice: how that came about.
         verdict: of the guard; None if it was switched off.
     """
 
     parts: Parts
-    activations: Activations
-    subspace: Subspace
-    edit: Projection
+    activations: Activations | None
+    proposal: Proposal
+    edit: Edit
     choice: Choice
     verdict: Verdict | None
 
 
 def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
-    """Fit a method to a fetched source, choose the rank, examine the edit.
+    """Fit a method to a fetched source, choose the strength, examine the edit.
 
     Raises:
         ConverterError: one of its children; a GuardError if the edit must not be written.
@@ -53,29 +49,29 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     run = bench.run
     parts = split(pairs, prose, run.seed)
     if run.activations is not None:
-        fitted = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
-        parts = replace(parts, fit=fitted)
-        if not fitted.pairs.pairs and (run.guard or method.rank is None):
-            raise DataError(
-                f"{run.activations.name} does not say which pairs it was made from",
-                hint="nothing is then known to be held out; give both -o rank and --no-guard",
-            )
-    seen, subspace = bench.fit(method, parts.fit)
-    choice = Choice(subspace.rank, {})
-    if method.rank is None:
-        with progress.stage("choose", "choosing the rank on held-out text"):
-            probe = probe_of(bench.load(), parts.choose)
-            choice = choose_rank(probe, subspace, method, run.max_perplexity_ratio)
-        subspace = subspace.truncated(choice.rank)
-    edit = Projection(subspace.bases, method.edit_bias)
+        known = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
+        parts = replace(parts, fit=known)
+    proposal = bench.fit(method, parts.fit)
+    if run.activations is not None and not parts.fit.pairs.pairs and (run.guard or proposal.is_free):
+        raise DataError(
+            f"{run.activations.name} does not say which pairs it was made from",
+            hint=f"nothing is then known to be held out; give both -o {method.strength} and "
+            "--no-guard",
+        )
+    choice = Choice(proposal.strengths[-1], {})
+    if proposal.is_free:
+        with progress.stage("choose", f"choosing the {method.strength} on held-out text"):
+            probe = probe_of(bench, parts.choose)
+            choice = choose_strength(probe, proposal, run.max_perplexity_ratio)
     verdict = None
     if run.guard:
         with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
-            verdict = guard(bench, method, edit, seen, parts.report)
-    return Fitted(parts, seen, subspace, edit, choice, verdict)
+            verdict = guard(bench, proposal, choice.strength, parts.report)
+    edit = proposal.edit(choice.strength)
+    return Fitted(parts, bench.seen, proposal, edit, choice, verdict)
 
 
-def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, part: Part) -> Verdict:
+def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Verdict:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
@@ -83,14 +79,12 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
     """
     run = bench.run
     verdict = examine(
-        probe_of(bench.load(), part),
-        edit,
-        method.edit_layers,
+        probe_of(bench, part),
+        proposal,
+        strength,
         budget=run.max_perplexity_ratio,
         draws=run.guard_draws,
         seed=run.seed,
-        moment=seen.second_moment,
-        gains=bench.gains,
     )
     for warning in verdict.warnings:
         progress.warn(warning)

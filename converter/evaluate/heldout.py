@@ -1,12 +1,13 @@
 """Held-out text on which edits of one loaded model are compared with the model as it is."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from converter.calibration.split import Part
+from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import DataError
+from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
 from converter.models.edited import edited
 from converter.models.likelihood import (
@@ -61,6 +62,7 @@ class Probe:
 
     Args:
         model: not edited.
+        plan: of its checkpoint.
         part: of the split.
 
     Attributes:
@@ -71,9 +73,9 @@ class Probe:
         DataError: too few toxic sentences to know a standard error.
     """
 
-    def __init__(self, model: Model, part: Part) -> None:
+    def __init__(self, model: Model, plan: Plan, part: Part) -> None:
         encode = Encoder(model.tokenizer, model.module)
-        self.model, pairs = model, part.pairs.pairs
+        self.model, self.plan, pairs = model, plan, part.pairs.pairs
         texts = [*part.prose.paragraphs, *(pair.neutral for pair in pairs)]
         groups = [pair.group or pair.neutral for pair in pairs]
         self._neutral = [encode(text, "mean", ()) for text in texts]
@@ -97,9 +99,9 @@ class Probe:
     def _run(self) -> list[LogProbabilities]:
         return log_probabilities(self.model, (self._neutral, self._toxic))
 
-    def measure(self, edit: Edit, layers: Sequence[int]) -> Measured:
-        """Compare an edit of some layers with the unedited model, through hooks."""
-        with edited(self.model.module, self.model.architecture, edit, layers):
+    def measure(self, edit: Edit) -> Measured:
+        """Compare an edit with the unedited model, through hooks."""
+        with edited(self.model.module, self.plan, edit):
             neutral, toxic = self._run()
         changes = word_changes(self._before[1], toxic, self._words)
         return Measured(
@@ -109,8 +111,8 @@ class Probe:
         )
 
 
-def probe_of(model: Model, part: Part) -> Probe:
+def probe_of(bench: Bench, part: Part) -> Probe:
     """The unedited model's view of a held-out part."""
     count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
     with progress.bar("unedited", count, "text"):
-        return Probe(model, part)
+        return Probe(bench.load(), bench.plan, part)

@@ -1,16 +1,11 @@
-"""How strong an edit may be: the largest rank within a budget of perplexity."""
+"""How strong an edit may be: the most effective strength within a budget of perplexity."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from converter.edits.base import Projection
 from converter.errors import GuardError
 from converter.evaluate.heldout import Measured, Probe
-from converter.methods.base import Method
-from converter.methods.subspace import MAX_RANK, Subspace
-
-RANKS = (1, 2, 3, 4, 6, MAX_RANK)
-"""Tried in this order."""
+from converter.methods.base import Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,54 +13,63 @@ class Choice:
     """What was tried and chosen.
 
     Attributes:
-        rank: the chosen one.
-        tried: rank -> what it does to the text of the choice; empty if the rank was given.
+        strength: the chosen one, a rank for example.
+        tried: strength -> what it does to the text of the choice; empty if it was given.
     """
 
-    rank: int
-    tried: dict[int, Measured]
+    strength: float
+    tried: dict[float, Measured]
 
     def record(self) -> dict[str, Any]:
         """For the manifest."""
         return {
-            "rank": self.rank,
+            "strength": self.strength,
             "automatic": bool(self.tried),
-            "tried": [{"rank": rank, **m.record()} for rank, m in self.tried.items()],
+            "tried": [{"strength": each, **m.record()} for each, m in self.tried.items()],
         }
 
 
-def choose_rank(probe: Probe, subspace: Subspace, method: Method, budget: float) -> Choice:
-    """The rank that makes toxic words least probable among those within the budget.
+def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
+    """The strength that makes toxic words least probable among those within the budget.
 
-    A rank is within the budget if its perplexity ratio plus one standard error is: measured on a
-    few thousand tokens, the best of several ranks looks better than it is. The bases of smaller
-    ranks are leading columns of larger ones, so perplexity grows with the rank, and the largest
-    within the budget is found by bisection.
+    A strength is within the budget if its perplexity ratio plus one standard error is: measured on
+    a few thousand tokens, the best of several looks better than it is. Perplexity grows with the
+    strength, so the largest within the budget is found by bisection.
 
     Raises:
-        GuardError: even rank 1 is over the budget.
+        GuardError: even the least is over the budget.
     """
-    ranks = [rank for rank in RANKS if rank <= subspace.rank]
-    tried: dict[int, Measured] = {}
-    low, high = 0, len(ranks)
+    strengths = proposal.strengths
+    tried: dict[float, Measured] = {}
+    low, high = 0, len(strengths)
     while low < high:
-        rank = ranks[middle := (low + high) // 2]
-        edit = Projection(subspace.truncated(rank).bases, method.edit_bias)
-        tried[rank] = probe.measure(edit, method.edit_layers)
-        ratio = tried[rank].perplexity_ratio
-        low, high = (middle + 1, high) if ratio.value + ratio.error <= budget else (low, middle)
-    within = [
-        rank
-        for rank, m in tried.items()
-        if m.perplexity_ratio.value + m.perplexity_ratio.error <= budget
-    ]
+        strength = strengths[middle := (low + high) // 2]
+        tried[strength] = probe.measure(proposal.edit(strength))
+        low, high = (middle + 1, high) if _is_within(tried[strength], budget) else (low, middle)
+    within = [strength for strength, found in tried.items() if _is_within(found, budget)]
     if not within:
         ratio = tried[min(tried)].perplexity_ratio
         raise GuardError(
-            "not even one dimension can be removed within the perplexity budget",
+            "not even the weakest edit keeps within the perplexity budget",
             expected=f"a perplexity ratio of at most {budget:g} on held-out neutral text",
             found=f"{ratio.value:.4f} with a standard error of {ratio.error:.4f}",
             hint="raise --max-perplexity-ratio, edit fewer layers, or give more pairs",
         )
-    best = min(within, key=lambda rank: tried[rank].toxic_change.value)
+    best = min(within, key=lambda strength: tried[strength].toxic_change.value)
     return Choice(best, dict(sorted(tried.items())))
+
+
+def nearest_strength(probe: Probe, proposal: Proposal, ratio: float) -> float:
+    """The strength whose perplexity ratio comes nearest to a given one, by bisection."""
+    strengths, found = proposal.strengths, dict[float, float]()
+    low, high = 0, len(strengths)
+    while low < high:
+        strength = strengths[middle := (low + high) // 2]
+        found[strength] = probe.measure(proposal.edit(strength)).perplexity_ratio.value
+        low, high = (middle + 1, high) if found[strength] < ratio else (low, middle)
+    return min(found, key=lambda strength: abs(found[strength] - ratio))
+
+
+def _is_within(found: Measured, budget: float) -> bool:
+    ratio = found.perplexity_ratio
+    return ratio.value + ratio.error <= budget

@@ -9,12 +9,12 @@ from typing import Any
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.split import Parts, split
-from converter.edits.base import Projection
+from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluate.heldout import Probe, probe_of
-from converter.evaluate.strength import RANKS, choose_rank
-from converter.methods.base import Method, configure, method_names
-from converter.methods.subspace import MAX_RANK, Subspace
+from converter.evaluate.strength import choose_strength, nearest_strength
+from converter.methods.base import Method, Proposal, configure, method_names
+from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.runtime import progress
 
@@ -39,17 +39,19 @@ class System:
     Attributes:
         name: for tables.
         seed: of its pairs; None if nothing was fitted.
-        rank: None for the unedited model.
+        strength: None for the unedited model.
         edit: through hooks on the unedited model; None for none.
         layers: that it edits.
+        bias: whether it edits biases, too.
         options: of its method, defaults resolved.
     """
 
     name: str
     seed: int | None = None
-    rank: int | None = None
-    edit: Projection | None = None
+    strength: float | None = None
+    edit: Edit | None = None
     layers: tuple[int, ...] = ()
+    bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,20 +104,30 @@ class Fits:
             first = reference
             for control in controls:
                 method = self._method(control, seed, first)
-                subspace = self.bench.fit(method, parts.fit)[1]
-                ranks = self._given(control, method, first)
-                if not ranks:
-                    probe = probe or probe_of(self.bench.load(), parts.choose)
-                    ranks = (self._choose(control, probe, subspace, method, first),)
-                for rank in ranks:
-                    if rank > subspace.rank:
-                        progress.warn(f"{control} has no rank {rank}, and is left out")
+                proposal = self.bench.fit(method, parts.fit)
+                strengths = self._given(control, proposal, first)
+                if not strengths:
+                    probe = probe or probe_of(self.bench, parts.choose)
+                    strengths = (self._choose(control, probe, proposal, first),)
+                for strength in strengths:
+                    if strength > proposal.strengths[-1]:
+                        progress.warn(
+                            f"{control} has no {method.strength} {strength:g}, and is left out"
+                        )
                         continue
-                    edit = Projection(subspace.truncated(rank).bases, method.edit_bias)
                     options = asdict(method)  # type: ignore[call-overload]
-                    system = System(control, seed, rank, edit, method.edit_layers, options)
+                    system = System(
+                        control, seed, strength, proposal.edit(strength),
+                        *self._where(method), options,
+                    )  # fmt: skip
                     first = first or system
                     yield system
+
+    def _where(self, method: Method) -> tuple[tuple[int, ...], bool]:
+        """The layers that a method edits, and whether their biases, too."""
+        weights = method.footprint(self.bench.plan).weights
+        layers = sorted({weight.layer for weight in weights})
+        return tuple(layers), any(weight.is_bias for weight in weights)
 
     def _parts(self, seed: int) -> Parts:
         run = self.bench.run
@@ -126,60 +138,49 @@ class Fits:
         """A control with the layers and the biases of the reference."""
         name, run, dimensions = _name(control), self.bench.run, self.bench.plan.dimensions
         typed = {"rank": "auto"} | self.options
-        if name == run.method == "gloss":  # the options typed are its own
+        if name == run.method and name.startswith("gloss"):  # the options typed are its own
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
-            layers, bias = first.layers, first.edit.bias
+            layers, bias = first.layers, first.bias
         else:
-            reference = configure(run.method, typed, dimensions)
-            layers, bias = reference.edit_layers, reference.edit_bias
+            layers, bias = self._where(configure(run.method, typed, dimensions))
         options = {"layers": ",".join(map(str, layers)), "bias": "project" if bias else "keep"}
         if name == "random":
-            rank = first.rank if first is not None and first.rank is not None else 0
+            rank = int(first.strength or 0) if first is not None else 0
             options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK, *self.ranks, 1))}
         elif name == "profs":
             options |= DATA_FIXES
         return configure(name, options, dimensions)
 
-    def _given(self, control: str, method: Method, first: System | None) -> tuple[int, ...]:
-        """The ranks that need no choice."""
+    def _given(
+        self, control: str, proposal: Proposal, first: System | None
+    ) -> tuple[float, ...]:
+        """The strengths that need no choice."""
         if control.endswith(AT_PERPLEXITY):
             return ()
         if self.ranks:
             return self.ranks
         if control == "random":
-            return (first.rank,) if first is not None and first.rank is not None else ()
-        return (method.rank,) if method.rank is not None else ()
+            return (first.strength,) if first is not None and first.strength is not None else ()
+        return () if proposal.is_free else (proposal.strengths[-1],)
 
     def _choose(
-        self,
-        control: str,
-        probe: Probe,
-        subspace: Subspace,
-        method: Method,
-        first: System | None,
-    ) -> int:
-        """The rank under the budget, or the one that comes nearest to the reference's ratio."""
-        budget = self.bench.run.max_perplexity_ratio
+        self, control: str, probe: Probe, proposal: Proposal, first: System | None
+    ) -> float:
+        """The strength under the budget, or what comes nearest to the reference's ratio."""
         if not control.endswith(AT_PERPLEXITY):
             try:
-                return choose_rank(probe, subspace, method, budget).rank
+                budget = self.bench.run.max_perplexity_ratio
+                return choose_strength(probe, proposal, budget).strength
             except GuardError as error:
-                progress.warn(f"{control}: {error.what}; rank 1 is measured")
-                return 1
+                least = proposal.strengths[0]
+                progress.warn(f"{control}: {error.what}; strength {least:g} is measured")
+                return least
         if first is None or first.edit is None:
             raise OptionError(
                 f"--control {control}",
                 expected="an edit before it to match: another control, or a SOURCE with a manifest",
                 found="none",
             )
-        wanted = probe.measure(first.edit, first.layers).perplexity_ratio.value
-        ranks = [rank for rank in RANKS if rank <= subspace.rank]
-        found: dict[int, float] = {}
-        low, high = 0, len(ranks)
-        while low < high:  # perplexity grows with the rank
-            rank = ranks[middle := (low + high) // 2]
-            edit = Projection(subspace.truncated(rank).bases, method.edit_bias)
-            found[rank] = probe.measure(edit, method.edit_layers).perplexity_ratio.value
-            low, high = (middle + 1, high) if found[rank] < wanted else (low, middle)
-        return min(found, key=lambda rank: abs(found[rank] - wanted))
+        wanted = probe.measure(first.edit).perplexity_ratio.value
+        return nearest_strength(probe, proposal, wanted)

@@ -21,6 +21,7 @@ from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.errors import OptionError
 
@@ -56,8 +57,8 @@ class Workbench(Protocol):
     def activations(self, request: Request) -> Activations:
         """What the model makes of the texts, from a forward pass or a cache."""
 
-    def weight(self, name: str) -> Tensor:
-        """A tensor of the checkpoint, as stored (FP8: as the numbers it stands for)."""
+    def weight(self, weight: Weight) -> Tensor:
+        """A weight as stored; FP8 as the numbers it stands for."""
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """The ``count`` tokens nearest to each of the directions (C, D), the nearest first."""
@@ -74,7 +75,9 @@ class Proposal:
     """What a fit gives: an edit for each strength, and as much of nothing to compare it with.
 
     Attributes:
-        strengths: ascending, such as ranks or step sizes; a single one is not chosen, but taken.
+        strengths: ascending, such as ranks or step sizes.
+        is_free: whether the most effective of them within the perplexity budget is to be chosen;
+            if not, there is one.
         edit: the edit of a strength; also of strengths between those listed, where that makes
             sense.
         control: an edit of a strength and a seed, of the same kind, tensors and size, that knows
@@ -86,6 +89,7 @@ class Proposal:
     """
 
     strengths: Sequence[float]
+    is_free: bool
     edit: Callable[[float], Edit]
     control: Callable[[float, int], Edit]
     evidence: Mapping[str, Any] = field(default_factory=dict)

@@ -42,6 +42,7 @@ from converter.methods.subspace import (
     protected_differences,
 )
 from converter.models.batching import Pooling
+from converter.runtime import progress
 
 LITTLE = 0.5
 """Share of the word list that must be single tokens for a ranking by vocabulary to say much."""
@@ -121,7 +122,7 @@ class Method:
         tokens = bench.decode(stack, self.top_tokens)
         layers = tuple(layer for layer, *_ in places)
         if self.ranking == "vocabulary" and (share := bench.single_token_share()) < LITTLE:
-            bench.warn(
+            progress.warn(
                 f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
                 "vocabulary says little; the other rankings do not depend on it"
             )

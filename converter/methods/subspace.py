@@ -137,9 +137,10 @@ class Removal:
             written = after_norm({n: U[:, : int(rank)] for n, U in bases.items()}, gains)
             return max(neutral_energy(U, moment) for U in written.values())
 
-        ranks = [rank for rank in RANKS if rank <= widest] if self.rank is None else [widest]
+        free = self.rank is None
+        ranks = [rank for rank in RANKS if rank <= widest] if free else [widest]
         evidence, tensors = _evidence(bench, subspace, width)
-        return Proposal(ranks, edit, control, evidence, tensors, energy)
+        return Proposal(ranks, free, edit, control, evidence, tensors, energy)
 
     def _edit(self, plan: Plan, bases: Mapping[int, Tensor]) -> Edit:
         whole: dict[int, RemoveSubspace] = {}  # of bases that layers share

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from converter.calibration.collect import activation_inputs, extract
+from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import (
     Activations,
@@ -17,10 +19,11 @@ from converter.calibration.vocabulary import Vocabulary
 from converter.calibration.word_list import WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
+from converter.edits.fp8 import dequantize
 from converter.errors import DataError
-from converter.methods.base import Method
-from converter.methods.post_norms import Gains, before_norm, read_gains
-from converter.methods.subspace import Subspace
+from converter.methods.base import Method, Proposal
+from converter.methods.post_norms import Gains, read_gains
 from converter.models.build import load_language_model, stored_dtype, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
@@ -30,10 +33,17 @@ from converter.recipe import Run
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
+NO_TEXTS = Part(Pairs((), {}, ""), Prose((), {}, ""))
+
 
 @dataclass(slots=True)
 class Bench:
-    """A fetched source with what fitting a method to it takes; its model is loaded when needed."""
+    """The ``Workbench`` of a fetched source; its model is loaded when it is needed.
+
+    Attributes:
+        part: the texts that the current fit may see.
+        seen: the activations that it has asked for last.
+    """
 
     run: Run
     source: Source
@@ -46,6 +56,8 @@ class Bench:
     forward: Forward
     model: Model | None = None
     has_run: bool = False
+    part: Part = NO_TEXTS
+    seen: Activations | None = None
 
     @classmethod
     def of(
@@ -115,69 +127,78 @@ class Bench:
         """Let the model go; the edit of the files does not need it."""
         self.model = None
 
-    def fit(self, method: Method, part: Part) -> tuple[Activations, Subspace]:
-        """Take the activations, or find them, and fit; bases are those of down-projections."""
-        count = len(part.pairs.pairs) or "unknown"
-        with progress.stage("activations", f"activations of {count} pairs"):
-            seen = activations_of(self, method.request, part)
+    def fit(self, method: Method, part: Part) -> Proposal:
+        """Fit a method to some texts."""
+        self.part, self.seen = part, None
         with progress.stage("fit", f"fitting {method.title}"):
-            warn_about_words(method, self.vocabulary, self.words)
-            subspace = method.fit(seen, self.vocabulary.decode, self.words)
-            return seen, before_norm(subspace, self.gains)
+            return method.fit(self)
 
+    def activations(self, request: Request) -> Activations:
+        """From the file that was given, from the cache, or from a forward pass."""
+        count = len(self.part.pairs.pairs) or "unknown"
+        with progress.stage("activations", f"activations of {count} pairs"):
+            self.seen = self._given(request) if self.run.activations else self._taken(request)
+        return self.seen
 
-def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
-    """From the file that was given, from the cache, or from a forward pass."""
-    run, hidden_size = bench.run, bench.plan.dimensions.hidden_size
-    if run.activations is not None:
-        return load_activations(run.activations, request, hidden_size)
-    inputs = activation_inputs(
-        bench.source.digests(),
-        bench.plan.architecture,
-        part.pairs,
-        part.prose,
-        request,
-        device=bench.device,
-        dtype=str(bench.dtype).removeprefix("torch."),
-        batch_size=run.batch_size,
-        mode=bench.forward.mode,
-    )
-    path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
-    if path.exists():
-        try:
-            found = load_activations(path, request, hidden_size)
-        except DataError as error:
-            progress.warn(f"the cached {error}; running the model again")
-        else:
-            progress.note(f"  cache hit, no forward pass: {path}")
-            return found
-    progress.note("  cache miss, running the model")
-    moments = request.directions > 0
-    total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
-    total += len(part.prose.paragraphs) * (request.second_moment + moments)
-    with progress.bar("forward", total, "text"):
-        seen, dropped = extract(
-            bench.load(),
-            request,
+    def _given(self, request: Request) -> Activations:
+        assert self.run.activations is not None
+        return load_activations(self.run.activations, request, self.plan.dimensions.hidden_size)
+
+    def _taken(self, request: Request) -> Activations:
+        """What the cache holds, or a forward pass gives."""
+        part, batch_size = self.part, self.run.batch_size
+        inputs = activation_inputs(
+            self.source.digests(),
+            self.plan.architecture,
             part.pairs,
             part.prose,
-            batch_size=run.batch_size,
+            request,
+            device=self.device,
+            dtype=str(self.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            mode=self.forward.mode,
         )
-    if dropped:
-        progress.warn(f"{dropped} pairs have no token that predicts a toxic one and were left out")
-    seen = replace(seen, inputs=inputs)
-    save_activations(seen, path)
-    progress.note(f"  kept in {path}")
-    return seen
+        path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
+        if path.exists():
+            try:
+                found = load_activations(path, request, self.plan.dimensions.hidden_size)
+            except DataError as error:
+                progress.warn(f"the cached {error}; running the model again")
+            else:
+                progress.note(f"  cache hit, no forward pass: {path}")
+                return found
+        progress.note("  cache miss, running the model")
+        moments = request.directions > 0
+        total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
+        total += len(part.prose.paragraphs) * (request.second_moment + moments)
+        with progress.bar("forward", total, "text"):
+            seen, dropped = extract(
+                self.load(), request, part.pairs, part.prose, batch_size=batch_size
+            )
+        if dropped:
+            progress.warn(
+                f"{dropped} pairs have no token that predicts a toxic one and were left out"
+            )
+        seen = replace(seen, inputs=inputs)
+        save_activations(seen, path)
+        progress.note(f"  kept in {path}")
+        return seen
 
+    def weight(self, weight: Weight) -> Tensor:
+        """A weight as stored; FP8 as the numbers it stands for."""
+        stored, scales = self.source.read(weight.shard, weight.info), weight.scales
+        if scales is None:
+            return stored
+        return dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
 
-def warn_about_words(method: Method, vocabulary: Vocabulary, words: WordList) -> None:
-    """A ranking by vocabulary is worth little if the vocabulary splits the listed words."""
-    if getattr(method, "ranking", None) != "vocabulary":
-        return
-    share = vocabulary.single_token_share(words)
-    if share < 0.5:
-        progress.warn(
-            f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
-            "vocabulary says little; the other rankings do not depend on it"
-        )
+    def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        """See ``Vocabulary.decode``."""
+        return self.vocabulary.decode(directions, count)
+
+    def single_token_share(self) -> float:
+        """Which share of the word list are single tokens of the model."""
+        return self.vocabulary.single_token_share(self.words)
+
+    def shown(self, token: str) -> str:
+        """A token with stars, if it is offensive and the run asks for that."""
+        return self.words.mask(token) if self.run.mask else token

@@ -1,20 +1,82 @@
-"""The outputs there are. A new one is a module beside this one, and a line here."""
+"""What an output is: a way to write an edit, and to verify what was written.
 
-from collections.abc import Mapping
+An output is a module of this package and a line in ``outputs.registry``, or a package with an entry
+point in the group ``gloss_convert.outputs``.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from converter.checkpoints.plan import Plan, Target
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
-from converter.edits.base import Edit
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, Footprint
 from converter.edits.engine import Engine
-from converter.outputs.adapter.write import Adapter
-from converter.outputs.checkpoint.write import Checkpoint, Written
+from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Manifest
 from converter.outputs.staging.journal import Receiver
+
+Entry = tuple[str, int]
+"""sha256 and bytes of a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteJob:
+    """One writing.
+
+    Attributes:
+        source: its shards are fetched as they come.
+        plan: of that source.
+        edit: what changes.
+        folder: holds nothing but what ``receiver`` may know.
+        engine: how it is computed.
+        keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
+        receiver: is asked first what is finished, and told of each shard that is.
+    """
+
+    source: Source
+    plan: Plan
+    edit: Edit
+    folder: Path
+    engine: Engine
+    keep_source: bool = True
+    receiver: Receiver | None = None
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The tensors that change."""
+        return tuple(self.plan.find(self.edit.tensors).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        shards: shard of the source -> digests of source and output; empty if none was written.
+        copies: file name -> sha256 and bytes of a file that was copied.
+        made: the same, of a file that the source lacks or that is not a copy of it.
+        edits: a record for each edited tensor, in order of layer.
+        renamed: shard of the source -> its name in the output, where that is another.
+        extra: name and digests of the shard of created tensors, if there is one.
+    """
+
+    shards: Mapping[str, ShardRecord]
+    copies: Mapping[str, Entry]
+    made: Mapping[str, Entry]
+    edits: tuple[EditedTensor, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    extra: tuple[str, ShardRecord] | None = None
 
 
 class Output(Protocol):
-    """What the pipeline needs of an output."""
+    """A way to write an edit."""
 
     @property
     def implied(self) -> Mapping[str, str]:
@@ -24,14 +86,14 @@ class Output(Protocol):
     def unused(self) -> tuple[str, ...]:
         """Parameters of the command line that have no effect here."""
 
-    def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
+    def check(self, plan: Plan, footprint: Footprint) -> None:
         """Refuse what cannot be written this way, before anything is computed.
 
         Raises:
             OptionError: naming what could be done instead.
         """
 
-    def nbytes(self, plan: Plan, targets: tuple[Target, ...], rank: int) -> int:
+    def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         """What will be written, about; the small files are not counted."""
 
     def companions(self, source: Source) -> list[str]:
@@ -40,34 +102,50 @@ class Output(Protocol):
     def at_a_time(self, source: Source) -> int:
         """Shards that may be worked on at a time."""
 
-    def write(
-        self,
-        source: Source,
-        plan: Plan,
-        edit: Edit,
-        targets: tuple[Target, ...],
-        folder: Path,
-        engine: Engine,
-        keep_source: bool = True,
-        receiver: Receiver | None = None,
-    ) -> Written:
-        """Write all but the card, the subspace and the manifest.
-
-        Args:
-            source: its shards are fetched as they come.
-            plan: of that source.
-            edit: what happens to ``targets``.
-            targets: the tensors that change.
-            folder: holds nothing but what ``receiver`` may know.
-            engine: how it is computed.
-            keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
-            receiver: is asked first what is finished, and told of each shard that is.
+    def write(self, job: WriteJob) -> Written:
+        """Write all but the card, the edit's file and the manifest.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.
             OSError: the folder cannot be written.
         """
 
+    def verify(
+        self, folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
+    ) -> Iterator[str]:
+        """What is wrong with the weights of an output, a sentence each.
 
-OUTPUTS: Mapping[str, Output] = {"adapter": Adapter(), "checkpoint": Checkpoint()}
-"""Name, as in ``Run.output`` -> the output."""
+        Args:
+            folder: of the output.
+            manifest: of it.
+            damaged: files that are known to be wrong, and how; nothing more is said of them.
+            source: that it was made from, to compare with.
+        """
+
+
+def copy_file(source: Path, target: Path) -> Entry:
+    """Copy a small file and flush it to disk; its sha256 and size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        reading = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source.name} cannot be read", found=error.strerror) from error
+    with reading, target.open("xb") as writing:
+        shutil.copyfileobj(reading, writing)
+    return file_entry(target)
+
+
+def make_file(target: Path, content: bytes) -> Entry:
+    """Write a small file and flush it to disk; its sha256 and size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("xb") as writing:
+        writing.write(content)
+    return file_entry(target)
+
+
+def file_entry(path: Path) -> Entry:
+    """Flush a file to disk; its sha256 and size."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, file.tell()
