@@ -3,9 +3,9 @@
 from importlib.metadata import entry_points
 
 from converter.errors import OptionError
-from converter.outputs.adapter.write import Adapter
+from converter.outputs.adapter.output import Adapter
 from converter.outputs.base import Output
-from converter.outputs.checkpoint.write import Checkpoint
+from converter.outputs.checkpoint.output import Checkpoint
 
 OUTPUTS: dict[str, Output] = {"adapter": Adapter(), "checkpoint": Checkpoint()}
 """Name, as in ``Recipe.output`` -> the output."""

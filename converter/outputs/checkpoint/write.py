@@ -1,94 +1,73 @@
 """An edited checkpoint: output shard i is a function of source shard i, the rest are copies."""
 
-import hashlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from threading import BoundedSemaphore, Event, Lock
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
-from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX
-from converter.checkpoints.plan import Plan, Target
-from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
+from converter.checkpoints.safetensors.rewrite import ShardRecord, digests_of, rewrite
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.apply import Changes, changes_of
-from converter.edits.base import Edit, EditRecord
-from converter.edits.engine import Engine, quiet_blas
+from converter.edits.engine import quiet_blas
 from converter.errors import CheckpointError
-from converter.outputs.staging.journal import Done, Receiver
+from converter.manifest import EditedTensor
+from converter.outputs.base import Entry, WriteJob, Written, copy_file, file_entry, make_file
+from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
+from converter.outputs.staging.journal import Done
 from converter.runtime import progress
 from converter.runtime.threads import ThreadPool
 
 
-class Checkpoint:
-    """This output, as ``outputs.registry`` has it."""
+def at_a_time(source: Source) -> int:
+    """Shards that may be worked on at a time."""
+    return 1 if source.serial else len(source.shards)
 
-    implied: Mapping[str, str] = {}
-    unused: tuple[str, ...] = ()
 
-    def check(self, plan: Plan, footprint: Footprint) -> None:
-        """Whatever can be planned can be written as a checkpoint."""
+def write_checkpoint(job: WriteJob) -> Written:
+    """Rewrite the shards, some at a time, then the small files, index and config last.
 
-    def nbytes(self, plan: Plan, footprint: Footprint) -> int:
-        return plan.nbytes + sum(4 * prod(shape) for shape in footprint.created.values())
-
-    def companions(self, source: Source) -> list[str]:
-        return list(source.small)
-
-    def at_a_time(self, source: Source) -> int:
-        return 1 if source.serial else len(source.shards)
-
-    def write(self, job: WriteJob) -> Written:
-        """Rewrite the shards, some at a time, then the small files, index and config last.
-
-        Raises:
-            CheckpointError: a shard is malformed, or a weight was left unchanged.
-            OptionError: the engine's memory is too little.
-            OSError: the folder cannot be written.
-        """
-        source, weights = job.source, job.weights
-        records, edits = _rewrite_shards(job, weights, self.at_a_time(source))
-        if len(edits) != len(weights):
-            raise CheckpointError(
-                "not every tensor of the edit was edited",
-                expected=f"{len(weights)} tensors",
-                found=f"{len(edits)}",
-            )
-        shards, extra = Shards.of(source.shards, bool(job.edit.created)), None
-        if shards.extra is not None:
-            path = write_extra(job.folder, shards, job.edit)
-            sha256, nbytes = file_entry(path)
-            extra = shards.extra, ShardRecord("", sha256, nbytes, digests_of(path)[1])
-        copies, made = _small_files(job, shards)
-        edits = [replace(edit, shard=shards.output(edit.shard)) for edit in edits]
-        edits.sort(key=lambda edit: (edit.layer, edit.name))
-        return Written(records, copies, made, tuple(edits), shards.renamed, extra)
-
-    def verify(
-        self, folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
-    ) -> Iterator[str]:
-        """See ``outputs.checkpoint.verify``."""
-        return check_checkpoint(folder, manifest, damaged, source)
+    Raises:
+        CheckpointError: a shard is malformed, or a weight was left unchanged.
+        OptionError: the engine's memory is too little.
+        OSError: the folder cannot be written.
+    """
+    source, weights = job.source, job.weights
+    records, edits = _rewrite_shards(job, weights)
+    if len(edits) != len(weights):
+        raise CheckpointError(
+            "not every tensor of the edit was edited",
+            expected=f"{len(weights)} tensors",
+            found=f"{len(edits)}",
+        )
+    shards, extra = Shards.of(source.shards, bool(job.edit.created)), None
+    if shards.extra is not None:
+        path = write_extra(job.folder, shards, job.edit)
+        sha256, nbytes = file_entry(path)
+        extra = shards.extra, ShardRecord("", sha256, nbytes, digests_of(path)[1])
+    copies, made = _small_files(job, shards)
+    edits = [replace(edit, shard=shards.output(edit.shard)) for edit in edits]
+    edits.sort(key=lambda edit: (edit.layer, edit.name))
+    return Written(records, copies, made, tuple(edits), shards.renamed, extra)
 
 
 def _rewrite_shards(
-    job: WriteJob, weights: tuple[Weight, ...], at_a_time: int
+    job: WriteJob, weights: tuple[Weight, ...]
 ) -> tuple[dict[str, ShardRecord], list[EditedTensor]]:
     """Write all shards of the source; their records, and those of the edited tensors."""
     source, receiver = job.source, job.receiver
     users = users_of(source, weights)
     before = receiver.before(users) if receiver else {}
     changes = changes_of(source, job.edit, weights, job.engine)
+    most = at_a_time(source)
     if receiver and receiver.at_a_time:
-        at_a_time = min(at_a_time, receiver.at_a_time)
-    workers = job.engine.workers_for(at_a_time, weights, job.edit.rank)
+        most = min(most, receiver.at_a_time)
+    workers = job.engine.workers_for(most, weights, job.edit.rank)
     with progress.bar("edit", job.plan.nbytes, "B") as bar:
         rewriting = Rewriting(job, changes, users, bar)
         records = rewriting.run(workers, {shard: done.record for shard, done in before.items()})
@@ -124,7 +103,7 @@ class _Stopped(Exception):  # noqa: N818 - it is not an error
 
 
 class Rewriting:
-    """The shards being rewritten, some at a time; see ``Checkpoint.write``."""
+    """The shards being rewritten, some at a time; see ``write_checkpoint``."""
 
     def __init__(
         self, job: WriteJob, changes: Mapping[str, Changes], users: Mapping[str, set[str]], bar: Any
@@ -206,10 +185,10 @@ def _stream(device: str) -> Any:
 def users_of(source: Source, weights: tuple[Weight, ...]) -> dict[str, set[str]]:
     """Shard -> the shards that cannot be written without it: an FP8 weight may need two."""
     users = {shard: {shard} for shard in source.shards}
-    for target in targets:
-        if target.scales:
-            users[target.shard].add(target.scales.shard)
-            users[target.scales.shard].add(target.shard)
+    for weight in weights:
+        if weight.scales:
+            users[weight.shard].add(weight.scales.shard)
+            users[weight.scales.shard].add(weight.shard)
     return users
 
 
