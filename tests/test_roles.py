@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.architectures.architecture import architectures, parse_architecture
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
@@ -27,6 +30,9 @@ UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "s
 
 BIASED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "opt", "phi", "starcoder2"}
 """Model types whose tiny model has biases of o_proj."""
+
+ROUTES = {"gemma", "granite", "llama", "olmo", "qwen3"}
+"""Model types that get biases of o_proj by their config."""
 
 IDS = torch.arange(2, 20).view(2, 9)
 
@@ -146,7 +152,7 @@ def test_a_role_that_the_checkpoint_lacks_is_refused_by_name(
 ) -> None:
     plan = planned(checkpoints(kind), **change)
     title = architectures()[kind].title
-    for ask in (plan.weights, plan.biases):
+    for ask in (plan.weights, plan.biases, plan.bias_route):
         with pytest.raises(OptionError, match=f"{title}: .* no {role}: expected {roles}"):
             ask(role)
 
@@ -203,3 +209,117 @@ def test_a_size_that_the_config_does_not_say_is_not_checked(checkpoints: Checkpo
     assert plan.weights("o_proj") == planned(folder).weights("o_proj")
     with pytest.raises(CheckpointError, match=r"expected shape \[32, 16\], found \[32, 32\]"):
         planned(folder, head_dim=4).weights("o_proj")
+
+
+def with_biases(folder: Path, out: Path, value: Callable[[int], Tensor]) -> tuple[Path, Plan]:
+    """A checkpoint with the biases of o_proj that its route says, written into one new shard.
+
+    Args:
+        folder: of the source.
+        out: to be made.
+        value: gives a layer's bias of o_proj.
+    """
+    shutil.copytree(folder, out)
+    plan = planned(folder)
+    route = plan.bias_route("o_proj")
+    assert route is not None
+    tensors = {name: torch.zeros(shape) for name, shape in route.created.items()}
+    tensors |= {name: value(layer) for layer, name in route.biases.items()}
+    save_file(tensors, out / "model-biases.safetensors", {"format": "pt"})
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-biases.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((out / "config.json").read_text()) | route.config
+    (out / "config.json").write_text(json.dumps(config))
+    return out, plan
+
+
+def loaded(folder: Path, kind: str) -> Any:
+    """The model, all of whose tensors are used and there."""
+    auto = getattr(transformers, architectures()[kind].auto_class)
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTES))
+def test_zero_biases_change_no_logit(kind: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = checkpoints(kind)
+    out, plan = with_biases(folder, tmp_path / "out", lambda layer: torch.zeros(HIDDEN))
+    with torch.no_grad():
+        assert torch.equal(loaded(out, kind)(IDS).logits, load(folder)(IDS).logits)
+    route, again = plan.bias_route("o_proj"), planned(out).bias_route("o_proj")
+    assert route is not None
+    assert again is not None
+    assert (len(route.created), set(route.biases)) == (4 * LAYERS, set(range(LAYERS)))
+    assert set(route.biases.values()) < set(route.created)
+    assert (again.biases, again.config, again.created) == (route.biases, {}, {})
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTES))
+def test_a_bias_moves_what_o_proj_gives_by_itself(
+    kind: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    vectors = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    out, plan = with_biases(checkpoints(kind), tmp_path / "out", vectors.__getitem__)
+    names = {w.layer: plan.module(w) for w in plan.weights("o_proj")}
+    model = loaded(out, kind)
+    flows = seen(model, set(names.values()))
+    for weight in plan.weights("o_proj"):
+        x, y = flows[names[weight.layer]]
+        moved = y - x @ read(checkpoints(kind), weight).T
+        assert torch.allclose(moved, vectors[weight.layer].expand_as(moved), atol=1e-6)
+
+
+def test_biases_that_the_config_does_not_announce_are_dropped(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Why a route has config keys: without them transformers loads the source, with a notice."""
+    out, _ = with_biases(checkpoints(), tmp_path / "out", lambda layer: torch.ones(HIDDEN))
+    shutil.copy(checkpoints() / "config.json", out)
+    with pytest.raises(AssertionError, match=r"_proj\.bias"):
+        loaded(out, "llama")
+    with torch.no_grad():
+        assert torch.equal(load(out)(IDS).logits, load(checkpoints())(IDS).logits)
+
+
+def test_routes_are_those_that_are_tried_here() -> None:
+    assert {kind for kind, found in architectures().items() if found.bias_routes} == ROUTES
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_a_model_has_biases_or_a_route_to_them_or_none(kind: str, checkpoints: Checkpoints) -> None:
+    plan = planned(checkpoints(kind))
+    route = plan.bias_route("o_proj")
+    assert (route is None) == (kind not in ROUTES | BIASED)
+    if kind in BIASED:
+        assert route is not None
+        assert (route.config, route.created) == ({}, {})
+        assert list(route.biases.values()) == [b.info.name for b in plan.biases("o_proj")]
+
+
+def test_a_checkpoint_with_some_of_the_biases_has_no_route(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Neither with those of some layers, nor with those of q_proj, which would come alive."""
+    out, whole = with_biases(checkpoints(), tmp_path / "out", lambda layer: torch.ones(HIDDEN))
+    route = whole.bias_route("o_proj")
+    assert route is not None
+    header = read_header(out / "model-biases.safetensors")
+    for kept in ("layers.3.self_attn.o_proj.bias", "layers.3.self_attn.q_proj.bias"):
+        entries = {n: info for n, info in header.tensors.items() if kept in n}
+        assert len(entries) == 1
+        some = dataclasses.replace(header, tensors=entries)
+        plan = make_plan(CONFIG, None, {**whole.headers, "some": some})
+        assert plan.bias_route("o_proj") is None
+
+
+def test_a_file_takes_no_route_from_the_one_that_it_is_like() -> None:
+    text = 'title = "A"\nmodel_type = "a"\nlike = "llama"\n'
+    assert not parse_architecture(text, "x").bias_routes
+    for table in ("[bias_routes.k_proj]\nconfig = {}\nzeros = []\n",
+                  "[bias_routes.o_proj]\nconfig = {}\nzero = []\n"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\[bias_routes\]: unknown or missing keys"):
+            parse_architecture(text + table, "x")

@@ -18,6 +18,22 @@ from converter.errors import CheckpointError, OptionError
 
 
 @dataclass(frozen=True, slots=True)
+class BiasRoute:
+    """How the weights of a role have or get biases, in every layer.
+
+    Attributes:
+        biases: layer -> name of the role's bias.
+        config: keys to set in ``config.json``; empty if the checkpoint has the biases.
+        created: name -> shape of every tensor that the checkpoint must get: the biases, and others
+            that the same keys imply, which must be zero; empty if it has them.
+    """
+
+    biases: Mapping[int, str]
+    config: Mapping[str, Any]
+    created: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The structure of a source checkpoint.
 
@@ -86,6 +102,32 @@ class Plan:
         All experts of a layer, and what else is a down-projection in a mixture, have the FFN.
         """
         return self.architecture.roles[weight.role].module.format(layer=weight.layer)
+
+    def bias_route(self, role: Role) -> BiasRoute | None:
+        """How a role has or gets biases; None if no way is known.
+
+        There is none either if some layers have a bias and others not, or if maps have one that are
+        to get it: such a checkpoint is not what its class makes of it.
+
+        Raises:
+            OptionError, CheckpointError: as ``weights``.
+        """
+        weights, biases = self.weights(role), self.biases(role)
+        if len(biases) == len(weights):
+            return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {})
+        if biases or role not in self.architecture.bias_routes:
+            return None
+        spec, route = self.architecture.roles[role], self.architecture.bias_routes[role]
+        names = {w.layer: self.names.on_disk(spec.bias, w.layer) for w in weights}
+        created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
+        for weight in weights:
+            for other in map(spec.beside, route.zeros):
+                _, info = self.names.need(f"{other}.weight", weight.layer)
+                check_shape(info, (0, self.dimensions.hidden_size))
+                if self.names.find(f"{other}.bias", weight.layer):
+                    return None
+                created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
+        return BiasRoute(names, route.config, created)
 
     def _located(self, role: Role, layers: Iterable[int] | None) -> Iterable[Weight]:
         """Weights and biases of a role."""

@@ -128,7 +128,7 @@ def config(data: bytes) -> None:
         weight_map = read_index(placed(INDEX, json.dumps({"weight_map": weight_map}).encode()))
     plan = make_plan(as_object(given.get("config")), weight_map, headers)
     for role in plan.roles:
-        plan.weights(role)
+        plan.bias_route(role)
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _OUTPUTS: Mapping[Role, str] = {
 
 _EXPERTS = {"weight", "bias", "shape", "output_axis"}
 _ROLE = {*_EXPERTS, "module", "part"}
+_ROUTE = {"config", "zeros"}
 _TABLES = {
     "": {"title", "model_type", "variants", "config", "experts", "shared_experts", "norms",
          "vocabulary", "modules", *_OUTPUTS},
@@ -77,6 +78,23 @@ class WeightSpec:
     module: str = ""
     part: tuple[int, int] = (0, 1)
 
+    def beside(self, name: str) -> str:
+        """The disk name, without ``.weight``, of another map in the same module."""
+        return f"{self.weight.removesuffix('.weight').rpartition('.')[0]}.{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class BiasSpec:
+    """How a checkpoint gets biases that a role of it lacks.
+
+    Attributes:
+        config: keys of ``config.json`` and their values.
+        zeros: names of the maps beside the role's that have a bias, too, because of these keys.
+    """
+
+    config: Mapping[str, Any]
+    zeros: tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
@@ -93,6 +111,7 @@ class Architecture:
             FFN if any layer has experts.
         experts, shared_experts: down-projections of a mixture of experts; their weight is empty if
             there are none.
+        bias_routes: of roles whose biases can be added.
         post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         final_norm: disk name, or empty.
         norm_offset: norms multiply by their weight plus this.
@@ -109,6 +128,7 @@ class Architecture:
     roles: Mapping[Role, WeightSpec]
     experts: WeightSpec
     shared_experts: WeightSpec
+    bias_routes: Mapping[Role, BiasSpec]
     post_norm: str
     final_norm: str
     norm_offset: int
@@ -199,10 +219,13 @@ def parse_architecture(text: str, name: str) -> Architecture:
         ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
     """
     data = _merged(text, name)
+    routes = data.pop("bias_routes", {})
     for table, keys in _TABLES.items():
         found = set(data) if table == "" else set(data[table])
         if unknown := found ^ keys:
             raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
+    if unknown := {*routes} - {*_OUTPUTS} or {k for r in routes.values() for k in {*r} ^ _ROUTE}:
+        raise ValueError(f"{name}: [bias_routes]: unknown or missing keys {sorted(unknown)}")
     roles = {role: _spec(role, data[role], size, name) for role, size in _OUTPUTS.items()}
     norms, modules, always = data["norms"], data["modules"], ("down_proj", "lm_head")
     return Architecture(
@@ -213,6 +236,9 @@ def parse_architecture(text: str, name: str) -> Architecture:
         roles={role: spec for role, spec in roles.items() if spec.weight or role in always},
         experts=_spec("experts", data["experts"], "hidden_size", name),
         shared_experts=_spec("shared_experts", data["shared_experts"], "hidden_size", name),
+        bias_routes={
+            role: BiasSpec(table["config"], tuple(table["zeros"])) for role, table in routes.items()
+        },
         post_norm=norms["post_ffn"],
         final_norm=norms["final"],
         norm_offset=norms["offset"],
@@ -253,7 +279,7 @@ def _merged(text: str, name: str) -> dict[str, Any]:
         whole = _merged(_folder().joinpath(f"{other}.toml").read_text("utf-8"), f"{other}.toml")
     except OSError as error:
         raise ValueError(f"{name}: like {other!r}, of which there is no file") from error
-    for key in ("title", "model_type"):  # never those of another
+    for key in ("title", "model_type", "bias_routes"):  # never those of another
         whole.pop(key, None)
     for key, value in data.items():
         whole[key] = whole[key] | value if isinstance(value, dict) and key in whole else value
