@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
+from converter.checkpoints.weights import Weight
 from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
-from converter.edits.apply import change_of
+from converter.edits.apply import WeightEdit
 from converter.edits import editor as editor_module
 from converter.edits import rounding_bounds
-from converter.edits.base import EditRecord
 from converter.edits.deltas import (
     AddLowRank,
     AddToRows,
@@ -34,6 +33,7 @@ from converter.edits.rounding_bounds import (
     rounding_bound,
 )
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor
 
 D, F, R = 24, 40, 3
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -70,23 +70,23 @@ def bound(W: Tensor, norm: float) -> float:
     return rounding_bound(units, D, norm)
 
 
-def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:
+def target(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Weight:
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-    return Target(info, "shard", 0, axis, role)
+    return Weight(info, "shard", "down_proj", 0, axis, is_bias=is_bias)
 
 
 def edited(
-    delta: Delta, target: Target, tensor: Tensor, rounding: Rounding = "nearest"
-) -> tuple[Tensor, EditRecord]:
-    records: list[EditRecord] = []
-    change = change_of(target, delta, Engine(rounding=rounding), records)
+    delta: Delta, target: Weight, tensor: Tensor, rounding: Rounding = "nearest"
+) -> tuple[Tensor, EditedTensor]:
+    records: list[EditedTensor] = []
+    change = WeightEdit(target, delta, {}, Engine(rounding=rounding)).change(records)
     region = Region(io.BytesIO(bytes(to_bytes(tensor))), target.info)  # type: ignore[arg-type]
     new = b"".join(bytes(part) for part in change(region))
     return as_tensor(bytearray(new), target.info), records[0]
 
 
-def edit(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Tensor:
-    return edited(RemoveSubspace(basis()), target(tensor, axis, role), tensor)[0]
+def edit(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Tensor:
+    return edited(RemoveSubspace(basis()), target(tensor, axis, is_bias), tensor)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +138,7 @@ def test_fused_weights_are_edited_like_their_slices() -> None:
 
 def test_a_bias_is_projected_like_a_column() -> None:
     b = torch.randn(D)
-    assert (basis().T @ edit(b, role="down_proj_bias")).abs().max() < 1e-6
+    assert (basis().T @ edit(b, is_bias=True)).abs().max() < 1e-6
 
 
 def test_energy_and_change_are_what_was_removed() -> None:

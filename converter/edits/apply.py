@@ -113,7 +113,7 @@ class WeightEdit:
             name=weight.info.name,
             shard=weight.shard,
             layer=weight.layer,
-            role=weight.kind,
+            role=weight.recorded_role,
             axis=weight.axis,
             shape=weight.info.shape,
             dtype=weight.info.dtype,

@@ -20,6 +20,7 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Activations
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import RemoveSubspace
 from converter.errors import FitError, OptionError
@@ -98,9 +99,9 @@ class Removal:
         Raises:
             OptionError: a mixture of experts with biases that are to be kept.
         """
-        weights = plan.select(self.layers, self.bias)
-        fused = any(t.role == "down_proj_bias" and len(t.info.shape) > 1 for t in plan.targets)
-        if fused and not self.bias:
+        weights = self._weights(plan)
+        sparse = plan.dimensions.sparse_layers
+        if not self.bias and any(bias.layer in sparse for bias in plan.biases("down_proj")):
             raise OptionError(
                 "-o bias=keep",
                 expected="bias=project for experts with biases",
@@ -142,10 +143,17 @@ class Removal:
         evidence, tensors = _evidence(bench, subspace, width)
         return Proposal(ranks, free, edit, control, evidence, tensors, energy)
 
+    def _weights(self, plan: Plan) -> tuple[Weight, ...]:
+        """The down-projections, and their biases if they change, in order of layer."""
+        found = plan.weights("down_proj", self.layers)
+        if self.bias:
+            found += plan.biases("down_proj", self.layers)
+        return tuple(sorted(found, key=lambda weight: weight.layer))
+
     def _edit(self, plan: Plan, bases: Mapping[int, Tensor]) -> Edit:
         whole: dict[int, RemoveSubspace] = {}  # of bases that layers share
         deltas = {}
-        for weight in plan.select(self.layers, self.bias):
+        for weight in self._weights(plan):
             basis = bases[weight.layer]
             known = whole.setdefault(basis.data_ptr(), RemoveSubspace(basis.contiguous()))
             deltas[weight.info.name] = known
