@@ -16,7 +16,8 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.entrypoints.verify import verify
-from converter.release.manifest import hash_line, read_manifest, schema, seal, write_manifest
+from converter.release.manifest import hash_line, read_manifest, seal, write_manifest
+from converter.release.schema import schema
 
 Cli = Callable[..., Result]
 
@@ -181,7 +182,7 @@ def test_another_source_is_noticed(
     assert problems
 
 
-@pytest.mark.parametrize("key", sorted(schema()["required"]))
+@pytest.mark.parametrize("key", schema()["$defs"]["Manifest"]["required"])
 def test_the_schema_requires_every_part(key: str, out: Path) -> None:
     manifest = json.loads((out / "gloss_manifest.json").read_text())
     del manifest[key]

@@ -1,8 +1,8 @@
 """The manifest: what was read, what was done to it, what was written, by content.
 
-Its schema is published as ``manifests/gloss_manifest.schema.json``. Everything in it but
-``measurements`` is a function of the inputs, so two runs can be compared with ``diff``. It holds no
-absolute path, host name or user name.
+Its format is ``converter.manifest``. Everything in it but ``measurements`` is a function of the
+inputs, so two runs can be compared with ``diff``. It holds no absolute path, no host name and no
+user name.
 """
 
 import hashlib
@@ -10,14 +10,12 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
+from msgspec import ValidationError
 
 from converter import __version__
 from converter.calibration.pairs import Pairs, Prose
@@ -28,6 +26,7 @@ from converter.checkpoints.source import Source
 from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.errors import VerificationError
 from converter.evaluate.fit import Fitted
+from converter.manifest import SCHEMA_VERSION, Manifest
 from converter.methods.base import Method
 from converter.outputs.checkpoint.write import Written, file_entry
 from converter.recipe import Run, without_folders
@@ -35,7 +34,6 @@ from converter.runtime import strict_json
 from converter.runtime.files import read_file, reason
 from converter.runtime.progress import Report, peak_memory
 
-SCHEMA_VERSION = 1
 LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -186,26 +184,6 @@ def sums_text(manifest: Mapping[str, Any], own: Mapping[str, str]) -> str:
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
-@cache
-def schema() -> dict[str, Any]:
-    """The published JSON schema, from the wheel or from the repository beside the package."""
-    packaged = files("converter").joinpath("data/gloss_manifest.schema.json")
-    if packaged.is_file():
-        text = packaged.read_text("utf-8")
-    else:
-        text = (Path(__file__).parents[2] / "manifests/gloss_manifest.schema.json").read_text()
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
-
-
-@cache
-def _validator() -> Any:
-    """Of the schema, to which 1.0 is no integer: it could not count anything."""
-    kind = jsonschema.Draft202012Validator
-    checker = kind.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return jsonschema.validators.extend(kind, type_checker=checker)(schema())  # type: ignore[no-untyped-call]
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check it against the schema.
 
@@ -232,13 +210,12 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     try:
         data = read_file(path)
-        manifest = strict_json.parse(data)
+        manifest: dict[str, Any] = strict_json.parse(data)
+        Manifest.from_json(manifest)
+    except ValidationError as error:
+        raise VerificationError(
+            f"{path.name} does not follow its schema", found=str(error)[:200]
+        ) from error
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
-    for first in _validator().iter_errors(manifest):
-        raise VerificationError(
-            f"{path.name} does not follow its schema at {first.json_path}",
-            found=first.message[:200],
-        )
-    assert isinstance(manifest, dict)
     return manifest, hashlib.sha256(data).hexdigest()
