@@ -14,12 +14,16 @@ from typing import Annotated, Any, Final, Literal, Self, dataclass_transform
 import msgspec
 from msgspec import Meta
 
+from converter import __version__
 from converter.recipe import Run
 
 SCHEMA_VERSION: Final = 1
 
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
+MOST = 2**63 - 1
+"""No tensor and no file can hold a larger integer."""
+
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)]
 Norm = Annotated[float, Meta(ge=0)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Prefix = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", max_length=16)]
@@ -38,6 +42,10 @@ class Tool(Record, kw_only=True):
 
     name: Literal["gloss-convert"]
     version: str
+
+
+TOOL: Final = Tool(name="gloss-convert", version=__version__)
+"""This one."""
 
 
 class FileRecord(Record, kw_only=True):
@@ -111,6 +119,11 @@ class Origin(Record, kw_only=True):
         if self.name is None and (self.repo_id is None or self.commit is None):
             raise ValueError("Object has neither `name` nor `repo_id` and `commit`")
 
+    @property
+    def title(self) -> str:
+        """The name, or that of the repo."""
+        return str(self.name or self.repo_id)
+
 
 NAMED = Meta(
     extra_json_schema={
@@ -180,6 +193,9 @@ class ActivationsRecord(Record, kw_only=True):
     inputs: dict[str, Any]
 
 
+Kind = Literal["causal", "mean", "svd", "random"]
+
+
 class Candidate(Record, kw_only=True):
     """A direction that may be toxic.
 
@@ -193,7 +209,7 @@ class Candidate(Record, kw_only=True):
     """
 
     layer: Count
-    kind: Literal["causal", "mean", "svd", "random"]
+    kind: Kind
     index: Count
     score: float
     kept: bool
@@ -336,6 +352,9 @@ class Lora(Record, kw_only=True):
     sha256_b: Sha256
 
 
+Role = Literal["down_proj", "down_proj_bias"]
+
+
 class EditedTensor(Record, kw_only=True):
     """What the edit did to one tensor W; norms are Frobenius norms.
 
@@ -355,7 +374,7 @@ class EditedTensor(Record, kw_only=True):
     name: str
     shard: FileName
     layer: Count
-    role: Literal["down_proj", "down_proj_bias"]
+    role: Role
     axis: Count
     shape: tuple[Count, ...]
     dtype: str
@@ -403,6 +422,13 @@ class Interval(Record, kw_only=True):
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, value: float, low: float, high: float) -> "Interval | None":
+        """None if one of them is not a number, which JSON could not hold."""
+        if not all(map(isfinite, (value, low, high))):
+            return None
+        return cls(value=value, low=low, high=high)
 
 
 Metric = Interval | None
@@ -589,6 +615,11 @@ class Manifest(Record, kw_only=True):
     replay_of: Sha256 | None = None
 
     @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of the files, by name."""
+        return {name: file.sha256 for name, file in self.files.items()}
+
+    @property
     def shards(self) -> dict[str, FileRecord]:
         """The files that hold the model's tensors; none of an adapter."""
         return {name: file for name, file in self.files.items() if file.prefixes is not None}
@@ -608,12 +639,18 @@ class Manifest(Record, kw_only=True):
 
 def to_json(record: Record) -> Any:
     """What the JSON of a record stands for."""
-    return msgspec.to_builtins(record, enc_hook=str)  # paths
+    return msgspec.to_builtins(record, enc_hook=_to_json)
 
 
 def to_text(record: Record) -> str:
     """The JSON of a record as files have it. Raises ValueError for NaN and infinities."""
     return json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(type(value).__name__)
 
 
 def _from_json(kind: type, value: Any) -> Any:

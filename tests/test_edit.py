@@ -6,18 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.edits.apply import change_of
-from converter.edits.base import EditRecord, Projection
+from converter.edits.base import Projection
 from converter.edits.engine import Engine
 from converter.edits.projection import AIM, BLOCK, Projector, Rounding, inverses, settle
 from converter.edits.rounding_bounds import Stored, half_ulp, left_along, rounding_bound
 from converter.edits.rounding_bounds import is_projection as compare
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Manifest, Role
+from tests.fuzz import skeleton
 
 D, F, R = 24, 40, 3
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,7 +36,8 @@ def basis(seed: int = 0) -> Tensor:
 def stored(tensor: Tensor, axis: int = 0) -> Stored:
     """As if it were in a file."""
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-    entry = {"name": "w", "shard": "", "axis": axis, "requantized": None}
+    (known,) = Manifest.from_json(skeleton.manifest()).edited
+    entry = replace(known, name="w", axis=axis)
     raw = bytes(to_bytes(tensor))
     return Stored(lambda shard: io.BytesIO(raw), entry, {"w": info})  # type: ignore[arg-type, return-value]
 
@@ -51,24 +55,24 @@ def bound(W: Tensor, norm: float) -> float:
     return rounding_bound(units, D, norm)
 
 
-def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:
+def target(tensor: Tensor, axis: int = 0, role: Role = "down_proj") -> Target:
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
     return Target(info, "shard", 0, axis, role)
 
 
 def edited(
     projection: Projection, target: Target, tensor: Tensor, rounding: Rounding = "nearest"
-) -> tuple[Tensor, EditRecord]:
+) -> tuple[Tensor, EditedTensor]:
     U = projection.basis(target)
     assert U is not None
-    records: list[EditRecord] = []
-    change = change_of(target, U, Engine(rounding=rounding), records)
+    records: list[EditedTensor] = []
+    change = change_of(target, U, "U", Engine(rounding=rounding), records)
     region = Region(io.BytesIO(bytes(to_bytes(tensor))), target.info)  # type: ignore[arg-type]
     new = b"".join(bytes(part) for part in change(region))
     return as_tensor(bytearray(new), target.info), records[0]
 
 
-def edit(tensor: Tensor, axis: int = 0, role: str = "down_proj", bias: bool = True) -> Tensor:
+def edit(tensor: Tensor, axis: int = 0, role: Role = "down_proj", bias: bool = True) -> Tensor:
     projection = Projection({0: basis()}, bias)
     return edited(projection, target(tensor, axis, role), tensor)[0]
 

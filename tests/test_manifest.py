@@ -103,6 +103,7 @@ def objects(value: Any, path: Place = ()) -> Iterator[tuple[Place, dict[str, Any
     [
         (("edited", 0, "norm"), -1, "Expected `float` >= 0.0 - at `$.edited[0].norm`"),
         (("edited", 0, "axis"), 1.0, "Expected `int`, got `float` - at `$.edited[0].axis`"),
+        (("edited", 0, "layer"), 1 << 63, "Expected `int` <= 9223372036854775807 - at `$.edited"),
         (("pairs", "count"), True, "Expected `int`, got `bool` - at `$.pairs.count`"),
         (("run", "output"), "zip", "Invalid enum value 'zip' - at `$.run.output`"),
         (("run", "sede"), 1, "Object contains unknown field `sede` - at `$.run`"),

@@ -13,6 +13,7 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, quantized, read_scheme, scales_of
 from converter.checkpoints.safetensors.header import FLOATS, Header, TensorInfo
 from converter.errors import CheckpointError
+from converter.manifest import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,6 @@ class Target:
         shard: file name.
         layer: counted from 0.
         axis: the axis of length hidden size: 0 for Linear, 1 for Conv1D, the last of a bias.
-        role: ``down_proj`` or ``down_proj_bias``.
         scales: of a weight in FP8, which change with it; else None.
     """
 
@@ -32,7 +32,7 @@ class Target:
     shard: str
     layer: int
     axis: int
-    role: str
+    role: Role
     scales: Scales | None = None
 
 

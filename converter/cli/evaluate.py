@@ -19,13 +19,14 @@ from converter.cli.options import (
 )
 from converter.cli.terminal import reporting
 from converter.errors import DataError, DestinationError, OptionError
+from converter.manifest import Evaluation, Manifest
 from converter.runtime import progress
 from converter.runtime.console import say
 
 if TYPE_CHECKING:
     import torch
 
-    from converter.entrypoints.convert import Evaluation
+    from converter.entrypoints.convert import Evaluate
     from converter.evaluate.fit import Fitted
     from converter.evaluate.measure import Settings
     from converter.evaluate.systems import System
@@ -262,16 +263,16 @@ def load_edited(name: str, bench: "Bench") -> tuple["LanguageModel", "System"]:
         return model, System(EDITED)
     manifest = read_manifest(folder)
     bases = recorded_bases(folder, manifest)
-    layers = {entry["layer"]: bases[entry["basis"]] for entry in manifest["edited"]}
-    bias = any(entry["role"] == "down_proj_bias" for entry in manifest["edited"])
-    rank = manifest["subspace"]["rank"]
+    layers = {entry.layer: bases[entry.basis] for entry in manifest.edited}
+    bias = any(entry.role == "down_proj_bias" for entry in manifest.edited)
+    rank = manifest.subspace.rank
     edit = Projection(layers, bias)
     return model, System(EDITED, None, rank, edit, tuple(sorted(layers)))
 
 
 def evaluation_of(
     asked: dict[str, Any], controls: str, passages: int, device: str, seed: int
-) -> "Evaluation":
+) -> "Evaluate":
     """What ``convert --evaluate`` does between the fit and the writing."""
     from converter.evaluate.compare import EDITED, Comparison, evaluate
     from converter.evaluate.systems import System, parse_controls
@@ -279,7 +280,7 @@ def evaluation_of(
     names = parse_controls(controls)
     settings = read_settings(asked, device, seed)
 
-    def run(bench: "Bench", fitted: "Fitted", method: "Method") -> dict[str, Any]:
+    def run(bench: "Bench", fitted: "Fitted", method: "Method") -> Evaluation:
         comparison = Comparison(names, [bench.run.seed], (), passages)
         rank, layers = fitted.subspace.rank, method.edit_layers
         reference = System(EDITED, bench.run.seed, rank, fitted.edit, layers)
@@ -288,15 +289,15 @@ def evaluation_of(
     return run
 
 
-def draw(manifest: dict[str, Any], destination: Path, place: Path) -> list[Path]:
+def draw(manifest: Manifest, destination: Path, place: Path) -> list[Path]:
     """The pictures of a conversion, in ``place``: absolute, or relative to the destination."""
     from converter.edits.subspace_file import SUBSPACE_FILE
     from converter.evaluate.plots import plot_evaluation, plot_fit
 
     folder = destination / place
     paths = plot_fit(manifest, destination / SUBSPACE_FILE, folder)
-    if manifest["evaluation"] is not None:
-        paths += plot_evaluation(manifest["evaluation"], folder)
+    if manifest.evaluation is not None:
+        paths += plot_evaluation(manifest.evaluation, folder)
     for path in paths:
         progress.note(f"  drawn: {place / path.name}")
     return paths

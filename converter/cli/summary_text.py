@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.evaluate.table import markdown
+from converter.manifest import Evaluation, ForwardRecord, GuardRecord, Manifest
 from converter.release.card import compress
 from converter.runtime.progress import Progress
 
@@ -45,35 +46,35 @@ def experts_text(sizes: dict[str, Any]) -> str:
     return f", {sizes['num_experts']} experts{shared} in {len(sizes['sparse_layers'])} layers"
 
 
-def result_of(manifest: dict[str, Any], destination: Path, told: Progress) -> dict[str, Any]:
+def result_of(manifest: Manifest, destination: Path, told: Progress) -> dict[str, Any]:
     """The gist of a manifest, as the command line prints it with --json."""
-    edited = [entry for entry in manifest["edited"] if entry["role"] == "down_proj"]
+    edited = [entry for entry in manifest.edited if entry.role == "down_proj"]
     count = len(edited)
     return {
         "destination": str(destination),
-        "source": manifest["source"]["name"],
-        "commit": manifest["source"]["commit"],
-        "output": manifest["run"]["output"],
-        "method": manifest["method"]["name"],
-        "rank": manifest["subspace"]["rank"],
-        "layers": sorted({entry["layer"] for entry in edited}),
-        "pairs": manifest["pairs"]["count"],
-        "rows_skipped": manifest["pairs"]["skipped"],
-        "basis": manifest["method"]["options"].get("basis"),
-        "candidates": len(manifest["subspace"]["candidates"]),
-        "candidates_kept": sum(c["kept"] for c in manifest["subspace"]["candidates"]),
-        "tensors_edited": len(manifest["edited"]),
-        "guard": manifest["guard"],
-        "choice": manifest["choice"],
-        "evaluation": manifest["evaluation"],
-        "mean_relative_change": sum(e["relative_change"] for e in edited) / count,
-        "max_leakage": max(e["leakage"] for e in manifest["edited"]),
-        "bytes_written": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "source": manifest.source.name,
+        "commit": manifest.source.commit,
+        "output": manifest.run.output,
+        "method": manifest.method.name,
+        "rank": manifest.subspace.rank,
+        "layers": sorted({entry.layer for entry in edited}),
+        "pairs": manifest.pairs.count,
+        "rows_skipped": manifest.pairs.skipped,
+        "basis": manifest.method.options.get("basis"),
+        "candidates": len(manifest.subspace.candidates),
+        "candidates_kept": sum(c.kept for c in manifest.subspace.candidates),
+        "tensors_edited": len(manifest.edited),
+        "guard": manifest.guard,
+        "choice": manifest.choice,
+        "evaluation": manifest.evaluation,
+        "mean_relative_change": sum(e.relative_change for e in edited) / count,
+        "max_leakage": max(e.leakage for e in manifest.edited),
+        "bytes_written": sum(file.nbytes for file in manifest.files.values()),
         "verified": True,
-        "forward": manifest["forward"],
+        "forward": manifest.forward,
         "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
         "memory_bytes": dict(told.memory),
-        "peak_memory_bytes": manifest["measurements"]["peak_memory_bytes"],
+        "peak_memory_bytes": manifest.measurements.peak_memory_bytes,
         "warnings": told.warnings,
     }
 
@@ -98,9 +99,9 @@ usable){candidates_text(result)}
 {evaluation_text(result["evaluation"])}"""
 
 
-def forward_text(forward: dict[str, str] | None) -> str:
+def forward_text(forward: ForwardRecord | None) -> str:
     """How the model was run, and why so."""
-    return "none" if forward is None else f"{forward['mode']}: {forward['reason']}"
+    return "none" if forward is None else f"{forward.mode}: {forward.reason}"
 
 
 def candidates_text(result: dict[str, Any]) -> str:
@@ -110,25 +111,25 @@ def candidates_text(result: dict[str, Any]) -> str:
     return f"; {result['candidates_kept']} of {result['candidates']} candidate directions kept"
 
 
-def evaluation_text(results: dict[str, Any] | None) -> str:
+def evaluation_text(results: Evaluation | None) -> str:
     """The table of --evaluate, under the summary."""
     return "" if results is None else "\n\n" + markdown(results)
 
 
-def effect_text(guard: dict[str, Any] | None) -> str:
+def effect_text(guard: GuardRecord | None) -> str:
     """What the guard measured, before and after, with the control beside it."""
     if guard is None:
         return "  not measured  perplexity, toxicity (--no-guard)"
-    edit, controls, before = guard["edit"], guard["random"], guard["perplexity"]
+    edit, controls, before = guard.edit, guard.random, guard.perplexity
 
     def mean(name: str) -> float:
-        values: list[float] = [control[name]["value"] for control in controls]
+        values: list[float] = [getattr(control, name).value for control in controls]
         return sum(values) / len(values)
 
-    ratio, words = edit["perplexity_ratio"], edit["teacher_forced"]
+    ratio, words = edit.perplexity_ratio, edit.teacher_forced
     return f"""\
-  perplexity    {before:.2f} -> {before * ratio["value"]:.2f} on {guard["neutral_tokens"]:,} \
-held-out neutral tokens: x {ratio["value"]:.4f} +- {ratio["error"]:.4f} \
+  perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
+held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (random subspaces: x {mean("perplexity_ratio"):.4f})
-  toxic words   x {words["value"]:.3f} +- {words["error"]:.3f} as probable, {guard["toxic_words"]} \
+  toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
 held-out words (random subspaces: x {mean("teacher_forced"):.3f})"""

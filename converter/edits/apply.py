@@ -11,12 +11,13 @@ from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
 from converter.checkpoints.source import Source
-from converter.edits.base import Edit, EditRecord, Requantized, norm_of
+from converter.edits.base import Edit, edited_tensor, norm_of
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, quantize
 from converter.edits.matrices import matrices
 from converter.edits.projection import Projector
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Requantized
 
 FP8_AIM = 1e-3
 """Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
@@ -31,7 +32,7 @@ def changes_of(
     edit: Edit,
     targets: tuple[Target, ...],
     engine: Engine,
-    records: list[EditRecord],
+    records: list[EditedTensor],
 ) -> Changes:
     """The changes of all targets; each adds to ``records`` what it did."""
     found: dict[str, dict[str, Change]] = {shard: {} for shard in source.shards}
@@ -39,17 +40,28 @@ def changes_of(
         basis = edit.basis(target)
         if basis is None:
             raise CheckpointError(f"the edit does not know tensor {target.info.name}")
+        name = edit.basis_name(target.layer)
         if target.scales is None:
-            found[target.shard][target.info.name] = change_of(target, basis, engine, records)
+            found[target.shard][target.info.name] = change_of(target, basis, name, engine, records)
         else:
-            weight, scales = _quantized(source, target, basis, engine.device, records)
+            weight, scales = _quantized(source, target, basis, name, engine.device, records)
             found[target.shard][target.info.name] = weight
             found[target.scales.shard][target.scales.info.name] = scales
     return found
 
 
-def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditRecord]) -> Change:
-    """A tensor of plain numbers, in blocks; however it is stored, it is matrices (D, F)."""
+def change_of(
+    target: Target, basis: Tensor, name: str, engine: Engine, records: list[EditedTensor]
+) -> Change:
+    """A tensor of plain numbers, in blocks; however it is stored, it is matrices (D, F).
+
+    Args:
+        target: the tensor.
+        basis: U (D, R).
+        name: of that basis.
+        engine: how.
+        records: gets what was done.
+    """
 
     def change(region: Region) -> Iterator[memoryview]:
         before, after = hashlib.sha256(), hashlib.sha256()
@@ -61,7 +73,7 @@ def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditR
                 after.update(data)
             yield data
         digests = (before.hexdigest(), after.hexdigest())
-        records.append(_finite(EditRecord.of(target, projector.norms(), digests)))
+        records.append(_finite(edited_tensor(target, name, projector.norms(), digests)))
 
     return change
 
@@ -99,7 +111,7 @@ def _downloaded(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         yield waiting[0]
 
 
-def _finite(record: EditRecord) -> EditRecord:
+def _finite(record: EditedTensor) -> EditedTensor:
     """The record itself. Raises CheckpointError if the new tensor holds NaN or Inf."""
     if isfinite(record.leakage) and isfinite(record.relative_change):
         return record
@@ -114,7 +126,12 @@ def _damaged(target: Target) -> CheckpointError:
 
 
 def _quantized(
-    source: Source, target: Target, basis: Tensor, device: str, records: list[EditRecord]
+    source: Source,
+    target: Target,
+    basis: Tensor,
+    name: str,
+    device: str,
+    records: list[EditedTensor],
 ) -> tuple[Change, Change]:
     """What becomes of a weight in FP8 and of its scales.
 
@@ -127,7 +144,7 @@ def _quantized(
 
     def weight(region: Region) -> Iterator[memoryview]:
         scale = source.read(place.shard, place.info)
-        q, new_scale, record = _edit_quantized(target, _whole(region), scale, basis, device)
+        q, new_scale, record = _edit_quantized(target, _whole(region), scale, basis, name, device)
         records.append(record)
         held.append(new_scale)
         yield to_bytes(q)
@@ -136,7 +153,7 @@ def _quantized(
         scale = _whole(region)
         if not held:
             q = source.read(target.shard, target.info)
-            held.append(_edit_quantized(target, q, scale, basis, device)[1])
+            held.append(_edit_quantized(target, q, scale, basis, name, device)[1])
         yield to_bytes(held.pop())
 
     return weight, scales
@@ -147,8 +164,8 @@ def _whole(region: Region) -> Tensor:
 
 
 def _edit_quantized(
-    target: Target, q: Tensor, scale: Tensor, basis: Tensor, device: str
-) -> tuple[Tensor, Tensor, EditRecord]:
+    target: Target, q: Tensor, scale: Tensor, basis: Tensor, name: str, device: str
+) -> tuple[Tensor, Tensor, EditedTensor]:
     """Edit a weight (D, F) in FP8 as a whole; it and its scales as they are to be stored."""
     place = target.scales
     assert place is not None
@@ -165,8 +182,14 @@ def _edit_quantized(
     norms["left"] = norm_of(U.T @ after)
     new, new_scale = new.cpu(), new_scale.cpu()
     first, second = ((_sha256(a), _sha256(b)) for a, b in ((q, new), (scale, new_scale)))
-    about = Requantized(place.info.name, place.shard, place.block, *second)
-    return new, new_scale, _finite(EditRecord.of(target, norms, first, about))
+    about = Requantized(
+        scales=place.info.name,
+        shard=place.shard,
+        block=place.block,
+        sha256_before=second[0],
+        sha256_after=second[1],
+    )
+    return new, new_scale, _finite(edited_tensor(target, name, norms, first, requantized=about))
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -13,6 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from converter.checkpoints.plan import Target
+from converter.edits.subspace_file import basis_name
+from converter.manifest import EditedTensor, Lora, Requantized
 
 
 class Edit(Protocol):
@@ -20,6 +22,9 @@ class Edit(Protocol):
 
     def basis(self, target: Target) -> Tensor | None:
         """U (D, R), orthonormal columns, that is taken out of a weight; None: it stays as it is."""
+
+    def basis_name(self, layer: int) -> str:
+        """What the subspace's file calls the basis of a layer."""
 
     def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
         """The same as seen from outside: what the down-projection gives after the edit.
@@ -41,15 +46,20 @@ class Projection:
         bases: layer -> U (D, R) float32 with orthonormal columns.
         bias: whether biases are projected too. If they are not, the layer still writes a constant
             along U.
+        shared: whether all layers have the same basis.
     """
 
     bases: Mapping[int, Tensor]
     bias: bool = True
+    shared: bool = True
 
     def basis(self, target: Target) -> Tensor | None:
         if target.role == "down_proj_bias" and not self.bias:
             return None
         return self.bases.get(target.layer)
+
+    def basis_name(self, layer: int) -> str:
+        return basis_name(layer, shared=self.shared)
 
     def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
         basis = self.bases.get(layer)
@@ -60,90 +70,45 @@ class Projection:
         return f - ((written.float() @ U) @ U.T).to(f.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class EditRecord:
-    """What an edit did to one tensor; norms are Frobenius norms.
+def edited_tensor(
+    target: Target,
+    basis: str,
+    norms: Mapping[str, float],
+    digests: tuple[str, str | None],
+    *,
+    requantized: Requantized | None = None,
+    lora: Lora | None = None,
+) -> EditedTensor:
+    """The record of an edit of one tensor.
 
-    Attributes:
-        norm: ||W||, before.
-        relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
-        energy_removed: ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace.
-        leakage: ||U^T W'|| / ||U^T W||, what is left of it after rounding.
-        rounding_error: ||W' - (W - U U^T W)|| / ||W||, what storing the result cost.
-        sha256_after: None if the tensor itself stays as it is.
-        requantized: what became of the scales of a weight in FP8; else None.
-        lora: where the edit is, if it is in an adapter; norms are then those of W' = W + B A.
+    Args:
+        target: the tensor.
+        basis: name of the one that it lost.
+        norms: of ``Projector.norms``.
+        digests: its sha256 before, and after if it changes.
+        requantized: what became of its scales.
+        lora: the adapter's part.
     """
-
-    name: str
-    shard: str
-    layer: int
-    role: str
-    axis: int
-    shape: tuple[int, ...]
-    dtype: str
-    sha256_before: str
-    sha256_after: str | None
-    norm: float
-    relative_change: float
-    energy_removed: float
-    leakage: float
-    rounding_error: float
-    requantized: "Requantized | None"
-    lora: "Lora | None" = None
-
-    @classmethod
-    def of(
-        cls,
-        target: Target,
-        norms: Mapping[str, float],
-        digests: tuple[str, str | None],
-        requantized: "Requantized | None" = None,
-        lora: "Lora | None" = None,
-    ) -> "EditRecord":
-        """From the norms of ``projector.Projector.norms`` and sha256 before and after."""
-        norm, removed = norms["W"] or 1.0, norms["P"]
-        return cls(
-            name=target.info.name,
-            shard=target.shard,
-            layer=target.layer,
-            role=target.role,
-            axis=target.axis,
-            shape=target.info.shape,
-            dtype=target.info.dtype,
-            sha256_before=digests[0],
-            sha256_after=digests[1],
-            norm=norms["W"],
-            relative_change=norms["change"] / norm,
-            energy_removed=(removed / norm) ** 2,
-            leakage=norms["left"] / (removed or 1.0),
-            rounding_error=norms["error"] / norm,
-            requantized=requantized,
-            lora=lora,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Requantized:
-    """The part of an ``EditRecord`` about FP8; ``block`` is how many rows and columns share one."""
-
-    scales: str
-    shard: str
-    block: tuple[int, int]
-    sha256_before: str
-    sha256_after: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """The part of an ``EditRecord`` about an adapter: the module in memory, and sha256 of A and B.
-
-    Their bytes are those of the tensors in the adapter's file.
-    """
-
-    module: str
-    sha256_a: str
-    sha256_b: str
+    norm, removed = norms["W"] or 1.0, norms["P"]
+    return EditedTensor(
+        name=target.info.name,
+        shard=target.shard,
+        layer=target.layer,
+        role=target.role,
+        axis=target.axis,
+        shape=target.info.shape,
+        dtype=target.info.dtype,
+        sha256_before=digests[0],
+        sha256_after=digests[1],
+        norm=norms["W"],
+        relative_change=norms["change"] / norm,
+        energy_removed=(removed / norm) ** 2,
+        leakage=norms["left"] / (removed or 1.0),
+        rounding_error=norms["error"] / norm,
+        requantized=requantized,
+        lora=lora,
+        basis=basis,
+    )
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

@@ -11,6 +11,11 @@ from converter.errors import VerificationError
 SUBSPACE_FILE = "gloss_subspace.safetensors"
 
 
+def basis_name(layer: int, *, shared: bool) -> str:
+    """The tensor that holds the basis of a layer; ``shared`` if it is that of all layers."""
+    return "U" if shared else f"U.{layer}"
+
+
 def load_bases(path: Path) -> dict[str, Tensor]:
     """The bases of a subspace file, by name (``U`` or ``U.layer``).
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from converter.calibration.pairs import Pairs, Prose, load_pairs, load_prose
+from msgspec import structs
+
+from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
@@ -19,6 +20,7 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluate.fit import Fitted, fit
 from converter.evaluate.gates import Gates
 from converter.hub.repos import check_repo_id
+from converter.manifest import Evaluation, Manifest
 from converter.methods.base import Method, configure
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
@@ -36,12 +38,12 @@ from converter.release.provenance import check_unchanged, files_read
 from converter.release.signing import Signer
 from converter.runtime import progress
 
-Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
-Pictures = Callable[[dict[str, Any], Path], list[Path]]
+Evaluate = Callable[[Bench, Fitted, Method], Evaluation]
+Pictures = Callable[[Manifest, Path], list[Path]]
 """Draws what a manifest says into a folder that holds the subspace; the files drawn."""
 
 
-def no_pictures(manifest: dict[str, Any], folder: Path) -> list[Path]:
+def no_pictures(manifest: Manifest, folder: Path) -> list[Path]:
     return []
 
 
@@ -53,13 +55,13 @@ def convert(
     overwrite: bool = False,
     keep_source: bool = True,
     workers: int = 0,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluate | None = None,
     gates: Gates | None = None,
     pictures: Pictures = no_pictures,
     signer: Signer | None = None,
     memory_limit: int | None = None,
     stream: Streaming | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Convert a checkpoint.
 
     Notes and warnings are logged, see ``runtime.progress``; the cache is that of ``using_cache``.
@@ -102,7 +104,7 @@ def convert(
         fitted = fit(bench, method, pairs, prose)
         results = evaluation(bench, fitted, method) if evaluation else None
         bench.unload()
-        passed = gates.check_effect(fitted.verdict, results)
+        passed = gates.check_effect(fitted.guard, results)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(targets)} tensors on {device}"):
                 receiver = (
@@ -117,14 +119,9 @@ def convert(
                 check_unchanged(source, read, fitted.activations)
                 passed += gates.check_edits(written.edits)
                 fitted.subspace.save(folder / SUBSPACE_FILE)
-            manifest = make_manifest(
-                run, source, method, pairs, prose, words, fitted, written, read, device
-            )
-            manifest["source"]["originals"] = source.original_files()
-            ran = bench.has_run or run.activations is None  # or has run before
-            manifest["forward"] = bench.forward.record() if ran else None
-            manifest |= {"evaluation": results, "gates": passed}
-            write_records(source, written, folder, manifest, pictures)
+            manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
+            manifest = structs.replace(manifest, evaluation=results, gates=passed)
+            manifest = write_records(source, written, folder, manifest, pictures)
             check_whole(run, folder, stream.gone if stream else ())
             if signer:
                 with progress.stage("sign", "signing"):
@@ -141,7 +138,7 @@ def load_texts(run: Run) -> tuple[Pairs, Prose, WordList]:
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
-        progress.note(f"  pairs skipped: {pairs.describe_skipped()}")
+        progress.note(f"  pairs skipped: {describe_skipped(pairs.skipped)}")
     return pairs, prose, words
 
 
@@ -157,9 +154,9 @@ def write_records(
     source: Source,
     written: Written,
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     pictures: Pictures,
-) -> None:
+) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
     Each states the sha256 of those before, so no byte of the three can change unnoticed.
@@ -168,12 +165,14 @@ def write_records(
     drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
     made = (SUBSPACE_FILE, *write_notice(terms, folder), *drawn)
     own = {name: file_entry(folder / name) for name in made}
-    manifest |= {"files": file_list(written, own), "measurements": measurements()}
+    files = file_list(written, own)
+    manifest = structs.replace(manifest, files=files, measurements=measurements())
     digest = write_manifest(folder, manifest)
     card, warnings = make_card(source, source.base, manifest, terms, digest)
     for warning in warnings:
         progress.warn(warning)
     seal(folder, manifest, card)
+    return manifest
 
 
 def prepare(run: Run) -> tuple[Source, Plan, Method]:

@@ -53,7 +53,7 @@ def compare_fit(
 def check_texts(recording: Recording, pairs: Pairs, prose: Prose, words: WordList) -> None:
     """The texts must be those of the recorded fit. Raises VerificationError naming others."""
     found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
-    wrong = [name for name in found if found[name] != recording.manifest[name]["sha256"]]
+    wrong = [name for name in found if found[name] != getattr(recording.manifest, name).sha256]
     if wrong:
         raise VerificationError(
             f"not the texts of the recorded fit, by their sha256: {', '.join(wrong)}",

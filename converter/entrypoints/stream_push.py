@@ -7,9 +7,8 @@ last: without it what was uploaded belongs to no repo, and the Hub forgets it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -19,6 +18,7 @@ from converter.checkpoints.source import Source
 from converter.entrypoints.push import Copyable, Published, Upload, default_message, published_files
 from converter.errors import ConverterError, VerificationError
 from converter.hub.permissions import Publication
+from converter.manifest import Manifest
 from converter.methods.subspace import Subspace
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.staging.claim import JOURNAL
@@ -64,7 +64,7 @@ class Streaming:
         self._upload = Upload(self.place)
         return _Receiver(self, self._upload, source, subspace, rounding, folder, keep_source)
 
-    def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def commit(self, folder: Path, manifest: Manifest) -> None:
         """Upload what is left in ``folder``, all of it small, and make the commit."""
         assert self._upload is not None
         files = published_files(folder, manifest)
@@ -123,9 +123,8 @@ class _Receiver:
             if record.requantized and record.requantized.shard != shard:
                 progress.warn(f"tensor {record.name} was not read again: its scales are apart")
                 continue
-            entry = asdict(record) | {"basis": self.subspace.basis_name(record.layer)}
             basis = self.subspace.bases[record.layer]
-            if problems := list(check_edit(self.folder, entry, basis, infos, self.rounding)):
+            if problems := list(check_edit(self.folder, record, basis, infos, self.rounding)):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 

@@ -10,6 +10,7 @@ from converter.checkpoints.plan import Target, make_plan
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
 from converter.errors import ConverterError, VerificationError
+from converter.manifest import EditedTensor, Manifest
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.adapter.write import Adapter
 from converter.outputs.checkpoint.verify import check_edits, check_source
@@ -58,10 +59,10 @@ def verify(
     damaged |= dict.fromkeys(gone, "is elsewhere")
     problems += check_sums(folder, manifest, digest, {} if seen is None else seen)
     problems += check_records(manifest)
-    check = CHECKS[manifest["run"].get("output", "checkpoint")]
+    check = CHECKS[manifest.run.output]
     try:
         problems.extend(check(folder, manifest, damaged, source))
-        if "config.json" in manifest["files"]:
+        if "config.json" in manifest.files:
             problems.extend(_check_loading(folder, trust_remote_code and not problems))
     except (ConverterError, OSError) as error:
         problems.append(str(error))
@@ -70,7 +71,7 @@ def verify(
 
 def _check_checkpoint(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     damaged: Mapping[str, str],
     source: Source | None,
 ) -> Iterator[str]:
@@ -85,7 +86,7 @@ def _check_checkpoint(
 
 def _check_adapter(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     damaged: Mapping[str, str],
     source: Source | None,
 ) -> Iterator[str]:
@@ -100,11 +101,9 @@ CHECKS = {"adapter": _check_adapter, "checkpoint": _check_checkpoint}
 """Of each output."""
 
 
-def _check_structure(
-    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]
-) -> Iterator[str]:
+def _check_structure(folder: Path, manifest: Manifest, damaged: Mapping[str, str]) -> Iterator[str]:
     """The index, the headers and the config must describe one checkpoint."""
-    shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
+    shards = manifest.shards
     if damaged.keys() & {*shards, INDEX, "config.json"}:
         return
     weight_map = read_index(folder / INDEX) if (folder / INDEX).exists() else None
@@ -112,13 +111,13 @@ def _check_structure(
     plan = make_plan(read_json(folder / "config.json"), weight_map, headers)
     yield from check_options(manifest, plan)
     targets = {target.info.name: target for target in plan.targets}
-    for entry in manifest["edited"]:
-        target = targets.get(entry["name"])
+    for entry in manifest.edited:
+        target = targets.get(entry.name)
         if target is None or _place_of(target) != _recorded_place(entry):
-            yield f"tensor {entry['name']} is recorded as edited and is not that projection"
-    bias = manifest["method"]["options"].get("bias") != "keep"
+            yield f"tensor {entry.name} is recorded as edited and is not that projection"
+    bias = manifest.method.options.get("bias") != "keep"
     expected = {t.info.name for t in plan.select(edited_layers(manifest), bias)}
-    for name in sorted(expected ^ {entry["name"] for entry in manifest["edited"]}):
+    for name in sorted(expected ^ {entry.name for entry in manifest.edited}):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
 
 
@@ -129,11 +128,11 @@ def _place_of(target: Target) -> tuple[Any, ...]:
     return (*place, scales and (scales.info.name, scales.shard, tuple(scales.block)))
 
 
-def _recorded_place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+def _recorded_place(entry: EditedTensor) -> tuple[Any, ...]:
     """The same as a manifest says."""
-    fp8 = entry["requantized"]
-    place = (*(entry[key] for key in ("shard", "layer", "axis", "role")), tuple(entry["shape"]))
-    return (*place, entry["dtype"], fp8 and (fp8["scales"], fp8["shard"], tuple(fp8["block"])))
+    fp8 = entry.requantized
+    place = (entry.shard, entry.layer, entry.axis, entry.role, entry.shape, entry.dtype)
+    return (*place, fp8 and (fp8.scales, fp8.shard, fp8.block))
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:

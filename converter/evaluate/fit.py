@@ -14,9 +14,10 @@ from converter.calibration.statistics import (
 )
 from converter.edits.base import Projection
 from converter.errors import DataError, GuardError
-from converter.evaluate.guard import Verdict, examine
+from converter.evaluate.guard import examine
 from converter.evaluate.heldout import probe_of
-from converter.evaluate.strength import Choice, choose_rank
+from converter.evaluate.strength import choose_rank
+from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method
 from converter.methods.subspace import Subspace
 from converter.methods.workbench import Bench
@@ -33,7 +34,7 @@ class Fitted:
         subspace: of the chosen rank.
         edit: its projection.
         choice: how the rank came about.
-        verdict: of the guard; None if it was switched off.
+        guard: what it measured; None if it was switched off.
     """
 
     parts: Parts
@@ -41,7 +42,7 @@ class Fitted:
     subspace: Subspace
     edit: Projection
     choice: Choice
-    verdict: Verdict | None
+    guard: GuardRecord | None
 
 
 def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
@@ -61,28 +62,30 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
                 hint="nothing is then known to be held out; give both -o rank and --no-guard",
             )
     seen, subspace = bench.fit(method, parts.fit)
-    choice = Choice(subspace.rank, {})
+    choice = Choice(rank=subspace.rank, automatic=False, tried=())
     if method.rank is None:
         with progress.stage("choose", "choosing the rank on held-out text"):
             probe = probe_of(bench.load(), parts.choose)
             choice = choose_rank(probe, subspace, method, run.max_perplexity_ratio)
         subspace = subspace.truncated(choice.rank)
-    edit = Projection(subspace.bases, method.edit_bias)
-    verdict = None
+    edit = Projection(subspace.bases, method.edit_bias, subspace.shared)
+    found = None
     if run.guard:
         with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
-            verdict = guard(bench, method, edit, seen, parts.report)
-    return Fitted(parts, seen, subspace, edit, choice, verdict)
+            found = guard(bench, method, edit, seen, parts.report)
+    return Fitted(parts, seen, subspace, edit, choice, found)
 
 
-def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, part: Part) -> Verdict:
+def guard(
+    bench: Bench, method: Method, edit: Projection, seen: Activations, part: Part
+) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
     run = bench.run
-    verdict = examine(
+    found = examine(
         probe_of(bench.load(), part),
         edit,
         method.edit_layers,
@@ -92,14 +95,12 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
         moment=seen.second_moment,
         gains=bench.gains,
     )
-    for warning in verdict.warnings:
-        progress.warn(warning)
-    if verdict.reasons:
+    if found.reasons:
         refusal = GuardError(
-            "the edit is refused: " + "; and ".join(verdict.reasons),
+            "the edit is refused: " + "; and ".join(found.reasons),
             hint="nothing was written; see README, 'When the guard refuses'",
         )
         if not run.force:
             raise refusal
         progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
-    return verdict
+    return found

@@ -13,10 +13,8 @@ GloSS does, so that they are no straw men.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import hypot, sqrt
 from statistics import stdev
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +22,10 @@ from torch import Tensor
 from converter.calibration.linear_algebra import random_basis, shared_directions
 from converter.edits.base import Projection
 from converter.errors import GuardError
-from converter.evaluate.heldout import Measured, Probe
+from converter.evaluate.heldout import Probe
+from converter.manifest import GuardRecord, Measured
 from converter.methods.post_norms import Gains, through
+from converter.runtime import progress
 
 MARGIN = 2.0
 """Where the edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""
@@ -46,28 +46,6 @@ ENERGY_WARNED, ENERGY_REFUSED = 0.03, 0.10
 """Share of the neutral second moment inside the subspace: 0.7 % is rank 4's fair share of 576."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the guard measured, and what it holds against the edit.
-
-    Attributes:
-        edit: what the edit does.
-        random: what each random subspace does.
-        neutral_energy: share of the layers' average neutral second moment inside the subspace,
-            tr(U^T M U) / tr M; the largest of the layers' if each has its own. None if unknown.
-        reasons: to refuse, a clause each; empty if it passes.
-        warnings: what a reader should know all the same.
-        record: all of it for the manifest.
-    """
-
-    edit: Measured
-    random: tuple[Measured, ...]
-    neutral_energy: float | None
-    reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
-    record: dict[str, Any]
-
-
 def examine(
     probe: Probe,
     edit: Projection,
@@ -78,8 +56,8 @@ def examine(
     seed: int,
     moment: Tensor | None,
     gains: Gains,
-) -> Verdict:
-    """Measure an edit and random ones of its rank, and judge.
+) -> GuardRecord:
+    """Measure an edit and random ones of its rank, and judge; warn of what is doubtful.
 
     Args:
         probe: the part of the text that nothing was tuned on.
@@ -117,29 +95,30 @@ def examine(
             hint="nothing was written, and --force does not help; edit less, or use float32",
         )
     reasons, warnings = judge(found, controls, energy, budget)
+    for warning in warnings:
+        progress.warn(warning)
     if probe.neutral_tokens < LEAST_TOKENS:
-        warnings.append(
+        progress.warn(
             f"perplexity was measured on {probe.neutral_tokens} tokens only; {LEAST_TOKENS} or "
             "more, from a longer --neutral text or more pairs, would say more"
         )
     if probe.toxic_words < LEAST_WORDS:
-        warnings.append(
+        progress.warn(
             f"the effect was measured on {probe.toxic_words} toxic words only; {LEAST_WORDS} or "
             "more, from more pairs, would say more"
         )
-    record = {
-        "budget": budget,
-        "margin": MARGIN,
-        "least_drop": LEAST_DROP,
-        "neutral_tokens": probe.neutral_tokens,
-        "toxic_words": probe.toxic_words,
-        "perplexity": probe.perplexity,
-        "edit": found.record(),
-        "random": [control.record() for control in controls],
-        "neutral_energy": energy,
-        "reasons": reasons,
-    }
-    return Verdict(found, tuple(controls), energy, tuple(reasons), tuple(warnings), record)
+    return GuardRecord(
+        budget=budget,
+        margin=MARGIN,
+        least_drop=LEAST_DROP,
+        neutral_tokens=probe.neutral_tokens,
+        toxic_words=probe.toxic_words,
+        perplexity=probe.perplexity,
+        edit=found,
+        random=tuple(controls),
+        neutral_energy=energy,
+        reasons=tuple(reasons),
+    )
 
 
 def judge(

@@ -1,37 +1,16 @@
 """How strong an edit may be: the largest rank within a budget of perplexity."""
 
-from dataclasses import dataclass
-from typing import Any
+from msgspec.structs import asdict
 
 from converter.edits.base import Projection
 from converter.errors import GuardError
-from converter.evaluate.heldout import Measured, Probe
+from converter.evaluate.heldout import Probe
+from converter.manifest import Choice, Measured, Trial
 from converter.methods.base import Method
 from converter.methods.subspace import MAX_RANK, Subspace
 
 RANKS = (1, 2, 3, 4, 6, MAX_RANK)
 """Tried in this order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What was tried and chosen.
-
-    Attributes:
-        rank: the chosen one.
-        tried: rank -> what it does to the text of the choice; empty if the rank was given.
-    """
-
-    rank: int
-    tried: dict[int, Measured]
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "rank": self.rank,
-            "automatic": bool(self.tried),
-            "tried": [{"rank": rank, **m.record()} for rank, m in self.tried.items()],
-        }
 
 
 def choose_rank(probe: Probe, subspace: Subspace, method: Method, budget: float) -> Choice:
@@ -68,4 +47,5 @@ def choose_rank(probe: Probe, subspace: Subspace, method: Method, budget: float)
             hint="raise --max-perplexity-ratio, edit fewer layers, or give more pairs",
         )
     best = min(within, key=lambda rank: tried[rank].toxic_change.value)
-    return Choice(best, dict(sorted(tried.items())))
+    trials = (Trial(rank=rank, **asdict(tried[rank])) for rank in sorted(tried))
+    return Choice(rank=best, automatic=True, tried=tuple(trials))

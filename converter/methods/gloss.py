@@ -41,10 +41,11 @@ from converter.calibration.statistics import Activations, Moments, Request, Site
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError, OptionError
+from converter.manifest import Candidate, Kind
 from converter.methods.base import Decode, Layers
 from converter.methods.greedy import greedy_directions
 from converter.methods.rankings import Evidence, load_ranking, ranking_names
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace, above_threshold, global_basis
+from converter.methods.subspace import MAX_RANK, Subspace, above_threshold, global_basis
 from converter.models.batching import Pooling
 
 NOTHING = 1e-6
@@ -164,7 +165,7 @@ class Method:
         width = activations.neutral[self.layers[0]].shape[1]
         shared = shared_directions(activations.second_moment, self.protect_shared, width)
         rows: list[Tensor] = []
-        places: list[tuple[int, str, int]] = []
+        places: list[tuple[int, Kind, int]] = []
         differences = {}
         for layer in self.layers:
             differences[layer] = self._differences(activations, layer, shared)
@@ -193,15 +194,19 @@ class Method:
             True,
             {"U": values},
             tuple(
-                Candidate(*place, score, keep, decoded)
-                for place, score, keep, decoded in zip(places, scores, kept, tokens, strict=True)
+                Candidate(
+                    layer=layer, kind=kind, index=index, score=score, kept=keep, tokens=decoded
+                )
+                for (layer, kind, index), score, keep, decoded in zip(
+                    places, scores, kept, tokens, strict=True
+                )
             ),
             stack.float(),
         )
 
     def _candidates(
         self, activations: Activations, layer: int, T: Tensor, shared: Tensor
-    ) -> list[tuple[str, Tensor]]:
+    ) -> list[tuple[Kind, Tensor]]:
         """Unit rows of one layer by kind, turned to the toxic side."""
         if self.basis == "moments":
             found = activations.leading[layer][0].double()
@@ -210,7 +215,7 @@ class Method:
         if self.candidates == "causal":
             A = remove(remove(activations.causal[layer], shared).T, shared)
             return [("causal", eigen_directions(A, self.per_layer, T.mean(0)))]
-        parts = []
+        parts: list[tuple[Kind, Tensor]] = []
         if "mean" in self.candidates:
             parts.append(("mean", mean_difference(T)))
         if "svd" in self.candidates:

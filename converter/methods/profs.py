@@ -25,8 +25,9 @@ from converter.calibration.statistics import Activations, Request, Site
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods.base import Decode, Layers
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace
+from converter.methods.subspace import MAX_RANK, Subspace
 from converter.models.batching import Pooling
 
 
@@ -111,7 +112,14 @@ class Method:
             False,
             spectrum,
             tuple(
-                Candidate(layer, "svd", i, float(values[i] / values[0]), True, decoded)
+                Candidate(
+                    layer=layer,
+                    kind="svd",
+                    index=i,
+                    score=float(values[i] / values[0]),
+                    kept=True,
+                    tokens=decoded,
+                )
                 for (layer, i), decoded in zip(
                     product(self.layers, range(rank)), tokens, strict=True
                 )

@@ -13,9 +13,10 @@ from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods import gloss
 from converter.methods.base import Decode, Layers
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace
+from converter.methods.subspace import MAX_RANK, Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,14 @@ class Method:
             True,
             {},
             tuple(
-                Candidate(self.layers[0], "random", index, 0.0, True, decoded)
+                Candidate(
+                    layer=self.layers[0],
+                    kind="random",
+                    index=index,
+                    score=0.0,
+                    kept=True,
+                    tokens=decoded,
+                )
                 for index, decoded in enumerate(tokens)
             ),
             basis.T.contiguous(),

@@ -13,31 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from converter.calibration.linear_algebra import top_right_singular_vectors
+from converter.edits.subspace_file import basis_name
 from converter.errors import FitError
+from converter.manifest import Candidate
 
 MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A direction that may be toxic.
-
-    Attributes:
-        layer: counted from 0.
-        kind: ``causal``, ``mean``, ``svd`` or ``random``; see ``methods.gloss``.
-        index: its place among those of its layer and kind.
-        score: of the ranking signal; larger is more toxic.
-        kept: whether it went into the basis.
-        tokens: what it decodes to, the nearest first.
-    """
-
-    layer: int
-    kind: str
-    index: int
-    score: float
-    kept: bool
-    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +42,7 @@ class Subspace:
 
     def basis_name(self, layer: int) -> str:
         """The tensor of the subspace file that holds the basis of ``layer``."""
-        return "U" if self.shared else f"U.{layer}"
+        return basis_name(layer, shared=self.shared)
 
     @property
     def rank(self) -> int:

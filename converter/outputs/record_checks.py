@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
-from converter.edits.subspace_file import load_bases, load_tensors
+from converter.edits.subspace_file import basis_name, load_bases, load_tensors
 from converter.errors import VerificationError
+from converter.manifest import Manifest
 from converter.runtime.cache import sha256_of
 from converter.text.sanitize import is_one_line
 
@@ -24,23 +24,23 @@ LAYERS = ("edit_layers", "layers")
 """Options of methods that say which layers are edited, the first that is there."""
 
 
-def edited_layers(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+def edited_layers(manifest: Manifest) -> tuple[int, ...]:
     """The layers that the method was to edit."""
-    options = manifest["method"]["options"]
+    options = manifest.method.options
     listed = next((options[key] for key in LAYERS if options.get(key)), ())
-    return tuple(n for n in listed if type(n) is int) if isinstance(listed, list) else ()
+    return listed if isinstance(listed, tuple) else ()
 
 
-def recorded_bases(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def recorded_bases(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The bases of the subspace file, by name.
 
     Raises:
         VerificationError: it cannot be read, lacks one that an edited tensor has, or one is not a
             float32 of shape (D, R), R at least 1.
     """
-    name, width = manifest["subspace"]["file"], manifest["subspace"]["hidden_size"]
+    name, width = manifest.subspace.file, manifest.subspace.hidden_size
     bases = load_bases(folder / name)
-    if lacking := {entry["basis"] for entry in manifest["edited"]} - set(bases):
+    if lacking := {entry.basis for entry in manifest.edited} - set(bases):
         raise VerificationError(f"{name}: holds no {', '.join(sorted(lacking))}")
     for label, basis in bases.items():
         if not is_basis(basis, width):
@@ -55,9 +55,7 @@ def is_basis(tensor: Tensor, width: int) -> bool:
     return fits and tensor.dtype == torch.float32
 
 
-def check_subspace(
-    folder: Path, manifest: Mapping[str, Any], bases: Mapping[str, Tensor]
-) -> Iterator[str]:
+def check_subspace(folder: Path, manifest: Manifest, bases: Mapping[str, Tensor]) -> Iterator[str]:
     """The columns of each basis must be orthonormal, and all be as the manifest says.
 
     Args:
@@ -65,36 +63,36 @@ def check_subspace(
         manifest: of it.
         bases: of ``recorded_bases``.
     """
-    about = manifest["subspace"]
+    about = manifest.subspace
     for label, basis in bases.items():
         error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
         if not error <= ORTHONORMAL:
-            yield f"{about['file']}: {label} is not orthonormal: U^T U is off by {error:.1e}"
-    for entry in manifest["edited"]:
-        if entry["basis"] != ("U" if about["shared"] else f"U.{entry['layer']}"):
-            yield f"{MANIFEST}: tensor {entry['name']} is recorded with basis {entry['basis']}"
-    if set(bases) - {entry["basis"] for entry in manifest["edited"]}:
-        yield f"{about['file']}: holds a basis that nothing was edited with"
-    if about["rank"] != max((basis.shape[1] for basis in bases.values()), default=0):
-        yield f"{about['file']}: the rank is not {about['rank']}, as recorded"
-    candidates = about["candidates"]
+            yield f"{about.file}: {label} is not orthonormal: U^T U is off by {error:.1e}"
+    for entry in manifest.edited:
+        if entry.basis != basis_name(entry.layer, shared=about.shared):
+            yield f"{MANIFEST}: tensor {entry.name} is recorded with basis {entry.basis}"
+    if set(bases) - {entry.basis for entry in manifest.edited}:
+        yield f"{about.file}: holds a basis that nothing was edited with"
+    if about.rank != max((basis.shape[1] for basis in bases.values()), default=0):
+        yield f"{about.file}: the rank is not {about.rank}, as recorded"
+    candidates = about.candidates
     expected = {
-        "scores": torch.tensor([float(c["score"]) for c in candidates]),
-        "score_layers": torch.tensor([c["layer"] for c in candidates]).float(),
+        "scores": torch.tensor([c.score for c in candidates]),
+        "score_layers": torch.tensor([c.layer for c in candidates]).float(),
     } | {
-        name.replace("U", "singular_values", 1): torch.tensor([float(x) for x in values])
-        for name, values in about["singular_values"].items()
+        name.replace("U", "singular_values", 1): torch.tensor(values)
+        for name, values in about.singular_values.items()
     }
-    found = load_tensors(folder / about["file"])
+    found = load_tensors(folder / about.file)
     rest = {name for name in found if name not in bases} - {"candidates"}
     for name in sorted(rest | set(expected)):
         ours, theirs = found.get(name), expected.get(name)
         if ours is None or theirs is None or not torch.equal(ours.float(), theirs):
-            yield f"{about['file']}: {name} is not as recorded"
+            yield f"{about.file}: {name} is not as recorded"
 
 
 def check_source_files(
-    manifest: Mapping[str, Any], source: Source, companions: Iterable[str]
+    manifest: Manifest, source: Source, companions: Iterable[str]
 ) -> Iterator[str]:
     """The files of a source must be those that were read.
 
@@ -103,22 +101,13 @@ def check_source_files(
         source: that they may be of.
         companions: those that this output copies.
     """
-    for name in sorted({*companions, *source.shards} - set(manifest["files"])):
-        if name in companions or manifest["run"].get("output") != "adapter":
+    for name in sorted({*companions, *source.shards} - set(manifest.files)):
+        if name in companions or manifest.run.output != "adapter":
             yield f"{name} of the source is missing from the record of what was converted"
-    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    for name, entry in recorded.items():
-        path = place_of(source, name)
-        if not path.is_file() or (sha256_of(path), path.stat().st_size) != (
-            entry["sha256"], entry["bytes"],
-        ):  # fmt: skip
+    for name, file in manifest.source.everything.items():
+        path, recorded = place_of(source, name), (file.sha256, file.nbytes)
+        if not path.is_file() or (sha256_of(path), path.stat().st_size) != recorded:
             yield f"{name} of the source is not the file that was converted"
-
-
-def source_files(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The files of the source that were read, and their sha256."""
-    entries = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    return {name: entry["sha256"] for name, entry in entries.items()}
 
 
 def place_of(source: Source, name: str) -> Path:

@@ -190,7 +190,8 @@ def seal(folder: Path, raw: bytes, sums: bytes | None = None) -> None:
     (folder / MANIFEST).write_bytes(raw)
     (folder / CARD).write_text(hash_line(sha256(raw)) + "\n")
     own = {name: sha256((folder / name).read_bytes()) for name in (CARD, MANIFEST)}
-    (folder / SUMS).write_bytes(sums or sums_text(manifest(), own).encode())
+    digests = {name: entry["sha256"] for name, entry in manifest()["files"].items()}
+    (folder / SUMS).write_bytes(sums or sums_text(digests | own).encode())
 
 
 MODULE = "model.layers.0.mlp.down_proj"

@@ -29,12 +29,13 @@ from converter.checkpoints.plan import Plan, Target
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.source import Source
-from converter.edits.base import Edit, EditRecord, Lora
+from converter.edits.base import Edit, edited_tensor
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
 from converter.edits.matrices import Matrix, matrices
 from converter.edits.projection import Projector
 from converter.errors import CheckpointError, OptionError
+from converter.manifest import EditedTensor, Lora
 from converter.outputs.checkpoint.write import Written, copy_file, fetched, file_entry
 from converter.outputs.staging.journal import Receiver
 from converter.runtime import progress
@@ -110,7 +111,7 @@ class Adapter:
         with (folder / WEIGHTS).open("xb") as file, progress.bar("edit", total, "B") as bar:
             file.write(_header(plan, order, ranks))
             for target in _as_fetched(source, order, keep_source):
-                A, B, record = factors(source, plan, target, bases[target.layer], engine.device)
+                A, B, record = factors(source, plan, target, edit, engine.device)
                 file.write(to_bytes(A))
                 file.write(to_bytes(B))
                 records.append(record)
@@ -177,20 +178,21 @@ def basis_of(edit: Edit, target: Target) -> Tensor:
 
 
 def factors(
-    source: Source, plan: Plan, target: Target, basis: Tensor, device: str
-) -> tuple[Tensor, Tensor, EditRecord]:
+    source: Source, plan: Plan, target: Target, edit: Edit, device: str
+) -> tuple[Tensor, Tensor, EditedTensor]:
     """A (R, F) and B (D, R) of one weight, float32, and what they do to it.
 
     Args:
         source: whose shard is read.
         plan: of that source.
         target: the weight.
-        basis: U (D, R) float32.
+        edit: that takes U (D, R) out of it.
         device: of the computation.
 
     Raises:
         CheckpointError: the weight holds NaN or Inf, or is too large for float32.
     """
+    basis = basis_of(edit, target)
     P, norm, digest = coordinates(source, target, basis, device)
     A, B, U = P.float(), -basis, basis.double()
     E, G = A.double() - P, U.T @ U
@@ -203,8 +205,10 @@ def factors(
     }
     if not isfinite(norms["change"]):
         raise CheckpointError(f"tensor {target.info.name} is too large for an adapter in float32")
-    lora = Lora(module_of(plan, target), sha256_of_tensor(A), sha256_of_tensor(B))
-    return A, B, EditRecord.of(target, norms, (digest, None), lora=lora)
+    module = module_of(plan, target)
+    lora = Lora(module=module, sha256_a=sha256_of_tensor(A), sha256_b=sha256_of_tensor(B))
+    name = edit.basis_name(target.layer)
+    return A, B, edited_tensor(target, name, norms, (digest, None), lora=lora)
 
 
 def coordinates(

@@ -19,9 +19,10 @@ from converter.checkpoints.plan import Plan, Target
 from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
 from converter.checkpoints.source import Source
 from converter.edits.apply import Changes, changes_of
-from converter.edits.base import Edit, EditRecord
+from converter.edits.base import Edit
 from converter.edits.engine import Engine, quiet_blas
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.staging.journal import Done, Receiver
 from converter.runtime import progress
 from converter.runtime.threads import ThreadPool
@@ -33,15 +34,15 @@ class Written:
 
     Attributes:
         shards: file name -> digests of source and output; empty if none was written.
-        copies: file name -> sha256 and bytes of a file that was copied.
+        copies: name of a file that was copied -> its record.
         made: the same, of a file that the source lacks.
         edits: a record for each edited tensor, in order of layer.
     """
 
     shards: Mapping[str, ShardRecord]
-    copies: Mapping[str, tuple[str, int]]
-    made: Mapping[str, tuple[str, int]]
-    edits: tuple[EditRecord, ...]
+    copies: Mapping[str, FileRecord]
+    made: Mapping[str, FileRecord]
+    edits: tuple[EditedTensor, ...]
 
 
 def write_checkpoint(
@@ -72,7 +73,7 @@ def write_checkpoint(
         OptionError: the engine's memory is too little.
         OSError: the folder cannot be written.
     """
-    records: list[EditRecord] = []
+    records: list[EditedTensor] = []
     users = users_of(source, targets)
     before = receiver.before(users) if receiver else {}
     for done in before.values():
@@ -110,7 +111,7 @@ def write_checkpoint(
     return Written(shards, copies, made, tuple(records))
 
 
-def _done(records: list[EditRecord], shard: str, record: ShardRecord) -> Done:
+def _done(records: list[EditedTensor], shard: str, record: ShardRecord) -> Done:
     """A shard that is written, with what was edited in it."""
     return Done(record, tuple(edit for edit in list(records) if edit.shard == shard))
 
@@ -255,8 +256,8 @@ def fetched(source: Source, shards: Sequence[str]) -> Iterator[str]:
             yield shard
 
 
-def copy_file(source: Path, target: Path) -> tuple[str, int]:
-    """Copy a small file and flush it to disk; its sha256 and size."""
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a small file and flush it to disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         reading = source.open("rb")
@@ -267,9 +268,9 @@ def copy_file(source: Path, target: Path) -> tuple[str, int]:
     return file_entry(target)
 
 
-def file_entry(path: Path) -> tuple[str, int]:
-    """Flush a file to disk; its sha256 and size."""
+def file_entry(path: Path) -> FileRecord:
+    """Flush a file to disk; its record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest, file.tell()
+        return FileRecord(sha256=digest, nbytes=file.tell())
