@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,8 @@ class Run:
     trust_remote_code: bool = False
 
 
-def without_folders(value: Any) -> str | None:
+def without_folders(text: str) -> str:
     """A path cut down to its file name; repo ids and keywords as they are."""
-    if value is None:
-        return None
-    text = str(value)
-    is_path = isinstance(value, Path) or Path(text).is_absolute() or Path(text).exists()
-    return Path(text).resolve().name if is_path or text.startswith((".", "~")) else text
+    path = Path(text)
+    is_path = path.is_absolute() or path.exists() or text.startswith((".", "~"))
+    return path.resolve().name if is_path else text

@@ -22,6 +22,7 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
 from converter.entrypoints import convert as pipeline
 from converter.errors import DataError, FitError
+from converter.manifest import Origin
 from converter.methods import workbench
 from converter.models import build as models
 from converter.models import loading
@@ -151,8 +152,8 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     tokenizer, pairs = tiny_tokenizer(), load_pairs("builtin", load_words("builtin"), 16, 0)
     model = forward.LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
     encode = Encoder(tokenizer, module)
-    prose = Prose(("A text.",), {}, "")
-    other = Prose(("Quite another text, and longer.",), {}, "")
+    prose = Prose(("A text.",), Origin(name="test"), "")
+    other = Prose(("Quite another text, and longer.",), Origin(name="test"), "")
 
     def seen(request: Request, prose: Prose = prose) -> activations.Activations:
         return extraction.extract(model, request, pairs, prose, batch_size=5)[0]

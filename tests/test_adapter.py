@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
@@ -30,7 +31,6 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
-from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
@@ -40,6 +40,7 @@ from converter.models.edited import edited
 from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
+from tests.builders.adversary import forged, load_manifest, put, reseal
 from tests.builders.meta import write_native
 from tests.builders.models import (
     FFN,
@@ -54,7 +55,7 @@ from tests.builders.models import (
 from tests.test_convert import save_planted
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
-from tests.test_verify import flip, reseal
+from tests.test_verify import flip
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -82,8 +83,8 @@ def adapter_of(source: Path, out: Path, **changed: Any) -> Path:
 def edit_of(out: Path) -> Projection:
     """The projection that a folder's subspace and manifest say, biases left alone."""
     bases = load_bases(out / "gloss_subspace.safetensors")
-    entries = read_manifest(out)["edited"]
-    return Projection({e["layer"]: bases[e["basis"]] for e in entries}, bias=False)
+    entries = read_manifest(out).edited
+    return Projection({e.layer: bases[e.basis] for e in entries}, bias=False)
 
 
 @pytest.fixture
@@ -173,8 +174,8 @@ def test_biases_cannot_be_projected_and_are_kept_if_nothing_is_said(
     assert result.exit_code == 0, result.stderr
     assert "3 biases stay as they are" in result.stderr
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["method"]["options"]["bias"] == "keep"
-    assert {entry["role"] for entry in manifest["edited"]} == {"down_proj"}
+    assert manifest.method.options["bias"] == "keep"
+    assert {entry.role for entry in manifest.edited} == {"down_proj"}
 
 
 def test_without_biases_there_is_nothing_to_refuse(
@@ -269,14 +270,14 @@ def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Pat
 def test_the_manifest_says_what_was_read_and_what_the_adapter_does(made: tuple[Path, Path]) -> None:
     source, out = made
     manifest = read_manifest(out)
-    assert manifest["run"]["output"] == "adapter"
+    assert manifest.run.output == "adapter"
     shards = {path.name for path in source.glob("*.safetensors")}
-    assert shards < set(manifest["source"]["files"])
-    for entry in manifest["edited"]:
-        assert entry["sha256_after"] is None
-        assert entry["leakage"] < 1e-6
-        assert entry["rounding_error"] < 1e-7
-        assert entry["relative_change"] == pytest.approx(entry["energy_removed"] ** 0.5)
+    assert shards < set(manifest.source.files)
+    for entry in manifest.edited:
+        assert entry.sha256_after is None
+        assert entry.leakage < 1e-6
+        assert entry.rounding_error < 1e-7
+        assert entry.relative_change == pytest.approx(entry.energy_removed**0.5)
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft"
     assert "PeftModel.from_pretrained" in card.text
@@ -398,9 +399,9 @@ def test_sources_in_other_formats(checkpoints: Checkpoints, tmp_path: Path) -> N
     for folder, chosen in ((native, options), (pickles, TINY)):
         out = adapter_of(folder, tmp_path / f"{folder.name}-out", options=chosen)
         assert verify(out, resolve(str(folder))) == []
-        files = read_manifest(out)["source"]
-        assert not any(name.endswith(".safetensors") for name in files["files"])
-        assert files["originals"]
+        read = read_manifest(out).source
+        assert not any(name.endswith(".safetensors") for name in read.files)
+        assert read.originals
 
 
 def test_a_shard_that_changes_during_the_run_is_noticed(
@@ -476,15 +477,14 @@ def test_verify_names_the_file_with_a_flipped_byte(
 def seal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a manifest in which everything agrees with everything else."""
     from converter.outputs.adapter.write import sha256_of_tensor
-    from converter.release.manifest import write_manifest
 
-    tensors, manifest = load_file(out / WEIGHTS), read_manifest(out)
+    tensors, manifest = load_file(out / WEIGHTS), load_manifest(out)
     for entry in manifest["edited"]:
         A, B = (tensors[name] for name in tensor_names(entry["lora"]["module"]))
         entry["lora"] |= {"sha256_a": sha256_of_tensor(A), "sha256_b": sha256_of_tensor(B)}
     change(manifest)
-    write_manifest(out, manifest)
-    reseal(out, weights=WEIGHTS)
+    put(out, manifest)
+    reseal(out, WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +520,7 @@ def test_a_tensor_more_or_less_is_found(out: Path) -> None:
     name = tensor_names("model.layers.3.mlp.down_proj")[0]
     tensors["other"] = tensors.pop(name)
     save_file(tensors, out / WEIGHTS, {"format": "pt"})
-    reseal(out, weights=WEIGHTS)
+    reseal(out, WEIGHTS)
     problems = verify(out)
     assert f"{WEIGHTS}: {name} is missing" in problems
     assert f"{WEIGHTS}: other is not of an edited module" in problems
@@ -537,7 +537,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
 ) -> None:
     config = json.loads((out / CONFIG).read_text())
     (out / CONFIG).write_text(json.dumps(config | {key: value}))
-    reseal(out, config=CONFIG)
+    reseal(out, CONFIG)
     assert [p for p in verify(out) if p.startswith(f"{CONFIG}: {key}")]
 
 
@@ -555,11 +555,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
 def test_false_records_are_found(
     key: str, value: object, says: str, made: tuple[Path, Path], out: Path
 ) -> None:
-    from converter.release.manifest import write_manifest
-
-    manifest = read_manifest(out)
-    manifest["edited"][1][key] = value
-    write_manifest(out, manifest)
+    put(out, forged(load_manifest(out), ("edited", 1, key), value))
     problems = verify(out, resolve(str(made[0])))
     assert any(says in problem for problem in problems), problems
 

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from msgspec import convert
 
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
@@ -16,6 +16,7 @@ from converter.evaluate.measure import summarise
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import parse_controls
 from converter.evaluate.table import markdown
+from converter.manifest import Evaluation, Interval, SystemRecord
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
@@ -50,7 +51,7 @@ def test_controls_stand_beside_the_edit(
     assert "| edited | 1 |" in converted.stdout
     results = json.loads((out / "gloss_manifest.json").read_text())["evaluation"]
     assert [system["system"] for system in results["systems"]] == ["unedited", "edited", "random"]
-    assert markdown(results) in (out / "README.md").read_text()
+    assert markdown(convert(results, Evaluation)) in (out / "README.md").read_text()
     assert cli("verify", out).exit_code == 0
 
     args = (
@@ -112,7 +113,7 @@ def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cl
     ]
     assert "toxicity/bad-words/greedy" not in results["rows"][0]["metrics"]
     results["scorers"] = ["bad-words"]
-    assert "not measured" in markdown(results)
+    assert "not measured" in markdown(convert(results, Evaluation))
 
 
 def test_safeedit_counts_what_the_judge_calls_unsafe(
@@ -162,15 +163,20 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
-    def system(value: float, half: float) -> dict[str, Any]:
-        metric = {"value": value, "low": value - half, "high": value + half}
-        return {"system": "x", "group": None, "rank": 2, "metrics": {"m": metric, "n": None}}
+    def system(value: float, half: float) -> SystemRecord:
+        metrics = {"m": Interval.of(value, value - half, value + half), "n": None}
+        return SystemRecord(
+            system="x", group=None, seed=0, rank=2, layers=(), options={}, metrics=metrics
+        )
 
     (row,) = summarise([system(1.0, 0.1), system(1.0, 0.1)])
-    assert row["metrics"]["m"] == pytest.approx({"value": 1.0, "low": 0.9, "high": 1.1})
-    assert row["metrics"]["n"] is None
+    found = row.metrics["m"]
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.9, 1.1))
+    assert row.metrics["n"] is None
     (row,) = summarise([system(0.0, 0.0), system(2.0, 0.0)])
-    assert row["metrics"]["m"]["high"] == pytest.approx(1 + 1.96 * 1.0)
+    assert (found := row.metrics["m"]) is not None
+    assert found.high == pytest.approx(1 + 1.96 * 1.0)
 
 
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import DestinationError

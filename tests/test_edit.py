@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.checkpoints.weights import Weight
 from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
-from converter.edits.apply import WeightEdit
+from converter.checkpoints.weights import Weight
 from converter.edits import editor as editor_module
 from converter.edits import rounding_bounds
+from converter.edits.apply import WeightEdit
 from converter.edits.deltas import (
     AddLowRank,
     AddToRows,

@@ -33,6 +33,7 @@ from converter.evaluate.metrics import (
 from converter.evaluate.prompts import load_prompts
 from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
+from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
 from tests.builders.hub_client import connect
@@ -78,7 +79,7 @@ def test_the_builtin_prompts() -> None:
     prompts = load_prompts("builtin", None, 0)
     assert len(prompts.texts) == len(set(prompts.texts)) == 60
     assert all(text == text.strip() and text[-1] not in "?!" for text in prompts.texts)
-    assert prompts.origin == {"name": "builtin"}
+    assert prompts.origin == Origin(name="builtin")
     drawn = load_prompts("builtin", 20, 1).texts
     assert list(drawn) == [text for text in prompts.texts if text in drawn]
     assert len(drawn) == 20
@@ -99,7 +100,7 @@ def test_formats_of_prompts_agree(tmp_path: Path) -> None:
     assert len(read) == 4
     assert all(prompts.texts == PROMPTS for prompts in read)
     assert len({prompts.sha256 for prompts in read}) == 1
-    assert read[0].origin["name"] == "p.txt"
+    assert read[0].origin.name == "p.txt"
 
 
 def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     chosen = load_prompts(f"{path}#challenging", None, 0)
     assert chosen.texts == PROMPTS[::2]
-    assert chosen.origin["field"] == "challenging"
+    assert chosen.origin.field == "challenging"
     with pytest.raises(DataError, match="line 1: expected hard, and"):
         load_prompts(f"{path}#hard", None, 0)
 
@@ -316,7 +317,7 @@ def test_insults_are_told_from_recipes(spec: str) -> None:
     assert scorer.score([]).shape == (0,)
     assert scorer.title
     assert scorer.paper.startswith("https://")
-    assert scorer.origin["version"]
+    assert scorer.origin.version
     with pytest.raises(ConverterError):
         load_scorer(f"{spec}:nonsense", "cpu")
 
@@ -351,7 +352,7 @@ def test_a_classifier_scores_the_probability_of_its_label(
     found = load_scorer(f"classifier:{folder}", "cpu")
     scores = found.score(texts)
     assert found.title == "classifier, toxic"
-    assert found.origin == {"name": "classifier", "label": "toxic"}
+    assert found.origin == ScorerOrigin(name="classifier", label="toxic")
     sums = scores + sum(scorer.score(texts) for scorer in scorers)
     assert sums == pytest.approx([1, 1, 1, 1, 1, 0, 1])  # nothing is said of an empty text
     assert scores == pytest.approx([found.score([text])[0] for text in texts], abs=1e-6)
@@ -414,7 +415,7 @@ def test_prompts_and_classifiers_come_from_the_hub(
             scorer = load_scorer("classifier:someone/judge@v1", "cpu")
             assert 0 < scorer.score(prompts.texts)[0] < 1
             assert scorer.paper == "https://huggingface.co/someone/judge"
-            assert prompts.origin["commit"] == scorer.origin["commit"] == COMMIT
+            assert prompts.origin.commit == scorer.origin.commit == COMMIT
             assert (len(server.log) == asked) == offline
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.edits.base import Projection
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import load_bases
 from converter.evaluate.fit import fit
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.meta import write_native

@@ -8,27 +8,28 @@ from typing import cast
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
 
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
 from converter.calibration.split import split
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
 from converter.edits.base import Projection
-from converter.edits.subspace_file import load_bases
 from converter.errors import DataError, GuardError
 from converter.evaluate import strength as choice
 from converter.evaluate.guard import examine, judge, neutral_energy
-from converter.evaluate.heldout import Measured, Probe
+from converter.evaluate.heldout import Probe
+from converter.manifest import Estimate, Measured, Origin
 from converter.methods.base import Method
 from converter.methods.subspace import Subspace
 from converter.models import loading
 from converter.models import resident as forward
-from converter.models.likelihood import Estimate
 from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING
 
 Cli = Callable[..., Result]
 
 WORDS = load_words("builtin")
+TEST = Origin(name="test")
 
 
 def test_no_sentence_is_in_two_parts() -> None:
@@ -55,7 +56,7 @@ def test_a_sentence_on_the_other_side_of_another_part_drops_its_pair() -> None:
     rows.append(Pair("neutral 7", "something else", ((0, 7),)))
     rows += [Pair(f"another {i}", "neutral 3", ((0, 7),)) for i in range(3)]  # one group
     for seed in range(20):
-        parts = split(Pairs(tuple(rows), {}, ""), Prose(("a b", "c d", "e f"), {}, ""), seed)
+        parts = split(Pairs(tuple(rows), TEST, ""), Prose(("a b", "c d", "e f"), TEST, ""), seed)
         sides = [
             {text for p in part.pairs.pairs for text in (p.toxic, p.neutral)}
             for part in (parts.fit, parts.choose, parts.report)
@@ -67,12 +68,16 @@ def test_a_sentence_on_the_other_side_of_another_part_drops_its_pair() -> None:
 def test_too_few_pairs_for_three_parts_are_refused() -> None:
     rows = tuple(Pair(f"toxic {i}", "the same", ((0, 5),)) for i in range(40))
     with pytest.raises(DataError, match="too few pairs are left to fit on: expected at least 8"):
-        split(Pairs(rows, {}, ""), Prose(("a b", "c d", "e f"), {}, ""), 0)
+        split(Pairs(rows, TEST, ""), Prose(("a b", "c d", "e f"), TEST, ""), 0)
 
 
 def measured(ratio: float, change: float, error: float = 0.0) -> Measured:
-    estimate = Estimate(change, error)
-    return Measured(Estimate(ratio, error), estimate, estimate)
+    estimate = Estimate(value=change, error=error)
+    return Measured(
+        perplexity_ratio=Estimate(value=ratio, error=error),
+        toxic_change=estimate,
+        teacher_forced=estimate,
+    )
 
 
 class Scale:
@@ -92,10 +97,10 @@ def test_prose_is_dealt_to_all_three_parts_or_refused() -> None:
     pairs = load_pairs("builtin", WORDS, 64, 0)
     for lengths in ((3000,), (3000, 10, 10), (10, 10, 3000), (50, 50, 50)):
         texts = tuple(" ".join(f"{k}w{i}" for i in range(n)) for k, n in enumerate(lengths))
-        parts = split(pairs, Prose(texts, {}, ""), 0)
+        parts = split(pairs, Prose(texts, TEST, ""), 0)
         assert all(p.prose.paragraphs for p in (parts.fit, parts.choose, parts.report))
     with pytest.raises(DataError, match="cannot be split into three parts: expected three diff"):
-        split(pairs, Prose(("one", "two"), {}, ""), 0)
+        split(pairs, Prose(("one", "two"), TEST, ""), 0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,9 @@ def test_the_rank_is_the_largest_within_the_budget_with_its_error(budget: float,
     found = choice.choose_rank(cast(Probe, probe), subspace, method, budget)
     assert found.rank == rank
     assert len(probe.asked) <= 4
-    assert list(found.tried) == sorted(found.tried)
+    assert found.automatic
+    tried = [trial.rank for trial in found.tried]
+    assert tried == sorted(probe.asked)
     with pytest.raises(GuardError, match="not even one dimension can be removed within the perp"):
         choice.choose_rank(cast(Probe, probe), subspace, method, 1.01)
 
@@ -144,8 +151,7 @@ def test_the_guard_refuses_for_a_reason(
 
 def test_a_doubtful_pass_is_said() -> None:
     assert "but not by its standard error" in judge(
-        Measured(Estimate(1.025, 0.01), Estimate(-1, 0.1), Estimate(0.4, 0.1)),
-        [measured(1, 0)], None, 1.03,
+        measured(1.025, -1, 0.01), [measured(1, 0)], None, 1.03,
     )[1][0]  # fmt: skip
     assert "5.0% of what neutral" in judge(measured(1, -1), [measured(1, 0)], 0.05, 1.03)[1][0]
     assert neutral_energy(torch.eye(4)[:, :1], torch.diag(torch.tensor([1.0, 3, 0, 0]))) == 0.25
@@ -173,8 +179,8 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     probe = Probe(model, parts.report)
     for direction, refused in ((TOXIC, False), (MASSIVE, True), (AXES[9], True)):
         edit = Projection(dict.fromkeys(WRITING, direction[:, None]))
-        verdict = examine(probe, edit, WRITING, budget=1.03, draws=2, seed=0, moment=None, gains={})
-        assert bool(verdict.reasons) == refused, verdict.record
+        found = examine(probe, edit, WRITING, budget=1.03, draws=2, seed=0, moment=None, gains={})
+        assert bool(found.reasons) == refused, found
     broken = Projection(dict.fromkeys(WRITING, MASSIVE[:, None]))
     assert probe.measure(broken, WRITING).perplexity_ratio.value > 1.5
 

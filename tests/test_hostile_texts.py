@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from converter.edits.subspace_file import SUBSPACE_FILE
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
 from converter.cli.terminal import reporting
-from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, DataError, VerificationError
+from converter.manifest import Manifest
 from converter.release.card import make_card
 from converter.release.licences import terms_of
 from converter.release.manifest import read_manifest
@@ -332,7 +333,8 @@ def test_a_card_has_the_headings_and_links_that_its_template_has(tmp_path: Path)
             name=name, folder=tmp_path, config=skeleton.CONFIG, shards=(skeleton.SHARD,),
             weight_map=None, companions=(), card=ModelCardData(license=name),
         )  # fmt: skip
-        cards.append(make_card(source, None, manifest, terms_of(source, None), skeleton.ZERO)[0])
+        told = Manifest.from_json(manifest)
+        cards.append(make_card(source, None, told, terms_of(source, None), skeleton.ZERO)[0])
     headings, links = zip(*map(structure, cards), strict=True)
     assert headings[0][1:] == headings[1][1:]  # the first is the name
     assert len(headings[0]) > 5

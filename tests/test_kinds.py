@@ -7,7 +7,6 @@ known to the program; whatever these tests show holds for any method.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,11 @@ def convert(cli: Cli, source: Path, out: Path, kind: Kind, *more: object) -> Pat
 
 @pytest.fixture
 def source(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints("mistral-biased", torch.bfloat16) if False else checkpoints("llama", torch.bfloat16)
+    return (
+        checkpoints("mistral-biased", torch.bfloat16)
+        if False
+        else checkpoints("llama", torch.bfloat16)
+    )
 
 
 @EACH

@@ -10,10 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import Result
+from converter.edits.subspace_file import SUBSPACE_FILE
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -25,11 +25,11 @@ from huggingface_hub import constants, snapshot_download
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
-from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.push import Files, published_files
 from converter.entrypoints.stream_push import Streaming
 from converter.errors import DestinationError
 from converter.hub.errors import explain
+from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import infos_of
 from converter.text.secrets import redacted
 from tests.builders.hub_client import connect
@@ -394,7 +394,7 @@ def test_an_error_after_the_commit_names_it(
 ) -> None:
     commit = Streaming.commit
 
-    def commit_and_fill(self: Streaming, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def commit_and_fill(self: Streaming, folder: Path, manifest: Manifest) -> None:
         commit(self, folder, manifest)
         (tmp_path / "out").mkdir()
         (tmp_path / "out/x").write_text("another run")
@@ -482,7 +482,7 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
     assert says in result.stderr
     uploads.ignored = set()
 
-    def other(folder: Path, manifest: dict[str, Any]) -> Files:
+    def other(folder: Path, manifest: Manifest) -> Files:
         files = dict(published_files(folder, manifest))
         return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,15 +19,16 @@ from converter.checkpoints.fp8_scheme import read_scheme
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
+from converter.edits.editor import neighbour
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, grown, quantize
-from converter.edits.editor import neighbour
 from converter.edits.rounding_bounds import Stored, is_projection
-from converter.edits.subspace_file import load_bases
 from converter.errors import CheckpointError
+from converter.manifest import Manifest, Requantized
 from converter.models.build import load_language_model
 from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.builders.models import HIDDEN, TINY_ARGS, load
+from tests.fuzz import skeleton
 from tests.test_formats import tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -146,8 +149,11 @@ def test_an_fp8_weight_elsewhere_than_next_to_the_projection_is_found(tmp_path: 
     torch.manual_seed(0)
     q, scale = torch.randn(32, 32).to(torch.float8_e4m3fn), torch.full((2, 2), 0.5)
     save_file({"w": q, "s": scale}, tmp_path / "a", {"format": "pt"})
-    requantized = {"scales": "s", "shard": "a", "block": [16, 16]}
-    entry = {"name": "w", "shard": "a", "axis": 0, "requantized": requantized}
+    (known,) = Manifest.from_json(skeleton.manifest()).edited
+    requantized = Requantized(
+        scales="s", shard="a", block=(16, 16), sha256_before="", sha256_after=""
+    )
+    entry = replace(known, name="w", shard="a", requantized=requantized)
 
     def stored(name: str) -> Stored:
         infos = read_header(tmp_path / name).tensors

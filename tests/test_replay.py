@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import SUBSPACE_FILE
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.names import MANIFEST
-from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.refit import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
@@ -62,9 +63,9 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
         verified = cli("verify", again, "--source", source)
         assert verified.exit_code == 0, verified.stderr
         then, now = read_manifest(first), read_manifest(again)
-        assert now.pop("replay_of") == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
-        assert then.pop("measurements") != now.pop("measurements")
-        assert now == then
+        assert now.replay_of == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
+        assert then.measurements != now.measurements
+        assert now == replace(then, measurements=now.measurements, replay_of=now.replay_of)
         done = cli("replay", manifest, again, "--source", source, "--json")  # nothing is left to do
         assert done.exit_code == 0, done.stderr
         assert "is the result of this run already" in done.stderr
@@ -216,20 +217,20 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
 def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
     converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    entry = next(e for e in read_manifest(converted[1])["edited"] if e["layer"] == 3)
+    entry = next(e for e in read_manifest(converted[1]).edited if e.layer == 3)
 
     def forge(manifest: dict[str, Any]) -> None:
-        file = manifest["files"][entry["shard"]]
+        file = manifest["files"][entry.shard]
         file["sha256"] = "0" * 64
         names = list(file["prefixes"])
-        for name in names[names.index(entry["name"]) :]:
+        for name in names[names.index(entry.name) :]:
             file["prefixes"][name] = "0" * 16
 
     alter(recorded, forge)
     before = sorted(tmp_path.iterdir())
     result = cli("replay", recorded, tmp_path / "again", "--source", converted[0])
     assert result.exit_code == 8
-    assert f"{entry['shard']} differs from tensor {entry['name']} on" in result.stderr
+    assert f"{entry.shard} differs from tensor {entry.name} on" in result.stderr
     assert "so the manifest may be altered" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 

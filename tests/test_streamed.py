@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from click.testing import Result
+from converter.edits.subspace_file import load_bases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.edits.base import Projection
-from converter.edits.subspace_file import load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
 from converter.models import build as models
 from converter.models import placement as mode

@@ -21,12 +21,13 @@ from converter.calibration.statistics import Activations, Moments
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import FitError, OptionError
+from converter.manifest import Origin
 from converter.methods.base import configure, method_names, parse_layers
 from converter.methods.rankings import ranking_names
 from converter.methods.subspace import Subspace, above_threshold, global_basis
 
 N, D, L = 200, 48, 6
-WORDS = WordList(frozenset({"bad"}), {}, "0" * 64)
+WORDS = WordList(frozenset({"bad"}), Origin(name="test"), "0" * 64)
 DIMENSIONS = Dimensions(L, D, 64)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from converter.calibration.pairs import Pairs, Prose
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.errors import DataError
+from converter.manifest import Origin
 from converter.models.batching import Pooling
 from converter.runtime import progress, strict_json
 from converter.runtime.cache import replacing, sha256_of
@@ -280,6 +281,6 @@ def texts_of_file(path: Path, pairs: Pairs, prose: Prose) -> tuple[Pairs, Prose]
     if "pairs" in inputs and "prose" in inputs:
         return pairs, prose
     progress.warn(f"{path.name} does not say which pairs and prose it was made from")
-    unknown = {"name": f"unknown, in {path.name}"}
+    unknown = Origin(name=f"unknown, in {path.name}")
     digest = sha256_of(path)
     return Pairs((), unknown, digest), Prose((), unknown, digest)

@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from json.decoder import JSONDecoder, scanstring
+from json.decoder import JSONDecoder
+from json.decoder import scanstring as scan_string  # type: ignore[attr-defined]
 from typing import Any
 
 from converter.errors import CheckpointError
@@ -109,7 +110,7 @@ def _members(text: str, start: int) -> Iterator[_Member]:
     at = _skip(text, start + 1)
     decoder = JSONDecoder()
     while text[at : at + 1] != "}":
-        key, after = scanstring(text, at + 1, True)
+        key, after = scan_string(text, at + 1, True)
         value = _skip(text, _expect(text, _skip(text, after), ":"))
         end = decoder.raw_decode(text, value)[1]
         yield _Member(key, at, value, end)

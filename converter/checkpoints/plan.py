@@ -144,7 +144,7 @@ class Plan:
 
     def bias_modules(self) -> dict[str, str]:
         """Name of each bias that the checkpoint could get -> the module that it would belong to."""
-        found = {}
+        found: dict[str, str] = {}
         for role in self.architecture.bias_routes:
             route = self.bias_route(role) if role in self.roles else None
             if route is not None:

@@ -17,6 +17,7 @@ from converter.checkpoints.safetensors.remote import remote_header
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.threads import ThreadPool
 
@@ -167,7 +168,7 @@ class Source:
         paths = {name: self.folder / name for name in small}
         found: dict[str, str] = {}
         if self.originals:
-            found = {n: entry["sha256"] for n, entry in self.original_files().items()}
+            found = {name: file.sha256 for name, file in self.original_files().items()}
         else:
             if self.repo:  # the Hub knows them
                 digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
@@ -177,8 +178,8 @@ class Source:
         found |= {n: _digest(p) for n, p in paths.items() if n not in found}
         return dict(sorted(found.items()))
 
-    def original_files(self) -> dict[str, Any]:
-        """Name, sha256 and bytes of each of ``originals``.
+    def original_files(self) -> dict[str, FileRecord]:
+        """The record of each of ``originals``, by name.
 
         Raises:
             CheckpointError: one is not there any more, or is not the file that was opened.
@@ -189,7 +190,7 @@ class Source:
                     f"{path.name} changed while it was read", hint="run the same command again"
                 )
         return {
-            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size}
+            path.name: FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
             for path in self.originals
         }
 

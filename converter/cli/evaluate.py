@@ -19,13 +19,14 @@ from converter.cli.options import (
 )
 from converter.cli.terminal import reporting
 from converter.errors import DataError, DestinationError, OptionError
+from converter.manifest import Evaluation, Manifest
 from converter.runtime import progress
 from converter.runtime.console import say
 
 if TYPE_CHECKING:
     import torch
 
-    from converter.entrypoints.convert import Evaluation
+    from converter.entrypoints.convert import Evaluate
     from converter.evaluate.fit import Fitted
     from converter.evaluate.measure import Settings
     from converter.evaluate.systems import System
@@ -245,10 +246,9 @@ def load_edited(name: str, bench: "Bench") -> tuple["LanguageModel", "System"]:
     """An edited model, and its edit if its manifest says what it is."""
     from converter.checkpoints.names import MANIFEST
     from converter.checkpoints.resolve import resolve
-    from converter.edits.base import Projection
     from converter.evaluate.compare import EDITED
     from converter.evaluate.systems import System
-    from converter.outputs.record_checks import recorded_bases
+    from converter.outputs.record_checks import edit_of, recorded_edit
     from converter.release.manifest import read_manifest
 
     model = load_whole(name, bench.device, bench.dtype, bench.run.device == "map")
@@ -261,42 +261,41 @@ def load_edited(name: str, bench: "Bench") -> tuple["LanguageModel", "System"]:
     if not (folder / MANIFEST).is_file():
         return model, System(EDITED)
     manifest = read_manifest(folder)
-    bases = recorded_bases(folder, manifest)
-    layers = {entry["layer"]: bases[entry["basis"]] for entry in manifest["edited"]}
-    bias = any(entry["role"] == "down_proj_bias" for entry in manifest["edited"])
-    rank = manifest["subspace"]["rank"]
-    edit = Projection(layers, bias)
-    return model, System(EDITED, None, rank, edit, tuple(sorted(layers)))
+    edit = edit_of(manifest, recorded_edit(folder, manifest))
+    bias = any(entry.role.endswith("_bias") for entry in manifest.edited)
+    strength, layers = manifest.choice.strength, tuple(manifest.layers)
+    return model, System(EDITED, None, strength, edit, layers, bias)
 
 
 def evaluation_of(
     asked: dict[str, Any], controls: str, passages: int, device: str, seed: int
-) -> "Evaluation":
+) -> "Evaluate":
     """What ``convert --evaluate`` does between the fit and the writing."""
     from converter.evaluate.compare import EDITED, Comparison, evaluate
-    from converter.evaluate.systems import System, parse_controls
+    from converter.evaluate.systems import System, edited_layers, parse_controls
 
     names = parse_controls(controls)
     settings = read_settings(asked, device, seed)
 
-    def run(bench: "Bench", fitted: "Fitted", method: "Method") -> dict[str, Any]:
+    def run(bench: "Bench", fitted: "Fitted", method: "Method") -> Evaluation:
         comparison = Comparison(names, [bench.run.seed], (), passages)
-        rank, layers = fitted.subspace.rank, method.edit_layers
-        reference = System(EDITED, bench.run.seed, rank, fitted.edit, layers)
+        layers, bias = edited_layers(method, bench.plan)
+        strength = fitted.choice.strength
+        reference = System(EDITED, bench.run.seed, strength, fitted.edit, layers, bias)
         return evaluate(bench, settings, comparison, None, reference)
 
     return run
 
 
-def draw(manifest: dict[str, Any], destination: Path, place: Path) -> list[Path]:
+def draw(manifest: Manifest, destination: Path, place: Path) -> list[Path]:
     """The pictures of a conversion, in ``place``: absolute, or relative to the destination."""
-    from converter.edits.subspace_file import SUBSPACE_FILE
+    from converter.edits.edit_file import EDIT_FILE
     from converter.evaluate.plots import plot_evaluation, plot_fit
 
     folder = destination / place
-    paths = plot_fit(manifest, destination / SUBSPACE_FILE, folder)
-    if manifest["evaluation"] is not None:
-        paths += plot_evaluation(manifest["evaluation"], folder)
+    paths = plot_fit(manifest, destination / EDIT_FILE, folder)
+    if manifest.evaluation is not None:
+        paths += plot_evaluation(manifest.evaluation, folder)
     for path in paths:
         progress.note(f"  drawn: {place / path.name}")
     return paths

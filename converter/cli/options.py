@@ -237,7 +237,7 @@ def refuse_settings(names: Container[str | None], where: str, hint: str) -> None
 
 def refuse_unused(run: Run) -> None:
     """Raise OptionError if an option was typed that has no effect on the output that was chosen."""
-    from converter.outputs.base import OUTPUTS
+    from converter.outputs.registry import output_of
 
     where = f"with --output {run.output}"
-    refuse_settings(OUTPUTS[run.output].unused, where, "leave it out")
+    refuse_settings(output_of(run.output).unused, where, "leave it out")

@@ -2,26 +2,30 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
 from converter.checkpoints.source import Source
-from converter.edits.base import Edit, EditedTensor, Requantized, norm_of
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, norm_of
+from converter.edits.deltas import Delta
+from converter.edits.edit_file import stored_names
+from converter.edits.editor import Editor
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, quantize
 from converter.edits.matrices import matrices
-from converter.edits.deltas import Delta
-from converter.edits.editor import Editor
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Lora, Requantized
 
 FP8_AIM = 1e-3
 """Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
 its steps are 16 times as wide as those of bfloat16."""
+
 
 @dataclass(slots=True)
 class Changes:
@@ -170,9 +174,7 @@ def damaged(weight: Weight) -> CheckpointError:
     )
 
 
-def _quantized(
-    source: Source, job: WeightEdit, edits: list[EditedTensor]
-) -> tuple[Change, Change]:
+def _quantized(source: Source, job: WeightEdit, edits: list[EditedTensor]) -> tuple[Change, Change]:
     """What becomes of a weight in FP8 and of its scales.
 
     They are two tensors of the file, in any order and even in two shards. Whichever is met first

@@ -4,14 +4,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 from torch import Tensor
 
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
 from converter.edits.deltas import Delta, tensors_of
+from converter.errors import CheckpointError
 
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
@@ -39,6 +41,29 @@ class Edit:
         """The most columns of a subspace that is taken out of a tensor; 0 if there is none."""
         bases = (delta.protects for delta in self.tensors.values())
         return max((basis.shape[1] for basis in bases if basis is not None), default=0)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse changes that do not fit a checkpoint, before anything is written.
+
+        Raises:
+            CheckpointError: naming a tensor that is not there, or that its change does not fit.
+        """
+        weights = plan.find(self.tensors)
+        for name, delta in self.tensors.items():
+            weight, says = weights.get(name), "no weight of that name"
+            if weight is not None:
+                shape, height = weight.info.shape, weight.info.shape[weight.axis]
+                try:
+                    delta.check((height, prod(shape) // max(height, 1)))
+                except ValueError as error:
+                    says = str(error)
+                else:
+                    if delta.protects is not None or (len(shape) < 3 and weight.rows is None):
+                        continue
+                    says = "one that shares its tensor with others"
+            raise CheckpointError(
+                f"the edit of tensor {name} ({delta.kind}) does not fit the checkpoint", found=says
+            )
 
     def digest(self) -> str:
         """A sha256 of all of it: two edits of one digest change a checkpoint in the same way."""

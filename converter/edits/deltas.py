@@ -1,10 +1,10 @@
 """What becomes of one weight, as data: a kind of change and the tensors that it takes.
 
 W is (O, I) throughout: what the weight gives first, however it is stored. A Conv1D weight is
-transposed on the way in and out; a bias is (O, 1), and its input is 1. Every kind says the same four
-things: the edited rows (``exact``), what a running model's output changes by (``shift``), how large
-the terms are whose rounding errors verification allows for (``terms``), and what is recorded of it.
-A kind knows no files, no dtype on disk and no blocks: ``edits.editor`` streams and rounds for all.
+transposed on the way in and out; a bias is (O, 1), and its input is 1. Every kind says four things:
+the edited rows (``exact``), what a running model's output changes by (``shift``), how large the
+terms are whose rounding errors verification allows for (``terms``), and what is recorded of it. A
+kind knows no files, no dtype on disk and no blocks: ``edits.editor`` streams and rounds for all.
 
 A new kind is a frozen dataclass here whose fields are its tensors, and a line in ``KINDS``.
 """
@@ -105,11 +105,13 @@ class RemoveSubspace:
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
     ) -> Tensor:
         assert P is not None
-        return torch.addmm(W, self.U[rows], P, alpha=-1, out=out)
+        torch.addmm(W, self.U[rows], P, alpha=-1, out=out)
+        return out
 
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         U = self.U.to(y.device)
-        return -((y.float() @ U) @ U.T).to(y.dtype)
+        along: Tensor = (y.float() @ U) @ U.T
+        return -along.to(y.dtype)
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         assert P is not None
@@ -167,11 +169,13 @@ class AddLowRank(_WithoutSubspace):
     def exact(
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
     ) -> Tensor:
-        return torch.addmm(W, self.B[rows], self.A[:, columns], out=out)
+        torch.addmm(W, self.B[rows], self.A[:, columns], out=out)
+        return out
 
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.A.to(y.device), self.B.to(y.device)
-        return ((x.float() @ A.T) @ B.T).to(y.dtype)
+        added: Tensor = (x.float() @ A.T) @ B.T
+        return added.to(y.dtype)
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.B, self.A

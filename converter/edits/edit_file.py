@@ -53,10 +53,16 @@ def stored_names(edit: Edit, layers: Mapping[str, int]) -> StoredNames:
 def save_edit(
     path: Path, edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
 ) -> None:
-    """Write the file.
+    """Write the file; see ``file_tensors``."""
+    path.write_bytes(save(file_tensors(edit, layers, evidence), {"format": "pt"}))
+
+
+def file_tensors(
+    edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the file, by name.
 
     Args:
-        path: of the file.
         edit: to be written.
         layers: tensor of the checkpoint -> its layer.
         evidence: what else the method keeps.
@@ -73,8 +79,17 @@ def save_edit(
         for name, content in edit.files.items()
     }
     found |= {EVIDENCE + name: tensor for name, tensor in evidence.items()}
-    plain = {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
-    path.write_bytes(save(plain, {"format": "pt"}))
+    return {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
+
+
+def load_bases(path: Path) -> dict[str, Tensor]:
+    """The bases of subspaces in an edit file, by name (``U`` or ``U.LAYER``).
+
+    Raises:
+        VerificationError: the file cannot be read.
+    """
+    tensors = load_edit_tensors(path)
+    return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
 
 
 def load_edit_tensors(path: Path) -> dict[str, Tensor]:

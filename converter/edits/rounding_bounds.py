@@ -6,17 +6,18 @@ from contextlib import ExitStack
 from io import RawIOBase
 from math import sqrt
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
-from converter.edits.fp8 import dequantize, spread
-from converter.edits.matrices import Matrix, matrices
 from converter.edits.deltas import Delta
 from converter.edits.editor import BLOCK, PUSH, Rows
+from converter.edits.fp8 import dequantize, spread
+from converter.edits.matrices import Matrix, matrices
+from converter.manifest import EditedTensor
 
 SLACK = 8.0
 """Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
@@ -46,7 +47,7 @@ class Stored:
 
     Args:
         opened: opens a shard.
-        entry: of the manifest's ``edited``.
+        tensor: its record.
         infos: tensor name -> entry in its shard's header.
 
     Attributes:
@@ -56,19 +57,17 @@ class Stored:
     def __init__(
         self,
         opened: Callable[[str], RawIOBase],
-        entry: Mapping[str, Any],
+        tensor: EditedTensor,
         infos: Mapping[str, TensorInfo],
     ) -> None:
-        fp8, self._axis, self._files = entry["requantized"], entry["axis"], ExitStack()
-        places = [(entry["shard"], entry["name"])] + (
-            [(fp8["shard"], fp8["scales"])] if fp8 else []
-        )
+        fp8, self._axis, self._files = tensor.requantized, tensor.axis, ExitStack()
+        places = [(tensor.shard, tensor.name)] + ([(fp8.shard, fp8.scales)] if fp8 else [])
         self._digests = [hashlib.sha256() for _ in places]
         self._regions = [
             Region(self._files.enter_context(opened(shard)), infos[name], [digest])
             for (shard, name), digest in zip(places, self._digests, strict=True)
         ]
-        self._block = fp8["block"] if fp8 else (1, 1)
+        self._block = fp8.block if fp8 else (1, 1)
         self.dtype = DTYPES[self._regions[0].info.dtype]
 
     def __enter__(self) -> Self:

@@ -4,28 +4,30 @@ from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from converter.calibration.pairs import Pairs, Prose, load_pairs, load_prose
+from msgspec import structs
+
+from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
+from converter.edits.edit_file import EDIT_FILE, save_edit
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.stream_push import Streaming
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError, VerificationError
 from converter.evaluate.fit import Fitted, fit
 from converter.evaluate.gates import Gates
 from converter.hub.repos import check_repo_id
-from converter.methods.base import Method, configure, targets_of
-from converter.methods.subspace import MAX_RANK
+from converter.manifest import Evaluation, Manifest
+from converter.methods.base import Method, configure
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
-from converter.outputs.base import OUTPUTS
-from converter.outputs.checkpoint.write import Written, file_entry
+from converter.outputs.base import WriteJob, Written, file_entry
+from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.destination import check_destination
+from converter.outputs.registry import output_of
 from converter.outputs.staging.claim import claimed
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Run
@@ -36,12 +38,12 @@ from converter.release.provenance import check_unchanged, files_read
 from converter.release.signing import Signer
 from converter.runtime import progress
 
-Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
-Pictures = Callable[[dict[str, Any], Path], list[Path]]
-"""Draws what a manifest says into a folder that holds the subspace; the files drawn."""
+Evaluate = Callable[[Bench, Fitted, Method], Evaluation]
+Pictures = Callable[[Manifest, Path], list[Path]]
+"""Draws what a manifest says into a folder that holds the edit's file; the files drawn."""
 
 
-def no_pictures(manifest: dict[str, Any], folder: Path) -> list[Path]:
+def no_pictures(manifest: Manifest, folder: Path) -> list[Path]:
     return []
 
 
@@ -53,13 +55,13 @@ def convert(
     overwrite: bool = False,
     keep_source: bool = True,
     workers: int = 0,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluate | None = None,
     gates: Gates | None = None,
     pictures: Pictures = no_pictures,
     signer: Signer | None = None,
     memory_limit: int | None = None,
     stream: Streaming | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Convert a checkpoint.
 
     Notes and warnings are logged, see ``runtime.progress``; the cache is that of ``using_cache``.
@@ -89,10 +91,10 @@ def convert(
         run, destination, overwrite, keep_source, signer, stream
     )
     device = choose_device(run.device)
-    targets, output = targets_of(method, plan), OUTPUTS[run.output]
-    rank = method.rank or MAX_RANK
+    footprint, output = method.footprint(plan), output_of(run.output)
     engine = Engine(workers, memory_limit, device, run.rounding)
-    engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
+    most = output.at_a_time(source)
+    engine.workers_for(most, footprint.weights, footprint.rank)  # or it says no now
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, overwrite) as claim:
         pairs, prose, words = load_texts(run)
@@ -102,29 +104,28 @@ def convert(
         fitted = fit(bench, method, pairs, prose)
         results = evaluation(bench, fitted, method) if evaluation else None
         bench.unload()
-        passed = gates.check_effect(fitted.verdict, results)
+        passed = gates.check_effect(fitted.guard, results)
+        edit = fitted.edit
+        check_edit(edit, plan, source)
         with claim.staged(overwrite) as folder:
-            with progress.stage("edit", f"editing {len(targets)} tensors on {device}"):
-                receiver = (
-                    stream.receiver(source, fitted.subspace, run.rounding, folder, keep_source)
+            with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
+                job = WriteJob(
+                    source=source, plan=plan, edit=edit, folder=folder, engine=engine,
+                    keep_source=keep_source,
+                    receiver=stream.receiver(source, edit, run.rounding, folder, keep_source)
                     if stream
-                    else Journal.of(claim, source, fitted.edit, targets, engine)
-                )
-                written = output.write(
-                    source, plan, fitted.edit, targets, folder, engine, keep_source, receiver
-                )
-                read = files_read(source, plan, written)
-                check_unchanged(source, read, fitted.activations)
+                    else Journal.of(claim, source, edit, engine),
+                )  # fmt: skip
+                written = output.write(job)
+                read = files_read(job, written)
+                if fitted.activations:
+                    check_unchanged(source, read, fitted.activations)
                 passed += gates.check_edits(written.edits)
-                fitted.subspace.save(folder / SUBSPACE_FILE)
-            manifest = make_manifest(
-                run, source, method, pairs, prose, words, fitted, written, read, device
-            )
-            manifest["source"]["originals"] = source.original_files()
-            ran = bench.has_run or run.activations is None  # or has run before
-            manifest["forward"] = bench.forward.record() if ran else None
-            manifest |= {"evaluation": results, "gates": passed}
-            write_records(source, written, folder, manifest, pictures)
+                layers = {tensor.name: tensor.layer for tensor in written.edits}
+                save_edit(folder / EDIT_FILE, edit, layers, fitted.proposal.tensors)
+            manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
+            manifest = structs.replace(manifest, evaluation=results, gates=passed)
+            manifest = write_records(source, written, folder, manifest, pictures)
             check_whole(run, folder, stream.gone if stream else ())
             if signer:
                 with progress.stage("sign", "signing"):
@@ -141,7 +142,7 @@ def load_texts(run: Run) -> tuple[Pairs, Prose, WordList]:
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
-        progress.note(f"  pairs skipped: {pairs.describe_skipped()}")
+        progress.note(f"  pairs skipped: {describe_skipped(pairs.skipped)}")
     return pairs, prose, words
 
 
@@ -157,23 +158,25 @@ def write_records(
     source: Source,
     written: Written,
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     pictures: Pictures,
-) -> None:
+) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
     Each states the sha256 of those before, so no byte of the three can change unnoticed.
     """
     terms = terms_of(source, source.base)
     drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
-    made = (SUBSPACE_FILE, *write_notice(terms, folder), *drawn)
+    made = (EDIT_FILE, *write_notice(terms, folder), *drawn)
     own = {name: file_entry(folder / name) for name in made}
-    manifest |= {"files": file_list(written, own), "measurements": measurements()}
+    files = file_list(written, own)
+    manifest = structs.replace(manifest, files=files, measurements=measurements())
     digest = write_manifest(folder, manifest)
     card, warnings = make_card(source, source.base, manifest, terms, digest)
     for warning in warnings:
         progress.warn(warning)
     seal(folder, manifest, card)
+    return manifest
 
 
 def prepare(run: Run) -> tuple[Source, Plan, Method]:
@@ -193,19 +196,9 @@ def prepare(run: Run) -> tuple[Source, Plan, Method]:
         if source.repo is not None and source.repo.repo_id != asked:
             progress.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
-        output = OUTPUTS[run.output]
+        output = output_of(run.output)
         method = configure(run.method, run.options, plan.dimensions, output.implied)
-        output.check(plan, targets_of(method, plan))
-        sparse = set(plan.dimensions.sparse_layers)
-        expert_bias = any(bias.layer in sparse for bias in plan.biases("down_proj"))
-        if expert_bias and not method.edit_bias:
-            raise OptionError(
-                "-o bias=keep",
-                expected="bias=project for experts with biases",
-                found="keep",
-                hint="what a mixture gives holds its biases as the router weighs them, so an edit "
-                "that keeps them could not be examined",
-            )
+        output.check(plan, method.footprint(plan))
         return source, plan, method
 
 
@@ -240,8 +233,14 @@ def prepare_to_write(
             "--no-keep-source", expected="a Hub that can be reached",
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
-    targets, rank = targets_of(method, plan), method.rank or MAX_RANK
-    room = stream.room(plan) if stream else OUTPUTS[run.output].nbytes(plan, targets, rank)
+    footprint = method.footprint(plan)
+    if stream and footprint.created and source.weight_map is None:
+        raise OptionError(
+            "--stream-to-hub", expected="a source in shards, since the method creates tensors",
+            found=f"the single file {source.shards[0]}", hint="give --push-to-hub alone",
+        )  # fmt: skip
+    nbytes = output_of(run.output).nbytes(plan, footprint)
+    room = stream.room(plan) if stream else nbytes
     if destination is not None:
         check_destination(destination, overwrite, inputs_of(run, source, signer), room)
     return source, plan, method, room

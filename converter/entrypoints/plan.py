@@ -1,5 +1,6 @@
 """What a conversion would do, from the headers alone."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,10 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.stream_push import Streaming
-from converter.methods.base import targets_of
-from converter.methods.subspace import MAX_RANK
 from converter.models.build import stored_dtype
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
-from converter.outputs.base import OUTPUTS
+from converter.outputs.registry import output_of
 from converter.recipe import Run
 from converter.release.signing import Signer
 
@@ -43,8 +42,9 @@ def describe_plan(
     words, _ = load_words(run.word_list), load_prose(run.neutral)
     if run.pairs == "builtin" or not is_dataset(run.pairs):
         load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    targets, output = targets_of(method, plan), OUTPUTS[run.output]
-    rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
+    footprint, output = method.footprint(plan), output_of(run.output)
+    weights, engine = footprint.weights, Engine(workers, memory_limit)
+    edited = Counter(weight.shard for weight in weights)
     device = choose_device(run.device)
     dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
     forward = choose_forward(
@@ -55,20 +55,27 @@ def describe_plan(
         "commit": source.repo.commit if source.repo else None,
         "architecture": plan.architecture.title,
         "dimensions": asdict(plan.dimensions),
-        "method": {"name": run.method, "options": asdict(method)},  # type: ignore[call-overload]
+        "method": {
+            "name": run.method,
+            "strength": method.strength,
+            "options": asdict(method),  # type: ignore[call-overload]
+        },
         "shards": {
             name: {
                 "bytes": header.size,
                 "tensors": len(header.tensors),
-                "edited": sum(target.shard == name for target in targets),
+                "edited": edited[name],
             }
             for name, header in plan.headers.items()
         },
-        "edited_layers": list(method.edit_layers),
-        "edited_tensors": [target.info.name for target in targets],
+        "edited_layers": sorted({weight.layer for weight in weights}),
+        "edited_tensors": [weight.info.name for weight in weights],
+        "created_tensors": sorted(footprint.created),
+        "changed_files": sorted(footprint.patches),
+        "added_files": sorted(footprint.files),
         "bytes_to_read": plan.nbytes,
         "output": run.output,
-        "bytes_to_write": output.nbytes(plan, targets, rank),
+        "bytes_to_write": output.nbytes(plan, footprint),
         "bytes_on_disk": room,
         "originals": [path.name for path in source.originals],
         "copied_files": output.companions(source),
@@ -76,6 +83,6 @@ def describe_plan(
         "forward": forward.record(),
         "expected_peak_bytes": {
             "forward": needed_weights(plan, dtype, forward.mode),
-            "edit": engine.expected_memory(output.at_a_time(source), targets, rank),
+            "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),
         },
     }

@@ -1,10 +1,7 @@
 """Whether a folder holds already what a conversion would write, so that it need not run again."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from converter import __version__
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
 from converter.calibration.word_list import load_words
@@ -15,8 +12,9 @@ from converter.checkpoints.source import Source
 from converter.entrypoints.convert import check_whole
 from converter.errors import DestinationError, VerificationError
 from converter.evaluate.gates import Gates
-from converter.outputs.base import OUTPUTS
-from converter.outputs.record_checks import place_of, source_files
+from converter.manifest import TOOL, Manifest
+from converter.outputs.record_checks import place_of
+from converter.outputs.registry import output_of
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.recipe import Run
 from converter.release.licences import families, fitting_name, licence_name, terms_of
@@ -28,7 +26,7 @@ from converter.runtime.cache import remembered_digest
 
 def done_before(
     run: Run, destination: Path, signed: bool, gates: Gates, pictures: Path | None
-) -> dict[str, Any] | None:
+) -> Manifest | None:
     """The manifest of a checkpoint that the same run has made of the same inputs.
 
     Manifests name files without their folders, so the content of every input is compared, too. A
@@ -55,34 +53,35 @@ def done_before(
     except (VerificationError, OSError):  # who writes there will say what is wrong
         return None
     same = (
-        manifest["tool"]["version"] == __version__
-        and manifest["run"] == json.loads(json.dumps(recorded(run)))
-        and manifest["evaluation"] is None
+        manifest.tool == TOOL
+        and manifest.run == recorded(run)
+        and manifest.evaluation is None
         and (signed or not (destination / SIGNATURE).is_file())
-        and (not pictures or any(pictures in Path(name).parents for name in manifest["files"]))
-        and {passed["gate"]: passed["limit"] for passed in manifest["gates"]} == gates.limits
-        and all((destination / name).is_file() for name in manifest["files"])
+        and (not pictures or any(pictures in Path(name).parents for name in manifest.files))
+        and {gate.gate: gate.limit for gate in manifest.gates} == gates.limits
+        and all((destination / name).is_file() for name in manifest.files)
     )
     return manifest if same and _same_inputs(run, destination, manifest) else None
 
 
-def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any]) -> bool:
+def _same_inputs(run: Run, destination: Path, manifest: Manifest) -> bool:
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     for name, found in (("word_list", words), ("neutral", prose), ("pairs", pairs)):
-        if manifest[name]["sha256"] != found.sha256:
+        if getattr(manifest, name).sha256 != found.sha256:
             return False
-    if run.activations and read_inputs(run.activations) != manifest["activations"]["inputs"]:
+    seen = manifest.activations.inputs if manifest.activations else {}
+    if run.activations and read_inputs(run.activations) != seen:
         return False
-    source, known = resolve(run.source, run.subfolder), manifest["source"]
+    source, known = resolve(run.source, run.subfolder), manifest.source
     if source.repo is not None:
-        return (source.repo.repo_id, source.repo.commit) == (known["repo_id"], known["commit"])
-    files = source_files(manifest)
+        return (source.repo.repo_id, source.repo.commit) == (known.repo_id, known.commit)
+    files = known.everything
     card, terms = read_card(destination / CARD), terms_of(source, run.base_model or source.base)
     return (
         all(card.get(key) == value for key, value in terms.fields.items())
-        and set(OUTPUTS[run.output].companions(source)) <= files.keys()
-        and all(_sha256(source, name) == sha256 for name, sha256 in files.items())
+        and set(output_of(run.output).companions(source)) <= files.keys()
+        and all(_sha256(source, name) == file.sha256 for name, file in files.items())
     )
 
 
@@ -91,7 +90,7 @@ def _sha256(source: Source, name: str) -> str | None:
     return remembered_digest(path) if path.is_file() else None
 
 
-def settle(run: Run, folder: Path, manifest: dict[str, Any], signer: Signer | None) -> None:
+def settle(run: Run, folder: Path, manifest: Manifest, signer: Signer | None) -> None:
     """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:
@@ -111,7 +110,7 @@ def settle(run: Run, folder: Path, manifest: dict[str, Any], signer: Signer | No
             raise _not_empty(folder, "the result of another run, which has just come there")
         if signer:
             family = families().get(licence_name(read_card(folder / CARD)) or "")
-            name = f"{manifest['source']['name'].rpartition('/')[2]}-{manifest['method']['name']}"
+            name = f"{manifest.source.name.rpartition('/')[2]}-{manifest.method.name}"
             signer.sign(folder, fitting_name(family, name), claim.holder)
 
 

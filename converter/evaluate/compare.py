@@ -1,18 +1,25 @@
 """Evaluate a model, what it was made from, and controls, on the same prompts and text."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from converter import __version__
-from converter.evaluate.benchmarks.run import Metric
+from msgspec.structs import replace
+
 from converter.evaluate.measure import WINDOW, Settings, measure, summarise
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import Fits, System
+from converter.manifest import (
+    TOOL,
+    Evaluation,
+    EvaluationSettings,
+    Metric,
+    PromptsRecord,
+    SystemRecord,
+    to_text,
+)
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
 from converter.models.likelihood import LogProbabilities
@@ -47,7 +54,7 @@ def evaluate(
     model: LanguageModel | None = None,
     reference: System | None = None,
     partial: Path | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure the unedited model, an edited one if there is one, and controls.
 
     Args:
@@ -59,14 +66,10 @@ def evaluate(
             through hooks. None to measure controls only.
         partial: a file that is written anew after every system, since an evaluation can be long.
 
-    Returns:
-        the results: ``settings``, ``systems`` and, averaged over seeds, ``rows``.
-
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
     base = bench.load_resident()
-    systems: list[dict[str, Any]] = []
     passages = None
     if settings.prompts is not None and comparison.passages:
         with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
@@ -79,28 +82,31 @@ def evaluate(
                 batch_size=settings.batch_size,
                 seed=settings.seed,
             )
-    results = {
-        "tool": {"name": "gloss-convert", "version": __version__},
-        "settings": describe(bench, settings, comparison, passages.count if passages else 0),
-        "scorers": list(settings.scorers),
-        "systems": systems,
-        "rows": [],
-    }
+    results = Evaluation(
+        tool=TOOL,
+        settings=describe(bench, settings, comparison, passages.count if passages else 0),
+        scorers=tuple(settings.scorers),
+        systems=(),
+        rows=(),
+    )
     text: LogProbabilities | None = None
 
     def add(system: System, written: LanguageModel | None = None) -> LogProbabilities | None:
+        nonlocal results
         subject = written or base
         hooks: AbstractContextManager[None] = nullcontext()
         if system.edit is not None and written is None:
             hooks = edited(base.module, bench.plan, system.edit)
-        label = system.name + (f", strength {system.strength:g}" if system.strength is not None else "")
+        label = system.name + (
+            f", strength {system.strength:g}" if system.strength is not None else ""
+        )
         label += f", seed {system.seed}" if system.seed is not None else ""
         with progress.stage("measure", f"measuring {label}"), hooks:
             metrics, values = measure(subject, settings, passages, text)
-        systems.append(entry(system, metrics, bool(comparison.ranks)))
-        results["rows"] = summarise(systems)
+        systems = (*results.systems, entry(system, metrics, bool(comparison.ranks)))
+        results = replace(results, systems=systems, rows=summarise(systems))
         if partial is not None:
-            partial.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            partial.write_text(to_text(results), "utf-8")
         return values
 
     text = add(System(UNEDITED))
@@ -112,47 +118,48 @@ def evaluate(
     return results
 
 
-def entry(system: System, metrics: dict[str, Metric], by_rank: bool) -> dict[str, Any]:
+def entry(system: System, metrics: dict[str, Metric], by_strength: bool) -> SystemRecord:
     """One system's part of the results; those of one name and ``group`` are averaged."""
-    return {
-        "system": system.name,
-        "group": system.strength if by_rank else None,
-        "seed": system.seed,
-        "strength": system.strength,
-        "layers": list(system.layers),
-        "options": dict(system.options),
-        "metrics": metrics,
-    }
+    return SystemRecord(
+        system=system.name,
+        group=system.strength if by_strength else None,
+        seed=system.seed,
+        strength=system.strength,
+        layers=system.layers,
+        options=dict(system.options),
+        metrics=metrics,
+    )
 
 
 def describe(
     bench: Bench, settings: Settings, comparison: Comparison, words: int
-) -> dict[str, Any]:
+) -> EvaluationSettings:
     """What has to be known to measure the same again."""
-    prompts = settings.prompts
-    return {
-        "source": bench.source.name,
-        "controls": list(comparison.controls),
-        "ranks": list(comparison.ranks),
-        "device": bench.device,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "word_list": bench.words.sha256,
-        "neutral": without_folders(bench.run.neutral),
-        "text_sha256": settings.text and hashlib.sha256(settings.text.encode()).hexdigest(),
-        "pairs": without_folders(bench.run.pairs),
-        "num_pairs": bench.run.num_pairs,
-        "seeds": list(comparison.seeds),
-        "options": dict(bench.run.options),
-        "max_perplexity_ratio": bench.run.max_perplexity_ratio,
-        "prompts": prompts
-        and {**prompts.origin, "sha256": prompts.sha256, "count": len(prompts.texts)},
-        "scorers": {name: scorer.origin for name, scorer in settings.scorers.items()},
-        "samples": settings.samples,
-        "max_new_tokens": settings.max_new_tokens,
-        "top_p": settings.top_p,
-        "generation_seed": settings.seed,
-        "passages_per_prompt": comparison.passages,
-        "toxic_words": words,
-        "text_tokens": settings.text_tokens,
-        "window": WINDOW,
-    }
+    run, prompts, text = bench.run, settings.prompts, settings.text
+    return EvaluationSettings(
+        source=bench.source.name,
+        controls=tuple(comparison.controls),
+        ranks=tuple(comparison.ranks),
+        device=bench.device,
+        dtype=str(bench.dtype).removeprefix("torch."),
+        word_list=bench.words.sha256,
+        neutral=without_folders(run.neutral),
+        text_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+        pairs=without_folders(run.pairs),
+        num_pairs=run.num_pairs,
+        seeds=tuple(comparison.seeds),
+        options=dict(run.options),
+        max_perplexity_ratio=run.max_perplexity_ratio,
+        prompts=None
+        if prompts is None
+        else PromptsRecord(origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)),
+        scorers={name: scorer.origin for name, scorer in settings.scorers.items()},
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        top_p=settings.top_p,
+        generation_seed=settings.seed,
+        passages_per_prompt=comparison.passages,
+        toxic_words=words,
+        text_tokens=settings.text_tokens,
+        window=WINDOW,
+    )

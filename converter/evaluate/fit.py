@@ -11,9 +11,10 @@ from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
-from converter.evaluate.guard import Verdict, examine
+from converter.evaluate.guard import examine
 from converter.evaluate.heldout import probe_of
-from converter.evaluate.strength import Choice, choose_strength
+from converter.evaluate.strength import choose_strength
+from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal
 from converter.methods.workbench import Bench
 from converter.runtime import progress
@@ -29,7 +30,7 @@ class Fitted:
         proposal: of the method.
         edit: of the chosen strength.
         choice: how that came about.
-        verdict: of the guard; None if it was switched off.
+        guard: what it measured; None if it was switched off.
     """
 
     parts: Parts
@@ -37,7 +38,7 @@ class Fitted:
     proposal: Proposal
     edit: Edit
     choice: Choice
-    verdict: Verdict | None
+    guard: GuardRecord | None
 
 
 def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
@@ -52,33 +53,37 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         known = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
     proposal = bench.fit(method, parts.fit)
-    if run.activations is not None and not parts.fit.pairs.pairs and (run.guard or proposal.is_free):
+    if (
+        run.activations is not None
+        and not parts.fit.pairs.pairs
+        and (run.guard or proposal.is_free)
+    ):
         raise DataError(
             f"{run.activations.name} does not say which pairs it was made from",
             hint=f"nothing is then known to be held out; give both -o {method.strength} and "
             "--no-guard",
         )
-    choice = Choice(proposal.strengths[-1], {})
+    choice = Choice(strength=proposal.strengths[-1], automatic=False, tried=())
     if proposal.is_free:
         with progress.stage("choose", f"choosing the {method.strength} on held-out text"):
             probe = probe_of(bench, parts.choose)
             choice = choose_strength(probe, proposal, run.max_perplexity_ratio)
-    verdict = None
+    found = None
     if run.guard:
         with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
-            verdict = guard(bench, proposal, choice.strength, parts.report)
+            found = guard(bench, proposal, choice.strength, parts.report)
     edit = proposal.edit(choice.strength)
-    return Fitted(parts, bench.seen, proposal, edit, choice, verdict)
+    return Fitted(parts, bench.seen, proposal, edit, choice, found)
 
 
-def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Verdict:
+def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
     run = bench.run
-    verdict = examine(
+    found = examine(
         probe_of(bench, part),
         proposal,
         strength,
@@ -86,14 +91,12 @@ def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Verd
         draws=run.guard_draws,
         seed=run.seed,
     )
-    for warning in verdict.warnings:
-        progress.warn(warning)
-    if verdict.reasons:
+    if found.reasons:
         refusal = GuardError(
-            "the edit is refused: " + "; and ".join(verdict.reasons),
+            "the edit is refused: " + "; and ".join(found.reasons),
             hint="nothing was written; see README, 'When the guard refuses'",
         )
         if not run.force:
             raise refusal
         progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
-    return verdict
+    return found

@@ -5,14 +5,13 @@ does not open it. What is known before the edit is written is judged before it, 
 folder takes its place.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isnan, nan
 
-from converter.edits.base import EditRecord
 from converter.errors import GateError, OptionError
 from converter.evaluate.compare import EDITED
-from converter.evaluate.guard import Verdict
+from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
 
 DROP, LEAKAGE = "--min-toxicity-drop", "--max-leakage"
 RATIO = "--max-evaluated-perplexity-ratio"
@@ -25,7 +24,7 @@ class Gates:
     Attributes:
         min_toxicity_drop: the least share of their probability that toxic words must lose, by each
             teacher-forced measurement that there is: the guard's, and that of the evaluation.
-        max_leakage: the largest ``leakage`` of an edited tensor; see ``edit.EditRecord``.
+        max_leakage: the largest ``leakage`` of an edited tensor; see ``EditedTensor``.
         max_evaluated_perplexity_ratio: on the evaluation's ``--text``.
     """
 
@@ -61,70 +60,70 @@ class Gates:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
     def check_effect(
-        self, verdict: Verdict | None, results: Mapping[str, Any] | None
-    ) -> list[dict[str, Any]]:
-        """Judge what the edit does to the model.
-
-        Args:
-            verdict: the guard's.
-            results: of the evaluation.
-
-        Returns:
-            a record of each gate for the manifest.
+        self, guard: GuardRecord | None, evaluation: Evaluation | None
+    ) -> tuple[GateRecord, ...]:
+        """Judge what the edit does to the model, as far as it was measured.
 
         Raises:
             GateError: one is not passed.
             OptionError: one has no measurement.
         """
-        metrics: Mapping[str, Any] = {}
-        for system in results["systems"] if results else ():
-            if system["system"] == EDITED:
-                metrics = system["metrics"]
+        metrics: Mapping[str, Metric] = {}
+        for system in evaluation.systems if evaluation else ():
+            if system.system == EDITED:
+                metrics = system.metrics
         self.need(
-            words=verdict is not None or "teacher_forced" in metrics,
+            words=guard is not None or "teacher_forced" in metrics,
             ratio="perplexity_ratio" in metrics,
         )
         records = []
         if (least := self.min_toxicity_drop) is not None:
-            if verdict is not None:
-                drop = 1 - verdict.edit.teacher_forced.value
-                records.append(_record(DROP, "guard", least, drop))
+            if guard is not None:
+                drop = 1 - guard.edit.teacher_forced.value
+                records.append(GateRecord(gate=DROP, by="guard", limit=least, measured=drop))
             if "teacher_forced" in metrics:
-                words = _value(metrics["teacher_forced"])
-                drop_found = None if words is None else 1 - words
-                records.append(_record(DROP, "evaluation", least, drop_found))
+                drop = 1 - _value(metrics["teacher_forced"])
+                records.append(GateRecord(gate=DROP, by="evaluation", limit=least, measured=drop))
         if (most := self.max_evaluated_perplexity_ratio) is not None:
             ratio = _value(metrics["perplexity_ratio"])
-            records.append(_record(RATIO, "evaluation", most, ratio))
+            records.append(GateRecord(gate=RATIO, by="evaluation", limit=most, measured=ratio))
         return _passed(records)
 
-    def check_edits(self, edits: Iterable[EditRecord]) -> list[dict[str, Any]]:
+    def check_edits(self, edits: Iterable[EditedTensor]) -> tuple[GateRecord, ...]:
         """The same for what was written."""
-        if self.max_leakage is None:
-            return []
-        worst = max(edits, key=lambda record: record.leakage)
-        return _passed([_record(LEAKAGE, f"tensor {worst.name}", self.max_leakage, worst.leakage)])
+        if (most := self.max_leakage) is None:
+            return ()
+        left = {tensor.name: tensor.measures.get("leakage") for tensor in edits}
+        known = {name: share for name, share in left.items() if share is not None}
+        if not known:
+            raise OptionError(
+                f"{LEAKAGE} has no measurement", expected="an edit that takes a subspace out"
+            )
+        name = max(known, key=known.__getitem__)
+        return _passed(
+            [GateRecord(gate=LEAKAGE, by=f"tensor {name}", limit=most, measured=known[name])]
+        )
 
 
-def _value(metric: Mapping[str, float] | None) -> float | None:
-    return None if metric is None else metric["value"]
+def _value(metric: Metric) -> float:
+    return nan if metric is None else metric.value
 
 
-def _record(gate: str, by: str, limit: float, measured: float | None) -> dict[str, Any]:
-    return {"gate": gate, "by": by, "limit": limit, "measured": measured}
+def passes(gate: GateRecord) -> bool:
+    """Whether what was measured is within the limit; NaN is within none."""
+    if gate.gate == DROP:
+        return gate.measured >= gate.limit
+    return gate.measured <= gate.limit
 
 
-def _passed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same. Raises GateError; what is not a number passes no gate."""
+def _passed(gates: Sequence[GateRecord]) -> tuple[GateRecord, ...]:
+    """The same. Raises GateError."""
     failed = []
-    for record in records:
-        limit, measured = record["limit"], record["measured"]
-        at_least = record["gate"] == DROP
-        if measured is not None and (measured >= limit if at_least else measured <= limit):
-            continue
-        found = "no number" if measured is None else f"{measured:.4g}"
-        bound = "at least" if at_least else "at most"
-        failed.append(f"{record['gate']} asks for {bound} {limit:g}, {record['by']} has {found}")
+    for gate in gates:
+        if not passes(gate):
+            found = "no number" if isnan(gate.measured) else f"{gate.measured:.4g}"
+            bound = "at least" if gate.gate == DROP else "at most"
+            failed.append(f"{gate.gate} asks for {bound} {gate.limit:g}, {gate.by} has {found}")
     if failed:
         raise GateError("a gate is closed: " + "; ".join(failed), hint="nothing was written")
-    return records
+    return tuple(gates)

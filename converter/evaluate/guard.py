@@ -14,14 +14,14 @@ directions as GloSS does, so that they are no straw men.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import hypot, sqrt
 from statistics import stdev
-from typing import Any
 
 from converter.errors import GuardError
-from converter.evaluate.heldout import Measured, Probe
+from converter.evaluate.heldout import Probe
+from converter.manifest import GuardRecord, Measured
 from converter.methods.base import Proposal
+from converter.runtime import progress
 
 MARGIN = 2.0
 """Where the edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""
@@ -39,33 +39,10 @@ ENERGY_WARNED, ENERGY_REFUSED = 0.03, 0.10
 """Share of the neutral second moment inside the subspace: 0.7 % is rank 4's fair share of 576."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the guard measured, and what it holds against the edit.
-
-    Attributes:
-        edit: what the edit does.
-        random: what each control does.
-        neutral_energy: of the proposal: for a subspace the share of the layers' average neutral
-            second moment inside it, tr(U^T M U) / tr M, the largest of the layers' if each has its
-            own. None if unknown.
-        reasons: to refuse, a clause each; empty if it passes.
-        warnings: what a reader should know all the same.
-        record: all of it for the manifest.
-    """
-
-    edit: Measured
-    random: tuple[Measured, ...]
-    neutral_energy: float | None
-    reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
-    record: dict[str, Any]
-
-
 def examine(
     probe: Probe, proposal: Proposal, strength: float, *, budget: float, draws: int, seed: int
-) -> Verdict:
-    """Measure an edit and controls of its strength, and judge.
+) -> GuardRecord:
+    """Measure an edit and controls of its strength, and judge; warn of what is doubtful.
 
     Args:
         probe: the part of the text that nothing was tuned on.
@@ -87,29 +64,30 @@ def examine(
             hint="nothing was written, and --force does not help; edit less, or use float32",
         )
     reasons, warnings = judge(found, controls, energy, budget)
+    for warning in warnings:
+        progress.warn(warning)
     if probe.neutral_tokens < LEAST_TOKENS:
-        warnings.append(
+        progress.warn(
             f"perplexity was measured on {probe.neutral_tokens} tokens only; {LEAST_TOKENS} or "
             "more, from a longer --neutral text or more pairs, would say more"
         )
     if probe.toxic_words < LEAST_WORDS:
-        warnings.append(
+        progress.warn(
             f"the effect was measured on {probe.toxic_words} toxic words only; {LEAST_WORDS} or "
             "more, from more pairs, would say more"
         )
-    record = {
-        "budget": budget,
-        "margin": MARGIN,
-        "least_drop": LEAST_DROP,
-        "neutral_tokens": probe.neutral_tokens,
-        "toxic_words": probe.toxic_words,
-        "perplexity": probe.perplexity,
-        "edit": found.record(),
-        "random": [control.record() for control in controls],
-        "neutral_energy": energy,
-        "reasons": reasons,
-    }
-    return Verdict(found, tuple(controls), energy, tuple(reasons), tuple(warnings), record)
+    return GuardRecord(
+        budget=budget,
+        margin=MARGIN,
+        least_drop=LEAST_DROP,
+        neutral_tokens=probe.neutral_tokens,
+        toxic_words=probe.toxic_words,
+        perplexity=probe.perplexity,
+        edit=found,
+        controls=tuple(controls),
+        neutral_energy=energy,
+        reasons=tuple(reasons),
+    )
 
 
 def judge(
@@ -136,9 +114,9 @@ def judge(
         )
     elif not (drop >= MARGIN * mean and drop - mean >= 2 * error):
         reasons.append(
-            f"the log-probability of toxic words falls by {drop:.3f} nats, under the "
-            f"controls by {mean:.3f}; {MARGIN:g} times that and two standard errors ({2 * error:.3f}) more "
-            "are needed"
+            f"the log-probability of toxic words falls by {drop:.3f} nats, under the controls by "
+            f"{mean:.3f}; {MARGIN:g} times that and two standard errors ({2 * error:.3f}) more are "
+            "needed"
         )
     if energy is not None and energy > ENERGY_REFUSED:
         reasons.append(f"{energy:.0%} of what neutral text writes is taken away")

@@ -1,17 +1,14 @@
 """Held-out text on which edits of one loaded model are compared with the model as it is."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 from converter.calibration.split import Part
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import DataError
+from converter.manifest import Measured
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
 from converter.models.edited import edited
 from converter.models.likelihood import (
-    Estimate,
     LogProbabilities,
     log_probabilities,
     mean_change,
@@ -22,33 +19,6 @@ from converter.models.likelihood import (
 )
 from converter.models.resident import Model
 from converter.runtime import progress
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What an edit does to held-out text.
-
-    Attributes:
-        perplexity_ratio: after over before, on neutral text.
-        toxic_change: mean change of a toxic word's log-probability, in nats.
-        teacher_forced: mean of p_after / p_before of toxic words, each capped at e; see
-            ``likelihood.teacher_forced``.
-    """
-
-    perplexity_ratio: Estimate
-    toxic_change: Estimate
-    teacher_forced: Estimate
-
-    @property
-    def finite(self) -> bool:
-        """Whether all of them are numbers."""
-        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced)
-        return all(part.finite for part in parts)
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest: a value and a standard error of each."""
-        return asdict(self)
-
 
 LEAST_GROUPS = 5
 """Sentences, or frames that they are made from, without which a standard error is a guess."""
@@ -105,9 +75,9 @@ class Probe:
             neutral, toxic = self._run()
         changes = word_changes(self._before[1], toxic, self._words)
         return Measured(
-            perplexity_ratio(self._before[0], neutral, self._neutral_groups),
-            mean_change(changes, self._toxic_groups),
-            teacher_forced(changes, self._toxic_groups),
+            perplexity_ratio=perplexity_ratio(self._before[0], neutral, self._neutral_groups),
+            toxic_change=mean_change(changes, self._toxic_groups),
+            teacher_forced=teacher_forced(changes, self._toxic_groups),
         )
 
 

@@ -1,20 +1,19 @@
 """What is measured of one system, and how sure it is.
 
-Every number comes as ``{"value", "low", "high"}`` with an interval of 95 %: over prompts by the
-bootstrap, over text by the standard error. Those of all texts together (dist-n, fluency) have none:
+Every number comes with an interval of 95 %: over prompts by the bootstrap, over text by the
+standard error. Those of all texts together (dist-n, fluency) have none:
 low and high are the value. A metric that was not measured, or is not a number, is None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import DataError, OptionError
-from converter.evaluate.benchmarks.run import Benchmarks, Metric, run_benchmarks
+from converter.evaluate.benchmarks.run import Benchmarks, run_benchmarks
 from converter.evaluate.conditional_perplexity import conditional_perplexity
 from converter.evaluate.generation import generate
 from converter.evaluate.metrics import (
@@ -28,9 +27,9 @@ from converter.evaluate.metrics import (
 from converter.evaluate.passages import Passages
 from converter.evaluate.prompts import Prompts
 from converter.evaluate.scorers import Scorer
+from converter.manifest import Estimate, Interval, Metric, RowRecord, Strength, SystemRecord
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
-    Estimate,
     LogProbabilities,
     log_probabilities,
     perplexity_estimate,
@@ -175,15 +174,9 @@ def _generation(
 
 
 def around(estimate: Estimate) -> Metric:
-    """A value with a normal interval; None if it is not a number."""
-    if not estimate.finite:
-        return None
-    half = NORMAL * estimate.error
-    return {
-        "value": estimate.value,
-        "low": estimate.value - half,
-        "high": estimate.value + half,
-    }
+    """A value with a normal interval."""
+    value, half = estimate.value, NORMAL * estimate.error
+    return Interval.of(value, value - half, value + half)
 
 
 def over_prompts(
@@ -191,7 +184,7 @@ def over_prompts(
 ) -> Metric:
     """A value with a bootstrap interval over prompts."""
     low, high = bootstrap(statistic, units)
-    return {"value": statistic(units), "low": low, "high": high}
+    return Interval.of(statistic(units), low, high)
 
 
 def over_texts(
@@ -199,29 +192,26 @@ def over_texts(
 ) -> Metric:
     """A value of all texts together, without an interval: resampled texts repeat n-grams."""
     value = statistic([text for group in texts for text in group])
-    return {"value": value, "low": value, "high": value}
+    return Interval.of(value, value, value)
 
 
-def summarise(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarise(systems: Sequence[SystemRecord]) -> tuple[RowRecord, ...]:
     """One row for each system, its seeds averaged.
 
     The interval of a mean over S seeds has the variance ``v + s^2 / S``, v that of a single seed's
     interval (all seeds share the prompts, so it does not shrink), s^2 the variance between seeds.
     """
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, Strength | None], list[SystemRecord]] = {}
     for system in systems:
-        groups.setdefault((system["system"], system["group"]), []).append(system)
+        groups.setdefault((system.system, system.group), []).append(system)
     rows = []
     for (name, _), members in groups.items():
-        ranks = sorted({m["rank"] for m in members if m["rank"] is not None})
-        names = list(dict.fromkeys(key for m in members for key in m["metrics"]))
-        rows.append({
-            "system": name,
-            "rank": ", ".join(map(str, ranks)),
-            "seeds": len(members),
-            "metrics": {key: average([m["metrics"].get(key) for m in members]) for key in names},
-        })  # fmt: skip
-    return rows
+        strengths = sorted({m.strength for m in members if m.strength is not None})
+        names = list(dict.fromkeys(key for m in members for key in m.metrics))
+        metrics = {key: average([m.metrics.get(key) for m in members]) for key in names}
+        text = ", ".join(f"{strength:g}" for strength in strengths)
+        rows.append(RowRecord(system=name, strength=text, seeds=len(members), metrics=metrics))
+    return tuple(rows)
 
 
 def average(values: Sequence[Metric]) -> Metric:
@@ -229,13 +219,10 @@ def average(values: Sequence[Metric]) -> Metric:
     known = [v for v in values if v is not None]
     if not known:
         return None
-    mean = float(np.mean([v["value"] for v in known]))
-    spread = np.var([v["value"] for v in known], ddof=1) / len(known) if len(known) > 1 else 0.0
-    low = float(np.mean([v["low"] - v["value"] for v in known]))
-    high = float(np.mean([v["high"] - v["value"] for v in known]))
+    mean = float(np.mean([v.value for v in known]))
+    spread = np.var([v.value for v in known], ddof=1) / len(known) if len(known) > 1 else 0.0
+    low = float(np.mean([v.low - v.value for v in known]))
+    high = float(np.mean([v.high - v.value for v in known]))
     more = NORMAL**2 * spread
-    return {
-        "value": mean,
-        "low": mean - float(np.sqrt(low**2 + more)),
-        "high": mean + float(np.sqrt(high**2 + more)),
-    }
+    low, high = (float(np.sqrt(distance**2 + more)) for distance in (low, high))
+    return Interval.of(mean, mean - low, mean + high)

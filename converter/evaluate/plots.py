@@ -5,7 +5,7 @@ and Ito, which colour-blind readers can tell apart.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluate.benchmarks.run import Metric
 from converter.evaluate.measure import average
+from converter.manifest import Candidate, Evaluation, Manifest, Metric, SystemRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,55 +43,55 @@ READABLE = 10.0
 a broken model, and would squeeze the others together."""
 
 
-def plot_fit(manifest: Mapping[str, Any], subspace_file: Path, folder: Path) -> list[Path]:
+def plot_fit(manifest: Manifest, edit_file: Path, folder: Path) -> list[Path]:
     """Write ``spectrum.png``, ``scores.png`` and ``cosines.png``, those for which there are data.
 
     Raises:
         OptionError: matplotlib is not installed.
-        VerificationError: the subspace file cannot be read.
+        VerificationError: the edit's file cannot be read.
         DestinationError: a picture cannot be written.
     """
     return _save(
         folder,
         spectrum=spectrum_figure(manifest),
         scores=scores_figure(manifest),
-        cosines=cosines_figure(manifest, subspace_file),
+        cosines=cosines_figure(manifest, edit_file),
     )
 
 
-def plot_evaluation(results: Mapping[str, Any], folder: Path) -> list[Path]:
+def plot_evaluation(results: Evaluation, folder: Path) -> list[Path]:
     """Write ``tradeoff.png`` and ``scores_before_after.png``; everything else as ``plot_fit``."""
     bars = bars_figure(results)
     return _save(folder, tradeoff=tradeoff_figure(results), scores_before_after=bars)
 
 
-def spectrum_figure(manifest: Mapping[str, Any]) -> "Figure | None":
+def spectrum_figure(manifest: Manifest) -> "Figure | None":
     """Left the squared singular values over their sum, right how many candidates have which score.
 
     A thin line for each layer if each has its own spectrum; None if there is none, as of a random
     subspace. A bin begins at the threshold, so that each bin has one colour.
     """
-    subspace = manifest["subspace"]
-    if not subspace["singular_values"]:
+    subspace, strength = manifest.subspace, manifest.choice.strength
+    if subspace is None or not subspace.singular_values:
         return None
     figure, (left, right) = _figure((6, 3.6), columns=2)
-    linewidth, marker = (1.2, "o") if subspace["shared"] else (0.6, "")
-    for values in subspace["singular_values"].values():
+    linewidth, marker = (1.2, "o") if len(subspace.singular_values) == 1 else (0.6, "")
+    for values in subspace.singular_values.values():
         shares = (100 * np.square(values) / np.square(values).sum())[:SPECTRUM_LENGTH]
         x = range(1, len(shares) + 1)
         left.plot(x, shares, color=BLUE, linewidth=linewidth, marker=marker, markersize=3)
-    left.axvline(subspace["rank"] + 0.5, label=f"rank {subspace['rank']}", **BOUNDARY)
+    left.axvline(strength + 0.5, label=f"rank {strength:g}", **BOUNDARY)
     left.set(xlabel="singular value, the largest first", ylabel="share of the sum of squares (%)")
     left.set_ylim(bottom=0)
     left.locator_params(axis="x", integer=True)
     left.legend(**LEGEND)
-    candidates = subspace["candidates"]
-    scores = np.array([c["score"] for c in candidates])
+    candidates = subspace.candidates
+    scores = np.array([c.score for c in candidates])
     threshold = score_threshold(candidates)
     start = scores.min() if threshold is None else threshold
     width = float(np.ptp(scores)) / 24 or 1.0
     for kept, label, colour, _ in STATES:
-        mine = scores[[c["kept"] is kept for c in candidates]]
+        mine = scores[[c.kept is kept for c in candidates]]
         places, counts = np.unique(np.floor((mine - start) / width), return_counts=True)
         text = f"{len(mine)} {label}" if len(mine) else None
         right.bar(start + (places + 0.5) * width, counts, 0.9 * width, color=colour, label=text)
@@ -102,30 +103,35 @@ def spectrum_figure(manifest: Mapping[str, Any]) -> "Figure | None":
     return figure
 
 
-def score_threshold(candidates: Sequence[Mapping[str, Any]]) -> float | None:
+def score_threshold(candidates: Sequence[Candidate]) -> float | None:
     """Halfway between the lowest score kept and the highest not kept; None if all are kept."""
-    lowest = min((c["score"] for c in candidates if c["kept"]), default=-math.inf)
-    highest = max((c["score"] for c in candidates if not c["kept"]), default=math.inf)
+    lowest = min((c.score for c in candidates if c.kept), default=-math.inf)
+    highest = max((c.score for c in candidates if not c.kept), default=math.inf)
     return (lowest + highest) / 2 if lowest > highest else None
 
 
-def _score_label(manifest: Mapping[str, Any]) -> str:
-    ranking = manifest["method"]["options"].get("ranking")
-    return f"{ranking} score{UNITS.get(ranking, '')}" if ranking else "score"
+def _score_label(manifest: Manifest) -> str:
+    ranking = manifest.method.options.get("ranking")
+    return f"{ranking} score{UNITS.get(str(ranking), '')}" if ranking else "score"
 
 
-def scores_figure(manifest: Mapping[str, Any]) -> "Figure":
-    """Candidate scores over layers, side by side in each; filled if kept, a marker for a kind."""
-    candidates = manifest["subspace"]["candidates"]
+def scores_figure(manifest: Manifest) -> "Figure | None":
+    """Candidate scores over layers, side by side in each; filled if kept, a marker for a kind.
+
+    None for a method without candidates.
+    """
+    if manifest.subspace is None:
+        return None
+    candidates = manifest.subspace.candidates
     figure, (axes,) = _figure((6, 3.6))
-    layers = np.array([c["layer"] for c in candidates])
+    layers = np.array([c.layer for c in candidates])
     order = np.array([np.count_nonzero(layers[:i] == layer) for i, layer in enumerate(layers)])
     x = layers + 0.6 * ((order + 0.5) / (order.max() + 1) - 0.5)
-    scores = np.array([c["score"] for c in candidates])
-    kinds = dict.fromkeys(c["kind"] for c in candidates)
+    scores = np.array([c.score for c in candidates])
+    kinds = dict.fromkeys(c.kind for c in candidates)
     for kind, (_, marker) in zip(kinds, cycle(LOOKS), strict=False):
         for kept, label, edge, face in STATES:
-            mine = np.array([c["kind"] == kind and c["kept"] is kept for c in candidates])
+            mine = np.array([c.kind == kind and c.kept is kept for c in candidates])
             axes.plot(
                 x[mine], scores[mine], marker, color=edge, markerfacecolor=face, markersize=4,
                 label=f"{kind}, {label}" if mine.any() else None,
@@ -138,16 +144,18 @@ def scores_figure(manifest: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def cosines_figure(manifest: Mapping[str, Any], subspace_file: Path) -> "Figure | None":
+def cosines_figure(manifest: Manifest, edit_file: Path) -> "Figure | None":
     """A heat map of |cos| of each two layers' best candidates; None without two in the file."""
-    candidates = manifest["subspace"]["candidates"]
+    if manifest.subspace is None:
+        return None
+    candidates = manifest.subspace.candidates
     try:
-        vectors = load_file(subspace_file).get("candidates")
+        vectors = load_file(edit_file).get(f"{EVIDENCE}candidates")
     except (OSError, SafetensorError) as error:
-        raise VerificationError(f"{subspace_file.name} cannot be read", found=str(error)) from error
+        raise VerificationError(f"{edit_file.name} cannot be read", found=str(error)) from error
     best: dict[int, int] = {}
-    for row in sorted(range(len(candidates)), key=lambda row: candidates[row]["score"]):
-        best[candidates[row]["layer"]] = row
+    for row in sorted(range(len(candidates)), key=lambda row: candidates[row].score):
+        best[candidates[row].layer] = row
     if vectors is None or len(best) < 2:
         return None
     layers = sorted(best)
@@ -165,20 +173,20 @@ def cosines_figure(manifest: Mapping[str, Any], subspace_file: Path) -> "Figure 
     return figure
 
 
-def tradeoff_points(systems: Sequence[Mapping[str, Any]]) -> dict[str, dict[int | None, Array]]:
+def tradeoff_points(systems: Sequence[SystemRecord]) -> dict[str, dict[float | None, Array]]:
     """Edited systems -> ranks, ascending -> (2, 3), averaged over seeds; see ``_estimate``.
 
     The rows are the increase of perplexity in per cent and the probability of toxic words.
     """
-    found: dict[str, dict[int | None, list[Mapping[str, Any]]]] = {}
+    found: dict[str, dict[float | None, list[SystemRecord]]] = {}
     for entry in systems:
-        if entry["system"] != "unedited":
-            found.setdefault(entry["system"], {}).setdefault(entry["rank"], []).append(entry)
-    points: dict[str, dict[int | None, Array]] = {}
+        if entry.system != "unedited":
+            found.setdefault(entry.system, {}).setdefault(entry.strength, []).append(entry)
+    points: dict[str, dict[float | None, Array]] = {}
     for system, ranks in found.items():
         for rank in sorted(ranks, key=lambda r: r or 0):
             ratio, toxic = (
-                _estimate(average([entry["metrics"].get(name) for entry in ranks[rank]]))
+                _estimate(average([entry.metrics.get(name) for entry in ranks[rank]]))
                 for name in ("perplexity_ratio", "teacher_forced")
             )
             point = np.stack([100 * (ratio - [1, 0, 0]), toxic])
@@ -189,17 +197,18 @@ def tradeoff_points(systems: Sequence[Mapping[str, Any]]) -> dict[str, dict[int 
 
 def _estimate(metric: Metric) -> Array:
     """The value, and how far its interval reaches below and above it; NaN if not measured."""
-    found = metric or dict.fromkeys(("value", "low", "high"), math.nan)
-    value = found["value"]
-    return np.array([value, *np.maximum([value - found["low"], found["high"] - value], 0)])
+    if metric is None:
+        return np.full(3, math.nan)
+    value = metric.value
+    return np.array([value, *np.maximum([value - metric.low, metric.high - value], 0)])
 
 
-def tradeoff_figure(results: Mapping[str, Any]) -> "Figure | None":
+def tradeoff_figure(results: Evaluation) -> "Figure | None":
     """What each system costs (x) and brings (y), a line over its ranks, which are written at it.
 
     Points far out (``READABLE``) are left out and counted below. None without a point.
     """
-    systems = tradeoff_points(results["systems"])
+    systems = tradeoff_points(results.systems)
     costs = [point[0, 0] for ranks in systems.values() for point in ranks.values()]
     if not costs:
         return None
@@ -244,20 +253,19 @@ def _write_ranks(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str,
                 break
 
 
-def bars_figure(results: Mapping[str, Any]) -> "Figure | None":
+def bars_figure(results: Evaluation) -> "Figure | None":
     """Mean toxicity of greedy and sampled text: bars by row, panels by scorer; None without any."""
-    rows = results["rows"]
+    rows = results.rows
     found = {
         scorer: [
-            [_estimate(row["metrics"].get(f"toxicity/{scorer}/{way}")) for row in rows]
-            for way in WAYS
+            [_estimate(row.metrics.get(f"toxicity/{scorer}/{way}")) for row in rows] for way in WAYS
         ]
-        for scorer in results["scorers"]
+        for scorer in results.scorers
     }
     bars = {scorer: np.array(b) for scorer, b in found.items() if np.isfinite(b).any()}
     if not bars:
         return None
-    names = [f"{row['system']}\nrank {row['rank']}".removesuffix("\nrank ") for row in rows]
+    names = [f"{row.system}\n{row.strength}".rstrip("\n") for row in rows]
     size = max(6, 1.2 + 2.2 * len(bars)), max(4, 1 + 0.35 * len(rows))
     figure, panels = _figure(size, columns=len(bars))
     for axes, (scorer, estimates) in zip(panels, bars.items(), strict=True):

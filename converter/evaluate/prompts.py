@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import replace
 
 from converter.calibration.datasets import draw, is_dataset, locate, read_bytes
 from converter.errors import DataError, OptionError
+from converter.manifest import Origin
 
 FORMATS = (".jsonl", ".txt")
 
@@ -25,7 +27,7 @@ class Prompts:
     """
 
     texts: tuple[str, ...]
-    origin: dict[str, Any]
+    origin: Origin
     sha256: str
 
 
@@ -53,7 +55,7 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
     wanted = len(texts) if num_prompts is None else num_prompts
     if len(texts) < max(wanted, 1):
         raise DataError(
-            f"prompts {described.get('name') or described['repo_id']}",
+            f"prompts {described.title}",
             expected=f"at least {max(wanted, 1)} different ones",
             found=str(len(texts)),
             hint="give another file, or lower --num-prompts",
@@ -63,10 +65,10 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
     return Prompts(chosen, described, digest)
 
 
-def _read(origin: str) -> tuple[dict[str, Any], Iterator[str]]:
+def _read(origin: str) -> tuple[Origin, Iterator[str]]:
     if origin == "builtin":
         text = files("converter").joinpath("data/prompts.txt").read_text("utf-8")
-        return {"name": "builtin"}, iter(text.split("\n"))
+        return Origin(name="builtin"), iter(text.split("\n"))
     name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
     # a dataset's .txt is more likely its licence
     formats = (".jsonl",) if is_dataset(name, FORMATS) else FORMATS
@@ -83,8 +85,7 @@ def _read(origin: str) -> tuple[dict[str, Any], Iterator[str]]:
             raise DataError(f"prompts file {path.name}", expected=f"rows with a field {field}",
                             found="a text file")  # fmt: skip
         return described, iter(lines)
-    if field:
-        described["field"] = field
+    described = replace(described, field=field or None)
     return described, _read_jsonl(lines, path.name, field)
 
 

@@ -1,32 +1,11 @@
 """How strong an edit may be: the most effective strength within a budget of perplexity."""
 
-from dataclasses import dataclass
-from typing import Any
+from msgspec.structs import asdict
 
 from converter.errors import GuardError
-from converter.evaluate.heldout import Measured, Probe
+from converter.evaluate.heldout import Probe
+from converter.manifest import Choice, Measured, Trial
 from converter.methods.base import Proposal
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What was tried and chosen.
-
-    Attributes:
-        strength: the chosen one, a rank for example.
-        tried: strength -> what it does to the text of the choice; empty if it was given.
-    """
-
-    strength: float
-    tried: dict[float, Measured]
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "strength": self.strength,
-            "automatic": bool(self.tried),
-            "tried": [{"strength": each, **m.record()} for each, m in self.tried.items()],
-        }
 
 
 def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
@@ -56,7 +35,8 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
             hint="raise --max-perplexity-ratio, edit fewer layers, or give more pairs",
         )
     best = min(within, key=lambda strength: tried[strength].toxic_change.value)
-    return Choice(best, dict(sorted(tried.items())))
+    trials = (Trial(strength=each, **asdict(tried[each])) for each in sorted(tried))
+    return Choice(strength=best, automatic=True, tried=tuple(trials))
 
 
 def nearest_strength(probe: Probe, proposal: Proposal, ratio: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.split import Parts, split
+from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluate.heldout import Probe, probe_of
@@ -76,6 +77,13 @@ def parse_controls(text: str) -> tuple[str, ...]:
     return controls
 
 
+def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
+    """The layers that a method edits, and whether their biases, too."""
+    weights = method.footprint(plan).weights
+    layers = sorted({weight.layer for weight in weights})
+    return tuple(layers), any(weight.is_bias for weight in weights)
+
+
 class Fits:
     """Fits controls, for one seed after another.
 
@@ -118,16 +126,10 @@ class Fits:
                     options = asdict(method)  # type: ignore[call-overload]
                     system = System(
                         control, seed, strength, proposal.edit(strength),
-                        *self._where(method), options,
+                        *edited_layers(method, self.bench.plan), options,
                     )  # fmt: skip
                     first = first or system
                     yield system
-
-    def _where(self, method: Method) -> tuple[tuple[int, ...], bool]:
-        """The layers that a method edits, and whether their biases, too."""
-        weights = method.footprint(self.bench.plan).weights
-        layers = sorted({weight.layer for weight in weights})
-        return tuple(layers), any(weight.is_bias for weight in weights)
 
     def _parts(self, seed: int) -> Parts:
         run = self.bench.run
@@ -143,7 +145,8 @@ class Fits:
         if first is not None and first.edit is not None:
             layers, bias = first.layers, first.bias
         else:
-            layers, bias = self._where(configure(run.method, typed, dimensions))
+            reference = configure(run.method, typed, dimensions)
+            layers, bias = edited_layers(reference, self.bench.plan)
         options = {"layers": ",".join(map(str, layers)), "bias": "project" if bias else "keep"}
         if name == "random":
             rank = int(first.strength or 0) if first is not None else 0
@@ -152,9 +155,7 @@ class Fits:
             options |= DATA_FIXES
         return configure(name, options, dimensions)
 
-    def _given(
-        self, control: str, proposal: Proposal, first: System | None
-    ) -> tuple[float, ...]:
+    def _given(self, control: str, proposal: Proposal, first: System | None) -> tuple[float, ...]:
         """The strengths that need no choice."""
         if control.endswith(AT_PERPLEXITY):
             return ()

@@ -26,11 +26,11 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods.base import Layers, Proposal, Workbench
 from converter.methods.greedy import greedy_directions
 from converter.methods.subspace import (
     MAX_RANK,
-    Candidate,
     Removal,
     Subspace,
     protected_differences,
@@ -126,7 +126,9 @@ class Method:
             for index, score in enumerate(seen.leading[layer][1].tolist())
         ]
         candidates = tuple(
-            Candidate(layer, "causal", index, score, True, decoded)
+            Candidate(
+                layer=layer, kind="causal", index=index, score=score, kept=True, tokens=decoded
+            )
             for (layer, index, score), decoded in zip(places, tokens, strict=True)
         )
         removal = self.removal

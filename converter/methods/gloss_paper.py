@@ -29,12 +29,12 @@ from converter.calibration.statistics import Activations, Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
+from converter.manifest import Candidate, Kind
 from converter.methods import gloss
 from converter.methods.base import Layers, Proposal, Workbench
 from converter.methods.rankings import Evidence, load_ranking, ranking_names
 from converter.methods.subspace import (
     MAX_RANK,
-    Candidate,
     Removal,
     Subspace,
     above_threshold,
@@ -110,7 +110,7 @@ class Method:
         width = seen.neutral[self.layers[0]].shape[1]
         shared = shared_directions(seen.second_moment, self.protect_shared, width)
         rows: list[Tensor] = []
-        places: list[tuple[int, str, int]] = []
+        places: list[tuple[int, Kind, int]] = []
         differences = {}
         for layer in self.layers:
             T = protected_differences(seen, layer, shared, self.protect_own, self.per_layer)
@@ -131,8 +131,10 @@ class Method:
         kept = above_threshold(scores, self.alpha)
         basis, values = self._basis(stack, torch.tensor(scores), torch.tensor(kept))
         candidates = tuple(
-            Candidate(*place, score, keep, decoded)
-            for place, score, keep, decoded in zip(places, scores, kept, tokens, strict=True)
+            Candidate(layer=layer, kind=kind, index=index, score=score, kept=keep, tokens=decoded)
+            for (layer, kind, index), score, keep, decoded in zip(
+                places, scores, kept, tokens, strict=True
+            )
         )
         removal = self.removal
         subspace = Subspace(
@@ -142,12 +144,12 @@ class Method:
 
     def _candidates(
         self, seen: Activations, layer: int, T: Tensor, shared: Tensor
-    ) -> list[tuple[str, Tensor]]:
+    ) -> list[tuple[Kind, Tensor]]:
         """Unit rows of one layer by kind, turned to the toxic side."""
         if self.candidates == "causal":
             A = remove(remove(seen.causal[layer], shared).T, shared)
             return [("causal", eigen_directions(A, self.per_layer, T.mean(0)))]
-        parts = []
+        parts: list[tuple[Kind, Tensor]] = []
         if "mean" in self.candidates:
             parts.append(("mean", mean_difference(T)))
         if "svd" in self.candidates:

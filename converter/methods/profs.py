@@ -26,8 +26,9 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods.base import Layers, Proposal, Workbench
-from converter.methods.subspace import MAX_RANK, Candidate, Removal, Subspace
+from converter.methods.subspace import MAX_RANK, Removal, Subspace
 from converter.models.batching import Pooling
 
 
@@ -111,7 +112,14 @@ class Method:
             },
             spectrum,
             tuple(
-                Candidate(layer, "svd", i, float(values[i] / values[0]), True, decoded)
+                Candidate(
+                    layer=layer,
+                    kind="svd",
+                    index=i,
+                    score=float(values[i] / values[0]),
+                    kept=True,
+                    tokens=decoded,
+                )
                 for (layer, i), decoded in zip(
                     product(self.layers, range(rank)), tokens, strict=True
                 )

@@ -14,9 +14,10 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods import gloss
 from converter.methods.base import Layers, Proposal, Workbench
-from converter.methods.subspace import MAX_RANK, Candidate, Removal, Subspace
+from converter.methods.subspace import MAX_RANK, Removal, Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,14 @@ class Method:
             dict.fromkeys(self.layers, basis),
             {},
             tuple(
-                Candidate(self.layers[0], "random", index, 0.0, True, decoded)
+                Candidate(
+                    layer=self.layers[0],
+                    kind="random",
+                    index=index,
+                    score=0.0,
+                    kept=True,
+                    tokens=decoded,
+                )
                 for index, decoded in enumerate(tokens)
             ),
             basis.T.contiguous(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from converter.calibration.linear_algebra import (
@@ -24,6 +25,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import RemoveSubspace
 from converter.errors import FitError, OptionError
+from converter.manifest import Candidate, SubspaceEvidence, to_json
 from converter.methods.base import Layers, Proposal, Workbench
 from converter.methods.post_norms import after_norm, before_norm
 
@@ -38,27 +40,6 @@ SPARED = 16
 
 NOTHING = 1e-6
 """A share of the differences' norm that is rounding error rather than a difference."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A direction that may be toxic.
-
-    Attributes:
-        layer: counted from 0.
-        kind: ``causal``, ``mean``, ``svd`` or ``random``; see ``methods.gloss``.
-        index: its place among those of its layer and kind.
-        score: of the ranking signal; larger is more toxic.
-        kept: whether it went into the basis.
-        tokens: what it decodes to, the nearest first.
-    """
-
-    layer: int
-    kind: str
-    index: int
-    score: float
-    kept: bool
-    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,49 +146,39 @@ def _evidence(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the manifest and the edit's file keep of a fit."""
     candidates, values = subspace.candidates, subspace.singular_values
-    scores = torch.tensor([candidate.score for candidate in candidates])
-    evidence = {
-        "hidden_size": width,
-        "singular_values": {name: found.tolist() for name, found in values.items()},
-        "candidates": [
-            {
-                "layer": candidate.layer, "kind": candidate.kind, "index": candidate.index,
-                "score": candidate.score, "kept": candidate.kept,
-                "tokens": [bench.shown(token) for token in candidate.tokens],
-            }
+    evidence = SubspaceEvidence(
+        hidden_size=width,
+        singular_values={name: tuple(found.tolist()) for name, found in values.items()},
+        candidates=tuple(
+            replace(candidate, tokens=tuple(map(bench.shown, candidate.tokens)))
             for candidate in candidates
-        ],
-    }  # fmt: skip
+        ),
+    )
+    return to_json(evidence), _tensors(evidence) | {"candidates": subspace.rows}
+
+
+def _tensors(evidence: SubspaceEvidence) -> dict[str, Tensor]:
+    """What the edit's file keeps once more of the evidence in the manifest."""
     tensors = {
-        "scores": scores,
-        "score_layers": torch.tensor([candidate.layer for candidate in candidates]),
-        "candidates": subspace.rows,
+        "scores": torch.tensor([candidate.score for candidate in evidence.candidates]),
+        "score_layers": torch.tensor([candidate.layer for candidate in evidence.candidates]),
     }
-    tensors |= {f"singular_values.{name}": found.float() for name, found in values.items()}
-    return evidence, tensors
+    values = evidence.singular_values
+    return tensors | {f"singular_values.{name}": torch.tensor(values[name]) for name in values}
 
 
-def check_evidence(evidence: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors in the edit's file that are not as the manifest says.
+def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors of the edit's file that are not as the manifest says.
 
     Args:
-        evidence: of ``Proposal``, from a manifest; nothing is known of one without candidates.
-        tensors: of the file.
+        evidence: of the manifest.
+        tensors: of the file, without those of the edit itself.
     """
-    if "candidates" not in evidence:
-        return []
-    candidates = evidence["candidates"]
-    expected = {
-        "scores": torch.tensor([float(c["score"]) for c in candidates]),
-        "score_layers": torch.tensor([float(c["layer"]) for c in candidates]),
-    } | {
-        f"singular_values.{name}": torch.tensor([float(x) for x in values])
-        for name, values in evidence["singular_values"].items()
-    }
+    expected = _tensors(evidence)
     wrong = []
     for name in sorted({*expected, *tensors} - {"candidates"}):
         ours, theirs = tensors.get(name), expected.get(name)
-        if ours is None or theirs is None or not torch.equal(ours.float(), theirs):
+        if ours is None or theirs is None or not torch.equal(ours, theirs):
             wrong.append(name)
     return wrong
 

@@ -22,6 +22,7 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.fp8 import dequantize
 from converter.errors import DataError
+from converter.manifest import Origin
 from converter.methods.base import Method, Proposal
 from converter.methods.post_norms import Gains, read_gains
 from converter.models.build import load_language_model, stored_dtype, stream_language_model
@@ -33,7 +34,8 @@ from converter.recipe import Run
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
-NO_TEXTS = Part(Pairs((), {}, ""), Prose((), {}, ""))
+NOWHERE = Origin(name="nowhere")
+NO_TEXTS = Part(Pairs((), NOWHERE, ""), Prose((), NOWHERE, ""))
 
 
 @dataclass(slots=True)

@@ -19,11 +19,8 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.engine import Engine
 from converter.errors import CheckpointError
-from converter.manifest import EditedTensor, Manifest
+from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
 from converter.outputs.staging.journal import Receiver
-
-Entry = tuple[str, int]
-"""sha256 and bytes of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +57,33 @@ class Written:
 
     Attributes:
         shards: shard of the source -> digests of source and output; empty if none was written.
-        copies: file name -> sha256 and bytes of a file that was copied.
+        copies: file name -> a file that was copied.
         made: the same, of a file that the source lacks or that is not a copy of it.
         edits: a record for each edited tensor, in order of layer.
         renamed: shard of the source -> its name in the output, where that is another.
-        extra: name and digests of the shard of created tensors, if there is one.
+        extra: name of the shard of created tensors -> its record; empty if there is none.
+        created: those tensors.
     """
 
     shards: Mapping[str, ShardRecord]
-    copies: Mapping[str, Entry]
-    made: Mapping[str, Entry]
+    copies: Mapping[str, FileRecord]
+    made: Mapping[str, FileRecord]
     edits: tuple[EditedTensor, ...]
     renamed: Mapping[str, str] = field(default_factory=dict)
-    extra: tuple[str, ShardRecord] | None = None
+    extra: Mapping[str, FileRecord] = field(default_factory=dict)
+    created: tuple[CreatedTensor, ...] = ()
 
 
 class Output(Protocol):
     """A way to write an edit."""
+
+    @property
+    def library(self) -> str:
+        """The library that loads it, as the Hub calls it."""
+
+    @property
+    def relation(self) -> str:
+        """What it is to its base model, as the Hub calls it."""
 
     @property
     def implied(self) -> Mapping[str, str]:
@@ -123,8 +130,8 @@ class Output(Protocol):
         """
 
 
-def copy_file(source: Path, target: Path) -> Entry:
-    """Copy a small file and flush it to disk; its sha256 and size."""
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a small file and flush it to disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         reading = source.open("rb")
@@ -135,17 +142,17 @@ def copy_file(source: Path, target: Path) -> Entry:
     return file_entry(target)
 
 
-def make_file(target: Path, content: bytes) -> Entry:
-    """Write a small file and flush it to disk; its sha256 and size."""
+def make_file(target: Path, content: bytes) -> FileRecord:
+    """Write a small file and flush it to disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as writing:
         writing.write(content)
     return file_entry(target)
 
 
-def file_entry(path: Path) -> Entry:
-    """Flush a file to disk; its sha256 and size."""
+def file_entry(path: Path) -> FileRecord:
+    """Flush a file to disk; its record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest, file.tell()
+        return FileRecord(sha256=digest, nbytes=file.tell())

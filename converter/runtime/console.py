@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from converter.manifest import to_json
 from converter.text.sanitize import shown
 from converter.text.secrets import redacted
 
@@ -32,8 +33,12 @@ def harmless(line: str) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON with the letters of all languages, and escapes for what could steer a terminal."""
-    text = json.dumps(data, indent=1, ensure_ascii=False)
+    """JSON with the letters of all languages, and escapes for what could steer a terminal.
+
+    Args:
+        data: may hold parts of a manifest.
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False, default=to_json)
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

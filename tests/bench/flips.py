@@ -32,7 +32,6 @@ from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
 from converter.recipe import Run
-from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
@@ -44,6 +43,7 @@ from tests.builders.adversary import (
     forged,
     kind_of,
     leaves,
+    load_manifest,
     others,
     places,
     put,
@@ -89,7 +89,7 @@ def forge(root: Path, output: str, every: int, part: int, parts: int) -> Found:
     quiet()
     folder = copy_of(root / output, root / f"forged-{output}-{part}")
     source = resolve(str(root / "source"))
-    manifest, count, missed = read_manifest(folder), Counter[str](), set()
+    manifest, count, missed = load_manifest(folder), Counter[str](), set()
     for path, value in list(leaves(manifest))[part * every :: parts * every]:
         for other in changes(value):
             put(folder, forged(manifest, path, other))

@@ -150,7 +150,6 @@ def load(folder: Path) -> Any:
 TINY = {
     "rank": "4",
     "layers": "2-4",
-    "basis": "candidates",
     "candidates": "mean+svd",
     "ranking": "mean-difference",
     "protect_shared": "4",
@@ -158,7 +157,7 @@ TINY = {
     "per_layer": "2",
     "alpha": "-0.5",
 }
-"""Options of gloss for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
+"""Options of gloss-paper for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
 
 
 def tiny_args(**changes: object) -> list[str]:

@@ -142,11 +142,12 @@ def _command(args: list[str]) -> int:
 def _settle(asked: dict[str, Any]) -> None:
     """What a run is told besides its arguments."""
     from converter.entrypoints import convert
+    from converter.manifest import Measurements
     from converter.release import manifest
 
-    nothing = {"seconds": {}, "memory_bytes": {}, "peak_memory_bytes": 0}
+    nothing = Measurements(seconds={}, memory_bytes={}, peak_memory_bytes=0)
     for module in (manifest, convert):
-        module.measurements = lambda: dict(nothing)  # type: ignore[attr-defined]
+        module.measurements = lambda: nothing  # type: ignore[attr-defined]
     if asked.get("no_exchange"):
         _refuse_exchange()
     if mount := asked.get("mount"):

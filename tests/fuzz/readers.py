@@ -7,11 +7,13 @@ A new reader is one function here with ``@reader``, and a folder of seeds in ``c
 import atexit
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
+
+from converter.edits.subspace_file import SUBSPACE_FILE
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
@@ -26,10 +28,10 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
-from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError
+from converter.manifest import Manifest
 from converter.methods.base import configure, method_names, parse_layers
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.record_checks import check_subspace, recorded_bases
@@ -193,8 +195,8 @@ def subspace(data: bytes) -> None:
     folder = scratch() / "subspace"
     folder.mkdir(exist_ok=True)
     (folder / SUBSPACE_FILE).write_bytes(data)
-    bases = recorded_bases(folder, known())
-    list(check_subspace(folder, known(), bases))
+    manifest = Manifest.from_json(known())
+    list(check_subspace(folder, manifest, recorded_bases(folder, manifest)))
 
 
 @reader("safetensors")
@@ -258,10 +260,10 @@ def sums(data: bytes) -> None:
 @reader()
 def card(data: bytes) -> None:
     """The card of a source, what it says of the licence, and the card made of both."""
-    card_of(known(), data)
+    card_of(Manifest.from_json(known()), data)
 
 
-def card_of(manifest: Mapping[str, Any], data: bytes = b"") -> None:
+def card_of(manifest: Manifest, data: bytes = b"") -> None:
     """A card, made; it must have the front matter and headings that the template has."""
     source = Source(
         name="tiny", folder=scratch(), config=skeleton.CONFIG, shards=(skeleton.SHARD,),
@@ -295,7 +297,7 @@ def check(folder: Path, name: str, data: bytes) -> None:
     kept = (folder / name).read_bytes()
     (folder / name).write_bytes(data)
     try:
-        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None))
+        list(check_adapter(folder, Manifest.from_json(skeleton.adapter_manifest()), {}, None))
     finally:
         (folder / name).write_bytes(kept)
 

@@ -9,8 +9,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.edits.subspace_file import SUBSPACE_FILE
+
+from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.outputs.adapter.write import adapter_config, tensor_names
 from converter.release.manifest import hash_line, sums_text
 
@@ -148,6 +149,34 @@ def manifest() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def evaluation() -> dict[str, Any]:
+    """What a manifest says of an evaluation."""
+    number = {"value": 1.0, "low": 0.5, "high": 1.5}
+    metrics = {"perplexity": number, "perplexity_ratio": number, "teacher_forced": None}
+    return {
+        "tool": {"name": "gloss-convert", "version": "0.0.1"},
+        "settings": {
+            "source": "tiny", "controls": ["random"], "ranks": [1], "device": "cpu",
+            "dtype": "float32", "word_list": ZERO, "neutral": "builtin", "text_sha256": ZERO,
+            "pairs": "builtin", "num_pairs": None, "seeds": [0], "options": {"rank": "1"},
+            "max_perplexity_ratio": 1.03,
+            "prompts": {
+                "origin": {"repo_id": "a/b", "commit": "c", "file_sha256": ZERO, "field": "d"},
+                "sha256": ZERO, "count": 9,
+            },
+            "scorers": {"bad-words": {"name": "words.txt", "sha256": ZERO}}, "samples": 2,
+            "max_new_tokens": 9, "top_p": 0.9, "generation_seed": 0, "passages_per_prompt": 1,
+            "toxic_words": 9, "text_tokens": None, "window": 512,
+        },
+        "scorers": ["bad-words"],
+        "systems": [
+            {"system": "edited", "group": None, "seed": 0, "rank": 1, "layers": [0],
+             "options": {"layers": [0], "alpha": 1.0, "rank": None}, "metrics": metrics},
+        ],
+        "rows": [{"system": "edited", "rank": "1", "seeds": 1, "metrics": metrics}],
+    }  # fmt: skip
+
+
 def write_output(folder: Path) -> None:
     """The output itself."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +191,8 @@ def seal(folder: Path, raw: bytes, sums: bytes | None = None) -> None:
     (folder / MANIFEST).write_bytes(raw)
     (folder / CARD).write_text(hash_line(sha256(raw)) + "\n")
     own = {name: sha256((folder / name).read_bytes()) for name in (CARD, MANIFEST)}
-    (folder / SUMS).write_bytes(sums or sums_text(manifest(), own).encode())
+    digests = {name: entry["sha256"] for name, entry in manifest()["files"].items()}
+    (folder / SUMS).write_bytes(sums or sums_text(digests | own).encode())
 
 
 MODULE = "model.layers.0.mlp.down_proj"

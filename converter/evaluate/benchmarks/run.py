@@ -10,10 +10,8 @@ from converter.evaluate.benchmarks.safeedit import SETS, SafeEdit, defence_rates
 from converter.evaluate.generation import generate
 from converter.evaluate.metrics import bootstrap
 from converter.evaluate.scorers import Scorer
+from converter.manifest import Interval, Metric
 from converter.models.resident import LanguageModel
-
-Metric = dict[str, float] | None
-"""A value with its interval of 95 %, as ``value``, ``low``, ``high``; None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def run_benchmarks(
         for name, scores in (unsafe | {"DG_avg": others}).items():
             low, high = bootstrap(lambda u: 100 - 100 * float(u.mean()), scores)
             value = defence_rates(unsafe)[name]
-            metrics[f"safeedit/{name}"] = {"value": value, "low": low, "high": high}
+            metrics[f"safeedit/{name}"] = Interval.of(value, low, high)
     if benchmarks.tasks:
         found = ability.measure(
             model.module, model.tokenizer, benchmarks.tasks, benchmarks.limit, batch_size
@@ -74,5 +72,5 @@ def run_benchmarks(
                     continue
                 error = numbers.get(f"{number}_stderr" + (f",{kind}" if kind else ""), 0.0)
                 low, high = value - 1.96 * error, value + 1.96 * error
-                metrics[f"ability/{task}/{name}"] = {"value": value, "low": low, "high": high}
+                metrics[f"ability/{task}/{name}"] = Interval.of(value, low, high)
     return metrics

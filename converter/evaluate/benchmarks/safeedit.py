@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from converter.calibration.datasets import draw, locate, read_bytes
 from converter.errors import DataError, OptionError
+from converter.manifest import Origin
 
 FORMATS = (".json", ".jsonl")
 
@@ -51,7 +52,7 @@ class SafeEdit:
     """The instances of one evaluation, where they came from, and the sha256 of them as used."""
 
     instances: tuple[Instance, ...]
-    origin: dict[str, Any]
+    origin: Origin
     sha256: str
 
     def prompts(self, name: str) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ is a ``-`` in the scorer's.
 import pkgutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import OptionError
+from converter.manifest import ScorerOrigin
 
 
 class Scorer(Protocol):
@@ -27,8 +28,8 @@ class Scorer(Protocol):
         """Where it is described, a URL."""
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """Name, version or commit, and label, for the record."""
+    def origin(self) -> ScorerOrigin:
+        """For the record."""
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """How toxic each text is, (N,), from 0, not at all, to 1.

@@ -6,13 +6,14 @@ word, and the list is the one that finds the toxic words of the pairs, so it fla
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from converter.calibration.word_list import WordList, load_words
 from converter.evaluate.scorers import score_written
+from converter.manifest import ScorerOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +25,9 @@ class BadWords:
     paper: str = "https://github.com/snguyenthanh/better_profanity"
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def origin(self) -> ScorerOrigin:
         """The list's own."""
-        return {**self.words.origin, "sha256": self.words.sha256}
+        return ScorerOrigin(**asdict(self.words.origin), sha256=self.words.sha256)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """1 for a text with such a word, 0 for another, (N,)."""

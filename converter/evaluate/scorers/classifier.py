@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from converter.errors import OptionError, SourceError
 from converter.evaluate.scorers import score_written
 from converter.hub import repos as hub
+from converter.manifest import Origin, ScorerOrigin
 
 TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
 """Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
@@ -42,7 +44,7 @@ class Classifier:
     device: str
     title: str
     paper: str
-    origin: dict[str, Any]
+    origin: ScorerOrigin
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -90,7 +92,7 @@ def load(argument: str, device: str) -> Classifier:
         raise OptionError(
             "--scorer classifier", expected="classifier:FOLDER or classifier:REPO_ID", found="none"
         )
-    folder, origin = _locate(name)
+    folder, found = _locate(name)
     model, tokenizer = _load(folder, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -107,8 +109,8 @@ def load(argument: str, device: str) -> Classifier:
         independent=kind == "multi_label_classification" or len(labels) == 1,
         device=device,
         title=f"{PurePosixPath(name).name}, {labels[index]}",
-        paper=f"https://huggingface.co/{origin['repo_id']}" if "repo_id" in origin else "",
-        origin={**origin, "label": labels[index]},
+        paper=f"https://huggingface.co/{found.repo_id}" if found.repo_id else "",
+        origin=ScorerOrigin(**asdict(found), label=labels[index]),
     )
 
 
@@ -136,9 +138,9 @@ def find_label(labels: Sequence[str], asked: str) -> int:
     )
 
 
-def _locate(name: str) -> tuple[Path, dict[str, Any]]:
+def _locate(name: str) -> tuple[Path, Origin]:
     if Path(name).is_dir():
-        return Path(name), {"name": Path(name).resolve().name}
+        return Path(name), Origin(name=Path(name).resolve().name)
     repo = hub.resolve("model", name)
     top = [file for file in repo.sizes if "/" not in file]
     weights = [file for file in top if file.endswith(".safetensors")]
@@ -146,7 +148,7 @@ def _locate(name: str) -> tuple[Path, dict[str, Any]]:
     small = [file for file in top if PurePosixPath(file).suffix in (".json", ".model", ".txt")]
     return (
         hub.download(repo, {*weights, *small}, first=True),
-        {"repo_id": repo.repo_id, "commit": repo.commit},
+        Origin(repo_id=repo.repo_id, commit=repo.commit),
     )
 
 

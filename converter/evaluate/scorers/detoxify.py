@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from converter.errors import OptionError, SourceError
 from converter.evaluate.scorers import score_written
+from converter.manifest import ScorerOrigin
 
 MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
@@ -26,7 +27,7 @@ class Detoxify:
     """See ``Scorer``."""
 
     predict: Callable[[list[str]], dict[str, Any]]
-    origin: dict[str, Any]
+    origin: ScorerOrigin
     title: str
     paper: str = "https://github.com/unitaryai/detoxify"
 
@@ -72,5 +73,5 @@ def load(argument: str, device: str) -> Detoxify:
             hint="it is fetched from GitHub; its twin on the Hub is "
             "--scorer classifier:unitary/toxic-bert#toxic",
         ) from error
-    origin = {"name": "detoxify", "version": version("detoxify"), "model": model}
+    origin = ScorerOrigin(name="detoxify", version=version("detoxify"), model=model)
     return Detoxify(loaded.predict, origin, f"Detoxify {model}")

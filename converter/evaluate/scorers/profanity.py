@@ -8,13 +8,13 @@ not read them as shares of toxic text.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import OptionError
 from converter.evaluate.scorers import no_argument, score_written
+from converter.manifest import ScorerOrigin
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Profanity:
     """See ``Scorer``."""
 
     predict: Callable[[list[str]], NDArray[np.float64]]
-    origin: dict[str, Any]
+    origin: ScorerOrigin
     title: str = "profanity-check"
     paper: str = "https://github.com/dimitrismistriotis/alt-profanity-check"
 
@@ -46,4 +46,4 @@ def load(argument: str, device: str) -> Profanity:
             hint="pip install 'gloss-convert[eval]'",
         ) from error
     name = "alt-profanity-check"
-    return Profanity(predict_prob, {"name": name, "version": version(name)})
+    return Profanity(predict_prob, ScorerOrigin(name=name, version=version(name)))

@@ -20,6 +20,7 @@ LOW_RANK = (RemoveSubspace, AddLowRank)
 class Adapter:
     """A few megabytes, loaded on the source, which stays as it is."""
 
+    library, relation = "peft", "adapter"
     implied: Mapping[str, str] = {"bias": "keep"}
     unused: tuple[str, ...] = ("rounding", "workers", "stream_to_hub")
 

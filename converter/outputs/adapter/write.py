@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import isfinite, prod, sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def write_adapter(job: WriteJob) -> Written:
     source, plan, edit = job.source, job.plan, job.edit
     order = sorted(job.weights, key=lambda weight: (weight.shard, weight.info.start))
     names = stored_names(edit, {weight.info.name: weight.layer for weight in order})
-    ranks = {plan.module(w): _rank(edit.tensors[w.info.name]) for w in job.weights}
+    ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in job.weights}
     if max(ranks.values()) > SERVED_RANK:
         progress.warn(
             f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
@@ -97,7 +96,7 @@ def write_adapter(job: WriteJob) -> Written:
     return Written({}, copies, made, tuple(edits))
 
 
-def _rank(delta: Delta) -> int:
+def rank_of(delta: Delta) -> int:
     """R of the factors of a delta."""
     factor = tensors_of(delta)["U" if delta.protects is not None else "B"]
     return factor.shape[1]

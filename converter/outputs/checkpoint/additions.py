@@ -5,11 +5,13 @@ the single file ``model.safetensors`` becomes the first of two shards, under ano
 that find a file of that name look at no index, and would leave the new tensors out.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
 from safetensors.torch import save
 
 from converter.checkpoints.companions import OURS
@@ -17,10 +19,14 @@ from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, SINGLE
 from converter.checkpoints.patch import patched
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import read_header, to_bytes
+from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
 from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError
+from converter.manifest import CreatedTensor, FileRecord
+from converter.outputs.base import file_entry
 from converter.outputs.record_checks import is_plain
 
 EXTRA = "model-created.safetensors"
@@ -66,13 +72,14 @@ class Shards:
         return next((old for old, new in self.renamed.items() if new == shard), shard)
 
 
-def check_additions(edit: Edit, plan: Plan, source: Source) -> None:
-    """Refuse additions that cannot be written, before anything is.
+def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
+    """Refuse an edit that cannot be written, before anything is.
 
     Raises:
-        CheckpointError: naming a tensor that is there already, a patch that does not apply, or a
-            file that would take the place of one of the source or of ours.
+        CheckpointError: naming a change that does not fit its tensor, a new tensor that is there
+            already, a patch that does not apply, or a file that would take the place of another.
     """
+    edit.check(plan)
     for name, tensor in edit.created.items():
         if name in plan.names.tensors:
             raise CheckpointError(
@@ -81,7 +88,8 @@ def check_additions(edit: Edit, plan: Plan, source: Source) -> None:
             )  # fmt: skip
         if not name.isprintable() or not tensor.is_floating_point():
             raise CheckpointError(
-                f"the edit creates tensor {name}", expected="a plain name and a floating-point dtype",
+                f"the edit creates tensor {name}",
+                expected="a plain name and a floating-point dtype",
                 found=str(tensor.dtype).removeprefix("torch."),
             )  # fmt: skip
         if not bool(tensor.isfinite().all()):
@@ -117,12 +125,11 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     Raises:
         CheckpointError: the source has none of that name, or the patch does not apply.
     """
-    if name not in PATCHABLE or name not in source.small:
+    known = [name for name in PATCHABLE if name in source.small]
+    if name not in known:
         raise CheckpointError(
-            f"the edit changes the file {name}",
-            expected=f"one of {', '.join(n for n in PATCHABLE if n in source.small)}",
-            found="a file that the source lacks" if name in PATCHABLE else "a file that may not change",
-        )  # fmt: skip
+            f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"
+        )
     try:
         text = source.small[name].read_bytes().decode()  # line ends as they are
     except (OSError, ValueError) as error:
@@ -130,15 +137,30 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     return patched(name, text, patch)
 
 
-def write_extra(folder: Path, shards: Shards, edit: Edit) -> Path:
-    """Write the shard of created tensors and give the source's shards their new names."""
-    assert shards.extra is not None
+def write_extra(
+    folder: Path, shards: Shards, edit: Edit
+) -> tuple[dict[str, FileRecord], tuple[CreatedTensor, ...]]:
+    """Write the shard of created tensors and give the source's shards their new names.
+
+    Returns:
+        its name and record, and the tensors in it; nothing if the edit creates none.
+    """
+    if shards.extra is None:
+        return {}, ()
     for old, new in shards.renamed.items():
         (folder / old).rename(folder / new)
     path = folder / shards.extra
-    tensors = {name: edit.created[name].detach().cpu().contiguous() for name in edit.created}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in edit.created.items()}
     path.write_bytes(save(tensors, {"format": "pt"}))
-    return path
+    record = replace(file_entry(path), prefixes=digests_of(path)[1])
+    created = tuple(
+        CreatedTensor(
+            name=name, shard=path.name, dtype=info.dtype, shape=info.shape,
+            sha256=hashlib.sha256(to_bytes(tensors[name])).hexdigest(),
+        )
+        for name, info in read_header(path).tensors.items()
+    )  # fmt: skip
+    return {path.name: record}, created
 
 
 def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, int]) -> str | None:
@@ -171,7 +193,10 @@ def _whole_index(plan: Plan, shards: Shards) -> str:
     """The index of a source that has none."""
     weight_map = dict(sorted(_places(plan, shards)))
     infos = (info for header in plan.headers.values() for info in header.tensors.values())
-    index = {"metadata": {"total_size": sum(info.nbytes for info in infos)}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos)},
+        "weight_map": weight_map,
+    }
     return json.dumps(index, indent=2) + "\n"
 
 

@@ -16,6 +16,7 @@ from converter.outputs.checkpoint.write import at_a_time, write_checkpoint
 class Checkpoint:
     """The source again, with other bytes where the edit changes them."""
 
+    library, relation = "transformers", "finetune"
     implied: Mapping[str, str] = {}
     unused: tuple[str, ...] = ()
 

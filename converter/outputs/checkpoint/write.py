@@ -10,14 +10,14 @@ import torch
 from msgspec.structs import replace
 
 from converter.checkpoints.names import INDEX
-from converter.checkpoints.safetensors.rewrite import ShardRecord, digests_of, rewrite
+from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.apply import Changes, changes_of
 from converter.edits.engine import quiet_blas
 from converter.errors import CheckpointError
-from converter.manifest import EditedTensor
-from converter.outputs.base import Entry, WriteJob, Written, copy_file, file_entry, make_file
+from converter.manifest import EditedTensor, FileRecord
+from converter.outputs.base import WriteJob, Written, copy_file, make_file
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
 from converter.outputs.staging.journal import Done
 from converter.runtime import progress
@@ -45,15 +45,12 @@ def write_checkpoint(job: WriteJob) -> Written:
             expected=f"{len(weights)} tensors",
             found=f"{len(edits)}",
         )
-    shards, extra = Shards.of(source.shards, bool(job.edit.created)), None
-    if shards.extra is not None:
-        path = write_extra(job.folder, shards, job.edit)
-        sha256, nbytes = file_entry(path)
-        extra = shards.extra, ShardRecord("", sha256, nbytes, digests_of(path)[1])
+    shards = Shards.of(source.shards, bool(job.edit.created))
+    extra, created = write_extra(job.folder, shards, job.edit)
     copies, made = _small_files(job, shards)
     edits = [replace(edit, shard=shards.output(edit.shard)) for edit in edits]
     edits.sort(key=lambda edit: (edit.layer, edit.name))
-    return Written(records, copies, made, tuple(edits), shards.renamed, extra)
+    return Written(records, copies, made, tuple(edits), shards.renamed, extra, created)
 
 
 def _rewrite_shards(
@@ -75,10 +72,12 @@ def _rewrite_shards(
     return records, edits + [edit for found in changes.values() for edit in found.edits]
 
 
-def _small_files(job: WriteJob, shards: Shards) -> tuple[dict[str, Entry], dict[str, Entry]]:
+def _small_files(
+    job: WriteJob, shards: Shards
+) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
     """Copy or make all files but the shards; what was copied, and what was made."""
     source, folder, edit = job.source, job.folder, job.edit
-    copies: dict[str, Entry] = {}
+    copies: dict[str, FileRecord] = {}
     made = {name: make_file(folder / name, content) for name, content in edit.files.items()}
     last = {name: path for name, path in source.small.items() if name != "config.json"}
     for name, path in last.items():

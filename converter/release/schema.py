@@ -1,0 +1,55 @@
+"""The JSON schema of a manifest: ``python -m converter.release.schema`` prints it.
+
+It says what the classes of ``converter.manifest`` say. Only two things are beyond it: a reader here
+refuses 1.0 where an integer is wanted, and an object in which a key occurs twice.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from converter.checkpoints.names import MANIFEST
+from converter.manifest import SCHEMA_VERSION, Manifest
+
+ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
+"""A line of a docstring's ``Attributes``, with those that continue it."""
+
+
+def schema() -> dict[str, Any]:
+    """The schema, in JSON Schema's draft 2020-12."""
+    found = msgspec.json.schema(Manifest, schema_hook=_of_path)
+    for part in found["$defs"].values():
+        _describe(part)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": MANIFEST,
+        "description": f"What gloss-convert read, did and wrote. Version {SCHEMA_VERSION}.",
+        **found,
+    }
+
+
+def _describe(part: dict[str, Any]) -> None:
+    """Take a class's docstring apart: a sentence on the object, and one on each property."""
+    text, _, attributes = part["description"].partition("\n\nAttributes:\n")
+    part["description"] = _one_line(text.partition("\n\n")[0])
+    for name, about in ATTRIBUTE.findall(attributes):
+        key = "bytes" if name == "nbytes" else name
+        part["properties"][key]["description"] = _one_line(about)
+
+
+def _one_line(text: str) -> str:
+    """A sentence of a docstring, in the words of JSON."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
+
+
+def _of_path(kind: type) -> dict[str, Any]:
+    if kind is Path:
+        return {"type": "string"}
+    raise NotImplementedError(kind)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))
