@@ -352,7 +352,7 @@ class Lora(Record, kw_only=True):
     sha256_b: Sha256
 
 
-Role = Literal["down_proj", "down_proj_bias"]
+EditedRole = Literal["down_proj", "down_proj_bias"]
 
 
 class EditedTensor(Record, kw_only=True):
@@ -374,7 +374,7 @@ class EditedTensor(Record, kw_only=True):
     name: str
     shard: FileName
     layer: Count
-    role: Role
+    role: EditedRole
     axis: Count
     shape: tuple[Count, ...]
     dtype: str

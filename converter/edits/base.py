@@ -8,19 +8,19 @@ and out, a bias has F = 1.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
+from converter.checkpoints.weights import Weight
 from converter.edits.subspace_file import basis_name
-from converter.manifest import EditedTensor, Lora, Requantized
+from converter.manifest import EditedRole, EditedTensor, Lora, Requantized
 
 
 class Edit(Protocol):
     """What a method makes of a model."""
 
-    def basis(self, target: Target) -> Tensor | None:
+    def basis(self, target: Weight) -> Tensor | None:
         """U (D, R), orthonormal columns, that is taken out of a weight; None: it stays as it is."""
 
     def basis_name(self, layer: int) -> str:
@@ -53,8 +53,8 @@ class Projection:
     bias: bool = True
     shared: bool = True
 
-    def basis(self, target: Target) -> Tensor | None:
-        if target.role == "down_proj_bias" and not self.bias:
+    def basis(self, target: Weight) -> Tensor | None:
+        if target.is_bias and not self.bias:
             return None
         return self.bases.get(target.layer)
 
@@ -71,7 +71,7 @@ class Projection:
 
 
 def edited_tensor(
-    target: Target,
+    target: Weight,
     basis: str,
     norms: Mapping[str, float],
     digests: tuple[str, str | None],
@@ -94,7 +94,7 @@ def edited_tensor(
         name=target.info.name,
         shard=target.shard,
         layer=target.layer,
-        role=target.role,
+        role=cast(EditedRole, target.recorded_role),
         axis=target.axis,
         shape=target.info.shape,
         dtype=target.info.dtype,

@@ -28,7 +28,6 @@ from converter.outputs.adapter.write import (
     Adapter,
     adapter_config,
     coordinates,
-    module_of,
     sha256_of_tensor,
     tensor_names,
 )
@@ -170,7 +169,7 @@ def _check_source(
             if target is None or found != recorded:
                 yield f"the source {source.name} has no such projection: {name}"
                 continue
-            if module_of(plan, target) != _lora(entry).module:
+            if plan.module(target) != _lora(entry).module:
                 yield f"{name} of the source is not module {_lora(entry).module}"
             U = bases[entry.basis]
             P, norm, digest = coordinates(source, target, U, "cpu")
