@@ -19,17 +19,17 @@ from converter.recipe import Run
 
 SCHEMA_VERSION: Final = 1
 
-MOST = 2**63 - 1
+MAX_COUNT = 2**63 - 1
 """No tensor and no file can hold a larger integer."""
 
-Count = Annotated[int, Meta(ge=0, le=MOST)]
-Positive = Annotated[int, Meta(ge=1, le=MOST)]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Norm = Annotated[float, Meta(ge=0)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Prefix = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", max_length=16)]
 FileName = Annotated[str, Meta(pattern=r"^[^/\\]+$")]
-Setting = str | int | float | bool | tuple[Count, ...] | None
-"""The value of an option of a method."""
+OptionValue = str | int | float | bool | tuple[Count, ...] | None
+"""Of an option of a method."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
@@ -45,7 +45,7 @@ class Tool(Record, kw_only=True):
 
 
 TOOL: Final = Tool(name="gloss-convert", version=__version__)
-"""This one."""
+"""This program, at its version."""
 
 
 class FileRecord(Record, kw_only=True):
@@ -82,7 +82,7 @@ class SourceRecord(Record, kw_only=True):
     originals: dict[str, FileRecord]
 
     @property
-    def everything(self) -> dict[str, FileRecord]:
+    def all_files(self) -> dict[str, FileRecord]:
         """Every file that was read."""
         return self.files | self.originals
 
@@ -101,7 +101,7 @@ class MethodRecord(Record, kw_only=True):
     name: str
     title: str
     paper: str
-    options: dict[str, Setting]
+    options: dict[str, OptionValue]
     package: str | None = None
     strength: str
     evidence: dict[str, Any]
@@ -396,8 +396,6 @@ class Lora(Record, kw_only=True):
     sha256_b: Sha256
 
 
-Role = Literal["down_proj", "down_proj_bias"]
-
 
 class EditedTensor(Record, kw_only=True):
     """What the edit did to one tensor W; norms are Frobenius norms.
@@ -564,7 +562,7 @@ class SystemRecord(Record, kw_only=True):
     seed: int | None
     strength: Strength | None
     layers: tuple[int, ...]
-    options: dict[str, Setting]
+    options: dict[str, OptionValue]
     metrics: dict[str, Metric]
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +54,11 @@ class Run:
     device: str = "auto"
     forward_dtype: str = "auto"
     forward: Literal["auto", "resident", "streamed"] = "auto"
-    batch_size: int = 16
+    batch_size: Annotated[int, Meta(ge=1)] = 16
     rounding: Literal["null-space", "nearest"] = "null-space"
     max_perplexity_ratio: float = 1.03
     guard: bool = True
-    guard_draws: int = 3
+    guard_draws: Annotated[int, Meta(ge=1)] = 3
     force: bool = False
     mask: bool = True
     base_model: str | None = None

@@ -454,7 +454,7 @@ def test_two_keys_and_no_numbers_are_no_manifest(out: Path) -> None:
         ),
         (
             text.replace('"num_pairs": 64', '"num_pairs": 64.0'),
-            "Expected `int | null`, got `float` - at",
+            "does not follow its schema at $.run.num_pairs: expected `int | null`, got `float`",
         ),
     ):
         (out / MANIFEST).write_text(altered)

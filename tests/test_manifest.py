@@ -99,26 +99,29 @@ def objects(value: Any, path: Place = ()) -> Iterator[tuple[Place, dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "found"),
+    ("path", "value", "says"),
     [
-        (("edited", 0, "norm"), -1, "Expected `float` >= 0.0 - at `$.edited[0].norm`"),
-        (("edited", 0, "axis"), 1.0, "Expected `int`, got `float` - at `$.edited[0].axis`"),
-        (("edited", 0, "layer"), 1 << 63, "Expected `int` <= 9223372036854775807 - at `$.edited"),
-        (("pairs", "count"), True, "Expected `int`, got `bool` - at `$.pairs.count`"),
-        (("run", "output"), "zip", "Invalid enum value 'zip' - at `$.run.output`"),
-        (("run", "sede"), 1, "Object contains unknown field `sede` - at `$.run`"),
-        (("run", "activations"), 1, "Expected `str`, got `int` - at `$.run.activations`"),
-        (("neutral", "origin"), {}, "Object has neither `name` nor `repo_id` and `commit` - at"),
+        (("edited", 0, "norm"), -1, "$.edited[0].norm: expected `float` >= 0.0"),
+        (("edited", 0, "axis"), 1.0, "$.edited[0].axis: expected `int`, got `float`"),
+        (("edited", 0, "layer"), 1 << 63, f"$.edited[0].layer: expected `int` <= {2**63 - 1}"),
+        (("pairs", "count"), True, "$.pairs.count: expected `int`, got `bool`"),
+        (("run", "output"), "zip", "$.run.output: invalid enum value 'zip'"),
+        (("run", "sede"), 1, "$.run: object contains unknown field `sede`"),
+        (("run", "activations"), 1, "$.run.activations: expected `str`, got `int`"),
+        (("unknown",), 1, "$: object contains unknown field `unknown`"),
+        (
+            ("neutral", "origin"), {},
+            "$.neutral.origin: object has neither `name` nor `repo_id` and `commit`",
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_error_names_the_place(
-    path: tuple[str | int, ...], value: Any, found: str, tmp_path: Path
+    path: tuple[str | int, ...], value: Any, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(forged(skeleton.manifest(), path, value)))
-    with pytest.raises(VerificationError, match="does not follow its schema") as error:
+    with pytest.raises(VerificationError) as error:
         read_manifest(tmp_path)
-    assert error.value.found is not None
-    assert error.value.found.startswith(found)
+    assert str(error.value) == f"{MANIFEST} does not follow its schema at {says}"
 
 
 def test_a_digest_ends_where_it_ends() -> None:

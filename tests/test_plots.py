@@ -31,8 +31,8 @@ from converter.manifest import (
     Interval,
     Manifest,
     Metric,
+    OptionValue,
     RowRecord,
-    Setting,
     SystemRecord,
 )
 from tests.fuzz import skeleton
@@ -65,7 +65,7 @@ def make_manifest(*, shared: bool = True) -> Manifest:
     count = sum(c.kept for c in candidates)
     names = ["U"] if shared else [f"U.{layer}" for layer in LAYERS]
     known = Manifest.from_json(skeleton.manifest())
-    options: dict[str, Setting] = {"ranking": "causal"} if shared else {}
+    options: dict[str, OptionValue] = {"ranking": "causal"} if shared else {}
     subspace = replace(
         known.subspace,
         rank=4,

@@ -110,8 +110,8 @@ class RemoveSubspace:
 
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         U = self.U.to(y.device)
-        along: Tensor = (y.float() @ U) @ U.T
-        return -along.to(y.dtype)
+        shift: Tensor = -((y.float() @ U) @ U.T).to(y.dtype)
+        return shift
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         assert P is not None
@@ -174,8 +174,8 @@ class AddLowRank(_WithoutSubspace):
 
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.A.to(y.device), self.B.to(y.device)
-        added: Tensor = (x.float() @ A.T) @ B.T
-        return added.to(y.dtype)
+        added: Tensor = ((x.float() @ A.T) @ B.T).to(y.dtype)
+        return added
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.B, self.A

@@ -76,7 +76,7 @@ def _same_inputs(run: Run, destination: Path, manifest: Manifest) -> bool:
     source, known = resolve(run.source, run.subfolder), manifest.source
     if source.repo is not None:
         return (source.repo.repo_id, source.repo.commit) == (known.repo_id, known.commit)
-    files = known.everything
+    files = known.all_files
     card, terms = read_card(destination / CARD), terms_of(source, run.base_model or source.base)
     return (
         all(card.get(key) == value for key, value in terms.fields.items())

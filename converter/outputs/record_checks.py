@@ -130,7 +130,7 @@ def check_source_files(
     for name in sorted({*companions, *source.shards} - {*manifest.files, *shards}):
         if name in companions or manifest.run.output != "adapter":
             yield f"{name} of the source is missing from the record of what was converted"
-    for name, file in manifest.source.everything.items():
+    for name, file in manifest.source.all_files.items():
         path, recorded = place_of(source, name), (file.sha256, file.nbytes)
         if not path.is_file() or (sha256_of(path), path.stat().st_size) != recorded:
             yield f"{name} of the source is not the file that was converted"

@@ -221,9 +221,16 @@ def read_manifest_file(path: Path) -> tuple[Manifest, str]:
         data = read_file(path)
         manifest = Manifest.from_json(strict_json.parse(data))
     except ValidationError as error:
-        raise VerificationError(
-            f"{path.name} does not follow its schema", found=str(error)[:200]
-        ) from error
+        raise _not_its_schema(path.name, str(error)) from error
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
     return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _not_its_schema(name: str, said: str) -> VerificationError:
+    """A sentence from one of msgspec's: ``Expected `int`, got `float` - at `$.edited[3].axis```."""
+    problem, _, place = said.rpartition(" - at ")
+    if not problem:  # with the whole
+        problem, place = said, "$"
+    problem = problem[:1].lower() + problem[1:200]
+    return VerificationError(f"{name} does not follow its schema at {place.strip('`')}: {problem}")

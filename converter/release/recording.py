@@ -205,7 +205,7 @@ def check_source(recording: Recording, source: Source) -> None:
         VerificationError: naming those that do not.
     """
     wrong = []
-    for name, file in recording.manifest.source.everything.items():
+    for name, file in recording.manifest.source.all_files.items():
         recorded, found = file.sha256, _digest(source, name)
         if found is None:
             wrong.append(f"{name} is missing")
