@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import get_token
 
-from converter.cli.main import convert_command, gloss
+from converter.cli.convert import convert_command
+from converter.cli.main import gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
 from tests.builders.models import TINY

@@ -9,13 +9,13 @@ from converter.entrypoints.convert import load_texts, prepare
 from converter.errors import VerificationError
 from converter.evaluate.fit import fit
 from converter.methods.workbench import Bench
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.release.recording import Recording
 
 
 def compare_fit(
     recording: Recording,
-    run: Run,
+    recipe: Recipe,
     device: str,
     max_angle: float,
     memory_limit: int | None = None,
@@ -30,10 +30,10 @@ def compare_fit(
             than ``max_angle``.
         ConverterError: as a conversion would.
     """
-    source, plan, method = prepare(run)
-    pairs, prose, words = load_texts(run)
+    source, plan, method = prepare(recipe)
+    pairs, prose, words = load_texts(recipe)
     check_texts(recording, pairs, prose, words)
-    bench = Bench.of(run, source, plan, words, device, memory_limit=memory_limit)
+    bench = Bench.of(recipe, source, plan, words, device, memory_limit)
     subspace = fit(bench, method, pairs, prose).subspace
     bench.unload()
     fitted = {subspace.basis_name(layer): basis for layer, basis in subspace.bases.items()}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from converter import __version__
+from converter.evaluate.battery import Battery
 from converter.evaluate.benchmarks.run import Metric
-from converter.evaluate.measure import WINDOW, Settings, measure, summarise
+from converter.evaluate.measure import WINDOW, measure, summarise
+from converter.evaluate.names import UNEDITED
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import Fits, System
 from converter.methods.workbench import Bench
@@ -19,8 +21,6 @@ from converter.models.likelihood import LogProbabilities
 from converter.models.resident import LanguageModel
 from converter.recipe import without_folders
 from converter.runtime import progress
-
-UNEDITED, EDITED = "unedited", "edited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Comparison:
 
 def evaluate(
     bench: Bench,
-    settings: Settings,
+    battery: Battery,
     comparison: Comparison,
     model: LanguageModel | None = None,
     reference: System | None = None,
@@ -52,7 +52,7 @@ def evaluate(
 
     Args:
         bench: the unedited model, and what controls need to be fitted.
-        settings: what is measured.
+        battery: what is measured.
         comparison: with what.
         model: the edited model, with its weights, if it has been written.
         reference: the edit, to which controls are matched; without ``model`` it is measured
@@ -68,21 +68,21 @@ def evaluate(
     base = bench.load_resident()
     systems: list[dict[str, Any]] = []
     passages = None
-    if settings.prompts is not None and comparison.passages:
+    if battery.prompts is not None and comparison.passages:
         with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
             passages = draw_passages(
                 base,
-                settings.prompts.texts,
+                battery.prompts.texts,
                 bench.words,
                 samples=comparison.passages,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
+                max_new_tokens=battery.max_new_tokens,
+                batch_size=battery.batch_size,
+                seed=battery.seed,
             )
     results = {
         "tool": {"name": "gloss-convert", "version": __version__},
-        "settings": describe(bench, settings, comparison, passages.count if passages else 0),
-        "scorers": list(settings.scorers),
+        "settings": describe(bench, battery, comparison, passages.count if passages else 0),
+        "scorers": list(battery.scorers),
         "systems": systems,
         "rows": [],
     }
@@ -96,7 +96,7 @@ def evaluate(
         label = system.name + (f", rank {system.rank}" if system.rank is not None else "")
         label += f", seed {system.seed}" if system.seed is not None else ""
         with progress.stage("measure", f"measuring {label}"), hooks:
-            metrics, values = measure(subject, settings, passages, text)
+            metrics, values = measure(subject, battery, passages, text)
         systems.append(entry(system, metrics, bool(comparison.ranks)))
         results["rows"] = summarise(systems)
         if partial is not None:
@@ -106,7 +106,7 @@ def evaluate(
     text = add(System(UNEDITED))
     if reference is not None:
         add(reference, model)
-    fits = Fits(bench, bench.run.options, comparison.ranks)
+    fits = Fits(bench, bench.recipe.options, comparison.ranks)
     for system in fits.systems(comparison.controls, comparison.seeds, reference):
         add(system)
     return results
@@ -125,11 +125,9 @@ def entry(system: System, metrics: dict[str, Metric], by_rank: bool) -> dict[str
     }
 
 
-def describe(
-    bench: Bench, settings: Settings, comparison: Comparison, words: int
-) -> dict[str, Any]:
+def describe(bench: Bench, battery: Battery, comparison: Comparison, words: int) -> dict[str, Any]:
     """What has to be known to measure the same again."""
-    prompts = settings.prompts
+    prompts = battery.prompts
     return {
         "source": bench.source.name,
         "controls": list(comparison.controls),
@@ -137,22 +135,22 @@ def describe(
         "device": bench.device,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "word_list": bench.words.sha256,
-        "neutral": without_folders(bench.run.neutral),
-        "text_sha256": settings.text and hashlib.sha256(settings.text.encode()).hexdigest(),
-        "pairs": without_folders(bench.run.pairs),
-        "num_pairs": bench.run.num_pairs,
+        "neutral": without_folders(bench.recipe.neutral),
+        "text_sha256": battery.text and hashlib.sha256(battery.text.encode()).hexdigest(),
+        "pairs": without_folders(bench.recipe.pairs),
+        "num_pairs": bench.recipe.num_pairs,
         "seeds": list(comparison.seeds),
-        "options": dict(bench.run.options),
-        "max_perplexity_ratio": bench.run.max_perplexity_ratio,
+        "options": dict(bench.recipe.options),
+        "max_perplexity_ratio": bench.recipe.max_perplexity_ratio,
         "prompts": prompts
         and {**prompts.origin, "sha256": prompts.sha256, "count": len(prompts.texts)},
-        "scorers": {name: scorer.origin for name, scorer in settings.scorers.items()},
-        "samples": settings.samples,
-        "max_new_tokens": settings.max_new_tokens,
-        "top_p": settings.top_p,
-        "generation_seed": settings.seed,
+        "scorers": {name: scorer.origin for name, scorer in battery.scorers.items()},
+        "samples": battery.samples,
+        "max_new_tokens": battery.max_new_tokens,
+        "top_p": battery.top_p,
+        "generation_seed": battery.seed,
         "passages_per_prompt": comparison.passages,
         "toxic_words": words,
-        "text_tokens": settings.text_tokens,
+        "text_tokens": battery.text_tokens,
         "window": WINDOW,
     }

@@ -50,14 +50,14 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     Raises:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
-    run = bench.run
-    parts = split(pairs, prose, run.seed)
-    if run.activations is not None:
-        fitted = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
+    recipe = bench.recipe
+    parts = split(pairs, prose, recipe.seed)
+    if recipe.activations is not None:
+        fitted = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=fitted)
-        if not fitted.pairs.pairs and (run.guard or method.rank is None):
+        if not fitted.pairs.pairs and (recipe.guard or method.rank is None):
             raise DataError(
-                f"{run.activations.name} does not say which pairs it was made from",
+                f"{recipe.activations.name} does not say which pairs it was made from",
                 hint="nothing is then known to be held out; give both -o rank and --no-guard",
             )
     seen, subspace = bench.fit(method, parts.fit)
@@ -65,11 +65,11 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if method.rank is None:
         with progress.stage("choose", "choosing the rank on held-out text"):
             probe = probe_of(bench.load(), parts.choose)
-            choice = choose_rank(probe, subspace, method, run.max_perplexity_ratio)
+            choice = choose_rank(probe, subspace, method, recipe.max_perplexity_ratio)
         subspace = subspace.truncated(choice.rank)
     edit = Projection(subspace.bases, method.edit_bias)
     verdict = None
-    if run.guard:
+    if recipe.guard:
         with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
             verdict = guard(bench, method, edit, seen, parts.report)
     return Fitted(parts, seen, subspace, edit, choice, verdict)
@@ -81,14 +81,14 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
     Raises:
         GuardError: it does not pass.
     """
-    run = bench.run
+    recipe = bench.recipe
     verdict = examine(
         probe_of(bench.load(), part),
         edit,
         method.edit_layers,
-        budget=run.max_perplexity_ratio,
-        draws=run.guard_draws,
-        seed=run.seed,
+        budget=recipe.max_perplexity_ratio,
+        draws=recipe.guard_draws,
+        seed=recipe.seed,
         moment=seen.second_moment,
         gains=bench.gains,
     )
@@ -99,7 +99,7 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
             "the edit is refused: " + "; and ".join(verdict.reasons),
             hint="nothing was written; see README, 'When the guard refuses'",
         )
-        if not run.force:
+        if not recipe.force:
             raise refusal
         progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
     return verdict

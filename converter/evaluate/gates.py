@@ -7,40 +7,45 @@ folder takes its place.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from converter.edits.base import EditRecord
 from converter.errors import GateError, OptionError
-from converter.evaluate.compare import EDITED
-from converter.evaluate.guard import Verdict
+from converter.evaluate.names import EDITED
+from converter.option import Option, Options, declared_options
 
-DROP, LEAKAGE = "--min-toxicity-drop", "--max-leakage"
-RATIO = "--max-evaluated-perplexity-ratio"
+if TYPE_CHECKING:
+    from converter.edits.base import EditRecord
+    from converter.evaluate.guard import Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates(Options):
     """The limits of one run; None where there is none.
 
-    Attributes:
-        min_toxicity_drop: the least share of their probability that toxic words must lose, by each
-            teacher-forced measurement that there is: the guard's, and that of the evaluation.
-        max_leakage: the largest ``leakage`` of an edited tensor; see ``edit.EditRecord``.
-        max_evaluated_perplexity_ratio: on the evaluation's ``--text``.
+    Toxic words are judged by each teacher-forced measurement that there is: the guard's, and that
+    of the evaluation.
     """
 
-    min_toxicity_drop: float | None = None
-    max_leakage: float | None = None
-    max_evaluated_perplexity_ratio: float | None = None
+    # fmt: off
+    min_toxicity_drop: Annotated[float | None, Option(
+        "Gate: smallest share of their probability that toxic words must lose.",
+        example="0.3", metavar="FRACTION", least=0, most=1,
+    )] = None
+    max_leakage: Annotated[float | None, Option(
+        "Gate: largest leakage of an edited tensor, the share of what it had along the subspace "
+        "that rounding leaves there.",
+        example="0.001", metavar="SHARE", least=0,
+    )] = None
+    max_evaluated_perplexity_ratio: Annotated[float | None, Option(
+        "Gate: largest perplexity on the --text of --evaluate, after over before.",
+        example="1.05", metavar="RATIO", least=0,
+    )] = None
+    # fmt: on
 
     @property
     def limits(self) -> dict[str, float]:
         """The gates there are, by the names that their records have."""
-        given = {
-            DROP: self.min_toxicity_drop,
-            LEAKAGE: self.max_leakage,
-            RATIO: self.max_evaluated_perplexity_ratio,
-        }
+        given = {gate.flag: getattr(self, gate.name) for gate in declared_options(Gates).values()}
         return {name: limit for name, limit in given.items() if limit is not None}
 
     def need(self, *, words: bool, ratio: bool) -> None:
@@ -61,7 +66,7 @@ class Gates:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
     def check_effect(
-        self, verdict: Verdict | None, results: Mapping[str, Any] | None
+        self, verdict: "Verdict | None", results: Mapping[str, Any] | None
     ) -> list[dict[str, Any]]:
         """Judge what the edit does to the model.
 
@@ -98,12 +103,16 @@ class Gates:
             records.append(_record(RATIO, "evaluation", most, ratio))
         return _passed(records)
 
-    def check_edits(self, edits: Iterable[EditRecord]) -> list[dict[str, Any]]:
+    def check_edits(self, edits: "Iterable[EditRecord]") -> list[dict[str, Any]]:
         """The same for what was written."""
         if self.max_leakage is None:
             return []
         worst = max(edits, key=lambda record: record.leakage)
         return _passed([_record(LEAKAGE, f"tensor {worst.name}", self.max_leakage, worst.leakage)])
+
+
+DROP, LEAKAGE, RATIO = (gate.flag for gate in declared_options(Gates).values())
+"""Names of the gates in their records."""
 
 
 def _value(metric: Mapping[str, float] | None) -> float | None:

@@ -118,20 +118,20 @@ class Fits:
                     yield system
 
     def _parts(self, seed: int) -> Parts:
-        run = self.bench.run
-        pairs = load_pairs(run.pairs, self.bench.words, run.num_pairs, seed)
-        return split(pairs, load_prose(run.neutral), seed)
+        recipe = self.bench.recipe
+        pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
+        return split(pairs, load_prose(recipe.neutral), seed)
 
     def _method(self, control: str, seed: int, first: System | None) -> Method:
         """A control with the layers and the biases of the reference."""
-        name, run, dimensions = _name(control), self.bench.run, self.bench.plan.dimensions
+        name, recipe, dimensions = _name(control), self.bench.recipe, self.bench.plan.dimensions
         typed = {"rank": "auto"} | self.options
-        if name == run.method == "gloss":  # the options typed are its own
+        if name == recipe.method == "gloss":  # the options typed are its own
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias = first.layers, first.edit.bias
         else:
-            reference = configure(run.method, typed, dimensions)
+            reference = configure(recipe.method, typed, dimensions)
             layers, bias = reference.edit_layers, reference.edit_bias
         options = {"layers": ",".join(map(str, layers)), "bias": "project" if bias else "keep"}
         if name == "random":
@@ -160,7 +160,7 @@ class Fits:
         first: System | None,
     ) -> int:
         """The rank under the budget, or the one that comes nearest to the reference's ratio."""
-        budget = self.bench.run.max_perplexity_ratio
+        budget = self.bench.recipe.max_perplexity_ratio
         if not control.endswith(AT_PERPLEXITY):
             try:
                 return choose_rank(probe, subspace, method, budget).rank

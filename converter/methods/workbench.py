@@ -26,7 +26,7 @@ from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
@@ -35,7 +35,7 @@ from converter.runtime.cache import cache_folder
 class Bench:
     """A fetched source with what fitting a method to it takes; its model is loaded when needed."""
 
-    run: Run
+    recipe: Recipe
     source: Source
     plan: Plan
     words: WordList
@@ -50,12 +50,11 @@ class Bench:
     @classmethod
     def of(
         cls,
-        run: Run,
+        recipe: Recipe,
         source: Source,
         plan: Plan,
         words: WordList,
         device: str,
-        *,
         memory_limit: int | None = None,
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
@@ -63,13 +62,14 @@ class Bench:
         Args:
             memory_limit: bytes that the forward pass is planned with, if less than what there is.
         """
-        dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
-        vocabulary = Vocabulary(plan, source, load_tokenizer(source.folder, run.trust_remote_code))
+        dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
+        tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
+        vocabulary = Vocabulary(plan, source, tokenizer)
         gains = read_gains(plan, source)
         forward = choose_forward(
-            run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+            recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
         )
-        return cls(run, source, plan, words, vocabulary, device, dtype, gains, forward)
+        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward)
 
     def load(self) -> Model:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
@@ -96,8 +96,8 @@ class Bench:
             self.vocabulary.tokenizer,
             self.dtype,
             self.device,
-            spread=self.run.device == "map",
-            trust_remote_code=self.run.trust_remote_code,
+            spread=self.recipe.device == "map",
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def _stream(self) -> StreamedModel:
@@ -108,7 +108,7 @@ class Bench:
             self.dtype,
             self.device,
             self.forward.budget,
-            trust_remote_code=self.run.trust_remote_code,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def unload(self) -> None:
@@ -128,9 +128,9 @@ class Bench:
 
 def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
     """From the file that was given, from the cache, or from a forward pass."""
-    run, hidden_size = bench.run, bench.plan.dimensions.hidden_size
-    if run.activations is not None:
-        return load_activations(run.activations, request, hidden_size)
+    recipe, hidden_size = bench.recipe, bench.plan.dimensions.hidden_size
+    if recipe.activations is not None:
+        return load_activations(recipe.activations, request, hidden_size)
     inputs = activation_inputs(
         bench.source.digests(),
         bench.plan.architecture,
@@ -139,7 +139,7 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
         request,
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
-        batch_size=run.batch_size,
+        batch_size=recipe.batch_size,
         mode=bench.forward.mode,
     )
     path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
@@ -161,7 +161,7 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
             request,
             part.pairs,
             part.prose,
-            batch_size=run.batch_size,
+            batch_size=recipe.batch_size,
         )
     if dropped:
         progress.warn(f"{dropped} pairs have no token that predicts a toxic one and were left out")

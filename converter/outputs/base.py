@@ -70,4 +70,4 @@ class Output(Protocol):
 
 
 OUTPUTS: Mapping[str, Output] = {"adapter": Adapter(), "checkpoint": Checkpoint()}
-"""Name, as in ``Run.output`` -> the output."""
+"""Name, as in ``Recipe.output`` -> the output."""

@@ -30,7 +30,7 @@ from converter.errors import VerificationError
 from converter.evaluate.fit import Fitted
 from converter.methods.base import Method
 from converter.outputs.checkpoint.write import Written, file_entry
-from converter.recipe import Run, without_folders
+from converter.recipe import Recipe
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
@@ -39,7 +39,7 @@ LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "
 
 
 def make_manifest(
-    run: Run,
+    recipe: Recipe,
     source: Source,
     method: Method,
     pairs: Pairs,
@@ -55,7 +55,7 @@ def make_manifest(
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "gloss-convert", "version": __version__},
-        "run": recorded(run),
+        "run": recipe.record(),
         "source": {
             "name": source.name,
             "repo_id": source.repo.repo_id if source.repo else None,
@@ -64,7 +64,7 @@ def make_manifest(
             "files": {name: {"sha256": s, "bytes": n} for name, (s, n) in read.items()},
         },
         "method": {
-            "name": run.method,
+            "name": recipe.method,
             "title": method.title,
             "paper": method.paper,
             "options": asdict(method),  # type: ignore[call-overload]
@@ -92,7 +92,7 @@ def make_manifest(
             },
             "candidates": [
                 asdict(candidate)
-                | {"tokens": [words.mask(t) if run.mask else t for t in candidate.tokens]}
+                | {"tokens": [words.mask(t) if recipe.mask else t for t in candidate.tokens]}
                 for candidate in subspace.candidates
             ],
         },
@@ -101,14 +101,6 @@ def make_manifest(
         "edited": edited(written, subspace.basis_name),
         "environment": environment(device),
     }
-
-
-def recorded(run: Run) -> dict[str, Any]:
-    """A run as the manifest has it."""
-    asked = asdict(run)
-    for key in ("source", "pairs", "neutral", "word_list", "activations"):
-        asked[key] = without_folders(asked[key])
-    return asked
 
 
 def edited(written: Written, basis_name: Callable[[int], str]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from converter.edits.subspace_file import load_bases
 from converter.errors import OptionError, VerificationError
 from converter.hub.listing import looks_like_repo
 from converter.outputs.record_checks import is_basis, place_of, plain_name, source_files
-from converter.recipe import Run
+from converter.recipe import Recipe
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, read_manifest_file
 from converter.runtime.cache import remembered_digest, sha256_of
 
@@ -110,22 +111,7 @@ def read_recording(path: Path) -> Recording:
     return Recording(path, manifest, digest, whole[0], load_bases(whole[0]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """Where local inputs are, whose paths no manifest records; None where they are not needed.
-
-    ``trust_remote_code`` is never taken from a manifest.
-    """
-
-    source: str | None = None
-    pairs: str | None = None
-    neutral: str | None = None
-    word_list: str | None = None
-    activations: Path | None = None
-    trust_remote_code: bool = False
-
-
-def run_of(recording: Recording, given: Given, *, refit: bool) -> Run:
+def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recipe:
     """The recorded run, its inputs pinned to what they resolved to.
 
     Args:
@@ -150,7 +136,7 @@ def run_of(recording: Recording, given: Given, *, refit: bool) -> Run:
     asked["trust_remote_code"] = given.trust_remote_code
     if refit:
         asked |= _texts(manifest, given)
-    return Run(**asked)
+    return Recipe(**asked)
 
 
 def _source(manifest: Mapping[str, Any], given: str | None) -> str:
@@ -170,7 +156,7 @@ def _source(manifest: Mapping[str, Any], given: str | None) -> str:
     )
 
 
-def _texts(manifest: Mapping[str, Any], given: Given) -> dict[str, str]:
+def _texts(manifest: Mapping[str, Any], given: LocalInputs) -> dict[str, str]:
     """The texts of a refit, a dataset at its recorded commit."""
     asked = manifest["run"]
     if asked["activations"] is not None and given.activations is None:
