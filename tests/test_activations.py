@@ -116,8 +116,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
             extraction.activation_inputs(
                 {},
                 architectures()["llama"],
-                pairs,
-                load_prose("builtin"),
+                Part(pairs, load_prose("builtin")),
                 request,
                 device=device,
                 dtype="float32",

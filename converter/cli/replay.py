@@ -35,7 +35,8 @@ class ReplayOptions(Options):
     )]
     refit: Annotated[bool, Option("Fit the subspace again, too, and compare it.")] = False
     max_angle: Annotated[float, Option(
-        "Largest angle between the subspace of --refit and the recorded one.",
+        "Largest angle between the subspace of --refit and the recorded one. Other batch sizes, "
+        "threads and devices add in another order; the same machine gives the same subspace.",
         metavar="DEGREES", example="0.1", least=0, most=90,
     )] = 1.0
     overwrite: Overwrite = False
@@ -66,8 +67,7 @@ def replay_command(asked: ReplayOptions, inputs: LocalInputs, settings: Settings
         asked.destination,
         inputs,
         settings,
-        refit=asked.refit,
-        max_angle=asked.max_angle,
+        max_angle=asked.max_angle if asked.refit else None,
         overwrite=asked.overwrite,
     )
     result = replay_result(recording, done, asked.destination, progress.current())

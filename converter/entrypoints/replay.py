@@ -38,10 +38,6 @@ from converter.release.manifest import edited, environment, read_manifest
 from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress
 
-MAX_ANGLE = 1.0
-"""Degrees between a refitted subspace and the recorded one that are not held against it: other
-batch sizes, threads and devices add in another order. The same machine gives the same subspace."""
-
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
@@ -70,8 +66,7 @@ def replay(
     given: LocalInputs = LocalInputs(),
     settings: Settings = Settings(),
     *,
-    refit: bool = False,
-    max_angle: float = MAX_ANGLE,
+    max_angle: float | None = None,
     overwrite: bool = False,
 ) -> Replayed:
     """Write a recorded checkpoint once more.
@@ -81,15 +76,14 @@ def replay(
         destination: a folder that does not exist or is empty.
         given: where local inputs are.
         settings: how this machine does it.
-        refit: fit the subspace again, too, and compare.
-        max_angle: degrees that it may be off.
+        max_angle: fit the subspace again, too; degrees that it may be off. None to fit nothing.
         overwrite: replace a checkpoint that is already there.
 
     Raises:
         VerificationError: the source, the outputs or the refitted subspace differ.
         ConverterError: another of its children; the destination is as it was.
     """
-    recipe = recipe_of(recording, given, refit=refit)
+    recipe = recipe_of(recording, given, refit=max_angle is not None)
     device = device_like(recording, recipe)
     found = differences(recording, device)
     for entry in found:
@@ -100,7 +94,7 @@ def replay(
         check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         edit, targets = recording.edit(plan)
-    if not (overwrite or refit) and (before := replayed_before(recording, destination)):
+    if not overwrite and max_angle is None and (before := replayed_before(recording, destination)):
         settle(recipe, destination, before, None)
         other = others(recording, before)
         identical = len(before["files"].keys() - {SUBSPACE_FILE, *other})
@@ -112,7 +106,7 @@ def replay(
     engine.workers_for(output.at_a_time(source), targets, rank)
     angles = None
     with claimed(destination, overwrite) as claim:
-        if refit:
+        if max_angle is not None:
             angles = compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
         journal = Journal.of(claim, source, edit, targets, engine)
         with claim.staged(overwrite) as folder:

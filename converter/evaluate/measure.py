@@ -107,10 +107,8 @@ def _generation(
     assert battery.prompts is not None
     prompts = battery.prompts.texts
     texts = generate(
-        model.module,
-        model.tokenizer,
+        model,
         prompts,
-        device=model.device,
         max_new_tokens=battery.max_new_tokens,
         samples=samples,
         top_p=battery.top_p,

@@ -134,8 +134,7 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
     inputs = activation_inputs(
         bench.source.digests(),
         bench.plan.architecture,
-        part.pairs,
-        part.prose,
+        part,
         request,
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
