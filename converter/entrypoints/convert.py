@@ -18,7 +18,7 @@ from converter.entrypoints.verify import verify
 from converter.errors import OptionError, VerificationError
 from converter.evaluate.fit import fit
 from converter.hub.repos import check_repo_id
-from converter.methods.base import Method, configure
+from converter.methods.base import Method, configure, targets_of
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
@@ -62,7 +62,7 @@ def convert(
     stream, keep_source = delivery.stream, settings.keep_source
     source, plan, method, _ = prepare_to_write(recipe, destination, settings, delivery)
     device = choose_device(recipe.device)
-    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[recipe.output]
+    targets, output = targets_of(method, plan), OUTPUTS[recipe.output]
     rank = method.rank or MAX_RANK
     engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
@@ -168,10 +168,9 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         plan = make_plan(source.config, source.weight_map, source.headers())
         output = OUTPUTS[recipe.output]
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
-        output.check(plan, plan.select(method.edit_layers, method.edit_bias))
-        expert_bias = any(
-            t.role == "down_proj_bias" and len(t.info.shape) > 1 for t in plan.targets
-        )
+        output.check(plan, targets_of(method, plan))
+        sparse = set(plan.dimensions.sparse_layers)
+        expert_bias = any(bias.layer in sparse for bias in plan.biases("down_proj"))
         if expert_bias and not method.edit_bias:
             raise OptionError(
                 "-o bias=keep",
@@ -210,7 +209,7 @@ def prepare_to_write(
             "--no-keep-source", expected="a Hub that can be reached",
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
-    targets, rank = plan.select(method.edit_layers, method.edit_bias), method.rank or MAX_RANK
+    targets, rank = targets_of(method, plan), method.rank or MAX_RANK
     room = stream.room(plan) if stream else OUTPUTS[recipe.output].nbytes(plan, targets, rank)
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)

@@ -10,6 +10,7 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.methods.base import targets_of
 from converter.methods.subspace import MAX_RANK
 from converter.models.build import stored_dtype
 from converter.models.placement import choose_forward, needed_weights
@@ -35,7 +36,7 @@ def describe_plan(
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[recipe.output]
+    targets, output = targets_of(method, plan), OUTPUTS[recipe.output]
     rank, engine = method.rank or MAX_RANK, Engine(settings.workers, settings.memory_limit)
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)

@@ -68,7 +68,7 @@ def ours(source: Path, out: Path, **settings: Any) -> Work:
         read = resolve(str(source))
         plan = make_plan(read.config, read.weight_map, read.headers())
         layers = range(plan.dimensions.num_hidden_layers)
-        edit, targets = Projection(dict.fromkeys(layers, U)), plan.select(layers, True)
+        edit, targets = Projection(dict.fromkeys(layers, U)), plan.targets
         write_checkpoint(read, plan, edit, targets, out, engine)
 
     return work
