@@ -1,18 +1,29 @@
-"""Options are declared once: as a field, from which everything else follows."""
+"""Options are declared once, as a field, from which everything else follows."""
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from converter.cli.command import Command
+from converter.cli.main import gloss
 from converter.entrypoints.recipe_file import read_recipe, recipe_text
 from converter.errors import OptionError
 from converter.option import Declared, declared_options
 from converter.recipe import Recipe, Settings
+from tests.builders.models import TINY_ARGS
+
+Checkpoints = Callable[..., Path]
+Cli = Callable[..., Result]
 
 OTHER: dict[str, Any] = {
     "source": "someone/a model",
@@ -144,3 +155,92 @@ def test_every_option_is_explained(declared: Declared) -> None:
     if not declared.choices and declared.kind is not bool:
         example = [declared.example] if declared.kind is dict else declared.example
         assert declared.read(example) != declared.default
+
+
+def commands() -> list[Command]:
+    return [each for each in gloss.commands.values() if isinstance(each, Command) and each.parts]
+
+
+def test_every_option_of_every_command_is_a_field() -> None:
+    assert {each.name for each in commands()} >= {"convert", "plan", "recipe", "verify", "diff"}
+    for each in commands():
+        known = {option.name for part in each.parts for option in part.options}
+        assert {str(parameter.name) for parameter in each.params} - {"version"} == known, each.name
+        for parameter in each.params:
+            assert parameter.name == "version" or not parameter.to_info_dict()["default"]
+
+
+def test_the_readme_has_the_table_that_the_command_prints(cli: Cli) -> None:
+    tables = cli("options").stdout
+    assert "| `--num-pairs 1000` | all usable, at most 2000 | Number of pairs" in tables
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert tables in readme, "put what 'gloss options' prints into README.md"
+
+
+def test_options_are_known_without_loading_a_model_library() -> None:
+    """``--help`` and ``gloss recipe`` answer at once."""
+    program = (
+        "import sys; from converter.cli.main import gloss\n"
+        "gloss(['recipe'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_command_prints_the_recipe_that_another_reads(
+    cli: Cli, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    source, path = checkpoints("llama"), tmp_path / "run.toml"
+    typed = (*TINY_ARGS, "--num-pairs", 32, "--batch-size", 4, "--no-mask")
+    path.write_text(cli("recipe", source, *typed).stdout)
+    plain = cli("plan", source, *typed, "--json")
+    assert plain.exit_code == 0, plain.stderr
+    assert cli("plan", "--recipe", path, "--json").stdout == plain.stdout
+    first, second = tmp_path / "first", tmp_path / "second"
+    for args in ((source, first, *typed), (second, "--recipe", path)):
+        result = cli("convert", *args)
+        assert result.exit_code == 0, result.stderr
+        assert "overruled" not in result.stderr
+    runs = [json.loads((out / "gloss_manifest.json").read_text())["run"] for out in (first, second)]
+    assert runs[0] == runs[1]
+    assert (runs[0]["batch_size"], runs[0]["mask"]) == (4, False)
+
+
+def test_what_is_typed_counts_more_than_the_file_and_that_is_said_once(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = tmp_path / "run.toml", {"rank": "4", "cost": "2"}
+    path.write_text(recipe_text({"source": "demo", "seed": 3, "options": options}))
+    monkeypatch.setenv("GLOSS_BATCH_SIZE", "7")
+    typed = ("--seed", 5, "-o", "rank=2", "--method", "gloss")
+    args = ("recipe", "elsewhere", "--recipe", path, *typed)
+    result = cli(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["source"], found["seed"], found["batch_size"]) == ("elsewhere", 5, 7)
+    assert found["options"] == {"rank": "2", "cost": "2"}
+    said = "run.toml is overruled by what was typed: source, options, seed, batch_size\n"
+    assert result.stderr == said
+    assert cli(*args, "--quiet").stderr == ""
+    assert tomllib.loads(cli(*args).stdout)["options"] == {"rank": 2, "cost": 2}
+
+
+def test_the_source_is_typed_or_in_the_file(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(recipe_text({}))
+    for args in (("plan",), ("convert", tmp_path / "out"), ("plan", "--recipe", path)):
+        result = cli(*args)
+        assert result.exit_code == 2
+        assert "Missing argument 'SOURCE', which no --recipe names either" in result.stderr
+    result = cli("convert", "a", "b", "c")
+    assert result.exit_code == 2
+    assert "Got unexpected extra argument (b)" in result.stderr
+
+
+def test_errors_of_a_recipe_end_a_command_as_all_others_do(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("num_pair = 3")
+    result = cli("plan", "demo", "--recipe", path, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"] == "OptionError"
+    assert "error: run.toml has an unknown key num_pair; did you mean num_pairs?" in result.stderr

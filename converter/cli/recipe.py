@@ -13,8 +13,6 @@ from converter.option import Declared
 class RecipeValues(RecipePart):
     """What there is of a recipe, which need not be whole."""
 
-    __slots__ = ()
-
     def make(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return self.values(values)
 
@@ -37,13 +35,14 @@ def options_table(commands: Iterable[Command]) -> str:
             owners.setdefault(part.cls, []).append(f"`{each.name}`")
             options.setdefault(part.cls, {}).update({o.name: o for o in part.options})
     return "\n\n".join(
-        f"{', '.join(owners[cls])}: {_summary(cls)}\n\n{_table(options[cls].values())}"
+        f"{_summary(cls)} ({', '.join(owners[cls])}):\n\n{_table(options[cls].values())}"
         for cls in owners
     )
 
 
 def _summary(cls: type) -> str:
-    return " ".join((cls.__doc__ or "").strip().partition("\n\n")[0].split())
+    """The first sentence about a class."""
+    return " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
 
 
 def _table(options: Iterable[Declared]) -> str:

@@ -9,7 +9,7 @@ import click
 
 from converter.cli.fields import Part, parameter
 from converter.entrypoints.recipe_file import read_recipe
-from converter.option import Option, Options, declared_options
+from converter.option import Declared, Option, Options, declared_options
 from converter.recipe import Recipe
 from converter.runtime import progress
 
@@ -26,19 +26,23 @@ class RecipeFile(Options):
     # fmt: on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RecipePart(Part):
-    """A ``Recipe``, whose source may be in the file of ``--recipe``."""
+    """A ``Recipe``, whose values, the source among them, may be in the file of ``--recipe``."""
 
     cls: type[Options] = Recipe
+
+    @property
+    def options(self) -> list[Declared]:
+        source, *others = super().options
+        return [source, *declared_options(RecipeFile).values(), *others]
 
     def parameters(self) -> list[click.Parameter]:
         source, *others = self.options
         place = click.Argument(
             [source.name], nargs=-1, metavar=f"[{source.flag}]", callback=_one_or_none
         )
-        (file,) = declared_options(RecipeFile).values()
-        return [place, parameter(file), *map(parameter, others)]
+        return [place, *map(parameter, others)]
 
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the file and, over them, those that were typed.
@@ -46,7 +50,8 @@ class RecipePart(Part):
         Raises:
             OptionError: a value is wrong, or the file is.
         """
-        (typed, path) = self.typed(values), values["recipe_file"]
+        typed = self.typed(values)
+        path = typed.pop("recipe_file", None)
         recorded = read_recipe(path) if path else {}
         if "options" in recorded and "options" in typed:
             typed["options"] = recorded["options"] | typed["options"]

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gates(Options):
-    """The limits of one run; None where there is none.
+    """Limits that a result has to keep, beyond those of the guard.
 
-    Toxic words are judged by each teacher-forced measurement that there is: the guard's, and that
-    of the evaluation.
+    None where there is none. Toxic words are judged by each teacher-forced measurement that there
+    is: the guard's, and that of the evaluation.
     """
 
     # fmt: off

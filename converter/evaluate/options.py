@@ -9,7 +9,10 @@ from converter.option import Option, Options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(Options):
-    """What to measure, as asked for; ``battery.load_battery`` loads what is named here."""
+    """What an evaluation measures.
+
+    Names are names here; ``battery.load_battery`` loads what they stand for.
+    """
 
     # fmt: off
     prompts: Annotated[str, Option(

@@ -8,7 +8,7 @@ from converter.option import Option, Options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationOptions(Options):
-    """How to publish, wherever it is."""
+    """How a result is published."""
 
     # fmt: off
     private: Annotated[bool | None, Option(
@@ -27,16 +27,12 @@ class PublicationOptions(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication(PublicationOptions):
-    """Where to publish, and how.
+    """Where a result is published, and how.
 
     Attributes:
+        repo_id: ``owner/name``; without an owner, that of the token.
         exists: whether the repo is there; known after ``permissions.check_rights``.
     """
 
-    # fmt: off
-    repo_id: Annotated[str, Option(
-        "Repo to publish to; without an owner, it is that of the token.",
-        flag="REPO", example="someone/SmolLM2-detox",
-    )]
-    # fmt: on
+    repo_id: str
     exists: bool = False

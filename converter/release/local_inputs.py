@@ -10,9 +10,9 @@ from converter.recipe import TrustRemoteCode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalInputs(Options):
-    """Local inputs of a recorded conversion; None where they are not needed.
+    """Where the inputs of a recorded conversion are.
 
-    ``trust_remote_code`` is never taken from a manifest.
+    None where that is not needed. ``trust_remote_code`` is never taken from a manifest.
     """
 
     # fmt: off
