@@ -20,6 +20,9 @@ from converter.errors import OptionError
 PREFIX = "GLOSS_"
 """Begins the name of every variable that an option is read from."""
 
+MAX_EXACT = 1 << 53
+"""The largest whole number up to which each is a float, too."""
+
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
 """A type as a message names it."""
 
@@ -143,11 +146,11 @@ class Declared:
             if value not in self.choices:
                 raise OptionError(label, expected=" or ".join(self.choices), found=_found(value))
             return value
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) <= MAX_EXACT:
             value = float(value)
         if self.kind is Path and isinstance(value, str):
             value = Path(value)
-        if not isinstance(value, self.kind) or type(value) is bool is not self.kind:
+        if not isinstance(value, self.kind) or isinstance(value, bool) != (self.kind is bool):
             raise OptionError(label, expected=NAMES[self.kind], found=_found(value))
         if self.kind in (int, float):
             self._check_bounds(value, label)
@@ -160,7 +163,7 @@ class Declared:
             (option.above, "more than", gt),
             (option.most, "at most", le),
         ]
-        if not isfinite(value):
+        if isinstance(value, float) and not isfinite(value):
             raise OptionError(label, expected="a finite number", found=str(value))
         for bound, words, holds in bounds:
             if bound is not None and not holds(value, bound):
@@ -186,11 +189,11 @@ def declared_options(cls: type[Any]) -> Mapping[str, Declared]:
         if get_origin(hint) is not Annotated:
             continue
         kind, option = get_args(hint)
-        members = [kind] if get_origin(kind) is Literal else get_args(kind) or (kind,)
-        optional = NoneType in members
+        optional = NoneType in get_args(kind)
         if optional:
-            (kind,) = (member for member in members if member is not NoneType)
-        kind = get_origin(kind) if get_origin(kind) in (tuple, dict) else kind
+            kind = next(member for member in get_args(kind) if member is not NoneType)
+        if get_origin(kind) in (tuple, dict):
+            kind = get_origin(kind)
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()

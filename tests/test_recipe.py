@@ -101,6 +101,8 @@ def test_a_printed_recipe_explains_every_option(tmp_path: Path) -> None:
         ("batch_size = 0", "batch_size: expected at least 1, found 0"),
         ("max_perplexity_ratio = 1", "max_perplexity_ratio: expected more than 1, found 1.0"),
         ("max_perplexity_ratio = nan", "max_perplexity_ratio: expected a finite number, found nan"),
+        (f"max_perplexity_ratio = {10**400}", "ratio: expected a number, found 1000"),
+        (f"seed = {10**400}", "seed: expected at most 9223372036854775807, found 1000"),
         ("guard = 1", "guard: expected true or false, found 1"),
         ("pairs = 3", "pairs: expected text, found 3"),
         ("activations = 3", "activations: expected text, found 3"),
