@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import Result
 from hypothesis import given
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from converter.cli.command import Command
 from converter.cli.main import gloss
+from converter.cli.recipe_options import RecipePart
 from converter.entrypoints.recipe_file import read_recipe, recipe_text
 from converter.errors import OptionError
 from converter.option import Declared, declared_options
@@ -237,6 +239,14 @@ def test_the_source_is_typed_or_in_the_file(cli: Cli, tmp_path: Path) -> None:
     result = cli("convert", "a", "b", "c")
     assert result.exit_code == 2
     assert "Got unexpected extra argument (b)" in result.stderr
+
+
+def test_an_option_that_a_command_does_not_have_does_not_bear_on_it(tmp_path: Path) -> None:
+    path, part = tmp_path / "run.toml", RecipePart(without=("output",))
+    path.write_text('source = "x"\noutput = "adapter"\nseed = 3')
+    command = click.Command("evaluate", params=part.parameters())
+    with command.make_context("evaluate", ["--recipe", str(path)]) as context:
+        assert part.make(context.params) == Recipe(source="x", seed=3)
 
 
 def test_errors_of_a_recipe_end_a_command_as_all_others_do(cli: Cli, tmp_path: Path) -> None:

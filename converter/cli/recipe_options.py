@@ -47,12 +47,16 @@ class RecipePart(Part):
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the file and, over them, those that were typed.
 
+        The file may hold options that the command does not have; they have no effect on it.
+
         Raises:
             OptionError: a value is wrong, or the file is.
         """
         typed = self.typed(values)
         path = typed.pop("recipe_file", None)
+        names = {option.name for option in self.options}
         recorded = read_recipe(path) if path else {}
+        recorded = {name: value for name, value in recorded.items() if name in names}
         if "options" in recorded and "options" in typed:
             typed["options"] = recorded["options"] | typed["options"]
         other = [key for key in typed if key in recorded and recorded[key] != typed[key]]
