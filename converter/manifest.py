@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from converter import __version__
-from converter.recipe import Run
+from converter.recipe import Recipe
 
 SCHEMA_VERSION: Final = 1
 
@@ -396,7 +396,6 @@ class Lora(Record, kw_only=True):
     sha256_b: Sha256
 
 
-
 class EditedTensor(Record, kw_only=True):
     """What the edit did to one tensor W; norms are Frobenius norms.
 
@@ -641,7 +640,7 @@ class Manifest(Record, kw_only=True):
 
     schema_version: Literal[1]
     tool: Tool
-    run: Annotated[Run, Meta(extra_json_schema={"unevaluatedProperties": False})]
+    run: Annotated[Recipe, Meta(extra_json_schema={"unevaluatedProperties": False})]
     source: SourceRecord
     method: MethodRecord
     pairs: PairsRecord
@@ -696,7 +695,7 @@ class Manifest(Record, kw_only=True):
         """
         manifest = msgspec.convert(value, cls, dec_hook=_from_json)
         _ = manifest.subspace  # it must be readable, too
-        for key in sorted(value["run"].keys() - {field.name for field in fields(Run)}):
+        for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
             raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
         return manifest
 

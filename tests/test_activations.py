@@ -28,7 +28,7 @@ from converter.models import build as models
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.models import HIDDEN, TINY, tiny_tokenizer
 
@@ -54,13 +54,13 @@ class Runs:
 
         monkeypatch.setattr(models, "load_model", counted)
 
-    def __call__(self, run: Run) -> str:
-        source, plan, method = pipeline.prepare(run)
-        words = load_words(run.word_list)
-        pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
-        prose = load_prose(run.neutral)
+    def __call__(self, recipe: Recipe) -> str:
+        source, plan, method = pipeline.prepare(recipe)
+        words = load_words(recipe.word_list)
+        pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
+        prose = load_prose(recipe.neutral)
         before = self.loaded
-        bench = workbench.Bench.of(run, source, plan, words, "cpu")
+        bench = workbench.Bench.of(recipe, source, plan, words, "cpu")
         workbench.activations_of(bench, method.request, Part(pairs, prose))
         return "miss" if self.loaded > before else "hit"
 
@@ -70,14 +70,14 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     stage = Runs(monkeypatch)
-    run = Run(source=str(source), num_pairs=16, options=TINY, guard=False)
-    assert stage(run) == "miss"
-    assert stage(run) == "hit"
+    recipe = Recipe(source=str(source), num_pairs=16, options=TINY, guard=False)
+    assert stage(recipe) == "miss"
+    assert stage(recipe) == "hit"
     # what the activations do not depend on
     for same in ({"rank": "2"}, {"alpha": "0.5"}, {"candidates": "svd"}, {"edit_layers": "1"}):
-        assert stage(replace(run, options={**TINY, **same})) == "hit", same
+        assert stage(replace(recipe, options={**TINY, **same})) == "hit", same
     moved = shutil.copytree(source, tmp_path / "moved")
-    assert stage(replace(run, source=str(moved))) == "hit"  # by content, not by path
+    assert stage(replace(recipe, source=str(moved))) == "hit"  # by content, not by path
 
     prose = tmp_path / "prose.txt"
     prose.write_text("Another text. " * 60)
@@ -91,20 +91,20 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
         {"options": {**TINY, "pooling": "mean"}},
         {"options": {**TINY, "site": "residual"}},
     ):
-        assert stage(replace(run, **change)) == "miss", change
+        assert stage(replace(recipe, **change)) == "miss", change
     for name in ("config.json", "tokenizer_config.json"):
         text = (source / name).read_text()
         (source / name).write_text(text + "\n")
-        assert stage(run) == "miss", name
+        assert stage(recipe) == "miss", name
         (source / name).write_text(text)
-        assert stage(run) == "hit", name
+        assert stage(recipe) == "hit", name
     shard = max(source.glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    assert stage(run) == "miss"
+    assert stage(recipe) == "miss"
     monkeypatch.setattr(extraction, "MAX_TOKENS", 255)
-    assert stage(run) == "miss"
+    assert stage(recipe) == "miss"
     monkeypatch.undo()
 
 
@@ -117,8 +117,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
             extraction.activation_inputs(
                 {},
                 architectures()["llama"],
-                pairs,
-                load_prose("builtin"),
+                Part(pairs, load_prose("builtin")),
                 request,
                 device=device,
                 dtype="float32",
@@ -226,12 +225,12 @@ def test_a_damaged_cache_file_is_made_again(
     checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Runs(monkeypatch)
-    run = Run(source=str(checkpoints("llama")), num_pairs=16, options=TINY, guard=False)
-    assert stage(run) == "miss"
+    recipe = Recipe(source=str(checkpoints("llama")), num_pairs=16, options=TINY, guard=False)
+    assert stage(recipe) == "miss"
     (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
-    assert stage(run) == "miss"
-    assert stage(run) == "hit"
+    assert stage(recipe) == "miss"
+    assert stage(recipe) == "hit"
 
 
 def test_one_wrong_bit_in_a_file_is_noticed(tmp_path: Path) -> None:

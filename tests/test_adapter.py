@@ -38,7 +38,7 @@ from converter.evaluate.guard import examine
 from converter.models.build import load_language_model
 from converter.models.edited import edited
 from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal
 from tests.builders.meta import write_native
@@ -76,7 +76,7 @@ def architecture_of(folder: Path) -> Architecture:
 
 def adapter_of(source: Path, out: Path, **changed: Any) -> Path:
     run: dict[str, Any] = {"num_pairs": 32, "options": TINY, "guard": False} | changed
-    convert(Run(source=str(source), output="adapter", **run), out)
+    convert(Recipe(source=str(source), output="adapter", **run), out)
     return out
 
 

@@ -21,11 +21,12 @@ from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
 from converter.entrypoints import push as pushing
 from converter.entrypoints.convert import convert
+from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
 from converter.hub.permissions import Publication
 from converter.manifest import Manifest
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.adversary import (
@@ -66,8 +67,10 @@ def adapter(
         (folder / "pictures/a.png").write_bytes(bytes(range(64)))
         return [folder / "pictures/a.png"]
 
-    run = Run(source=str(converted[0]), num_pairs=64, options=TINY, guard=False, output="adapter")
-    convert(run, out, pictures=draw)
+    recipe = Recipe(
+        source=str(converted[0]), num_pairs=64, options=TINY, guard=False, output="adapter"
+    )
+    convert(recipe, out, delivery=Delivery(pictures=draw))
     return out
 
 
@@ -78,8 +81,8 @@ def seeded(
     """The same conversion with another seed and rank. Read only."""
     out = tmp_path_factory.mktemp("seeded") / "out"
     options = {**TINY, "rank": "2"}
-    run = Run(source=str(converted[0]), num_pairs=64, options=options, guard=False, seed=1)
-    convert(run, out)
+    recipe = Recipe(source=str(converted[0]), num_pairs=64, options=options, guard=False, seed=1)
+    convert(recipe, out)
     return out
 
 
@@ -487,8 +490,8 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     data["auto_map"] = {"AutoConfig": "configuration_own.Config"}
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
-    run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
-    convert(run, tmp_path / "out")
+    recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False)
+    convert(recipe, tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")
     public = key.with_suffix(".pub")

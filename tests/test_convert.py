@@ -30,7 +30,7 @@ from converter.models.edited import edited
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging import claim as staging
 from converter.outputs.staging.claim import claimed
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
 from tests.builders.models import (
     HIDDEN,
@@ -111,7 +111,7 @@ def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     source, out = checkpoints(kind), tmp_path / "out"
-    convert(Run(source=str(source), num_pairs=32, options=TINY, guard=False), out)
+    convert(Recipe(source=str(source), num_pairs=32, options=TINY, guard=False), out)
     bases = load_bases(out / "gloss_subspace.safetensors")
     layers = (2, 3, 4)
     U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
@@ -155,11 +155,11 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
     source, out = checkpoints(kind), tmp_path / "out"
     d, x = save_planted(tmp_path / "seen.safetensors")
     none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
-    run = Run(
+    recipe = Recipe(
         source=str(source), num_pairs=32, options=TINY | none, guard=False,
         activations=tmp_path / "seen.safetensors",
     )  # fmt: skip
-    convert(run, out)
+    convert(recipe, out)
     assert not verify(out)
     stacked = torch.stack([x[0, n].mean(0) + d - x[1, n].mean(0) for n in (2, 3, 4)])
     u = torch.linalg.svd(torch.nn.functional.normalize(stacked))[2][0]  # what GloSS makes of it
@@ -197,14 +197,14 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
     d, _ = save_planted(tmp_path / "seen.safetensors")
     options = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
     options |= {"basis": "candidates", "ranking": "mean-difference"}
-    run = Run(
+    recipe = Recipe(
         source=str(source),
         options=options,
         num_pairs=16,
         activations=tmp_path / "seen.safetensors",
         guard=False,
     )
-    convert(run, out)
+    convert(recipe, out)
     U = load_file(out / "gloss_subspace.safetensors")["U"]
     assert float(U[:, 0] @ d) > 0.99
     model = load(out)
@@ -218,9 +218,9 @@ def test_two_runs_give_the_same_bytes(
 ) -> None:
     _, first = converted
     source = checkpoints("llama", torch.bfloat16)
-    run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
+    recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False)
     with using_cache(tmp_path / "another cache"):
-        convert(run, tmp_path / "second")
+        convert(recipe, tmp_path / "second")
     names = {p.name for p in first.iterdir()}
     assert names == {p.name for p in (tmp_path / "second").iterdir()}
     for name in names - {"gloss_manifest.json", "README.md", "SHA256SUMS"}:

@@ -5,8 +5,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +68,9 @@ def judge(model: Any) -> LanguageModel:
     return LanguageModel(model, tiny_tokenizer(), architectures()["llama"], "cpu")
 
 
-write = partial(generate, tokenizer=tiny_tokenizer(), device="cpu", max_new_tokens=8)
+def write(model: Any, prompts: Sequence[str], **options: Any) -> list[list[str]]:
+    """Continuations by a model of transformers, short unless asked for otherwise."""
+    return generate(judge(model), prompts, **{"max_new_tokens": 8, **options})
 
 
 # prompts
@@ -236,7 +237,7 @@ def test_what_is_too_long_is_cut_on_the_left(model: Any) -> None:
     texts = write(model, prompts=[long, f"And so on. {long}", f"{long}, and so on"])
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(OptionError, match="--max-new-tokens: expected fewer than 511, found 512"):
-        generate(model, tiny_tokenizer(), PROMPTS, device="cpu", max_new_tokens=512)
+        generate(judge(model), PROMPTS, max_new_tokens=512)
 
 
 def test_an_empty_prompt_is_begun_with_a_special_token(model: Any) -> None:

@@ -24,8 +24,9 @@ from converter.errors import ConverterError, DataError, VerificationError
 from converter.manifest import Manifest
 from converter.release.card import make_card
 from converter.release.licences import terms_of
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
-from converter.release.recording import Given, read_recording, run_of
+from converter.release.recording import read_recording, recipe_of
 from converter.runtime import progress, strict_json
 from converter.runtime.console import as_json, say
 from converter.runtime.files import MAX_LINE
@@ -276,7 +277,7 @@ def test_a_run_of_a_manifest_reads_no_other_folder(output: Path) -> None:
         made["run"][key] = value
         skeleton.seal(output, json.dumps(made).encode())
         with pytest.raises(ConverterError, match="names of files in a folder"):
-            run_of(read_recording(output), Given(source="x"), refit=False)
+            recipe_of(read_recording(output), LocalInputs(source="x"), refit=False)
 
 
 def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_read(output: Path) -> None:

@@ -451,7 +451,7 @@ def test_pictures_are_drawn_before_the_push(
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
-    monkeypatch.setattr("converter.cli.main.draw", full)
+    monkeypatch.setattr("converter.entrypoints.pictures.draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
     assert result.exit_code == 7

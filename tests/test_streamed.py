@@ -37,6 +37,7 @@ from converter.models.likelihood import log_probabilities
 from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
+from converter.recipe import Settings, parse_size
 from converter.runtime import memory, progress
 from tests.builders.models import (
     HIDDEN,
@@ -512,13 +513,13 @@ SIZES = {"4GB": 4 * 10**9, "512mb": 512 * 10**6, "1.5 GiB": 3 << 29, "1000": 100
 
 @pytest.mark.parametrize(("text", "size"), SIZES.items())
 def test_sizes(text: str, size: int) -> None:
-    assert memory.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "0", "1e9", "4GBB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--memory-limit: expected a size such as 4GB"):
-        memory.parse_size(text)
+        Settings(memory_limit=text)  # type: ignore[arg-type]
 
 
 # whole runs

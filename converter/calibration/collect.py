@@ -14,6 +14,7 @@ from torch import Tensor
 from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
+from converter.calibration.split import Part
 from converter.calibration.statistics import TEXTS, Activations, Moments, Request
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
@@ -27,8 +28,7 @@ PIECE = 8
 def activation_inputs(
     digests: Mapping[str, str],
     architecture: Architecture,
-    pairs: Pairs,
-    prose: Prose,
+    part: Part,
     request: Request,
     *,
     device: str,
@@ -44,8 +44,8 @@ def activation_inputs(
     """
     return {
         "files": dict(digests),
-        "pairs": pairs.sha256,
-        "prose": prose.sha256,
+        "pairs": part.pairs.sha256,
+        "prose": part.prose.sha256,
         **asdict(request),
         "layers": list(request.layers),
         "module": module_template(architecture, request),

@@ -118,7 +118,8 @@ class RemoveSubspace:
         return -self.U, P
 
     def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
-        return self.U[rows].double().norm(dim=1)[:, None] * norms
+        sizes: Tensor = self.U[rows].double().norm(dim=1)
+        return sizes[:, None] * norms
 
     def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
         """``energy_removed``: ||U^T W||^2 / ||W||^2; ``leakage``: ||U^T W'|| / ||U^T W||."""
@@ -182,7 +183,8 @@ class AddLowRank(_WithoutSubspace):
 
     def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
         B, A = self.B[rows].double(), self.A[:, columns].double()
-        return B.norm(dim=1)[:, None] * A.norm(dim=0)
+        sizes: Tensor = B.norm(dim=1)[:, None] * A.norm(dim=0)
+        return sizes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

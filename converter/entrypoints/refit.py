@@ -12,13 +12,13 @@ from converter.entrypoints.convert import load_texts, prepare
 from converter.errors import VerificationError
 from converter.evaluate.fit import fit
 from converter.methods.workbench import Bench
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.release.recording import Recording
 
 
 def compare_fit(
     recording: Recording,
-    run: Run,
+    recipe: Recipe,
     device: str,
     max_angle: float,
     memory_limit: int | None = None,
@@ -34,10 +34,10 @@ def compare_fit(
             angle is larger than ``max_angle``.
         ConverterError: as a conversion would.
     """
-    source, plan, method = prepare(run)
-    pairs, prose, words = load_texts(run)
+    source, plan, method = prepare(recipe)
+    pairs, prose, words = load_texts(recipe)
     check_texts(recording, pairs, prose, words)
-    bench = Bench.of(run, source, plan, words, device, memory_limit=memory_limit)
+    bench = Bench.of(recipe, source, plan, words, device, memory_limit)
     edit = fit(bench, method, pairs, prose).edit
     bench.unload()
     layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}

@@ -21,7 +21,8 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
 from converter.edits.edit_file import EDIT_FILE
 from converter.edits.engine import Engine
-from converter.entrypoints.convert import check_whole, inputs_of, no_pictures, write_records
+from converter.entrypoints.convert import check_whole, inputs_of, write_records
+from converter.entrypoints.delivery import no_pictures
 from converter.entrypoints.refit import compare_fit
 from converter.entrypoints.resume import settle
 from converter.errors import VerificationError
@@ -33,14 +34,11 @@ from converter.outputs.destination import check_destination
 from converter.outputs.registry import output_of
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.outputs.staging.journal import Journal
-from converter.recipe import Run
+from converter.recipe import Recipe, Settings
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, read_manifest
-from converter.release.recording import NAMED, Given, Recording, check_source, differences, run_of
+from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress
-
-MAX_ANGLE = 1.0
-"""Degrees between a refitted edit and the recorded one that are not held against it: other
-batch sizes, threads and devices add in another order. The same machine gives the same edit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +65,11 @@ class Replayed:
 def replay(
     recording: Recording,
     destination: Path,
-    given: Given | None = None,
+    given: LocalInputs = LocalInputs(),
+    settings: Settings = Settings(),
     *,
-    refit: bool = False,
-    max_angle: float = MAX_ANGLE,
+    max_angle: float | None = None,
     overwrite: bool = False,
-    workers: int = 0,
-    memory_limit: int | None = None,
 ) -> Replayed:
     """Write a recorded checkpoint once more.
 
@@ -81,40 +77,41 @@ def replay(
         recording: of the conversion.
         destination: a folder that does not exist or is empty.
         given: where local inputs are.
-        refit: fit the edit again, too, and compare.
-        max_angle: degrees that it may be off.
-        overwrite, workers, memory_limit: as for ``convert``.
+        settings: how this machine does it.
+        max_angle: fit the edit again, too; degrees that it may be off. None to fit nothing.
+        overwrite: replace a checkpoint that is already there.
 
     Raises:
         VerificationError: the source, the outputs or the refitted edit differ.
         ConverterError: another of its children; the destination is as it was.
     """
-    run = run_of(recording, given or Given(), refit=refit)
-    device = device_like(recording, run)
+    recipe = recipe_of(recording, given, refit=max_angle is not None)
+    device = device_like(recording, recipe)
     found = differences(recording, device)
     for entry in found:
         progress.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
-    with progress.stage("plan", f"comparing {run.source} with the source of {recording.path.name}"):
-        source = as_recorded(recording, run, resolve(run.source, run.subfolder))
+    place, name = recipe.source, recording.path.name
+    with progress.stage("plan", f"comparing {place} with the source of {name}"):
+        source = as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
         check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         edit = recording.edit(plan)
         check_edit(edit, plan, source)
-    if not (overwrite or refit) and (before := replayed_before(recording, destination)):
-        settle(run, destination, before, None)
+    if not overwrite and max_angle is None and (before := replayed_before(recording, destination)):
+        settle(recipe, destination, before, None)
         other = others(recording, before)
         identical = len(before.files.keys() - {EDIT_FILE, *other})
         return Replayed(before, found, identical, other, None)
-    inputs = [*inputs_of(run, source), recording.path, recording.edit_file]
-    output, weights = output_of(run.output), tuple(plan.find(edit.tensors).values())
+    inputs = [*inputs_of(recipe, source), recording.path, recording.edit_file]
+    output, weights = output_of(recipe.output), tuple(plan.find(edit.tensors).values())
     footprint = Footprint(weights, rank=edit.rank)
     check_destination(destination, overwrite, inputs, output.nbytes(plan, footprint))
-    engine = Engine(workers, memory_limit, device, run.rounding)
+    engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     engine.workers_for(output.at_a_time(source), weights, edit.rank)
     angles = None
     with claimed(destination, overwrite) as claim:
-        if refit:
-            angles = compare_fit(recording, run, device, max_angle, memory_limit)
+        if max_angle is not None:
+            angles = compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
         journal = Journal.of(claim, source, edit, engine)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
@@ -133,7 +130,7 @@ def replay(
                 replay_of=recording.sha256,
             )
             manifest = write_records(source, written, folder, manifest, no_pictures)
-            check_whole(run, folder)
+            check_whole(recipe, folder)
     return Replayed(manifest, found, identical, others(recording, manifest), angles)
 
 
@@ -154,17 +151,17 @@ def replayed_before(recording: Recording, destination: Path) -> Manifest | None:
     return manifest if same else None
 
 
-def device_like(recording: Recording, run: Run) -> str:
+def device_like(recording: Recording, recipe: Recipe) -> str:
     """A device of the recorded kind if there is one: other kinds add in another order."""
     if recording.manifest.environment.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    return choose_device("auto" if run.device == "cpu" else run.device)
+    return choose_device("auto" if recipe.device == "cpu" else recipe.device)
 
 
-def as_recorded(recording: Recording, run: Run, source: Source) -> Source:
+def as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
     """The source under its recorded name, and of its small files those that were there then."""
     recorded = recording.manifest.source
-    known, base = recorded.files, run.base_model or recorded.repo_id or source.base
+    known, base = recorded.files, recipe.base_model or recorded.repo_id or source.base
     return replace(
         source,
         name=recorded.name,

@@ -18,7 +18,7 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.entrypoints.push import Copyable, Published, Upload, default_message, published_files
 from converter.errors import ConverterError, VerificationError
-from converter.hub.permissions import Publication
+from converter.hub.publication import Publication
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.staging.claim import JOURNAL

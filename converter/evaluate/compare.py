@@ -8,7 +8,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.evaluate.measure import WINDOW, Settings, measure, summarise
+from converter.evaluate.battery import Battery
+from converter.evaluate.measure import WINDOW, measure, summarise
+from converter.evaluate.names import UNEDITED
 from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import Fits, System
 from converter.manifest import (
@@ -26,8 +28,6 @@ from converter.models.likelihood import LogProbabilities
 from converter.models.resident import LanguageModel
 from converter.recipe import without_folders
 from converter.runtime import progress
-
-UNEDITED, EDITED = "unedited", "edited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Comparison:
 
 def evaluate(
     bench: Bench,
-    settings: Settings,
+    battery: Battery,
     comparison: Comparison,
     model: LanguageModel | None = None,
     reference: System | None = None,
@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
         bench: the unedited model, and what controls need to be fitted.
-        settings: what is measured.
+        battery: what is measured.
         comparison: with what.
         model: the edited model, with its weights, if it has been written.
         reference: the edit, to which controls are matched; without ``model`` it is measured
@@ -71,21 +71,21 @@ def evaluate(
     """
     base = bench.load_resident()
     passages = None
-    if settings.prompts is not None and comparison.passages:
+    if battery.prompts is not None and comparison.passages:
         with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
             passages = draw_passages(
                 base,
-                settings.prompts.texts,
+                battery.prompts.texts,
                 bench.words,
                 samples=comparison.passages,
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
+                max_new_tokens=battery.max_new_tokens,
+                batch_size=battery.batch_size,
+                seed=battery.seed,
             )
     results = Evaluation(
         tool=TOOL,
-        settings=describe(bench, settings, comparison, passages.count if passages else 0),
-        scorers=tuple(settings.scorers),
+        settings=describe(bench, battery, comparison, passages.count if passages else 0),
+        scorers=tuple(battery.scorers),
         systems=(),
         rows=(),
     )
@@ -102,7 +102,7 @@ def evaluate(
         )
         label += f", seed {system.seed}" if system.seed is not None else ""
         with progress.stage("measure", f"measuring {label}"), hooks:
-            metrics, values = measure(subject, settings, passages, text)
+            metrics, values = measure(subject, battery, passages, text)
         systems = (*results.systems, entry(system, metrics, bool(comparison.ranks)))
         results = replace(results, systems=systems, rows=summarise(systems))
         if partial is not None:
@@ -112,7 +112,7 @@ def evaluate(
     text = add(System(UNEDITED))
     if reference is not None:
         add(reference, model)
-    fits = Fits(bench, bench.run.options, comparison.ranks)
+    fits = Fits(bench, bench.recipe.options, comparison.ranks)
     for system in fits.systems(comparison.controls, comparison.seeds, reference):
         add(system)
     return results
@@ -132,10 +132,10 @@ def entry(system: System, metrics: dict[str, Metric], by_strength: bool) -> Syst
 
 
 def describe(
-    bench: Bench, settings: Settings, comparison: Comparison, words: int
+    bench: Bench, battery: Battery, comparison: Comparison, words: int
 ) -> EvaluationSettings:
     """What has to be known to measure the same again."""
-    run, prompts, text = bench.run, settings.prompts, settings.text
+    recipe, prompts, text = bench.recipe, battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
         controls=tuple(comparison.controls),
@@ -143,23 +143,23 @@ def describe(
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
         word_list=bench.words.sha256,
-        neutral=without_folders(run.neutral),
+        neutral=without_folders(recipe.neutral),
         text_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
-        pairs=without_folders(run.pairs),
-        num_pairs=run.num_pairs,
+        pairs=without_folders(recipe.pairs),
+        num_pairs=recipe.num_pairs,
         seeds=tuple(comparison.seeds),
-        options=dict(run.options),
-        max_perplexity_ratio=run.max_perplexity_ratio,
+        options=dict(recipe.options),
+        max_perplexity_ratio=recipe.max_perplexity_ratio,
         prompts=None
         if prompts is None
         else PromptsRecord(origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)),
-        scorers={name: scorer.origin for name, scorer in settings.scorers.items()},
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        top_p=settings.top_p,
-        generation_seed=settings.seed,
+        scorers={name: scorer.origin for name, scorer in battery.scorers.items()},
+        samples=battery.samples,
+        max_new_tokens=battery.max_new_tokens,
+        top_p=battery.top_p,
+        generation_seed=battery.seed,
         passages_per_prompt=comparison.passages,
         toxic_words=words,
-        text_tokens=settings.text_tokens,
+        text_tokens=battery.text_tokens,
         window=WINDOW,
     )

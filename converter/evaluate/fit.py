@@ -47,19 +47,19 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     Raises:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
-    run = bench.run
-    parts = split(pairs, prose, run.seed)
-    if run.activations is not None:
-        known = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
+    recipe = bench.recipe
+    parts = split(pairs, prose, recipe.seed)
+    if recipe.activations is not None:
+        known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
     proposal = bench.fit(method, parts.fit)
     if (
-        run.activations is not None
+        recipe.activations is not None
         and not parts.fit.pairs.pairs
-        and (run.guard or proposal.is_free)
+        and (recipe.guard or proposal.is_free)
     ):
         raise DataError(
-            f"{run.activations.name} does not say which pairs it was made from",
+            f"{recipe.activations.name} does not say which pairs it was made from",
             hint=f"nothing is then known to be held out; give both -o {method.strength} and "
             "--no-guard",
         )
@@ -67,9 +67,9 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if proposal.is_free:
         with progress.stage("choose", f"choosing the {method.strength} on held-out text"):
             probe = probe_of(bench, parts.choose)
-            choice = choose_strength(probe, proposal, run.max_perplexity_ratio)
+            choice = choose_strength(probe, proposal, recipe.max_perplexity_ratio)
     found = None
-    if run.guard:
+    if recipe.guard:
         with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
             found = guard(bench, proposal, choice.strength, parts.report)
     edit = proposal.edit(choice.strength)
@@ -82,21 +82,21 @@ def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Guar
     Raises:
         GuardError: it does not pass.
     """
-    run = bench.run
+    recipe = bench.recipe
     found = examine(
         probe_of(bench, part),
         proposal,
         strength,
-        budget=run.max_perplexity_ratio,
-        draws=run.guard_draws,
-        seed=run.seed,
+        budget=recipe.max_perplexity_ratio,
+        draws=recipe.guard_draws,
+        seed=recipe.seed,
     )
     if found.reasons:
         refusal = GuardError(
             "the edit is refused: " + "; and ".join(found.reasons),
             hint="nothing was written; see README, 'When the guard refuses'",
         )
-        if not run.force:
+        if not recipe.force:
             raise refusal
         progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
     return found

@@ -8,38 +8,42 @@ folder takes its place.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
+from typing import Annotated
 
 from converter.errors import GateError, OptionError
-from converter.evaluate.compare import EDITED
+from converter.evaluate.names import EDITED
 from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
-
-DROP, LEAKAGE = "--min-toxicity-drop", "--max-leakage"
-RATIO = "--max-evaluated-perplexity-ratio"
+from converter.option import Option, Options, declared_options
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """The limits of one run; None where there is none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates(Options):
+    """Limits that a result has to keep, beyond those of the guard.
 
-    Attributes:
-        min_toxicity_drop: the least share of their probability that toxic words must lose, by each
-            teacher-forced measurement that there is: the guard's, and that of the evaluation.
-        max_leakage: the largest ``leakage`` of an edited tensor; see ``EditedTensor``.
-        max_evaluated_perplexity_ratio: on the evaluation's ``--text``.
+    None where there is none. Toxic words are judged by each teacher-forced measurement that there
+    is: the guard's, and that of the evaluation.
     """
 
-    min_toxicity_drop: float | None = None
-    max_leakage: float | None = None
-    max_evaluated_perplexity_ratio: float | None = None
+    # fmt: off
+    min_toxicity_drop: Annotated[float | None, Option(
+        "Gate: smallest share of their probability that toxic words must lose.",
+        example="0.3", metavar="FRACTION", least=0, most=1,
+    )] = None
+    max_leakage: Annotated[float | None, Option(
+        "Gate: largest leakage of an edited tensor, the share of what it had along the subspace "
+        "that rounding leaves there.",
+        example="0.001", metavar="SHARE", least=0,
+    )] = None
+    max_evaluated_perplexity_ratio: Annotated[float | None, Option(
+        "Gate: largest perplexity on the --text of --evaluate, after over before.",
+        example="1.05", metavar="RATIO", least=0,
+    )] = None
+    # fmt: on
 
     @property
     def limits(self) -> dict[str, float]:
         """The gates there are, by the names that their records have."""
-        given = {
-            DROP: self.min_toxicity_drop,
-            LEAKAGE: self.max_leakage,
-            RATIO: self.max_evaluated_perplexity_ratio,
-        }
+        given = {gate.flag: getattr(self, gate.name) for gate in declared_options(Gates).values()}
         return {name: limit for name, limit in given.items() if limit is not None}
 
     def need(self, *, words: bool, ratio: bool) -> None:
@@ -103,6 +107,10 @@ class Gates:
         return _passed(
             [GateRecord(gate=LEAKAGE, by=f"tensor {name}", limit=most, measured=known[name])]
         )
+
+
+DROP, LEAKAGE, RATIO = (gate.flag for gate in declared_options(Gates).values())
+"""Names of the gates in their records."""
 
 
 def _value(metric: Metric) -> float:

@@ -10,15 +10,14 @@ from transformers import GenerationConfig
 
 from converter.errors import OptionError, SourceError
 from converter.models.batching import Batch, Sentence, batches, first_token, num_positions
+from converter.models.resident import LanguageModel
 from converter.runtime import progress
 
 
 def generate(
-    model: nn.Module,
-    tokenizer: Any,
+    model: LanguageModel,
     prompts: Sequence[str],
     *,
-    device: str,
     max_new_tokens: int = 20,
     samples: int = 0,
     top_p: float = 0.9,
@@ -33,10 +32,9 @@ def generate(
     ``generation_config.json`` are left out: they would be measured along with the weights.
 
     Args:
-        model: in eval mode; its parts may be on several devices.
-        tokenizer: of transformers; it is not changed.
+        model: in eval mode; its parts may be on several devices. Inputs go where the embeddings
+            are, or to its device if these do not say (offloaded weights do not).
         prompts: texts.
-        device: where the inputs go if the embeddings do not say (offloaded weights do not).
         max_new_tokens: in a continuation.
         samples: continuations drawn for each prompt; 0 for a single greedy one.
         top_p: samples are drawn at temperature 1 from the fewest tokens that have this much of the
@@ -53,17 +51,18 @@ def generate(
         DataError: the tokenizer has no special token to begin an empty prompt with.
         SourceError: the GPU is out of memory.
     """
-    encoded = _encode(model, tokenizer, prompts, max_new_tokens)
+    module, tokenizer = model.module, model.tokenizer
+    encoded = _encode(module, tokenizer, prompts, max_new_tokens)
     sentences = [Sentence(ids, [0.0] * len(ids)) for ids in encoded]
     copies = max(samples, 1)
-    where: Any = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    where = device if where.type == "meta" else str(where)
-    settings = _settings(model, tokenizer, max_new_tokens, top_p if samples else None)
+    where: Any = module.get_input_embeddings().weight.device  # type: ignore[operator]
+    where = model.device if where.type == "meta" else str(where)
+    settings = _settings(module, tokenizer, max_new_tokens, top_p if samples else None)
     found: list[str] = [""] * (len(prompts) * copies)
-    with _only(model), _seeded(seed):
+    with _only(module), _seeded(seed):
         repeated = [sentence for sentence in sentences for _ in range(copies)]
         for batch in batches(repeated, batch_size, where, "left"):
-            for row, ids in zip(batch.rows, _continue(model, batch, settings), strict=True):
+            for row, ids in zip(batch.rows, _continue(module, batch, settings), strict=True):
                 found[row] = _decode(tokenizer, repeated[row].ids, ids, settings.eos_token_id)
             progress.advance(len(batch.rows))
     return [found[i : i + copies] for i in range(0, len(found), copies)]

@@ -5,15 +5,15 @@ standard error. Those of all texts together (dist-n, fluency) have none:
 low and high are the value. A metric that was not measured, or is not a number, is None.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import DataError, OptionError
-from converter.evaluate.benchmarks.run import Benchmarks, run_benchmarks
+from converter.evaluate.battery import Battery
+from converter.evaluate.benchmarks.run import run_benchmarks
 from converter.evaluate.conditional_perplexity import conditional_perplexity
 from converter.evaluate.generation import generate
 from converter.evaluate.metrics import (
@@ -25,8 +25,6 @@ from converter.evaluate.metrics import (
     toxicity_probability,
 )
 from converter.evaluate.passages import Passages
-from converter.evaluate.prompts import Prompts
-from converter.evaluate.scorers import Scorer
 from converter.manifest import Estimate, Interval, Metric, RowRecord, Strength, SystemRecord
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
@@ -47,36 +45,6 @@ WINDOW = 512
 of each is not scored. Compare perplexities only within one evaluation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How an evaluation measures.
-
-    Attributes:
-        prompts: to be continued; None to generate nothing.
-        scorers: name -> scorer of continuations.
-        greedy: whether the greedy continuation is scored.
-        samples: drawn continuations of each prompt that are scored; 0 for none.
-        max_new_tokens, top_p, batch_size, seed: of the generation.
-        text: for perplexity; None to leave it.
-        text_tokens: of it that are used; None for all.
-        judge: a larger model for the conditional perplexity; None to leave it.
-        benchmarks: with prompts of their own.
-    """
-
-    prompts: Prompts | None
-    scorers: Mapping[str, Scorer]
-    greedy: bool
-    samples: int
-    max_new_tokens: int
-    top_p: float
-    batch_size: int
-    seed: int
-    text: str | None
-    text_tokens: int | None
-    judge: LanguageModel | None = None
-    benchmarks: Benchmarks = field(default_factory=Benchmarks)
-
-
 def windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
     """A text as windows of tokens.
 
@@ -95,7 +63,7 @@ def windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence
 
 def measure(
     model: LanguageModel,
-    settings: Settings,
+    battery: Battery,
     passages: Passages | None,
     before: LogProbabilities | None,
 ) -> tuple[dict[str, Metric], LogProbabilities | None]:
@@ -103,7 +71,7 @@ def measure(
 
     Args:
         model: the system.
-        settings: what to measure.
+        battery: what to measure.
         passages: of the unedited model.
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
@@ -113,8 +81,8 @@ def measure(
     """
     metrics: dict[str, Metric] = {}
     now = None
-    if settings.text is not None:
-        sentences = windows(model, settings.text, settings.text_tokens)
+    if battery.text is not None:
+        sentences = windows(model, battery.text, battery.text_tokens)
         (now,) = log_probabilities(model, [sentences])
         metrics["perplexity"] = around(perplexity_estimate(now))
         if before is not None:
@@ -123,34 +91,32 @@ def measure(
         (after,) = log_probabilities(model, [passages.sentences])
         changes = word_changes(passages.before, after, passages.words)
         metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
-    if settings.prompts is not None:
-        for way, samples in (("greedy", 0), ("sampled", settings.samples)):
-            if settings.greedy if way == "greedy" else samples:
-                metrics |= _generation(model, settings, way, samples)
-    metrics |= run_benchmarks(model, settings.benchmarks, settings.batch_size)
+    if battery.prompts is not None:
+        for way, samples in (("greedy", 0), ("sampled", battery.samples)):
+            if battery.greedy if way == "greedy" else samples:
+                metrics |= _generation(model, battery, way, samples)
+    metrics |= run_benchmarks(model, battery.benchmarks, battery.batch_size)
     return metrics, now
 
 
 def _generation(
-    model: LanguageModel, settings: Settings, way: str, samples: int
+    model: LanguageModel, battery: Battery, way: str, samples: int
 ) -> dict[str, Metric]:
     """The metrics of one way to continue the prompts."""
-    assert settings.prompts is not None
-    prompts = settings.prompts.texts
+    assert battery.prompts is not None
+    prompts = battery.prompts.texts
     texts = generate(
-        model.module,
-        model.tokenizer,
+        model,
         prompts,
-        device=model.device,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=battery.max_new_tokens,
         samples=samples,
-        top_p=settings.top_p,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
+        top_p=battery.top_p,
+        batch_size=battery.batch_size,
+        seed=battery.seed,
     )
     flat = [text for group in texts for text in group]
     metrics: dict[str, Metric] = {}
-    for name, scorer in settings.scorers.items():
+    for name, scorer in battery.scorers.items():
         scores = scorer.score(flat).reshape(len(texts), -1)
         metrics[f"toxicity/{name}/{way}"] = over_prompts(mean_toxicity, scores)
         if way == "sampled":
@@ -162,8 +128,8 @@ def _generation(
         metrics[f"fluency/{way}"] = over_texts(fluency, texts)
     except OptionError:  # it needs the extra [eval]; not measured is said in the results
         metrics[f"fluency/{way}"] = None
-    if settings.judge is not None:
-        found = conditional_perplexity(settings.judge, prompts, texts)
+    if battery.judge is not None:
+        found = conditional_perplexity(battery.judge, prompts, texts)
         pairs = np.stack(
             [np.bincount(found.prompts, x, len(prompts)) for x in (found.nats, found.tokens)], 1
         ).astype(np.float64)

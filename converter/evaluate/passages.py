@@ -49,10 +49,8 @@ def draw_passages(
     p_after / p_before over their toxic words is an importance-weighted estimate.
     """
     drawn = generate(
-        model.module,
-        model.tokenizer,
+        model,
         prompts,
-        device=model.device,
         max_new_tokens=max_new_tokens,
         samples=samples,
         top_p=1.0,

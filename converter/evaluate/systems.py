@@ -132,20 +132,20 @@ class Fits:
                     yield system
 
     def _parts(self, seed: int) -> Parts:
-        run = self.bench.run
-        pairs = load_pairs(run.pairs, self.bench.words, run.num_pairs, seed)
-        return split(pairs, load_prose(run.neutral), seed)
+        recipe = self.bench.recipe
+        pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
+        return split(pairs, load_prose(recipe.neutral), seed)
 
     def _method(self, control: str, seed: int, first: System | None) -> Method:
         """A control with the layers and the biases of the reference."""
-        name, run, dimensions = _name(control), self.bench.run, self.bench.plan.dimensions
+        name, recipe, dimensions = _name(control), self.bench.recipe, self.bench.plan.dimensions
         typed = {"rank": "auto"} | self.options
-        if name == run.method and name.startswith("gloss"):  # the options typed are its own
+        if name == recipe.method and name.startswith("gloss"):  # the options typed are its own
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias = first.layers, first.bias
         else:
-            reference = configure(run.method, typed, dimensions)
+            reference = configure(recipe.method, typed, dimensions)
             layers, bias = edited_layers(reference, self.bench.plan)
         options = {"layers": ",".join(map(str, layers)), "bias": "project" if bias else "keep"}
         if name == "random":
@@ -171,7 +171,7 @@ class Fits:
         """The strength under the budget, or what comes nearest to the reference's ratio."""
         if not control.endswith(AT_PERPLEXITY):
             try:
-                budget = self.bench.run.max_perplexity_ratio
+                budget = self.bench.recipe.max_perplexity_ratio
                 return choose_strength(probe, proposal, budget).strength
             except GuardError as error:
                 least = proposal.strengths[0]

@@ -30,7 +30,7 @@ from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
@@ -47,7 +47,7 @@ class Bench:
         seen: the activations that it has asked for last.
     """
 
-    run: Run
+    recipe: Recipe
     source: Source
     plan: Plan
     words: WordList
@@ -64,12 +64,11 @@ class Bench:
     @classmethod
     def of(
         cls,
-        run: Run,
+        recipe: Recipe,
         source: Source,
         plan: Plan,
         words: WordList,
         device: str,
-        *,
         memory_limit: int | None = None,
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
@@ -77,13 +76,14 @@ class Bench:
         Args:
             memory_limit: bytes that the forward pass is planned with, if less than what there is.
         """
-        dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
-        vocabulary = Vocabulary(plan, source, load_tokenizer(source.folder, run.trust_remote_code))
+        dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
+        tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
+        vocabulary = Vocabulary(plan, source, tokenizer)
         gains = read_gains(plan, source)
         forward = choose_forward(
-            run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+            recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
         )
-        return cls(run, source, plan, words, vocabulary, device, dtype, gains, forward)
+        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward)
 
     def load(self) -> Model:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
@@ -110,8 +110,8 @@ class Bench:
             self.vocabulary.tokenizer,
             self.dtype,
             self.device,
-            spread=self.run.device == "map",
-            trust_remote_code=self.run.trust_remote_code,
+            spread=self.recipe.device == "map",
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def _stream(self) -> StreamedModel:
@@ -122,7 +122,7 @@ class Bench:
             self.dtype,
             self.device,
             self.forward.budget,
-            trust_remote_code=self.run.trust_remote_code,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def unload(self) -> None:
@@ -139,21 +139,20 @@ class Bench:
         """From the file that was given, from the cache, or from a forward pass."""
         count = len(self.part.pairs.pairs) or "unknown"
         with progress.stage("activations", f"activations of {count} pairs"):
-            self.seen = self._given(request) if self.run.activations else self._taken(request)
+            self.seen = self._given(request) if self.recipe.activations else self._taken(request)
         return self.seen
 
     def _given(self, request: Request) -> Activations:
-        assert self.run.activations is not None
-        return load_activations(self.run.activations, request, self.plan.dimensions.hidden_size)
+        assert self.recipe.activations is not None
+        return load_activations(self.recipe.activations, request, self.plan.dimensions.hidden_size)
 
     def _taken(self, request: Request) -> Activations:
         """What the cache holds, or a forward pass gives."""
-        part, batch_size = self.part, self.run.batch_size
+        part, batch_size = self.part, self.recipe.batch_size
         inputs = activation_inputs(
             self.source.digests(),
             self.plan.architecture,
-            part.pairs,
-            part.prose,
+            part,
             request,
             device=self.device,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -203,4 +202,4 @@ class Bench:
 
     def shown(self, token: str) -> str:
         """A token with stars, if it is offensive and the run asks for that."""
-        return self.words.mask(token) if self.run.mask else token
+        return self.words.mask(token) if self.recipe.mask else token

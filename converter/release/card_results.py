@@ -8,7 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.companions import PICTURE
-from converter.evaluate.compare import EDITED
+from converter.evaluate.names import EDITED
 from converter.evaluate.table import markdown
 from converter.manifest import (
     Estimate,

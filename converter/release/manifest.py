@@ -8,7 +8,7 @@ user name.
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import cache_key
 from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.edits.edit_file import EDIT_FILE
-from converter.errors import VerificationError
+from converter.errors import OptionError, VerificationError
 from converter.evaluate.fit import Fitted
 from converter.manifest import (
     SCHEMA_VERSION,
@@ -40,7 +40,7 @@ from converter.manifest import (
 from converter.methods.base import Method, plugin_of
 from converter.methods.workbench import Bench
 from converter.outputs.base import Written, file_entry
-from converter.recipe import Run, without_folders
+from converter.recipe import Recipe
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
@@ -57,13 +57,13 @@ def make_manifest(
     read: dict[str, FileRecord],
 ) -> Manifest:
     """The manifest of a conversion, without evaluation, gates and ``files``."""
-    run, source, words = bench.run, bench.source, bench.words
+    recipe, source, words = bench.recipe, bench.source, bench.words
     repo, seen = source.repo, fitted.activations
-    ran = bench.has_run or run.activations is None  # or has run before
+    ran = bench.has_run or recipe.activations is None  # or has run before
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool=TOOL,
-        run=recorded(run),
+        run=recorded(recipe),
         source=SourceRecord(
             name=source.name,
             repo_id=repo.repo_id if repo else None,
@@ -73,11 +73,11 @@ def make_manifest(
             originals=source.original_files(),
         ),
         method=MethodRecord(
-            name=run.method,
+            name=recipe.method,
             title=method.title,
             paper=method.paper,
             options=asdict(method),  # type: ignore[call-overload]
-            package=plugin_of(run.method),
+            package=plugin_of(recipe.method),
             strength=method.strength,
             evidence=dict(fitted.proposal.evidence),
         ),
@@ -117,16 +117,9 @@ def activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
     return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
 
 
-def recorded(run: Run) -> Run:
-    """A run as the manifest has it."""
-    return replace(
-        run,
-        source=without_folders(run.source),
-        pairs=without_folders(run.pairs),
-        neutral=without_folders(run.neutral),
-        word_list=without_folders(run.word_list),
-        activations=run.activations and Path(run.activations.resolve().name),
-    )
+def recorded(recipe: Recipe) -> Recipe:
+    """A recipe as the manifest has it."""
+    return Recipe(**recipe.record())
 
 
 def environment(device: str) -> Environment:
@@ -220,7 +213,7 @@ def read_manifest_file(path: Path) -> tuple[Manifest, str]:
     try:
         data = read_file(path)
         manifest = Manifest.from_json(strict_json.parse(data))
-    except ValidationError as error:
+    except (ValidationError, OptionError) as error:
         raise _not_its_schema(path.name, str(error)) from error
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error

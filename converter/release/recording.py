@@ -17,7 +17,8 @@ from converter.errors import OptionError, VerificationError
 from converter.hub.listing import looks_like_repo
 from converter.manifest import Manifest
 from converter.outputs.record_checks import edit_of, place_of, plain_name
-from converter.recipe import Run
+from converter.recipe import Recipe
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, read_manifest_file
 from converter.runtime.cache import remembered_digest, sha256_of
 
@@ -97,23 +98,8 @@ def read_recording(path: Path) -> Recording:
     return Recording(path, manifest, digest, whole[0], load_edit_tensors(whole[0]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """Where local inputs are, whose paths no manifest records; None where they are not needed.
-
-    ``trust_remote_code`` is never taken from a manifest.
-    """
-
-    source: str | None = None
-    pairs: str | None = None
-    neutral: str | None = None
-    word_list: str | None = None
-    activations: Path | None = None
-    trust_remote_code: bool = False
-
-
-def run_of(recording: Recording, given: Given, *, refit: bool) -> Run:
-    """The recorded run, its inputs pinned to what they resolved to.
+def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recipe:
+    """The recorded recipe, its inputs pinned to what they resolved to.
 
     Args:
         recording: of it.
@@ -159,7 +145,7 @@ def _source(manifest: Manifest, given: str | None) -> str:
     )
 
 
-def _texts(manifest: Manifest, given: Given) -> dict[str, Any]:
+def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
     """The texts of a refit, a dataset at its recorded commit."""
     asked = manifest.run
     if asked.activations is not None and given.activations is None:

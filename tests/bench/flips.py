@@ -31,7 +31,7 @@ from converter.checkpoints.names import SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
@@ -58,9 +58,9 @@ def make(root: Path) -> None:
     """The source and its outputs."""
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
-        run = Run(source=str(source), num_pairs=64, options=TINY, guard=False, output=output)
+        recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False, output=output)
         with using_cache(root / "cache"):
-            convert(run, root / output)
+            convert(recipe, root / output)
 
 
 Found = tuple[Counter[str], set[str]]

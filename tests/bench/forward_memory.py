@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from converter.runtime.memory import parse_size
+from converter.recipe import parse_size
 from tests.bench.processes import peak_of
 from tests.bench.synthetic import Llama, write_llama
 
@@ -43,7 +43,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.calibration.causal_moments import moments_within
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
-    from converter.cli.options import quiet_libraries
+    from converter.cli.command import quiet_libraries
     from converter.models.batching import Sentence, batches
     from converter.models.build import load_language_model, stream_language_model
     from converter.models.resident import Model, Pool, SecondMoment, run

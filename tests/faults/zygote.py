@@ -124,7 +124,8 @@ def _await_tracer() -> None:
 
 
 def _command(args: list[str]) -> int:
-    from converter.cli.main import convert_command, gloss
+    from converter.cli.convert import convert_command
+    from converter.cli.main import gloss
 
     command = gloss if args[0] in gloss.commands else convert_command
     try:

@@ -37,11 +37,12 @@ from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.record_checks import check_subspace, recorded_bases
 from converter.outputs.staging.claim import finished_in
 from converter.outputs.staging.journal import Journal
+from converter.recipe import Settings
 from converter.release.card import make_card
 from converter.release.licences import terms_of
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
-from converter.release.recording import Given, differences, read_recording, run_of
-from converter.runtime.memory import parse_size
+from converter.release.recording import differences, read_recording, recipe_of
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -149,7 +150,7 @@ def manifest(data: bytes) -> None:
     recording = read_recording(folder)
     differences(recording, "cpu")
     card_of(read_manifest(folder))
-    run_of(recording, Given(source="tiny"), refit=True)
+    recipe_of(recording, LocalInputs(source="tiny"), refit=True)
 
 
 def no_loading(folder: Path, trust_remote_code: bool) -> Any:
@@ -344,7 +345,7 @@ def options(data: bytes) -> None:
         key, _, value = line.partition("=")
         for attempt in (
             lambda key=key, value=value: configure(method, {key: value}, sizes),
-            lambda line=line: parse_size(line),
+            lambda line=line: Settings(memory_limit=line),
             lambda line=line: parse_layers("layers", line, 4),
         ):
             try:

@@ -48,10 +48,8 @@ def run_benchmarks(
         unsafe = {}
         for name in SETS:
             responses = generate(
-                model.module,
-                model.tokenizer,
+                model,
                 benchmarks.safeedit.prompts(name),
-                device=model.device,
                 max_new_tokens=benchmarks.max_new_tokens,
                 batch_size=batch_size,
             )
