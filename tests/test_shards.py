@@ -341,3 +341,25 @@ def test_a_key_that_occurs_twice_is_refused() -> None:
     raw = f'{{"a": {one}, "a": {one}}}'.encode()
     with pytest.raises(CheckpointError, match="a key twice"):
         parse_header(raw, 8 + len(raw) + 8, "x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_refused"),
+    [
+        ("", False),
+        (', "note": "more", "sizes": [1]', False),
+        (', "dtype": "F32"', True),
+        (', "\\u0064type": "F32"', True),
+        (', "shape": [2]', True),
+        (', "note": 1, "note": 2', True),
+        (', "note": NaN', True),
+        (', "note": "\\ud800"', True),
+    ],
+)
+def test_an_entry_may_have_more_keys_but_none_twice(keys: str, is_refused: bool) -> None:
+    raw = ('{"a": ' + json.dumps(entry())[:-1] + keys + "}}").encode()
+    if is_refused:
+        with pytest.raises(CheckpointError, match="without dtype, shape or offsets: that of tens"):
+            parse_header(raw, 8 + len(raw) + 8, "x")
+    else:
+        assert parse_header(raw, 8 + len(raw) + 8, "x").tensors["a"].shape == (2,)
