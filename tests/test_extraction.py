@@ -1,8 +1,9 @@
 """Fixed numbers: the activations of a model whose weights are a formula.
 
-A cache of activations is valid as long as the code that extracts them gives the same numbers. They
-are recorded here for a resident and a streamed model, with weights that are stored as safetensors,
-pickled, or in FP8. Weights in Meta's layout are compared with Meta's forward pass in test_native.
+The key of cached activations has ``EXTRACTION_VERSION`` for the code that extracts them, which must
+be raised when the numbers change. They are recorded here for a resident and a streamed model, with
+weights that are stored as safetensors, pickled, or in FP8. Weights in Meta's layout are compared
+with Meta's forward pass in test_native.
 """
 
 import shutil
