@@ -1,4 +1,8 @@
-"""The header of a safetensors file on the Hub."""
+"""The header of a safetensors file on the Hub, by range requests.
+
+Not by ``HfFileSystem``: it holds all that is sent (``Response.content``), however little it asked
+for, and takes the whole file of a server without ranges for the range; its streams ask for no end.
+"""
 
 from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
