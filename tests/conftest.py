@@ -9,7 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before torch is: tests run side by side, and models this small lose time to a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from converter.cli.main import gloss
+from converter.runtime.cache import using_cache
 from tests.builders.models import TINY, make_checkpoint
 from tests.builders.planted import make_planted
 
@@ -35,10 +36,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return get
 
 
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder for tests that do not care whether the model has run before."""
-    return tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of tests that do not care whether the model has run before."""
+    folder = tmp_path_factory.mktemp("cache")
+    with using_cache(folder):
+        yield folder
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
 
 @pytest.fixture(scope="session")
 def converted(
-    checkpoints: Callable[..., Path], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A bfloat16 Llama and its conversion with all defaults. Read only."""
     from converter.entrypoints.convert import convert
@@ -62,9 +65,7 @@ def converted(
 
     source = checkpoints("llama", torch.bfloat16)
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert(
-        Run(source=str(source), num_pairs=64, options=TINY, guard=False), out, cache=shared_cache
-    )
+    convert(Run(source=str(source), num_pairs=64, options=TINY, guard=False), out)
     return source, out
 
 

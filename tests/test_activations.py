@@ -1,7 +1,7 @@
 """The cache of activations: hit when nothing changed, missed when any one input does."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,23 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
 from converter.recipe import Run
-from converter.runtime.cache import remembered_digest, sha256_of
-from converter.runtime.progress import Report
+from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.models import HIDDEN, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The cache folder of each test, not made yet."""
+    with using_cache(tmp_path / "cache"):
+        yield tmp_path / "cache"
+
+
 class Runs:
     """Runs the activation stage and says whether the model was loaded."""
 
-    def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cache = cache
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loaded = 0
 
         def counted(*args: Any, **settings: Any) -> nn.Module:
@@ -49,13 +54,12 @@ class Runs:
         monkeypatch.setattr(models, "load_model", counted)
 
     def __call__(self, run: Run) -> str:
-        report = Report(quiet=True)
-        source, plan, method = pipeline.prepare(run, self.cache, report)
+        source, plan, method = pipeline.prepare(run)
         words = load_words(run.word_list)
         pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
         prose = load_prose(run.neutral)
         before = self.loaded
-        bench = workbench.Bench.of(run, source, plan, words, "cpu", self.cache, report)
+        bench = workbench.Bench.of(run, source, plan, words, "cpu")
         workbench.activations_of(bench, method.request, Part(pairs, prose))
         return "miss" if self.loaded > before else "hit"
 
@@ -64,7 +68,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
-    stage = Runs(tmp_path / "cache", monkeypatch)
+    stage = Runs(monkeypatch)
     run = Run(source=str(source), num_pairs=16, options=TINY, guard=False)
     assert stage(run) == "miss"
     assert stage(run) == "hit"
@@ -211,12 +215,12 @@ def test_moments_are_kept_and_every_distinct_word_weighs_the_same(
 
 
 def test_a_damaged_cache_file_is_made_again(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Runs(tmp_path, monkeypatch)
+    stage = Runs(monkeypatch)
     run = Run(source=str(checkpoints("llama")), num_pairs=16, options=TINY, guard=False)
     assert stage(run) == "miss"
-    (path,) = (tmp_path / "activations").iterdir()
+    (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     assert stage(run) == "miss"
     assert stage(run) == "hit"
@@ -271,20 +275,22 @@ def test_files_that_do_not_serve_are_refused(
         load_activations(tmp_path / "seen.safetensors", REQUEST, 8)
 
 
-def test_remembered_digests_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_digests_are_true(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
-    assert not (tmp_path / "cache").exists()  # too young for its times to be trusted
+    assert remembered_digest(path) == sha256_of(path)
+    assert not cache.exists()  # too young for its times to be trusted
     monkeypatch.setattr("converter.runtime.cache.SETTLED", -1.0)
-    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
-    assert list((tmp_path / "cache/digests").iterdir())
+    assert remembered_digest(path) == sha256_of(path)
+    assert list((cache / "digests").iterdir())
     stat = path.stat()
     path.write_bytes(b"two")  # same size, and the same time by force
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
-    (memo,) = (tmp_path / "cache/digests").iterdir()
+    assert remembered_digest(path) == sha256_of(path)
+    (memo,) = (cache / "digests").iterdir()
     memo.write_text("{broken")
-    assert remembered_digest(path, tmp_path / "cache") == sha256_of(path)
+    assert remembered_digest(path) == sha256_of(path)

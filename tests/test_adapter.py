@@ -40,7 +40,6 @@ from converter.models.edited import edited
 from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
-from converter.runtime.progress import Report
 from tests.builders.meta import write_native
 from tests.builders.models import (
     FFN,
@@ -74,9 +73,9 @@ def architecture_of(folder: Path) -> Architecture:
     return find_architecture(json.loads((folder / "config.json").read_text()))
 
 
-def adapter_of(source: Path, out: Path, cache: Path, **changed: Any) -> Path:
+def adapter_of(source: Path, out: Path, **changed: Any) -> Path:
     run: dict[str, Any] = {"num_pairs": 32, "options": TINY, "guard": False} | changed
-    convert(Run(source=str(source), output="adapter", **run), out, cache=cache)
+    convert(Run(source=str(source), output="adapter", **run), out)
     return out
 
 
@@ -100,10 +99,10 @@ def difference(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("kind", LOADED)
 @torch.no_grad()
 def test_peft_makes_the_edit_of_it(
-    kind: str, checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, ids: Tensor
+    kind: str, checkpoints: Checkpoints, tmp_path: Path, ids: Tensor
 ) -> None:
     source = checkpoints(kind)
-    out = adapter_of(source, tmp_path / "out", shared_cache)
+    out = adapter_of(source, tmp_path / "out")
     original = load(source)
     plain = original(ids).logits
     with edited(original, architecture_of(source), edit_of(out), LAYERS):
@@ -119,7 +118,7 @@ def test_peft_makes_the_edit_of_it(
     native.load_adapter(str(out))
     assert difference(native(ids).logits, expected) < 1e-6
 
-    assert verify(out, resolve(str(source), tmp_path)) == []
+    assert verify(out, resolve(str(source))) == []
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -231,12 +230,10 @@ def test_a_rank_that_serving_engines_do_not_take_is_warned_about(
 
 
 @pytest.fixture(scope="module")
-def made(
-    checkpoints: Checkpoints, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def made(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A bfloat16 Llama and its adapter. Read only."""
     source = checkpoints("llama", torch.bfloat16)
-    return source, adapter_of(source, tmp_path_factory.mktemp("made") / "out", shared_cache)
+    return source, adapter_of(source, tmp_path_factory.mktemp("made") / "out")
 
 
 def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Path]) -> None:
@@ -291,14 +288,12 @@ def test_the_card_names_the_relation(checkpoints: Checkpoints, cli: Cli, tmp_pat
     assert (data["base_model"], data["base_model_relation"]) == ("someone/tiny", "adapter")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "someone/tiny"
-    assert verify(tmp_path / "out", resolve(str(checkpoints("llama")), tmp_path)) == []
+    assert verify(tmp_path / "out", resolve(str(checkpoints("llama")))) == []
 
 
-def test_two_runs_give_the_same_bytes(
-    made: tuple[Path, Path], shared_cache: Path, tmp_path: Path
-) -> None:
+def test_two_runs_give_the_same_bytes(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
-    again = adapter_of(source, tmp_path / "out", shared_cache)
+    again = adapter_of(source, tmp_path / "out")
     for name in {path.name for path in out.iterdir()} - {
         "gloss_manifest.json",
         "README.md",
@@ -327,7 +322,7 @@ def test_a_plan_says_how_small_it_is(
 
 
 def planned(folder: Path, tmp_path: Path) -> tuple[Source, Plan]:
-    source = resolve(str(folder), tmp_path)
+    source = resolve(str(folder))
     return source, make_plan(source.config, source.weight_map, source.headers())
 
 
@@ -339,7 +334,7 @@ def test_layers_may_have_subspaces_of_different_ranks(
     bases = {n: torch.linalg.qr(torch.randn(HIDDEN, n)).Q for n in LAYERS}
     edit, targets = Projection(bases, bias=False), plan.select(LAYERS, bias=False)
     (tmp_path / "out").mkdir()
-    Adapter().write(source, plan, edit, targets, tmp_path / "out", Engine(), Report(quiet=True))
+    Adapter().write(source, plan, edit, targets, tmp_path / "out", Engine())
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     pattern = {f"transformer.h.{n}.mlp.c_proj": n for n in (2, 3)}
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, pattern, pattern)
@@ -366,9 +361,7 @@ def test_shards_without_an_edited_weight_are_not_opened(
     targets = plan.select([2], bias=False)
     U = torch.linalg.qr(torch.randn(HIDDEN, 2)).Q
     (tmp_path / "out").mkdir()
-    Adapter().write(
-        source, plan, Projection({2: U}), targets, tmp_path / "out", Engine(), Report(quiet=True)
-    )
+    Adapter().write(source, plan, Projection({2: U}), targets, tmp_path / "out", Engine())
     assert opened == fetched == {targets[0].shard}
     assert len(source.shards) > 2
 
@@ -376,10 +369,10 @@ def test_shards_without_an_edited_weight_are_not_opened(
 @torch.no_grad()
 @pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 def test_fp8_weights_count_as_the_numbers_that_they_stand_for(
-    apart: bool, checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, ids: Tensor
+    apart: bool, checkpoints: Checkpoints, tmp_path: Path, ids: Tensor
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=apart)
-    out = adapter_of(folder, tmp_path / "out", shared_cache)
+    out = adapter_of(folder, tmp_path / "out")
     source, plan = planned(folder, tmp_path)
     assert verify(out, source) == []
     weights, tensors = tensors_of(folder), load_file(out / WEIGHTS)
@@ -396,23 +389,21 @@ def test_fp8_weights_count_as_the_numbers_that_they_stand_for(
     assert difference(plain, expected) > 1e-3
 
 
-def test_sources_in_other_formats(
-    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path
-) -> None:
+def test_sources_in_other_formats(checkpoints: Checkpoints, tmp_path: Path) -> None:
     native = tmp_path / "native"
     write_native(native)
     options = TINY | {"layers": "0-1", "protect_shared": "0", "protect_own": "0", "rank": "1"}
     pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
     for folder, chosen in ((native, options), (pickles, TINY)):
-        out = adapter_of(folder, tmp_path / f"{folder.name}-out", shared_cache, options=chosen)
-        assert verify(out, resolve(str(folder), shared_cache)) == []
+        out = adapter_of(folder, tmp_path / f"{folder.name}-out", options=chosen)
+        assert verify(out, resolve(str(folder))) == []
         files = read_manifest(out)["source"]
         assert not any(name.endswith(".safetensors") for name in files["files"])
         assert files["originals"]
 
 
 def test_a_shard_that_changes_during_the_run_is_noticed(
-    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     real = Adapter.write
@@ -424,13 +415,11 @@ def test_a_shard_that_changes_during_the_run_is_noticed(
 
     monkeypatch.setattr(Adapter, "write", meanwhile)
     with pytest.raises(CheckpointError, match="is not the file that the activations"):
-        adapter_of(source, tmp_path / "out", shared_cache)
+        adapter_of(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_weight_is_named(
-    checkpoints: Checkpoints, shared_cache: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_weight_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
     source = shutil.copytree(checkpoints("gpt2", torch.float32, "1GB"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     name = "transformer.h.3.mlp.c_proj.weight"
@@ -440,7 +429,7 @@ def test_a_damaged_weight_is_named(
     none = {"candidates": "mean", "rank": "1", "protect_shared": "0", "protect_own": "0"}
     seen = {"activations": tmp_path / "seen.safetensors", "options": TINY | none}
     with pytest.raises(CheckpointError, match=rf"tensor {name} of .* holds NaN or Inf"):
-        adapter_of(source, tmp_path / "out", shared_cache, **seen)
+        adapter_of(source, tmp_path / "out", **seen)
 
 
 def test_an_adapter_is_overwritten_like_a_checkpoint(
@@ -520,7 +509,7 @@ def test_factors_that_are_not_those_of_the_edit_are_found_however_they_are_recor
     name = tensor_names("model.layers.3.mlp.down_proj")[part]
     save_file(tensors | {name: change(tensors[name])}, out / WEIGHTS, {"format": "pt"})
     seal(out, lambda manifest: None)
-    problems = verify(out, resolve(str(made[0]), out))
+    problems = verify(out, resolve(str(made[0])))
     assert any(says in problem for problem in problems), problems
     assert not any("as recorded" in problem for problem in problems)
 
@@ -570,11 +559,11 @@ def test_false_records_are_found(
     manifest = read_manifest(out)
     manifest["edited"][1][key] = value
     write_manifest(out, manifest)
-    problems = verify(out, resolve(str(made[0]), out))
+    problems = verify(out, resolve(str(made[0])))
     assert any(says in problem for problem in problems), problems
 
 
 def test_another_source_is_noticed(made: tuple[Path, Path], checkpoints: Checkpoints) -> None:
-    problems = verify(made[1], resolve(str(checkpoints("mistral", torch.bfloat16)), Path()))
+    problems = verify(made[1], resolve(str(checkpoints("mistral", torch.bfloat16))))
     assert any("of the source is not the file that was converted" in p for p in problems)
     assert any("is not U^T W of the source" in p for p in problems)

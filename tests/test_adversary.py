@@ -27,7 +27,6 @@ from converter.hub.permissions import Publication
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
-from converter.runtime.progress import Report
 from tests.builders.adversary import (
     BEFORE,
     CLAIMS,
@@ -50,7 +49,7 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def source(converted: tuple[Path, Path], shared_cache: Path) -> Source:
-    return resolve(str(converted[0]), shared_cache)
+    return resolve(str(converted[0]))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def adapter(
         return [folder / "pictures/a.png"]
 
     run = Run(source=str(converted[0]), num_pairs=64, options=TINY, guard=False, output="adapter")
-    convert(run, out, cache=shared_cache, pictures=draw)
+    convert(run, out, pictures=draw)
     return out
 
 
@@ -78,7 +77,7 @@ def seeded(
     out = tmp_path_factory.mktemp("seeded") / "out"
     options = {**TINY, "rank": "2"}
     run = Run(source=str(converted[0]), num_pairs=64, options=options, guard=False, seed=1)
-    convert(run, out, cache=shared_cache)
+    convert(run, out)
     return out
 
 
@@ -484,7 +483,7 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
     run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
-    convert(run, tmp_path / "out", cache=tmp_path / "cache")
+    convert(run, tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")
     public = key.with_suffix(".pub")
@@ -521,8 +520,8 @@ def test_what_is_uploaded_is_what_was_verified(
         return problems
 
     class Upload(pushing.Upload):
-        def __init__(self, place: Publication, report: Report) -> None:
-            super().__init__(place, report)
+        def __init__(self, place: Publication) -> None:
+            super().__init__(place)
             self._api.preupload_lfs_files = lambda *_, **__: None  # type: ignore[method-assign]
 
         def commit(self, message: str) -> pushing.Published:
@@ -533,7 +532,7 @@ def test_what_is_uploaded_is_what_was_verified(
     monkeypatch.setattr(pushing, "Upload", Upload)
     place = Publication(repo_id="someone/tiny", exists=True)
     with pytest.raises(Sent if name is None else PublishError) as error:
-        pushing.push(out, place, Report(quiet=True))
+        pushing.push(out, place)
     assert name is None or f"{name} changed while it was uploaded" in str(error.value)
 
 

@@ -35,7 +35,7 @@ def test_transformers_loads_a_synthetic_model_and_saves_it_in_as_many_shards(
 def test_a_synthetic_model_is_planned(tmp_path: Path, tied: bool) -> None:
     model = replace(TINY, tied=tied)
     write_llama(tmp_path, model, shard_limit(model, 2))
-    source = resolve(str(tmp_path), tmp_path)
+    source = resolve(str(tmp_path))
     plan = make_plan(source.config, source.weight_map, source.headers())
     assert len(plan.targets) == TINY.layers
     tensors = (info for header in plan.headers.values() for info in header.tensors.values())

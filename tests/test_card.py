@@ -164,7 +164,7 @@ def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
         "pipeline_tag: image-text-to-text\ndatasets: [their/data]\nmodel-index: []\n"
         "extra_gated_prompt: x",
     )
-    found = resolve(str(source), source.parent)
+    found = resolve(str(source))
     data = fields(front_matter(found, None, manifest, terms_of(found, None)))
     assert data == {
         "license": "mit",
@@ -183,7 +183,7 @@ def manifest(converted: tuple[Path, Path]) -> dict[str, Any]:
 
 def write(folder: Path, manifest: dict[str, Any], base: str | None = "someone/tiny") -> ModelCard:
     """The card that a source and a manifest give."""
-    source = resolve(str(folder), folder)
+    source = resolve(str(folder))
     text, _ = make_card(source, base, manifest, terms_of(source, base), DIGEST)
     return ModelCard(text)
 
@@ -413,14 +413,14 @@ def test_the_licence_of_a_subfolder_is_that_above_it(
     (whole / "LICENSE.txt").write_text("another")
     assert "LICENSE.txt of the source is not the file" in cli("verify", out, *args).stderr
     (whole / "inner/LICENSE").write_text("its own")
-    assert set(resolve(str(whole), tmp_path, "inner").small) >= {"LICENSE", "USE_POLICY.md"}
-    assert "LICENSE.txt" not in resolve(str(whole), tmp_path, "inner").small
+    assert set(resolve(str(whole), "inner").small) >= {"LICENSE", "USE_POLICY.md"}
+    assert "LICENSE.txt" not in resolve(str(whole), "inner").small
 
 
 def test_a_notice_of_the_source_that_holds_the_line_is_enough(source: Path, tmp_path: Path) -> None:
     describe(source, "license: llama2", "LICENSE", "USE_POLICY.md")
     (source / "NOTICE").write_text("Ours.\n\n" + LLAMA_2.replace(", ", ",\n  "))
-    terms = terms_of(resolve(str(source), tmp_path), None)
+    terms = terms_of(resolve(str(source)), None)
     assert terms.notice == ""
     assert terms.warnings == ()
 
@@ -429,11 +429,11 @@ def test_a_link_to_the_licence_that_was_relative_to_the_base_still_leads_there(
     source: Path, tmp_path: Path
 ) -> None:
     describe(source, "license: other\nlicense_name: own\nlicense_link: TERMS-OF-USE.md")
-    terms = terms_of(resolve(str(source), tmp_path), "someone/tiny")
+    terms = terms_of(resolve(str(source)), "someone/tiny")
     link = "https://huggingface.co/someone/tiny/blob/main/TERMS-OF-USE.md"
     assert terms.fields["license_link"] == link
     (source / "TERMS-OF-USE.md").write_text("Terms.")
-    terms = terms_of(resolve(str(source), tmp_path), "someone/tiny")
+    terms = terms_of(resolve(str(source)), "someone/tiny")
     assert terms.fields["license_link"] == "TERMS-OF-USE.md"
 
 
@@ -462,7 +462,7 @@ def test_the_name_that_a_licence_asks_for(licence: str | None, repo_id: str, fit
 def test_the_title_begins_as_the_licence_asks(
     converted: tuple[Path, Path], manifest: dict[str, Any]
 ) -> None:
-    source = resolve(str(converted[0]), converted[0])
+    source = resolve(str(converted[0]))
     for licence, name, title in (
         ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss"),
         ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss"),
@@ -507,7 +507,7 @@ def test_a_gate_on_the_hub_is_seen(
     for gated in ("manual", False, None):
         info = SimpleNamespace(id="someone/tiny", sha="c0ffee0000" * 4, siblings=[], gated=gated)
         monkeypatch.setattr(HfApi, "repo_info", lambda *_, info=info, **__: info)
-        source: Source = resolve(str(converted[0]), converted[0])
+        source: Source = resolve(str(converted[0]))
         source = replace(source, repo=hub.resolve("model", "someone/tiny"))
         warnings = terms_of(source, "someone/tiny").warnings
         assert any("someone/tiny is gated" in text for text in warnings) is bool(gated)
@@ -515,7 +515,7 @@ def test_a_gate_on_the_hub_is_seen(
 
 def test_a_signature_of_the_source_is_not_carried_over(source: Path, tmp_path: Path) -> None:
     (source / "model.sig").write_text("of other bytes")
-    assert "model.sig" not in resolve(str(source), tmp_path).small
+    assert "model.sig" not in resolve(str(source)).small
 
 
 def test_papers_become_links() -> None:
@@ -553,7 +553,7 @@ def test_a_subfolder_is_named_wherever_it_is_needed(
     # where another repo is called the base, nothing is known of its folders
     assert "subfolder=" not in write(converted[0], manifest, "other/base").text
     # of Meta's layout, transformers loads the translation, which is at the top of the repo
-    source = resolve(str(converted[0]), converted[0])
+    source = resolve(str(converted[0]))
     source = replace(source, originals=(Path("consolidated.00.pth"),))
     assert pinned(source, manifest) == ', revision="c0ffee"'
 

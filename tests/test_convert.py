@@ -31,7 +31,7 @@ from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging import claim as staging
 from converter.outputs.staging.claim import claimed
 from converter.recipe import Run
-from converter.runtime.progress import Report
+from converter.runtime.cache import using_cache
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -56,12 +56,10 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def test_an_empty_basis_reproduces_every_file_byte_for_byte(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    source = resolve(str(checkpoints("llama", torch.bfloat16)), tmp_path)
+    source = resolve(str(checkpoints("llama", torch.bfloat16)))
     plan = make_plan(source.config, source.weight_map, source.headers())
     (tmp_path / "out").mkdir()
-    write_checkpoint(
-        source, plan, Projection({}), (), tmp_path / "out", Engine(), Report(quiet=True)
-    )
+    write_checkpoint(source, plan, Projection({}), (), tmp_path / "out", Engine())
     ours = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
     assert len(source.shards) > 2
     assert len(ours) == len(source.shards) + len(source.companions) + 1  # the index
@@ -113,9 +111,7 @@ def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     source, out = checkpoints(kind), tmp_path / "out"
-    convert(
-        Run(source=str(source), num_pairs=32, options=TINY, guard=False), out, cache=shared_cache
-    )
+    convert(Run(source=str(source), num_pairs=32, options=TINY, guard=False), out)
     bases = load_bases(out / "gloss_subspace.safetensors")
     layers = (2, 3, 4)
     U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
@@ -163,8 +159,8 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
         source=str(source), num_pairs=32, options=TINY | none, guard=False,
         activations=tmp_path / "seen.safetensors",
     )  # fmt: skip
-    convert(run, out, cache=shared_cache)
-    assert not verify(out, None, Report(quiet=True))
+    convert(run, out)
+    assert not verify(out)
     stacked = torch.stack([x[0, n].mean(0) + d - x[1, n].mean(0) for n in (2, 3, 4)])
     u = torch.linalg.svd(torch.nn.functional.normalize(stacked))[2][0]  # what GloSS makes of it
     ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -208,7 +204,7 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
         activations=tmp_path / "seen.safetensors",
         guard=False,
     )
-    convert(run, out, cache=shared_cache)
+    convert(run, out)
     U = load_file(out / "gloss_subspace.safetensors")["U"]
     assert float(U[:, 0] @ d) > 0.99
     model = load(out)
@@ -223,7 +219,8 @@ def test_two_runs_give_the_same_bytes(
     _, first = converted
     source = checkpoints("llama", torch.bfloat16)
     run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
-    convert(run, tmp_path / "second", cache=tmp_path / "another cache")
+    with using_cache(tmp_path / "another cache"):
+        convert(run, tmp_path / "second")
     names = {p.name for p in first.iterdir()}
     assert names == {p.name for p in (tmp_path / "second").iterdir()}
     for name in names - {"gloss_manifest.json", "README.md", "SHA256SUMS"}:
@@ -457,7 +454,7 @@ def test_what_was_there_comes_back_if_the_last_step_fails(
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
 
     def convert() -> None:
-        with claimed(out, True, Report(quiet=True)) as claim, claim.staged(True) as part:
+        with claimed(out, True) as claim, claim.staged(True) as part:
             for name in ("a", "weights", "config.json"):
                 (part / name).write_text("new")
 

@@ -34,6 +34,7 @@ from converter.evaluate.prompts import load_prompts
 from converter.evaluate.scorers import load_scorer, scorer_names
 from converter.evaluate.scorers.classifier import find_label
 from converter.models.resident import LanguageModel
+from converter.runtime import progress
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
 from tests.builders.models import load, tiny_tokenizer
@@ -147,9 +148,10 @@ def test_prompts_that_cannot_serve(
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"], indirect=True)
-def test_batching_does_not_change_greedy_text(model: Any) -> None:
+def test_batching_does_not_change_greedy_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[int] = []
-    alone = write(model, prompts=PROMPTS, batch_size=1, advance=done.append)
+    monkeypatch.setattr(progress, "advance", done.append)
+    alone = write(model, prompts=PROMPTS, batch_size=1)
     assert done == [1] * 5
     assert alone == write(model, prompts=PROMPTS, batch_size=4)
     assert [len(texts) for texts in alone] == [1] * 5

@@ -28,7 +28,6 @@ from converter.edits.engine import Engine
 from converter.edits.subspace_file import load_bases
 from converter.evaluate.fit import fit
 from converter.outputs.checkpoint.write import write_checkpoint
-from converter.runtime.progress import Report
 from tests.builders.meta import write_native
 from tests.builders.models import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
 
@@ -100,7 +99,7 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = {"_use_new_zipfile_serialization": False}
-    source = resolve(str(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old)), tmp_path)
+    source = resolve(str(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old)))
     plan = make_plan(source.config, source.weight_map, source.headers())
     read: list[str] = []
 
@@ -110,9 +109,9 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
 
     monkeypatch.setattr("converter.checkpoints.formats.pickle_files.load_tensors", load)
     bases = dict.fromkeys(range(len(plan.targets)), torch.eye(HIDDEN)[:, :1])
-    out, report = tmp_path / "out", Report(quiet=True)
+    out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(source, plan, Projection(bases), plan.targets, out, Engine(4), report)
+    write_checkpoint(source, plan, Projection(bases), plan.targets, out, Engine(4))
     assert len(read) == len(set(read)) == 3
 
 
@@ -410,6 +409,6 @@ def test_what_only_looks_like_gguf_is_refused(cli: Cli, tmp_path: Path) -> None:
 def test_safetensors_are_preferred(checkpoints: Checkpoints, tmp_path: Path) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "both")
     (source / "pytorch_model.bin").write_bytes(b"older")
-    found = resolve(str(source), tmp_path)
+    found = resolve(str(source))
     assert found.recipes is None
     assert "pytorch_model.bin" not in found.companions

@@ -212,7 +212,7 @@ def test_a_licence_above_a_subfolder_must_not_lead_out(
     (tmp_path / "top/below/LICENSE").unlink()
     link("LICENSE", "/etc/passwd")(tmp_path / "top")
     with pytest.raises(CheckpointError, match="LICENSE is a link that leads out of the source"):
-        resolve(str(tmp_path / "top"), tmp_path / "cache", "below")
+        resolve(str(tmp_path / "top"), "below")
 
 
 def test_links_within_a_source_and_linked_weights_are_taken(

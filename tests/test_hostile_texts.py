@@ -17,6 +17,7 @@ from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
+from converter.cli.terminal import reporting
 from converter.edits.subspace_file import SUBSPACE_FILE
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, DataError, VerificationError
@@ -24,10 +25,9 @@ from converter.release.card import make_card
 from converter.release.licences import terms_of
 from converter.release.manifest import read_manifest
 from converter.release.recording import Given, read_recording, run_of
-from converter.runtime import strict_json
+from converter.runtime import progress, strict_json
 from converter.runtime.console import as_json, say
 from converter.runtime.files import MAX_LINE
-from converter.runtime.progress import Report
 from converter.text.markdown import code, escaped
 from tests.fuzz import skeleton
 
@@ -66,11 +66,11 @@ def test_what_a_sentence_quotes_stays_in_its_line() -> None:
 
 def test_nothing_that_is_printed_can_steer(capsys: pytest.CaptureFixture[str]) -> None:
     say(f"tensor {FORGED}")
-    report = Report()
-    report.note(f"reading {FORGED}")
-    report.warn(f"{FORGED} is odd")
-    with report.stage("plan", f"planning {FORGED}"):
-        pass
+    with reporting(quiet=False):
+        progress.note(f"reading {FORGED}")
+        progress.warn(f"{FORGED} is odd")
+        with progress.stage("plan", f"planning {FORGED}"):
+            pass
     printed = capsys.readouterr()
     assert cannot_steer(printed.out)
     assert cannot_steer(printed.err)

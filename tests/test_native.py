@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from converter.checkpoints.formats.virtual import (
     split_shards,
 )
 from converter.errors import CheckpointError, DestinationError, SourceError
+from converter.runtime.cache import using_cache
 from tests.builders.meta import (
     Reference,
     md5,
@@ -57,9 +58,11 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """The cache folder of each test, not made yet."""
+    with using_cache(tmp_path / "cache"):
+        yield tmp_path / "cache"
 
 
 def materialize(translated: Translated, folder: Path) -> Path:
@@ -85,13 +88,13 @@ def far_apart() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_metas_code(
-    kind: str, source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_native(source, **KINDS[kind])
     monkeypatch.setattr(
         "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
     )
-    folder = materialize(read_native(source, cache), tmp_path / "out")
+    folder = materialize(read_native(source), tmp_path / "out")
     assert len(list(folder.glob("*.safetensors"))) > 2
     ids, positions = far_apart()
     wanted = reference.logits(ids, positions)
@@ -105,22 +108,20 @@ def test_logits_are_those_of_metas_code(
 
 @pytest.mark.parametrize("kind", ["one part", "grouped, two parts"])
 def test_without_the_reordering_they_are_others(
-    kind: str, source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_native(source, **KINDS[kind])
     monkeypatch.setattr(native, "half_split", lambda weight, heads: weight)
-    folder = materialize(read_native(source, cache), tmp_path / "out")
+    folder = materialize(read_native(source), tmp_path / "out")
     ids, positions = far_apart()
     difference = translated_logits(folder, ids, positions) - reference.logits(ids, positions)
     assert difference.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", ["", "shared"])
-def test_virtual_shards_are_files_of_safetensors(
-    tied: str, source: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_virtual_shards_are_files_of_safetensors(tied: str, source: Path, tmp_path: Path) -> None:
     reference = write_native(source, parts=2, tied=tied, **LLAMA3)
-    translated = read_native(source, cache)
+    translated = read_native(source)
     folder = materialize(translated, tmp_path / "out")
     with safe_open(folder / "model.safetensors", "pt") as file:
         recipes = translated.shards["model.safetensors"]
@@ -144,7 +145,7 @@ def test_virtual_shards_are_files_of_safetensors(
 
 
 def test_a_recipe_reads_one_tensor_and_no_other(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
     real = native.half_split
@@ -155,7 +156,7 @@ def test_a_recipe_reads_one_tensor_and_no_other(
 
     write_native(source, n_kv_heads=2)
     monkeypatch.setattr(native, "half_split", counted)
-    recipes = {r.name: r for r in read_native(source, cache).shards["model.safetensors"]}
+    recipes = {r.name: r for r in read_native(source).shards["model.safetensors"]}
     assert made == []
     recipes["model.layers.1.self_attn.k_proj.weight"].make()
     assert made == [2]
@@ -163,9 +164,7 @@ def test_a_recipe_reads_one_tensor_and_no_other(
     assert plain.make().data_ptr() == plain.make().data_ptr()  # of the mapped file, not a copy
 
 
-def test_parts_are_mapped_and_run_no_code(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_mapped_and_run_no_code(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     real = torch.load
 
@@ -175,7 +174,7 @@ def test_parts_are_mapped_and_run_no_code(
 
     write_native(source, parts=2)
     monkeypatch.setattr(torch, "load", load)
-    read_native(source, cache)
+    read_native(source)
     assert [(options["mmap"], options["weights_only"]) for options in asked] == [(True, True)] * 2
 
 
@@ -236,7 +235,7 @@ def test_configs_of_published_models(model: str, tmp_path: Path) -> None:
 
 def test_small_files_go_along_and_are_kept(source: Path, cache: Path) -> None:
     write_native(source, parts=2)
-    first = read_native(source, cache)
+    first = read_native(source)
     assert {path.name for path in first.folder.iterdir()} == {
         "LICENSE.txt", "README.md", "config.json", "generation_config.json", "tokenizer.json",
         "tokenizer.model", "tokenizer_config.json",
@@ -249,24 +248,24 @@ def test_small_files_go_along_and_are_kept(source: Path, cache: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["vocab_size"]) == (1, 2, 600)
     assert config["tie_word_embeddings"] is False
     before = (first.folder / "config.json").stat().st_mtime_ns
-    again = read_native(source, cache)
+    again = read_native(source)
     assert again.folder == first.folder
     assert (again.folder / "config.json").stat().st_mtime_ns == before
     (source / "LICENSE.txt").write_text("Another one.\n")
-    assert read_native(source, cache).folder != first.folder
+    assert read_native(source).folder != first.folder
     assert not list((cache / "native").glob(".*"))  # nothing temporary is left
 
 
 def test_an_index_is_written_for_several_shards(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_native(source)
-    single = read_native(source, cache)
+    single = read_native(source)
     assert sum(recipe.nbytes for recipe in single.shards["model.safetensors"]) < MAX_SHARD
     monkeypatch.setattr(
         "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
     )
-    sharded = read_native(source, cache)
+    sharded = read_native(source)
     index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == sharded.weight_map
     assert sharded.folder != single.folder
@@ -279,12 +278,12 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_sentencepiece_is_encoded_as_it_does_itself(source: Path, cache: Path) -> None:
+def test_sentencepiece_is_encoded_as_it_does_itself(source: Path) -> None:
     import sentencepiece
 
     write_native(source)
     own: Any = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    tokenizer: Any = AutoTokenizer.from_pretrained(read_native(source, cache).folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(read_native(source).folder)
     assert tokenizer.is_fast
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == own.encode(text, add_bos=True), text
@@ -296,7 +295,7 @@ def test_sentencepiece_is_encoded_as_it_does_itself(source: Path, cache: Path) -
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_ranks_are_encoded_as_by_tiktoken(scaled: bool, source: Path, cache: Path) -> None:
+def test_ranks_are_encoded_as_by_tiktoken(scaled: bool, source: Path) -> None:
     import tiktoken
 
     lines = [line.split() for line in rank_file().splitlines()]
@@ -310,7 +309,7 @@ def test_ranks_are_encoded_as_by_tiktoken(scaled: bool, source: Path, cache: Pat
     own = tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     write_native(source, use_scaled_rope=scaled, **LLAMA3)
-    folder = read_native(source, cache).folder
+    folder = read_native(source).folder
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     begin = len(ranks)
     for text in TEXTS:
@@ -335,15 +334,15 @@ def test_ranks_are_encoded_as_by_tiktoken(scaled: bool, source: Path, cache: Pat
     assert ends == [begin + place for place in ([1, 8, 9] if scaled else [1, 9])]
 
 
-def test_a_tokenizer_that_is_there_is_taken(source: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_there_is_taken(source: Path, tmp_path: Path) -> None:
     write_native(tmp_path / "other", **LLAMA3)
-    other = read_native(tmp_path / "other", cache).folder
+    other = read_native(tmp_path / "other").folder
     write_native(source, **LLAMA3)
     (source / "tokenizer.model").unlink()
     config = json.loads((other / "tokenizer_config.json").read_text()) | {"eos_token": "<|eot_id|>"}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.copy(other / "tokenizer.json", source)
-    folder = read_native(source, cache).folder
+    folder = read_native(source).folder
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     begin = len(rank_file().splitlines())
@@ -356,7 +355,7 @@ def test_a_missing_package_is_named(
     write_native(source)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(SourceError, match=re.escape("pip install 'gloss-convert[native]'")):
-        read_native(source, cache)
+        read_native(source)
     assert not list((cache / "native").iterdir())
 
 
@@ -503,7 +502,7 @@ def test_damage_is_named_in_a_sentence(fault: str, source: Path, cache: Path) ->
     write_native(source, parts=2)
     damage(source)
     with pytest.raises(CheckpointError, match=sentence) as error:
-        read_native(source, cache)
+        read_native(source)
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)
     assert not list((cache / "native").rglob("*"))
@@ -513,4 +512,4 @@ def test_a_cache_that_cannot_be_written_is_not_the_sources_fault(source: Path, c
     write_native(source)
     cache.write_text("")
     with pytest.raises(DestinationError, match="cannot be written"):
-        read_native(source, cache)
+        read_native(source)

@@ -112,7 +112,7 @@ def test_a_forward_pass_runs_on_the_numbers_that_fp8_stands_for(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     plain = checkpoints("qwen3", torch.bfloat16)
-    found = resolve(str(as_fp8(plain, tmp_path / "fp8", BLOCKS)), tmp_path)
+    found = resolve(str(as_fp8(plain, tmp_path / "fp8", BLOCKS)))
     plan = make_plan(found.config, found.weight_map, found.headers())
     model = load_language_model(found, plan, None, torch.float32, "cpu").module
     ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -177,7 +177,7 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=True)
-    source = resolve(str(folder), tmp_path)
+    source = resolve(str(folder))
     plan = make_plan(source.config, source.weight_map, source.headers())
     users = users_of(source, plan.targets)
     assert all(users[shard] == set(source.shards) for shard in source.shards)

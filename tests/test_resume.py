@@ -21,7 +21,7 @@ from converter.checkpoints.safetensors import rewrite as shard_files
 from converter.errors import DestinationError
 from converter.outputs.checkpoint import write as checkpoint
 from converter.outputs.staging.claim import Claim, claimed
-from converter.runtime.progress import Report
+from converter.runtime import progress
 from tests.builders.models import TINY_ARGS, make_checkpoint, tiny_args
 from tests.test_quantization import BLOCKS, as_fp8
 
@@ -222,7 +222,7 @@ def test_the_same_run_again_finds_its_result_in_a_mount_point(
     args = (checkpoints("llama"), out, *TINY_ARGS)
     with monkeypatch.context() as patch:
         if killed:
-            patch.setattr(Claim, "discard", lambda claim, report: None)
+            patch.setattr(Claim, "discard", lambda claim: None)
         assert rewrites.run(cli, *args).exit_code == 0
     before = content(out)
     assert (out / ".out.part/filling").exists() == killed
@@ -238,8 +238,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from converter.outputs.staging.claim import claimed
-from converter.runtime.progress import Report
-with claimed(Path(sys.argv[1]), False, Report(quiet=True)):
+with claimed(Path(sys.argv[1]), False):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -273,7 +272,7 @@ def test_a_holder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / ".out.part").symlink_to(elsewhere)
     with (
         pytest.raises(DestinationError, match="cannot be written"),
-        claimed(tmp_path / "out", False, Report(quiet=True)),
+        claimed(tmp_path / "out", False),
     ):
         pytest.fail("it was claimed")
     assert list(elsewhere.iterdir()) == []
@@ -285,7 +284,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".out.part/mine").write_text("mine")
     with (
         pytest.raises(DestinationError, match="is not of gloss-convert"),
-        claimed(tmp_path / "out", False, Report(quiet=True)),
+        claimed(tmp_path / "out", False),
     ):
         pytest.fail("it was claimed")
     assert (tmp_path / ".out.part/mine").read_text() == "mine"
@@ -298,15 +297,14 @@ def test_a_file_system_without_locks_is_said(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    report = Report(quiet=True)
-    with claimed(tmp_path / "out", False, report):
+    with progress.recording() as told, claimed(tmp_path / "out", False):
         pass
-    assert "has no locks" in report.warnings[0]
+    assert "has no locks" in told.warnings[0]
 
 
 def test_names_as_long_as_a_file_system_takes_them(tmp_path: Path) -> None:
     out = tmp_path / ("n" * 255)
-    with claimed(out, False, Report(quiet=True)) as claim, claim.staged(False) as part:
+    with claimed(out, False) as claim, claim.staged(False) as part:
         (part / "config.json").write_text("{}")
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
@@ -410,7 +408,7 @@ def test_a_last_step_that_was_killed_is_undone(
     (holder / "lock").touch()
     if moment == "moving in":
         (holder / "filling").touch()
-    with claimed(out, True, Report(quiet=True)) as claim:
+    with claimed(out, True) as claim:
         found = {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
         assert found == (new if moment == "after both" else old)
         if moment != "after both":
@@ -435,7 +433,7 @@ def test_a_mount_point_that_is_filled_never_has_a_config_without_all_weights(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", watched)
-    with claimed(out, True, Report(quiet=True)) as claim, claim.staged(True) as part:
+    with claimed(out, True) as claim, claim.staged(True) as part:
         for name in names:
             (part / name).write_text("new")
     assert len(seen) >= 2 * len(names)

@@ -37,7 +37,7 @@ from converter.models.likelihood import log_probabilities
 from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
-from converter.runtime import memory
+from converter.runtime import memory, progress
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -68,13 +68,12 @@ class Opened:
 
     source: Source
     plan: Plan
-    cache: Path
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, folder: Path, cache: Path) -> "Opened":
-        source = resolve(str(folder), cache)
-        return cls(source, make_plan(source.config, source.weight_map, source.headers()), cache)
+    def of(cls, folder: Path) -> "Opened":
+        source = resolve(str(folder))
+        return cls(source, make_plan(source.config, source.weight_map, source.headers()))
 
     def resident(self) -> LanguageModel:
         return models.load_language_model(
@@ -83,7 +82,7 @@ class Opened:
 
     def streamed(self, budget: int = 10**9) -> StreamedModel:
         return models.stream_language_model(
-            self.source, self.plan, tiny_tokenizer(), self.dtype, "cpu", budget, self.cache
+            self.source, self.plan, tiny_tokenizer(), self.dtype, "cpu", budget
         )
 
     def modules(self, site: str = "ffn", layers: Any = ALL) -> dict[int, str]:
@@ -139,7 +138,7 @@ def test_in_every_architecture_streaming_gives_the_same(
 
     ``pytest -rP`` shows the largest difference of each architecture.
     """
-    opened = Opened.of(checkpoints(kind), tmp_path)
+    opened = Opened.of(checkpoints(kind))
     whole, streamed = opened.resident(), opened.streamed()
     differences: dict[str, float] = {}
     for site in ("ffn", "block"):
@@ -169,7 +168,7 @@ def test_in_every_architecture_streaming_gives_the_same(
 def test_the_size_of_batches_and_where_hidden_states_are_kept_do_not_matter(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Opened.of(checkpoints(kind), tmp_path)
+    opened = Opened.of(checkpoints(kind))
     kept, filed = opened.streamed(), opened.streamed()
     filed._held = 3000  # some in memory, most in the file
     sizes: list[int] = []
@@ -261,7 +260,7 @@ class Reads:
 def test_every_byte_is_read_once_in_a_pass_and_one_layer_is_in_memory(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Opened.of(checkpoints(kind), tmp_path)
+    opened = Opened.of(checkpoints(kind))
     model = opened.streamed()
     reads = Reads(model, monkeypatch)
     sizes = {
@@ -305,7 +304,7 @@ def test_every_byte_is_read_once_in_a_pass_and_one_layer_is_in_memory(
 def test_a_pass_that_fails_leaves_nothing_in_memory(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    opened = Opened.of(checkpoints("llama"), tmp_path)
+    opened = Opened.of(checkpoints("llama"))
     model = opened.streamed()
     encode = Encoder(model.tokenizer, model.module)
     batched = batches([encode(text, "mean", ()) for text in TEXTS], 2, "cpu")
@@ -326,19 +325,22 @@ def test_a_pass_that_fails_leaves_nothing_in_memory(
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_progress_ends_at_the_number_of_texts(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    opened = Opened.of(checkpoints("llama"), tmp_path)
+def test_progress_ends_at_the_number_of_texts(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Opened.of(checkpoints("llama"))
     for model in (opened.resident(), opened.streamed()):
         steps: list[int] = []
+        monkeypatch.setattr(progress, "advance", steps.append)
         encode = Encoder(model.tokenizer, model.module)
         coded = [encode(text, "mean", ()) for text in TEXTS]
         batched = batches(coded, 2, "cpu")
-        model.visit(opened.modules(), batched, lambda number, layer, f: None, steps.append)
+        model.visit(opened.modules(), batched, lambda number, layer, f: None)
         assert sum(steps) == len(TEXTS)
         assert len(steps) > 1
-        log_probabilities(model, [coded, coded], steps.append)
+        log_probabilities(model, [coded, coded])
         modules = opened.modules(layers=(2, 4))
-        dict(causal_moments(model, modules, predicted(model), steps.append))
+        dict(causal_moments(model, modules, predicted(model)))
         assert sum(steps) == 4 * len(TEXTS)
 
 
@@ -352,7 +354,7 @@ def test_a_missing_tensor_is_an_error_of_the_checkpoint(
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    opened = Opened.of(folder, tmp_path)
+    opened = Opened.of(folder)
     says = r"lacks 1 tensors that the model needs: found no model.layers.2.self_attn.k_proj.weight"
     for load in (opened.resident, opened.streamed):
         with pytest.raises(CheckpointError, match=says):
@@ -381,7 +383,7 @@ def test_other_beginnings_of_names_are_found_too(
         new = name if ours is None else variant[ours] + name.removeprefix(ours)
         tensors[new] = tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    opened = Opened.of(folder, tmp_path)
+    opened = Opened.of(folder)
     try:
         opened.resident()
     except ConverterError as error:
@@ -395,25 +397,25 @@ def test_fp8_is_streamed_as_the_numbers_that_it_stands_for(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
-    same(Opened.of(folder, tmp_path))
+    same(Opened.of(folder))
 
 
 def test_pickles_are_streamed(checkpoints: Checkpoints, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints("llama", torch.float32, "1GB"), tmp_path / "source")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    opened = Opened.of(folder, tmp_path)
+    opened = Opened.of(folder)
     assert opened.source.recipes is not None
     same(opened)
 
 
 def test_a_layer_that_does_not_fit_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not even one layer of the model fits"):
-        Opened.of(checkpoints("llama"), tmp_path).streamed(1000)
+        Opened.of(checkpoints("llama")).streamed(1000)
 
 
 def test_the_same_holds_in_bfloat16(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    opened = Opened.of(checkpoints("llama", torch.bfloat16), tmp_path)
+    opened = Opened.of(checkpoints("llama", torch.bfloat16))
     opened.dtype = torch.bfloat16
     whole, streamed = opened.resident(), opened.streamed()
     found, expected = (activations(m, opened.modules()) for m in (streamed, whole))
@@ -439,7 +441,7 @@ def test_positions_with_logits_are_few_where_the_vocabulary_is_large() -> None:
 def test_auto_streams_what_does_not_fit(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Opened.of(checkpoints("llama"), tmp_path).plan
+    plan = Opened.of(checkpoints("llama")).plan
     needed = plan.num_parameters * 4 + mode.margin(plan, torch.float32)
 
     def choose(
@@ -612,7 +614,7 @@ def test_a_plan_says_how_the_model_would_be_run(
             for way in ("auto", "streamed")
         }
         assert plans["auto"]["forward"]["mode"] == "resident"
-        opened = Opened.of(checkpoints(kind), tmp_path)
+        opened = Opened.of(checkpoints(kind))
         weights = opened.streamed().weights
         assert plans["streamed"]["expected_peak_bytes"]["forward"] == max(
             weights.nbytes(part) for part in weights.parts if part[-1].isdigit()

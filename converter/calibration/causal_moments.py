@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
-from converter.models.hooks import Advance, idle, memory_errors
+from converter.models.hooks import memory_errors
 from converter.models.resident import Model
 
 Text = tuple[Sequence[Sentence], int | None]
@@ -18,7 +18,6 @@ def causal_moments(
     model: Model,
     modules: Mapping[int, str],
     sentences: Sequence[Sentence],
-    advance: Advance = idle,
 ) -> Iterator[tuple[int, Tensor]]:
     """How much chosen tokens owe, to first order, to each direction of what a layer writes.
 
@@ -34,7 +33,6 @@ def causal_moments(
         model: not edited; its weights must not require gradients.
         modules: layer -> module whose output is f.
         sentences: a positive weight marks a position whose next token is chosen.
-        advance: called with the number of sentences done since the last call.
 
     Yields:
         layers and A_l (D, D) float32 on the CPU: each when it is complete, so that those of a
@@ -47,7 +45,7 @@ def causal_moments(
     seen = Counter[int]()
     count = sum(w > 0 for s in sentences for w in s.weights)
     batched = token_batches(sentences, logit_positions(model.module), model.device)
-    for number, layer, f, g in _gradients(model, modules, batched, advance):
+    for number, layer, f, g in _gradients(model, modules, batched):
         content = batched[number].content.to(f.device)
         if layer not in sums:
             sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
@@ -63,7 +61,6 @@ def moments_within(
     modules: Mapping[int, str],
     texts: Sequence[Text],
     directions: Tensor,
-    advance: Advance = idle,
 ) -> list[Tensor]:
     """The same, of every sentence by itself, summed over layers, and seen in a few directions.
 
@@ -73,7 +70,7 @@ def moments_within(
     lose together if the layers no longer write along U, to first order and in nats.
 
     Args:
-        model, modules, advance: as above.
+        model, modules: as above.
         texts: go through the model together; every sentence has a token to choose. Those with a
             number of positions are cut into pieces of so many, and each piece has a moment: what
             the sentence loses if nothing is written along U there.
@@ -89,7 +86,7 @@ def moments_within(
         for batch in token_batches(sentences, positions, model.device)
     ]
     sums: dict[int, Tensor] = {}
-    found = _gradients(model, modules, [batch for _, _, batch in batched], advance)
+    found = _gradients(model, modules, [batch for _, _, batch in batched])
     for number, _, f, g in found:
         _, piece, batch = batched[number]
         V, content = directions.to(f), batch.content.to(f.device)[..., None]
@@ -113,7 +110,7 @@ def _pieces(x: Tensor, positions: int) -> Tensor:
 
 
 def _gradients(
-    model: Model, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance
+    model: Model, modules: Mapping[int, str], batched: Sequence[Batch]
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """``Model.gradients``, where memory may run out. Raises SourceError."""
     most = max((len(batch.rows) for batch in batched), default=0)
@@ -122,4 +119,4 @@ def _gradients(
         hint="do without gradients: -o basis=candidates "
         "-o candidates=mean+svd -o ranking=mean-difference",
     ):
-        yield from model.gradients(modules, batched, advance)
+        yield from model.gradients(modules, batched)

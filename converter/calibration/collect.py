@@ -16,7 +16,6 @@ from converter.calibration.statistics import TEXTS, Activations, Moments, Reques
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
 from converter.models.batching import MAX_TOKENS, Encoder, Pooling, Sentence, batches
-from converter.models.hooks import Advance, idle
 from converter.models.resident import Group, Model, Pool, SecondMoment, run
 
 EXTRACTION_VERSION = 1
@@ -75,7 +74,6 @@ def extract(
     prose: Prose,
     *,
     batch_size: int,
-    advance: Advance = idle,
 ) -> tuple[Activations, int]:
     """Run the model over pairs and prose.
 
@@ -105,15 +103,15 @@ def extract(
         coded = [encode(text, "mean", ()) for text in prose.paragraphs]
         texts = batches(coded, batch_size, device)
         groups.append((texts, [moment.group(texts)]))
-    run(model, modules, groups, advance)
+    run(model, modules, groups)
     causal: dict[int, Tensor] = {}
     leading: dict[int, tuple[Tensor, Tensor]] = {}
     moments = None
     second = moment.result() if request.second_moment else None
-    found = causal_moments(model, modules, spans, advance) if request.gradient else iter(())
+    found = causal_moments(model, modules, spans) if request.gradient else iter(())
     if request.directions:
         V, leading = _directions(found, second, request)
-        moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V, advance)
+        moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V)
     else:
         causal = dict(sorted(found))
     seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, leading, moments)
@@ -174,7 +172,6 @@ def _moments(
     coded: Sequence[Sentence],
     prose: Prose,
     V: Tensor,
-    advance: Advance,
 ) -> Moments:
     """Moments of single words and of pieces of neutral text within the columns of V.
 
@@ -191,6 +188,6 @@ def _moments(
         neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
         tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
     texts = [([coded[i] for i in chosen], None), *((part, PIECE) for part in neutral.values())]
-    words, *rest = moments_within(model, modules, texts, V, advance)
+    words, *rest = moments_within(model, modules, texts, V)
     moments = dict(zip(neutral, rest, strict=True))
     return Moments(V, words, torch.tensor(weights), moments, tokens)

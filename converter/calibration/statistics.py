@@ -20,9 +20,8 @@ from converter.calibration.pairs import Pairs, Prose
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.errors import DataError
 from converter.models.batching import Pooling
-from converter.runtime import strict_json
+from converter.runtime import progress, strict_json
 from converter.runtime.cache import replacing, sha256_of
-from converter.runtime.progress import Report
 
 Site = Literal["ffn", "residual"]
 
@@ -263,7 +262,7 @@ def read_inputs(path: Path) -> dict[str, Any]:
     return inputs
 
 
-def texts_of_file(path: Path, pairs: Pairs, prose: Prose, report: Report) -> tuple[Pairs, Prose]:
+def texts_of_file(path: Path, pairs: Pairs, prose: Prose) -> tuple[Pairs, Prose]:
     """The pairs and the prose that an activations file was made from, for the record.
 
     Raises:
@@ -280,7 +279,7 @@ def texts_of_file(path: Path, pairs: Pairs, prose: Prose, report: Report) -> tup
             )
     if "pairs" in inputs and "prose" in inputs:
         return pairs, prose
-    report.warn(f"{path.name} does not say which pairs and prose it was made from")
+    progress.warn(f"{path.name} does not say which pairs and prose it was made from")
     unknown = {"name": f"unknown, in {path.name}"}
     digest = sha256_of(path)
     return Pairs((), unknown, digest), Prose((), unknown, digest)

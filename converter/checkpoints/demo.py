@@ -11,6 +11,7 @@ from typing import Any
 from converter.checkpoints.formats.gguf import load, make_folder
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.runtime.cache import cache_folder
 
 REPO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = "SmolLM2-135M-Instruct"
@@ -24,14 +25,14 @@ SmolLM2-135M-Instruct in bfloat16, written by gloss-convert for its demo from {o
 """
 
 
-def demo_folder(cache: Path) -> Path:
+def demo_folder() -> Path:
     """The folder of the demo checkpoint; it is made on the first call.
 
     Raises:
         SourceError: neither the package nor the Hub can be read.
         DestinationError: the cache cannot be written.
     """
-    folder = cache / "demo" / FOLDER
+    folder = cache_folder() / "demo" / FOLDER
     if folder.is_dir():
         return folder
     gguf = packaged_gguf()

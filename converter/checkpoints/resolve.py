@@ -34,12 +34,11 @@ from converter.hub import repos as hub
 from converter.runtime.cache import remembered_digest, state_of
 
 
-def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
+def resolve(source: str, subfolder: str = "") -> Source:
     """Find SOURCE and read its small files.
 
     Args:
         source: a folder, a GGUF file, a Hub repo id with an optional ``@revision``, or ``demo``.
-        cache: the user's cache folder.
         subfolder: of the folder or repo, that the checkpoint is in.
 
     Raises:
@@ -48,7 +47,7 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
     """
     if not source.strip():
         raise SourceError("SOURCE is empty", expected="a folder, a file, a repo id, or demo")
-    folder = demo_folder(cache) if source == "demo" else Path(source)
+    folder = demo_folder() if source == "demo" else Path(source)
     try:
         if folder.is_dir():
             place = folder / subfolder
@@ -58,7 +57,7 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
             name = folder.resolve().name
             top = folder if subfolder else None
             files = list_files(place, top or place, is_read)
-            return _read(name, place, files, cache, top, base=base)
+            return _read(name, place, files, top, base=base)
         is_file = folder.exists()
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
@@ -67,10 +66,10 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
             raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
         try:
             states = {folder.name: state_of(folder)}
-            made = gguf.unpacked(folder, cache)
+            made = gguf.unpacked(folder)
         except OSError as error:
             raise SourceError(f"{source} cannot be read", found=error.strerror) from error
-        return _read(folder.stem, made, _own_files(made), cache, originals=(folder,), states=states)
+        return _read(folder.stem, made, _own_files(made), originals=(folder,), states=states)
     if is_file:
         raise SourceError(
             f"{source} is a file",
@@ -81,10 +80,10 @@ def resolve(source: str, cache: Path, subfolder: str = "") -> Source:
         repo_id = source.partition("huggingface.co/")[2].strip("/")
         hint = f"give the repo id {repo_id}" if repo_id else "check the path"
         raise SourceError(f"{source} does not exist", hint=hint)
-    return _resolve_repo(source, cache, subfolder)
+    return _resolve_repo(source, subfolder)
 
 
-def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
+def _resolve_repo(source: str, subfolder: str) -> Source:
     """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
     repo = hub.resolve("model", source)
     inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
@@ -111,7 +110,7 @@ def _resolve_repo(source: str, cache: Path, subfolder: str) -> Source:
         folder = top / inside
         sizes = list_files(folder, top, is_read)
     known = {"repo": repo, "inside": inside, "base": repo.repo_id, "base_commit": repo.commit}
-    return _read(repo.repo_id, folder, sizes, cache, top if inside else None, **known)
+    return _read(repo.repo_id, folder, sizes, top if inside else None, **known)
 
 
 def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
@@ -148,7 +147,6 @@ def _read(
     name: str,
     folder: Path,
     sizes: dict[str, int],
-    cache: Path,
     top: Path | None = None,
     **known: Any,
 ) -> Source:
@@ -161,8 +159,8 @@ def _read(
         states = {p.name: state_of(p) for p in map(folder.joinpath, sizes) if p.is_file()}
     if kind == "native":
         listed = [*weights, "params.json", "tokenizer.model"]
-        native.check_md5(folder, listed, lambda path: remembered_digest(path, cache, "md5"))
-        translated = native.read_native(folder, cache)
+        native.check_md5(folder, listed, lambda path: remembered_digest(path, "md5"))
+        translated = native.read_native(folder)
         folder, sizes = translated.folder, _own_files(translated.folder)
     if "config.json" not in sizes:
         raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
 from converter.runtime.cache import remembered_digest, state_of
+from converter.runtime.threads import ThreadPool
 
 READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""
@@ -118,7 +118,7 @@ class Source:
             CheckpointError: a shard is missing, truncated or malformed.
             SourceError: the Hub cannot be read.
         """
-        with ThreadPoolExecutor(READERS) as pool:  # what takes time is waiting for the network
+        with ThreadPool(READERS) as pool:  # what takes time is waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
@@ -156,7 +156,7 @@ class Source:
             if self.repo is not None and path.exists():
                 hub.forget(path)
 
-    def digests(self, cache: Path) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         """sha256 of everything a forward pass reads: weights, config and tokenizer files.
 
         Raises:
@@ -167,17 +167,17 @@ class Source:
         paths = {name: self.folder / name for name in small}
         found: dict[str, str] = {}
         if self.originals:
-            found = {n: entry["sha256"] for n, entry in self.original_files(cache).items()}
+            found = {n: entry["sha256"] for n, entry in self.original_files().items()}
         else:
             if self.repo:  # the Hub knows them
                 digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
                 found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
             self.fetch(shard for shard in self.shards if shard not in found)
             paths |= {shard: self.folder / shard for shard in self.shards}
-        found |= {n: _digest(p, cache) for n, p in paths.items() if n not in found}
+        found |= {n: _digest(p) for n, p in paths.items() if n not in found}
         return dict(sorted(found.items()))
 
-    def original_files(self, cache: Path) -> dict[str, Any]:
+    def original_files(self) -> dict[str, Any]:
         """Name, sha256 and bytes of each of ``originals``.
 
         Raises:
@@ -189,15 +189,15 @@ class Source:
                     f"{path.name} changed while it was read", hint="run the same command again"
                 )
         return {
-            path.name: {"sha256": _digest(path, cache), "bytes": path.stat().st_size}
+            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size}
             for path in self.originals
         }
 
 
-def _digest(path: Path, cache: Path) -> str:
+def _digest(path: Path) -> str:
     """``remembered_digest`` of a file of the source. Raises CheckpointError if it is not there."""
     try:
-        return remembered_digest(path, cache)
+        return remembered_digest(path)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
 

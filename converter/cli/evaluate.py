@@ -17,9 +17,10 @@ from converter.cli.options import (
     quiet_libraries,
     run_options,
 )
+from converter.cli.terminal import reporting
 from converter.errors import DataError, DestinationError, OptionError
+from converter.runtime import progress
 from converter.runtime.console import say
-from converter.runtime.progress import Report
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def evaluate_command(
     Controls are fitted on --pairs and run through hooks on the unedited model, which is --base, or
     SOURCE if there is none.
     """
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir):
         from converter.calibration.word_list import load_words
         from converter.entrypoints.convert import prepare
         from converter.evaluate.compare import Comparison, evaluate
@@ -126,7 +127,6 @@ def evaluate_command(
         from converter.evaluate.table import markdown
         from converter.methods.workbench import Bench
         from converter.models.resident import choose_device
-        from converter.runtime.cache import default_cache
         from converter.runtime.memory import parse_size
 
         quiet_libraries()
@@ -140,27 +140,26 @@ def evaluate_command(
             )
         if output is not None and not output.parent.is_dir():
             raise DestinationError(f"the folder of --results {output} does not exist")
-        cache, report = cache_dir or default_cache(), Report(quiet)
         device = choose_device(run.device)
-        settings = read_settings(asked, device, run.seed, cache)
+        settings = read_settings(asked, device, run.seed)
         comparison = Comparison(
             parse_controls(controls),
             [run.seed + i for i in range(seeds)],
             _numbers("--ranks", ranks),
             passages,
         )
-        unedited, plan, _ = prepare(run, cache, report)
+        unedited, plan, _ = prepare(run)
         words = load_words(run.word_list)
-        bench = Bench.of(run, unedited, plan, words, device, cache, report, memory_limit=limit)
+        bench = Bench.of(run, unedited, plan, words, device, memory_limit=limit)
         bench.forward.need_resident()
         model = reference = None
         if base:
-            model, reference = load_edited(source, bench, cache)
-        results = evaluate(bench, settings, comparison, model, reference, report, output)
+            model, reference = load_edited(source, bench)
+        results = evaluate(bench, settings, comparison, model, reference, output)
         print_json(results) if as_json else say(markdown(results))
         if plots is not None:
             for path in plot_evaluation(results, plots):
-                report.note(f"  drawn: {path}")
+                progress.note(f"  drawn: {path}")
 
 
 SETTINGS = (
@@ -180,7 +179,7 @@ def _numbers(option: str, text: str) -> Sequence[int]:
     return numbers
 
 
-def read_settings(asked: dict[str, Any], device: str, seed: int, cache: Path) -> "Settings":
+def read_settings(asked: dict[str, Any], device: str, seed: int) -> "Settings":
     """Load what the evaluation options name.
 
     Raises:
@@ -220,17 +219,13 @@ def read_settings(asked: dict[str, Any], device: str, seed: int, cache: Path) ->
         seed=seed,
         text=text,
         text_tokens=asked["text_tokens"],
-        judge=load_whole(asked["judge"], device, cache) if asked["judge"] else None,
+        judge=load_whole(asked["judge"], device) if asked["judge"] else None,
         benchmarks=benchmarks,
     )
 
 
 def load_whole(
-    name: str,
-    device: str,
-    cache: Path,
-    dtype: "torch.dtype | None" = None,
-    spread: bool = False,
+    name: str, device: str, dtype: "torch.dtype | None" = None, spread: bool = False
 ) -> "LanguageModel":
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
     from converter.checkpoints.plan import make_plan
@@ -239,14 +234,14 @@ def load_whole(
     from converter.models.loading import load_tokenizer
     from converter.models.resident import choose_dtype
 
-    source = resolve(name, cache)
+    source = resolve(name)
     plan = make_plan(source.config, source.weight_map, source.headers())
     dtype = dtype or choose_dtype("auto", stored_dtype(plan), device)
     tokenizer = load_tokenizer(source.folder)
     return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
 
 
-def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel", "System"]:
+def load_edited(name: str, bench: "Bench") -> tuple["LanguageModel", "System"]:
     """An edited model, and its edit if its manifest says what it is."""
     from converter.checkpoints.names import MANIFEST
     from converter.checkpoints.resolve import resolve
@@ -256,13 +251,13 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
     from converter.outputs.record_checks import recorded_bases
     from converter.release.manifest import read_manifest
 
-    model = load_whole(name, bench.device, cache, bench.dtype, bench.run.device == "map")
+    model = load_whole(name, bench.device, bench.dtype, bench.run.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
         raise OptionError(
             f"{name} and --base have different tokenizers",
             hint="give the model that SOURCE was made from as --base",
         )
-    folder = resolve(name, cache).folder
+    folder = resolve(name).folder
     if not (folder / MANIFEST).is_file():
         return model, System(EDITED)
     manifest = read_manifest(folder)
@@ -275,31 +270,25 @@ def load_edited(name: str, bench: "Bench", cache: Path) -> tuple["LanguageModel"
 
 
 def evaluation_of(
-    asked: dict[str, Any],
-    controls: str,
-    passages: int,
-    device: str,
-    seed: int,
-    cache: Path,
-    report: Report,
+    asked: dict[str, Any], controls: str, passages: int, device: str, seed: int
 ) -> "Evaluation":
     """What ``convert --evaluate`` does between the fit and the writing."""
     from converter.evaluate.compare import EDITED, Comparison, evaluate
     from converter.evaluate.systems import System, parse_controls
 
     names = parse_controls(controls)
-    settings = read_settings(asked, device, seed, cache)
+    settings = read_settings(asked, device, seed)
 
     def run(bench: "Bench", fitted: "Fitted", method: "Method") -> dict[str, Any]:
         comparison = Comparison(names, [bench.run.seed], (), passages)
         rank, layers = fitted.subspace.rank, method.edit_layers
         reference = System(EDITED, bench.run.seed, rank, fitted.edit, layers)
-        return evaluate(bench, settings, comparison, None, reference, report)
+        return evaluate(bench, settings, comparison, None, reference)
 
     return run
 
 
-def draw(manifest: dict[str, Any], destination: Path, place: Path, report: Report) -> list[Path]:
+def draw(manifest: dict[str, Any], destination: Path, place: Path) -> list[Path]:
     """The pictures of a conversion, in ``place``: absolute, or relative to the destination."""
     from converter.edits.subspace_file import SUBSPACE_FILE
     from converter.evaluate.plots import plot_evaluation, plot_fit
@@ -309,7 +298,7 @@ def draw(manifest: dict[str, Any], destination: Path, place: Path, report: Repor
     if manifest["evaluation"] is not None:
         paths += plot_evaluation(manifest["evaluation"], folder)
     for path in paths:
-        report.note(f"  drawn: {place / path.name}")
+        progress.note(f"  drawn: {place / path.name}")
     return paths
 
 

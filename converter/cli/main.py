@@ -31,9 +31,10 @@ from converter.cli.options import (
 )
 from converter.cli.push import DETAILS, Publishing, hub_options, published_text, push_command
 from converter.cli.release import GATES, diff_command, gate_options, replay_command
+from converter.cli.terminal import reporting
 from converter.errors import VerificationError
+from converter.runtime import progress
 from converter.runtime.console import say
-from converter.runtime.progress import Report
 from converter.text.sanitize import shown
 
 
@@ -109,7 +110,7 @@ def convert_command(
     consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct.
     """
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir) as told:
         from converter.cli.summary_text import plan_text, result_of, result_text
         from converter.entrypoints.convert import convert, no_pictures
         from converter.entrypoints.plan import describe_plan
@@ -118,7 +119,6 @@ def convert_command(
         from converter.models.resident import choose_device
         from converter.outputs.destination import check_folder
         from converter.release.signing import load_signer
-        from converter.runtime.cache import default_cache
         from converter.runtime.memory import parse_size
 
         quiet_libraries()
@@ -131,17 +131,15 @@ def convert_command(
         refuse_unused(run)
         drawn = evaluate and asked["prompts"] != "none" and passages > 0
         gates.need(words=run.guard or drawn, ratio=evaluate and asked["text"] is not None)
-        cache, report = cache_dir or default_cache(), Report(quiet)
         signer = load_signer(key) if key else None
         place = plots and inside(plots, destination)
         if plots is not None and not place:
             check_folder(plots)
-        pictures = partial(draw, place=place, report=report) if place else no_pictures
-        publishing = Publishing(push_to_hub, stream_to_hub, details, report)
+        pictures = partial(draw, place=place) if place else no_pictures
+        publishing = Publishing(push_to_hub, stream_to_hub, details)
         how: dict[str, Any] = {
             "overwrite": overwrite, "keep_source": keep_source, "workers": workers,
-            "signer": signer, "cache": cache, "memory_limit": limit,
-            "stream": publishing.stream, "report": report,
+            "signer": signer, "memory_limit": limit, "stream": publishing.stream,
         }  # fmt: skip
         if not evaluate:
             refuse_settings(
@@ -154,12 +152,12 @@ def convert_command(
         evaluation = None
         if evaluate:
             device = choose_device(run.device)
-            evaluation = evaluation_of(asked, controls, passages, device, run.seed, cache, report)
+            evaluation = evaluation_of(asked, controls, passages, device, run.seed)
         before = None
         if publishing.may_be_done and not overwrite and not evaluate:
-            before = done_before(run, destination, bool(signer), gates, place or None, cache)
+            before = done_before(run, destination, bool(signer), gates, place or None)
         if before:
-            settle(run, destination, before, signer, report)
+            settle(run, destination, before, signer)
         manifest = before or convert(
             run,
             destination,
@@ -169,11 +167,11 @@ def convert_command(
             **how,
         )
         if plots is not None and not place:
-            draw(manifest, destination, plots.absolute(), report)
+            draw(manifest, destination, plots.absolute())
         published = publishing.finish(destination, run.trust_remote_code)
         if signer:
-            report.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
-        result = result_of(manifest, destination, report)
+            progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
+        result = result_of(manifest, destination, told)
         result["published"] = published.record() if published else None
         text = result_text(result) + published_text(published)
         print_json(result) if as_json else say(text)
@@ -192,17 +190,15 @@ def plan_command(
     **fields: Any,
 ) -> None:
     """Print what a conversion of SOURCE would do, from its headers alone."""
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir):
         from converter.cli.summary_text import plan_text
         from converter.entrypoints.plan import describe_plan
-        from converter.runtime.cache import default_cache
         from converter.runtime.memory import parse_size
 
         quiet_libraries()
         run, limit = make_run(source, options, fields), parse_size(memory_limit)
         refuse_unused(run)
-        cache = cache_dir or default_cache()
-        plan = describe_plan(run, cache, Report(quiet), memory_limit=limit)
+        plan = describe_plan(run, memory_limit=limit)
         print_json(plan) if as_json else say(plan_text(plan))
 
 
@@ -232,25 +228,24 @@ def verify_command(
     quiet: bool,
 ) -> None:
     """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir):
         from converter.checkpoints.names import SIGNATURE
         from converter.checkpoints.resolve import resolve
         from converter.entrypoints.verify import verify
         from converter.release.signing import load_public_key
-        from converter.runtime.cache import default_cache
 
         quiet_libraries()
-        report = Report(quiet)
-        cache = cache_dir or default_cache()
         public = load_public_key(key) if key else None
-        original = resolve(source, cache, subfolder) if source else None
+        original = resolve(source, subfolder) if source else None
         if original:
             original.fetch()
         unsigned = public.check(destination) if public else []
         trust = trust_remote_code and not unsigned  # what its owner did not sign is not run
-        problems = [*verify(destination, original, report, trust), *unsigned]
+        problems = [*verify(destination, original, trust), *unsigned]
         if not public and (destination / SIGNATURE).exists():
-            report.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
+            progress.note(
+                f"{SIGNATURE} was not checked; give --key with the public key of its owner"
+            )
         if as_json:
             checked = {"destination": str(destination), "source": source}
             if public:

@@ -14,9 +14,9 @@ from converter.cli.options import (
     quiet_libraries,
     refuse_settings,
 )
+from converter.cli.terminal import reporting
 from converter.errors import OptionError
 from converter.runtime.console import say
-from converter.runtime.progress import Report
 
 if TYPE_CHECKING:
     from converter.entrypoints.push import Published
@@ -65,7 +65,6 @@ class Publishing:
         repo: of ``--push-to-hub``, or None.
         streamed: of ``--stream-to-hub``.
         details: the other options.
-        report: for notes and warnings.
 
     Attributes:
         place: where to publish, or None.
@@ -75,12 +74,9 @@ class Publishing:
         OptionError, PublishError: see ``check_rights``.
     """
 
-    def __init__(
-        self, repo: str | None, streamed: bool, details: dict[str, Any], report: Report
-    ) -> None:
+    def __init__(self, repo: str | None, streamed: bool, details: dict[str, Any]) -> None:
         self.place: Publication | None = None
         self.stream: Streaming | None = None
-        self._report = report
         if repo is None:
             refuse_settings(
                 (*DETAILS, "stream_to_hub"), "without --push-to-hub REPO", "add --push-to-hub REPO"
@@ -90,9 +86,9 @@ class Publishing:
         from converter.hub import permissions as publication
 
         asked = publication.Publication(repo_id=repo, **details)
-        self.place = publication.check_rights(asked, "--push-to-hub", report)
+        self.place = publication.check_rights(asked, "--push-to-hub")
         if streamed:
-            self.stream = stream.Streaming(self.place, report)
+            self.stream = stream.Streaming(self.place)
 
     @property
     def may_be_done(self) -> bool:
@@ -105,7 +101,7 @@ class Publishing:
 
         if self.place is None or self.stream is not None:
             return self.stream.published if self.stream else None
-        return push(destination, self.place, self._report, trust, verified=True)
+        return push(destination, self.place, trust, verified=True)
 
 
 def published_text(published: "Published | None") -> str:
@@ -133,16 +129,15 @@ def push_command(
     It is verified first. The token is that of HF_TOKEN, of 'hf auth login', or of a job that is a
     trusted publisher; it is never an argument.
     """
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet):
         from converter.entrypoints.push import push
         from converter.hub.permissions import Publication, check_rights
 
         quiet_libraries()
-        report = Report(quiet)
         if not repo.strip():
             raise OptionError("REPO", expected="a repo id such as owner/name", found="nothing")
-        place = check_rights(Publication(repo_id=repo, **details), "REPO", report)
-        published = push(destination, place, report, trust_remote_code)
+        place = check_rights(Publication(repo_id=repo, **details), "REPO")
+        published = push(destination, place, trust_remote_code)
         if as_json:
             print_json({"destination": str(destination), **published.record()})
         else:

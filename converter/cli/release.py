@@ -17,9 +17,10 @@ from converter.cli.options import (
     refuse_settings,
     shared_options,
 )
+from converter.cli.terminal import reporting
 from converter.errors import VerificationError
 from converter.runtime.console import say
-from converter.runtime.progress import Report
+from converter.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from converter.entrypoints.replay import Replayed
@@ -98,16 +99,15 @@ def replay_command(
     MANIFEST is a gloss_manifest.json or a folder with one; the subspace lies beside it. The source
     is read at the recorded commit, and the weights must be byte for byte those recorded.
     """
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir) as told:
         from converter.entrypoints.replay import replay
         from converter.release.recording import Given, read_recording
-        from converter.runtime.cache import default_cache
         from converter.runtime.memory import parse_size
 
         quiet_libraries()
         if not refit:
             refuse_settings(REFITTING, "without --refit", "add --refit")
-        limit, report = parse_size(memory_limit), Report(quiet)
+        limit = parse_size(memory_limit)
         recording = read_recording(manifest)
         done = replay(
             recording,
@@ -118,15 +118,13 @@ def replay_command(
             overwrite=overwrite,
             workers=workers,
             memory_limit=limit,
-            cache=cache_dir or default_cache(),
-            report=report,
         )
-        result = replay_result(recording, done, destination, report)
+        result = replay_result(recording, done, destination, told)
         print_json(result) if as_json else say(replay_text(result))
 
 
 def replay_result(
-    recording: "Recording", done: "Replayed", destination: Path, report: Report
+    recording: "Recording", done: "Replayed", destination: Path, told: Progress
 ) -> dict[str, Any]:
     """What a replay found, as printed with --json."""
     return {
@@ -142,8 +140,8 @@ def replay_result(
         "angles": done.angles,
         "tensors_edited": len(done.manifest["edited"]),
         "verified": True,
-        "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
-        "warnings": report.warnings,
+        "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
+        "warnings": told.warnings,
     }
 
 
@@ -189,13 +187,12 @@ def diff_command(
     the norm of the change over that of A's tensor, the rank of the part that rounding does not
     explain, and the share of the change's squared norm in the span of a subspace.
     """
-    with plain_exit(as_json):
+    with plain_exit(as_json), reporting(quiet=quiet, cache_dir=cache_dir):
         from converter.cli.diff_text import diff_text
         from converter.entrypoints.diff import diff
-        from converter.runtime.cache import default_cache
 
         quiet_libraries()
-        found = diff(a, b, cache_dir or default_cache(), subspace, Report(quiet))
+        found = diff(a, b, subspace)
         print_json(found) if as_json else say(diff_text(found))
         if exit_code and not found["equal"]:
             sys.exit(VerificationError.exit_code)

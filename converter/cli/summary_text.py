@@ -5,7 +5,7 @@ from typing import Any
 
 from converter.evaluate.table import markdown
 from converter.release.card import compress
-from converter.runtime.progress import Report
+from converter.runtime.progress import Progress
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def experts_text(sizes: dict[str, Any]) -> str:
     return f", {sizes['num_experts']} experts{shared} in {len(sizes['sparse_layers'])} layers"
 
 
-def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> dict[str, Any]:
+def result_of(manifest: dict[str, Any], destination: Path, told: Progress) -> dict[str, Any]:
     """The gist of a manifest, as the command line prints it with --json."""
     edited = [entry for entry in manifest["edited"] if entry["role"] == "down_proj"]
     count = len(edited)
@@ -71,10 +71,10 @@ def result_of(manifest: dict[str, Any], destination: Path, report: Report) -> di
         "bytes_written": sum(entry["bytes"] for entry in manifest["files"].values()),
         "verified": True,
         "forward": manifest["forward"],
-        "seconds": {name: round(value, 2) for name, value in report.seconds.items()},
-        "memory_bytes": dict(report.memory),
+        "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
+        "memory_bytes": dict(told.memory),
         "peak_memory_bytes": manifest["measurements"]["peak_memory_bytes"],
-        "warnings": report.warnings,
+        "warnings": told.warnings,
     }
 
 

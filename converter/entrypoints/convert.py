@@ -34,8 +34,7 @@ from converter.release.licences import terms_of, write_notice
 from converter.release.manifest import file_list, make_manifest, measurements, seal, write_manifest
 from converter.release.provenance import check_unchanged, files_read
 from converter.release.signing import Signer
-from converter.runtime.cache import default_cache
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 Evaluation = Callable[[Bench, Fitted, Method], dict[str, Any]]
 Pictures = Callable[[dict[str, Any], Path], list[Path]]
@@ -46,6 +45,7 @@ def no_pictures(manifest: dict[str, Any], folder: Path) -> list[Path]:
     return []
 
 
+@progress.recording()
 def convert(
     run: Run,
     destination: Path,
@@ -57,12 +57,12 @@ def convert(
     gates: Gates | None = None,
     pictures: Pictures = no_pictures,
     signer: Signer | None = None,
-    cache: Path | None = None,
     memory_limit: int | None = None,
     stream: Streaming | None = None,
-    report: Report | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint.
+
+    Notes and warnings are logged, see ``runtime.progress``; the cache is that of ``using_cache``.
 
     Args:
         run: what to do.
@@ -74,11 +74,9 @@ def convert(
         gates: limits on what is measured, beyond the guard's.
         pictures: draws into the new folder what the card then shows.
         signer: signs the folder once it is verified.
-        cache: the user's cache folder.
         memory_limit: bytes of memory that forward passes and the edit are planned with, if less
             than all.
         stream: publishes the shards as they are finished; the destination gets all else.
-        report: where progress is shown and seconds are kept.
 
     Returns:
         the manifest that was written.
@@ -86,9 +84,9 @@ def convert(
     Raises:
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
-    report, cache, gates = report or Report(quiet=True), cache or default_cache(), gates or Gates()
+    gates = gates or Gates()
     source, plan, method, _ = prepare_to_write(
-        run, destination, cache, report, overwrite, keep_source, signer, stream
+        run, destination, overwrite, keep_source, signer, stream
     )
     device = choose_device(run.device)
     targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
@@ -96,9 +94,9 @@ def convert(
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
     told = stream.told() if stream else nullcontext()
-    with told, claimed(destination, overwrite, report) as claim:
-        pairs, prose, words = load_texts(run, report)
-        bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
+    with told, claimed(destination, overwrite) as claim:
+        pairs, prose, words = load_texts(run)
+        bench = Bench.of(run, source, plan, words, device, memory_limit=memory_limit)
         if evaluation:
             bench.forward.need_resident()
         fitted = fit(bench, method, pairs, prose)
@@ -106,31 +104,30 @@ def convert(
         bench.unload()
         passed = gates.check_effect(fitted.verdict, results)
         with claim.staged(overwrite) as folder:
-            with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
-                progress = (
+            with progress.stage("edit", f"editing {len(targets)} tensors on {device}"):
+                receiver = (
                     stream.receiver(source, fitted.subspace, run.rounding, folder, keep_source)
                     if stream
-                    else Journal.of(claim, source, fitted.edit, targets, engine, cache, report)
+                    else Journal.of(claim, source, fitted.edit, targets, engine)
                 )
                 written = output.write(
-                    source, plan, fitted.edit, targets, folder, engine, report,
-                    keep_source, progress,
-                )  # fmt: skip
-                read = files_read(source, plan, written, cache)
-                check_unchanged(source, read, fitted.activations, cache, report)
+                    source, plan, fitted.edit, targets, folder, engine, keep_source, receiver
+                )
+                read = files_read(source, plan, written)
+                check_unchanged(source, read, fitted.activations)
                 passed += gates.check_edits(written.edits)
                 fitted.subspace.save(folder / SUBSPACE_FILE)
             manifest = make_manifest(
                 run, source, method, pairs, prose, words, fitted, written, read, device
             )
-            manifest["source"]["originals"] = source.original_files(cache)
+            manifest["source"]["originals"] = source.original_files()
             ran = bench.has_run or run.activations is None  # or has run before
             manifest["forward"] = bench.forward.record() if ran else None
             manifest |= {"evaluation": results, "gates": passed}
-            write_records(source, written, folder, manifest, pictures, report)
-            check_whole(run, folder, report, stream.gone if stream else ())
+            write_records(source, written, folder, manifest, pictures)
+            check_whole(run, folder, stream.gone if stream else ())
             if signer:
-                with report.stage("sign", "signing"):
+                with progress.stage("sign", "signing"):
                     signer.sign(folder, title_of(source, manifest))
             if stream:
                 stream.commit(folder, manifest)
@@ -139,20 +136,20 @@ def convert(
     return manifest
 
 
-def load_texts(run: Run, report: Report) -> tuple[Pairs, Prose, WordList]:
+def load_texts(run: Run) -> tuple[Pairs, Prose, WordList]:
     """The texts of a fit. Raises DataError or SourceError."""
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     if pairs.skipped:
-        report.note(f"  pairs skipped: {pairs.describe_skipped()}")
+        progress.note(f"  pairs skipped: {pairs.describe_skipped()}")
     return pairs, prose, words
 
 
-def check_whole(run: Run, folder: Path, report: Report, gone: Collection[str] = ()) -> None:
+def check_whole(run: Run, folder: Path, gone: Collection[str] = ()) -> None:
     """Verify what was written, except shards that are gone. Raises VerificationError."""
-    with report.stage("verify", "verifying what was written"):
+    with progress.stage("verify", "verifying what was written"):
         trust = run.trust_remote_code
-        if problems := verify(folder, report=report, trust_remote_code=trust, gone=gone):
+        if problems := verify(folder, trust_remote_code=trust, gone=gone):
             raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 
@@ -162,7 +159,6 @@ def write_records(
     folder: Path,
     manifest: dict[str, Any],
     pictures: Pictures,
-    report: Report,
 ) -> None:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
@@ -172,15 +168,15 @@ def write_records(
     drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
     made = (SUBSPACE_FILE, *write_notice(terms, folder), *drawn)
     own = {name: file_entry(folder / name) for name in made}
-    manifest |= {"files": file_list(written, own), "measurements": measurements(report)}
+    manifest |= {"files": file_list(written, own), "measurements": measurements()}
     digest = write_manifest(folder, manifest)
     card, warnings = make_card(source, source.base, manifest, terms, digest)
     for warning in warnings:
-        report.warn(warning)
+        progress.warn(warning)
     seal(folder, manifest, card)
 
 
-def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method]:
+def prepare(run: Run) -> tuple[Source, Plan, Method]:
     """Everything that can be known without reading a weight.
 
     Raises:
@@ -188,14 +184,14 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
     """
     if run.base_model is not None:
         check_repo_id("--base-model", run.base_model)
-    with report.stage("plan", f"reading the headers of {run.source}"):
-        source = resolve(run.source, cache, run.subfolder)
+    with progress.stage("plan", f"reading the headers of {run.source}"):
+        source = resolve(run.source, run.subfolder)
         if run.base_model is not None:
             commit = source.base_commit if run.base_model == source.base else None
             source = replace(source, base=run.base_model, base_commit=commit)
         asked = run.source.partition("@")[0]
         if source.repo is not None and source.repo.repo_id != asked:
-            report.warn(f"{asked} is now called {source.repo.repo_id}")
+            progress.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
         output = OUTPUTS[run.output]
         method = configure(run.method, run.options, plan.dimensions, output.implied)
@@ -217,8 +213,6 @@ def prepare(run: Run, cache: Path, report: Report) -> tuple[Source, Plan, Method
 def prepare_to_write(
     run: Run,
     destination: Path | None,
-    cache: Path,
-    report: Report,
     overwrite: bool = False,
     keep_source: bool = True,
     signer: Signer | None = None,
@@ -239,7 +233,7 @@ def prepare_to_write(
                 "--sign", expected="a folder that is whole", found="--stream-to-hub",
                 hint="give --push-to-hub alone",
             )  # fmt: skip
-    source, plan, method = prepare(run, cache, report)
+    source, plan, method = prepare(run)
     if not keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=run.source)
     if not keep_source and source.repo is not None and not source.repo.sizes:

@@ -22,8 +22,8 @@ from converter.edits.subspace_file import SUBSPACE_FILE, load_bases
 from converter.errors import ConverterError, OptionError
 from converter.hub import repos as hub
 from converter.outputs.record_checks import is_basis
+from converter.runtime import progress
 from converter.runtime.cache import sha256_of
-from converter.runtime.progress import Report
 
 GENERATED = (*sorted(OURS), SUBSPACE_FILE)
 """Files of a checkpoint that are neither weights nor companions of a source."""
@@ -49,9 +49,9 @@ class Side:
     opened: dict[str, RawIOBase] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, cache: Path) -> "Side":
+    def of(cls, name: str) -> "Side":
         """From headers and small files alone. Raises SourceError or CheckpointError."""
-        source = resolve(name, cache)
+        source = resolve(name)
         if repo := source.repo:
             own = (source.inside + name for name in GENERATED)
             hub.download(repo, [name for name in own if name in repo.sizes])
@@ -91,18 +91,14 @@ class Side:
         return path if path.is_file() else None
 
 
-def diff_checkpoints(
-    a: str, b: str, cache: Path, subspace: Path | None = None, report: Report | None = None
-) -> dict[str, Any]:
+def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
     """Compare two checkpoints by what they hold, wherever their shards begin and end.
 
     Tensors are compared in blocks of bytes; of those that differ, both are read twice more.
 
     Args:
         a, b: anything that can be converted; b is thought of as made from a.
-        cache: the user's cache folder.
         subspace: a file of bases; without one, that of b, or of a, is used if there is one.
-        report: for progress.
 
     Returns:
         ``equal``, ``only_in_a``, ``only_in_b``, ``changed`` tensors and ``files``.
@@ -110,15 +106,14 @@ def diff_checkpoints(
     Raises:
         ConverterError: one of them cannot be read.
     """
-    report = report or Report(quiet=True)
-    one, two = Side.of(a, cache), Side.of(b, cache)
+    one, two = Side.of(a), Side.of(b)
     place = subspace or two.subspace() or one.subspace()
     bases = spans(load_bases(place)) if place else {}
     names = list(one.tensors)
     changed: list[dict[str, Any]] = []
     total = sum(info.nbytes for _, info in one.tensors.values())
     try:
-        with report.bar("compare", total, "B") as bar:
+        with progress.bar("compare", total, "B") as bar:
             for name in names:
                 if name in two.tensors:
                     target = one.targets.get(name) or two.targets.get(name)
@@ -251,9 +246,7 @@ def is_manifest(text: str) -> bool:
     return text.endswith(".json") and Path(text).is_file()
 
 
-def diff(
-    a: str, b: str, cache: Path, subspace: Path | None = None, report: Report | None = None
-) -> dict[str, Any]:
+def diff(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
     """Compare two checkpoints, or two manifests.
 
     Raises:
@@ -270,4 +263,4 @@ def diff(
             expected="two of the same kind",
             hint="gloss verify compares a checkpoint with its own manifest",
         )
-    return diff_checkpoints(a, b, cache, subspace, report)
+    return diff_checkpoints(a, b, subspace)

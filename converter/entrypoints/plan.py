@@ -17,13 +17,10 @@ from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import OUTPUTS
 from converter.recipe import Run
 from converter.release.signing import Signer
-from converter.runtime.progress import Report
 
 
 def describe_plan(
     run: Run,
-    cache: Path,
-    report: Report,
     destination: Path | None = None,
     overwrite: bool = False,
     workers: int = 0,
@@ -40,7 +37,7 @@ def describe_plan(
         ConverterError: as ``convert`` would, as far as it can be known.
     """
     source, plan, method, room = prepare_to_write(
-        run, destination, cache, report, overwrite, keep_source, signer, stream
+        run, destination, overwrite, keep_source, signer, stream
     )
     words, _ = load_words(run.word_list), load_prose(run.neutral)
     if run.pairs == "builtin" or not is_dataset(run.pairs):

@@ -32,7 +32,7 @@ from converter.hub.errors import plain_refusals, refuses_copies
 from converter.hub.permissions import Publication, open_repo
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
-from converter.runtime.progress import Report
+from converter.runtime import progress
 from converter.text.secrets import redacted
 
 LARGEST_REGULAR = 16_000_000
@@ -96,15 +96,13 @@ class Upload:
 
     Args:
         place: of ``check_rights``; the repo and the branch are made here where they are missing.
-        report: for warnings and notes.
 
     Raises:
         PublishError: from every method.
     """
 
-    def __init__(self, place: Publication, report: Report) -> None:
-        self.place, self.report = place, report
-        self._api, self._lock = HfApi(), Lock()
+    def __init__(self, place: Publication) -> None:
+        self.place, self._api, self._lock = place, HfApi(), Lock()
         self._adds: dict[str, CommitOperationAdd] = {}
         self._copies: dict[str, Copyable] = {}
         self._expected: dict[str, Expected] = {}
@@ -157,7 +155,7 @@ class Upload:
                 if not self._copies or not refuses_copies(self.place.repo_id, error):
                     raise
                 said = redacted(" ".join(str(error).split())[:120])
-                self.report.note(f"  the Hub does not copy untouched shards ({said}): uploading")
+                progress.note(f"  the Hub does not copy untouched shards ({said}): uploading")
                 self._send_copies()
                 info = self._commit(message, deletes)
         published = Published(self.place.repo_id, info.oid, info.commit_url, info.pr_url)
@@ -184,7 +182,7 @@ class Upload:
                 create_pr=self.place.create_pr,
             )
         for warning in caught:
-            self.report.warn(redacted(" ".join(str(warning.message).split())))
+            progress.warn(redacted(" ".join(str(warning.message).split())))
         return info
 
     def _send_copies(self) -> None:
@@ -204,9 +202,9 @@ class Upload:
         known = {*stale, *self._expected}
         kept = [name for name in there if name not in known and not name.startswith(".")]
         if stale:
-            self.report.warn(f"deleted by this commit, of an earlier model: {', '.join(stale)}")
+            progress.warn(f"deleted by this commit, of an earlier model: {', '.join(stale)}")
         if kept:
-            self.report.note(f"  also in {self.place.repo_id}, left alone: {', '.join(kept[:10])}")
+            progress.note(f"  also in {self.place.repo_id}, left alone: {', '.join(kept[:10])}")
         return [CommitOperationDelete(name) for name in stale]
 
     def _check(self, commit: str) -> None:
@@ -266,18 +264,13 @@ def untouched(manifest: Mapping[str, Any], folder: Path) -> dict[str, Copyable]:
 
 
 def push(
-    folder: Path,
-    place: Publication,
-    report: Report,
-    trust_remote_code: bool = False,
-    verified: bool = False,
+    folder: Path, place: Publication, trust_remote_code: bool = False, verified: bool = False
 ) -> Published:
     """Publish a converted checkpoint, which is verified first.
 
     Args:
         folder: with a manifest.
         place: of ``check_rights``.
-        report: where progress is shown and seconds are kept.
         trust_remote_code: see ``verify``.
         verified: it was written and verified just now.
 
@@ -287,9 +280,8 @@ def push(
     """
     seen: dict[str, str] = {}
     if not verified:
-        with report.stage("verify", f"verifying {folder.name}"):
-            trust = trust_remote_code
-            if problems := verify(folder, report=report, trust_remote_code=trust, seen=seen):
+        with progress.stage("verify", f"verifying {folder.name}"):
+            if problems := verify(folder, trust_remote_code=trust_remote_code, seen=seen):
                 raise VerificationError(
                     f"{folder.name} is not published, for it is not whole",
                     found="; ".join(problems),
@@ -297,12 +289,12 @@ def push(
     manifest, digest = read_manifest_bytes(folder)
     if digest != (verified_one := seen.get(MANIFEST, digest)):
         raise _changed(MANIFEST, verified_one, digest)
-    warn_of_name(licence_name(read_card(folder / CARD)), place, report)
+    warn_of_name(licence_name(read_card(folder / CARD)), place)
     listed = published_files(folder, manifest)
     files = {name: (path, seen.get(name, sha256)) for name, (path, sha256) in listed.items()}
     size = sum(path.stat().st_size for path, _ in files.values())
-    with report.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
-        upload, copyable = Upload(place, report), untouched(manifest, folder)
+    with progress.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
+        upload, copyable = Upload(place), untouched(manifest, folder)
         for name, origin in copyable.items():
             entry = manifest["files"][name]
             upload.copy(name, entry["sha256"], entry["bytes"], origin)

@@ -1,7 +1,5 @@
 """The recorded fit once more: does it give the recorded subspace?"""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ from converter.evaluate.fit import fit
 from converter.methods.workbench import Bench
 from converter.recipe import Run
 from converter.release.recording import Recording
-from converter.runtime.progress import Report
 
 
 def compare_fit(
@@ -21,8 +18,6 @@ def compare_fit(
     run: Run,
     device: str,
     max_angle: float,
-    cache: Path,
-    report: Report,
     memory_limit: int | None = None,
 ) -> dict[str, list[float]]:
     """Fit as recorded, guard included, and measure the angles to the recorded bases.
@@ -35,10 +30,10 @@ def compare_fit(
             than ``max_angle``.
         ConverterError: as a conversion would.
     """
-    source, plan, method = prepare(run, cache, report)
-    pairs, prose, words = load_texts(run, report)
+    source, plan, method = prepare(run)
+    pairs, prose, words = load_texts(run)
     check_texts(recording, pairs, prose, words)
-    bench = Bench.of(run, source, plan, words, device, cache, report, memory_limit=memory_limit)
+    bench = Bench.of(run, source, plan, words, device, memory_limit=memory_limit)
     subspace = fit(bench, method, pairs, prose).subspace
     bench.unload()
     fitted = {subspace.basis_name(layer): basis for layer, basis in subspace.bases.items()}

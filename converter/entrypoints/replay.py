@@ -34,8 +34,7 @@ from converter.outputs.staging.journal import Journal
 from converter.recipe import Run
 from converter.release.manifest import edited, environment, read_manifest
 from converter.release.recording import NAMED, Given, Recording, check_source, differences, run_of
-from converter.runtime.cache import default_cache
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 MAX_ANGLE = 1.0
 """Degrees between a refitted subspace and the recorded one that are not held against it: other
@@ -62,6 +61,7 @@ class Replayed:
     angles: dict[str, list[float]] | None
 
 
+@progress.recording()
 def replay(
     recording: Recording,
     destination: Path,
@@ -72,8 +72,6 @@ def replay(
     overwrite: bool = False,
     workers: int = 0,
     memory_limit: int | None = None,
-    cache: Path | None = None,
-    report: Report | None = None,
 ) -> Replayed:
     """Write a recorded checkpoint once more.
 
@@ -83,25 +81,24 @@ def replay(
         given: where local inputs are.
         refit: fit the subspace again, too, and compare.
         max_angle: degrees that it may be off.
-        overwrite, workers, memory_limit, cache, report: as for ``pipeline.convert``.
+        overwrite, workers, memory_limit: as for ``convert``.
 
     Raises:
         VerificationError: the source, the outputs or the refitted subspace differ.
         ConverterError: another of its children; the destination is as it was.
     """
-    report, cache = report or Report(quiet=True), cache or default_cache()
     run = run_of(recording, given or Given(), refit=refit)
     device = device_like(recording, run)
     found = differences(recording, device)
     for entry in found:
-        report.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
-    with report.stage("plan", f"comparing {run.source} with the source of {recording.path.name}"):
-        source = as_recorded(recording, run, resolve(run.source, cache, run.subfolder))
-        check_source(recording, source, cache)
+        progress.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
+    with progress.stage("plan", f"comparing {run.source} with the source of {recording.path.name}"):
+        source = as_recorded(recording, run, resolve(run.source, run.subfolder))
+        check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         edit, targets = recording.edit(plan)
     if not (overwrite or refit) and (before := replayed_before(recording, destination)):
-        settle(run, destination, before, None, report)
+        settle(run, destination, before, None)
         other = others(recording, before)
         identical = len(before["files"].keys() - {SUBSPACE_FILE, *other})
         return Replayed(before, found, identical, other, None)
@@ -111,20 +108,20 @@ def replay(
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)
     angles = None
-    with claimed(destination, overwrite, report) as claim:
+    with claimed(destination, overwrite) as claim:
         if refit:
-            angles = compare_fit(recording, run, device, max_angle, cache, report, memory_limit)
-        journal = Journal.of(claim, source, edit, targets, engine, cache, report)
+            angles = compare_fit(recording, run, device, max_angle, memory_limit)
+        journal = Journal.of(claim, source, edit, targets, engine)
         with claim.staged(overwrite) as folder:
-            with report.stage("edit", f"editing {len(targets)} tensors on {device}"):
+            with progress.stage("edit", f"editing {len(targets)} tensors on {device}"):
                 written = output.write(
-                    source, plan, edit, targets, folder, engine, report, progress=journal
+                    source, plan, edit, targets, folder, engine, receiver=journal
                 )
                 shutil.copyfile(recording.subspace, folder / SUBSPACE_FILE)
             identical = check_outputs(recording, written, folder, found)
             manifest = replayed_manifest(recording, written, device)
-            write_records(source, written, folder, manifest, no_pictures, report)
-            check_whole(run, folder, report)
+            write_records(source, written, folder, manifest, no_pictures)
+            check_whole(run, folder)
     return Replayed(manifest, found, identical, others(recording, manifest), angles)
 
 

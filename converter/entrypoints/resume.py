@@ -22,12 +22,12 @@ from converter.recipe import Run
 from converter.release.licences import families, fitting_name, licence_name, terms_of
 from converter.release.manifest import read_manifest, recorded
 from converter.release.signing import Signer
+from converter.runtime import progress
 from converter.runtime.cache import remembered_digest
-from converter.runtime.progress import Report
 
 
 def done_before(
-    run: Run, destination: Path, signed: bool, gates: Gates, pictures: Path | None, cache: Path
+    run: Run, destination: Path, signed: bool, gates: Gates, pictures: Path | None
 ) -> dict[str, Any] | None:
     """The manifest of a checkpoint that the same run has made of the same inputs.
 
@@ -40,7 +40,6 @@ def done_before(
         signed: whether it will be signed anew; else there must be no signature.
         gates: that it has to have passed.
         pictures: a folder within it that has to hold some.
-        cache: the user's cache folder.
 
     Returns:
         None if there is no checkpoint, or one of another run, or one that was killed in its last
@@ -64,10 +63,10 @@ def done_before(
         and {passed["gate"]: passed["limit"] for passed in manifest["gates"]} == gates.limits
         and all((destination / name).is_file() for name in manifest["files"])
     )
-    return manifest if same and _same_inputs(run, destination, manifest, cache) else None
+    return manifest if same and _same_inputs(run, destination, manifest) else None
 
 
-def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any], cache: Path) -> bool:
+def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any]) -> bool:
     words, prose = load_words(run.word_list), load_prose(run.neutral)
     pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
     for name, found in (("word_list", words), ("neutral", prose), ("pairs", pairs)):
@@ -75,7 +74,7 @@ def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any], cache: P
             return False
     if run.activations and read_inputs(run.activations) != manifest["activations"]["inputs"]:
         return False
-    source, known = resolve(run.source, cache, run.subfolder), manifest["source"]
+    source, known = resolve(run.source, run.subfolder), manifest["source"]
     if source.repo is not None:
         return (source.repo.repo_id, source.repo.commit) == (known["repo_id"], known["commit"])
     files = source_files(manifest)
@@ -83,28 +82,26 @@ def _same_inputs(run: Run, destination: Path, manifest: dict[str, Any], cache: P
     return (
         all(card.get(key) == value for key, value in terms.fields.items())
         and set(OUTPUTS[run.output].companions(source)) <= files.keys()
-        and all(_sha256(source, name, cache) == sha256 for name, sha256 in files.items())
+        and all(_sha256(source, name) == sha256 for name, sha256 in files.items())
     )
 
 
-def _sha256(source: Source, name: str, cache: Path) -> str | None:
+def _sha256(source: Source, name: str) -> str | None:
     path = place_of(source, name)
-    return remembered_digest(path, cache) if path.is_file() else None
+    return remembered_digest(path) if path.is_file() else None
 
 
-def settle(
-    run: Run, folder: Path, manifest: dict[str, Any], signer: Signer | None, report: Report
-) -> None:
+def settle(run: Run, folder: Path, manifest: dict[str, Any], signer: Signer | None) -> None:
     """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:
         DestinationError: it is not whole, another run holds it or has replaced it, or it cannot be
             written.
     """
-    report.note(f"{folder} is the result of this run already")
-    with claimed(folder, True, report) as claim:
+    progress.note(f"{folder} is the result of this run already")
+    with claimed(folder, True) as claim:
         try:
-            check_whole(run, folder, report)
+            check_whole(run, folder)
             is_same = read_manifest(folder) == manifest  # nobody held it until now
         except VerificationError as error:
             raise _not_empty(

@@ -22,9 +22,9 @@ from converter.hub.permissions import Publication
 from converter.methods.subspace import Subspace
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.staging.claim import JOURNAL
-from converter.outputs.staging.journal import Done, Progress, keep_only
+from converter.outputs.staging.journal import Done, Receiver, keep_only
 from converter.release.licences import licence_name, warn_of_name
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 AT_A_TIME = 2
 """Shards that are on disk at most."""
@@ -38,15 +38,14 @@ class Streaming:
 
     Args:
         place: of ``check_rights``.
-        report: for warnings.
 
     Attributes:
         gone: shards that were checked, uploaded and deleted.
         published: what is on the Hub, once it is.
     """
 
-    def __init__(self, place: Publication, report: Report) -> None:
-        self.place, self.report = place, report
+    def __init__(self, place: Publication) -> None:
+        self.place = place
         self.gone: set[str] = set()
         self.published: Published | None = None
         self._upload: Upload | None = None
@@ -59,17 +58,17 @@ class Streaming:
 
     def receiver(
         self, source: Source, subspace: Subspace, rounding: str, folder: Path, keep_source: bool
-    ) -> Progress:
+    ) -> Receiver:
         """Who is told of each shard that is written to ``folder``."""
-        warn_of_name(licence_name(source.card), self.place, self.report)
-        self._upload = Upload(self.place, self.report)
+        warn_of_name(licence_name(source.card), self.place)
+        self._upload = Upload(self.place)
         return _Receiver(self, self._upload, source, subspace, rounding, folder, keep_source)
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Upload what is left in ``folder``, all of it small, and make the commit."""
         assert self._upload is not None
         files = published_files(folder, manifest)
-        with self.report.stage("publish", f"committing to {self.place.repo_id}"):
+        with progress.stage("publish", f"committing to {self.place.repo_id}"):
             self._upload.send({name: f for name, f in files.items() if name not in self.gone})
             self.published = self._upload.commit(default_message(manifest))
 
@@ -86,7 +85,7 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class _Receiver:
-    """The ``Progress`` of a stream. What was uploaded by a run that failed is made again: its
+    """The ``Receiver`` of a stream. What was uploaded by a run that failed is made again: its
     shards are gone, but the Hub, which may still have them, does not have them sent again."""
 
     stream: Streaming
@@ -122,9 +121,7 @@ class _Receiver:
         infos = infos_of(self.folder, [shard])
         for record in done.edits:
             if record.requantized and record.requantized.shard != shard:
-                self.stream.report.warn(
-                    f"tensor {record.name} was not read again: its scales are apart"
-                )
+                progress.warn(f"tensor {record.name} was not read again: its scales are apart")
                 continue
             entry = asdict(record) | {"basis": self.subspace.basis_name(record.layer)}
             basis = self.subspace.bases[record.layer]

@@ -17,13 +17,11 @@ from converter.outputs.record_checks import edited_layers
 from converter.release.manifest import read_manifest_bytes
 from converter.release.verify_files import check_files, check_sums
 from converter.release.verify_records import check_options, check_records
-from converter.runtime.progress import Report
 
 
 def verify(
     folder: Path,
     source: Source | None = None,
-    report: Report | None = None,
     trust_remote_code: bool = False,
     gone: Collection[str] = (),
     seen: dict[str, str] | None = None,
@@ -44,7 +42,6 @@ def verify(
     Args:
         folder: that nothing else writes to meanwhile.
         source: that it was made from.
-        report: for progress.
         trust_remote_code: whether code in the folder may run, to load config and tokenizer.
         gone: names of shards.
         seen: gets the sha256 of the files that no manifest lists, as they were read.
@@ -52,10 +49,9 @@ def verify(
     Returns:
         what is wrong, a sentence each; empty if nothing is.
     """
-    report = report or Report(quiet=True)
     try:
         manifest, digest = read_manifest_bytes(folder)
-        damaged, false = check_files(folder, manifest, report, gone)
+        damaged, false = check_files(folder, manifest, gone)
     except (VerificationError, OSError) as error:
         return [str(error)]
     problems = [f"{name}: {what}" for name, what in damaged.items()] + false
@@ -64,7 +60,7 @@ def verify(
     problems += check_records(manifest)
     check = CHECKS[manifest["run"].get("output", "checkpoint")]
     try:
-        problems.extend(check(folder, manifest, damaged, source, report))
+        problems.extend(check(folder, manifest, damaged, source))
         if "config.json" in manifest["files"]:
             problems.extend(_check_loading(folder, trust_remote_code and not problems))
     except (ConverterError, OSError) as error:
@@ -77,15 +73,14 @@ def _check_checkpoint(
     manifest: Mapping[str, Any],
     damaged: Mapping[str, str],
     source: Source | None,
-    report: Report,
 ) -> Iterator[str]:
     """What a whole model must be, beside having its files."""
     structure = list(_check_structure(folder, manifest, damaged))
     yield from structure
     if not structure:
-        yield from check_edits(folder, manifest, damaged, report)
+        yield from check_edits(folder, manifest, damaged)
         if source:
-            yield from check_source(folder, manifest, damaged, source, report)
+            yield from check_source(folder, manifest, damaged, source)
 
 
 def _check_adapter(
@@ -93,10 +88,9 @@ def _check_adapter(
     manifest: Mapping[str, Any],
     damaged: Mapping[str, str],
     source: Source | None,
-    report: Report,
 ) -> Iterator[str]:
     """What an adapter must be; its options depend on the sizes of its base, which a source has."""
-    yield from check_adapter(folder, manifest, damaged, source, report)
+    yield from check_adapter(folder, manifest, damaged, source)
     if source:
         plan = make_plan(source.config, source.weight_map, source.headers())
         yield from check_options(manifest, plan, Adapter.implied)

@@ -18,7 +18,7 @@ from converter.models.edited import edited
 from converter.models.likelihood import LogProbabilities
 from converter.models.resident import LanguageModel
 from converter.recipe import without_folders
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 UNEDITED, EDITED = "unedited", "edited"
 
@@ -46,7 +46,6 @@ def evaluate(
     comparison: Comparison,
     model: LanguageModel | None = None,
     reference: System | None = None,
-    report: Report | None = None,
     partial: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the unedited model, an edited one if there is one, and controls.
@@ -58,7 +57,6 @@ def evaluate(
         model: the edited model, with its weights, if it has been written.
         reference: the edit, to which controls are matched; without ``model`` it is measured
             through hooks. None to measure controls only.
-        report: for progress.
         partial: a file that is written anew after every system, since an evaluation can be long.
 
     Returns:
@@ -67,12 +65,11 @@ def evaluate(
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
-    report = report or Report(quiet=True)
     base = bench.load_resident()
     systems: list[dict[str, Any]] = []
     passages = None
     if settings.prompts is not None and comparison.passages:
-        with report.stage("passages", "drawing continuations for the teacher-forced estimate"):
+        with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
             passages = draw_passages(
                 base,
                 settings.prompts.texts,
@@ -98,7 +95,7 @@ def evaluate(
             hooks = edited(base.module, base.architecture, system.edit, system.layers)
         label = system.name + (f", rank {system.rank}" if system.rank is not None else "")
         label += f", seed {system.seed}" if system.seed is not None else ""
-        with report.stage("measure", f"measuring {label}"), hooks:
+        with progress.stage("measure", f"measuring {label}"), hooks:
             metrics, values = measure(subject, settings, passages, text)
         systems.append(entry(system, metrics, bool(comparison.ranks)))
         results["rows"] = summarise(systems)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from converter.errors import DataError
 from converter.models.batching import Sentence, first_token, num_positions
-from converter.models.hooks import Advance, idle
 from converter.models.likelihood import log_probabilities
 from converter.models.resident import Model
 
@@ -48,7 +47,6 @@ def conditional_perplexity(
     model: Model,
     prompts: Sequence[str],
     continuations: Sequence[Sequence[str]],
-    advance: Advance = idle,
 ) -> Conditional:
     """The loss of continuations given their prompts, over tokens of the continuations only.
 
@@ -60,7 +58,6 @@ def conditional_perplexity(
         model: that judges; one that did not write the continuations.
         prompts: P texts.
         continuations: of each prompt, as ``generate`` returns them.
-        advance: called with the number of continuations done since the last call.
 
     Raises:
         DataError: all continuations are empty.
@@ -75,7 +72,7 @@ def conditional_perplexity(
             places.append(place)
     if not sentences:
         raise DataError("conditional perplexity", expected="text", found="empty continuations")
-    (found,) = log_probabilities(model, [sentences], advance)
+    (found,) = log_probabilities(model, [sentences])
     nats = [-values[-count:].sum() for values, count in zip(found, counts, strict=True)]
     return Conditional(np.array(nats), np.array(counts), np.array(places))
 

@@ -20,6 +20,7 @@ from converter.evaluate.strength import Choice, choose_rank
 from converter.methods.base import Method
 from converter.methods.subspace import Subspace
 from converter.methods.workbench import Bench
+from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,10 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     Raises:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
-    run, report = bench.run, bench.report
+    run = bench.run
     parts = split(pairs, prose, run.seed)
     if run.activations is not None:
-        fitted = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose, report))
+        fitted = Part(*texts_of_file(run.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=fitted)
         if not fitted.pairs.pairs and (run.guard or method.rank is None):
             raise DataError(
@@ -62,14 +63,14 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     seen, subspace = bench.fit(method, parts.fit)
     choice = Choice(subspace.rank, {})
     if method.rank is None:
-        with report.stage("choose", "choosing the rank on held-out text"):
-            probe = probe_of(bench.load(), parts.choose, report)
+        with progress.stage("choose", "choosing the rank on held-out text"):
+            probe = probe_of(bench.load(), parts.choose)
             choice = choose_rank(probe, subspace, method, run.max_perplexity_ratio)
         subspace = subspace.truncated(choice.rank)
     edit = Projection(subspace.bases, method.edit_bias)
     verdict = None
     if run.guard:
-        with report.stage("guard", "measuring the edit and random ones on other held-out text"):
+        with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
             verdict = guard(bench, method, edit, seen, parts.report)
     return Fitted(parts, seen, subspace, edit, choice, verdict)
 
@@ -80,9 +81,9 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
     Raises:
         GuardError: it does not pass.
     """
-    run, report = bench.run, bench.report
+    run = bench.run
     verdict = examine(
-        probe_of(bench.load(), part, report),
+        probe_of(bench.load(), part),
         edit,
         method.edit_layers,
         budget=run.max_perplexity_ratio,
@@ -92,7 +93,7 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
         gains=bench.gains,
     )
     for warning in verdict.warnings:
-        report.warn(warning)
+        progress.warn(warning)
     if verdict.reasons:
         refusal = GuardError(
             "the edit is refused: " + "; and ".join(verdict.reasons),
@@ -100,5 +101,5 @@ def guard(bench: Bench, method: Method, edit: Projection, seen: Activations, par
         )
         if not run.force:
             raise refusal
-        report.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
+        progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
     return verdict

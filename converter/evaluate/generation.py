@@ -1,6 +1,6 @@
 """Continuations of prompts, greedy or sampled, by any causal language model of transformers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from converter.errors import OptionError, SourceError
 from converter.models.batching import Batch, Sentence, batches, first_token, num_positions
+from converter.runtime import progress
 
 
 def generate(
@@ -23,7 +24,6 @@ def generate(
     top_p: float = 0.9,
     batch_size: int = 32,
     seed: int = 0,
-    advance: Callable[[int], object] = lambda count: None,
 ) -> list[list[str]]:
     """Continue every prompt; only the new text is returned.
 
@@ -44,7 +44,6 @@ def generate(
         batch_size: continuations written at a time. Greedy ones do not depend on it beyond
             rounding; samples do.
         seed: of the samples, which do not depend on what was drawn before, nor change it.
-        advance: called with the number of continuations done since the last call.
 
     Returns:
         For each prompt, in order, its continuations: 1, or ``samples``.
@@ -66,7 +65,7 @@ def generate(
         for batch in batches(repeated, batch_size, where, "left"):
             for row, ids in zip(batch.rows, _continue(model, batch, settings), strict=True):
                 found[row] = _decode(tokenizer, repeated[row].ids, ids, settings.eos_token_id)
-            advance(len(batch.rows))
+            progress.advance(len(batch.rows))
     return [found[i : i + copies] for i in range(0, len(found), copies)]
 
 

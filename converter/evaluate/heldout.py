@@ -9,7 +9,6 @@ from converter.edits.base import Edit
 from converter.errors import DataError
 from converter.models.batching import Encoder
 from converter.models.edited import edited
-from converter.models.hooks import Advance, idle
 from converter.models.likelihood import (
     Estimate,
     LogProbabilities,
@@ -21,7 +20,7 @@ from converter.models.likelihood import (
     word_changes,
 )
 from converter.models.resident import Model
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,6 @@ class Probe:
     Args:
         model: not edited.
         part: of the split.
-        advance: called with the number of sentences done since the last call.
 
     Attributes:
         neutral_tokens, toxic_words: how many are scored.
@@ -73,15 +71,9 @@ class Probe:
         DataError: too few toxic sentences to know a standard error.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        part: Part,
-        advance: Advance = idle,
-    ) -> None:
+    def __init__(self, model: Model, part: Part) -> None:
         encode = Encoder(model.tokenizer, model.module)
-        self.model, self.advance = model, advance
-        pairs = part.pairs.pairs
+        self.model, pairs = model, part.pairs.pairs
         texts = [*part.prose.paragraphs, *(pair.neutral for pair in pairs)]
         groups = [pair.group or pair.neutral for pair in pairs]
         self._neutral = [encode(text, "mean", ()) for text in texts]
@@ -103,7 +95,7 @@ class Probe:
         self.perplexity = perplexity(self._before[0])
 
     def _run(self) -> list[LogProbabilities]:
-        return log_probabilities(self.model, (self._neutral, self._toxic), self.advance)
+        return log_probabilities(self.model, (self._neutral, self._toxic))
 
     def measure(self, edit: Edit, layers: Sequence[int]) -> Measured:
         """Compare an edit of some layers with the unedited model, through hooks."""
@@ -117,8 +109,8 @@ class Probe:
         )
 
 
-def probe_of(model: Model, part: Part, report: Report) -> Probe:
+def probe_of(model: Model, part: Part) -> Probe:
     """The unedited model's view of a held-out part."""
     count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
-    with report.bar("unedited", count, "text") as bar:
-        return Probe(model, part, bar.update)
+    with progress.bar("unedited", count, "text"):
+        return Probe(model, part)

@@ -16,6 +16,7 @@ from converter.evaluate.strength import RANKS, choose_rank
 from converter.methods.base import Method, configure, method_names
 from converter.methods.subspace import MAX_RANK, Subspace
 from converter.methods.workbench import Bench
+from converter.runtime import progress
 
 AT_PERPLEXITY = "@perplexity"
 """After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""
@@ -104,11 +105,11 @@ class Fits:
                 subspace = self.bench.fit(method, parts.fit)[1]
                 ranks = self._given(control, method, first)
                 if not ranks:
-                    probe = probe or probe_of(self.bench.load(), parts.choose, self.bench.report)
+                    probe = probe or probe_of(self.bench.load(), parts.choose)
                     ranks = (self._choose(control, probe, subspace, method, first),)
                 for rank in ranks:
                     if rank > subspace.rank:
-                        self.bench.report.warn(f"{control} has no rank {rank}, and is left out")
+                        progress.warn(f"{control} has no rank {rank}, and is left out")
                         continue
                     edit = Projection(subspace.truncated(rank).bases, method.edit_bias)
                     options = asdict(method)  # type: ignore[call-overload]
@@ -164,7 +165,7 @@ class Fits:
             try:
                 return choose_rank(probe, subspace, method, budget).rank
             except GuardError as error:
-                self.bench.report.warn(f"{control}: {error.what}; rank 1 is measured")
+                progress.warn(f"{control}: {error.what}; rank 1 is measured")
                 return 1
         if first is None or first.edit is None:
             raise OptionError(

@@ -1,7 +1,6 @@
 """Where a checkpoint is to be published, and whether it may be; asked before anything is done."""
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from converter.errors import OptionError, PublishError
 from converter.hub.errors import plain_refusals
 from converter.hub.repos import check_repo_id
-from converter.runtime.progress import Report
+from converter.runtime import progress
 from converter.text.secrets import redact_log, redacted
 
 WRITES = ("repo.write", "repo.content.write")
@@ -46,13 +45,14 @@ class Publication:
     exists: bool = False
 
 
-def check_rights(asked: Publication, option: str, report: Report) -> Publication:
+def check_rights(asked: Publication, option: str) -> Publication:
     """Ask the Hub whether ``asked`` can be done, which takes seconds. Nothing is changed.
+
+    The visibility of a repo that exists is noted.
 
     Args:
         asked: as typed.
         option: that the repo was given with, for messages.
-        report: is told the visibility of a repo that exists.
 
     Returns:
         the same with the whole name of the repo, and whether it exists.
@@ -69,7 +69,7 @@ def check_rights(asked: Publication, option: str, report: Report) -> Publication
     check_repo_id(option, asked.repo_id)
     if redacted(asked.repo_id) != asked.repo_id:
         raise OptionError(option, expected="a repo id such as owner/name", found="a token")
-    quiet_client(report)
+    quiet_client()
     with plain_refusals(asked.repo_id):
         if constants.is_offline_mode():
             raise OfflineModeIsEnabled
@@ -92,7 +92,7 @@ def check_rights(asked: Publication, option: str, report: Report) -> Publication
         if not asked.create_pr:
             _check_write(api, repo_id)
     seen = "private" if info.private else "public"
-    report.note(f"{info.id} exists and is {seen}, which it stays")
+    progress.note(f"{info.id} exists and is {seen}, which it stays")
     return replace(asked, repo_id=str(info.id), exists=True)
 
 
@@ -156,8 +156,8 @@ def open_repo(place: Publication) -> None:
         api.create_branch(place.repo_id, branch=str(place.branch), exist_ok=True)
 
 
-def quiet_client(report: Report) -> None:
-    """No bars of the client without a terminal, and no tokens in what it logs."""
+def quiet_client() -> None:
+    """No bars of the client where there are none of ours, and no tokens in what it logs."""
     redact_log("huggingface_hub")
-    if report.quiet or not sys.stderr.isatty():
+    if not progress.current().shows_bars:
         disable_progress_bars()

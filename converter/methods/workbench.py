@@ -1,7 +1,6 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,8 @@ from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
 from converter.recipe import Run
-from converter.runtime.progress import Report
+from converter.runtime import progress
+from converter.runtime.cache import cache_folder
 
 
 @dataclass(slots=True)
@@ -42,8 +42,6 @@ class Bench:
     vocabulary: Vocabulary
     device: str
     dtype: torch.dtype
-    cache: Path
-    report: Report
     gains: Gains
     forward: Forward
     model: Model | None = None
@@ -57,8 +55,6 @@ class Bench:
         plan: Plan,
         words: WordList,
         device: str,
-        cache: Path,
-        report: Report,
         *,
         memory_limit: int | None = None,
     ) -> "Bench":
@@ -73,9 +69,7 @@ class Bench:
         forward = choose_forward(
             run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
         )
-        return cls(
-            run, source, plan, words, vocabulary, device, dtype, cache, report, gains, forward
-        )
+        return cls(run, source, plan, words, vocabulary, device, dtype, gains, forward)
 
     def load(self) -> Model:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
@@ -83,7 +77,7 @@ class Bench:
             if not self.has_run:
                 free = f"{self.forward.budget / 1e9:.1f} GB to plan with"
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
-                self.report.note(f"  {how} ({free})")
+                progress.note(f"  {how} ({free})")
             self.has_run = True
             self.model = self._stream() if self.forward.mode == "streamed" else self._load()
         return self.model
@@ -114,7 +108,6 @@ class Bench:
             self.dtype,
             self.device,
             self.forward.budget,
-            self.cache,
             trust_remote_code=self.run.trust_remote_code,
         )
 
@@ -125,21 +118,21 @@ class Bench:
     def fit(self, method: Method, part: Part) -> tuple[Activations, Subspace]:
         """Take the activations, or find them, and fit; bases are those of down-projections."""
         count = len(part.pairs.pairs) or "unknown"
-        with self.report.stage("activations", f"activations of {count} pairs"):
+        with progress.stage("activations", f"activations of {count} pairs"):
             seen = activations_of(self, method.request, part)
-        with self.report.stage("fit", f"fitting {method.title}"):
-            warn_about_words(method, self.vocabulary, self.words, self.report)
+        with progress.stage("fit", f"fitting {method.title}"):
+            warn_about_words(method, self.vocabulary, self.words)
             subspace = method.fit(seen, self.vocabulary.decode, self.words)
             return seen, before_norm(subspace, self.gains)
 
 
 def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
     """From the file that was given, from the cache, or from a forward pass."""
-    run, report, hidden_size = bench.run, bench.report, bench.plan.dimensions.hidden_size
+    run, hidden_size = bench.run, bench.plan.dimensions.hidden_size
     if run.activations is not None:
         return load_activations(run.activations, request, hidden_size)
     inputs = activation_inputs(
-        bench.source.digests(bench.cache),
+        bench.source.digests(),
         bench.plan.architecture,
         part.pairs,
         part.prose,
@@ -149,45 +142,42 @@ def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
         batch_size=run.batch_size,
         mode=bench.forward.mode,
     )
-    path = bench.cache / "activations" / f"{cache_key(inputs)}.safetensors"
+    path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
     if path.exists():
         try:
             found = load_activations(path, request, hidden_size)
         except DataError as error:
-            report.warn(f"the cached {error}; running the model again")
+            progress.warn(f"the cached {error}; running the model again")
         else:
-            report.note(f"  cache hit, no forward pass: {path}")
+            progress.note(f"  cache hit, no forward pass: {path}")
             return found
-    report.note("  cache miss, running the model")
+    progress.note("  cache miss, running the model")
     moments = request.directions > 0
     total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
     total += len(part.prose.paragraphs) * (request.second_moment + moments)
-    with report.bar("forward", total, "text") as bar:
+    with progress.bar("forward", total, "text"):
         seen, dropped = extract(
             bench.load(),
             request,
             part.pairs,
             part.prose,
             batch_size=run.batch_size,
-            advance=bar.update,
         )
     if dropped:
-        report.warn(f"{dropped} pairs have no token that predicts a toxic one and were left out")
+        progress.warn(f"{dropped} pairs have no token that predicts a toxic one and were left out")
     seen = replace(seen, inputs=inputs)
     save_activations(seen, path)
-    report.note(f"  kept in {path}")
+    progress.note(f"  kept in {path}")
     return seen
 
 
-def warn_about_words(
-    method: Method, vocabulary: Vocabulary, words: WordList, report: Report
-) -> None:
+def warn_about_words(method: Method, vocabulary: Vocabulary, words: WordList) -> None:
     """A ranking by vocabulary is worth little if the vocabulary splits the listed words."""
     if getattr(method, "ranking", None) != "vocabulary":
         return
     share = vocabulary.single_token_share(words)
     if share < 0.5:
-        report.warn(
+        progress.warn(
             f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
             "vocabulary says little; the other rankings do not depend on it"
         )

@@ -1,6 +1,5 @@
 """The model of a source, in memory as a whole or to be streamed."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from converter.models.loading import load_model, load_skeleton
 from converter.models.resident import LanguageModel
 from converter.models.streamed import StreamedModel
 from converter.models.streamed_weights import Weights
+from converter.runtime.cache import cache_folder
 from converter.runtime.memory import free_memory
 
 
@@ -57,15 +57,14 @@ def stream_language_model(
     dtype: torch.dtype,
     device: str,
     budget: int,
-    cache: Path,
     *,
     trust_remote_code: bool = False,
 ) -> StreamedModel:
     """The same model, of which one layer at a time will be in memory. No weight is read yet.
 
     Args:
-        budget: bytes of memory to plan with.
-        cache: folder for hidden states that do not fit in their share of it.
+        budget: bytes of memory to plan with. Hidden states that do not fit in their share of it go
+            to a file in the cache.
 
     Raises:
         SourceError: not even a layer fits, or transformers cannot make the model.
@@ -95,7 +94,7 @@ def stream_language_model(
     others = largest + 4 * LOGITS_BYTES + layers * plan.dimensions.hidden_size**2 * 4
     others += max(weights.nbytes(part) for part in weights.parts)
     held = max((budget - others) // HIDDEN_SHARE, budget // LEAST_SHARE)
-    return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache)
+    return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache_folder())
 
 
 def recipes_of(source: Source, plan: Plan) -> dict[str, Recipe]:

@@ -12,17 +12,11 @@ from torch import Tensor, nn
 
 from converter.errors import SourceError, is_out_of_memory
 from converter.models.batching import Batch
-
-Advance = Callable[[int], object]
-"""Called with the number of sentences done since the last call."""
+from converter.runtime import progress
 
 Show = Callable[[int, int, Tensor], None]
 """Called with the number of a batch, a layer and the layer's activations, (B, T, D) float32, on the
 model's device."""
-
-
-def idle(count: int) -> None:
-    """The progress of those who do not show it."""
 
 
 def call(module: nn.Module, batch: Batch) -> Any:
@@ -135,15 +129,15 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
         ) from error
 
 
-class Progress:
-    """Sentences done, where a batch takes many steps that do not follow each other."""
+class SentenceCount:
+    """Counts sentences as done, where a batch takes many steps that do not follow each other."""
 
-    def __init__(self, batched: Sequence[Batch], steps: int, advance: Advance) -> None:
+    def __init__(self, batched: Sequence[Batch], steps: int) -> None:
         self._rows = [len(batch.rows) for batch in batched]
-        self._steps, self._advance, self._done = steps, advance, 0
+        self._steps, self._done = steps, 0
 
     def step(self, number: int) -> None:
         """One step of a batch is done."""
         before, self._done = self._done, self._done + self._rows[number]
         if count := self._done // self._steps - before // self._steps:
-            self._advance(count)
+            progress.advance(count)

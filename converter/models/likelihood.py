@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from converter.models.batching import Sentence, logit_positions, token_batches
-from converter.models.hooks import Advance, idle, memory_errors
+from converter.models.hooks import memory_errors
 from converter.models.resident import Model
 
 LogProbabilities = Sequence[NDArray[np.float64]]
@@ -45,16 +45,13 @@ Groups = Sequence[Hashable] | None
 
 
 @torch.inference_mode()
-def log_probabilities(
-    model: Model, texts: Sequence[Sequence[Sentence]], advance: Advance = idle
-) -> list[LogProbabilities]:
+def log_probabilities(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[LogProbabilities]:
     """The log-probability of every token after the first, given those before it.
 
     Args:
         model: with the hooks of an edit, or without.
         texts: sentences of several kinds, which go through the model together and are never in one
             batch; their weights are not used.
-        advance: for progress.
 
     Returns:
         the values of each kind.
@@ -70,7 +67,7 @@ def log_probabilities(
         for batch in token_batches(kind, positions, model.device)
     ]
     with memory_errors("held-out text", hint="give --device cpu"):
-        for number, logits in model.logits([batch for _, batch in batched], advance):
+        for number, logits in model.logits([batch for _, batch in batched]):
             values, batch = batched[number]
             lengths = batch.mask.sum(1).tolist()
             for row, length, scores, ids in zip(

@@ -17,19 +17,18 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
-    Advance,
     Enough,
     Show,
     by_position,
     call,
     hooked,
-    idle,
     keeping,
     log_probability,
     memory_errors,
     only_chosen,
     showing,
 )
+from converter.runtime import progress
 
 
 class Model(Protocol):
@@ -53,7 +52,6 @@ class Model(Protocol):
         modules: Mapping[int, str],
         batched: Sequence[Batch],
         show: Show,
-        advance: Advance = ...,
     ) -> None:
         """Run batches up to the last module of interest and show each one's output.
 
@@ -62,16 +60,13 @@ class Model(Protocol):
                 counts.
             batched: token ids and masks.
             show: called once for each batch and layer.
-            advance: for progress.
         """
 
-    def logits(
-        self, batched: Sequence[Batch], advance: Advance = ...
-    ) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """The number of each batch and its logits, (B, T, V), one batch after the other."""
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = ...
+        self, modules: Mapping[int, str], batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """What tokens owe to what modules give.
 
@@ -95,7 +90,6 @@ class LanguageModel:
         modules: Mapping[int, str],
         batched: Sequence[Batch],
         show: Show,
-        advance: Advance = idle,
     ) -> None:
         """See ``Model``; the layers above the last one of interest are not run."""
         last = max(modules)
@@ -106,18 +100,16 @@ class LanguageModel:
             }
             with torch.inference_mode(), hooked(self.module, hooks), suppress(Enough):
                 call(self.module, batch)
-            advance(len(batch.rows))
+            progress.advance(len(batch.rows))
 
-    def logits(
-        self, batched: Sequence[Batch], advance: Advance = idle
-    ) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
         for number, batch in enumerate(batched):
             yield number, call(self.module, batch).logits
-            advance(len(batch.rows))
+            progress.advance(len(batch.rows))
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = idle
+        self, modules: Mapping[int, str], batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. The memory is that of a forward pass whose activations are kept."""
         for number, batch in enumerate(batched):
@@ -128,7 +120,7 @@ class LanguageModel:
             found = torch.autograd.grad(chosen, list(outputs.values()))
             for (layer, f), g in zip(outputs.items(), found, strict=True):
                 yield number, layer, by_position(f, batch), by_position(g, batch)
-            advance(len(batch.rows))
+            progress.advance(len(batch.rows))
 
 
 Sink = Callable[[Batch, int, Tensor], None]
@@ -199,16 +191,13 @@ Group = tuple[Sequence[Batch], Sequence[Sink]]
 """Batches, and what to do with their activations."""
 
 
-def run(
-    model: Model, modules: Mapping[int, str], groups: Sequence[Group], advance: Advance = idle
-) -> None:
+def run(model: Model, modules: Mapping[int, str], groups: Sequence[Group]) -> None:
     """Run all batches of all groups and show every layer's activations to the group's sinks.
 
     Args:
         model: not edited, or hooked as wanted.
         modules: layer -> name of the module whose output is wanted.
         groups: go through the model together, which reads a streamed one once.
-        advance: for progress.
 
     Raises:
         SourceError: memory ran out.
@@ -224,7 +213,7 @@ def run(
     with memory_errors(
         f"{most} sentences in a batch", hint="lower --batch-size, or give --device cpu"
     ):
-        model.visit(modules, [batch for batch, _ in batched], show, advance)
+        model.visit(modules, [batch for batch, _ in batched], show)
 
 
 def choose_device(device: str) -> str:

@@ -24,16 +24,14 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
 from converter.models.hidden_states import HiddenStates
 from converter.models.hooks import (
-    Advance,
     Enough,
     Hook,
-    Progress,
+    SentenceCount,
     Show,
     by_position,
     call,
     first_of,
     hooked,
-    idle,
     keeping,
     log_probability,
     only_chosen,
@@ -131,7 +129,6 @@ class StreamedModel:
         modules: Mapping[int, str],
         batched: Sequence[Batch],
         show: Show,
-        advance: Advance = idle,
     ) -> None:
         """See ``Model``; the layers above the last one of interest are not read."""
         last = max(modules)
@@ -142,28 +139,26 @@ class StreamedModel:
             stop = layer == last
             return {modules[layer]: showing(show, number, batched[number], layer, stop=stop)}
 
-        progress = Progress(batched, last + 1, advance)
+        count = SentenceCount(batched, last + 1)
         with self._pass() as states:
             for number in self._upwards(batched, states, range(last + 1), hooks=hooks):
-                progress.step(number)
+                count.step(number)
 
-    def logits(
-        self, batched: Sequence[Batch], advance: Advance = idle
-    ) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
         end = len(self._blocks)
-        progress = Progress(batched, end + 1, advance)
+        count = SentenceCount(batched, end + 1)
         with self._pass(head=True) as states:
             for number in self._upwards(batched, states, range(end)):
-                progress.step(number)
+                count.step(number)
             for number, batch in enumerate(batched):
                 with torch.no_grad():
                     logits = self._top(batch, states.get((end, number), self.device))
                 yield number, logits
-                progress.step(number)
+                count.step(number)
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch], advance: Advance = idle
+        self, modules: Mapping[int, str], batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. Layers come in descending order.
 
@@ -171,12 +166,12 @@ class StreamedModel:
         runs each layer again from that, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
-        progress = Progress(batched, 2 * end + 1 - first, advance)
+        count = SentenceCount(batched, 2 * end + 1 - first)
         with self._pass(head=True) as states:
             for number in self._upwards(batched, states, range(end), first):
-                progress.step(number)
+                count.step(number)
             for number in self._back_from_head(batched, states):
-                progress.step(number)
+                count.step(number)
             for layer in reversed(range(first, end)):
                 with self._layer(layer, layer - 1 if layer > first else None):
                     for number, batch in enumerate(batched):
@@ -187,7 +182,7 @@ class StreamedModel:
                         )
                         for f, g in zip(outputs.values(), found, strict=True):
                             yield number, layer, by_position(f, batch), by_position(g, batch)
-                        progress.step(number)
+                        count.step(number)
 
     def _upwards(
         self,

@@ -10,8 +10,7 @@ from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.outputs.adapter.write import Adapter
 from converter.outputs.checkpoint.write import Checkpoint, Written
-from converter.outputs.staging.journal import Progress
-from converter.runtime.progress import Report
+from converter.outputs.staging.journal import Receiver
 
 
 class Output(Protocol):
@@ -49,9 +48,8 @@ class Output(Protocol):
         targets: tuple[Target, ...],
         folder: Path,
         engine: Engine,
-        report: Report,
         keep_source: bool = True,
-        progress: Progress | None = None,
+        receiver: Receiver | None = None,
     ) -> Written:
         """Write all but the card, the subspace and the manifest.
 
@@ -60,11 +58,10 @@ class Output(Protocol):
             plan: of that source.
             edit: what happens to ``targets``.
             targets: the tensors that change.
-            folder: holds nothing but what ``progress`` may know.
+            folder: holds nothing but what ``receiver`` may know.
             engine: how it is computed.
-            report: for the progress bar, and for warnings.
             keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
-            progress: is asked first what is finished, and told of each shard that is.
+            receiver: is asked first what is finished, and told of each shard that is.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCardData
 from converter.checkpoints.companions import papers
 from converter.checkpoints.source import Source
 from converter.hub.permissions import Publication
-from converter.runtime.progress import Report
+from converter.runtime import progress
 from converter.text.markdown import code, escaped
 
 NOTICE = "Notice"
@@ -222,7 +222,7 @@ def _says(source: Source, names: Iterable[str], line: str) -> bool:
     return any(" ".join(line.split()) in " ".join(text.split()) for text in texts)
 
 
-def warn_of_name(licence: str | None, place: Publication, report: Report) -> None:
+def warn_of_name(licence: str | None, place: Publication) -> None:
     """Say so if the licence of the base asks for another name than the repo has."""
     for text in check_name(licence, place.repo_id):
-        report.warn(text)
+        progress.warn(text)

@@ -31,9 +31,8 @@ from converter.evaluate.fit import Fitted
 from converter.methods.base import Method
 from converter.outputs.checkpoint.write import Written, file_entry
 from converter.recipe import Run, without_folders
-from converter.runtime import strict_json
+from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
-from converter.runtime.progress import Report, peak_memory
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
@@ -137,15 +136,16 @@ def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[s
     return shards | {name: {"sha256": s, "bytes": n} for name, (s, n) in sorted(rest.items())}
 
 
-def measurements(report: Report) -> dict[str, Any]:
+def measurements() -> dict[str, Any]:
     """The only part that may differ between two runs of the same inputs.
 
     Memory is the largest resident set, of each stage and of all of them, in bytes.
     """
+    told = progress.current()
     return {
-        "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
-        "memory_bytes": dict(report.memory),
-        "peak_memory_bytes": max((peak_memory(), *report.memory.values())),
+        "seconds": {name: round(seconds, 3) for name, seconds in told.seconds.items()},
+        "memory_bytes": dict(told.memory),
+        "peak_memory_bytes": max((progress.peak_memory(), *told.memory.values())),
     }
 
 

@@ -1,19 +1,16 @@
 """What was read, by content, and whether it is what the fit has seen."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from converter.calibration.statistics import Activations
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.errors import CheckpointError
 from converter.outputs.checkpoint.write import Written
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 
-def files_read(
-    source: Source, plan: Plan, written: Written, cache: Path
-) -> dict[str, tuple[str, int]]:
+def files_read(source: Source, plan: Plan, written: Written) -> dict[str, tuple[str, int]]:
     """sha256 and bytes of the source's files, but for those in another format.
 
     Shards that were not read from beginning to end have the digest that is remembered, asked for
@@ -27,19 +24,13 @@ def files_read(
         originals = {path.name for path in source.originals}
         read = {
             name: (digest, sizes.get(name) or (source.folder / name).stat().st_size)
-            for name, digest in source.digests(cache).items()
+            for name, digest in source.digests().items()
             if name not in originals
         }
     return read | dict(written.copies)
 
 
-def check_unchanged(
-    source: Source,
-    read: Mapping[str, tuple[str, int]],
-    seen: Activations,
-    cache: Path,
-    report: Report,
-) -> None:
+def check_unchanged(source: Source, read: Mapping[str, tuple[str, int]], seen: Activations) -> None:
     """The shards that were edited must be those that the activations were taken from.
 
     Raises:
@@ -48,9 +39,9 @@ def check_unchanged(
     known: Mapping[str, str] = seen.inputs.get("files", {})
     found = {name: read[name][0] for name in source.shards if name in read}
     if source.originals:
-        found = {n: entry["sha256"] for n, entry in source.original_files(cache).items()}
+        found = {n: entry["sha256"] for n, entry in source.original_files().items()}
     if not set(found) <= set(known):
-        report.warn("the activations do not say which weights they are from; this is not checked")
+        progress.warn("the activations do not say which weights they are from; this is not checked")
         return
     for name, digest in found.items():
         if digest != known[name]:

@@ -206,7 +206,7 @@ def differences(recording: Recording, device: str) -> list[dict[str, str]]:
     ]
 
 
-def check_source(recording: Recording, source: Source, cache: Path) -> None:
+def check_source(recording: Recording, source: Source) -> None:
     """Every file that the recorded run read must have the recorded bytes.
 
     Shards that are on the Hub only are known by the digests that it lists.
@@ -216,7 +216,7 @@ def check_source(recording: Recording, source: Source, cache: Path) -> None:
     """
     wrong = []
     for name, recorded in source_files(recording.manifest).items():
-        found = _digest(source, name, cache)
+        found = _digest(source, name)
         if found is None:
             wrong.append(f"{name} is missing")
         elif found != recorded:
@@ -230,7 +230,7 @@ def check_source(recording: Recording, source: Source, cache: Path) -> None:
         )  # fmt: skip
 
 
-def _digest(source: Source, name: str, cache: Path) -> str | None:
+def _digest(source: Source, name: str) -> str | None:
     """The sha256 of a file of the source; None if it has none of that name."""
     path = place_of(source, name)
     if not path.is_file() and source.repo is not None:
@@ -238,4 +238,4 @@ def _digest(source: Source, name: str, cache: Path) -> str | None:
             return known
         if name in source.shards:
             source.fetch([name])
-    return remembered_digest(path, cache) if path.is_file() else None
+    return remembered_digest(path) if path.is_file() else None

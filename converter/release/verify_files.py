@@ -16,8 +16,8 @@ from converter.errors import ConverterError
 from converter.outputs.record_checks import is_plain
 from converter.outputs.staging.claim import foreign
 from converter.release.manifest import hash_line, sums_text
+from converter.runtime import progress
 from converter.runtime.cache import sha256_of
-from converter.runtime.progress import Report
 from converter.text.sanitize import shown
 
 HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
@@ -25,7 +25,7 @@ HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+f
 
 
 def check_files(
-    folder: Path, manifest: Mapping[str, Any], report: Report, gone: Collection[str]
+    folder: Path, manifest: Mapping[str, Any], gone: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Look at every file of a folder.
 
@@ -38,7 +38,7 @@ def check_files(
     """
     files = {name: entry for name, entry in manifest["files"].items() if name not in gone}
     damaged, false = {}, []
-    with report.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
+    with progress.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
         for name, entry in files.items():
             bar.set_postfix_str(shown(name))
             if not is_plain(name):

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from glob import escape
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def default_cache() -> Path:
     if own := os.environ.get("GLOSS_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gloss-convert"
+
+
+_chosen: ContextVar[Path | None] = ContextVar("cache folder", default=None)
+
+
+def cache_folder() -> Path:
+    """The folder of ``using_cache``, or the default one."""
+    return _chosen.get() or default_cache()
+
+
+@contextmanager
+def using_cache(folder: Path) -> Iterator[None]:
+    """Let a folder be the cache while this lasts."""
+    token = _chosen.set(folder)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 @contextmanager
@@ -97,7 +116,7 @@ def state_of(path: Path) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str:
+def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
     """A file's digest, remembered for as long as its inode, size and times stay the same.
 
     The times include that of the last change of the inode, which a program cannot set. A wrong
@@ -106,7 +125,7 @@ def remembered_digest(path: Path, cache: Path, algorithm: str = "sha256") -> str
     """
     state = state_of(path)
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    memo = cache / "digests" / f"{key}.{algorithm}.json"
+    memo = cache_folder() / "digests" / f"{key}.{algorithm}.json"
     try:
         known = json.loads(memo.read_text())
         if known["state"] == state:

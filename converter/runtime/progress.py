@@ -1,74 +1,123 @@
-"""What a run tells the terminal while it works: stages with seconds and memory, bars, notes.
+"""What a run tells while it works: stages with seconds and memory, notes, warnings, bars.
 
-All of it goes to standard error. Bars appear only on a terminal.
+Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; without a
+handler nothing is printed. The current ``Progress`` keeps warnings, seconds and memory, and says
+whether bars are shown. Without one, everything here works and nothing is kept or shown. A thread
+has the ``Progress`` of whoever gave it work only if it runs in a copy of the context: see
+``runtime.threads``.
 """
 
+import logging
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
 
 from tqdm import tqdm
 
-from converter.runtime.console import say
-from converter.text.sanitize import shown
+LOG = logging.getLogger("converter")
+LOG.addHandler(logging.NullHandler())  # or Python prints warnings where nobody has asked for them
 
 
-@dataclass
-class Report:
-    """Collects seconds and peak memory per stage, and warnings; prints notes unless ``quiet``.
+@dataclass(slots=True)
+class Progress:
+    """What a run has told so far.
 
     Attributes:
+        shows_bars: whether bars appear on standard error.
         seconds: of each stage.
         memory: the largest resident set during each stage, in bytes; where the system cannot tell
             (anything but Linux), the largest of the process so far.
+        warnings: in order.
+        bars: those that are open, the innermost last.
     """
 
-    quiet: bool = False
+    shows_bars: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    bars: "list[tqdm[Never]]" = field(default_factory=list)
 
-    @contextmanager
-    def stage(self, name: str, title: str) -> Iterator[None]:
-        """Announce a stage and add the seconds it took to ``seconds[name]``; not inside another."""
-        self.note(title)
-        start = time.perf_counter()
-        _forget_peak()
+
+_current: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+def current() -> Progress:
+    """The ``Progress`` of this context, or a new one that nobody looks at."""
+    return _current.get() or Progress()
+
+
+@contextmanager
+def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
+    """Let what the block tells be kept in one ``Progress``: the current one if there is one.
+
+    Args:
+        shows_bars: of a new one.
+    """
+    if (outer := _current.get()) is not None:
+        yield outer
+        return
+    token = _current.set(Progress(shows_bars))
+    try:
+        yield current()
+    finally:
+        _current.reset(token)
+
+
+def note(text: str) -> None:
+    """Log a line for people who watch."""
+    LOG.info("%s", text)
+
+
+def warn(text: str) -> None:
+    """Log a line that everybody should read, and keep it for the summary."""
+    current().warnings.append(text)
+    LOG.warning("%s", text)
+
+
+@contextmanager
+def stage(name: str, title: str) -> Iterator[None]:
+    """Announce a stage and add the seconds it took to ``seconds[name]``; not inside another."""
+    note(title)
+    progress, start = current(), time.perf_counter()
+    _forget_peak()
+    try:
+        yield
+    finally:
+        progress.seconds[name] = progress.seconds.get(name, 0.0) + time.perf_counter() - start
+        progress.memory[name] = max(progress.memory.get(name, 0), peak_memory())
+
+
+@contextmanager
+def bar(title: str, total: int, unit: str) -> Iterator["tqdm[Never]"]:
+    """A progress bar on standard error, which ``advance`` moves; ``unit`` ``B`` counts bytes."""
+    progress = current()
+    with tqdm(
+        desc=title,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        unit_divisor=1000,
+        leave=False,
+        disable=not progress.shows_bars,
+        file=sys.stderr,
+    ) as shown:
+        progress.bars.append(shown)
         try:
-            yield
+            yield shown
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.memory[name] = max(self.memory.get(name, 0), peak_memory())
+            progress.bars = [each for each in progress.bars if each is not shown]
 
-    @contextmanager
-    def bar(self, title: str, total: int, unit: str) -> Iterator["tqdm[Never]"]:
-        """A progress bar on standard error; ``unit`` ``B`` counts bytes."""
-        with tqdm(
-            desc=title,
-            total=total,
-            unit=unit,
-            unit_scale=unit == "B",
-            unit_divisor=1000,
-            leave=False,
-            disable=self.quiet or not sys.stderr.isatty(),
-            file=sys.stderr,
-        ) as bar:
-            yield bar
 
-    def note(self, text: str) -> None:
-        """A line for people who watch."""
-        if not self.quiet:
-            say(text.replace("\n", " "), err=True)
-
-    def warn(self, text: str) -> None:
-        """A line for everybody, ``quiet`` or not; it is also kept for the summary."""
-        self.warnings.append(text)
-        say(f"warning: {shown(text)}", err=True)
+def advance(count: int) -> None:
+    """Move the innermost open bar; nothing happens without one."""
+    if bars := current().bars:
+        bars[-1].update(count)
 
 
 def peak_memory() -> int:

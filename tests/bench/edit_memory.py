@@ -63,18 +63,15 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     from converter.edits.base import Projection
     from converter.edits.engine import Engine
     from converter.outputs.checkpoint.write import write_checkpoint
-    from converter.runtime.progress import Report
 
-    source = resolve(str(folder), out)
+    source = resolve(str(folder))
     plan = make_plan(source.config, source.weight_map, source.headers())
     hidden = plan.dimensions.hidden_size
     basis = torch.linalg.qr(torch.randn(hidden, 4))[0]
     layers = range(plan.dimensions.num_hidden_layers)
     edit, targets = Projection(dict.fromkeys(layers, basis)), plan.select(layers, True)
     basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
-    peak = peak_of(
-        lambda: write_checkpoint(source, plan, edit, targets, out, Engine(), Report(quiet=True))
-    )
+    peak = peak_of(lambda: write_checkpoint(source, plan, edit, targets, out, Engine()))
     return {
         "gigabytes": plan.nbytes / 1e9,
         "shards": len(source.shards),

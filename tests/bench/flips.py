@@ -34,6 +34,7 @@ from converter.entrypoints.convert import convert
 from converter.recipe import Run
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
+from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
     BEFORE,
     CLAIMS,
@@ -58,7 +59,8 @@ def make(root: Path) -> None:
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
         run = Run(source=str(source), num_pairs=64, options=TINY, guard=False, output=output)
-        convert(run, root / output, cache=root / "cache")
+        with using_cache(root / "cache"):
+            convert(run, root / output)
 
 
 Found = tuple[Counter[str], set[str]]
@@ -86,7 +88,7 @@ def forge(root: Path, output: str, every: int, part: int, parts: int) -> Found:
     """The same with values of the manifest; verified without and with the source."""
     quiet()
     folder = copy_of(root / output, root / f"forged-{output}-{part}")
-    source = resolve(str(root / "source"), root / "cache")
+    source = resolve(str(root / "source"))
     manifest, count, missed = read_manifest(folder), Counter[str](), set()
     for path, value in list(leaves(manifest))[part * every :: parts * every]:
         for other in changes(value):

@@ -47,9 +47,10 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.models.batching import Sentence, batches
     from converter.models.build import load_language_model, stream_language_model
     from converter.models.resident import Model, Pool, SecondMoment, run
+    from converter.runtime.cache import using_cache
 
     quiet_libraries()
-    source = resolve(str(folder), folder)
+    source = resolve(str(folder))
     plan = make_plan(source.config, source.weight_map, source.headers())
     draw = torch.Generator().manual_seed(0)
     texts = [
@@ -65,7 +66,8 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     def model() -> Model:
         if mode == "resident":
             return load_language_model(source, plan, None, torch.float32, "cpu")
-        return stream_language_model(source, plan, None, torch.float32, "cpu", limit, folder)
+        with using_cache(folder):  # hidden states go to the disk that is measured
+            return stream_language_model(source, plan, None, torch.float32, "cpu", limit)
 
     def activations() -> None:
         moment, batched = SecondMoment(), batches(texts, 8, "cpu")

@@ -60,17 +60,16 @@ def ours(source: Path, out: Path, **settings: Any) -> Work:
     from converter.edits.base import Projection
     from converter.edits.engine import Engine
     from converter.outputs.checkpoint.write import write_checkpoint
-    from converter.runtime.progress import Report
 
-    U, engine, report = subspace(source), Engine(**settings), Report(quiet=True)
+    U, engine = subspace(source), Engine(**settings)
 
     def work() -> None:
         out.mkdir()
-        read = resolve(str(source), out)
+        read = resolve(str(source))
         plan = make_plan(read.config, read.weight_map, read.headers())
         layers = range(plan.dimensions.num_hidden_layers)
         edit, targets = Projection(dict.fromkeys(layers, U)), plan.select(layers, True)
-        write_checkpoint(read, plan, edit, targets, out, engine, report)
+        write_checkpoint(read, plan, edit, targets, out, engine)
 
     return work
 

@@ -40,7 +40,6 @@ from converter.release.licences import terms_of
 from converter.release.manifest import read_manifest
 from converter.release.recording import Given, differences, read_recording, run_of
 from converter.runtime.memory import parse_size
-from converter.runtime.progress import Report
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -295,7 +294,7 @@ def check(folder: Path, name: str, data: bytes) -> None:
     kept = (folder / name).read_bytes()
     (folder / name).write_bytes(data)
     try:
-        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None, Report(True)))
+        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None))
     finally:
         (folder / name).write_bytes(kept)
 
@@ -361,7 +360,7 @@ def journal(data: bytes) -> None:
     path, shard = scratch() / "journal.jsonl", "model.safetensors"
     (folder / shard).write_bytes(b"")
     path.write_bytes(b'{"key": "k"}\n' + data)
-    kept = Journal(path, folder, "k", dict, Report(quiet=True))
+    kept = Journal(path, folder, "k", dict)
     for done in kept.before({shard: {shard}}).values():
         kept.finished(shard, done)
     assert finished_in(path) % 2 == 0

@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 
 from converter.checkpoints.formats.gguf_header import check_header
 from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import cache_error, discard_stale, flush, remembered_digest, replacing
+from converter.runtime.cache import (
+    cache_error,
+    cache_folder,
+    discard_stale,
+    flush,
+    remembered_digest,
+    replacing,
+)
 
 SHARD_SIZE = "5GB"
 
@@ -25,7 +32,7 @@ VERSION = 1
 """Of what is unpacked; to be raised when it changes."""
 
 
-def unpacked(path: Path, cache: Path) -> Path:
+def unpacked(path: Path) -> Path:
     """The folder of a GGUF file's model in bfloat16; it is made on the first call.
 
     Beside it are the digests of its files, as they were made. If they are not those of the files
@@ -37,18 +44,18 @@ def unpacked(path: Path, cache: Path) -> Path:
         DestinationError: the cache cannot be written.
     """
     made_by = f"{VERSION}-{version('transformers')}"
-    folder = cache / "gguf" / f"{remembered_digest(path, cache)}-{made_by}"
+    folder = cache_folder() / "gguf" / f"{remembered_digest(path)}-{made_by}"
     known = folder.with_suffix(".json")
-    if not folder.is_dir() or _digests(folder, cache) != _read_digests(known):
+    if not folder.is_dir() or _digests(folder) != _read_digests(known):
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, lambda: load(path), SHARD_SIZE)
         with replacing(known) as part:
-            part.write_text(json.dumps(_digests(folder, cache)))
+            part.write_text(json.dumps(_digests(folder)))
     return folder
 
 
-def _digests(folder: Path, cache: Path) -> dict[str, str]:
-    return {path.name: remembered_digest(path, cache) for path in sorted(folder.iterdir())}
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: remembered_digest(path) for path in sorted(folder.iterdir())}
 
 
 def _read_digests(path: Path) -> object:

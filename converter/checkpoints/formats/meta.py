@@ -21,6 +21,7 @@ from converter.checkpoints.formats.meta_tokenizer import AGAIN, keep, small_file
 from converter.checkpoints.formats.pickle_files import load_tensors
 from converter.checkpoints.formats.virtual import Recipe, Translated, index_text, split_shards
 from converter.errors import CheckpointError, SourceError
+from converter.runtime.cache import cache_folder
 
 VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""
@@ -56,12 +57,10 @@ def weight_files(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if PART.fullmatch(name))
 
 
-def read_native(folder: Path, cache: Path) -> Translated:
+def read_native(folder: Path) -> Translated:
     """Translate a folder in Meta's layout; of the weights, only names and shapes are read.
 
-    Args:
-        folder: the source.
-        cache: the user's cache folder, which keeps the small files of the translation.
+    The cache keeps the small files of the translation.
 
     Raises:
         CheckpointError: the source is damaged, incomplete, or contradicts itself.
@@ -69,12 +68,12 @@ def read_native(folder: Path, cache: Path) -> Translated:
         DestinationError: the cache cannot be written.
     """
     try:
-        return _translate(folder, cache)
+        return _translate(folder)
     except OSError as error:
         raise SourceError(f"{folder.name} cannot be read", found=error.strerror) from error
 
 
-def _translate(folder: Path, cache: Path) -> Translated:
+def _translate(folder: Path) -> Translated:
     paths, small = _part_paths(folder), small_files(folder)
     params = read_params(folder / "params.json")
     parts = {path.name: _open(path) for path in paths}
@@ -90,7 +89,7 @@ def _translate(folder: Path, cache: Path) -> Translated:
     key = hashlib.sha256(json.dumps([VERSION, config, index, sizes, list(small)]).encode())
     for data in ((folder / "params.json").read_bytes(), *small.values()):
         key.update(hashlib.sha256(data).digest())
-    kept = cache / "native" / key.hexdigest()
+    kept = cache_folder() / "native" / key.hexdigest()
     if not kept.is_dir():
         keep(kept, small | ({INDEX: index.encode()} if index else {}), config, params.scaled)
     return Translated(kept, shards, (*paths, folder / "params.json"))

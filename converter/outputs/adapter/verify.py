@@ -37,7 +37,7 @@ from converter.outputs.record_checks import (
     edited_layers,
     recorded_bases,
 )
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 U64 = 2.0**-53
 """Unit roundoff of float64, in which A is computed."""
@@ -54,7 +54,6 @@ def check_adapter(
     manifest: Mapping[str, Any],
     damaged: Mapping[str, str],
     source: Source | None,
-    report: Report,
 ) -> Iterator[str]:
     """What an adapter must be, beside having its files; see ``verify.verify``.
 
@@ -80,7 +79,7 @@ def check_adapter(
     if source:
         companions = Adapter().companions(source)
         yield from check_source_files(manifest, source, companions)
-        yield from _check_source(manifest, tensors, bases, source, report)
+        yield from _check_source(manifest, tensors, bases, source)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -153,12 +152,11 @@ def _check_source(
     tensors: Mapping[str, Tensor],
     bases: Mapping[str, Tensor],
     source: Source,
-    report: Report,
 ) -> Iterator[str]:
     """Each A again, from the weights."""
     plan = make_plan(source.config, source.weight_map, source.headers())
     targets = {target.info.name: target for target in plan.targets}
-    with report.bar("compare", len(manifest["edited"]), "tensor") as bar:
+    with progress.bar("compare", len(manifest["edited"]), "tensor") as bar:
         for entry in manifest["edited"]:
             name, target = entry["name"], targets.get(entry["name"])
             found = target and (target.shard, target.layer, target.axis, target.info.shape)

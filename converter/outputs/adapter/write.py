@@ -36,8 +36,8 @@ from converter.edits.matrices import Matrix, matrices
 from converter.edits.projection import Projector
 from converter.errors import CheckpointError, OptionError
 from converter.outputs.checkpoint.write import Written, copy_file, fetched, file_entry
-from converter.outputs.staging.journal import Progress
-from converter.runtime.progress import Report
+from converter.outputs.staging.journal import Receiver
+from converter.runtime import progress
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -88,27 +88,26 @@ class Adapter:
         targets: tuple[Target, ...],
         folder: Path,
         engine: Engine,
-        report: Report,
         keep_source: bool = True,
-        progress: Progress | None = None,
+        receiver: Receiver | None = None,
     ) -> Written:
         """Write the adapter and its config, as peft does."""
-        if progress:
-            progress.before({})
+        if receiver:
+            receiver.before({})
         order = sorted(targets, key=lambda target: (target.shard, target.info.start))
         bases = {target.layer: basis_of(edit, target) for target in order}
         ranks = {module_of(plan, target): bases[target.layer].shape[1] for target in targets}
         if max(ranks.values()) > SERVED_RANK:
-            report.warn(
+            progress.warn(
                 f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
                 "or less unless they are told otherwise"
             )
         kept = sum(t.role == "down_proj_bias" and t.layer in bases for t in plan.targets)
         if kept:
-            report.note(f"  {kept} biases stay as they are: a LoRA has none")
+            progress.note(f"  {kept} biases stay as they are: a LoRA has none")
         records = []
         total = sum(target.info.nbytes for target in order)
-        with (folder / WEIGHTS).open("xb") as file, report.bar("edit", total, "B") as bar:
+        with (folder / WEIGHTS).open("xb") as file, progress.bar("edit", total, "B") as bar:
             file.write(_header(plan, order, ranks))
             for target in _as_fetched(source, order, keep_source):
                 A, B, record = factors(source, plan, target, bases[target.layer], engine.device)

@@ -20,7 +20,7 @@ from converter.checkpoints.source import Source
 from converter.edits.rounding_bounds import Stored, is_projection, left_along, rounding_bound
 from converter.edits.subspace_file import load_bases
 from converter.outputs.record_checks import check_source_files, check_subspace, recorded_bases
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 LEFT = 0.05
 """Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
@@ -38,7 +38,7 @@ sqrt(R / D) of it would be along R of D directions: no edit is asked to leave le
 
 
 def check_edits(
-    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str], report: Report
+    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]
 ) -> Iterator[str]:
     """Edited tensors: their digests, and what is left of them along their bases."""
     name = manifest["subspace"]["file"]
@@ -48,7 +48,7 @@ def check_edits(
     yield from check_subspace(folder, manifest, bases)
     entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
     infos = infos_of(folder, {shard for entry in entries for shard in _shards_of(entry)})
-    with report.bar("check edits", len(entries), "tensor") as bar:
+    with progress.bar("check edits", len(entries), "tensor") as bar:
         for entry in entries:
             basis, rounding = bases[entry["basis"]], manifest["run"]["rounding"]
             yield from check_edit(folder, entry, basis, infos, rounding)
@@ -143,7 +143,6 @@ def check_source(
     manifest: Mapping[str, Any],
     damaged: Mapping[str, str],
     source: Source,
-    report: Report,
 ) -> Iterator[str]:
     """Compare with the source, tensor by tensor."""
     shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
@@ -157,7 +156,7 @@ def check_source(
     fp8 = (entry["requantized"] for entry in manifest["edited"])
     scales = {entry["scales"] for entry in fp8 if entry}
     infos, rounding = infos_of(folder, shards), manifest["run"]["rounding"]
-    with report.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
+    with progress.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
         for shard in shards:
             with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:
                 header = header_of(theirs, shard)

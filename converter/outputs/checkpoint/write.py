@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from converter.edits.apply import Changes, changes_of
 from converter.edits.base import Edit, EditRecord
 from converter.edits.engine import Engine, quiet_blas
 from converter.errors import CheckpointError
-from converter.outputs.staging.journal import Done, Progress
-from converter.runtime.progress import Report
+from converter.outputs.staging.journal import Done, Receiver
+from converter.runtime import progress
+from converter.runtime.threads import ThreadPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,8 @@ def write_checkpoint(
     targets: tuple[Target, ...],
     folder: Path,
     engine: Engine,
-    report: Report,
     keep_source: bool = True,
-    progress: Progress | None = None,
+    receiver: Receiver | None = None,
 ) -> Written:
     """Rewrite the shards, some at a time, then copy the small files, index and config last.
 
@@ -61,11 +61,10 @@ def write_checkpoint(
         plan: of that source.
         edit: what happens to ``targets``.
         targets: the tensors that must change.
-        folder: holds nothing but shards that ``progress`` may know.
+        folder: holds nothing but shards that ``receiver`` may know.
         engine: how many at a time, and how.
-        report: for the progress bar.
         keep_source: if not, shards fetched from the Hub are deleted once they are edited.
-        progress: knows shards that are finished already, is told of each that is written, and
+        receiver: knows shards that are finished already, is told of each that is written, and
             may delete it.
 
     Raises:
@@ -75,19 +74,19 @@ def write_checkpoint(
     """
     records: list[EditRecord] = []
     users = users_of(source, targets)
-    before = progress.before(users) if progress else {}
+    before = receiver.before(users) if receiver else {}
     for done in before.values():
         records += done.edits
     changes = changes_of(source, edit, targets, engine, records)
     rank = max((U.shape[1] for t in targets if (U := edit.basis(t)) is not None), default=0)
     shards_at_a_time = 1 if source.serial else len(source.shards)
-    if progress and progress.at_a_time:
-        shards_at_a_time = min(shards_at_a_time, progress.at_a_time)
+    if receiver and receiver.at_a_time:
+        shards_at_a_time = min(shards_at_a_time, receiver.at_a_time)
     workers = engine.workers_for(shards_at_a_time, targets, rank)
-    with report.bar("edit", plan.nbytes, "B") as bar:
+    with progress.bar("edit", plan.nbytes, "B") as bar:
         job = Rewriting(source, changes, users, folder, engine, bar, keep_source)
-        if progress:
-            job.then(lambda shard, record: progress.finished(shard, _done(records, shard, record)))
+        if receiver:
+            job.then(lambda shard, record: receiver.finished(shard, _done(records, shard, record)))
         shards = job.run(workers, {shard: done.record for shard, done in before.items()})
     if len(records) != len(targets):
         raise CheckpointError(
@@ -175,7 +174,7 @@ class Rewriting:
             self.let_go(shard)
         with (
             quiet_blas(workers) as threads,
-            ThreadPoolExecutor(workers, "edit", torch.set_num_threads, (threads,)) as pool,
+            ThreadPool(workers, "edit", torch.set_num_threads, (threads,)) as pool,
         ):
             try:
                 for shard in fetched(
@@ -246,7 +245,7 @@ def users_of(source: Source, targets: tuple[Target, ...]) -> dict[str, set[str]]
 
 def fetched(source: Source, shards: Sequence[str]) -> Iterator[str]:
     """The shards in order, each on disk; the next one is fetched while one is used."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPool(1) as pool:
         ahead = [pool.submit(source.fetch, [shard]) for shard in shards[:1]]
         for place, shard in enumerate(shards):
             current = ahead.pop()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from converter.errors import ConverterError, DestinationError, GateError, VerificationError
 from converter.outputs.staging.lock import locked
+from converter.runtime import progress
 from converter.runtime.cache import sync
-from converter.runtime.progress import Report
 
 JOURNAL = "journal.jsonl"
 """See ``converter.outputs.journal``."""
@@ -148,7 +148,7 @@ class Claim:
             sync(self.target.parent)
             shutil.rmtree(old, ignore_errors=True)
 
-    def discard(self, report: Report) -> None:
+    def discard(self) -> None:
         """Delete all that is not the destination. What is renamed first is nobody's any more.
 
         If that fails it changes nothing about the destination, so it is a warning.
@@ -159,11 +159,11 @@ class Claim:
                 self.holder.rename(trash)
             sweep(self.holder)
         except OSError as error:
-            report.warn(f"{self.holder.name} could not be deleted: {error.strerror}")
+            progress.warn(f"{self.holder.name} could not be deleted: {error.strerror}")
 
 
 @contextmanager
-def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Claim]:
+def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
     """Hold a destination against other runs, and take over what a killed one has left.
 
     If the block fails after shards were finished, they are kept for the next run, unless what
@@ -172,7 +172,6 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
     Args:
         destination: asked about before with ``check_destination``.
         overwrite: whether what is there may be replaced.
-        report: is told what is kept.
 
     Raises:
         DestinationError: another run holds it, or it cannot be written.
@@ -185,7 +184,7 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
             claim.holder.parent.mkdir(parents=True, exist_ok=True)
             for path in made:
                 sync(path.parent)
-            lock = locked(claim.holder, destination, report)
+            lock = locked(claim.holder, destination)
             sweep(claim.holder)
             claim.recover()
         if not overwrite:
@@ -200,12 +199,12 @@ def claimed(destination: Path, overwrite: bool, report: Report) -> Iterator[Clai
             if isinstance(error, ConverterError):
                 error.hint = "; ".join(filter(None, [error.hint, kept]))
             else:
-                report.note(f"  {kept}")
+                progress.note(f"  {kept}")
         raise
     finally:
         if lock is not None:
             if not keep and not claim.torn:
-                claim.discard(report)
+                claim.discard()
             with suppress(OSError):
                 os.close(lock)
         for path in made:

@@ -26,8 +26,8 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit, EditRecord, Requantized
 from converter.edits.engine import Engine
 from converter.outputs.staging.claim import Claim
+from converter.runtime import progress
 from converter.runtime.cache import sha256_of, sync
-from converter.runtime.progress import Report
 from converter.runtime.strict_json import parse
 
 
@@ -39,7 +39,7 @@ class Done:
     edits: tuple[EditRecord, ...]
 
 
-class Progress(Protocol):
+class Receiver(Protocol):
     """Who is told of each shard that is finished.
 
     Attributes:
@@ -61,14 +61,13 @@ class Progress(Protocol):
 
 
 class Journal:
-    """The ``Progress`` of a run that writes to a folder.
+    """The ``Receiver`` of a run that writes to a folder.
 
     Args:
         path: of the file.
         folder: where the shards are.
         key: of ``key_of``.
         digests: gives the sha256 of the source's shards as they are now, where shards are files.
-        report: is told how many shards need not be written.
     """
 
     at_a_time: int | None = None
@@ -79,10 +78,9 @@ class Journal:
         folder: Path,
         key: str,
         digests: Callable[[], Mapping[str, str]],
-        report: Report,
     ) -> None:
         self._path, self._folder, self._key = path, folder, key
-        self._digests, self._report, self._lock = digests, report, Lock()
+        self._digests, self._lock = digests, Lock()
 
     @classmethod
     def of(
@@ -92,16 +90,14 @@ class Journal:
         edit: Edit,
         targets: Sequence[Target],
         engine: Engine,
-        cache: Path,
-        report: Report,
     ) -> "Journal":
         """The journal of an edit that is written to a claimed destination."""
-        key = key_of(edit, targets, engine, source.original_files(cache))
+        key = key_of(edit, targets, engine, source.original_files())
 
         def digests() -> Mapping[str, str]:
-            return {} if source.originals else source.digests(cache)
+            return {} if source.originals else source.digests()
 
-        return cls(claim.journal, claim.part, key, digests, report)
+        return cls(claim.journal, claim.part, key, digests)
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
         """The shards that an earlier run has finished, looked at again; the journal begins anew.
@@ -113,7 +109,7 @@ class Journal:
             digests = self._digests()
             known = {n: done for n, done in known.items() if self._is_whole(n, done, digests)}
             known = {n: done for n, done in known.items() if users[n] <= known.keys()}
-            self._report.note(f"  {len(known)} of {len(users)} shards are finished already")
+            progress.note(f"  {len(known)} of {len(users)} shards are finished already")
         keep_only(self._folder, known)
         part = self._path.with_name(f"{self._path.name}.new")
         text = [{"key": self._key}, *(_line(name, done) for name, done in known.items())]

@@ -13,19 +13,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from converter.errors import DestinationError
-from converter.runtime.progress import Report
+from converter.runtime import progress
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that have none."""
 
 
-def locked(folder: Path, destination: Path, report: Report) -> int:
+def locked(folder: Path, destination: Path) -> int:
     """Make a folder, unless it is there, and hold the lock in it.
+
+    If the file system has no locks, this is a warning.
 
     Args:
         folder: may be renamed and deleted by who holds its lock.
         destination: what the lock is for, in the user's words.
-        report: is warned if the file system has no locks.
 
     Returns:
         a descriptor; the lock is held for as long as this process lives, or until it is closed.
@@ -52,7 +53,7 @@ def locked(folder: Path, destination: Path, report: Report) -> int:
         except FileNotFoundError:  # who held it has just renamed the folder
             continue
         try:
-            _lock(file, destination, report)
+            _lock(file, destination)
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
         except FileNotFoundError:
@@ -63,7 +64,7 @@ def locked(folder: Path, destination: Path, report: Report) -> int:
         os.close(file)
 
 
-def _lock(file: int, destination: Path, report: Report) -> None:
+def _lock(file: int, destination: Path) -> None:
     """Lock an open file, and write into it who did."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +77,9 @@ def _lock(file: int, destination: Path, report: Report) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        report.warn(f"the file system of {destination} has no locks: see that only one run uses it")
+        progress.warn(
+            f"the file system of {destination} has no locks: see that only one run uses it"
+        )
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%F %T}"}
     os.ftruncate(file, 0)
     os.write(file, json.dumps(me).encode())

@@ -1,0 +1,129 @@
+"""What a run tells, as a library and from the command line; and what threads tell of it."""
+
+import io
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from converter.cli.terminal import reporting
+from converter.runtime import progress
+from converter.runtime.cache import cache_folder, default_cache, using_cache
+from converter.runtime.threads import ThreadPool
+
+
+class Terminal(io.StringIO):
+    """A standard error that people look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def tell() -> None:
+    """One of each."""
+    progress.note("a note")
+    progress.warn("of something odd")
+    with progress.stage("plan", "planning"), progress.bar("edit", 2, "B"):
+        progress.advance(2)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_library_prints_nothing(
+    recorded: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Even if nobody has set logging up, where Python prints warnings itself."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    if recorded:
+        with progress.recording():
+            tell()
+    else:
+        tell()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_library_logs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "converter"):
+        tell()
+    assert caplog.record_tuples == [
+        ("converter", logging.INFO, "a note"),
+        ("converter", logging.WARNING, "of something odd"),
+        ("converter", logging.INFO, "planning"),
+    ]
+
+
+def test_stages_and_warnings_are_kept() -> None:
+    with progress.recording() as told:
+        tell()
+        with progress.recording() as inner:  # as of ``convert`` within a command
+            tell()
+        assert inner is told is progress.current()
+    assert told.warnings == ["of something odd"] * 2
+    assert told.seconds["plan"] > 0
+    assert told.memory["plan"] > 0
+    assert not progress.current().warnings
+    assert progress.current() is not told
+
+
+def test_a_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with reporting(quiet=quiet) as told:
+            tell()
+        assert told.warnings == ["of something odd"]
+    tell()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        "a note", "warning: of something odd", "planning",
+        "warning: of something odd",
+    ]  # fmt: skip
+
+
+def test_the_innermost_bar_is_moved() -> None:
+    with progress.recording(shows_bars=True) as told, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        with progress.bar("outer", 9, "text") as outer:
+            progress.advance(1)
+            with progress.bar("inner", 9, "text") as inner:
+                progress.advance(2)
+            progress.advance(4)
+        progress.advance(8)
+    assert (outer.n, inner.n) == (5, 2)
+    assert told.bars == []
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bars_are_for_a_terminal(quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", kind())
+        with reporting(quiet=quiet), progress.bar("edit", 9, "text") as bar:
+            assert bar.disable == (quiet or kind is not Terminal)
+
+
+def test_a_thread_tells_the_run_it_works_for(tmp_path: Path) -> None:
+    def work(name: str) -> Path:
+        progress.warn(name)
+        progress.advance(1)
+        return cache_folder()
+
+    names = ["one", "two", "three"]
+    with progress.recording(shows_bars=True) as told, using_cache(tmp_path):
+        with progress.bar("edit", 3, "text") as bar, ThreadPool(2) as pool:
+            assert list(pool.map(work, names)) == [tmp_path] * 3
+        assert bar.n == 3
+        with ThreadPoolExecutor(1) as alone:  # which is why there is a ThreadPool
+            assert alone.submit(work, "lost").result() != tmp_path
+    assert sorted(told.warnings) == sorted(names)
+
+
+def test_the_cache_is_the_default_one_unless_another_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "own"))
+    with using_cache(tmp_path / "outer"):
+        with reporting(quiet=True):
+            assert cache_folder() == default_cache() == tmp_path / "own"
+        with reporting(quiet=True, cache_dir=tmp_path / "given"):
+            assert cache_folder() == tmp_path / "given"
+        assert cache_folder() == tmp_path / "outer"
