@@ -25,6 +25,7 @@ from converter.checkpoints.resolve import resolve
 from converter.models.build import load_language_model, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.resident import Model
+from converter.runtime.cache import using_cache
 from tests.test_quantization import BLOCKS, as_fp8
 
 WORDS = ("<s>", "</s>", "<unk>", "damn", "hell", *(f"w{n}" for n in range(43)))
@@ -79,13 +80,13 @@ def stored_as(kind: str, checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def extracted(folder: Path, forward: str, request: Request, cache: Path) -> Activations:
+def extracted(folder: Path, forward: str, request: Request) -> Activations:
     """What ``request`` asks for, of a model that is ``resident`` or ``streamed``."""
-    source = resolve(str(folder), cache)
+    source = resolve(str(folder))
     plan = make_plan(source.config, source.weight_map, source.headers())
     given = (source, plan, load_tokenizer(folder), torch.float32, "cpu")
     model: Model = (
-        stream_language_model(*given, 10**9, cache)
+        stream_language_model(*given, 10**9)
         if forward == "streamed"
         else load_language_model(*given)
     )
@@ -115,7 +116,8 @@ def test_activations_are_the_recorded_numbers(
     kind: str, name: str, forward: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     source = stored_as(kind, checkpoint, tmp_path / "source")
-    seen = extracted(source, forward, REQUESTS[name], tmp_path / "cache").tensors()
+    with using_cache(tmp_path / "cache"):
+        seen = extracted(source, forward, REQUESTS[name]).tensors()
     found = {key: fingerprint(key, tensor) for key, tensor in seen.items()}
     recorded = RECORDED["fp8" if kind == "fp8" else name]
     assert found.keys() == recorded.keys()
