@@ -53,12 +53,10 @@ def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditR
 
     def change(region: Region) -> Iterator[memoryview]:
         before, after = hashlib.sha256(), hashlib.sha256()
-        if engine.digests:
-            region.also_hash(before)
+        region.also_hash(before)
         projector = Projector(basis, DTYPES[target.info.dtype], engine.rounding, engine.device)
         for data in _projected(region, projector, target):
-            if engine.digests:
-                after.update(data)
+            after.update(data)
             yield data
         digests = (before.hexdigest(), after.hexdigest())
         records.append(_finite(EditRecord.of(target, projector.norms(), digests)))

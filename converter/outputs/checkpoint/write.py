@@ -197,13 +197,9 @@ class Rewriting:
         return {shard: before.get(shard) or new[shard] for shard in self.source.shards}
 
     def _work(self, shard: str) -> ShardRecord:
-        engine = self.engine
         try:
-            with _stream(engine.device), self.source.open(shard) as file:
-                record = rewrite(
-                    file, self.folder / shard, self.changes[shard], self._advance,
-                    digests=engine.digests, direct=engine.direct, clone=engine.clone,
-                )  # fmt: skip
+            with _stream(self.engine.device), self.source.open(shard) as file:
+                record = rewrite(file, self.folder / shard, self.changes[shard], self._advance)
             self.after(shard, record)
             self.let_go(shard)
         except BaseException:
