@@ -143,8 +143,9 @@ def test_the_modules_of_an_adapter_are_linear_or_conv1d(kind: str) -> None:
     architecture = architectures()[config.model_type]
     with torch.device("meta"):
         model = getattr(transformers, architecture.auto_class).from_config(config)
-    module = model.get_submodule(architecture.down_proj_module.format(layer=3))
-    assert isinstance(module, Conv1D if architecture.down_proj.output_axis else nn.Linear)
+    down_proj = architecture.roles["down_proj"]
+    module = model.get_submodule(down_proj.module.format(layer=3))
+    assert isinstance(module, Conv1D if down_proj.output_axis else nn.Linear)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -332,7 +333,7 @@ def test_layers_may_have_subspaces_of_different_ranks(
 ) -> None:
     source, plan = planned(checkpoints("gpt2"), tmp_path)
     bases = {n: torch.linalg.qr(torch.randn(HIDDEN, n)).Q for n in LAYERS}
-    edit, targets = Projection(bases, bias=False), plan.select(LAYERS, bias=False)
+    edit, targets = Projection(bases, bias=False), plan.weights("down_proj", LAYERS)
     (tmp_path / "out").mkdir()
     Adapter().write(source, plan, edit, targets, tmp_path / "out", Engine())
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -358,7 +359,7 @@ def test_shards_without_an_edited_weight_are_not_opened(
 
     monkeypatch.setattr(Source, "open", opening)
     monkeypatch.setattr(Source, "fetch", lambda self, shards: fetched.update(shards))
-    targets = plan.select([2], bias=False)
+    targets = plan.weights("down_proj", [2])
     U = torch.linalg.qr(torch.randn(HIDDEN, 2)).Q
     (tmp_path / "out").mkdir()
     Adapter().write(source, plan, Projection({2: U}), targets, tmp_path / "out", Engine())

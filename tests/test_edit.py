@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.checkpoints.weights import Weight
 from converter.edits.apply import change_of
 from converter.edits.base import EditRecord, Projection
 from converter.edits.engine import Engine
@@ -51,13 +51,13 @@ def bound(W: Tensor, norm: float) -> float:
     return rounding_bound(units, D, norm)
 
 
-def target(tensor: Tensor, axis: int = 0, role: str = "down_proj") -> Target:
+def target(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Weight:
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-    return Target(info, "shard", 0, axis, role)
+    return Weight(info, "shard", "down_proj", 0, axis, is_bias=is_bias)
 
 
 def edited(
-    projection: Projection, target: Target, tensor: Tensor, rounding: Rounding = "nearest"
+    projection: Projection, target: Weight, tensor: Tensor, rounding: Rounding = "nearest"
 ) -> tuple[Tensor, EditRecord]:
     U = projection.basis(target)
     assert U is not None
@@ -68,9 +68,8 @@ def edited(
     return as_tensor(bytearray(new), target.info), records[0]
 
 
-def edit(tensor: Tensor, axis: int = 0, role: str = "down_proj", bias: bool = True) -> Tensor:
-    projection = Projection({0: basis()}, bias)
-    return edited(projection, target(tensor, axis, role), tensor)[0]
+def edit(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Tensor:
+    return edited(Projection({0: basis()}), target(tensor, axis, is_bias), tensor)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,8 +121,8 @@ def test_fused_weights_are_edited_like_their_slices() -> None:
 
 def test_a_bias_is_projected_unless_it_is_kept() -> None:
     b = torch.randn(D)
-    assert (basis().T @ edit(b, role="down_proj_bias")).abs().max() < 1e-6
-    assert Projection({0: basis()}, False).basis(target(b, 0, "down_proj_bias")) is None
+    assert (basis().T @ edit(b, is_bias=True)).abs().max() < 1e-6
+    assert Projection({0: basis()}, False).basis(target(b, 0, is_bias=True)) is None
 
 
 def test_layers_without_a_basis_are_left_alone() -> None:

@@ -39,15 +39,17 @@ def parts(folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Heade
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
 def test_every_layer_has_its_down_projection(kind: str, checkpoints: Checkpoints) -> None:
     plan = make_plan(*parts(checkpoints(kind)))
-    weights = [t for t in plan.targets if t.role == "down_proj"]
+    weights = plan.weights("down_proj")
     assert [t.layer for t in weights] == list(range(LAYERS))
     for target in weights:
         assert target.info.shape[target.axis] == HIDDEN
         assert target.info.shape[1 - target.axis] == FFN
-    biases = [t for t in plan.targets if t.role == "down_proj_bias"]
+    biases = plan.biases("down_proj")
+    assert {(t.recorded_role, t.axis) for t in biases} <= {("down_proj_bias", 0)}
     assert len(biases) == (LAYERS if kind in ("llama", "gpt2") else 0)
     assert set(plan.vocabulary) == {"embedding", "unembedding", "final_norm"}
-    assert plan.select([1, 3], bias=False) == tuple(t for t in weights if t.layer in (1, 3))
+    assert plan.weights("down_proj", [3, 1]) == (weights[1], weights[3])
+    assert plan.biases("down_proj", [3]) == biases[3:4]
 
 
 def renamed(headers: dict[str, Header], rename: Callable[[str], str]) -> dict[str, Header]:
@@ -100,7 +102,7 @@ COUNTS = {
 def test_every_expert_of_every_layer_is_a_target(kind: str, checkpoints: Checkpoints) -> None:
     """And as many as the config implies: the plan is checked against the model itself."""
     plan = make_plan(*parts(checkpoints(kind)))
-    weights = [t for t in plan.targets if t.role == "down_proj"]
+    weights = plan.weights("down_proj")
     assert Counter(t.layer for t in weights) == COUNTS[kind]
     for target in weights:
         assert target.info.shape[target.axis] == HIDDEN
@@ -198,7 +200,7 @@ def test_every_name_of_a_data_file_is_that_of_a_tensor(kind: str, checkpoints: C
     final = {"final_norm"} if architecture.final_norm else set()
     assert set(plan.vocabulary) == {"embedding", "unembedding"} | final
     names = {info.name for _, info in plan.vocabulary.values()}
-    untied = {architecture.unembedding} & set(weight_map)
+    untied = {architecture.roles["lm_head"].weight} & set(weight_map)
     assert names == {architecture.embedding, *untied} | ({architecture.final_norm} - {""})
     assert len(plan.post_norms) == (LAYERS if architecture.post_norm else 0)
 

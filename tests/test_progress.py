@@ -3,12 +3,19 @@
 import io
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from converter.cli.terminal import reporting
+from converter.edits.base import Projection
+from converter.edits.engine import Engine
+from converter.outputs.checkpoint.write import write_checkpoint
+from converter.outputs.staging.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.threads import ThreadPool
@@ -66,17 +73,24 @@ def test_stages_and_warnings_are_kept() -> None:
     assert progress.current() is not told
 
 
-def test_a_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line once, whatever else logs, and nothing more when it is over."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])
+    before = (progress.LOG.level, list(progress.LOG.handlers))
     for quiet in (False, True):
         with reporting(quiet=quiet) as told:
             tell()
         assert told.warnings == ["of something odd"]
-    tell()
+    assert before == (progress.LOG.level, progress.LOG.handlers)
+    tell()  # as root's handler prints it
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines() == [
         "a note", "warning: of something odd", "planning",
         "warning: of something odd",
+        "of something odd",
     ]  # fmt: skip
 
 
@@ -91,6 +105,14 @@ def test_the_innermost_bar_is_moved() -> None:
         progress.advance(8)
     assert (outer.n, inner.n) == (5, 2)
     assert told.bars == []
+
+
+def test_a_bar_that_is_closed_is_not_moved_in_place_of_another() -> None:
+    """All bars that are not shown are equal to ``==``."""
+    with progress.recording() as told, progress.bar("outer", 9, "text") as outer:
+        with progress.bar("inner", 9, "text"):
+            pass
+        assert [id(bar) for bar in told.bars] == [id(outer)]
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -115,6 +137,32 @@ def test_a_thread_tells_the_run_it_works_for(tmp_path: Path) -> None:
         with ThreadPoolExecutor(1) as alone:  # which is why there is a ThreadPool
             assert alone.submit(work, "lost").result() != tmp_path
     assert sorted(told.warnings) == sorted(names)
+
+
+class Doubtful:
+    """A ``Receiver`` that has something to say of each shard."""
+
+    at_a_time: int | None = None
+
+    def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
+        return {}
+
+    def finished(self, shard: str, done: Done) -> None:
+        progress.warn(f"{shard} in {cache_folder()}")
+
+
+def test_shards_are_written_by_threads_that_tell(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = resolve(str(checkpoints("llama")))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    out = tmp_path / "out"
+    out.mkdir()
+    with progress.recording() as told, using_cache(tmp_path):
+        write_checkpoint(
+            source, plan, Projection({}), (), out, Engine(workers=2), receiver=Doubtful()
+        )
+    assert sorted(told.warnings) == [f"{shard} in {tmp_path}" for shard in source.shards]
 
 
 def test_the_cache_is_the_default_one_unless_another_is_used(

@@ -1,39 +1,36 @@
 """What a conversion will do, decided from the headers alone: no weight is read.
 
-A ``Plan`` knows every tensor of the source and which of them are down-projections. Whatever is
-wrong with a checkpoint's structure is found here, before anything is computed or written.
+A ``Plan`` knows every tensor of the source and which of them are down-projections; it finds the
+weights of other roles when it is asked for them. Whatever is wrong with a checkpoint's structure is
+found here, before anything is computed or written.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converter.checkpoints.architectures.architecture import Architecture, find_architecture
+from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, quantized, read_scheme, scales_of
-from converter.checkpoints.safetensors.header import FLOATS, Header, TensorInfo
-from converter.errors import CheckpointError
+from converter.checkpoints.fp8_scheme import Scheme, read_scheme
+from converter.checkpoints.safetensors.header import Header
+from converter.checkpoints.weights import Names, Place, Weight, check_shape
+from converter.errors import CheckpointError, OptionError
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A tensor that an edit may change.
+class BiasRoute:
+    """How the weights of a role have or get biases, in every layer.
 
     Attributes:
-        info: its entry in the header of ``shard``.
-        shard: file name.
-        layer: counted from 0.
-        axis: the axis of length hidden size: 0 for Linear, 1 for Conv1D, the last of a bias.
-        role: ``down_proj`` or ``down_proj_bias``.
-        scales: of a weight in FP8, which change with it; else None.
+        biases: layer -> name of the role's bias.
+        config: keys to set in ``config.json``; empty if the checkpoint has the biases.
+        created: name -> shape of every tensor that the checkpoint must get: the biases, and others
+            that the same keys imply, which must be zero; empty if it has them.
     """
 
-    info: TensorInfo
-    shard: str
-    layer: int
-    axis: int
-    role: str
-    scales: Scales | None = None
+    biases: Mapping[int, str]
+    config: Mapping[str, Any]
+    created: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +42,24 @@ class Plan:
         dimensions: its sizes.
         headers: shard file name -> header.
         targets: every down-projection and its bias, all layers, in order of layer.
+        roles: those that it has weights of.
         vocabulary: ``embedding``, ``unembedding``, ``final_norm`` -> shard and entry; the
             unembedding is the embedding where they are tied; what a checkpoint lacks is absent.
         post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
             architecture has none.
         scheme: how weights are stored in FP8, or None if they are not.
+        names: finds its tensors.
     """
 
     architecture: Architecture
     dimensions: Dimensions
     headers: Mapping[str, Header]
-    targets: tuple[Target, ...]
-    vocabulary: Mapping[str, tuple[str, TensorInfo]]
-    post_norms: Mapping[int, tuple[str, TensorInfo]]
+    targets: tuple[Weight, ...]
+    roles: tuple[Role, ...]
+    vocabulary: Mapping[str, Place]
+    post_norms: Mapping[int, Place]
     scheme: Scheme | None
+    names: Names
 
     @property
     def nbytes(self) -> int:
@@ -76,14 +77,73 @@ class Plan:
             if info.dtype in widths
         )
 
-    def select(self, layers: Iterable[int], bias: bool) -> tuple[Target, ...]:
-        """The targets in ``layers``, with or without their biases."""
-        wanted = set(layers)
-        return tuple(
-            target
-            for target in self.targets
-            if target.layer in wanted and (bias or target.role == "down_proj")
-        )
+    def weights(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
+        """The weights of a role, in order of layer and expert.
+
+        All but down-projections are looked for, and checked, when they are asked for.
+
+        Args:
+            role: what they are for.
+            layers: whose, or None for all. ``lm_head`` is in no layer and is given for any.
+
+        Raises:
+            OptionError: the checkpoint has no such role.
+            CheckpointError: a weight is missing, or has not the shape or dtype that it must have.
+        """
+        return tuple(weight for weight in self._located(role, layers) if not weight.is_bias)
+
+    def biases(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
+        """The biases of these weights, as far as there are any. Raises as ``weights``."""
+        return tuple(weight for weight in self._located(role, layers) if weight.is_bias)
+
+    def module(self, weight: Weight) -> str:
+        """The module of the transformers class whose output a weight makes.
+
+        All experts of a layer, and what else is a down-projection in a mixture, have the FFN.
+        """
+        return self.architecture.roles[weight.role].module.format(layer=weight.layer)
+
+    def bias_route(self, role: Role) -> BiasRoute | None:
+        """How a role has or gets biases; None if no way is known.
+
+        There is none either if some layers have a bias and others not, or if maps have one that are
+        to get it: such a checkpoint is not what its class makes of it.
+
+        Raises:
+            OptionError, CheckpointError: as ``weights``.
+        """
+        weights, biases = self.weights(role), self.biases(role)
+        if len(biases) == len(weights):
+            return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {})
+        if biases or role not in self.architecture.bias_routes:
+            return None
+        spec, route = self.architecture.roles[role], self.architecture.bias_routes[role]
+        names = {w.layer: self.names.on_disk(spec.bias, w.layer) for w in weights}
+        created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
+        for weight in weights:
+            for other in map(spec.beside, route.zeros):
+                _, info = self.names.need(f"{other}.weight", weight.layer)
+                check_shape(info, (0, self.dimensions.hidden_size))
+                if self.names.find(f"{other}.bias", weight.layer):
+                    return None
+                created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
+        return BiasRoute(names, route.config, created)
+
+    def _located(self, role: Role, layers: Iterable[int] | None) -> Iterable[Weight]:
+        """Weights and biases of a role."""
+        if role not in self.roles:
+            raise OptionError(
+                f"{self.architecture.title}: this checkpoint has no {role}",
+                expected=" or ".join(self.roles),
+            )
+        count = self.dimensions.num_hidden_layers
+        if role == "lm_head":
+            return self.names.locate(role, count)
+        wanted = set(range(count) if layers is None else layers)
+        if role == "down_proj":
+            return (target for target in self.targets if target.layer in wanted)
+        chosen = (layer for layer in range(count) if layer in wanted)
+        return (weight for layer in chosen for weight in self.names.locate(role, layer))
 
 
 def make_plan(
@@ -103,110 +163,46 @@ def make_plan(
     scheme = read_scheme(config)
     architecture = find_architecture(config)
     sizes = architecture.dimensions(config)
-    tensors = Names(locate_tensors(weight_map, headers), architecture, sizes)
-    targets: list[Target] = []
+    names = Names(locate_tensors(weight_map, headers), architecture, sizes, scheme)
+    targets: list[Weight] = []
     post_norms = {}
     for layer in range(sizes.num_hidden_layers):
-        targets.extend(_targets(tensors, architecture, sizes, scheme, layer))
+        targets.extend(names.locate("down_proj", layer))
         if architecture.post_norm:
-            post_norms[layer] = tensors.need(architecture.post_norm, layer)
-            _check_shape(post_norms[layer][1], (sizes.hidden_size,))
-    _check_all_found(tensors, targets, architecture, sizes)
-    vocabulary = _vocabulary(tensors, architecture, sizes)
-    return Plan(architecture, sizes, headers, tuple(targets), vocabulary, post_norms, scheme)
+            post_norms[layer] = names.need(architecture.post_norm, layer)
+            check_shape(post_norms[layer][1], (sizes.hidden_size,))
+    _check_all_found(names, targets)
+    roles = tuple(_roles(names, config))
+    vocabulary = _vocabulary(names)
+    return Plan(
+        architecture, sizes, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names
+    )
 
 
-Place = tuple[str, TensorInfo]
-"""Shard file name, and the entry in its header."""
+def _roles(names: Names, config: Mapping[str, Any]) -> Iterator[Role]:
+    """The roles that a checkpoint has, by its first layer.
 
-
-class Names:
-    """The tensors of a checkpoint by the names that its architecture's data file has for them.
-
-    Of the beginnings of names that checkpoints of this architecture have, it takes those under
-    which the first layer's down-projection is found.
+    One that says that its embeddings are tied has no ``lm_head``, even if it has a tensor of that
+    name: who loads it need not look at it.
     """
-
-    def __init__(
-        self, tensors: Mapping[str, Place], architecture: Architecture, sizes: Dimensions
-    ) -> None:
-        self.tensors, self._title = tensors, architecture.title
-        self._variant: Mapping[str, str] = {}
-        first, _ = next(architecture.projections(0, sizes))
-        for variant in ({}, *architecture.variants):
-            self._variant = variant
-            if self.find(first.weight):
-                return
-        self._variant = {}
-
-    def on_disk(self, name: str) -> str:
-        """A name of the data file as it is on disk."""
-        for ours, theirs in self._variant.items():
-            if name.startswith(ours):
-                return theirs + name[len(ours) :]
-        return name
-
-    def of_file(self, name: str) -> str:
-        """The reverse."""
-        for ours, theirs in self._variant.items():
-            if name.startswith(theirs):
-                return ours + name[len(theirs) :]
-        return name
-
-    def find(self, template: str, layer: int = 0, expert: int = 0) -> Place | None:
-        """A tensor, or None if the checkpoint has none of that name."""
-        return self.tensors.get(self.on_disk(template.format(layer=layer, expert=expert)))
-
-    def need(self, template: str, layer: int, expert: int = 0) -> Place:
-        """A tensor that must be there. Raises CheckpointError."""
-        if place := self.find(template, layer, expert):
-            return place
-        name = self.on_disk(template.format(layer=layer, expert=expert))
-        if name.replace(".weight", ".qweight") in self.tensors:
-            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
-        raise CheckpointError(
-            f"tensor {name} is missing", expected=f"it, as in every {self._title} of these sizes",
-            found="no tensor of that name", hint="compare config.json with the checkpoint",
-        )  # fmt: skip
+    inner = config.get(names.architecture.config["within"], config)
+    tied = any(part.get("tie_word_embeddings") is True for part in (config, inner))
+    for role, spec in names.architecture.roles.items():
+        if role == "down_proj" or (names.find(spec.weight) and not (role == "lm_head" and tied)):
+            yield role
 
 
-def _targets(
-    tensors: Names,
-    architecture: Architecture,
-    sizes: Dimensions,
-    scheme: Scheme | None,
-    layer: int,
-) -> Iterator[Target]:
-    """The down-projections of a layer and their biases, each checked against the config."""
-    for kind, expert in architecture.projections(layer, sizes):
-        shard, info = tensors.need(kind.weight, layer, expert)
-        _check_shape(info, tuple(getattr(sizes, name) for name in kind.shape))
-        scales = None
-        if scheme and info.dtype == FP8:
-            scales = scales_of(scheme, info, tensors.tensors)
-        else:
-            _check_dtype(info)
-        yield Target(info, shard, layer, kind.output_axis, "down_proj", scales)
-        bias = tensors.find(kind.bias, layer, expert) if kind.bias else None
-        if bias:
-            fused = info.shape[:1] if len(info.shape) == 3 else ()
-            _check_shape(bias[1], (*fused, sizes.hidden_size))
-            _check_dtype(bias[1])
-            yield Target(bias[1], bias[0], layer, len(fused), "down_proj_bias")
-
-
-def _check_all_found(
-    tensors: Names, targets: Iterable[Target], architecture: Architecture, sizes: Dimensions
-) -> None:
+def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
     """No tensor may be named like a down-projection and be none by the config.
 
     Raises:
         CheckpointError: naming it: it would be left unedited.
     """
+    architecture, sizes = names.architecture, names.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers
-    for name, (shard, _) in tensors.tensors.items():
-        layer = architecture.find_layer(tensors.of_file(name))
+    for name, (shard, _) in names.tensors.items():
+        layer = architecture.find_layer(names.of_file(name))
         unused = layer is not None and end <= layer < end + sizes.unused_layers
         if layer is not None and name not in found and not unused:
             experts = f" and {sizes.num_experts} experts" if sizes.num_experts else ""
@@ -217,12 +213,13 @@ def _check_all_found(
             )
 
 
-def _vocabulary(tensors: Names, architecture: Architecture, sizes: Dimensions) -> dict[str, Place]:
+def _vocabulary(names: Names) -> dict[str, Place]:
     """What it takes to decode directions; nothing where embeddings have a width of their own."""
+    architecture, sizes = names.architecture, names.sizes
     places = {
-        "embedding": (embedding := tensors.need(architecture.embedding, 0)),
-        "unembedding": tensors.find(architecture.unembedding) or embedding,
-        "final_norm": tensors.find(architecture.final_norm),
+        "embedding": (embedding := names.need(architecture.embedding)),
+        "unembedding": names.find(architecture.roles["lm_head"].weight) or embedding,
+        "final_norm": names.find(architecture.final_norm),
     }
     found = {role: place for role, place in places.items() if place is not None}
     for role, (_, info) in found.items():
@@ -238,14 +235,14 @@ def _vocabulary(tensors: Names, architecture: Architecture, sizes: Dimensions) -
 
 def locate_tensors(
     weight_map: Mapping[str, str] | None, headers: Mapping[str, Header]
-) -> dict[str, tuple[str, TensorInfo]]:
+) -> dict[str, Place]:
     """Tensor name -> shard and entry, checked against the index.
 
     Raises:
         CheckpointError: a tensor in two files, in the index but in no file, or in another file
             than the index says.
     """
-    tensors: dict[str, tuple[str, TensorInfo]] = {}
+    tensors: dict[str, Place] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
             if name in tensors:
@@ -261,22 +258,3 @@ def locate_tensors(
                 f"the index misplaces tensor {name}", expected=shard, found=tensors[name][0]
             )
     return tensors
-
-
-def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    if info.shape != shape:
-        raise CheckpointError(
-            f"tensor {info.name} contradicts config.json",
-            expected=f"shape {list(shape)}",
-            found=f"{list(info.shape)}",
-        )
-
-
-def _check_dtype(info: TensorInfo) -> None:
-    if info.dtype not in FLOATS:
-        raise CheckpointError(
-            f"tensor {info.name} cannot be edited",
-            expected=f"dtype {', '.join(FLOATS)}",
-            found=info.dtype,
-            hint="use the unquantized checkpoint of this model",
-        )

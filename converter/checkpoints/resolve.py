@@ -176,7 +176,7 @@ def _read(
             folder,
             weights,
             read_index(index) if index.name in sizes else {},
-            find_architecture(config).unembedding,
+            find_architecture(config).roles["lm_head"].weight,
             lambda: _is_tied(folder, config),
         )
     if translated:

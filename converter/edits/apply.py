@@ -7,10 +7,10 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, EditRecord, Requantized, norm_of
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, quantize
@@ -29,7 +29,7 @@ Changes = Mapping[str, Mapping[str, Change]]
 def changes_of(
     source: Source,
     edit: Edit,
-    targets: tuple[Target, ...],
+    targets: tuple[Weight, ...],
     engine: Engine,
     records: list[EditRecord],
 ) -> Changes:
@@ -48,7 +48,7 @@ def changes_of(
     return found
 
 
-def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditRecord]) -> Change:
+def change_of(target: Weight, basis: Tensor, engine: Engine, records: list[EditRecord]) -> Change:
     """A tensor of plain numbers, in blocks; however it is stored, it is matrices (D, F)."""
 
     def change(region: Region) -> Iterator[memoryview]:
@@ -64,7 +64,7 @@ def change_of(target: Target, basis: Tensor, engine: Engine, records: list[EditR
     return change
 
 
-def _projected(region: Region, projector: Projector, target: Target) -> Iterator[memoryview]:
+def _projected(region: Region, projector: Projector, target: Weight) -> Iterator[memoryview]:
     """The new bytes of a tensor, a matrix after the other."""
     try:
         for matrix in matrices(region, target.axis, str(projector.U.device)):
@@ -104,7 +104,7 @@ def _finite(record: EditRecord) -> EditRecord:
     raise CheckpointError(f"tensor {record.name} overflows {record.dtype} when it is edited")
 
 
-def _damaged(target: Target) -> CheckpointError:
+def _damaged(target: Weight) -> CheckpointError:
     return CheckpointError(
         f"tensor {target.info.name} of {target.shard} holds NaN or Inf",
         hint="the source is damaged; get an intact copy",
@@ -112,7 +112,7 @@ def _damaged(target: Target) -> CheckpointError:
 
 
 def _quantized(
-    source: Source, target: Target, basis: Tensor, device: str, records: list[EditRecord]
+    source: Source, target: Weight, basis: Tensor, device: str, records: list[EditRecord]
 ) -> tuple[Change, Change]:
     """What becomes of a weight in FP8 and of its scales.
 
@@ -145,7 +145,7 @@ def _whole(region: Region) -> Tensor:
 
 
 def _edit_quantized(
-    target: Target, q: Tensor, scale: Tensor, basis: Tensor, device: str
+    target: Weight, q: Tensor, scale: Tensor, basis: Tensor, device: str
 ) -> tuple[Tensor, Tensor, EditRecord]:
     """Edit a weight (D, F) in FP8 as a whole; it and its scales as they are to be stored."""
     place = target.scales

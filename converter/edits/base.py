@@ -12,13 +12,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from converter.checkpoints.plan import Target
+from converter.checkpoints.weights import Weight
 
 
 class Edit(Protocol):
     """What a method makes of a model."""
 
-    def basis(self, target: Target) -> Tensor | None:
+    def basis(self, target: Weight) -> Tensor | None:
         """U (D, R), orthonormal columns, that is taken out of a weight; None: it stays as it is."""
 
     def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,8 +46,8 @@ class Projection:
     bases: Mapping[int, Tensor]
     bias: bool = True
 
-    def basis(self, target: Target) -> Tensor | None:
-        if target.role == "down_proj_bias" and not self.bias:
+    def basis(self, target: Weight) -> Tensor | None:
+        if target.is_bias and not self.bias:
             return None
         return self.bases.get(target.layer)
 
@@ -95,7 +95,7 @@ class EditRecord:
     @classmethod
     def of(
         cls,
-        target: Target,
+        target: Weight,
         norms: Mapping[str, float],
         digests: tuple[str, str | None],
         requantized: "Requantized | None" = None,
@@ -107,7 +107,7 @@ class EditRecord:
             name=target.info.name,
             shard=target.shard,
             layer=target.layer,
-            role=target.role,
+            role=target.recorded_role,
             axis=target.axis,
             shape=target.info.shape,
             dtype=target.info.dtype,

@@ -8,8 +8,8 @@ from math import prod
 
 import torch
 
-from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.direct_writer import BUFFER, BUFFERS
+from converter.checkpoints.weights import Weight
 from converter.edits.projection import BLOCK, STRIP, Rounding
 from converter.errors import OptionError
 
@@ -33,7 +33,7 @@ class Engine:
     device: str = "cpu"
     rounding: Rounding = "null-space"
 
-    def workers_for(self, shards: int, targets: Iterable[Target], rank: int) -> int:
+    def workers_for(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
         """Shards to rewrite at a time.
 
         Raises:
@@ -51,7 +51,7 @@ class Engine:
             wanted = min(wanted, self.memory_limit // each)
         return max(min(wanted, shards), 1)
 
-    def expected_memory(self, shards: int, targets: Iterable[Target], rank: int) -> int:
+    def expected_memory(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
         """Peak bytes that the edit is expected to take beside Python itself.
 
         Raises:
@@ -68,7 +68,7 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def worker_memory(targets: Iterable[Target], rank: int) -> int:
+def worker_memory(targets: Iterable[Weight], rank: int) -> int:
     """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
 
     A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of

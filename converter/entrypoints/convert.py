@@ -19,7 +19,7 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluate.fit import Fitted, fit
 from converter.evaluate.gates import Gates
 from converter.hub.repos import check_repo_id
-from converter.methods.base import Method, configure
+from converter.methods.base import Method, configure, targets_of
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
@@ -89,7 +89,7 @@ def convert(
         run, destination, overwrite, keep_source, signer, stream
     )
     device = choose_device(run.device)
-    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
+    targets, output = targets_of(method, plan), OUTPUTS[run.output]
     rank = method.rank or MAX_RANK
     engine = Engine(workers, memory_limit, device, run.rounding)
     engine.workers_for(output.at_a_time(source), targets, rank)  # or it says no now
@@ -195,10 +195,9 @@ def prepare(run: Run) -> tuple[Source, Plan, Method]:
         plan = make_plan(source.config, source.weight_map, source.headers())
         output = OUTPUTS[run.output]
         method = configure(run.method, run.options, plan.dimensions, output.implied)
-        output.check(plan, plan.select(method.edit_layers, method.edit_bias))
-        expert_bias = any(
-            t.role == "down_proj_bias" and len(t.info.shape) > 1 for t in plan.targets
-        )
+        output.check(plan, targets_of(method, plan))
+        sparse = set(plan.dimensions.sparse_layers)
+        expert_bias = any(bias.layer in sparse for bias in plan.biases("down_proj"))
         if expert_bias and not method.edit_bias:
             raise OptionError(
                 "-o bias=keep",
@@ -241,7 +240,7 @@ def prepare_to_write(
             "--no-keep-source", expected="a Hub that can be reached",
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
-    targets, rank = plan.select(method.edit_layers, method.edit_bias), method.rank or MAX_RANK
+    targets, rank = targets_of(method, plan), method.rank or MAX_RANK
     room = stream.room(plan) if stream else OUTPUTS[run.output].nbytes(plan, targets, rank)
     if destination is not None:
         check_destination(destination, overwrite, inputs_of(run, source, signer), room)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from converter.checkpoints.companions import OURS
 from converter.checkpoints.layout import read_json
-from converter.checkpoints.plan import Target, locate_tensors, make_plan
+from converter.checkpoints.plan import locate_tensors, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.spectrum import Place, spectrum
 from converter.edits.subspace_file import SUBSPACE_FILE, load_bases
 from converter.errors import ConverterError, OptionError
@@ -45,7 +46,7 @@ class Side:
 
     source: Source
     tensors: dict[str, tuple[str, TensorInfo]]
-    targets: dict[str, Target]
+    targets: dict[str, Weight]
     opened: dict[str, RawIOBase] = field(default_factory=dict)
 
     @classmethod
@@ -56,7 +57,7 @@ class Side:
             own = (source.inside + name for name in GENERATED)
             hub.download(repo, [name for name in own if name in repo.sizes])
         headers = source.headers()
-        targets: dict[str, Target] = {}
+        targets: dict[str, Weight] = {}
         with suppress(ConverterError):  # an architecture that cannot be edited can be compared
             plan = make_plan(source.config, source.weight_map, headers)
             targets = {target.info.name: target for target in plan.targets}
@@ -139,7 +140,7 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
 
 
 def compare(
-    before: Place, after: Place, target: Target | None, bases: Mapping[str, Tensor]
+    before: Place, after: Place, target: Weight | None, bases: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Any]]:
     """The difference of two tensors of one name; nothing if there is none."""
     old, new = before.info, after.info
@@ -168,7 +169,7 @@ def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def basis_for(
-    info: TensorInfo, target: Target | None, bases: Mapping[str, Tensor]
+    info: TensorInfo, target: Weight | None, bases: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, int | None]:
     """The basis that a tensor may have lost, and the axis that it would lie along.
 

@@ -10,6 +10,7 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.stream_push import Streaming
+from converter.methods.base import targets_of
 from converter.methods.subspace import MAX_RANK
 from converter.models.build import stored_dtype
 from converter.models.placement import choose_forward, needed_weights
@@ -42,7 +43,7 @@ def describe_plan(
     words, _ = load_words(run.word_list), load_prose(run.neutral)
     if run.pairs == "builtin" or not is_dataset(run.pairs):
         load_pairs(run.pairs, words, run.num_pairs, run.seed)
-    targets, output = plan.select(method.edit_layers, method.edit_bias), OUTPUTS[run.output]
+    targets, output = targets_of(method, plan), OUTPUTS[run.output]
     rank, engine = method.rank or MAX_RANK, Engine(workers, memory_limit)
     device = choose_device(run.device)
     dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)

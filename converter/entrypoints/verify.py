@@ -6,9 +6,10 @@ from typing import Any
 
 from converter.checkpoints.layout import read_index, read_json
 from converter.checkpoints.names import INDEX
-from converter.checkpoints.plan import Target, make_plan
+from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.errors import ConverterError, VerificationError
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.adapter.write import Adapter
@@ -116,16 +117,18 @@ def _check_structure(
         target = targets.get(entry["name"])
         if target is None or _place_of(target) != _recorded_place(entry):
             yield f"tensor {entry['name']} is recorded as edited and is not that projection"
-    bias = manifest["method"]["options"].get("bias") != "keep"
-    expected = {t.info.name for t in plan.select(edited_layers(manifest), bias)}
+    layers = edited_layers(manifest)
+    expected = {weight.info.name for weight in plan.weights("down_proj", layers)}
+    if manifest["method"]["options"].get("bias") != "keep":
+        expected |= {bias.info.name for bias in plan.biases("down_proj", layers)}
     for name in sorted(expected ^ {entry["name"] for entry in manifest["edited"]}):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
 
 
-def _place_of(target: Target) -> tuple[Any, ...]:
+def _place_of(target: Weight) -> tuple[Any, ...]:
     """What a plan says of a tensor to be edited; of FP8 also where its scales are."""
     info, scales = target.info, target.scales
-    place = (target.shard, target.layer, target.axis, target.role, info.shape, info.dtype)
+    place = (target.shard, target.layer, target.axis, target.recorded_role, info.shape, info.dtype)
     return (*place, scales and (scales.info.name, scales.shard, tuple(scales.block)))
 
 

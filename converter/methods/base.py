@@ -16,6 +16,8 @@ from torch import Tensor
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
 from converter.errors import OptionError
 from converter.methods.subspace import Subspace
 
@@ -55,6 +57,14 @@ class Method(Protocol):
 
     def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
         """Fit, then freeze. Raises FitError."""
+
+
+def targets_of(method: Method, plan: Plan) -> tuple[Weight, ...]:
+    """The tensors of a checkpoint that a method changes, in order of layer."""
+    found = plan.weights("down_proj", method.edit_layers)
+    if method.edit_bias:
+        found += plan.biases("down_proj", method.edit_layers)
+    return tuple(sorted(found, key=lambda weight: weight.layer))
 
 
 def method_names() -> list[str]:

@@ -24,7 +24,7 @@ def edited(
     """
     handles = []
     for layer in layers:
-        name = architecture.down_proj_module.format(layer=layer)
+        name = architecture.roles["down_proj"].module.format(layer=layer)
         handles.append(model.get_submodule(name).register_forward_hook(_hook(edit, layer)))
     try:
         yield

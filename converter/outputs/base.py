@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from converter.checkpoints.plan import Plan, Target
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.outputs.adapter.write import Adapter
@@ -24,14 +25,14 @@ class Output(Protocol):
     def unused(self) -> tuple[str, ...]:
         """Parameters of the command line that have no effect here."""
 
-    def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
+    def check(self, plan: Plan, targets: tuple[Weight, ...]) -> None:
         """Refuse what cannot be written this way, before anything is computed.
 
         Raises:
             OptionError: naming what could be done instead.
         """
 
-    def nbytes(self, plan: Plan, targets: tuple[Target, ...], rank: int) -> int:
+    def nbytes(self, plan: Plan, targets: tuple[Weight, ...], rank: int) -> int:
         """What will be written, about; the small files are not counted."""
 
     def companions(self, source: Source) -> list[str]:
@@ -45,7 +46,7 @@ class Output(Protocol):
         source: Source,
         plan: Plan,
         edit: Edit,
-        targets: tuple[Target, ...],
+        targets: tuple[Weight, ...],
         folder: Path,
         engine: Engine,
         keep_source: bool = True,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from converter import __version__
 from converter.checkpoints.names import MANIFEST
-from converter.checkpoints.plan import Plan, Target
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Projection
 from converter.edits.subspace_file import load_bases
 from converter.errors import OptionError, VerificationError
@@ -47,7 +48,7 @@ class Recording:
         """The basis that ``layer`` lost."""
         return next(str(e["basis"]) for e in self.manifest["edited"] if e["layer"] == layer)
 
-    def edit(self, plan: Plan) -> tuple[Projection, tuple[Target, ...]]:
+    def edit(self, plan: Plan) -> tuple[Projection, tuple[Weight, ...]]:
         """The recorded edit, and what it changes.
 
         Raises:
@@ -68,7 +69,7 @@ class Recording:
                 )
             targets.append(target)
             bases[target.layer] = basis
-        bias = any(target.role == "down_proj_bias" for target in targets)
+        bias = any(target.is_bias for target in targets)
         return Projection(bases, bias), tuple(targets)
 
 

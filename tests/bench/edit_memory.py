@@ -69,7 +69,7 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     hidden = plan.dimensions.hidden_size
     basis = torch.linalg.qr(torch.randn(hidden, 4))[0]
     layers = range(plan.dimensions.num_hidden_layers)
-    edit, targets = Projection(dict.fromkeys(layers, basis)), plan.select(layers, True)
+    edit, targets = Projection(dict.fromkeys(layers, basis)), plan.targets
     basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
     peak = peak_of(lambda: write_checkpoint(source, plan, edit, targets, out, Engine()))
     return {

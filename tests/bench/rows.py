@@ -79,7 +79,7 @@ def ours(source: Path, out: Path, rounding: Any = "null-space", refused: str = "
         read = resolve(str(source))
         plan = make_plan(read.config, read.weight_map, read.headers())
         layers = range(plan.dimensions.num_hidden_layers)
-        edit, targets = Projection(dict.fromkeys(layers, U)), plan.select(layers, True)
+        edit, targets = Projection(dict.fromkeys(layers, U)), plan.targets
         write_checkpoint(read, plan, edit, targets, out, engine)
 
     return work

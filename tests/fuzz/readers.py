@@ -127,7 +127,8 @@ def config(data: bytes) -> None:
     if weight_map is not None:
         weight_map = read_index(placed(INDEX, json.dumps({"weight_map": weight_map}).encode()))
     plan = make_plan(as_object(given.get("config")), weight_map, headers)
-    plan.select(range(plan.dimensions.num_hidden_layers), bias=True)
+    for role in plan.roles:
+        plan.bias_route(role)
 
 
 def as_object(value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
 from converter.errors import CheckpointError
@@ -20,38 +20,80 @@ from converter.text.sanitize import brief
 if TYPE_CHECKING:
     from torch import nn
 
-_WEIGHT = {"weight", "bias", "shape", "output_axis"}
+Role = Literal["down_proj", "gate_proj", "up_proj", "o_proj", "lm_head"]
+"""What a linear map is for, by its name in Llama."""
+
+_OUTPUTS: Mapping[Role, str] = {
+    "down_proj": "hidden_size",
+    "gate_proj": "intermediate_size",
+    "up_proj": "intermediate_size",
+    "o_proj": "hidden_size",
+    "lm_head": "vocab_size",
+}
+"""Role -> the size of the output of its map."""
+
+_EXPERTS = {"weight", "bias", "shape", "output_axis"}
+_ROLE = {*_EXPERTS, "module", "part"}
+_ROUTE = {"config", "zeros"}
 _TABLES = {
-    "": {"title", "model_type", "variants", "config", "down_proj", "experts", "shared_experts",
-         "norms", "vocabulary", "modules"},
+    "": {"title", "model_type", "variants", "config", "experts", "shared_experts", "norms",
+         "vocabulary", "modules", *_OUTPUTS},
     "config": {"within", "num_hidden_layers", "hidden_size", "intermediate_size", "embedding_size",
                "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
-               "first_dense_layers", "dense_layers", "sparse_step", "unused_layers"},
-    "down_proj": _WEIGHT,
-    "experts": _WEIGHT,
-    "shared_experts": _WEIGHT,
+               "first_dense_layers", "dense_layers", "sparse_step", "unused_layers",
+               "attention_size", "vocab_size"},
+    "down_proj": _ROLE,
+    "gate_proj": _ROLE,
+    "up_proj": _ROLE,
+    "o_proj": _ROLE,
+    "lm_head": _ROLE,
+    "experts": _EXPERTS,
+    "shared_experts": _EXPERTS,
     "norms": {"post_ffn", "final", "offset"},
-    "vocabulary": {"embedding", "unembedding"},
-    "modules": {"auto_class", "block", "ffn", "down_proj"},
+    "vocabulary": {"embedding"},
+    "modules": {"auto_class", "block", "ffn"},
 }  # fmt: skip
 """The keys of a data file, all of them needed, its own ones under the empty name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """One kind of down-projection.
+class WeightSpec:
+    """How the weights of one role, or of its experts, are named and stored.
 
     Attributes:
-        weight, bias: disk names, with ``{layer}``, and with ``{expert}`` if each expert has a
-            tensor of its own. The bias may be missing from a checkpoint; an empty name: none has.
+        weight, bias: disk names, with ``{layer}`` unless there is one for all layers, and with
+            ``{expert}`` if each expert has a tensor of its own. A checkpoint may lack the bias. The
+            weight is empty if the architecture has none.
         shape: names of the sizes of the weight's axes, as stored.
-        output_axis: the axis of the weight that runs over the hidden size.
+        output_axis: the axis of the weight that runs over the outputs.
+        module: of the transformers class, that gives the output; empty for experts, which have
+            none of their own.
+        part: (i, n) if the tensor holds n of these maps along the output axis, this being the i-th.
     """
 
     weight: str
     bias: str
     shape: tuple[str, ...]
     output_axis: int
+    module: str = ""
+    part: tuple[int, int] = (0, 1)
+
+    def beside(self, name: str) -> str:
+        """The disk name, without ``.weight``, of another map in the same module."""
+        return f"{self.weight.removesuffix('.weight').rpartition('.')[0]}.{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class BiasSpec:
+    """How a checkpoint gets biases that a role of it lacks.
+
+    Attributes:
+        config: keys of ``config.json`` and their values.
+        zeros: names of the maps beside the role's that have a bias, too, because of these keys.
+    """
+
+    config: Mapping[str, Any]
+    zeros: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,34 +106,36 @@ class Architecture:
         variants: other beginnings of disk names that checkpoints have, each a table from a
             beginning as in this file to the one on disk.
         config: our name of a size -> its key in ``config.json``.
-        down_proj: of a dense FFN.
-        experts, shared_experts: of a mixture of experts; their weight is empty if there are none.
+        roles: those that the architecture has; ``down_proj`` and ``lm_head`` are always among them.
+            The first is of a dense FFN, and its weight is empty if there is none; its module is the
+            FFN if any layer has experts.
+        experts, shared_experts: down-projections of a mixture of experts; their weight is empty if
+            there are none.
+        bias_routes: of roles whose biases can be added.
         post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         final_norm: disk name, or empty.
         norm_offset: norms multiply by their weight plus this.
-        embedding, unembedding: disk names; a tied checkpoint has no unembedding.
+        embedding: disk name.
         auto_class: of transformers, that loads the model.
-        block, ffn, down_proj_module: modules of the transformers class, with ``{layer}``: the whole
-            decoder layer, the module whose output is what the FFN adds to the residual stream, and
-            the one that gives what the down-projections write.
+        block, ffn: modules of the transformers class, with ``{layer}``: the whole decoder layer,
+            and the module whose output is what the FFN adds to the residual stream.
     """
 
     title: str
     model_type: str
     variants: tuple[Mapping[str, str], ...]
     config: Mapping[str, str]
-    down_proj: Projection
-    experts: Projection
-    shared_experts: Projection
+    roles: Mapping[Role, WeightSpec]
+    experts: WeightSpec
+    shared_experts: WeightSpec
+    bias_routes: Mapping[Role, BiasSpec]
     post_norm: str
     final_norm: str
     norm_offset: int
     embedding: str
-    unembedding: str
     auto_class: str
     block: str
     ffn: str
-    down_proj_module: str
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
         """Read the sizes from a parsed ``config.json``.
@@ -101,21 +145,35 @@ class Architecture:
         """
         return read_dimensions(self.config, config, has_experts=bool(self.experts.weight))
 
-    def projections(self, layer: int, sizes: Dimensions) -> Iterator[tuple[Projection, int]]:
-        """The down-projections that a layer must have, and the expert of each (0 for others)."""
-        if layer not in sizes.sparse_layers:
-            yield self.down_proj, 0
+    def specs(
+        self, role: Role, layer: int, sizes: Dimensions
+    ) -> Iterator[tuple[WeightSpec, int | None]]:
+        """The weights of a role that a layer must have, and the expert of each, if it has a number.
+
+        Args:
+            role: one that the architecture has.
+            layer: counted from 0.
+            sizes: of the model; they say which layers have experts.
+        """
+        if role != "down_proj" or layer not in sizes.sparse_layers:
+            yield self.roles[role], None
             return
-        for expert in range(sizes.num_experts if "{expert}" in self.experts.weight else 1):
+        own = "{expert}" in self.experts.weight
+        for expert in range(sizes.num_experts) if own else (None,):
             yield self.experts, expert
         if self.shared_experts.weight and sizes.shared_expert_intermediate_size:
-            yield self.shared_experts, 0
+            yield self.shared_experts, None
+
+    def down_projections(self) -> tuple[str, ...]:
+        """Disk names of the weights of all kinds of down-projections."""
+        specs = (self.roles["down_proj"], self.experts, self.shared_experts)
+        return tuple(dict.fromkeys(spec.weight for spec in specs if spec.weight))
 
     def check_modules(self, model: "nn.Module") -> None:
         """Raise ValueError, a mistake of the file's author, if a module is not in ``model``."""
         names = {name for name, _ in model.named_modules()}
         for key, template in (
-            ("block", self.block), ("ffn", self.ffn), ("down_proj", self.down_proj_module),
+            ("block", self.block), ("ffn", self.ffn), ("down_proj", self.roles["down_proj"].module),
         ):  # fmt: skip
             name = template.format(layer=0)
             if name not in names:
@@ -133,8 +191,7 @@ class Architecture:
 
 @cache
 def _pattern(architecture: Architecture) -> re.Pattern[str]:
-    kinds = (architecture.down_proj, architecture.experts, architecture.shared_experts)
-    names = {re.escape(kind.weight) for kind in kinds if kind.weight}
+    names = set(map(re.escape, architecture.down_projections()))
     number = r"(\d{1,9})"
     return re.compile(
         "|".join(
@@ -162,36 +219,50 @@ def parse_architecture(text: str, name: str) -> Architecture:
         ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
     """
     data = _merged(text, name)
+    routes = data.pop("bias_routes", {})
     for table, keys in _TABLES.items():
         found = set(data) if table == "" else set(data[table])
         if unknown := found ^ keys:
             raise ValueError(f"{name}: unknown or missing keys {sorted(unknown)}")
-    for table in ("down_proj", "experts", "shared_experts"):
-        shape, axis = data[table]["shape"], data[table]["output_axis"]
-        if axis not in range(len(shape)) or shape[axis] != "hidden_size":
-            raise ValueError(f"{name}: [{table}] output_axis {axis} is not hidden_size in {shape}")
-    norms, modules = data["norms"], data["modules"]
+    if unknown := {*routes} - {*_OUTPUTS} or {k for r in routes.values() for k in {*r} ^ _ROUTE}:
+        raise ValueError(f"{name}: [bias_routes]: unknown or missing keys {sorted(unknown)}")
+    roles = {role: _spec(role, data[role], size, name) for role, size in _OUTPUTS.items()}
+    norms, modules, always = data["norms"], data["modules"], ("down_proj", "lm_head")
     return Architecture(
         title=data["title"],
         model_type=data["model_type"],
         variants=tuple(data["variants"]),
         config=data["config"],
-        down_proj=_projection(data["down_proj"]),
-        experts=_projection(data["experts"]),
-        shared_experts=_projection(data["shared_experts"]),
+        roles={role: spec for role, spec in roles.items() if spec.weight or role in always},
+        experts=_spec("experts", data["experts"], "hidden_size", name),
+        shared_experts=_spec("shared_experts", data["shared_experts"], "hidden_size", name),
+        bias_routes={
+            role: BiasSpec(table["config"], tuple(table["zeros"])) for role, table in routes.items()
+        },
         post_norm=norms["post_ffn"],
         final_norm=norms["final"],
         norm_offset=norms["offset"],
+        embedding=data["vocabulary"]["embedding"],
         auto_class=modules["auto_class"],
         block=modules["block"],
         ffn=modules["ffn"],
-        down_proj_module=modules["down_proj"],
-        **data["vocabulary"],
     )
 
 
-def _projection(table: Mapping[str, Any]) -> Projection:
-    return Projection(table["weight"], table["bias"], tuple(table["shape"]), table["output_axis"])
+def _spec(table: str, data: Mapping[str, Any], output: str, name: str) -> WeightSpec:
+    """The table of a role, or of experts, whose outputs are as many as the size ``output``."""
+    shape, axis = data["shape"], data["output_axis"]
+    if axis not in range(len(shape)) or shape[axis] != output:
+        raise ValueError(f"{name}: [{table}] output_axis {axis} is not {output} in {shape}")
+    stem = data["weight"].removesuffix(".weight")
+    return WeightSpec(
+        weight=data["weight"],
+        bias=data["bias"] or f"{stem}.bias",
+        shape=tuple(shape),
+        output_axis=axis,
+        module=data.get("module", "") or (stem if "module" in data else ""),
+        part=tuple(data.get("part", (0, 1))),
+    )
 
 
 def _folder() -> Traversable:
@@ -208,7 +279,7 @@ def _merged(text: str, name: str) -> dict[str, Any]:
         whole = _merged(_folder().joinpath(f"{other}.toml").read_text("utf-8"), f"{other}.toml")
     except OSError as error:
         raise ValueError(f"{name}: like {other!r}, of which there is no file") from error
-    for key in ("title", "model_type"):  # never those of another
+    for key in ("title", "model_type", "bias_routes"):  # never those of another
         whole.pop(key, None)
     for key, value in data.items():
         whole[key] = whole[key] | value if isinstance(value, dict) and key in whole else value
@@ -237,7 +308,6 @@ def architecture_table() -> str:
     """What is supported, as a Markdown table: one row for each data file."""
     rows = ["| models | `model_type` | down-projections |", "|---|---|---|"]
     for name, architecture in architectures().items():
-        kinds = (architecture.down_proj, architecture.experts, architecture.shared_experts)
-        weights = dict.fromkeys(f"`{kind.weight}`" for kind in kinds if kind.weight)
+        weights = [f"`{weight}`" for weight in architecture.down_projections()]
         rows.append(f"| {architecture.title} | `{name}` | {'<br>'.join(weights)} |")
     return "\n".join(rows)

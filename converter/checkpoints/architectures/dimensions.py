@@ -9,7 +9,8 @@ from converter.errors import CheckpointError
 from converter.text.sanitize import brief
 
 _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
-             "first_dense_layers", "sparse_step", "unused_layers"}  # fmt: skip
+             "first_dense_layers", "sparse_step", "unused_layers", "attention_size",
+             "vocab_size"}  # fmt: skip
 """Sizes that may be 0 or be missing from a config, which is the same."""
 
 
@@ -22,12 +23,13 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of one model, read from its ``config.json``; 0 for what it does not have.
+    """Sizes of one model, read from its ``config.json``; 0 for what it does not have or say.
 
     Attributes:
         sparse_layers: those with experts.
         unused_layers: layers that a checkpoint may have after the last, for speculative decoding;
             the model does not run through them, and they are left alone.
+        attention_size: of what all heads of a layer give together.
     """
 
     num_hidden_layers: int
@@ -39,6 +41,8 @@ class Dimensions:
     shared_expert_intermediate_size: int = 0
     sparse_layers: tuple[int, ...] = ()
     unused_layers: int = 0
+    attention_size: int = 0
+    vocab_size: int = 0
 
 
 def read_dimensions(

@@ -27,7 +27,6 @@ from converter.outputs.adapter.write import (
     Adapter,
     adapter_config,
     coordinates,
-    module_of,
     sha256_of_tensor,
     tensor_names,
 )
@@ -166,7 +165,7 @@ def _check_source(
             if target is None or found != recorded:
                 yield f"the source {source.name} has no such projection: {name}"
                 continue
-            if module_of(plan, target) != entry["lora"]["module"]:
+            if plan.module(target) != entry["lora"]["module"]:
                 yield f"{name} of the source is not module {entry['lora']['module']}"
             U = bases[entry["basis"]]
             P, norm, digest = coordinates(source, target, U, "cpu")

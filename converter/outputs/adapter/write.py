@@ -25,10 +25,11 @@ from torch import Tensor
 
 from converter.checkpoints.companions import papers
 from converter.checkpoints.formats.virtual import Recipe, VirtualFile
-from converter.checkpoints.plan import Plan, Target
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, EditRecord, Lora
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
@@ -52,7 +53,7 @@ class Adapter:
     implied: Mapping[str, str] = {"bias": "keep"}
     unused: tuple[str, ...] = ("rounding", "workers", "stream_to_hub")
 
-    def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
+    def check(self, plan: Plan, targets: tuple[Weight, ...]) -> None:
         """A LoRA adds to the weight of one Linear or Conv1D, and to nothing else."""
         if plan.architecture.experts.weight:
             raise OptionError(
@@ -62,7 +63,7 @@ class Adapter:
                 "parameters in memory that a LoRA of this kind cannot name",
                 hint="use --output checkpoint",
             )
-        if any(target.role == "down_proj_bias" for target in targets):
+        if any(target.is_bias for target in targets):
             raise OptionError(
                 "-o bias=project",
                 expected="bias=keep with --output adapter, since a LoRA changes no bias",
@@ -70,7 +71,7 @@ class Adapter:
                 hint="leave the option out, or use --output checkpoint",
             )
 
-    def nbytes(self, plan: Plan, targets: tuple[Target, ...], rank: int) -> int:
+    def nbytes(self, plan: Plan, targets: tuple[Weight, ...], rank: int) -> int:
         return sum(4 * rank * sum(target.info.shape) for target in targets)
 
     def companions(self, source: Source) -> list[str]:
@@ -85,7 +86,7 @@ class Adapter:
         source: Source,
         plan: Plan,
         edit: Edit,
-        targets: tuple[Target, ...],
+        targets: tuple[Weight, ...],
         folder: Path,
         engine: Engine,
         keep_source: bool = True,
@@ -96,13 +97,13 @@ class Adapter:
             receiver.before({})
         order = sorted(targets, key=lambda target: (target.shard, target.info.start))
         bases = {target.layer: basis_of(edit, target) for target in order}
-        ranks = {module_of(plan, target): bases[target.layer].shape[1] for target in targets}
+        ranks = {plan.module(target): bases[target.layer].shape[1] for target in targets}
         if max(ranks.values()) > SERVED_RANK:
             progress.warn(
                 f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
                 "or less unless they are told otherwise"
             )
-        kept = sum(t.role == "down_proj_bias" and t.layer in bases for t in plan.targets)
+        kept = len(plan.biases("down_proj", bases))
         if kept:
             progress.note(f"  {kept} biases stay as they are: a LoRA has none")
         records = []
@@ -163,12 +164,7 @@ def tensor_names(module: str) -> tuple[str, str]:
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
-def module_of(plan: Plan, target: Target) -> str:
-    """The module in memory whose weight a target is."""
-    return plan.architecture.down_proj_module.format(layer=target.layer)
-
-
-def basis_of(edit: Edit, target: Target) -> Tensor:
+def basis_of(edit: Edit, target: Weight) -> Tensor:
     """U (D, R) float32. Raises CheckpointError if the edit leaves the target as it is."""
     basis = edit.basis(target)
     if basis is None:
@@ -177,7 +173,7 @@ def basis_of(edit: Edit, target: Target) -> Tensor:
 
 
 def factors(
-    source: Source, plan: Plan, target: Target, basis: Tensor, device: str
+    source: Source, plan: Plan, target: Weight, basis: Tensor, device: str
 ) -> tuple[Tensor, Tensor, EditRecord]:
     """A (R, F) and B (D, R) of one weight, float32, and what they do to it.
 
@@ -203,12 +199,12 @@ def factors(
     }
     if not isfinite(norms["change"]):
         raise CheckpointError(f"tensor {target.info.name} is too large for an adapter in float32")
-    lora = Lora(module_of(plan, target), sha256_of_tensor(A), sha256_of_tensor(B))
+    lora = Lora(plan.module(target), sha256_of_tensor(A), sha256_of_tensor(B))
     return A, B, EditRecord.of(target, norms, (digest, None), lora=lora)
 
 
 def coordinates(
-    source: Source, target: Target, basis: Tensor, device: str
+    source: Source, target: Weight, basis: Tensor, device: str
 ) -> tuple[Tensor, float, str]:
     """P = U^T W (R, F) float64, on the CPU; ||W||_F; and sha256 of the tensor as stored.
 
@@ -231,7 +227,7 @@ def coordinates(
 
 
 def _matrices(
-    source: Source, target: Target, device: str, digest: "hashlib._Hash"
+    source: Source, target: Weight, device: str, digest: "hashlib._Hash"
 ) -> Iterator[Matrix]:
     """A weight as matrices (D, F); one in FP8 is held as a whole, as the numbers it stands for."""
     with source.open(target.shard) as file:
@@ -245,7 +241,7 @@ def _matrices(
         yield Matrix(lambda i, j: W[i:j], W.shape[1], False)
 
 
-def _as_fetched(source: Source, order: Sequence[Target], keep_source: bool) -> Iterator[Target]:
+def _as_fetched(source: Source, order: Sequence[Weight], keep_source: bool) -> Iterator[Weight]:
     """The targets one after the other, each with its shard on disk.
 
     The next shard is fetched meanwhile. Those that no later target needs are deleted, if the source
@@ -261,11 +257,11 @@ def _as_fetched(source: Source, order: Sequence[Target], keep_source: bool) -> I
                 source.drop(name)
 
 
-def _header(plan: Plan, order: Sequence[Target], ranks: Mapping[str, int]) -> bytes:
+def _header(plan: Plan, order: Sequence[Weight], ranks: Mapping[str, int]) -> bytes:
     """Of a safetensors file with A and B of each target, in this order."""
     recipes = []
     for target in order:
-        module, shape = module_of(plan, target), target.info.shape
+        module, shape = plan.module(target), target.info.shape
         rank, height = ranks[module], shape[target.axis]
         shapes = (rank, prod(shape) // height), (height, rank)
         for name, size in zip(tensor_names(module), shapes, strict=True):

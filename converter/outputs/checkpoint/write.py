@@ -15,9 +15,10 @@ import torch
 
 from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX
-from converter.checkpoints.plan import Plan, Target
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.apply import Changes, changes_of
 from converter.edits.base import Edit, EditRecord
 from converter.edits.engine import Engine, quiet_blas
@@ -48,7 +49,7 @@ def write_checkpoint(
     source: Source,
     plan: Plan,
     edit: Edit,
-    targets: tuple[Target, ...],
+    targets: tuple[Weight, ...],
     folder: Path,
     engine: Engine,
     keep_source: bool = True,
@@ -122,10 +123,10 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     write = staticmethod(write_checkpoint)
 
-    def check(self, plan: Plan, targets: tuple[Target, ...]) -> None:
+    def check(self, plan: Plan, targets: tuple[Weight, ...]) -> None:
         """Whatever can be planned can be written as a checkpoint."""
 
-    def nbytes(self, plan: Plan, targets: tuple[Target, ...], rank: int) -> int:
+    def nbytes(self, plan: Plan, targets: tuple[Weight, ...], rank: int) -> int:
         return plan.nbytes
 
     def companions(self, source: Source) -> list[str]:
@@ -229,7 +230,7 @@ def _stream(device: str) -> Any:
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def users_of(source: Source, targets: tuple[Target, ...]) -> dict[str, set[str]]:
+def users_of(source: Source, targets: tuple[Weight, ...]) -> dict[str, set[str]]:
     """Shard -> the shards that cannot be written without it: an FP8 weight may need two."""
     users = {shard: {shard} for shard in source.shards}
     for target in targets:

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 
 from converter import __version__
-from converter.checkpoints.plan import Target
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, EditRecord, Requantized
 from converter.edits.engine import Engine
 from converter.outputs.staging.claim import Claim
@@ -88,7 +88,7 @@ class Journal:
         claim: Claim,
         source: Source,
         edit: Edit,
-        targets: Sequence[Target],
+        targets: Sequence[Weight],
         engine: Engine,
     ) -> "Journal":
         """The journal of an edit that is written to a claimed destination."""
@@ -166,7 +166,7 @@ def keep_only(folder: Path, names: Container[str]) -> None:
 
 
 def key_of(
-    edit: Edit, targets: Sequence[Target], engine: Engine, originals: Mapping[str, Any]
+    edit: Edit, targets: Sequence[Weight], engine: Engine, originals: Mapping[str, Any]
 ) -> str:
     """A sha256 of all that the bytes of the shards depend on, besides those of the source.
 

@@ -1,0 +1,170 @@
+"""Weights by their role: found among a checkpoint's tensors, and checked against its config."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from converter.checkpoints.architectures.architecture import Architecture, Role, WeightSpec
+from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, quantized, scales_of
+from converter.checkpoints.safetensors.header import FLOATS, TensorInfo
+from converter.errors import CheckpointError
+
+Place = tuple[str, TensorInfo]
+"""Shard file name, and the entry in its header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The weight of a linear map, or its bias: a tensor that an edit may change.
+
+    Attributes:
+        info: its entry in the header of ``shard``.
+        shard: file name.
+        role: of the map.
+        layer: counted from 0; of a map that is there once, the number of layers.
+        axis: the axis that runs over the outputs: 0 for Linear, 1 for Conv1D, the last of a bias.
+            The output of a down-projection is as long as the hidden size.
+        expert: number of the expert that the tensor belongs to, or None.
+        is_bias: whether it is the bias.
+        scales: of a weight in FP8, which change with it; else None.
+        rows: the part of ``axis`` that is this map's, if the tensor holds several; else None.
+    """
+
+    info: TensorInfo
+    shard: str
+    role: Role
+    layer: int
+    axis: int
+    expert: int | None = None
+    is_bias: bool = False
+    scales: Scales | None = None
+    rows: range | None = None
+
+    @property
+    def recorded_role(self) -> str:
+        """The role as manifests have it: ``down_proj``, or ``down_proj_bias`` of its bias."""
+        return f"{self.role}_bias" if self.is_bias else self.role
+
+
+class Names:
+    """The tensors of a checkpoint by the names that its architecture's data file has for them.
+
+    Of the beginnings of names that checkpoints of this architecture have, it takes those under
+    which the first layer's down-projection is found.
+
+    Args:
+        tensors: name on disk -> shard and entry.
+        architecture: of the checkpoint.
+        sizes: of the checkpoint.
+        scheme: of its weights in FP8, or None.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Place],
+        architecture: Architecture,
+        sizes: Dimensions,
+        scheme: Scheme | None,
+    ) -> None:
+        self.tensors, self.scheme = tensors, scheme
+        self.architecture, self.sizes = architecture, sizes
+        self._variant: Mapping[str, str] = {}
+        first, expert = next(architecture.specs("down_proj", 0, sizes))
+        for variant in ({}, *architecture.variants):
+            self._variant = variant
+            if self.find(first.weight, 0, expert):
+                return
+        self._variant = {}
+
+    def on_disk(self, template: str, layer: int = 0, expert: int | None = None) -> str:
+        """A name of the data file as it is on disk."""
+        name = template.format(layer=layer, expert=expert)
+        for ours, theirs in self._variant.items():
+            if name.startswith(ours):
+                return theirs + name[len(ours) :]
+        return name
+
+    def of_file(self, name: str) -> str:
+        """The reverse: a name on disk as the data file has it, with numbers."""
+        for ours, theirs in self._variant.items():
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return name
+
+    def find(self, template: str, layer: int = 0, expert: int | None = None) -> Place | None:
+        """A tensor, or None if the checkpoint has none of that name."""
+        return self.tensors.get(self.on_disk(template, layer, expert))
+
+    def need(self, template: str, layer: int = 0, expert: int | None = None) -> Place:
+        """A tensor that must be there. Raises CheckpointError."""
+        if place := self.find(template, layer, expert):
+            return place
+        name = self.on_disk(template, layer, expert)
+        if name.replace(".weight", ".qweight") in self.tensors:
+            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
+        raise CheckpointError(
+            f"tensor {name} is missing",
+            expected=f"it, as in every {self.architecture.title} of these sizes",
+            found="no tensor of that name", hint="compare config.json with the checkpoint",
+        )  # fmt: skip
+
+    def locate(self, role: Role, layer: int) -> Iterator[Weight]:
+        """The weights of a role in a layer, each before its bias, if it has one.
+
+        Raises:
+            CheckpointError: a weight is missing, or one of them contradicts the config in shape or
+                cannot be edited by its dtype.
+        """
+        for spec, expert in self.architecture.specs(role, layer, self.sizes):
+            weight = self._weight(role, spec, layer, expert)
+            yield weight
+            if place := self.find(spec.bias, layer, expert):
+                yield self._bias(weight, place)
+
+    def _weight(self, role: Role, spec: WeightSpec, layer: int, expert: int | None) -> Weight:
+        shard, info = self.need(spec.weight, layer, expert)
+        shape = [getattr(self.sizes, name) for name in spec.shape]
+        (place, parts), length = spec.part, shape[spec.output_axis]
+        shape[spec.output_axis] *= parts
+        check_shape(info, tuple(shape))
+        scales = None
+        if self.scheme and info.dtype == FP8:
+            scales = scales_of(self.scheme, info, self.tensors)
+        else:
+            _check_dtype(info)
+        rows = range(place * length, (place + 1) * length) if parts > 1 else None
+        return Weight(info, shard, role, layer, spec.output_axis, expert, False, scales, rows)
+
+    def _bias(self, weight: Weight, place: Place) -> Weight:
+        """The bias of a weight; those of experts in one tensor are in one tensor, too."""
+        shard, info = place
+        shape, experts = weight.info.shape, weight.info.shape[:-2]
+        check_shape(info, (*experts, shape[weight.axis]))
+        _check_dtype(info)
+        return Weight(
+            info, shard, weight.role, weight.layer, len(experts), weight.expert, True,
+            rows=weight.rows,
+        )  # fmt: skip
+
+
+def check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError if a tensor has another shape; 0 is a size that is not known."""
+    fits = len(info.shape) == len(shape) and all(
+        wanted in (0, found) for wanted, found in zip(shape, info.shape, strict=True)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"tensor {info.name} contradicts config.json",
+            expected=f"shape [{', '.join(str(size or 'any') for size in shape)}]",
+            found=f"{list(info.shape)}",
+        )
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    if info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"tensor {info.name} cannot be edited",
+            expected=f"dtype {', '.join(FLOATS)}",
+            found=info.dtype,
+            hint="use the unquantized checkpoint of this model",
+        )

@@ -1,0 +1,325 @@
+"""Weights by role: the names and axes in the data files are those of transformers' own modules."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from converter.checkpoints.architectures.architecture import architectures, parse_architecture
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.safetensors.header import Header, read_header
+from converter.checkpoints.weights import Weight
+from converter.errors import CheckpointError, OptionError
+from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, load
+
+Checkpoints = Callable[..., Path]
+
+MIXTURES = {kind for kind in TINY_MODELS if architectures()[kind].experts.weight}
+UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}
+"""Model types whose FFN has two matrices."""
+
+BIASED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "opt", "phi", "starcoder2"}
+"""Model types whose tiny model has biases of o_proj."""
+
+ROUTES = {"gemma", "granite", "llama", "olmo", "qwen3"}
+"""Model types that get biases of o_proj by their config."""
+
+IDS = torch.arange(2, 20).view(2, 9)
+
+
+def planned(folder: Path, **changes: Any) -> Plan:
+    """The plan of a folder, with some keys of its config changed."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    headers = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    return make_plan(config, None, headers)
+
+
+def read(folder: Path, weight: Weight) -> Tensor:
+    """A weight as (outputs, inputs), however it is stored; or a bias."""
+    with safe_open(folder / weight.shard, "pt") as file:
+        tensor: Tensor = file.get_tensor(weight.info.name)
+    tensor = tensor.T if weight.axis == 1 else tensor
+    return tensor if weight.rows is None else tensor[weight.rows]
+
+
+@torch.no_grad()
+def seen(model: Any, modules: set[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of each module when the model runs."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        # copies: Falcon adds to what a module gives, in place
+        return lambda module, args, output: found.update({name: (args[0].clone(), output.clone())})
+
+    handles = [model.get_submodule(n).register_forward_hook(hook(n)) for n in sorted(modules)]
+    model(IDS)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted({*TINY_MODELS, *OTHER_LAYOUTS}))
+def test_every_weight_is_what_its_module_multiplies_by(kind: str, checkpoints: Checkpoints) -> None:
+    """In each layer, output = input W^T + b with the tensors of the file, and shapes as stated."""
+    folder = checkpoints(kind)
+    plan, model = planned(folder), load(folder)
+    weights = [w for role in plan.roles for w in plan.weights(role)]
+    biases = {(w.role, w.layer): w for role in plan.roles for w in plan.biases(role)}
+    modules = {plan.module(w): model.get_submodule(plan.module(w)) for w in weights}
+    linear = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    flows = seen(model, linear)
+    for weight in weights:
+        name = plan.module(weight)
+        if name not in linear:  # in a mixture: experts share parameters, so their module is the FFN
+            assert (weight.role, kind in MIXTURES) == ("down_proj", True)
+            assert modules[name] is model.get_submodule(
+                plan.architecture.ffn.format(layer=weight.layer)
+            )
+            continue
+        assert weight.axis == isinstance(modules[name], Conv1D)
+        x, y = flows[name]
+        expected = x @ read(folder, weight).T
+        if bias := biases.get((weight.role, weight.layer)):
+            expected = expected + read(folder, bias)
+        rows = weight.rows or range(y.shape[-1])
+        assert torch.allclose(y[..., rows], expected, atol=1e-5)
+        assert (weight.role, weight.layer) in biases or modules[name].bias is None
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_the_roles_are_those_of_the_model(kind: str, checkpoints: Checkpoints) -> None:
+    plan = planned(checkpoints(kind))
+    expected = {"down_proj", "o_proj"}
+    if kind not in MIXTURES:
+        expected |= {"up_proj"} if kind in UNGATED else {"gate_proj", "up_proj"}
+    if any("lm_head" in n or "embed_out" in n for h in plan.headers.values() for n in h.tensors):
+        expected.add("lm_head")
+    assert set(plan.roles) == expected
+    for role in plan.roles:
+        if role in ("down_proj", "lm_head"):
+            continue
+        weights = plan.weights(role, [4, 1])
+        assert [w.layer for w in weights] == [1, 4]
+        inputs, outputs = (HIDDEN, FFN) if role != "o_proj" else (None, HIDDEN)
+        for weight in weights:
+            assert weight.info.shape[weight.axis] == outputs * (2 if weight.rows else 1)
+            assert inputs in (None, weight.info.shape[1 - weight.axis])
+    assert len(plan.biases("o_proj")) == (LAYERS if kind in BIASED else 0)
+
+
+def test_the_head_is_in_no_layer(checkpoints: Checkpoints) -> None:
+    (head,) = planned(checkpoints()).weights("lm_head", [])
+    assert (head.info.name, head.layer, head.expert) == ("lm_head.weight", LAYERS, None)
+
+
+def test_parts_of_a_fused_matrix_are_its_rows(checkpoints: Checkpoints) -> None:
+    plan = planned(checkpoints("phi3"))
+    gate, up = plan.weights("gate_proj", [2])[0], plan.weights("up_proj", [2])[0]
+    assert gate.info == up.info
+    assert (gate.rows, up.rows) == (range(FFN), range(FFN, 2 * FFN))
+    assert plan.weights("down_proj", [2])[0].rows is None
+
+
+def test_experts_are_numbered(checkpoints: Checkpoints) -> None:
+    """Those that have a tensor each; the shared one, a dense layer and a fused tensor are None."""
+    experts = [w.expert for w in planned(checkpoints("qwen2_moe")).weights("down_proj", [2, 3])]
+    assert experts == [0, 1, 2, 3, None, None]
+    assert [w.expert for w in planned(checkpoints("gpt_oss")).targets[:2]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "role", "roles"),
+    [
+        ("mixtral", {}, "gate_proj", "down_proj or o_proj or lm_head"),
+        ("gpt2", {}, "gate_proj", "down_proj or up_proj or o_proj"),
+        ("gpt2", {}, "lm_head", "down_proj or up_proj or o_proj"),
+        # it has a tensor of that name, which need not be read
+        ("phi3", {"tie_word_embeddings": True}, "lm_head", "down_proj or gate_proj or up_proj"),
+    ],
+)
+def test_a_role_that_the_checkpoint_lacks_is_refused_by_name(
+    kind: str, change: dict[str, Any], role: Any, roles: str, checkpoints: Checkpoints
+) -> None:
+    plan = planned(checkpoints(kind), **change)
+    title = architectures()[kind].title
+    for ask in (plan.weights, plan.biases, plan.bias_route):
+        with pytest.raises(OptionError, match=f"{title}: .* no {role}: expected {roles}"):
+            ask(role)
+
+
+def altered(plan: Plan, name: str, change: dict[str, Any] | None) -> Plan:
+    """The plan of the same checkpoint with another entry in a header, or without it."""
+    shard, info = plan.names.tensors[name]
+    entries = {n: entry for n, entry in plan.headers[shard].tensors.items() if n != name}
+    if change:
+        entries[name] = dataclasses.replace(info, **change)
+    headers: dict[str, Header] = dict(plan.headers)
+    headers[shard] = dataclasses.replace(headers[shard], tensors=entries)
+    return make_plan(CONFIG, None, headers)
+
+
+CONFIG = {
+    "model_type": "llama", "num_hidden_layers": LAYERS, "hidden_size": HIDDEN,
+    "intermediate_size": FFN, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "change", "says"),
+    [
+        ("gate_proj", "model.layers.5.mlp.gate_proj.weight", {"shape": (HIDDEN, FFN)},
+         r"contradicts config.json: expected shape \[48, 32\], found \[32, 48\]"),
+        ("o_proj", "model.layers.5.self_attn.o_proj.weight", {"shape": (HIDDEN, 24)},
+         r"expected shape \[32, 32\], found \[32, 24\]"),
+        ("up_proj", "model.layers.5.mlp.up_proj.weight", {"dtype": "U8"}, "cannot be edited"),
+        ("up_proj", "model.layers.5.mlp.up_proj.bias", {"shape": (HIDDEN,)},
+         r"expected shape \[48\], found \[32\]"),
+        ("lm_head", "lm_head.weight", {"shape": (399, HIDDEN)}, r"expected shape \[400, 32\]"),
+        ("o_proj", "model.layers.5.self_attn.o_proj.weight", None,
+         "o_proj.weight is missing"),
+    ],
+)  # fmt: skip
+def test_other_weights_are_checked_when_they_are_asked_for(
+    role: Any, name: str, change: dict[str, Any] | None, says: str, checkpoints: Checkpoints
+) -> None:
+    whole = planned(checkpoints())
+    plan = altered(whole, name, change)
+    assert plan.weights("down_proj") == whole.weights("down_proj")
+    with pytest.raises(CheckpointError, match=says):
+        plan.weights(role)
+    if role != "lm_head":
+        assert plan.weights(role, range(5)) == whole.weights(role, range(5))
+
+
+def test_a_size_that_the_config_does_not_say_is_not_checked(checkpoints: Checkpoints) -> None:
+    """As in Gemma-3's, which leaves the number of heads to its class."""
+    folder = checkpoints("gemma3_text")
+    plan = planned(folder, num_attention_heads=None, head_dim=None, vocab_size=None)
+    assert (plan.dimensions.attention_size, plan.dimensions.vocab_size) == (0, 0)
+    assert plan.weights("o_proj") == planned(folder).weights("o_proj")
+    with pytest.raises(CheckpointError, match=r"expected shape \[32, 16\], found \[32, 32\]"):
+        planned(folder, head_dim=4).weights("o_proj")
+
+
+def with_biases(folder: Path, out: Path, value: Callable[[int], Tensor]) -> tuple[Path, Plan]:
+    """A checkpoint with the biases of o_proj that its route says, written into one new shard.
+
+    Args:
+        folder: of the source.
+        out: to be made.
+        value: gives a layer's bias of o_proj.
+    """
+    shutil.copytree(folder, out)
+    plan = planned(folder)
+    route = plan.bias_route("o_proj")
+    assert route is not None
+    tensors = {name: torch.zeros(shape) for name, shape in route.created.items()}
+    tensors |= {name: value(layer) for layer, name in route.biases.items()}
+    save_file(tensors, out / "model-biases.safetensors", {"format": "pt"})
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-biases.safetensors")
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((out / "config.json").read_text()) | route.config
+    (out / "config.json").write_text(json.dumps(config))
+    return out, plan
+
+
+def loaded(folder: Path, kind: str) -> Any:
+    """The model, all of whose tensors are used and there."""
+    auto = getattr(transformers, architectures()[kind].auto_class)
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTES))
+def test_zero_biases_change_no_logit(kind: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = checkpoints(kind)
+    out, plan = with_biases(folder, tmp_path / "out", lambda layer: torch.zeros(HIDDEN))
+    with torch.no_grad():
+        assert torch.equal(loaded(out, kind)(IDS).logits, load(folder)(IDS).logits)
+    route, again = plan.bias_route("o_proj"), planned(out).bias_route("o_proj")
+    assert route is not None
+    assert again is not None
+    assert (len(route.created), set(route.biases)) == (4 * LAYERS, set(range(LAYERS)))
+    assert set(route.biases.values()) < set(route.created)
+    assert (again.biases, again.config, again.created) == (route.biases, {}, {})
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTES))
+def test_a_bias_moves_what_o_proj_gives_by_itself(
+    kind: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    vectors = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    out, plan = with_biases(checkpoints(kind), tmp_path / "out", vectors.__getitem__)
+    names = {w.layer: plan.module(w) for w in plan.weights("o_proj")}
+    model = loaded(out, kind)
+    flows = seen(model, set(names.values()))
+    for weight in plan.weights("o_proj"):
+        x, y = flows[names[weight.layer]]
+        moved = y - x @ read(checkpoints(kind), weight).T
+        assert torch.allclose(moved, vectors[weight.layer].expand_as(moved), atol=1e-6)
+
+
+def test_biases_that_the_config_does_not_announce_are_dropped(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Why a route has config keys: without them transformers loads the source, with a notice."""
+    out, _ = with_biases(checkpoints(), tmp_path / "out", lambda layer: torch.ones(HIDDEN))
+    shutil.copy(checkpoints() / "config.json", out)
+    with pytest.raises(AssertionError, match=r"_proj\.bias"):
+        loaded(out, "llama")
+    with torch.no_grad():
+        assert torch.equal(load(out)(IDS).logits, load(checkpoints())(IDS).logits)
+
+
+def test_routes_are_those_that_are_tried_here() -> None:
+    assert {kind for kind, found in architectures().items() if found.bias_routes} == ROUTES
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_a_model_has_biases_or_a_route_to_them_or_none(kind: str, checkpoints: Checkpoints) -> None:
+    plan = planned(checkpoints(kind))
+    route = plan.bias_route("o_proj")
+    assert (route is None) == (kind not in ROUTES | BIASED)
+    if kind in BIASED:
+        assert route is not None
+        assert (route.config, route.created) == ({}, {})
+        assert list(route.biases.values()) == [b.info.name for b in plan.biases("o_proj")]
+
+
+def test_a_checkpoint_with_some_of_the_biases_has_no_route(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Neither with those of some layers, nor with those of q_proj, which would come alive."""
+    out, whole = with_biases(checkpoints(), tmp_path / "out", lambda layer: torch.ones(HIDDEN))
+    route = whole.bias_route("o_proj")
+    assert route is not None
+    header = read_header(out / "model-biases.safetensors")
+    for kept in ("layers.3.self_attn.o_proj.bias", "layers.3.self_attn.q_proj.bias"):
+        entries = {n: info for n, info in header.tensors.items() if kept in n}
+        assert len(entries) == 1
+        some = dataclasses.replace(header, tensors=entries)
+        plan = make_plan(CONFIG, None, {**whole.headers, "some": some})
+        assert plan.bias_route("o_proj") is None
+
+
+def test_a_file_takes_no_route_from_the_one_that_it_is_like() -> None:
+    text = 'title = "A"\nmodel_type = "a"\nlike = "llama"\n'
+    assert not parse_architecture(text, "x").bias_routes
+    for table in ("[bias_routes.k_proj]\nconfig = {}\nzeros = []\n",
+                  "[bias_routes.o_proj]\nconfig = {}\nzero = []\n"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"\[bias_routes\]: unknown or missing keys"):
+            parse_architecture(text + table, "x")
