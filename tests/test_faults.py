@@ -178,7 +178,7 @@ def test_a_write_that_takes_nothing_is_an_error_and_no_loop(
 ) -> None:
     from converter.checkpoints.safetensors.direct_writer import Writer
 
-    writer = Writer(tmp_path / "file", 3, [(3, "")], direct=False, clone=None)
+    writer = Writer(tmp_path / "file", 3, [(3, "")], None)
     monkeypatch.setattr("os.pwrite", lambda *args: 0)
     writer.put(memoryview(b"abc"))
     with pytest.raises(OSError, match="Input/output") as caught:

@@ -26,18 +26,12 @@ class Engine:
         memory_limit: bytes that buffers and matrices may take, or None.
         device: where edits are computed.
         rounding: ``null-space`` or ``nearest``; see ``converter.projector``.
-        digests: whether source and output are hashed; benches do without.
-        direct: bypass the page cache where possible.
-        clone: share blocks with the source where the file system can.
     """
 
     workers: int = 0
     memory_limit: int | None = None
     device: str = "cpu"
     rounding: Rounding = "null-space"
-    digests: bool = True
-    direct: bool = True
-    clone: bool = True
 
     def workers_for(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
         """Shards to rewrite at a time.

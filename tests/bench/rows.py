@@ -53,15 +53,26 @@ def cp(source: Path, out: Path) -> Work:
     return work
 
 
-def ours(source: Path, out: Path, **settings: Any) -> Work:
-    """This project, with these settings of its engine and the others as they are by default."""
+def ours(source: Path, out: Path, rounding: Any = "null-space", refused: str = "") -> Work:
+    """This project.
+
+    Args:
+        source, out: folders.
+        rounding: of its engine, the rest of which is as it is by default.
+        refused: by the operating system, as it seems: ``direct`` writes, ``clone``, or nothing.
+    """
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
+    from converter.checkpoints.safetensors import direct_writer
     from converter.edits.base import Projection
     from converter.edits.engine import Engine
     from converter.outputs.checkpoint.write import write_checkpoint
 
-    U, engine = subspace(source), Engine(**settings)
+    if refused == "direct":
+        direct_writer._open_direct = lambda path: None
+    elif refused == "clone":
+        direct_writer._clone = lambda source, target: False
+    U, engine = subspace(source), Engine(rounding=rounding)
 
     def work() -> None:
         out.mkdir()
