@@ -30,7 +30,7 @@ from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
 from converter.recipe import Recipe
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
-from tests.builders.models import HIDDEN, TINY, tiny_tokenizer
+from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -70,7 +70,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     stage = Runs(monkeypatch)
-    recipe = Recipe(source=str(source), num_pairs=16, options=TINY, guard=False)
+    recipe = Recipe(source=str(source), num_pairs=16, method=METHOD, options=TINY, guard=False)
     assert stage(recipe) == "miss"
     assert stage(recipe) == "hit"
     # what the activations do not depend on

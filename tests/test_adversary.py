@@ -43,7 +43,7 @@ from tests.builders.adversary import (
     record,
     reseal,
 )
-from tests.builders.models import TINY
+from tests.builders.models import METHOD, TINY
 from tests.test_signing import write_key
 
 Cli = Callable[..., Result]
@@ -68,7 +68,12 @@ def adapter(
         return [folder / "pictures/a.png"]
 
     recipe = Recipe(
-        source=str(converted[0]), num_pairs=64, options=TINY, guard=False, output="adapter"
+        source=str(converted[0]),
+        num_pairs=64,
+        method=METHOD,
+        options=TINY,
+        guard=False,
+        output="adapter",
     )
     convert(recipe, out, delivery=Delivery(pictures=draw))
     return out
@@ -490,7 +495,7 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     data["auto_map"] = {"AutoConfig": "configuration_own.Config"}
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
-    recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False)
+    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
     convert(recipe, tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")

@@ -35,6 +35,7 @@ from converter.runtime.cache import using_cache
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
+    METHOD,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
@@ -111,7 +112,7 @@ def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     source, out = checkpoints(kind), tmp_path / "out"
-    convert(Recipe(source=str(source), num_pairs=32, options=TINY, guard=False), out)
+    convert(Recipe(source=str(source), num_pairs=32, method=METHOD, options=TINY, guard=False), out)
     bases = load_bases(out / "gloss_subspace.safetensors")
     layers = (2, 3, 4)
     U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
@@ -156,7 +157,7 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
     d, x = save_planted(tmp_path / "seen.safetensors")
     none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
     recipe = Recipe(
-        source=str(source), num_pairs=32, options=TINY | none, guard=False,
+        source=str(source), num_pairs=32, method=METHOD, options=TINY | none, guard=False,
         activations=tmp_path / "seen.safetensors",
     )  # fmt: skip
     convert(recipe, out)
@@ -218,7 +219,7 @@ def test_two_runs_give_the_same_bytes(
 ) -> None:
     _, first = converted
     source = checkpoints("llama", torch.bfloat16)
-    recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False)
+    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
     with using_cache(tmp_path / "another cache"):
         convert(recipe, tmp_path / "second")
     names = {p.name for p in first.iterdir()}

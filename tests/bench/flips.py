@@ -48,7 +48,7 @@ from tests.builders.adversary import (
     places,
     put,
 )
-from tests.builders.models import TINY, make_checkpoint
+from tests.builders.models import METHOD, TINY, make_checkpoint
 from tests.test_signing import write_key
 
 OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
@@ -58,7 +58,14 @@ def make(root: Path) -> None:
     """The source and its outputs."""
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
-        recipe = Recipe(source=str(source), num_pairs=64, options=TINY, guard=False, output=output)
+        recipe = Recipe(
+            source=str(source),
+            num_pairs=64,
+            method=METHOD,
+            options=TINY,
+            guard=False,
+            output=output,
+        )
         with using_cache(root / "cache"):
             convert(recipe, root / output)
 
