@@ -4,9 +4,9 @@ Each field declares one option completely; see ``converter.option``.
 """
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from converter.option import Option, Options, declared_options
 
@@ -113,13 +113,15 @@ class Recipe(Options):
     trust_remote_code: TrustRemoteCode = False
     # fmt: on
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> "Recipe":
         """The recipe as a manifest has it: folders of this machine are nobody's business."""
-        values = asdict(self)
-        for name, declared in declared_options(Recipe).items():
-            if declared.option.place:
-                values[name] = without_folders(values[name])
-        return values
+        given = {
+            name: getattr(self, name)
+            for name, declared in declared_options(Recipe).items()
+            if declared.option.place and getattr(self, name) is not None
+        }
+        cut = {name: type(place)(without_folders(str(place))) for name, place in given.items()}
+        return replace(self, **cut)
 
 
 def parse_size(text: str) -> int:

@@ -18,7 +18,7 @@ from converter.outputs.registry import output_of
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.recipe import Recipe, Settings
 from converter.release.licences import families, fitting_name, licence_name, terms_of
-from converter.release.manifest import read_manifest, recorded
+from converter.release.manifest import read_manifest
 from converter.release.signing import Signer
 from converter.runtime import progress
 from converter.runtime.cache import remembered_digest
@@ -80,7 +80,7 @@ def done_before(
         return None
     same = bool(
         manifest.tool == TOOL
-        and manifest.run == recorded(recipe)
+        and manifest.run == recipe.record()
         and manifest.evaluation is None
         and (delivery.signer or not (destination / SIGNATURE).is_file())
         and (not pictures or any(pictures in Path(name).parents for name in manifest.files))

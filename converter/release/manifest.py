@@ -40,7 +40,6 @@ from converter.manifest import (
 from converter.methods.base import Method, plugin_of
 from converter.methods.workbench import Bench
 from converter.outputs.base import Written, file_entry
-from converter.recipe import Recipe
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
@@ -63,7 +62,7 @@ def make_manifest(
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool=TOOL,
-        run=recorded(recipe),
+        run=recipe.record(),
         source=SourceRecord(
             name=source.name,
             repo_id=repo.repo_id if repo else None,
@@ -115,11 +114,6 @@ def make_manifest(
 def activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
     """What the manifest says of activations that depend on these inputs, if they are known."""
     return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
-
-
-def recorded(recipe: Recipe) -> Recipe:
-    """A recipe as the manifest has it."""
-    return Recipe(**recipe.record())
 
 
 def environment(device: str) -> Environment:

@@ -172,7 +172,7 @@ def key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> s
         originals: the files that shards are made from, if shards are no files.
     """
     what = {
-        "tool": __version__, "torch": torch.__version__, "device": engine.device,
+        "tool": __version__, "torch": str(torch.__version__), "device": engine.device,
         "rounding": engine.rounding, "edit": edit.digest(), "originals": originals,
     }  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
