@@ -487,11 +487,13 @@ class ScorerOrigin(Origin, kw_only=True):
         sha256: of its word list.
         model: of those that its package has.
         label: of its classes, the one whose probability is the score.
+        package: name and version of the package that brought it; None for our own.
     """
 
     sha256: Sha256 | None = None
     model: str | None = None
     label: str | None = None
+    package: str | None = None
 
 
 class PromptsRecord(TextRecord, kw_only=True):

@@ -37,7 +37,7 @@ class Recipe(Options):
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
-        "Method that finds the toxic subspace: gloss, profs or random.", example="profs",
+        "Method that makes the edit: gloss, gloss-paper, profs or random.", example="profs",
     )] = "gloss"
     options: Annotated[dict[str, str], Option(
         "Options of the method.", flag="-o", metavar="KEY=VALUE", example="rank=4",
@@ -65,8 +65,9 @@ class Recipe(Options):
         "one word a line.",
         example="words.txt", place=True,
     )] = "builtin"
-    output: Annotated[Literal["checkpoint", "adapter"], Option(
+    output: Annotated[str, Option(
         "What to write: checkpoint, the whole model, or adapter, a LoRA to load on SOURCE.",
+        example="adapter",
     )] = "checkpoint"
     activations: Annotated[Path | None, Option(
         "File of activations that an earlier run has written; it replaces the forward pass.",

@@ -23,12 +23,13 @@ from converter.checkpoints.architectures.architecture import architectures
 from converter.entrypoints import convert as pipeline
 from converter.errors import DataError, FitError
 from converter.manifest import Origin
-from converter.methods import workbench
+from converter.methods.workbench import Bench
 from converter.models import build as models
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
 from converter.recipe import Recipe
+from converter.runtime import cache as digests
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
 
@@ -40,6 +41,18 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     """The cache folder of each test, not made yet."""
     with using_cache(tmp_path / "cache"):
         yield tmp_path / "cache"
+
+
+class HasAsked(Exception):  # noqa: N818 - it is not an error
+    """A fit has its activations; nothing more is wanted of it."""
+
+
+class ActivationBench(Bench):
+    """A workbench that ends the fit once it has the activations that the method asks for."""
+
+    def activations(self, request: Request) -> activations.Activations:
+        super().activations(request)
+        raise HasAsked
 
 
 class Runs:
@@ -60,8 +73,9 @@ class Runs:
         pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
         prose = load_prose(recipe.neutral)
         before = self.loaded
-        bench = workbench.Bench.of(recipe, source, plan, words, "cpu")
-        workbench.activations_of(bench, method.request, Part(pairs, prose))
+        bench = ActivationBench.of(recipe, source, plan, words, "cpu")
+        with pytest.raises(HasAsked):
+            bench.fit(method, Part(pairs, prose))
         return "miss" if self.loaded > before else "hit"
 
 
@@ -218,7 +232,8 @@ def test_a_damaged_cache_file_is_made_again(
     checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Runs(monkeypatch)
-    recipe = Recipe(source=str(checkpoints("llama")), num_pairs=16, options=TINY, guard=False)
+    source = str(checkpoints("llama"))
+    recipe = Recipe(source=source, num_pairs=16, method=METHOD, options=TINY, guard=False)
     assert stage(recipe) == "miss"
     (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
@@ -284,7 +299,7 @@ def test_remembered_digests_are_true(
     path.write_bytes(b"one")
     assert remembered_digest(path) == sha256_of(path)
     assert not cache.exists()  # too young for its times to be trusted
-    monkeypatch.setattr("converter.runtime.cache.SETTLED", -1.0)
+    monkeypatch.setattr(digests, "SETTLED", -1.0)
     assert remembered_digest(path) == sha256_of(path)
     assert list((cache / "digests").iterdir())
     stat = path.stat()

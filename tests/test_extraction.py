@@ -22,6 +22,7 @@ from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.statistics import Activations, Request
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
+from converter.manifest import Origin
 from converter.models.build import load_language_model, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.resident import Model
@@ -90,7 +91,8 @@ def extracted(folder: Path, forward: str, request: Request) -> Activations:
         if forward == "streamed"
         else load_language_model(*given)
     )
-    pairs, prose = Pairs(PAIRS, {}, ""), Prose(PROSE, {}, "")
+    here = Origin(name="test")
+    pairs, prose = Pairs(PAIRS, here, ""), Prose(PROSE, here, "")
     found, dropped = extract(model, request, pairs, prose, batch_size=3)
     assert dropped == 0
     return found

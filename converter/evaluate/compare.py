@@ -12,6 +12,7 @@ from converter.evaluate.battery import Battery
 from converter.evaluate.measure import WINDOW, measure, summarise
 from converter.evaluate.names import UNEDITED
 from converter.evaluate.passages import draw_passages
+from converter.evaluate.scorers import origin_of
 from converter.evaluate.systems import Fits, System
 from converter.manifest import (
     TOOL,
@@ -153,7 +154,7 @@ def describe(
         prompts=None
         if prompts is None
         else PromptsRecord(origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)),
-        scorers={name: scorer.origin for name, scorer in battery.scorers.items()},
+        scorers={name: origin_of(name, scorer) for name, scorer in battery.scorers.items()},
         samples=battery.samples,
         max_new_tokens=battery.max_new_tokens,
         top_p=battery.top_p,

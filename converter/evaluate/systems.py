@@ -14,7 +14,7 @@ from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluate.heldout import Probe, probe_of
 from converter.evaluate.strength import choose_strength, nearest_strength
-from converter.methods.base import Method, Proposal, configure, method_names
+from converter.methods.base import METHODS, Method, Proposal, configure
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.runtime import progress
@@ -69,9 +69,9 @@ def parse_controls(text: str) -> tuple[str, ...]:
     """
     controls = tuple(part.strip() for part in text.split(",") if part.strip())
     for control in controls:
-        if _name(control) not in method_names():
+        if _name(control) not in METHODS.names():
             raise OptionError(
-                "--control", expected=", ".join(method_names()), found=control,
+                "--control", expected=", ".join(METHODS.names()), found=control,
                 hint=f"each may be followed by {AT_PERPLEXITY}",
             )  # fmt: skip
     return controls

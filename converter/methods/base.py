@@ -3,14 +3,12 @@
 A method says from the headers what it will change (``footprint``), then fits an edit to a model
 (``fit``). It never opens a file and does not know where the model is: all it may use is a
 ``Workbench``. A new method is a module beside this one and a line in ``METHODS``, or a package with
-an entry point in the group ``gloss_convert.methods``. The module's docstring is its description.
+an entry point; see ``runtime.registry``. The module's docstring is its description.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from math import isfinite
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -24,17 +22,19 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.errors import OptionError
+from converter.runtime.registry import Registry
 
-METHODS = {
-    "gloss": "converter.methods.gloss",
-    "gloss-paper": "converter.methods.gloss_paper",
-    "profs": "converter.methods.profs",
-    "random": "converter.methods.random_subspace",
-}
-"""Name -> module of the methods that come with the program."""
-
-GROUP = "gloss_convert.methods"
-"""Entry points of other packages: name -> a class like ``Method``."""
+METHODS = Registry(
+    "gloss_convert.methods",
+    "--method",
+    {
+        "gloss": "converter.methods.gloss:Method",
+        "gloss-paper": "converter.methods.gloss_paper:Method",
+        "profs": "converter.methods.profs:Method",
+        "random": "converter.methods.random_subspace:Method",
+    },
+)
+"""Name -> a class like ``Method``."""
 
 Layers = tuple[int, ...]
 
@@ -125,39 +125,6 @@ class Method(Protocol):
         """Fit, then freeze. Raises FitError."""
 
 
-def method_names() -> list[str]:
-    """The methods there are: our own, and those of installed packages."""
-    return sorted({*METHODS, *_plugins()})
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in METHODS}
-
-
-def plugin_of(name: str) -> str | None:
-    """Name and version of the package that brought a method; None for our own."""
-    entry = _plugins().get(name)
-    return f"{entry.dist.name} {entry.dist.version}" if entry and entry.dist else None
-
-
-def method_class(name: str) -> Any:
-    """The class of a method.
-
-    Raises:
-        OptionError: there is no such method, or its package cannot be loaded.
-    """
-    if name in METHODS:
-        return import_module(METHODS[name]).Method
-    if name not in method_names():
-        raise OptionError("--method", expected=" or ".join(method_names()), found=name)
-    try:
-        return _plugins()[name].load()
-    except Exception as error:  # a third party's package: of any kind
-        raise OptionError(
-            f"--method {name}: its package {plugin_of(name)} cannot be loaded", found=repr(error)
-        ) from error
-
-
 def configure(
     name: str,
     options: Mapping[str, str],
@@ -175,7 +142,7 @@ def configure(
     Raises:
         OptionError: an unknown method, an unknown option, or a value out of range.
     """
-    kind = method_class(name)
+    kind = METHODS.load(name)
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = kind.defaults(dimensions)

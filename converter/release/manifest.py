@@ -37,7 +37,7 @@ from converter.manifest import (
     TextRecord,
     to_text,
 )
-from converter.methods.base import Method, plugin_of
+from converter.methods.base import METHODS, Method
 from converter.methods.workbench import Bench
 from converter.outputs.base import Written, file_entry
 from converter.runtime import progress, strict_json
@@ -76,7 +76,7 @@ def make_manifest(
             title=method.title,
             paper=method.paper,
             options=asdict(method),  # type: ignore[call-overload]
-            package=plugin_of(recipe.method),
+            package=METHODS.package(recipe.method),
             strength=method.strength,
             evidence=dict(fitted.proposal.evidence),
         ),

@@ -20,7 +20,7 @@ from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
 from converter.evaluate.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
-from converter.methods.base import configure, method_names, plugin_of
+from converter.methods.base import METHODS, configure
 from converter.methods.subspace import check_evidence
 from converter.outputs.adapter.write import CONFIG, WEIGHTS
 from converter.release.licences import NOTICE
@@ -117,7 +117,7 @@ def check_method(
     for name in check_evidence(evidence, kept) if evidence else ():
         yield f"{manifest.edit.file}: {name} is not as recorded"
     run, method = manifest.run, manifest.method
-    if run.method not in method_names() or manifest.tool.version != __version__:
+    if run.method not in METHODS.names() or manifest.tool.version != __version__:
         return  # other versions have other options
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
@@ -129,7 +129,7 @@ def check_method(
     for key in sorted({*options, *method.options}):
         if options.get(key) != method.options.get(key):
             yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    told = (expected.title, expected.paper, expected.strength, plugin_of(run.method))
+    told = (expected.title, expected.paper, expected.strength, METHODS.package(run.method))
     if (method.title, method.paper, method.strength, method.package) != told:
         yield f"{MANIFEST}: the method has another title, paper or package"
     asked = {weight.info.name for weight in footprint.weights}

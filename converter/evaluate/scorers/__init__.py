@@ -1,19 +1,31 @@
 """Scorers: one module each, holding ``load``, which makes the scorer from what follows its name.
 
-A new scorer is a new module here; nothing else has to know its name. A ``_`` in the module's name
-is a ``-`` in the scorer's.
+A new scorer is a new module here and a line in ``SCORERS``, or a package with an entry point; see
+``runtime.registry``.
 """
 
-import pkgutil
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Protocol
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from converter.errors import OptionError
 from converter.manifest import ScorerOrigin
+from converter.runtime.registry import Registry
+
+SCORERS = Registry(
+    "gloss_convert.scorers",
+    "--scorer",
+    {
+        "bad-words": "converter.evaluate.scorers.bad_words:load",
+        "classifier": "converter.evaluate.scorers.classifier:load",
+        "detoxify": "converter.evaluate.scorers.detoxify:load",
+        "profanity": "converter.evaluate.scorers.profanity:load",
+    },
+)
+"""Name -> a function ``load(argument, device) -> Scorer``."""
 
 
 class Scorer(Protocol):
@@ -39,11 +51,6 @@ class Scorer(Protocol):
         """
 
 
-def scorer_names() -> list[str]:
-    """The scorers there are."""
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
-
-
 def load_scorer(spec: str, device: str) -> Scorer:
     """A scorer by name.
 
@@ -60,11 +67,14 @@ def load_scorer(spec: str, device: str) -> Scorer:
         SourceError: a model cannot be loaded.
     """
     name, _, argument = spec.partition(":")
-    if name not in scorer_names():
-        raise OptionError("--scorer", expected=" or ".join(scorer_names()), found=name)
-    module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    scorer: Scorer = module.load(argument, device)
+    scorer: Scorer = SCORERS.load(name)(argument, device)
     return scorer
+
+
+def origin_of(spec: str, scorer: Scorer) -> ScorerOrigin:
+    """Where a scorer came from, with the package that brought it."""
+    package = SCORERS.package(spec.partition(":")[0])
+    return replace(scorer.origin, package=package) if package else scorer.origin
 
 
 def score_written(
