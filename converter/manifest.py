@@ -632,6 +632,7 @@ class Manifest(Record, kw_only=True):
         neutral: ordinary prose.
         word_list: of offensive words.
         guard: None if it was switched off.
+        output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
         activations: None if the method needed none.
         forward: None if activations of a file were all that was needed.
@@ -653,6 +654,7 @@ class Manifest(Record, kw_only=True):
     edit: EditRecord
     choice: Choice
     guard: GuardRecord | None
+    output_package: str | None = None
     edited: tuple[EditedTensor, ...]
     environment: Environment
     forward: ForwardRecord | None

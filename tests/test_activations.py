@@ -29,7 +29,7 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
 from converter.recipe import Recipe
-from converter.runtime import cache as digests
+from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
 
@@ -299,7 +299,7 @@ def test_remembered_digests_are_true(
     path.write_bytes(b"one")
     assert remembered_digest(path) == sha256_of(path)
     assert not cache.exists()  # too young for its times to be trusted
-    monkeypatch.setattr(digests, "SETTLED", -1.0)
+    monkeypatch.setattr(runtime_cache, "SETTLED", -1.0)
     assert remembered_digest(path) == sha256_of(path)
     assert list((cache / "digests").iterdir())
     stat = path.stat()

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from converter.edits.subspace_file import SUBSPACE_FILE
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import push as pushing
+from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
@@ -86,7 +87,9 @@ def seeded(
     """The same conversion with another seed and rank. Read only."""
     out = tmp_path_factory.mktemp("seeded") / "out"
     options = {**TINY, "rank": "2"}
-    recipe = Recipe(source=str(converted[0]), num_pairs=64, options=options, guard=False, seed=1)
+    recipe = Recipe(
+        source=str(converted[0]), num_pairs=64, method=METHOD, options=options, guard=False, seed=1
+    )
     convert(recipe, out)
     return out
 
@@ -99,7 +102,7 @@ def out(converted: tuple[Path, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers does not load the folder; it could only find more."""
-    monkeypatch.setattr("converter.entrypoints.verify._check_loading", lambda *_: iter(()))
+    monkeypatch.setattr(verification, "_check_loading", lambda *_: iter(()))
 
 
 def classes(path: Path) -> list[int]:
@@ -211,7 +214,7 @@ def test_files_of_another_conversion_are_found(out: Path, seeded: Path, tmp_path
     ours = {path.name: path.read_bytes() for path in out.iterdir()}
     theirs = {path.name: path.read_bytes() for path in seeded.iterdir()}
     different = sorted(name for name in ours if ours[name] != theirs[name])
-    assert {MANIFEST, CARD, SUMS, SUBSPACE_FILE} < set(different)
+    assert {MANIFEST, CARD, SUMS, EDIT_FILE} < set(different)
     for name in different:  # one of B among those of A, and all but one
         (out / name).write_bytes(theirs[name])
         assert any(name in problem for problem in verify(out)), name
@@ -270,7 +273,7 @@ def edited_weight(folder: Path) -> None:
 
 def edit_undone(folder: Path) -> None:
     """An edited weight gets back a tenth of something along U."""
-    U = load_file(folder / SUBSPACE_FILE)["U"]
+    U = load_file(folder / EDIT_FILE)["U"]
 
     def change(tensors: dict[str, torch.Tensor], edited: list[str]) -> None:
         name = next(name for name in edited if tensors[name].ndim == 2)
@@ -301,36 +304,78 @@ def dropped(folder: Path) -> None:
 
 
 def claimed(folder: Path, **changes: object) -> None:
-    """Another value for a key of the first edited tensor."""
+    """Another value for a key of the first edited tensor, or of its measures."""
     manifest = load_manifest(folder)
-    manifest["edited"][0] |= changes
+    entry = manifest["edited"][0]
+    for key, value in changes.items():
+        (entry if key in entry else entry["measures"])[key] = value
     put(folder, manifest)
+
+
+def excused(folder: Path) -> None:
+    """An altered config that the edit is said to have patched."""
+    changes = {"rope_theta": 1.0}
+    config(folder, **changes)
+    manifest = load_manifest(folder)
+    manifest["edit"]["patches"] = {"config.json": changes}
+    put(folder, manifest)
+
+
+def recorded(folder: Path, manifest: dict[str, Any], **more: torch.Tensor) -> None:
+    """Put tensors into the edit's file, and a manifest that knows them into its place."""
+    save_file(load_file(folder / EDIT_FILE) | more, folder / EDIT_FILE, {"format": "pt"})
+    record(folder, manifest, EDIT_FILE)
+    put(folder, manifest)
+
+
+def brought(folder: Path) -> None:
+    """A file of code that the edit is said to have added."""
+    (folder / "evil.py").write_text("{}")
+    manifest = load_manifest(folder)
+    record(folder, manifest, "evil.py")
+    manifest["edit"]["files"] = ["evil.py"]
+    content = torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)
+    recorded(folder, manifest, **{"file.evil.py": content})
+
+
+def replaced(folder: Path) -> None:
+    """Edited weights with another sign, which the edit is said to have put in their place."""
+
+    def change(tensors: dict[str, torch.Tensor], edited: list[str]) -> None:
+        tensors |= {name: -tensors[name] for name in edited}
+
+    edit(folder, change)
+    manifest = load_manifest(folder)
+    entry = next(entry for entry in manifest["edited"] if len(entry["shape"]) == 2)
+    new = load_file(folder / entry["shard"])[entry["name"]]
+    entry |= {"kind": "replace", "tensors": {"new": "new"}, "measures": {}}
+    entry |= {"relative_change": 2.0, "rounding_error": 0.0}
+    recorded(folder, manifest, new=new)
 
 
 def fewer_edits(folder: Path) -> None:
     """Layer 4 is said not to have been edited, everywhere."""
     manifest = load_manifest(folder)
     manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
-    options = manifest["method"]["options"]
-    options |= {key: [2, 3] for key in ("layers", "edit_layers")}
+    manifest["method"]["options"]["layers"] = [2, 3]
     manifest["run"]["options"]["layers"] = "2-3"
     put(folder, manifest)
 
 
 def scaled_basis(folder: Path) -> None:
-    tensors = load_file(folder / SUBSPACE_FILE)
+    tensors = load_file(folder / EDIT_FILE)
     tensors["U"] *= 0.5
-    save_file(tensors, folder / SUBSPACE_FILE)
-    reseal(folder, SUBSPACE_FILE)
+    save_file(tensors, folder / EDIT_FILE)
+    reseal(folder, EDIT_FILE)
 
 
 def empty_basis(folder: Path) -> None:
     """Everything is orthogonal to nothing."""
-    tensors = load_file(folder / SUBSPACE_FILE)
+    tensors = load_file(folder / EDIT_FILE)
     tensors["U"] = tensors["U"][:, :0].clone()
-    save_file(tensors, folder / SUBSPACE_FILE)
+    save_file(tensors, folder / EDIT_FILE)
     manifest = load_manifest(folder)
-    record(folder, manifest, SUBSPACE_FILE)
+    record(folder, manifest, EDIT_FILE)
     put(folder, manifest)
 
 
@@ -381,6 +426,9 @@ FORGERS: list[tuple[str, Callable[[Path], object], bool, bool]] = [
     ("a basis that is not orthonormal", scaled_basis, True, True),
     ("an empty basis", empty_basis, True, True),
     ("a weight passed off as scales", exempted, True, True),
+    ("another config, and a patch that makes it", excused, True, True),
+    ("a file of code, and an edit that adds it", brought, True, True),
+    ("another weight, and an edit that puts it there", replaced, True, True),
     ("another licence in the card", card, False, False),
     ("a measurement", measured, False, False),
 ]

@@ -266,7 +266,7 @@ def evaluation() -> Evaluation:
     )
     settings = replace(known.settings, prompts=prompts, text_sha256="ab" * 32, toxic_words=34)
     rows = tuple(
-        RowRecord(system=name, rank="4", seeds=1, metrics={
+        RowRecord(system=name, strength="4", seeds=1, metrics={
             "perplexity": Interval.of(value, 1.0, 30.0),
             "toxicity/bad-words/greedy": Interval.of(0.123456, 0.1, 0.2),
             "emt/bad-words": None,
@@ -316,7 +316,7 @@ def test_the_guards_numbers_stand_beside_the_control(
     known = Manifest.from_json(skeleton.manifest()).guard
     assert known is not None
     guard = replace(
-        known, edit=one, random=(other, other), perplexity=100.0, neutral_tokens=4304,
+        known, edit=one, controls=(other, other), perplexity=100.0, neutral_tokens=4304,
         toxic_words=310,
     )  # fmt: skip
     text = write(converted[0], replace(manifest, guard=guard)).text

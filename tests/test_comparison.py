@@ -58,7 +58,7 @@ def test_controls_stand_beside_the_edit(
         "--base",
         planted,
         "--control",
-        "random,profs@perplexity",
+        "random,profs@perplexity,random@perplexity",
         *fitting(planted),
         *texts,
         "--json",
@@ -68,6 +68,7 @@ def test_controls_stand_beside_the_edit(
     results = json.loads(found.stdout)
     assert results == json.loads((tmp_path / "results.json").read_text())
     names = [(s["system"], s["seed"]) for s in results["systems"]]
+    print([(s["system"], s["strength"], s["metrics"]["perplexity_ratio"]) for s in results["systems"]])
     assert names == [
         ("unedited", None), ("edited", None), ("random", 0), ("profs@perplexity", 0),
         ("random", 1), ("profs@perplexity", 1),
@@ -79,7 +80,7 @@ def test_controls_stand_beside_the_edit(
     assert gloss[way]["value"] < unedited[way]["value"]
     for system in results["systems"][2:]:
         assert system["layers"] == results["systems"][1]["layers"] == [1, 2, 3, 4]
-    assert [s["rank"] for s in results["systems"] if s["system"] == "random"] == [1, 1]
+    assert [s["strength"] for s in results["systems"] if s["system"] == "random"] == [1, 1]
     assert [(row["system"], row["seeds"]) for row in results["rows"]] == [
         ("unedited", 1), ("edited", 1), ("random", 2), ("profs@perplexity", 2),
     ]  # fmt: skip
@@ -103,7 +104,7 @@ def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cl
     found = cli("evaluate", planted, *fitting(planted), *texts[:-2], *args)
     assert found.exit_code == 0, found.stderr
     results = json.loads(found.stdout)
-    rows = [(row["system"], row["rank"]) for row in results["rows"]]
+    rows = [(row["system"], row["strength"]) for row in results["rows"]]
     assert rows == [
         ("unedited", ""),
         ("profs", "1"),
@@ -166,7 +167,7 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
     def system(value: float, half: float) -> SystemRecord:
         metrics = {"m": Interval.of(value, value - half, value + half), "n": None}
         return SystemRecord(
-            system="x", group=None, seed=0, rank=2, layers=(), options={}, metrics=metrics
+            system="x", group=None, seed=0, strength=2, layers=(), options={}, metrics=metrics
         )
 
     (row,) = summarise([system(1.0, 0.1), system(1.0, 0.1)])
@@ -182,7 +183,11 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (("--control", "magic"), 2, "--control: expected gloss, profs, random, found magic"),
+        (
+            ("--control", "magic"),
+            2,
+            "--control: expected gloss, gloss-paper, profs, random, found magic",
+        ),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),

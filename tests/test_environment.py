@@ -14,7 +14,7 @@ from converter.cli.convert import convert_command
 from converter.cli.main import gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
-from tests.builders.models import TINY
+from tests.builders.models import METHOD, TINY
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -39,7 +39,7 @@ def test_a_run_can_be_set_up_in_the_environment_alone(
     source = str(checkpoints("llama", torch.bfloat16))
     for name, value in {
         "BATCH_SIZE": "7", "JSON": "1", "GUARD": "0", "NUM_PAIRS": "32", "SEED": "3",
-        "OPTIONS": " ".join(f"{key}={value}" for key, value in TINY.items()),
+        "METHOD": METHOD, "OPTIONS": " ".join(f"{key}={value}" for key, value in TINY.items()),
         "CONTROL": "profs",  # of gloss evaluate: no reason to refuse a conversion without one
     }.items():  # fmt: skip
         monkeypatch.setenv(f"GLOSS_{name}", value)

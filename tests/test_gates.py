@@ -120,7 +120,7 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
     result = cli(*args, "--max-leakage", 0.9)
     assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    worst = max(entry["leakage"] for entry in manifest["edited"])
+    worst = max(entry["measures"]["leakage"] for entry in manifest["edited"])
     (gate,) = manifest["gates"]
     assert (gate["limit"], gate["measured"]) == (0.9, worst)
     # what is there stays there when a later job fails

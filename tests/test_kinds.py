@@ -3,23 +3,30 @@
 ``tests/builders/methods.py`` has the methods: a matrix of rank one that is added to a weight, a
 vector that is added to some of its rows, a weight that is replaced, a bias that is created together
 with the key of the config that makes models look at it, and a file that is added. None of them is
-known to the program; whatever these tests show holds for any method.
+known to the program: they come as an installed package does, by entry points. Whatever these tests
+show holds for any method.
 """
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import pytest
 import torch
 from click.testing import Result
 
-from converter.methods import base
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
+from converter.models.edited import edited
+from converter.outputs.checkpoint import write
 from converter.release.manifest import read_manifest
+from converter.release.recording import read_recording
 from tests.builders.methods import METHODS
 from tests.builders.models import load
+from tests.builders.packages import install
 
 Cli = Callable[..., Result]
 
@@ -50,10 +57,10 @@ EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
 
 
 @pytest.fixture(autouse=True)
-def methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program knows the methods of the tests as if they were its own."""
-    known = {name: f"{kind.__module__}:{kind.__name__}" for name, kind in METHODS.items()}
-    monkeypatch.setattr(base, "METHODS", base.METHODS | known)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installs the methods of the tests as a package."""
+    entries = {name: f"{kind.__module__}:{kind.__name__}" for name, kind in METHODS.items()}
+    install(tmp_path / "site", monkeypatch, "toy-methods", {"gloss_convert.methods": entries})
 
 
 def run(cli: Cli, *args: object, code: int = 0) -> Result:
@@ -62,19 +69,23 @@ def run(cli: Cli, *args: object, code: int = 0) -> Result:
     return result
 
 
-def convert(cli: Cli, source: Path, out: Path, kind: Kind, *more: object) -> Path:
-    run(cli, "convert", source, out, "--method", kind.method, "-o", "scale=0.05",
-        "--num-pairs", 64, "--no-guard", *more)  # fmt: skip
+def arguments(source: Path, out: Path, kind: Kind) -> list[object]:
+    return ["convert", source, out, "--method", kind.method, "-o", "scale=0.05",
+            "--num-pairs", 64, "--no-guard"]  # fmt: skip
+
+
+def convert(cli: Cli, source: Path, out: Path, kind: Kind, code: int = 0) -> Path:
+    run(cli, *arguments(source, out, kind), code=code)
     return out
+
+
+def no_space_left(*args: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
 def source(checkpoints: Callable[..., Path]) -> Path:
-    return (
-        checkpoints("mistral-biased", torch.bfloat16)
-        if False
-        else checkpoints("llama", torch.bfloat16)
-    )
+    return checkpoints("llama", torch.bfloat16)
 
 
 @EACH
@@ -131,7 +142,7 @@ def test_a_flipped_byte_is_found_and_named(
         data = bytearray(path.read_bytes())
         data[8 + length + entry["data_offsets"][0] + 5] ^= 0x10
         path.write_bytes(data)
-    assert named in run(cli, "verify", out, code=8).stdout
+    assert named in run(cli, "verify", out, code=8).stderr
 
 
 @EACH
@@ -151,24 +162,88 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     kind: Kind, source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = convert(cli, source, tmp_path / "whole", kind)
-    from converter.outputs.checkpoint import write
-
-    def broken(*args: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(write, "_small_files", broken)
-    out = tmp_path / "out"
-    args = ("convert", source, out, "--method", kind.method, "-o", "scale=0.05",
-            "--num-pairs", 64, "--no-guard")  # fmt: skip
-    run(cli, *args, code=7)
-    monkeypatch.undo()
-    methods_again(monkeypatch)
+    with monkeypatch.context() as broken:
+        broken.setattr(write, "_small_files", no_space_left)
+        out = convert(cli, source, tmp_path / "out", kind, code=7)
     count = len(list(source.glob("*.safetensors")))
-    assert f"{count} of {count} shards are finished already" in run(cli, *args).stderr
+    again = run(cli, *arguments(source, out, kind))
+    assert f"{count} of {count} shards are finished already" in again.stderr
     for path in whole.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def methods_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {name: f"{kind.__module__}:{kind.__name__}" for name, kind in METHODS.items()}
-    monkeypatch.setattr(base, "METHODS", base.METHODS | known)
+@EACH
+def test_hooks_give_what_the_written_model_gives(
+    kind: Kind, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    """The guard examines a model with hooks; what it sees must be what is written."""
+    source = checkpoints("llama", torch.float32)
+    out = convert(cli, source, tmp_path / "out", kind)
+    recording, resolved = read_recording(out), resolve(str(source))
+    plan = make_plan(resolved.config, resolved.weight_map, resolved.headers())
+    tokens = torch.arange(40).reshape(2, 20)
+    before, after = load(source), load(out)
+    with torch.no_grad():
+        unedited, written = before(tokens).logits, after(tokens).logits
+        with edited(before, plan, recording.edit(plan)):
+            hooked = before(tokens).logits
+    torch.testing.assert_close(hooked, written, rtol=1e-5, atol=1e-5)
+    assert (kind.touched == "notes/edit.txt") == torch.equal(unedited, written)
+
+
+@EACH
+def test_the_guard_examines_it_and_controls(
+    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """Random changes make no model less toxic: the guard says so, and ``--force`` writes them."""
+    args = [a for a in arguments(source, tmp_path / "out", kind) if a != "--no-guard"]
+    refused = run(cli, *args, code=9)
+    assert "log-probability of toxic words" in refused.stderr
+    run(cli, *args, "--force")
+    guard = read_manifest(tmp_path / "out").guard
+    assert guard is not None
+    assert len(guard.controls) == 3
+    assert (guard.edit.perplexity_ratio.value == 1) == (kind.method == "added-file")
+
+
+@EACH
+def test_an_adapter_holds_additions_of_low_rank_and_refuses_the_rest(
+    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    args = [*arguments(source, tmp_path / "out", kind), "--output", "adapter"]
+    if kind.method == "rank-one":
+        run(cli, *args)
+        run(cli, "verify", tmp_path / "out", "--source", source)
+    else:
+        assert "an edit of low rank" in run(cli, *args, code=2).stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_single_file_and_created_tensors_become_two_shards(
+    checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path
+) -> None:
+    source = checkpoints("llama", torch.bfloat16, "10GB")
+    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    shards = sorted(path.name for path in out.glob("model*.safetensors"))
+    assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert (out / shards[0]).read_bytes() == (source / "model.safetensors").read_bytes()
+    run(cli, "verify", out, "--source", source)
+    assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "code", "sentence"),
+    [
+        ("rows", "gpt2", 2, "this checkpoint has no gate_proj"),
+        ("created-bias", "gpt_neox", 2, "a model whose o_proj can get a bias"),
+    ],
+)
+def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
+    method: str, kind: str, code: int, sentence: str, checkpoints: Callable[..., Path], cli: Cli,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    args = ["convert", checkpoints(kind), tmp_path / "out", "--method", method]
+    for more in ([], ["--dry-run"]):
+        assert sentence in run(cli, *args, *more, code=code).stderr
+    assert sentence in run(cli, "plan", checkpoints(kind), "--method", method, code=code).stderr
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from converter.edits.subspace_file import SUBSPACE_FILE
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -25,6 +24,9 @@ from huggingface_hub import constants, snapshot_download
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
+from converter.edits.edit_file import EDIT_FILE
+from converter.entrypoints import pictures, stream_push
+from converter.entrypoints import push as pushing
 from converter.entrypoints.push import Files, published_files
 from converter.entrypoints.stream_push import Streaming
 from converter.errors import DestinationError
@@ -451,7 +453,7 @@ def test_pictures_are_drawn_before_the_push(
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
-    monkeypatch.setattr("converter.entrypoints.pictures.draw", full)
+    monkeypatch.setattr(pictures, "draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
     assert result.exit_code == 7
@@ -484,12 +486,12 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
 
     def other(folder: Path, manifest: Manifest) -> Files:
         files = dict(published_files(folder, manifest))
-        return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
+        return files | {EDIT_FILE: (files[EDIT_FILE][0], "0" * 64)}
 
-    monkeypatch.setattr("converter.entrypoints.push.published_files", other)
+    monkeypatch.setattr(pushing, "published_files", other)
     result = cli("push", converted[1], "someone/other")
     assert result.exit_code == 10
-    assert f"{SUBSPACE_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
+    assert f"{EDIT_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
     repo = uploads.repos["someone/other"]
     assert list(repo.commits.values()) == [{}]
 
@@ -511,7 +513,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
                 file.write(b"\x01\x02\x03\x40")
         return infos
 
-    monkeypatch.setattr("converter.entrypoints.stream_push.infos_of", damaged)
+    monkeypatch.setattr(stream_push, "infos_of", damaged)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
     assert result.exit_code == 8
@@ -662,11 +664,11 @@ def test_what_cannot_be_streamed_is_refused_first(
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
     cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.entrypoints.stream_push.SMALL", 10_000)
+    monkeypatch.setattr(stream_push, "SMALL", 10_000)
     sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
     room = sum(sizes[-2:]) + 10_000
     free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--dry-run"]
     assert cli(*args).exit_code == 7
     streamed = cli(*args, "--stream-to-hub", "--json")
@@ -688,13 +690,13 @@ def test_a_repo_and_its_folder_are_equal(
     for sides in ((out, "someone/edited"), ("someone/edited", out)):
         result = cli("diff", *sides, "--json", "--exit-code")
         assert result.exit_code == 0, result.stdout
-        assert json.loads(result.stdout)["subspace"] == SUBSPACE_FILE
+        assert json.loads(result.stdout)["subspace"] == EDIT_FILE
     other = shutil.copytree(out, tmp_path / "other")
     (other / "model.sig").write_text("signed")
     (other / "scores.png").unlink()
-    (other / SUBSPACE_FILE).unlink()
+    (other / EDIT_FILE).unlink()
     found = json.loads(cli("diff", "someone/edited", other, "--json").stdout)["files"]
-    only = [SUBSPACE_FILE, "scores.png"]
+    only = [EDIT_FILE, "scores.png"]
     assert found == {"only_in_a": only, "only_in_b": ["model.sig"], "changed": []}
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.safetensors import direct_writer
+from converter.checkpoints.safetensors import rewrite as rewriting
 from converter.checkpoints.safetensors.direct_writer import BUFFER, Writer
 from converter.checkpoints.safetensors.header import TensorInfo, parse_header, read_header, to_bytes
 from converter.checkpoints.safetensors.rewrite import (
@@ -87,7 +88,7 @@ def test_buffer_boundaries_do_not_matter(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rewritten(shard, tmp_path / "whole", {"f32": negated})
-    monkeypatch.setattr("converter.checkpoints.safetensors.rewrite.PIECE", 5)
+    monkeypatch.setattr(rewriting, "PIECE", 5)
     monkeypatch.setattr(direct_writer, "BUFFER", 7)
     advanced: list[int] = []
     with shard.open("rb", buffering=0) as file:
@@ -133,7 +134,7 @@ def test_however_it_is_written_the_bytes_are_the_same(
     monkeypatch.setattr(direct_writer, "_clone", clone)
     if not direct:
         monkeypatch.setattr(direct_writer, "_open_direct", lambda path: None)
-    monkeypatch.setattr("os.pwrite", counting)
+    monkeypatch.setattr(os, "pwrite", counting)
     record = rewritten(large, tmp_path / "out", {"b": negated})
     raw, info = bytearray(large.read_bytes()), read_header(large).tensors["b"]
     for place in range(info.start + 1, info.end, 2):  # the byte with the sign
@@ -162,7 +163,7 @@ def test_an_error_of_the_disk_reaches_the_caller(
     def full(file: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     if not direct:
         monkeypatch.setattr(direct_writer, "_open_direct", lambda path: None)
     threads = threading.active_count()
@@ -182,7 +183,7 @@ def test_a_disk_that_refuses_direct_writes_is_written_to_all_the_same(
             raise OSError(errno.EINVAL, "not aligned as I like it")
         return pwrite(file, data, offset)
 
-    monkeypatch.setattr("os.pwrite", picky)
+    monkeypatch.setattr(os, "pwrite", picky)
     rewritten(large, tmp_path / "out", {})
     assert (tmp_path / "out").read_bytes() == large.read_bytes()
     assert len(refused) <= 1
@@ -208,7 +209,7 @@ def test_a_file_is_flushed_when_it_is_complete(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[bytes] = []
-    monkeypatch.setattr("os.fsync", lambda file: flushed.append((tmp_path / "b").read_bytes()))
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((tmp_path / "b").read_bytes()))
     rewritten(large, tmp_path / "b", {})
     assert flushed == [large.read_bytes()]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
 from converter.release.manifest import read_manifest
 from converter.release.schema import schema
@@ -99,7 +100,7 @@ def test_with_the_source_a_resealed_change_is_found_too(
     tensors = load_file(out / shard)
     for name, says in (
         (next(n for n in tensors if n not in edited), "differs from that of the source"),
-        (next(n for n in tensors if n in edited), "is not the projection of the source's"),
+        (next(n for n in tensors if n in edited), "is not the source's with the recorded edit"),
     ):
         altered = dict(tensors)
         altered[name] = tensors[name] * 1.02  # still orthogonal to U, if it was
@@ -139,11 +140,10 @@ def test_a_copied_file_that_was_altered_and_resealed_is_found(out: Path) -> None
 
 
 def test_a_basis_that_is_not_orthonormal_is_found(out: Path) -> None:
-    name = "gloss_subspace.safetensors"
-    tensors = load_file(out / name)
+    tensors = load_file(out / EDIT_FILE)
     tensors["U"] = tensors["U"] * 0.99
-    save_file(tensors, out / name)
-    reseal(out, name)
+    save_file(tensors, out / EDIT_FILE)
+    reseal(out, EDIT_FILE)
     assert any("U is not orthonormal" in problem for problem in verify(out))
 
 
@@ -171,15 +171,21 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("name", "no.such.tensor"), ("basis", "U.99"), ("axis", 1), ("shard", "x.safetensors")],
+    ("path", "value", "says"),
+    [
+        (("name",), "no.such.tensor", "tensor no.such.tensor is recorded as edited and is not"),
+        (("tensors", "U"), "U.99", "holds no U.99"),
+        (("axis",), 1, "is recorded as edited and is not that weight"),
+        (("shard",), "x.safetensors", "is recorded as edited and is not that weight"),
+        (("kind",), "remove-all", "there is no kind of edit remove-all"),
+        (("tensors",), {"V": "U"}, "remove-subspace takes the tensors U"),
+    ],
 )
 def test_a_manifest_that_names_what_is_not_there_is_refused(
-    key: str, value: object, out: Path
+    path: tuple[str, ...], value: object, says: str, out: Path
 ) -> None:
-    put(out, forged(load_manifest(out), ("edited", 0, key), value))
-    problems = verify(out)
-    assert "is not that projection" in problems[0] or "holds no U.99" in problems[0]
+    put(out, forged(load_manifest(out), ("edited", 0, *path), value))
+    assert says in verify(out)[0]
 
 
 def test_files_may_be_links_as_in_the_cache_of_the_hub(out: Path) -> None:

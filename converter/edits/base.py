@@ -13,7 +13,7 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
 from converter.edits.deltas import Delta, tensors_of
-from converter.errors import CheckpointError
+from converter.errors import CheckpointError, FitError
 
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
@@ -103,6 +103,27 @@ class Footprint:
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+
+    def check(self, edit: Edit) -> None:
+        """Refuse an edit that goes beyond what was planned, shown and found room for.
+
+        Raises:
+            FitError: naming a tensor or a file.
+        """
+        weights = {weight.info.name for weight in self.weights}
+        shapes = {name: tuple(tensor.shape) for name, tensor in edit.created.items()}
+        beyond = [
+            *(name for name, delta in edit.tensors.items()
+              if name not in weights or type(delta) not in self.kinds),
+            *(name for name, shape in shapes.items() if self.created.get(name) != shape),
+            *({*edit.patches} - {*self.patches}),
+            *({*edit.files} - {*self.files}),
+        ]  # fmt: skip
+        if beyond:
+            raise FitError(
+                f"the method changes {beyond[0]} in a way that its footprint does not have",
+                hint="nothing was written; it is a fault of the method",
+            )
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

@@ -12,6 +12,7 @@ from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
+from converter.edits.base import Footprint
 from converter.edits.edit_file import EDIT_FILE, save_edit
 from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
@@ -79,6 +80,7 @@ def convert(
         bench.unload()
         passed = delivery.gates.check_effect(fitted.guard, results)
         edit = fitted.edit
+        footprint.check(edit)
         check_edit(edit, plan, source)
         with claim.staged(delivery.overwrite) as folder:
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
@@ -170,6 +172,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
             progress.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
         output = output_of(recipe.output)
+        output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
         output.check(plan, method.footprint(plan))
         return source, plan, method

@@ -106,7 +106,7 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     card, terms = read_card(destination / CARD), terms_of(source, recipe.base_model or source.base)
     return (
         all(card.get(key) == value for key, value in terms.fields.items())
-        and set(output_of(recipe.output).companions(source)) <= files.keys()
+        and set(output_of(recipe.output).companions(source.small)) <= files.keys()
         and all(_sha256(source, name) == file.sha256 for name, file in files.items())
     )
 

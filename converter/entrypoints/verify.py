@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from converter.checkpoints.names import INDEX
+from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.source import Source
-from converter.errors import ConverterError, VerificationError
+from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import plan_of
 from converter.outputs.record_checks import recorded_edit
@@ -52,14 +52,18 @@ def verify(
         damaged, false = check_files(folder, manifest, gone)
     except (VerificationError, OSError) as error:
         return [str(error)]
+    try:
+        output = output_of(manifest.run.output)
+    except OptionError as error:
+        brought = manifest.output_package or "this program"
+        return [f"{MANIFEST}: the output was written by {brought}: {error}"]
     problems = [f"{name}: {what}" for name, what in damaged.items()] + false
     damaged |= dict.fromkeys(gone, "is elsewhere")
     problems += check_sums(folder, manifest, digest, {} if seen is None else seen)
-    problems += check_records(manifest)
-    output = output_of(manifest.run.output)
+    problems += check_records(manifest, output)
     try:
         problems.extend(output.verify(folder, manifest, damaged, source))
-        problems.extend(_check_method(folder, manifest, damaged, source))
+        problems.extend(_check_method(folder, manifest, damaged, source, output.implied))
         if "config.json" in manifest.files:
             problems.extend(_check_loading(folder, trust_remote_code and not problems))
     except (ConverterError, OSError) as error:
@@ -68,19 +72,22 @@ def verify(
 
 
 def _check_method(
-    folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
+    folder: Path,
+    manifest: Manifest,
+    damaged: Mapping[str, str],
+    source: Source | None,
+    implied: Mapping[str, str],
 ) -> Iterator[str]:
     """The record of the method; its options depend on the sizes of the model."""
     if damaged.keys() & {manifest.edit.file, "config.json", INDEX, *manifest.shards}:
         return
     if manifest.shards:
-        plan = plan_of(folder, manifest)
+        plan = plan_of(folder, manifest, edited=False)
     elif source:
         plan = make_plan(source.config, source.weight_map, source.headers())
     else:
         return
-    stored, implied = recorded_edit(folder, manifest), output_of(manifest.run.output).implied
-    yield from check_method(manifest, plan, stored, implied)
+    yield from check_method(manifest, plan, recorded_edit(folder, manifest), implied)
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:

@@ -77,7 +77,7 @@ class Proposal:
     Attributes:
         strengths: ascending, such as ranks or step sizes.
         is_free: whether the most effective of them within the perplexity budget is to be chosen;
-            if not, there is one.
+            if not, it is the last.
         edit: the edit of a strength; also of strengths between those listed, where that makes
             sense.
         control: an edit of a strength and a seed, of the same kind, tensors and size, that knows

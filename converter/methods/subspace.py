@@ -120,7 +120,9 @@ class Removal:
             return max(neutral_energy(U, moment) for U in written.values())
 
         free = self.rank is None
-        ranks = [rank for rank in RANKS if rank <= widest] if free else [widest]
+        ranks = [rank for rank in RANKS if rank <= widest]
+        if not free:
+            ranks = sorted({*ranks, widest})
         evidence, tensors = _evidence(bench, subspace, width)
         return Proposal(ranks, free, edit, control, evidence, tensors, energy)
 
@@ -175,10 +177,13 @@ def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) ->
         tensors: of the file, without those of the edit itself.
     """
     expected = _tensors(evidence)
-    wrong = []
+    rows = tensors.get("candidates", torch.empty(0))
+    shape = (len(evidence.candidates), evidence.hidden_size)
+    wrong = [] if tuple(rows.shape) == shape else ["candidates"]
     for name in sorted({*expected, *tensors} - {"candidates"}):
         ours, theirs = tensors.get(name), expected.get(name)
-        if ours is None or theirs is None or not torch.equal(ours, theirs):
+        same = ours is not None and theirs is not None and ours.dtype == theirs.dtype
+        if ours is None or theirs is None or not (same and torch.equal(ours, theirs)):
             wrong.append(name)
     return wrong
 

@@ -7,7 +7,7 @@ point in the group ``gloss_convert.outputs``.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -93,6 +93,14 @@ class Output(Protocol):
     def unused(self) -> tuple[str, ...]:
         """Parameters of the command line that have no effect here."""
 
+    @property
+    def has_shards(self) -> bool:
+        """Whether it holds every tensor of the model, in shards like those of the source."""
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Names of the files that it writes beside shards and copies."""
+
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """Refuse what cannot be written this way, before anything is computed.
 
@@ -103,8 +111,8 @@ class Output(Protocol):
     def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         """What will be written, about; the small files are not counted."""
 
-    def companions(self, source: Source) -> list[str]:
-        """The small files of the source that are copied."""
+    def companions(self, names: Iterable[str]) -> list[str]:
+        """Which of the source's small files, by name, are copied."""
 
     def at_a_time(self, source: Source) -> int:
         """Shards that may be worked on at a time."""

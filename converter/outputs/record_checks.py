@@ -116,20 +116,17 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(to_bytes(tensor)).hexdigest()
 
 
-def check_source_files(
-    manifest: Manifest, source: Source, companions: Iterable[str]
-) -> Iterator[str]:
+def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]) -> Iterator[str]:
     """The files of a source must be those that were read.
 
     Args:
         manifest: with their digests.
         source: that they may be of.
-        companions: those that this output copies.
+        copied: its files of which this output has copies, edited ones included.
     """
     shards = {file.source or name for name, file in manifest.shards.items()}
-    for name in sorted({*companions, *source.shards} - {*manifest.files, *shards}):
-        if name in companions or manifest.run.output != "adapter":
-            yield f"{name} of the source is missing from the record of what was converted"
+    for name in sorted({*copied} - {*manifest.files, *shards}):
+        yield f"{name} of the source is missing from the record of what was converted"
     for name, file in manifest.source.all_files.items():
         path, recorded = place_of(source, name), (file.sha256, file.nbytes)
         if not path.is_file() or (sha256_of(path), path.stat().st_size) != recorded:

@@ -40,6 +40,7 @@ from converter.manifest import (
 from converter.methods.base import METHODS, Method
 from converter.methods.workbench import Bench
 from converter.outputs.base import Written, file_entry
+from converter.outputs.registry import OUTPUTS
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
@@ -101,6 +102,7 @@ def make_manifest(
         ),
         choice=fitted.choice,
         guard=fitted.guard,
+        output_package=OUTPUTS.package(recipe.output),
         edited=written.edits,
         environment=environment(bench.device),
         forward=bench.forward.record() if ran else None,

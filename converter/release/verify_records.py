@@ -7,13 +7,12 @@ What is said once only, such as what was measured, cannot be checked without doi
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import chain
 
 from torch import Tensor
 
 from converter import __version__
 from converter.calibration.statistics import cache_key
-from converter.checkpoints.companions import PICTURE, is_companion, papers
+from converter.checkpoints.companions import PICTURE, is_companion
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.edits.edit_file import EDIT_FILE, EVIDENCE
@@ -22,16 +21,21 @@ from converter.evaluate.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
 from converter.methods.base import METHODS, configure
 from converter.methods.subspace import check_evidence
-from converter.outputs.adapter.write import CONFIG, WEIGHTS
+from converter.outputs.base import Output
 from converter.release.licences import NOTICE
 
 
-def check_records(manifest: Manifest) -> Iterator[str]:
-    """Copies, the key of the activations, the rank, guard and gates."""
+def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
+    """Copies, the key of the activations, the rank, guard and gates.
+
+    Args:
+        manifest: of a folder.
+        output: by which it was written.
+    """
     seen = manifest.activations
     if seen and (cache_key(seen.inputs) if seen.inputs else None) != seen.key:
         yield f"{MANIFEST}: the key of the activations is not that of their inputs"
-    yield from _check_origins(manifest)
+    yield from _check_origins(manifest, output)
     for what, holds in _claims(manifest):
         if not holds:
             yield f"{MANIFEST}: {what}"
@@ -40,22 +44,18 @@ def check_records(manifest: Manifest) -> Iterator[str]:
         yield f"{MANIFEST}: tensor {name} is recorded as edited twice"
 
 
-def is_whole(manifest: Manifest) -> bool:
-    """Whether it is of a checkpoint; an adapter leaves most files where they are."""
-    return manifest.run.output != "adapter"
-
-
-def _check_origins(manifest: Manifest) -> Iterator[str]:
+def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
     """Each file is a shard, one that a conversion makes, or a copy of one of the source's."""
-    files, theirs, whole = manifest.files, manifest.source.files, is_whole(manifest)
+    files, theirs = manifest.files, manifest.source.files
     edit = manifest.edit
-    made = {EDIT_FILE, NOTICE, *edit.files} | ({INDEX} if whole else {WEIGHTS, CONFIG})
+    made = {EDIT_FILE, NOTICE, *edit.files, *output.own_files}
     changed = {*edit.patches, *([INDEX] if edit.created else [])}
-    copied = set(theirs) if whole else set(chain(*papers(theirs).values()))
+    shards = {file.source or name for name, file in manifest.shards.items()}
+    copied = set(output.companions(theirs)) - shards
     for name, file in files.items():
         ours = name in made or name.endswith(PICTURE)
         if file.prefixes is not None:
-            if not whole or not name.endswith(".safetensors"):
+            if not output.has_shards or not name.endswith(".safetensors"):
                 yield f"{name}: is recorded as a shard and cannot be one"
             elif file.nbytes != theirs.get(file.source or name, file).nbytes:
                 yield f"{name}: has other bytes than the source's, by the manifest"
@@ -65,7 +65,7 @@ def _check_origins(manifest: Manifest) -> Iterator[str]:
             if file != theirs[name]:
                 yield f"{name}: was to be a copy of the source's and is not"
             if name not in copied:
-                yield f"{name}: does not belong into an adapter"
+                yield f"{name}: does not belong into this output"
         elif not ours:
             yield f"{name}: is neither of the source nor made by a conversion"
     for name in sorted(copied - set(files)):
@@ -119,6 +119,9 @@ def check_method(
     run, method = manifest.run, manifest.method
     if run.method not in METHODS.names() or manifest.tool.version != __version__:
         return  # other versions have other options
+    package = METHODS.package(run.method)
+    if package is not None and package != method.package:
+        return
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
         footprint = expected.footprint(plan)
@@ -129,10 +132,19 @@ def check_method(
     for key in sorted({*options, *method.options}):
         if options.get(key) != method.options.get(key):
             yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    told = (expected.title, expected.paper, expected.strength, METHODS.package(run.method))
+    told = (expected.title, expected.paper, expected.strength, package)
     if (method.title, method.paper, method.strength, method.package) != told:
         yield f"{MANIFEST}: the method has another title, paper or package"
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
     for name in sorted(asked ^ edited if evidence else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
+    edit = manifest.edit
+    for what, found, possible in (
+        ("an edit of kind", {e.kind for e in manifest.edited}, {k.kind for k in footprint.kinds}),
+        ("the new tensor", {created.name for created in edit.created}, set(footprint.created)),
+        ("a patch of", set(edit.patches), set(footprint.patches)),
+        ("the file", set(edit.files), set(footprint.files)),
+    ):
+        for name in sorted(found - possible):
+            yield f"{MANIFEST}: the method makes no such edit: {what} {name}"

@@ -16,26 +16,29 @@ from converter.runtime.cache import sha256_of
 Place = tuple[str | int, ...]
 
 CLAIMS = (
-    "environment.", "forward", "measurements.", "neutral.", "pairs.", "run.activations",
+    "environment.", "forward", "measurements.", "method.evidence.candidates.#.index",
+    "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
+    "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
     "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
     "run.guard_draws", "run.mask", "run.max_perplexity_ratio", "run.neutral", "run.num_pairs",
     "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
     "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
-    "source.revision", "split.", "subspace.candidates.#.index", "subspace.candidates.#.kept",
-    "subspace.candidates.#.kind", "subspace.candidates.#.tokens", "tool.version", "word_list.",
+    "source.revision", "split.", "tool.version", "word_list.",
 )  # fmt: skip
 """What a manifest says once only: of texts, names, and what was measured. Nothing in a folder or a
 source contradicts it; a signature says whose word it is."""
 
 BEFORE = (
-    "edited.#.rounding_error", "edited.#.sha256_before", "edited.#.energy_removed", "edited.#.norm",
-    "edited.#.dtype", "edited.#.name", "edited.#.shard", "method.", "run.options", "source.files.",
+    "edited.#.rounding_error", "edited.#.sha256_before", "edited.#.measures.energy_removed",
+    "edited.#.norm", "edited.#.dtype", "edited.#.name", "edited.#.shard", "method.name",
+    "method.title", "method.paper", "method.options", "method.package", "method.strength",
+    "run.options", "source.files.",
 )  # fmt: skip
 """What it says of the source's weights, and under an adapter of everything that is not in it: only
 the source can contradict that."""
 
 
-NOISE = "edited.#.leakage", "edited.#.rounding_error"
+NOISE = "edited.#.measures.leakage", "edited.#.rounding_error"
 """Under an adapter what float32 leaves, verified to be next to nothing: 0 is true enough."""
 
 

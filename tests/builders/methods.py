@@ -103,7 +103,7 @@ class CreatedBias(Base):
 
     def footprint(self, plan: Plan) -> Footprint:
         route = plan.bias_route("o_proj")
-        if route is None:
+        if route is None or not route.created:
             raise OptionError(
                 "--method created-bias", expected="a model whose o_proj can get a bias",
                 found=plan.architecture.title, hint="choose another method",

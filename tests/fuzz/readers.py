@@ -13,8 +13,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from converter.edits.subspace_file import SUBSPACE_FILE
-
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
 from converter.calibration.word_list import load_words
@@ -28,13 +26,14 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError
 from converter.manifest import Manifest
-from converter.methods.base import configure, method_names, parse_layers
+from converter.methods.base import METHODS, configure, parse_layers
 from converter.outputs.adapter.verify import check_adapter
-from converter.outputs.record_checks import check_subspace, recorded_bases
+from converter.outputs.record_checks import check_edit_file, edit_of, recorded_edit
 from converter.outputs.staging.claim import finished_in
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Settings
@@ -191,13 +190,15 @@ def replace(tree: Any, path: list[Any], value: Any) -> None:
 
 
 @reader("safetensors")
-def subspace(data: bytes) -> None:
-    """The bases, as a manifest that fits them says."""
-    folder = scratch() / "subspace"
+def edit(data: bytes) -> None:
+    """The tensors of an edit, as a manifest that fits them says."""
+    folder = scratch() / "edit"
     folder.mkdir(exist_ok=True)
-    (folder / SUBSPACE_FILE).write_bytes(data)
+    (folder / EDIT_FILE).write_bytes(data)
     manifest = Manifest.from_json(known())
-    list(check_subspace(folder, manifest, recorded_bases(folder, manifest)))
+    stored = recorded_edit(folder, manifest)
+    list(check_edit_file(manifest, stored))
+    edit_of(manifest, stored).digest()
 
 
 @reader("safetensors")
@@ -339,7 +340,7 @@ def options(data: bytes) -> None:
     """Options: the first line is a method, the others ``key=value``, a size, or layers."""
     method, *lines = data.decode("utf-8", "replace").split("\n")
     sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
-    method = method_names()[len(method) % len(method_names())]
+    method = METHODS.names()[len(method) % len(METHODS.names())]
     refused = None
     for line in lines[:20]:
         key, _, value = line.partition("=")

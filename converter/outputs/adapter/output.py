@@ -1,6 +1,6 @@
 """The edit as a LoRA adapter, as ``outputs.registry`` has it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from converter.checkpoints.plan import Plan
@@ -10,7 +10,7 @@ from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.errors import OptionError
 from converter.manifest import Manifest
 from converter.outputs.adapter.verify import check_adapter
-from converter.outputs.adapter.write import companions, write_adapter
+from converter.outputs.adapter.write import CONFIG, WEIGHTS, companions, write_adapter
 from converter.outputs.base import WriteJob, Written
 
 LOW_RANK = (RemoveSubspace, AddLowRank)
@@ -23,6 +23,8 @@ class Adapter:
     library, relation = "peft", "adapter"
     implied: Mapping[str, str] = {"bias": "keep"}
     unused: tuple[str, ...] = ("rounding", "workers", "stream_to_hub")
+    has_shards = False
+    own_files: tuple[str, ...] = (WEIGHTS, CONFIG)
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """A LoRA adds a matrix of low rank to the weight of one Linear or Conv1D, and no more."""
@@ -53,9 +55,9 @@ class Adapter:
     def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         return sum(4 * footprint.rank * sum(w.info.shape) for w in footprint.weights)
 
-    def companions(self, source: Source) -> list[str]:
+    def companions(self, names: Iterable[str]) -> list[str]:
         """The licence and its like; config and tokenizer are those of the source and stay there."""
-        return companions(source)
+        return companions(names)
 
     def at_a_time(self, source: Source) -> int:
         return 1

@@ -77,7 +77,7 @@ def check_adapter(
     for entry in manifest.edited:
         yield from _check_factors(entry, tensors, deltas[entry.name])
     if source:
-        yield from check_source_files(manifest, source, companions(source))
+        yield from check_source_files(manifest, source, companions(source.small))
         yield from _check_source(manifest, tensors, deltas, source)
 
 

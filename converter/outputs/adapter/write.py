@@ -14,7 +14,7 @@ architecture's data file says, whatever their tensors are called on disk.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from math import isfinite, prod, sqrt
 from typing import Any
@@ -48,9 +48,9 @@ SERVED_RANK = 16
 """The largest rank that serving engines take unless told otherwise (vLLM's ``max_lora_rank``)."""
 
 
-def companions(source: Source) -> list[str]:
+def companions(names: Iterable[str]) -> list[str]:
     """The licence and its like; config and tokenizer are those of the source and stay there."""
-    return list(chain(*papers(source.small).values()))
+    return list(chain(*papers(names).values()))
 
 
 def write_adapter(job: WriteJob) -> Written:
@@ -87,7 +87,7 @@ def write_adapter(job: WriteJob) -> Written:
     base, transposed = source.base or source.name, any(weight.axis for weight in order)
     config = adapter_config(base, source.base_commit, ranks, transposed=transposed)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    copies = {n: copy_file(source.small[n], job.folder / n) for n in companions(source)}
+    copies = {n: copy_file(source.small[n], job.folder / n) for n in companions(source.small)}
     made = {
         WEIGHTS: file_entry(job.folder / WEIGHTS),
         CONFIG: make_file(job.folder / CONFIG, text.encode()),

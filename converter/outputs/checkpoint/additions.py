@@ -7,9 +7,9 @@ that find a file of that name look at no index, and would leave the new tensors 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from msgspec.structs import replace
 from safetensors.torch import save
@@ -34,6 +34,9 @@ EXTRA = "model-created.safetensors"
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 """The two shards that a single file and its created tensors become."""
+
+RESERVED = (*OURS, EDIT_FILE, EXTRA, FIRST, SECOND)
+"""Names that an output may need for itself."""
 
 PATCHABLE = (
     "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
@@ -98,15 +101,22 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
         new = patched_text(name, patch, source)
         if name == "config.json":
             _check_config(json.loads(new), plan)
-    known = {name.casefold() for name in (*source.small, *source.shards, *OURS, EDIT_FILE, EXTRA)}
-    for name in edit.files:
-        if not is_plain(name) or any(part.startswith(".") for part in Path(name).parts):
+    _check_files(edit.files, {*source.small, *source.shards, *RESERVED})
+
+
+def _check_files(files: Iterable[str], taken: Iterable[str]) -> None:
+    """Paths of new files must be plain, and free also where case does not count."""
+    known = {name.casefold() for name in taken}
+    for name in files:
+        path = PurePosixPath(name)
+        if not is_plain(name) or any(part.startswith(".") for part in path.parts):
             raise CheckpointError(f"the edit adds a file {name}", expected="a name in the folder")
-        if name.casefold() in known:
+        if known & {str(place).casefold() for place in (path, *path.parents)}:
             raise CheckpointError(
                 f"the edit adds a file {name}", expected="a name that is free",
                 found="one of the source or of the output",
             )  # fmt: skip
+        known.add(name.casefold())
 
 
 def _check_config(config: Mapping[str, object], plan: Plan) -> None:

@@ -1,9 +1,10 @@
 """The edit as a whole checkpoint, as ``outputs.registry`` has it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
+from converter.checkpoints.names import INDEX
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
@@ -19,6 +20,8 @@ class Checkpoint:
     library, relation = "transformers", "finetune"
     implied: Mapping[str, str] = {}
     unused: tuple[str, ...] = ()
+    has_shards = True
+    own_files: tuple[str, ...] = (INDEX,)
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """Whatever can be planned can be written as a checkpoint."""
@@ -26,8 +29,8 @@ class Checkpoint:
     def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         return plan.nbytes + sum(4 * prod(shape) for shape in footprint.created.values())
 
-    def companions(self, source: Source) -> list[str]:
-        return list(source.small)
+    def companions(self, names: Iterable[str]) -> list[str]:
+        return list(names)
 
     def at_a_time(self, source: Source) -> int:
         return at_a_time(source)

@@ -84,10 +84,18 @@ def _check_structure(folder: Path, manifest: Manifest, damaged: Mapping[str, str
             yield f"tensor {created.name} is recorded as created and is not there"
 
 
-def plan_of(folder: Path, manifest: Manifest) -> Plan:
-    """The structure of an output. Raises CheckpointError."""
+def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
+    """The structure of an output, or that of its source: without the created tensors.
+
+    Raises:
+        CheckpointError: its parts do not fit together.
+    """
     weight_map = read_index(folder / INDEX) if (folder / INDEX).exists() else None
     headers = {name: read_header(folder / name) for name in manifest.shards}
+    if not edited:
+        created = {tensor.name: tensor.shard for tensor in manifest.edit.created}
+        headers = {n: header for n, header in headers.items() if n not in created.values()}
+        weight_map = weight_map and {n: s for n, s in weight_map.items() if n not in created}
     return make_plan(read_json(folder / "config.json"), weight_map, headers)
 
 
@@ -223,7 +231,7 @@ def _check_source(
     if {*expected, *filter(None, [shards.extra])} != set(manifest.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    yield from check_source_files(manifest, source, source.small)
+    yield from check_source_files(manifest, source, (*source.small, *source.shards))
     yield from _check_texts(folder, manifest, source, shards)
     infos = infos_of(folder, expected)
     edited = {tensor.name: tensor for tensor in manifest.edited}
