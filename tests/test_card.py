@@ -25,6 +25,7 @@ from converter.checkpoints.source import Source
 from converter.entrypoints.verify import verify
 from converter.hub import repos as hub
 from converter.manifest import (
+    Candidate,
     Estimate,
     Evaluation,
     Interval,
@@ -33,6 +34,7 @@ from converter.manifest import (
     Origin,
     PromptsRecord,
     RowRecord,
+    to_json,
 )
 from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.release.card_results import pictures
@@ -101,7 +103,7 @@ LLAMA_3_1 = (
           "comes without the use policy"]),
         ("license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
          ["LICENSE", "USE_POLICY.md"], LLAMA_3_1,
-         ["# Llama-tiny-gloss\n\n**Built with Llama**\n", "begin with `Llama`"], []),
+         ["# Llama-tiny-gloss-paper\n\n**Built with Llama**\n", "begin with `Llama`"], []),
         ("license: llama3", ["LICENSE", "USE_POLICY.md", "NOTICE.txt"], None,
          ["**Built with Meta Llama 3**", "**NOTICE.txt lacks the line"],
          ["NOTICE.txt lacks the line that the Meta Llama 3 Community License asks for"]),
@@ -185,7 +187,7 @@ def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
         "language": ["en", "de"],
         "pipeline_tag": "image-text-to-text",
         "library_name": "transformers",
-        "tags": ["detoxification", "model-editing", "gloss"],
+        "tags": ["detoxification", "model-editing", "gloss-paper"],
     }
 
 
@@ -202,6 +204,19 @@ def write(folder: Path, manifest: Manifest, base: str | None = "someone/tiny") -
     return ModelCard(text)
 
 
+def candidates_of(manifest: Manifest) -> tuple[Candidate, ...]:
+    """The directions that its method has looked at."""
+    assert manifest.subspace is not None
+    return manifest.subspace.candidates
+
+
+def with_candidates(manifest: Manifest, *candidates: Candidate) -> Manifest:
+    """The manifest of a method that has looked at others."""
+    assert manifest.subspace is not None
+    evidence = to_json(replace(manifest.subspace, candidates=candidates))
+    return replace(manifest, method=replace(manifest.method, evidence=evidence))
+
+
 def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
     _, out = converted
     card = card_of(out)
@@ -209,12 +224,15 @@ def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
         "license": "mit",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["detoxification", "model-editing", "gloss"],
+        "tags": ["detoxification", "model-editing", "gloss-paper"],
     }
     for text in (
         "[arXiv 2505.17078](https://arxiv.org/abs/2505.17078)",
         "6 tensors: the down-projections and their biases of layers 2-4, counted from 0",
         "4 of 32 dimensions",
+        "became `W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
+        "Of the directions that the subspace was made from, these are",
+        "`gloss_edit.safetensors` has the edit",
         "AutoModelForCausalLM.from_pretrained",
         "**not measured**",
         "gloss replay gloss_manifest.json OUT",
@@ -285,7 +303,7 @@ def test_an_evaluation_becomes_a_model_index_and_a_table(
     results = evaluation()
     card = write(converted[0], replace(manifest, evaluation=results))
     name, index = model_index_to_eval_results(fields(card.data)["model-index"])
-    assert name == f"{converted[0].name}-gloss"
+    assert name == f"{converted[0].name}-gloss-paper"
     found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in index}
     assert found == {
         ("perplexity", 21.0, "text", None),
@@ -347,10 +365,9 @@ def test_tokens_stay_in_their_cell_whatever_they_are(
     assert code("`") == "`` ` ``"
     assert code("a\nb\x1b") == "`a\\u000ab\\u001b`"
     assert code(" \n") == ""
-    best = max(manifest.subspace.candidates, key=lambda c: (c.kept, c.score))
+    best = max(candidates_of(manifest), key=lambda c: (c.kept, c.score))
     best = replace(best, tokens=("</td>\n# Heading", "|", " f***"))
-    subspace = replace(manifest.subspace, candidates=(best,))
-    text = write(converted[0], replace(manifest, subspace=subspace)).text
+    text = write(converted[0], with_candidates(manifest, best)).text
     assert "`</td>\\u000a# Heading`, `\\|`, `f***` |\n" in text
 
 
@@ -487,10 +504,10 @@ def test_the_title_begins_as_the_licence_asks(
 ) -> None:
     source = resolve(str(converted[0]))
     for licence, name, title in (
-        ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss"),
-        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss"),
-        ("llama3", "someone/mine", "Llama-3-mine-gloss"),
-        ("mit", "someone/mine", "mine-gloss"),
+        ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss-paper"),
+        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss-paper"),
+        ("llama3", "someone/mine", "Llama-3-mine-gloss-paper"),
+        ("mit", "someone/mine", "mine-gloss-paper"),
     ):
         asked = dataclasses.replace(source, name=name, card=ModelCardData(license=licence))
         assert title_of(asked, manifest) == title
@@ -585,10 +602,10 @@ def test_a_subfolder_is_named_wherever_it_is_needed(
 def test_a_random_subspace_is_called_a_control(
     converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
-    drawn = tuple(replace(c, kind="random") for c in manifest.subspace.candidates)
-    subspace = replace(manifest.subspace, candidates=drawn)
+    drawn = (replace(c, kind="random") for c in candidates_of(manifest))
+    manifest = with_candidates(manifest, *drawn)
     method = replace(manifest.method, name="random", title="random subspace, a control")
-    text = write(converted[0], replace(manifest, subspace=subspace, method=method)).text
+    text = write(converted[0], replace(manifest, method=method)).text
     assert "with a random subspace taken out: **a control**" in text
     assert "write toxicity" not in text
     assert "less probable." not in text.partition("## How to use it")[0]

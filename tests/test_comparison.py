@@ -17,6 +17,7 @@ from converter.evaluate.passages import draw_passages
 from converter.evaluate.systems import parse_controls
 from converter.evaluate.table import markdown
 from converter.manifest import Evaluation, Interval, SystemRecord
+from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
@@ -68,10 +69,10 @@ def test_controls_stand_beside_the_edit(
     results = json.loads(found.stdout)
     assert results == json.loads((tmp_path / "results.json").read_text())
     names = [(s["system"], s["seed"]) for s in results["systems"]]
-    print([(s["system"], s["strength"], s["metrics"]["perplexity_ratio"]) for s in results["systems"]])
     assert names == [
-        ("unedited", None), ("edited", None), ("random", 0), ("profs@perplexity", 0),
-        ("random", 1), ("profs@perplexity", 1),
+        ("unedited", None), ("edited", None),
+        ("random", 0), ("profs@perplexity", 0), ("random@perplexity", 0),
+        ("random", 1), ("profs@perplexity", 1), ("random@perplexity", 1),
     ]  # fmt: skip
     unedited, gloss, random, *_ = (s["metrics"] for s in results["systems"])
     assert unedited["teacher_forced"]["value"] == 1
@@ -80,9 +81,13 @@ def test_controls_stand_beside_the_edit(
     assert gloss[way]["value"] < unedited[way]["value"]
     for system in results["systems"][2:]:
         assert system["layers"] == results["systems"][1]["layers"] == [1, 2, 3, 4]
-    assert [s["strength"] for s in results["systems"] if s["system"] == "random"] == [1, 1]
+    strengths = {name: [s["strength"] for s in results["systems"] if s["system"] == name]
+                 for name in ("random", "random@perplexity")}  # fmt: skip
+    assert strengths["random"] == [1, 1]
+    assert all(rank < MAX_RANK for rank in strengths["random@perplexity"])
     assert [(row["system"], row["seeds"]) for row in results["rows"]] == [
         ("unedited", 1), ("edited", 1), ("random", 2), ("profs@perplexity", 2),
+        ("random@perplexity", 2),
     ]  # fmt: skip
 
 
@@ -183,11 +188,7 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (
-            ("--control", "magic"),
-            2,
-            "--control: expected gloss, gloss-paper, profs, random, found magic",
-        ),
+        (("--control", "magic"), 2, "--control: expected gloss, gloss-paper, profs, random, found"),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),

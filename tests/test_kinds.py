@@ -20,11 +20,15 @@ from click.testing import Result
 
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
+from converter.edits.base import Edit, Footprint
+from converter.edits.deltas import AddToRows, Replace
+from converter.errors import CheckpointError, FitError
 from converter.models.edited import edited
 from converter.outputs.checkpoint import write
+from converter.outputs.checkpoint.additions import check_edit
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from tests.builders.methods import METHODS
+from tests.builders.methods import METHODS, AddedFile
 from tests.builders.models import load
 from tests.builders.packages import install
 
@@ -246,4 +250,74 @@ def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
     for more in ([], ["--dry-run"]):
         assert sentence in run(cli, *args, *more, code=code).stderr
     assert sentence in run(cli, "plan", checkpoints(kind), "--method", method, code=code).stderr
+    assert not (tmp_path / "out").exists()
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+WRONG = {
+    "a created tensor that exists": (Edit(created={NORM: torch.ones(32)}), NORM),
+    "a created tensor with NaN": (Edit(created={"new": torch.tensor([torch.nan])}), "new"),
+    "a tensor that no role has": (Edit({NORM: Replace(torch.ones(32, 1))}), NORM),
+    "a vector that is too long": (Edit({DOWN: AddToRows(torch.tensor([0]), torch.ones(9))}), DOWN),
+    "a row that is not there": (Edit({DOWN: AddToRows(torch.tensor([32]), torch.ones(48))}), DOWN),
+    "a replacement of another size": (Edit({DOWN: Replace(torch.ones(3, 3))}), DOWN),
+    "a patch of a file that is missing": (
+        Edit(patches={"chat_template.jinja": "x"}), "chat_template.jinja",
+    ),
+    "a patch of a file that is none of text": (Edit(patches={"LICENSE": "x"}), "LICENSE"),
+    "a patch that changes nothing": (
+        Edit(patches={"config.json": {"hidden_size": 32}}), "config.json",
+    ),
+    "a patch of an object that is text": (Edit(patches={"config.json": "x"}), "config.json"),
+    "a patch of the sizes": (Edit(patches={"config.json": {"hidden_size": 8}}), "config.json"),
+    "a file of the source": (Edit(files={"config.json": b"{}"}), "config.json"),
+    "a file of the source in capitals": (Edit(files={"License": b""}), "License"),
+    "a file in place of a folder": (Edit(files={"config.json/x": b""}), "config.json/x"),
+    "a file of the output": (Edit(files={"gloss_manifest.json": b""}), "gloss_manifest.json"),
+    "a file outside": (Edit(files={"../x": b""}), "../x"),
+    "two files of one name": (Edit(files={"a": b"", "A": b""}), "A"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Callable[..., Path]) -> None:
+    edit, named = WRONG[wrong]
+    source = resolve(str(checkpoints("llama", torch.bfloat16)))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    with pytest.raises(CheckpointError) as raised:
+        check_edit(edit, plan, source)
+    assert named in raised.value.what
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (Edit({"model.layers.1.mlp.down_proj.weight": Replace(torch.ones(32, 48))}), "layers.1."),
+        (Edit({DOWN: Replace(torch.ones(32, 48))}), DOWN),
+        (Edit(created={"new": torch.ones(3)}), "new"),
+        (Edit(patches={"config.json": {}}), "config.json"),
+        (Edit(files={"x": b""}), "x"),
+    ],
+)
+def test_an_edit_beyond_its_footprint_is_refused(
+    edit: Edit, named: str, checkpoints: Callable[..., Path]
+) -> None:
+    source = resolve(str(checkpoints("llama", torch.bfloat16)))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    footprint = Footprint(plan.weights("down_proj", [0]), (AddToRows,), created={"new": (2,)})
+    footprint.check(Edit({DOWN: AddToRows(torch.tensor([0]), torch.ones(48))}))
+    with pytest.raises(FitError) as raised:
+        footprint.check(edit)
+    assert named in raised.value.what
+
+
+def test_a_refused_edit_leaves_nothing(
+    source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = Edit(files={"LICENSE": b"Another.\n"})
+    monkeypatch.setattr(AddedFile, "edit", lambda self, bench, scale, seed: edit)
+    monkeypatch.setattr(AddedFile, "footprint", lambda self, plan: Footprint(files=("LICENSE",)))
+    refused = run(cli, *arguments(source, tmp_path / "out", KINDS[4]), code=4)
+    assert "the edit adds a file LICENSE: expected a name that is free" in refused.stderr
     assert not (tmp_path / "out").exists()

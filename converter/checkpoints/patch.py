@@ -28,8 +28,14 @@ def patched(name: str, text: str, patch: Mapping[str, Any] | str) -> str:
         patch: a merge patch for a file of JSON, or text to put in front.
 
     Raises:
-        CheckpointError: the file is not a JSON object, or the patch changes nothing.
+        CheckpointError: the patch is of the other kind, the file is not a JSON object, or the
+            patch changes nothing.
     """
+    if isinstance(patch, str) == name.endswith(".json"):
+        raise CheckpointError(
+            f"the patch of {name} does not fit it",
+            expected="a merge patch" if name.endswith(".json") else "text to put in front",
+        )
     if isinstance(patch, str):
         new = patch + text
     else:

@@ -13,7 +13,7 @@ from converter.outputs.record_checks import recorded_edit
 from converter.outputs.registry import output_of
 from converter.release.manifest import read_manifest_bytes
 from converter.release.verify_files import check_files, check_sums
-from converter.release.verify_records import check_method, check_records
+from converter.release.verify_records import check_kept, check_method, check_records
 
 
 def verify(
@@ -79,7 +79,10 @@ def _check_method(
     implied: Mapping[str, str],
 ) -> Iterator[str]:
     """The record of the method; its options depend on the sizes of the model."""
-    if damaged.keys() & {manifest.edit.file, "config.json", INDEX, *manifest.shards}:
+    if manifest.edit.file in damaged:
+        return
+    yield from check_kept(manifest, recorded_edit(folder, manifest))
+    if damaged.keys() & {"config.json", INDEX, *manifest.shards}:
         return
     if manifest.shards:
         plan = plan_of(folder, manifest, edited=False)
@@ -87,7 +90,7 @@ def _check_method(
         plan = make_plan(source.config, source.weight_map, source.headers())
     else:
         return
-    yield from check_method(manifest, plan, recorded_edit(folder, manifest), implied)
+    yield from check_method(manifest, plan, implied)
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:

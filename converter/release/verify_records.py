@@ -101,21 +101,21 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
             yield "the guard has not measured what the gate says", gate.measured == drop
 
 
-def check_method(
-    manifest: Manifest, plan: Plan, stored: Mapping[str, Tensor], implied: Mapping[str, str]
-) -> Iterator[str]:
-    """What the manifest says of the method must follow from the run, and from the edit's file.
+def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
+    """The evidence of a subspace in the manifest must be that of the edit's file, ``stored``."""
+    kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
+    for name in check_evidence(manifest.subspace, kept) if manifest.subspace else ():
+        yield f"{manifest.edit.file}: {name} is not as recorded"
+
+
+def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
+    """What the manifest says of the method and its edit must follow from the run.
 
     Args:
         manifest: of an output.
         plan: of the source, or of the output, which has the same tensors.
-        stored: tensors of the edit's file.
         implied: other defaults of the method's options with this output.
     """
-    evidence = manifest.subspace
-    kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
-    for name in check_evidence(evidence, kept) if evidence else ():
-        yield f"{manifest.edit.file}: {name} is not as recorded"
     run, method = manifest.run, manifest.method
     if run.method not in METHODS.names() or manifest.tool.version != __version__:
         return  # other versions have other options
@@ -137,7 +137,7 @@ def check_method(
         yield f"{MANIFEST}: the method has another title, paper or package"
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
-    for name in sorted(asked ^ edited if evidence else edited - asked):
+    for name in sorted(asked ^ edited if manifest.subspace else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
     edit = manifest.edit
     for what, found, possible in (
