@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal, Self, dataclass_transform
 import msgspec
 from msgspec import Meta
 
-from converter import __version__
 from converter.recipe import Recipe
+from converter.version import __version__
 
 SCHEMA_VERSION: Final = 1
 

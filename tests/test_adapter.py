@@ -562,7 +562,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
         ("sha256_before", "0" * 64, "is another one, by its sha256"),
         ("norm", 1e300, "has another norm than recorded"),
         ("lora", None, "cannot be edited by an adapter"),
-        ("layer", 5, "has no such weight"),
+        ("layer", 5, "module model.layers.3.mlp.down_proj is not of layer 5"),
         ("name", "no.such.tensor", "has no such weight"),
         ("name", "no.such.tensor", "the method's options and the list of edited tensors disagree"),
         ("kind", "replace", "is none: found replace takes the tensors new"),

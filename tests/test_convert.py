@@ -22,11 +22,12 @@ from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Edit
+from converter.edits.deltas import AddLowRank
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
-from converter.errors import DestinationError
+from converter.errors import DestinationError, OptionError
 from converter.models import build
 from converter.models.edited import edited
 from converter.outputs.base import WriteJob
@@ -318,6 +319,20 @@ def test_biases_of_experts_cannot_be_kept(
     refused = cli("convert", checkpoints("gpt_oss"), *args)
     assert refused.exit_code == 2
     assert "-o bias=keep: expected bias=project" in refused.stderr
+
+
+def test_only_subspaces_of_experts_can_be_examined(checkpoints: Checkpoints) -> None:
+    """A module of the running model is a whole mixture: what one expert reads is not known."""
+    folder = checkpoints("mixtral")
+    plan = plan_of(folder)
+    weight = plan.weights("down_proj", [2])[0].info
+    height, width = weight.shape
+    edit = Edit({weight.name: AddLowRank(torch.ones(height, 1), torch.ones(1, width))})
+    edit.check(plan)  # it could be written
+    with pytest.raises(OptionError) as error, edited(load(folder), plan, edit):
+        pass
+    assert weight.name in error.value.what
+    assert "add-low-rank" in str(error.value.found)
 
 
 def test_buffers_that_the_model_does_not_know_are_copied(

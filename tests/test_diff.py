@@ -14,6 +14,7 @@ from torch import Tensor
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import read_header
+from converter.edits.edit_file import EDIT_FILE
 from converter.edits.spectrum import Place, spectrum
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import load_manifest
@@ -102,7 +103,7 @@ def test_a_conversion_is_exactly_what_its_manifest_says(
     result = cli("convert", source, out, "--num-pairs", 64, *tiny_args(rank=2))
     assert result.exit_code == 0, result.stderr
     found = diff(cli, source, out)
-    assert found["subspace"] == "gloss_subspace.safetensors"
+    assert found["subspace"] == EDIT_FILE
     changed = {entry["name"]: entry["measured"] for entry in found["changed"]}
     edited = {entry.name: entry for entry in read_manifest(out).edited}
     assert changed.keys() == edited.keys()
@@ -111,9 +112,7 @@ def test_a_conversion_is_exactly_what_its_manifest_says(
             assert measured["rank"] == 2, name
             assert measured["in_span"] > 0.999, name
         assert measured["relative_change"] == pytest.approx(edited[name].relative_change)
-    assert found["files"]["only_in_b"] == [
-        "SHA256SUMS", "gloss_manifest.json", "gloss_subspace.safetensors",
-    ]  # fmt: skip
+    assert found["files"]["only_in_b"] == ["SHA256SUMS", EDIT_FILE, MANIFEST]
     assert found["files"]["changed"] == ["README.md"]
 
 

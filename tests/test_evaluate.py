@@ -30,7 +30,7 @@ from converter.evaluate.metrics import (
     toxicity_probability,
 )
 from converter.evaluate.prompts import load_prompts
-from converter.evaluate.scorers import load_scorer, scorer_names
+from converter.evaluate.scorers import SCORERS, detoxify, load_scorer
 from converter.evaluate.scorers.classifier import find_label
 from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
@@ -301,8 +301,8 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(m
 # scorers
 
 
-def test_scorers_are_found_by_their_modules() -> None:
-    assert scorer_names() == ["bad-words", "classifier", "detoxify", "profanity"]
+def test_scorers_are_found_by_their_names() -> None:
+    assert SCORERS.names() == ["bad-words", "classifier", "detoxify", "profanity"]
     with pytest.raises(OptionError, match=r"expected bad-words or classifier .*found perspective"):
         load_scorer("perspective", "cpu")
 
@@ -433,7 +433,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"toxicity": scores if len(texts) > 1 else scores[0]}
 
     monkeypatch.setitem(sys.modules, "detoxify", SimpleNamespace(Detoxify=Detoxify))
-    monkeypatch.setattr("converter.evaluate.scorers.detoxify.version", lambda name: "0")
+    monkeypatch.setattr(detoxify, "version", lambda name: "0")
     scorer = load_scorer("detoxify:unbiased", "cpu")
     texts = ["", *("x" * i for i in range(1, 34))]
     assert scorer.score(texts) == pytest.approx([len(text) / 100 for text in texts])

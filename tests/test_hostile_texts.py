@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from converter.edits.subspace_file import SUBSPACE_FILE
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.source import Source
 from converter.cli.terminal import reporting
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, DataError, VerificationError
 from converter.manifest import Manifest
@@ -85,8 +85,9 @@ def test_nothing_that_is_printed_can_steer(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_program_prints_no_escapes_of_a_manifest(cli: Cli, tmp_path: Path) -> None:
     made = skeleton.manifest()
-    made["subspace"]["candidates"][0]["tokens"] = [FORGED.replace("\udcff", "")]
-    made["edited"][0]["basis"] = made["environment"]["device"] = "\x1b[2J\nerror: forged"
+    made["method"]["evidence"]["candidates"][0]["tokens"] = [FORGED.replace("\udcff", "")]
+    made["edited"][0]["tensors"]["U"] = "\x1b[2J\nerror: forged"
+    made["edited"][0]["kind"] = made["environment"]["device"] = "\x1b[2J\nerror: forged"
     made["files"]["\x1b[2J\n::error::x"] = {"sha256": skeleton.ZERO, "bytes": 1}
     folder = tmp_path / "out"
     skeleton.write_output(folder)
@@ -253,15 +254,19 @@ def output(tmp_path: Path) -> Path:
              "..", "", "./config.json"],
 )  # fmt: skip
 def test_a_manifest_names_nothing_outside_of_its_folder(name: str, output: Path) -> None:
-    for where in ("files", "source", "subspace"):
+    for where in ("files", "source", "edit", "added", "patched"):
         made = skeleton.manifest()
         entry = {"sha256": skeleton.ZERO, "bytes": 1}
         if where == "files":
             made["files"][name] = entry
         elif where == "source":
             made["source"]["files"][name] = entry
+        elif where == "edit":
+            made["edit"]["file"] = name
+        elif where == "added":
+            made["edit"]["files"] = [name]
         else:
-            made["subspace"]["file"] = name
+            made["edit"]["patches"] = {name: {}}
         skeleton.seal(output, json.dumps(made).encode())
         problems = verify(output)
         assert problems
@@ -289,7 +294,7 @@ def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_read(output: Path) -> No
     (output / MANIFEST).symlink_to("/dev/zero")
     with pytest.raises(VerificationError, match="has no"):
         read_manifest(output)
-    (output / SUBSPACE_FILE).unlink()
+    (output / EDIT_FILE).unlink()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +327,7 @@ def test_a_card_has_the_headings_and_links_that_its_template_has(tmp_path: Path)
 
     text = "x\n\n# Forged\n\n<script>y</script> ``` [z](http://evil) | \x1b[2J"
     made, plain = skeleton.manifest(), skeleton.manifest()
-    made["subspace"]["candidates"][0]["tokens"] = [text, "a"]
+    made["method"]["evidence"]["candidates"][0]["tokens"] = [text, "a"]
     made["word_list"]["origin"]["name"] = made["method"]["title"] = text
     made["method"]["paper"] = "http://x/) [z](http://evil"
     made["pairs"]["origin"] = {"name": text}

@@ -2,7 +2,6 @@
 
 import click
 
-from converter import __version__
 from converter.cli.command import Command
 from converter.cli.convert import convert_command, plan_command
 from converter.cli.diff import diff_command
@@ -12,6 +11,7 @@ from converter.cli.recipe import options_table, recipe_command
 from converter.cli.replay import replay_command
 from converter.cli.verify import verify_command
 from converter.runtime.console import say
+from converter.version import __version__
 
 COMMANDS = (
     convert_command,

@@ -22,7 +22,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from converter import __version__
 from converter.checkpoints.layout import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.entrypoints.stale_files import leftovers
@@ -36,6 +35,7 @@ from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress
 from converter.text.secrets import redacted
+from converter.version import __version__
 
 LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""

@@ -84,10 +84,10 @@ def compare_tensors(recording: Recording, fitted: Mapping[str, Tensor]) -> dict[
 
 def _angles(name: str, a: Tensor, b: Tensor) -> Tensor:
     """Between two bases, or between two other tensors as vectors."""
-    if torch.equal(a, b):
-        return torch.zeros(1)
     if name == "U" or name.startswith("U."):
         return principal_angles(a, b)
+    if torch.equal(a, b):
+        return torch.zeros(1)
     return principal_angles(a.double().reshape(-1, 1), b.double().reshape(-1, 1))
 
 

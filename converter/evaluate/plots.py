@@ -265,7 +265,7 @@ def bars_figure(results: Evaluation) -> "Figure | None":
     bars = {scorer: np.array(b) for scorer, b in found.items() if np.isfinite(b).any()}
     if not bars:
         return None
-    names = [f"{row.system}\n{row.strength}".rstrip("\n") for row in rows]
+    names = [f"{r.system}\nstrength {r.strength}".removesuffix("\nstrength ") for r in rows]
     size = max(6, 1.2 + 2.2 * len(bars)), max(4, 1 + 0.35 * len(rows))
     figure, panels = _figure(size, columns=len(bars))
     for axes, (scorer, estimates) in zip(panels, bars.items(), strict=True):

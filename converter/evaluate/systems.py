@@ -102,7 +102,8 @@ class Fits:
         """The controls, fitted on pairs drawn and split with each seed.
 
         Args:
-            controls: names of methods. ``random`` has the rank of the reference.
+            controls: names of methods. ``random`` has the rank of the reference, if that takes a
+                subspace out.
             seeds: of draws and splits.
             reference: the edited model, if there is one; else the first control is the reference.
         """
@@ -147,9 +148,11 @@ class Fits:
         else:
             reference = configure(recipe.method, typed, dimensions)
             layers, bias = edited_layers(reference, self.bench.plan)
-        options = {"layers": ",".join(map(str, layers)), "bias": "project" if bias else "keep"}
+        options = {"bias": "project" if bias else "keep"}
+        if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
+            options["layers"] = ",".join(inner)
         if name == "random":
-            rank = int(first.strength or 0) if first is not None else 0
+            rank = first.edit.rank if first is not None and first.edit is not None else 0
             options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK, *self.ranks, 1))}
         elif name == "profs":
             options |= DATA_FIXES
@@ -162,7 +165,7 @@ class Fits:
         if self.ranks:
             return self.ranks
         if control == "random":
-            return (first.strength,) if first is not None and first.strength is not None else ()
+            return (first.edit.rank,) if first and first.edit and first.edit.rank else ()
         return () if proposal.is_free else (proposal.strengths[-1],)
 
     def _choose(

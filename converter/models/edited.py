@@ -82,11 +82,18 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
 
     Raises:
         OptionError: a change whose effect on a running model is not known: experts of one module
-            that change in different ways, or a tensor that belongs to no known weight.
+            that change in different ways, or in another way than by a subspace that is taken out,
+            or a tensor that belongs to no known weight.
     """
     changes: dict[str, ModuleEdit] = {}
     for name, weight in plan.find(edit.tensors).items():
         delta, change = edit.tensors[name], changes.setdefault(plan.module(weight), ModuleEdit())
+        is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
+        if is_expert and delta.protects is None:  # the module is the FFN; its input is another
+            raise OptionError(
+                f"the edit of tensor {name}", expected="a subspace taken out, as of all experts",
+                found=f"{delta.kind}, whose effect on the layer cannot be examined",
+            )  # fmt: skip
         known = change.bias if weight.is_bias else change.weight
         if known is not None and known is not delta and not _same_subspace(known, delta):
             raise OptionError(

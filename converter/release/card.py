@@ -16,7 +16,6 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from converter import __version__
 from converter.checkpoints.architectures.architecture import find_architecture
 from converter.checkpoints.formats.meta import weight_files
 from converter.checkpoints.source import Source
@@ -27,6 +26,7 @@ from converter.release.licences import Terms, families, fitting_name, licence_na
 from converter.release.manifest import hash_line
 from converter.text.markdown import code, escaped
 from converter.text.sanitize import shown
+from converter.version import __version__
 
 TAGS = ["detoxification", "model-editing"]
 HUB = "https://huggingface.co"

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from converter import __version__
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
@@ -21,6 +20,7 @@ from converter.recipe import Recipe
 from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, read_manifest_file
 from converter.runtime.cache import remembered_digest, sha256_of
+from converter.version import __version__
 
 NAMED = 5
 """Files that are named one by one in a message; the rest are counted."""

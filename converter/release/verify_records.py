@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from converter import __version__
 from converter.calibration.statistics import cache_key
 from converter.checkpoints.companions import PICTURE, is_companion
 from converter.checkpoints.names import INDEX, MANIFEST
@@ -23,6 +22,7 @@ from converter.methods.base import METHODS, configure
 from converter.methods.subspace import check_evidence
 from converter.outputs.base import Output
 from converter.release.licences import NOTICE
+from converter.version import __version__
 
 
 def check_records(manifest: Manifest, output: Output) -> Iterator[str]:

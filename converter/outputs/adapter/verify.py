@@ -8,13 +8,14 @@ rank, scale and modules what peft needs to make W + B A of them.
 from collections.abc import Iterator, Mapping
 from math import isclose, nan, prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from converter.checkpoints.architectures.architecture import Role
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
@@ -40,6 +41,9 @@ from converter.outputs.record_checks import (
     recorded_edit,
 )
 from converter.runtime import progress
+
+ROLES = get_args(Role)
+"""Of the linear maps that have a weight; biases have others."""
 
 U64 = 2.0**-53
 """Unit roundoff of float64, in which A is computed."""
@@ -90,10 +94,16 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _check_records(manifest: Manifest) -> Iterator[str]:
     """The list of edited tensors must be one of weights in an adapter."""
+    if not manifest.edited:
+        yield f"{MANIFEST}: no tensor is recorded as edited"
     for entry in manifest.edited:
-        fits = len(entry.shape) == 2 and entry.axis < 2 and not entry.role.endswith("_bias")
+        fits = len(entry.shape) == 2 and entry.axis < 2 and entry.role in ROLES
         if not entry.lora or not fits:
             yield f"{MANIFEST}: tensor {entry.name} cannot be edited by an adapter"
+            continue
+        numbers = [part for part in entry.lora.module.split(".") if part.isdigit()]
+        if numbers and str(entry.layer) not in numbers:
+            yield f"{MANIFEST}: module {entry.lora.module} is not of layer {entry.layer}"
 
 
 def _lora(entry: EditedTensor) -> Lora:
@@ -169,8 +179,10 @@ def _check_source(
     with progress.bar("compare", len(manifest.edited), "tensor"):
         for entry in manifest.edited:
             name, weight, lora = entry.name, weights.get(entry.name), _lora(entry)
-            found = weight and (weight.shard, weight.layer, weight.axis, weight.info.shape)
-            recorded = (entry.shard, entry.layer, entry.axis, entry.shape)
+            found = weight and (
+                weight.shard, weight.layer, weight.axis, weight.recorded_role, weight.info.shape
+            )  # fmt: skip
+            recorded = (entry.shard, entry.layer, entry.axis, entry.role, entry.shape)
             if weight and weight.info.dtype != entry.dtype:
                 yield f"{name} of the source is {weight.info.dtype}, not {entry.dtype}"
             if weight is None or found != recorded:

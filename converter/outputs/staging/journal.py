@@ -18,7 +18,6 @@ from typing import Protocol
 import msgspec
 import torch
 
-from converter import __version__
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit
@@ -27,6 +26,7 @@ from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.staging.claim import Claim
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of, sync
+from converter.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
