@@ -58,7 +58,7 @@ class Workbench(Protocol):
         """What the model makes of the texts, from a forward pass or a cache."""
 
     def weight(self, weight: Weight) -> Tensor:
-        """A weight as stored; FP8 as the numbers it stands for."""
+        """W (O, I) float32, read from its shard, however it is stored; a bias is (O, 1)."""
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """The ``count`` tokens nearest to each of the directions (C, D), the nearest first."""

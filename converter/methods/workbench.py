@@ -186,11 +186,11 @@ class Bench:
         return seen
 
     def weight(self, weight: Weight) -> Tensor:
-        """A weight as stored; FP8 as the numbers it stands for."""
+        """See ``Workbench``."""
         stored, scales = self.source.read(weight.shard, weight.info), weight.scales
-        if scales is None:
-            return stored
-        return dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
+        if scales is not None:
+            stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
+        return stored.movedim(weight.axis, 0).flatten(1).float()
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """See ``Vocabulary.decode``."""

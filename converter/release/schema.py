@@ -13,9 +13,14 @@ import msgspec
 
 from converter.checkpoints.names import MANIFEST
 from converter.manifest import SCHEMA_VERSION, Manifest
+from converter.option import declared_options
+from converter.recipe import Recipe
 
 ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
 """A line of a docstring's ``Attributes``, with those that continue it."""
+
+BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
+"""Bound of an ``Option`` -> its name in JSON schema."""
 
 
 def schema() -> dict[str, Any]:
@@ -23,6 +28,7 @@ def schema() -> dict[str, Any]:
     found = msgspec.json.schema(Manifest, schema_hook=_of_path)
     for part in found["$defs"].values():
         _describe(part)
+    _declare(found["$defs"][Recipe.__name__])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": MANIFEST,
@@ -38,6 +44,15 @@ def _describe(part: dict[str, Any]) -> None:
     for name, about in ATTRIBUTE.findall(attributes):
         key = "bytes" if name == "nbytes" else name
         part["properties"][key]["description"] = _one_line(about)
+
+
+def _declare(part: dict[str, Any]) -> None:
+    """Say of each option of a recipe what its declaration says."""
+    for name, declared in declared_options(Recipe).items():
+        option = declared.option
+        found = {word: getattr(option, field) for field, word in BOUNDS.items()}
+        bounds = {word: bound for word, bound in found.items() if bound is not None}
+        part["properties"][name] |= {"description": option.help, **bounds}
 
 
 def _one_line(text: str) -> str:

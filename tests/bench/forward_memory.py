@@ -94,7 +94,6 @@ def main(
     layers: tuple[int, ...], memory_limit: str, plot: Path | None, child: tuple[str, str] | None
 ) -> None:
     limit = parse_size(memory_limit)
-    assert limit is not None
     if child:
         click.echo(json.dumps(measure(Path(child[0]), child[1], limit)))
         return

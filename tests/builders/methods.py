@@ -93,7 +93,8 @@ class Replaced(Base):
 
     def edit(self, bench: Workbench, scale: float, seed: int) -> Edit:
         weight = the_weight(bench.plan, "o_proj", self.layer)
-        new = bench.weight(weight).float() + scale * draw(seed, *weight.info.shape)
+        new = bench.weight(weight)
+        new = new + scale * draw(seed, *new.shape)
         return Edit({weight.info.name: Replace(new)})
 
 
