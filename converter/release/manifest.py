@@ -38,7 +38,7 @@ SCHEMA_VERSION = 1
 LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
-def make_manifest(
+def make_manifest(  # noqa: PLR0913
     recipe: Recipe,
     source: Source,
     method: Method,
