@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from converter.checkpoints.formats.virtual import Recipe, Shards
+from converter.checkpoints.formats.virtual import Shards, VirtualTensor
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.runtime.memory import free_memory
 
@@ -16,7 +16,7 @@ from converter.runtime.memory import free_memory
 class Made:
     """A tensor that is made when transformers loads it, which it does by slicing."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: VirtualTensor) -> None:
         self.recipe = recipe
 
     def __getitem__(self, place: Any) -> Tensor:
@@ -90,7 +90,7 @@ def load_model(
 def load_skeleton(
     folder: Path,
     dtype: torch.dtype,
-    recipes: Iterable[Recipe],
+    recipes: Iterable[VirtualTensor],
     *,
     auto_class: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,

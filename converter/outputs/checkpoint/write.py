@@ -101,10 +101,10 @@ def write_checkpoint(
         if name != "config.json"
     }
     made = {}
-    if source.recipes is None and source.weight_map is not None:
+    if source.virtual_shards is None and source.weight_map is not None:
         copies[INDEX] = copy_file(source.folder / INDEX, folder / INDEX)
-    elif source.recipes is not None and source.weight_map is not None:
-        (folder / INDEX).write_text(index_text(source.recipes), "utf-8")
+    elif source.virtual_shards is not None and source.weight_map is not None:
+        (folder / INDEX).write_text(index_text(source.virtual_shards), "utf-8")
         made[INDEX] = file_entry(folder / INDEX)
     copies["config.json"] = copy_file(source.folder / "config.json", folder / "config.json")
     records.sort(key=lambda record: (record.layer, record.name))
