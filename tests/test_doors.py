@@ -21,7 +21,7 @@ from tokenizers import models
 from torch import Tensor
 
 import converter
-from converter.checkpoints.formats.virtual import Recipe
+from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.hub import limits
 from converter.models.transformers_loader import LazyTensor, MetaTensor, PartLoader, from_tensors
 from tests.builders.meta import sentencepiece_model
@@ -113,7 +113,7 @@ def lazy(
                 made.append((name, threading.get_ident()))
             return tensor
 
-        return Recipe(name, tensor.dtype, tuple(tensor.shape), make)
+        return VirtualTensor(name, tensor.dtype, tuple(tensor.shape), make)
 
     files = sorted(folder.glob("*.safetensors"))
     tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
@@ -172,7 +172,7 @@ def test_transformers_says_which_tensors_do_not_fit(checkpoints: Checkpoints) ->
     with door("transformers", LOADER):
         loader = PartLoader(skeleton(folder), torch.float32, "cpu")
         name = "model.layers.1.mlp.down_proj.weight"
-        wrong = Recipe(name, torch.float32, (1, 2), lambda: torch.zeros(1, 2))
+        wrong = VirtualTensor(name, torch.float32, (1, 2), lambda: torch.zeros(1, 2))
         problems = loader.load({name: LazyTensor(wrong)})
         assert len(problems) == 1
         assert "down_proj" in problems[0]

@@ -18,7 +18,12 @@ from torch import Tensor
 from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.pickle_files import load_tensors
-from converter.checkpoints.formats.virtual import Recipe, VirtualFile, VirtualShard, split_shards
+from converter.checkpoints.formats.virtual import (
+    VirtualFile,
+    VirtualShard,
+    VirtualTensor,
+    split_shards,
+)
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
@@ -228,12 +233,12 @@ def test_pickles_that_are_no_weights_are_refused(
 def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> None:
     made: list[str] = []
 
-    def recipe(name: str, tensor: Tensor) -> Recipe:
+    def recipe(name: str, tensor: Tensor) -> VirtualTensor:
         def make() -> Tensor:
             made.append(name)
             return tensor
 
-        return Recipe(name, tensor.dtype, tuple(tensor.shape), make)
+        return VirtualTensor(name, tensor.dtype, tuple(tensor.shape), make)
 
     tensors = {
         "flags": torch.tensor([True, False, True]),
@@ -413,5 +418,5 @@ def test_safetensors_are_preferred(checkpoints: Checkpoints, tmp_path: Path) -> 
     source = shutil.copytree(checkpoints("llama"), tmp_path / "both")
     (source / "pytorch_model.bin").write_bytes(b"older")
     found = resolve(str(source))
-    assert found.recipes is None
+    assert found.virtual_shards is None
     assert "pytorch_model.bin" not in found.companions

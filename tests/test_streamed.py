@@ -408,7 +408,7 @@ def test_pickles_are_streamed(checkpoints: Checkpoints, tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     opened = Opened.of(folder)
-    assert opened.source.recipes is not None
+    assert opened.source.virtual_shards is not None
     same(opened)
 
 

@@ -131,7 +131,7 @@ class _Receiver:
 def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:
     """Where the Hub has a shard in which nothing changed, if it does."""
     repo = source.repo
-    if repo is None or source.recipes is not None or record.sha256 != record.source_sha256:
+    if repo is None or source.virtual_shards is not None or record.sha256 != record.source_sha256:
         return None
     name = source.inside + shard
     if repo.sha256.get(name) != record.sha256:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from converter.checkpoints.formats.virtual import Recipe, Shards
+from converter.checkpoints.formats.virtual import Shards, VirtualTensor
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.transformers_loader import (
     LazyTensor,
@@ -74,7 +74,7 @@ def load_model(
 def load_skeleton(
     folder: Path,
     dtype: torch.dtype,
-    recipes: Iterable[Recipe],
+    recipes: Iterable[VirtualTensor],
     *,
     auto_class: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,

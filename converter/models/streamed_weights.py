@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Recipe
+from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.errors import CheckpointError
 from converter.models.transformers_loader import LazyTensor, PartLoader
 
@@ -35,7 +35,7 @@ class Weights:
     def __init__(
         self,
         module: Any,
-        recipes: Mapping[str, Recipe],
+        recipes: Mapping[str, VirtualTensor],
         blocks: Sequence[str],
         dtype: torch.dtype,
         device: str,

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Recipe
+from converter.checkpoints.formats.virtual import VirtualTensor
 
 
 class LazyTensor:
     """A tensor that is made when transformers loads it, which it does by slicing."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, tensor: VirtualTensor) -> None:
+        self.tensor = tensor
 
     def __getitem__(self, place: Any) -> Tensor:
-        return self.recipe.make()[place]
+        return self.tensor.make()[place]
 
 
 class MetaTensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.companions import papers
-from converter.checkpoints.formats.virtual import Recipe, VirtualFile
+from converter.checkpoints.formats.virtual import VirtualFile, VirtualTensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
@@ -233,7 +233,7 @@ def _header(plan: Plan, order: Sequence[Weight], ranks: Mapping[str, int]) -> by
         rank, height = ranks[module], shape[weight.axis]
         shapes = (rank, prod(shape) // height), (height, rank)
         for name, size in zip(tensor_names(module), shapes, strict=True):
-            recipes.append(Recipe(name, torch.float32, size, torch.Tensor))
+            recipes.append(VirtualTensor(name, torch.float32, size, torch.Tensor))
     return VirtualFile(recipes).header
 
 

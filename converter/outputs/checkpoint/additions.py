@@ -182,8 +182,8 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
         shards: of the output.
         created: name of each created tensor -> its bytes.
     """
-    if source.recipes is not None and source.weight_map is not None:
-        text = index_text(source.recipes)
+    if source.virtual_shards is not None and source.weight_map is not None:
+        text = index_text(source.virtual_shards)
     elif not created:
         return None
     elif source.weight_map is not None:
