@@ -107,7 +107,7 @@ def lazy(
 ) -> dict[str, LazyTensor | MetaTensor]:
     """The tensors of a checkpoint; who makes one, and in which thread, is added to ``made``."""
 
-    def recipe(name: str, tensor: Tensor) -> Recipe:
+    def recipe(name: str, tensor: Tensor) -> VirtualTensor:
         def make() -> Tensor:
             if made is not None:
                 made.append((name, threading.get_ident()))
@@ -123,7 +123,7 @@ def lazy(
 def skeleton(folder: Path) -> Any:
     """A model of which all weights are on the meta device."""
     shapes: dict[str, LazyTensor | MetaTensor] = {
-        name: MetaTensor(tensor.recipe.dtype, tensor.recipe.shape)
+        name: MetaTensor(tensor.tensor.dtype, tensor.tensor.shape)
         for name, tensor in lazy(folder).items()
         if isinstance(tensor, LazyTensor)
     }

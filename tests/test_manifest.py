@@ -65,10 +65,22 @@ def test_the_recorded_manifest_follows_the_schema_and_is_written_as_it_was() -> 
     assert set(manifest.shards) < set(manifest.files)
 
 
+def complete() -> dict[str, Any]:
+    """A manifest of an edit that also creates, patches and adds, with an evaluation."""
+    made = skeleton.manifest() | {"evaluation": skeleton.evaluation()}
+    created = {
+        "name": "a.bias", "shard": "model-created.safetensors", "dtype": "F32", "shape": [4],
+        "sha256": skeleton.ZERO,
+    }  # fmt: skip
+    patches = {"config.json": {"mlp_bias": True, "old": None}, "chat_template.jinja": "Be kind."}
+    made["edit"] |= {"created": [created], "patches": patches, "files": ["a/b.py"]}
+    return made
+
+
 def test_classes_and_schema_take_and_refuse_the_same() -> None:
     """Each value of a manifest replaced by others; each key left out, and one too many."""
     counts, apart = Counter[bool](), []
-    for what, value in changed(skeleton.manifest() | {"evaluation": skeleton.evaluation()}):
+    for what, value in changed(complete()):
         accepted = is_read(value)
         counts[accepted] += 1
         if accepted != validator().is_valid(value):
@@ -140,5 +152,4 @@ def test_what_is_no_number_is_not_written(number: float) -> None:
 
 
 def test_what_was_read_is_what_is_written() -> None:
-    written = skeleton.manifest() | {"evaluation": skeleton.evaluation()}
-    assert json.loads(to_text(Manifest.from_json(written))) == written
+    assert json.loads(to_text(Manifest.from_json(complete()))) == complete()

@@ -91,7 +91,7 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
         is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
         if is_expert and delta.protects is None:  # the module is the FFN; its input is another
             raise OptionError(
-                f"the edit of tensor {name}", expected="a subspace taken out, as of all experts",
+                f"the edit of tensor {name}", expected="a subspace taken out, in a mixture of experts",
                 found=f"{delta.kind}, whose effect on the layer cannot be examined",
             )  # fmt: skip
         known = change.bias if weight.is_bias else change.weight

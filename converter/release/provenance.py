@@ -35,7 +35,7 @@ def files_read(job: WriteJob, written: Written) -> dict[str, FileRecord]:
             if name not in originals
         }
     changed = {name: source.small[name] for name in job.edit.patches}
-    if written.created and source.weight_map is not None and source.recipes is None:
+    if written.created and source.weight_map is not None and source.virtual_shards is None:
         changed[INDEX] = source.folder / INDEX
     return read | {name: file_entry(path) for name, path in changed.items()} | dict(written.copies)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from converter.checkpoints.names import MANIFEST
-from converter.manifest import SCHEMA_VERSION, Manifest
+from converter.manifest import SCHEMA_VERSION, Manifest, MethodRecord, SubspaceEvidence
 from converter.option import declared_options
 from converter.recipe import Recipe
 
@@ -25,15 +25,20 @@ BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
 
 def schema() -> dict[str, Any]:
     """The schema, in JSON Schema's draft 2020-12."""
-    found = msgspec.json.schema(Manifest, schema_hook=_of_path)
-    for part in found["$defs"].values():
+    (whole, subspace), parts = msgspec.json.schema_components(
+        (Manifest, SubspaceEvidence), schema_hook=_of_path, ref_template="#/$defs/{name}"
+    )
+    for part in parts.values():
         _describe(part)
-    _declare(found["$defs"][Recipe.__name__])
+    _declare(parts[Recipe.__name__])
+    evidence = parts[MethodRecord.__name__]["properties"]["evidence"]
+    evidence |= {"if": {"required": ["candidates"]}, "then": subspace}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": MANIFEST,
         "description": f"What gloss-convert read, did and wrote. Version {SCHEMA_VERSION}.",
-        **found,
+        **whole,
+        "$defs": parts,
     }
 
 
