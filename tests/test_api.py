@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from click.testing import Result
 
 import converter
 from converter import errors
-from converter.edits.deltas import RemoveSubspace
+from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.release.manifest import read_manifest
 from tests.builders.models import METHOD, TINY, load
 from tests.builders.packages import install
@@ -96,7 +97,7 @@ def test_a_notebook_goes_through_all_of_it(
     assert {tensor.name for tensor in manifest.edited} == {*planned["edited_tensors"]}
     assert converter.verify(out, recipe.source) == []
     assert converter.replay(out, again, recipe.source).digests == manifest.digests
-    assert converter.diff(str(out), str(again))["equal"]
+    assert converter.diff(str(out), str(again))["changed"] == []
     edit = converter.load_edit(out)
     before, after = load(Path(recipe.source)).state_dict(), load(out).state_dict()
     for name, delta in edit.tensors.items():
@@ -148,6 +149,28 @@ def test_a_package_brings_methods_outputs_and_scorers(
     assert manifest.evaluation.settings.scorers["loudness"].package == "toy-things 1.2"
     assert (out / "NOTE.txt").read_bytes() == b"Edited."
     assert cli("verify", out).exit_code == 0
+
+
+def test_the_example_of_the_guide_runs_as_a_package(
+    recipe: converter.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = Path("converter/README.md").read_text()
+    start = guide.index('    """Difference of means')
+    code = textwrap.dedent(guide[start : guide.index("\n- `footprint`", start)])
+    assert len(code.splitlines()) < 60
+    entries = {"gloss_convert.methods": {"mean-difference": "mean_difference:MeanDifference"}}
+    install(tmp_path / "site", monkeypatch, "toy", entries, {"mean_difference": code})
+    fixed = {"layers": "2", "share": "1"}
+    out = tmp_path / "out"
+    asked = replace(recipe, method="mean-difference", options=fixed)
+    manifest = converter.convert(asked, out)
+    assert [tensor.name for tensor in manifest.edited] == ["model.layers.2.mlp.down_proj.weight"]
+    (delta,) = converter.load_edit(out).tensors.values()
+    assert isinstance(delta, AddLowRank)
+    assert torch.linalg.matrix_rank(delta.B @ delta.A) == 1
+    assert converter.verify(out, recipe.source) == []
+    with pytest.raises(converter.GuardError):  # what random weights write is not toxic
+        converter.convert(replace(asked, options={}, guard=True), tmp_path / "chosen")
 
 
 @pytest.mark.usefixtures("plug_ins")

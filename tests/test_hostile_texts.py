@@ -16,12 +16,17 @@ from click.testing import Result
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.cli.terminal import reporting
+from converter.edits.base import Edit
 from converter.edits.edit_file import EDIT_FILE
+from converter.entrypoints import verify as verification
 from converter.entrypoints.verify import verify
-from converter.errors import ConverterError, DataError, VerificationError
+from converter.errors import CheckpointError, ConverterError, DataError, VerificationError
 from converter.manifest import Manifest
+from converter.outputs.checkpoint.additions import check_edit
 from converter.release.card import make_card
 from converter.release.licences import terms_of
 from converter.release.local_inputs import LocalInputs
@@ -249,11 +254,19 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b", "a\x1b[2J", "a\nb", "x" * 300, ".",
-             "..", "", "./config.json"],
+NAMES = (
+    "../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b", "a\x1b[2J", "a\nb", "x" * 300, ".", "..",
+    "", "./config.json",
 )  # fmt: skip
-def test_a_manifest_names_nothing_outside_of_its_folder(name: str, output: Path) -> None:
+"""Of no file in a folder."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_names_nothing_outside_of_its_folder(
+    name: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_check_loading", lambda *_: iter(()))
+    assert verify(output) == []
     for where in ("files", "source", "edit", "added", "patched"):
         made = skeleton.manifest()
         entry = {"sha256": skeleton.ZERO, "bytes": 1}
@@ -269,11 +282,24 @@ def test_a_manifest_names_nothing_outside_of_its_folder(name: str, output: Path)
             made["edit"]["patches"] = {name: {}}
         skeleton.seal(output, json.dumps(made).encode())
         problems = verify(output)
-        assert problems
+        assert problems, where
         assert all(isinstance(problem, str) for problem in problems)
-        if where != "source":
+        if where in ("files", "edit"):
             with pytest.raises(VerificationError):
                 read_recording(output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_adds_and_changes_no_file_outside_of_its_folder(
+    name: str, checkpoints: Callable[..., Path]
+) -> None:
+    """Whatever a method asks for, or a manifest that is replayed."""
+    source = resolve(str(checkpoints()))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    for edit in (Edit(files={name: b""}), Edit(patches={name: {}}), Edit(patches={name: "x"})):
+        with pytest.raises(CheckpointError):
+            check_edit(edit, plan, source)
+    check_edit(Edit(files={"notes.txt": b""}, patches={"config.json": {"x": 1}}), plan, source)
 
 
 def test_a_run_of_a_manifest_reads_no_other_folder(output: Path) -> None:

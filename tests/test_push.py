@@ -38,7 +38,9 @@ from tests.builders.hub_client import connect
 from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.builders.hub_server import HubServer
 from tests.builders.hub_uploads import Fault, Uploads
+from tests.builders.methods import CreatedBias
 from tests.builders.models import TINY_ARGS
+from tests.builders.packages import install
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -659,6 +661,60 @@ def test_what_cannot_be_streamed_is_refused_first(
             assert says in result.stderr
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
+
+
+CREATING = ("--num-pairs", 64, "--method", "created-bias", "-o", "scale=0.05", "--no-guard")
+"""Of a run whose method creates tensors."""
+
+
+@pytest.fixture
+def created_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"created-bias": f"{CreatedBias.__module__}:{CreatedBias.__name__}"}
+    groups = {"gloss_convert.methods": entries}
+    install(tmp_path / "site", monkeypatch, "toy-methods", groups)
+
+
+@pytest.mark.usefixtures("created_bias")
+def test_created_tensors_are_streamed_too(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = ("--push-to-hub", REPO, "--stream-to-hub")
+    result = cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args)
+    assert result.exit_code == 0, result.stderr
+    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING)
+    assert plain.exit_code == 0, plain.stderr
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    ours, theirs = files_of(tmp_path / "copy"), files_of(tmp_path / "plain")
+    assert "model-created.safetensors" in ours
+    assert ours.keys() == theirs.keys()
+    about = {"README.md", "SHA256SUMS", MANIFEST}  # they name the source, and say how long it took
+    assert all(ours[name] == theirs[name] for name in ours.keys() - about)
+    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
+    assert verified.exit_code == 0, verified.stderr
+
+
+@pytest.mark.usefixtures("created_bias")
+def test_a_single_file_that_gets_a_second_is_copied_and_not_streamed(
+    cli: Cli, checkpoints: Checkpoints, hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    """Its only shard has another name in the output, which is known when all tensors are."""
+    hub.models["base/single"] = checkpoints("llama", shard="5GB")
+    args = ("convert", "base/single", tmp_path / "out", *CREATING, "--push-to-hub", REPO)
+    for more in ((), ("--dry-run",)):
+        result = cli(*args, "--stream-to-hub", *more)
+        assert result.exit_code == 2, result.stderr
+        assert "--stream-to-hub: expected a source in shards" in result.stderr
+    assert not uploads.repos
+    result = cli(*args)
+    assert result.exit_code == 0, result.stderr
+    assert "does not copy" not in result.stderr
+    source = entry_of(checkpoints("llama", shard="5GB") / "model.safetensors")
+    assert source.sha256 not in uploads.sent
+    repo = uploads.repos[REPO]
+    first = repo.commits[repo.refs["main"]]["model-00001-of-00002.safetensors"]
+    assert (first.sha256, first.size) == (source.sha256, source.size)
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
 
 
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(

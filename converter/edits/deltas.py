@@ -16,6 +16,8 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from converter.checkpoints.safetensors.header import FLOATS
+
 
 class Delta(Protocol):
     """What becomes of one weight W (O, I)."""
@@ -243,7 +245,7 @@ class Replace(_WithoutSubspace):
     """``W'`` is given: the result of training, for example.
 
     Attributes:
-        new: W' (O, I), in any floating-point dtype; it is rounded to that of the checkpoint.
+        new: W' (O, I), floating-point of 16 to 64 bits; it is rounded to that of the checkpoint.
     """
 
     new: Tensor
@@ -302,9 +304,9 @@ def _check(
     fits = len(sizes) == len(shape) and all(
         want in (None, got) for want, got in zip(shape, sizes, strict=True)
     )
-    right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    right = tensor.dtype in FLOATS.values() if dtype is None else tensor.dtype == dtype
     if not fits or not right:
-        said = str(dtype or "floating-point").removeprefix("torch.")
+        said = str(dtype or "floating-point of 16 to 64 bits").removeprefix("torch.")
         wanted = ["any" if want is None else want for want in shape]
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(sizes)}"
         raise ValueError(f"{name} is {found}, not {said} {wanted}".replace("'", ""))

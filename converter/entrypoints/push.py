@@ -259,9 +259,10 @@ def untouched(manifest: Manifest, folder: Path) -> dict[str, Copyable]:
         return {}
     found = {}
     for name, file in manifest.shards.items():
-        theirs = source.files.get(name)
+        original = file.source or name
+        theirs = source.files.get(original)
         if theirs and theirs.sha256 == file.sha256:
-            there = f"{inside.strip('/')}/{name}" if inside else name
+            there = f"{inside.strip('/')}/{original}" if inside else original
             local = nullcontext(folder / name)
             found[name] = Copyable(source.repo_id, source.commit, there, local)
     return found

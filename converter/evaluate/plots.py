@@ -227,7 +227,7 @@ def tradeoff_figure(results: Evaluation) -> "Figure | None":
     axes.set(xlabel="increase of perplexity (%)", ylabel="probability of toxic words (unedited: 1)")
     axes.set_ylim(bottom=0)
     figure.legend(**ABOVE)
-    caption = "Numbers are ranks, bars are intervals of 95 %."
+    caption = "Numbers are strengths, bars are intervals of 95 %."
     if left_out := len(costs) + 1 - len(drawn):
         caption += f" Left out: {left_out} beyond +{limit:.0f} %, up to +{max(costs):.0f} %."
     figure.supxlabel(caption, fontsize=SMALL)

@@ -91,9 +91,10 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
         is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
         if is_expert and delta.protects is None:  # the module is the FFN; its input is another
             raise OptionError(
-                f"the edit of tensor {name}", expected="a subspace taken out, in a mixture of experts",
+                f"the edit of tensor {name}",
+                expected="a subspace taken out, in a mixture of experts",
                 found=f"{delta.kind}, whose effect on the layer cannot be examined",
-            )  # fmt: skip
+            )
         known = change.bias if weight.is_bias else change.weight
         if known is not None and known is not delta and not _same_subspace(known, delta):
             raise OptionError(

@@ -70,6 +70,8 @@ def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
             yield f"{name}: is neither of the source nor made by a conversion"
     for name in sorted(copied - set(files)):
         yield f"{name}: was to be a copy of the source's and is not"
+    for name in sorted({*edit.patches, *edit.files} - set(files)):
+        yield f"{name}: is recorded as made by the edit and is not there"
     if edit.file != EDIT_FILE:
         yield f"{MANIFEST}: the edit is in {edit.file}, not {EDIT_FILE}"
 

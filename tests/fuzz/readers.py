@@ -8,10 +8,14 @@ import atexit
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
+
+from msgspec import structs
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
@@ -26,14 +30,20 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
+from converter.edits.deltas import KINDS
 from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
-from converter.errors import ConverterError
+from converter.errors import ConverterError, VerificationError
 from converter.manifest import Manifest
 from converter.methods.base import METHODS, configure, parse_layers
 from converter.outputs.adapter.verify import check_adapter
-from converter.outputs.record_checks import check_edit_file, edit_of, recorded_edit
+from converter.outputs.record_checks import (
+    check_edit_file,
+    delta_of_record,
+    edit_of,
+    recorded_edit,
+)
 from converter.outputs.staging.claim import finished_in
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Settings
@@ -42,6 +52,7 @@ from converter.release.licences import terms_of
 from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import differences, read_recording, recipe_of
+from converter.release.verify_records import check_kept
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -191,13 +202,18 @@ def replace(tree: Any, path: list[Any], value: Any) -> None:
 
 @reader("safetensors")
 def edit(data: bytes) -> None:
-    """The tensors of an edit, as a manifest that fits them says."""
+    """The tensors of an edit, as a manifest that fits them says, and as if of every kind."""
     folder = scratch() / "edit"
     folder.mkdir(exist_ok=True)
     (folder / EDIT_FILE).write_bytes(data)
     manifest = Manifest.from_json(known())
     stored = recorded_edit(folder, manifest)
+    for kind, delta in KINDS.items():
+        tensors = {field.name: field.name for field in fields(delta)}  # type: ignore[arg-type]
+        with suppress(VerificationError):
+            delta_of_record(structs.replace(manifest.edited[0], kind=kind, tensors=tensors), stored)
     list(check_edit_file(manifest, stored))
+    list(check_kept(manifest, stored))
     edit_of(manifest, stored).digest()
 
 

@@ -19,7 +19,7 @@ from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, SINGLE
 from converter.checkpoints.patch import patched
 from converter.checkpoints.plan import Plan
-from converter.checkpoints.safetensors.header import read_header, to_bytes
+from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
@@ -89,10 +89,10 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
                 f"the edit creates tensor {name}", expected="a tensor that the source lacks",
                 found="one that it has", hint="the method should change that one",
             )  # fmt: skip
-        if not name.isprintable() or not tensor.is_floating_point():
+        if not name.isprintable() or tensor.dtype not in FLOATS.values():
             raise CheckpointError(
                 f"the edit creates tensor {name}",
-                expected="a plain name and a floating-point dtype",
+                expected="a plain name and a floating-point dtype of 16 to 64 bits",
                 found=str(tensor.dtype).removeprefix("torch."),
             )  # fmt: skip
         if not bool(tensor.isfinite().all()):
@@ -109,7 +109,7 @@ def _check_files(files: Iterable[str], taken: Iterable[str]) -> None:
     known = {name.casefold() for name in taken}
     for name in files:
         path = PurePosixPath(name)
-        if not is_plain(name) or any(part.startswith(".") for part in path.parts):
+        if not is_plain(name) or "\\" in name or any(part.startswith(".") for part in path.parts):
             raise CheckpointError(f"the edit adds a file {name}", expected="a name in the folder")
         if known & {str(place).casefold() for place in (path, *path.parents)}:
             raise CheckpointError(
