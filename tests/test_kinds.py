@@ -321,3 +321,12 @@ def test_a_refused_edit_leaves_nothing(
     refused = run(cli, *arguments(source, tmp_path / "out", KINDS[4]), code=4)
     assert "the edit adds a file LICENSE: expected a name that is free" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@EACH
+def test_a_gate_of_leakage_is_refused_at_once(
+    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    args = [*arguments(source, tmp_path / "out", kind), "--max-leakage", 0.1]
+    assert "--max-leakage has no measurement" in run(cli, *args, code=2).stderr
+    assert not (tmp_path / "out").exists()

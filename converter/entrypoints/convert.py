@@ -206,6 +206,7 @@ def prepare_to_write(
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = method.footprint(plan)
+    delivery.gates.need_subspace(footprint)
     if stream and footprint.created and source.weight_map is None:
         raise OptionError(
             "--stream-to-hub", expected="a source in shards, since the method creates tensors",

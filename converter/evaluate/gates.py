@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import isnan, nan
 from typing import Annotated
 
+from converter.edits.base import Footprint
+from converter.edits.deltas import RemoveSubspace
 from converter.errors import GateError, OptionError
 from converter.evaluate.names import EDITED
 from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
@@ -63,6 +65,13 @@ class Gates(Options):
         if self.max_evaluated_perplexity_ratio is not None and not ratio:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
+    def need_subspace(self, footprint: Footprint) -> None:
+        """Make sure that leakage can be measured. Raises OptionError."""
+        if self.max_leakage is not None and RemoveSubspace not in footprint.kinds:
+            raise OptionError(
+                f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
+            )
+
     def check_effect(
         self, guard: GuardRecord | None, evaluation: Evaluation | None
     ) -> tuple[GateRecord, ...]:
@@ -99,10 +108,6 @@ class Gates(Options):
             return ()
         left = {tensor.name: tensor.measures.get("leakage") for tensor in edits}
         known = {name: share for name, share in left.items() if share is not None}
-        if not known:
-            raise OptionError(
-                f"{LEAKAGE} has no measurement", expected="an edit that takes a subspace out"
-            )
         name = max(known, key=known.__getitem__)
         return _passed(
             [GateRecord(gate=LEAKAGE, by=f"tensor {name}", limit=most, measured=known[name])]
