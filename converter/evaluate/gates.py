@@ -5,13 +5,11 @@ does not open it. What is known before the edit is written is judged before it, 
 folder takes its place.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Annotated
 
-from converter.edits.base import Footprint
-from converter.edits.deltas import RemoveSubspace
 from converter.errors import GateError, OptionError
 from converter.evaluate.names import EDITED
 from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
@@ -65,9 +63,9 @@ class Gates(Options):
         if self.max_evaluated_perplexity_ratio is not None and not ratio:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
-    def need_subspace(self, footprint: Footprint) -> None:
-        """Make sure that leakage can be measured. Raises OptionError."""
-        if self.max_leakage is not None and RemoveSubspace not in footprint.kinds:
+    def need_subspace(self, kinds: Container[str]) -> None:
+        """Make sure that leakage can be measured of an edit of these kinds. Raises OptionError."""
+        if self.max_leakage is not None and "remove-subspace" not in kinds:
             raise OptionError(
                 f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
             )

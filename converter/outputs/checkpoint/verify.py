@@ -15,6 +15,7 @@ from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import (
     BITS,
+    FLOATS,
     TensorInfo,
     header_of,
     read_exactly,
@@ -54,23 +55,39 @@ def check_checkpoint(
     folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
     """What a whole model must be, beside having its files; see ``entrypoints.verify``."""
-    structure = list(_check_structure(folder, manifest, damaged))
+    whole = not damaged.keys() & {*manifest.shards, INDEX, "config.json"}
+    structure = list(_check_structure(folder, manifest)) if whole else []
     yield from structure
     if structure or manifest.edit.file in damaged:
         return
     stored = recorded_edit(folder, manifest)
     yield from check_edit_file(manifest, stored)
-    deltas = {tensor.name: delta_of_record(tensor, stored) for tensor in manifest.edited}
-    yield from _check_edits(folder, manifest, damaged, deltas)
+    tensors = manifest.edited if whole else _readable(folder, manifest, damaged)
+    deltas = {tensor.name: delta_of_record(tensor, stored) for tensor in tensors}
+    yield from _check_edits(folder, manifest, deltas)
     if source:
         yield from _check_source(folder, manifest, source, deltas)
 
 
-def _check_structure(folder: Path, manifest: Manifest, damaged: Mapping[str, str]) -> Iterator[str]:
+def _readable(
+    folder: Path, manifest: Manifest, damaged: Mapping[str, str]
+) -> Iterator[EditedTensor]:
+    """The edited tensors that can be looked at in a folder that is not whole.
+
+    They are plain numbers, in whole shards, of the recorded shape.
+    """
+    whole = [shard for shard in manifest.shards if shard not in damaged]
+    infos = {shard: read_header(folder / shard).tensors for shard in whole}
+    for tensor in manifest.edited:
+        info = infos.get(tensor.shard, {}).get(tensor.name)
+        if info is None or not info.nbytes or info.dtype not in FLOATS or tensor.requantized:
+            continue
+        if (info.dtype, info.shape) == (tensor.dtype, tensor.shape):
+            yield tensor
+
+
+def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
     """The index, the headers and the config must describe one checkpoint."""
-    shards = manifest.shards
-    if damaged.keys() & {*shards, INDEX, "config.json"}:
-        return
     plan = plan_of(folder, manifest)
     weights = plan.find({tensor.name for tensor in manifest.edited})
     for tensor in manifest.edited:
@@ -113,11 +130,9 @@ def _recorded_place(tensor: EditedTensor) -> tuple[Any, ...]:
     return (*place, fp8 and (fp8.scales, fp8.shard, fp8.block))
 
 
-def _check_edits(
-    folder: Path, manifest: Manifest, damaged: Mapping[str, str], deltas: Mapping[str, Delta]
-) -> Iterator[str]:
+def _check_edits(folder: Path, manifest: Manifest, deltas: Mapping[str, Delta]) -> Iterator[str]:
     """Edited tensors: their digests, and what is left of them along their bases."""
-    tensors = [tensor for tensor in manifest.edited if not _shards_of(tensor) & damaged.keys()]
+    tensors = [tensor for tensor in manifest.edited if tensor.name in deltas]
     infos = infos_of(folder, {shard for tensor in tensors for shard in _shards_of(tensor)})
     with progress.bar("check edits", len(tensors), "tensor"):
         for tensor in tensors:
@@ -235,6 +250,7 @@ def _check_source(
     yield from _check_texts(folder, manifest, source, shards)
     infos = infos_of(folder, expected)
     edited = {tensor.name: tensor for tensor in manifest.edited}
+    others = edited.keys() - deltas.keys()  # in a folder that is not whole
     scales = {t.requantized.scales for t in manifest.edited if t.requantized}
     nearest = manifest.run.rounding == "nearest"
     with progress.bar("compare", sum(manifest.files[n].nbytes for n in expected), "B"):
@@ -247,6 +263,8 @@ def _check_source(
                     continue
                 for info in header.tensors.values():
                     tensor = edited.get(info.name)
+                    if info.name in others:
+                        continue
                     if tensor is None and info.name not in scales:
                         if not _same_bytes(ours, theirs, info.start, info.end):
                             yield f"{name}: tensor {info.name} differs from that of the source"
@@ -269,7 +287,7 @@ def _check_texts(folder: Path, manifest: Manifest, source: Source, shards: Shard
     try:
         for name, patch in manifest.edit.patches.items():
             texts[name] = patched_text(name, patch, source)
-        created = {t.name: prod(t.shape) * BITS[t.dtype] // 8 for t in manifest.edit.created}
+        created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in manifest.edit.created}
         texts[INDEX] = index_of(source, plan, shards, created)
     except CheckpointError as error:
         yield f"{MANIFEST}: {error}"
