@@ -10,16 +10,15 @@ one for P, one for W'. Memory is a few (R, I) and one block of rows, whatever O 
 float64, so that two BLAS libraries, which add in another order, give the same bytes.
 
 **Rounding.** Without a subspace every element is rounded to nearest. With one, what is rounded to
-nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in
-bfloat16, and more where corrections are smaller than half a unit in the last place and are lost
-together. L is known block after block, so the blocks that follow can make up for it, as in noise
-shaping: from row i is taken ``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows
-of U that are still to come. That is the smallest change of these rows that makes L vanish. The last
-block goes further: one row after the other is rounded to the other neighbour wherever that makes a
-column of L smaller; so do rows that hold much of U, wherever they are. What is taken from an
-element is at most a quarter of a machine epsilon of the root mean square of its column, so it ends
-up no further from the exact one than that and one unit in the last place, where rounding to nearest
-allows half a unit.
+nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in bfloat16, and more where
+corrections are smaller than half a unit in the last place and are lost together. L is known block
+after block, so the blocks that follow can make up for it, as in noise shaping: from row i is taken
+``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows of U that are still to come.
+That is the smallest change of these rows that makes L vanish. The last block goes further: one row
+after the other is rounded to the other neighbour wherever that makes a column of L smaller; so do
+rows that hold much of U, wherever they are. What is taken from an element is at most a quarter of a
+machine epsilon of the root mean square of its column, so it ends up no further from the exact one
+than that and one unit in the last place, where rounding to nearest allows half a unit.
 """
 
 from collections.abc import Callable, Iterator
