@@ -25,7 +25,7 @@ from converter.entrypoints.convert import convert
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
-from converter.hub.permissions import Publication
+from converter.hub.publication import Publication
 from converter.manifest import Manifest
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest

@@ -457,5 +457,5 @@ def test_a_delta_that_does_not_fit_its_weight_says_why(case: str) -> None:
 
 @pytest.mark.parametrize(("kind", "tensors"), [("unknown", {}), ("replace", {"old": basis()})])
 def test_a_record_of_no_delta_is_refused(kind: str, tensors: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="no kind of edit unknown|takes the tensors new"):
+    with pytest.raises(ValueError, match=r"no kind of edit unknown|takes the tensors new"):
         delta_of(kind, tensors)

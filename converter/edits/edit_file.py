@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Edit
 from converter.edits.deltas import tensors_of
-from converter.errors import VerificationError
+from converter.errors import CheckpointError, VerificationError
 
 EDIT_FILE = "gloss_edit.safetensors"
 
@@ -93,8 +94,13 @@ def load_bases(path: Path) -> dict[str, Tensor]:
 
 
 def load_edit_tensors(path: Path) -> dict[str, Tensor]:
-    """Everything in an edit file, by name. Raises VerificationError if it cannot be read."""
+    """Everything in a file of an edit, or of an adapter, by name.
+
+    Raises:
+        VerificationError: it cannot be read.
+    """
     try:
+        read_header(path)  # refuses headers that make the library fail in other ways than its own
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, CheckpointError, SafetensorError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error

@@ -158,7 +158,8 @@ TINY = {
     "per_layer": "2",
     "alpha": "-0.5",
 }
-"""The method of most tests, and options for 32 dimensions and 3 layers: protecting 20 of them would leave little."""
+"""The method of most tests, and options for 32 dimensions and 3 layers: protecting 20 of them would
+leave little."""
 
 
 def tiny_args(**changes: object) -> list[str]:

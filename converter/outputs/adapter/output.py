@@ -6,15 +6,11 @@ from pathlib import Path
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
-from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.errors import OptionError
 from converter.manifest import Manifest
 from converter.outputs.adapter.verify import check_adapter
-from converter.outputs.adapter.write import CONFIG, WEIGHTS, companions, write_adapter
+from converter.outputs.adapter.write import CONFIG, LOW_RANK, WEIGHTS, companions, write_adapter
 from converter.outputs.base import WriteJob, Written
-
-LOW_RANK = (RemoveSubspace, AddLowRank)
-"""Kinds of edits that a LoRA can hold."""
 
 
 class Adapter:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from converter.checkpoints.architectures.architecture import Role
@@ -21,11 +19,12 @@ from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.source import Source
 from converter.edits.deltas import Delta
+from converter.edits.edit_file import load_edit_tensors
 from converter.edits.rounding_bounds import SLACK, half_ulp
-from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Lora, Manifest
 from converter.outputs.adapter.write import (
     CONFIG,
+    LOW_RANK,
     WEIGHTS,
     adapter_config,
     companions,
@@ -72,7 +71,7 @@ def check_adapter(
     deltas = {entry.name: delta_of_record(entry, stored) for entry in manifest.edited}
     if CONFIG not in damaged:
         yield from _check_config(read_json(folder / CONFIG), manifest, deltas)
-    tensors = _load(folder / WEIGHTS)
+    tensors = load_edit_tensors(folder / WEIGHTS)
     names = {name for entry in manifest.edited for name in tensor_names(_lora(entry).module)}
     for name in sorted(names ^ set(tensors)):
         yield f"{WEIGHTS}: {name} is {'missing' if name in names else 'not of an edited module'}"
@@ -85,20 +84,14 @@ def check_adapter(
         yield from _check_source(manifest, tensors, deltas, source)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error
-
-
 def _check_records(manifest: Manifest) -> Iterator[str]:
     """The list of edited tensors must be one of weights in an adapter."""
     if not manifest.edited:
         yield f"{MANIFEST}: no tensor is recorded as edited"
+    kinds = {kind.kind for kind in LOW_RANK}
     for entry in manifest.edited:
-        fits = len(entry.shape) == 2 and entry.axis < 2 and entry.role in ROLES
-        if not entry.lora or not fits:
+        is_matrix = len(entry.shape) == 2 and all(entry.shape) and entry.axis < 2
+        if not (entry.lora and is_matrix and entry.role in ROLES and entry.kind in kinds):
             yield f"{MANIFEST}: tensor {entry.name} cannot be edited by an adapter"
             continue
         numbers = [part for part in entry.lora.module.split(".") if part.isdigit()]

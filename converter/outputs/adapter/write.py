@@ -30,7 +30,7 @@ from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.apply import WeightEdit, damaged
-from converter.edits.deltas import Delta, tensors_of
+from converter.edits.deltas import AddLowRank, Delta, RemoveSubspace, tensors_of
 from converter.edits.edit_file import stored_names
 from converter.edits.editor import Editor
 from converter.edits.fp8 import dequantize
@@ -43,6 +43,9 @@ from converter.runtime import progress
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+
+LOW_RANK = (RemoveSubspace, AddLowRank)
+"""Kinds of edits that a LoRA can hold."""
 
 SERVED_RANK = 16
 """The largest rank that serving engines take unless told otherwise (vLLM's ``max_lora_rank``)."""
