@@ -52,7 +52,7 @@ class Recipe(Options):
         by_default="all usable, at most 2000", example="1000", least=1,
     )] = None
     seed: Annotated[int, Option(
-        "Seed of every random draw: of the pairs, of their split, of random subspaces.",
+        "Seed of every random draw: of the pairs, of their split, of controls.",
         example="1", least=-(1 << 63), most=(1 << 63) - 1,
     )] = 0
     neutral: Annotated[str, Option(
@@ -100,7 +100,8 @@ class Recipe(Options):
         "Examine the edit on held-out text before anything is written.",
     )] = True
     guard_draws: Annotated[int, Option(
-        "Number of random subspaces that the guard compares the edit with.", example="5", least=1,
+        "Number of controls that the guard compares the edit with, such as random subspaces.",
+        example="5", least=1,
     )] = 3
     force: Annotated[bool, Option("Write the edit even if the guard refuses it.")] = False
     mask: Annotated[bool, Option(

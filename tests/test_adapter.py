@@ -565,7 +565,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
         ("layer", 5, "module model.layers.3.mlp.down_proj is not of layer 5"),
         ("name", "no.such.tensor", "has no such weight"),
         ("name", "no.such.tensor", "the method's options and the list of edited tensors disagree"),
-        ("kind", "replace", "is none: found replace takes the tensors new"),
+        ("kind", "replace", "cannot be edited by an adapter"),
         ("tensors", {"U": "U.9"}, "holds no U.9"),
     ],
 )

@@ -49,7 +49,11 @@ def basis(seed: int = 0) -> Tensor:
 def stored(tensor: Tensor, axis: int = 0) -> Stored:
     """As if it were in a file."""
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-    entry = {"name": "w", "shard": "", "axis": axis, "requantized": None}
+    entry = EditedTensor(
+        name="w", shard="", layer=0, role="down_proj", axis=axis, shape=info.shape,
+        dtype=info.dtype, kind="", tensors={}, sha256_before="", sha256_after=None, norm=0.0,
+        relative_change=0.0, rounding_error=0.0, measures={}, requantized=None, lora=None,
+    )  # fmt: skip
     raw = bytes(to_bytes(tensor))
     return Stored(lambda shard: io.BytesIO(raw), entry, {"w": info})  # type: ignore[arg-type, return-value]
 

@@ -28,7 +28,7 @@ MAX_FIT_WORDS = 3000
 """Of prose in the part that is fitted on: its statistics need a few thousand tokens, not all."""
 
 PIECE = 150
-"""Words of a paragraph that are read as one text; ``tokens.MAX_TOKENS`` is about 190 words."""
+"""Words of a paragraph that are read as one text; ``batching.MAX_TOKENS`` is about 190 words."""
 
 
 @dataclass(frozen=True, slots=True)

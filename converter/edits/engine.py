@@ -25,7 +25,7 @@ class Engine:
         workers: shards at a time; 0 chooses.
         memory_limit: bytes that buffers and matrices may take, or None.
         device: where edits are computed.
-        rounding: ``null-space`` or ``nearest``; see ``converter.projector``.
+        rounding: ``null-space`` or ``nearest``; see ``edits.editor``.
     """
 
     workers: int = 0

@@ -72,7 +72,7 @@ def quantize(
     element is mostly less than half a step of it, and what is lost is lost along U. So wherever
     that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
     neighbour, row after row, the rows that weigh most in U first, until the difference of all
-    columns together is no more than ``tolerance`` (Frobenius); see ``projector.settle``.
+    columns together is no more than ``tolerance`` (Frobenius); see ``editor.settle``.
 
     Returns:
         q (D, F) in FP8, and its scales, with their dtype and shape.

@@ -30,8 +30,9 @@ def recorded_edit(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The tensors of an edit's file, by name.
 
     Raises:
-        VerificationError: it cannot be read.
+        VerificationError: it cannot be read, or lies outside the folder.
     """
+    plain_name(manifest.edit.file)
     return load_edit_tensors(folder / manifest.edit.file)
 
 

@@ -41,7 +41,7 @@ def run_benchmarks(
     The responses to SafeEdit are greedy, and the judge sees the response alone.
 
     Raises:
-        OptionError, SourceError: see ``ability.measure``.
+        OptionError, SourceError: see ``lm_eval``.
     """
     metrics: dict[str, Metric] = {}
     if benchmarks.safeedit is not None and benchmarks.judge is not None:

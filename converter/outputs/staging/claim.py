@@ -22,7 +22,7 @@ from converter.runtime import progress
 from converter.runtime.cache import sync
 
 JOURNAL = "journal.jsonl"
-"""See ``converter.outputs.journal``."""
+"""See ``outputs.staging.journal``."""
 
 LONGEST = 240
 """Bytes of a file name that leave room for ours around it; file systems take 255."""

@@ -59,7 +59,7 @@ class Receiver(Protocol):
         """Shards that are finished already; all else in the folder is deleted.
 
         Args:
-            users: of the shards to be written, as of ``checkpoint.users_of``.
+            users: of the shards to be written, as of ``checkpoint.write.users_of``.
         """
 
     def finished(self, shard: str, done: Done) -> None:
