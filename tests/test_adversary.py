@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
 from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.resolve import resolve
@@ -535,7 +536,7 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even where it is trusted: what is trusted is the author's."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     marker = tmp_path / "ran"
     source = copy_of(converted[0], tmp_path / "source")

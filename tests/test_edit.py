@@ -23,7 +23,7 @@ from converter.edits.deltas import (
     delta_of,
     tensors_of,
 )
-from converter.edits.editor import AIM, BLOCK, Editor, Rounding, inverses, settle
+from converter.edits.editor import AIM, BLOCK, Editor, Rounding, absorb_residual, inverses
 from converter.edits.engine import Engine
 from converter.edits.rounding_bounds import (
     Stored,
@@ -323,7 +323,7 @@ def test_settle_takes_only_steps_that_help_and_ends_at_its_aim() -> None:
     step = 2.0 * torch.randn(200, 50).double()
     step[:, 7] = 0.0
     before, aim = left.clone(), 0.2 * float(left.norm())
-    taken = settle(left, U, step, aim)
+    taken = absorb_residual(left, U, step, aim)
     assert torch.allclose(left, before + U.T @ (step * taken))
     assert (left.norm(dim=0) <= before.norm(dim=0)).all()
     assert left.norm() <= aim

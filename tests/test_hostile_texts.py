@@ -33,7 +33,7 @@ from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording, recipe_of
 from converter.runtime import progress, strict_json
-from converter.runtime.console import as_json, say
+from converter.runtime.console import as_json, echo
 from converter.runtime.files import MAX_LINE
 from converter.text.markdown import code, escaped
 from tests.fuzz import skeleton
@@ -72,7 +72,7 @@ def test_what_a_sentence_quotes_stays_in_its_line() -> None:
 
 
 def test_nothing_that_is_printed_can_steer(capsys: pytest.CaptureFixture[str]) -> None:
-    say(f"tensor {FORGED}")
+    echo(f"tensor {FORGED}")
     with reporting(quiet=False):
         progress.note(f"reading {FORGED}")
         progress.warn(f"{FORGED} is odd")

@@ -207,9 +207,9 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
         source=hub, plan=plan, edit=Edit(), folder=tmp_path, engine=Engine(), keep_source=False
     )
     rewriting = Rewriting(job, {}, users, None)
-    rewriting.let_go(source.shards[0])
+    rewriting.release_shard(source.shards[0])
     assert dropped == []
-    rewriting.let_go(source.shards[1])
+    rewriting.release_shard(source.shards[1])
     assert dropped == list(source.shards)
 
 

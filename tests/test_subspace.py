@@ -121,7 +121,7 @@ class Desk:
     def single_token_share(self) -> float:
         return 1.0
 
-    def shown(self, token: str) -> str:
+    def masked(self, token: str) -> str:
         return token
 
 

@@ -135,7 +135,7 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                _, info = self.names.need(f"{other}.weight", weight.layer)
+                _, info = self.names.require(f"{other}.weight", weight.layer)
                 check_shape(info, (0, self.dimensions.hidden_size))
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
@@ -192,7 +192,7 @@ def make_plan(
     for layer in range(sizes.num_hidden_layers):
         targets.extend(names.locate("down_proj", layer))
         if architecture.post_norm:
-            post_norms[layer] = names.need(architecture.post_norm, layer)
+            post_norms[layer] = names.require(architecture.post_norm, layer)
             check_shape(post_norms[layer][1], (sizes.hidden_size,))
     _check_all_found(names, targets)
     roles = tuple(_roles(names, config))
@@ -240,7 +240,7 @@ def _vocabulary(names: Names) -> dict[str, Place]:
     """What it takes to decode directions; nothing where embeddings have a width of their own."""
     architecture, sizes = names.architecture, names.sizes
     places = {
-        "embedding": (embedding := names.need(architecture.embedding)),
+        "embedding": (embedding := names.require(architecture.embedding)),
         "unembedding": names.find(architecture.roles["lm_head"].weight) or embedding,
         "final_norm": names.find(architecture.final_norm),
     }

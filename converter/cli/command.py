@@ -17,7 +17,7 @@ from converter.cli.signals import Stopped, leave, stopping
 from converter.cli.terminal import reporting
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.option import PREFIX, Option, Options
-from converter.runtime.console import as_json, say
+from converter.runtime.console import as_json, echo
 
 EXIT_CODES = """
 \b
@@ -87,7 +87,7 @@ def command(
                 if told.json:
                     click.echo(as_json(answer.data))
                 elif answer.text:
-                    say(answer.text)
+                    echo(answer.text)
             if answer.exit_code:
                 sys.exit(answer.exit_code)
 
@@ -131,7 +131,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         for name in sorted(set(os.environ) - self.known):
             if name.startswith(PREFIX):
-                say(f"warning: {name} is not the variable of any option", err=True)
+                echo(f"warning: {name} is not the variable of any option", err=True)
         return super().invoke(ctx)
 
 
@@ -144,7 +144,7 @@ def plain_exit(in_json: bool) -> Iterator[None]:
             kind = type(error).__name__
             said = {"error": kind, "message": str(error), "exit_code": error.exit_code}
             click.echo(as_json(said))
-        say(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 
     try:

@@ -115,7 +115,7 @@ def convert_command(
     quiet_libraries()
     refuse_unused(recipe, asked)
     words = recipe.guard or (asked.evaluate and evaluation.draws_passages)
-    gates.need(words=words, ratio=asked.evaluate and evaluation.text is not None)
+    gates.require_measurements(words=words, ratio=asked.evaluate and evaluation.text is not None)
     signer = load_signer(asked.key) if asked.key else None
     inside = check_plots(asked.plots, asked.destination)
     repo = stream = None

@@ -10,7 +10,7 @@ from converter.cli.push import push_command
 from converter.cli.recipe import options_table, recipe_command
 from converter.cli.replay import replay_command
 from converter.cli.verify import verify_command
-from converter.runtime.console import say
+from converter.runtime.console import echo
 from converter.version import __version__
 
 COMMANDS = (
@@ -30,13 +30,13 @@ def architectures_command() -> None:
     """Print which models are supported, as a Markdown table."""
     from converter.checkpoints.architectures.architecture import architecture_table
 
-    say(architecture_table())
+    echo(architecture_table())
 
 
 @click.command("options", cls=Command)
 def options_command() -> None:
     """Print every option of every command, as Markdown tables."""
-    say(options_table(COMMANDS))
+    echo(options_table(COMMANDS))
 
 
 @click.group()

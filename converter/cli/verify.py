@@ -10,8 +10,8 @@ from converter.errors import VerificationError
 from converter.option import Option, Options
 from converter.recipe import Subfolder, TrustRemoteCode
 from converter.runtime import progress
-from converter.runtime.console import say
-from converter.text.sanitize import shown
+from converter.runtime.console import echo
+from converter.text.sanitize import one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def verify_command(asked: VerifyOptions) -> Answer:
         checked["key_sha256"] = public.fingerprint
     data = {"verified": not problems, "problems": problems, **checked}
     for problem in problems:
-        say(f"error: {shown(problem)}", err=True)
+        echo(f"error: {one_line(problem)}", err=True)
     if problems:
         return Answer(data, "", VerificationError.exit_code)
     lines = [f"{folder}: verified against its manifest"]

@@ -215,7 +215,7 @@ class Editor:
             L = left[:, part].addmm_(U.T, change)
             if settled is not None:
                 step = _shaped(scratch[0], other).sub_(nearest)
-                moved = settle(L, U[settled], step, AIM * float(P[:, part].norm()))
+                moved = absorb_residual(L, U[settled], step, AIM * float(P[:, part].norm()))
                 rounded[settled] = torch.where(moved, other, nearest)
                 change[settled] += step.mul_(moved)
             self.squares["change"] += torch.dot(change.flatten(), change.flatten())
@@ -261,7 +261,7 @@ def inverses(U: Tensor, blocks: list[slice]) -> Tensor:
     return inverted
 
 
-def settle(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
+def absorb_residual(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor:
     """Where to take a step, so that ``left + U^T (taken steps)`` becomes small.
 
     One row after the other, those that weigh most in U first; a step is taken if it makes the norm

@@ -206,7 +206,7 @@ def prepare_to_write(
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = method.footprint(plan)
-    delivery.gates.need_subspace({kind.kind for kind in footprint.kinds})
+    delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})
     if stream and footprint.created and source.weight_map is None:
         raise OptionError(
             "--stream-to-hub", expected="a source in shards, since the method creates tensors",

@@ -24,7 +24,7 @@ from converter.edits.engine import Engine
 from converter.entrypoints.convert import check_whole, inputs_of, write_records
 from converter.entrypoints.delivery import no_pictures
 from converter.entrypoints.refit import compare_fit
-from converter.entrypoints.resume import settle
+from converter.entrypoints.resume import finish_existing
 from converter.errors import VerificationError
 from converter.manifest import TOOL, Manifest
 from converter.models.resident import choose_device
@@ -98,7 +98,7 @@ def replay(
         edit = recording.edit(plan)
         check_edit(edit, plan, source)
     if not overwrite and max_angle is None and (before := replayed_before(recording, destination)):
-        settle(recipe, destination, before, None)
+        finish_existing(recipe, destination, before, None)
         other = others(recording, before)
         identical = len(before.files.keys() - {EDIT_FILE, *other})
         return Replayed(before, found, identical, other, None)

@@ -41,12 +41,12 @@ def convert_once(
         the manifest.
 
     Raises:
-        ConverterError: as ``convert`` and ``settle``.
+        ConverterError: as ``convert`` and ``finish_existing``.
     """
     if not (delivery.stream or delivery.overwrite or delivery.evaluation):
         before = done_before(recipe, destination, delivery, pictures)
         if before:
-            settle(recipe, destination, before, delivery.signer)
+            finish_existing(recipe, destination, before, delivery.signer)
             return before
     return convert(recipe, destination, settings, delivery)
 
@@ -116,7 +116,9 @@ def _sha256(source: Source, name: str) -> str | None:
     return remembered_digest(path) if path.is_file() else None
 
 
-def settle(recipe: Recipe, folder: Path, manifest: Manifest, signer: Signer | None) -> None:
+def finish_existing(
+    recipe: Recipe, folder: Path, manifest: Manifest, signer: Signer | None
+) -> None:
     """Verify what was done before, clean up beside it, and sign it by the key that is given now.
 
     Raises:

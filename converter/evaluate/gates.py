@@ -46,7 +46,7 @@ class Gates(Options):
         given = {gate.flag: getattr(self, gate.name) for gate in declared_options(Gates).values()}
         return {name: limit for name, limit in given.items() if limit is not None}
 
-    def need(self, *, words: bool, ratio: bool) -> None:
+    def require_measurements(self, *, words: bool, ratio: bool) -> None:
         """Make sure that every gate will have its measurement.
 
         Args:
@@ -63,7 +63,7 @@ class Gates(Options):
         if self.max_evaluated_perplexity_ratio is not None and not ratio:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
-    def need_subspace(self, kinds: Container[str]) -> None:
+    def require_subspace(self, kinds: Container[str]) -> None:
         """Make sure that leakage can be measured of an edit of these kinds. Raises OptionError."""
         if self.max_leakage is not None and "remove-subspace" not in kinds:
             raise OptionError(
@@ -83,7 +83,7 @@ class Gates(Options):
         for system in evaluation.systems if evaluation else ():
             if system.system == EDITED:
                 metrics = system.metrics
-        self.need(
+        self.require_measurements(
             words=guard is not None or "teacher_forced" in metrics,
             ratio="perplexity_ratio" in metrics,
         )

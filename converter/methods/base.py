@@ -66,7 +66,7 @@ class Workbench(Protocol):
     def single_token_share(self) -> float:
         """Which share of the word list are single tokens of the model."""
 
-    def shown(self, token: str) -> str:
+    def masked(self, token: str) -> str:
         """A token as it may be written down: with stars if it is offensive and that is asked."""
 
 

@@ -32,7 +32,7 @@ def before_norm(bases: Mapping[int, Tensor], gains: Gains) -> Mapping[int, Tenso
 
     The columns of a smaller rank remain the first of those of a larger one.
     """
-    return {n: through(U, gains[n]) if n in gains else U for n, U in bases.items()}
+    return {n: before_norm_basis(U, gains[n]) if n in gains else U for n, U in bases.items()}
 
 
 def after_norm(bases: Mapping[int, Tensor], gains: Gains) -> Mapping[int, Tensor]:
@@ -41,7 +41,7 @@ def after_norm(bases: Mapping[int, Tensor], gains: Gains) -> Mapping[int, Tensor
     return before_norm(bases, backwards)
 
 
-def through(basis: Tensor, gain: Tensor) -> Tensor:
+def before_norm_basis(basis: Tensor, gain: Tensor) -> Tensor:
     """``orth(diag(g) U)`` for U (D, R) and g (D,), float32; its columns keep their direction."""
     Q, R = torch.linalg.qr(gain.double()[:, None] * basis.double())
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).double()

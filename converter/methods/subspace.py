@@ -152,7 +152,7 @@ def _evidence(
         hidden_size=width,
         singular_values={name: tuple(found.tolist()) for name, found in values.items()},
         candidates=tuple(
-            replace(candidate, tokens=tuple(map(bench.shown, candidate.tokens)))
+            replace(candidate, tokens=tuple(map(bench.masked, candidate.tokens)))
             for candidate in candidates
         ),
     )

@@ -200,6 +200,6 @@ class Bench:
         """Which share of the word list are single tokens of the model."""
         return self.vocabulary.single_token_share(self.words)
 
-    def shown(self, token: str) -> str:
+    def masked(self, token: str) -> str:
         """A token with stars, if it is offensive and the run asks for that."""
         return self.words.mask(token) if self.recipe.mask else token

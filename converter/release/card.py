@@ -25,7 +25,7 @@ from converter.release.card_results import eval_results, measured_text, pictures
 from converter.release.licences import Terms, families, fitting_name, licence_name
 from converter.release.manifest import hash_line
 from converter.text.markdown import code, escaped
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 from converter.version import __version__
 
 TAGS = ["detoxification", "model-editing"]
@@ -131,7 +131,7 @@ def about_source(source: Source, base: str | None, manifest: Manifest) -> dict[s
         "base_page": f"{HUB}/{base}" if base else None,
         "pinned": pinned(source, manifest) if base == repo_id else "",
         "source": place,
-        "source_argument": shown(argument),
+        "source_argument": one_line(argument),
         "unit": "number" if source.originals else "byte",
         "originals": f", whose files are {', '.join(escaped(p.name) for p in source.originals)}"
         if source.originals
@@ -173,8 +173,8 @@ def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple
     yield escaped(method.strength), strength + chosen_text(manifest)
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
-        shown = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
-        yield "change", shown
+        spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
+        yield "change", spread
     count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
     yield "fitted on", f"{count} from {data_link(manifest)}"
 
@@ -233,7 +233,7 @@ def about_edit(manifest: Manifest) -> dict[str, Any]:
     candidates = subspace.candidates if subspace else ()
     kept = [c for c in candidates if c.kept and any(c.tokens)]
     best = sorted(kept, key=lambda c: -c.score)[:SHOWN]
-    shown = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
+    number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
     name, _, rest = manifest.method.title.partition(", ")
     listed = manifest.word_list.origin.title
     english = "builtin" in (manifest.pairs.origin.name, manifest.run.word_list)
@@ -251,7 +251,7 @@ def about_edit(manifest: Manifest) -> dict[str, Any]:
             "The subspace was sought in all fitted layers together; to show what there is, these "
             "are the strongest directions of single layers."
             if manifest.method.name == "gloss"
-            else f"Of the directions that the subspace was made from, these are {shown}."
+            else f"Of the directions that the subspace was made from, these are {number}."
         ),
         "tokens": [
             {

@@ -14,11 +14,11 @@ from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.errors import ConverterError
 from converter.manifest import FileRecord, Manifest
 from converter.outputs.record_checks import is_plain
-from converter.outputs.staging.claim import foreign
+from converter.outputs.staging.claim import files_not_ours
 from converter.release.manifest import hash_line, sums_text
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""
@@ -40,7 +40,7 @@ def check_files(
     damaged, false = {}, []
     with progress.bar("hash", sum(file.nbytes for file in files.values()), "B") as bar:
         for name, file in files.items():
-            bar.set_postfix_str(shown(name))
+            bar.set_postfix_str(one_line(name))
             if not is_plain(name):
                 damaged[name] = "lies outside the folder"
             elif not (folder / name).is_file():
@@ -95,7 +95,7 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
     for place, folders, names in os.walk(folder, onerror=fail):
         inside = Path(place).relative_to(folder)
         if inside == Path():
-            known = {path.name for path in foreign(folder.resolve())} - HIDDEN
+            known = {path.name for path in files_not_ours(folder.resolve())} - HIDDEN
             folders[:] = [name for name in folders if name in known]
             names = [name for name in names if name in known]
         for name in sorted(folders):

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from converter.runtime.strict_json import unique
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""
@@ -82,7 +82,7 @@ class _Text:
         while True:
             name = _decoded(self.take(_KEY)[1])
             if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-                raise ValueError(f"the name of tensor {shown(name, 80)} is not plain text")
+                raise ValueError(f"the name of tensor {one_line(name, 80)} is not plain text")
             if name in names:
                 raise ValueError("the header names a key twice")
             names.add(name)

@@ -120,7 +120,7 @@ class Rewriting:
         futures: dict[str, Future[ShardRecord]] = {}
         for shard, record in before.items():
             self.bar.update(record.nbytes)
-            self.let_go(shard)
+            self.release_shard(shard)
         with (
             quiet_blas(workers) as threads,
             ThreadPool(workers, "edit", torch.set_num_threads, (threads,)) as pool,
@@ -153,7 +153,7 @@ class Rewriting:
                 record = rewrite(file, target, changes.tensors, self._advance)
             if receiver:
                 receiver.finished(shard, Done(record, tuple(changes.edits)))
-            self.let_go(shard)
+            self.release_shard(shard)
         except BaseException:
             self.stop.set()
             raise
@@ -165,7 +165,7 @@ class Rewriting:
         with self.lock:
             self.bar.update(count)
 
-    def let_go(self, shard: str) -> None:
+    def release_shard(self, shard: str) -> None:
         """Delete the shards that only this one still needed, unless the source is to be kept."""
         with self.lock:
             for name in sorted(self.users[shard]):
