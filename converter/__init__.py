@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         SourceError,
         VerificationError,
     )
-    from converter.evaluate.options import EvaluationOptions
+    from converter.evaluation.options import EvaluationOptions
     from converter.manifest import Evaluation, Manifest
     from converter.recipe import Recipe, Settings
 
@@ -47,7 +47,7 @@ _MODULES = {
         "GateError", "GuardError", "OptionError", "PublishError", "SourceError",
         "VerificationError",
     ),
-    "evaluate.options": ("EvaluationOptions",),
+    "evaluation.options": ("EvaluationOptions",),
     "manifest": ("Evaluation", "Manifest"),
     "recipe": ("Recipe", "Settings"),
 }  # fmt: skip

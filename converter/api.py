@@ -18,9 +18,9 @@ from converter.entrypoints.evaluate import evaluate_model
 from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.verify import verify as find_problems
-from converter.evaluate.compare import Comparison
-from converter.evaluate.options import EvaluationOptions
-from converter.evaluate.systems import parse_controls
+from converter.evaluation.compare import Comparison
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.systems import parse_controls
 from converter.manifest import Evaluation, Manifest
 from converter.outputs.record_checks import edit_of
 from converter.recipe import Recipe, Settings

@@ -555,7 +555,7 @@ class SystemRecord(Record, kw_only=True):
         strength: of the edit; None for the unedited model.
         layers: that it edits.
         options: of its method, defaults resolved.
-        metrics: see ``evaluate.measure``.
+        metrics: see ``evaluation.measure``.
     """
 
     system: str

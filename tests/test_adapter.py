@@ -30,8 +30,8 @@ from converter.edits.fp8 import dequantize
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
-from converter.evaluate import fit as fitting
-from converter.evaluate.guard import examine
+from converter.evaluation import fit as fitting
+from converter.evaluation.guard import examine
 from converter.methods.base import Proposal
 from converter.models.build import load_language_model
 from converter.models.edited import edited

@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
-from converter.evaluate.benchmarks.lm_eval import measure
-from converter.evaluate.benchmarks.safeedit import SETS, defence_rates, load_safeedit
-from converter.evaluate.conditional_perplexity import conditional_perplexity
-from converter.evaluate.generation import generate
-from converter.evaluate.metrics import (
+from converter.evaluation.benchmarks.lm_eval import measure
+from converter.evaluation.benchmarks.safeedit import SETS, defence_rates, load_safeedit
+from converter.evaluation.conditional_perplexity import conditional_perplexity
+from converter.evaluation.generation import generate
+from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
     expected_maximum_toxicity,
@@ -29,9 +29,9 @@ from converter.evaluate.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
-from converter.evaluate.prompts import load_prompts
-from converter.evaluate.scorers import SCORERS, detoxify, load_scorer
-from converter.evaluate.scorers.classifier import find_label
+from converter.evaluation.prompts import load_prompts
+from converter.evaluation.scorers import SCORERS, detoxify, load_scorer
+from converter.evaluation.scorers.classifier import find_label
 from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
 from converter.runtime import progress

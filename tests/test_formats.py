@@ -31,7 +31,7 @@ from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints import convert as converting
-from converter.evaluate.fit import fit
+from converter.evaluation.fit import fit
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.edits import removal

@@ -11,7 +11,7 @@ from msgspec import convert
 from msgspec.structs import replace
 
 from converter.errors import GateError, OptionError
-from converter.evaluate.gates import Gates
+from converter.evaluation.gates import Gates
 from converter.manifest import (
     Estimate,
     Evaluation,

@@ -18,9 +18,9 @@ from converter.edits.deltas import RemoveSubspace
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, GuardError
-from converter.evaluate.guard import examine, judge
-from converter.evaluate.heldout import Probe, probe_of
-from converter.evaluate.strength import choose_strength, nearest_strength
+from converter.evaluation.guard import examine, judge
+from converter.evaluation.heldout import Probe, probe_of
+from converter.evaluation.strength import choose_strength, nearest_strength
 from converter.manifest import Estimate, Measured, Origin
 from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy

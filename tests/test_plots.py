@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluate.measure import summarise
-from converter.evaluate.plots import (
+from converter.evaluation.measure import summarise
+from converter.evaluation.plots import (
     READABLE,
     bars_figure,
     cosines_figure,

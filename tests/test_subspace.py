@@ -28,7 +28,7 @@ from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
 from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_names
 from converter.errors import FitError, OptionError
-from converter.evaluate.systems import edited_layers
+from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin, SubspaceEvidence
 from converter.methods.base import METHODS, Proposal, configure, parse_layers
 from converter.methods.rankings import ranking_names

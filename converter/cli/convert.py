@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe_options import RecipePart
-from converter.evaluate.gates import Gates
-from converter.evaluate.options import EvaluationOptions
+from converter.evaluation.gates import Gates
+from converter.evaluation.options import EvaluationOptions
 from converter.hub.publication import Publication, PublicationOptions
 from converter.option import Option, Options, declared_options
 from converter.recipe import Recipe, Settings

@@ -9,7 +9,7 @@ from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.fields import Part
 from converter.cli.recipe_options import RecipePart
 from converter.errors import DestinationError, OptionError
-from converter.evaluate.options import EvaluationOptions
+from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
@@ -60,10 +60,10 @@ def evaluate_command(
     """
     from converter.entrypoints.evaluate import evaluate_model
     from converter.entrypoints.pictures import require_matplotlib
-    from converter.evaluate.compare import Comparison
-    from converter.evaluate.plots import plot_evaluation
-    from converter.evaluate.systems import parse_controls
-    from converter.evaluate.table import markdown
+    from converter.evaluation.compare import Comparison
+    from converter.evaluation.plots import plot_evaluation
+    from converter.evaluation.systems import parse_controls
+    from converter.evaluation.table import markdown
 
     quiet_libraries()
     if comparison.plots is not None:

@@ -18,7 +18,7 @@ from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError, VerificationError
-from converter.evaluate.fit import fit
+from converter.evaluation.fit import fit
 from converter.hub.repos import check_repo_id
 from converter.manifest import Manifest
 from converter.methods.base import Method, configure

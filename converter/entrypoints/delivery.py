@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.entrypoints.stream_push import Streaming
-from converter.evaluate.fit import Fitted
-from converter.evaluate.gates import Gates
+from converter.evaluation.fit import Fitted
+from converter.evaluation.gates import Gates
 from converter.manifest import Evaluation, Manifest
 from converter.methods.base import Method
 from converter.methods.workbench import Bench

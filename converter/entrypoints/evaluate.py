@@ -8,12 +8,12 @@ from converter.checkpoints.resolve import resolve
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
-from converter.evaluate.battery import load_battery, load_whole
-from converter.evaluate.compare import Comparison, evaluate
-from converter.evaluate.fit import Fitted
-from converter.evaluate.names import EDITED
-from converter.evaluate.options import EvaluationOptions
-from converter.evaluate.systems import System, edited_layers, parse_controls
+from converter.evaluation.battery import load_battery, load_whole
+from converter.evaluation.compare import Comparison, evaluate
+from converter.evaluation.fit import Fitted
+from converter.evaluation.names import EDITED
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.systems import System, edited_layers, parse_controls
 from converter.manifest import Evaluation
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
@@ -43,7 +43,7 @@ def evaluate_model(
         partial: a file that is written anew after every system.
 
     Returns:
-        the results; see ``evaluate.compare``.
+        the results; see ``evaluation.compare``.
 
     Raises:
         ConverterError: one of its children says what is wrong.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from converter.edits.edit_file import EDIT_FILE
 from converter.errors import OptionError
-from converter.evaluate.plots import plot_evaluation, plot_fit
+from converter.evaluation.plots import plot_evaluation, plot_fit
 from converter.manifest import Manifest
 from converter.outputs.destination import check_folder
 from converter.runtime import progress

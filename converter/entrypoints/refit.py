@@ -10,7 +10,7 @@ from converter.calibration.word_list import WordList
 from converter.edits.edit_file import EVIDENCE, file_tensors
 from converter.entrypoints.convert import load_texts, prepare
 from converter.errors import VerificationError
-from converter.evaluate.fit import fit
+from converter.evaluation.fit import fit
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe
 from converter.release.recording import Recording

@@ -8,8 +8,8 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.companions import PICTURE
-from converter.evaluate.names import EDITED
-from converter.evaluate.table import markdown
+from converter.evaluation.names import EDITED
+from converter.evaluation.table import markdown
 from converter.manifest import (
     Estimate,
     Evaluation,
@@ -28,7 +28,7 @@ CAPTIONS = {
     "tradeoff": "Toxicity against perplexity, with controls",
     "scores_before_after": "Toxicity of continuations before and after, with controls",
 }
-"""Pictures that ``evaluate.plots`` draws, by file name."""
+"""Pictures that ``evaluation.plots`` draws, by file name."""
 
 
 def pictures(manifest: Manifest) -> list[tuple[str, str]]:

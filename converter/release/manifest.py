@@ -21,7 +21,7 @@ from converter.calibration.statistics import cache_key
 from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.edits.edit_file import EDIT_FILE
 from converter.errors import OptionError, VerificationError
-from converter.evaluate.fit import Fitted
+from converter.evaluation.fit import Fitted
 from converter.manifest import (
     SCHEMA_VERSION,
     TOOL,

@@ -16,7 +16,7 @@ from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
-from converter.evaluate.gates import DROP, LEAKAGE, passes
+from converter.evaluation.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
 from converter.methods.base import METHODS, configure
 from converter.methods.subspace import check_evidence

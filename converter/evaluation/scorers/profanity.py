@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import OptionError
-from converter.evaluate.scorers import no_argument, score_written
+from converter.evaluation.scorers import no_argument, score_written
 from converter.manifest import ScorerOrigin
 
 

@@ -19,10 +19,10 @@ SCORERS = Registry(
     "gloss_convert.scorers",
     "--scorer",
     {
-        "bad-words": "converter.evaluate.scorers.bad_words:load",
-        "classifier": "converter.evaluate.scorers.classifier:load",
-        "detoxify": "converter.evaluate.scorers.detoxify:load",
-        "profanity": "converter.evaluate.scorers.profanity:load",
+        "bad-words": "converter.evaluation.scorers.bad_words:load",
+        "classifier": "converter.evaluation.scorers.classifier:load",
+        "detoxify": "converter.evaluation.scorers.detoxify:load",
+        "profanity": "converter.evaluation.scorers.profanity:load",
     },
 )
 """Name -> a function ``load(argument, device) -> Scorer``."""

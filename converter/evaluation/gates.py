@@ -11,7 +11,7 @@ from math import isnan, nan
 from typing import Annotated
 
 from converter.errors import GateError, OptionError
-from converter.evaluate.names import EDITED
+from converter.evaluation.names import EDITED
 from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
 from converter.option import Option, Options, declared_options
 

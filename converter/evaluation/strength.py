@@ -3,7 +3,7 @@
 from msgspec.structs import asdict
 
 from converter.errors import GuardError
-from converter.evaluate.heldout import Probe
+from converter.evaluation.heldout import Probe
 from converter.manifest import Choice, Measured, Trial
 from converter.methods.base import Proposal
 

@@ -9,11 +9,11 @@ import torch
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError
-from converter.evaluate.benchmarks.run import Benchmarks
-from converter.evaluate.benchmarks.safeedit import load_safeedit
-from converter.evaluate.options import EvaluationOptions
-from converter.evaluate.prompts import Prompts, load_prompts
-from converter.evaluate.scorers import Scorer, load_scorer
+from converter.evaluation.benchmarks.run import Benchmarks
+from converter.evaluation.benchmarks.safeedit import load_safeedit
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.prompts import Prompts, load_prompts
+from converter.evaluation.scorers import Scorer, load_scorer
 from converter.models.build import load_language_model, stored_dtype
 from converter.models.loading import load_tokenizer
 from converter.models.resident import LanguageModel, choose_dtype

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.evaluate.benchmarks import lm_eval as ability
-from converter.evaluate.benchmarks.safeedit import SETS, SafeEdit, defence_rates
-from converter.evaluate.generation import generate
-from converter.evaluate.metrics import bootstrap
-from converter.evaluate.scorers import Scorer
+from converter.evaluation.benchmarks import lm_eval as ability
+from converter.evaluation.benchmarks.safeedit import SETS, SafeEdit, defence_rates
+from converter.evaluation.generation import generate
+from converter.evaluation.metrics import bootstrap
+from converter.evaluation.scorers import Scorer
 from converter.manifest import Interval, Metric
 from converter.models.resident import LanguageModel
 

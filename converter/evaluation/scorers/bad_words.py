@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from converter.calibration.word_list import WordList, load_words
-from converter.evaluate.scorers import score_written
+from converter.evaluation.scorers import score_written
 from converter.manifest import ScorerOrigin
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import OptionError, SourceError
-from converter.evaluate.scorers import score_written
+from converter.evaluation.scorers import score_written
 from converter.manifest import ScorerOrigin
 
 MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")

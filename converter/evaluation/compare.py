@@ -8,12 +8,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.evaluate.battery import Battery
-from converter.evaluate.measure import WINDOW, measure, summarise
-from converter.evaluate.names import UNEDITED
-from converter.evaluate.passages import draw_passages
-from converter.evaluate.scorers import origin_of
-from converter.evaluate.systems import Fits, System
+from converter.evaluation.battery import Battery
+from converter.evaluation.measure import WINDOW, measure, summarise
+from converter.evaluation.names import UNEDITED
+from converter.evaluation.passages import draw_passages
+from converter.evaluation.scorers import origin_of
+from converter.evaluation.systems import Fits, System
 from converter.manifest import (
     TOOL,
     Evaluation,

@@ -16,7 +16,7 @@ from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from converter.errors import OptionError, SourceError
-from converter.evaluate.scorers import score_written
+from converter.evaluation.scorers import score_written
 from converter.hub import repos as hub
 from converter.manifest import Origin, ScorerOrigin
 

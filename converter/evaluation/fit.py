@@ -11,9 +11,9 @@ from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
-from converter.evaluate.guard import examine
-from converter.evaluate.heldout import probe_of
-from converter.evaluate.strength import choose_strength
+from converter.evaluation.guard import examine
+from converter.evaluation.heldout import probe_of
+from converter.evaluation.strength import choose_strength
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal
 from converter.methods.workbench import Bench

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.calibration.word_list import WordList
-from converter.evaluate.generation import generate
+from converter.evaluation.generation import generate
 from converter.models.batching import Sentence, num_positions
 from converter.models.likelihood import LogProbabilities, Words, log_probabilities
 from converter.models.resident import LanguageModel

@@ -18,7 +18,7 @@ from math import hypot, sqrt
 from statistics import stdev
 
 from converter.errors import GuardError
-from converter.evaluate.heldout import Probe
+from converter.evaluation.heldout import Probe
 from converter.manifest import GuardRecord, Measured
 from converter.methods.base import Proposal
 from converter.runtime import progress

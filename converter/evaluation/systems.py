@@ -12,8 +12,8 @@ from converter.calibration.split import Parts, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
-from converter.evaluate.heldout import Probe, probe_of
-from converter.evaluate.strength import choose_strength, nearest_strength
+from converter.evaluation.heldout import Probe, probe_of
+from converter.evaluation.strength import choose_strength, nearest_strength
 from converter.methods.base import METHODS, Method, Proposal, configure
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import DataError, OptionError
-from converter.evaluate.battery import Battery
-from converter.evaluate.benchmarks.run import run_benchmarks
-from converter.evaluate.conditional_perplexity import conditional_perplexity
-from converter.evaluate.generation import generate
-from converter.evaluate.metrics import (
+from converter.evaluation.battery import Battery
+from converter.evaluation.benchmarks.run import run_benchmarks
+from converter.evaluation.conditional_perplexity import conditional_perplexity
+from converter.evaluation.generation import generate
+from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
     expected_maximum_toxicity,
@@ -24,7 +24,7 @@ from converter.evaluate.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
-from converter.evaluate.passages import Passages
+from converter.evaluation.passages import Passages
 from converter.manifest import Estimate, Interval, Metric, RowRecord, Strength, SystemRecord
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
