@@ -99,18 +99,18 @@ def test_a_notebook_goes_through_all_of_it(
     assert converter.replay(out, again, recipe.source).digests == manifest.digests
     assert converter.diff(str(out), str(again))["changed"] == []
     edit = converter.load_edit(out)
+    asked = converter.EvaluationOptions(num_prompts=2, max_new_tokens=2, scorers=("bad-words",))
+    found = converter.evaluate(recipe, str(out), asked)
+    assert {system.system for system in found.systems} == {"unedited", "edited"}
+    assert capfd.readouterr() == ("", "")
     before, after = load(Path(recipe.source)).state_dict(), load(out).state_dict()
     for name, delta in edit.tensors.items():
         assert isinstance(delta, RemoveSubspace)
         whole = before[name].float()
         exact = whole - delta.U @ (delta.U.T @ whole)
         assert torch.allclose(after[name].float(), exact, rtol=0.02, atol=1e-3)
-    asked = converter.EvaluationOptions(num_prompts=2, max_new_tokens=2, scorers=("bad-words",))
-    found = converter.evaluate(recipe, str(out), asked)
-    assert {system.system for system in found.systems} == {"unedited", "edited"}
     (out / "config.json").write_text("{}")
     assert any("config.json" in problem for problem in converter.verify(out))
-    assert capfd.readouterr() == ("", "")
 
 
 def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:

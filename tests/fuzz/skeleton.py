@@ -240,8 +240,8 @@ def activations() -> bytes:
 
 
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
-MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEzkBXRJuURp3otyL76djjgCPlb+0V
-L+uel9Mehn38BpoPvN4OsmWOPnyw2ATVUojaJ7XmdPkGl4H/L1fpaqFZxg==
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEqyyJWXESEPXIlfzVWojUcI6ZihfI
+m4ih98MBxhhrw3Zscm53F1lQaLR4n+T2nXmF4NuptKNV4Anww1Y/Pz6DUA==
 -----END PUBLIC KEY-----
 """
 """Of the key that signed the seed in ``corpus/signature``, which nobody has any more."""
