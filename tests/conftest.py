@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from converter.cli.main import gloss
 from converter.runtime.cache import using_cache
-from tests.builders.models import TINY, make_checkpoint
+from tests.builders.models import METHOD, TINY, make_checkpoint
 from tests.builders.planted import make_planted
 
 
@@ -61,11 +61,11 @@ def converted(
 ) -> tuple[Path, Path]:
     """A bfloat16 Llama and its conversion with all defaults. Read only."""
     from converter.entrypoints.convert import convert
-    from converter.recipe import Run
+    from converter.recipe import Recipe
 
     source = checkpoints("llama", torch.bfloat16)
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert(Run(source=str(source), num_pairs=64, options=TINY, guard=False), out)
+    convert(Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False), out)
     return source, out
 
 

@@ -22,14 +22,16 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
 from converter.entrypoints import convert as pipeline
 from converter.errors import DataError, FitError
-from converter.methods import workbench
+from converter.manifest import Origin
+from converter.methods.workbench import Bench
 from converter.models import build as models
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
-from converter.recipe import Run
+from converter.recipe import Recipe
+from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
-from tests.builders.models import HIDDEN, TINY, tiny_tokenizer
+from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -39,6 +41,18 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     """The cache folder of each test, not made yet."""
     with using_cache(tmp_path / "cache"):
         yield tmp_path / "cache"
+
+
+class HasAsked(Exception):  # noqa: N818 - it is not an error
+    """A fit has its activations; nothing more is wanted of it."""
+
+
+class ActivationBench(Bench):
+    """A workbench that ends the fit once it has the activations that the method asks for."""
+
+    def activations(self, request: Request) -> activations.Activations:
+        super().activations(request)
+        raise HasAsked
 
 
 class Runs:
@@ -53,14 +67,15 @@ class Runs:
 
         monkeypatch.setattr(models, "load_model", counted)
 
-    def __call__(self, run: Run) -> str:
-        source, plan, method = pipeline.prepare(run)
-        words = load_words(run.word_list)
-        pairs = load_pairs(run.pairs, words, run.num_pairs, run.seed)
-        prose = load_prose(run.neutral)
+    def __call__(self, recipe: Recipe) -> str:
+        source, plan, method = pipeline.prepare(recipe)
+        words = load_words(recipe.word_list)
+        pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
+        prose = load_prose(recipe.neutral)
         before = self.loaded
-        bench = workbench.Bench.of(run, source, plan, words, "cpu")
-        workbench.activations_of(bench, method.request, Part(pairs, prose))
+        bench = ActivationBench.of(recipe, source, plan, words, "cpu")
+        with pytest.raises(HasAsked):
+            bench.fit(method, Part(pairs, prose))
         return "miss" if self.loaded > before else "hit"
 
 
@@ -69,14 +84,14 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     stage = Runs(monkeypatch)
-    run = Run(source=str(source), num_pairs=16, options=TINY, guard=False)
-    assert stage(run) == "miss"
-    assert stage(run) == "hit"
+    recipe = Recipe(source=str(source), num_pairs=16, method=METHOD, options=TINY, guard=False)
+    assert stage(recipe) == "miss"
+    assert stage(recipe) == "hit"
     # what the activations do not depend on
     for same in ({"rank": "2"}, {"alpha": "0.5"}, {"candidates": "svd"}, {"edit_layers": "1"}):
-        assert stage(replace(run, options={**TINY, **same})) == "hit", same
+        assert stage(replace(recipe, options={**TINY, **same})) == "hit", same
     moved = shutil.copytree(source, tmp_path / "moved")
-    assert stage(replace(run, source=str(moved))) == "hit"  # by content, not by path
+    assert stage(replace(recipe, source=str(moved))) == "hit"  # by content, not by path
 
     prose = tmp_path / "prose.txt"
     prose.write_text("Another text. " * 60)
@@ -90,24 +105,24 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
         {"options": {**TINY, "pooling": "mean"}},
         {"options": {**TINY, "site": "residual"}},
     ):
-        assert stage(replace(run, **change)) == "miss", change
+        assert stage(replace(recipe, **change)) == "miss", change
     for name in ("config.json", "tokenizer_config.json"):
         text = (source / name).read_text()
         (source / name).write_text(text + "\n")
-        assert stage(run) == "miss", name
+        assert stage(recipe) == "miss", name
         (source / name).write_text(text)
-        assert stage(run) == "hit", name
+        assert stage(recipe) == "hit", name
     shard = max(source.glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    assert stage(run) == "miss"
+    assert stage(recipe) == "miss"
     monkeypatch.setattr(extraction, "MAX_TOKENS", 255)
-    assert stage(run) == "miss"
+    assert stage(recipe) == "miss"
     monkeypatch.undo()
 
 
-def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = load_pairs("builtin", load_words("builtin"), 16, 0)
     request = Request("ffn", "mean", (1,), False)
 
@@ -116,8 +131,7 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
             extraction.activation_inputs(
                 {},
                 architectures()["llama"],
-                pairs,
-                load_prose("builtin"),
+                Part(pairs, load_prose("builtin")),
                 request,
                 device=device,
                 dtype="float32",
@@ -130,16 +144,9 @@ def test_another_code_version_or_library_is_another_key(monkeypatch: pytest.Monk
     assert key() == first
     assert key("cuda:1") == key("cuda") != first
     assert key(mode="streamed") != first
-    monkeypatch.setattr(
-        extraction, "EXTRACTOR", (*extraction.EXTRACTOR, "calibration/word_list.py")
-    )
-    assert key() != first
-    monkeypatch.undo()
-    package = Path(extraction.__file__).parents[1]
-    assert all((package / name).is_file() for name in extraction.EXTRACTOR)
-    assert {"models/resident.py", "models/loading.py", "models/streamed.py"} < set(
-        extraction.EXTRACTOR
-    )
+    with monkeypatch.context() as changed:
+        changed.setattr(extraction, "EXTRACTION_VERSION", extraction.EXTRACTION_VERSION + 1)
+        assert key() != first
     monkeypatch.setattr(extraction, "version", lambda name: "0")
     assert key() != first
 
@@ -151,8 +158,8 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     tokenizer, pairs = tiny_tokenizer(), load_pairs("builtin", load_words("builtin"), 16, 0)
     model = forward.LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
     encode = Encoder(tokenizer, module)
-    prose = Prose(("A text.",), {}, "")
-    other = Prose(("Quite another text, and longer.",), {}, "")
+    prose = Prose(("A text.",), Origin(name="test"), "")
+    other = Prose(("Quite another text, and longer.",), Origin(name="test"), "")
 
     def seen(request: Request, prose: Prose = prose) -> activations.Activations:
         return extraction.extract(model, request, pairs, prose, batch_size=5)[0]
@@ -225,12 +232,13 @@ def test_a_damaged_cache_file_is_made_again(
     checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Runs(monkeypatch)
-    run = Run(source=str(checkpoints("llama")), num_pairs=16, options=TINY, guard=False)
-    assert stage(run) == "miss"
+    source = str(checkpoints("llama"))
+    recipe = Recipe(source=source, num_pairs=16, method=METHOD, options=TINY, guard=False)
+    assert stage(recipe) == "miss"
     (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
-    assert stage(run) == "miss"
-    assert stage(run) == "hit"
+    assert stage(recipe) == "miss"
+    assert stage(recipe) == "hit"
 
 
 def test_one_wrong_bit_in_a_file_is_noticed(tmp_path: Path) -> None:
@@ -291,7 +299,7 @@ def test_remembered_digests_are_true(
     path.write_bytes(b"one")
     assert remembered_digest(path) == sha256_of(path)
     assert not cache.exists()  # too young for its times to be trusted
-    monkeypatch.setattr("converter.runtime.cache.SETTLED", -1.0)
+    monkeypatch.setattr(runtime_cache, "SETTLED", -1.0)
     assert remembered_digest(path) == sha256_of(path)
     assert list((cache / "digests").iterdir())
     stat = path.stat()

@@ -18,32 +18,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.checkpoints.architectures.architecture import (
-    Architecture,
-    architectures,
-    find_architecture,
-)
+from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
-from converter.edits.base import Projection
+from converter.edits.base import Edit
+from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize
-from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
-from converter.evaluate.guard import examine
+from converter.evaluation import fit as fitting
+from converter.evaluation.guard import examine
+from converter.methods.base import Proposal
 from converter.models.build import load_language_model
 from converter.models.edited import edited
-from converter.outputs.adapter.write import CONFIG, WEIGHTS, Adapter, tensor_names
-from converter.recipe import Run
+from converter.outputs.adapter.output import Adapter
+from converter.outputs.adapter.write import (
+    CONFIG,
+    WEIGHTS,
+    sha256_of_tensor,
+    tensor_names,
+    write_adapter,
+)
+from converter.outputs.base import WriteJob, Written
+from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
+from tests.builders.adversary import forged, load_manifest, put, reseal
+from tests.builders.edits import removal
 from tests.builders.meta import write_native
 from tests.builders.models import (
     FFN,
     HIDDEN,
+    METHOD,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
@@ -54,7 +63,7 @@ from tests.builders.models import (
 from tests.test_convert import save_planted
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
-from tests.test_verify import flip, reseal
+from tests.test_verify import flip
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -69,21 +78,26 @@ LOADED = ["llama", "llama-tied", "gpt2", "gemma2", "gemma3", "gpt_neox", "opt", 
 """Linear and Conv1D, with biases and without, a norm after the FFN, wrappers of images."""
 
 
-def architecture_of(folder: Path) -> Architecture:
-    return find_architecture(json.loads((folder / "config.json").read_text()))
+def planned(folder: Path) -> tuple[Source, Plan]:
+    source = resolve(str(folder))
+    return source, make_plan(source.config, source.weight_map, source.headers())
 
 
 def adapter_of(source: Path, out: Path, **changed: Any) -> Path:
-    run: dict[str, Any] = {"num_pairs": 32, "options": TINY, "guard": False} | changed
-    convert(Run(source=str(source), output="adapter", **run), out)
+    run: dict[str, Any] = {"num_pairs": 32, "method": METHOD, "options": TINY, "guard": False}
+    convert(Recipe(source=str(source), output="adapter", **run | changed), out)
     return out
 
 
-def edit_of(out: Path) -> Projection:
-    """The projection that a folder's subspace and manifest say, biases left alone."""
-    bases = load_bases(out / "gloss_subspace.safetensors")
-    entries = read_manifest(out)["edited"]
-    return Projection({e["layer"]: bases[e["basis"]] for e in entries}, bias=False)
+def bases_of(out: Path) -> dict[int, Tensor]:
+    """Layer -> the basis that a folder's manifest says was taken out there."""
+    bases = load_bases(out / EDIT_FILE)
+    return {entry.layer: bases[entry.tensors["U"]] for entry in read_manifest(out).edited}
+
+
+def edit_of(out: Path, plan: Plan) -> Edit:
+    """These bases taken out of the down-projections of a checkpoint, biases left alone."""
+    return removal(plan, bases_of(out), bias=False)
 
 
 @pytest.fixture
@@ -103,9 +117,12 @@ def test_peft_makes_the_edit_of_it(
 ) -> None:
     source = checkpoints(kind)
     out = adapter_of(source, tmp_path / "out")
+    found, plan = planned(source)
+    edit = edit_of(out, plan)
+    assert {weight.layer for weight in plan.find(edit.tensors).values()} == set(LAYERS)
     original = load(source)
     plain = original(ids).logits
-    with edited(original, architecture_of(source), edit_of(out), LAYERS):
+    with edited(original, plan, edit):
         expected = original(ids).logits
     assert difference(plain, expected) > 1e-3
 
@@ -118,7 +135,7 @@ def test_peft_makes_the_edit_of_it(
     native.load_adapter(str(out))
     assert difference(native(ids).logits, expected) < 1e-6
 
-    assert verify(out, resolve(str(source))) == []
+    assert verify(out, found) == []
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -173,8 +190,8 @@ def test_biases_cannot_be_projected_and_are_kept_if_nothing_is_said(
     assert result.exit_code == 0, result.stderr
     assert "3 biases stay as they are" in result.stderr
     manifest = read_manifest(tmp_path / "out")
-    assert manifest["method"]["options"]["bias"] == "keep"
-    assert {entry["role"] for entry in manifest["edited"]} == {"down_proj"}
+    assert manifest.method.options["bias"] == "keep"
+    assert {entry.role for entry in manifest.edited} == {"down_proj"}
 
 
 def test_without_biases_there_is_nothing_to_refuse(
@@ -188,18 +205,20 @@ def test_the_guard_measures_the_edit_that_the_adapter_makes(
     planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is the one which leaves the biases, although nothing was said about them."""
-    measured = []
+    measured: list[Edit] = []
 
-    def examining(probe: Any, edit: Projection, *args: Any, **named: Any) -> Any:
-        measured.append(edit)
-        return examine(probe, edit, *args, **named)
+    def examining(probe: Any, proposal: Proposal, strength: float, **named: Any) -> Any:
+        measured.extend((proposal.edit(strength), proposal.control(strength, 0)))
+        return examine(probe, proposal, strength, **named)
 
-    monkeypatch.setattr("converter.evaluate.fit.examine", examining)
+    monkeypatch.setattr(fitting, "examine", examining)
     options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
     args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
     result = cli("convert", planted, tmp_path / "out", *args)
     assert result.exit_code == 0, result.stderr
-    assert [edit.bias for edit in measured] == [False]
+    weights = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3, 4)}
+    assert [set(edit.tensors) for edit in measured] == [weights, weights]
+    assert {entry.name for entry in read_manifest(tmp_path / "out").edited} == weights
     found = json.loads(result.stdout)
     assert found["output"] == "adapter"
     assert found["guard"]["edit"]["teacher_forced"]["value"] < 0.5
@@ -241,7 +260,7 @@ def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Pat
     source, out = made
     assert {path.name for path in out.iterdir()} == {
         WEIGHTS, CONFIG, "LICENSE", "README.md", "gloss_manifest.json",
-        "gloss_subspace.safetensors", "SHA256SUMS",
+        "gloss_edit.safetensors", "SHA256SUMS",
     }  # fmt: skip
     config = json.loads((out / CONFIG).read_text())
     modules = [f"model.layers.{layer}.mlp.down_proj" for layer in LAYERS]
@@ -257,7 +276,7 @@ def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Pat
     assert set(tensors) == {name for module in modules for name in tensor_names(module)}
     header = read_header(out / WEIGHTS)
     assert header.size - header.data_start == 3 * 4 * 4 * (HIDDEN + FFN)
-    U = load_bases(out / "gloss_subspace.safetensors")["U"].double()
+    U = load_bases(out / EDIT_FILE)["U"].double()
     weights = tensors_of(source)
     for module in modules:
         A, B = (tensors[name].double() for name in tensor_names(module))
@@ -269,14 +288,15 @@ def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Pat
 def test_the_manifest_says_what_was_read_and_what_the_adapter_does(made: tuple[Path, Path]) -> None:
     source, out = made
     manifest = read_manifest(out)
-    assert manifest["run"]["output"] == "adapter"
+    assert manifest.run.output == "adapter"
     shards = {path.name for path in source.glob("*.safetensors")}
-    assert shards < set(manifest["source"]["files"])
-    for entry in manifest["edited"]:
-        assert entry["sha256_after"] is None
-        assert entry["leakage"] < 1e-6
-        assert entry["rounding_error"] < 1e-7
-        assert entry["relative_change"] == pytest.approx(entry["energy_removed"] ** 0.5)
+    assert shards < set(manifest.source.files)
+    for entry in manifest.edited:
+        assert entry.sha256_after is None
+        assert (entry.kind, entry.tensors) == ("remove-subspace", {"U": "U"})
+        assert entry.measures["leakage"] < 1e-6
+        assert entry.rounding_error < 1e-7
+        assert entry.relative_change == pytest.approx(entry.measures["energy_removed"] ** 0.5)
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "peft"
     assert "PeftModel.from_pretrained" in card.text
@@ -316,31 +336,30 @@ def test_a_plan_says_how_small_it_is(
     assert plan["copied_files"] == ["LICENSE"]
     text = cli("plan", source, "--output", "adapter").stdout
     assert "adapter of 0.0 MB to write" in text
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 50_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 50_000))
     args = ("convert", source, tmp_path / "out", "--dry-run")
     assert cli(*args).exit_code == 7
     assert cli(*args, "--output", "adapter").exit_code == 0
 
 
-def planned(folder: Path, tmp_path: Path) -> tuple[Source, Plan]:
-    source = resolve(str(folder))
-    return source, make_plan(source.config, source.weight_map, source.headers())
+def write(source: Source, plan: Plan, edit: Edit, folder: Path) -> None:
+    folder.mkdir()
+    write_adapter(WriteJob(source=source, plan=plan, edit=edit, folder=folder, engine=Engine()))
 
 
 @torch.no_grad()
 def test_layers_may_have_subspaces_of_different_ranks(
     checkpoints: Checkpoints, tmp_path: Path, ids: Tensor
 ) -> None:
-    source, plan = planned(checkpoints("gpt2"), tmp_path)
+    source, plan = planned(checkpoints("gpt2"))
     bases = {n: torch.linalg.qr(torch.randn(HIDDEN, n)).Q for n in LAYERS}
-    edit, targets = Projection(bases, bias=False), plan.weights("down_proj", LAYERS)
-    (tmp_path / "out").mkdir()
-    Adapter().write(source, plan, edit, targets, tmp_path / "out", Engine())
+    edit = removal(plan, bases, bias=False)
+    write(source, plan, edit, tmp_path / "out")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     pattern = {f"transformer.h.{n}.mlp.c_proj": n for n in (2, 3)}
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, pattern, pattern)
     original = load(source.folder)
-    with edited(original, plan.architecture, edit, LAYERS):
+    with edited(original, plan, edit):
         expected = original(ids).logits
     adapted = PeftModel.from_pretrained(load(source.folder), tmp_path / "out")
     assert difference(adapted(ids).logits, expected) < 1e-6
@@ -349,7 +368,7 @@ def test_layers_may_have_subspaces_of_different_ranks(
 def test_shards_without_an_edited_weight_are_not_opened(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, plan = planned(checkpoints("llama"), tmp_path)
+    source, plan = planned(checkpoints("llama"))
     opened, fetched = set(), set()
     real = Source.open
 
@@ -359,11 +378,10 @@ def test_shards_without_an_edited_weight_are_not_opened(
 
     monkeypatch.setattr(Source, "open", opening)
     monkeypatch.setattr(Source, "fetch", lambda self, shards: fetched.update(shards))
-    targets = plan.weights("down_proj", [2])
-    U = torch.linalg.qr(torch.randn(HIDDEN, 2)).Q
-    (tmp_path / "out").mkdir()
-    Adapter().write(source, plan, Projection({2: U}), targets, tmp_path / "out", Engine())
-    assert opened == fetched == {targets[0].shard}
+    (weight,) = plan.weights("down_proj", [2])
+    edit = removal(plan, {2: torch.linalg.qr(torch.randn(HIDDEN, 2)).Q}, bias=False)
+    write(source, plan, edit, tmp_path / "out")
+    assert opened == fetched == {weight.shard}
     assert len(source.shards) > 2
 
 
@@ -374,15 +392,15 @@ def test_fp8_weights_count_as_the_numbers_that_they_stand_for(
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=apart)
     out = adapter_of(folder, tmp_path / "out")
-    source, plan = planned(folder, tmp_path)
+    source, plan = planned(folder)
     assert verify(out, source) == []
     weights, tensors = tensors_of(folder), load_file(out / WEIGHTS)
     name = "model.layers.3.mlp.down_proj"
     W = dequantize(weights[f"{name}.weight"], weights[f"{name}.weight_scale_inv"], (16, 16))
-    U = edit_of(out).bases[3].double()
+    U = bases_of(out)[3].double()
     assert torch.allclose(tensors[tensor_names(name)[0]].double(), U.T @ W.double(), atol=1e-8)
     model: Any = load_language_model(source, plan, None, torch.float32, "cpu").module
-    with edited(model, plan.architecture, edit_of(out), LAYERS):
+    with edited(model, plan, edit_of(out, plan)):
         expected = model(ids).logits
     plain = model(ids).logits
     model.load_adapter(str(out))
@@ -398,9 +416,9 @@ def test_sources_in_other_formats(checkpoints: Checkpoints, tmp_path: Path) -> N
     for folder, chosen in ((native, options), (pickles, TINY)):
         out = adapter_of(folder, tmp_path / f"{folder.name}-out", options=chosen)
         assert verify(out, resolve(str(folder))) == []
-        files = read_manifest(out)["source"]
-        assert not any(name.endswith(".safetensors") for name in files["files"])
-        assert files["originals"]
+        read = read_manifest(out).source
+        assert not any(name.endswith(".safetensors") for name in read.files)
+        assert read.originals
 
 
 def test_a_shard_that_changes_during_the_run_is_noticed(
@@ -409,10 +427,10 @@ def test_a_shard_that_changes_during_the_run_is_noticed(
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     real = Adapter.write
 
-    def meanwhile(self: Adapter, *args: Any) -> Any:
+    def meanwhile(self: Adapter, job: WriteJob) -> Written:
         shard = min(source.glob("*.safetensors"))
         flip(shard, shard.stat().st_size - 1)
-        return real(self, *args)
+        return real(self, job)
 
     monkeypatch.setattr(Adapter, "write", meanwhile)
     with pytest.raises(CheckpointError, match="is not the file that the activations"):
@@ -475,23 +493,20 @@ def test_verify_names_the_file_with_a_flipped_byte(
 
 def seal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a manifest in which everything agrees with everything else."""
-    from converter.outputs.adapter.write import sha256_of_tensor
-    from converter.release.manifest import write_manifest
-
-    tensors, manifest = load_file(out / WEIGHTS), read_manifest(out)
+    tensors, manifest = load_file(out / WEIGHTS), load_manifest(out)
     for entry in manifest["edited"]:
         A, B = (tensors[name] for name in tensor_names(entry["lora"]["module"]))
         entry["lora"] |= {"sha256_a": sha256_of_tensor(A), "sha256_b": sha256_of_tensor(B)}
     change(manifest)
-    write_manifest(out, manifest)
-    reseal(out, weights=WEIGHTS)
+    put(out, manifest)
+    reseal(out, WEIGHTS)
 
 
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
-        (1, lambda B: B * (1 + 2**-20), "is not -U of the subspace"),
-        (1, lambda B: -B, "is not -U of the subspace"),
+        (1, lambda B: B * (1 + 2**-20), "lora_B.weight is not that of the edit"),
+        (1, lambda B: -B, "lora_B.weight is not that of the edit"),
         (0, lambda A: A * 1.01, "has another norm than recorded"),
         (0, lambda A: A.bfloat16(), "expected float32 [4, 48], found bfloat16 [4, 48]"),
         (0, lambda A: A[:3].contiguous(), "expected float32 [4, 48], found float32 [3, 48]"),
@@ -520,7 +535,7 @@ def test_a_tensor_more_or_less_is_found(out: Path) -> None:
     name = tensor_names("model.layers.3.mlp.down_proj")[0]
     tensors["other"] = tensors.pop(name)
     save_file(tensors, out / WEIGHTS, {"format": "pt"})
-    reseal(out, weights=WEIGHTS)
+    reseal(out, WEIGHTS)
     problems = verify(out)
     assert f"{WEIGHTS}: {name} is missing" in problems
     assert f"{WEIGHTS}: other is not of an edited module" in problems
@@ -537,7 +552,7 @@ def test_a_config_that_makes_something_else_of_it_is_found(
 ) -> None:
     config = json.loads((out / CONFIG).read_text())
     (out / CONFIG).write_text(json.dumps(config | {key: value}))
-    reseal(out, config=CONFIG)
+    reseal(out, CONFIG)
     assert [p for p in verify(out) if p.startswith(f"{CONFIG}: {key}")]
 
 
@@ -547,19 +562,17 @@ def test_a_config_that_makes_something_else_of_it_is_found(
         ("sha256_before", "0" * 64, "is another one, by its sha256"),
         ("norm", 1e300, "has another norm than recorded"),
         ("lora", None, "cannot be edited by an adapter"),
-        ("layer", 5, "the method's options and the list of edited tensors disagree"),
-        ("name", "no.such.tensor", "has no such projection"),
-        ("basis", "U.9", "holds no U.9"),
+        ("layer", 5, "module model.layers.3.mlp.down_proj is not of layer 5"),
+        ("name", "no.such.tensor", "has no such weight"),
+        ("name", "no.such.tensor", "the method's options and the list of edited tensors disagree"),
+        ("kind", "replace", "cannot be edited by an adapter"),
+        ("tensors", {"U": "U.9"}, "holds no U.9"),
     ],
 )
 def test_false_records_are_found(
     key: str, value: object, says: str, made: tuple[Path, Path], out: Path
 ) -> None:
-    from converter.release.manifest import write_manifest
-
-    manifest = read_manifest(out)
-    manifest["edited"][1][key] = value
-    write_manifest(out, manifest)
+    put(out, forged(load_manifest(out), ("edited", 1, key), value))
     problems = verify(out, resolve(str(made[0])))
     assert any(says in problem for problem in problems), problems
 

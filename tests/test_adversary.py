@@ -13,18 +13,22 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
 from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import push as pushing
+from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
+from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
-from converter.hub.permissions import Publication
-from converter.recipe import Run
+from converter.hub.publication import Publication
+from converter.manifest import Manifest
+from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.adversary import (
@@ -35,12 +39,13 @@ from tests.builders.adversary import (
     forged,
     kind_of,
     leaves,
+    load_manifest,
     others,
     put,
     record,
     reseal,
 )
-from tests.builders.models import TINY
+from tests.builders.models import METHOD, TINY
 from tests.test_signing import write_key
 
 Cli = Callable[..., Result]
@@ -59,13 +64,20 @@ def adapter(
     """An adapter for the same source, with a picture. Read only."""
     out = tmp_path_factory.mktemp("adapter") / "out"
 
-    def draw(manifest: dict[str, Any], folder: Path) -> list[Path]:
+    def draw(manifest: Manifest, folder: Path) -> list[Path]:
         (folder / "pictures").mkdir()
         (folder / "pictures/a.png").write_bytes(bytes(range(64)))
         return [folder / "pictures/a.png"]
 
-    run = Run(source=str(converted[0]), num_pairs=64, options=TINY, guard=False, output="adapter")
-    convert(run, out, pictures=draw)
+    recipe = Recipe(
+        source=str(converted[0]),
+        num_pairs=64,
+        method=METHOD,
+        options=TINY,
+        guard=False,
+        output="adapter",
+    )
+    convert(recipe, out, delivery=Delivery(pictures=draw))
     return out
 
 
@@ -76,8 +88,10 @@ def seeded(
     """The same conversion with another seed and rank. Read only."""
     out = tmp_path_factory.mktemp("seeded") / "out"
     options = {**TINY, "rank": "2"}
-    run = Run(source=str(converted[0]), num_pairs=64, options=options, guard=False, seed=1)
-    convert(run, out)
+    recipe = Recipe(
+        source=str(converted[0]), num_pairs=64, method=METHOD, options=options, guard=False, seed=1
+    )
+    convert(recipe, out)
     return out
 
 
@@ -89,7 +103,7 @@ def out(converted: tuple[Path, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers does not load the folder; it could only find more."""
-    monkeypatch.setattr("converter.entrypoints.verify._check_loading", lambda *_: iter(()))
+    monkeypatch.setattr(verification, "_check_loading", lambda *_: iter(()))
 
 
 def classes(path: Path) -> list[int]:
@@ -111,7 +125,7 @@ def test_a_flipped_bit_of_any_class_is_found_and_named(
     """The rest of the bytes: ``make flips``."""
     count = 0
     for folder in (out, copy_of(adapter, tmp_path / "adapter")):
-        shards = [n for n, e in read_manifest(folder)["files"].items() if "prefixes" in e]
+        shards = read_manifest(folder).shards
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             raw, owners = path.read_bytes(), {}
             if path.name in shards:
@@ -201,7 +215,7 @@ def test_files_of_another_conversion_are_found(out: Path, seeded: Path, tmp_path
     ours = {path.name: path.read_bytes() for path in out.iterdir()}
     theirs = {path.name: path.read_bytes() for path in seeded.iterdir()}
     different = sorted(name for name in ours if ours[name] != theirs[name])
-    assert {MANIFEST, CARD, SUMS, SUBSPACE_FILE} < set(different)
+    assert {MANIFEST, CARD, SUMS, EDIT_FILE} < set(different)
     for name in different:  # one of B among those of A, and all but one
         (out / name).write_bytes(theirs[name])
         assert any(name in problem for problem in verify(out)), name
@@ -227,7 +241,7 @@ def test_files_of_another_conversion_are_found(out: Path, seeded: Path, tmp_path
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor], list[str]], None]) -> None:
     """Alter tensors of the first shard with an edited one, then its records."""
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     edited = {entry["name"]: entry["shard"] for entry in manifest["edited"]}
     shard = next(iter(edited.values()))
     tensors = load_file(folder / shard)
@@ -260,7 +274,7 @@ def edited_weight(folder: Path) -> None:
 
 def edit_undone(folder: Path) -> None:
     """An edited weight gets back a tenth of something along U."""
-    U = load_file(folder / SUBSPACE_FILE)["U"]
+    U = load_file(folder / EDIT_FILE)["U"]
 
     def change(tensors: dict[str, torch.Tensor], edited: list[str]) -> None:
         name = next(name for name in edited if tensors[name].ndim == 2)
@@ -283,7 +297,7 @@ def added(folder: Path, name: str) -> None:
 
 
 def dropped(folder: Path) -> None:
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     for place in (manifest["files"], manifest["source"]["files"]):
         del place["generation_config.json"]
     (folder / "generation_config.json").unlink()
@@ -291,43 +305,85 @@ def dropped(folder: Path) -> None:
 
 
 def claimed(folder: Path, **changes: object) -> None:
-    """Another value for a key of the first edited tensor."""
-    manifest = read_manifest(folder)
-    manifest["edited"][0] |= changes
+    """Another value for a key of the first edited tensor, or of its measures."""
+    manifest = load_manifest(folder)
+    entry = manifest["edited"][0]
+    for key, value in changes.items():
+        (entry if key in entry else entry["measures"])[key] = value
     put(folder, manifest)
+
+
+def excused(folder: Path) -> None:
+    """An altered config that the edit is said to have patched."""
+    changes = {"rope_theta": 1.0}
+    config(folder, **changes)
+    manifest = load_manifest(folder)
+    manifest["edit"]["patches"] = {"config.json": changes}
+    put(folder, manifest)
+
+
+def recorded(folder: Path, manifest: dict[str, Any], **more: torch.Tensor) -> None:
+    """Put tensors into the edit's file, and a manifest that knows them into its place."""
+    save_file(load_file(folder / EDIT_FILE) | more, folder / EDIT_FILE, {"format": "pt"})
+    record(folder, manifest, EDIT_FILE)
+    put(folder, manifest)
+
+
+def brought(folder: Path) -> None:
+    """A file of code that the edit is said to have added."""
+    (folder / "evil.py").write_text("{}")
+    manifest = load_manifest(folder)
+    record(folder, manifest, "evil.py")
+    manifest["edit"]["files"] = ["evil.py"]
+    content = torch.frombuffer(bytearray(b"{}"), dtype=torch.uint8)
+    recorded(folder, manifest, **{"file.evil.py": content})
+
+
+def replaced(folder: Path) -> None:
+    """Edited weights with another sign, which the edit is said to have put in their place."""
+
+    def change(tensors: dict[str, torch.Tensor], edited: list[str]) -> None:
+        tensors |= {name: -tensors[name] for name in edited}
+
+    edit(folder, change)
+    manifest = load_manifest(folder)
+    entry = next(entry for entry in manifest["edited"] if len(entry["shape"]) == 2)
+    new = load_file(folder / entry["shard"])[entry["name"]]
+    entry |= {"kind": "replace", "tensors": {"new": "new"}, "measures": {}}
+    entry |= {"relative_change": 2.0, "rounding_error": 0.0}
+    recorded(folder, manifest, new=new)
 
 
 def fewer_edits(folder: Path) -> None:
     """Layer 4 is said not to have been edited, everywhere."""
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
-    options = manifest["method"]["options"]
-    options |= {key: [2, 3] for key in ("layers", "edit_layers")}
+    manifest["method"]["options"]["layers"] = [2, 3]
     manifest["run"]["options"]["layers"] = "2-3"
     put(folder, manifest)
 
 
 def scaled_basis(folder: Path) -> None:
-    tensors = load_file(folder / SUBSPACE_FILE)
+    tensors = load_file(folder / EDIT_FILE)
     tensors["U"] *= 0.5
-    save_file(tensors, folder / SUBSPACE_FILE)
-    reseal(folder, SUBSPACE_FILE)
+    save_file(tensors, folder / EDIT_FILE)
+    reseal(folder, EDIT_FILE)
 
 
 def empty_basis(folder: Path) -> None:
     """Everything is orthogonal to nothing."""
-    tensors = load_file(folder / SUBSPACE_FILE)
+    tensors = load_file(folder / EDIT_FILE)
     tensors["U"] = tensors["U"][:, :0].clone()
-    save_file(tensors, folder / SUBSPACE_FILE)
-    manifest = read_manifest(folder)
-    record(folder, manifest, SUBSPACE_FILE)
+    save_file(tensors, folder / EDIT_FILE)
+    manifest = load_manifest(folder)
+    record(folder, manifest, EDIT_FILE)
     put(folder, manifest)
 
 
 def exempted(folder: Path) -> None:
     """A tensor that was altered is passed off as the scales of an edited weight."""
     untouched_weight(folder)
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     entry = manifest["edited"][0]
     header = read_header(folder / entry["shard"])
     edited = {entry["name"] for entry in manifest["edited"]}
@@ -342,11 +398,11 @@ def exempted(folder: Path) -> None:
 def card(folder: Path) -> None:
     text = (folder / CARD).read_text().replace("license: mit", "license: apache-2.0")
     (folder / CARD).write_text(text)
-    put(folder, read_manifest(folder))
+    put(folder, load_manifest(folder))
 
 
 def measured(folder: Path) -> None:
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     manifest["pairs"]["count"] = 100_000
     put(folder, manifest)
 
@@ -371,6 +427,9 @@ FORGERS: list[tuple[str, Callable[[Path], object], bool, bool]] = [
     ("a basis that is not orthonormal", scaled_basis, True, True),
     ("an empty basis", empty_basis, True, True),
     ("a weight passed off as scales", exempted, True, True),
+    ("another config, and a patch that makes it", excused, True, True),
+    ("a file of code, and an edit that adds it", brought, True, True),
+    ("another weight, and an edit that puts it there", replaced, True, True),
     ("another licence in the card", card, False, False),
     ("a measurement", measured, False, False),
 ]
@@ -425,7 +484,7 @@ def test_a_forged_value_is_found_or_is_a_claim(
 ) -> None:
     """Of each kind of value in a manifest; each value of each: ``make flips``."""
     folder = out if output == "checkpoint" else copy_of(adapter, tmp_path / "adapter")
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     kinds = {kind_of(path): (path, value) for path, value in leaves(manifest)}
     count = 0
     for kind, (path, value) in kinds.items():
@@ -450,7 +509,10 @@ def test_two_keys_and_no_numbers_are_no_manifest(out: Path) -> None:
             text.replace('"schema_version": 1', '"schema_version": NaN'),
             "it has the number NaN, which is none",
         ),
-        (text.replace('"num_pairs": 64', '"num_pairs": 64.0'), "64.0 is not of type"),
+        (
+            text.replace('"num_pairs": 64', '"num_pairs": 64.0'),
+            "does not follow its schema at $.run.num_pairs: expected `int | null`, got `float`",
+        ),
     ):
         (out / MANIFEST).write_text(altered)
         (problem, *_) = verify(out)
@@ -474,7 +536,7 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even where it is trusted: what is trusted is the author's."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     marker = tmp_path / "ran"
     source = copy_of(converted[0], tmp_path / "source")
@@ -482,8 +544,8 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     data["auto_map"] = {"AutoConfig": "configuration_own.Config"}
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
-    run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
-    convert(run, tmp_path / "out")
+    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
+    convert(recipe, tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")
     public = key.with_suffix(".pub")
@@ -552,6 +614,6 @@ def test_a_recorded_lie_is_not_replayed(
     empty_basis(out)
     result = cli("replay", out, tmp_path / "again", "--source", converted[0])
     assert result.exit_code == 8
-    assert "holds no basis U of this width" in result.stderr
+    assert "U has 0 columns" in result.stderr
     assert not (tmp_path / "again").exists()
     assert cli("diff", converted[0], out).exit_code == 0

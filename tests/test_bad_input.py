@@ -17,6 +17,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.errors import ConverterError
+from converter.methods import gloss_paper
 from tests.builders.models import TINY_ARGS, tiny_args
 
 Checkpoints = Callable[..., Path]
@@ -260,11 +261,14 @@ def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert "-o layers: expected layers from 0 to 5" in refused(source, 2, layers="5-9")
     assert "-o: expected KEY=VALUE, found rank" in refused(source, 2, "-o", "rank")
     assert "-o rank is given twice" in refused(source, 2, "-o", "rank=1", "-o", "rank=2")
-    assert "--seed: expected a number of 64 bits" in refused(source, 2, "--seed", 1 << 65)
+    assert "--seed: expected at most 9223372036854775807" in refused(source, 2, "--seed", 1 << 65)
     assert "--num-pairs: expected at least 16, found 3" in refused(source, 2, "--num-pairs", 3)
     assert "--base-model: expected a repo id" in refused(source, 2, "--base-model", "no repo!")
     assert "--device: expected auto, map, cpu" in refused(source, 2, "--device", "tpu")
-    assert "--method: expected gloss or profs or random" in refused(source, 2, "--method", "magic")
+    methods = "gloss or gloss-paper or profs or random, found magic"
+    assert f"--method: expected {methods}" in refused(source, 2, "--method", "magic")
+    outputs = "adapter or checkpoint, found both"
+    assert f"--output: expected {outputs}" in refused(source, 2, "--output", "both")
     for option, value in (("--control", "profs"), ("--scorer", "detoxify"), ("--passages", 2)):
         for more in ((), ("--dry-run",)):
             says = refused(source, 2, option, value, *more)
@@ -337,7 +341,7 @@ def test_a_full_disk_leaves_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(file, data, offset)
 
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
@@ -355,7 +359,7 @@ def test_memory_that_runs_out_is_one_sentence(
     def out(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("converter.methods.gloss.Method.fit", out)
+    monkeypatch.setattr(gloss_paper.Method, "fit", out)
     assert "memory ran out; " in refused(source, 3)
 
 
@@ -419,7 +423,7 @@ def test_an_interrupted_run_leaves_nothing_but_what_is_finished(
         # a parent in the background may have handed down that these are ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        "from converter.cli.main import convert_command\n"
+        "from converter.cli.convert import convert_command\n"
         "pwrite = os.pwrite\n"
         "def slow(*args):\n"
         "    os.write(1, b'writing\\n'); time.sleep(0.1); return pwrite(*args)\n"

@@ -1,11 +1,11 @@
 """The card and the licences: what the Hub wants to read, what publishers have to do, in words."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,8 @@ from click.testing import Result
 from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from msgspec import convert
+from msgspec.structs import replace
 
 from converter.checkpoints.companions import papers
 from converter.checkpoints.layout import drawn_before
@@ -22,12 +24,26 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.entrypoints.verify import verify
 from converter.hub import repos as hub
+from converter.manifest import (
+    Candidate,
+    Estimate,
+    Evaluation,
+    Interval,
+    Manifest,
+    Measured,
+    Origin,
+    PromptsRecord,
+    RowRecord,
+    to_json,
+)
 from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.release.card_results import pictures
 from converter.release.licences import check_name, families, licence_name, terms_of
 from converter.release.manifest import hash_line, read_manifest
 from converter.text.markdown import code
+from tests.builders.adversary import load_manifest
 from tests.builders.models import TINY_ARGS
+from tests.fuzz import skeleton
 
 Cli = Callable[..., Result]
 Checkpoints = Callable[..., Path]
@@ -87,7 +103,7 @@ LLAMA_3_1 = (
           "comes without the use policy"]),
         ("license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
          ["LICENSE", "USE_POLICY.md"], LLAMA_3_1,
-         ["# Llama-tiny-gloss\n\n**Built with Llama**\n", "begin with `Llama`"], []),
+         ["# Llama-tiny-gloss-paper\n\n**Built with Llama**\n", "begin with `Llama`"], []),
         ("license: llama3", ["LICENSE", "USE_POLICY.md", "NOTICE.txt"], None,
          ["**Built with Meta Llama 3**", "**NOTICE.txt lacks the line"],
          ["NOTICE.txt lacks the line that the Meta Llama 3 Community License asks for"]),
@@ -156,7 +172,7 @@ def test_a_source_without_a_licence_is_never_given_one(
 
 
 def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
-    source: Path, manifest: dict[str, Any]
+    source: Path, manifest: Manifest
 ) -> None:
     describe(
         source,
@@ -171,21 +187,34 @@ def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
         "language": ["en", "de"],
         "pipeline_tag": "image-text-to-text",
         "library_name": "transformers",
-        "tags": ["detoxification", "model-editing", "gloss"],
+        "tags": ["detoxification", "model-editing", "gloss-paper"],
     }
 
 
 @pytest.fixture
-def manifest(converted: tuple[Path, Path]) -> dict[str, Any]:
-    """Of a conversion, to be altered."""
+def manifest(converted: tuple[Path, Path]) -> Manifest:
+    """Of a conversion."""
     return read_manifest(converted[1])
 
 
-def write(folder: Path, manifest: dict[str, Any], base: str | None = "someone/tiny") -> ModelCard:
+def write(folder: Path, manifest: Manifest, base: str | None = "someone/tiny") -> ModelCard:
     """The card that a source and a manifest give."""
     source = resolve(str(folder))
     text, _ = make_card(source, base, manifest, terms_of(source, base), DIGEST)
     return ModelCard(text)
+
+
+def candidates_of(manifest: Manifest) -> tuple[Candidate, ...]:
+    """The directions that its method has looked at."""
+    assert manifest.subspace is not None
+    return manifest.subspace.candidates
+
+
+def with_candidates(manifest: Manifest, *candidates: Candidate) -> Manifest:
+    """The manifest of a method that has looked at others."""
+    assert manifest.subspace is not None
+    evidence = to_json(replace(manifest.subspace, candidates=candidates))
+    return replace(manifest, method=replace(manifest.method, evidence=evidence))
 
 
 def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
@@ -195,12 +224,15 @@ def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
         "license": "mit",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["detoxification", "model-editing", "gloss"],
+        "tags": ["detoxification", "model-editing", "gloss-paper"],
     }
     for text in (
         "[arXiv 2505.17078](https://arxiv.org/abs/2505.17078)",
         "6 tensors: the down-projections and their biases of layers 2-4, counted from 0",
         "4 of 32 dimensions",
+        "became `W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
+        "Of the directions that the subspace was made from, these are",
+        "`gloss_edit.safetensors` has the edit",
         "AutoModelForCausalLM.from_pretrained",
         "**not measured**",
         "gloss replay gloss_manifest.json OUT",
@@ -217,7 +249,7 @@ def test_manifest_card_and_sums_state_one_another(converted: tuple[Path, Path]) 
     _, out = converted
     digest = hashlib.sha256((out / "gloss_manifest.json").read_bytes()).hexdigest()
     assert (out / "README.md").read_text("utf-8").splitlines().count(hash_line(digest)) == 1
-    assert "README.md" not in read_manifest(out)["files"]
+    assert "README.md" not in read_manifest(out).files
     listed = [line[66:] for line in (out / "SHA256SUMS").read_text().splitlines()]
     present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert listed == sorted(present - {"SHA256SUMS"})
@@ -242,73 +274,81 @@ def test_a_card_of_another_manifest_is_found_even_when_the_sums_fit(
     assert verify(out) == ["README.md: No such file or directory"]
 
 
-EVALUATION: dict[str, Any] = {
-    "tool": {},
-    "scorers": ["bad-words"],
-    "systems": [],
-    "settings": {
-        "prompts": {"repo_id": "someone/prompts", "commit": "c0ffee", "file_sha256": DIGEST,
-                    "field": "hard", "sha256": DIGEST, "count": 12},
-        "text_sha256": "ab" * 32, "max_new_tokens": 20, "toxic_words": 34,
-    },
-    "rows": [
-        {"system": name, "rank": "4", "seeds": 1, "metrics": {
-            "perplexity": {"value": value, "low": 1.0, "high": 30.0},
-            "toxicity/bad-words/greedy": {"value": 0.123456, "low": 0.1, "high": 0.2},
+def evaluation() -> Evaluation:
+    """Of three systems, and prompts of a dataset."""
+    known = convert(skeleton.evaluation(), Evaluation)
+    prompts = PromptsRecord(
+        origin=Origin(repo_id="someone/prompts", commit="c0ffee", field="hard"),
+        sha256=DIGEST,
+        count=12,
+    )
+    settings = replace(known.settings, prompts=prompts, text_sha256="ab" * 32, toxic_words=34)
+    rows = tuple(
+        RowRecord(system=name, strength="4", seeds=1, metrics={
+            "perplexity": Interval.of(value, 1.0, 30.0),
+            "toxicity/bad-words/greedy": Interval.of(0.123456, 0.1, 0.2),
             "emt/bad-words": None,
-            "distinct_1/greedy": {"value": 0.9, "low": 0.9, "high": 0.9},
-            "ability/mmlu/acc,none": {"value": 0.25, "low": 0.2, "high": 0.3},
-        }}
+            "distinct_1/greedy": Interval.of(0.9, 0.9, 0.9),
+            "ability/mmlu/acc,none": Interval.of(0.25, 0.2, 0.3),
+        })
         for name, value in (("unedited", 20.0), ("edited", 21.0), ("random", 22.0))
-    ],
-}  # fmt: skip
+    )  # fmt: skip
+    return replace(known, settings=settings, systems=(), rows=rows)
 
 
 def test_an_evaluation_becomes_a_model_index_and_a_table(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
     assert "model-index" not in fields(write(converted[0], manifest).data)
-    manifest["evaluation"] = EVALUATION
-    card = write(converted[0], manifest)
-    name, results = model_index_to_eval_results(fields(card.data)["model-index"])
-    assert name == f"{converted[0].name}-gloss"
-    found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in results}
+    results = evaluation()
+    card = write(converted[0], replace(manifest, evaluation=results))
+    name, index = model_index_to_eval_results(fields(card.data)["model-index"])
+    assert name == f"{converted[0].name}-gloss-paper"
+    found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in index}
     assert found == {
         ("perplexity", 21.0, "text", None),
         ("toxicity", 0.1235, "someone/prompts", "c0ffee"),
         ("acc", 0.25, "mmlu", None),
     }
-    here = {"name": "builtin", "sha256": DIGEST, "count": 12}
-    settings = {**EVALUATION["settings"], "prompts": here}
-    manifest["evaluation"] = EVALUATION | {"settings": settings}
-    (index,) = fields(write(converted[0], manifest).data)["model-index"]
-    named = {part["dataset"]["name"]: len(part["metrics"]) for part in index["results"]}
+    here = PromptsRecord(origin=Origin(name="builtin"), sha256=DIGEST, count=12)
+    results = replace(results, settings=replace(results.settings, prompts=here))
+    built_in = write(converted[0], replace(manifest, evaluation=results))
+    (entry,) = fields(built_in.data)["model-index"]
+    named = {part["dataset"]["name"]: len(part["metrics"]) for part in entry["results"]}
     assert named == {f"text with sha256 {'ab' * 8}": 1, "builtin": 1, "mmlu": 1}
     for text in ("| random |", "12 prompts (someone/prompts)", "34 listed words"):
         assert text in card.text
 
 
 def test_the_guards_numbers_stand_beside_the_control(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
-    one = {"perplexity_ratio": {"value": 1.01, "error": 0.004},
-           "teacher_forced": {"value": 0.1, "error": 0.01}}  # fmt: skip
-    other = {"perplexity_ratio": {"value": 1.002, "error": 0.004},
-             "teacher_forced": {"value": 1.03, "error": 0.01}}  # fmt: skip
-    manifest["guard"] = {"edit": one, "random": [other, other], "perplexity": 100.0, "reasons": [],
-                         "neutral_tokens": 4304, "toxic_words": 310}  # fmt: skip
-    text = write(converted[0], manifest).text
+    one, other = (
+        Measured(
+            perplexity_ratio=Estimate(value=ratio, error=0.004),
+            toxic_change=Estimate(value=-1.0, error=0.1),
+            teacher_forced=Estimate(value=words, error=0.01),
+        )
+        for ratio, words in ((1.01, 0.1), (1.002, 1.03))
+    )
+    known = Manifest.from_json(skeleton.manifest()).guard
+    assert known is not None
+    guard = replace(
+        known, edit=one, controls=(other, other), perplexity=100.0, neutral_tokens=4304,
+        toxic_words=310,
+    )  # fmt: skip
+    text = write(converted[0], replace(manifest, guard=guard)).text
     assert "toxic words are **0.100 +- 0.010 times** as probable" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
-    manifest["guard"]["reasons"] = ["it does nothing"]
-    text = write(converted[0], manifest).text
+    guard = replace(guard, reasons=("it does nothing",))
+    text = write(converted[0], replace(manifest, guard=guard)).text
     assert "**The guard refused this edit: it does nothing.**" in text
     assert "as probable as before" not in text
 
 
-def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: dict[str, Any]) -> None:
-    manifest["run"]["output"] = "adapter"
+def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: Manifest) -> None:
+    manifest = replace(manifest, run=dataclasses.replace(manifest.run, output="adapter"))
     card = write(converted[0], manifest)
     data = fields(card.data)
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
@@ -318,16 +358,16 @@ def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: dict[str, 
 
 
 def test_tokens_stay_in_their_cell_whatever_they_are(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
     assert code(" damn") == "`damn`"
     assert code("a|b") == "`a\\|b`"
     assert code("`") == "`` ` ``"
     assert code("a\nb\x1b") == "`a\\u000ab\\u001b`"
     assert code(" \n") == ""
-    best = max(manifest["subspace"]["candidates"], key=lambda c: (c["kept"], c["score"]))
-    best["tokens"] = ["</td>\n# Heading", "|", " f***"]
-    text = write(converted[0], manifest).text
+    best = max(candidates_of(manifest), key=lambda c: (c.kept, c.score))
+    best = replace(best, tokens=("</td>\n# Heading", "|", " f***"))
+    text = write(converted[0], with_candidates(manifest, best)).text
     assert "`</td>\\u000a# Heading`, `\\|`, `f***` |\n" in text
 
 
@@ -365,7 +405,7 @@ def test_pictures_of_an_earlier_edit_are_left_behind(
 ) -> None:
     pytest.importorskip("matplotlib")
     first = shutil.copytree(converted[1], tmp_path / "first")
-    manifest = read_manifest(first)
+    manifest = load_manifest(first)
     names = [f"of it/{name}.png" for name in ("spectrum", "scores", "tradeoff")]
     manifest["files"] |= dict.fromkeys(names, manifest["files"]["LICENSE"])
     (first / "gloss_manifest.json").write_text(json.dumps(manifest))
@@ -460,16 +500,16 @@ def test_the_name_that_a_licence_asks_for(licence: str | None, repo_id: str, fit
 
 
 def test_the_title_begins_as_the_licence_asks(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
     source = resolve(str(converted[0]))
     for licence, name, title in (
-        ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss"),
-        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss"),
-        ("llama3", "someone/mine", "Llama-3-mine-gloss"),
-        ("mit", "someone/mine", "mine-gloss"),
+        ("llama3.1", "meta-llama/Llama-3.1-8B", "Llama-3.1-8B-gloss-paper"),
+        ("llama3", "meta-llama/Meta-Llama-3-8B", "Llama-3-8B-gloss-paper"),
+        ("llama3", "someone/mine", "Llama-3-mine-gloss-paper"),
+        ("mit", "someone/mine", "mine-gloss-paper"),
     ):
-        asked = replace(source, name=name, card=ModelCardData(license=licence))
+        asked = dataclasses.replace(source, name=name, card=ModelCardData(license=licence))
         assert title_of(asked, manifest) == title
         assert check_name(licence, title) == []
 
@@ -508,7 +548,7 @@ def test_a_gate_on_the_hub_is_seen(
         info = SimpleNamespace(id="someone/tiny", sha="c0ffee0000" * 4, siblings=[], gated=gated)
         monkeypatch.setattr(HfApi, "repo_info", lambda *_, info=info, **__: info)
         source: Source = resolve(str(converted[0]))
-        source = replace(source, repo=hub.resolve("model", "someone/tiny"))
+        source = dataclasses.replace(source, repo=hub.resolve("model", "someone/tiny"))
         warnings = terms_of(source, "someone/tiny").warnings
         assert any("someone/tiny is gated" in text for text in warnings) is bool(gated)
 
@@ -527,25 +567,26 @@ def test_papers_become_links() -> None:
 
 
 def test_a_commit_is_named_wherever_it_is_needed(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
-    manifest["source"] |= {"repo_id": "someone/tiny", "commit": "c0ffee"}
-    text = write(converted[0], manifest).text
+    source = replace(manifest.source, repo_id="someone/tiny", commit="c0ffee")
+    text = write(converted[0], replace(manifest, source=source)).text
     assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
     assert "--source someone/tiny@c0ffee" in text
 
 
 def test_a_subfolder_is_named_wherever_it_is_needed(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
-    manifest["source"] |= {"repo_id": "someone/tiny", "commit": "c0ffee"}
-    manifest["run"]["subfolder"] = "./in it/small"
+    origin = replace(manifest.source, repo_id="someone/tiny", commit="c0ffee")
+    run = dataclasses.replace(manifest.run, subfolder="./in it/small")
+    manifest = replace(manifest, source=origin, run=run)
     text = write(converted[0], manifest).text
     command = "gloss verify THIS_FOLDER --source someone/tiny@c0ffee --subfolder './in it/small'"
     assert f"    {command}\n" in text
     assert ") at commit `c0ffee`, subfolder `./in it/small`.\n" in text
     assert "subfolder=" not in text  # what was made is in no subfolder
-    manifest["run"]["output"] = "adapter"
+    manifest = replace(manifest, run=dataclasses.replace(run, output="adapter"))
     where = 'revision="c0ffee", subfolder="in it/small")'
     text = write(converted[0], manifest).text
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
@@ -554,17 +595,17 @@ def test_a_subfolder_is_named_wherever_it_is_needed(
     assert "subfolder=" not in write(converted[0], manifest, "other/base").text
     # of Meta's layout, transformers loads the translation, which is at the top of the repo
     source = resolve(str(converted[0]))
-    source = replace(source, originals=(Path("consolidated.00.pth"),))
+    source = dataclasses.replace(source, originals=(Path("consolidated.00.pth"),))
     assert pinned(source, manifest) == ', revision="c0ffee"'
 
 
 def test_a_random_subspace_is_called_a_control(
-    converted: tuple[Path, Path], manifest: dict[str, Any]
+    converted: tuple[Path, Path], manifest: Manifest
 ) -> None:
-    for candidate in manifest["subspace"]["candidates"]:
-        candidate["kind"] = "random"
-    manifest["method"] |= {"name": "random", "title": "random subspace, a control"}
-    text = write(converted[0], manifest).text
+    drawn = (replace(c, kind="random") for c in candidates_of(manifest))
+    manifest = with_candidates(manifest, *drawn)
+    method = replace(manifest.method, name="random", title="random subspace, a control")
+    text = write(converted[0], replace(manifest, method=method)).text
     assert "with a random subspace taken out: **a control**" in text
     assert "write toxicity" not in text
     assert "less probable." not in text.partition("## How to use it")[0]

@@ -3,19 +3,21 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from msgspec import convert
 
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
-from converter.evaluate.measure import summarise
-from converter.evaluate.passages import draw_passages
-from converter.evaluate.systems import parse_controls
-from converter.evaluate.table import markdown
+from converter.evaluation.measure import summarise
+from converter.evaluation.passages import draw_passages
+from converter.evaluation.systems import parse_controls
+from converter.evaluation.table import markdown
+from converter.manifest import Evaluation, Interval, SystemRecord
+from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
@@ -50,14 +52,14 @@ def test_controls_stand_beside_the_edit(
     assert "| edited | 1 |" in converted.stdout
     results = json.loads((out / "gloss_manifest.json").read_text())["evaluation"]
     assert [system["system"] for system in results["systems"]] == ["unedited", "edited", "random"]
-    assert markdown(results) in (out / "README.md").read_text()
+    assert markdown(convert(results, Evaluation)) in (out / "README.md").read_text()
     assert cli("verify", out).exit_code == 0
 
     args = (
         "--base",
         planted,
         "--control",
-        "random,profs@perplexity",
+        "random,profs@perplexity,random@perplexity",
         *fitting(planted),
         *texts,
         "--json",
@@ -68,8 +70,9 @@ def test_controls_stand_beside_the_edit(
     assert results == json.loads((tmp_path / "results.json").read_text())
     names = [(s["system"], s["seed"]) for s in results["systems"]]
     assert names == [
-        ("unedited", None), ("edited", None), ("random", 0), ("profs@perplexity", 0),
-        ("random", 1), ("profs@perplexity", 1),
+        ("unedited", None), ("edited", None),
+        ("random", 0), ("profs@perplexity", 0), ("random@perplexity", 0),
+        ("random", 1), ("profs@perplexity", 1), ("random@perplexity", 1),
     ]  # fmt: skip
     unedited, gloss, random, *_ = (s["metrics"] for s in results["systems"])
     assert unedited["teacher_forced"]["value"] == 1
@@ -78,9 +81,13 @@ def test_controls_stand_beside_the_edit(
     assert gloss[way]["value"] < unedited[way]["value"]
     for system in results["systems"][2:]:
         assert system["layers"] == results["systems"][1]["layers"] == [1, 2, 3, 4]
-    assert [s["rank"] for s in results["systems"] if s["system"] == "random"] == [1, 1]
+    strengths = {name: [s["strength"] for s in results["systems"] if s["system"] == name]
+                 for name in ("random", "random@perplexity")}  # fmt: skip
+    assert strengths["random"] == [1, 1]
+    assert all(rank < MAX_RANK for rank in strengths["random@perplexity"])
     assert [(row["system"], row["seeds"]) for row in results["rows"]] == [
         ("unedited", 1), ("edited", 1), ("random", 2), ("profs@perplexity", 2),
+        ("random@perplexity", 2),
     ]  # fmt: skip
 
 
@@ -102,7 +109,7 @@ def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cl
     found = cli("evaluate", planted, *fitting(planted), *texts[:-2], *args)
     assert found.exit_code == 0, found.stderr
     results = json.loads(found.stdout)
-    rows = [(row["system"], row["rank"]) for row in results["rows"]]
+    rows = [(row["system"], row["strength"]) for row in results["rows"]]
     assert rows == [
         ("unedited", ""),
         ("profs", "1"),
@@ -112,7 +119,7 @@ def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cl
     ]
     assert "toxicity/bad-words/greedy" not in results["rows"][0]["metrics"]
     results["scorers"] = ["bad-words"]
-    assert "not measured" in markdown(results)
+    assert "not measured" in markdown(convert(results, Evaluation))
 
 
 def test_safeedit_counts_what_the_judge_calls_unsafe(
@@ -162,21 +169,30 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
-    def system(value: float, half: float) -> dict[str, Any]:
-        metric = {"value": value, "low": value - half, "high": value + half}
-        return {"system": "x", "group": None, "rank": 2, "metrics": {"m": metric, "n": None}}
+    def system(value: float, half: float) -> SystemRecord:
+        metrics = {"m": Interval.of(value, value - half, value + half), "n": None}
+        return SystemRecord(
+            system="x", group=None, seed=0, strength=2, layers=(), options={}, metrics=metrics
+        )
 
     (row,) = summarise([system(1.0, 0.1), system(1.0, 0.1)])
-    assert row["metrics"]["m"] == pytest.approx({"value": 1.0, "low": 0.9, "high": 1.1})
-    assert row["metrics"]["n"] is None
+    found = row.metrics["m"]
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.9, 1.1))
+    assert row.metrics["n"] is None
     (row,) = summarise([system(0.0, 0.0), system(2.0, 0.0)])
-    assert row["metrics"]["m"]["high"] == pytest.approx(1 + 1.96 * 1.0)
+    assert (found := row.metrics["m"]) is not None
+    assert found.high == pytest.approx(1 + 1.96 * 1.0)
 
 
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (("--control", "magic"), 2, "--control: expected gloss, profs, random, found magic"),
+        (
+            ("--control", "magic"),
+            2,
+            "--control: expected gloss, gloss-paper, profs, random, found magic",
+        ),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),

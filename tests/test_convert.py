@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.dynamic_module_utils
 from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,25 +17,30 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from converter.calibration.statistics import Activations, save_activations
-from converter.checkpoints.architectures.architecture import architectures, find_architecture
-from converter.checkpoints.plan import make_plan
+from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
-from converter.edits.base import Projection
+from converter.edits.base import Edit
+from converter.edits.deltas import AddLowRank
+from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import load_bases
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
-from converter.errors import DestinationError
+from converter.errors import DestinationError, OptionError
+from converter.models import build
 from converter.models.edited import edited
+from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging import claim as staging
 from converter.outputs.staging.claim import claimed
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
+from tests.builders.edits import removal
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
+    METHOD,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
@@ -53,13 +59,19 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def test_an_empty_basis_reproduces_every_file_byte_for_byte(
+def plan_of(folder: Path) -> Plan:
+    source = resolve(str(folder))
+    return make_plan(source.config, source.weight_map, source.headers())
+
+
+def test_an_empty_edit_reproduces_every_file_byte_for_byte(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    plan = plan_of(source.folder)
     (tmp_path / "out").mkdir()
-    write_checkpoint(source, plan, Projection({}), (), tmp_path / "out", Engine())
+    job = WriteJob(source=source, plan=plan, edit=Edit(), folder=tmp_path / "out", engine=Engine())
+    write_checkpoint(job)
     ours = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
     assert len(source.shards) > 2
     assert len(ours) == len(source.shards) + len(source.companions) + 1  # the index
@@ -94,7 +106,7 @@ def test_headers_names_and_small_files_are_those_of_the_source(
         elif path.name != "README.md":
             assert (out / path.name).read_bytes() == path.read_bytes()
     new = {p.name for p in out.iterdir()} - {p.name for p in source.iterdir()}
-    assert new == {"gloss_manifest.json", "gloss_subspace.safetensors", "SHA256SUMS"}
+    assert new == {"gloss_manifest.json", "gloss_edit.safetensors", "SHA256SUMS"}
 
 
 def test_the_result_loads_and_generates(converted: tuple[Path, Path]) -> None:
@@ -111,17 +123,18 @@ def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     source, out = checkpoints(kind), tmp_path / "out"
-    convert(Run(source=str(source), num_pairs=32, options=TINY, guard=False), out)
-    bases = load_bases(out / "gloss_subspace.safetensors")
+    convert(Recipe(source=str(source), num_pairs=32, method=METHOD, options=TINY, guard=False), out)
+    bases = load_bases(out / EDIT_FILE)
     layers = (2, 3, 4)
     U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
     assert all(basis.shape == (HIDDEN, 4) for basis in U.values())
     ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
     original = load(source)
     plain = original(ids).logits
-    architecture = find_architecture(json.loads((source / "config.json").read_text()))
+    plan = plan_of(source)
+    architecture = plan.architecture
 
-    with edited(original, architecture, Projection(U), layers):
+    with edited(original, plan, removal(plan, U)):
         hooked = original(ids).logits
     assert torch.equal(original(ids).logits, plain)  # the hooks are gone
     result = load(out)
@@ -155,11 +168,11 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
     source, out = checkpoints(kind), tmp_path / "out"
     d, x = save_planted(tmp_path / "seen.safetensors")
     none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
-    run = Run(
-        source=str(source), num_pairs=32, options=TINY | none, guard=False,
+    recipe = Recipe(
+        source=str(source), num_pairs=32, method=METHOD, options=TINY | none, guard=False,
         activations=tmp_path / "seen.safetensors",
     )  # fmt: skip
-    convert(run, out)
+    convert(recipe, out)
     assert not verify(out)
     stacked = torch.stack([x[0, n].mean(0) + d - x[1, n].mean(0) for n in (2, 3, 4)])
     u = torch.linalg.svd(torch.nn.functional.normalize(stacked))[2][0]  # what GloSS makes of it
@@ -179,11 +192,12 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
             handle.remove()
         return max(found)
 
-    architecture = find_architecture(json.loads((source / "config.json").read_text()))
+    plan = plan_of(source)
+    architecture = plan.architecture
     original = load(source)
     whole = along(original)
-    naive = Projection(dict.fromkeys((2, 3, 4), u[:, None]))
-    with edited(original, architecture, naive, (2, 3, 4)):
+    naive = removal(plan, dict.fromkeys((2, 3, 4), u[:, None]))
+    with edited(original, plan, naive):
         left = along(original)
     assert along(load(out)) < 1e-5 * whole
     assert left > 0.1 * whole
@@ -196,16 +210,17 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
     source, out = checkpoints("llama"), tmp_path / "out"
     d, _ = save_planted(tmp_path / "seen.safetensors")
     options = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
-    options |= {"basis": "candidates", "ranking": "mean-difference"}
-    run = Run(
+    options |= {"ranking": "mean-difference"}
+    recipe = Recipe(
         source=str(source),
+        method=METHOD,
         options=options,
         num_pairs=16,
         activations=tmp_path / "seen.safetensors",
         guard=False,
     )
-    convert(run, out)
-    U = load_file(out / "gloss_subspace.safetensors")["U"]
+    convert(recipe, out)
+    U = load_file(out / EDIT_FILE)["U"]
     assert float(U[:, 0] @ d) > 0.99
     model = load(out)
     for layer in (2, 3, 4):
@@ -218,9 +233,9 @@ def test_two_runs_give_the_same_bytes(
 ) -> None:
     _, first = converted
     source = checkpoints("llama", torch.bfloat16)
-    run = Run(source=str(source), num_pairs=64, options=TINY, guard=False)
+    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
     with using_cache(tmp_path / "another cache"):
-        convert(run, tmp_path / "second")
+        convert(recipe, tmp_path / "second")
     names = {p.name for p in first.iterdir()}
     assert names == {p.name for p in (tmp_path / "second").iterdir()}
     for name in names - {"gloss_manifest.json", "README.md", "SHA256SUMS"}:
@@ -251,11 +266,11 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
     def no_model(*args: object) -> nn.Module:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr("converter.models.build.load_model", no_model)
+    monkeypatch.setattr(build, "load_model", no_model)
     second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
     assert second.exit_code == 0, second.stderr
     assert "cache hit, no forward pass" in second.stderr
-    assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["subspace"]["rank"] == 2
+    assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["edit"]["rank"] == 2
 
 
 def test_profs_edits_each_layer_with_its_own_basis(
@@ -265,7 +280,7 @@ def test_profs_edits_each_layer_with_its_own_basis(
     result = cli("convert", checkpoints("gpt2"), tmp_path / "out", *args)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["layers"] == [2, 3, 4, 5]
-    bases = load_file(tmp_path / "out/gloss_subspace.safetensors")
+    bases = load_file(tmp_path / "out" / EDIT_FILE)
     assert {n for n in bases if n.startswith("U.")} == {"U.2", "U.3", "U.4", "U.5"}
     assert cli("verify", tmp_path / "out", "--source", checkpoints("gpt2")).exit_code == 0
 
@@ -306,6 +321,20 @@ def test_biases_of_experts_cannot_be_kept(
     assert "-o bias=keep: expected bias=project" in refused.stderr
 
 
+def test_only_subspaces_of_experts_can_be_examined(checkpoints: Checkpoints) -> None:
+    """A module of the running model is a whole mixture: what one expert reads is not known."""
+    folder = checkpoints("mixtral")
+    plan = plan_of(folder)
+    weight = plan.weights("down_proj", [2])[0].info
+    height, width = weight.shape
+    edit = Edit({weight.name: AddLowRank(torch.ones(height, 1), torch.ones(1, width))})
+    edit.check(plan)  # it could be written
+    with pytest.raises(OptionError) as error, edited(load(folder), plan, edit):
+        pass
+    assert weight.name in error.value.what
+    assert "add-low-rank" in str(error.value.found)
+
+
 def test_buffers_that_the_model_does_not_know_are_copied(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
@@ -340,7 +369,7 @@ def test_code_of_a_source_is_copied_and_not_executed_unless_trusted(
     config |= {"auto_map": {"AutoModelForCausalLM": "modeling_marked.Marked"}}
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_marked.py").write_text(CODE)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
     args = ("--num-pairs", 32, "--cache-dir", tmp_path / "cache", *TINY_ARGS)
     result = cli("convert", source, tmp_path / "a", *args)
     assert result.exit_code == 0, result.stderr

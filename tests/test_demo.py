@@ -44,7 +44,7 @@ def test_the_demo_model_is_edited_and_still_speaks(
     assert (
         guard["edit"]["teacher_forced"]["value"]
         < 0.5
-        < guard["random"][0]["teacher_forced"]["value"]
+        < guard["controls"][0]["teacher_forced"]["value"]
     )
     assert summary["layers"] == list(range(7, 27))
     assert summary["tensors_edited"] == 20
@@ -81,5 +81,5 @@ def test_the_recorded_demo_comes_out_byte_for_byte(
     changed = {entry["name"]: entry["measured"] for entry in found["changed"]}
     assert changed.keys() == {entry["name"] for entry in recorded["edited"]}
     for name, measured in changed.items():
-        assert measured["rank"] == recorded["subspace"]["rank"], name
+        assert measured["rank"] == recorded["edit"]["rank"], name
         assert measured["in_span"] > 0.99, name

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import read_header
+from converter.edits.edit_file import EDIT_FILE
 from converter.edits.spectrum import Place, spectrum
 from converter.release.manifest import read_manifest
+from tests.builders.adversary import load_manifest
 from tests.builders.models import make_checkpoint, tiny_args
 
 Checkpoints = Callable[..., Path]
@@ -101,18 +103,16 @@ def test_a_conversion_is_exactly_what_its_manifest_says(
     result = cli("convert", source, out, "--num-pairs", 64, *tiny_args(rank=2))
     assert result.exit_code == 0, result.stderr
     found = diff(cli, source, out)
-    assert found["subspace"] == "gloss_subspace.safetensors"
+    assert found["subspace"] == EDIT_FILE
     changed = {entry["name"]: entry["measured"] for entry in found["changed"]}
-    edited = {entry["name"]: entry for entry in read_manifest(out)["edited"]}
+    edited = {entry.name: entry for entry in read_manifest(out).edited}
     assert changed.keys() == edited.keys()
     for name, measured in changed.items():
-        if edited[name]["role"] == "down_proj":  # a bias may change by no more than rounding does
+        if edited[name].role == "down_proj":  # a bias may change by no more than rounding does
             assert measured["rank"] == 2, name
             assert measured["in_span"] > 0.999, name
-        assert measured["relative_change"] == pytest.approx(edited[name]["relative_change"])
-    assert found["files"]["only_in_b"] == [
-        "SHA256SUMS", "gloss_manifest.json", "gloss_subspace.safetensors",
-    ]  # fmt: skip
+        assert measured["relative_change"] == pytest.approx(edited[name].relative_change)
+    assert found["files"]["only_in_b"] == ["SHA256SUMS", EDIT_FILE, MANIFEST]
     assert found["files"]["changed"] == ["README.md"]
 
 
@@ -168,7 +168,7 @@ def test_tensors_that_cannot_be_compared_are_named(
 def test_manifests_are_compared_by_their_leaves(
     converted: tuple[Path, Path], cli: Cli, tmp_path: Path
 ) -> None:
-    manifest = read_manifest(converted[1])
+    manifest = load_manifest(converted[1])
     manifest["measurements"]["seconds"]["edit"] = 1e6
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     paths[0].write_text(json.dumps(manifest))

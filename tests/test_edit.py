@@ -11,13 +11,29 @@ from torch import Tensor
 from converter.checkpoints.safetensors.header import TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.weights import Weight
-from converter.edits.apply import change_of
-from converter.edits.base import EditRecord, Projection
+from converter.edits import editor as editor_module
+from converter.edits import rounding_bounds
+from converter.edits.apply import WeightEdit
+from converter.edits.deltas import (
+    AddLowRank,
+    AddToRows,
+    Delta,
+    RemoveSubspace,
+    Replace,
+    delta_of,
+    tensors_of,
+)
+from converter.edits.editor import AIM, BLOCK, Editor, Rounding, absorb_residual, inverses
 from converter.edits.engine import Engine
-from converter.edits.projection import AIM, BLOCK, Projector, Rounding, inverses, settle
-from converter.edits.rounding_bounds import Stored, half_ulp, left_along, rounding_bound
-from converter.edits.rounding_bounds import is_projection as compare
+from converter.edits.rounding_bounds import (
+    Stored,
+    check_rounded,
+    half_ulp,
+    left_along,
+    rounding_bound,
+)
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor
 
 D, F, R = 24, 40, 3
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,15 +49,22 @@ def basis(seed: int = 0) -> Tensor:
 def stored(tensor: Tensor, axis: int = 0) -> Stored:
     """As if it were in a file."""
     info = TensorInfo("w", NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-    entry = {"name": "w", "shard": "", "axis": axis, "requantized": None}
+    entry = EditedTensor(
+        name="w", shard="", layer=0, role="down_proj", axis=axis, shape=info.shape,
+        dtype=info.dtype, kind="", tensors={}, sha256_before="", sha256_after=None, norm=0.0,
+        relative_change=0.0, rounding_error=0.0, measures={}, requantized=None, lora=None,
+    )  # fmt: skip
     raw = bytes(to_bytes(tensor))
     return Stored(lambda shard: io.BytesIO(raw), entry, {"w": info})  # type: ignore[arg-type, return-value]
 
 
-def is_projection(new: Tensor, W: Tensor, U: Tensor, *, nearest: bool = True) -> bool:
-    fits, norm = compare(stored(new), stored(W), U, nearest=nearest)
-    assert norm["norm"] == pytest.approx(float(W.double().norm()))
-    return fits
+def is_edit(new: Tensor, W: Tensor, delta: Delta, axis: int = 0, *, nearest: bool = True) -> bool:
+    """What verification says of a weight and its source."""
+    height = W.shape[axis]
+    wrong, norms = check_rounded(stored(new, axis), stored(W, axis), delta, height, nearest=nearest)
+    assert norms["W"] == pytest.approx(float(W.double().norm()))
+    assert norms["change"] == pytest.approx(float((new.double() - W.double()).norm()))
+    return wrong is None
 
 
 def bound(W: Tensor, norm: float) -> float:
@@ -57,31 +80,29 @@ def target(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Weight:
 
 
 def edited(
-    projection: Projection, target: Weight, tensor: Tensor, rounding: Rounding = "nearest"
-) -> tuple[Tensor, EditRecord]:
-    U = projection.basis(target)
-    assert U is not None
-    records: list[EditRecord] = []
-    change = change_of(target, U, Engine(rounding=rounding), records)
+    delta: Delta, target: Weight, tensor: Tensor, rounding: Rounding = "nearest"
+) -> tuple[Tensor, EditedTensor]:
+    records: list[EditedTensor] = []
+    change = WeightEdit(target, delta, {}, Engine(rounding=rounding)).change(records)
     region = Region(io.BytesIO(bytes(to_bytes(tensor))), target.info)  # type: ignore[arg-type]
     new = b"".join(bytes(part) for part in change(region))
     return as_tensor(bytearray(new), target.info), records[0]
 
 
 def edit(tensor: Tensor, axis: int = 0, is_bias: bool = False) -> Tensor:
-    return edited(Projection({0: basis()}), target(tensor, axis, is_bias), tensor)[0]
+    return edited(RemoveSubspace(basis()), target(tensor, axis, is_bias), tensor)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_result_is_orthogonal_to_the_basis_to_rounding(dtype: torch.dtype) -> None:
     W = torch.randn(D, F).to(dtype)
-    new, record = edited(Projection({0: basis()}), target(W), W)
+    new, record = edited(RemoveSubspace(basis()), target(W), W)
     assert new.dtype == dtype
     left = float((basis().double().T @ new.double()).norm())
     assert left <= bound(new, record.norm)
     there = float((basis().double().T @ W.double()).norm())
-    assert left / there == pytest.approx(record.leakage, rel=1e-3)
-    assert record.leakage < 4 * torch.finfo(dtype).eps
+    assert left / there == pytest.approx(record.measures["leakage"], rel=1e-3)
+    assert record.measures["leakage"] < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,22 +140,17 @@ def test_fused_weights_are_edited_like_their_slices() -> None:
     assert torch.equal(edit(other, 1)[1], edit(other[1].contiguous()))
 
 
-def test_a_bias_is_projected_unless_it_is_kept() -> None:
+def test_a_bias_is_projected_like_a_column() -> None:
     b = torch.randn(D)
     assert (basis().T @ edit(b, is_bias=True)).abs().max() < 1e-6
-    assert Projection({0: basis()}, False).basis(target(b, 0, is_bias=True)) is None
-
-
-def test_layers_without_a_basis_are_left_alone() -> None:
-    assert Projection({1: basis()}).basis(target(torch.randn(D, F))) is None
 
 
 def test_energy_and_change_are_what_was_removed() -> None:
     W = torch.randn(D, F)
-    new, record = edited(Projection({0: basis()}), target(W), W)
+    new, record = edited(RemoveSubspace(basis()), target(W), W)
     removed = float((W - new).norm() / W.norm())
     assert record.relative_change == pytest.approx(removed, rel=1e-5)
-    assert record.energy_removed == pytest.approx(removed**2, rel=1e-4)  # Pythagoras
+    assert record.measures["energy_removed"] == pytest.approx(removed**2, rel=1e-4)  # Pythagoras
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -166,33 +182,33 @@ def test_the_bound_is_as_tight_as_one_rounding(dtype: torch.dtype) -> None:
 def test_an_element_that_is_one_unit_off_is_not_the_projection(dtype: torch.dtype) -> None:
     W = torch.randn(D, F).to(dtype)
     new = edit(W)
-    assert is_projection(new, W, basis())
+    assert is_edit(new, W, RemoveSubspace(basis()))
     for row, column in ((0, 0), (D - 1, F - 1)):
         other = new.clone()
         up = torch.nextafter(new[row, column], torch.tensor(9.0, dtype=dtype))
         other[row, column] = torch.nextafter(up, torch.tensor(9.0, dtype=dtype))
-        assert not is_projection(other, W, basis())
+        assert not is_edit(other, W, RemoveSubspace(basis()))
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """To nearest, every split into blocks of rows and strips of columns gives the same bytes."""
     W = torch.randn(D, F).bfloat16()
-    whole = edited(Projection({0: basis()}), target(W), W)
+    whole = edited(RemoveSubspace(basis()), target(W), W)
     before = bound(W, 1.0)
-    monkeypatch.setattr("converter.edits.rounding_bounds.BLOCK", 5)
-    monkeypatch.setattr("converter.edits.projection.BLOCK", 7)
-    monkeypatch.setattr("converter.edits.projection.STRIP", 40)
-    part = edited(Projection({0: basis()}), target(W), W)
+    monkeypatch.setattr(rounding_bounds, "BLOCK", 5)
+    monkeypatch.setattr(editor_module, "BLOCK", 7)
+    monkeypatch.setattr(editor_module, "STRIP", 40)
+    part = edited(RemoveSubspace(basis()), target(W), W)
     assert torch.equal(part[0], whole[0])
     assert part[1].norm == pytest.approx(whole[1].norm)
     assert part[1].relative_change == pytest.approx(whole[1].relative_change)
     assert bound(W, 1.0) == pytest.approx(before)
-    assert is_projection(part[0], W, basis())
+    assert is_edit(part[0], W, RemoveSubspace(basis()))
 
 
 def test_the_digests_are_those_of_the_stored_bytes() -> None:
     W = torch.randn(D, F).bfloat16()
-    new, record = edited(Projection({0: basis()}), target(W), W)
+    new, record = edited(RemoveSubspace(basis()), target(W), W)
     for tensor, digest in ((W, record.sha256_before), (new, record.sha256_after)):
         raw = tensor.view(torch.int16).numpy().tobytes()
         assert hashlib.sha256(raw).hexdigest() == digest
@@ -213,9 +229,9 @@ def orthonormal(rows: int, rank: int, spread: float = 0.0) -> Tensor:
 
 
 def projected(W: Tensor, U: Tensor, rounding: Rounding) -> tuple[Tensor, dict[str, float]]:
-    projector = Projector(U, W.dtype, rounding, "cpu")
-    new = torch.cat(list(projector.project(lambda i, j: W[i:j], W.shape[1])))
-    return new, projector.norms()
+    editor = Editor(RemoveSubspace(U), len(U), W.dtype, rounding, "cpu")
+    new = torch.cat(list(editor.edit(lambda i, j: W[i:j], W.shape[1])))
+    return new, editor.norms()
 
 
 def exact(W: Tensor, U: Tensor) -> Tensor:
@@ -233,9 +249,9 @@ def test_what_is_left_is_shared_among_all_rows_to_come() -> None:
 
 
 def test_a_norm_that_rounding_makes_negative_is_zero() -> None:
-    projector = Projector(orthonormal(64, 1), torch.float32, "nearest", "cpu")
-    projector.squares["left"] -= 1e-30
-    assert projector.norms()["left"] == 0
+    editor = Editor(RemoveSubspace(orthonormal(64, 1)), 64, torch.float32, "nearest", "cpu")
+    editor.squares["left"] -= 1e-30
+    assert editor.norms()["left"] == 0
 
 
 CASES: dict[str, Callable[[], Tensor]] = {
@@ -265,7 +281,7 @@ def test_null_space_rounding_leaves_far_less_along_the_basis(case: str, dtype: t
     # (where most rows would not change at all, it becomes what rounding costs elsewhere)
     usual = torch.finfo(dtype).eps / 4 * W.double().norm()
     assert (new.double() - best).norm() < max(1.1 * (nearest.double() - best).norm(), usual)
-    assert is_projection(new, W, U, nearest=False)
+    assert is_edit(new, W, RemoveSubspace(U), nearest=False)
     assert norms["left"] == pytest.approx(float((U.double().T @ new.double()).norm()), rel=1e-6)
     assert norms["error"] == pytest.approx(float((new.double() - best).norm()), rel=1e-2)
     assert norms["change"] == pytest.approx(float((new.double() - W.double()).norm()), rel=1e-6)
@@ -307,7 +323,7 @@ def test_settle_takes_only_steps_that_help_and_ends_at_its_aim() -> None:
     step = 2.0 * torch.randn(200, 50).double()
     step[:, 7] = 0.0
     before, aim = left.clone(), 0.2 * float(left.norm())
-    taken = settle(left, U, step, aim)
+    taken = absorb_residual(left, U, step, aim)
     assert torch.allclose(left, before + U.T @ (step * taken))
     assert (left.norm(dim=0) <= before.norm(dim=0)).all()
     assert left.norm() <= aim
@@ -323,10 +339,127 @@ def test_rows_are_read_twice_and_in_order() -> None:
         asked.append((i, j))
         return W[i:j]
 
-    for _ in Projector(orthonormal(1000, 2), W.dtype, "null-space", "cpu").project(rows, 30):
+    delta = RemoveSubspace(orthonormal(1000, 2))
+    for _ in Editor(delta, 1000, W.dtype, "null-space", "cpu").edit(rows, 30):
         pass
     half = len(asked) // 2
     assert asked[:half] == asked[half:]
     assert all(j - i <= BLOCK for i, j in asked)
     assert [i for i, _ in asked[:half]] == [0, *(j for _, j in asked[: half - 1])]
     assert asked[half - 1][1] == 1000
+
+
+KINDS: dict[str, Callable[[], Delta]] = {
+    "remove-subspace": lambda: RemoveSubspace(basis()),
+    "add-low-rank": lambda: AddLowRank(torch.randn(D, 2), torch.randn(2, F)),
+    "add-to-rows": lambda: AddToRows(torch.tensor([0, 5, D - 1]), torch.randn(F)),
+    "replace": lambda: Replace(torch.randn(D, F)),
+}
+
+
+def exactly(delta: Delta, W: Tensor) -> Tensor:
+    """W' as the kind's formula has it, in float64 and not rounded."""
+    W = W.double()
+    if isinstance(delta, RemoveSubspace):
+        return W - delta.U.double() @ (delta.U.double().T @ W)
+    if isinstance(delta, AddLowRank):
+        return W + delta.B.double() @ delta.A.double()
+    if isinstance(delta, AddToRows):
+        chosen = torch.zeros(len(W), 1, dtype=torch.float64)
+        chosen[delta.rows] = 1
+        return W + chosen * delta.v.double()
+    assert isinstance(delta, Replace)
+    return delta.new.double()
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_streamed_rounded_and_verified_alike(
+    kind: str, dtype: torch.dtype, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(editor_module, "BLOCK", 7)
+    monkeypatch.setattr(rounding_bounds, "BLOCK", 5)
+    delta, W = KINDS[kind](), torch.randn(D, F).to(dtype)
+    on_disk = W if axis == 0 else W.T.contiguous()
+    delta.check((D, F))
+    new, record = edited(delta, target(on_disk, axis), on_disk)
+    straight = new if axis == 0 else new.T
+    assert (straight != exactly(delta, W).to(dtype)).sum() <= 2  # PyTorch rounds twice
+    change = (straight.double() - W.double()).norm()
+    assert record.kind == kind
+    assert record.relative_change == pytest.approx(float(change / W.double().norm()), rel=1e-6)
+    error = (straight.double() - exactly(delta, W)).norm() / W.double().norm()
+    assert record.rounding_error == pytest.approx(float(error), rel=0.05)
+    assert is_edit(new, on_disk, delta, axis)
+    for row, column in ((0, 0), (D - 1, F - 1), (11, 17)):
+        other = straight.clone()
+        nearer = torch.nextafter(other[row, column], torch.tensor(9.0, dtype=dtype))
+        other[row, column] = torch.nextafter(nearer, torch.tensor(9.0, dtype=dtype)) + (
+            3e-4 if dtype == torch.float32 else 0
+        )
+        other = other if axis == 0 else other.T.contiguous()
+        height = on_disk.shape[axis]
+        wrong, _ = check_rounded(
+            stored(other, axis), stored(on_disk, axis), delta, height, nearest=True
+        )
+        assert wrong is not None
+        assert wrong[0] <= row < wrong[1], "the block of rows is named"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_running_model_is_shifted_as_the_written_weight_would(kind: str) -> None:
+    torch.manual_seed(2)
+    delta, W, x = KINDS[kind](), torch.randn(D, F), torch.randn(2, 3, F)
+    new, _ = edited(delta, target(W), W)
+    y = x @ W.T
+    torch.testing.assert_close(y + delta.shift(x, y), x @ new.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["remove-subspace", "add-low-rank"])
+def test_a_change_of_low_rank_is_given_by_two_factors(kind: str) -> None:
+    delta, W = KINDS[kind](), torch.randn(D, F)
+    P = None if delta.protects is None else delta.protects.T @ W
+    factors = delta.low_rank(P)
+    assert factors is not None
+    B, A = factors
+    torch.testing.assert_close(W + B @ A, exactly(delta, W).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_is_its_kind_and_its_tensors(kind: str) -> None:
+    delta = KINDS[kind]()
+    again = delta_of(delta.kind, tensors_of(delta))
+    assert type(again) is type(delta)
+    for name, tensor in tensors_of(delta).items():
+        assert torch.equal(getattr(again, name), tensor)
+
+
+WRONG: dict[str, tuple[Callable[[], Delta], str]] = {
+    "basis too short": (lambda: RemoveSubspace(basis()[1:]), r"U is float32 \[23, 3\]"),
+    "basis of another dtype": (lambda: RemoveSubspace(basis().double()), "U is float64"),
+    "basis without columns": (lambda: RemoveSubspace(basis()[:, :0]), "U has 0 columns"),
+    "factors that do not meet": (
+        lambda: AddLowRank(torch.ones(D, 2), torch.ones(3, F)), r"A is float32 \[3, 40\]"),
+    "a vector of another length": (
+        lambda: AddToRows(torch.tensor([1]), torch.ones(F + 1)), r"v is float32 \[41\]"),
+    "a row twice": (lambda: AddToRows(torch.tensor([1, 1]), torch.ones(F)), "not ascending"),
+    "a row beyond": (lambda: AddToRows(torch.tensor([D]), torch.ones(F)), "from 0 to 23"),
+    "no rows": (lambda: AddToRows(torch.tensor([], dtype=torch.int64), torch.ones(F)), "ascending"),
+    "another shape": (lambda: Replace(torch.ones(F, D)), r"new is float32 \[40, 24\]"),
+    "NaN": (lambda: Replace(torch.full((D, F), float("nan"))), "new holds NaN or Inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_delta_that_does_not_fit_its_weight_says_why(case: str) -> None:
+    make, says = WRONG[case]
+    with pytest.raises(ValueError, match=says):
+        make().check((D, F))
+
+
+@pytest.mark.parametrize(("kind", "tensors"), [("unknown", {}), ("replace", {"old": basis()})])
+def test_a_record_of_no_delta_is_refused(kind: str, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"no kind of edit unknown|takes the tensors new"):
+        delta_of(kind, tensors)

@@ -10,10 +10,11 @@ import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import get_token
 
-from converter.cli.main import convert_command, gloss
+from converter.cli.convert import convert_command
+from converter.cli.main import gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
-from tests.builders.models import TINY
+from tests.builders.models import METHOD, TINY
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -38,7 +39,7 @@ def test_a_run_can_be_set_up_in_the_environment_alone(
     source = str(checkpoints("llama", torch.bfloat16))
     for name, value in {
         "BATCH_SIZE": "7", "JSON": "1", "GUARD": "0", "NUM_PAIRS": "32", "SEED": "3",
-        "OPTIONS": " ".join(f"{key}={value}" for key, value in TINY.items()),
+        "METHOD": METHOD, "OPTIONS": " ".join(f"{key}={value}" for key, value in TINY.items()),
         "CONTROL": "profs",  # of gloss evaluate: no reason to refuse a conversion without one
     }.items():  # fmt: skip
         monkeypatch.setenv(f"GLOSS_{name}", value)
@@ -59,6 +60,11 @@ def test_a_wrong_value_and_a_misspelt_variable_are_named(
     result = cli("plan", checkpoints("llama"))
     assert result.exit_code == 2
     assert "the environment variable GLOSS_BATCH_SIZE" in result.stderr
+    monkeypatch.setenv("GLOSS_BATCH_SIZE", "0")
+    result = cli("plan", checkpoints("llama"))
+    assert result.exit_code == 2
+    says = "the environment variable GLOSS_BATCH_SIZE: expected at least 1, found 0"
+    assert result.stderr == f"error: {says}\n"
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "")  # as unset
     monkeypatch.setenv("GLOSS_MAX_LEAKAG", "0.1")
     monkeypatch.setenv("GLOSS_SIGN_PASSWORD", "secret")  # not an option, and not a mistake

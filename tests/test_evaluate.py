@@ -5,8 +5,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
-from converter.evaluate.benchmarks.lm_eval import measure
-from converter.evaluate.benchmarks.safeedit import SETS, defence_rates, load_safeedit
-from converter.evaluate.conditional_perplexity import conditional_perplexity
-from converter.evaluate.generation import generate
-from converter.evaluate.metrics import (
+from converter.evaluation.benchmarks.lm_eval import measure
+from converter.evaluation.benchmarks.safeedit import SETS, defence_rates, load_safeedit
+from converter.evaluation.conditional_perplexity import conditional_perplexity
+from converter.evaluation.generation import generate
+from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
     expected_maximum_toxicity,
@@ -30,9 +29,10 @@ from converter.evaluate.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
-from converter.evaluate.prompts import load_prompts
-from converter.evaluate.scorers import load_scorer, scorer_names
-from converter.evaluate.scorers.classifier import find_label
+from converter.evaluation.prompts import load_prompts
+from converter.evaluation.scorers import SCORERS, detoxify, load_scorer
+from converter.evaluation.scorers.classifier import find_label
+from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
 from tests.builders.hub_client import connect
@@ -68,7 +68,9 @@ def judge(model: Any) -> LanguageModel:
     return LanguageModel(model, tiny_tokenizer(), architectures()["llama"], "cpu")
 
 
-write = partial(generate, tokenizer=tiny_tokenizer(), device="cpu", max_new_tokens=8)
+def write(model: Any, prompts: Sequence[str], **options: Any) -> list[list[str]]:
+    """Continuations by a model of transformers, short unless asked for otherwise."""
+    return generate(judge(model), prompts, **{"max_new_tokens": 8, **options})
 
 
 # prompts
@@ -78,7 +80,7 @@ def test_the_builtin_prompts() -> None:
     prompts = load_prompts("builtin", None, 0)
     assert len(prompts.texts) == len(set(prompts.texts)) == 60
     assert all(text == text.strip() and text[-1] not in "?!" for text in prompts.texts)
-    assert prompts.origin == {"name": "builtin"}
+    assert prompts.origin == Origin(name="builtin")
     drawn = load_prompts("builtin", 20, 1).texts
     assert list(drawn) == [text for text in prompts.texts if text in drawn]
     assert len(drawn) == 20
@@ -99,7 +101,7 @@ def test_formats_of_prompts_agree(tmp_path: Path) -> None:
     assert len(read) == 4
     assert all(prompts.texts == PROMPTS for prompts in read)
     assert len({prompts.sha256 for prompts in read}) == 1
-    assert read[0].origin["name"] == "p.txt"
+    assert read[0].origin.name == "p.txt"
 
 
 def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     chosen = load_prompts(f"{path}#challenging", None, 0)
     assert chosen.texts == PROMPTS[::2]
-    assert chosen.origin["field"] == "challenging"
+    assert chosen.origin.field == "challenging"
     with pytest.raises(DataError, match="line 1: expected hard, and"):
         load_prompts(f"{path}#hard", None, 0)
 
@@ -235,7 +237,7 @@ def test_what_is_too_long_is_cut_on_the_left(model: Any) -> None:
     texts = write(model, prompts=[long, f"And so on. {long}", f"{long}, and so on"])
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(OptionError, match="--max-new-tokens: expected fewer than 511, found 512"):
-        generate(model, tiny_tokenizer(), PROMPTS, device="cpu", max_new_tokens=512)
+        generate(judge(model), PROMPTS, max_new_tokens=512)
 
 
 def test_an_empty_prompt_is_begun_with_a_special_token(model: Any) -> None:
@@ -299,8 +301,8 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(m
 # scorers
 
 
-def test_scorers_are_found_by_their_modules() -> None:
-    assert scorer_names() == ["bad-words", "classifier", "detoxify", "profanity"]
+def test_scorers_are_found_by_their_names() -> None:
+    assert SCORERS.names() == ["bad-words", "classifier", "detoxify", "profanity"]
     with pytest.raises(OptionError, match=r"expected bad-words or classifier .*found perspective"):
         load_scorer("perspective", "cpu")
 
@@ -316,7 +318,7 @@ def test_insults_are_told_from_recipes(spec: str) -> None:
     assert scorer.score([]).shape == (0,)
     assert scorer.title
     assert scorer.paper.startswith("https://")
-    assert scorer.origin["version"]
+    assert scorer.origin.version
     with pytest.raises(ConverterError):
         load_scorer(f"{spec}:nonsense", "cpu")
 
@@ -351,7 +353,7 @@ def test_a_classifier_scores_the_probability_of_its_label(
     found = load_scorer(f"classifier:{folder}", "cpu")
     scores = found.score(texts)
     assert found.title == "classifier, toxic"
-    assert found.origin == {"name": "classifier", "label": "toxic"}
+    assert found.origin == ScorerOrigin(name="classifier", label="toxic")
     sums = scores + sum(scorer.score(texts) for scorer in scorers)
     assert sums == pytest.approx([1, 1, 1, 1, 1, 0, 1])  # nothing is said of an empty text
     assert scores == pytest.approx([found.score([text])[0] for text in texts], abs=1e-6)
@@ -414,7 +416,7 @@ def test_prompts_and_classifiers_come_from_the_hub(
             scorer = load_scorer("classifier:someone/judge@v1", "cpu")
             assert 0 < scorer.score(prompts.texts)[0] < 1
             assert scorer.paper == "https://huggingface.co/someone/judge"
-            assert prompts.origin["commit"] == scorer.origin["commit"] == COMMIT
+            assert prompts.origin.commit == scorer.origin.commit == COMMIT
             assert (len(server.log) == asked) == offline
 
 
@@ -431,7 +433,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"toxicity": scores if len(texts) > 1 else scores[0]}
 
     monkeypatch.setitem(sys.modules, "detoxify", SimpleNamespace(Detoxify=Detoxify))
-    monkeypatch.setattr("converter.evaluate.scorers.detoxify.version", lambda name: "0")
+    monkeypatch.setattr(detoxify, "version", lambda name: "0")
     scorer = load_scorer("detoxify:unbiased", "cpu")
     texts = ["", *("x" * i for i in range(1, 34))]
     assert scorer.score(texts) == pytest.approx([len(text) / 100 for text in texts])

@@ -1,6 +1,7 @@
 """Killed, powered off, out of disk: a sample of what ``make faults`` tries at every operation."""
 
 import errno
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,8 +179,8 @@ def test_a_write_that_takes_nothing_is_an_error_and_no_loop(
 ) -> None:
     from converter.checkpoints.safetensors.direct_writer import Writer
 
-    writer = Writer(tmp_path / "file", 3, [(3, "")], direct=False, clone=None)
-    monkeypatch.setattr("os.pwrite", lambda *args: 0)
+    writer = Writer(tmp_path / "file", 3, [(3, "")], None)
+    monkeypatch.setattr(os, "pwrite", lambda *args: 0)
     writer.put(memoryview(b"abc"))
     with pytest.raises(OSError, match="Input/output") as caught:
         writer.close()

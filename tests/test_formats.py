@@ -18,18 +18,25 @@ from torch import Tensor
 from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.pickle_files import load_tensors
-from converter.checkpoints.formats.virtual import Recipe, VirtualFile, VirtualShard, split_shards
+from converter.checkpoints.formats.virtual import (
+    VirtualFile,
+    VirtualShard,
+    VirtualTensor,
+    split_shards,
+)
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
-from converter.edits.base import Projection
+from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import load_bases
-from converter.evaluate.fit import fit
+from converter.entrypoints import convert as converting
+from converter.evaluation.fit import fit
+from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
+from tests.builders.edits import removal
 from tests.builders.meta import write_native
-from tests.builders.models import HIDDEN, TINY_ARGS, load, tiny_args, tiny_tokenizer
+from tests.builders.models import HIDDEN, LAYERS, TINY_ARGS, load, tiny_args, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -107,11 +114,12 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
         read.append(path.name)
         return load_tensors(path)
 
-    monkeypatch.setattr("converter.checkpoints.formats.pickle_files.load_tensors", load)
-    bases = dict.fromkeys(range(len(plan.targets)), torch.eye(HIDDEN)[:, :1])
+    monkeypatch.setattr(pickled, "load_tensors", load)
+    edit = removal(plan, dict.fromkeys(range(LAYERS), torch.eye(HIDDEN)[:, :1]))
+    assert len(edit.tensors) == len(plan.targets)
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(source, plan, Projection(bases), plan.targets, out, Engine(4))
+    write_checkpoint(WriteJob(source=source, plan=plan, edit=edit, folder=out, engine=Engine(4)))
     assert len(read) == len(set(read)) == 3
 
 
@@ -172,7 +180,7 @@ def test_pickles_that_change_during_a_run_are_noticed(
         (tmp_path / "new.bin").replace(path)
         return fitted
 
-    monkeypatch.setattr("converter.entrypoints.convert.fit", slow)
+    monkeypatch.setattr(converting, "fit", slow)
     result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
     assert result.exit_code == 4
     assert "pytorch_model.bin changed while it was read" in result.stderr
@@ -225,12 +233,12 @@ def test_pickles_that_are_no_weights_are_refused(
 def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> None:
     made: list[str] = []
 
-    def recipe(name: str, tensor: Tensor) -> Recipe:
+    def recipe(name: str, tensor: Tensor) -> VirtualTensor:
         def make() -> Tensor:
             made.append(name)
             return tensor
 
-        return Recipe(name, tensor.dtype, tuple(tensor.shape), make)
+        return VirtualTensor(name, tensor.dtype, tuple(tensor.shape), make)
 
     tensors = {
         "flags": torch.tensor([True, False, True]),
@@ -271,7 +279,7 @@ def test_metas_own_layout_converts(
     result = cli("convert", source, out, *args)
     assert result.exit_code == 0, result.stderr
     assert cli("verify", out, "--source", source).exit_code == 0
-    U = load_bases(out / "gloss_subspace.safetensors")["U"]
+    U = load_bases(out / EDIT_FILE)["U"]
     projected = {
         name: w - U @ (U.T @ w) if "w2" in name else w for name, w in reference.weights.items()
     }
@@ -410,5 +418,5 @@ def test_safetensors_are_preferred(checkpoints: Checkpoints, tmp_path: Path) -> 
     source = shutil.copytree(checkpoints("llama"), tmp_path / "both")
     (source / "pytorch_model.bin").write_bytes(b"older")
     found = resolve(str(source))
-    assert found.recipes is None
+    assert found.virtual_shards is None
     assert "pytorch_model.bin" not in found.companions

@@ -2,66 +2,84 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from msgspec import convert
+from msgspec.structs import replace
 
 from converter.errors import GateError, OptionError
-from converter.evaluate.gates import Gates
-from converter.evaluate.guard import Verdict
-from converter.evaluate.heldout import Measured
-from converter.models.likelihood import Estimate
+from converter.evaluation.gates import Gates
+from converter.manifest import (
+    Estimate,
+    Evaluation,
+    GateRecord,
+    GuardRecord,
+    Interval,
+    Manifest,
+    Metric,
+)
 from tests.builders.models import TINY_ARGS
+from tests.fuzz import skeleton
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
 
-MEASURED = Measured(Estimate(1.01, 0.0), Estimate(-0.5, 0.0), Estimate(0.6, 0.0))
-VERDICT = Verdict(MEASURED, (), None, (), (), {})
+
+def guard(teacher_forced: float) -> GuardRecord:
+    """A guard that measured this."""
+    known = Manifest.from_json(skeleton.manifest()).guard
+    assert known is not None
+    estimate = Estimate(value=teacher_forced, error=0.0)
+    return replace(known, edit=replace(known.edit, teacher_forced=estimate))
 
 
-def results(**metrics: Any) -> dict[str, Any]:
+GUARD = guard(0.6)
+
+
+def results(**values: float | None) -> Evaluation:
     """Of an evaluation: the edited model between others that must not be mistaken for it."""
-    other = {"teacher_forced": {"value": 0.0}, "perplexity_ratio": {"value": 1.0}}
-    return {
-        "systems": [
-            {"system": "unedited", "metrics": other},
-            {"system": "edited", "metrics": metrics},
-            {"system": "random", "metrics": other},
-        ]
-    }
+    known = convert(skeleton.evaluation(), Evaluation)
+    other: dict[str, Metric] = {
+        "teacher_forced": Interval.of(0, 0, 0), "perplexity_ratio": Interval.of(1, 1, 1)
+    }  # fmt: skip
+    mine = {name: None if x is None else Interval.of(x, x, x) for name, x in values.items()}
+    (system,) = known.systems
+    systems = tuple(
+        replace(system, system=name, metrics=metrics)
+        for name, metrics in (("unedited", other), ("edited", mine), ("random", other))
+    )
+    return replace(known, systems=systems)
 
 
 def test_a_gate_is_judged_by_every_measurement_there_is() -> None:
-    gates, evaluated = Gates(min_toxicity_drop=0.4), results(teacher_forced={"value": 0.65})
-    (record,) = gates.check_effect(VERDICT, None)
-    assert record == {"gate": "--min-toxicity-drop", "by": "guard", "limit": 0.4, "measured": 0.4}
+    gates, evaluated = Gates(min_toxicity_drop=0.4), results(teacher_forced=0.65)
+    (record,) = gates.check_effect(GUARD, None)
+    name = "--min-toxicity-drop"
+    assert record == GateRecord(gate=name, by="guard", limit=0.4, measured=0.4)
     with pytest.raises(GateError, match=r"at least 0\.4, evaluation has 0\.35"):
-        gates.check_effect(VERDICT, evaluated)
+        gates.check_effect(GUARD, evaluated)
     with pytest.raises(GateError, match=r"guard has 0\.4"):
-        Gates(min_toxicity_drop=0.41).check_effect(VERDICT, None)
-    assert Gates(min_toxicity_drop=0.3).check_effect(None, evaluated)[0]["by"] == "evaluation"
+        Gates(min_toxicity_drop=0.41).check_effect(GUARD, None)
+    assert Gates(min_toxicity_drop=0.3).check_effect(None, evaluated)[0].by == "evaluation"
     ratio = Gates(max_evaluated_perplexity_ratio=1.05)
-    assert ratio.check_effect(None, results(perplexity_ratio={"value": 1.05}))
+    assert ratio.check_effect(None, results(perplexity_ratio=1.05))
     with pytest.raises(GateError, match=r"at most 1\.05, evaluation has 1\.06"):
-        ratio.check_effect(VERDICT, results(perplexity_ratio={"value": 1.06}))
+        ratio.check_effect(GUARD, results(perplexity_ratio=1.06))
 
 
 def test_what_is_not_a_number_passes_no_gate_and_what_was_not_measured_is_an_error() -> None:
     ratio = Gates(max_evaluated_perplexity_ratio=1.05)
     with pytest.raises(GateError, match="evaluation has no number"):
-        ratio.check_effect(VERDICT, results(perplexity_ratio=None))
-    broken = replace(VERDICT, edit=replace(MEASURED, teacher_forced=Estimate(float("nan"), 0)))
+        ratio.check_effect(GUARD, results(perplexity_ratio=None))
     with pytest.raises(GateError):
-        Gates(min_toxicity_drop=0.0).check_effect(broken, None)
+        Gates(min_toxicity_drop=0.0).check_effect(guard(float("nan")), None)
     for gates in (ratio, Gates(min_toxicity_drop=0.1)):
         with pytest.raises(OptionError, match="has no measurement"):
             gates.check_effect(None, results())
-    assert Gates().check_effect(None, None) == []
+    assert Gates().check_effect(None, None) == ()
 
 
 def test_a_gate_without_a_measurement_is_refused_before_any_work(
@@ -85,7 +103,7 @@ def test_a_gate_without_a_measurement_is_refused_before_any_work(
 def test_a_limit_is_a_number(option: str, number: str, cli: Cli, tmp_path: Path) -> None:
     result = cli("convert", tmp_path, tmp_path / "out", option, number)
     assert result.exit_code == 2
-    assert "nan" in result.stderr or "is not finite" in result.stderr
+    assert result.stderr == f"error: {option}: expected a finite number, found {number}\n"
 
 
 def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
@@ -102,7 +120,7 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
     result = cli(*args, "--max-leakage", 0.9)
     assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    worst = max(entry["leakage"] for entry in manifest["edited"])
+    worst = max(entry["measures"]["leakage"] for entry in manifest["edited"])
     (gate,) = manifest["gates"]
     assert (gate["limit"], gate["measured"]) == (0.9, worst)
     # what is there stays there when a later job fails

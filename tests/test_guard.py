@@ -1,4 +1,4 @@
-"""The split, the choice of the rank and the guard: a tool that cannot fool itself."""
+"""The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
 import json
 from collections.abc import Callable
@@ -8,27 +8,31 @@ from typing import cast
 import pytest
 import torch
 from click.testing import Result
+from torch import Tensor
 
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
 from converter.calibration.split import split
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.architecture import architectures
-from converter.edits.base import Projection
-from converter.edits.subspace_file import load_bases
+from converter.edits.base import Edit
+from converter.edits.deltas import RemoveSubspace
+from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.entrypoints.convert import prepare
 from converter.errors import DataError, GuardError
-from converter.evaluate import strength as choice
-from converter.evaluate.guard import examine, judge, neutral_energy
-from converter.evaluate.heldout import Measured, Probe
-from converter.methods.base import Method
-from converter.methods.subspace import Subspace
-from converter.models import loading
-from converter.models import resident as forward
-from converter.models.likelihood import Estimate
+from converter.evaluation.guard import examine, judge
+from converter.evaluation.heldout import Probe, probe_of
+from converter.evaluation.strength import choose_strength, nearest_strength
+from converter.manifest import Estimate, Measured, Origin
+from converter.methods.base import Proposal
+from converter.methods.subspace import Removal, Subspace, neutral_energy
+from converter.methods.workbench import Bench
+from converter.recipe import Recipe
+from tests.builders.edits import removal
 from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING
 
 Cli = Callable[..., Result]
 
 WORDS = load_words("builtin")
+TEST = Origin(name="test")
 
 
 def test_no_sentence_is_in_two_parts() -> None:
@@ -55,7 +59,7 @@ def test_a_sentence_on_the_other_side_of_another_part_drops_its_pair() -> None:
     rows.append(Pair("neutral 7", "something else", ((0, 7),)))
     rows += [Pair(f"another {i}", "neutral 3", ((0, 7),)) for i in range(3)]  # one group
     for seed in range(20):
-        parts = split(Pairs(tuple(rows), {}, ""), Prose(("a b", "c d", "e f"), {}, ""), seed)
+        parts = split(Pairs(tuple(rows), TEST, ""), Prose(("a b", "c d", "e f"), TEST, ""), seed)
         sides = [
             {text for p in part.pairs.pairs for text in (p.toxic, p.neutral)}
             for part in (parts.fit, parts.choose, parts.report)
@@ -67,12 +71,16 @@ def test_a_sentence_on_the_other_side_of_another_part_drops_its_pair() -> None:
 def test_too_few_pairs_for_three_parts_are_refused() -> None:
     rows = tuple(Pair(f"toxic {i}", "the same", ((0, 5),)) for i in range(40))
     with pytest.raises(DataError, match="too few pairs are left to fit on: expected at least 8"):
-        split(Pairs(rows, {}, ""), Prose(("a b", "c d", "e f"), {}, ""), 0)
+        split(Pairs(rows, TEST, ""), Prose(("a b", "c d", "e f"), TEST, ""), 0)
 
 
 def measured(ratio: float, change: float, error: float = 0.0) -> Measured:
-    estimate = Estimate(change, error)
-    return Measured(Estimate(ratio, error), estimate, estimate)
+    estimate = Estimate(value=change, error=error)
+    return Measured(
+        perplexity_ratio=Estimate(value=ratio, error=error),
+        toxic_change=estimate,
+        teacher_forced=estimate,
+    )
 
 
 class Scale:
@@ -82,20 +90,28 @@ class Scale:
         self.ratios = ratios
         self.asked: list[int] = []
 
-    def measure(self, edit: Projection, layers: object) -> Measured:
-        rank = next(iter(edit.bases.values())).shape[1]
-        self.asked.append(rank)
-        return measured(self.ratios[rank], -float(rank), 0.001)
+    def measure(self, edit: Edit) -> Measured:
+        self.asked.append(edit.rank)
+        return measured(self.ratios[edit.rank], -float(edit.rank), 0.001)
+
+
+def by_rank(*ranks: int) -> Proposal:
+    """A proposal of the first columns of a basis."""
+
+    def edit(rank: float) -> Edit:
+        return Edit({"w": RemoveSubspace(torch.eye(16)[:, : int(rank)])})
+
+    return Proposal(ranks, True, edit, lambda rank, seed: edit(rank))
 
 
 def test_prose_is_dealt_to_all_three_parts_or_refused() -> None:
     pairs = load_pairs("builtin", WORDS, 64, 0)
     for lengths in ((3000,), (3000, 10, 10), (10, 10, 3000), (50, 50, 50)):
         texts = tuple(" ".join(f"{k}w{i}" for i in range(n)) for k, n in enumerate(lengths))
-        parts = split(pairs, Prose(texts, {}, ""), 0)
+        parts = split(pairs, Prose(texts, TEST, ""), 0)
         assert all(p.prose.paragraphs for p in (parts.fit, parts.choose, parts.report))
     with pytest.raises(DataError, match="cannot be split into three parts: expected three diff"):
-        split(pairs, Prose(("one", "two"), {}, ""), 0)
+        split(pairs, Prose(("one", "two"), TEST, ""), 0)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +119,26 @@ def test_prose_is_dealt_to_all_three_parts_or_refused() -> None:
 )
 def test_the_rank_is_the_largest_within_the_budget_with_its_error(budget: float, rank: int) -> None:
     probe = Scale({r: 1 + 0.01 * r for r in (1, 2, 3, 4, 6, 8)})
-    subspace = Subspace({0: torch.eye(16)}, True, {}, (), torch.eye(16))
-    method = cast(Method, type("Any", (), {"edit_bias": True, "edit_layers": (0,)}))
-    found = choice.choose_rank(cast(Probe, probe), subspace, method, budget)
-    assert found.rank == rank
+    proposal = by_rank(*probe.ratios)
+    found = choose_strength(cast(Probe, probe), proposal, budget)
+    assert found.strength == rank
     assert len(probe.asked) <= 4
-    assert list(found.tried) == sorted(found.tried)
-    with pytest.raises(GuardError, match="not even one dimension can be removed within the perp"):
-        choice.choose_rank(cast(Probe, probe), subspace, method, 1.01)
+    assert found.automatic
+    tried = [trial.strength for trial in found.tried]
+    assert tried == sorted(probe.asked)
+    with pytest.raises(GuardError) as caught:
+        choose_strength(cast(Probe, probe), proposal, 1.01)
+    assert caught.value.expected == "a perplexity ratio of at most 1.01 on held-out neutral text"
+    assert caught.value.found == "1.0100 with a standard error of 0.0010"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rank"), [(1.0, 1), (1.02, 2), (1.0251, 3), (1.049, 4), (1.051, 6), (2.0, 8)]
+)
+def test_the_rank_of_a_perplexity_is_the_nearest(ratio: float, rank: int) -> None:
+    probe = Scale({r: 1 + 0.01 * r for r in (1, 2, 3, 4, 6, 8)})
+    assert nearest_strength(cast(Probe, probe), by_rank(*probe.ratios), ratio) == rank
+    assert len(probe.asked) <= 4
 
 
 @pytest.mark.parametrize(
@@ -123,7 +151,7 @@ def test_the_rank_is_the_largest_within_the_budget_with_its_error(budget: float,
         (measured(1.0, -0.05), [0.0], None, "falls by 0.050 nats, less than 0.1"),
         (measured(1.0, 0.5), [0.9], None, "falls by -0.500 nats, less than 0.1"),
         (measured(1.0, float("nan")), [0.9], None, "falls by nan nats"),
-        (measured(1.0, -1.0), [-0.6, -0.5], None, "under random subspaces by 0.550"),
+        (measured(1.0, -1.0), [-0.6, -0.5], None, "under the controls by 0.550"),
         (measured(1.0, -1.0), [0.3, -0.3], None, None),
         (measured(1.0, -1.0), [3.0, -3.0], None, "two standard errors (6.000) more are needed"),
         (measured(1.0, -1.0, 0.5), [-0.2], None, "two standard errors (1.414) more are needed"),
@@ -144,8 +172,7 @@ def test_the_guard_refuses_for_a_reason(
 
 def test_a_doubtful_pass_is_said() -> None:
     assert "but not by its standard error" in judge(
-        Measured(Estimate(1.025, 0.01), Estimate(-1, 0.1), Estimate(0.4, 0.1)),
-        [measured(1, 0)], None, 1.03,
+        measured(1.025, -1, 0.01), [measured(1, 0)], None, 1.03,
     )[1][0]  # fmt: skip
     assert "5.0% of what neutral" in judge(measured(1, -1), [measured(1, 0)], 0.05, 1.03)[1][0]
     assert neutral_energy(torch.eye(4)[:, :1], torch.diag(torch.tensor([1.0, 3, 0, 0]))) == 0.25
@@ -158,7 +185,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     options = ("--pairs", pairs, "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
     result = cli("convert", planted, tmp_path / "out", *options)
     assert result.exit_code == 0, result.stderr
-    basis = load_bases(tmp_path / "out/gloss_subspace.safetensors")["U"]
+    basis = load_bases(tmp_path / "out" / EDIT_FILE)["U"]
     assert float((basis.T @ TOXIC).norm()) > 0.95
     assert float((basis.T @ MASSIVE).norm()) < 0.01
     guard = json.loads(result.stdout)["guard"]
@@ -166,17 +193,26 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["edit"]["teacher_forced"]["value"] < 0.6  # half of the words follow a curse
     assert guard["edit"]["perplexity_ratio"]["value"] < 1.03
 
-    module = loading.load_model(planted, torch.float32, "cpu", 0)
-    tokenizer = loading.load_tokenizer(planted)
-    model = forward.LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
-    parts = split(load_pairs(str(pairs), WORDS, None, 0), load_prose("builtin"), 0)
-    probe = Probe(model, parts.report)
+    recipe = Recipe(source=str(planted), pairs=str(pairs))
+    source, plan, _ = prepare(recipe)
+    bench = Bench.of(recipe, source, plan, WORDS, "cpu")
+    parts = split(load_pairs(recipe.pairs, WORDS, None, 0), load_prose("builtin"), 0)
+    probe = probe_of(bench, parts.report)
     for direction, refused in ((TOXIC, False), (MASSIVE, True), (AXES[9], True)):
-        edit = Projection(dict.fromkeys(WRITING, direction[:, None]))
-        verdict = examine(probe, edit, WRITING, budget=1.03, draws=2, seed=0, moment=None, gains={})
-        assert bool(verdict.reasons) == refused, verdict.record
-    broken = Projection(dict.fromkeys(WRITING, MASSIVE[:, None]))
-    assert probe.measure(broken, WRITING).perplexity_ratio.value > 1.5
+        proposal = proposed(bench, direction)
+        found = examine(probe, proposal, 1, budget=1.03, draws=2, seed=0)
+        assert bool(found.reasons) == refused, found
+        assert found.edit == probe.measure(proposal.edit(1))
+        assert found.controls == tuple(probe.measure(proposal.control(1, s)) for s in (0, 1))
+    broken = removal(plan, dict.fromkeys(WRITING, MASSIVE[:, None]))
+    assert probe.measure(broken).perplexity_ratio.value > 1.5
+
+
+def proposed(bench: Bench, direction: Tensor) -> Proposal:
+    """One direction, as if a method had found it in all layers; controls spare nothing."""
+    bases = dict.fromkeys(WRITING, direction[:, None])
+    subspace = Subspace(bases, {}, (), direction[None])
+    return Removal(1, WRITING, bias=True).propose(bench, subspace, None)
 
 
 def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: Path) -> None:
@@ -199,9 +235,7 @@ def test_a_model_spread_over_devices_gives_the_same(
     for name, device in (("a", "cpu"), ("b", "map")):
         result = cli("convert", planted, tmp_path / name, *options, "--device", device)
         assert result.exit_code == 0, result.stderr
-    first, second = (
-        load_bases(tmp_path / name / "gloss_subspace.safetensors")["U"] for name in ("a", "b")
-    )
+    first, second = (load_bases(tmp_path / name / EDIT_FILE)["U"] for name in ("a", "b"))
     assert torch.allclose(first, second, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Sources made to do harm: each is one sentence and an exit code, and nothing of it is run."""
 
+import builtins
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from transformers import dynamic_module_utils
 
 from converter.checkpoints.layout import read_card, read_index
 from converter.checkpoints.resolve import resolve
@@ -269,8 +271,8 @@ def test_nothing_of_a_source_is_run(
     source, marker = shutil.copytree(checkpoints("llama"), tmp_path / "source"), tmp_path / "ran"
     hostile_code(source, marker)
     monkeypatch.chdir(source)  # where a script would be started
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(builtins, "input", lambda *args: pytest.fail("asked"))
     result = cli("convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS)
     assert result.exit_code == 0, result.stderr
     assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0

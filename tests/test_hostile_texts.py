@@ -16,17 +16,24 @@ from click.testing import Result
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.cli.terminal import reporting
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.base import Edit
+from converter.edits.edit_file import EDIT_FILE
+from converter.entrypoints import verify as verification
 from converter.entrypoints.verify import verify
-from converter.errors import ConverterError, DataError, VerificationError
+from converter.errors import CheckpointError, ConverterError, DataError, VerificationError
+from converter.manifest import Manifest
+from converter.outputs.checkpoint.additions import check_edit
 from converter.release.card import make_card
 from converter.release.licences import terms_of
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
-from converter.release.recording import Given, read_recording, run_of
+from converter.release.recording import read_recording, recipe_of
 from converter.runtime import progress, strict_json
-from converter.runtime.console import as_json, say
+from converter.runtime.console import as_json, echo
 from converter.runtime.files import MAX_LINE
 from converter.text.markdown import code, escaped
 from tests.fuzz import skeleton
@@ -65,7 +72,7 @@ def test_what_a_sentence_quotes_stays_in_its_line() -> None:
 
 
 def test_nothing_that_is_printed_can_steer(capsys: pytest.CaptureFixture[str]) -> None:
-    say(f"tensor {FORGED}")
+    echo(f"tensor {FORGED}")
     with reporting(quiet=False):
         progress.note(f"reading {FORGED}")
         progress.warn(f"{FORGED} is odd")
@@ -83,8 +90,9 @@ def test_nothing_that_is_printed_can_steer(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_program_prints_no_escapes_of_a_manifest(cli: Cli, tmp_path: Path) -> None:
     made = skeleton.manifest()
-    made["subspace"]["candidates"][0]["tokens"] = [FORGED.replace("\udcff", "")]
-    made["edited"][0]["basis"] = made["environment"]["device"] = "\x1b[2J\nerror: forged"
+    made["method"]["evidence"]["candidates"][0]["tokens"] = [FORGED.replace("\udcff", "")]
+    made["edited"][0]["tensors"]["U"] = "\x1b[2J\nerror: forged"
+    made["edited"][0]["kind"] = made["environment"]["device"] = "\x1b[2J\nerror: forged"
     made["files"]["\x1b[2J\n::error::x"] = {"sha256": skeleton.ZERO, "bytes": 1}
     folder = tmp_path / "out"
     skeleton.write_output(folder)
@@ -246,27 +254,52 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b", "a\x1b[2J", "a\nb", "x" * 300, ".",
-             "..", "", "./config.json"],
+NAMES = (
+    "../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b", "a\x1b[2J", "a\nb", "x" * 300, ".", "..",
+    "", "./config.json",
 )  # fmt: skip
-def test_a_manifest_names_nothing_outside_of_its_folder(name: str, output: Path) -> None:
-    for where in ("files", "source", "subspace"):
+"""Of no file in a folder."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_names_nothing_outside_of_its_folder(
+    name: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_check_loading", lambda *_: iter(()))
+    assert verify(output) == []
+    for where in ("files", "source", "edit", "added", "patched"):
         made = skeleton.manifest()
         entry = {"sha256": skeleton.ZERO, "bytes": 1}
         if where == "files":
             made["files"][name] = entry
         elif where == "source":
             made["source"]["files"][name] = entry
+        elif where == "edit":
+            made["edit"]["file"] = name
+        elif where == "added":
+            made["edit"]["files"] = [name]
         else:
-            made["subspace"]["file"] = name
+            made["edit"]["patches"] = {name: {}}
         skeleton.seal(output, json.dumps(made).encode())
         problems = verify(output)
-        assert problems
+        assert problems, where
         assert all(isinstance(problem, str) for problem in problems)
-        if where != "source":
+        if where in ("files", "edit"):
             with pytest.raises(VerificationError):
                 read_recording(output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_adds_and_changes_no_file_outside_of_its_folder(
+    name: str, checkpoints: Callable[..., Path]
+) -> None:
+    """Whatever a method asks for, or a manifest that is replayed."""
+    source = resolve(str(checkpoints()))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    for edit in (Edit(files={name: b""}), Edit(patches={name: {}}), Edit(patches={name: "x"})):
+        with pytest.raises(CheckpointError):
+            check_edit(edit, plan, source)
+    check_edit(Edit(files={"notes.txt": b""}, patches={"config.json": {"x": 1}}), plan, source)
 
 
 def test_a_run_of_a_manifest_reads_no_other_folder(output: Path) -> None:
@@ -275,7 +308,7 @@ def test_a_run_of_a_manifest_reads_no_other_folder(output: Path) -> None:
         made["run"][key] = value
         skeleton.seal(output, json.dumps(made).encode())
         with pytest.raises(ConverterError, match="names of files in a folder"):
-            run_of(read_recording(output), Given(source="x"), refit=False)
+            recipe_of(read_recording(output), LocalInputs(source="x"), refit=False)
 
 
 def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_read(output: Path) -> None:
@@ -287,7 +320,7 @@ def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_read(output: Path) -> No
     (output / MANIFEST).symlink_to("/dev/zero")
     with pytest.raises(VerificationError, match="has no"):
         read_manifest(output)
-    (output / SUBSPACE_FILE).unlink()
+    (output / EDIT_FILE).unlink()
 
 
 @pytest.mark.parametrize(
@@ -320,7 +353,7 @@ def test_a_card_has_the_headings_and_links_that_its_template_has(tmp_path: Path)
 
     text = "x\n\n# Forged\n\n<script>y</script> ``` [z](http://evil) | \x1b[2J"
     made, plain = skeleton.manifest(), skeleton.manifest()
-    made["subspace"]["candidates"][0]["tokens"] = [text, "a"]
+    made["method"]["evidence"]["candidates"][0]["tokens"] = [text, "a"]
     made["word_list"]["origin"]["name"] = made["method"]["title"] = text
     made["method"]["paper"] = "http://x/) [z](http://evil"
     made["pairs"]["origin"] = {"name": text}
@@ -332,7 +365,8 @@ def test_a_card_has_the_headings_and_links_that_its_template_has(tmp_path: Path)
             name=name, folder=tmp_path, config=skeleton.CONFIG, shards=(skeleton.SHARD,),
             weight_map=None, companions=(), card=ModelCardData(license=name),
         )  # fmt: skip
-        cards.append(make_card(source, None, manifest, terms_of(source, None), skeleton.ZERO)[0])
+        told = Manifest.from_json(manifest)
+        cards.append(make_card(source, None, told, terms_of(source, None), skeleton.ZERO)[0])
     headings, links = zip(*map(structure, cards), strict=True)
     assert headings[0][1:] == headings[1][1:]  # the first is the name
     assert len(headings[0]) > 5

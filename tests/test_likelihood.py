@@ -12,7 +12,8 @@ from torch import Tensor
 
 from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
-from converter.edits.base import Projection
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.resolve import resolve
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Sentence
@@ -27,6 +28,7 @@ from converter.models.likelihood import (
     teacher_forced,
     word_changes,
 )
+from tests.builders.edits import removal
 from tests.builders.models import HIDDEN, TINY_MODELS, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
@@ -36,6 +38,13 @@ Checkpoints = Callable[..., Path]
 def model(checkpoints: Checkpoints) -> forward.LanguageModel:
     module = loading.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
     return forward.LanguageModel(module, tiny_tokenizer(), architectures()["llama"], "cpu")
+
+
+@pytest.fixture
+def plan(checkpoints: Checkpoints) -> Plan:
+    """Of the checkpoint of ``model``."""
+    source = resolve(str(checkpoints("llama")))
+    return make_plan(source.config, source.weight_map, source.headers())
 
 
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:
@@ -104,7 +113,7 @@ def test_words_are_counted_one_by_one_and_their_gain_is_capped() -> None:
 
 
 def test_the_causal_moment_is_the_derivative_along_a_removal(
-    model: forward.LanguageModel,
+    model: forward.LanguageModel, plan: Plan
 ) -> None:
     """Removing a share s of u from one layer changes log p by -s n u^T A u, to first order."""
     encode = Encoder(model.tokenizer, model.module)
@@ -118,8 +127,8 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
     s = 0.02
 
     def log_p(share: float, layer: int, u: Tensor) -> float:
-        edit = Projection({layer: math.sqrt(share) * u[:, None]})  # f - share u (u^T f)
-        with edited(model.module, model.architecture, edit, (layer,)):
+        edit = removal(plan, {layer: math.sqrt(share) * u[:, None]})  # f - share u (u^T f)
+        with edited(model.module, plan, edit):
             ((values,),) = log_probabilities(model, [[sentence]])
         return float(sum(values[i - 1] for word in wordplaces for i in word))
 
@@ -192,12 +201,12 @@ def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
     assert torch.allclose(pieces.sum(0), whole.sum(0), atol=1e-4)
 
 
-def test_bias_keep_spares_the_bias_in_hooks_too(model: forward.LanguageModel) -> None:
+def test_bias_keep_spares_the_bias_in_hooks_too(model: forward.LanguageModel, plan: Plan) -> None:
     layer: Any = model.module.get_submodule("model.layers.3.mlp.down_proj")
     U = torch.linalg.qr(torch.randn(HIDDEN, 2))[0]
     x = torch.randn(1, 3, layer.in_features)
-    with edited(model.module, model.architecture, Projection({3: U}, bias=False), (3,)):
+    with edited(model.module, plan, removal(plan, {3: U}, bias=False)):
         kept = layer(x) @ U
     assert torch.allclose(kept, (layer.bias @ U).expand_as(kept), atol=1e-6)
-    with edited(model.module, model.architecture, Projection({3: U}, bias=True), (3,)):
+    with edited(model.module, plan, removal(plan, {3: U}, bias=True)):
         assert float((layer(x) @ U).abs().max()) < 1e-6

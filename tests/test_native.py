@@ -91,9 +91,7 @@ def test_logits_are_those_of_metas_code(
     kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_native(source, **KINDS[kind])
-    monkeypatch.setattr(
-        "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
-    )
+    monkeypatch.setattr(native, "split_shards", lambda r: split_shards(r, 20000))
     folder = materialize(read_native(source), tmp_path / "out")
     assert len(list(folder.glob("*.safetensors"))) > 2
     ids, positions = far_apart()
@@ -262,9 +260,7 @@ def test_an_index_is_written_for_several_shards(
     write_native(source)
     single = read_native(source)
     assert sum(recipe.nbytes for recipe in single.shards["model.safetensors"]) < MAX_SHARD
-    monkeypatch.setattr(
-        "converter.checkpoints.formats.meta.split_shards", lambda r: split_shards(r, 20000)
-    )
+    monkeypatch.setattr(native, "split_shards", lambda r: split_shards(r, 20000))
     sharded = read_native(source)
     index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == sharded.weight_map

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from converter.calibration.pairs import load_pairs, load_prose, normalise
+from converter.calibration.pairs import describe_skipped, load_pairs, load_prose, normalise
 from converter.calibration.word_list import WordList, load_words
 from converter.errors import DataError
+from converter.manifest import Origin
 
-WORDS = WordList(frozenset({"damn", "fool"}), {"name": "test"}, "0" * 64)
+WORDS = WordList(frozenset({"damn", "fool"}), Origin(name="test"), "0" * 64)
 ROWS = [(f"the damn clock number {i}", f"the clock number {i}") for i in range(20)]
 
 
@@ -25,7 +26,7 @@ def test_the_builtin_pairs_are_what_they_were() -> None:
     pairs = load_pairs("builtin", WORDS, None, 0)
     assert len(pairs.pairs) == 480
     # Results depend on these. If they change on purpose, raise the version in data/pairs.toml.
-    assert pairs.origin == {"name": "builtin", "version": 1}
+    assert pairs.origin == Origin(name="builtin", version=1)
     assert pairs.sha256 == "6777ab763fed85d8c9357b045fd6c769e0b76bc6fcbf44d600d55bb278779b76"
     assert load_prose("builtin").sha256.startswith("ba8276c9e319a208")
 
@@ -79,7 +80,7 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
         "without a toxic word after the first that the neutral side lacks": [25, 26],
         "of another number of cells than 3": [27, 28],
     }
-    assert "1 empty (row 22)" in pairs.describe_skipped()
+    assert "1 empty (row 22)" in describe_skipped(pairs.skipped)
 
 
 def test_line_breaks_within_a_row_do_not_cut_it(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_spans_are_listed_or_starred_words_that_the_other_side_lacks() -> None:
 
 def test_word_lists_are_read_from_a_package_or_a_file(tmp_path: Path) -> None:
     assert len(load_words("builtin").words) > 500
-    assert load_words("builtin").origin["name"] == "better-profanity"
+    assert load_words("builtin").origin.name == "better-profanity"
     (tmp_path / "w.txt").write_text("# comment\nDarn\ntwo words\n\nheck\n")
     assert load_words(str(tmp_path / "w.txt")).words == {"darn", "heck"}
     (tmp_path / "w.txt").write_text("# nothing\n")
@@ -172,7 +173,7 @@ def test_word_lists_are_read_from_a_package_or_a_file(tmp_path: Path) -> None:
 
 
 def test_offensive_words_are_starred_out_and_others_are_not() -> None:
-    words = WordList(frozenset({"darn", "heck"}), {}, "")
+    words = WordList(frozenset({"darn", "heck"}), Origin(name="test"), "")
     assert (
         words.mask(" Darn it, what the heck is darning?") == " D*** it, what the h*** is darning?"
     )

@@ -12,8 +12,9 @@ import pytest
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.cli.terminal import reporting
-from converter.edits.base import Projection
+from converter.edits.base import Edit
 from converter.edits.engine import Engine
+from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging.journal import Done
 from converter.runtime import progress
@@ -158,10 +159,12 @@ def test_shards_are_written_by_threads_that_tell(
     plan = make_plan(source.config, source.weight_map, source.headers())
     out = tmp_path / "out"
     out.mkdir()
+    job = WriteJob(
+        source=source, plan=plan, edit=Edit(), folder=out, engine=Engine(workers=2),
+        receiver=Doubtful(),
+    )  # fmt: skip
     with progress.recording() as told, using_cache(tmp_path):
-        write_checkpoint(
-            source, plan, Projection({}), (), out, Engine(workers=2), receiver=Doubtful()
-        )
+        write_checkpoint(job)
     assert sorted(told.warnings) == [f"{shard} in {tmp_path}" for shard in source.shards]
 
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import Result
@@ -25,18 +24,23 @@ from huggingface_hub import constants, snapshot_download
 
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.edit_file import EDIT_FILE
+from converter.entrypoints import pictures, stream_push
+from converter.entrypoints import push as pushing
 from converter.entrypoints.push import Files, published_files
 from converter.entrypoints.stream_push import Streaming
 from converter.errors import DestinationError
 from converter.hub.errors import explain
+from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import infos_of
 from converter.text.secrets import redacted
 from tests.builders.hub_client import connect
 from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.builders.hub_server import HubServer
 from tests.builders.hub_uploads import Fault, Uploads
+from tests.builders.methods import CreatedBias
 from tests.builders.models import TINY_ARGS
+from tests.builders.packages import install
 
 Checkpoints = Callable[..., Path]
 Cli = Callable[..., Result]
@@ -394,7 +398,7 @@ def test_an_error_after_the_commit_names_it(
 ) -> None:
     commit = Streaming.commit
 
-    def commit_and_fill(self: Streaming, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def commit_and_fill(self: Streaming, folder: Path, manifest: Manifest) -> None:
         commit(self, folder, manifest)
         (tmp_path / "out").mkdir()
         (tmp_path / "out/x").write_text("another run")
@@ -451,7 +455,7 @@ def test_pictures_are_drawn_before_the_push(
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
-    monkeypatch.setattr("converter.cli.main.draw", full)
+    monkeypatch.setattr(pictures, "draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
     assert result.exit_code == 7
@@ -482,14 +486,14 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
     assert says in result.stderr
     uploads.ignored = set()
 
-    def other(folder: Path, manifest: dict[str, Any]) -> Files:
+    def other(folder: Path, manifest: Manifest) -> Files:
         files = dict(published_files(folder, manifest))
-        return files | {SUBSPACE_FILE: (files[SUBSPACE_FILE][0], "0" * 64)}
+        return files | {EDIT_FILE: (files[EDIT_FILE][0], "0" * 64)}
 
-    monkeypatch.setattr("converter.entrypoints.push.published_files", other)
+    monkeypatch.setattr(pushing, "published_files", other)
     result = cli("push", converted[1], "someone/other")
     assert result.exit_code == 10
-    assert f"{SUBSPACE_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
+    assert f"{EDIT_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
     repo = uploads.repos["someone/other"]
     assert list(repo.commits.values()) == [{}]
 
@@ -511,7 +515,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
                 file.write(b"\x01\x02\x03\x40")
         return infos
 
-    monkeypatch.setattr("converter.entrypoints.stream_push.infos_of", damaged)
+    monkeypatch.setattr(stream_push, "infos_of", damaged)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
     assert result.exit_code == 8
@@ -659,14 +663,68 @@ def test_what_cannot_be_streamed_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
+CREATING = ("--num-pairs", 64, "--method", "created-bias", "-o", "scale=0.05", "--no-guard")
+"""Of a run whose method creates tensors."""
+
+
+@pytest.fixture
+def created_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"created-bias": f"{CreatedBias.__module__}:{CreatedBias.__name__}"}
+    groups = {"gloss_convert.methods": entries}
+    install(tmp_path / "site", monkeypatch, "toy-methods", groups)
+
+
+@pytest.mark.usefixtures("created_bias")
+def test_created_tensors_are_streamed_too(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    args = ("--push-to-hub", REPO, "--stream-to-hub")
+    result = cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args)
+    assert result.exit_code == 0, result.stderr
+    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING)
+    assert plain.exit_code == 0, plain.stderr
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    ours, theirs = files_of(tmp_path / "copy"), files_of(tmp_path / "plain")
+    assert "model-created.safetensors" in ours
+    assert ours.keys() == theirs.keys()
+    about = {"README.md", "SHA256SUMS", MANIFEST}  # they name the source, and say how long it took
+    assert all(ours[name] == theirs[name] for name in ours.keys() - about)
+    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
+    assert verified.exit_code == 0, verified.stderr
+
+
+@pytest.mark.usefixtures("created_bias")
+def test_a_single_file_that_gets_a_second_is_copied_and_not_streamed(
+    cli: Cli, checkpoints: Checkpoints, hub: HubServer, uploads: Uploads, tmp_path: Path
+) -> None:
+    """Its only shard has another name in the output, which is known when all tensors are."""
+    hub.models["base/single"] = checkpoints("llama", shard="5GB")
+    args = ("convert", "base/single", tmp_path / "out", *CREATING, "--push-to-hub", REPO)
+    for more in ((), ("--dry-run",)):
+        result = cli(*args, "--stream-to-hub", *more)
+        assert result.exit_code == 2, result.stderr
+        assert "--stream-to-hub: expected a source in shards" in result.stderr
+    assert not uploads.repos
+    result = cli(*args)
+    assert result.exit_code == 0, result.stderr
+    assert "does not copy" not in result.stderr
+    source = entry_of(checkpoints("llama", shard="5GB") / "model.safetensors")
+    assert source.sha256 not in uploads.sent
+    repo = uploads.repos[REPO]
+    first = repo.commits[repo.refs["main"]]["model-00001-of-00002.safetensors"]
+    assert (first.sha256, first.size) == (source.sha256, source.size)
+    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+
+
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
     cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.entrypoints.stream_push.SMALL", 10_000)
+    monkeypatch.setattr(stream_push, "SMALL", 10_000)
     sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
     room = sum(sizes[-2:]) + 10_000
     free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--dry-run"]
     assert cli(*args).exit_code == 7
     streamed = cli(*args, "--stream-to-hub", "--json")
@@ -688,13 +746,13 @@ def test_a_repo_and_its_folder_are_equal(
     for sides in ((out, "someone/edited"), ("someone/edited", out)):
         result = cli("diff", *sides, "--json", "--exit-code")
         assert result.exit_code == 0, result.stdout
-        assert json.loads(result.stdout)["subspace"] == SUBSPACE_FILE
+        assert json.loads(result.stdout)["subspace"] == EDIT_FILE
     other = shutil.copytree(out, tmp_path / "other")
     (other / "model.sig").write_text("signed")
     (other / "scores.png").unlink()
-    (other / SUBSPACE_FILE).unlink()
+    (other / EDIT_FILE).unlink()
     found = json.loads(cli("diff", "someone/edited", other, "--json").stdout)["files"]
-    only = [SUBSPACE_FILE, "scores.png"]
+    only = [EDIT_FILE, "scores.png"]
     assert found == {"only_in_a": only, "only_in_b": ["model.sig"], "changed": []}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,15 +18,21 @@ from converter.checkpoints.fp8_scheme import read_scheme
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
+from converter.edits import apply
+from converter.edits.base import Edit
+from converter.edits.deltas import RemoveSubspace
+from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.editor import neighbour
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, grown, quantize
-from converter.edits.projection import neighbour
-from converter.edits.rounding_bounds import Stored, is_projection
-from converter.edits.subspace_file import load_bases
+from converter.edits.rounding_bounds import Stored, check_rounded
 from converter.errors import CheckpointError
+from converter.manifest import Manifest, Requantized
 from converter.models.build import load_language_model
+from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.builders.models import HIDDEN, TINY_ARGS, load
+from tests.fuzz import skeleton
 from tests.test_formats import tensors_of
 
 Checkpoints = Callable[..., Path]
@@ -90,7 +97,7 @@ def test_fp8_weights_are_projected_and_stored_in_their_scheme(
     }
     assert set(entries) == {f"model.layers.{n}.mlp.down_proj.weight" for n in (2, 3, 4)}
     scales = {entry["requantized"]["scales"] for entry in entries.values()}
-    U = load_bases(out / "gloss_subspace.safetensors")["U"]
+    U = load_bases(out / EDIT_FILE)["U"]
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         if name not in entries and name not in scales:
@@ -99,7 +106,7 @@ def test_fp8_weights_are_projected_and_stored_in_their_scheme(
         fp8 = entry["requantized"]
         old, new = (dequantize(t[name], t[fp8["scales"]], fp8["block"]) for t in (before, after))
         left = (U.T @ new).norm() / (U.T @ old).norm()
-        assert float(left) == pytest.approx(entry["leakage"], rel=1e-3)
+        assert float(left) == pytest.approx(entry["measures"]["leakage"], rel=1e-3)
         assert left < 0.05
         exact = old - U @ (U.T @ old)
         assert float((new - exact).norm() / old.norm()) == pytest.approx(
@@ -134,7 +141,7 @@ def test_fp8_weights_that_keep_the_subspace_do_not_pass_as_edited(
         )
 
     source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
-    monkeypatch.setattr("converter.edits.apply.quantize", wrong)
+    monkeypatch.setattr(apply, "quantize", wrong)
     args = ("--num-pairs", 32, "--method", "random", "-o", "rank=2", "-o", "layers=2-4")
     result = cli("convert", source, tmp_path / "out", *args, "--no-guard")
     assert result.exit_code == 8
@@ -146,28 +153,36 @@ def test_an_fp8_weight_elsewhere_than_next_to_the_projection_is_found(tmp_path: 
     torch.manual_seed(0)
     q, scale = torch.randn(32, 32).to(torch.float8_e4m3fn), torch.full((2, 2), 0.5)
     save_file({"w": q, "s": scale}, tmp_path / "a", {"format": "pt"})
-    requantized = {"scales": "s", "shard": "a", "block": [16, 16]}
-    entry = {"name": "w", "shard": "a", "axis": 0, "requantized": requantized}
+    (known,) = Manifest.from_json(skeleton.manifest()).edited
+    requantized = Requantized(
+        scales="s", shard="a", block=(16, 16), sha256_before="", sha256_after=""
+    )
+    entry = replace(known, name="w", shard="a", requantized=requantized)
 
     def stored(name: str) -> Stored:
         infos = read_header(tmp_path / name).tensors
         return Stored(lambda shard: (tmp_path / name).open("rb", buffering=0), entry, infos)
 
-    def check(weight: Tensor, scale: Tensor) -> tuple[bool, tuple[str, str | None]]:
+    def check(
+        weight: Tensor, scale: Tensor
+    ) -> tuple[tuple[int, int] | None, tuple[str, str | None]]:
         save_file({"w": weight, "s": scale}, tmp_path / "b", {"format": "pt"})
         with stored("b") as after, stored("a") as before:
-            fits, norm = is_projection(after, before, U, nearest=False)
-            assert norm["norm"] == pytest.approx(float(W.norm()))
-            return fits, after.digests
+            wrong, norms = check_rounded(after, before, delta, len(W), nearest=False)
+            assert norms["W"] == pytest.approx(float(W.norm()))
+            assert norms["P"] == pytest.approx(float((U.T @ W).norm()))
+            return wrong, after.digests
 
     W = dequantize(q, scale, (16, 16))
     U = torch.linalg.qr(torch.randn(32, 2))[0]
+    delta = RemoveSubspace(U)
     new, new_scale = quantize(W - U @ (U.T @ W), scale, (16, 16), U, 0.0)
-    fits, digests = check(new, new_scale)
-    assert fits
+    wrong, digests = check(new, new_scale)
+    assert wrong is None
     far = new.clone()
     far[3, 5] = far[3, 5].float() * 1.5
-    assert not check(far, new_scale)[0]
+    first, last = check(far, new_scale)[0] or (0, 0)
+    assert first <= 3 < last
     other = check(new, new_scale * 2)[1]
     assert other[0] == digests[0]
     assert other[1] != digests[1]
@@ -188,10 +203,13 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
             dropped.append(shard)
 
     hub: Any = Hub()
-    job = Rewriting(hub, {}, users, tmp_path, Engine(), None, keep_source=False)
-    job.let_go(source.shards[0])
+    job = WriteJob(
+        source=hub, plan=plan, edit=Edit(), folder=tmp_path, engine=Engine(), keep_source=False
+    )
+    rewriting = Rewriting(job, {}, users, None)
+    rewriting.release_shard(source.shards[0])
     assert dropped == []
-    job.let_go(source.shards[1])
+    rewriting.release_shard(source.shards[1])
     assert dropped == list(source.shards)
 
 

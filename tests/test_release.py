@@ -80,4 +80,4 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "a/made").glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         assert {info.date_time[:3] for info in file.infolist()} == {(2023, 11, 14)}
-        assert "converter/data/gloss_manifest.schema.json" in file.namelist()
+        assert "converter/data/card.md" in file.namelist()

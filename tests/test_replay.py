@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.names import MANIFEST
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.refit import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
@@ -30,9 +31,9 @@ Cli = Callable[..., Result]
 
 @pytest.fixture
 def recorded(converted: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A manifest and its subspace under a name of their own, as in ``manifests/``."""
+    """A manifest and its edit under a name of their own, as in ``manifests/``."""
     shutil.copyfile(converted[1] / MANIFEST, tmp_path / "tiny.json")
-    shutil.copyfile(converted[1] / SUBSPACE_FILE, tmp_path / "tiny.safetensors")
+    shutil.copyfile(converted[1] / EDIT_FILE, tmp_path / "tiny.safetensors")
     return tmp_path / "tiny.json"
 
 
@@ -62,9 +63,9 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
         verified = cli("verify", again, "--source", source)
         assert verified.exit_code == 0, verified.stderr
         then, now = read_manifest(first), read_manifest(again)
-        assert now.pop("replay_of") == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
-        assert then.pop("measurements") != now.pop("measurements")
-        assert now == then
+        assert now.replay_of == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
+        assert then.measurements != now.measurements
+        assert now == replace(then, measurements=now.measurements, replay_of=now.replay_of)
         done = cli("replay", manifest, again, "--source", source, "--json")  # nothing is left to do
         assert done.exit_code == 0, done.stderr
         assert "is the result of this run already" in done.stderr
@@ -83,7 +84,7 @@ def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Pa
     assert result.exit_code == 0, result.stderr
     result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
     assert result.exit_code == 0, result.stderr
-    for name in ("adapter_model.safetensors", "adapter_config.json", SUBSPACE_FILE):
+    for name in ("adapter_model.safetensors", "adapter_config.json", EDIT_FILE):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
 
@@ -125,8 +126,8 @@ def test_names_in_a_manifest_do_not_leave_the_folder(
         lambda m: m["source"]["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 1}}),
         lambda m: m["source"]["files"].update({"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}}),
         lambda m: m["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 1}}),
-        lambda m: m["subspace"].update(file="."),
-        lambda m: m["subspace"].update(file="../tiny.safetensors"),
+        lambda m: m["edit"].update(file="."),
+        lambda m: m["edit"].update(file="../tiny.safetensors"),
     ]
     whole = recorded.read_text()
     for change in alterations:
@@ -216,20 +217,20 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
 def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
     converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    entry = next(e for e in read_manifest(converted[1])["edited"] if e["layer"] == 3)
+    entry = next(e for e in read_manifest(converted[1]).edited if e.layer == 3)
 
     def forge(manifest: dict[str, Any]) -> None:
-        file = manifest["files"][entry["shard"]]
+        file = manifest["files"][entry.shard]
         file["sha256"] = "0" * 64
         names = list(file["prefixes"])
-        for name in names[names.index(entry["name"]) :]:
+        for name in names[names.index(entry.name) :]:
             file["prefixes"][name] = "0" * 16
 
     alter(recorded, forge)
     before = sorted(tmp_path.iterdir())
     result = cli("replay", recorded, tmp_path / "again", "--source", converted[0])
     assert result.exit_code == 8
-    assert f"{entry['shard']} differs from tensor {entry['name']} on" in result.stderr
+    assert f"{entry.shard} differs from tensor {entry.name} on" in result.stderr
     assert "so the manifest may be altered" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
@@ -248,11 +249,11 @@ def test_what_a_manifest_cannot_know_is_asked_for(
     flip(tmp_path / "tiny.safetensors", -1)
     result = cli(*args, "--source", source)
     assert result.exit_code == 8
-    assert "tiny.safetensors is not the subspace that tiny.json records" in result.stderr
+    assert "tiny.safetensors is not the edit that tiny.json records" in result.stderr
     (tmp_path / "tiny.safetensors").unlink()
     result = cli(*args, "--source", source)
     assert result.exit_code == 8
-    assert "tiny.safetensors or gloss_subspace.safetensors beside it" in result.stderr
+    assert f"tiny.safetensors or {EDIT_FILE} beside it" in result.stderr
 
 
 def test_a_manifest_alone_does_not_make_code_run(
@@ -266,7 +267,7 @@ def test_a_manifest_alone_does_not_make_code_run(
     assert cli(*args, "--trust-remote-code").exit_code == 0
 
 
-def test_a_refit_finds_the_recorded_subspace(
+def test_a_refit_finds_the_recorded_edit(
     converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("replay", recorded, tmp_path / "again", "--source", converted[0], "--refit")
@@ -277,15 +278,15 @@ def test_a_refit_finds_the_recorded_subspace(
     assert angles[-1] < 1e-3
     assert weights(tmp_path / "again") == weights(converted[1])
     # a recorded basis that was turned by two degrees in one direction
-    subspace = tmp_path / "tiny.safetensors"
-    tensors = load_file(subspace)
+    stored = tmp_path / "tiny.safetensors"
+    tensors = load_file(stored)
     U = tensors["U"]
     outside = torch.linalg.qr(torch.cat([U, torch.eye(32)[:, :1]], 1)).Q[:, -1]
     turn = math.radians(2)
     U[:, 1] = math.cos(turn) * U[:, 1] + math.sin(turn) * outside
-    save_file(tensors, subspace, {"format": "pt"})
-    digest = hashlib.sha256(subspace.read_bytes()).hexdigest()
-    alter(recorded, lambda m: m["files"][SUBSPACE_FILE].update(sha256=digest))
+    save_file(tensors, stored, {"format": "pt"})
+    digest = hashlib.sha256(stored.read_bytes()).hexdigest()
+    alter(recorded, lambda m: m["files"][EDIT_FILE].update(sha256=digest))
     shutil.rmtree(tmp_path / "again")
     result = cli(*args)
     assert result.exit_code == 8

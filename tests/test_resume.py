@@ -328,7 +328,7 @@ STOP = """
 import os, signal, sys, threading, time
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from converter.cli import main as cli
+from converter.cli.convert import convert_command
 from converter.methods import workbench as fitting
 def slow(*args, **more):
     print("working", flush=True)
@@ -337,7 +337,7 @@ def slow(*args, **more):
         torch.sort(x)  # a step that takes a while
     return x
 fitting.extract = slow
-cli.convert_command(sys.argv[1:])
+convert_command(sys.argv[1:])
 """
 
 

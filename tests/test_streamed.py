@@ -25,10 +25,10 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
-from converter.edits.base import Projection
-from converter.edits.subspace_file import load_bases
+from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
 from converter.models import build as models
+from converter.models import dequantized
 from converter.models import placement as mode
 from converter.models.batching import Encoder, batches, logit_positions
 from converter.models.edited import edited
@@ -37,7 +37,9 @@ from converter.models.likelihood import log_probabilities
 from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
+from converter.recipe import Settings, parse_size
 from converter.runtime import memory, progress
+from tests.builders.edits import removal
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -148,9 +150,10 @@ def test_in_every_architecture_streaming_gives_the_same(
     plain = [log_p(m) for m in (streamed, whole)]
     differences["log p"] = float((plain[0] - plain[1]).abs().max())
     basis = torch.linalg.qr(torch.randn(HIDDEN, 4, generator=torch.manual_seed(0)))[0]
+    edit = removal(opened.plan, {1: basis, 4: basis})
     hooked = []
     for model in (streamed, whole):
-        with edited(model.module, model.architecture, Projection({1: basis, 4: basis}), (1, 4)):
+        with edited(model.module, opened.plan, edit):
             hooked.append(log_p(model))
     differences["edited"] = float((hooked[0] - hooked[1]).abs().max())
     assert float((hooked[1] - plain[1]).abs().max()) > 1e-3
@@ -231,7 +234,7 @@ class Reads:
             self.names.append(info.name)
             return read_raw(file, info)
 
-        monkeypatch.setattr("converter.models.dequantized.read_raw", read)
+        monkeypatch.setattr(dequantized, "read_raw", read)
         load = model.weights.load
 
         def loading(part: str) -> None:
@@ -405,7 +408,7 @@ def test_pickles_are_streamed(checkpoints: Checkpoints, tmp_path: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     opened = Opened.of(folder)
-    assert opened.source.recipes is not None
+    assert opened.source.virtual_shards is not None
     same(opened)
 
 
@@ -512,13 +515,13 @@ SIZES = {"4GB": 4 * 10**9, "512mb": 512 * 10**6, "1.5 GiB": 3 << 29, "1000": 100
 
 @pytest.mark.parametrize(("text", "size"), SIZES.items())
 def test_sizes(text: str, size: int) -> None:
-    assert memory.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "0", "1e9", "4GBB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match="--memory-limit: expected a size such as 4GB"):
-        memory.parse_size(text)
+        Settings(memory_limit=text)  # type: ignore[arg-type]
 
 
 # whole runs
@@ -533,7 +536,7 @@ def test_a_streamed_conversion_gives_the_same_subspace(
         args = ("--num-pairs", 64, "--forward", way, *TINY_ARGS)
         result = cli("convert", checkpoints(kind), tmp_path / way, *args)
         assert result.exit_code == 0, result.stderr
-        bases.append(load_bases(tmp_path / way / "gloss_subspace.safetensors"))
+        bases.append(load_bases(tmp_path / way / EDIT_FILE))
     assert bases[0].keys() == bases[1].keys()
     for name, U in bases[0].items():
         V = bases[1][name]
@@ -553,7 +556,7 @@ def test_a_conversion_can_be_streamed_from_its_texts_to_its_guard(
         assert result.exit_code == 0, result.stderr
         assert f"forward pass {way}: asked for" in result.stderr
         assert json.loads(result.stdout)["forward"] == {"mode": way, "reason": "asked for"}
-        bases[way] = load_bases(out / "gloss_subspace.safetensors")
+        bases[way] = load_bases(out / EDIT_FILE)
         manifests[way] = json.loads((out / "gloss_manifest.json").read_text())
         assert manifests[way]["forward"]["mode"] == way
         assert manifests[way]["run"]["forward"] == way

@@ -1,10 +1,12 @@
 """Theorems about subspaces: planted truth is recovered, protected directions are not touched."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import convert
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,18 +19,43 @@ from converter.calibration.linear_algebra import (
     svd_directions,
     top_right_singular_vectors,
 )
-from converter.calibration.statistics import Activations, Moments
+from converter.calibration.statistics import Activations, Moments, Request
 from converter.calibration.word_list import WordList
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.safetensors.header import Header, TensorInfo
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit
+from converter.edits.deltas import RemoveSubspace
+from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_names
 from converter.errors import FitError, OptionError
-from converter.methods.base import configure, method_names, parse_layers
+from converter.evaluation.systems import edited_layers
+from converter.manifest import Origin, SubspaceEvidence
+from converter.methods.base import METHODS, Proposal, configure, parse_layers
 from converter.methods.rankings import ranking_names
-from converter.methods.subspace import Subspace, above_threshold, global_basis
+from converter.methods.subspace import Removal, Subspace, above_threshold, global_basis
 
 N, D, L = 200, 48, 6
-WORDS = WordList(frozenset({"bad"}), {}, "0" * 64)
-DIMENSIONS = Dimensions(L, D, 64)
+WORDS = WordList(frozenset({"bad"}), Origin(name="test"), "0" * 64)
 
+
+def plan_of(layers: int, hidden_size: int, intermediate_size: int) -> Plan:
+    """Of a Llama that is nothing but headers; its down-projections have biases."""
+    config = {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size, "num_attention_heads": 1, "vocab_size": 9,
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (9, hidden_size), "model.norm.weight": (hidden_size,),
+    }  # fmt: skip
+    for layer in range(layers):
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (hidden_size, intermediate_size)
+        shapes[f"model.layers.{layer}.mlp.down_proj.bias"] = (hidden_size,)
+    infos = {name: TensorInfo(name, "F32", shape, 0, 0) for name, shape in shapes.items()}
+    return make_plan(config, None, {"model.safetensors": Header(0, 0, infos)})
+
+
+PLAN = plan_of(L, D, 64)
+DIMENSIONS = PLAN.dimensions
 
 AXES = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0].T
 TOXIC, MASSIVE, NEUTRAL = AXES[0], AXES[1], AXES[2:18]
@@ -60,30 +87,88 @@ def planted(massive: bool = False) -> Activations:
     return Activations(plus, minus, moment, {}, causal, leading)
 
 
-def decode(directions: Tensor, count: int) -> list[tuple[str, ...]]:
+Decode = Callable[[Tensor, int], list[tuple[str, ...]]]
+
+
+def all_bad(directions: Tensor, count: int) -> list[tuple[str, ...]]:
     return [("bad",) * count] * len(directions)
 
 
-def fit(name: str, activations: Activations, **options: object) -> Subspace:
-    texts = {key: str(value) for key, value in options.items()}
-    if name == "gloss":
-        forward_only = {"candidates": "mean+svd", "ranking": "mean-difference"}
-        texts = {"basis": "candidates", "layers": "2-4"} | forward_only | texts
-    return configure(name, texts, DIMENSIONS).fit(activations, decode, WORDS)
+@dataclass
+class Desk:
+    """A ``Workbench`` on which activations lie ready; there is no model.
+
+    Attributes:
+        seen: what any request is answered with.
+        decode: stands in for the vocabulary.
+        asked: the requests.
+    """
+
+    seen: Activations
+    decode: Decode = all_bad
+    gains: Mapping[int, Tensor] = field(default_factory=dict)
+    asked: list[Request] = field(default_factory=list)
+    plan: Plan = PLAN
+    words: WordList = WORDS
+
+    def activations(self, request: Request) -> Activations:
+        self.asked.append(request)
+        return self.seen
+
+    def weight(self, weight: Weight) -> Tensor:
+        raise AssertionError("no method of a subspace looks at weights")
+
+    def single_token_share(self) -> float:
+        return 1.0
+
+    def masked(self, token: str) -> str:
+        return token
+
+
+FORWARD_ONLY = {"candidates": "mean+svd", "ranking": "mean-difference"}
+USUAL = {"gloss": {"layers": "2-4"}, "gloss-paper": {"layers": "2-4"} | FORWARD_ONLY}
+"""Options of the fits of these tests, unless they ask for others."""
+
+
+def fit(name: str, activations: Activations, **options: object) -> Proposal:
+    texts = USUAL.get(name, {}) | {key: str(value) for key, value in options.items()}
+    return configure(name, texts, DIMENSIONS).fit(Desk(activations))
+
+
+def removed(edit: Edit) -> dict[int, Tensor]:
+    """What an edit takes out of each layer: the same of a weight and of its bias."""
+    edit.check(PLAN)
+    found: dict[int, Tensor] = {}
+    for name, weight in PLAN.find(edit.tensors).items():
+        delta = edit.tensors[name]
+        assert isinstance(delta, RemoveSubspace)
+        assert found.setdefault(weight.layer, delta.U) is delta.U
+    return found
+
+
+def bases(proposal: Proposal, rank: int | None = None) -> dict[int, Tensor]:
+    """What the edit of a rank takes out of each layer; of the largest, if none is given."""
+    return removed(proposal.edit(proposal.strengths[-1] if rank is None else rank))
+
+
+def evidence(proposal: Proposal) -> SubspaceEvidence:
+    """What the manifest keeps of a fit."""
+    return convert(proposal.evidence, SubspaceEvidence)
 
 
 @pytest.mark.parametrize("ranking", ["causal", "linear-probe", "mean-difference"])
 @pytest.mark.parametrize("candidates", ["causal", "mean", "svd", "mean+svd"])
 def test_gloss_recovers_a_planted_direction(candidates: str, ranking: str) -> None:
-    found = fit("gloss", planted(), rank=1, candidates=candidates, ranking=ranking, alpha=0)
-    assert found.bases[2].shape == (D, 1)
-    assert float(found.bases[2][:, 0] @ TOXIC) > 0.99  # the sign too: it points to the toxic side
+    options = {"rank": 1, "candidates": candidates, "ranking": ranking, "alpha": 0}
+    U = bases(fit("gloss-paper", planted(), **options))[2]
+    assert U.shape == (D, 1)
+    assert float(U[:, 0] @ TOXIC) > 0.99  # the sign too: it points to the toxic side
 
 
 def test_profs_recovers_a_planted_direction_in_each_layer() -> None:
-    found = fit("profs", planted(), rank=1)
-    assert sorted(found.bases) == list(range(2, L))
-    for basis in found.bases.values():
+    found = bases(fit("profs", planted(), rank=1))
+    assert sorted(found) == list(range(2, L))
+    for basis in found.values():
         assert float(basis[:, 0] @ TOXIC) > 0.99
 
 
@@ -94,53 +179,94 @@ def test_a_candidate_counts_by_what_toxic_words_lose_without_it() -> None:
     weak = {n: A + 0.01 * torch.outer(other, other) for n, A in seen.causal.items()}
     seen = replace(seen, causal=weak)
     causal = {"candidates": "causal", "ranking": "causal"}
-    found = fit("gloss", seen, rank=2, alpha=-1, **causal)
-    scores = {c.index: c.score for c in found.candidates if c.layer == 2}
+    found = fit("gloss-paper", seen, rank=2, alpha=-1, **causal)
+    scores = {c.index: c.score for c in evidence(found).candidates if c.layer == 2}
     assert scores[0] == pytest.approx(0.6, abs=0.02)  # 3 TOXIC along f, 0.2 along its gradient
     assert scores[1] == pytest.approx(0.01, abs=0.02)
-    assert float(found.bases[2][:, 0] @ TOXIC) > 0.99
-    values = found.singular_values["U"]
-    assert float(values[0] ** 2) == pytest.approx(3 * 0.6, abs=0.1)  # three layers
+    assert float(bases(found)[2][:, 0] @ TOXIC) > 0.99
+    values = evidence(found).singular_values["U"]
+    assert values[0] ** 2 == pytest.approx(3 * 0.6, abs=0.1)  # three layers
+
+
+def with_moments(seen: Activations) -> Activations:
+    """Words that owe 9 nats to what is against ``TOXIC`` and little to another direction."""
+    V = torch.stack([AXES[30], -TOXIC, AXES[31]], 1)
+    words = torch.stack([torch.diag(torch.tensor([0.0, 9.0, 0.1]))] * 20)
+    texts = dict.fromkeys(("pairs", "prose"), torch.zeros(4, 3, 3))
+    moments = Moments(V, words, torch.ones(20), texts, {"pairs": 9, "prose": 9})
+    return replace(seen, moments=moments)
 
 
 def test_the_greedy_basis_is_made_within_the_given_directions_and_turned_to_the_toxic_side() -> (
     None
 ):
-    V = torch.stack([AXES[30], -TOXIC, AXES[31]], 1)
-    words = torch.stack([torch.diag(torch.tensor([0.0, 9.0, 0.1]))] * 20)
-    none = torch.zeros(4, 3, 3)
-    moments = Moments(
-        V, words, torch.ones(20), {"pairs": none, "prose": none}, {"pairs": 9, "prose": 9}
-    )
-    causal = {"basis": "moments", "candidates": "causal", "ranking": "causal"}
-    seen = replace(planted(), moments=moments)
-    found = fit("gloss", seen, rank=2, **causal)
-    assert float(found.bases[2][:, 0] @ TOXIC) > 0.99
-    assert float((V.T @ found.bases[2]).square().sum()) == pytest.approx(2, abs=1e-5)
-    assert float(found.singular_values["U"][0]) == pytest.approx(3)
+    seen = with_moments(planted())
+    assert seen.moments is not None
+    found = fit("gloss", seen, rank=2)
+    U = bases(found)[2]
+    assert float(U[:, 0] @ TOXIC) > 0.99
+    assert float((seen.moments.directions.T @ U).square().sum()) == pytest.approx(2, abs=1e-5)
+    assert evidence(found).singular_values["U"][0] == pytest.approx(3)
     with pytest.raises(FitError, match="rank 4 is larger than the directions among which it is"):
-        fit("gloss", seen, rank=4, **causal)
-    with pytest.raises(OptionError, match="directions=3 has no effect with basis=candidates"):
-        fit("gloss", seen, rank=2, directions=3)
+        fit("gloss", seen, rank=4)
+
+
+def test_each_of_the_two_methods_of_gloss_refuses_the_options_of_the_other() -> None:
+    for name, key in (
+        ("gloss", "candidates"), ("gloss", "ranking"), ("gloss", "alpha"), ("gloss", "weights"),
+        ("gloss-paper", "directions"), ("gloss-paper", "cost"), ("gloss-paper", "saturation"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError) as caught:
+            configure(name, {key: "3"}, DIMENSIONS)
+        assert (caught.value.what, caught.value.found) == (f"-o {key}: method {name}", key)
 
 
 def test_a_random_subspace_spares_what_is_protected_and_follows_its_draw() -> None:
     seen = planted(massive=True)
-    first, again = (fit("random", seen, rank=3, draw=1).bases[2] for _ in range(2))
+    first, again = (bases(fit("random", seen, rank=3, draw=1))[2] for _ in range(2))
     assert torch.equal(first, again)
     assert float((first.T @ first - torch.eye(3)).abs().max()) < 1e-6
     assert float((first.T @ MASSIVE).norm()) < 1e-3
-    assert not torch.allclose(first, fit("random", seen, rank=3, draw=2).bases[2])
-    naked = [fit("random", seen, rank=3, draw=n, protect_shared=0).bases[2] for n in range(9)]
+    assert not torch.allclose(first, bases(fit("random", seen, rank=3, draw=2))[2])
+    naked = [bases(fit("random", seen, rank=3, draw=n, protect_shared=0))[2] for n in range(9)]
     shares = torch.stack([(U.T @ MASSIVE).square().sum() for U in naked])
     assert float(shares.mean()) == pytest.approx(3 / D, abs=0.06)
 
 
 def test_leading_columns_are_the_smaller_subspace() -> None:
-    for name, options in (("gloss", {"alpha": -9}), ("profs", {})):
-        wide, narrow = (fit(name, planted(), rank=rank, **options) for rank in (3, 2))
-        for layer, basis in wide.truncated(2).bases.items():
-            assert torch.allclose(basis, narrow.bases[layer], atol=1e-6)
+    seen = with_moments(planted())
+    for name, options in (("gloss", {}), ("gloss-paper", {"alpha": -9}), ("profs", {})):
+        wide, narrow = (fit(name, seen, rank=rank, **options) for rank in (3, 2))
+        expected = bases(narrow)
+        for layer, basis in bases(wide, rank=2).items():
+            assert torch.equal(basis, bases(wide)[layer][:, :2])
+            assert torch.allclose(basis, expected[layer], atol=1e-6)
+
+
+def test_a_given_rank_is_the_last_of_those_that_can_be_measured() -> None:
+    """``random@perplexity`` looks for another rank than the one that it was configured with."""
+    for rank, ranks in ((8, [1, 2, 3, 4, 6, 8]), (5, [1, 2, 3, 4, 5]), (1, [1])):
+        given = fit("random", planted(), rank=rank)
+        assert (list(given.strengths), given.is_free) == (ranks, False)
+    free = fit("random", planted())
+    assert (list(free.strengths), free.is_free) == ([1, 2, 3, 4, 6, 8], True)
+    few = fit("gloss", with_moments(planted()))  # among three directions
+    assert (list(few.strengths), few.is_free) == ([1, 2, 3], True)
+
+
+def test_a_control_is_a_random_subspace_of_the_same_tensors_and_rank() -> None:
+    proposal = fit("gloss-paper", planted(massive=True), rank=3, alpha=-9)
+    first, again, other = (proposal.control(2, seed) for seed in (0, 0, 1))
+    assert first.digest() == again.digest() != other.digest()
+    assert first.tensors.keys() == proposal.edit(2).tensors.keys()
+    (U,) = {delta.protects for delta in first.tensors.values()}
+    assert U is not None
+    assert torch.allclose(U.T @ U, torch.eye(2), atol=1e-6)
+    assert float((U.T @ MASSIVE).norm()) < 1e-3  # what neutral text writes most of is spared
+    subspace = Subspace(dict.fromkeys((2, 3), U), {}, (), U.T)
+    naked = Removal(2, (2, 3), bias=True).propose(Desk(planted()), subspace, None)
+    shares = [removed(naked.control(3, seed))[2].T @ MASSIVE for seed in range(9)]
+    assert float(torch.stack(shares).square().sum(1).mean()) == pytest.approx(3 / D, abs=0.06)
 
 
 def test_iterated_eigenvectors_are_those_of_a_whole_decomposition() -> None:
@@ -158,47 +284,49 @@ def test_scores_that_are_all_equal_say_nothing_and_keep_all() -> None:
 
 def test_massive_activations_are_protected_and_would_be_taken_otherwise() -> None:
     options = {"rank": 1, "candidates": "svd", "per_layer": 1, "alpha": -5}
-    protected = fit("gloss", planted(massive=True), **options).bases[2][:, 0]
+    protected = bases(fit("gloss-paper", planted(massive=True), **options))[2][:, 0]
     assert abs(float(protected @ MASSIVE)) < 1e-3
     assert float(protected @ TOXIC) > 0.99
-    naked = fit("gloss", planted(massive=True), protect_shared=0, protect_own=0, **options)
-    assert abs(float(naked.bases[2][:, 0] @ MASSIVE)) > 0.99
+    naked = fit("gloss-paper", planted(massive=True), protect_shared=0, protect_own=0, **options)
+    assert abs(float(bases(naked)[2][:, 0] @ MASSIVE)) > 0.99
 
 
 def test_each_of_the_two_protections_works_alone() -> None:
     options = {"rank": 1, "candidates": "svd", "per_layer": 1, "alpha": -5}
     for protection in ({"protect_shared": 1, "protect_own": 0},
                        {"protect_shared": 0, "protect_own": 1}):  # fmt: skip
-        found = fit("gloss", planted(massive=True), **options, **protection).bases[2][:, 0]
-        assert abs(float(found @ MASSIVE)) < 1e-3
-        assert float(found @ TOXIC) > 0.99
+        found = fit("gloss-paper", planted(massive=True), **options, **protection)
+        u = bases(found)[2][:, 0]
+        assert abs(float(u @ MASSIVE)) < 1e-3
+        assert float(u @ TOXIC) > 0.99
 
 
 def test_protection_that_leaves_nothing_is_an_error() -> None:
-    for count in (D, 10**9):
-        with pytest.raises(FitError, match=r"leaves nothing of what tells the two sides apart"):
-            fit("gloss", planted(), protect_shared=count)
+    for name in ("gloss", "gloss-paper"):
+        for count in (D, 10**9):
+            with pytest.raises(FitError, match=r"leaves nothing of what tells the two sides apart"):
+                fit(name, with_moments(planted()), protect_shared=count)
 
 
 def test_no_basis_touches_what_is_protected() -> None:
     seen = planted(massive=True)
     assert seen.second_moment is not None
     shared = leading_eigenvectors(seen.second_moment, 16)
-    basis = fit("gloss", seen, rank=4, per_layer=4, alpha=0).bases[2]
+    basis = bases(fit("gloss-paper", seen, rank=4, per_layer=4, alpha=0))[2]
     assert float((shared.T @ basis.double()).abs().max()) < 1e-6
     assert torch.allclose(basis.T @ basis, torch.eye(4), atol=1e-6)
 
 
 def test_a_rank_larger_than_the_candidates_is_an_error() -> None:
     with pytest.raises(FitError, match="rank 40 is larger than the candidates allow: expected at"):
-        fit("gloss", planted(), rank=40)
+        fit("gloss-paper", planted(), rank=40)
     with pytest.raises(FitError, match="rank 48 is larger than the candidates allow: expected at"):
         fit("profs", planted(), rank=48)
 
 
 def test_no_candidate_over_the_threshold_is_an_error() -> None:
     with pytest.raises(FitError, match="no candidate direction is over the threshold"):
-        fit("gloss", planted(), alpha=99)
+        fit("gloss-paper", planted(), alpha=99)
     assert above_threshold([0.0, 0.0, 3.0], 1.0) == [False, False, True]
 
 
@@ -206,7 +334,7 @@ def test_sides_that_do_not_differ_are_an_error() -> None:
     x = torch.randn(N, D)
     same = Activations(dict.fromkeys(range(L), x), dict.fromkeys(range(L), x), torch.eye(D) / D, {})
     with pytest.raises(FitError, match=r"leaves nothing|same mean"):
-        fit("gloss", same)
+        fit("gloss-paper", same)
     with pytest.raises(FitError, match="are the same"):
         fit("profs", same)
 
@@ -215,22 +343,18 @@ def test_vocabulary_ranking_keeps_what_decodes_to_listed_words() -> None:
     def one_is_bad(directions: Tensor, count: int) -> list[tuple[str, ...]]:
         return [("bad",) if i == 3 else ("good",) for i in range(len(directions))]
 
-    method = configure(
-        "gloss",
-        {"basis": "candidates", "ranking": "vocabulary", "candidates": "svd", "rank": "1"},
-        DIMENSIONS,
-    )
-    found = method.fit(planted(), one_is_bad, WORDS)
-    assert [c.kept for c in found.candidates].index(True) == 3
-    assert sum(c.kept for c in found.candidates) == 1
+    options = {"ranking": "vocabulary", "candidates": "svd", "rank": "1"}
+    found = configure("gloss-paper", options, DIMENSIONS).fit(Desk(planted(), one_is_bad))
+    kept = [candidate.kept for candidate in evidence(found).candidates]
+    assert kept.index(True) == 3
+    assert sum(kept) == 1
 
 
 def test_a_vocabulary_that_cannot_be_decoded_cannot_rank() -> None:
-    method = configure(
-        "gloss", {"basis": "candidates", "ranking": "vocabulary", "candidates": "svd"}, DIMENSIONS
-    )
+    options = {"ranking": "vocabulary", "candidates": "svd"}
+    method = configure("gloss-paper", options, DIMENSIONS)
     with pytest.raises(FitError, match="cannot be decoded"):
-        method.fit(planted(), lambda directions, count: [()] * len(directions), WORDS)
+        method.fit(Desk(planted(), lambda directions, count: [()] * len(directions)))
 
 
 def test_removal_is_a_projection() -> None:
@@ -272,28 +396,63 @@ def test_the_global_basis_spans_the_strongest_candidates() -> None:
 
 
 def test_a_subspace_survives_its_file(tmp_path: Path) -> None:
-    for name in ("gloss", "profs"):
-        found = fit(name, planted(), rank=2)
-        found.save(tmp_path / name)
+    for name, names in (
+        ("gloss", {"U"}), ("gloss-paper", {"U"}), ("profs", {"U.2", "U.3", "U.4", "U.5"}),
+    ):  # fmt: skip
+        found = fit(name, with_moments(planted()), rank=2)
+        edit, kept = found.edit(2), evidence(found)
+        layers = {n: weight.layer for n, weight in PLAN.find(edit.tensors).items()}
+        save_edit(tmp_path / name, edit, layers, found.tensors)
+        stored = stored_names(edit, layers)
+        assert load_bases(tmp_path / name).keys() == names
         tensors = load_file(tmp_path / name)
-        for layer, basis in found.bases.items():
-            assert torch.equal(tensors[found.basis_name(layer)], basis)
-        assert len(tensors["scores"]) == len(found.candidates)
+        for tensor in edit.tensors:
+            assert torch.equal(tensors[stored[tensor]["U"]], bases(found)[layers[tensor]])
+        assert tensors[f"{EVIDENCE}scores"].tolist() == pytest.approx(
+            [candidate.score for candidate in kept.candidates]
+        )
+        assert tensors[f"{EVIDENCE}candidates"].shape == (len(kept.candidates), D)
+        for basis in names:
+            values = tensors[f"{EVIDENCE}singular_values.{basis}"].tolist()
+            assert values == pytest.approx(kept.singular_values[basis])
 
 
 def test_default_layers_are_those_of_the_documentation() -> None:
-    assert method_names() == ["gloss", "profs", "random"]
+    assert METHODS.names() == ["gloss", "gloss-paper", "profs", "random"]
     assert ranking_names() == ["causal", "linear-probe", "mean-difference", "vocabulary"]
-    large = Dimensions(30, 576, 1536)
-    assert configure("gloss", {}, large).edit_layers == tuple(range(7, 27))
-    assert configure("profs", {}, Dimensions(24, 1024, 4096)).edit_layers == tuple(range(10, 24))
-    assert configure("gloss", {}, Dimensions(1, 8, 8)).edit_layers == (0,)
-    for layers in ("0-1", "3"):  # layers alone moves both
-        method = configure("gloss", {"layers": layers}, DIMENSIONS)
-        assert method.edit_layers == method.request.layers == parse_layers("", layers, L)
-    fitted = configure("gloss", {"layers": "1-3", "edit_layers": "2,4"}, DIMENSIONS)
-    assert fitted.request.layers == (1, 2, 3)
-    assert fitted.edit_layers == (2, 4)
+
+    def edited(name: str, plan: Plan, **options: str) -> tuple[int, ...]:
+        return edited_layers(configure(name, options, plan.dimensions), plan)[0]
+
+    for name in ("gloss", "gloss-paper", "random"):
+        assert edited(name, plan_of(30, 576, 1536)) == tuple(range(7, 27))
+        assert edited(name, plan_of(1, 8, 8)) == (0,)
+    assert edited("profs", plan_of(24, 1024, 4096)) == tuple(range(10, 24))
+
+
+def test_layers_are_those_that_are_fitted_and_edited_unless_others_are_to_be_edited() -> None:
+    for name, options, fitted, edited in (
+        ("gloss", {"layers": "0-1"}, (0, 1), (0, 1)),  # layers alone moves both
+        ("gloss", {"layers": "3"}, (3,), (3,)),
+        ("gloss", {"layers": "1-3", "edit_layers": "2,4"}, (1, 2, 3), (2, 4)),
+        ("gloss-paper", {"layers": "0-1"}, (0, 1), (0, 1)),
+        ("gloss-paper", {"layers": "1-3", "edit_layers": "2,4"}, (1, 2, 3), (2, 4)),
+        ("profs", {"layers": "3"}, (3,), (3,)),
+    ):
+        method, desk = configure(name, options, DIMENSIONS), Desk(with_moments(planted()))
+        found = method.fit(desk)
+        assert [request.layers for request in desk.asked] == [fitted]
+        assert edited_layers(method, PLAN) == (edited, True)
+        assert tuple(bases(found)) == edited
+
+
+def test_a_bias_is_edited_with_its_weight_unless_it_is_to_be_kept() -> None:
+    for name in METHODS.names():
+        seen = with_moments(planted())
+        for bias, parts in (("project", {"weight", "bias"}), ("keep", {"weight"})):
+            options = {"layers": 3, "rank": 1, "bias": bias}
+            names = fit(name, seen, **options).edit(1).tensors
+            assert set(names) == {f"model.layers.3.mlp.down_proj.{part}" for part in parts}
 
 
 def test_layer_lists_are_read() -> None:
@@ -306,16 +465,22 @@ def test_layer_lists_are_read() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rnak": "4"}, "-o rnak: method gloss: expected rank, layers"),
+        ({"rnak": "4"}, "-o rnak: method gloss-paper: expected rank, layers"),
         ({"rank": "four"}, "-o rank: expected a whole number, found four"),
         ({"rank": "0"}, "-o rank: expected at least 1, found 0"),
         ({"alpha": "x"}, "-o alpha: expected a number"),
         ({"alpha": "-inf"}, "-o alpha: expected a number, found -inf"),
         ({"site": "attention"}, "-o site: expected ffn or residual"),
+        ({"ranking": "magic"}, "-o ranking: expected causal or linear-probe or .*, found magic"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, str], says: str) -> None:
     with pytest.raises(OptionError, match=says):
-        configure("gloss", options, DIMENSIONS)
-    with pytest.raises(OptionError, match="--method: expected gloss or profs or random, found"):
+        configure("gloss-paper", options, DIMENSIONS)
+
+
+def test_a_method_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(OptionError) as caught:
         configure("nonesuch", {}, DIMENSIONS)
+    assert (caught.value.what, caught.value.found) == ("--method", "nonesuch")
+    assert caught.value.expected == "gloss or gloss-paper or profs or random"

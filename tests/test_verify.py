@@ -1,11 +1,9 @@
 """Verification finds one wrong byte anywhere, and names it."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
-from converter.checkpoints.safetensors.rewrite import digests_of
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
-from converter.release.manifest import hash_line, read_manifest, schema, seal, write_manifest
+from converter.release.manifest import read_manifest
+from converter.release.schema import schema
+from tests.builders.adversary import forged, load_manifest, put, reseal
 
 Cli = Callable[..., Result]
 
@@ -79,35 +79,14 @@ def test_missing_and_additional_files_are_found(out: Path) -> None:
     assert not any("gitattributes" in problem for problem in problems)
 
 
-def put(out: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest, and a card and sums that agree with it."""
-    line = hash_line(write_manifest(out, manifest))
-    card = (out / "README.md").read_text("utf-8")
-    seal(out, manifest, re.sub(r"(?m)^sha256 of `gloss.*$", line, card))
-
-
-def reseal(out: Path, **changed: str) -> None:
-    """Write a manifest and sums that agree with altered files, as someone with intent would."""
-    manifest = read_manifest(out)
-    import hashlib
-
-    for name in changed.values():
-        digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
-        entry = manifest["files"][name]
-        entry |= {"sha256": digest, "bytes": (out / name).stat().st_size}
-        if "prefixes" in entry:
-            entry["prefixes"] = digests_of(out / name)[1]
-    put(out, manifest)
-
-
 def test_a_weight_that_was_not_edited_is_not_orthogonal(
     converted: tuple[Path, Path], out: Path
 ) -> None:
     source, _ = converted
     name = "model.layers.3.mlp.down_proj.weight"
-    entry = next(e for e in read_manifest(out)["edited"] if e["name"] == name)
-    shutil.copyfile(source / entry["shard"], out / entry["shard"])
-    reseal(out, shard=entry["shard"])
+    entry = next(e for e in read_manifest(out).edited if e.name == name)
+    shutil.copyfile(source / entry.shard, out / entry.shard)
+    reseal(out, entry.shard)
     problems = verify(out)
     assert any(f"tensor {name} is not orthogonal to U" in problem for problem in problems)
 
@@ -116,17 +95,17 @@ def test_with_the_source_a_resealed_change_is_found_too(
     converted: tuple[Path, Path], out: Path
 ) -> None:
     source = resolve(str(converted[0]))
-    edited = {entry["name"]: entry["shard"] for entry in read_manifest(out)["edited"]}
+    edited = {entry.name: entry.shard for entry in read_manifest(out).edited}
     shard = next(iter(edited.values()))
     tensors = load_file(out / shard)
     for name, says in (
         (next(n for n in tensors if n not in edited), "differs from that of the source"),
-        (next(n for n in tensors if n in edited), "is not the projection of the source's"),
+        (next(n for n in tensors if n in edited), "is not the source's with the recorded edit"),
     ):
         altered = dict(tensors)
         altered[name] = tensors[name] * 1.02  # still orthogonal to U, if it was
         save_file(altered, out / shard, {"format": "pt"})
-        reseal(out, shard=shard)
+        reseal(out, shard)
         assert not any(f"{shard}: is not" in problem for problem in verify(out))
         problems = verify(out, source)
         assert any(f"{shard}: tensor {name} {says}" in problem for problem in problems)
@@ -150,27 +129,21 @@ def test_false_records_are_found(
     converted: tuple[Path, Path],
     out: Path,
 ) -> None:
-    manifest = read_manifest(out)
-    place: Any = manifest
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    put(out, manifest)
+    put(out, forged(load_manifest(out), path, value))
     assert any(says in problem for problem in verify(out, resolve(str(converted[0]))))
 
 
 def test_a_copied_file_that_was_altered_and_resealed_is_found(out: Path) -> None:
     (out / "generation_config.json").write_text("{}")
-    reseal(out, altered="generation_config.json")
+    reseal(out, "generation_config.json")
     assert "generation_config.json: was to be a copy of the source's and is not" in verify(out)
 
 
 def test_a_basis_that_is_not_orthonormal_is_found(out: Path) -> None:
-    name = "gloss_subspace.safetensors"
-    tensors = load_file(out / name)
+    tensors = load_file(out / EDIT_FILE)
     tensors["U"] = tensors["U"] * 0.99
-    save_file(tensors, out / name)
-    reseal(out, subspace=name)
+    save_file(tensors, out / EDIT_FILE)
+    reseal(out, EDIT_FILE)
     assert any("U is not orthonormal" in problem for problem in verify(out))
 
 
@@ -181,7 +154,7 @@ def test_another_source_is_noticed(
     assert problems
 
 
-@pytest.mark.parametrize("key", sorted(schema()["required"]))
+@pytest.mark.parametrize("key", schema()["$defs"]["Manifest"]["required"])
 def test_the_schema_requires_every_part(key: str, out: Path) -> None:
     manifest = json.loads((out / "gloss_manifest.json").read_text())
     del manifest[key]
@@ -191,24 +164,28 @@ def test_the_schema_requires_every_part(key: str, out: Path) -> None:
 
 def test_a_manifest_that_points_out_of_the_folder_is_refused(out: Path) -> None:
     (out.parent / "secret").write_text("x")
-    manifest = read_manifest(out)
+    manifest = load_manifest(out)
     manifest["files"]["../secret"] = {"sha256": "0" * 64, "bytes": 1}
     put(out, manifest)
     assert "../secret: lies outside the folder" in verify(out)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("name", "no.such.tensor"), ("basis", "U.99"), ("axis", 1), ("shard", "x.safetensors")],
+    ("path", "value", "says"),
+    [
+        (("name",), "no.such.tensor", "tensor no.such.tensor is recorded as edited and is not"),
+        (("tensors", "U"), "U.99", "holds no U.99"),
+        (("axis",), 1, "is recorded as edited and is not that weight"),
+        (("shard",), "x.safetensors", "is recorded as edited and is not that weight"),
+        (("kind",), "remove-all", "there is no kind of edit remove-all"),
+        (("tensors",), {"V": "U"}, "remove-subspace takes the tensors U"),
+    ],
 )
 def test_a_manifest_that_names_what_is_not_there_is_refused(
-    key: str, value: object, out: Path
+    path: tuple[str, ...], value: object, says: str, out: Path
 ) -> None:
-    manifest = read_manifest(out)
-    manifest["edited"][0][key] = value
-    put(out, manifest)
-    problems = verify(out)
-    assert "is not that projection" in problems[0] or "holds no U.99" in problems[0]
+    put(out, forged(load_manifest(out), ("edited", 0, *path), value))
+    assert says in verify(out)[0]
 
 
 def test_files_may_be_links_as_in_the_cache_of_the_hub(out: Path) -> None:

@@ -1,11 +1,9 @@
 """Run the model over the pairs once, and take what a fit needs."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +12,17 @@ from torch import Tensor
 from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
+from converter.calibration.split import Part
 from converter.calibration.statistics import TEXTS, Activations, Moments, Request
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
 from converter.models.batching import MAX_TOKENS, Encoder, Pooling, Sentence, batches
 from converter.models.resident import Group, Model, Pool, SecondMoment, run
+
+EXTRACTION_VERSION = 1
+"""Raised by whoever changes the numbers that are extracted, so that no cache holds the old ones.
+
+``tests/test_extraction.py`` records some of them and fails when they change."""
 
 PIECE = 8
 """Positions of neutral text whose losses are taken together."""
@@ -27,8 +31,7 @@ PIECE = 8
 def activation_inputs(
     digests: Mapping[str, str],
     architecture: Architecture,
-    pairs: Pairs,
-    prose: Prose,
+    part: Part,
     request: Request,
     *,
     device: str,
@@ -38,14 +41,14 @@ def activation_inputs(
 ) -> dict[str, Any]:
     """Everything the activations depend on, by content. Its hash is the cache key.
 
-    The code that extracts counts too, and so do the versions of the libraries that compute. The
-    batch size and the mode of the forward pass change rounding only, but equal inputs have to give
-    equal bytes.
+    The version of the code that extracts counts too, and so do those of the libraries that compute.
+    The batch size and the mode of the forward pass change rounding only, but equal inputs have to
+    give equal bytes.
     """
     return {
         "files": dict(digests),
-        "pairs": pairs.sha256,
-        "prose": prose.sha256,
+        "pairs": part.pairs.sha256,
+        "prose": part.prose.sha256,
         **asdict(request),
         "layers": list(request.layers),
         "module": module_template(architecture, request),
@@ -55,39 +58,13 @@ def activation_inputs(
         "dtype": dtype,
         "forward": mode,
         "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
-        "extractor": _code_digest(),
+        "extraction_version": EXTRACTION_VERSION,
     }
 
 
 def module_template(architecture: Architecture, request: Request) -> str:
     """The name of the modules whose output is wanted, with ``{layer}``."""
     return architecture.ffn if request.site == "ffn" else architecture.block
-
-
-EXTRACTOR = (
-    "calibration/collect.py",
-    "checkpoints/formats/virtual.py",
-    "models/dequantized.py",
-    "checkpoints/formats/meta.py",
-    "checkpoints/formats/pickle_files.py",
-    "models/resident.py",
-    "calibration/causal_moments.py",
-    "models/hidden_states.py",
-    "models/loading.py",
-    "models/hooks.py",
-    "edits/fp8.py",
-    "models/streamed.py",
-    "calibration/linear_algebra.py",
-    "models/batching.py",
-    "models/streamed_weights.py",
-)
-"""The modules that decide what they are."""
-
-
-def _code_digest() -> str:
-    """The sha256 of the extractor's code: any change of it makes another extractor."""
-    code = ((Path(__file__).parents[1] / name).read_bytes() for name in EXTRACTOR)
-    return hashlib.sha256(b"".join(code)).hexdigest()
 
 
 def extract(

@@ -11,6 +11,7 @@ from typing import Any, TextIO, TypeVar
 
 from converter.errors import DataError
 from converter.hub import repos as hub
+from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
 from converter.runtime.files import MAX_LINE, read_file
 
@@ -50,7 +51,7 @@ def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
 
 def locate(
     origin: str, what: str = "pairs", formats: Iterable[str] = FORMATS, split: str = "train"
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[Origin, Path]:
     """A local file, or the data file of a Hub dataset at a resolved commit.
 
     Args:
@@ -69,7 +70,7 @@ def locate(
     if not is_dataset(origin, formats):
         if not path.is_file():
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")
-        return {"name": path.name, "file_sha256": _sha256(path, what)}, path
+        return Origin(name=path.name, file_sha256=_sha256(path, what)), path
     repo = hub.resolve("dataset", origin)
     readable = [name for name in repo.sizes if PurePosixPath(name).suffix in formats]
     chosen = min(readable, key=lambda name: (split not in name, name), default=None)
@@ -81,8 +82,8 @@ def locate(
         )
     folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
     path = folder / chosen if chosen else _first_readable(folder, origin, formats)
-    described = {"repo_id": repo.repo_id, "commit": repo.commit, "file_sha256": _sha256(path, what)}
-    return described, path
+    digest = _sha256(path, what)
+    return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=digest), path
 
 
 def _first_readable(folder: Path, origin: str, formats: Iterable[str]) -> Path:

@@ -4,15 +4,15 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from converter.calibration.datasets import Row, Spans, draw, locate, read_rows
 from converter.calibration.word_list import WordList
 from converter.errors import DataError, OptionError
+from converter.manifest import Origin
 from converter.runtime.files import read_text, reason
 
 MIN_PAIRS = 16
@@ -54,17 +54,18 @@ class Pairs:
     """
 
     pairs: tuple[Pair, ...]
-    origin: dict[str, Any]
+    origin: Origin
     sha256: str
     skipped: dict[str, list[int]] = field(default_factory=dict)
 
-    def describe_skipped(self) -> str:
-        """One line that counts the skipped rows by reason and names the first of each."""
-        return "; ".join(
-            f"{len(rows)} {reason} (row {', '.join(map(str, rows[:NAMED_ROWS]))}"
-            + (", ...)" if len(rows) > NAMED_ROWS else ")")
-            for reason, rows in self.skipped.items()
-        )
+
+def describe_skipped(skipped: Mapping[str, Sequence[int]]) -> str:
+    """One line that counts the skipped rows by reason and names the first of each."""
+    return "; ".join(
+        f"{len(rows)} {reason} (row {', '.join(map(str, rows[:NAMED_ROWS]))}"
+        + (", ...)" if len(rows) > NAMED_ROWS else ")")
+        for reason, rows in skipped.items()
+    )
 
 
 def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -> Pairs:
@@ -95,11 +96,10 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
         raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
     wanted = min(len(usable), MAX_PAIRS) if num_pairs is None else num_pairs
     if len(usable) < max(wanted, MIN_PAIRS):
-        result = Pairs((), {}, "", skipped)
         raise DataError(
             f"pairs {origin if origin == 'builtin' else PurePosixPath(origin).name}",
             expected=f"at least {max(wanted, MIN_PAIRS)} usable pairs",
-            found=f"{len(usable)}" + (f", skipped: {result.describe_skipped()}" if skipped else ""),
+            found=f"{len(usable)}" + (f", skipped: {describe_skipped(skipped)}" if skipped else ""),
             hint="give more pairs or a longer --word-list, or lower --num-pairs",
         )
     chosen = usable if wanted == len(usable) else draw(usable, wanted, seed)
@@ -161,7 +161,7 @@ def normalise(text: str) -> str:
     return text.strip().rstrip(".,!?;: ")
 
 
-def _builtin() -> tuple[dict[str, Any], list[Row]]:
+def _builtin() -> tuple[Origin, list[Row]]:
     """The built-in pairs: see ``data/pairs.toml`` for the rule that generates them."""
     text = files("converter").joinpath("data/pairs.toml").read_text("utf-8")
     data = tomllib.loads(text)
@@ -172,7 +172,7 @@ def _builtin() -> tuple[dict[str, Any], list[Row]]:
             neutral, _ = _fill(normalise(frame["neutral"]), data["words"], place + fill)
             spans = tuple(s for s in spans if s[0] > 0)
             rows.append(Row(len(rows) + 1, toxic, neutral, spans, group=f"frame {place}"))
-    return {"name": "builtin", "version": data["version"]}, rows
+    return Origin(name="builtin", version=data["version"]), rows
 
 
 def _fill(frame: str, words: dict[str, list[str]], number: int) -> tuple[str, Spans]:
@@ -196,7 +196,7 @@ class Prose:
     """Ordinary text for the statistics of neutral tokens: paragraphs, origin, and their sha256."""
 
     paragraphs: tuple[str, ...]
-    origin: dict[str, Any]
+    origin: Origin
     sha256: str
 
 
@@ -208,14 +208,14 @@ def load_prose(origin: str) -> Prose:
     """
     if origin == "builtin":
         text = files("converter").joinpath("data/neutral.txt").read_text("utf-8")
-        name: dict[str, Any] = {"name": "builtin"}
+        name = "builtin"
     else:
         path = Path(origin)
         try:
             text = read_text(path)
         except (OSError, ValueError) as error:
             raise DataError(f"neutral text {origin} cannot be read", found=reason(error)) from error
-        name = {"name": path.name}
+        name = path.name
     paragraphs = tuple(line.strip() for line in text.splitlines() if line.strip())
     count = sum(len(paragraph.split()) for paragraph in paragraphs)
     if count < MIN_WORDS:
@@ -224,7 +224,7 @@ def load_prose(origin: str) -> Prose:
             expected=f"at least {MIN_WORDS} words, since what it needs is protected",
             found=str(count),
         )
-    return Prose(paragraphs, name, prose_digest(paragraphs))
+    return Prose(paragraphs, Origin(name=name), prose_digest(paragraphs))
 
 
 def prose_digest(paragraphs: Iterable[str]) -> str:

@@ -7,10 +7,11 @@ manifest say of it is measured on the third, which nothing was tuned on.
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose, pairs_digest, prose_digest
 from converter.errors import DataError
+from converter.manifest import PartRecord, SplitRecord
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ MAX_FIT_WORDS = 3000
 """Of prose in the part that is fitted on: its statistics need a few thousand tokens, not all."""
 
 PIECE = 150
-"""Words of a paragraph that are read as one text; ``tokens.MAX_TOKENS`` is about 190 words."""
+"""Words of a paragraph that are read as one text; ``batching.MAX_TOKENS`` is about 190 words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,15 @@ class Part:
 
     pairs: Pairs
     prose: Prose
+
+    def record(self) -> PartRecord:
+        """What the manifest says of it."""
+        return PartRecord(
+            pairs=len(self.pairs.pairs),
+            pairs_sha256=self.pairs.sha256,
+            paragraphs=len(self.prose.paragraphs),
+            prose_sha256=self.prose.sha256,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +62,10 @@ class Parts:
     report: Part
     dropped: int
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> SplitRecord:
         """What the manifest says of the split."""
-        named = {"fit": self.fit, "choose": self.choose, "report": self.report}
-        return {"dropped_pairs": self.dropped} | {
-            name: {
-                "pairs": len(part.pairs.pairs),
-                "pairs_sha256": part.pairs.sha256,
-                "paragraphs": len(part.prose.paragraphs),
-                "prose_sha256": part.prose.sha256,
-            }
-            for name, part in named.items()
-        }
+        fit, choose, report = (part.record() for part in (self.fit, self.choose, self.report))
+        return SplitRecord(dropped_pairs=self.dropped, fit=fit, choose=choose, report=report)
 
 
 def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:

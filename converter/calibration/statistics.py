@@ -1,4 +1,4 @@
-"""What a fit sees of a model, and the file that keeps it; ``extraction`` makes it.
+"""What a fit sees of a model, and the file that keeps it; ``collect`` makes it.
 
 For every layer: the pooled activations of both sides of each pair, (N, D) in float32. One (D, D)
 second moment of neutral tokens, averaged over the layers. Causal moments where a method wants them.
@@ -19,6 +19,7 @@ from torch import Tensor
 from converter.calibration.pairs import Pairs, Prose
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.errors import DataError
+from converter.manifest import Origin
 from converter.models.batching import Pooling
 from converter.runtime import progress, strict_json
 from converter.runtime.cache import replacing, sha256_of
@@ -68,7 +69,7 @@ class Request:
 class Moments:
     """What single words and pieces of text owe to the layers together, in a few directions.
 
-    See ``gradients.moments_within``; K directions, all float32.
+    See ``causal_moments.moments_within``; K directions, all float32.
 
     Attributes:
         directions: V (D, K), orthonormal columns.
@@ -112,9 +113,9 @@ class Activations:
         toxic, neutral: layer -> (N, D) float32; row i of both is pair i.
         second_moment: (D, D) float32, the mean over layers of E[f f^T] / tr E[f f^T] over neutral
             tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
-        inputs: what they depend on; see ``extraction.activation_inputs``. Empty for a file without
+        inputs: what they depend on; see ``collect.activation_inputs``. Empty for a file without
             it.
-        causal: layer -> A_l (D, D) float32 of the toxic words; see ``gradients.causal_moments``.
+        causal: layer -> A_l (D, D) float32 of the toxic words; see ``calibration.causal_moments``.
             Empty if not wanted.
         leading: layer -> its leading causal directions and what they are worth, (K, D) and (K,)
             float32: the first eigenvectors of A_l outside of what is protected in all layers, and
@@ -280,6 +281,6 @@ def texts_of_file(path: Path, pairs: Pairs, prose: Prose) -> tuple[Pairs, Prose]
     if "pairs" in inputs and "prose" in inputs:
         return pairs, prose
     progress.warn(f"{path.name} does not say which pairs and prose it was made from")
-    unknown = {"name": f"unknown, in {path.name}"}
+    unknown = Origin(name=f"unknown, in {path.name}")
     digest = sha256_of(path)
     return Pairs((), unknown, digest), Prose((), unknown, digest)

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from converter.errors import DataError
+from converter.manifest import Origin
 from converter.runtime.files import read_text, reason
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
@@ -24,7 +25,7 @@ class WordList:
     """
 
     words: frozenset[str]
-    origin: dict[str, str]
+    origin: Origin
     sha256: str
 
     def __contains__(self, word: str) -> bool:
@@ -70,11 +71,11 @@ def load_words(origin: str) -> WordList:
     if origin == "builtin":
         from importlib.metadata import version
 
-        name = {"name": "better-profanity", "version": version("better-profanity")}
+        described = Origin(name="better-profanity", version=version("better-profanity"))
         text = files("better_profanity").joinpath("profanity_wordlist.txt").read_text("utf-8")
     else:
         path = Path(origin)
-        name = {"name": path.name}
+        described = Origin(name=path.name)
         try:
             text = read_text(path)
         except (OSError, ValueError) as error:
@@ -84,4 +85,4 @@ def load_words(origin: str) -> WordList:
     if not words:
         raise DataError(f"word list {path.name} holds no words", expected="one word a line")
     digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
-    return WordList(words, name, digest)
+    return WordList(words, described, digest)

@@ -62,7 +62,7 @@ weights beside it: a source that has one is refused, and one in a folder of it i
 
 
 PICTURE = ".png"
-"""Ending of the pictures that ``evaluate.plots`` draws."""
+"""Ending of the pictures that ``evaluation.plots`` draws."""
 
 
 def is_companion(name: str, size: int = 0) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import brief
+from converter.text.sanitize import describe_value
 
 MAX_NESTING = 32
 """Objects and lists within one another; real ones have five or six."""
@@ -41,10 +41,10 @@ def check_config(config: dict[str, Any]) -> None:
                 "config.json: transformers_weights names other weights than those that are edited",
                 hint="remove it, or the other weights",
             )
-        if key in KERNELS and any("/" in brief(name) for name in _names(value)):
+        if key in KERNELS and any("/" in describe_value(name) for name in _names(value)):
             raise CheckpointError(
                 f"config.json: {key} asks for compiled code from elsewhere",
-                expected="the name of an implementation, such as sdpa", found=brief(value),
+                expected="the name of an implementation, such as sdpa", found=describe_value(value),
                 hint="remove it",
             )  # fmt: skip
         if type(value) is int:
@@ -52,7 +52,7 @@ def check_config(config: dict[str, Any]) -> None:
                 if pattern.fullmatch(key) and value > most:
                     raise CheckpointError(
                         f"config.json: {key}", expected=f"{what}, at most {most:,}",
-                        found=brief(value),
+                        found=describe_value(value),
                     )  # fmt: skip
 
 

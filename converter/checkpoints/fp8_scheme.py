@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.errors import CheckpointError
-from converter.text.sanitize import brief
+from converter.text.sanitize import describe_value
 
 FP8 = "F8_E4M3"
 
@@ -69,7 +69,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
 
 
 def _word(value: Any) -> str:
-    return value[:80] if isinstance(value, str) else brief(value)
+    return value[:80] if isinstance(value, str) else describe_value(value)
 
 
 def _weights_of(groups: Any) -> list[Mapping[str, Any]]:
@@ -89,7 +89,7 @@ def _pair(block: Any) -> tuple[int, int] | None:
     ):
         raise CheckpointError(
             "config.json: quantization_config: block size", expected="two positive integers",
-            found=brief(block),
+            found=describe_value(block),
         )  # fmt: skip
     return block[0], block[1]
 

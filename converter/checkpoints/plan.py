@@ -5,7 +5,7 @@ weights of other roles when it is asked for them. Whatever is wrong with a check
 found here, before anything is computed or written.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,19 @@ class Plan:
         """The biases of these weights, as far as there are any. Raises as ``weights``."""
         return tuple(weight for weight in self._located(role, layers) if weight.is_bias)
 
+    def find(self, names: Collection[str]) -> dict[str, Weight]:
+        """Those of some tensors that are weights or biases of a role, by name.
+
+        Raises:
+            CheckpointError: as ``weights``.
+        """
+        found: dict[str, Weight] = {}
+        for role in self.roles:
+            if len(found) < len(names):
+                located = self._located(role, None)
+                found |= {w.info.name: w for w in located if w.info.name in names}
+        return found
+
     def module(self, weight: Weight) -> str:
         """The module of the transformers class whose output a weight makes.
 
@@ -122,12 +135,22 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                _, info = self.names.need(f"{other}.weight", weight.layer)
+                _, info = self.names.require(f"{other}.weight", weight.layer)
                 check_shape(info, (0, self.dimensions.hidden_size))
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
         return BiasRoute(names, route.config, created)
+
+    def bias_modules(self) -> dict[str, str]:
+        """Name of each bias that the checkpoint could get -> the module that it would belong to."""
+        found: dict[str, str] = {}
+        for role in self.architecture.bias_routes:
+            route = self.bias_route(role) if role in self.roles else None
+            if route is not None:
+                modules = {weight.layer: self.module(weight) for weight in self.weights(role)}
+                found |= {name: modules[layer] for layer, name in route.biases.items()}
+        return found
 
     def _located(self, role: Role, layers: Iterable[int] | None) -> Iterable[Weight]:
         """Weights and biases of a role."""
@@ -169,7 +192,7 @@ def make_plan(
     for layer in range(sizes.num_hidden_layers):
         targets.extend(names.locate("down_proj", layer))
         if architecture.post_norm:
-            post_norms[layer] = names.need(architecture.post_norm, layer)
+            post_norms[layer] = names.require(architecture.post_norm, layer)
             check_shape(post_norms[layer][1], (sizes.hidden_size,))
     _check_all_found(names, targets)
     roles = tuple(_roles(names, config))
@@ -217,7 +240,7 @@ def _vocabulary(names: Names) -> dict[str, Place]:
     """What it takes to decode directions; nothing where embeddings have a width of their own."""
     architecture, sizes = names.architecture, names.sizes
     places = {
-        "embedding": (embedding := names.need(architecture.embedding)),
+        "embedding": (embedding := names.require(architecture.embedding)),
         "unembedding": names.find(architecture.roles["lm_head"].weight) or embedding,
         "final_norm": names.find(architecture.final_norm),
     }

@@ -183,7 +183,7 @@ def _read(
         shards = tuple(sorted(translated.shards))
         weight_map = translated.weight_map if len(shards) > 1 else None
         known |= {
-            "recipes": translated.shards,
+            "virtual_shards": translated.shards,
             "originals": translated.originals,
             "states": states,
             "serial": translated.serial,

@@ -17,6 +17,7 @@ from converter.checkpoints.safetensors.remote import remote_header
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.threads import ThreadPool
 
@@ -38,7 +39,7 @@ class Source:
         companions: the other small files that belong to the model, relative to ``folder``.
         drawn: pictures of an earlier edit, which are not copied.
         above: licence files of the folder or repo that the checkpoint is in a subfolder of.
-        recipes: how to make the shards of a checkpoint that is not safetensors; else None.
+        virtual_shards: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
         states: of each of them, by name, ``cache.state_of`` before it was opened.
         serial: whether one shard should be done with before the next; see ``Translated``.
@@ -47,7 +48,7 @@ class Source:
         base: repo id of the model that this is, as far as it is known.
         base_commit: of that repo, if that is where it was downloaded from.
         card: front matter of its model card; empty when it has none.
-        virtual: the shards made from ``recipes`` that have been opened.
+        virtual: the shards made from ``virtual_shards`` that have been opened.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Source:
     companions: tuple[str, ...]
     drawn: tuple[str, ...] = ()
     above: tuple[Path, ...] = ()
-    recipes: Shards | None = None
+    virtual_shards: Shards | None = None
     originals: tuple[Path, ...] = ()
     states: Mapping[str, list[int]] = field(default_factory=dict)
     serial: bool = False
@@ -78,8 +79,8 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
-        names = () if self.recipes else self.shards
-        given = {path.parent for path in self.originals} if self.recipes else ()
+        names = () if self.virtual_shards else self.shards
+        given = {path.parent for path in self.originals} if self.virtual_shards else ()
         shards = (self.folder / name for name in names)
         return [self.folder, *given, *shards, *self.small.values(), *self.originals]
 
@@ -96,9 +97,9 @@ class Source:
             CheckpointError: it cannot be read.
             SourceError: it cannot be fetched.
         """
-        if self.recipes is not None:
+        if self.virtual_shards is not None:
             if shard not in self.virtual:
-                self.virtual[shard] = VirtualFile(self.recipes[shard])
+                self.virtual[shard] = VirtualFile(self.virtual_shards[shard])
             return VirtualShard(self.virtual[shard])
         self.fetch([shard])
         try:
@@ -129,7 +130,7 @@ class Source:
 
     def _missing(self, shard: str) -> bool:
         """Whether a shard is on the Hub and not on disk."""
-        known = self.repo is not None and self.recipes is None and bool(self.repo.sizes)
+        known = self.repo is not None and self.virtual_shards is None and bool(self.repo.sizes)
         return known and not (self.folder / shard).exists()
 
     def fetch(self, shards: Iterable[str] | None = None) -> None:
@@ -147,7 +148,7 @@ class Source:
 
     def drop(self, shard: str) -> None:
         """Delete a fetched shard from the Hub client's cache, once it is not needed any more."""
-        if self.repo is not None and self.recipes is None:
+        if self.repo is not None and self.virtual_shards is None:
             hub.forget(self.folder / shard)
 
     def drop_originals(self) -> None:
@@ -167,7 +168,7 @@ class Source:
         paths = {name: self.folder / name for name in small}
         found: dict[str, str] = {}
         if self.originals:
-            found = {n: entry["sha256"] for n, entry in self.original_files().items()}
+            found = {name: file.sha256 for name, file in self.original_files().items()}
         else:
             if self.repo:  # the Hub knows them
                 digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
@@ -177,8 +178,8 @@ class Source:
         found |= {n: _digest(p) for n, p in paths.items() if n not in found}
         return dict(sorted(found.items()))
 
-    def original_files(self) -> dict[str, Any]:
-        """Name, sha256 and bytes of each of ``originals``.
+    def original_files(self) -> dict[str, FileRecord]:
+        """The record of each of ``originals``, by name.
 
         Raises:
             CheckpointError: one is not there any more, or is not the file that was opened.
@@ -189,7 +190,7 @@ class Source:
                     f"{path.name} changed while it was read", hint="run the same command again"
                 )
         return {
-            path.name: {"sha256": _digest(path), "bytes": path.stat().st_size}
+            path.name: FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
             for path in self.originals
         }
 

@@ -95,7 +95,7 @@ class Names:
         """A tensor, or None if the checkpoint has none of that name."""
         return self.tensors.get(self.on_disk(template, layer, expert))
 
-    def need(self, template: str, layer: int = 0, expert: int | None = None) -> Place:
+    def require(self, template: str, layer: int = 0, expert: int | None = None) -> Place:
         """A tensor that must be there. Raises CheckpointError."""
         if place := self.find(template, layer, expert):
             return place
@@ -122,7 +122,7 @@ class Names:
                 yield self._bias(weight, place)
 
     def _weight(self, role: Role, spec: WeightSpec, layer: int, expert: int | None) -> Weight:
-        shard, info = self.need(spec.weight, layer, expert)
+        shard, info = self.require(spec.weight, layer, expert)
         shape = [getattr(self.sizes, name) for name in spec.shape]
         (place, parts), length = spec.part, shape[spec.output_axis]
         shape[spec.output_axis] *= parts

@@ -20,13 +20,13 @@ def diff_text(found: dict[str, Any]) -> str:
 
 def _manifests(found: dict[str, Any]) -> Iterator[str]:
     for entry in found["changed"]:
-        yield f"{plain.shown(entry['path'])}: {_value(entry['a'])} -> {_value(entry['b'])}"
+        yield f"{plain.one_line(entry['path'])}: {_value(entry['a'])} -> {_value(entry['b'])}"
     if found["equal"]:
         yield f"{found['a']} and {found['b']} say the same, measurements apart"
 
 
 def _value(value: Any) -> str:
-    text = "nothing" if value is None else plain.shown(json.dumps(value, ensure_ascii=False))
+    text = "nothing" if value is None else plain.one_line(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.runtime.cache import default_cache, using_cache
-from converter.runtime.console import say
+from converter.runtime.console import echo
 from converter.runtime.progress import LOG, Progress, recording
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 
 class Terminal(logging.Handler):
@@ -18,9 +18,9 @@ class Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
-            say(f"warning: {shown(text)}", err=True)
+            echo(f"warning: {one_line(text)}", err=True)
         else:
-            say(text.replace("\n", " "), err=True)
+            echo(text.replace("\n", " "), err=True)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What becomes of each target, as a change of bytes; ``shards.rewrite`` carries it out."""
+"""What becomes of each weight, as a change of bytes; ``safetensors.rewrite`` carries it out."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
@@ -11,72 +12,139 @@ from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit, EditRecord, Requantized, norm_of
+from converter.edits.base import Edit, norm_of
+from converter.edits.deltas import Delta
+from converter.edits.edit_file import stored_names
+from converter.edits.editor import Editor
 from converter.edits.engine import Engine
 from converter.edits.fp8 import dequantize, quantize
 from converter.edits.matrices import matrices
-from converter.edits.projection import Projector
 from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Lora, Requantized
 
 FP8_AIM = 1e-3
 """Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
 its steps are 16 times as wide as those of bfloat16."""
 
-Changes = Mapping[str, Mapping[str, Change]]
-"""Shard file name -> tensor name -> what becomes of it."""
+
+@dataclass(slots=True)
+class Changes:
+    """What becomes of the tensors of one shard.
+
+    Attributes:
+        tensors: name -> its change of bytes.
+        edits: what each change did, once it was carried out.
+    """
+
+    tensors: dict[str, Change] = field(default_factory=dict)
+    edits: list[EditedTensor] = field(default_factory=list)
 
 
 def changes_of(
-    source: Source,
-    edit: Edit,
-    targets: tuple[Weight, ...],
-    engine: Engine,
-    records: list[EditRecord],
-) -> Changes:
-    """The changes of all targets; each adds to ``records`` what it did."""
-    found: dict[str, dict[str, Change]] = {shard: {} for shard in source.shards}
-    for target in targets:
-        basis = edit.basis(target)
-        if basis is None:
-            raise CheckpointError(f"the edit does not know tensor {target.info.name}")
-        if target.scales is None:
-            found[target.shard][target.info.name] = change_of(target, basis, engine, records)
+    source: Source, edit: Edit, weights: tuple[Weight, ...], engine: Engine
+) -> dict[str, Changes]:
+    """Shard file name -> its changes, of all shards."""
+    found = {shard: Changes() for shard in source.shards}
+    names = stored_names(edit, {weight.info.name: weight.layer for weight in weights})
+    for weight in weights:
+        name, changes = weight.info.name, found[weight.shard]
+        job = WeightEdit(weight, edit.tensors[name], names[name], engine)
+        if weight.scales is None:
+            changes.tensors[name] = job.change(changes.edits)
         else:
-            weight, scales = _quantized(source, target, basis, engine.device, records)
-            found[target.shard][target.info.name] = weight
-            found[target.scales.shard][target.scales.info.name] = scales
+            new, scales = _quantized(source, job, changes.edits)
+            changes.tensors[name] = new
+            found[weight.scales.shard].tensors[weight.scales.info.name] = scales
     return found
 
 
-def change_of(target: Weight, basis: Tensor, engine: Engine, records: list[EditRecord]) -> Change:
-    """A tensor of plain numbers, in blocks; however it is stored, it is matrices (D, F)."""
+@dataclass(frozen=True, slots=True)
+class WeightEdit:
+    """One weight and what becomes of it.
 
-    def change(region: Region) -> Iterator[memoryview]:
-        before, after = hashlib.sha256(), hashlib.sha256()
-        if engine.digests:
+    Attributes:
+        stored: field of the delta -> tensor of the edit's file.
+    """
+
+    weight: Weight
+    delta: Delta
+    stored: Mapping[str, str]
+    engine: Engine
+
+    def change(self, edits: list[EditedTensor]) -> Change:
+        """A tensor of plain numbers, in blocks; however it is stored, it is matrices (O, I)."""
+        info, axis, engine = self.weight.info, self.weight.axis, self.engine
+
+        def change(region: Region) -> Iterator[memoryview]:
+            before, after = hashlib.sha256(), hashlib.sha256()
             region.also_hash(before)
-        projector = Projector(basis, DTYPES[target.info.dtype], engine.rounding, engine.device)
-        for data in _projected(region, projector, target):
-            if engine.digests:
+            editor = Editor(
+                self.delta, info.shape[axis], DTYPES[info.dtype], engine.rounding, engine.device
+            )
+            for data in _edited(region, editor, self.weight):
                 after.update(data)
-            yield data
-        digests = (before.hexdigest(), after.hexdigest())
-        records.append(_finite(EditRecord.of(target, projector.norms(), digests)))
+                yield data
+            digests = (before.hexdigest(), after.hexdigest())
+            edits.append(self.record(editor.norms(), digests))
 
-    return change
+        return change
+
+    def record(
+        self,
+        norms: Mapping[str, float],
+        digests: tuple[str, str | None],
+        requantized: Requantized | None = None,
+        lora: Lora | None = None,
+    ) -> EditedTensor:
+        """What was done.
+
+        Args:
+            norms: of ``editor.Editor.norms``.
+            digests: sha256 before and after; None if the tensor itself stays as it is.
+            requantized: what became of the scales of a weight in FP8.
+            lora: where the edit is, if it is in an adapter.
+
+        Raises:
+            CheckpointError: the new tensor holds NaN or Inf.
+        """
+        weight, norm = self.weight, norms["W"] or 1.0
+        change, measures = norms["change"] / norm, self.delta.measures(norms)
+        if not all(map(isfinite, (change, *measures.values()))):
+            raise CheckpointError(
+                f"tensor {weight.info.name} overflows {weight.info.dtype} when it is edited"
+            )
+        return EditedTensor(
+            name=weight.info.name,
+            shard=weight.shard,
+            layer=weight.layer,
+            role=weight.recorded_role,
+            axis=weight.axis,
+            shape=weight.info.shape,
+            dtype=weight.info.dtype,
+            kind=self.delta.kind,
+            tensors=dict(self.stored),
+            sha256_before=digests[0],
+            sha256_after=digests[1],
+            norm=norms["W"],
+            relative_change=change,
+            rounding_error=norms["error"] / norm,
+            measures=measures,
+            requantized=requantized,
+            lora=lora,
+        )
 
 
-def _projected(region: Region, projector: Projector, target: Weight) -> Iterator[memoryview]:
+def _edited(region: Region, editor: Editor, weight: Weight) -> Iterator[memoryview]:
     """The new bytes of a tensor, a matrix after the other."""
     try:
-        for matrix in matrices(region, target.axis, str(projector.U.device)):
-            blocks = projector.project(matrix.rows, matrix.width)
+        for matrix in matrices(region, weight.axis, str(editor.U.device)):
+            blocks = editor.edit(matrix.rows, matrix.width, matrix.first)
             if matrix.transposed:
                 yield to_bytes(torch.cat(list(blocks)).T)
             else:
                 yield from map(to_bytes, _downloaded(blocks))
     except ValueError as error:
-        raise _damaged(target) from error
+        raise damaged(weight) from error
 
 
 def _downloaded(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -99,47 +167,38 @@ def _downloaded(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         yield waiting[0]
 
 
-def _finite(record: EditRecord) -> EditRecord:
-    """The record itself. Raises CheckpointError if the new tensor holds NaN or Inf."""
-    if isfinite(record.leakage) and isfinite(record.relative_change):
-        return record
-    raise CheckpointError(f"tensor {record.name} overflows {record.dtype} when it is edited")
-
-
-def _damaged(target: Weight) -> CheckpointError:
+def damaged(weight: Weight) -> CheckpointError:
     return CheckpointError(
-        f"tensor {target.info.name} of {target.shard} holds NaN or Inf",
+        f"tensor {weight.info.name} of {weight.shard} holds NaN or Inf",
         hint="the source is damaged; get an intact copy",
     )
 
 
-def _quantized(
-    source: Source, target: Weight, basis: Tensor, device: str, records: list[EditRecord]
-) -> tuple[Change, Change]:
+def _quantized(source: Source, job: WeightEdit, edits: list[EditedTensor]) -> tuple[Change, Change]:
     """What becomes of a weight in FP8 and of its scales.
 
     They are two tensors of the file, in any order and even in two shards. Whichever is met first
     reads the other; if that is the scales, the edit is computed twice.
     """
     held: list[Tensor] = []
-    place = target.scales
+    weight, place = job.weight, job.weight.scales
     assert place is not None
 
-    def weight(region: Region) -> Iterator[memoryview]:
+    def change(region: Region) -> Iterator[memoryview]:
         scale = source.read(place.shard, place.info)
-        q, new_scale, record = _edit_quantized(target, _whole(region), scale, basis, device)
-        records.append(record)
+        q, new_scale, edit = _edit_quantized(job, _whole(region), scale)
+        edits.append(edit)
         held.append(new_scale)
         yield to_bytes(q)
 
     def scales(region: Region) -> Iterator[memoryview]:
         scale = _whole(region)
         if not held:
-            q = source.read(target.shard, target.info)
-            held.append(_edit_quantized(target, q, scale, basis, device)[1])
+            q = source.read(weight.shard, weight.info)
+            held.append(_edit_quantized(job, q, scale)[1])
         yield to_bytes(held.pop())
 
-    return weight, scales
+    return change, scales
 
 
 def _whole(region: Region) -> Tensor:
@@ -147,26 +206,30 @@ def _whole(region: Region) -> Tensor:
 
 
 def _edit_quantized(
-    target: Weight, q: Tensor, scale: Tensor, basis: Tensor, device: str
-) -> tuple[Tensor, Tensor, EditRecord]:
-    """Edit a weight (D, F) in FP8 as a whole; it and its scales as they are to be stored."""
-    place = target.scales
+    job: WeightEdit, q: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, EditedTensor]:
+    """Edit a weight (O, I) in FP8 as a whole; it and its scales as they are to be stored."""
+    place, device = job.weight.scales, job.engine.device
     assert place is not None
-    U = basis.to(device)
     W = dequantize(q.to(device), scale.to(device), place.block)
+    work = job.delta.to(device, torch.float32)
+    U = W.new_zeros(len(W), 0) if work.protects is None else work.protects
     P = U.T @ W
     norms = {"W": norm_of(W), "P": norm_of(P)}
     if not isfinite(norms["W"]):
-        raise _damaged(target)
-    exact = torch.addmm(W, U, P, alpha=-1)
+        raise damaged(job.weight)
+    exact = work.exact(W, slice(None), slice(None), P, torch.empty_like(W))
     new, new_scale = quantize(exact, scale.to(device), place.block, U, FP8_AIM * norms["P"])
     after = dequantize(new, new_scale, place.block)
     norms |= {"change": norm_of(after, W), "error": norm_of(after, exact)}
     norms["left"] = norm_of(U.T @ after)
     new, new_scale = new.cpu(), new_scale.cpu()
     first, second = ((_sha256(a), _sha256(b)) for a, b in ((q, new), (scale, new_scale)))
-    about = Requantized(place.info.name, place.shard, place.block, *second)
-    return new, new_scale, _finite(EditRecord.of(target, norms, first, about))
+    about = Requantized(
+        scales=place.info.name, shard=place.shard, block=place.block,
+        sha256_before=second[0], sha256_after=second[1],
+    )  # fmt: skip
+    return new, new_scale, job.record(norms, first, about)
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -1,153 +1,133 @@
-"""What happens to the weights.
+"""An edit of a checkpoint as data."""
 
-An ``Edit`` knows what becomes of a weight and of what it gives; it knows no files. Throughout, W is
-(D, F) with the hidden size first, however it is stored: a Conv1D weight is transposed on the way in
-and out, a bias has F = 1.
-"""
-
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import sqrt
-from typing import Protocol
+from dataclasses import dataclass, field
+from math import prod, sqrt
+from typing import Any
 
 from torch import Tensor
 
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
+from converter.edits.deltas import Delta, tensors_of
+from converter.errors import CheckpointError, FitError
+
+Patch = Mapping[str, Any] | str
+"""What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
+front of any other file."""
 
 
-class Edit(Protocol):
-    """What a method makes of a model."""
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """All that a method changes in a checkpoint, and nothing about how that is written.
 
-    def basis(self, target: Weight) -> Tensor | None:
-        """U (D, R), orthonormal columns, that is taken out of a weight; None: it stays as it is."""
+    Attributes:
+        tensors: name on disk -> what becomes of it.
+        created: name -> a tensor that the source lacks; it is stored in its own dtype.
+        patches: file of the source -> how its text changes.
+        files: path -> content of a file that the source lacks.
+    """
 
-    def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
-        """The same as seen from outside: what the down-projection gives after the edit.
+    tensors: Mapping[str, Delta] = field(default_factory=dict)
+    created: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Mapping[str, Patch] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
-        Args:
-            layer: whose.
-            f: (..., D), what it gives now, in any dtype.
-            bias: (D,) of the projection, or None.
+    @property
+    def rank(self) -> int:
+        """The most columns of a subspace that is taken out of a tensor; 0 if there is none."""
+        bases = (delta.protects for delta in self.tensors.values())
+        return max((basis.shape[1] for basis in bases if basis is not None), default=0)
+
+    def check(self, plan: Plan) -> None:
+        """Refuse changes that do not fit a checkpoint, before anything is written.
+
+        Raises:
+            CheckpointError: naming a tensor that is not there, or that its change does not fit.
         """
+        weights = plan.find(self.tensors)
+        for name, delta in self.tensors.items():
+            weight, says = weights.get(name), "no weight of that name"
+            if weight is not None:
+                shape, height = weight.info.shape, weight.info.shape[weight.axis]
+                try:
+                    delta.check((height, prod(shape) // max(height, 1)))
+                except ValueError as error:
+                    says = str(error)
+                else:
+                    if delta.protects is not None or (len(shape) < 3 and weight.rows is None):
+                        continue
+                    says = "one that shares its tensor with others"
+            raise CheckpointError(
+                f"the edit of tensor {name} ({delta.kind}) does not fit the checkpoint", found=says
+            )
+
+    def digest(self) -> str:
+        """A sha256 of all of it: two edits of one digest change a checkpoint in the same way."""
+        known: dict[int, str] = {}
+
+        def of(tensor: Tensor) -> str:
+            if id(tensor) not in known:
+                known[id(tensor)] = hashlib.sha256(to_bytes(tensor)).hexdigest()
+            return f"{tensor.dtype} {list(tensor.shape)} {known[id(tensor)]}"
+
+        deltas = {
+            name: [delta.kind, {field: of(t) for field, t in tensors_of(delta).items()}]
+            for name, delta in self.tensors.items()
+        }
+        created = {name: of(tensor) for name, tensor in self.created.items()}
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        what = [deltas, created, dict(self.patches), files]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """Removes a subspace from what a layer writes: ``W - U (U^T W)``.
-
-    The D x D projector is never formed.
+class Footprint:
+    """What an edit will change, known from the headers alone: planned, shown and refused by it.
 
     Attributes:
-        bases: layer -> U (D, R) float32 with orthonormal columns.
-        bias: whether biases are projected too. If they are not, the layer still writes a constant
-            along U.
+        weights: tensors that change.
+        kinds: of these changes.
+        rank: largest number of columns of what is taken out or added; 0 for kinds that have none.
+        created: name -> shape of a tensor that the source lacks.
+        patches: files of the source whose text changes.
+        files: paths of files that the source lacks.
     """
 
-    bases: Mapping[int, Tensor]
-    bias: bool = True
+    weights: tuple[Weight, ...] = ()
+    kinds: tuple[type[Delta], ...] = ()
+    rank: int = 0
+    created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    patches: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
-    def basis(self, target: Weight) -> Tensor | None:
-        if target.is_bias and not self.bias:
-            return None
-        return self.bases.get(target.layer)
+    def check(self, edit: Edit) -> None:
+        """Refuse an edit that goes beyond what was planned, shown and found room for.
 
-    def output(self, layer: int, f: Tensor, bias: Tensor | None) -> Tensor:
-        basis = self.bases.get(layer)
-        if basis is None:
-            return f
-        written = f if self.bias or bias is None else f - bias
-        U = basis.to(f.device)
-        return f - ((written.float() @ U) @ U.T).to(f.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class EditRecord:
-    """What an edit did to one tensor; norms are Frobenius norms.
-
-    Attributes:
-        norm: ||W||, before.
-        relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
-        energy_removed: ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace.
-        leakage: ||U^T W'|| / ||U^T W||, what is left of it after rounding.
-        rounding_error: ||W' - (W - U U^T W)|| / ||W||, what storing the result cost.
-        sha256_after: None if the tensor itself stays as it is.
-        requantized: what became of the scales of a weight in FP8; else None.
-        lora: where the edit is, if it is in an adapter; norms are then those of W' = W + B A.
-    """
-
-    name: str
-    shard: str
-    layer: int
-    role: str
-    axis: int
-    shape: tuple[int, ...]
-    dtype: str
-    sha256_before: str
-    sha256_after: str | None
-    norm: float
-    relative_change: float
-    energy_removed: float
-    leakage: float
-    rounding_error: float
-    requantized: "Requantized | None"
-    lora: "Lora | None" = None
-
-    @classmethod
-    def of(
-        cls,
-        target: Weight,
-        norms: Mapping[str, float],
-        digests: tuple[str, str | None],
-        requantized: "Requantized | None" = None,
-        lora: "Lora | None" = None,
-    ) -> "EditRecord":
-        """From the norms of ``projector.Projector.norms`` and sha256 before and after."""
-        norm, removed = norms["W"] or 1.0, norms["P"]
-        return cls(
-            name=target.info.name,
-            shard=target.shard,
-            layer=target.layer,
-            role=target.recorded_role,
-            axis=target.axis,
-            shape=target.info.shape,
-            dtype=target.info.dtype,
-            sha256_before=digests[0],
-            sha256_after=digests[1],
-            norm=norms["W"],
-            relative_change=norms["change"] / norm,
-            energy_removed=(removed / norm) ** 2,
-            leakage=norms["left"] / (removed or 1.0),
-            rounding_error=norms["error"] / norm,
-            requantized=requantized,
-            lora=lora,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Requantized:
-    """The part of an ``EditRecord`` about FP8; ``block`` is how many rows and columns share one."""
-
-    scales: str
-    shard: str
-    block: tuple[int, int]
-    sha256_before: str
-    sha256_after: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """The part of an ``EditRecord`` about an adapter: the module in memory, and sha256 of A and B.
-
-    Their bytes are those of the tensors in the adapter's file.
-    """
-
-    module: str
-    sha256_a: str
-    sha256_b: str
+        Raises:
+            FitError: naming a tensor or a file.
+        """
+        weights = {weight.info.name for weight in self.weights}
+        shapes = {name: tuple(tensor.shape) for name, tensor in edit.created.items()}
+        beyond = [
+            *(name for name, delta in edit.tensors.items()
+              if name not in weights or type(delta) not in self.kinds),
+            *(name for name, shape in shapes.items() if self.created.get(name) != shape),
+            *({*edit.patches} - {*self.patches}),
+            *({*edit.files} - {*self.files}),
+        ]  # fmt: skip
+        if beyond:
+            raise FitError(
+                f"the method changes {beyond[0]} in a way that its footprint does not have",
+                hint="nothing was written; it is a fault of the method",
+            )
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
-    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (D, F)."""
+    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (O, I)."""
     total = 0.0
     for start in range(0, x.shape[1], columns(x)):
         block = x[:, start : start + columns(x)].double()
@@ -162,5 +142,5 @@ BLOCK = 1 << 17
 
 
 def columns(x: Tensor) -> int:
-    """How many columns of (D, F) make a block."""
+    """How many columns of (O, I) make a block."""
     return max(BLOCK // max(x.shape[0], 1), 1)

@@ -10,7 +10,7 @@ import torch
 
 from converter.checkpoints.safetensors.direct_writer import BUFFER, BUFFERS
 from converter.checkpoints.weights import Weight
-from converter.edits.projection import BLOCK, STRIP, Rounding
+from converter.edits.editor import BLOCK, STRIP, Rounding
 from converter.errors import OptionError
 
 MOST_WORKERS = 4
@@ -25,19 +25,13 @@ class Engine:
         workers: shards at a time; 0 chooses.
         memory_limit: bytes that buffers and matrices may take, or None.
         device: where edits are computed.
-        rounding: ``null-space`` or ``nearest``; see ``converter.projector``.
-        digests: whether source and output are hashed; benches do without.
-        direct: bypass the page cache where possible.
-        clone: share blocks with the source where the file system can.
+        rounding: ``null-space`` or ``nearest``; see ``edits.editor``.
     """
 
     workers: int = 0
     memory_limit: int | None = None
     device: str = "cpu"
     rounding: Rounding = "null-space"
-    digests: bool = True
-    direct: bool = True
-    clone: bool = True
 
     def workers_for(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
         """Shards to rewrite at a time.

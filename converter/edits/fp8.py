@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from converter.edits.projection import neighbour, settle
+from converter.edits.editor import absorb_residual, neighbour
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 """448: conversion of more than that gives NaN, not this."""
@@ -72,7 +72,7 @@ def quantize(
     element is mostly less than half a step of it, and what is lost is lost along U. So wherever
     that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
     neighbour, row after row, the rows that weigh most in U first, until the difference of all
-    columns together is no more than ``tolerance`` (Frobenius); see ``projector.settle``.
+    columns together is no more than ``tolerance`` (Frobenius); see ``editor.absorb_residual``.
 
     Returns:
         q (D, F) in FP8, and its scales, with their dtype and shape.
@@ -87,6 +87,6 @@ def quantize(
         other = neighbour(nearest, exact)
         left = wide.T @ ((nearest.float() - exact) * step).double()
         change = ((other.float() - nearest.float()) * step).double()
-        moved = settle(left, wide, change, tolerance / sqrt(len(parts)))
+        moved = absorb_residual(left, wide, change, tolerance / sqrt(len(parts)))
         q[:, part] = torch.where(moved, other.float(), nearest.float()).to(q.dtype)
     return q, new_scale

@@ -1,8 +1,8 @@
-"""A tensor in a file as matrices (D, F), the hidden size first, whatever its layout.
+"""A tensor in a file as matrices (O, I), what it gives first, whatever its layout.
 
-A Linear weight is one. A fused tensor of experts (E, D, F) is E of them. Where the hidden size
-comes last, as in a Conv1D weight and in a bias, every row of the file is a column of W, and so many
-of them at a time are a matrix.
+A Linear weight is one. A fused tensor of experts (E, O, I) is E of them. Where what it gives comes
+last, as in a Conv1D weight and in a bias, every row of the file is a column of W, and so many of
+them at a time are a matrix.
 """
 
 from collections.abc import Iterator
@@ -15,21 +15,23 @@ from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region
-from converter.edits.projection import STRIP, Rows
+from converter.edits.editor import STRIP, Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Some of a tensor's numbers as W (D, F).
+    """Some of a tensor's numbers as a matrix.
 
     Attributes:
         rows: reads some of its rows, again each time.
-        width: F.
-        transposed: whether the file has it as (F, D).
+        width: its columns.
+        first: which column of W is the first of them.
+        transposed: whether the file has it as (width, O).
     """
 
     rows: Rows
     width: int
+    first: int
     transposed: bool
 
 
@@ -38,7 +40,7 @@ def matrices(region: Region, axis: int, device: str = "cpu") -> Iterator[Matrix]
 
     Args:
         region: of the tensor.
-        axis: of the hidden size.
+        axis: of what it gives.
         device: where the rows are wanted.
     """
     shape, dtype = region.info.shape, DTYPES[region.info.dtype]
@@ -46,13 +48,13 @@ def matrices(region: Region, axis: int, device: str = "cpu") -> Iterator[Matrix]
     if width > 1:
         for number in range(before):
             yield Matrix(
-                _rows(region, number * shape[axis], shape[axis], width, device), width, False
+                _rows(region, number * shape[axis], shape[axis], width, device), width, 0, False
             )
         return
     count = max(2 * STRIP // shape[axis], 1)
     for start in range(0, before, count):
         W = _read(region, dtype, shape[axis], start, min(start + count, before)).T.to(device)
-        yield Matrix(partial(_slice, W), W.shape[1], True)
+        yield Matrix(partial(_slice, W), W.shape[1], start, True)
 
 
 def _slice(W: Tensor, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far a weight that was projected and rounded may be from the exact projection."""
+"""How far a weight that was edited and rounded may be from the exact edit."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -6,16 +6,18 @@ from contextlib import ExitStack
 from io import RawIOBase
 from math import sqrt
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.edits.deltas import Delta
+from converter.edits.editor import BLOCK, PUSH, Rows
 from converter.edits.fp8 import dequantize, spread
 from converter.edits.matrices import Matrix, matrices
-from converter.edits.projection import BLOCK, PUSH, Rows
+from converter.manifest import EditedTensor
 
 SLACK = 8.0
 """Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
@@ -45,7 +47,7 @@ class Stored:
 
     Args:
         opened: opens a shard.
-        entry: of the manifest's ``edited``.
+        tensor: its record.
         infos: tensor name -> entry in its shard's header.
 
     Attributes:
@@ -55,19 +57,17 @@ class Stored:
     def __init__(
         self,
         opened: Callable[[str], RawIOBase],
-        entry: Mapping[str, Any],
+        tensor: EditedTensor,
         infos: Mapping[str, TensorInfo],
     ) -> None:
-        fp8, self._axis, self._files = entry["requantized"], entry["axis"], ExitStack()
-        places = [(entry["shard"], entry["name"])] + (
-            [(fp8["shard"], fp8["scales"])] if fp8 else []
-        )
+        fp8, self._axis, self._files = tensor.requantized, tensor.axis, ExitStack()
+        places = [(tensor.shard, tensor.name)] + ([(fp8.shard, fp8.scales)] if fp8 else [])
         self._digests = [hashlib.sha256() for _ in places]
         self._regions = [
             Region(self._files.enter_context(opened(shard)), infos[name], [digest])
             for (shard, name), digest in zip(places, self._digests, strict=True)
         ]
-        self._block = fp8["block"] if fp8 else (1, 1)
+        self._block = fp8.block if fp8 else (1, 1)
         self.dtype = DTYPES[self._regions[0].info.dtype]
 
     def __enter__(self) -> Self:
@@ -97,7 +97,7 @@ class Stored:
         W = dequantize(q, scale, self._block)
         steps = spread(scale, q.shape, self._block)
         yield (
-            Matrix(lambda i, j: W[i:j], W.shape[1], False),
+            Matrix(lambda i, j: W[i:j], W.shape[1], 0, False),
             lambda i, j: 2 * half_ulp(q[i:j]) * steps[i:j],
         )
 
@@ -118,7 +118,7 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
 
     Args:
         stored: W.
-        basis: U (D, R).
+        basis: U (O, R); R is 0 for edits that take no subspace out.
     """
     U, left, units, squares = basis.double(), 0.0, 0.0, 0.0
     for matrix, _ in stored.matrices():
@@ -133,68 +133,74 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
 
 
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
-    """An upper bound on ||U^T W||_F for W (D, F) that is a projection, rounded to nearest.
+    """An upper bound on ||U^T W||_F for W (O, I) that is a projection, rounded to nearest.
 
     Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
     ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
     rounding, at most half a unit in the last place of each element, and the arithmetic before it,
-    whose sums over D products err, were they float32, by at most ``SLACK`` sqrt(D) u of the norms
+    whose sums over O products err, were they float32, by at most ``SLACK`` sqrt(O) u of the norms
     involved, the largest of which is that of the weight before the edit. The bound cannot assume
     that rounding errors are independent of U: corrections smaller than half a unit are lost
     together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
-        hidden_size: D.
+        hidden_size: O.
         norm: ||W||_F before the edit, from the manifest.
     """
     return sqrt(units) + SLACK * sqrt(hidden_size) * U32 * norm
 
 
-def is_projection(
-    after: Stored, before: Stored, basis: Tensor, *, nearest: bool
-) -> tuple[bool, dict[str, float]]:
-    """Whether each element of W' is that of W - U (U^T W), rounded to its dtype.
+def check_rounded(
+    after: Stored, before: Stored, delta: Delta, height: int, *, nearest: bool
+) -> tuple[tuple[int, int] | None, dict[str, float]]:
+    """Whether each element of W' is that of ``delta.exact``, rounded to its dtype.
 
-    The reference is computed in float64. An element may be off by half a unit in its last place;
-    in 16 bits and not rounded to ``nearest``, by a whole one and ``PUSH`` machine epsilons of the
-    root mean square of its column of W, as ``projector`` promises; in FP8 by the distance of the
-    values that it has there; and by the arithmetic before it, were it float32:
-    ``SLACK`` sqrt(D) u (|W_ij| + ||U_i|| ||W_j||), with row i of U and column j of W, which bound
-    the sums that give the correction.
+    The reference is computed in float64. An element may be off by half a unit in its last place; in
+    16 bits, where a subspace is taken out and not rounded to ``nearest``, by a whole one and
+    ``PUSH`` machine epsilons of the root mean square of its column of W, as ``editor`` promises; in
+    FP8 by the distance of the values that it has there; and by the arithmetic before it, were it
+    float32: ``SLACK`` sqrt(O) u (|W_ij| + ``delta.terms``).
 
     Both tensors are read to the end, whatever is found.
 
+    Args:
+        after, before: W' and W.
+        delta: what W' should be.
+        height: O.
+        nearest: whether ``--rounding nearest`` was asked for.
+
     Returns:
-        whether it is, and ``norm``, ``energy_removed``, ``relative_change`` and ``rounding_error``
-        as in ``edit.EditRecord``.
+        the first block of rows in which an element is another one, or None; and the norms of
+        ``editor.Editor.norms``.
     """
-    U, fits, sums = basis.double(), True, dict.fromkeys(("W", "P", "change", "error"), 0.0)
-    feedback = not nearest and after.dtype.itemsize == 2
+    work, wrong = delta.to("cpu", torch.float64), None
+    U = torch.zeros(height, 0) if work.protects is None else work.protects
+    U, sums = U.double(), dict.fromkeys(("W", "P", "change", "error", "left"), 0.0)
+    feedback = delta.protects is not None and not nearest and after.dtype.itemsize == 2
     margin = PUSH * torch.finfo(after.dtype).eps if feedback else 0.0
     for (new, step), (old, _) in zip(after.matrices(), before.matrices(), strict=True):
-        P = torch.zeros(U.shape[1], old.width, dtype=torch.float64)
+        columns = slice(old.first, old.first + old.width)
+        P, left = torch.zeros(2, U.shape[1], old.width, dtype=torch.float64)
         squares = torch.zeros(old.width, dtype=torch.float64)
-        for i, j in blocks(len(U)):
+        for i, j in blocks(height):
             W = old.rows(i, j).double()
             P.addmm_(U[i:j].T, W)
             squares += W.square().sum(0)
-        for i, j in blocks(len(U)):
+        for i, j in blocks(height):
             W, found = old.rows(i, j).double(), new.rows(i, j)
-            scale = W.abs() + U[i:j].norm(dim=1)[:, None] * squares.sqrt()
-            allowed = SLACK * sqrt(len(U)) * U32 * scale
+            terms = work.terms(slice(i, j), columns, squares.sqrt())
+            allowed = SLACK * sqrt(height) * U32 * (W.abs() + terms)
             allowed += half_ulp(found) * (1 + feedback) if step is None else step(i, j)
-            allowed += margin * (squares / len(U)).sqrt()
-            off = (found.double() - (W - U[i:j] @ P)).abs()
-            fits &= bool((off <= allowed).all())
+            allowed += margin * (squares / height).sqrt()
+            exact = work.exact(W, slice(i, j), columns, P, torch.empty_like(W))
+            off = exact.sub_(found.double()).abs_()
+            if wrong is None and not bool((off <= allowed).all()):
+                wrong = i, j
+            left.addmm_(U[i:j].T, found.double())
             sums["change"] += float((found.double() - W).square().sum())
             sums["error"] += float(off.square().sum())
         sums["W"] += float(squares.sum())
         sums["P"] += float(P.square().sum())
-    norm = sums["W"] or 1.0
-    return fits, {
-        "norm": sqrt(sums["W"]),
-        "energy_removed": sums["P"] / norm,
-        "relative_change": sqrt(sums["change"] / norm),
-        "rounding_error": sqrt(sums["error"] / norm),
-    }
+        sums["left"] += float(left.square().sum())
+    return wrong, {name: sqrt(value) for name, value in sums.items()}

@@ -18,15 +18,14 @@ from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
+from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.spectrum import Place, spectrum
-from converter.edits.subspace_file import SUBSPACE_FILE, load_bases
 from converter.errors import ConverterError, OptionError
 from converter.hub import repos as hub
-from converter.outputs.record_checks import is_basis
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
-GENERATED = (*sorted(OURS), SUBSPACE_FILE)
+GENERATED = (*sorted(OURS), EDIT_FILE)
 """Files of a checkpoint that are neither weights nor companions of a source."""
 
 LEFT_OUT = ("measurements", "prefixes")
@@ -88,7 +87,7 @@ class Side:
 
     def subspace(self) -> Path | None:
         """The subspace that a converted checkpoint brings along."""
-        path = self.source.folder / SUBSPACE_FILE
+        path = self.source.folder / EDIT_FILE
         return path if path.is_file() else None
 
 
@@ -164,7 +163,7 @@ def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: torch.linalg.qr(U.double()).Q
         for name, U in bases.items()
-        if U.ndim == 2 and is_basis(U, U.shape[0])
+        if U.ndim == 2 and U.is_floating_point() and 0 < U.shape[1] <= U.shape[0]
     }
 
 

@@ -22,18 +22,20 @@ from huggingface_hub import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from converter import __version__
 from converter.checkpoints.layout import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.entrypoints.stale_files import leftovers
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, PublishError, VerificationError
 from converter.hub.errors import plain_refusals, refuses_copies
-from converter.hub.permissions import Publication, open_repo
+from converter.hub.permissions import open_repo
+from converter.hub.publication import Publication
+from converter.manifest import Manifest
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress
 from converter.text.secrets import redacted
+from converter.version import __version__
 
 LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""
@@ -238,28 +240,31 @@ def git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def published_files(folder: Path, manifest: Mapping[str, Any]) -> Files:
+def published_files(folder: Path, manifest: Manifest) -> Files:
     """What is published of a checkpoint: what the manifest lists, and what cannot be listed."""
-    known = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    known = manifest.digests
     own = [name for name in (CARD, MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()]
     return {n: (folder / n, known.get(n)) for n in (*known, *own)}
 
 
-def default_message(manifest: Mapping[str, Any]) -> str:
+def default_message(manifest: Manifest) -> str:
     """Of the commit."""
-    return f"{manifest['source']['name']}, edited by gloss-convert {__version__}"
+    return f"{manifest.source.name}, edited by gloss-convert {__version__}"
 
 
-def untouched(manifest: Mapping[str, Any], folder: Path) -> dict[str, Copyable]:
+def untouched(manifest: Manifest, folder: Path) -> dict[str, Copyable]:
     """The shards that are those of a source on the Hub, byte for byte."""
-    source, found = manifest["source"], {}
-    inside = manifest["run"]["subfolder"]
-    for name, entry in manifest["files"].items():
-        theirs = source["files"].get(name, {})
-        if source["repo_id"] and "prefixes" in entry and theirs.get("sha256") == entry["sha256"]:
-            there = f"{inside.strip('/')}/{name}" if inside else name
+    source, inside = manifest.source, manifest.run.subfolder
+    if source.repo_id is None or source.commit is None:
+        return {}
+    found = {}
+    for name, file in manifest.shards.items():
+        original = file.source or name
+        theirs = source.files.get(original)
+        if theirs and theirs.sha256 == file.sha256:
+            there = f"{inside.strip('/')}/{original}" if inside else original
             local = nullcontext(folder / name)
-            found[name] = Copyable(source["repo_id"], source["commit"], there, local)
+            found[name] = Copyable(source.repo_id, source.commit, there, local)
     return found
 
 
@@ -296,7 +301,7 @@ def push(
     with progress.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
         upload, copyable = Upload(place), untouched(manifest, folder)
         for name, origin in copyable.items():
-            entry = manifest["files"][name]
-            upload.copy(name, entry["sha256"], entry["bytes"], origin)
+            file = manifest.files[name]
+            upload.copy(name, file.sha256, file.nbytes, origin)
         upload.send({name: file for name, file in files.items() if name not in copyable})
         return upload.commit(default_message(manifest))

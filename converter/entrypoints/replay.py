@@ -1,44 +1,44 @@
 """Do a recorded conversion again, and say whether the same bytes come out.
 
-The recorded subspace is taken out of the recorded source: nothing is fitted, run or measured, so
-what was measured then is kept. A refit repeats the whole fit to compare the subspaces, and then
-writes with the recorded one all the same: its bytes are what can be compared.
+The recorded edit is applied to the recorded source: nothing is fitted, run or measured, so what was
+measured then is kept. A refit repeats the whole fit to compare the edits, and then writes with the
+recorded one all the same: its bytes are what can be compared.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec import structs
 
-from converter import __version__
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
+from converter.edits.base import Footprint
+from converter.edits.edit_file import EDIT_FILE
 from converter.edits.engine import Engine
-from converter.edits.subspace_file import SUBSPACE_FILE
-from converter.entrypoints.convert import check_whole, inputs_of, no_pictures, write_records
+from converter.entrypoints.convert import check_whole, inputs_of, write_records
+from converter.entrypoints.delivery import no_pictures
 from converter.entrypoints.refit import compare_fit
-from converter.entrypoints.resume import settle
+from converter.entrypoints.resume import finish_existing
 from converter.errors import VerificationError
+from converter.manifest import TOOL, Manifest
 from converter.models.resident import choose_device
-from converter.outputs.base import OUTPUTS
-from converter.outputs.checkpoint.write import Written
+from converter.outputs.base import WriteJob, Written
+from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.destination import check_destination
+from converter.outputs.registry import output_of
 from converter.outputs.staging.claim import claimed, interrupted
 from converter.outputs.staging.journal import Journal
-from converter.recipe import Run
-from converter.release.manifest import edited, environment, read_manifest
-from converter.release.recording import NAMED, Given, Recording, check_source, differences, run_of
+from converter.recipe import Recipe, Settings
+from converter.release.local_inputs import LocalInputs
+from converter.release.manifest import environment, read_manifest
+from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress
-
-MAX_ANGLE = 1.0
-"""Degrees between a refitted subspace and the recorded one that are not held against it: other
-batch sizes, threads and devices add in another order. The same machine gives the same subspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class Replayed:
         differences: of tool, device and libraries, ``what``, ``recorded`` and ``found`` each.
         identical: files with the recorded bytes.
         other: names of generated files, such as the card, that have other bytes than recorded.
-        angles: basis -> degrees between the refitted and the recorded one, ascending; None without
-            a refit.
+        angles: tensor of the edit -> degrees between the refitted and the recorded one, ascending;
+            None without a refit.
     """
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     differences: list[dict[str, str]]
     identical: int
     other: list[str]
@@ -65,13 +65,11 @@ class Replayed:
 def replay(
     recording: Recording,
     destination: Path,
-    given: Given | None = None,
+    given: LocalInputs = LocalInputs(),
+    settings: Settings = Settings(),
     *,
-    refit: bool = False,
-    max_angle: float = MAX_ANGLE,
+    max_angle: float | None = None,
     overwrite: bool = False,
-    workers: int = 0,
-    memory_limit: int | None = None,
 ) -> Replayed:
     """Write a recorded checkpoint once more.
 
@@ -79,53 +77,64 @@ def replay(
         recording: of the conversion.
         destination: a folder that does not exist or is empty.
         given: where local inputs are.
-        refit: fit the subspace again, too, and compare.
-        max_angle: degrees that it may be off.
-        overwrite, workers, memory_limit: as for ``convert``.
+        settings: how this machine does it.
+        max_angle: fit the edit again, too; degrees that it may be off. None to fit nothing.
+        overwrite: replace a checkpoint that is already there.
 
     Raises:
-        VerificationError: the source, the outputs or the refitted subspace differ.
+        VerificationError: the source, the outputs or the refitted edit differ.
         ConverterError: another of its children; the destination is as it was.
     """
-    run = run_of(recording, given or Given(), refit=refit)
-    device = device_like(recording, run)
+    recipe = recipe_of(recording, given, refit=max_angle is not None)
+    device = device_like(recording, recipe)
     found = differences(recording, device)
     for entry in found:
         progress.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
-    with progress.stage("plan", f"comparing {run.source} with the source of {recording.path.name}"):
-        source = as_recorded(recording, run, resolve(run.source, run.subfolder))
+    place, name = recipe.source, recording.path.name
+    with progress.stage("plan", f"comparing {place} with the source of {name}"):
+        source = as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
         check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
-        edit, targets = recording.edit(plan)
-    if not (overwrite or refit) and (before := replayed_before(recording, destination)):
-        settle(run, destination, before, None)
+        edit = recording.edit(plan)
+        check_edit(edit, plan, source)
+    if not overwrite and max_angle is None and (before := replayed_before(recording, destination)):
+        finish_existing(recipe, destination, before, None)
         other = others(recording, before)
-        identical = len(before["files"].keys() - {SUBSPACE_FILE, *other})
+        identical = len(before.files.keys() - {EDIT_FILE, *other})
         return Replayed(before, found, identical, other, None)
-    inputs = [*inputs_of(run, source), recording.path, recording.subspace]
-    output, rank = OUTPUTS[run.output], recording.manifest["subspace"]["rank"]
-    check_destination(destination, overwrite, inputs, output.nbytes(plan, targets, rank))
-    engine = Engine(workers, memory_limit, device, run.rounding)
-    engine.workers_for(output.at_a_time(source), targets, rank)
+    inputs = [*inputs_of(recipe, source), recording.path, recording.edit_file]
+    output, weights = output_of(recipe.output), tuple(plan.find(edit.tensors).values())
+    footprint = Footprint(weights, rank=edit.rank)
+    check_destination(destination, overwrite, inputs, output.nbytes(plan, footprint))
+    engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
+    engine.workers_for(output.at_a_time(source), weights, edit.rank)
     angles = None
     with claimed(destination, overwrite) as claim:
-        if refit:
-            angles = compare_fit(recording, run, device, max_angle, memory_limit)
-        journal = Journal.of(claim, source, edit, targets, engine)
+        if max_angle is not None:
+            angles = compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
+        journal = Journal.of(claim, source, edit, engine)
         with claim.staged(overwrite) as folder:
-            with progress.stage("edit", f"editing {len(targets)} tensors on {device}"):
-                written = output.write(
-                    source, plan, edit, targets, folder, engine, receiver=journal
-                )
-                shutil.copyfile(recording.subspace, folder / SUBSPACE_FILE)
+            with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
+                job = WriteJob(
+                    source=source, plan=plan, edit=edit, folder=folder, engine=engine,
+                    receiver=journal,
+                )  # fmt: skip
+                written = output.write(job)
+                shutil.copyfile(recording.edit_file, folder / EDIT_FILE)
             identical = check_outputs(recording, written, folder, found)
-            manifest = replayed_manifest(recording, written, device)
-            write_records(source, written, folder, manifest, no_pictures)
-            check_whole(run, folder)
+            manifest = structs.replace(
+                recording.manifest,
+                tool=TOOL,
+                edited=written.edits,
+                environment=environment(device),
+                replay_of=recording.sha256,
+            )
+            manifest = write_records(source, written, folder, manifest, no_pictures)
+            check_whole(recipe, folder)
     return Replayed(manifest, found, identical, others(recording, manifest), angles)
 
 
-def replayed_before(recording: Recording, destination: Path) -> dict[str, Any] | None:
+def replayed_before(recording: Recording, destination: Path) -> Manifest | None:
     """The manifest of a folder that holds a replay of this recording already; whole or not."""
     if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
         return None
@@ -133,31 +142,31 @@ def replayed_before(recording: Recording, destination: Path) -> dict[str, Any] |
         manifest = read_manifest(destination)
     except VerificationError:
         return None
-    then, now = recording.manifest["files"], manifest["files"]
+    now = manifest.files
     same = (
-        manifest.get("replay_of") == recording.sha256
-        and manifest["tool"]["version"] == __version__
-        and all(now.get(name) == entry for name, entry in then.items() if "prefixes" in entry)
+        manifest.replay_of == recording.sha256
+        and manifest.tool == TOOL
+        and all(now.get(name) == file for name, file in recording.manifest.shards.items())
     )
     return manifest if same else None
 
 
-def device_like(recording: Recording, run: Run) -> str:
+def device_like(recording: Recording, recipe: Recipe) -> str:
     """A device of the recorded kind if there is one: other kinds add in another order."""
-    if recording.manifest["environment"]["device"] == "cpu" or not torch.cuda.is_available():
+    if recording.manifest.environment.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    return choose_device("auto" if run.device == "cpu" else run.device)
+    return choose_device("auto" if recipe.device == "cpu" else recipe.device)
 
 
-def as_recorded(recording: Recording, run: Run, source: Source) -> Source:
+def as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
     """The source under its recorded name, and of its small files those that were there then."""
-    recorded = recording.manifest["source"]
-    known, base = recorded["files"], run.base_model or recorded["repo_id"] or source.base
+    recorded = recording.manifest.source
+    known, base = recorded.files, recipe.base_model or recorded.repo_id or source.base
     return replace(
         source,
-        name=recorded["name"],
+        name=recorded.name,
         base=base,
-        base_commit=recorded["commit"] if base == recorded["repo_id"] else None,
+        base_commit=recorded.commit if base == recorded.repo_id else None,
         companions=tuple(name for name in source.companions if name in known),
         above=tuple(path for path in source.above if path.name in known),
     )
@@ -174,15 +183,16 @@ def check_outputs(
     Raises:
         VerificationError: naming those that are not, and the tensor where a shard departs.
     """
-    digests = {name: record.sha256 for name, record in written.shards.items()}
-    digests |= {name: sha256 for name, (sha256, _) in {**written.copies, **written.made}.items()}
-    recorded, wrong = recording.manifest["files"], []
-    for name in sorted({*digests, *(n for n, entry in recorded.items() if "prefixes" in entry)}):
-        entry = recorded.get(name, {})
+    digests = {written.renamed.get(n, n): record.sha256 for n, record in written.shards.items()}
+    digests |= {name: file.sha256 for name, file in written.extra.items()}
+    digests |= {name: file.sha256 for name, file in {**written.copies, **written.made}.items()}
+    wrong = []
+    for name in sorted({*digests, *recording.manifest.shards}):
+        file = recording.manifest.files.get(name)
         if name not in digests:
             wrong.append(f"{name} is not there")
-        elif digests[name] != entry.get("sha256"):
-            prefixes = entry.get("prefixes")
+        elif file is None or digests[name] != file.sha256:
+            prefixes = file and file.prefixes
             place = f" from {find_damage(folder / name, prefixes)} on" if prefixes else ""
             wrong.append(f"{name} differs{place}")
     if wrong:
@@ -202,17 +212,7 @@ def probable_cause(found: Sequence[Mapping[str, str]]) -> str:
     return "the probable cause is " + ", ".join(listed)
 
 
-def replayed_manifest(recording: Recording, written: Written, device: str) -> dict[str, Any]:
-    """The recorded manifest with what was done now, but without ``files``."""
-    return recording.manifest | {
-        "tool": {"name": "gloss-convert", "version": __version__},
-        "replay_of": recording.sha256,
-        "edited": edited(written, recording.basis_name),
-        "environment": environment(device),
-    }
-
-
-def others(recording: Recording, manifest: Mapping[str, Any]) -> list[str]:
+def others(recording: Recording, manifest: Manifest) -> list[str]:
     """Generated files that are not as recorded, or were not there, or are not any more."""
-    then, now = recording.manifest["files"], manifest["files"]
+    then, now = recording.manifest.files, manifest.files
     return sorted(n for n in {*then, *now} if then.get(n) != now.get(n))

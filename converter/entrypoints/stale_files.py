@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MANIFEST, SIGNATURE
 from converter.errors import CheckpointError
-from converter.hub.permissions import Publication
+from converter.hub.publication import Publication
 
 LOADED = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 """Endings of files in the repo's main folder that belong to a model only if its manifest says so.

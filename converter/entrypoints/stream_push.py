@@ -7,19 +7,19 @@ last: without it what was uploaded belongs to no repo, and the Hub forgets it.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
+from converter.edits.base import Edit
 from converter.entrypoints.push import Copyable, Published, Upload, default_message, published_files
 from converter.errors import ConverterError, VerificationError
-from converter.hub.permissions import Publication
-from converter.methods.subspace import Subspace
+from converter.hub.publication import Publication
+from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.staging.claim import JOURNAL
 from converter.outputs.staging.journal import Done, Receiver, keep_only
@@ -57,14 +57,14 @@ class Streaming:
         return sum(sizes[:AT_A_TIME]) + SMALL
 
     def receiver(
-        self, source: Source, subspace: Subspace, rounding: str, folder: Path, keep_source: bool
+        self, source: Source, edit: Edit, rounding: str, folder: Path, keep_source: bool
     ) -> Receiver:
         """Who is told of each shard that is written to ``folder``."""
         warn_of_name(licence_name(source.card), self.place)
         self._upload = Upload(self.place)
-        return _Receiver(self, self._upload, source, subspace, rounding, folder, keep_source)
+        return _Receiver(self, self._upload, source, edit, rounding, folder, keep_source)
 
-    def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+    def commit(self, folder: Path, manifest: Manifest) -> None:
         """Upload what is left in ``folder``, all of it small, and make the commit."""
         assert self._upload is not None
         files = published_files(folder, manifest)
@@ -91,7 +91,7 @@ class _Receiver:
     stream: Streaming
     upload: Upload
     source: Source
-    subspace: Subspace
+    edit: Edit
     rounding: str
     folder: Path
     keep_source: bool
@@ -123,16 +123,15 @@ class _Receiver:
             if record.requantized and record.requantized.shard != shard:
                 progress.warn(f"tensor {record.name} was not read again: its scales are apart")
                 continue
-            entry = asdict(record) | {"basis": self.subspace.basis_name(record.layer)}
-            basis = self.subspace.bases[record.layer]
-            if problems := list(check_edit(self.folder, entry, basis, infos, self.rounding)):
+            delta = self.edit.tensors[record.name]
+            if problems := list(check_edit(self.folder, record, delta, infos, self.rounding)):
                 raise VerificationError("what was written is not whole", found="; ".join(problems))
 
 
 def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:
     """Where the Hub has a shard in which nothing changed, if it does."""
     repo = source.repo
-    if repo is None or source.recipes is not None or record.sha256 != record.source_sha256:
+    if repo is None or source.virtual_shards is not None or record.sha256 != record.source_sha256:
         return None
     name = source.inside + shard
     if repo.sha256.get(name) != record.sha256:

@@ -4,11 +4,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
+from huggingface_hub.errors import (
     EntryNotFoundError,
     FileDuplicationError,
     HfHubHTTPError,
-    HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
@@ -16,6 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
 )
 
 from converter.errors import ConverterError, PublishError, is_out_of_memory
+from converter.hub.limits import NETWORK_ERRORS
 
 AGAIN = "run the same command again: what was uploaded is not sent twice"
 LOG_IN = (
@@ -66,7 +66,7 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
         return of_status(repo_id, error.response.status_code, error.server_message or said)
     if status := STATUS.search(said):
         return of_status(repo_id, int(status[1]), said)
-    if isinstance(error, (HTTPError, OSError)):
+    if isinstance(error, NETWORK_ERRORS):
         return PublishError(
             f"{repo_id}: the Hub cannot be reached, or the connection broke", found=said,
             hint=f"check the network and HF_ENDPOINT, then {AGAIN}",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
@@ -16,33 +16,13 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from converter.errors import OptionError, PublishError
 from converter.hub.errors import plain_refusals
+from converter.hub.publication import Publication
 from converter.hub.repos import check_repo_id
 from converter.runtime import progress
 from converter.text.secrets import redact_log, redacted
 
 WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """Where to publish.
-
-    Attributes:
-        repo_id: ``owner/name``; without an owner, that of the token.
-        private: visibility of a repo that is made: private unless this is False.
-        branch: that is committed to, and made if it is missing; None for ``main``.
-        create_pr: open a pull request instead.
-        message: of the commit; None for one that names the source.
-        exists: whether the repo is there; known after ``check_rights``.
-    """
-
-    repo_id: str
-    private: bool | None = None
-    branch: str | None = None
-    create_pr: bool = False
-    message: str | None = None
-    exists: bool = False
 
 
 def check_rights(asked: Publication, option: str) -> Publication:

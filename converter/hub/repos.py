@@ -6,12 +6,11 @@ from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
+from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -19,12 +18,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    validate_repo_id,
-)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from converter.errors import OptionError, SourceError
-from converter.hub.limits import AnswerError, guard_session, meter
+from converter.hub.limits import NETWORK_ERRORS, AnswerError, guard_session, meter
 from converter.hub.listing import Kind, repo_of
 from converter.hub.listing import Repo as Repo
 from converter.hub.listing import looks_like_repo as looks_like_repo
@@ -88,7 +85,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
             found=str(error) if isinstance(error, AnswerError) else repr(error),
             hint="check HF_ENDPOINT and the network",
         ) from error
-    except (HTTPError, OSError) as error:  # what is left of the network: no route, a broken pipe
+    except NETWORK_ERRORS as error:  # what is left of the network: no route, a broken pipe
         raise SourceError(
             f"{what} cannot be read from the Hub",
             found=str(error) or type(error).__name__,

@@ -1,12 +1,14 @@
 """Methods: one module each, holding a frozen dataclass ``Method`` whose fields are its options.
 
-A new method is a new module here; nothing else has to know its name. The module's docstring is its
-description, and ``Method`` carries ``title`` and ``paper``.
+A method says from the headers what it will change (``footprint``), then fits an edit to a model
+(``fit``). It never opens a file and does not know where the model is: all it may use is a
+``Workbench``. A new method is a module beside this one and a line in ``METHODS``, or a package with
+an entry point; see ``runtime.registry``. The module's docstring is its description.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
@@ -18,58 +20,109 @@ from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, Footprint
 from converter.errors import OptionError
-from converter.methods.subspace import Subspace
+from converter.runtime.registry import Registry
 
-METHODS = {
-    "gloss": "converter.methods.gloss",
-    "profs": "converter.methods.profs",
-    "random": "converter.methods.random_subspace",
-}
-"""Name -> module; a new method is a file beside these and a line here."""
+METHODS = Registry(
+    "gloss_convert.methods",
+    "--method",
+    {
+        "gloss": "converter.methods.gloss:Method",
+        "gloss-paper": "converter.methods.gloss_paper:Method",
+        "profs": "converter.methods.profs:Method",
+        "random": "converter.methods.random_subspace:Method",
+    },
+)
+"""Name -> a class like ``Method``."""
 
 Layers = tuple[int, ...]
-Decode = Callable[[Tensor, int], list[tuple[str, ...]]]
-"""Maps directions (C, D) and k to the k nearest tokens of each."""
+
+
+class Workbench(Protocol):
+    """What a method may use of a model and of the texts that it is fitted to."""
+
+    @property
+    def plan(self) -> Plan:
+        """The structure of the checkpoint."""
+
+    @property
+    def words(self) -> WordList:
+        """The offensive words."""
+
+    @property
+    def gains(self) -> Mapping[int, Tensor]:
+        """Layer -> (D,) float32: what the norm after its FFN multiplies by; empty without one."""
+
+    def activations(self, request: Request) -> Activations:
+        """What the model makes of the texts, from a forward pass or a cache."""
+
+    def weight(self, weight: Weight) -> Tensor:
+        """W (O, I) float32, read from its shard, however it is stored; a bias is (O, 1)."""
+
+    def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        """The ``count`` tokens nearest to each of the directions (C, D), the nearest first."""
+
+    def single_token_share(self) -> float:
+        """Which share of the word list are single tokens of the model."""
+
+    def masked(self, token: str) -> str:
+        """A token as it may be written down: with stars if it is offensive and that is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a fit gives: an edit for each strength, and as much of nothing to compare it with.
+
+    Attributes:
+        strengths: ascending, such as ranks or step sizes.
+        is_free: whether the most effective of them within the perplexity budget is to be chosen;
+            if not, it is the last.
+        edit: the edit of a strength; also of strengths between those listed, where that makes
+            sense.
+        control: an edit of a strength and a seed, of the same kind, tensors and size, that knows
+            nothing of toxicity. The guard compares with it.
+        evidence: what the method keeps in the manifest to show how it came to its edits, as JSON.
+        tensors: the same in the edit's file.
+        neutral_energy: share of what neutral text writes that the edit of a strength takes away,
+            or None if that is not known.
+    """
+
+    strengths: Sequence[float]
+    is_free: bool
+    edit: Callable[[float], Edit]
+    control: Callable[[float, int], Edit]
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    neutral_energy: Callable[[float], float | None] = lambda strength: None
 
 
 class Method(Protocol):
-    """What the pipeline needs of a method: an instance is the method with its options set."""
+    """A method with its options set: a frozen dataclass whose fields are the options.
+
+    Attributes:
+        title: for people.
+        paper: URL of its description.
+        strength: what its strengths are called, such as ``rank``.
+    """
 
     title: ClassVar[str]
     paper: ClassVar[str]
+    strength: ClassVar[str]
 
-    @property
-    def rank(self) -> int | None:
-        """Dimensions to remove; None if that is to be chosen under the perplexity budget."""
+    @classmethod
+    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
+        """Values of the options that depend on the model."""
 
-    @property
-    def edit_layers(self) -> Layers:
-        """The layers whose down-projections change."""
+    def footprint(self, plan: Plan) -> Footprint:
+        """What will change, from the headers alone.
 
-    @property
-    def edit_bias(self) -> bool:
-        """Whether the biases of these projections change too."""
+        Raises:
+            OptionError: the model lacks a tensor, a role or a route that the method needs.
+        """
 
-    @property
-    def request(self) -> Request:
-        """What the fit has to see of the model."""
-
-    def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
+    def fit(self, bench: Workbench) -> Proposal:
         """Fit, then freeze. Raises FitError."""
-
-
-def targets_of(method: Method, plan: Plan) -> tuple[Weight, ...]:
-    """The tensors of a checkpoint that a method changes, in order of layer."""
-    found = plan.weights("down_proj", method.edit_layers)
-    if method.edit_bias:
-        found += plan.biases("down_proj", method.edit_layers)
-    return tuple(sorted(found, key=lambda weight: weight.layer))
-
-
-def method_names() -> list[str]:
-    """The methods there are."""
-    return sorted(METHODS)
 
 
 def configure(
@@ -89,9 +142,7 @@ def configure(
     Raises:
         OptionError: an unknown method, an unknown option, or a value out of range.
     """
-    if name not in method_names():
-        raise OptionError("--method", expected=" or ".join(method_names()), found=name)
-    kind = import_module(METHODS[name]).Method
+    kind = METHODS.load(name)
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = kind.defaults(dimensions)

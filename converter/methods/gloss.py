@@ -1,25 +1,17 @@
 """GloSS: one toxic subspace for all layers, fitted on what the FFNs write.
 
-    P_l                                        directions that neutral text needs, (D, p)
-    T_l = (X+_l - X-_l) (I - P_l P_l^T)        differences of pooled FFN outputs, (N, D)
-    A_l' = (I - P P^T) A_l (I - P P^T)         causal moments, (D, D), P shared by the layers;
-                                               u^T A_l u is what toxic words lose without u
-    basis=moments:     V = leading eigenvectors of the sum of A_l' over layers, (D, K)
-                       U = V X, X (K, R) from the moments of single words and pieces of neutral
-                       text within V: see ``greedy``
-    basis=candidates:  candidates of layer l: first eigenvectors of A_l', or the mean row of T_l,
-                       or its first right singular vectors
-                       keep those with score > mean + alpha std over all of them
-                       U = leading right singular vectors of the stacked candidates
+    P                                       directions that neutral text needs, (D, p)
+    A_l' = (I - P P^T) A_l (I - P P^T)      causal moments, (D, D), P shared by the layers;
+                                            u^T A_l u is what toxic words lose without u
+    V = leading eigenvectors of the sum of A_l' over layers, (D, K)
+    U = V X                                 X (K, R) from the moments of single words and pieces of
+                                            neutral text within V: see ``greedy``
 
-arXiv 2505.17078 gives the scheme of ``basis=candidates``: candidates of each layer, a toxicity
-signal that scores them, a threshold, one principal component analysis of what is kept, one
-projection for all layers. Its published description leaves pooling and centering open.
-``basis=moments`` lets the signal speak before the layers are cut into candidates, and asks for more
-than a large sum: a corpus is mostly forms of two words, and the eigenvectors of the sum take these
-to nothing many times over and leave the others, or take slang, and all informal text, with them. In
-either case the protection of neutral directions is what keeps the edit from destroying a small
-model.
+arXiv 2505.17078 gives the scheme of one subspace and one projection for all layers; ``gloss_paper``
+is its letter. Here the signal speaks before the layers are cut into candidates, and more is asked
+for than a large sum: a corpus is mostly forms of two words, and the eigenvectors of the sum take
+these to nothing many times over and leave the others, or take slang, and all informal text, with
+them. The protection of neutral directions is what keeps the edit from destroying a small model.
 """
 
 from dataclasses import dataclass, field
@@ -28,33 +20,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from converter.calibration.linear_algebra import (
-    eigen_directions,
-    extend,
-    mean_difference,
-    remove,
-    shared_directions,
-    svd_directions,
-    top_right_singular_vectors,
-)
+from converter.calibration.linear_algebra import shared_directions
 from converter.calibration.statistics import Activations, Moments, Request, Site
-from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError, OptionError
-from converter.methods.base import Decode, Layers
+from converter.checkpoints.plan import Plan
+from converter.edits.base import Footprint
+from converter.errors import FitError
+from converter.manifest import Candidate
+from converter.methods.base import Layers, Proposal, Workbench
 from converter.methods.greedy import greedy_directions
-from converter.methods.rankings import Evidence, load_ranking, ranking_names
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace, above_threshold, global_basis
+from converter.methods.subspace import (
+    MAX_RANK,
+    Removal,
+    Subspace,
+    protected_differences,
+)
 from converter.models.batching import Pooling
-
-NOTHING = 1e-6
-"""A share of the differences' norm that is rounding error rather than a difference."""
-
-ONLY_FOR = {
-    "candidates": ("candidates", "ranking", "alpha", "weights"),
-    "moments": ("directions", "saturation", "cost"),
-}
-"""Options that have a meaning with one ``basis`` only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,45 +48,31 @@ class Method:
             and bring nothing.
         edit_layers: whose down-projections are edited; by default the same.
         site: where activations are taken: ``ffn`` or ``residual``.
-        pooling: of the differences: over the positions that predict a toxic token, over all, or the
-            last.
-        basis: how the layers make one subspace: ``moments`` looks for what most toxic words owe
-            something to and neutral text does not, which takes backward passes; ``candidates``
-            stacks the layers' candidates.
-        candidates: of each layer: ``causal`` directions, the ``mean`` difference, the first ``svd``
-            directions of the differences, or both of these. With ``basis=moments`` they are only
-            recorded, to show what the layers have in common.
-        per_layer: causal or singular directions of each layer.
-        ranking: the signal that scores candidates, a module of ``converter.rankings``.
-        alpha: for ``basis=candidates``: standard deviations over the mean score that a candidate
-            needs. If all scores are equal (``candidates=mean`` with ``ranking=mean-difference``)
-            all are kept.
-        weights: of kept candidates in the stack: by ``score`` or ``equal``.
-        directions: for ``basis=moments``: K, among which U is sought.
-        saturation: for ``basis=moments``: nats that a word may lose before more counts little.
-        cost: for ``basis=moments``: of a nat per neutral token, in shares of toxic words.
+        pooling: of the differences, by which directions are turned to the toxic side: over the
+            positions that predict a toxic token, over all, or the last.
+        per_layer: leading causal directions of each layer that are recorded, to show what the
+            layers have in common.
+        directions: K, among which U is sought.
+        saturation: nats that a word may lose before more counts little.
+        cost: of a nat per neutral token, in shares of toxic words.
         protect_shared: leading eigenvectors of the layers' average neutral second moment that no
-            candidate may touch. ``U`` acts on every layer, so a layer's own are not enough.
+            direction may touch. ``U`` acts on every layer, so a layer's own are not enough.
         protect_own: leading right singular vectors of the layer's own neutral side, which its
             differences may not touch.
-        top_tokens: decoded for each candidate.
+        top_tokens: decoded for each direction.
         bias: ``project`` also edits the bias of an edited projection, ``keep`` leaves it.
     """
 
     title: ClassVar[str] = "GloSS, global toxic subspace suppression"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
+    strength: ClassVar[str] = "rank"
 
     rank: int | None = field(default=None, metadata={"min": 1})
     layers: Layers
     edit_layers: Layers = ()
     site: Site = "ffn"
     pooling: Pooling = "predicting"
-    basis: Literal["moments", "candidates"] = "moments"
-    candidates: Literal["causal", "mean", "svd", "mean+svd"] = "causal"
     per_layer: int = field(default=4, metadata={"min": 1})
-    ranking: str = field(default="causal", metadata={"names": ranking_names})
-    alpha: float = 1.0
-    weights: Literal["score", "equal"] = "score"
     directions: int = field(default=32, metadata={"min": 1})
     saturation: float = field(default=3.0, metadata={"min": 1e-3})
     cost: float = field(default=3.0, metadata={"min": 0})
@@ -121,103 +88,62 @@ class Method:
         first = count // 4
         return {"layers": tuple(range(first, max(int(0.9 * count), first + 1)))}
 
-    def __post_init__(self) -> None:
-        if not self.edit_layers:
-            object.__setattr__(self, "edit_layers", self.layers)
-        other = "candidates" if self.basis == "moments" else "moments"
-        for name in ONLY_FOR[other]:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise OptionError(
-                    f"-o {name}={getattr(self, name)} has no effect with basis={self.basis}",
-                    hint=f"add -o basis={other}",
-                )
-
     @property
-    def edit_bias(self) -> bool:
-        return self.bias == "project"
+    def removal(self) -> Removal:
+        return Removal(self.rank, self.edit_layers or self.layers, self.bias == "project")
 
-    @property
-    def request(self) -> Request:
-        moments = self.basis == "moments"
-        gradient = (
-            moments or self.candidates == "causal" or load_ranking(self.ranking).NEEDS_GRADIENT
-        )
-        return Request(
-            self.site,
-            self.pooling,
-            self.layers,
-            self.protect_shared > 0,
-            gradient,
-            self.directions if moments else 0,
-            self.protect_shared if moments else 0,
-            self.per_layer if moments else 0,
-        )
+    def footprint(self, plan: Plan) -> Footprint:
+        """See ``subspace.Removal``."""
+        return self.removal.footprint(plan)
 
-    def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
+    def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
 
         Raises:
-            FitError: protection leaves nothing, no candidate is over the threshold, or fewer than
-                ``rank`` are.
+            FitError: protection leaves nothing, or fewer than ``rank`` directions.
         """
-        width = activations.neutral[self.layers[0]].shape[1]
-        shared = shared_directions(activations.second_moment, self.protect_shared, width)
-        rows: list[Tensor] = []
-        places: list[tuple[int, str, int]] = []
-        differences = {}
-        for layer in self.layers:
-            differences[layer] = self._differences(activations, layer, shared)
-            found = self._candidates(activations, layer, differences[layer], shared)
-            for kind, directions in found:
-                rows.extend(directions)
-                places.extend((layer, kind, index) for index in range(len(directions)))
-        stack = torch.stack(rows)
-        tokens = decode(stack, self.top_tokens)
-        if self.basis == "moments":
-            scores = [
-                worth for layer in self.layers for worth in activations.leading[layer][1].tolist()
-            ]
-            kept = [True] * len(scores)
-            toward = torch.stack([T.mean(0) for T in differences.values()]).sum(0)
-            assert activations.moments is not None  # requested
-            basis, values = self._of_moments(activations.moments, toward)
-        else:
-            layers = tuple(layer for layer, *_ in places)
-            evidence = Evidence(stack, layers, differences, activations.causal, tokens, words)
-            scores = load_ranking(self.ranking).score(evidence)
-            kept = above_threshold(scores, self.alpha)
-            basis, values = self._of_candidates(stack, torch.tensor(scores), torch.tensor(kept))
-        return Subspace(
-            dict.fromkeys(self.edit_layers, basis),
-            True,
-            {"U": values},
-            tuple(
-                Candidate(*place, score, keep, decoded)
-                for place, score, keep, decoded in zip(places, scores, kept, tokens, strict=True)
-            ),
-            stack.float(),
+        seen = bench.activations(
+            Request(
+                self.site, self.pooling, self.layers, self.protect_shared > 0, True,
+                self.directions, self.protect_shared, self.per_layer,
+            )
+        )  # fmt: skip
+        width = seen.neutral[self.layers[0]].shape[1]
+        shared = shared_directions(seen.second_moment, self.protect_shared, width)
+        means = {
+            layer: protected_differences(
+                seen, layer, shared, self.protect_own, self.per_layer
+            ).mean(0)
+            for layer in self.layers
+        }
+        rows = torch.cat([self._leading(seen, layer, mean) for layer, mean in means.items()])
+        tokens = bench.decode(rows, self.top_tokens)
+        assert seen.moments is not None  # requested
+        basis, values = self._basis(seen.moments, torch.stack(list(means.values())).sum(0))
+        places = [
+            (layer, index, score)
+            for layer in self.layers
+            for index, score in enumerate(seen.leading[layer][1].tolist())
+        ]
+        candidates = tuple(
+            Candidate(
+                layer=layer, kind="causal", index=index, score=score, kept=True, tokens=decoded
+            )
+            for (layer, index, score), decoded in zip(places, tokens, strict=True)
         )
+        removal = self.removal
+        subspace = Subspace(
+            dict.fromkeys(removal.layers, basis), {"U": values}, candidates, rows.float()
+        )
+        return removal.propose(bench, subspace, seen.second_moment)
 
-    def _candidates(
-        self, activations: Activations, layer: int, T: Tensor, shared: Tensor
-    ) -> list[tuple[str, Tensor]]:
-        """Unit rows of one layer by kind, turned to the toxic side."""
-        if self.basis == "moments":
-            found = activations.leading[layer][0].double()
-            signs = torch.where(found @ T.mean(0) < 0, -1.0, 1.0).double()
-            return [("causal", signs[:, None] * found)]
-        if self.candidates == "causal":
-            A = remove(remove(activations.causal[layer], shared).T, shared)
-            return [("causal", eigen_directions(A, self.per_layer, T.mean(0)))]
-        parts = []
-        if "mean" in self.candidates:
-            parts.append(("mean", mean_difference(T)))
-        if "svd" in self.candidates:
-            parts.append(("svd", svd_directions(T, self.per_layer)[0]))
-        return parts
+    def _leading(self, seen: Activations, layer: int, mean: Tensor) -> Tensor:
+        """The leading causal directions of a layer as unit rows, turned to the toxic side."""
+        found = seen.leading[layer][0].double()
+        signs = torch.where(found @ mean < 0, -1.0, 1.0).double()
+        return signs[:, None] * found
 
-    def _of_moments(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
+    def _basis(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
         """U, turned to the toxic side, and square roots of what words lose on average along V.
 
         U is as wide as it can be if no rank is given.
@@ -236,32 +162,3 @@ class Method:
         signs = torch.where(toward @ U < 0, -1.0, 1.0).double()
         values = torch.linalg.eigvalsh(moments.words.double().mean(0)).flip(0)
         return (U * signs).float().contiguous(), values.clamp(min=0).sqrt()
-
-    def _of_candidates(self, rows: Tensor, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """U and singular values of the kept rows; as wide as it can be if no rank is given."""
-        rows, scores = rows[kept], scores[kept]
-        if self.weights == "score" and (scores > 0).any():
-            rows = rows * scores.clamp(min=0).sqrt()[:, None]
-        rank = self.rank or min(MAX_RANK, int(torch.linalg.matrix_rank(rows)))
-        return global_basis(rows, rank)
-
-    def _differences(self, activations: Activations, layer: int, shared: Tensor) -> Tensor:
-        """T_l of the module's formulas, (N, D) float64."""
-        neutral = activations.neutral[layer].double()
-        if min(neutral.shape) <= self.protect_own + self.per_layer:
-            raise FitError(
-                f"layer {layer} has too few pairs or dimensions",
-                expected=f"more than {self.protect_own + self.per_layer}",
-                found=f"{list(neutral.shape)}",
-                hint="lower -o protect_own and -o per_layer",
-            )
-        protected = extend(shared, top_right_singular_vectors(neutral, self.protect_own)[0])
-        differences = activations.toxic[layer].double() - neutral
-        left = remove(differences, protected)
-        if left.norm() < NOTHING * differences.norm():
-            raise FitError(
-                f"protecting {protected.shape[1]} of {protected.shape[0]} dimensions leaves "
-                f"nothing of what tells the two sides apart in layer {layer}",
-                hint="lower -o protect_shared and -o protect_own",
-            )
-        return left

@@ -1,7 +1,7 @@
 """Directions one after the other, each the best for the words that the former ones left.
 
 Letters: n toxic words with moments M_w, m pieces of neutral text with moments M_i, all (K, K) and
-within K directions; see ``gradients.moments_within``. X (K, R) is what is sought.
+within K directions; see ``causal_moments.moments_within``. X (K, R) is what is sought.
 
     q_w(X) = tr X^T M_w X                          nats that a word loses, to first order
     J(X)   = sum of  weight_w exp(-q_w / s)  +  cost  sum over kinds of text of  D(X)

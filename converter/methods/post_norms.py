@@ -8,14 +8,12 @@ and nothing of f is left along U, whatever the scalar.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
-from converter.methods.subspace import Subspace
 
 Gains = Mapping[int, Tensor]
 """Layer -> g (D,) float32 of the norm after its FFN; empty for models without such norms."""
@@ -29,18 +27,21 @@ def read_gains(plan: Plan, source: Source) -> Gains:
     return gains
 
 
-def before_norm(subspace: Subspace, gains: Gains) -> Subspace:
-    """A subspace of the residual stream as its counterpart before the norm of each layer.
+def before_norm(bases: Mapping[int, Tensor], gains: Gains) -> Mapping[int, Tensor]:
+    """Bases of what the FFNs give as their counterparts before the norm of each layer.
 
     The columns of a smaller rank remain the first of those of a larger one.
     """
-    if not gains:
-        return subspace
-    bases = {layer: through(basis, gains[layer]) for layer, basis in subspace.bases.items()}
-    return replace(subspace, bases=bases, shared=False)
+    return {n: before_norm_basis(U, gains[n]) if n in gains else U for n, U in bases.items()}
 
 
-def through(basis: Tensor, gain: Tensor) -> Tensor:
+def after_norm(bases: Mapping[int, Tensor], gains: Gains) -> Mapping[int, Tensor]:
+    """The reverse: the subspaces that nothing is left of behind the norm."""
+    backwards = {n: torch.where(g == 0, 0, 1 / g) for n, g in gains.items()}
+    return before_norm(bases, backwards)
+
+
+def before_norm_basis(basis: Tensor, gain: Tensor) -> Tensor:
     """``orth(diag(g) U)`` for U (D, R) and g (D,), float32; its columns keep their direction."""
     Q, R = torch.linalg.qr(gain.double()[:, None] * basis.double())
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0).double()

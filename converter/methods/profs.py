@@ -21,12 +21,14 @@ from converter.calibration.linear_algebra import (
     svd_directions,
     top_right_singular_vectors,
 )
-from converter.calibration.statistics import Activations, Request, Site
-from converter.calibration.word_list import WordList
+from converter.calibration.statistics import Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.edits.base import Footprint
 from converter.errors import FitError
-from converter.methods.base import Decode, Layers
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace
+from converter.manifest import Candidate
+from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.subspace import MAX_RANK, Removal, Subspace
 from converter.models.batching import Pooling
 
 
@@ -49,6 +51,7 @@ class Method:
 
     title: ClassVar[str] = "ProFS, projection filter for subspaces"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.13967"
+    strength: ClassVar[str] = "rank"
 
     rank: int | None = field(default=None, metadata={"min": 1})
     layers: Layers
@@ -66,24 +69,23 @@ class Method:
         return {"layers": tuple(range(count * 5 // 12, count))}
 
     @property
-    def edit_layers(self) -> Layers:
-        return self.layers
+    def removal(self) -> Removal:
+        return Removal(self.rank, self.layers, self.bias == "project")
 
-    @property
-    def edit_bias(self) -> bool:
-        return self.bias == "project"
+    def footprint(self, plan: Plan) -> Footprint:
+        """See ``subspace.Removal``."""
+        return self.removal.footprint(plan)
 
-    @property
-    def request(self) -> Request:
-        return Request(self.site, self.pooling, self.layers, self.protect_shared > 0)
-
-    def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
+    def fit(self, bench: Workbench) -> Proposal:
         """Fit one basis for each layer.
 
         Raises:
             FitError: ``rank`` and ``center`` ask for more directions than there are, or the sides
                 are the same.
         """
+        activations = bench.activations(
+            Request(self.site, self.pooling, self.layers, self.protect_shared > 0)
+        )
         spectrum, found = {}, []
         width = activations.neutral[self.layers[0]].shape[1]
         shared = shared_directions(activations.second_moment, self.protect_shared, width)
@@ -102,16 +104,22 @@ class Method:
             differences = remove(activations.toxic[layer] - neutral, center)
             directions, spectrum[f"U.{layer}"] = svd_directions(differences, rank)
             found.append(directions)
-        tokens = decode(torch.cat(found), self.top_tokens)
-        return Subspace(
+        tokens = bench.decode(torch.cat(found), self.top_tokens)
+        subspace = Subspace(
             {
                 layer: directions.T.float().contiguous()
                 for layer, directions in zip(self.layers, found, strict=True)
             },
-            False,
             spectrum,
             tuple(
-                Candidate(layer, "svd", i, float(values[i] / values[0]), True, decoded)
+                Candidate(
+                    layer=layer,
+                    kind="svd",
+                    index=i,
+                    score=float(values[i] / values[0]),
+                    kept=True,
+                    tokens=decoded,
+                )
                 for (layer, i), decoded in zip(
                     product(self.layers, range(rank)), tokens, strict=True
                 )
@@ -119,3 +127,4 @@ class Method:
             ),
             torch.cat(found).float(),
         )
+        return self.removal.propose(bench, subspace, activations.second_moment)

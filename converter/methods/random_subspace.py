@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from converter.calibration.linear_algebra import random_basis, shared_directions
-from converter.calibration.statistics import Activations, Request
-from converter.calibration.word_list import WordList
+from converter.calibration.statistics import Request
 from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.edits.base import Footprint
 from converter.errors import FitError
+from converter.manifest import Candidate
 from converter.methods import gloss
-from converter.methods.base import Decode, Layers
-from converter.methods.subspace import MAX_RANK, Candidate, Subspace
+from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.subspace import MAX_RANK, Removal, Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Method:
 
     title: ClassVar[str] = "random subspace, a control"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
+    strength: ClassVar[str] = "rank"
 
     rank: int | None = field(default=None, metadata={"min": 1})
     layers: Layers
@@ -47,21 +50,18 @@ class Method:
         return gloss.Method.defaults(dimensions)
 
     @property
-    def edit_layers(self) -> Layers:
-        return self.layers
+    def removal(self) -> Removal:
+        return Removal(self.rank, self.layers, self.bias == "project")
 
-    @property
-    def edit_bias(self) -> bool:
-        return self.bias == "project"
+    def footprint(self, plan: Plan) -> Footprint:
+        """See ``subspace.Removal``."""
+        return self.removal.footprint(plan)
 
-    @property
-    def request(self) -> Request:
-        return Request("ffn", "predicting", self.layers, self.protect_shared > 0)
-
-    def fit(self, activations: Activations, decode: Decode, words: WordList) -> Subspace:
+    def fit(self, bench: Workbench) -> Proposal:
         """Draw a basis. Nothing is fitted."""
-        width = activations.neutral[self.layers[0]].shape[1]
-        spared = shared_directions(activations.second_moment, self.protect_shared, width)
+        seen = bench.activations(Request("ffn", "predicting", self.layers, self.protect_shared > 0))
+        width = seen.neutral[self.layers[0]].shape[1]
+        spared = shared_directions(seen.second_moment, self.protect_shared, width)
         most = width - spared.shape[1]
         rank = self.rank or min(MAX_RANK, most)
         if not 1 <= rank <= most:
@@ -72,14 +72,21 @@ class Method:
                 hint="lower -o rank or -o protect_shared",
             )
         basis = random_basis(width, rank, self.draw, spared)
-        tokens = decode(basis.T, self.top_tokens)
-        return Subspace(
+        tokens = bench.decode(basis.T, self.top_tokens)
+        subspace = Subspace(
             dict.fromkeys(self.layers, basis),
-            True,
             {},
             tuple(
-                Candidate(self.layers[0], "random", index, 0.0, True, decoded)
+                Candidate(
+                    layer=self.layers[0],
+                    kind="random",
+                    index=index,
+                    score=0.0,
+                    kept=True,
+                    tokens=decoded,
+                )
                 for index, decoded in enumerate(tokens)
             ),
             basis.T.contiguous(),
         )
+        return self.removal.propose(bench, subspace, seen.second_moment)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from converter.calibration.collect import activation_inputs, extract
+from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import (
     Activations,
@@ -17,25 +19,35 @@ from converter.calibration.vocabulary import Vocabulary
 from converter.calibration.word_list import WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
+from converter.edits.fp8 import dequantize
 from converter.errors import DataError
-from converter.methods.base import Method
-from converter.methods.post_norms import Gains, before_norm, read_gains
-from converter.methods.subspace import Subspace
+from converter.manifest import Origin
+from converter.methods.base import Method, Proposal
+from converter.methods.post_norms import Gains, read_gains
 from converter.models.build import load_language_model, stored_dtype, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
-from converter.recipe import Run
+from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
+
+NOWHERE = Origin(name="nowhere")
+NO_TEXTS = Part(Pairs((), NOWHERE, ""), Prose((), NOWHERE, ""))
 
 
 @dataclass(slots=True)
 class Bench:
-    """A fetched source with what fitting a method to it takes; its model is loaded when needed."""
+    """The ``Workbench`` of a fetched source; its model is loaded when it is needed.
 
-    run: Run
+    Attributes:
+        part: the texts that the current fit may see.
+        seen: the activations that it has asked for last.
+    """
+
+    recipe: Recipe
     source: Source
     plan: Plan
     words: WordList
@@ -46,16 +58,17 @@ class Bench:
     forward: Forward
     model: Model | None = None
     has_run: bool = False
+    part: Part = NO_TEXTS
+    seen: Activations | None = None
 
     @classmethod
     def of(
         cls,
-        run: Run,
+        recipe: Recipe,
         source: Source,
         plan: Plan,
         words: WordList,
         device: str,
-        *,
         memory_limit: int | None = None,
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
@@ -63,13 +76,14 @@ class Bench:
         Args:
             memory_limit: bytes that the forward pass is planned with, if less than what there is.
         """
-        dtype = choose_dtype(run.forward_dtype, stored_dtype(plan), device)
-        vocabulary = Vocabulary(plan, source, load_tokenizer(source.folder, run.trust_remote_code))
+        dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
+        tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
+        vocabulary = Vocabulary(plan, source, tokenizer)
         gains = read_gains(plan, source)
         forward = choose_forward(
-            run.forward, plan, dtype, device, memory_limit, spread=run.device == "map"
+            recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
         )
-        return cls(run, source, plan, words, vocabulary, device, dtype, gains, forward)
+        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward)
 
     def load(self) -> Model:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
@@ -96,8 +110,8 @@ class Bench:
             self.vocabulary.tokenizer,
             self.dtype,
             self.device,
-            spread=self.run.device == "map",
-            trust_remote_code=self.run.trust_remote_code,
+            spread=self.recipe.device == "map",
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def _stream(self) -> StreamedModel:
@@ -108,76 +122,84 @@ class Bench:
             self.dtype,
             self.device,
             self.forward.budget,
-            trust_remote_code=self.run.trust_remote_code,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
         self.model = None
 
-    def fit(self, method: Method, part: Part) -> tuple[Activations, Subspace]:
-        """Take the activations, or find them, and fit; bases are those of down-projections."""
-        count = len(part.pairs.pairs) or "unknown"
-        with progress.stage("activations", f"activations of {count} pairs"):
-            seen = activations_of(self, method.request, part)
+    def fit(self, method: Method, part: Part) -> Proposal:
+        """Fit a method to some texts."""
+        self.part, self.seen = part, None
         with progress.stage("fit", f"fitting {method.title}"):
-            warn_about_words(method, self.vocabulary, self.words)
-            subspace = method.fit(seen, self.vocabulary.decode, self.words)
-            return seen, before_norm(subspace, self.gains)
+            return method.fit(self)
 
+    def activations(self, request: Request) -> Activations:
+        """From the file that was given, from the cache, or from a forward pass."""
+        count = len(self.part.pairs.pairs) or "unknown"
+        with progress.stage("activations", f"activations of {count} pairs"):
+            self.seen = self._given(request) if self.recipe.activations else self._taken(request)
+        return self.seen
 
-def activations_of(bench: Bench, request: Request, part: Part) -> Activations:
-    """From the file that was given, from the cache, or from a forward pass."""
-    run, hidden_size = bench.run, bench.plan.dimensions.hidden_size
-    if run.activations is not None:
-        return load_activations(run.activations, request, hidden_size)
-    inputs = activation_inputs(
-        bench.source.digests(),
-        bench.plan.architecture,
-        part.pairs,
-        part.prose,
-        request,
-        device=bench.device,
-        dtype=str(bench.dtype).removeprefix("torch."),
-        batch_size=run.batch_size,
-        mode=bench.forward.mode,
-    )
-    path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
-    if path.exists():
-        try:
-            found = load_activations(path, request, hidden_size)
-        except DataError as error:
-            progress.warn(f"the cached {error}; running the model again")
-        else:
-            progress.note(f"  cache hit, no forward pass: {path}")
-            return found
-    progress.note("  cache miss, running the model")
-    moments = request.directions > 0
-    total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
-    total += len(part.prose.paragraphs) * (request.second_moment + moments)
-    with progress.bar("forward", total, "text"):
-        seen, dropped = extract(
-            bench.load(),
+    def _given(self, request: Request) -> Activations:
+        assert self.recipe.activations is not None
+        return load_activations(self.recipe.activations, request, self.plan.dimensions.hidden_size)
+
+    def _taken(self, request: Request) -> Activations:
+        """What the cache holds, or a forward pass gives."""
+        part, batch_size = self.part, self.recipe.batch_size
+        inputs = activation_inputs(
+            self.source.digests(),
+            self.plan.architecture,
+            part,
             request,
-            part.pairs,
-            part.prose,
-            batch_size=run.batch_size,
+            device=self.device,
+            dtype=str(self.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            mode=self.forward.mode,
         )
-    if dropped:
-        progress.warn(f"{dropped} pairs have no token that predicts a toxic one and were left out")
-    seen = replace(seen, inputs=inputs)
-    save_activations(seen, path)
-    progress.note(f"  kept in {path}")
-    return seen
+        path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
+        if path.exists():
+            try:
+                found = load_activations(path, request, self.plan.dimensions.hidden_size)
+            except DataError as error:
+                progress.warn(f"the cached {error}; running the model again")
+            else:
+                progress.note(f"  cache hit, no forward pass: {path}")
+                return found
+        progress.note("  cache miss, running the model")
+        moments = request.directions > 0
+        total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
+        total += len(part.prose.paragraphs) * (request.second_moment + moments)
+        with progress.bar("forward", total, "text"):
+            seen, dropped = extract(
+                self.load(), request, part.pairs, part.prose, batch_size=batch_size
+            )
+        if dropped:
+            progress.warn(
+                f"{dropped} pairs have no token that predicts a toxic one and were left out"
+            )
+        seen = replace(seen, inputs=inputs)
+        save_activations(seen, path)
+        progress.note(f"  kept in {path}")
+        return seen
 
+    def weight(self, weight: Weight) -> Tensor:
+        """See ``Workbench``."""
+        stored, scales = self.source.read(weight.shard, weight.info), weight.scales
+        if scales is not None:
+            stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
+        return stored.movedim(weight.axis, 0).flatten(1).float()
 
-def warn_about_words(method: Method, vocabulary: Vocabulary, words: WordList) -> None:
-    """A ranking by vocabulary is worth little if the vocabulary splits the listed words."""
-    if getattr(method, "ranking", None) != "vocabulary":
-        return
-    share = vocabulary.single_token_share(words)
-    if share < 0.5:
-        progress.warn(
-            f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
-            "vocabulary says little; the other rankings do not depend on it"
-        )
+    def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        """See ``Vocabulary.decode``."""
+        return self.vocabulary.decode(directions, count)
+
+    def single_token_share(self) -> float:
+        """Which share of the word list are single tokens of the model."""
+        return self.vocabulary.single_token_share(self.words)
+
+    def masked(self, token: str) -> str:
+        """A token with stars, if it is offensive and the run asks for that."""
+        return self.words.mask(token) if self.recipe.mask else token

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from converter.checkpoints.formats.virtual import Recipe
+from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import FLOATS
 from converter.checkpoints.source import Source
@@ -39,7 +39,7 @@ def load_language_model(
         spread=spread,
         auto_class=plan.architecture.auto_class,
         trust_remote_code=trust_remote_code,
-        recipes=dequantized(source, plan, plan.scheme) if plan.scheme else source.recipes,
+        recipes=dequantized(source, plan, plan.scheme) if plan.scheme else source.virtual_shards,
     )
     plan.architecture.check_modules(module)
     return LanguageModel(module, tokenizer, plan.architecture, device)
@@ -97,9 +97,9 @@ def stream_language_model(
     return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache_folder())
 
 
-def recipes_of(source: Source, plan: Plan) -> dict[str, Recipe]:
+def recipes_of(source: Source, plan: Plan) -> dict[str, VirtualTensor]:
     """How to make every tensor of a source for a forward pass."""
-    shards = dequantized(source, plan, plan.scheme) if plan.scheme else source.recipes
+    shards = dequantized(source, plan, plan.scheme) if plan.scheme else source.virtual_shards
     if shards is not None:
         return {recipe.name: recipe for made in shards.values() for recipe in made}
     return {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Recipe, Shards
+from converter.checkpoints.formats.virtual import Shards, VirtualTensor
 from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, scales_of
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
@@ -24,7 +24,7 @@ def dequantized(source: Source, plan: Plan, scheme: Scheme) -> Shards:
         for shard, header in plan.headers.items()
         for name, info in header.tensors.items()
     }
-    made: dict[str, list[Recipe]] = {}
+    made: dict[str, list[VirtualTensor]] = {}
     for name, (shard, info) in places.items():
         if name.endswith((*scheme.scales, "input_scale", "activation_scale")):
             continue
@@ -41,17 +41,17 @@ def dequantized(source: Source, plan: Plan, scheme: Scheme) -> Shards:
     return made
 
 
-def _weight(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Recipe:
+def _weight(source: Source, shard: str, info: TensorInfo, scales: Scales) -> VirtualTensor:
     def make() -> Tensor:
         with source.open(shard) as file, source.open(scales.shard) as other:
             return dequantize(
                 read_tensor(file, info), read_tensor(other, scales.info), scales.block
             )
 
-    return Recipe(info.name, torch.float32, info.shape, make)
+    return VirtualTensor(info.name, torch.float32, info.shape, make)
 
 
-def stored(source: Source, shard: str, info: TensorInfo) -> Recipe:
+def stored(source: Source, shard: str, info: TensorInfo) -> VirtualTensor:
     """The recipe of a tensor that is read as it is.
 
     Raises:
@@ -67,4 +67,4 @@ def stored(source: Source, shard: str, info: TensorInfo) -> Recipe:
         with source.open(shard) as file:
             return read_raw(file, info)
 
-    return Recipe(info.name, DTYPES[info.dtype], info.shape, make)
+    return VirtualTensor(info.name, DTYPES[info.dtype], info.shape, make)

@@ -1,43 +1,117 @@
-"""The edit without writing a weight: hooks that change what down-projections give."""
+"""An edit without writing a weight: hooks that change what modules give."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from converter.checkpoints.architectures.architecture import Architecture
+from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
+from converter.edits.deltas import Delta
+from converter.errors import OptionError
+from converter.models.hooks import hooked
+
+
+@dataclass(slots=True)
+class ModuleEdit:
+    """What becomes of one module.
+
+    Attributes:
+        weight, bias: of its weight and of its bias; None if they stay as they are.
+        created: (O,) a bias that it lacks.
+    """
+
+    weight: Delta | None = None
+    bias: Delta | None = None
+    created: Tensor | None = None
+
+    def applied(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module would give if the edit were written into it, like ``y``.
+
+        Args:
+            x: (..., I), its input.
+            y: (..., O), what it gives.
+            bias: (O,) of the module, which is part of y, or None.
+        """
+        new = y
+        together = bias is None or _same_subspace(self.weight, self.bias)
+        if self.weight is not None:
+            new = new + self.weight.shift(x, y if together or bias is None else y - bias)
+        if self.bias is not None and bias is not None and not together:
+            new = new + self.bias.shift(bias.new_ones(1), bias)
+        if self.created is not None:
+            new = new + self.created.to(y)
+        return new
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """A forward hook; of several things that the module gives, the first one changes."""
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        bias = getattr(module, "bias", None)
+        new = self.applied(args[0], first, bias if isinstance(bias, Tensor) else None)
+        return (new, *rest) if isinstance(output, tuple) else new
+
+
+def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
+    """Whether both take out the same subspace, which is then that of the sum of weight and bias."""
+    if one is None or other is None or one.protects is None:
+        return False
+    return one.protects is other.protects
 
 
 @contextmanager
-def edited(
-    model: nn.Module, architecture: Architecture, edit: Edit, layers: Sequence[int]
-) -> Iterator[None]:
+def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     """While this lasts, the model computes as if ``edit`` were written into its weights.
 
     Args:
         model: a causal language model of transformers.
-        architecture: names the down-projections of its layers.
-        edit: what happens to what they give.
-        layers: whose down-projections are edited.
+        plan: of its checkpoint; it knows the modules of the tensors.
+        edit: what becomes of them.
+
+    Raises:
+        OptionError: see ``module_edits``.
     """
-    handles = []
-    for layer in layers:
-        name = architecture.roles["down_proj"].module.format(layer=layer)
-        handles.append(model.get_submodule(name).register_forward_hook(_hook(edit, layer)))
-    try:
+    changes = module_edits(plan, edit)
+    with hooked(model, {name: change.hook for name, change in changes.items()}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _hook(edit: Edit, layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-    def change(module: nn.Module, args: Any, output: Any) -> Any:
-        bias = getattr(module, "bias", None)
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        first = edit.output(layer, first, bias if isinstance(bias, Tensor) else None)
-        return (first, *rest) if isinstance(output, tuple) else first
+def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
+    """Module of the transformers class -> what becomes of it.
 
-    return change
+    Raises:
+        OptionError: a change whose effect on a running model is not known: experts of one module
+            that change in different ways, or in another way than by a subspace that is taken out,
+            or a tensor that belongs to no known weight.
+    """
+    changes: dict[str, ModuleEdit] = {}
+    for name, weight in plan.find(edit.tensors).items():
+        delta, change = edit.tensors[name], changes.setdefault(plan.module(weight), ModuleEdit())
+        is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
+        if is_expert and delta.protects is None:  # the module is the FFN; its input is another
+            raise OptionError(
+                f"the edit of tensor {name}",
+                expected="a subspace taken out, in a mixture of experts",
+                found=f"{delta.kind}, whose effect on the layer cannot be examined",
+            )
+        known = change.bias if weight.is_bias else change.weight
+        if known is not None and known is not delta and not _same_subspace(known, delta):
+            raise OptionError(
+                f"the edit of tensor {name}", expected="the same for all experts of a layer",
+                found="another one, whose effect on the layer cannot be examined",
+            )  # fmt: skip
+        if weight.is_bias:
+            change.bias = delta
+        else:
+            change.weight = delta
+    biases = plan.bias_modules() if edit.created else {}
+    for name, tensor in edit.created.items():
+        if name in biases:
+            changes.setdefault(biases[name], ModuleEdit()).created = tensor
+        elif bool(tensor.any()):
+            raise OptionError(
+                f"the tensor {name} that the edit creates", expected="a bias of a known weight",
+                found="one whose effect on the model cannot be examined",
+            )  # fmt: skip
+    return changes

@@ -29,7 +29,7 @@ def call(module: nn.Module, batch: Batch) -> Any:
     )
 
 
-class Enough(Exception):  # noqa: N818 - it is not an error
+class StopForward(Exception):  # noqa: N818 - it is not an error
     """Raised by a hook: what would be run next is not needed."""
 
 
@@ -64,7 +64,7 @@ def showing(show: Show, number: int, batch: Batch, layer: int, *, stop: bool) ->
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         show(number, layer, by_position(first_of(output), batch))
         if stop:
-            raise Enough
+            raise StopForward
 
     return hook
 

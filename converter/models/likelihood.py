@@ -5,13 +5,13 @@ text, token by token, and a few thousand tokens tell them apart where generation
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from converter.manifest import Estimate
 from converter.models.batching import Sentence, logit_positions, token_batches
 from converter.models.hooks import memory_errors
 from converter.models.resident import Model
@@ -21,23 +21,6 @@ LogProbabilities = Sequence[NDArray[np.float64]]
 
 Words = Sequence[Sequence[tuple[int, ...]]]
 """For each sentence the words of interest, each the places of its tokens in the sentence's ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number and its standard error over sampling units, which are groups of sentences.
-
-    Sentences made from the same frame, or continuing the same prompt, are one unit: they resemble
-    each other, and counting them apart would make the error too small.
-    """
-
-    value: float
-    error: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether it is a number at all; a broken model gives none."""
-        return isfinite(self.value) and isfinite(self.error)
 
 
 Groups = Sequence[Hashable] | None
@@ -140,10 +123,10 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64], groups: Groups)
     mean = float(sums.sum() / total)
     spread = ((sums - mean * counts) ** 2).sum()
     error = np.sqrt(spread * units / (units - 1)) / total if units > 1 else np.inf
-    return Estimate(mean, float(error))
+    return Estimate(value=mean, error=float(error))
 
 
 def _exponential(mean: Estimate) -> Estimate:
     with np.errstate(over="ignore"):
         value = float(np.exp(mean.value))
-    return Estimate(value, value * mean.error)
+    return Estimate(value=value, error=value * mean.error)

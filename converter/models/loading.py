@@ -1,40 +1,22 @@
 """Loading a model and its tokenizer with transformers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from converter.checkpoints.formats.virtual import Recipe, Shards
+from converter.checkpoints.formats.virtual import Shards, VirtualTensor
 from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.models.transformers_loader import (
+    LazyTensor,
+    MetaTensor,
+    auto_class_of,
+    from_tensors,
+)
 from converter.runtime.memory import free_memory
-
-
-class Made:
-    """A tensor that is made when transformers loads it, which it does by slicing."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-
-    def __getitem__(self, place: Any) -> Tensor:
-        return self.recipe.make()[place]
-
-
-class Shape:
-    """A tensor that transformers is to load onto the meta device."""
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape = dtype, shape
-
-    def __getitem__(self, place: Any) -> "Shape":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Wherever it is wanted, there is nothing to hold."""
-        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
 def load_model(
@@ -75,11 +57,13 @@ def load_model(
     settings = {"dtype": dtype, "device_map": "auto" if spread else None}
     if recipes is None:
         local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        model = _loaded(partial(_auto(auto_class).from_pretrained, folder, **local, **settings))
-    else:
-        made = {recipe.name: Made(recipe) for part in recipes.values() for recipe in part}
         model = _loaded(
-            partial(_from_tensors, folder, made, auto_class, trust_remote_code, **settings)
+            partial(auto_class_of(auto_class).from_pretrained, folder, **local, **settings)
+        )
+    else:
+        made = {recipe.name: LazyTensor(recipe) for part in recipes.values() for recipe in part}
+        model = _loaded(
+            partial(from_tensors, folder, made, auto_class, trust_remote_code, **settings)
         )
     try:
         return model if spread else model.to(device)
@@ -90,7 +74,7 @@ def load_model(
 def load_skeleton(
     folder: Path,
     dtype: torch.dtype,
-    recipes: Iterable[Recipe],
+    recipes: Iterable[VirtualTensor],
     *,
     auto_class: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,
@@ -109,37 +93,10 @@ def load_skeleton(
     Raises:
         SourceError, CheckpointError: as above.
     """
-    shapes = {recipe.name: Shape(recipe.dtype, recipe.shape) for recipe in recipes}
+    shapes = {recipe.name: MetaTensor(recipe.dtype, recipe.shape) for recipe in recipes}
     return _loaded(
-        partial(_from_tensors, folder, shapes, auto_class, trust_remote_code, dtype=dtype)
+        partial(from_tensors, folder, shapes, auto_class, trust_remote_code, dtype=dtype)
     )
-
-
-def _auto(auto_class: str) -> Any:
-    import transformers
-
-    return getattr(transformers, auto_class)
-
-
-def _from_tensors(
-    folder: Path,
-    tensors: Mapping[str, Any],
-    auto_class: str,
-    trust_remote_code: bool,
-    **settings: Any,
-) -> Any:
-    """``from_pretrained`` of a model whose tensors are not in files of the folder."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
-    for part in (config, config.get_text_config(decoder=True)):
-        if hasattr(part, "quantization_config"):  # what is made is not quantized
-            del part.quantization_config
-    with torch.device("meta"):
-        kind = type(_auto(auto_class).from_config(config, trust_remote_code=trust_remote_code))
-    return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
 
 
 def _loaded(load: Callable[..., Any]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
@@ -10,6 +10,7 @@ import torch
 
 from converter.checkpoints.plan import Plan
 from converter.errors import OptionError, SourceError
+from converter.manifest import ForwardRecord
 from converter.models.batching import BATCH_TOKENS, LOGITS_BYTES
 from converter.runtime.memory import address_space, available_memory, free_memory
 
@@ -30,9 +31,9 @@ class Forward:
     reason: str
     budget: int
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> ForwardRecord:
         """For the manifest."""
-        return {name: value for name, value in asdict(self).items() if name != "budget"}
+        return ForwardRecord(mode=self.mode, reason=self.reason)
 
     def need_resident(self) -> None:
         """Raise what is wrong if continuations are to be written, each token a pass by itself."""

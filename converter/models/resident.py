@@ -17,8 +17,8 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
-    Enough,
     Show,
+    StopForward,
     by_position,
     call,
     hooked,
@@ -98,7 +98,7 @@ class LanguageModel:
                 name: showing(show, number, batch, layer, stop=layer == last)
                 for layer, name in modules.items()
             }
-            with torch.inference_mode(), hooked(self.module, hooks), suppress(Enough):
+            with torch.inference_mode(), hooked(self.module, hooks), suppress(StopForward):
                 call(self.module, batch)
             progress.advance(len(batch.rows))
 

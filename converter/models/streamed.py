@@ -24,10 +24,10 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
 from converter.models.hidden_states import HiddenStates
 from converter.models.hooks import (
-    Enough,
     Hook,
     SentenceCount,
     Show,
+    StopForward,
     by_position,
     call,
     first_of,
@@ -227,11 +227,11 @@ class StreamedModel:
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             found.append(first_of(output))
-            raise Enough
+            raise StopForward
 
         self._now, self._given = layer, None if given is None else given.clone()
         last = {self._blocks[layer]: stop}
-        with hooked(self.module, hooks), hooked(self.module, last), suppress(Enough):
+        with hooked(self.module, hooks), hooked(self.module, last), suppress(StopForward):
             call(self.module, batch)
         return found[0] if found else None
 

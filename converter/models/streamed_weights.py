@@ -1,17 +1,15 @@
 """The weights of a model of which only a part is in memory at a time."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Recipe
+from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.errors import CheckpointError
-from converter.models.loading import Made
+from converter.models.transformers_loader import LazyTensor, PartLoader
 
 
 class Weights:
@@ -37,14 +35,11 @@ class Weights:
     def __init__(
         self,
         module: Any,
-        recipes: Mapping[str, Recipe],
+        recipes: Mapping[str, VirtualTensor],
         blocks: Sequence[str],
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.modeling_utils import LoadStateDictConfig
-
         self.module = module
         self.loaded: set[str] = set()
         self._recipes, self._device = recipes, device
@@ -52,14 +47,7 @@ class Weights:
         for key, buffer in list(module.named_buffers()):
             if key not in self._meta:  # no weight: a table of frequencies, or the like
                 self._set(key, buffer.to(device))
-        rules: Any = get_model_conversion_mapping(module)
-        self._rules = rules
-        self._settings = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=module._get_dtype_plan(dtype),
-            weight_mapping=rules,
-            device_map={"": device},
-        )
+        self._loader = PartLoader(module, dtype, device)
         self._sources = self._find_sources(set(blocks))
         self._keys = self._find_keys(set(blocks))
         self._coming: dict[str, Future[dict[str, Tensor]]] = {}
@@ -67,20 +55,9 @@ class Weights:
 
     def _find_sources(self, blocks: set[str]) -> dict[str, list[str]]:
         """Part -> the tensors of the checkpoint that it is made from; some make nothing."""
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
-        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        prefix, found = self.module.base_model_prefix, dict[str, list[str]]()
+        found: dict[str, list[str]] = {}
         for name in self._recipes:
-            key, _ = rename_source_key(name, renamings, converters, prefix, self._meta)
-            if key not in self._meta and name in self._meta:
-                key, _ = rename_source_key(name, [], [], prefix, self._meta)
-            if key in self._meta:
+            if (key := self._loader.weight_of(name)) is not None:
                 found.setdefault(part_of(key, blocks), []).append(name)
         return found
 
@@ -123,17 +100,14 @@ class Weights:
         if part in self.loaded:
             return
         names = self._sources.get(part, [])
-        tensors: dict[str, Any] = {name: Made(self._recipes[name]) for name in names}
+        tensors: dict[str, Any] = {name: LazyTensor(self._recipes[name]) for name in names}
         if part in self._coming:
             tensors = dict(self._coming.pop(part).result())
             torch.cuda.current_stream(self._device).wait_stream(self._side[0])
             for tensor in tensors.values():
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         self.loaded.add(part)
-        with _one_by_one():
-            from transformers.core_model_loading import convert_and_load_state_dict_in_model
-
-            info, _ = convert_and_load_state_dict_in_model(self.module, tensors, self._settings)
+        problems = self._loader.load(tensors)
         del tensors
         for key in self._keys[part]:
             found = self._get(key)
@@ -145,7 +119,6 @@ class Weights:
                     self._set(other, found)
         for key in self._keys[part]:
             if self._get(key).is_meta:
-                problems = [*info.conversion_errors.values(), *map(str, info.mismatched_keys)]
                 raise CheckpointError(
                     f"the model's {key} cannot be made from the checkpoint",
                     found=problems[0].strip().splitlines()[-1] if problems else "nothing",
@@ -206,26 +179,3 @@ def part_of(key: str, blocks: set[str]) -> str:
             return place
         place = place.rpartition(".")[0]
     return owner
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Have transformers load tensors one after the other, and without a progress bar for a part.
-
-    Threads would read all tensors of a mixture's layer before the first are fused.
-    """
-    from transformers.utils import logging
-
-    name, shown = "HF_DEACTIVATE_ASYNC_LOAD", logging.is_progress_bar_enabled()
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,21 +1,89 @@
-"""The outputs there are. A new one is a module beside this one, and a line here."""
+"""What an output is: a way to write an edit, and to verify what was written.
 
-from collections.abc import Mapping
+An output is a module of this package and a line in ``outputs.registry``, or a package with an entry
+point in the group ``gloss_convert.outputs``.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit
+from converter.edits.base import Edit, Footprint
 from converter.edits.engine import Engine
-from converter.outputs.adapter.write import Adapter
-from converter.outputs.checkpoint.write import Checkpoint, Written
+from converter.errors import CheckpointError
+from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
 from converter.outputs.staging.journal import Receiver
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteJob:
+    """One writing.
+
+    Attributes:
+        source: its shards are fetched as they come.
+        plan: of that source.
+        edit: what changes.
+        folder: holds nothing but what ``receiver`` may know.
+        engine: how it is computed.
+        keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
+        receiver: is asked first what is finished, and told of each shard that is.
+    """
+
+    source: Source
+    plan: Plan
+    edit: Edit
+    folder: Path
+    engine: Engine
+    keep_source: bool = True
+    receiver: Receiver | None = None
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The tensors that change."""
+        return tuple(self.plan.find(self.edit.tensors).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        shards: shard of the source -> digests of source and output; empty if none was written.
+        copies: file name -> a file that was copied.
+        made: the same, of a file that the source lacks or that is not a copy of it.
+        edits: a record for each edited tensor, in order of layer.
+        renamed: shard of the source -> its name in the output, where that is another.
+        extra: name of the shard of created tensors -> its record; empty if there is none.
+        created: those tensors.
+    """
+
+    shards: Mapping[str, ShardRecord]
+    copies: Mapping[str, FileRecord]
+    made: Mapping[str, FileRecord]
+    edits: tuple[EditedTensor, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, FileRecord] = field(default_factory=dict)
+    created: tuple[CreatedTensor, ...] = ()
+
+
 class Output(Protocol):
-    """What the pipeline needs of an output."""
+    """A way to write an edit."""
+
+    @property
+    def library(self) -> str:
+        """The library that loads it, as the Hub calls it."""
+
+    @property
+    def relation(self) -> str:
+        """What it is to its base model, as the Hub calls it."""
 
     @property
     def implied(self) -> Mapping[str, str]:
@@ -25,50 +93,74 @@ class Output(Protocol):
     def unused(self) -> tuple[str, ...]:
         """Parameters of the command line that have no effect here."""
 
-    def check(self, plan: Plan, targets: tuple[Weight, ...]) -> None:
+    @property
+    def has_shards(self) -> bool:
+        """Whether it holds every tensor of the model, in shards like those of the source."""
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Names of the files that it writes beside shards and copies."""
+
+    def check(self, plan: Plan, footprint: Footprint) -> None:
         """Refuse what cannot be written this way, before anything is computed.
 
         Raises:
             OptionError: naming what could be done instead.
         """
 
-    def nbytes(self, plan: Plan, targets: tuple[Weight, ...], rank: int) -> int:
+    def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         """What will be written, about; the small files are not counted."""
 
-    def companions(self, source: Source) -> list[str]:
-        """The small files of the source that are copied."""
+    def companions(self, names: Iterable[str]) -> list[str]:
+        """Which of the source's small files, by name, are copied."""
 
     def at_a_time(self, source: Source) -> int:
         """Shards that may be worked on at a time."""
 
-    def write(
-        self,
-        source: Source,
-        plan: Plan,
-        edit: Edit,
-        targets: tuple[Weight, ...],
-        folder: Path,
-        engine: Engine,
-        keep_source: bool = True,
-        receiver: Receiver | None = None,
-    ) -> Written:
-        """Write all but the card, the subspace and the manifest.
-
-        Args:
-            source: its shards are fetched as they come.
-            plan: of that source.
-            edit: what happens to ``targets``.
-            targets: the tensors that change.
-            folder: holds nothing but what ``receiver`` may know.
-            engine: how it is computed.
-            keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
-            receiver: is asked first what is finished, and told of each shard that is.
+    def write(self, job: WriteJob) -> Written:
+        """Write all but the card, the edit's file and the manifest.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.
             OSError: the folder cannot be written.
         """
 
+    def verify(
+        self, folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
+    ) -> Iterator[str]:
+        """What is wrong with the weights of an output, a sentence each.
 
-OUTPUTS: Mapping[str, Output] = {"adapter": Adapter(), "checkpoint": Checkpoint()}
-"""Name, as in ``Run.output`` -> the output."""
+        Args:
+            folder: of the output.
+            manifest: of it.
+            damaged: files that are known to be wrong, and how; nothing more is said of them.
+            source: that it was made from, to compare with.
+        """
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a small file and flush it to disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        reading = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source.name} cannot be read", found=error.strerror) from error
+    with reading, target.open("xb") as writing:
+        shutil.copyfileobj(reading, writing)
+    return file_entry(target)
+
+
+def make_file(target: Path, content: bytes) -> FileRecord:
+    """Write a small file and flush it to disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("xb") as writing:
+        writing.write(content)
+    return file_entry(target)
+
+
+def file_entry(path: Path) -> FileRecord:
+    """Flush a file to disk; its record."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(sha256=digest, nbytes=file.tell())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from converter.errors import DestinationError
-from converter.outputs.staging.claim import TRUTH, foreign, interrupted, unfinished_bytes
+from converter.outputs.staging.claim import TRUTH, files_not_ours, interrupted, unfinished_bytes
 
 
 def check_destination(
@@ -68,7 +68,7 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
         raise DestinationError(
             f"destination {destination} is the current folder", hint="run this from another one"
         )
-    if target.is_dir() and foreign(target) and not interrupted(target):
+    if target.is_dir() and files_not_ours(target) and not interrupted(target):
         if not _is_checkpoint(target):
             raise DestinationError(
                 f"destination {destination} is neither empty nor a checkpoint",

@@ -1,16 +1,21 @@
-"""What verifying any output needs: the subspace, and the source, against what the manifest says."""
+"""What verifying any output needs: the edit's file, and the source, against the manifest."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
-from converter.edits.subspace_file import load_bases, load_tensors
+from converter.edits.base import Edit
+from converter.edits.deltas import Delta, delta_of
+from converter.edits.edit_file import ADDED, CREATED, EDIT_FILE, EVIDENCE, load_edit_tensors
 from converter.errors import VerificationError
+from converter.manifest import EditedTensor, Manifest
 from converter.runtime.cache import sha256_of
 from converter.text.sanitize import is_one_line
 
@@ -20,105 +25,113 @@ ORTHONORMAL = 1e-5
 LONGEST_NAME = 255
 """Bytes of the name of a file, on every usual system."""
 
-LAYERS = ("edit_layers", "layers")
-"""Options of methods that say which layers are edited, the first that is there."""
 
-
-def edited_layers(manifest: Mapping[str, Any]) -> tuple[int, ...]:
-    """The layers that the method was to edit."""
-    options = manifest["method"]["options"]
-    listed = next((options[key] for key in LAYERS if options.get(key)), ())
-    return tuple(n for n in listed if type(n) is int) if isinstance(listed, list) else ()
-
-
-def recorded_bases(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The bases of the subspace file, by name.
+def recorded_edit(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of an edit's file, by name.
 
     Raises:
-        VerificationError: it cannot be read, lacks one that an edited tensor has, or one is not a
-            float32 of shape (D, R), R at least 1.
+        VerificationError: it cannot be read, or lies outside the folder.
     """
-    name, width = manifest["subspace"]["file"], manifest["subspace"]["hidden_size"]
-    bases = load_bases(folder / name)
-    if lacking := {entry["basis"] for entry in manifest["edited"]} - set(bases):
-        raise VerificationError(f"{name}: holds no {', '.join(sorted(lacking))}")
-    for label, basis in bases.items():
-        if not is_basis(basis, width):
-            found = f"{str(basis.dtype).removeprefix('torch.')} {list(basis.shape)}"
-            raise VerificationError(f"{name}: {label} is {found}, not float32 [{width}, R]")
-    return bases
+    plain_name(manifest.edit.file)
+    return load_edit_tensors(folder / manifest.edit.file)
 
 
-def is_basis(tensor: Tensor, width: int) -> bool:
-    """Whether it may be a U (D, R) of D dimensions, by dtype and shape."""
-    fits = tensor.ndim == 2 and tensor.shape[0] == width and 0 < tensor.shape[1] <= width
-    return fits and tensor.dtype == torch.float32
+def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta:
+    """What became of a tensor, by its record and the tensors of the edit's file.
+
+    Raises:
+        VerificationError: the file lacks a tensor, or they do not make a change of that tensor.
+    """
+    what = f"{MANIFEST}: the edit of tensor {tensor.name}"
+    if lacking := sorted(set(tensor.tensors.values()) - stored.keys()):
+        raise VerificationError(f"{what}: {EDIT_FILE} holds no {', '.join(lacking)}")
+    height = tensor.shape[tensor.axis] if tensor.axis < len(tensor.shape) else 0
+    width = prod(tensor.shape) // max(height, 1)
+    try:
+        delta = delta_of(tensor.kind, {key: stored[n] for key, n in tensor.tensors.items()})
+        delta.check((height, width))
+    except ValueError as error:
+        raise VerificationError(f"{what} is none", found=str(error)) from error
+    return delta
 
 
-def check_subspace(
-    folder: Path, manifest: Mapping[str, Any], bases: Mapping[str, Tensor]
-) -> Iterator[str]:
-    """The columns of each basis must be orthonormal, and all be as the manifest says.
+def edit_of(manifest: Manifest, stored: Mapping[str, Tensor]) -> Edit:
+    """The recorded edit.
 
     Args:
-        folder: with the subspace's file.
         manifest: of it.
-        bases: of ``recorded_bases``.
+        stored: of ``recorded_edit``.
+
+    Raises:
+        VerificationError: the edit's file is not that of the manifest.
     """
-    about = manifest["subspace"]
-    for label, basis in bases.items():
-        error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
-        if not error <= ORTHONORMAL:
-            yield f"{about['file']}: {label} is not orthonormal: U^T U is off by {error:.1e}"
-    for entry in manifest["edited"]:
-        if entry["basis"] != ("U" if about["shared"] else f"U.{entry['layer']}"):
-            yield f"{MANIFEST}: tensor {entry['name']} is recorded with basis {entry['basis']}"
-    if set(bases) - {entry["basis"] for entry in manifest["edited"]}:
-        yield f"{about['file']}: holds a basis that nothing was edited with"
-    if about["rank"] != max((basis.shape[1] for basis in bases.values()), default=0):
-        yield f"{about['file']}: the rank is not {about['rank']}, as recorded"
-    candidates = about["candidates"]
-    expected = {
-        "scores": torch.tensor([float(c["score"]) for c in candidates]),
-        "score_layers": torch.tensor([c["layer"] for c in candidates]).float(),
-    } | {
-        name.replace("U", "singular_values", 1): torch.tensor([float(x) for x in values])
-        for name, values in about["singular_values"].items()
-    }
-    found = load_tensors(folder / about["file"])
-    rest = {name for name in found if name not in bases} - {"candidates"}
-    for name in sorted(rest | set(expected)):
-        ours, theirs = found.get(name), expected.get(name)
-        if ours is None or theirs is None or not torch.equal(ours.float(), theirs):
-            yield f"{about['file']}: {name} is not as recorded"
+    created = {c.name: stored.get(CREATED + c.name) for c in manifest.edit.created}
+    files = {path: stored.get(ADDED + path) for path in manifest.edit.files}
+    for name, tensor in (created | files).items():
+        if tensor is None:
+            raise VerificationError(f"{manifest.edit.file} holds no {name}")
+    return Edit(
+        {tensor.name: delta_of_record(tensor, stored) for tensor in manifest.edited},
+        {name: tensor for name, tensor in created.items() if tensor is not None},
+        manifest.edit.patches,
+        {path: bytes(to_bytes(data)) for path, data in files.items() if data is not None},
+    )
 
 
-def check_source_files(
-    manifest: Mapping[str, Any], source: Source, companions: Iterable[str]
-) -> Iterator[str]:
+def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
+    """The edit's file must hold what the manifest says, and bases must be orthonormal.
+
+    Args:
+        manifest: of the folder.
+        stored: of ``recorded_edit``.
+    """
+    name, used, ranks = manifest.edit.file, set[str](), [0]
+    for tensor in manifest.edited:
+        used |= set(tensor.tensors.values())
+    for tensor in {tuple(t.tensors.items()): t for t in manifest.edited}.values():
+        basis = delta_of_record(tensor, stored).protects
+        if basis is not None:
+            ranks.append(basis.shape[1])
+            error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
+            if not error <= ORTHONORMAL:
+                label = ", ".join(tensor.tensors.values())
+                yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"
+    if manifest.edit.rank != max(ranks):
+        yield f"{name}: the rank is not {manifest.edit.rank}, as recorded"
+    used |= {CREATED + created.name for created in manifest.edit.created}
+    used |= {ADDED + path for path in manifest.edit.files}
+    for other in sorted(set(stored) - used):
+        if not other.startswith(EVIDENCE):
+            yield f"{name}: holds a tensor {other} that nothing was edited with"
+    for created in manifest.edit.created:
+        tensor_ = stored.get(CREATED + created.name)
+        if tensor_ is None or _sha256(tensor_) != created.sha256:
+            yield f"{name}: the created tensor {created.name} is not as recorded"
+    for path in manifest.edit.files:
+        content, file = stored.get(ADDED + path), manifest.files.get(path)
+        if content is None or file is None or _sha256(content) != file.sha256:
+            yield f"{name}: the added file {path} is not as recorded"
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
+
+
+def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]) -> Iterator[str]:
     """The files of a source must be those that were read.
 
     Args:
         manifest: with their digests.
         source: that they may be of.
-        companions: those that this output copies.
+        copied: its files of which this output has copies, edited ones included.
     """
-    for name in sorted({*companions, *source.shards} - set(manifest["files"])):
-        if name in companions or manifest["run"].get("output") != "adapter":
-            yield f"{name} of the source is missing from the record of what was converted"
-    recorded = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    for name, entry in recorded.items():
-        path = place_of(source, name)
-        if not path.is_file() or (sha256_of(path), path.stat().st_size) != (
-            entry["sha256"], entry["bytes"],
-        ):  # fmt: skip
+    shards = {file.source or name for name, file in manifest.shards.items()}
+    for name in sorted({*copied} - {*manifest.files, *shards}):
+        yield f"{name} of the source is missing from the record of what was converted"
+    for name, file in manifest.source.all_files.items():
+        path, recorded = place_of(source, name), (file.sha256, file.nbytes)
+        if not path.is_file() or (sha256_of(path), path.stat().st_size) != recorded:
             yield f"{name} of the source is not the file that was converted"
-
-
-def source_files(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The files of the source that were read, and their sha256."""
-    entries = {**manifest["source"]["files"], **manifest["source"]["originals"]}
-    return {name: entry["sha256"] for name, entry in entries.items()}
 
 
 def place_of(source: Source, name: str) -> Path:

@@ -1,14 +1,13 @@
 """The model card: front matter for the Hub, and in plain words what was done to the model.
 
-The text is in ``data/card.md``, a template; here is what goes into it. A manifest's
-``run.output`` says what the card is of: a ``checkpoint`` (also if it does not say) or an
-``adapter``.
+The text is in ``data/card.md``, a template; here is what goes into it. A manifest's ``run.output``
+says what the card is of: a ``checkpoint`` or an ``adapter``.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,15 +16,17 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from converter import __version__
 from converter.checkpoints.architectures.architecture import find_architecture
 from converter.checkpoints.formats.meta import weight_files
 from converter.checkpoints.source import Source
+from converter.manifest import Manifest
+from converter.outputs.registry import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, families, fitting_name, licence_name
 from converter.release.manifest import hash_line
 from converter.text.markdown import code, escaped
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
+from converter.version import __version__
 
 TAGS = ["detoxification", "model-editing"]
 HUB = "https://huggingface.co"
@@ -33,15 +34,20 @@ HUB = "https://huggingface.co"
 URL = "/:?&=%#@,;+!$'*~"
 """What may be in the link to a paper besides letters and digits."""
 
-OUTPUTS = {"checkpoint": ("transformers", "finetune"), "adapter": ("peft", "adapter")}
-"""What was written -> the library that loads it, and what it is to its base."""
+FORMULAS = {
+    "remove-subspace": "`W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
+    "add-low-rank": "`W + B A`, where `B` has few columns and `A` few rows",
+    "add-to-rows": "`W` with a vector `v` added to some of its rows",
+    "replace": "another matrix of the same size",
+}
+"""Kind of edit -> what an edited matrix ``W`` became."""
 
 SHOWN = 8
 """Candidate directions in the card; the manifest has all."""
 
 
 def make_card(
-    source: Source, base: str | None, manifest: Mapping[str, Any], terms: Terms, digest: str
+    source: Source, base: str | None, manifest: Manifest, terms: Terms, digest: str
 ) -> tuple[str, list[str]]:
     """The text of README.md, and warnings for the terminal.
 
@@ -72,65 +78,60 @@ def make_card(
         pictures=pictures(manifest),
         done=list(done(source, base, manifest)),
         **about_source(source, base, manifest),
-        **about_subspace(manifest),
+        **about_edit(manifest),
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
 
 
 def front_matter(
-    source: Source, base: str | None, manifest: Mapping[str, Any], terms: Terms
+    source: Source, base: str | None, manifest: Manifest, terms: Terms
 ) -> ModelCardData:
     """The metadata; nothing of the base's is taken but licence, language and task."""
-    library, relation = OUTPUTS[output_of(manifest)]
-    dataset = manifest["pairs"]["origin"].get("repo_id")
+    output = output_of(manifest.run.output)
+    dataset = manifest.pairs.origin.repo_id
     results = eval_results(manifest)
     return ModelCardData(
         **terms.fields,
         base_model=base,
-        base_model_relation=relation if base else None,
-        library_name=library,
+        base_model_relation=output.relation if base else None,
+        library_name=output.library,
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*TAGS, manifest["method"]["name"]],
+        tags=[*TAGS, manifest.method.name],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
 
 
-def output_of(manifest: Mapping[str, Any]) -> str:
-    """``checkpoint`` or ``adapter``."""
-    return str(manifest["run"].get("output", "checkpoint"))
-
-
-def title_of(source: Source, manifest: Mapping[str, Any]) -> str:
+def title_of(source: Source, manifest: Manifest) -> str:
     """A name for the model, as its licence wants it to begin."""
     family = families().get(licence_name(source.card) or "")
-    name = f"{source.name.rpartition('/')[2]}-{manifest['method']['name']}"
+    name = f"{source.name.rpartition('/')[2]}-{manifest.method.name}"
     return fitting_name(family, name)
 
 
-def about_source(source: Source, base: str | None, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
     """What the template says of the base, and of how to load the result."""
-    repo_id, commit = manifest["source"]["repo_id"], manifest["source"]["commit"]
-    asked = repo_id or manifest["run"]["source"]
+    repo_id, commit = manifest.source.repo_id, manifest.source.commit
+    asked = repo_id or manifest.run.source
     name = repo_id or base
     place = f"[{name}]({HUB}/{name})" if name else escaped(source.name)
     place += f" at commit {code(commit)}" if commit else ""
-    subfolder = manifest["run"]["subfolder"]
+    subfolder = manifest.run.subfolder
     argument = shlex.quote(f"{asked}@{commit}" if commit else asked)
     if subfolder:
         place += f", subfolder {code(subfolder)}"
         argument += f" --subfolder {shlex.quote(subfolder)}"
     return {
-        "output": output_of(manifest),
+        "output": manifest.run.output,
         "auto_class": find_architecture(source.config).auto_class,
         "base": f"[{base}]({HUB}/{base})" if base else escaped(source.name),
         "base_id": base,
         "base_page": f"{HUB}/{base}" if base else None,
         "pinned": pinned(source, manifest) if base == repo_id else "",
         "source": place,
-        "source_argument": shown(argument),
+        "source_argument": one_line(argument),
         "unit": "number" if source.originals else "byte",
         "originals": f", whose files are {', '.join(escaped(p.name) for p in source.originals)}"
         if source.originals
@@ -138,46 +139,74 @@ def about_source(source: Source, base: str | None, manifest: Mapping[str, Any]) 
     }
 
 
-def pinned(source: Source, manifest: Mapping[str, Any]) -> str:
+def pinned(source: Source, manifest: Manifest) -> str:
     """What transformers is to be told, besides the name, to load what was edited.
 
     Of Meta's own layout it reads the translation, which is at the top of the repo.
     """
-    commit, subfolder = manifest["source"]["commit"], manifest["run"]["subfolder"]
+    commit, subfolder = manifest.source.commit, manifest.run.subfolder
     arguments = [f'revision="{commit}"'] if commit else []
     if subfolder and not weight_files(path.name for path in source.originals):
         arguments.append(f"subfolder={json.dumps(str(PurePosixPath(subfolder)))}")
     return "".join(f", {argument}" for argument in arguments)
 
 
-def done(
-    source: Source, base: str | None, manifest: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """The rows of the table that says what was done."""
-    edited, subspace = manifest["edited"], manifest["subspace"]
-    method, choice = manifest["method"], manifest["choice"]
-    changes = [100 * entry["relative_change"] for entry in edited]
-    names = "down-projections"
-    if any(entry["role"] == "down_proj_bias" for entry in edited):
-        names += " and their biases"
+    edited, subspace, method = manifest.edited, manifest.subspace, manifest.method
+    changes = [100 * entry.relative_change for entry in edited]
     yield "base", about_source(source, base, manifest)["source"]
-    yield "method", f"{escaped(method['title'])} ({paper_link(method['paper'])})"
-    layers = compress(sorted({entry["layer"] for entry in edited}))
-    yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
-    rank = f"{subspace['rank']} of {subspace['hidden_size']} dimensions"
-    if choice["automatic"]:
-        tried = compress(sorted(entry["rank"] for entry in choice["tried"]))
-        rank += (
-            f"; of {tried} the most effective on held-out text within a perplexity ratio of "
-            f"{manifest['run']['max_perplexity_ratio']:g}"
-        )
-    yield "rank", rank
+    yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
+    if edited:
+        layers = compress(manifest.layers)
+        names = roles_text({entry.role for entry in edited})
+        yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
+    if created := manifest.edit.created:
+        yield "created", f"{len(created)} tensors that the base lacks, in {code(created[0].shard)}"
+    for name in manifest.edit.patches:
+        yield "changed file", code(name)
+    for name in manifest.edit.files:
+        yield "added file", code(name)
+    strength = f"{manifest.choice.strength:g}"
+    if subspace is not None:
+        strength += f" of {subspace.hidden_size} dimensions"
+    yield escaped(method.strength), strength + chosen_text(manifest)
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
-        shown = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
-        yield "change", shown
-    count = f"{manifest['pairs']['count']:,} pairs of toxic and neutral sentences"
+        spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
+        yield "change", spread
+    count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
     yield "fitted on", f"{count} from {data_link(manifest)}"
+
+
+def chosen_text(manifest: Manifest) -> str:
+    """How the strength was chosen; nothing if it was given."""
+    if not manifest.choice.automatic:
+        return ""
+    tried = [trial.strength for trial in manifest.choice.tried]
+    whole = [int(each) for each in tried if each == int(each)]
+    listed = compress(whole) if len(whole) == len(tried) else ", ".join(f"{n:g}" for n in tried)
+    return (
+        f"; of {listed} the most effective on held-out text within a perplexity ratio of "
+        f"{manifest.run.max_perplexity_ratio:g}"
+    )
+
+
+ROLES = {
+    "down_proj": "down-projections", "gate_proj": "gate projections", "up_proj": "up projections",
+    "o_proj": "output projections of the attention", "lm_head": "output embedding",
+}  # fmt: skip
+
+
+def roles_text(roles: set[str]) -> str:
+    """The roles of edited tensors in words, such as ``down-projections and their biases``."""
+    parts = []
+    for role, name in ROLES.items():
+        if role in roles:
+            parts.append(name + (" and their biases" if f"{role}_bias" in roles else ""))
+        elif f"{role}_bias" in roles:
+            parts.append(f"biases of the {name}")
+    return ", ".join(parts)
 
 
 def paper_link(paper: str) -> str:
@@ -187,47 +216,49 @@ def paper_link(paper: str) -> str:
     return f"[paper]({quote(paper, safe=URL)})" if paper.startswith("http") else escaped(paper)
 
 
-def data_link(manifest: Mapping[str, Any]) -> str:
+def data_link(manifest: Manifest) -> str:
     """The pairs, as a link if they are on the Hub."""
-    origin = manifest["pairs"]["origin"]
-    if repo_id := origin.get("repo_id"):
+    origin = manifest.pairs.origin
+    if repo_id := origin.repo_id:
         link = f"{HUB}/datasets/{quote(repo_id)}"
-        return f"[{escaped(repo_id)}]({link}) at commit {code(origin['commit'])}"
-    name = str(origin["name"])
-    return (
-        "the pairs built into gloss-convert" if name == "builtin" else f"the file {escaped(name)}"
-    )
+        return f"[{escaped(repo_id)}]({link}) at commit {code(str(origin.commit))}"
+    if origin.name == "builtin":
+        return "the pairs built into gloss-convert"
+    return f"the file {escaped(origin.title)}"
 
 
-def about_subspace(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template says of the subspace, its directions and the words behind it."""
-    subspace, options = manifest["subspace"], manifest["method"]["options"]
-    kept = [c for c in subspace["candidates"] if c["kept"] and any(c["tokens"])]
-    best = sorted(kept, key=lambda c: -c["score"])[:SHOWN]
-    shown = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
-    name, _, rest = manifest["method"]["title"].partition(", ")
-    listed = manifest["word_list"]["origin"]["name"]
-    english = "builtin" in (manifest["pairs"]["origin"].get("name"), manifest["run"]["word_list"])
+def about_edit(manifest: Manifest) -> dict[str, Any]:
+    """What the template says of the edit, its directions and the words behind it."""
+    subspace = manifest.subspace
+    candidates = subspace.candidates if subspace else ()
+    kept = [c for c in candidates if c.kept and any(c.tokens)]
+    best = sorted(kept, key=lambda c: -c.score)[:SHOWN]
+    number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
+    name, _, rest = manifest.method.title.partition(", ")
+    listed = manifest.word_list.origin.title
+    english = "builtin" in (manifest.pairs.origin.name, manifest.run.word_list)
+    rank, bases = manifest.edit.rank, {tuple(t.tensors.values()) for t in manifest.edited}
     return {
         "method": escaped(f"{name} ({rest})" if rest else name),
-        "control": any(c["kind"] == "random" for c in subspace["candidates"]),
-        "dimensions": f"{subspace['rank']} dimension{'' if subspace['rank'] == 1 else 's'}",
-        "where": "the same for all edited layers"
-        if subspace["shared"]
-        else "for each layer its own",
-        "mask": manifest["run"]["mask"],
+        "control": any(c.kind == "random" for c in candidates),
+        "subspace": subspace is not None,
+        "dimensions": f"{rank} dimension{'' if rank == 1 else 's'}",
+        "where": "the same for all edited layers" if len(bases) == 1 else "for each layer its own",
+        "formulas": [FORMULAS.get(kind, "") for kind in sorted({t.kind for t in manifest.edited})],
+        "changed": bool(manifest.edit.patches or manifest.edit.created),
+        "mask": manifest.run.mask,
         "candidates": (
             "The subspace was sought in all fitted layers together; to show what there is, these "
             "are the strongest directions of single layers."
-            if options.get("basis") == "moments"
-            else f"Of the directions that the subspace was made from, these are {shown}."
+            if manifest.method.name == "gloss"
+            else f"Of the directions that the subspace was made from, these are {number}."
         ),
         "tokens": [
             {
-                "layer": c["layer"],
-                "kind": c["kind"],
-                "score": f"{c['score']:.3g}",
-                "tokens": ", ".join(filter(None, map(code, c["tokens"]))),
+                "layer": c.layer,
+                "kind": c.kind,
+                "score": f"{c.score:.3g}",
+                "tokens": ", ".join(filter(None, map(code, c.tokens))),
             }
             for c in best
         ],

@@ -1,7 +1,6 @@
 """What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -9,9 +8,17 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.companions import PICTURE
-from converter.checkpoints.names import MANIFEST
-from converter.errors import VerificationError
-from converter.evaluate.table import markdown
+from converter.evaluation.names import EDITED
+from converter.evaluation.table import markdown
+from converter.manifest import (
+    Estimate,
+    Evaluation,
+    EvaluationSettings,
+    GuardRecord,
+    Manifest,
+    Metric,
+    Origin,
+)
 from converter.text.markdown import code, escaped
 
 CAPTIONS = {
@@ -21,103 +28,95 @@ CAPTIONS = {
     "tradeoff": "Toxicity against perplexity, with controls",
     "scores_before_after": "Toxicity of continuations before and after, with controls",
 }
-"""Pictures that ``evaluate.plots`` draws, by file name."""
+"""Pictures that ``evaluation.plots`` draws, by file name."""
 
 
-def pictures(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def pictures(manifest: Manifest) -> list[tuple[str, str]]:
     """Link and caption of the pictures that were drawn into the folder."""
-    names = (PurePosixPath(name) for name in manifest["files"].keys() - manifest["source"]["files"])
+    names = (PurePosixPath(name) for name in manifest.files.keys() - manifest.source.files)
     drawn = [path for path in names if path.suffix == PICTURE and path.stem in CAPTIONS]
     order = list(CAPTIONS)
     drawn.sort(key=lambda path: order.index(path.stem))
     return [(quote(path.as_posix()), CAPTIONS[path.stem]) for path in drawn]
 
 
-def summary(manifest: Mapping[str, Any]) -> str:
+def summary(manifest: Manifest) -> str:
     """What came of it, in a sentence; empty if nothing was measured."""
-    guard = manifest["guard"]
+    guard = manifest.guard
     if guard is None:
         return ""
-    if guard["reasons"]:
-        return f"**The guard refused this edit: {escaped('; '.join(guard['reasons']))}.**"
-    edit = guard["edit"]
+    if guard.reasons:
+        return f"**The guard refused this edit: {escaped('; '.join(guard.reasons))}.**"
+    edit = guard.edit
     return (
-        f"On held-out text, toxic words are **{_number(edit['teacher_forced'])} times** as "
-        f"probable as before, and perplexity is **{_number(edit['perplexity_ratio'])} times** what "
+        f"On held-out text, toxic words are **{_number(edit.teacher_forced)} times** as "
+        f"probable as before, and perplexity is **{_number(edit.perplexity_ratio)} times** what "
         "it was."
     )
 
 
-def measured_text(manifest: Mapping[str, Any]) -> str:
+def measured_text(manifest: Manifest) -> str:
     """What the guard and the evaluation found, with the controls; or that nothing was measured."""
-    guard, results = manifest["guard"], manifest["evaluation"]
+    guard, results = manifest.guard, manifest.evaluation
     if guard is None and results is None:
         return "Toxicity and perplexity were **not measured** when this was made."
     parts = []
     if guard is not None:
-        parts.append(_guard_text(guard))
+        control = ("a control", "is of the same kind and strength and knows nothing of toxicity")
+        if manifest.subspace is not None:
+            control = ("a random subspace", "has the same rank and is taken out of the same layers")
+        parts.append(_guard_text(guard, *control))
     if results is not None:
-        with _well_formed():
-            parts.append(_evaluation_text(results))
+        parts.append(_evaluation_text(results))
     return "\n\n".join(parts)
 
 
-@contextmanager
-def _well_formed() -> Iterator[None]:
-    """The schema leaves open what an evaluation measured; a manifest to replay may say anything.
+def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
+    """The guard's measurements, beside those of its controls.
 
-    Raises:
-        VerificationError: it does.
+    Args:
+        guard: of the manifest.
+        control: what one is, such as ``a random subspace``.
+        how: in what it is like the edit.
     """
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise VerificationError(
-            f"the evaluation in {MANIFEST} is not one of gloss-convert", found=repr(error)
-        ) from error
-
-
-def _guard_text(guard: Mapping[str, Any]) -> str:
-    """The guard's measurements, beside those of random subspaces."""
-    edit, controls, before = guard["edit"], guard["random"], guard["perplexity"]
+    edit, controls, before = guard.edit, guard.controls, guard.perplexity
 
     def mean(name: str) -> float:
-        values: list[float] = [control[name]["value"] for control in controls]
+        values: list[float] = [getattr(control, name).value for control in controls]
         return sum(values) / len(values)
 
-    after = before * edit["perplexity_ratio"]["value"]
+    after = before * edit.perplexity_ratio.value
     drawn = f" (the mean of {len(controls)})" if len(controls) > 1 else ""
     return f"""\
-On held-out text, which neither the fit nor the choice of the rank has seen:
+On held-out text, which neither the fit nor the choice of the strength has seen:
 
-| | before | after | a random subspace |
+| | before | after | {control} |
 |---|---|---|---|
-| perplexity, {guard["neutral_tokens"]:,} neutral tokens | {before:.2f} | {after:.2f} \
-(x {_number(edit["perplexity_ratio"])}) | x {mean("perplexity_ratio"):.3f} |
-| probability of toxic words, {guard["toxic_words"]:,} of them | x 1 \
-| x {_number(edit["teacher_forced"])} | x {mean("teacher_forced"):.3f} |
+| perplexity, {guard.neutral_tokens:,} neutral tokens | {before:.2f} | {after:.2f} \
+(x {_number(edit.perplexity_ratio)}) | x {mean("perplexity_ratio"):.3f} |
+| probability of toxic words, {guard.toxic_words:,} of them | x 1 \
+| x {_number(edit.teacher_forced)} | x {mean("teacher_forced"):.3f} |
 
-The +- are standard errors. A random subspace has the same rank and is taken out of the same layers:
+The +- are standard errors. {control.capitalize()} {how}:
 what it does, any edit of this size does{drawn}. The toxic words are of the same kind as
 those of the pairs; other toxic text may respond less."""
 
 
-def _evaluation_text(results: Mapping[str, Any]) -> str:
+def _evaluation_text(results: Evaluation) -> str:
     """The table of the evaluation, and what it was measured on."""
-    asked = results["settings"]
+    asked = results.settings
     on = []
-    if asked["prompts"]:
-        name = asked["prompts"].get("repo_id") or asked["prompts"]["name"]
+    if prompts := asked.prompts:
         on.append(
-            f"Continuations of {asked['prompts']['count']:,} prompts ({escaped(name)}) by at most "
-            f"{asked['max_new_tokens']} tokens"
+            f"Continuations of {prompts.count:,} prompts ({escaped(prompts.origin.title)}) by at "
+            f"most {asked.max_new_tokens} tokens"
         )
-    if asked["text_sha256"]:
-        on.append(f"perplexity on a text with sha256 {code(asked['text_sha256'][:16])}")
+    if asked.text_sha256:
+        on.append(f"perplexity on a text with sha256 {code(asked.text_sha256[:16])}")
     words = (
-        f" *toxic words* are {asked['toxic_words']:,} listed words in continuations by the "
+        f" *toxic words* are {asked.toxic_words:,} listed words in continuations by the "
         "unedited model, and how probable they are relative to it."
-        if asked["toxic_words"]
+        if asked.toxic_words
         else ""
     )
     return (
@@ -126,30 +125,28 @@ def _evaluation_text(results: Mapping[str, Any]) -> str:
     )
 
 
-def _number(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.3f} +- {estimate['error']:.3f}"
+def _number(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} +- {estimate.error:.3f}"
 
 
-def eval_results(manifest: Mapping[str, Any]) -> list[EvalResult]:
+def eval_results(manifest: Manifest) -> list[EvalResult]:
     """The edited model's row of the evaluation, for ``model-index``; empty without one."""
-    results = manifest["evaluation"]
+    results = manifest.evaluation
     if results is None:
         return []
-    with _well_formed():
-        rows = [row["metrics"] for row in results["rows"] if row["system"] == "edited"]
-        return list(_entries(rows[0], results["settings"])) if rows else []
+    rows = [row.metrics for row in results.rows if row.system == EDITED]
+    return list(_entries(rows[0], results.settings)) if rows else []
 
 
-def _entries(metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[EvalResult]:
+def _entries(metrics: Mapping[str, Metric], asked: EvaluationSettings) -> Iterator[EvalResult]:
     """One for each metric; results of one ``dataset_type`` become one entry of the index."""
-    prompts = asked["prompts"] or {"name": "prompts"}
-    name = prompts.get("repo_id") or prompts["name"]
+    origin = asked.prompts.origin if asked.prompts else Origin(name="prompts")
     prompted: dict[str, Any] = {
-        "dataset_type": prompts.get("repo_id", "prompts"),
-        "dataset_name": f"{name}, {prompts['field']}" if "field" in prompts else name,
-        "dataset_revision": prompts.get("commit"),
+        "dataset_type": origin.repo_id or "prompts",
+        "dataset_name": f"{origin.title}, {origin.field}" if origin.field else origin.title,
+        "dataset_revision": origin.commit,
     }
-    digest = asked["text_sha256"] or ""
+    digest = asked.text_sha256 or ""
     text = {"dataset_type": "text", "dataset_name": f"text with sha256 {digest[:16]}"}
     for key, metric in metrics.items():
         kind, _, detail = key.partition("/")
@@ -169,7 +166,7 @@ def _entries(metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[E
             task_type="text-generation",
             metric_type=kind,
             metric_name=shown + (f" ({detail.replace('/', ', ')})" if detail else ""),
-            metric_value=round(metric["value"], 4),
+            metric_value=round(metric.value, 4),
             **data,
         )
 

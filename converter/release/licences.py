@@ -19,7 +19,7 @@ from huggingface_hub import ModelCardData
 
 from converter.checkpoints.companions import papers
 from converter.checkpoints.source import Source
-from converter.hub.permissions import Publication
+from converter.hub.publication import Publication
 from converter.runtime import progress
 from converter.text.markdown import code, escaped
 

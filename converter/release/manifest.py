@@ -1,162 +1,168 @@
 """The manifest: what was read, what was done to it, what was written, by content.
 
-Its schema is published as ``manifests/gloss_manifest.schema.json``. Everything in it but
-``measurements`` is a function of the inputs, so two runs can be compared with ``diff``. It holds no
-absolute path, host name or user name.
+Its format is ``converter.manifest``. Everything in it but ``measurements`` is a function of the
+inputs, so two runs can be compared with ``diff``. It holds no absolute path, no host name and no
+user name.
 """
 
 import hashlib
-import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
+from msgspec import ValidationError
 
-from converter import __version__
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import cache_key
-from converter.calibration.word_list import WordList
 from converter.checkpoints.names import CARD, MANIFEST, SUMS
-from converter.checkpoints.source import Source
-from converter.edits.subspace_file import SUBSPACE_FILE
-from converter.errors import VerificationError
-from converter.evaluate.fit import Fitted
-from converter.methods.base import Method
-from converter.outputs.checkpoint.write import Written, file_entry
-from converter.recipe import Run, without_folders
+from converter.edits.edit_file import EDIT_FILE
+from converter.errors import OptionError, VerificationError
+from converter.evaluation.fit import Fitted
+from converter.manifest import (
+    SCHEMA_VERSION,
+    TOOL,
+    ActivationsRecord,
+    EditRecord,
+    Environment,
+    FileRecord,
+    Manifest,
+    Measurements,
+    MethodRecord,
+    PairsRecord,
+    SourceRecord,
+    TextRecord,
+    to_text,
+)
+from converter.methods.base import METHODS, Method
+from converter.methods.workbench import Bench
+from converter.outputs.base import Written, file_entry
+from converter.outputs.registry import OUTPUTS
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
-SCHEMA_VERSION = 1
 LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def make_manifest(
-    run: Run,
-    source: Source,
+    bench: Bench,
     method: Method,
     pairs: Pairs,
     prose: Prose,
-    words: WordList,
     fitted: Fitted,
     written: Written,
-    read: Mapping[str, tuple[str, int]],
-    device: str,
-) -> dict[str, Any]:
-    """Everything but ``files`` and ``measurements``, in the order in which it is written."""
-    activations, subspace = fitted.activations, fitted.subspace
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "gloss-convert", "version": __version__},
-        "run": recorded(run),
-        "source": {
-            "name": source.name,
-            "repo_id": source.repo.repo_id if source.repo else None,
-            "revision": source.repo.revision if source.repo else None,
-            "commit": source.repo.commit if source.repo else None,
-            "files": {name: {"sha256": s, "bytes": n} for name, (s, n) in read.items()},
-        },
-        "method": {
-            "name": run.method,
-            "title": method.title,
-            "paper": method.paper,
-            "options": asdict(method),  # type: ignore[call-overload]
-        },
-        "pairs": {
-            "origin": pairs.origin,
-            "sha256": pairs.sha256,
-            "count": len(activations.toxic[min(activations.toxic)]),
-            "skipped": {reason: len(rows) for reason, rows in pairs.skipped.items()},
-        },
-        "neutral": {"origin": prose.origin, "sha256": prose.sha256},
-        "word_list": {"origin": words.origin, "sha256": words.sha256},
-        "split": fitted.parts.record(),
-        "activations": {
-            "key": cache_key(activations.inputs) if activations.inputs else None,
-            "inputs": dict(activations.inputs),
-        },
-        "subspace": {
-            "file": SUBSPACE_FILE,
-            "hidden_size": next(iter(subspace.bases.values())).shape[0],
-            "rank": subspace.rank,
-            "shared": subspace.shared,
-            "singular_values": {
-                name: values.tolist() for name, values in subspace.singular_values.items()
+    read: dict[str, FileRecord],
+) -> Manifest:
+    """The manifest of a conversion, without evaluation, gates and ``files``."""
+    recipe, source, words = bench.recipe, bench.source, bench.words
+    repo, seen = source.repo, fitted.activations
+    ran = bench.has_run or recipe.activations is None  # or has run before
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        tool=TOOL,
+        run=recipe.record(),
+        source=SourceRecord(
+            name=source.name,
+            repo_id=repo.repo_id if repo else None,
+            revision=repo.revision if repo else None,
+            commit=repo.commit if repo else None,
+            files=read,
+            originals=source.original_files(),
+        ),
+        method=MethodRecord(
+            name=recipe.method,
+            title=method.title,
+            paper=method.paper,
+            options=asdict(method),  # type: ignore[call-overload]
+            package=METHODS.package(recipe.method),
+            strength=method.strength,
+            evidence=dict(fitted.proposal.evidence),
+        ),
+        pairs=PairsRecord(
+            origin=pairs.origin,
+            sha256=pairs.sha256,
+            count=len(seen.toxic[min(seen.toxic)] if seen else fitted.parts.fit.pairs.pairs),
+            skipped={reason: len(rows) for reason, rows in pairs.skipped.items()},
+        ),
+        neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
+        word_list=TextRecord(origin=words.origin, sha256=words.sha256),
+        split=fitted.parts.record(),
+        activations=activations_record(seen.inputs) if seen else None,
+        edit=EditRecord(
+            file=EDIT_FILE,
+            rank=fitted.edit.rank,
+            created=written.created,
+            patches={
+                n: p if isinstance(p, str) else dict(p) for n, p in fitted.edit.patches.items()
             },
-            "candidates": [
-                asdict(candidate)
-                | {"tokens": [words.mask(t) if run.mask else t for t in candidate.tokens]}
-                for candidate in subspace.candidates
-            ],
-        },
-        "choice": fitted.choice.record(),
-        "guard": fitted.verdict.record if fitted.verdict else None,
-        "edited": edited(written, subspace.basis_name),
-        "environment": environment(device),
-    }
+            files=tuple(fitted.edit.files),
+        ),
+        choice=fitted.choice,
+        guard=fitted.guard,
+        output_package=OUTPUTS.package(recipe.output),
+        edited=written.edits,
+        environment=environment(bench.device),
+        forward=bench.forward.record() if ran else None,
+        evaluation=None,
+        gates=(),
+        files={},
+        measurements=measurements(),
+    )
 
 
-def recorded(run: Run) -> dict[str, Any]:
-    """A run as the manifest has it."""
-    asked = asdict(run)
-    for key in ("source", "pairs", "neutral", "word_list", "activations"):
-        asked[key] = without_folders(asked[key])
-    return asked
+def activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
+    """What the manifest says of activations that depend on these inputs, if they are known."""
+    return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
 
 
-def edited(written: Written, basis_name: Callable[[int], str]) -> list[dict[str, Any]]:
-    """The record of each edited tensor, with the tensor of the subspace file that it lost."""
-    return [asdict(record) | {"basis": basis_name(record.layer)} for record in written.edits]
-
-
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> Environment:
     """What besides the inputs may bear on the result."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
+    return Environment(
+        device=torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        platform=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        libraries={name: version(name) for name in LIBRARIES},
+    )
 
 
-def file_list(written: Written, others: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
-    """The output files: sha256 and bytes of each, and for a shard its running digests."""
+def file_list(written: Written, others: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """The output files, shards first."""
     shards = {
-        name: {"sha256": record.sha256, "bytes": record.nbytes, "prefixes": dict(record.prefixes)}
-        for name, record in written.shards.items()
+        written.renamed.get(name, name): FileRecord(
+            sha256=shard.sha256,
+            nbytes=shard.nbytes,
+            source=name if name in written.renamed else None,
+            prefixes=shard.prefixes,
+        )
+        for name, shard in written.shards.items()
     }
-    rest = {**written.copies, **written.made, **others}
-    return shards | {name: {"sha256": s, "bytes": n} for name, (s, n) in sorted(rest.items())}
+    return (
+        shards
+        | dict(written.extra)
+        | dict(sorted({**written.copies, **written.made, **others}.items()))
+    )
 
 
-def measurements() -> dict[str, Any]:
-    """The only part that may differ between two runs of the same inputs.
-
-    Memory is the largest resident set, of each stage and of all of them, in bytes.
-    """
+def measurements() -> Measurements:
+    """Seconds and memory up to now."""
     told = progress.current()
-    return {
-        "seconds": {name: round(seconds, 3) for name, seconds in told.seconds.items()},
-        "memory_bytes": dict(told.memory),
-        "peak_memory_bytes": max((progress.peak_memory(), *told.memory.values())),
-    }
+    return Measurements(
+        seconds={name: round(seconds, 3) for name, seconds in told.seconds.items()},
+        memory_bytes=dict(told.memory),
+        peak_memory_bytes=max((progress.peak_memory(), *told.memory.values())),
+    )
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> str:
+def write_manifest(folder: Path, manifest: Manifest) -> str:
     """Write the manifest; its sha256, which the card states."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / MANIFEST).write_text(text, "utf-8")
-    return file_entry(folder / MANIFEST)[0]
+    (folder / MANIFEST).write_text(to_text(manifest), "utf-8")
+    return file_entry(folder / MANIFEST).sha256
 
 
-def seal(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
+def seal(folder: Path, manifest: Manifest, card: str) -> None:
     """Write the card and, over it, the manifest and all the files it lists, ``SHA256SUMS``.
 
     Args:
@@ -165,8 +171,8 @@ def seal(folder: Path, manifest: Mapping[str, Any], card: str) -> None:
         card: has the ``hash_line`` of that manifest.
     """
     (folder / CARD).write_text(card, "utf-8")
-    digests = {name: file_entry(folder / name)[0] for name in (CARD, MANIFEST)}
-    (folder / SUMS).write_text(sums_text(manifest, digests), "utf-8")
+    own = {name: file_entry(folder / name).sha256 for name in (CARD, MANIFEST)}
+    (folder / SUMS).write_text(sums_text(manifest.digests | own), "utf-8")
     file_entry(folder / SUMS)
 
 
@@ -175,39 +181,13 @@ def hash_line(digest: str) -> str:
     return f"sha256 of `{MANIFEST}`: `{digest}`"
 
 
-def sums_text(manifest: Mapping[str, Any], own: Mapping[str, str]) -> str:
-    """The exact text of SHA256SUMS, in the format of sha256sum.
-
-    Args:
-        manifest: of the folder.
-        own: sha256 of the card and of the manifest, which it cannot list.
-    """
-    digests = {name: entry["sha256"] for name, entry in manifest["files"].items()} | dict(own)
+def sums_text(digests: Mapping[str, str]) -> str:
+    """The exact text of SHA256SUMS, in the format of sha256sum; ``digests`` is file -> sha256."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
 
 
-@cache
-def schema() -> dict[str, Any]:
-    """The published JSON schema, from the wheel or from the repository beside the package."""
-    packaged = files("converter").joinpath("data/gloss_manifest.schema.json")
-    if packaged.is_file():
-        text = packaged.read_text("utf-8")
-    else:
-        text = (Path(__file__).parents[2] / "manifests/gloss_manifest.schema.json").read_text()
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
-
-
-@cache
-def _validator() -> Any:
-    """Of the schema, to which 1.0 is no integer: it could not count anything."""
-    kind = jsonschema.Draft202012Validator
-    checker = kind.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return jsonschema.validators.extend(kind, type_checker=checker)(schema())  # type: ignore[no-untyped-call]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest and check it against the schema.
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest.
 
     Raises:
         VerificationError: it is missing, is not JSON, or does not follow the schema.
@@ -215,30 +195,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_manifest_bytes(folder)[0]
 
 
-def read_manifest_bytes(folder: Path) -> tuple[dict[str, Any], str]:
+def read_manifest_bytes(folder: Path) -> tuple[Manifest, str]:
     """The same, and the sha256 of the very bytes that were read."""
     if not (folder / MANIFEST).is_file():
         raise VerificationError(
             f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
-    return _read_manifest(folder / MANIFEST)
+    return read_manifest_file(folder / MANIFEST)
 
 
-def read_manifest_file(path: Path) -> dict[str, Any]:
-    """The same as ``read_manifest``, wherever it is."""
-    return _read_manifest(path)[0]
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+def read_manifest_file(path: Path) -> tuple[Manifest, str]:
+    """The same of a manifest under any name."""
     try:
         data = read_file(path)
-        manifest = strict_json.parse(data)
+        manifest = Manifest.from_json(strict_json.parse(data))
+    except (ValidationError, OptionError) as error:
+        raise _not_its_schema(path.name, str(error)) from error
     except (OSError, ValueError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
-    for first in _validator().iter_errors(manifest):
-        raise VerificationError(
-            f"{path.name} does not follow its schema at {first.json_path}",
-            found=first.message[:200],
-        )
-    assert isinstance(manifest, dict)
     return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _not_its_schema(name: str, said: str) -> VerificationError:
+    """A sentence from one of msgspec's: ``Expected `int`, got `float` - at `$.edited[3].axis```."""
+    problem, _, place = said.rpartition(" - at ")
+    if not problem:  # with the whole
+        problem, place = said, "$"
+    problem = problem[:1].lower() + problem[1:200]
+    return VerificationError(f"{name} does not follow its schema at {place.strip('`')}: {problem}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from converter.checkpoints.names import SIGNATURE
 from converter.errors import OptionError
-from converter.outputs.checkpoint.write import file_entry
+from converter.outputs.base import file_entry
 
 PASSWORD = "GLOSS_SIGN_PASSWORD"  # noqa: S105 - the name of the variable that holds it
 """Environment variable with the password of a private key; others could see an option."""

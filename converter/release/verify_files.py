@@ -7,25 +7,25 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from converter.checkpoints.companions import UNLISTED
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.errors import ConverterError
+from converter.manifest import FileRecord, Manifest
 from converter.outputs.record_checks import is_plain
-from converter.outputs.staging.claim import foreign
+from converter.outputs.staging.claim import files_not_ours
 from converter.release.manifest import hash_line, sums_text
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""
 
 
 def check_files(
-    folder: Path, manifest: Mapping[str, Any], gone: Collection[str]
+    folder: Path, manifest: Manifest, gone: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Look at every file of a folder.
 
@@ -36,35 +36,35 @@ def check_files(
     Raises:
         OSError: a folder in it cannot be read.
     """
-    files = {name: entry for name, entry in manifest["files"].items() if name not in gone}
+    files = {name: file for name, file in manifest.files.items() if name not in gone}
     damaged, false = {}, []
-    with progress.bar("hash", sum(entry["bytes"] for entry in files.values()), "B") as bar:
-        for name, entry in files.items():
-            bar.set_postfix_str(shown(name))
+    with progress.bar("hash", sum(file.nbytes for file in files.values()), "B") as bar:
+        for name, file in files.items():
+            bar.set_postfix_str(one_line(name))
             if not is_plain(name):
                 damaged[name] = "lies outside the folder"
             elif not (folder / name).is_file():
                 damaged[name] = "is missing"
             else:
-                sha256, size, prefixes = _look_at(folder / name, entry)
-                if sha256 != entry["sha256"]:
-                    damage = _damage(folder / name, entry.get("prefixes"))
+                sha256, size, prefixes = _look_at(folder / name, file)
+                if sha256 != file.sha256:
+                    damage = _damage(folder / name, file.prefixes)
                     damaged[name] = "is not as recorded" + damage
-                elif prefixes != entry.get("prefixes"):
+                elif prefixes != file.prefixes:
                     false.append(f"{MANIFEST}: {name} has other running digests")
-                elif size != entry["bytes"]:
+                elif size != file.nbytes:
                     false.append(f"{MANIFEST}: {name} has {size:,} bytes")
-            bar.update(entry["bytes"])
+            bar.update(file.nbytes)
     for name, what in _others(folder):
         if name not in files and name not in UNLISTED:
             damaged[name] = what
     return damaged, false
 
 
-def _look_at(path: Path, entry: Mapping[str, Any]) -> tuple[str, int, dict[str, str] | None]:
+def _look_at(path: Path, file: FileRecord) -> tuple[str, int, dict[str, str] | None]:
     """sha256, bytes and, of a shard, prefixes of a file; no sha256 if it is no shard any more."""
     size = path.stat().st_size
-    if "prefixes" not in entry:
+    if file.prefixes is None:
         return sha256_of(path), size, None
     try:
         sha256, prefixes = digests_of(path)
@@ -95,7 +95,7 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
     for place, folders, names in os.walk(folder, onerror=fail):
         inside = Path(place).relative_to(folder)
         if inside == Path():
-            known = {path.name for path in foreign(folder.resolve())} - HIDDEN
+            known = {path.name for path in files_not_ours(folder.resolve())} - HIDDEN
             folders[:] = [name for name in folders if name in known]
             names = [name for name in names if name in known]
         for name in sorted(folders):
@@ -106,7 +106,7 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_sums(
-    folder: Path, manifest: Mapping[str, Any], digest: str, seen: dict[str, str]
+    folder: Path, manifest: Manifest, digest: str, seen: dict[str, str]
 ) -> Iterator[str]:
     """The card names this manifest, and SHA256SUMS is exactly what follows from both.
 
@@ -130,7 +130,7 @@ def check_sums(
     lines = card.decode("utf-8", "replace").splitlines()
     if [text for text in lines if text.startswith(start)] != [line]:
         yield f"{CARD} does not state the sha256 of {MANIFEST}"
-    expected = sums_text(manifest, {name: seen[name] for name in (CARD, MANIFEST)})
+    expected = sums_text(manifest.digests | {name: seen[name] for name in (CARD, MANIFEST)})
     if found != expected.encode("utf-8", "surrogatepass"):
         known = found.decode("utf-8", "replace").splitlines()
         rest = (text for text in expected.splitlines() if text not in known)

@@ -4,117 +4,149 @@ What is said once only, such as what was measured, cannot be checked without doi
 ``gloss replay --refit``.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import chain
-from typing import Any
 
-from converter import __version__
+from torch import Tensor
+
 from converter.calibration.statistics import cache_key
-from converter.checkpoints.companions import PICTURE, is_companion, papers
+from converter.checkpoints.companions import PICTURE, is_companion
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import Plan
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
-from converter.evaluate.gates import DROP, LEAKAGE
-from converter.methods.base import configure, method_names
-from converter.outputs.adapter.write import CONFIG, WEIGHTS
+from converter.evaluation.gates import DROP, LEAKAGE, passes
+from converter.manifest import Manifest
+from converter.methods.base import METHODS, configure
+from converter.methods.subspace import check_evidence
+from converter.outputs.base import Output
 from converter.release.licences import NOTICE
+from converter.version import __version__
 
-Manifest = Mapping[str, Any]
 
+def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
+    """Copies, the key of the activations, the rank, guard and gates.
 
-def check_records(manifest: Manifest) -> Iterator[str]:
-    """Copies, the key of the activations, the rank, guard and gates."""
-    inputs, key = manifest["activations"]["inputs"], manifest["activations"]["key"]
-    if (cache_key(inputs) if inputs else None) != key:
+    Args:
+        manifest: of a folder.
+        output: by which it was written.
+    """
+    seen = manifest.activations
+    if seen and (cache_key(seen.inputs) if seen.inputs else None) != seen.key:
         yield f"{MANIFEST}: the key of the activations is not that of their inputs"
-    yield from _check_origins(manifest)
+    yield from _check_origins(manifest, output)
     for what, holds in _claims(manifest):
         if not holds:
             yield f"{MANIFEST}: {what}"
-    names = Counter(entry["name"] for entry in manifest["edited"])
+    names = Counter(entry.name for entry in manifest.edited)
     for name in sorted(name for name, count in names.items() if count > 1):
         yield f"{MANIFEST}: tensor {name} is recorded as edited twice"
 
 
-def is_whole(manifest: Manifest) -> bool:
-    """Whether it is of a checkpoint; an adapter leaves most files where they are."""
-    return bool(manifest["run"].get("output") != "adapter")
-
-
-def _check_origins(manifest: Manifest) -> Iterator[str]:
+def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
     """Each file is a shard, one that a conversion makes, or a copy of one of the source's."""
-    files, theirs, whole = manifest["files"], manifest["source"]["files"], is_whole(manifest)
-    made = {SUBSPACE_FILE, NOTICE} | ({INDEX} if whole else {WEIGHTS, CONFIG})
-    copied = set(theirs) if whole else set(chain(*papers(theirs).values()))
-    for name, entry in files.items():
+    files, theirs = manifest.files, manifest.source.files
+    edit = manifest.edit
+    made = {EDIT_FILE, NOTICE, *edit.files, *output.own_files}
+    changed = {*edit.patches, *([INDEX] if edit.created else [])}
+    shards = {file.source or name for name, file in manifest.shards.items()}
+    copied = set(output.companions(theirs)) - shards
+    for name, file in files.items():
         ours = name in made or name.endswith(PICTURE)
-        if "prefixes" in entry:
-            if not whole or not name.endswith(".safetensors"):
+        if file.prefixes is not None:
+            if not output.has_shards or not name.endswith(".safetensors"):
                 yield f"{name}: is recorded as a shard and cannot be one"
-            elif entry["bytes"] != theirs.get(name, entry)["bytes"]:
+            elif file.nbytes != theirs.get(file.source or name, file).nbytes:
                 yield f"{name}: has other bytes than the source's, by the manifest"
         elif name in theirs and (name == INDEX or is_companion(name)):
-            if (entry["sha256"], entry["bytes"]) != (theirs[name]["sha256"], theirs[name]["bytes"]):
+            if name in changed:
+                continue
+            if file != theirs[name]:
                 yield f"{name}: was to be a copy of the source's and is not"
             if name not in copied:
-                yield f"{name}: does not belong into an adapter"
+                yield f"{name}: does not belong into this output"
         elif not ours:
             yield f"{name}: is neither of the source nor made by a conversion"
     for name in sorted(copied - set(files)):
         yield f"{name}: was to be a copy of the source's and is not"
-    if manifest["subspace"]["file"] != SUBSPACE_FILE:
-        yield f"{MANIFEST}: the subspace is in {manifest['subspace']['file']}, not {SUBSPACE_FILE}"
+    for name in sorted({*edit.patches, *edit.files} - set(files)):
+        yield f"{name}: is recorded as made by the edit and is not there"
+    if edit.file != EDIT_FILE:
+        yield f"{MANIFEST}: the edit is in {edit.file}, not {EDIT_FILE}"
 
 
 def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     """Sentences that would be true of a false manifest, and whether this one is not."""
-    run, choice, guard = manifest["run"], manifest["choice"], manifest["guard"]
-    method, rank = manifest["method"], manifest["subspace"]["rank"]
-    yield "run and method disagree", run["method"] == method["name"]
-    yield "choice and subspace have different ranks", choice["rank"] == rank
-    yield "the choice of the rank contradicts itself", choice["automatic"] == bool(choice["tried"])
-    yield "the guard's record contradicts --no-guard", (guard is not None) == run["guard"]
+    run, choice, guard = manifest.run, manifest.choice, manifest.guard
+    method = manifest.method
+    yield "run and method disagree", run.method == method.name
+    if manifest.subspace is not None:
+        same = choice.strength == manifest.edit.rank
+        yield "the choice and the edit have different ranks", same
+    yield "the choice of the strength contradicts itself", choice.automatic == bool(choice.tried)
+    yield "the guard's record contradicts --no-guard", (guard is not None) == run.guard
     if guard is not None:
-        yield (
-            "the guard's budget is not that of the run",
-            (guard["budget"] == run["max_perplexity_ratio"]),
-        )
-        yield "the guard refused, and nothing was forced", run["force"] or not guard["reasons"]
-        yield (
-            "the guard's random subspaces are not those asked for",
-            (len(guard["random"]) == run["guard_draws"]),
-        )
-    for gate in manifest["gates"]:
-        limit, measured, name = gate["limit"], gate["measured"], gate["gate"]
-        passed = measured >= limit if name == DROP else measured <= limit
-        yield f"{name} {limit:g} was not passed", passed
-        if name == LEAKAGE:
-            worst = max((entry["leakage"] for entry in manifest["edited"]), default=0.0)
-            yield "the largest leakage is not the gate's", measured == worst
-        if name == DROP and gate["by"] == "guard":
-            drop = 1 - guard["edit"]["teacher_forced"]["value"] if guard else None
-            yield "the guard has not measured what the gate says", measured == drop
+        budget = run.max_perplexity_ratio
+        yield "the guard's budget is not that of the run", guard.budget == budget
+        yield "the guard refused, and nothing was forced", run.force or not guard.reasons
+        draws = len(guard.controls)
+        yield "the guard's controls are not those asked for", draws == run.guard_draws
+    for gate in manifest.gates:
+        yield f"{gate.gate} {gate.limit:g} was not passed", passes(gate)
+        if gate.gate == LEAKAGE:
+            shares = (entry.measures.get("leakage", 0.0) for entry in manifest.edited)
+            worst = max(shares, default=0.0)
+            yield "the largest leakage is not the gate's", gate.measured == worst
+        if gate.gate == DROP and gate.by == "guard":
+            drop = 1 - guard.edit.teacher_forced.value if guard else None
+            yield "the guard has not measured what the gate says", gate.measured == drop
 
 
-def check_options(
-    manifest: Manifest, plan: Plan, implied: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """The method's options must be those typed, and defaults; other versions have others."""
-    run, method = manifest["run"], manifest["method"]
-    if run["method"] not in method_names() or manifest["tool"]["version"] != __version__:
+def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
+    """The evidence of a subspace in the manifest must be that of the edit's file, ``stored``."""
+    kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
+    for name in check_evidence(manifest.subspace, kept) if manifest.subspace else ():
+        yield f"{manifest.edit.file}: {name} is not as recorded"
+
+
+def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
+    """What the manifest says of the method and its edit must follow from the run.
+
+    Args:
+        manifest: of an output.
+        plan: of the source, or of the output, which has the same tensors.
+        implied: other defaults of the method's options with this output.
+    """
+    run, method = manifest.run, manifest.method
+    if run.method not in METHODS.names() or manifest.tool.version != __version__:
+        return  # other versions have other options
+    package = METHODS.package(run.method)
+    if package is not None and package != method.package:
         return
     try:
-        expected = configure(run["method"], run["options"], plan.dimensions, implied)
+        expected = configure(run.method, run.options, plan.dimensions, implied)
+        footprint = expected.footprint(plan)
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
-    options = json.loads(json.dumps(asdict(expected)))  # type: ignore[call-overload]
-    for key in sorted({*options, *method["options"]}):
-        if options.get(key) != method["options"].get(key):
+    options = asdict(expected)  # type: ignore[call-overload]
+    for key in sorted({*options, *method.options}):
+        if options.get(key) != method.options.get(key):
             yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    if (method["title"], method["paper"]) != (expected.title, expected.paper):
-        yield f"{MANIFEST}: the method has another title or paper"
+    told = (expected.title, expected.paper, expected.strength, package)
+    if (method.title, method.paper, method.strength, method.package) != told:
+        yield f"{MANIFEST}: the method has another title, paper or package"
+    asked = {weight.info.name for weight in footprint.weights}
+    edited = {entry.name for entry in manifest.edited}
+    for name in sorted(asked ^ edited if manifest.subspace else edited - asked):
+        yield f"tensor {name}: the method's options and the list of edited tensors disagree"
+    edit = manifest.edit
+    for what, found, possible in (
+        ("an edit of kind", {e.kind for e in manifest.edited}, {k.kind for k in footprint.kinds}),
+        ("the new tensor", {created.name for created in edit.created}, set(footprint.created)),
+        ("a patch of", set(edit.patches), set(footprint.patches)),
+        ("the file", set(edit.files), set(footprint.files)),
+    ):
+        for name in sorted(found - possible):
+            yield f"{MANIFEST}: the method makes no such edit: {what} {name}"

@@ -4,27 +4,6 @@ import re
 import resource
 from pathlib import Path
 
-from converter.errors import OptionError
-
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-def parse_size(text: str | None) -> int | None:
-    """Bytes of a size such as ``4GB``, ``512MB``, ``1.5GiB`` or ``1000000``; None of None.
-
-    Raises:
-        OptionError: it is none.
-    """
-    if text is None:
-        return None
-    found = _SIZE.fullmatch(text.strip())
-    if found:
-        power = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}[found[2].upper()]
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-        if size > 0:
-            return size
-    raise OptionError("--memory-limit", expected="a size such as 4GB or 512MB", found=repr(text))
-
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process can still use without swapping or being stopped for it.

@@ -35,6 +35,7 @@ class Progress:
             (anything but Linux), the largest of the process so far.
         warnings: in order.
         bars: those that are open, the innermost last.
+        within: seconds of the stages that have ended inside the current one.
     """
 
     shows_bars: bool = False
@@ -42,6 +43,7 @@ class Progress:
     memory: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bars: "list[tqdm[Never]]" = field(default_factory=list)
+    within: float = 0.0
 
 
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -82,14 +84,20 @@ def warn(text: str) -> None:
 
 @contextmanager
 def stage(name: str, title: str) -> Iterator[None]:
-    """Announce a stage and add the seconds it took to ``seconds[name]``; not inside another."""
+    """Announce a stage and add the seconds it took to ``seconds[name]``.
+
+    The seconds of a stage inside another count for the inner one only.
+    """
     note(title)
     progress, start = current(), time.perf_counter()
+    before, progress.within = progress.within, 0.0
     _forget_peak()
     try:
         yield
     finally:
-        progress.seconds[name] = progress.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        progress.seconds[name] = progress.seconds.get(name, 0.0) + took - progress.within
+        progress.within = before + took
         progress.memory[name] = max(progress.memory.get(name, 0), peak_memory())
 
 

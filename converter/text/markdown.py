@@ -2,7 +2,7 @@
 
 import re
 
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|^[#+=-]")
 """What means something in CommonMark, in tables, or in the mathematics that the Hub shows."""
@@ -14,7 +14,7 @@ def escaped(text: str) -> str:
         lambda found: (
             "".join(f"&#{ord(c)};" for c in found[0]) if found[0] in "<>&|$" else "\\" + found[0]
         ),
-        shown(text),
+        one_line(text),
     )
 
 

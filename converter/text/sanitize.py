@@ -7,7 +7,7 @@ LONGEST = 2000
 million."""
 
 
-def shown(text: str, longest: int = LONGEST) -> str:
+def one_line(text: str, longest: int = LONGEST) -> str:
     """A text in one line, without what could steer a terminal or turn its direction.
 
     White space becomes single spaces, what is not printable its escape, and the end of what is too
@@ -30,7 +30,7 @@ def is_one_line(name: str) -> bool:
     )
 
 
-def brief(value: object) -> str:
+def describe_value(value: object) -> str:
     """What a value of JSON is, in a few characters, however large it is."""
     if type(value) is int and abs(value) >= 10**30:
         return f"a number of {value.bit_length()} bits"

@@ -60,22 +60,25 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     """Edit all layers of a checkpoint and sample this process's memory meanwhile."""
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
-    from converter.edits.base import Projection
+    from converter.edits.base import Edit
+    from converter.edits.deltas import RemoveSubspace
     from converter.edits.engine import Engine
+    from converter.outputs.base import WriteJob
     from converter.outputs.checkpoint.write import write_checkpoint
 
     source = resolve(str(folder))
     plan = make_plan(source.config, source.weight_map, source.headers())
     hidden = plan.dimensions.hidden_size
     basis = torch.linalg.qr(torch.randn(hidden, 4))[0]
-    layers = range(plan.dimensions.num_hidden_layers)
-    edit, targets = Projection(dict.fromkeys(layers, basis)), plan.targets
+    removal = RemoveSubspace(basis)
+    edit = Edit({weight.info.name: removal for weight in plan.targets})
+    job = WriteJob(source=source, plan=plan, edit=edit, folder=out, engine=Engine())
     basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
-    peak = peak_of(lambda: write_checkpoint(source, plan, edit, targets, out, Engine()))
+    peak = peak_of(lambda: write_checkpoint(job))
     return {
         "gigabytes": plan.nbytes / 1e9,
         "shards": len(source.shards),
-        "edited": len(targets),
+        "edited": len(edit.tensors),
         "peak": peak,
     }
 

@@ -31,8 +31,7 @@ from converter.checkpoints.names import SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
-from converter.recipe import Run
-from converter.release.manifest import read_manifest
+from converter.recipe import Recipe
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
@@ -44,11 +43,12 @@ from tests.builders.adversary import (
     forged,
     kind_of,
     leaves,
+    load_manifest,
     others,
     places,
     put,
 )
-from tests.builders.models import TINY, make_checkpoint
+from tests.builders.models import METHOD, TINY, make_checkpoint
 from tests.test_signing import write_key
 
 OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
@@ -58,9 +58,16 @@ def make(root: Path) -> None:
     """The source and its outputs."""
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
-        run = Run(source=str(source), num_pairs=64, options=TINY, guard=False, output=output)
+        recipe = Recipe(
+            source=str(source),
+            num_pairs=64,
+            method=METHOD,
+            options=TINY,
+            guard=False,
+            output=output,
+        )
         with using_cache(root / "cache"):
-            convert(run, root / output)
+            convert(recipe, root / output)
 
 
 Found = tuple[Counter[str], set[str]]
@@ -89,7 +96,7 @@ def forge(root: Path, output: str, every: int, part: int, parts: int) -> Found:
     quiet()
     folder = copy_of(root / output, root / f"forged-{output}-{part}")
     source = resolve(str(root / "source"))
-    manifest, count, missed = read_manifest(folder), Counter[str](), set()
+    manifest, count, missed = load_manifest(folder), Counter[str](), set()
     for path, value in list(leaves(manifest))[part * every :: parts * every]:
         for other in changes(value):
             put(folder, forged(manifest, path, other))

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from converter.runtime.memory import parse_size
+from converter.recipe import parse_size
 from tests.bench.processes import peak_of
 from tests.bench.synthetic import Llama, write_llama
 
@@ -43,7 +43,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.calibration.causal_moments import moments_within
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
-    from converter.cli.options import quiet_libraries
+    from converter.cli.command import quiet_libraries
     from converter.models.batching import Sentence, batches
     from converter.models.build import load_language_model, stream_language_model
     from converter.models.resident import Model, Pool, SecondMoment, run
@@ -94,7 +94,6 @@ def main(
     layers: tuple[int, ...], memory_limit: str, plot: Path | None, child: tuple[str, str] | None
 ) -> None:
     limit = parse_size(memory_limit)
-    assert limit is not None
     if child:
         click.echo(json.dumps(measure(Path(child[0]), child[1], limit)))
         return

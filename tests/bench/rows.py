@@ -53,23 +53,35 @@ def cp(source: Path, out: Path) -> Work:
     return work
 
 
-def ours(source: Path, out: Path, **settings: Any) -> Work:
-    """This project, with these settings of its engine and the others as they are by default."""
+def ours(source: Path, out: Path, rounding: Any = "null-space", refused: str = "") -> Work:
+    """This project.
+
+    Args:
+        source, out: folders.
+        rounding: of its engine, the rest of which is as it is by default.
+        refused: by the operating system, as it seems: ``direct`` writes, ``clone``, or nothing.
+    """
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
-    from converter.edits.base import Projection
+    from converter.checkpoints.safetensors import direct_writer
+    from converter.edits.base import Edit
+    from converter.edits.deltas import RemoveSubspace
     from converter.edits.engine import Engine
+    from converter.outputs.base import WriteJob
     from converter.outputs.checkpoint.write import write_checkpoint
 
-    U, engine = subspace(source), Engine(**settings)
+    if refused == "direct":
+        direct_writer._open_direct = lambda path: None
+    elif refused == "clone":
+        direct_writer._clone = lambda source, target: False
+    removal, engine = RemoveSubspace(subspace(source)), Engine(rounding=rounding)
 
     def work() -> None:
         out.mkdir()
         read = resolve(str(source))
         plan = make_plan(read.config, read.weight_map, read.headers())
-        layers = range(plan.dimensions.num_hidden_layers)
-        edit, targets = Projection(dict.fromkeys(layers, U)), plan.targets
-        write_checkpoint(read, plan, edit, targets, out, engine)
+        edit = Edit({weight.info.name: removal for weight in plan.targets})
+        write_checkpoint(WriteJob(source=read, plan=plan, edit=edit, folder=out, engine=engine))
 
     return work
 

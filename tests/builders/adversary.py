@@ -7,44 +7,58 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.names import CARD
+from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.safetensors.rewrite import digests_of
-from converter.release.manifest import hash_line, read_manifest, seal, write_manifest
+from converter.release.manifest import hash_line, sums_text
 from converter.runtime.cache import sha256_of
 
 Place = tuple[str | int, ...]
 
 CLAIMS = (
-    "environment.", "forward", "measurements.", "neutral.", "pairs.", "run.activations",
+    "environment.", "forward", "measurements.", "method.evidence.candidates.#.index",
+    "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
+    "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
     "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
     "run.guard_draws", "run.mask", "run.max_perplexity_ratio", "run.neutral", "run.num_pairs",
     "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
     "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
-    "source.revision", "split.", "subspace.candidates.#.index", "subspace.candidates.#.kept",
-    "subspace.candidates.#.kind", "subspace.candidates.#.tokens", "tool.version", "word_list.",
+    "source.revision", "split.", "tool.version", "word_list.",
 )  # fmt: skip
 """What a manifest says once only: of texts, names, and what was measured. Nothing in a folder or a
 source contradicts it; a signature says whose word it is."""
 
 BEFORE = (
-    "edited.#.rounding_error", "edited.#.sha256_before", "edited.#.energy_removed", "edited.#.norm",
-    "edited.#.dtype", "edited.#.name", "edited.#.shard", "method.", "run.options", "source.files.",
+    "edited.#.rounding_error", "edited.#.sha256_before", "edited.#.measures.energy_removed",
+    "edited.#.norm", "edited.#.dtype", "edited.#.name", "edited.#.shard", "method.name",
+    "method.title", "method.paper", "method.options", "method.package", "method.strength",
+    "run.options", "source.files.",
 )  # fmt: skip
 """What it says of the source's weights, and under an adapter of everything that is not in it: only
 the source can contradict that."""
 
 
-NOISE = "edited.#.leakage", "edited.#.rounding_error"
+NOISE = "edited.#.measures.leakage", "edited.#.rounding_error"
 """Under an adapter what float32 leaves, verified to be next to nothing: 0 is true enough."""
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, to be altered."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))
+    return manifest
 
 
 def put(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest, and a card and SHA256SUMS that agree with it as far as they can."""
-    line = hash_line(write_manifest(folder, manifest))
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / MANIFEST).write_text(text, "utf-8")
+    line = hash_line(sha256_of(folder / MANIFEST))
     card = re.sub(r"(?m)^sha256 of `gloss.*$", line, (folder / CARD).read_text("utf-8"))
+    (folder / CARD).write_text(card, "utf-8")
     try:
-        seal(folder, manifest, card)
+        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        digests |= {name: sha256_of(folder / name) for name in (CARD, MANIFEST)}
+        (folder / SUMS).write_text(sums_text(digests), "utf-8")
     except (AttributeError, KeyError, TypeError):
         return  # of such a manifest there are no sums
 
@@ -62,7 +76,7 @@ def record(folder: Path, manifest: dict[str, Any], *names: str, copied: bool = F
 
 def reseal(folder: Path, *names: str, copied: bool = False) -> None:
     """Record files as they are now, consistently everywhere."""
-    manifest = read_manifest(folder)
+    manifest = load_manifest(folder)
     record(folder, manifest, *names, copied=copied)
     put(folder, manifest)
 

@@ -196,7 +196,7 @@ INDEXES: dict[str, Case] = {
     "hidden": (placed(".x.safetensors"), 4, NO_SHARD),
     "config.json": (placed("config.json"), 4, NO_SHARD),
     "manifest": (placed("gloss_manifest.json"), 4, NO_SHARD),
-    "subspace": (placed("gloss_subspace.safetensors"), 4, NO_SHARD),
+    "edit": (placed("gloss_edit.safetensors"), 4, NO_SHARD),
     "sums": (placed("SHA256SUMS"), 4, NO_SHARD),
     "card": (placed("README.md"), 4, NO_SHARD),
     "index itself": (placed(INDEX), 4, NO_SHARD),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.builders.models import TINY, make_checkpoint
+from tests.builders.models import TINY, make_checkpoint, tiny_args
 from tests.faults.zygote import Ended, Zygote
 
 SHARD = re.compile(r"[\w-]+\.safetensors")
@@ -205,8 +205,7 @@ def _difference(found: State, wanted: State) -> str:
 
 
 def base_args(root: Path, **changes: str) -> list[str]:
-    options = [part for k, v in {**TINY, **changes}.items() for part in ("-o", f"{k}={v}")]
-    return [*options, "--no-guard", "--num-pairs", "64", "--quiet",
+    return [*tiny_args(**changes), "--num-pairs", "64", "--quiet",
             "--cache-dir", str(root / "cache")]  # fmt: skip
 
 

@@ -124,7 +124,8 @@ def _await_tracer() -> None:
 
 
 def _command(args: list[str]) -> int:
-    from converter.cli.main import convert_command, gloss
+    from converter.cli.convert import convert_command
+    from converter.cli.main import gloss
 
     command = gloss if args[0] in gloss.commands else convert_command
     try:
@@ -142,11 +143,12 @@ def _command(args: list[str]) -> int:
 def _settle(asked: dict[str, Any]) -> None:
     """What a run is told besides its arguments."""
     from converter.entrypoints import convert
+    from converter.manifest import Measurements
     from converter.release import manifest
 
-    nothing = {"seconds": {}, "memory_bytes": {}, "peak_memory_bytes": 0}
+    nothing = Measurements(seconds={}, memory_bytes={}, peak_memory_bytes=0)
     for module in (manifest, convert):
-        module.measurements = lambda: dict(nothing)  # type: ignore[attr-defined]
+        module.measurements = lambda: nothing  # type: ignore[attr-defined]
     if asked.get("no_exchange"):
         _refuse_exchange()
     if mount := asked.get("mount"):

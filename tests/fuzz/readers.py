@@ -7,11 +7,15 @@ A new reader is one function here with ``@reader``, and a folder of seeds in ``c
 import atexit
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
+
+from msgspec import structs
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
@@ -26,20 +30,29 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.deltas import KINDS
+from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
-from converter.errors import ConverterError
-from converter.methods.base import configure, method_names, parse_layers
+from converter.errors import ConverterError, VerificationError
+from converter.manifest import Manifest
+from converter.methods.base import METHODS, configure, parse_layers
 from converter.outputs.adapter.verify import check_adapter
-from converter.outputs.record_checks import check_subspace, recorded_bases
+from converter.outputs.record_checks import (
+    check_edit_file,
+    delta_of_record,
+    edit_of,
+    recorded_edit,
+)
 from converter.outputs.staging.claim import finished_in
 from converter.outputs.staging.journal import Journal
+from converter.recipe import Settings
 from converter.release.card import make_card
 from converter.release.licences import terms_of
+from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
-from converter.release.recording import Given, differences, read_recording, run_of
-from converter.runtime.memory import parse_size
+from converter.release.recording import differences, read_recording, recipe_of
+from converter.release.verify_records import check_kept
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -147,7 +160,7 @@ def manifest(data: bytes) -> None:
     recording = read_recording(folder)
     differences(recording, "cpu")
     card_of(read_manifest(folder))
-    run_of(recording, Given(source="tiny"), refit=True)
+    recipe_of(recording, LocalInputs(source="tiny"), refit=True)
 
 
 def no_loading(folder: Path, trust_remote_code: bool) -> Any:
@@ -188,13 +201,20 @@ def replace(tree: Any, path: list[Any], value: Any) -> None:
 
 
 @reader("safetensors")
-def subspace(data: bytes) -> None:
-    """The bases, as a manifest that fits them says."""
-    folder = scratch() / "subspace"
+def edit(data: bytes) -> None:
+    """The tensors of an edit, as a manifest that fits them says, and as if of every kind."""
+    folder = scratch() / "edit"
     folder.mkdir(exist_ok=True)
-    (folder / SUBSPACE_FILE).write_bytes(data)
-    bases = recorded_bases(folder, known())
-    list(check_subspace(folder, known(), bases))
+    (folder / EDIT_FILE).write_bytes(data)
+    manifest = Manifest.from_json(known())
+    stored = recorded_edit(folder, manifest)
+    for kind, delta in KINDS.items():
+        tensors = {field.name: field.name for field in fields(delta)}  # type: ignore[arg-type]
+        with suppress(VerificationError):
+            delta_of_record(structs.replace(manifest.edited[0], kind=kind, tensors=tensors), stored)
+    list(check_edit_file(manifest, stored))
+    list(check_kept(manifest, stored))
+    edit_of(manifest, stored).digest()
 
 
 @reader("safetensors")
@@ -258,10 +278,10 @@ def sums(data: bytes) -> None:
 @reader()
 def card(data: bytes) -> None:
     """The card of a source, what it says of the licence, and the card made of both."""
-    card_of(known(), data)
+    card_of(Manifest.from_json(known()), data)
 
 
-def card_of(manifest: Mapping[str, Any], data: bytes = b"") -> None:
+def card_of(manifest: Manifest, data: bytes = b"") -> None:
     """A card, made; it must have the front matter and headings that the template has."""
     source = Source(
         name="tiny", folder=scratch(), config=skeleton.CONFIG, shards=(skeleton.SHARD,),
@@ -295,7 +315,7 @@ def check(folder: Path, name: str, data: bytes) -> None:
     kept = (folder / name).read_bytes()
     (folder / name).write_bytes(data)
     try:
-        list(check_adapter(folder, skeleton.adapter_manifest(), {}, None))
+        list(check_adapter(folder, Manifest.from_json(skeleton.adapter_manifest()), {}, None))
     finally:
         (folder / name).write_bytes(kept)
 
@@ -336,13 +356,13 @@ def options(data: bytes) -> None:
     """Options: the first line is a method, the others ``key=value``, a size, or layers."""
     method, *lines = data.decode("utf-8", "replace").split("\n")
     sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
-    method = method_names()[len(method) % len(method_names())]
+    method = METHODS.names()[len(method) % len(METHODS.names())]
     refused = None
     for line in lines[:20]:
         key, _, value = line.partition("=")
         for attempt in (
             lambda key=key, value=value: configure(method, {key: value}, sizes),
-            lambda line=line: parse_size(line),
+            lambda line=line: Settings(memory_limit=line),
             lambda line=line: parse_layers("layers", line, 4),
         ):
             try:

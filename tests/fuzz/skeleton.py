@@ -6,11 +6,12 @@ One layer, four dimensions, an edit that is right: ``gloss verify`` finds nothin
 import hashlib
 import json
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoints.names import CARD, MANIFEST, SUMS
-from converter.edits.subspace_file import SUBSPACE_FILE
+from converter.edits.edit_file import EDIT_FILE
 from converter.outputs.adapter.write import adapter_config, tensor_names
 from converter.release.manifest import hash_line, sums_text
 
@@ -27,12 +28,13 @@ CONFIG = {
 
 
 def safetensors(tensors: dict[str, tuple[list[int], bytes]], **metadata: str) -> bytes:
-    """A file of float32 tensors, written without the library that others are read with."""
+    """A file of float32 or int64 tensors, written without the library that reads it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     data = b""
     for name, (shape, raw) in tensors.items():
         offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        dtype = "I64" if len(raw) == 8 * prod(shape) else "F32"
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         data += raw
     text = json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -50,10 +52,10 @@ BEFORE = floats(3, 4, 1, 2, 3, 4, 5, 6)
 AFTER = floats(0, 0, 1, 2, 3, 4, 5, 6)
 """A down-projection (4, 2) and what is left of it without the first dimension."""
 
-SUBSPACE = safetensors(
-    {"U": ([D, 1], floats(1, 0, 0, 0)), "candidates": ([1, D], floats(1, 0, 0, 0)),
-     "singular_values": ([1], floats(1)), "scores": ([1], floats(1)),
-     "score_layers": ([1], floats(0))}
+EDIT = safetensors(
+    {"U": ([D, 1], floats(1, 0, 0, 0)), "evidence.candidates": ([1, D], floats(1, 0, 0, 0)),
+     "evidence.singular_values.U": ([1], floats(1)), "evidence.scores": ([1], floats(1)),
+     "evidence.score_layers": ([1], struct.pack("<q", 0))}
 )  # fmt: skip
 
 
@@ -88,9 +90,11 @@ def manifest() -> dict[str, Any]:
     norm = sum(v * v for v in struct.unpack("<8f", BEFORE)) ** 0.5
     entry = {
         "name": DOWN, "shard": SHARD, "layer": 0, "role": "down_proj", "axis": 0, "shape": [D, F],
-        "dtype": "F32", "sha256_before": sha256(BEFORE), "sha256_after": sha256(AFTER),
-        "norm": norm, "relative_change": 5 / norm, "energy_removed": 25 / norm**2, "leakage": 0.0,
-        "rounding_error": 0.0, "requantized": None, "lora": None, "basis": "U",
+        "dtype": "F32", "kind": "remove-subspace", "tensors": {"U": "U"},
+        "sha256_before": sha256(BEFORE), "sha256_after": sha256(AFTER),
+        "norm": norm, "relative_change": 5 / norm, "rounding_error": 0.0,
+        "measures": {"energy_removed": 25 / norm**2, "leakage": 0.0},
+        "requantized": None, "lora": None,
     }  # fmt: skip
     return {
         "schema_version": 1,
@@ -115,25 +119,25 @@ def manifest() -> dict[str, Any]:
         "method": {
             "name": "gloss", "title": "GloSS, global toxic subspace suppression",
             "paper": "https://arxiv.org/abs/2505.17078",
-            "options": {"layers": [0], "edit_layers": [0], "bias": "project"},
+            "options": {"layers": [0], "edit_layers": [0], "bias": "project"}, "strength": "rank",
+            "evidence": {
+                "hidden_size": D, "singular_values": {"U": [1.0]},
+                "candidates": [
+                    {"layer": 0, "kind": "causal", "index": 0, "score": 1.0, "kept": True,
+                     "tokens": ["a", "b"]}
+                ],
+            },
         },
         "pairs": {"origin": {"name": "builtin"}, "sha256": ZERO, "count": 1, "skipped": {}},
         "neutral": {"origin": {"name": "builtin"}, "sha256": ZERO},
         "word_list": {"origin": {"name": "words.txt"}, "sha256": ZERO},
         "split": {"dropped_pairs": 0, "fit": part, "choose": part, "report": part},
         "activations": {"key": None, "inputs": {}},
-        "subspace": {
-            "file": SUBSPACE_FILE, "hidden_size": D, "rank": 1, "shared": True,
-            "singular_values": {"U": [1.0]},
-            "candidates": [
-                {"layer": 0, "kind": "causal", "index": 0, "score": 1.0, "kept": True,
-                 "tokens": ["a", "b"]}
-            ],
-        },
-        "choice": {"rank": 1, "automatic": True, "tried": [{"rank": 1, **measured}]},
+        "edit": {"file": EDIT_FILE, "rank": 1},
+        "choice": {"strength": 1, "automatic": True, "tried": [{"strength": 1, **measured}]},
         "guard": {
             "budget": 1.03, "margin": 2.0, "least_drop": 0.1, "neutral_tokens": 9,
-            "toxic_words": 9, "perplexity": 9.0, "edit": measured, "random": [measured],
+            "toxic_words": 9, "perplexity": 9.0, "edit": measured, "controls": [measured],
             "neutral_energy": 0.1, "reasons": [],
         },
         "evaluation": None, "gates": [], "forward": None,
@@ -142,9 +146,37 @@ def manifest() -> dict[str, Any]:
         "files": {
             SHARD: {"sha256": sha256(ours), "bytes": len(ours), "prefixes": prefixes(ours)},
             "config.json": {"sha256": sha256(config), "bytes": len(config)},
-            SUBSPACE_FILE: {"sha256": sha256(SUBSPACE), "bytes": len(SUBSPACE)},
+            EDIT_FILE: {"sha256": sha256(EDIT), "bytes": len(EDIT)},
         },
         "measurements": {"seconds": {}, "memory_bytes": {}, "peak_memory_bytes": 0},
+    }  # fmt: skip
+
+
+def evaluation() -> dict[str, Any]:
+    """What a manifest says of an evaluation."""
+    number = {"value": 1.0, "low": 0.5, "high": 1.5}
+    metrics = {"perplexity": number, "perplexity_ratio": number, "teacher_forced": None}
+    return {
+        "tool": {"name": "gloss-convert", "version": "0.0.1"},
+        "settings": {
+            "source": "tiny", "controls": ["random"], "ranks": [1], "device": "cpu",
+            "dtype": "float32", "word_list": ZERO, "neutral": "builtin", "text_sha256": ZERO,
+            "pairs": "builtin", "num_pairs": None, "seeds": [0], "options": {"rank": "1"},
+            "max_perplexity_ratio": 1.03,
+            "prompts": {
+                "origin": {"repo_id": "a/b", "commit": "c", "file_sha256": ZERO, "field": "d"},
+                "sha256": ZERO, "count": 9,
+            },
+            "scorers": {"bad-words": {"name": "words.txt", "sha256": ZERO}}, "samples": 2,
+            "max_new_tokens": 9, "top_p": 0.9, "generation_seed": 0, "passages_per_prompt": 1,
+            "toxic_words": 9, "text_tokens": None, "window": 512,
+        },
+        "scorers": ["bad-words"],
+        "systems": [
+            {"system": "edited", "group": None, "seed": 0, "strength": 1, "layers": [0],
+             "options": {"layers": [0], "alpha": 1.0, "rank": None}, "metrics": metrics},
+        ],
+        "rows": [{"system": "edited", "strength": "1", "seeds": 1, "metrics": metrics}],
     }  # fmt: skip
 
 
@@ -153,7 +185,7 @@ def write_output(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SHARD).write_bytes(shard(AFTER))
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / SUBSPACE_FILE).write_bytes(SUBSPACE)
+    (folder / EDIT_FILE).write_bytes(EDIT)
     seal(folder, json.dumps(manifest()).encode())
 
 
@@ -162,7 +194,8 @@ def seal(folder: Path, raw: bytes, sums: bytes | None = None) -> None:
     (folder / MANIFEST).write_bytes(raw)
     (folder / CARD).write_text(hash_line(sha256(raw)) + "\n")
     own = {name: sha256((folder / name).read_bytes()) for name in (CARD, MANIFEST)}
-    (folder / SUMS).write_bytes(sums or sums_text(manifest(), own).encode())
+    digests = {name: entry["sha256"] for name, entry in manifest()["files"].items()}
+    (folder / SUMS).write_bytes(sums or sums_text(digests | own).encode())
 
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -186,7 +219,7 @@ def write_adapter(folder: Path) -> None:
     name_a, name_b = tensor_names(MODULE)
     factors = {name_a: ([1, F], LORA_A), name_b: ([D, 1], LORA_B)}
     (folder / "adapter_model.safetensors").write_bytes(safetensors(factors))
-    (folder / SUBSPACE_FILE).write_bytes(SUBSPACE)
+    (folder / EDIT_FILE).write_bytes(EDIT)
 
 
 def activations() -> bytes:
@@ -207,8 +240,8 @@ def activations() -> bytes:
 
 
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
-MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEzkBXRJuURp3otyL76djjgCPlb+0V
-L+uel9Mehn38BpoPvN4OsmWOPnyw2ATVUojaJ7XmdPkGl4H/L1fpaqFZxg==
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEqyyJWXESEPXIlfzVWojUcI6ZihfI
+m4ih98MBxhhrw3Zscm53F1lQaLR4n+T2nXmF4NuptKNV4Anww1Y/Pz6DUA==
 -----END PUBLIC KEY-----
 """
 """Of the key that signed the seed in ``corpus/signature``, which nobody has any more."""

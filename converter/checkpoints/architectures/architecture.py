@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
 from converter.errors import CheckpointError
-from converter.text.sanitize import brief
+from converter.text.sanitize import describe_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -298,7 +298,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
         raise CheckpointError(
             "config.json: model_type",
             expected="one of " + ", ".join(sorted(known)),
-            found=brief(model_type),
+            found=describe_value(model_type),
             hint="to add a model, see README, 'To add a model'",
         )
     return known[model_type]

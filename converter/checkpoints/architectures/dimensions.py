@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import brief
+from converter.text.sanitize import describe_value
 
 _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
              "first_dense_layers", "sparse_step", "unused_layers", "attention_size",
@@ -61,7 +61,7 @@ def read_dimensions(
     inner = config.get(keys["within"], config)
     if not isinstance(inner, dict):
         raise CheckpointError(
-            f"config.json: {keys['within']}", expected="an object", found=brief(inner)
+            f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
         )
     needed = {"num_experts", "moe_intermediate_size"} if has_experts else set()
     optional = _OPTIONAL - needed
@@ -73,7 +73,7 @@ def read_dimensions(
     listed = inner.get(keys["dense_layers"]) or []
     if not isinstance(listed, list):
         raise CheckpointError(
-            f"config.json: {keys['dense_layers']}", expected="a list", found=brief(listed)
+            f"config.json: {keys['dense_layers']}", expected="a list", found=describe_value(listed)
         )
     dense = {layer for layer in listed if type(layer) is int}
     if sizes["num_hidden_layers"] > MAX_LAYERS:
@@ -104,6 +104,6 @@ def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
         raise CheckpointError(
             f"config.json: {key}",
             expected="a positive integer",
-            found=brief(config.get(key)),
+            found=describe_value(config.get(key)),
         )  # fmt: skip
     return prod(parts)

@@ -19,7 +19,12 @@ from torch import Tensor
 from converter.checkpoints.formats.meta_params import Params, config_of, read_params
 from converter.checkpoints.formats.meta_tokenizer import AGAIN, keep, small_files
 from converter.checkpoints.formats.pickle_files import load_tensors
-from converter.checkpoints.formats.virtual import Recipe, Translated, index_text, split_shards
+from converter.checkpoints.formats.virtual import (
+    Translated,
+    VirtualTensor,
+    index_text,
+    split_shards,
+)
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder
 
@@ -80,9 +85,9 @@ def _translate(folder: Path) -> Translated:
     tied = all(_is_tied(part) for part in parts.values())
     rows = sum(part[EMBEDDING].numel() for part in parts.values() if EMBEDDING in part)
     vocab = params.vocab or rows // params.dim
-    recipes = _recipes(parts, _places(params, vocab, tied), tied)
-    shards = split_shards(recipes)
-    config = config_of(params, vocab, recipes[0].dtype, tied)
+    made = _virtual_tensors(parts, _places(params, vocab, tied), tied)
+    shards = split_shards(made)
+    config = config_of(params, vocab, made[0].dtype, tied)
     index = index_text(shards) if len(shards) > 1 else ""
 
     sizes = [(path.name, path.stat().st_size) for path in paths]
@@ -183,15 +188,17 @@ def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, Place
         yield OUTPUT, Place("lm_head.weight", (vocab, dim))
 
 
-def _recipes(parts: Parts, places: Iterable[tuple[str, Place]], tied: bool) -> list[Recipe]:
-    """A recipe for every place; each part must have a share of each, and nothing else."""
-    recipes, known = [], {OUTPUT} if tied else set()
+def _virtual_tensors(
+    parts: Parts, places: Iterable[tuple[str, Place]], tied: bool
+) -> list[VirtualTensor]:
+    """A tensor for every place; each part must have a share of each, and nothing else."""
+    made, known = [], {OUTPUT} if tied else set()
     for name, place in places:
         for part, tensors in parts.items():
             if name not in tensors:
                 raise CheckpointError(f"{part} has no tensor {name}", hint=AGAIN)
         known.add(name)
-        recipes.append(_recipe(name, place, parts))
+        made.append(_virtual_tensor(name, place, parts))
     for part, tensors in parts.items():
         for name in tensors:
             if name not in known:
@@ -199,10 +206,10 @@ def _recipes(parts: Parts, places: Iterable[tuple[str, Place]], tied: bool) -> l
                     f"{part} has a tensor {name}, which params.json does not account for",
                     hint="only text models of Llama are supported, and no quantized ones",
                 )
-    return recipes
+    return made
 
 
-def _recipe(name: str, place: Place, parts: Parts) -> Recipe:
+def _virtual_tensor(name: str, place: Place, parts: Parts) -> VirtualTensor:
     first, *others = tensors = [part[name] for part in parts.values()]
     for part, tensor in zip(parts, tensors, strict=True):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -229,7 +236,7 @@ def _recipe(name: str, place: Place, parts: Parts) -> Recipe:
         whole = torch.cat(tensors, axis) if others and axis >= 0 else first
         return half_split(whole, place.heads) if place.heads else whole
 
-    return Recipe(place.name, first.dtype, place.shape, make)
+    return VirtualTensor(place.name, first.dtype, place.shape, make)
 
 
 def _axis(share: tuple[int, ...], whole: tuple[int, ...], parts: int) -> int | None:

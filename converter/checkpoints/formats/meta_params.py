@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import brief
+from converter.text.sanitize import describe_value
 
 MAX_PARAMS = 1_000_000
 """Bytes of a file that has ten numbers."""
@@ -56,7 +56,7 @@ def read_params(path: Path) -> Params:
         if not (type(value) in (int, kind) and 0 < value < 2**40):
             expected = f"a positive {'whole ' * (kind is int)}number"
             raise CheckpointError(
-                f"{path.name} has no usable {key}", expected=expected, found=brief(value)
+                f"{path.name} has no usable {key}", expected=expected, found=describe_value(value)
             )
         return value
 

@@ -1,4 +1,9 @@
-"""The small files of a Llama in Meta's layout, and what becomes of them: configs and tokenizer."""
+"""The small files of a Llama in Meta's layout, and what becomes of them: configs and tokenizer.
+
+No other module knows ``convert_slow_tokenizer`` of transformers, which is not documented: that an
+extractor of SentencePiece has its model as ``proto``, and that the converter of tiktoken asks its
+``load_tiktoken_bpe`` for the ranks. ``tests/test_doors.py`` fails where another version does not.
+"""
 
 import base64
 import json

@@ -15,7 +15,7 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Recipe, Translated, refuse_pointer
+from converter.checkpoints.formats.virtual import Translated, VirtualTensor, refuse_pointer
 from converter.errors import CheckpointError
 
 SINGLE = "pytorch_model.bin"
@@ -62,7 +62,7 @@ def read_pickled(
         again = partial(_same, tensors) if mapped else partial(read_again, path)
         serial |= not mapped
         stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
-        shards[f"{stem}.safetensors"] = [_recipe(name, tensors[name], again) for name in kept]
+        shards[f"{stem}.safetensors"] = [_virtual(name, tensors[name], again) for name in kept]
         del tensors
     return Translated(folder, shards, paths, serial)
 
@@ -71,8 +71,8 @@ def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _recipe(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) -> Recipe:
-    return Recipe(name, tensor.dtype, tuple(tensor.shape), lambda: again()[name])
+def _virtual(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) -> VirtualTensor:
+    return VirtualTensor(name, tensor.dtype, tuple(tensor.shape), lambda: again()[name])
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:

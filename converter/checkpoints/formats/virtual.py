@@ -1,8 +1,8 @@
 """Checkpoints that are not safetensors, read as if they were.
 
-A format says how each tensor is made from what is on disk (a ``Recipe``); a ``VirtualShard`` is the
-safetensors file that such tensors would make, and reads like one. It is never written: whoever
-reads it holds one tensor at a time. Everything behind the source sees safetensors only.
+A format says how each tensor is made from what is on disk (a ``VirtualTensor``); a ``VirtualShard``
+is the safetensors file that such tensors would make, and reads like one. It is never written:
+whoever reads it holds one tensor at a time. Everything behind the source sees safetensors only.
 """
 
 import io
@@ -25,7 +25,7 @@ MAX_SHARD = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class VirtualTensor:
     """One tensor that can be made.
 
     Attributes:
@@ -44,7 +44,7 @@ class Recipe:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-Shards = Mapping[str, Sequence[Recipe]]
+Shards = Mapping[str, Sequence[VirtualTensor]]
 """Shard file name -> its tensors, in order."""
 
 
@@ -68,22 +68,22 @@ class Translated:
     @property
     def weight_map(self) -> dict[str, str]:
         """Tensor name -> shard file name."""
-        return {recipe.name: shard for shard, made in self.shards.items() for recipe in made}
+        return {virtual.name: shard for shard, made in self.shards.items() for virtual in made}
 
 
-def split_shards(recipes: Sequence[Recipe], limit: int = MAX_SHARD) -> Shards:
+def split_shards(tensors: Sequence[VirtualTensor], limit: int = MAX_SHARD) -> Shards:
     """Distribute tensors over shards of at most ``limit`` bytes, in their order.
 
     A tensor larger than that is a shard by itself. The names are those of Hugging Face.
     """
-    parts: list[list[Recipe]] = [[]]
+    parts: list[list[VirtualTensor]] = [[]]
     size = 0
-    for recipe in recipes:
-        if parts[-1] and size + recipe.nbytes > limit:
+    for virtual in tensors:
+        if parts[-1] and size + virtual.nbytes > limit:
             parts.append([])
             size = 0
-        parts[-1].append(recipe)
-        size += recipe.nbytes
+        parts[-1].append(virtual)
+        size += virtual.nbytes
     count = len(parts)
     if count == 1:
         return {"model.safetensors": parts[0]}
@@ -92,8 +92,8 @@ def split_shards(recipes: Sequence[Recipe], limit: int = MAX_SHARD) -> Shards:
 
 def index_text(shards: Shards) -> str:
     """The text of ``model.safetensors.index.json``."""
-    total = sum(recipe.nbytes for made in shards.values() for recipe in made)
-    weight_map = {recipe.name: shard for shard, made in shards.items() for recipe in made}
+    total = sum(virtual.nbytes for made in shards.values() for virtual in made)
+    weight_map = {virtual.name: shard for shard, made in shards.items() for virtual in made}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(index, indent=2) + "\n"
 
@@ -112,10 +112,10 @@ class VirtualFile:
     Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept.
     """
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
-        self.recipes = sorted(recipes, key=lambda recipe: -recipe.dtype.itemsize)
-        self.header = _header(self.recipes)
-        sizes = (recipe.nbytes for recipe in self.recipes)
+    def __init__(self, tensors: Sequence[VirtualTensor]) -> None:
+        self.tensors = sorted(tensors, key=lambda virtual: -virtual.dtype.itemsize)
+        self.header = _header(self.tensors)
+        sizes = (virtual.nbytes for virtual in self.tensors)
         self.starts = list(accumulate(sizes, initial=len(self.header)))
 
 
@@ -124,7 +124,7 @@ class VirtualShard(io.RawIOBase):
 
     def __init__(self, file: VirtualFile) -> None:
         super().__init__()
-        self._recipes, self._header, self._starts = file.recipes, file.header, file.starts
+        self._tensors, self._header, self._starts = file.tensors, file.header, file.starts
         self._held: tuple[int, memoryview] = (-1, memoryview(b""))
         self._position = 0
 
@@ -163,36 +163,36 @@ class VirtualShard(io.RawIOBase):
         place = bisect_right(self._starts, position) - 1
         if self._held[0] != place:
             self._held = (-1, memoryview(b""))  # let go of the old one before the new one is made
-            self._held = (place, self._made(self._recipes[place]))
+            self._held = (place, self._made(self._tensors[place]))
         return self._held[1][position - self._starts[place] :]
 
-    def _made(self, recipe: Recipe) -> memoryview:
-        tensor = recipe.make()
-        if tensor.dtype != recipe.dtype or tuple(tensor.shape) != recipe.shape:
+    def _made(self, virtual: VirtualTensor) -> memoryview:
+        tensor = virtual.make()
+        if tensor.dtype != virtual.dtype or tuple(tensor.shape) != virtual.shape:
             raise CheckpointError(
-                f"tensor {recipe.name} is not what its file said",
-                expected=f"{recipe.dtype} {list(recipe.shape)}",
+                f"tensor {virtual.name} is not what its file said",
+                expected=f"{virtual.dtype} {list(virtual.shape)}",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
             )
         return to_bytes(tensor)
 
 
-def _header(recipes: Sequence[Recipe]) -> bytes:
+def _header(tensors: Sequence[VirtualTensor]) -> bytes:
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for recipe in recipes:
-        if recipe.dtype not in names:
+    for virtual in tensors:
+        if virtual.dtype not in names:
             raise CheckpointError(
-                f"tensor {recipe.name} cannot be stored", expected="a dtype of safetensors",
-                found=str(recipe.dtype),
+                f"tensor {virtual.name} cannot be stored", expected="a dtype of safetensors",
+                found=str(virtual.dtype),
             )  # fmt: skip
-        entries[recipe.name] = {
-            "dtype": names[recipe.dtype],
-            "shape": list(recipe.shape),
-            "data_offsets": [start, start + recipe.nbytes],
+        entries[virtual.name] = {
+            "dtype": names[virtual.dtype],
+            "shape": list(virtual.shape),
+            "data_offsets": [start, start + virtual.nbytes],
         }
-        start += recipe.nbytes
+        start += virtual.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

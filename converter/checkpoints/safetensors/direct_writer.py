@@ -56,8 +56,7 @@ class Writer:
         path: must not exist.
         size: bytes of the file.
         ends: (offset, name) of where each part of it ends, in order.
-        direct: bypass the page cache, if that is possible.
-        clone: descriptor of a file of the same size to start from, or None.
+        source: descriptor of a file of the same size to start from as a clone, or None.
 
     Attributes:
         digest: sha256 of the file; None if it was never told to ``fork``.
@@ -73,8 +72,7 @@ class Writer:
         path: Path,
         size: int,
         ends: Sequence[tuple[int, str]],
-        direct: bool,
-        clone: int | None,
+        source: int | None,
     ) -> None:
         self.size, self.prefixes = size, dict[str, str]()
         self.digest: hashlib._Hash | None = None
@@ -85,14 +83,14 @@ class Writer:
         self._block: Block | None = None
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct: int | None = None
-        self._cloned = clone is not None and _clone(clone, self._file)
+        self._cloned = source is not None and _clone(source, self._file)
         try:
             if not self._cloned:
                 _allocate(self._file, size)
         except OSError:
             os.close(self._file)
             raise
-        if direct and size > BUFFER:
+        if size > BUFFER:
             self._direct = _open_direct(path)
         self._free: SimpleQueue[Block] = SimpleQueue()
         self._full: SimpleQueue[Block | None] = SimpleQueue()

@@ -9,10 +9,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from converter.runtime.strict_json import unique
-from converter.text.sanitize import shown
+from converter.text.sanitize import one_line
 
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""
@@ -24,6 +26,9 @@ MAX_NAME = 4096
 """Bytes of a tensor's name; the longest are near 100."""
 
 METADATA = "__metadata__"
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""A number of a header that is a count and nothing like it (true, 2.0, 1e999, -1)."""
 
 Entry = tuple[str, str, tuple[int, ...], int, int]
 """Name, dtype, shape, and byte offsets of start and end."""
@@ -77,7 +82,7 @@ class _Text:
         while True:
             name = _decoded(self.take(_KEY)[1])
             if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-                raise ValueError(f"the name of tensor {shown(name, 80)} is not plain text")
+                raise ValueError(f"the name of tensor {one_line(name, 80)} is not plain text")
             if name in names:
                 raise ValueError("the header names a key twice")
             names.add(name)
@@ -112,29 +117,29 @@ def _decoded(raw: bytes) -> str:
     return text
 
 
+class _Entry(msgspec.Struct, frozen=True, gc=False):
+    """What the format says of one tensor; keys that the format does not know are ignored."""
+
+    dtype: str
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MAX_AXES)]
+    data_offsets: tuple[_Count, _Count]
+
+
+_ENTRY = msgspec.json.Decoder(_Entry)
+_UNIQUE = json.JSONDecoder(object_pairs_hook=unique)
+
+_QUOTES = 8
+"""Quotation marks of an entry that has each key of ``_Entry`` once, and no others."""
+
+
 def _numbers(raw: bytes, name: str, data_start: int) -> tuple[str, tuple[int, ...], int, int]:
     """Dtype, shape, start and end of a tensor."""
     try:
-        entry = _DECODER.decode(raw.decode("utf-8"))
-        start, end = (data_start + _integer(n) for n in _list(entry["data_offsets"], 2))
-        axes = tuple(_integer(n) for n in _list(entry["shape"], MAX_AXES))
-        return sys.intern(entry["dtype"]), axes, start, end
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        entry = _ENTRY.decode(raw)
+        if raw.count(b'"') != _QUOTES:  # msgspec takes the last of two equal keys
+            _UNIQUE.decode(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         what = f"the header has an entry without dtype, shape or offsets: that of tensor {name}"
         raise ValueError(what) from error
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=unique)
-
-
-def _list(value: Any, longest: int) -> list[Any]:
-    if type(value) is not list or len(value) > longest:
-        raise ValueError(value)
-    return value
-
-
-def _integer(value: Any) -> int:
-    """A number of a header that is a count and nothing like it (true, 2.0, 1e999, -1)."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(value)
-    return value
+    start, end = entry.data_offsets
+    return sys.intern(entry.dtype), entry.shape, data_start + start, data_start + end

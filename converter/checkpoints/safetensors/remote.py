@@ -1,14 +1,14 @@
-"""The header of a safetensors file on the Hub."""
+"""The header of a safetensors file on the Hub, by range requests.
+
+Not by ``HfFileSystem``: it holds all that is sent (``Response.content``), however little it asked
+for, and takes the whole file of a server without ranges for the range; its streams ask for no end.
+"""
 
 from huggingface_hub import hf_hub_url
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    build_hf_headers,
-    get_session,
-    hf_raise_for_status,
-)
 
 from converter.checkpoints.safetensors.header import Header, length_of, parse_header
 from converter.errors import SourceError
+from converter.hub.limits import read_range
 from converter.hub.listing import Repo
 from converter.hub.repos import plain_errors
 
@@ -32,22 +32,10 @@ def remote_header(repo: Repo, name: str) -> Header:
 
 
 def _range(repo: Repo, name: str, start: int, end: int) -> bytes:
-    """Bytes of a file at the commit; reading stops there, however many more are sent."""
+    """Bytes of a file at the commit."""
     url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
-    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
-    headers["Accept-Encoding"] = "identity"
-    found = bytearray()
-    with (
-        plain_errors(repo.kind, repo.repo_id),
-        get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
-    ):
-        hf_raise_for_status(answer)
-        skipped = start if answer.status_code == 200 else 0  # the whole file was sent
-        for piece in answer.iter_bytes():
-            found += piece[skipped:]
-            skipped = max(skipped - len(piece), 0)
-            if len(found) >= end - start:
-                break
+    with plain_errors(repo.kind, repo.repo_id):
+        found = read_range(url, start, end)
     if len(found) < end - start:
         raise SourceError(
             f"{name} of {repo.kind} {repo.repo_id} breaks off",
@@ -55,4 +43,4 @@ def _range(repo: Repo, name: str, start: int, end: int) -> bytes:
             found=f"the end after {start + len(found):,}",
             hint="run again",
         )
-    return bytes(found[: end - start])
+    return found

@@ -86,7 +86,7 @@ class ShardRecord:
     """What was read and written for one shard.
 
     Attributes:
-        source_sha256: of the whole source file; empty if nothing was hashed.
+        source_sha256: of the whole source file.
         sha256: of the whole output file.
         nbytes: size of both.
         prefixes: per tensor in file order, the first ``PREFIX_DIGITS`` digits of the sha256 of the
@@ -153,10 +153,6 @@ def rewrite(
     target: Path,
     changes: Mapping[str, Change],
     advance: Callable[[int], object] = lambda count: None,
-    *,
-    digests: bool = True,
-    direct: bool = True,
-    clone: bool = True,
 ) -> ShardRecord:
     """Copy a shard to ``target`` in one pass, replacing the tensors named in ``changes``.
 
@@ -169,7 +165,6 @@ def rewrite(
         target: a file that must not exist; on return it is flushed to disk.
         changes: tensor name -> how its bytes change.
         advance: called with the number of bytes done since the last call.
-        digests, direct, clone: see ``converter.engine.Engine``.
 
     Raises:
         CheckpointError: the source is malformed or ends early, or a change raised it.
@@ -179,30 +174,28 @@ def rewrite(
     ranges = [("", 0, header.data_start)]
     ranges += [(info.name, info.start, info.end) for info in header.tensors.values()]
     ends = [(end, name) for name, _, end in ranges]
-    shared = reading.fileno() if clone and isinstance(reading, io.FileIO) else None
-    writer = Writer(target, header.size, ends, direct, shared)
+    source = reading.fileno() if isinstance(reading, io.FileIO) else None
+    writer = Writer(target, header.size, ends, source)
     read, prefixes = hashlib.sha256(), {}
-    hashed = [read] if digests else []
     try:
         reading.seek(0)
         for name, start, end in ranges:
             change = changes.get(name) if name else None
             if change is None:
-                _copy(reading, writer, end - start, name, hashed, advance)
+                _copy(reading, writer, end - start, name, read, advance)
             else:
-                if digests and writer.digest is None and end > start:
+                if writer.digest is None and end > start:
                     writer.fork(read)
-                _replace(Region(reading, header.tensors[name], hashed), writer, change, advance)
+                _replace(Region(reading, header.tensors[name], [read]), writer, change, advance)
                 reading.seek(end)
-            if digests and writer.digest is None:
+            if writer.digest is None:
                 prefixes[name] = read.hexdigest()[:PREFIX_DIGITS]
     except BaseException:
         writer.abandon()
         raise
     writer.close()
-    source = read.hexdigest() if digests else ""
-    output = writer.digest.hexdigest() if writer.digest else source
-    return ShardRecord(source, output, header.size, prefixes | writer.prefixes)
+    output = (writer.digest or read).hexdigest()
+    return ShardRecord(read.hexdigest(), output, header.size, prefixes | writer.prefixes)
 
 
 def _copy(
@@ -210,13 +203,12 @@ def _copy(
     writer: Writer,
     count: int,
     name: str,
-    hashed: Iterable["hashlib._Hash"],
+    digest: "hashlib._Hash",
     advance: Callable[[int], object],
 ) -> None:
     while count:
         part = fill(reading, writer.space()[: min(count, PIECE)], name or "the header")
-        for digest in hashed:
-            digest.update(part)
+        digest.update(part)
         writer.filled(len(part))
         advance(len(part))
         count -= len(part)

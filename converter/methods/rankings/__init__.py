@@ -24,7 +24,7 @@ class Evidence:
         rows: (C, D) float64, unit candidates, turned to the toxic side.
         layers: of each candidate.
         differences: layer -> T_l (N, D) float64, toxic minus neutral, protected.
-        causal: layer -> A_l (D, D); see ``gradients.causal_moments``. Empty if it was not taken.
+        causal: layer -> A_l (D, D); see ``calibration.causal_moments``. Empty if it was not taken.
         tokens: what each candidate decodes to; an empty tuple if that is unknown.
         words: the word list.
     """

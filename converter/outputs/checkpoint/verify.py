@@ -1,25 +1,39 @@
-"""Edited tensors against their subspace, and all tensors against the source; see ``verify``."""
+"""Is a checkpoint what its manifest says? Its structure, its edited tensors, and its source."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
-from math import isclose, isfinite, sqrt
+from math import isclose, isfinite, nan, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from converter.checkpoints.layout import read_index, read_json
+from converter.checkpoints.names import INDEX, MANIFEST
+from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import (
+    BITS,
+    FLOATS,
     TensorInfo,
     header_of,
     read_exactly,
     read_header,
 )
 from converter.checkpoints.source import Source
-from converter.edits.rounding_bounds import Stored, is_projection, left_along, rounding_bound
-from converter.edits.subspace_file import load_bases
-from converter.outputs.record_checks import check_source_files, check_subspace, recorded_bases
+from converter.checkpoints.weights import Weight
+from converter.edits.deltas import Delta
+from converter.edits.rounding_bounds import Stored, check_rounded, left_along, rounding_bound
+from converter.errors import CheckpointError
+from converter.manifest import EditedTensor, Manifest
+from converter.outputs.checkpoint.additions import Shards, index_of, patched_text
+from converter.outputs.record_checks import (
+    check_edit_file,
+    check_source_files,
+    delta_of_record,
+    recorded_edit,
+)
 from converter.runtime import progress
 
 LEFT = 0.05
@@ -37,94 +51,179 @@ NOISE = {"F8_E4M3": 0.03}
 sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
 
 
-def check_edits(
-    folder: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]
+def check_checkpoint(
+    folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
-    """Edited tensors: their digests, and what is left of them along their bases."""
-    name = manifest["subspace"]["file"]
-    if name in damaged:
+    """What a whole model must be, beside having its files; see ``entrypoints.verify``."""
+    whole = not damaged.keys() & {*manifest.shards, INDEX, "config.json"}
+    structure = list(_check_structure(folder, manifest)) if whole else []
+    yield from structure
+    if structure or manifest.edit.file in damaged:
         return
-    bases = recorded_bases(folder, manifest)
-    yield from check_subspace(folder, manifest, bases)
-    entries = [entry for entry in manifest["edited"] if not _shards_of(entry) & damaged.keys()]
-    infos = infos_of(folder, {shard for entry in entries for shard in _shards_of(entry)})
-    with progress.bar("check edits", len(entries), "tensor") as bar:
-        for entry in entries:
-            basis, rounding = bases[entry["basis"]], manifest["run"]["rounding"]
-            yield from check_edit(folder, entry, basis, infos, rounding)
-            bar.update()
+    stored = recorded_edit(folder, manifest)
+    yield from check_edit_file(manifest, stored)
+    tensors = manifest.edited if whole else _readable(folder, manifest, damaged)
+    deltas = {tensor.name: delta_of_record(tensor, stored) for tensor in tensors}
+    yield from _check_edits(folder, manifest, deltas)
+    if source:
+        yield from _check_source(folder, manifest, source, deltas)
+
+
+def _readable(
+    folder: Path, manifest: Manifest, damaged: Mapping[str, str]
+) -> Iterator[EditedTensor]:
+    """The edited tensors that can be looked at in a folder that is not whole.
+
+    They are plain numbers, in whole shards, of the recorded shape.
+    """
+    whole = [shard for shard in manifest.shards if shard not in damaged]
+    infos = {shard: read_header(folder / shard).tensors for shard in whole}
+    for tensor in manifest.edited:
+        info = infos.get(tensor.shard, {}).get(tensor.name)
+        if info is None or not info.nbytes or info.dtype not in FLOATS or tensor.requantized:
+            continue
+        if (info.dtype, info.shape) == (tensor.dtype, tensor.shape):
+            yield tensor
+
+
+def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """The index, the headers and the config must describe one checkpoint."""
+    plan = plan_of(folder, manifest)
+    weights = plan.find({tensor.name for tensor in manifest.edited})
+    for tensor in manifest.edited:
+        weight = weights.get(tensor.name)
+        if weight is None or _place_of(weight) != _recorded_place(tensor):
+            yield f"tensor {tensor.name} is recorded as edited and is not that weight"
+    for created in manifest.edit.created:
+        shard, info = plan.names.tensors.get(created.name, ("", None))
+        found = info and (shard, info.dtype, info.shape)
+        if found != (created.shard, created.dtype, created.shape):
+            yield f"tensor {created.name} is recorded as created and is not there"
+
+
+def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
+    """The structure of an output, or that of its source: without the created tensors.
+
+    Raises:
+        CheckpointError: its parts do not fit together.
+    """
+    weight_map = read_index(folder / INDEX) if (folder / INDEX).exists() else None
+    headers = {name: read_header(folder / name) for name in manifest.shards}
+    if not edited:
+        created = {tensor.name: tensor.shard for tensor in manifest.edit.created}
+        headers = {n: header for n, header in headers.items() if n not in created.values()}
+        weight_map = weight_map and {n: s for n, s in weight_map.items() if n not in created}
+    return make_plan(read_json(folder / "config.json"), weight_map, headers)
+
+
+def _place_of(weight: Weight) -> tuple[Any, ...]:
+    """What a plan says of a tensor to be edited; of FP8 also where its scales are."""
+    info, scales = weight.info, weight.scales
+    place = (weight.shard, weight.layer, weight.axis, weight.recorded_role, info.shape, info.dtype)
+    return (*place, scales and (scales.info.name, scales.shard, tuple(scales.block)))
+
+
+def _recorded_place(tensor: EditedTensor) -> tuple[Any, ...]:
+    """The same as a manifest says."""
+    fp8 = tensor.requantized
+    place = (tensor.shard, tensor.layer, tensor.axis, tensor.role, tensor.shape, tensor.dtype)
+    return (*place, fp8 and (fp8.scales, fp8.shard, fp8.block))
+
+
+def _check_edits(folder: Path, manifest: Manifest, deltas: Mapping[str, Delta]) -> Iterator[str]:
+    """Edited tensors: their digests, and what is left of them along their bases."""
+    tensors = [tensor for tensor in manifest.edited if tensor.name in deltas]
+    infos = infos_of(folder, {shard for tensor in tensors for shard in _shards_of(tensor)})
+    with progress.bar("check edits", len(tensors), "tensor"):
+        for tensor in tensors:
+            delta, rounding = deltas[tensor.name], manifest.run.rounding
+            yield from check_edit(folder, tensor, delta, infos, rounding)
+            progress.advance(1)
 
 
 def check_edit(
     folder: Path,
-    entry: Mapping[str, Any],
-    basis: Tensor,
+    tensor: EditedTensor,
+    delta: Delta,
     infos: Mapping[str, TensorInfo],
     rounding: str,
 ) -> Iterator[str]:
-    """An edited tensor: its digest, and what is left of it along its basis.
+    """An edited tensor without its source: its digest, its norms, what is left along its basis.
 
     Args:
         folder: with its shard.
-        entry: of the manifest's ``edited``.
-        basis: U (D, R).
+        tensor: its record.
+        delta: what became of it.
         infos: of ``infos_of``.
         rounding: of the run.
     """
-    name, shard, fp8 = entry["name"], entry["shard"], entry["requantized"]
-    with Stored(_opener(folder), entry, infos) as stored:
+    name, shard, fp8 = tensor.name, tensor.shard, tensor.requantized
+    basis = torch.zeros(tensor.shape[tensor.axis], 0) if delta.protects is None else delta.protects
+    with Stored(_opener(folder), tensor, infos) as stored:
         left, units, norm = left_along(stored, basis)
-    if wrong := list(_contradictions(entry, left, norm)):
+    if wrong := list(_contradictions(tensor, delta, left, norm)):
         yield f"{shard}: tensor {name} is not as recorded: {', '.join(wrong)}"
-    bound = _allowed(entry, stored.dtype, units, basis, rounding)
-    if stored.digests != (entry["sha256_after"], fp8 and fp8["sha256_after"]):
+    if stored.digests != (tensor.sha256_after, fp8 and fp8.sha256_after):
         yield f"{shard}: tensor {name} has another sha256 than recorded"
+    if delta.protects is None:
+        return
+    bound = _allowed(tensor, stored.dtype, units, basis, rounding)
     if not left <= bound:
         yield (
-            f"{shard}: tensor {name} is not orthogonal to "
-            f"{entry['basis']}: ||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
+            f"{shard}: tensor {name} is not orthogonal to {', '.join(tensor.tensors.values())}: "
+            f"||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
         )
 
 
 def _allowed(
-    entry: Mapping[str, Any], dtype: torch.dtype, units: float, basis: Tensor, rounding: str
+    tensor: EditedTensor, dtype: torch.dtype, units: float, basis: Tensor, rounding: str
 ) -> float:
     """The largest ||U^T W'|| that rounding explains."""
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
-        return rounding_bound(units, len(basis), entry["norm"])
-    noise = NOISE.get(entry["dtype"], torch.finfo(dtype).eps / 2)
+        return rounding_bound(units, len(basis), tensor.norm)
+    noise = NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
-    return max(LEFT * sqrt(max(entry["energy_removed"], 0.0)), noise) * float(entry["norm"])
+    energy = tensor.measures.get("energy_removed", 0.0)
+    return max(LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
 
 
-def _contradictions(entry: Mapping[str, Any], left: float, norm: float) -> Iterator[str]:
+def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
     """Which numbers of a record do not fit what is there.
 
-    W = W' + U P - E with U^T W = P and E the rounding error, so ||W - U P||^2 = ||W||^2 - ||P||^2
-    is ||W'||^2 but for E, and W' - W = E - U P.
+    ||W'|| and ||W|| differ by ||W' - W|| at most. Where a subspace is taken out, W = W' + U P - E
+    with U^T W = P and E the rounding error, so ||W - U P||^2 = ||W||^2 - ||P||^2 is ||W'||^2 but
+    for E, and W' - W = E - U P.
 
     Args:
-        entry: of the manifest's ``edited``.
+        tensor: its record.
+        delta: what became of it.
         left: ||U^T W'||.
         norm: ||W'||.
     """
-    before, energy, error = entry["norm"], entry["energy_removed"], entry["rounding_error"]
-    if not (0 <= energy <= 1 + CLOSE and error >= 0 and isfinite(before)):
+    before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
+    energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
+    leakage = tensor.measures.get("leakage", nan)
+    if not (0 <= energy <= 1 + CLOSE and error >= 0 and isfinite(before) and change >= 0):
         yield "its norms are impossible"
         return
-    removed, noise = sqrt(energy) * before, CLOSE * before
+    noise = CLOSE * before
+    if delta.protects is None:
+        if not abs(norm - before) <= change * before + noise:
+            yield "its norm, or its change"
+        return
+    removed = sqrt(energy) * before
     if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
         yield "its norm, or what was removed of it"
-    if not abs(entry["relative_change"] - sqrt(energy)) <= error + CLOSE:
+    if not abs(change - sqrt(energy)) <= error + CLOSE:
         yield "its change"
-    if not isclose(left, entry["leakage"] * (removed or 1.0), rel_tol=0.01, abs_tol=TINY * before):
+    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=TINY * before):
         yield "its leakage"
 
 
-def _shards_of(entry: Mapping[str, Any]) -> set[str]:
+def _shards_of(tensor: EditedTensor) -> set[str]:
     """The files that an edited tensor and its scales are in."""
-    fp8 = entry["requantized"]
-    return {entry["shard"]} | ({fp8["shard"]} if fp8 else set())
+    fp8 = tensor.requantized
+    return {tensor.shard} | ({fp8.shard} if fp8 else set())
 
 
 def infos_of(folder: Path, shards: Iterable[str]) -> dict[str, TensorInfo]:
@@ -138,61 +237,95 @@ def _opener(folder: Path) -> Callable[[str], RawIOBase]:
     return lambda shard: (folder / shard).open("rb", buffering=0)
 
 
-def check_source(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    damaged: Mapping[str, str],
-    source: Source,
+def _check_source(
+    folder: Path, manifest: Manifest, source: Source, deltas: Mapping[str, Delta]
 ) -> Iterator[str]:
-    """Compare with the source, tensor by tensor."""
-    shards = [name for name, entry in manifest["files"].items() if "prefixes" in entry]
-    if sorted(shards) != sorted(source.shards):
+    """Compare with the source, tensor by tensor, and each file that is not a copy."""
+    shards = Shards.of(source.shards, bool(manifest.edit.created))
+    expected = {shards.output(shard) for shard in source.shards}
+    if {*expected, *filter(None, [shards.extra])} != set(manifest.shards):
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
-    yield from check_source_files(manifest, source, source.small)
-    name = manifest["subspace"]["file"]
-    bases = {} if name in damaged else load_bases(folder / name)
-    edited = {entry["name"]: entry for entry in manifest["edited"]}
-    fp8 = (entry["requantized"] for entry in manifest["edited"])
-    scales = {entry["scales"] for entry in fp8 if entry}
-    infos, rounding = infos_of(folder, shards), manifest["run"]["rounding"]
-    with progress.bar("compare", sum(manifest["files"][n]["bytes"] for n in shards), "B") as bar:
-        for shard in shards:
-            with (folder / shard).open("rb", buffering=0) as ours, source.open(shard) as theirs:
+    yield from check_source_files(manifest, source, (*source.small, *source.shards))
+    yield from _check_texts(folder, manifest, source, shards)
+    infos = infos_of(folder, expected)
+    edited = {tensor.name: tensor for tensor in manifest.edited}
+    others = edited.keys() - deltas.keys()  # in a folder that is not whole
+    scales = {t.requantized.scales for t in manifest.edited if t.requantized}
+    nearest = manifest.run.rounding == "nearest"
+    with progress.bar("compare", sum(manifest.files[n].nbytes for n in expected), "B"):
+        for shard in source.shards:
+            name = shards.output(shard)
+            with (folder / name).open("rb", buffering=0) as ours, source.open(shard) as theirs:
                 header = header_of(theirs, shard)
                 if not _same_bytes(ours, theirs, 0, header.data_start):
-                    yield f"{shard}: the header differs from that of the source"
+                    yield f"{name}: the header differs from that of the source"
                     continue
                 for info in header.tensors.values():
-                    entry = edited.get(info.name)
-                    if entry is None and info.name not in scales:
+                    tensor = edited.get(info.name)
+                    if info.name in others:
+                        continue
+                    if tensor is None and info.name not in scales:
                         if not _same_bytes(ours, theirs, info.start, info.end):
-                            yield f"{shard}: tensor {info.name} differs from that of the source"
-                    elif entry and entry["basis"] in bases:
+                            yield f"{name}: tensor {info.name} differs from that of the source"
+                    elif tensor:
                         with (
-                            Stored(source.open, entry, infos) as before,
-                            Stored(_opener(folder), entry, infos) as after,
+                            Stored(
+                                lambda n: source.open(shards.source(n)), tensor, infos
+                            ) as before,
+                            Stored(_opener(folder), tensor, infos) as after,
                         ):
-                            basis, nearest = bases[entry["basis"]], rounding == "nearest"
-                            yield from _check_projection(entry, before, after, basis, nearest)
-                    bar.update(info.nbytes)
+                            delta = deltas[tensor.name]
+                            yield from _check_rounded(tensor, before, after, delta, nearest)
+                    progress.advance(info.nbytes)
 
 
-def _check_projection(
-    entry: Mapping[str, Any], before: Stored, after: Stored, basis: Tensor, nearest: bool
+def _check_texts(folder: Path, manifest: Manifest, source: Source, shards: Shards) -> Iterator[str]:
+    """Patched files must be those of the source with the recorded patch, the index what follows."""
+    texts: dict[str, str | None] = {}
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    try:
+        for name, patch in manifest.edit.patches.items():
+            texts[name] = patched_text(name, patch, source)
+        created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in manifest.edit.created}
+        texts[INDEX] = index_of(source, plan, shards, created)
+    except CheckpointError as error:
+        yield f"{MANIFEST}: {error}"
+        return
+    for name, text in texts.items():
+        if text is not None and (folder / name).read_bytes() != text.encode():
+            yield f"{name}: is not that of the source with the recorded change"
+
+
+def _check_rounded(
+    tensor: EditedTensor, before: Stored, after: Stored, delta: Delta, nearest: bool
 ) -> Iterator[str]:
     """An edited tensor against the one it was made from."""
-    place, fp8 = f"{entry['shard']}: tensor {entry['name']}", entry["requantized"]
-    fits, norms = is_projection(after, before, basis, nearest=nearest)
-    if before.digests != (entry["sha256_before"], fp8 and fp8["sha256_before"]):
+    place, fp8 = f"{tensor.shard}: tensor {tensor.name}", tensor.requantized
+    height = tensor.shape[tensor.axis]
+    wrong, norms = check_rounded(after, before, delta, height, nearest=nearest)
+    if before.digests != (tensor.sha256_before, fp8 and fp8.sha256_before):
         yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norms["norm"], entry["norm"], rel_tol=CLOSE):
+    if not isclose(norms["W"], tensor.norm, rel_tol=CLOSE):
         yield f"{place} had another norm before the edit than recorded"
-    for key in ("energy_removed", "relative_change", "rounding_error"):
-        if not isclose(norms[key], entry[key], rel_tol=0.01, abs_tol=SMALL):
-            yield f"{place} has another {key} than recorded: {norms[key]:.4g}"
-    if not fits:
-        yield f"{place} is not the projection of the source's"
+    whole = norms["W"] or 1.0
+    found = {
+        "relative_change": norms["change"] / whole, "rounding_error": norms["error"] / whole,
+        **delta.measures(norms),
+    }  # fmt: skip
+    recorded = {
+        "relative_change": tensor.relative_change, "rounding_error": tensor.rounding_error,
+        **tensor.measures,
+    }  # fmt: skip
+    for key in sorted({*found, *recorded}):
+        if key == "leakage":
+            continue  # looked at without the source
+        ours, theirs = found.get(key, nan), recorded.get(key, nan)
+        if not isclose(ours, theirs, rel_tol=0.01, abs_tol=SMALL):
+            yield f"{place} has another {key} than recorded: {ours:.4g}"
+    if wrong is not None:
+        rows = f"rows {wrong[0]} to {wrong[1] - 1}"
+        yield f"{place} is not the source's with the recorded edit: first in {rows}"
 
 
 def _same_bytes(ours: RawIOBase, theirs: RawIOBase, start: int, end: int) -> bool:

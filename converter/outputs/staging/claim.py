@@ -22,7 +22,7 @@ from converter.runtime import progress
 from converter.runtime.cache import sync
 
 JOURNAL = "journal.jsonl"
-"""See ``converter.outputs.journal``."""
+"""See ``outputs.staging.journal``."""
 
 LONGEST = 240
 """Bytes of a file name that leave room for ours around it; file systems take 255."""
@@ -109,7 +109,7 @@ class Claim:
 
     def _content(self) -> list[Path]:
         """What is in the destination besides what is ours."""
-        return foreign(self.target) if self.target.is_dir() else []
+        return files_not_ours(self.target) if self.target.is_dir() else []
 
     def _replace(self) -> None:
         if not self._content() or not _exchanged(self.part, self.target):
@@ -220,7 +220,7 @@ def holder_of(target: Path) -> Path:
     return (target if os.path.ismount(target) else target.parent) / f".{name}.part"
 
 
-def foreign(target: Path) -> list[Path]:
+def files_not_ours(target: Path) -> list[Path]:
     """What is in a folder, but for what runs into it have left there while it is a mount point."""
     ours = holder_of(target)
     return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]

@@ -7,28 +7,26 @@ sha256 of the file that it speaks of.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol
 
+import msgspec
 import torch
 
-from converter import __version__
-from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
-from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit, EditRecord, Requantized
+from converter.edits.base import Edit
 from converter.edits.engine import Engine
+from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.staging.claim import Claim
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of, sync
-from converter.runtime.strict_json import parse
+from converter.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,15 @@ class Done:
     """A finished shard: its digests, and what was edited in it."""
 
     record: ShardRecord
-    edits: tuple[EditRecord, ...]
+    edits: tuple[EditedTensor, ...]
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``Done`` as the file has it."""
+
+    shard: str
+    record: ShardRecord
+    edits: tuple[EditedTensor, ...]
 
 
 class Receiver(Protocol):
@@ -53,7 +59,7 @@ class Receiver(Protocol):
         """Shards that are finished already; all else in the folder is deleted.
 
         Args:
-            users: of the shards to be written, as of ``checkpoint.users_of``.
+            users: of the shards to be written, as of ``checkpoint.write.users_of``.
         """
 
     def finished(self, shard: str, done: Done) -> None:
@@ -83,16 +89,9 @@ class Journal:
         self._digests, self._lock = digests, Lock()
 
     @classmethod
-    def of(
-        cls,
-        claim: Claim,
-        source: Source,
-        edit: Edit,
-        targets: Sequence[Weight],
-        engine: Engine,
-    ) -> "Journal":
+    def of(cls, claim: Claim, source: Source, edit: Edit, engine: Engine) -> "Journal":
         """The journal of an edit that is written to a claimed destination."""
-        key = key_of(edit, targets, engine, source.original_files())
+        key = key_of(edit, engine, source.original_files())
 
         def digests() -> Mapping[str, str]:
             return {} if source.originals else source.digests()
@@ -112,8 +111,7 @@ class Journal:
             progress.note(f"  {len(known)} of {len(users)} shards are finished already")
         keep_only(self._folder, known)
         part = self._path.with_name(f"{self._path.name}.new")
-        text = [{"key": self._key}, *(_line(name, done) for name, done in known.items())]
-        part.write_text("".join(json.dumps(line) + "\n" for line in text), "utf-8")
+        part.write_bytes(_encoded({"key": self._key}, *(_line(*item) for item in known.items())))
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(self._path)
@@ -123,25 +121,25 @@ class Journal:
         for folder in (self._folder, self._path.parent):
             sync(folder)  # the shard is on disk under its name before it counts
         with self._lock, self._path.open("ab") as file:
-            file.write((json.dumps(_line(shard, done)) + "\n").encode())
+            file.write(_encoded(_line(shard, done)))
             file.flush()
             os.fsync(file.fileno())
 
     def _read(self) -> dict[str, Done]:
         """What the file says, if it is about the same edit."""
         try:
-            first, *lines = self._path.read_text("utf-8").splitlines()
-            if parse(first) != {"key": self._key}:
+            first, *lines = self._path.read_bytes().split(b"\n")
+            if msgspec.json.decode(first) != {"key": self._key}:
                 return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         found = {}
-        for line in lines:
+        for text in lines:
             try:
-                entry = parse(line)
-                found[entry["shard"]] = _done(entry)
-            except (ValueError, KeyError, TypeError):
+                line = msgspec.json.decode(text, type=_Line)
+            except (ValueError, RecursionError):
                 break  # torn
+            found[line.shard] = Done(line.record, line.edits)
         return found
 
     def _is_whole(self, shard: str, done: Done, digests: Mapping[str, str]) -> bool:
@@ -165,42 +163,24 @@ def keep_only(folder: Path, names: Container[str]) -> None:
                 Path(parent).rmdir()
 
 
-def key_of(
-    edit: Edit, targets: Sequence[Weight], engine: Engine, originals: Mapping[str, Any]
-) -> str:
+def key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> str:
     """A sha256 of all that the bytes of the shards depend on, besides those of the source.
 
     Args:
-        edit: its bases count, by their bytes.
-        targets: what is edited.
+        edit: all of it counts.
         engine: of its settings, those that bear on what is written.
-        originals: name and sha256 of the files that shards are made from, if they are no files.
+        originals: the files that shards are made from, if shards are no files.
     """
-    bases: dict[int, str] = {}
-    for target in targets:
-        basis = edit.basis(target)
-        if basis is not None and target.layer not in bases:
-            bases[target.layer] = hashlib.sha256(to_bytes(basis)).hexdigest()
     what = {
-        "tool": __version__, "torch": torch.__version__, "device": engine.device,
-        "rounding": engine.rounding, "bases": bases, "originals": dict(originals),
-        "targets": [[t.info.name, t.shard, t.axis, edit.basis(t) is not None] for t in targets],
+        "tool": __version__, "torch": str(torch.__version__), "device": engine.device,
+        "rounding": engine.rounding, "edit": edit.digest(), "originals": originals,
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
 
 
-def _line(shard: str, done: Done) -> dict[str, Any]:
-    edits = [asdict(edit) for edit in done.edits]
-    return {"shard": shard, "record": asdict(done.record), "edits": edits}
+def _line(shard: str, done: Done) -> _Line:
+    return _Line(shard, done.record, done.edits)
 
 
-def _done(entry: Mapping[str, Any]) -> Done:
-    """The inverse of ``_line``."""
-    edits = []
-    for fields in entry["edits"]:
-        about = fields["requantized"]
-        if about is not None:
-            about = Requantized(**about | {"block": tuple(about["block"])})
-        known = fields | {"shape": tuple(fields["shape"]), "requantized": about}
-        edits.append(EditRecord(**known))
-    return Done(ShardRecord(**entry["record"]), tuple(edits))
+def _encoded(*lines: object) -> bytes:
+    return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)

@@ -1,4 +1,8 @@
-"""A lock that the operating system lets go of when its process ends, however it ends."""
+"""A lock that the operating system lets go of when its process ends, however it ends.
+
+Not by ``filelock``: it opens the file by its path and does not see that the folder was renamed, has
+no lock to give where the file system has none, and says nothing of who holds it.
+"""
 
 import errno
 import fcntl

@@ -1,0 +1,215 @@
+"""What the commands do, as functions; ``import converter`` gives them.
+
+They return what the commands print, raise what the commands exit with, and tell what they do to the
+logger ``converter``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converter.checkpoints.resolve import resolve
+from converter.edits.base import Edit
+from converter.entrypoints.convert import convert as write_conversion
+from converter.entrypoints.delivery import Delivery
+from converter.entrypoints.diff import diff_checkpoints
+from converter.entrypoints.evaluate import evaluate_model
+from converter.entrypoints.plan import describe_plan
+from converter.entrypoints.replay import replay as write_replay
+from converter.entrypoints.verify import verify as find_problems
+from converter.evaluation.compare import Comparison
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.systems import parse_controls
+from converter.manifest import Evaluation, Manifest
+from converter.outputs.record_checks import edit_of
+from converter.recipe import Recipe, Settings
+from converter.release.local_inputs import LocalInputs
+from converter.release.recording import read_recording
+from converter.runtime import progress
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep bars and advice of transformers off the screen, and restore its settings after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with progress.recording():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@_quietly()
+def convert(
+    recipe: Recipe | str,
+    destination: Path | str,
+    settings: Settings = Settings(),
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Fit an edit on a model, examine it, and write the edited model: ``gloss-convert``.
+
+    A run that was interrupted goes on where it stopped if it is called again.
+
+    Args:
+        recipe: all that the result depends on, or a source, for a recipe of defaults.
+        destination: a folder that does not exist or is empty.
+        settings: how this machine does it; the bytes of the result do not depend on them.
+        overwrite: replace a checkpoint that is already there.
+
+    Returns:
+        the manifest that was written beside the model: what was read, fitted, measured, edited.
+
+    Raises:
+        ConverterError: one of its children says what is wrong; the destination is as it was. Of
+            these, GuardError says that the edit would break the model, or does no more than a
+            random one.
+    """
+    delivery = Delivery(overwrite=overwrite)
+    return write_conversion(_recipe(recipe), Path(destination), settings, delivery)
+
+
+@_quietly()
+def plan(recipe: Recipe | str, settings: Settings = Settings()) -> dict[str, Any]:
+    """What ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
+
+    Args:
+        recipe: as for ``convert``.
+        settings: likewise.
+
+    Returns:
+        among others ``edited_layers``, ``edited_tensors``, ``bytes_to_read``, ``bytes_to_write``
+        and ``expected_peak_bytes``.
+
+    Raises:
+        ConverterError: as ``convert`` would, as far as that can be known.
+    """
+    return describe_plan(_recipe(recipe), settings=settings)
+
+
+@_quietly()
+def verify(
+    destination: Path | str, source: str | None = None, *, trust_remote_code: bool = False
+) -> list[str]:
+    """Check that a converted model is, byte for byte, what its manifest says: ``gloss verify``.
+
+    Args:
+        destination: its folder.
+        source: the model that it was made from, to compare with it.
+        trust_remote_code: whether code in the folder may run, to load its tokenizer.
+
+    Returns:
+        what is wrong, a sentence each; empty if nothing is.
+
+    Raises:
+        SourceError, CheckpointError: the source cannot be read.
+    """
+    original = resolve(source) if source else None
+    if original:
+        original.fetch()
+    return find_problems(Path(destination), original, trust_remote_code)
+
+
+@_quietly()
+def evaluate(
+    recipe: Recipe | str,
+    edited: str | None = None,
+    asked: EvaluationOptions = EvaluationOptions(),
+    settings: Settings = Settings(),
+    *,
+    controls: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    ranks: Sequence[int] = (),
+) -> Evaluation:
+    """Measure toxicity and perplexity of a model and of what was made from it: ``gloss evaluate``.
+
+    Args:
+        recipe: as for ``convert``; its source is the unedited model.
+        edited: folder or repo of what ``convert`` made from it.
+        asked: what is measured: prompts, scorers, samples, text.
+        settings: as for ``convert``.
+        controls: methods to fit and measure beside, such as ``random``.
+        seeds: of the pairs that these are fitted on.
+        ranks: strengths to measure of each; empty to choose one.
+
+    Returns:
+        metrics of each system, with their intervals of 95 %.
+
+    Raises:
+        ConverterError: one of its children says what is wrong.
+    """
+    fitted = parse_controls(",".join(controls))
+    comparison = Comparison(fitted, tuple(seeds), tuple(ranks), asked.passages)
+    return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=edited)
+
+
+@_quietly()
+def replay(
+    manifest: Path | str,
+    destination: Path | str,
+    source: str | None = None,
+    settings: Settings = Settings(),
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write the model that a manifest records once more: ``gloss replay``.
+
+    Args:
+        manifest: the file, with that of the edit beside it, or a folder that holds both.
+        destination: as for ``convert``.
+        source: where the recorded source is, unless it is on the Hub.
+        settings: as for ``convert``.
+        overwrite: likewise.
+
+    Returns:
+        the manifest of the new folder, whose weights are byte for byte the recorded ones.
+
+    Raises:
+        VerificationError: the source or the outputs are not the recorded ones.
+        ConverterError: another of its children; the destination is as it was.
+    """
+    recording, given = read_recording(Path(manifest)), LocalInputs(source=source)
+    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite)
+    return done.manifest
+
+
+@_quietly()
+def diff(before: str, after: str) -> dict[str, Any]:
+    """Compare two models tensor by tensor, wherever their shards begin and end: ``gloss diff``.
+
+    Args:
+        before, after: anything that can be converted.
+
+    Returns:
+        ``equal``, ``only_in_a``, ``only_in_b``, ``changed`` tensors with the norms and the spectrum
+        of their change, and ``files``.
+
+    Raises:
+        SourceError, CheckpointError: one of them cannot be read.
+    """
+    return diff_checkpoints(before, after)
+
+
+@_quietly()
+def load_edit(destination: Path | str) -> Edit:
+    """The edit that a converted model has: its tensors, new tensors, patches and files.
+
+    Args:
+        destination: the model's folder, with its manifest.
+
+    Raises:
+        VerificationError: there is no manifest, or the edit's file is not the recorded one.
+    """
+    recording = read_recording(Path(destination))
+    return edit_of(recording.manifest, recording.stored)
+
+
+def _recipe(recipe: Recipe | str) -> Recipe:
+    return Recipe(source=recipe) if isinstance(recipe, str) else recipe

@@ -1,0 +1,314 @@
+"""What becomes of one weight, as data: a kind of change and the tensors that it takes.
+
+W is (O, I) throughout: what the weight gives first, however it is stored. A Conv1D weight is
+transposed on the way in and out; a bias is (O, 1), and its input is 1. Every kind says four things:
+the edited rows (``exact``), what a running model's output changes by (``shift``), how large the
+terms are whose rounding errors verification allows for (``terms``), and what is recorded of it. A
+kind knows no files, no dtype on disk and no blocks: ``edits.editor`` streams and rounds for all.
+
+A new kind is a frozen dataclass here whose fields are its tensors, and a line in ``KINDS``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.safetensors.header import FLOATS
+
+
+class Delta(Protocol):
+    """What becomes of one weight W (O, I)."""
+
+    kind: ClassVar[str]
+    """Its name in the manifest."""
+
+    @property
+    def protects(self) -> Tensor | None:
+        """U (O, R), orthonormal columns, if ``W' = W - U (U^T W)``, so that rounding spares U.
+
+        None for all other kinds.
+        """
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError, saying why, unless its tensors fit a weight of this shape (O, I)."""
+
+    def to(self, device: str, dtype: torch.dtype) -> Self:
+        """The same on a device, in the dtype of the computation."""
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        """Some rows and columns of W', not rounded.
+
+        Args:
+            W: these rows and columns, in the dtype of ``to``.
+            rows, columns: which they are.
+            P: U^T W (R, columns) of what ``protects`` names; else None.
+            out: where to write the result; it is returned. Not ``W`` itself.
+        """
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        """What an edited weight adds to y = x W^T.
+
+        Args:
+            x: (..., I), in any dtype.
+            y: (..., O), in any dtype, which is that of the result.
+        """
+
+    def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """B (O, R) and A (R, I), so that ``W' = W + B A``; None if the change has no such form.
+
+        Args:
+            P: U^T W (R, I) of what ``protects`` names; else None.
+        """
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        """A bound on the size of the terms that are added to W, (rows, columns) or broadcast to it.
+
+        Args:
+            rows, columns: of W, whose numbers are wanted.
+            norms: (columns,) float64, the norm of each of these columns of the whole W.
+        """
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """Its own numbers for the record, from the norms of ``editor.Editor.norms``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoveSubspace:
+    """``W' = W - U (U^T W)``: nothing that the weight gives lies in the subspace any more.
+
+    The O x O projector is never formed.
+
+    Attributes:
+        U: (O, R) float32 with orthonormal columns.
+    """
+
+    U: Tensor
+
+    kind: ClassVar[str] = "remove-subspace"
+
+    @property
+    def protects(self) -> Tensor:
+        return self.U
+
+    def check(self, shape: tuple[int, int]) -> None:
+        _check("U", self.U, torch.float32, (shape[0], None))
+        if not 0 < self.U.shape[1] <= shape[0]:
+            raise ValueError(f"U has {self.U.shape[1]} columns and {shape[0]} rows")
+
+    def to(self, device: str, dtype: torch.dtype) -> "RemoveSubspace":
+        return RemoveSubspace(self.U.to(device, dtype))
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        assert P is not None
+        torch.addmm(W, self.U[rows], P, alpha=-1, out=out)
+        return out
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        U = self.U.to(y.device)
+        shift: Tensor = -((y.float() @ U) @ U.T).to(y.dtype)
+        return shift
+
+    def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert P is not None
+        return -self.U, P
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        sizes: Tensor = self.U[rows].double().norm(dim=1)
+        return sizes[:, None] * norms
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """``energy_removed``: ||U^T W||^2 / ||W||^2; ``leakage``: ||U^T W'|| / ||U^T W||."""
+        removed = norms["P"]
+        return {
+            "energy_removed": (removed / (norms["W"] or 1.0)) ** 2,
+            "leakage": norms["left"] / (removed or 1.0),
+        }
+
+
+class _WithoutSubspace:
+    """What the kinds have in common that take no subspace out."""
+
+    __slots__ = ()
+
+    @property
+    def protects(self) -> None:
+        return None
+
+    def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddLowRank(_WithoutSubspace):
+    """``W' = W + B A``: a LoRA that is merged, or an update of rank one.
+
+    Attributes:
+        B: (O, R) float32.
+        A: (R, I) float32.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    kind: ClassVar[str] = "add-low-rank"
+
+    def check(self, shape: tuple[int, int]) -> None:
+        _check("B", self.B, torch.float32, (shape[0], None))
+        _check("A", self.A, torch.float32, (self.B.shape[1], shape[1]))
+
+    def to(self, device: str, dtype: torch.dtype) -> "AddLowRank":
+        return AddLowRank(self.B.to(device, dtype), self.A.to(device, dtype))
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        torch.addmm(W, self.B[rows], self.A[:, columns], out=out)
+        return out
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        A, B = self.A.to(y.device), self.B.to(y.device)
+        added: Tensor = ((x.float() @ A.T) @ B.T).to(y.dtype)
+        return added
+
+    def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.B, self.A
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        B, A = self.B[rows].double(), self.A[:, columns].double()
+        sizes: Tensor = B.norm(dim=1)[:, None] * A.norm(dim=0)
+        return sizes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddToRows(_WithoutSubspace):
+    """``W'[r] = W[r] + v`` for the chosen rows r; the others stay as they are.
+
+    Attributes:
+        rows: (N,) int64, ascending, each once.
+        v: (I,) float32.
+    """
+
+    rows: Tensor
+    v: Tensor
+
+    kind: ClassVar[str] = "add-to-rows"
+
+    def check(self, shape: tuple[int, int]) -> None:
+        _check("rows", self.rows, torch.int64, (None,))
+        _check("v", self.v, torch.float32, (shape[1],))
+        rows = self.rows
+        if not len(rows) or rows[0] < 0 or rows[-1] >= shape[0] or bool((rows.diff() <= 0).any()):
+            raise ValueError(f"rows are not ascending numbers from 0 to {shape[0] - 1}")
+
+    def to(self, device: str, dtype: torch.dtype) -> "AddToRows":
+        return AddToRows(self.rows.to(device), self.v.to(device, dtype))
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        out.copy_(W)
+        out[self._within(rows)] += self.v[columns]
+        return out
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        added = torch.zeros_like(y)
+        along = (x.float() @ self.v.to(x.device)).to(y.dtype)
+        added[..., self.rows.to(y.device)] = along[..., None]
+        return added
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        return self.v[columns].double().abs()[None]
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """``rows``: how many were changed."""
+        return {"rows": float(len(self.rows))}
+
+    def _within(self, rows: slice) -> Tensor:
+        """The chosen rows among these, counted from the first of them."""
+        first, last = rows.start or 0, rows.stop
+        chosen = self.rows[self.rows >= first]
+        return (chosen if last is None else chosen[chosen < last]) - first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replace(_WithoutSubspace):
+    """``W'`` is given: the result of training, for example.
+
+    Attributes:
+        new: W' (O, I), floating-point of 16 to 64 bits; it is rounded to that of the checkpoint.
+    """
+
+    new: Tensor
+
+    kind: ClassVar[str] = "replace"
+
+    def check(self, shape: tuple[int, int]) -> None:
+        _check("new", self.new, None, shape)
+
+    def to(self, device: str, dtype: torch.dtype) -> "Replace":
+        return Replace(self.new.to(device))  # as large as the weight: converted block by block
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        return out.copy_(self.new[rows, columns])
+
+    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+        new = self.new.to(y.device)
+        return (x.to(new.dtype) @ new.T).to(y.dtype) - y
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.float64)  # a copy has no arithmetic
+
+
+KINDS: Mapping[str, type[Delta]] = {
+    delta.kind: delta for delta in (RemoveSubspace, AddLowRank, AddToRows, Replace)
+}
+"""The kinds there are, by their names in a manifest."""
+
+
+def tensors_of(delta: Delta) -> dict[str, Tensor]:
+    """The tensors that a delta takes, by the names of its fields; ``delta_of`` is the inverse."""
+    return {field.name: getattr(delta, field.name) for field in fields(delta)}  # type: ignore[arg-type]
+
+
+def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
+    """The delta of a kind with these tensors.
+
+    Raises:
+        ValueError: there is no such kind, or it takes other tensors.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind of edit {kind[:80]}")
+    wanted = [field.name for field in fields(KINDS[kind])]  # type: ignore[arg-type]
+    if sorted(wanted) != sorted(tensors):
+        raise ValueError(f"{kind} takes the tensors {', '.join(wanted)}")
+    return KINDS[kind](**tensors)
+
+
+def _check(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]
+) -> None:
+    """Raise ValueError unless a tensor has this dtype and shape (None: any) and is finite."""
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, sizes, strict=True)
+    )
+    right = tensor.dtype in FLOATS.values() if dtype is None else tensor.dtype == dtype
+    if not fits or not right:
+        said = str(dtype or "floating-point of 16 to 64 bits").removeprefix("torch.")
+        wanted = ["any" if want is None else want for want in shape]
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(sizes)}"
+        raise ValueError(f"{name} is {found}, not {said} {wanted}".replace("'", ""))
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds NaN or Inf")

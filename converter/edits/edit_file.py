@@ -1,0 +1,106 @@
+"""The file beside the weights that holds an edit's tensors, so that it can be done again.
+
+A tensor that several weights share is stored once: ``U`` if all do, else ``U.LAYER`` or ``U.NAME``.
+Beside them are the tensors that the edit creates, the files that it adds, as bytes, and what the
+method has kept to show how it came to the edit.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from converter.checkpoints.safetensors.header import read_header
+from converter.edits.base import Edit
+from converter.edits.deltas import tensors_of
+from converter.errors import CheckpointError, VerificationError
+
+EDIT_FILE = "gloss_edit.safetensors"
+
+CREATED, ADDED, EVIDENCE = "created.", "file.", "evidence."
+"""How the names of tensors begin that are not those of a delta."""
+
+StoredNames = Mapping[str, Mapping[str, str]]
+"""Tensor of the checkpoint -> field of its delta -> tensor of the edit file."""
+
+
+def stored_names(edit: Edit, layers: Mapping[str, int]) -> StoredNames:
+    """What each tensor of an edit is called in the file.
+
+    Args:
+        edit: whose deltas may share tensors.
+        layers: tensor of the checkpoint -> its layer.
+    """
+    users: dict[str, dict[int, list[str]]] = {}
+    for name, delta in edit.tensors.items():
+        for field, tensor in tensors_of(delta).items():
+            users.setdefault(field, {}).setdefault(id(tensor), []).append(name)
+    called: dict[tuple[str, int], str] = {}
+    for field, tensors in users.items():
+        by_layer = [{layers[name] for name in names} for names in tensors.values()]
+        apart = sum(map(len, by_layer)) == len(by_layer) == len(set().union(*by_layer))
+        for (identity, names), found in zip(tensors.items(), by_layer, strict=True):
+            end = f".{min(found)}" if apart else f".{names[0]}"
+            called[field, identity] = field if len(tensors) == 1 else field + end
+    return {
+        name: {field: called[field, id(tensor)] for field, tensor in tensors_of(delta).items()}
+        for name, delta in edit.tensors.items()
+    }
+
+
+def save_edit(
+    path: Path, edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
+) -> None:
+    """Write the file; see ``file_tensors``."""
+    path.write_bytes(save(file_tensors(edit, layers, evidence), {"format": "pt"}))
+
+
+def file_tensors(
+    edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the file, by name.
+
+    Args:
+        edit: to be written.
+        layers: tensor of the checkpoint -> its layer.
+        evidence: what else the method keeps.
+    """
+    names = stored_names(edit, layers)
+    found = {
+        names[name][field]: tensor
+        for name, delta in edit.tensors.items()
+        for field, tensor in tensors_of(delta).items()
+    }
+    found |= {CREATED + name: tensor for name, tensor in edit.created.items()}
+    found |= {
+        ADDED + name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for name, content in edit.files.items()
+    }
+    found |= {EVIDENCE + name: tensor for name, tensor in evidence.items()}
+    return {name: t.detach().cpu().clone().contiguous() for name, t in found.items()}
+
+
+def load_bases(path: Path) -> dict[str, Tensor]:
+    """The bases of subspaces in an edit file, by name (``U`` or ``U.LAYER``).
+
+    Raises:
+        VerificationError: the file cannot be read.
+    """
+    tensors = load_edit_tensors(path)
+    return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
+
+
+def load_edit_tensors(path: Path) -> dict[str, Tensor]:
+    """Everything in a file of an edit, or of an adapter, by name.
+
+    Raises:
+        VerificationError: it cannot be read.
+    """
+    try:
+        read_header(path)  # refuses headers that make the library fail in other ways than its own
+        return load_file(path)
+    except (OSError, CheckpointError, SafetensorError) as error:
+        raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error

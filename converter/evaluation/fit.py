@@ -1,0 +1,102 @@
+"""From texts to an edit that has been examined: fit, choose the strength, guard.
+
+One model is loaded at most, when it is first needed, and never written to: every edit that is tried
+runs through hooks.
+"""
+
+from dataclasses import dataclass, replace
+
+from converter.calibration.pairs import Pairs, Prose
+from converter.calibration.split import Part, Parts, split
+from converter.calibration.statistics import Activations, texts_of_file
+from converter.edits.base import Edit
+from converter.errors import DataError, GuardError
+from converter.evaluation.guard import examine
+from converter.evaluation.heldout import probe_of
+from converter.evaluation.strength import choose_strength
+from converter.manifest import Choice, GuardRecord
+from converter.methods.base import Method, Proposal
+from converter.methods.workbench import Bench
+from converter.runtime import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a fit gives.
+
+    Attributes:
+        parts: the texts, split.
+        activations: that the method has seen; None if it needed none.
+        proposal: of the method.
+        edit: of the chosen strength.
+        choice: how that came about.
+        guard: what it measured; None if it was switched off.
+    """
+
+    parts: Parts
+    activations: Activations | None
+    proposal: Proposal
+    edit: Edit
+    choice: Choice
+    guard: GuardRecord | None
+
+
+def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
+    """Fit a method to a fetched source, choose the strength, examine the edit.
+
+    Raises:
+        ConverterError: one of its children; a GuardError if the edit must not be written.
+    """
+    recipe = bench.recipe
+    parts = split(pairs, prose, recipe.seed)
+    if recipe.activations is not None:
+        known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
+        parts = replace(parts, fit=known)
+    proposal = bench.fit(method, parts.fit)
+    if (
+        recipe.activations is not None
+        and not parts.fit.pairs.pairs
+        and (recipe.guard or proposal.is_free)
+    ):
+        raise DataError(
+            f"{recipe.activations.name} does not say which pairs it was made from",
+            hint=f"nothing is then known to be held out; give both -o {method.strength} and "
+            "--no-guard",
+        )
+    choice = Choice(strength=proposal.strengths[-1], automatic=False, tried=())
+    if proposal.is_free:
+        with progress.stage("choose", f"choosing the {method.strength} on held-out text"):
+            probe = probe_of(bench, parts.choose)
+            choice = choose_strength(probe, proposal, recipe.max_perplexity_ratio)
+    found = None
+    if recipe.guard:
+        with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
+            found = guard(bench, proposal, choice.strength, parts.report)
+    edit = proposal.edit(choice.strength)
+    return Fitted(parts, bench.seen, proposal, edit, choice, found)
+
+
+def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
+    """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
+
+    Raises:
+        GuardError: it does not pass.
+    """
+    recipe = bench.recipe
+    found = examine(
+        probe_of(bench, part),
+        proposal,
+        strength,
+        budget=recipe.max_perplexity_ratio,
+        draws=recipe.guard_draws,
+        seed=recipe.seed,
+    )
+    if found.reasons:
+        refusal = GuardError(
+            "the edit is refused: " + "; and ".join(found.reasons),
+            hint="nothing was written; see README, 'When the guard refuses'",
+        )
+        if not recipe.force:
+            raise refusal
+        progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
+    return found

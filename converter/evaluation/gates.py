@@ -1,0 +1,140 @@
+"""Gates of a release job: limits on what was measured, without which no checkpoint comes to be.
+
+The guard refuses what no one should publish. A gate is what one job asks for beyond that; ``force``
+does not open it. What is known before the edit is written is judged before it, the rest before the
+folder takes its place.
+"""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from typing import Annotated
+
+from converter.errors import GateError, OptionError
+from converter.evaluation.names import EDITED
+from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
+from converter.option import Option, Options, declared_options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates(Options):
+    """Limits that a result has to keep, beyond those of the guard.
+
+    None where there is none. Toxic words are judged by each teacher-forced measurement that there
+    is: the guard's, and that of the evaluation.
+    """
+
+    # fmt: off
+    min_toxicity_drop: Annotated[float | None, Option(
+        "Gate: smallest share of their probability that toxic words must lose.",
+        example="0.3", metavar="FRACTION", least=0, most=1,
+    )] = None
+    max_leakage: Annotated[float | None, Option(
+        "Gate: largest leakage of an edited tensor, the share of what it had along the subspace "
+        "that rounding leaves there.",
+        example="0.001", metavar="SHARE", least=0,
+    )] = None
+    max_evaluated_perplexity_ratio: Annotated[float | None, Option(
+        "Gate: largest perplexity on the --text of --evaluate, after over before.",
+        example="1.05", metavar="RATIO", least=0,
+    )] = None
+    # fmt: on
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gates there are, by the names that their records have."""
+        given = {gate.flag: getattr(self, gate.name) for gate in declared_options(Gates).values()}
+        return {name: limit for name, limit in given.items() if limit is not None}
+
+    def require_measurements(self, *, words: bool, ratio: bool) -> None:
+        """Make sure that every gate will have its measurement.
+
+        Args:
+            words: whether the probability of toxic words will be measured at all.
+            ratio: whether the evaluation will measure perplexity.
+
+        Raises:
+            OptionError: a gate would have nothing to judge by.
+        """
+        if self.min_toxicity_drop is not None and not words:
+            raise OptionError(
+                f"{DROP} has no measurement", expected="the guard, or --evaluate with --passages"
+            )
+        if self.max_evaluated_perplexity_ratio is not None and not ratio:
+            raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
+
+    def require_subspace(self, kinds: Container[str]) -> None:
+        """Make sure that leakage can be measured of an edit of these kinds. Raises OptionError."""
+        if self.max_leakage is not None and "remove-subspace" not in kinds:
+            raise OptionError(
+                f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
+            )
+
+    def check_effect(
+        self, guard: GuardRecord | None, evaluation: Evaluation | None
+    ) -> tuple[GateRecord, ...]:
+        """Judge what the edit does to the model, as far as it was measured.
+
+        Raises:
+            GateError: one is not passed.
+            OptionError: one has no measurement.
+        """
+        metrics: Mapping[str, Metric] = {}
+        for system in evaluation.systems if evaluation else ():
+            if system.system == EDITED:
+                metrics = system.metrics
+        self.require_measurements(
+            words=guard is not None or "teacher_forced" in metrics,
+            ratio="perplexity_ratio" in metrics,
+        )
+        records = []
+        if (least := self.min_toxicity_drop) is not None:
+            if guard is not None:
+                drop = 1 - guard.edit.teacher_forced.value
+                records.append(GateRecord(gate=DROP, by="guard", limit=least, measured=drop))
+            if "teacher_forced" in metrics:
+                drop = 1 - _value(metrics["teacher_forced"])
+                records.append(GateRecord(gate=DROP, by="evaluation", limit=least, measured=drop))
+        if (most := self.max_evaluated_perplexity_ratio) is not None:
+            ratio = _value(metrics["perplexity_ratio"])
+            records.append(GateRecord(gate=RATIO, by="evaluation", limit=most, measured=ratio))
+        return _passed(records)
+
+    def check_edits(self, edits: Iterable[EditedTensor]) -> tuple[GateRecord, ...]:
+        """The same for what was written."""
+        if (most := self.max_leakage) is None:
+            return ()
+        left = {tensor.name: tensor.measures.get("leakage") for tensor in edits}
+        known = {name: share for name, share in left.items() if share is not None}
+        name = max(known, key=known.__getitem__)
+        return _passed(
+            [GateRecord(gate=LEAKAGE, by=f"tensor {name}", limit=most, measured=known[name])]
+        )
+
+
+DROP, LEAKAGE, RATIO = (gate.flag for gate in declared_options(Gates).values())
+"""Names of the gates in their records."""
+
+
+def _value(metric: Metric) -> float:
+    return nan if metric is None else metric.value
+
+
+def passes(gate: GateRecord) -> bool:
+    """Whether what was measured is within the limit; NaN is within none."""
+    if gate.gate == DROP:
+        return gate.measured >= gate.limit
+    return gate.measured <= gate.limit
+
+
+def _passed(gates: Sequence[GateRecord]) -> tuple[GateRecord, ...]:
+    """The same. Raises GateError."""
+    failed = []
+    for gate in gates:
+        if not passes(gate):
+            found = "no number" if isnan(gate.measured) else f"{gate.measured:.4g}"
+            bound = "at least" if gate.gate == DROP else "at most"
+            failed.append(f"{gate.gate} asks for {bound} {gate.limit:g}, {gate.by} has {found}")
+    if failed:
+        raise GateError("a gate is closed: " + "; ".join(failed), hint="nothing was written")
+    return tuple(gates)

@@ -1,0 +1,125 @@
+"""Refuse an edit that breaks the model, or that as much of nothing would match.
+
+Any damage lowers a toxicity score: noise is not toxic. So, on text that neither the fit nor the
+choice of the strength has seen, and before a byte is written:
+
+    perplexity ratio on neutral text         <= budget
+    drop of log p of toxic words             >= LEAST_DROP
+    the same drop                            >= MARGIN x the mean drop of the controls
+    the same drop less that of the controls  >= 2 standard errors
+
+The method itself makes the controls: edits of the same kind, strength and tensors that know nothing
+of toxicity. For a subspace they are random ones of its rank, which spare the leading neutral
+directions as GloSS does, so that they are no straw men.
+"""
+
+from collections.abc import Sequence
+from math import hypot, sqrt
+from statistics import stdev
+
+from converter.errors import GuardError
+from converter.evaluation.heldout import Probe
+from converter.manifest import GuardRecord, Measured
+from converter.methods.base import Proposal
+from converter.runtime import progress
+
+MARGIN = 2.0
+"""Where the edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""
+
+LEAST_DROP = 0.1
+"""In nats: toxic words must become a tenth less probable at least."""
+
+LEAST_TOKENS = 3000
+"""Of neutral text; on fewer, a ratio of 1.03 is within the noise. Said in a warning."""
+
+LEAST_WORDS = 30
+"""Toxic words, likewise."""
+
+ENERGY_WARNED, ENERGY_REFUSED = 0.03, 0.10
+"""Share of the neutral second moment inside the subspace: 0.7 % is rank 4's fair share of 576."""
+
+
+def examine(
+    probe: Probe, proposal: Proposal, strength: float, *, budget: float, draws: int, seed: int
+) -> GuardRecord:
+    """Measure an edit and controls of its strength, and judge; warn of what is doubtful.
+
+    Args:
+        probe: the part of the text that nothing was tuned on.
+        proposal: gives the edit and the controls.
+        strength: of all of them.
+        budget: largest perplexity ratio.
+        draws: controls, at least 1.
+        seed: of the first of them; the others have those that follow.
+
+    Raises:
+        GuardError: what was measured is not even a number.
+    """
+    found = probe.measure(proposal.edit(strength))
+    controls = [probe.measure(proposal.control(strength, seed + draw)) for draw in range(draws)]
+    energy = proposal.neutral_energy(strength)
+    if not all(measured.finite for measured in (found, *controls)):
+        raise GuardError(
+            "an edited model gives NaN or Inf on held-out text",
+            hint="nothing was written, and --force does not help; edit less, or use float32",
+        )
+    reasons, warnings = judge(found, controls, energy, budget)
+    for warning in warnings:
+        progress.warn(warning)
+    if probe.neutral_tokens < LEAST_TOKENS:
+        progress.warn(
+            f"perplexity was measured on {probe.neutral_tokens} tokens only; {LEAST_TOKENS} or "
+            "more, from a longer --neutral text or more pairs, would say more"
+        )
+    if probe.toxic_words < LEAST_WORDS:
+        progress.warn(
+            f"the effect was measured on {probe.toxic_words} toxic words only; {LEAST_WORDS} or "
+            "more, from more pairs, would say more"
+        )
+    return GuardRecord(
+        budget=budget,
+        margin=MARGIN,
+        least_drop=LEAST_DROP,
+        neutral_tokens=probe.neutral_tokens,
+        toxic_words=probe.toxic_words,
+        perplexity=probe.perplexity,
+        edit=found,
+        controls=tuple(controls),
+        neutral_energy=energy,
+        reasons=tuple(reasons),
+    )
+
+
+def judge(
+    found: Measured, controls: Sequence[Measured], energy: float | None, budget: float
+) -> tuple[list[str], list[str]]:
+    """The reasons to refuse an edit, and warnings; see the module's rules."""
+    reasons, warnings = [], []
+    ratio, drop = found.perplexity_ratio, -found.toxic_change.value
+    if not ratio.value <= budget:
+        reasons.append(f"perplexity on neutral text is {ratio.value:.4g} times what it was")
+    elif ratio.value + ratio.error > budget:
+        warnings.append(
+            f"the perplexity ratio {ratio.value:.3f} is within the budget of {budget:g}, but not "
+            f"by its standard error of {ratio.error:.3f}"
+        )
+    drops = [-control.toxic_change.value for control in controls]
+    mean = sum(drops) / len(drops)
+    spread = stdev(drops) / sqrt(len(drops)) if len(drops) > 1 else 0.0
+    errors = (control.toxic_change.error / len(drops) for control in controls)
+    error = hypot(found.toxic_change.error, spread, *errors)
+    if not drop >= LEAST_DROP:
+        reasons.append(
+            f"the log-probability of toxic words falls by {drop:.3f} nats, less than {LEAST_DROP:g}"
+        )
+    elif not (drop >= MARGIN * mean and drop - mean >= 2 * error):
+        reasons.append(
+            f"the log-probability of toxic words falls by {drop:.3f} nats, under the controls by "
+            f"{mean:.3f}; {MARGIN:g} times that and two standard errors ({2 * error:.3f}) more are "
+            "needed"
+        )
+    if energy is not None and energy > ENERGY_REFUSED:
+        reasons.append(f"{energy:.0%} of what neutral text writes is taken away")
+    elif energy is not None and energy > ENERGY_WARNED:
+        warnings.append(f"{energy:.1%} of what neutral text writes is taken away")
+    return reasons, warnings

@@ -1,0 +1,123 @@
+"""Prompts that a model is asked to continue: read, cleaned, drawn, hashed."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from converter.calibration.datasets import draw, is_dataset, locate, read_bytes
+from converter.errors import DataError, OptionError
+from converter.manifest import Origin
+
+FORMATS = (".jsonl", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of one evaluation.
+
+    Attributes:
+        texts: in the order of their file, without white space around them.
+        origin: where they came from, for the record.
+        sha256: of the texts as used.
+    """
+
+    texts: tuple[str, ...]
+    origin: Origin
+    sha256: str
+
+
+def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
+    """Read, clean and draw prompts. Blank ones are skipped, and so are repetitions.
+
+    Args:
+        origin: ``builtin``; a ``.txt`` file with a prompt a line; a ``.jsonl`` file in the format
+            of RealToxicityPrompts, ``{"prompt": {"text": ...}}``, or with ``{"prompt": ...}`` or
+            ``{"text": ...}``; or a Hub dataset that has such a ``.jsonl``. A JSON source can be
+            followed by ``#FIELD``: only rows whose FIELD is true are read.
+            ``allenai/real-toxicity-prompts#challenging`` are the 1,199 that papers use.
+        num_prompts: how many to draw, without replacement and keeping their order; None for all.
+        seed: of the draw.
+
+    Raises:
+        OptionError: ``num_prompts`` is not positive.
+        DataError: the file is missing or malformed, or has too few prompts.
+        SourceError: the Hub cannot be read.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise OptionError("--num-prompts", expected="at least 1", found=str(num_prompts))
+    described, found = _read(origin)
+    texts = list(dict.fromkeys(text for text in map(str.strip, found) if text))
+    wanted = len(texts) if num_prompts is None else num_prompts
+    if len(texts) < max(wanted, 1):
+        raise DataError(
+            f"prompts {described.title}",
+            expected=f"at least {max(wanted, 1)} different ones",
+            found=str(len(texts)),
+            hint="give another file, or lower --num-prompts",
+        )
+    chosen = tuple(draw(texts, wanted, seed))
+    digest = hashlib.sha256("\n".join(map(json.dumps, chosen)).encode()).hexdigest()
+    return Prompts(chosen, described, digest)
+
+
+def _read(origin: str) -> tuple[Origin, Iterator[str]]:
+    if origin == "builtin":
+        text = files("converter").joinpath("data/prompts.txt").read_text("utf-8")
+        return Origin(name="builtin"), iter(text.split("\n"))
+    name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
+    # a dataset's .txt is more likely its licence
+    formats = (".jsonl",) if is_dataset(name, FORMATS) else FORMATS
+    described, path = locate(name, "prompts", formats, split="prompts")
+    if path.suffix not in FORMATS:
+        raise DataError(
+            f"prompts file {path.name}",
+            expected=" or ".join(FORMATS),
+            found=path.suffix or "no suffix",
+        )
+    lines = _lines(path)
+    if path.suffix == ".txt":
+        if field:
+            raise DataError(f"prompts file {path.name}", expected=f"rows with a field {field}",
+                            found="a text file")  # fmt: skip
+        return described, iter(lines)
+    described = replace(described, field=field or None)
+    return described, _read_jsonl(lines, path.name, field)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = read_bytes(path, "prompts").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"prompts file {path.name}", expected="text in UTF-8", found=error.reason
+        ) from error
+    # not splitlines(), which also cuts at characters that may stand in a sentence
+    return text.split("\n")
+
+
+def _read_jsonl(lines: list[str], name: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            kept = row[field] is True if field else True
+            prompt = row["prompt"] if "prompt" in row else row["text"]
+            text = prompt["text"] if isinstance(prompt, dict) else prompt
+            text.encode()  # half of a surrogate pair is no text, and no tokenizer takes it
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            wanted = f"{field}, and " if field else ""
+            raise DataError(
+                f"prompts file {name}, line {number}",
+                expected=f'{wanted}{{"prompt": {{"text": ...}}}}, {{"prompt": ...}} '
+                'or {"text": ...}',
+                found=line.strip()[:60],
+                hint="remove the line, or mend it",
+            ) from error
+        if kept:
+            yield text

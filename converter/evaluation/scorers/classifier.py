@@ -1,0 +1,180 @@
+"""Any sequence classifier of transformers, in a folder or on the Hub.
+
+Its score is the probability of one label. A classifier trained to tell something else than
+toxicity serves as well: ``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1`` is the one of
+SafeEdit, whose label 1 is unsafe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import numpy as np
+import torch
+from msgspec.structs import asdict
+from numpy.typing import NDArray
+
+from converter.errors import OptionError, SourceError
+from converter.evaluation.scorers import score_written
+from converter.hub import repos as hub
+from converter.manifest import Origin, ScorerOrigin
+
+TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
+"""Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
+named; it is taken for the toxic one only where there are two."""
+
+BATCH = 32
+"""Texts that are scored at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """See ``Scorer``.
+
+    Attributes:
+        index: of the label whose probability is the score.
+        independent: labels are scored on their own, by a sigmoid, rather than by a softmax.
+    """
+
+    model: Any
+    tokenizer: Any
+    index: int
+    independent: bool
+    device: str
+    title: str
+    paper: str
+    origin: ScorerOrigin
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Probabilities of the label, (N,); 0 for white space. What is too long is cut."""
+        return score_written(texts, self._score)
+
+    def _score(self, texts: list[str]) -> NDArray[np.float64]:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = np.empty(len(texts))
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            coded = self.tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=self._max_tokens(),
+                return_tensors="pt",
+            )
+            logits = self.model(**coded.to(self.device)).logits.double()
+            shares = logits.sigmoid() if self.independent else logits.softmax(-1)
+            scores[rows] = shares[:, self.index].cpu().numpy()
+        return scores
+
+    def _max_tokens(self) -> int:
+        positions: int = getattr(self.model.config, "max_position_embeddings", None) or 512
+        # a tokenizer that knows no limit claims a huge one; RoBERTa counts its positions from 2
+        known: int = self.tokenizer.model_max_length
+        return known if known <= positions else positions - 2
+
+
+def load(argument: str, device: str) -> Classifier:
+    """Load a classifier; code that comes with it is not run.
+
+    Args:
+        argument: a folder or a Hub repo id with an optional ``@revision``, and an optional
+            ``#LABEL``.
+        device: to run it on.
+
+    Raises:
+        OptionError: neither is given, or it is not plain which label is the toxic one.
+        SourceError: the classifier cannot be reached or loaded.
+    """
+    name, _, label = argument.partition("#")
+    if not name:
+        raise OptionError(
+            "--scorer classifier", expected="classifier:FOLDER or classifier:REPO_ID", found="none"
+        )
+    folder, found = _locate(name)
+    model, tokenizer = _load(folder, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    index = find_label(labels, label)
+    kind = model.config.problem_type
+    if kind == "regression":
+        raise OptionError(f"--scorer classifier:{name}", expected="a classifier", found=kind)
+    return Classifier(
+        model.to(device),
+        tokenizer,
+        index,
+        independent=kind == "multi_label_classification" or len(labels) == 1,
+        device=device,
+        title=f"{PurePosixPath(name).name}, {labels[index]}",
+        paper=f"https://huggingface.co/{found.repo_id}" if found.repo_id else "",
+        origin=ScorerOrigin(**asdict(found), label=labels[index]),
+    )
+
+
+def find_label(labels: Sequence[str], asked: str) -> int:
+    """The place of the toxic label.
+
+    Args:
+        labels: of the classifier, in order.
+        asked: by name, whatever its case; empty to find it among ``TOXIC``. An only label is it.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    names = [name.lower() for name in labels]
+    wanted = (asked.lower(),) if asked else TOXIC if len(names) == 2 else TOXIC[:-1]
+    for name in wanted:
+        if name in names:
+            return names.index(name)
+    if len(names) == 1 and not asked:
+        return 0
+    raise OptionError(
+        "--scorer classifier: the toxic label is not plain",
+        expected=f"#LABEL with one of {', '.join(labels)}",
+        found=asked or "none",
+    )
+
+
+def _locate(name: str) -> tuple[Path, Origin]:
+    if Path(name).is_dir():
+        return Path(name), Origin(name=Path(name).resolve().name)
+    repo = hub.resolve("model", name)
+    top = [file for file in repo.sizes if "/" not in file]
+    weights = [file for file in top if file.endswith(".safetensors")]
+    weights = weights or [file for file in top if file.startswith("pytorch_model")]
+    small = [file for file in top if PurePosixPath(file).suffix in (".json", ".model", ".txt")]
+    return (
+        hub.download(repo, {*weights, *small}, first=True),
+        Origin(repo_id=repo.repo_id, commit=repo.commit),
+    )
+
+
+def _load(folder: Path, name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a third party's loader makes of a stranger's files
+        raise SourceError(
+            f"transformers cannot load the classifier {name}",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        ) from error
+    model, info = cast(tuple[Any, dict[str, Any]], loaded)
+    if missing := sorted(info["missing_keys"]):
+        raise SourceError(
+            f"{name} is not a sequence classifier",
+            found=f"no {missing[0]}, which transformers would fill with random numbers",
+        )
+    return model.eval(), tokenizer

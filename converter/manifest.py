@@ -1,0 +1,726 @@
+"""The manifest's format: one class for each part, in the order in which the file has them.
+
+The classes are the schema. What a file may hold, what a reader of it sees and what is published as
+JSON schema all follow from the fields below, which is why they are in one file.
+``release.manifest`` makes, reads and writes manifests, ``release.schema`` prints the JSON schema.
+"""
+
+import json
+from dataclasses import fields
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, dataclass_transform
+
+import msgspec
+from msgspec import Meta
+
+from converter.recipe import Recipe
+from converter.version import __version__
+
+SCHEMA_VERSION: Final = 1
+
+MAX_COUNT = 2**63 - 1
+"""No tensor and no file can hold a larger integer."""
+
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Norm = Annotated[float, Meta(ge=0)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+Prefix = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", max_length=16)]
+FileName = Annotated[str, Meta(pattern=r"^[^/\\]+$")]
+OptionValue = str | int | float | bool | tuple[Count, ...] | None
+"""Of an option of a method."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of a manifest. Fields with a default are left out of the file where they have it."""
+
+
+class Tool(Record, kw_only=True):
+    """The program that wrote the file."""
+
+    name: Literal["gloss-convert"]
+    version: str
+
+
+TOOL: Final = Tool(name="gloss-convert", version=__version__)
+"""This program, at its version."""
+
+
+class FileRecord(Record, kw_only=True):
+    """A file, by content.
+
+    Attributes:
+        source: of a shard, what the source calls it, if that is another name.
+        prefixes: of a shard, tensor name -> the first 16 digits of the sha256 of the file up to the
+            end of that tensor, in file order. The empty name is the header. None for other files.
+    """
+
+    sha256: Sha256
+    nbytes: Count = msgspec.field(name="bytes")
+    source: FileName | None = None
+    prefixes: dict[str, Prefix] | None = None
+
+
+class SourceRecord(Record, kw_only=True):
+    """What was converted.
+
+    Attributes:
+        repo_id: on the Hub; None for a local source.
+        revision: as asked for.
+        commit: that the revision was resolved to.
+        files: every file that was read and is not in ``originals``.
+        originals: weights that are not safetensors, which the shards were made from.
+    """
+
+    name: str
+    repo_id: str | None
+    revision: str | None
+    commit: str | None
+    files: dict[str, FileRecord]
+    originals: dict[str, FileRecord]
+
+    @property
+    def all_files(self) -> dict[str, FileRecord]:
+        """Every file that was read."""
+        return self.files | self.originals
+
+
+class MethodRecord(Record, kw_only=True):
+    """The method.
+
+    Attributes:
+        options: every option, defaults resolved.
+        package: name and version of the package that brought it; None for our own.
+        strength: what its strengths are called, such as ``rank``.
+        evidence: what it keeps to show how it came to its edit. Of methods that take a subspace out
+            it is a ``SubspaceEvidence``.
+    """
+
+    name: str
+    title: str
+    paper: str
+    options: dict[str, OptionValue]
+    package: str | None = None
+    strength: str
+    evidence: dict[str, Any]
+
+
+class Origin(Record, kw_only=True):
+    """Where a text or a scorer came from: a name, or a repo on the Hub at a commit.
+
+    Attributes:
+        name: of a file, a package, or ``builtin``.
+        version: of the package, or of what is built in.
+        file_sha256: of the file.
+        field: that chose among the rows of the file.
+    """
+
+    name: str | None = None
+    version: int | str | None = None
+    repo_id: str | None = None
+    commit: str | None = None
+    file_sha256: Sha256 | None = None
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is None and (self.repo_id is None or self.commit is None):
+            raise ValueError("Object has neither `name` nor `repo_id` and `commit`")
+
+    @property
+    def title(self) -> str:
+        """The name, or that of the repo."""
+        return str(self.name or self.repo_id)
+
+
+NAMED = Meta(
+    extra_json_schema={
+        "anyOf": [
+            {"required": names, "properties": {key: {"type": "string"} for key in names}}
+            for names in (["name"], ["repo_id", "commit"])
+        ]
+    }
+)
+"""What ``Origin`` asks for beyond its types, as JSON schema."""
+
+
+class TextRecord(Record, kw_only=True):
+    """A text that the run read.
+
+    Attributes:
+        sha256: of the text as it was used.
+    """
+
+    origin: Annotated[Origin, NAMED]
+    sha256: Sha256
+
+
+class PairsRecord(TextRecord, kw_only=True):
+    """The pairs, as drawn, toxic spans included.
+
+    Attributes:
+        count: pairs that the fit used.
+        skipped: reason -> how many rows of the origin were not usable.
+    """
+
+    count: Positive
+    skipped: dict[str, int]
+
+
+class PartRecord(Record, kw_only=True):
+    """One part of pairs and neutral text."""
+
+    pairs: Count
+    pairs_sha256: Sha256
+    paragraphs: Count
+    prose_sha256: Sha256
+
+
+class SplitRecord(Record, kw_only=True):
+    """The parts of pairs and neutral text: fitted on, chosen on, reported on.
+
+    Attributes:
+        dropped_pairs: left out because a sentence of theirs is in a held-out part.
+    """
+
+    dropped_pairs: Count
+    fit: PartRecord
+    choose: PartRecord
+    report: PartRecord
+
+
+class ActivationsRecord(Record, kw_only=True):
+    """The activations that the fit saw.
+
+    Attributes:
+        key: sha256 of the inputs; None if the file of activations does not state them.
+        inputs: everything that the activations depend on.
+    """
+
+    key: Sha256 | None
+    inputs: dict[str, Any]
+
+
+Kind = Literal["causal", "mean", "svd", "random"]
+
+
+class Candidate(Record, kw_only=True):
+    """A direction that may be toxic.
+
+    Attributes:
+        layer: counted from 0.
+        kind: see ``methods.gloss``.
+        index: its place among those of its layer and kind.
+        score: of the ranking signal; larger is more toxic.
+        kept: whether it went into the basis.
+        tokens: what it decodes to, the nearest first.
+    """
+
+    layer: Count
+    kind: Kind
+    index: Count
+    score: float
+    kept: bool
+    tokens: tuple[str, ...]
+
+
+class SubspaceEvidence(Record, kw_only=True):
+    """How a method came to the subspace that it takes out.
+
+    Attributes:
+        hidden_size: D.
+        singular_values: basis -> of the matrix that it was taken from, the largest first.
+        candidates: in order of layer.
+    """
+
+    hidden_size: Positive
+    singular_values: dict[str, tuple[float, ...]]
+    candidates: tuple[Candidate, ...]
+
+
+class CreatedTensor(Record, kw_only=True):
+    """A tensor that the source lacks.
+
+    Attributes:
+        shard: that it is in.
+        sha256: of its bytes.
+    """
+
+    name: str
+    shard: FileName
+    dtype: str
+    shape: tuple[Count, ...]
+    sha256: Sha256
+
+
+class EditRecord(Record, kw_only=True):
+    """The edit, beside what it did to each tensor of the source.
+
+    Attributes:
+        file: beside the weights, with its tensors.
+        rank: the most columns of a subspace that is taken out; 0 if there is none.
+        created: tensors that the source lacks.
+        patches: file of the source -> how its text changes: a merge patch (RFC 7396), or text that
+            is put in front.
+        files: paths of files that the source lacks.
+    """
+
+    file: FileName
+    rank: Count
+    created: tuple[CreatedTensor, ...] = ()
+    patches: dict[str, dict[str, Any] | str] = {}
+    files: tuple[str, ...] = ()
+
+
+class Estimate(Record, kw_only=True):
+    """A number and its standard error over sampling units, which are groups of sentences.
+
+    Sentences made from the same frame, or continuing the same prompt, are one unit: they resemble
+    each other, and counting them apart would make the error too small.
+    """
+
+    value: float
+    error: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether it is a number at all; a broken model gives none."""
+        return isfinite(self.value) and isfinite(self.error)
+
+
+class Measured(Record, kw_only=True):
+    """What an edit does to held-out text.
+
+    Attributes:
+        perplexity_ratio: after over before, on neutral text.
+        toxic_change: mean change of a toxic word's log-probability, in nats.
+        teacher_forced: mean of p_after / p_before of toxic words, each capped at e.
+    """
+
+    perplexity_ratio: Estimate
+    toxic_change: Estimate
+    teacher_forced: Estimate
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers."""
+        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced)
+        return all(part.finite for part in parts)
+
+
+Strength = int | float
+"""How strong an edit is: a rank, a number of steps, a factor."""
+
+
+class Trial(Record, kw_only=True):
+    """What was measured of one strength that was tried."""
+
+    strength: Strength
+    perplexity_ratio: Estimate
+    toxic_change: Estimate
+    teacher_forced: Estimate
+
+
+class Choice(Record, kw_only=True):
+    """The strength, and what was measured of those that were tried to choose it.
+
+    Attributes:
+        automatic: whether it was chosen, rather than given.
+        tried: ascending; empty if the strength was given.
+    """
+
+    strength: Strength
+    automatic: bool
+    tried: tuple[Trial, ...]
+
+
+class GuardRecord(Record, kw_only=True):
+    """What the guard measured, on the part that nothing was tuned on.
+
+    Attributes:
+        budget: the largest perplexity ratio.
+        margin: times the drop of the controls that the edit's must be.
+        least_drop: of log p of toxic words, in nats.
+        neutral_tokens: that the perplexities are of.
+        toxic_words: that the probabilities are of.
+        perplexity: of the unedited model.
+        edit: what the edit does.
+        controls: what each control does: an edit of the same strength that knows nothing of
+            toxicity, such as a random subspace.
+        neutral_energy: share of what neutral text writes that the edit takes away: of a subspace
+            tr(U^T M U) / tr M with the neutral second moment M, the largest if each layer has its
+            own. None if it is unknown.
+        reasons: why it refuses; not empty only if ``force`` wrote the edit all the same.
+    """
+
+    budget: float
+    margin: float
+    least_drop: float
+    neutral_tokens: Positive
+    toxic_words: Positive
+    perplexity: float
+    edit: Measured
+    controls: Annotated[tuple[Measured, ...], Meta(min_length=1)]
+    neutral_energy: float | None
+    reasons: tuple[str, ...]
+
+
+class Requantized(Record, kw_only=True):
+    """The scales of a weight in FP8, which change with it.
+
+    Attributes:
+        scales: name of their tensor.
+        shard: that they are in.
+        block: rows and columns that share a scale.
+    """
+
+    scales: str
+    shard: FileName
+    block: tuple[Positive, Positive]
+    sha256_before: Sha256
+    sha256_after: Sha256
+
+
+class Lora(Record, kw_only=True):
+    """Where the edit is, if it is in an adapter: W' is W + B A, not rounded.
+
+    Attributes:
+        module: in memory, as transformers names it.
+        sha256_a: of the bytes of A in the adapter's file.
+        sha256_b: of those of B.
+    """
+
+    module: str
+    sha256_a: Sha256
+    sha256_b: Sha256
+
+
+class EditedTensor(Record, kw_only=True):
+    """What the edit did to one tensor W; norms are Frobenius norms.
+
+    Attributes:
+        layer: counted from 0; of a tensor that is in none, the number of layers.
+        role: of the linear map that it belongs to, and ``_bias`` if it is its bias.
+        axis: of its outputs.
+        kind: of the edit; see ``edits.deltas``.
+        tensors: name in that kind's formula -> tensor of the edit's file.
+        sha256_after: None if the tensor itself stays as it is, as under an adapter.
+        norm: ||W||, before.
+        relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
+        rounding_error: ||W' - exact W'|| / ||W||, what storing the result cost.
+        measures: the kind's own numbers. Of ``remove-subspace`` they are ``energy_removed``, which
+            is ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace, and
+            ``leakage``, ||U^T W'|| / ||U^T W||, what is left of it after rounding.
+        requantized: what became of the scales of a weight in FP8; else None.
+        lora: the adapter's part; None in a checkpoint.
+    """
+
+    name: str
+    shard: FileName
+    layer: Count
+    role: str
+    axis: Count
+    shape: tuple[Count, ...]
+    dtype: str
+    kind: str
+    tensors: dict[str, str]
+    sha256_before: Sha256
+    sha256_after: Sha256 | None
+    norm: Norm
+    relative_change: float
+    rounding_error: float
+    measures: dict[str, float]
+    requantized: Requantized | None
+    lora: Lora | None
+
+
+class Environment(Record, kw_only=True):
+    """What may bear on the result besides the inputs.
+
+    Attributes:
+        device: ``cpu``, or the name of the GPU.
+        platform: operating system and processor.
+        libraries: package -> version.
+    """
+
+    device: str
+    platform: str
+    python: str
+    libraries: dict[str, str]
+
+
+class ForwardRecord(Record, kw_only=True):
+    """How the model was run, now or when the activations were taken.
+
+    Attributes:
+        mode: the whole model in memory, or a layer at a time.
+    """
+
+    mode: Literal["resident", "streamed"]
+    reason: str
+
+
+class Interval(Record, kw_only=True):
+    """A value with its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, low: float, high: float) -> "Interval | None":
+        """None if one of them is not a number, which JSON could not hold."""
+        if not all(map(isfinite, (value, low, high))):
+            return None
+        return cls(value=value, low=low, high=high)
+
+
+Metric = Interval | None
+"""None if it was not measured, or is not a number."""
+
+
+class ScorerOrigin(Origin, kw_only=True):
+    """Where a scorer came from.
+
+    Attributes:
+        sha256: of its word list.
+        model: of those that its package has.
+        label: of its classes, the one whose probability is the score.
+        package: name and version of the package that brought it; None for our own.
+    """
+
+    sha256: Sha256 | None = None
+    model: str | None = None
+    label: str | None = None
+    package: str | None = None
+
+
+class PromptsRecord(TextRecord, kw_only=True):
+    """The prompts that were continued.
+
+    Attributes:
+        count: how many were drawn.
+    """
+
+    count: Count
+
+
+class EvaluationSettings(Record, kw_only=True):
+    """What has to be known to measure the same again.
+
+    Attributes:
+        word_list: its sha256.
+        text_sha256: of the text for perplexity; None if there was none.
+        options: of the method, as typed.
+        prompts: None if nothing was continued.
+        samples: continuations of each prompt, beside the greedy one.
+        passages_per_prompt: continuations by the unedited model, for ``teacher_forced``.
+        toxic_words: listed words in those.
+        text_tokens: of the text that were used at most; None for all.
+        window: tokens of the text that were read at a time.
+    """
+
+    source: str
+    controls: tuple[str, ...]
+    ranks: tuple[int, ...]
+    device: str
+    dtype: str
+    word_list: Sha256
+    neutral: str
+    text_sha256: Sha256 | None
+    pairs: str
+    num_pairs: int | None
+    seeds: tuple[int, ...]
+    options: dict[str, str]
+    max_perplexity_ratio: float
+    prompts: PromptsRecord | None
+    scorers: dict[str, Annotated[ScorerOrigin, NAMED]]
+    samples: int
+    max_new_tokens: int
+    top_p: float
+    generation_seed: int
+    passages_per_prompt: int
+    toxic_words: int
+    text_tokens: int | None
+    window: int
+
+
+class SystemRecord(Record, kw_only=True):
+    """One system that was measured.
+
+    Attributes:
+        group: systems of one name and group are averaged.
+        seed: of its pairs; None if nothing was fitted.
+        strength: of the edit; None for the unedited model.
+        layers: that it edits.
+        options: of its method, defaults resolved.
+        metrics: see ``evaluation.measure``.
+    """
+
+    system: str
+    group: Strength | None
+    seed: int | None
+    strength: Strength | None
+    layers: tuple[int, ...]
+    options: dict[str, OptionValue]
+    metrics: dict[str, Metric]
+
+
+class RowRecord(Record, kw_only=True):
+    """The systems of one name and group, averaged over seeds.
+
+    Attributes:
+        strength: the strengths, separated by commas.
+        seeds: how many.
+    """
+
+    system: str
+    strength: str
+    seeds: int
+    metrics: dict[str, Metric]
+
+
+class Evaluation(Record, kw_only=True):
+    """What an evaluation measured of the unedited model, the edited one, and controls.
+
+    Attributes:
+        scorers: names of the scorers of continuations.
+        rows: of the table.
+    """
+
+    tool: Tool
+    settings: EvaluationSettings
+    scorers: tuple[str, ...]
+    systems: tuple[SystemRecord, ...]
+    rows: tuple[RowRecord, ...]
+
+
+class GateRecord(Record, kw_only=True):
+    """A limit that the run set beyond the guard's, and passed.
+
+    Attributes:
+        gate: the option.
+        by: what measured: ``guard``, ``evaluation``, or an edited tensor.
+    """
+
+    gate: str
+    by: str
+    limit: float
+    measured: float
+
+
+class Measurements(Record, kw_only=True):
+    """The only part that may differ between two runs of the same inputs.
+
+    Attributes:
+        seconds: of each stage.
+        memory_bytes: largest resident set of each stage, but of the last, which verifies this file.
+        peak_memory_bytes: the largest of all.
+    """
+
+    seconds: dict[str, float]
+    memory_bytes: dict[str, int]
+    peak_memory_bytes: int
+
+
+class Manifest(Record, kw_only=True):
+    """What gloss-convert read, did and wrote.
+
+    Attributes:
+        run: the conversion as asked for; paths are cut down to file names.
+        neutral: ordinary prose.
+        word_list: of offensive words.
+        guard: None if it was switched off.
+        output_package: name and version of the package that brought the output; None for our own.
+        edited: in order of layer.
+        activations: None if the method needed none.
+        forward: None if activations of a file were all that was needed.
+        evaluation: None if nothing was evaluated.
+        files: every file of the folder but this one, the card and SHA256SUMS.
+        replay_of: sha256 of the manifest that this one replays. What was measured then is kept.
+    """
+
+    schema_version: Literal[1]
+    tool: Tool
+    run: Annotated[Recipe, Meta(extra_json_schema={"unevaluatedProperties": False})]
+    source: SourceRecord
+    method: MethodRecord
+    pairs: PairsRecord
+    neutral: TextRecord
+    word_list: TextRecord
+    split: SplitRecord
+    activations: ActivationsRecord | None
+    edit: EditRecord
+    choice: Choice
+    guard: GuardRecord | None
+    output_package: str | None = None
+    edited: tuple[EditedTensor, ...]
+    environment: Environment
+    forward: ForwardRecord | None
+    evaluation: Evaluation | None
+    gates: tuple[GateRecord, ...]
+    files: dict[str, FileRecord]
+    measurements: Measurements
+    replay_of: Sha256 | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of the files, by name."""
+        return {name: file.sha256 for name, file in self.files.items()}
+
+    @property
+    def subspace(self) -> SubspaceEvidence | None:
+        """How a subspace was found; None of other methods.
+
+        Raises:
+            msgspec.ValidationError: it is not what the method says that it keeps.
+        """
+        if "candidates" not in self.method.evidence:
+            return None
+        return msgspec.convert(self.method.evidence, SubspaceEvidence)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of the edited tensors, ascending."""
+        return sorted({tensor.layer for tensor in self.edited})
+
+    @property
+    def shards(self) -> dict[str, FileRecord]:
+        """The files that hold the model's tensors; none of an adapter."""
+        return {name: file for name, file in self.files.items() if file.prefixes is not None}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """A manifest from what its JSON stands for.
+
+        Raises:
+            msgspec.ValidationError: naming the place, such as ``$.edited[3].norm``.
+        """
+        manifest = msgspec.convert(value, cls, dec_hook=_from_json)
+        _ = manifest.subspace  # it must be readable, too
+        for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
+            raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
+        return manifest
+
+
+def to_json(record: Record) -> Any:
+    """What the JSON of a record stands for."""
+    return msgspec.to_builtins(record, enc_hook=_to_json)
+
+
+def to_text(record: Record) -> str:
+    """The JSON of a record as files have it. Raises ValueError for NaN and infinities."""
+    return json.dumps(to_json(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(type(value).__name__)
+
+
+def _from_json(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"Expected `str`, got `{type(value).__name__}`")

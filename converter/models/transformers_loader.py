@@ -1,0 +1,153 @@
+"""How transformers loads a model, where that is not documented. No other module knows it.
+
+- ``from_pretrained(None, config=..., state_dict=...)`` takes for a tensor whatever can be sliced,
+  and slices it when its turn comes: ``LazyTensor``, ``MetaTensor``.
+- ``conversion_mapping.get_model_conversion_mapping``, ``core_model_loading.rename_source_key`` and
+  the classes of its rules: which weight of a model a tensor of the checkpoint makes.
+- ``core_model_loading.convert_and_load_state_dict_in_model`` with a ``LoadStateDictConfig`` loads
+  some of a model's weights, in one thread if HF_DEACTIVATE_ASYNC_LOAD is set.
+- ``_get_dtype_plan`` and ``base_model_prefix`` of a model.
+
+``tests/test_doors.py`` fails where another version of transformers does otherwise.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.formats.virtual import VirtualTensor
+
+
+class LazyTensor:
+    """A tensor that is made when transformers loads it, which it does by slicing."""
+
+    def __init__(self, tensor: VirtualTensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self.tensor.make()[place]
+
+
+class MetaTensor:
+    """A tensor that transformers is to load onto the meta device."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape = dtype, shape
+
+    def __getitem__(self, place: Any) -> "MetaTensor":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Wherever it is wanted, there is nothing to hold."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def auto_class_of(name: str) -> Any:
+    """A class of transformers such as ``AutoModelForCausalLM``."""
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def from_tensors(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor | MetaTensor],
+    auto_class: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> Any:
+    """``from_pretrained`` of a model whose tensors are not in files of the folder."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):  # what is made is not quantized
+            del part.quantization_config
+    auto = auto_class_of(auto_class)
+    with torch.device("meta"):
+        kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
+    return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+
+
+class PartLoader:
+    """Loads some weights of a model after others, by the rules that transformers has for it.
+
+    Args:
+        module: a model of transformers whose weights are on the meta device.
+        dtype: of the weights in memory.
+        device: where to.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, device: str) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        rules: Any = get_model_conversion_mapping(module)
+        self._module, self._state = module, module.state_dict(keep_vars=True)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._settings = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=module._get_dtype_plan(dtype),
+            weight_mapping=rules,
+            device_map={"": device},
+        )
+
+    def weight_of(self, name: str) -> str | None:
+        """The weight of the model that a tensor of the checkpoint becomes, or a part of it.
+
+        None if the model has no use for it. A tensor that becomes several weights has the first.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        model = self._module.base_model_prefix, self._state
+        key, _ = rename_source_key(name, self._renamings, self._converters, *model)
+        if key not in self._state and name in self._state:
+            key, _ = rename_source_key(name, [], [], *model)
+        return key if key in self._state else None
+
+    def load(self, tensors: dict[str, Any]) -> list[str]:
+        """Load the weights that are made from tensors of the checkpoint, one after the other.
+
+        Args:
+            tensors: name -> ``LazyTensor`` or tensor; transformers may take them out.
+
+        Returns:
+            what transformers says of those that it could not make.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        with _one_by_one():
+            info, _ = convert_and_load_state_dict_in_model(self._module, tensors, self._settings)
+        return [*info.conversion_errors.values(), *map(str, info.mismatched_keys)]
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Have transformers load tensors one after the other, and without a progress bar for a part.
+
+    Threads would read all tensors of a mixture's layer before the first are fused.
+    """
+    from transformers.utils import logging
+
+    name, shown = "HF_DEACTIVATE_ASYNC_LOAD", logging.is_progress_bar_enabled()
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

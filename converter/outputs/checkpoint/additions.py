@@ -1,0 +1,216 @@
+"""What an edit adds to a checkpoint: new tensors, new texts of small files, new files.
+
+Tensors go into a shard of their own, so that the source's shards keep their bytes. A source that is
+the single file ``model.safetensors`` becomes the first of two shards, under another name: loaders
+that find a file of that name look at no index, and would leave the new tensors out.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from msgspec.structs import replace
+from safetensors.torch import save
+
+from converter.checkpoints.companions import OURS
+from converter.checkpoints.formats.virtual import index_text
+from converter.checkpoints.names import INDEX, SINGLE
+from converter.checkpoints.patch import patched
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
+from converter.checkpoints.safetensors.rewrite import digests_of
+from converter.checkpoints.source import Source
+from converter.edits.base import Edit, Patch
+from converter.edits.edit_file import EDIT_FILE
+from converter.errors import CheckpointError
+from converter.manifest import CreatedTensor, FileRecord
+from converter.outputs.base import file_entry
+from converter.outputs.record_checks import is_plain
+
+EXTRA = "model-created.safetensors"
+"""The shard of created tensors beside those of the source."""
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+"""The two shards that a single file and its created tensors become."""
+
+RESERVED = (*OURS, EDIT_FILE, EXTRA, FIRST, SECOND)
+"""Names that an output may need for itself."""
+
+PATCHABLE = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files of a source whose text an edit may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The shards of an output.
+
+    Attributes:
+        renamed: shard of the source -> its name in the output, where that is another.
+        extra: the shard of created tensors; None if there are none.
+    """
+
+    renamed: Mapping[str, str]
+    extra: str | None
+
+    @classmethod
+    def of(cls, shards: tuple[str, ...], created: bool) -> "Shards":
+        """Of an output made from these shards of a source."""
+        if not created:
+            return cls({}, None)
+        if shards == (SINGLE,):
+            return cls({SINGLE: FIRST}, SECOND)
+        names = [EXTRA, *(f"model-created-{n}.safetensors" for n in range(2, len(shards) + 2))]
+        return cls({}, next(name for name in names if name not in shards))
+
+    def output(self, shard: str) -> str:
+        """What a shard of the source is called in the output."""
+        return self.renamed.get(shard, shard)
+
+    def source(self, shard: str) -> str:
+        """The reverse."""
+        return next((old for old, new in self.renamed.items() if new == shard), shard)
+
+
+def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
+    """Refuse an edit that cannot be written, before anything is.
+
+    Raises:
+        CheckpointError: naming a change that does not fit its tensor, a new tensor that is there
+            already, a patch that does not apply, or a file that would take the place of another.
+    """
+    edit.check(plan)
+    for name, tensor in edit.created.items():
+        if name in plan.names.tensors:
+            raise CheckpointError(
+                f"the edit creates tensor {name}", expected="a tensor that the source lacks",
+                found="one that it has", hint="the method should change that one",
+            )  # fmt: skip
+        if not name.isprintable() or tensor.dtype not in FLOATS.values():
+            raise CheckpointError(
+                f"the edit creates tensor {name}",
+                expected="a plain name and a floating-point dtype of 16 to 64 bits",
+                found=str(tensor.dtype).removeprefix("torch."),
+            )  # fmt: skip
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"the edit creates tensor {name}, which holds NaN or Inf")
+    for name, patch in edit.patches.items():
+        new = patched_text(name, patch, source)
+        if name == "config.json":
+            _check_config(json.loads(new), plan)
+    _check_files(edit.files, {*source.small, *source.shards, *RESERVED})
+
+
+def _check_files(files: Iterable[str], taken: Iterable[str]) -> None:
+    """Paths of new files must be plain, and free also where case does not count."""
+    known = {name.casefold() for name in taken}
+    for name in files:
+        path = PurePosixPath(name)
+        if not is_plain(name) or "\\" in name or any(part.startswith(".") for part in path.parts):
+            raise CheckpointError(f"the edit adds a file {name}", expected="a name in the folder")
+        if known & {str(place).casefold() for place in (path, *path.parents)}:
+            raise CheckpointError(
+                f"the edit adds a file {name}", expected="a name that is free",
+                found="one of the source or of the output",
+            )  # fmt: skip
+        known.add(name.casefold())
+
+
+def _check_config(config: Mapping[str, object], plan: Plan) -> None:
+    """A patched config must still be that of the same weights."""
+    same = config.get("model_type") == plan.architecture.model_type
+    if not same or plan.architecture.dimensions(dict(config)) != plan.dimensions:
+        raise CheckpointError(
+            "the patch of config.json changes the sizes of the model or its type",
+            expected=f"{plan.architecture.model_type} of the same sizes",
+        )
+
+
+def patched_text(name: str, patch: Patch, source: Source) -> str:
+    """The new text of a small file of a source.
+
+    Raises:
+        CheckpointError: the source has none of that name, or the patch does not apply.
+    """
+    known = [name for name in PATCHABLE if name in source.small]
+    if name not in known:
+        raise CheckpointError(
+            f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"
+        )
+    try:
+        text = source.small[name].read_bytes().decode()  # line ends as they are
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be read", found=str(error)) from error
+    return patched(name, text, patch)
+
+
+def write_extra(
+    folder: Path, shards: Shards, edit: Edit
+) -> tuple[dict[str, FileRecord], tuple[CreatedTensor, ...]]:
+    """Write the shard of created tensors and give the source's shards their new names.
+
+    Returns:
+        its name and record, and the tensors in it; nothing if the edit creates none.
+    """
+    if shards.extra is None:
+        return {}, ()
+    for old, new in shards.renamed.items():
+        (folder / old).rename(folder / new)
+    path = folder / shards.extra
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in edit.created.items()}
+    path.write_bytes(save(tensors, {"format": "pt"}))
+    record = replace(file_entry(path), prefixes=digests_of(path)[1])
+    created = tuple(
+        CreatedTensor(
+            name=name, shard=path.name, dtype=info.dtype, shape=info.shape,
+            sha256=hashlib.sha256(to_bytes(tensors[name])).hexdigest(),
+        )
+        for name, info in read_header(path).tensors.items()
+    )  # fmt: skip
+    return {path.name: record}, created
+
+
+def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, int]) -> str | None:
+    """The text of the output's index; None if it has none, or that of the source as it is.
+
+    Args:
+        source: with its own index, if it has one.
+        plan: of the source.
+        shards: of the output.
+        created: name of each created tensor -> its bytes.
+    """
+    if source.virtual_shards is not None and source.weight_map is not None:
+        text = index_text(source.virtual_shards)
+    elif not created:
+        return None
+    elif source.weight_map is not None:
+        text = (source.folder / INDEX).read_bytes().decode()
+    else:
+        text = _whole_index(plan, shards)
+    if not created:
+        return text
+    patch: dict[str, object] = {"weight_map": dict.fromkeys(sorted(created), shards.extra)}
+    total = json.loads(text).get("metadata", {}).get("total_size")
+    if isinstance(total, int):
+        patch["metadata"] = {"total_size": total + sum(created.values())}
+    return patched(INDEX, text, patch)
+
+
+def _whole_index(plan: Plan, shards: Shards) -> str:
+    """The index of a source that has none."""
+    weight_map = dict(sorted(_places(plan, shards)))
+    infos = (info for header in plan.headers.values() for info in header.tensors.values())
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos)},
+        "weight_map": weight_map,
+    }
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _places(plan: Plan, shards: Shards) -> Iterator[tuple[str, str]]:
+    for shard, header in plan.headers.items():
+        for name in header.tensors:
+            yield name, shards.output(shard)

@@ -1,0 +1,75 @@
+"""The JSON schema of a manifest: ``python -m converter.release.schema`` prints it.
+
+It says what the classes of ``converter.manifest`` say. Only two things are beyond it: a reader here
+refuses 1.0 where an integer is wanted, and an object in which a key occurs twice.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from converter.checkpoints.names import MANIFEST
+from converter.manifest import SCHEMA_VERSION, Manifest, MethodRecord, SubspaceEvidence
+from converter.option import declared_options
+from converter.recipe import Recipe
+
+ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
+"""A line of a docstring's ``Attributes``, with those that continue it."""
+
+BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
+"""Bound of an ``Option`` -> its name in JSON schema."""
+
+
+def schema() -> dict[str, Any]:
+    """The schema, in JSON Schema's draft 2020-12."""
+    (whole, subspace), parts = msgspec.json.schema_components(
+        (Manifest, SubspaceEvidence), schema_hook=_of_path, ref_template="#/$defs/{name}"
+    )
+    for part in parts.values():
+        _describe(part)
+    _declare(parts[Recipe.__name__])
+    evidence = parts[MethodRecord.__name__]["properties"]["evidence"]
+    evidence |= {"if": {"required": ["candidates"]}, "then": subspace}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": MANIFEST,
+        "description": f"What gloss-convert read, did and wrote. Version {SCHEMA_VERSION}.",
+        **whole,
+        "$defs": parts,
+    }
+
+
+def _describe(part: dict[str, Any]) -> None:
+    """Take a class's docstring apart: a sentence on the object, and one on each property."""
+    text, _, attributes = part["description"].partition("\n\nAttributes:\n")
+    part["description"] = _one_line(text.partition("\n\n")[0])
+    for name, about in ATTRIBUTE.findall(attributes):
+        key = "bytes" if name == "nbytes" else name
+        part["properties"][key]["description"] = _one_line(about)
+
+
+def _declare(part: dict[str, Any]) -> None:
+    """Say of each option of a recipe what its declaration says."""
+    for name, declared in declared_options(Recipe).items():
+        option = declared.option
+        found = {word: getattr(option, field) for field, word in BOUNDS.items()}
+        bounds = {word: bound for word, bound in found.items() if bound is not None}
+        part["properties"][name] |= {"description": option.help, **bounds}
+
+
+def _one_line(text: str) -> str:
+    """A sentence of a docstring, in the words of JSON."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
+
+
+def _of_path(kind: type) -> dict[str, Any]:
+    if kind is Path:
+        return {"type": "string"}
+    raise NotImplementedError(kind)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))
