@@ -212,7 +212,7 @@ def proposed(bench: Bench, direction: Tensor) -> Proposal:
     """One direction, as if a method had found it in all layers; controls spare nothing."""
     bases = dict.fromkeys(WRITING, direction[:, None])
     subspace = Subspace(bases, {}, (), direction[None])
-    return Removal(1, WRITING, bias=True).propose(bench, subspace, None)
+    return Removal(rank=1, layers=WRITING).propose(bench, subspace, None)
 
 
 def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: Path) -> None:

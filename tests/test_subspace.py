@@ -264,7 +264,7 @@ def test_a_control_is_a_random_subspace_of_the_same_tensors_and_rank() -> None:
     assert torch.allclose(U.T @ U, torch.eye(2), atol=1e-6)
     assert float((U.T @ MASSIVE).norm()) < 1e-3  # what neutral text writes most of is spared
     subspace = Subspace(dict.fromkeys((2, 3), U), {}, (), U.T)
-    naked = Removal(2, (2, 3), bias=True).propose(Desk(planted()), subspace, None)
+    naked = Removal(rank=2, layers=(2, 3)).propose(Desk(planted()), subspace, None)
     shares = [removed(naked.control(3, seed))[2].T @ MASSIVE for seed in range(9)]
     assert float(torch.stack(shares).square().sum(1).mean()) == pytest.approx(3 / D, abs=0.06)
 

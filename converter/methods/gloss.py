@@ -15,7 +15,7 @@ them. The protection of neutral directions is what keeps the edit from destroyin
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from torch import Tensor
 from converter.calibration.linear_algebra import shared_directions
 from converter.calibration.statistics import Activations, Moments, Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.plan import Plan
-from converter.edits.base import Footprint
 from converter.errors import FitError
 from converter.manifest import Candidate
 from converter.methods.base import Layers, Proposal, Workbench
@@ -39,12 +37,11 @@ from converter.models.batching import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Method(Removal):
     """GloSS with its options.
 
     Attributes:
-        rank: R, dimensions removed; by default the most effective one within the perplexity budget.
-        layers: used for fitting; by default from L/4 up to 0.9 L. The last layers cost perplexity
+        layers: see ``Removal``; by default from L/4 up to 0.9 L. The last layers cost perplexity
             and bring nothing.
         edit_layers: whose down-projections are edited; by default the same.
         site: where activations are taken: ``ffn`` or ``residual``.
@@ -59,16 +56,11 @@ class Method:
             direction may touch. ``U`` acts on every layer, so a layer's own are not enough.
         protect_own: leading right singular vectors of the layer's own neutral side, which its
             differences may not touch.
-        top_tokens: decoded for each direction.
-        bias: ``project`` also edits the bias of an edited projection, ``keep`` leaves it.
     """
 
     title: ClassVar[str] = "GloSS, global toxic subspace suppression"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
-    strength: ClassVar[str] = "rank"
 
-    rank: int | None = field(default=None, metadata={"min": 1})
-    layers: Layers
     edit_layers: Layers = ()
     site: Site = "ffn"
     pooling: Pooling = "predicting"
@@ -78,8 +70,6 @@ class Method:
     cost: float = field(default=3.0, metadata={"min": 0})
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
-    top_tokens: int = field(default=10, metadata={"min": 1})
-    bias: Literal["project", "keep"] = "project"
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -89,12 +79,9 @@ class Method:
         return {"layers": tuple(range(first, max(int(0.9 * count), first + 1)))}
 
     @property
-    def removal(self) -> Removal:
-        return Removal(self.rank, self.edit_layers or self.layers, self.bias == "project")
-
-    def footprint(self, plan: Plan) -> Footprint:
-        """See ``subspace.Removal``."""
-        return self.removal.footprint(plan)
+    def edited(self) -> Layers:
+        """See ``Removal``."""
+        return self.edit_layers or self.layers
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -131,11 +118,10 @@ class Method:
             )
             for (layer, index, score), decoded in zip(places, tokens, strict=True)
         )
-        removal = self.removal
         subspace = Subspace(
-            dict.fromkeys(removal.layers, basis), {"U": values}, candidates, rows.float()
+            dict.fromkeys(self.edited, basis), {"U": values}, candidates, rows.float()
         )
-        return removal.propose(bench, subspace, seen.second_moment)
+        return self.propose(bench, subspace, seen.second_moment)
 
     def _leading(self, seen: Activations, layer: int, mean: Tensor) -> Tensor:
         """The leading causal directions of a layer as unit rows, turned to the toxic side."""

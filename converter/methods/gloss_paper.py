@@ -27,8 +27,6 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Activations, Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.plan import Plan
-from converter.edits.base import Footprint
 from converter.manifest import Candidate, Kind
 from converter.methods import gloss
 from converter.methods.base import Layers, Proposal, Workbench
@@ -49,12 +47,11 @@ LITTLE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Method(Removal):
     """GloSS as published, with its options.
 
     Attributes:
-        rank, layers, edit_layers, site, pooling, protect_shared, protect_own, top_tokens, bias: see
-            ``gloss``.
+        layers, edit_layers, site, pooling, protect_shared, protect_own: see ``gloss``.
         candidates: of each layer: ``causal`` directions, the ``mean`` difference, the first ``svd``
             directions of the differences, or both of these.
         per_layer: causal or singular directions of each layer.
@@ -66,10 +63,7 @@ class Method:
 
     title: ClassVar[str] = "GloSS as published, candidates of each layer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
-    strength: ClassVar[str] = "rank"
 
-    rank: int | None = field(default=None, metadata={"min": 1})
-    layers: Layers
     edit_layers: Layers = ()
     site: Site = "ffn"
     pooling: Pooling = "predicting"
@@ -80,8 +74,6 @@ class Method:
     weights: Literal["score", "equal"] = "score"
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
-    top_tokens: int = field(default=10, metadata={"min": 1})
-    bias: Literal["project", "keep"] = "project"
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -89,12 +81,9 @@ class Method:
         return gloss.Method.defaults(dimensions)
 
     @property
-    def removal(self) -> Removal:
-        return Removal(self.rank, self.edit_layers or self.layers, self.bias == "project")
-
-    def footprint(self, plan: Plan) -> Footprint:
-        """See ``subspace.Removal``."""
-        return self.removal.footprint(plan)
+    def edited(self) -> Layers:
+        """See ``Removal``."""
+        return self.edit_layers or self.layers
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -136,11 +125,10 @@ class Method:
                 places, scores, kept, tokens, strict=True
             )
         )
-        removal = self.removal
         subspace = Subspace(
-            dict.fromkeys(removal.layers, basis), {"U": values}, candidates, stack.float()
+            dict.fromkeys(self.edited, basis), {"U": values}, candidates, stack.float()
         )
-        return removal.propose(bench, subspace, seen.second_moment)
+        return self.propose(bench, subspace, seen.second_moment)
 
     def _candidates(
         self, seen: Activations, layer: int, T: Tensor, shared: Tensor

@@ -10,7 +10,7 @@ GPT-2 Medium's 24, 15-31 of Mistral's 32.
 
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,58 +23,41 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.plan import Plan
-from converter.edits.base import Footprint
 from converter.errors import FitError
 from converter.manifest import Candidate
-from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.base import Proposal, Workbench
 from converter.methods.subspace import MAX_RANK, Removal, Subspace
 from converter.models.batching import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Method(Removal):
     """ProFS with its options.
 
     Attributes:
-        rank: dimensions removed from each layer; by default the most effective number within the
-            perplexity budget. The paper has 2 for GPT-2 Medium and 10 for 6-7B models.
-        layers: fitted and edited; by default from 5/12 L to the last, as in the paper.
+        rank: see ``Removal``, of each layer; the paper has 2 for GPT-2 Medium and 10 for 6-7B
+            models.
+        layers: by default from 5/12 L to the last, as in the paper.
         site, pooling: as in GloSS; the paper's are ``residual`` and ``mean``.
         center: singular vectors of the neutral side that are removed first; without any, the
             perplexity of GPT-2 rises from 35 to over 1160 (paper).
         protect_shared: leading neutral directions of all layers that are removed too; none in the
             paper, 16 in GloSS.
-        top_tokens: decoded for each direction.
-        bias: ``project`` also edits the bias of an edited projection, ``keep`` leaves it.
     """
 
     title: ClassVar[str] = "ProFS, projection filter for subspaces"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.13967"
-    strength: ClassVar[str] = "rank"
 
-    rank: int | None = field(default=None, metadata={"min": 1})
-    layers: Layers
     site: Site = "residual"
     pooling: Pooling = "mean"
     center: int = field(default=1, metadata={"min": 0})
     protect_shared: int = field(default=0, metadata={"min": 0})
-    top_tokens: int = field(default=10, metadata={"min": 1})
-    bias: Literal["project", "keep"] = "project"
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
         """Values of the options that depend on the model."""
         count = dimensions.num_hidden_layers
         return {"layers": tuple(range(count * 5 // 12, count))}
-
-    @property
-    def removal(self) -> Removal:
-        return Removal(self.rank, self.layers, self.bias == "project")
-
-    def footprint(self, plan: Plan) -> Footprint:
-        """See ``subspace.Removal``."""
-        return self.removal.footprint(plan)
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit one basis for each layer.
@@ -127,4 +110,4 @@ class Method:
             ),
             torch.cat(found).float(),
         )
-        return self.removal.propose(bench, subspace, activations.second_moment)
+        return self.propose(bench, subspace, activations.second_moment)

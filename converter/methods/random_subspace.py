@@ -6,56 +6,38 @@ The guard refuses it. It is here so that it can be measured like any other metho
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from converter.calibration.linear_algebra import random_basis, shared_directions
 from converter.calibration.statistics import Request
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.plan import Plan
-from converter.edits.base import Footprint
 from converter.errors import FitError
 from converter.manifest import Candidate
 from converter.methods import gloss
-from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.base import Proposal, Workbench
 from converter.methods.subspace import MAX_RANK, Removal, Subspace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Method(Removal):
     """A random subspace with its options.
 
     Attributes:
-        rank: dimensions removed; by default the largest within the perplexity budget.
-        layers: edited; by default those of GloSS.
+        layers: by default those of GloSS.
         draw: the seed.
         protect_shared: leading neutral directions that are spared; see GloSS.
-        top_tokens: decoded for each direction.
-        bias: ``project`` also edits the bias of an edited projection, ``keep`` leaves it.
     """
 
     title: ClassVar[str] = "random subspace, a control"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
-    strength: ClassVar[str] = "rank"
 
-    rank: int | None = field(default=None, metadata={"min": 1})
-    layers: Layers
     draw: int = field(default=0, metadata={"min": 0})
     protect_shared: int = field(default=16, metadata={"min": 0})
-    top_tokens: int = field(default=10, metadata={"min": 1})
-    bias: Literal["project", "keep"] = "project"
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
         """Values of the options that depend on the model."""
         return gloss.Method.defaults(dimensions)
-
-    @property
-    def removal(self) -> Removal:
-        return Removal(self.rank, self.layers, self.bias == "project")
-
-    def footprint(self, plan: Plan) -> Footprint:
-        """See ``subspace.Removal``."""
-        return self.removal.footprint(plan)
 
     def fit(self, bench: Workbench) -> Proposal:
         """Draw a basis. Nothing is fitted."""
@@ -89,4 +71,4 @@ class Method:
             ),
             basis.T.contiguous(),
         )
-        return self.removal.propose(bench, subspace, seen.second_moment)
+        return self.propose(bench, subspace, seen.second_moment)

@@ -5,8 +5,8 @@ Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from msgspec.structs import replace
@@ -60,19 +60,30 @@ class Subspace:
     rows: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """Where a subspace is taken out.
+    """What all methods have that take a subspace out of down-projections.
 
     Attributes:
-        rank: dimensions; None if that is to be chosen under the perplexity budget.
-        layers: whose down-projections change.
-        bias: whether their biases change, too. If not, a layer still writes a constant along U.
+        rank: R, dimensions removed; by default the most effective number within the perplexity
+            budget.
+        layers: fitted and, unless ``edited`` says otherwise, edited.
+        top_tokens: decoded for each direction, for the manifest.
+        bias: ``project`` also edits the bias of an edited projection. With ``keep`` a layer still
+            writes a constant along U.
     """
 
-    rank: int | None
+    strength: ClassVar[str] = "rank"
+
+    rank: int | None = field(default=None, metadata={"min": 1})
     layers: Layers
-    bias: bool
+    top_tokens: int = field(default=10, metadata={"min": 1})
+    bias: Literal["project", "keep"] = "project"
+
+    @property
+    def edited(self) -> Layers:
+        """The layers whose down-projections change."""
+        return self.layers
 
     def footprint(self, plan: Plan) -> Footprint:
         """The down-projections of the layers.
@@ -82,7 +93,7 @@ class Removal:
         """
         weights = self._weights(plan)
         sparse = plan.dimensions.sparse_layers
-        if not self.bias and any(bias.layer in sparse for bias in plan.biases("down_proj")):
+        if self.bias == "keep" and any(bias.layer in sparse for bias in plan.biases("down_proj")):
             raise OptionError(
                 "-o bias=keep",
                 expected="bias=project for experts with biases",
@@ -111,7 +122,7 @@ class Removal:
 
         def control(rank: float, seed: int) -> Edit:
             basis = random_basis(width, int(rank), seed, spared)
-            return self._edit(bench.plan, before_norm(dict.fromkeys(self.layers, basis), gains))
+            return self._edit(bench.plan, before_norm(dict.fromkeys(self.edited, basis), gains))
 
         def energy(rank: float) -> float | None:
             if moment is None:
@@ -128,9 +139,9 @@ class Removal:
 
     def _weights(self, plan: Plan) -> tuple[Weight, ...]:
         """The down-projections, and their biases if they change, in order of layer."""
-        found = plan.weights("down_proj", self.layers)
-        if self.bias:
-            found += plan.biases("down_proj", self.layers)
+        found = plan.weights("down_proj", self.edited)
+        if self.bias == "project":
+            found += plan.biases("down_proj", self.edited)
         return tuple(sorted(found, key=lambda weight: weight.layer))
 
     def _edit(self, plan: Plan, bases: Mapping[int, Tensor]) -> Edit:
