@@ -324,6 +324,19 @@ def test_a_refused_edit_leaves_nothing(
 
 
 @EACH
+def test_a_plan_says_what_will_change(kind: Kind, source: Path, cli: Cli, tmp_path: Path) -> None:
+    out = convert(cli, source, tmp_path / "out", kind)
+    asked = ["plan", source, "--method", kind.method, "--json"]
+    planned, manifest = json.loads(run(cli, *asked).stdout), read_manifest(out)
+    assert planned["edited_tensors"] == [tensor.name for tensor in manifest.edited]
+    assert planned["created_tensors"] == sorted(t.name for t in manifest.edit.created)
+    assert planned["changed_files"] == sorted(manifest.edit.patches)
+    assert planned["added_files"] == sorted(manifest.edit.files)
+    copies = {n for n, file in manifest.files.items() if manifest.source.files.get(n) == file}
+    assert {*planned["copied_files"]} == copies - {*manifest.shards, "model.safetensors.index.json"}
+
+
+@EACH
 def test_a_gate_of_leakage_is_refused_at_once(
     kind: Kind, source: Path, cli: Cli, tmp_path: Path
 ) -> None:
