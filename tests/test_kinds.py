@@ -253,6 +253,20 @@ def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_in_one_tensor_are_refused_before_a_fit(
+    checkpoints: Callable[..., Path], cli: Cli
+) -> None:
+    refused = run(cli, "plan", checkpoints("gpt_oss"), "--method", "rank-one", code=4)
+    assert "experts.down_proj holds several weights" in refused.stderr
+
+
+def test_a_method_of_a_package_can_be_a_control(source: Path, cli: Cli) -> None:
+    small = ["--num-pairs", 64, "--scorer", "bad-words", "--num-prompts", 2, "--max-new-tokens", 2]
+    for more in ([], ["--method", "rank-one"]):
+        result = run(cli, "evaluate", source, *more, "--control", "rank-one", *small)
+        assert "| rank-one |" in result.stdout
+
+
 NORM = "model.layers.0.input_layernorm.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 WRONG = {
