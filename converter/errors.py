@@ -71,7 +71,7 @@ class DataError(ConverterError):
 
 
 class FitError(ConverterError):
-    """The data are readable, but no subspace can be fitted from them as asked."""
+    """The data are readable, but the method cannot fit an edit to them as asked."""
 
     exit_code = 6
 

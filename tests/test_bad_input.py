@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.errors import ConverterError
 from converter.methods import gloss_paper
+from converter.methods.base import METHODS
 from tests.builders.models import TINY_ARGS, tiny_args
 
 Checkpoints = Callable[..., Path]
@@ -265,8 +266,8 @@ def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert "--num-pairs: expected at least 16, found 3" in refused(source, 2, "--num-pairs", 3)
     assert "--base-model: expected a repo id" in refused(source, 2, "--base-model", "no repo!")
     assert "--device: expected auto, map, cpu" in refused(source, 2, "--device", "tpu")
-    methods = "gloss or gloss-paper or profs or random, found magic"
-    assert f"--method: expected {methods}" in refused(source, 2, "--method", "magic")
+    methods = " or ".join(METHODS.names())
+    assert f"--method: expected {methods}, found magic" in refused(source, 2, "--method", "magic")
     outputs = "adapter or checkpoint, found both"
     assert f"--output: expected {outputs}" in refused(source, 2, "--output", "both")
     for option, value in (("--control", "profs"), ("--scorer", "detoxify"), ("--passages", 2)):

@@ -253,6 +253,20 @@ def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_in_one_tensor_are_refused_before_a_fit(
+    checkpoints: Callable[..., Path], cli: Cli
+) -> None:
+    refused = run(cli, "plan", checkpoints("gpt_oss"), "--method", "rank-one", code=4)
+    assert "experts.down_proj holds several weights" in refused.stderr
+
+
+def test_a_method_of_a_package_can_be_a_control(source: Path, cli: Cli) -> None:
+    small = ["--num-pairs", 64, "--scorer", "bad-words", "--num-prompts", 2, "--max-new-tokens", 2]
+    for more in ([], ["--method", "rank-one"]):
+        result = run(cli, "evaluate", source, *more, "--control", "rank-one", *small)
+        assert "| rank-one |" in result.stdout
+
+
 NORM = "model.layers.0.input_layernorm.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 WRONG = {
@@ -321,6 +335,19 @@ def test_a_refused_edit_leaves_nothing(
     refused = run(cli, *arguments(source, tmp_path / "out", KINDS[4]), code=4)
     assert "the edit adds a file LICENSE: expected a name that is free" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@EACH
+def test_a_plan_says_what_will_change(kind: Kind, source: Path, cli: Cli, tmp_path: Path) -> None:
+    out = convert(cli, source, tmp_path / "out", kind)
+    asked = ["plan", source, "--method", kind.method, "--json"]
+    planned, manifest = json.loads(run(cli, *asked).stdout), read_manifest(out)
+    assert planned["edited_tensors"] == [tensor.name for tensor in manifest.edited]
+    assert planned["created_tensors"] == sorted(t.name for t in manifest.edit.created)
+    assert planned["changed_files"] == sorted(manifest.edit.patches)
+    assert planned["added_files"] == sorted(manifest.edit.files)
+    copies = {n for n, file in manifest.files.items() if manifest.source.files.get(n) == file}
+    assert {*planned["copied_files"]} == copies - {*manifest.shards, "model.safetensors.index.json"}
 
 
 @EACH

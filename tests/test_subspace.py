@@ -1,8 +1,9 @@
 """Theorems about subspaces: planted truth is recovered, protected directions are not touched."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_na
 from converter.errors import FitError, OptionError
 from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin, SubspaceEvidence
-from converter.methods.base import METHODS, Proposal, configure, parse_layers
+from converter.methods.base import METHODS, PARTS, Proposal, configure, parse_layers
 from converter.methods.rankings import ranking_names
 from converter.methods.subspace import Removal, Subspace, above_threshold, global_basis
+from converter.runtime.registry import Registry
 
 N, D, L = 200, 48, 6
 WORDS = WordList(frozenset({"bad"}), Origin(name="test"), "0" * 64)
@@ -418,7 +420,6 @@ def test_a_subspace_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_default_layers_are_those_of_the_documentation() -> None:
-    assert METHODS.names() == ["gloss", "gloss-paper", "profs", "random"]
     assert ranking_names() == ["causal", "linear-probe", "mean-difference", "vocabulary"]
 
     def edited(name: str, plan: Plan, **options: str) -> tuple[int, ...]:
@@ -447,7 +448,7 @@ def test_layers_are_those_that_are_fitted_and_edited_unless_others_are_to_be_edi
 
 
 def test_a_bias_is_edited_with_its_weight_unless_it_is_to_be_kept() -> None:
-    for name in METHODS.names():
+    for name in ("gloss", "gloss-paper", "profs", "random"):
         seen = with_moments(planted())
         for bias, parts in (("project", {"weight", "bias"}), ("keep", {"weight"})):
             options = {"layers": 3, "rank": 1, "bias": bias}
@@ -479,8 +480,34 @@ def test_wrong_options_are_refused(options: dict[str, str], says: str) -> None:
         configure("gloss-paper", options, DIMENSIONS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "lacking", "options", "says"),
+    [
+        (int, "paper", {}, "expected a dataclass like Method, found a class without paper"),
+        (int, "", {}, "-o own: method toy: expected a value, found none"),
+        (bool, "", {"own": "false"}, "found bool; it is a fault of the method"),
+        (Literal["a", "b"] | None, "", {"own": "c"}, "-o own: expected a or b, found c"),
+    ],
+)
+def test_a_class_that_is_no_method_is_refused(
+    kind: Any, lacking: str, options: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, Any] = {part: lambda *given: {} for part in PARTS[1:] if part != lacking}
+    toy = make_dataclass("Toy", [("own", kind)], namespace=parts)
+    monkeypatch.setattr(Registry, "load", lambda self, name: toy)
+    with pytest.raises(OptionError) as caught:
+        configure("toy", options, DIMENSIONS, {})
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("strengths", [(), (2, 1)])
+def test_strengths_ascend(strengths: tuple[float, ...]) -> None:
+    with pytest.raises(FitError, match="strengths"):
+        Proposal(strengths, True, lambda strength: Edit(), lambda strength, seed: Edit())
+
+
 def test_a_method_that_does_not_exist_is_refused() -> None:
     with pytest.raises(OptionError) as caught:
         configure("nonesuch", {}, DIMENSIONS)
     assert (caught.value.what, caught.value.found) == ("--method", "nonesuch")
-    assert caught.value.expected == "gloss or gloss-paper or profs or random"
+    assert caught.value.expected == " or ".join(METHODS.names())

@@ -23,7 +23,7 @@ EXIT_CODES = """
 \b
 Exit codes:
   0  done                        5  pairs, word list or activations unusable
-  2  wrong option or value       6  no subspace can be fitted as asked
+  2  wrong option or value       6  the method cannot fit an edit
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
   9  the guard refuses the edit  10 the Hub refuses the upload or cannot be reached

@@ -12,6 +12,7 @@ from converter.runtime.progress import Progress
 def plan_text(plan: dict[str, Any]) -> str:
     """The result of ``describe_plan`` for people."""
     options = plan["method"]["options"]
+    strength = options.get(plan["method"]["strength"])
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     lines = [
         f"{plan['source']}: {plan['architecture']}, "
@@ -20,7 +21,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         + experts_text(plan["dimensions"]),
         *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
         f"method {plan['method']['name']}, {plan['method']['strength']} "
-        f"{options.get(plan['method']['strength']) or 'chosen by the budget'}"
+        f"{'chosen by the budget' if strength is None else strength}"
         + layers_text(plan["edited_layers"]),
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "

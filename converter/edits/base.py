@@ -12,7 +12,7 @@ from torch import Tensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
-from converter.edits.deltas import Delta, tensors_of
+from converter.edits.deltas import Delta, RemoveSubspace, tensors_of
 from converter.errors import CheckpointError, FitError
 
 Patch = Mapping[str, Any] | str
@@ -58,7 +58,7 @@ class Edit:
                 except ValueError as error:
                     says = str(error)
                 else:
-                    if delta.protects is not None or (len(shape) < 3 and weight.rows is None):
+                    if delta.protects is not None or not _is_shared(weight):
                         continue
                     says = "one that shares its tensor with others"
             raise CheckpointError(
@@ -91,7 +91,8 @@ class Footprint:
     Attributes:
         weights: tensors that change.
         kinds: of these changes.
-        rank: largest number of columns of what is taken out or added; 0 for kinds that have none.
+        rank: largest number of columns of what is taken out or added, by which memory and disk are
+            planned; 0 for kinds that have none.
         created: name -> shape of a tensor that the source lacks.
         patches: files of the source whose text changes.
         files: paths of files that the source lacks.
@@ -103,6 +104,20 @@ class Footprint:
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+
+    def check_shared(self) -> None:
+        """Refuse from the headers what ``Edit.check`` would refuse after the fit.
+
+        Raises:
+            CheckpointError: naming a tensor of several weights that cannot change in this way.
+        """
+        shared = [weight.info.name for weight in self.weights if _is_shared(weight)]
+        if shared and RemoveSubspace not in self.kinds:
+            raise CheckpointError(
+                f"tensor {shared[0]} holds several weights, such as those of all experts",
+                expected="a method that takes a subspace out",
+                found=f"one of {' and '.join(kind.kind for kind in self.kinds) or 'no kind'}",
+            )
 
     def check(self, edit: Edit) -> None:
         """Refuse an edit that goes beyond what was planned, shown and found room for.
@@ -124,6 +139,11 @@ class Footprint:
                 f"the method changes {beyond[0]} in a way that its footprint does not have",
                 hint="nothing was written; it is a fault of the method",
             )
+
+
+def _is_shared(weight: Weight) -> bool:
+    """Whether other weights are in the same tensor."""
+    return len(weight.info.shape) > 2 or weight.rows is not None
 
 
 def norm_of(x: Tensor, minus: Tensor | None = None) -> float:

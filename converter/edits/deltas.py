@@ -6,7 +6,7 @@ the edited rows (``exact``), what a running model's output changes by (``shift``
 terms are whose rounding errors verification allows for (``terms``), and what is recorded of it. A
 kind knows no files, no dtype on disk and no blocks: ``edits.editor`` streams and rounds for all.
 
-A new kind is a frozen dataclass here whose fields are its tensors, and a line in ``KINDS``.
+A new kind is a frozen dataclass here whose fields are its tensors, and its name in ``KINDS``.
 """
 
 from collections.abc import Mapping
@@ -299,7 +299,7 @@ def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
 def _check(
     name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]
 ) -> None:
-    """Raise ValueError unless a tensor has this dtype and shape (None: any) and is finite."""
+    """Raise ValueError unless a tensor has this dtype and shape (None: any) and plain numbers."""
     sizes = tuple(tensor.shape)
     fits = len(sizes) == len(shape) and all(
         want in (None, got) for want, got in zip(shape, sizes, strict=True)
@@ -312,3 +312,5 @@ def _check(
         raise ValueError(f"{name} is {found}, not {said} {wanted}".replace("'", ""))
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or Inf")
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires a gradient")

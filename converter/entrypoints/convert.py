@@ -174,7 +174,9 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
-        output.check(plan, method.footprint(plan))
+        footprint = method.footprint(plan)
+        footprint.check_shared()
+        output.check(plan, footprint)
         return source, plan, method
 
 

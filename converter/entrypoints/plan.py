@@ -71,7 +71,7 @@ def describe_plan(
         "bytes_to_write": output.nbytes(plan, footprint),
         "bytes_on_disk": room,
         "originals": [path.name for path in source.originals],
-        "copied_files": output.companions(source.small),
+        "copied_files": [n for n in output.companions(source.small) if n not in footprint.patches],
         "device": device,
         "forward": forward.record(),
         "expected_peak_bytes": {

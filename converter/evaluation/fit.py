@@ -70,7 +70,7 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
             choice = choose_strength(probe, proposal, recipe.max_perplexity_ratio)
     found = None
     if recipe.guard:
-        with progress.stage("guard", "measuring the edit and random ones on other held-out text"):
+        with progress.stage("guard", "measuring the edit and controls on other held-out text"):
             found = guard(bench, proposal, choice.strength, parts.report)
     edit = proposal.edit(choice.strength)
     return Fitted(parts, bench.seen, proposal, edit, choice, found)

@@ -140,13 +140,13 @@ class Fits:
     def _method(self, control: str, seed: int, first: System | None) -> Method:
         """A control with the layers and the biases of the reference."""
         name, recipe, dimensions = _name(control), self.bench.recipe, self.bench.plan.dimensions
-        typed = {"rank": "auto"} | self.options
-        if name == recipe.method and name.startswith("gloss"):  # the options typed are its own
-            return configure(name, typed, dimensions)
+        free = {"rank": "auto"}
+        if name == recipe.method and name not in ("random", "profs"):  # what is typed is its own
+            return configure(name, self.options, dimensions, free)
         if first is not None and first.edit is not None:
             layers, bias = first.layers, first.bias
         else:
-            reference = configure(recipe.method, typed, dimensions)
+            reference = configure(recipe.method, self.options, dimensions, free)
             layers, bias = edited_layers(reference, self.bench.plan)
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
@@ -156,7 +156,7 @@ class Fits:
             options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK, *self.ranks, 1))}
         elif name == "profs":
             options |= DATA_FIXES
-        return configure(name, options, dimensions)
+        return configure(name, {}, dimensions, options)  # as far as it has them
 
     def _given(self, control: str, proposal: Proposal, first: System | None) -> tuple[float, ...]:
         """The strengths that need no choice."""

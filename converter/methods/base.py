@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from types import UnionType
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
-from converter.errors import OptionError
+from converter.errors import FitError, OptionError
 from converter.runtime.registry import Registry
 
 METHODS = Registry(
@@ -75,7 +75,7 @@ class Proposal:
     """What a fit gives: an edit for each strength, and as much of nothing to compare it with.
 
     Attributes:
-        strengths: ascending, such as ranks or step sizes.
+        strengths: one or more, ascending, such as ranks or step sizes.
         is_free: whether the most effective of them within the perplexity budget is to be chosen;
             if not, it is the last.
         edit: the edit of a strength; also of strengths between those listed, where that makes
@@ -96,14 +96,29 @@ class Proposal:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
 
+    def __post_init__(self) -> None:
+        if not self.strengths or list(self.strengths) != sorted(self.strengths):
+            raise FitError(
+                "the strengths that the method offers",
+                expected="one or more, ascending",
+                found=str(list(self.strengths)),
+                hint="it is a fault of the method",
+            )
+
 
 class Method(Protocol):
     """A method with its options set: a frozen dataclass whose fields are the options.
 
+    An option is ``Layers``, ``int``, ``float``, ``str`` or a ``Literal`` of texts; None, where it
+    may be that, is typed as ``auto``. The ``metadata`` of its field may have ``min``, the smallest
+    number, or ``names``, a function that returns the texts to choose from. An option that neither
+    the field nor ``defaults`` gives a value has to be typed.
+
     Attributes:
         title: for people.
         paper: URL of its description.
-        strength: what its strengths are called, such as ``rank``.
+        strength: what its strengths are called, such as ``rank``: the name of the option that sets
+            one.
     """
 
     title: ClassVar[str]
@@ -112,7 +127,7 @@ class Method(Protocol):
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """Values of the options that depend on the model."""
+        """Values of the options that depend on the model; those that are typed come first."""
 
     def footprint(self, plan: Plan) -> Footprint:
         """What will change, from the headers alone.
@@ -122,7 +137,11 @@ class Method(Protocol):
         """
 
     def fit(self, bench: Workbench) -> Proposal:
-        """Fit, then freeze. Raises FitError."""
+        """Fit to what the bench gives; nothing is written. Raises FitError."""
+
+
+PARTS = ("__dataclass_fields__", "title", "paper", "strength", "defaults", "footprint", "fit")
+"""What every class like ``Method`` has."""
 
 
 def configure(
@@ -140,9 +159,15 @@ def configure(
         implied: other defaults, of those options that the method has.
 
     Raises:
-        OptionError: an unknown method, an unknown option, or a value out of range.
+        OptionError: an unknown method, or a class that is none; an unknown option, a value out of
+            range, or none of an option that needs one.
     """
     kind = METHODS.load(name)
+    if lacking := [part for part in PARTS if not hasattr(kind, part)]:
+        raise OptionError(
+            f"--method {name}", expected="a dataclass like Method",
+            found=f"a class without {lacking[0]}", hint="it is a fault of the method",
+        )  # fmt: skip
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = kind.defaults(dimensions)
@@ -156,23 +181,31 @@ def configure(
             raise OptionError(f"-o {key}", expected=f"at least {least}", found=text)
         if names is not None and values[key] not in names():
             raise OptionError(f"-o {key}", expected=" or ".join(names()), found=text)
+    for key, option in fields.items():
+        if key not in values and option.default is option.default_factory is dataclasses.MISSING:
+            raise OptionError(f"-o {key}: method {name}", expected="a value", found="none")
     method: Method = kind(**values)
     return method
 
 
 def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
+    if get_origin(hint) in (Union, UnionType):  # int | None: a number, or left to the program
+        if text == "auto":
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is Literal:
         if text not in get_args(hint):
             raise OptionError(f"-o {key}", expected=" or ".join(get_args(hint)), found=text)
         return text
     if hint == Layers:
         return parse_layers(key, text, num_layers)
-    if get_origin(hint) is UnionType:  # int | None: a number, or left to the program
-        if text == "auto":
-            return None
-        hint = get_args(hint)[0]
     if hint is str:
         return text
+    if hint not in (int, float):
+        raise OptionError(
+            f"-o {key} cannot be read", expected="an option of a type that methods can have",
+            found=getattr(hint, "__name__", str(hint)), hint="it is a fault of the method",
+        )  # fmt: skip
     try:
         value = hint(text)
         if not isfinite(value):

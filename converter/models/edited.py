@@ -70,8 +70,10 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
         edit: what becomes of them.
 
     Raises:
+        CheckpointError: the edit does not fit the checkpoint.
         OptionError: see ``module_edits``.
     """
+    edit.check(plan)
     changes = module_edits(plan, edit)
     with hooked(model, {name: change.hook for name, change in changes.items()}):
         yield
