@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
-from converter.edits.deltas import Delta, tensors_of
+from converter.edits.deltas import KINDS, Delta, is_dense, tensors_of
 from converter.errors import CheckpointError, FitError
+from converter.runtime import strict_json
 
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
@@ -29,12 +30,23 @@ class Edit:
         created: name -> a tensor that the source lacks; it is stored in its own dtype.
         patches: file of the source -> how its text changes.
         files: path -> content of a file that the source lacks.
+
+    Raises:
+        FitError: a part of it is of another type, so that it is no edit at all.
     """
 
     tensors: Mapping[str, Delta] = field(default_factory=dict)
     created: Mapping[str, Tensor] = field(default_factory=dict)
     patches: Mapping[str, Patch] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_table("tensors", self.tensors, _is_delta, "changes of plain tensors")
+        _check_table("created", self.created, is_dense, "plain tensors: dense, without gradients")
+        _check_table("patches", self.patches, _is_patch, "texts, or objects of JSON")
+        _check_table("files", self.files, lambda data: isinstance(data, bytes), "bytes")
+        patches = {name: strict_json.plain(patch) for name, patch in self.patches.items()}
+        object.__setattr__(self, "patches", patches)
 
     @property
     def rank(self) -> int:
@@ -82,6 +94,32 @@ class Edit:
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         what = [deltas, created, dict(self.patches), files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _check_table(name: str, table: object, fits: Callable[[object], bool], wanted: str) -> None:
+    """Raise FitError unless this is a mapping of names to values that fit."""
+    fault = "it is a fault of the method"
+    if not isinstance(table, Mapping):
+        found = type(table).__name__
+        raise FitError(f"{name} of an edit", expected="a mapping", found=found, hint=fault)
+    for key, value in table.items():
+        if not isinstance(key, str):
+            raise FitError(f"{name} of an edit", expected="names", found=repr(key), hint=fault)
+        if not fits(value):
+            said = f"{key} ({type(value).__name__})"
+            raise FitError(f"{name} of an edit", expected=wanted, found=said, hint=fault)
+
+
+def _is_delta(value: Any) -> bool:
+    return type(value) in KINDS.values() and all(map(is_dense, tensors_of(value).values()))
+
+
+def _is_patch(value: object) -> bool:
+    try:
+        strict_json.plain(value)
+    except ValueError:
+        return False
+    return isinstance(value, str | Mapping)
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ class Bench:
         stored, scales = self.source.read(weight.shard, weight.info), weight.scales
         if scales is not None:
             stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
-        return stored.movedim(weight.axis, 0).flatten(1).float()
+        return stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """See ``Vocabulary.decode``."""
