@@ -27,18 +27,22 @@ from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
 from converter.release.recording import read_recording
 from converter.runtime import progress
+from converter.runtime.registry import telling_packages
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep bars and advice of transformers off the screen, and restore its settings after."""
+    """Keep bars and advice of transformers off the screen, and restore its settings after.
+
+    What the code of a package raises is told as its fault.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with progress.recording():
+        with progress.recording(), telling_packages():
             yield
     finally:
         logging.set_verbosity(level)

@@ -21,6 +21,10 @@ Patch = Mapping[str, Any] | str
 front of any other file."""
 
 
+FAULT = "it is a fault of the method"
+"""What a user can know of an edit that makes no sense."""
+
+
 @dataclass(frozen=True, slots=True)
 class Edit:
     """All that a method changes in a checkpoint, and nothing about how that is written.
@@ -60,16 +64,19 @@ class Edit:
         Raises:
             CheckpointError: naming a tensor that is not there, or that its change does not fit.
         """
-        weights = plan.find(self.tensors)
+        weights, known = plan.find(self.tensors), set[tuple[int, int, int]]()
         for name, delta in self.tensors.items():
             weight, says = weights.get(name), "no weight of that name"
             if weight is not None:
                 shape, height = weight.info.shape, weight.info.shape[weight.axis]
+                width = prod(shape) // max(height, 1)
                 try:
-                    delta.check((height, prod(shape) // max(height, 1)))
+                    if (id(delta), height, width) not in known:  # weights may share it
+                        delta.check((height, width))
                 except ValueError as error:
                     says = str(error)
                 else:
+                    known.add((id(delta), height, width))
                     if delta.protects is not None or (len(shape) < 3 and weight.rows is None):
                         continue
                     says = "one that shares its tensor with others"
@@ -98,20 +105,30 @@ class Edit:
 
 def _check_table(name: str, table: object, fits: Callable[[object], bool], wanted: str) -> None:
     """Raise FitError unless this is a mapping of names to values that fit."""
-    fault = "it is a fault of the method"
-    if not isinstance(table, Mapping):
-        found = type(table).__name__
-        raise FitError(f"{name} of an edit", expected="a mapping", found=found, hint=fault)
-    for key, value in table.items():
-        if not isinstance(key, str):
-            raise FitError(f"{name} of an edit", expected="names", found=repr(key), hint=fault)
+    for key, value in _items(name, table):
         if not fits(value):
             said = f"{key} ({type(value).__name__})"
-            raise FitError(f"{name} of an edit", expected=wanted, found=said, hint=fault)
+            raise FitError(f"{name} of an edit", expected=wanted, found=said, hint=FAULT)
+
+
+def _items(name: str, table: object) -> list[tuple[str, Any]]:
+    """The items of a mapping of names. Raises FitError if it is none."""
+    if not isinstance(table, Mapping):
+        found = type(table).__name__
+        raise FitError(f"{name} of an edit", expected="a mapping", found=found, hint=FAULT)
+    if others := [key for key in table if not isinstance(key, str)]:
+        raise FitError(
+            f"{name} of an edit", expected="names", found=repr(others[0])[:80], hint=FAULT
+        )
+    return list(table.items())
 
 
 def _is_delta(value: Any) -> bool:
     return type(value) in KINDS.values() and all(map(is_dense, tensors_of(value).values()))
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) and size >= 0 for size in value)
 
 
 def _is_patch(value: object) -> bool:
@@ -133,6 +150,9 @@ class Footprint:
         created: name -> shape of a tensor that the source lacks.
         patches: files of the source whose text changes.
         files: paths of files that the source lacks.
+
+    Raises:
+        FitError: a part of it is of another type.
     """
 
     weights: tuple[Weight, ...] = ()
@@ -141,6 +161,20 @@ class Footprint:
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = [shape for _, shape in _items("created", self.created)]
+        for what, values, fits in (
+            ("weights", self.weights, lambda value: isinstance(value, Weight)),
+            ("kinds", self.kinds, lambda value: value in KINDS.values()),
+            ("shapes", shapes, _is_shape),
+            ("patches", self.patches, lambda value: isinstance(value, str)),
+            ("files", self.files, lambda value: isinstance(value, str)),
+        ):
+            if not isinstance(values, tuple | list) or not all(map(fits, values)):
+                raise FitError(f"{what} of a footprint", found=repr(values)[:80], hint=FAULT)
+        if type(self.rank) is not int:
+            raise FitError("rank of a footprint", found=repr(self.rank)[:80], hint=FAULT)
 
     def check(self, edit: Edit) -> None:
         """Refuse an edit that goes beyond what was planned, shown and found room for.

@@ -18,7 +18,7 @@ from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
 from converter.evaluation.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
-from converter.methods.base import METHODS, configure
+from converter.methods.base import METHODS, configure, footprint_of
 from converter.methods.subspace import check_evidence
 from converter.outputs.base import Output
 from converter.outputs.record_checks import is_addable
@@ -129,7 +129,7 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         return
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
-        footprint = expected.footprint(plan)
+        footprint = footprint_of(expected, plan)
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
