@@ -4,20 +4,22 @@ They return what the commands print, raise what the commands exit with, and tell
 logger ``converter``.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit
-from converter.entrypoints.convert import convert as write_conversion
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.diff import diff_checkpoints
 from converter.entrypoints.evaluate import evaluate_model
 from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
+from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
+from converter.errors import OptionError
 from converter.evaluation.compare import Comparison
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import parse_controls
@@ -27,18 +29,27 @@ from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
 from converter.release.recording import read_recording
 from converter.runtime import progress
+from converter.runtime.registry import telling_packages
+
+T = TypeVar("T")
+
+Place = str | os.PathLike[str]
+"""A path, or what is typed on a command line: a repo id, or the word demo."""
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep bars and advice of transformers off the screen, and restore its settings after."""
+    """Keep bars and advice of transformers off the screen, and restore its settings after.
+
+    What the code of a package raises is told as its fault.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with progress.recording():
+        with progress.recording(), telling_packages():
             yield
     finally:
         logging.set_verbosity(level)
@@ -48,15 +59,16 @@ def _quietly() -> Iterator[None]:
 
 @_quietly()
 def convert(
-    recipe: Recipe | str,
-    destination: Path | str,
+    recipe: Recipe | Place,
+    destination: Place,
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
 ) -> Manifest:
     """Fit an edit on a model, examine it, and write the edited model: ``gloss-convert``.
 
-    A run that was interrupted goes on where it stopped if it is called again.
+    A run that was interrupted goes on where it stopped if it is called again; one that was finished
+    is verified, and not done again.
 
     Args:
         recipe: all that the result depends on, or a source, for a recipe of defaults.
@@ -72,12 +84,13 @@ def convert(
             these, GuardError says that the edit would break the model, or does no more than a
             random one.
     """
-    delivery = Delivery(overwrite=overwrite)
-    return write_conversion(_recipe(recipe), Path(destination), settings, delivery)
+    place = _folder(destination, "DESTINATION")
+    delivery = Delivery(overwrite=_given(overwrite, bool, "--overwrite"))
+    return convert_once(_recipe(recipe), place, _given(settings, Settings, "settings"), delivery)
 
 
 @_quietly()
-def plan(recipe: Recipe | str, settings: Settings = Settings()) -> dict[str, Any]:
+def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, Any]:
     """What ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
 
     Args:
@@ -91,12 +104,12 @@ def plan(recipe: Recipe | str, settings: Settings = Settings()) -> dict[str, Any
     Raises:
         ConverterError: as ``convert`` would, as far as that can be known.
     """
-    return describe_plan(_recipe(recipe), settings=settings)
+    return describe_plan(_recipe(recipe), settings=_given(settings, Settings, "settings"))
 
 
 @_quietly()
 def verify(
-    destination: Path | str, source: str | None = None, *, trust_remote_code: bool = False
+    destination: Place, source: Place | None = None, *, trust_remote_code: bool = False
 ) -> list[str]:
     """Check that a converted model is, byte for byte, what its manifest says: ``gloss verify``.
 
@@ -111,16 +124,17 @@ def verify(
     Raises:
         SourceError, CheckpointError: the source cannot be read.
     """
-    original = resolve(source) if source else None
+    folder = _folder(destination, "DESTINATION")
+    original = None if source is None else resolve(_text(source, "--source"))
     if original:
         original.fetch()
-    return find_problems(Path(destination), original, trust_remote_code)
+    return find_problems(folder, original, trust_remote_code)
 
 
 @_quietly()
 def evaluate(
-    recipe: Recipe | str,
-    edited: str | None = None,
+    recipe: Recipe | Place,
+    edited: Place | None = None,
     asked: EvaluationOptions = EvaluationOptions(),
     settings: Settings = Settings(),
     *,
@@ -136,8 +150,8 @@ def evaluate(
         asked: what is measured: prompts, scorers, samples, text.
         settings: as for ``convert``.
         controls: methods to fit and measure beside, such as ``random``.
-        seeds: of the pairs that these are fitted on.
-        ranks: strengths to measure of each; empty to choose one.
+        seeds: of the pairs that these are fitted on, one at least.
+        ranks: to measure of each, from 1; empty to choose one.
 
     Returns:
         metrics of each system, with their intervals of 95 %.
@@ -145,16 +159,20 @@ def evaluate(
     Raises:
         ConverterError: one of its children says what is wrong.
     """
-    fitted = parse_controls(",".join(controls))
-    comparison = Comparison(fitted, tuple(seeds), tuple(ranks), asked.passages)
-    return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=edited)
+    given, asked = _recipe(recipe), _given(asked, EvaluationOptions, "asked")
+    settings = _given(settings, Settings, "settings")
+    fitted = parse_controls(",".join(_sequence(controls, str, "--control")))
+    numbers = _sequence(seeds, int, "--seeds"), _sequence(ranks, int, "--ranks")
+    comparison = Comparison(fitted, *numbers, asked.passages)
+    place = None if edited is None else _text(edited, "EDITED")
+    return evaluate_model(given, comparison, asked, settings, edited=place)
 
 
 @_quietly()
 def replay(
-    manifest: Path | str,
-    destination: Path | str,
-    source: str | None = None,
+    manifest: Place,
+    destination: Place,
+    source: Place | None = None,
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
@@ -175,13 +193,20 @@ def replay(
         VerificationError: the source or the outputs are not the recorded ones.
         ConverterError: another of its children; the destination is as it was.
     """
-    recording, given = read_recording(Path(manifest)), LocalInputs(source=source)
-    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite)
-    return done.manifest
+    recording, place = (
+        read_recording(_folder(manifest, "MANIFEST")),
+        _folder(destination, "DESTINATION"),
+    )
+    given = LocalInputs(source=None if source is None else _text(source, "--source"))
+    settings, overwrite = (
+        _given(settings, Settings, "settings"),
+        _given(overwrite, bool, "--overwrite"),
+    )
+    return write_replay(recording, place, given, settings, overwrite=overwrite).manifest
 
 
 @_quietly()
-def diff(before: str, after: str) -> dict[str, Any]:
+def diff(before: Place, after: Place) -> dict[str, Any]:
     """Compare two models tensor by tensor, wherever their shards begin and end: ``gloss diff``.
 
     Args:
@@ -194,11 +219,11 @@ def diff(before: str, after: str) -> dict[str, Any]:
     Raises:
         SourceError, CheckpointError: one of them cannot be read.
     """
-    return diff_checkpoints(before, after)
+    return diff_checkpoints(_text(before, "A"), _text(after, "B"))
 
 
 @_quietly()
-def load_edit(destination: Path | str) -> Edit:
+def load_edit(destination: Place) -> Edit:
     """The edit that a converted model has: its tensors, new tensors, patches and files.
 
     Args:
@@ -207,9 +232,38 @@ def load_edit(destination: Path | str) -> Edit:
     Raises:
         VerificationError: there is no manifest, or the edit's file is not the recorded one.
     """
-    recording = read_recording(Path(destination))
+    recording = read_recording(_folder(destination, "DESTINATION"))
     return edit_of(recording.manifest, recording.stored)
 
 
-def _recipe(recipe: Recipe | str) -> Recipe:
-    return Recipe(source=recipe) if isinstance(recipe, str) else recipe
+def _recipe(recipe: Recipe | Place) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe(source=_text(recipe, "recipe"))
+
+
+def _text(place: Place, what: str) -> str:
+    """A place as it would be typed. Raises OptionError."""
+    text = os.fspath(place) if isinstance(place, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise OptionError(what, expected="text or a path", found=repr(place)[:80])
+    return text
+
+
+def _folder(place: Place, what: str) -> Path:
+    return Path(_text(place, what))
+
+
+def _given(value: T, kind: type[T], what: str) -> T:
+    """A value of this type. Raises OptionError."""
+    if not isinstance(value, kind):
+        raise OptionError(what, expected=kind.__name__, found=repr(value)[:80])
+    return value
+
+
+def _sequence(values: Sequence[T], kind: type[T], what: str) -> tuple[T, ...]:
+    """Several values of this type. Raises OptionError."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        expected = f"a list of {kind.__name__}"
+        raise OptionError(what, expected=expected, found=repr(values)[:80])
+    return tuple(_given(value, kind, what) for value in values)

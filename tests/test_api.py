@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,56 @@ def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
     with pytest.raises(converter.VerificationError):
         converter.load_edit(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+WRONG: dict[str, Callable[[Any], object]] = {
+    "a recipe of nothing": lambda place: converter.convert(None, place),  # type: ignore[arg-type]
+    "a recipe as a dict": lambda place: converter.plan({"source": "x"}),  # type: ignore[arg-type]
+    "a destination of nothing": lambda place: converter.convert("x", None),  # type: ignore[arg-type]
+    "a destination of bytes": lambda place: converter.convert("x", b"y"),  # type: ignore[arg-type]
+    "an empty destination": lambda place: converter.convert("x", ""),
+    "a destination with a zero": lambda place: converter.verify("a\0b"),
+    "settings as a dict": lambda place: converter.plan("x", {}),  # type: ignore[arg-type]
+    "overwrite as text": lambda place: converter.convert(
+        "x", place, overwrite="no",  # type: ignore[arg-type]
+    ),
+    "an empty source": lambda place: converter.verify(place, ""),
+    "a number to compare": lambda place: converter.diff(1, place),  # type: ignore[arg-type]
+    "no folder": lambda place: converter.load_edit(None),  # type: ignore[arg-type]
+    "no manifest": lambda place: converter.replay(None, place),  # type: ignore[arg-type]
+    "controls as text": lambda place: converter.evaluate("x", controls="random"),
+    "one seed": lambda place: converter.evaluate("x", seeds=3),  # type: ignore[arg-type]
+    "no seeds": lambda place: converter.evaluate("x", seeds=()),
+    "half a rank": lambda place: converter.evaluate("x", ranks=[1.5]),  # type: ignore[list-item]
+    "a negative rank": lambda place: converter.evaluate("x", ranks=[-1]),
+    "options as a dict": lambda place: converter.evaluate("x", asked={}),  # type: ignore[arg-type]
+    "keys that are numbers": lambda place: converter.Recipe(
+        source="x", options={4: "4"},  # type: ignore[dict-item]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_arguments_of_the_wrong_type_are_refused_in_a_sentence(wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(converter.OptionError, match="expected"):
+        WRONG[wrong](tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_do_as_well_as_texts_and_a_second_call_as_the_first(
+    recipe: converter.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Path(recipe.source)
+    given = replace(recipe, source=source)  # type: ignore[arg-type]
+    assert given == recipe
+    first = converter.convert(given, "out")
+    assert converter.convert(given, Path("out")) == first
+    assert converter.plan(source)["source"] == source.name
+    assert converter.verify(Path("out"), source) == []
+    converter.replay("out", "again", source)
+    assert converter.diff(Path("out"), "again")["changed"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
 
 
 @pytest.fixture
