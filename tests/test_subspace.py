@@ -31,7 +31,7 @@ from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_na
 from converter.errors import FitError, OptionError
 from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin, SubspaceEvidence
-from converter.methods.base import METHODS, PARTS, Proposal, configure, parse_layers
+from converter.methods.base import METHODS, Proposal, configure, parse_layers
 from converter.methods.rankings import ranking_names
 from converter.methods.subspace import Removal, Subspace, above_threshold, global_basis
 from converter.runtime.registry import Registry
@@ -483,16 +483,16 @@ def test_wrong_options_are_refused(options: dict[str, str], says: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "lacking", "options", "says"),
     [
-        (int, "paper", {}, "expected a dataclass like Method, found a class without paper"),
+        (int, "paper", {}, "it has no paper"),
         (int, "", {}, "-o own: method toy: expected a value, found none"),
-        (bool, "", {"own": "false"}, "found bool; it is a fault of the method"),
+        (bytes, "", {"own": "x"}, "its option own is of a type that has no text"),
         (Literal["a", "b"] | None, "", {"own": "c"}, "-o own: expected a or b, found c"),
     ],
 )
 def test_a_class_that_is_no_method_is_refused(
     kind: Any, lacking: str, options: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts: dict[str, Any] = {part: lambda *given: {} for part in PARTS[1:] if part != lacking}
+    parts: dict[str, Any] = {part: lambda *given: {} for part in METHODS.needs if part != lacking}
     toy = make_dataclass("Toy", [("own", kind)], namespace=parts)
     monkeypatch.setattr(Registry, "load", lambda self, name: toy)
     with pytest.raises(OptionError) as caught:
