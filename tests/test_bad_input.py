@@ -16,7 +16,6 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from converter.errors import ConverterError
 from converter.methods import gloss_paper
 from tests.builders.models import TINY_ARGS, tiny_args
 
@@ -402,11 +401,6 @@ def test_activations_of_another_model(
 def test_errors_are_json_too(cli: Cli, tmp_path: Path) -> None:
     result = cli("convert", "/nowhere", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["exit_code"] == result.exit_code == 3
-
-
-def test_every_error_class_has_its_own_exit_code() -> None:
-    codes = [kind.exit_code for kind in ConverterError.__subclasses__()]
-    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
