@@ -80,6 +80,7 @@ class Runs:
         return "miss" if self.loaded > before else "hit"
 
 
+@pytest.mark.slow
 def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

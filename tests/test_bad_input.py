@@ -403,6 +403,7 @@ def test_errors_are_json_too(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["exit_code"] == result.exit_code == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],

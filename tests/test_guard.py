@@ -185,6 +185,7 @@ def test_a_doubtful_pass_is_said() -> None:
     assert neutral_energy(torch.eye(4)[:, :1], torch.diag(torch.tensor([1.0, 3, 0, 0]))) == 0.25
 
 
+@pytest.mark.slow
 def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -222,6 +223,7 @@ def proposed(bench: Bench, direction: Tensor) -> Proposal:
     return Removal(1, WRITING, bias=True).propose(bench, subspace, None)
 
 
+@pytest.mark.slow
 def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: Path) -> None:
     """The default fit, twice without a cache: weights and subspace are identical."""
     pairs = planted.parent / "pairs.jsonl"

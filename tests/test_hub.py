@@ -88,6 +88,7 @@ def process(server: HubServer, tmp_path: Path) -> Process:
     return run
 
 
+@pytest.mark.slow
 def test_a_repo_converts_as_its_folder_does(
     gloss: Gloss,
     process: Process,

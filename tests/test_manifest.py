@@ -78,6 +78,7 @@ def complete() -> dict[str, Any]:
     return made
 
 
+@pytest.mark.slow
 def test_classes_and_schema_take_and_refuse_the_same() -> None:
     """Each value of a manifest replaced by others; each key left out, and one too many."""
     counts, apart = Counter[bool](), []

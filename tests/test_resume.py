@@ -342,6 +342,7 @@ convert_command(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_long_does_not_keep_a_run_alive(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -547,6 +547,7 @@ def test_a_streamed_conversion_gives_the_same_subspace(
         assert float((U @ U.T - V @ V.T).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_conversion_can_be_streamed_from_its_texts_to_its_guard(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
