@@ -16,6 +16,7 @@ import converter
 from converter import errors
 from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.release.manifest import read_manifest
+from tests.builders.errors import refused
 from tests.builders.models import METHOD, TINY, load
 from tests.builders.packages import install
 
@@ -115,11 +116,11 @@ def test_a_notebook_goes_through_all_of_it(
 
 
 def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
-    with pytest.raises(converter.SourceError):
+    with refused(converter.SourceError, what=f"{tmp_path / 'nothing'} does not exist"):
         converter.convert(str(tmp_path / "nothing"), tmp_path / "out")
-    with pytest.raises(converter.OptionError):
+    with refused(converter.OptionError, what="--control", found="nothing"):
         converter.evaluate(recipe, controls=["nothing"])
-    with pytest.raises(converter.VerificationError):
+    with refused(converter.VerificationError, what="there is no manifest gloss_manifest.json"):
         converter.load_edit(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -220,7 +221,8 @@ def test_the_example_of_the_guide_runs_as_a_package(
     assert isinstance(delta, AddLowRank)
     assert torch.linalg.matrix_rank(delta.B @ delta.A) == 1
     assert converter.verify(out, recipe.source) == []
-    with pytest.raises(converter.GuardError):  # what random weights write is not toxic
+    # what random weights write is not toxic
+    with refused(converter.GuardError, what="the edit is refused: ..."):
         converter.convert(replace(asked, options={}, guard=True), tmp_path / "chosen")
 
 
