@@ -35,7 +35,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from tests.builders.adversary import load_manifest, put, record
+from tests.builders.adversary import copy_of, load_manifest, put, record
 from tests.builders.methods import METHODS, AddedFile, Base
 from tests.builders.models import load
 from tests.builders.packages import install
@@ -241,6 +241,18 @@ def test_a_single_file_and_created_tensors_become_two_shards(
     assert (out / shards[0]).read_bytes() == (source / "model.safetensors").read_bytes()
     run(cli, "verify", out, "--source", source)
     assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "x"}])
+def test_created_tensors_beside_an_index_whose_metadata_is_odd(
+    metadata: object, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    folder = copy_of(source, tmp_path / "source")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": metadata}))
+    out = convert(cli, folder, tmp_path / "out", KINDS[3])
+    assert json.loads((out / path.name).read_text())["metadata"] == metadata
+    run(cli, "verify", out, "--source", folder)
 
 
 @pytest.mark.parametrize(
