@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
+import converter
 from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
@@ -33,6 +35,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
+from tests.builders.adversary import copy_of, load_manifest, put, record
 from tests.builders.methods import METHODS, AddedFile, Base
 from tests.builders.models import load
 from tests.builders.packages import install
@@ -240,6 +243,18 @@ def test_a_single_file_and_created_tensors_become_two_shards(
     assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
 
 
+@pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "x"}])
+def test_created_tensors_beside_an_index_whose_metadata_is_odd(
+    metadata: object, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    folder = copy_of(source, tmp_path / "source")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": metadata}))
+    out = convert(cli, folder, tmp_path / "out", KINDS[3])
+    assert json.loads((out / path.name).read_text())["metadata"] == metadata
+    run(cli, "verify", out, "--source", folder)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "code", "sentence"),
     [
@@ -412,6 +427,73 @@ def test_a_gate_of_leakage_is_refused_at_once(
     args = [*arguments(source, tmp_path / "out", kind), "--max-leakage", 0.1]
     assert "--max-leakage has no measurement" in run(cli, *args, code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+def other_bytes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Changes a created tensor where it is read from, and nowhere else."""
+    path = folder / "model-created.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x40")
+    record(folder, manifest, path.name)
+
+
+def one_more_tensor(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "model-created.safetensors"
+    save_file({**load_file(path), "hidden": torch.ones(3)}, path, {"format": "pt"})
+    record(folder, manifest, path.name)
+
+
+def another_patch(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["patches"]["config.json"]["attention_bias"] = False
+
+
+def a_patch_of_text(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["patches"]["config.json"] = "{"
+
+
+def created_twice(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["created"].append(manifest["edit"]["created"][0])
+
+
+FORGERIES = {
+    "has another sha256 than recorded": other_bytes,
+    "tensor hidden is not one that the edit creates": one_more_tensor,
+    "config.json: does not say what the recorded patch makes of it": another_patch,
+    "config.json: does not say what the recorded patch": a_patch_of_text,
+    "is recorded as created twice": created_twice,
+}
+
+
+@pytest.mark.parametrize("said", FORGERIES)
+def test_what_is_forged_and_made_to_agree_is_found_without_the_source(
+    said: str, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    manifest = load_manifest(out)
+    FORGERIES[said](out, manifest)
+    put(out, manifest)
+    assert said in run(cli, "verify", out, code=8).stderr
+
+
+def test_a_file_that_is_added_twice_or_is_none_of_a_model(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[4])
+    manifest = load_manifest(out)
+    manifest["edit"]["files"] *= 2
+    put(out, manifest)
+    twice = run(cli, "verify", out, code=8)
+    assert "file notes/edit.txt is recorded as added twice" in twice.stderr
+    manifest["edit"]["files"][1] = "adapter_config.json"
+    put(out, manifest)
+    refused = run(cli, "verify", out, code=8)
+    assert "adapter_config.json: is recorded as added by the edit and cannot be" in refused.stderr
+
+
+def test_an_index_that_is_missing_is_missed_once(source: Path, cli: Cli, tmp_path: Path) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    (out / "model.safetensors.index.json").unlink()
+    found = converter.verify(out, source)
+    assert found == ["model.safetensors.index.json: is missing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,9 @@ def test_a_text_that_is_no_json_gets_another_in_front() -> None:
     assert patched("chat_template.jinja", "{{ x }}", "{% set x = 1 %}") == "{% set x = 1 %}{{ x }}"
 
 
-@pytest.mark.parametrize("text", ["[]", "", "{", '{"a": 1,}', '{"a" 1}'])
+@pytest.mark.parametrize(
+    "text", ['[1, {"a": 1}]', '"{" {"a": 1}', "[]", "", "{", '{"a": 1,}', '{"a" 1}']
+)
 def test_what_is_no_object_cannot_be_patched(text: str) -> None:
     with refused(CheckpointError, what="config.json cannot be patched"):
         patched("config.json", text, {"a": 3})

@@ -40,9 +40,14 @@ def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
     for what, holds in _claims(manifest):
         if not holds:
             yield f"{MANIFEST}: {what}"
-    names = Counter(entry.name for entry in manifest.edited)
-    for name in sorted(name for name, count in names.items() if count > 1):
-        yield f"{MANIFEST}: tensor {name} is recorded as edited twice"
+    edit = manifest.edit
+    for what, names in (
+        ("tensor {} is recorded as edited", [entry.name for entry in manifest.edited]),
+        ("tensor {} is recorded as created", [created.name for created in edit.created]),
+        ("file {} is recorded as added", list(edit.files)),
+    ):
+        for name in sorted(name for name, count in Counter(names).items() if count > 1):
+            yield f"{MANIFEST}: {what.format(name)} twice"
 
 
 def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:

@@ -232,7 +232,8 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
     if not created:
         return text
     patch: dict[str, object] = {"weight_map": dict.fromkeys(sorted(created), shards.extra)}
-    total = json.loads(text).get("metadata", {}).get("total_size")
+    metadata = json.loads(text).get("metadata")  # of a stranger's index: of any type
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, int):
         patch["metadata"] = {"total_size": total + sum(created.values())}
     return patched(INDEX, text, patch)
