@@ -4,11 +4,11 @@ They return what the commands print, raise what the commands exit with, and tell
 logger ``converter``.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit
@@ -19,7 +19,6 @@ from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
-from converter.errors import OptionError
 from converter.evaluation.compare import Comparison
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import parse_controls
@@ -31,9 +30,7 @@ from converter.release.recording import read_recording
 from converter.runtime import progress
 from converter.runtime.registry import telling_packages
 
-T = TypeVar("T")
-
-Place = str | os.PathLike[str]
+Place = str | PathLike[str]
 """A path, or what is typed on a command line: a repo id, or the word demo."""
 
 
@@ -84,9 +81,8 @@ def convert(
             these, GuardError says that the edit would break the model, or does no more than a
             random one.
     """
-    place = _folder(destination, "DESTINATION")
-    delivery = Delivery(overwrite=_given(overwrite, bool, "--overwrite"))
-    return convert_once(_recipe(recipe), place, _given(settings, Settings, "settings"), delivery)
+    delivery = Delivery(overwrite=overwrite)
+    return convert_once(_recipe(recipe), Path(destination), settings, delivery)
 
 
 @_quietly()
@@ -104,7 +100,7 @@ def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, A
     Raises:
         ConverterError: as ``convert`` would, as far as that can be known.
     """
-    return describe_plan(_recipe(recipe), settings=_given(settings, Settings, "settings"))
+    return describe_plan(_recipe(recipe), settings=settings)
 
 
 @_quietly()
@@ -124,11 +120,10 @@ def verify(
     Raises:
         SourceError, CheckpointError: the source cannot be read.
     """
-    folder = _folder(destination, "DESTINATION")
-    original = None if source is None else resolve(_text(source, "--source"))
+    original = None if source is None else resolve(fspath(source))
     if original:
         original.fetch()
-    return find_problems(folder, original, trust_remote_code)
+    return find_problems(Path(destination), original, trust_remote_code)
 
 
 @_quietly()
@@ -159,13 +154,10 @@ def evaluate(
     Raises:
         ConverterError: one of its children says what is wrong.
     """
-    given, asked = _recipe(recipe), _given(asked, EvaluationOptions, "asked")
-    settings = _given(settings, Settings, "settings")
-    fitted = parse_controls(",".join(_sequence(controls, str, "--control")))
-    numbers = _sequence(seeds, int, "--seeds"), _sequence(ranks, int, "--ranks")
-    comparison = Comparison(fitted, *numbers, asked.passages)
-    place = None if edited is None else _text(edited, "EDITED")
-    return evaluate_model(given, comparison, asked, settings, edited=place)
+    fitted = parse_controls(",".join(controls))
+    comparison = Comparison(fitted, tuple(seeds), tuple(ranks), asked.passages)
+    made = None if edited is None else fspath(edited)
+    return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 
 
 @_quietly()
@@ -193,16 +185,10 @@ def replay(
         VerificationError: the source or the outputs are not the recorded ones.
         ConverterError: another of its children; the destination is as it was.
     """
-    recording, place = (
-        read_recording(_folder(manifest, "MANIFEST")),
-        _folder(destination, "DESTINATION"),
-    )
-    given = LocalInputs(source=None if source is None else _text(source, "--source"))
-    settings, overwrite = (
-        _given(settings, Settings, "settings"),
-        _given(overwrite, bool, "--overwrite"),
-    )
-    return write_replay(recording, place, given, settings, overwrite=overwrite).manifest
+    given = LocalInputs(source=None if source is None else fspath(source))
+    recording = read_recording(Path(manifest))
+    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite)
+    return done.manifest
 
 
 @_quietly()
@@ -219,7 +205,7 @@ def diff(before: Place, after: Place) -> dict[str, Any]:
     Raises:
         SourceError, CheckpointError: one of them cannot be read.
     """
-    return diff_checkpoints(_text(before, "A"), _text(after, "B"))
+    return diff_checkpoints(fspath(before), fspath(after))
 
 
 @_quietly()
@@ -232,38 +218,11 @@ def load_edit(destination: Place) -> Edit:
     Raises:
         VerificationError: there is no manifest, or the edit's file is not the recorded one.
     """
-    recording = read_recording(_folder(destination, "DESTINATION"))
+    recording = read_recording(Path(destination))
     return edit_of(recording.manifest, recording.stored)
 
 
 def _recipe(recipe: Recipe | Place) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    return Recipe(source=_text(recipe, "recipe"))
-
-
-def _text(place: Place, what: str) -> str:
-    """A place as it would be typed. Raises OptionError."""
-    text = os.fspath(place) if isinstance(place, str | os.PathLike) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise OptionError(what, expected="text or a path", found=repr(place)[:80])
-    return text
-
-
-def _folder(place: Place, what: str) -> Path:
-    return Path(_text(place, what))
-
-
-def _given(value: T, kind: type[T], what: str) -> T:
-    """A value of this type. Raises OptionError."""
-    if not isinstance(value, kind):
-        raise OptionError(what, expected=kind.__name__, found=repr(value)[:80])
-    return value
-
-
-def _sequence(values: Sequence[T], kind: type[T], what: str) -> tuple[T, ...]:
-    """Several values of this type. Raises OptionError."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        expected = f"a list of {kind.__name__}"
-        raise OptionError(what, expected=expected, found=repr(values)[:80])
-    return tuple(_given(value, kind, what) for value in values)
+    return Recipe(source=fspath(recipe))

@@ -35,6 +35,7 @@ from converter.methods.subspace import global_basis
 from converter.outputs.record_checks import plain_name
 from converter.outputs.staging.claim import claimed
 from converter.recipe import Settings
+from converter.text.sanitize import LONGEST
 from tests.builders.errors import refused
 from tests.test_gates import GUARD
 from tests.test_guard import Scale, by_rank
@@ -202,3 +203,9 @@ def test_another_class_or_field_is_noticed(
         raise error
     with pytest.raises(AssertionError), refused(kind, **fields):
         raise error
+
+
+def test_a_token_is_masked_before_a_long_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "old-key-0123456789")
+    for length in range(LONGEST - 20, LONGEST):
+        assert "old-key" not in str(ConverterError("x" * length + "old-key-0123456789"))

@@ -281,7 +281,7 @@ def test_an_option_has_the_type_that_it_is_declared_with(
 def test_an_option_that_cannot_be_read_or_kept(
     kind: Any, default: Any, text: str | None, configured: Any
 ) -> None:
-    with pytest.raises(OptionError, match=r"-o x: expected|bad-things 1.2"):
+    with pytest.raises(OptionError, match=r"-o x.*expected|bad-things 1.2"):
         configured(kind, default, text)
 
 
