@@ -6,17 +6,18 @@ logger ``converter``.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit
-from converter.entrypoints.convert import convert as write_conversion
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.diff import diff_checkpoints
 from converter.entrypoints.evaluate import evaluate_model
 from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
+from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
 from converter.evaluation.compare import Comparison
 from converter.evaluation.options import EvaluationOptions
@@ -27,18 +28,25 @@ from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
 from converter.release.recording import read_recording
 from converter.runtime import progress
+from converter.runtime.registry import telling_packages
+
+Place = str | PathLike[str]
+"""A path, or what is typed on a command line: a repo id, or the word demo."""
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep bars and advice of transformers off the screen, and restore its settings after."""
+    """Keep bars and advice of transformers off the screen, and restore its settings after.
+
+    What the code of a package raises is told as its fault.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with progress.recording():
+        with progress.recording(), telling_packages():
             yield
     finally:
         logging.set_verbosity(level)
@@ -48,15 +56,16 @@ def _quietly() -> Iterator[None]:
 
 @_quietly()
 def convert(
-    recipe: Recipe | str,
-    destination: Path | str,
+    recipe: Recipe | Place,
+    destination: Place,
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
 ) -> Manifest:
     """Fit an edit on a model, examine it, and write the edited model: ``gloss-convert``.
 
-    A run that was interrupted goes on where it stopped if it is called again.
+    A run that was interrupted goes on where it stopped if it is called again; one that was finished
+    is verified, and not done again.
 
     Args:
         recipe: all that the result depends on, or a source, for a recipe of defaults.
@@ -73,11 +82,11 @@ def convert(
             random one.
     """
     delivery = Delivery(overwrite=overwrite)
-    return write_conversion(_recipe(recipe), Path(destination), settings, delivery)
+    return convert_once(_recipe(recipe), Path(destination), settings, delivery)
 
 
 @_quietly()
-def plan(recipe: Recipe | str, settings: Settings = Settings()) -> dict[str, Any]:
+def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, Any]:
     """What ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
 
     Args:
@@ -96,7 +105,7 @@ def plan(recipe: Recipe | str, settings: Settings = Settings()) -> dict[str, Any
 
 @_quietly()
 def verify(
-    destination: Path | str, source: str | None = None, *, trust_remote_code: bool = False
+    destination: Place, source: Place | None = None, *, trust_remote_code: bool = False
 ) -> list[str]:
     """Check that a converted model is, byte for byte, what its manifest says: ``gloss verify``.
 
@@ -111,7 +120,7 @@ def verify(
     Raises:
         SourceError, CheckpointError: the source cannot be read.
     """
-    original = resolve(source) if source else None
+    original = None if source is None else resolve(fspath(source))
     if original:
         original.fetch()
     return find_problems(Path(destination), original, trust_remote_code)
@@ -119,8 +128,8 @@ def verify(
 
 @_quietly()
 def evaluate(
-    recipe: Recipe | str,
-    edited: str | None = None,
+    recipe: Recipe | Place,
+    edited: Place | None = None,
     asked: EvaluationOptions = EvaluationOptions(),
     settings: Settings = Settings(),
     *,
@@ -136,8 +145,8 @@ def evaluate(
         asked: what is measured: prompts, scorers, samples, text.
         settings: as for ``convert``.
         controls: methods to fit and measure beside, such as ``random``.
-        seeds: of the pairs that these are fitted on.
-        ranks: strengths to measure of each; empty to choose one.
+        seeds: of the pairs that these are fitted on, one at least.
+        ranks: to measure of each, from 1; empty to choose one.
 
     Returns:
         metrics of each system, with their intervals of 95 %.
@@ -147,14 +156,15 @@ def evaluate(
     """
     fitted = parse_controls(",".join(controls))
     comparison = Comparison(fitted, tuple(seeds), tuple(ranks), asked.passages)
-    return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=edited)
+    made = None if edited is None else fspath(edited)
+    return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 
 
 @_quietly()
 def replay(
-    manifest: Path | str,
-    destination: Path | str,
-    source: str | None = None,
+    manifest: Place,
+    destination: Place,
+    source: Place | None = None,
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
@@ -175,13 +185,14 @@ def replay(
         VerificationError: the source or the outputs are not the recorded ones.
         ConverterError: another of its children; the destination is as it was.
     """
-    recording, given = read_recording(Path(manifest)), LocalInputs(source=source)
+    given = LocalInputs(source=None if source is None else fspath(source))
+    recording = read_recording(Path(manifest))
     done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite)
     return done.manifest
 
 
 @_quietly()
-def diff(before: str, after: str) -> dict[str, Any]:
+def diff(before: Place, after: Place) -> dict[str, Any]:
     """Compare two models tensor by tensor, wherever their shards begin and end: ``gloss diff``.
 
     Args:
@@ -194,11 +205,11 @@ def diff(before: str, after: str) -> dict[str, Any]:
     Raises:
         SourceError, CheckpointError: one of them cannot be read.
     """
-    return diff_checkpoints(before, after)
+    return diff_checkpoints(fspath(before), fspath(after))
 
 
 @_quietly()
-def load_edit(destination: Path | str) -> Edit:
+def load_edit(destination: Place) -> Edit:
     """The edit that a converted model has: its tensors, new tensors, patches and files.
 
     Args:
@@ -211,5 +222,7 @@ def load_edit(destination: Path | str) -> Edit:
     return edit_of(recording.manifest, recording.stored)
 
 
-def _recipe(recipe: Recipe | str) -> Recipe:
-    return Recipe(source=recipe) if isinstance(recipe, str) else recipe
+def _recipe(recipe: Recipe | Place) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe(source=fspath(recipe))

@@ -37,13 +37,12 @@ class ConverterError(Exception):
 
     def __str__(self) -> str:
         details = [
-            f"{label} {one_line(text)}"
+            f"{label} {one_line(redacted(text))}"
             for label, text in (("expected", self.expected), ("found", self.found))
             if text is not None
         ]
-        sentence = one_line(self.what) + (": " + ", ".join(details) if details else "")
-        sentence += f"; {one_line(self.hint)}" if self.hint else ""
-        return redacted(sentence)
+        sentence = one_line(redacted(self.what)) + (": " + ", ".join(details) if details else "")
+        return sentence + (f"; {one_line(redacted(self.hint))}" if self.hint else "")
 
 
 class OptionError(ConverterError):

@@ -7,6 +7,7 @@ this field: name, type, default, bounds and help stand nowhere else. A class of 
 ``Options``, which checks its values whichever way they come.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from math import isfinite
@@ -142,6 +143,8 @@ class Declared:
             return _read_texts(value, label)
         if self.option.parse and isinstance(value, str):
             value = _parse(self.option.parse, value, label)
+        if self.kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if self.choices:
             if value not in self.choices:
                 raise OptionError(label, expected=" or ".join(self.choices), found=_found(value))
@@ -230,6 +233,8 @@ def _read_table(value: Any, label: str) -> dict[str, str]:
             pairs.append((key, rest))
     table: dict[str, str] = {}
     for key, item in pairs:
+        if not isinstance(key, str):
+            raise OptionError(label, expected="keys that are text", found=_found(key))
         name = key.strip().replace("-", "_")
         if name in table:
             raise OptionError(f"{label} {name} is given twice")

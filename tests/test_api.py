@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import converter
 from converter import errors
 from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.release.manifest import read_manifest
+from tests.builders.errors import refused
 from tests.builders.models import METHOD, TINY, load
 from tests.builders.packages import install
 
@@ -114,13 +116,35 @@ def test_a_notebook_goes_through_all_of_it(
 
 
 def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
-    with pytest.raises(converter.SourceError):
+    with refused(converter.SourceError, what=f"{tmp_path / 'nothing'} does not exist"):
         converter.convert(str(tmp_path / "nothing"), tmp_path / "out")
-    with pytest.raises(converter.OptionError):
+    with refused(converter.OptionError, what="--control", found="nothing"):
         converter.evaluate(recipe, controls=["nothing"])
-    with pytest.raises(converter.VerificationError):
+    with refused(converter.VerificationError, what="there is no manifest gloss_manifest.json"):
         converter.load_edit(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numbers", [{"seeds": ()}, {"seeds": [0.5]}, {"ranks": [-1]}])
+def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, Any]) -> None:
+    with refused(converter.OptionError, what=f"--{next(iter(numbers))}"):
+        converter.evaluate("demo", **numbers)
+
+
+def test_paths_do_as_well_as_texts_and_a_second_call_as_the_first(
+    recipe: converter.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Path(recipe.source)
+    given = replace(recipe, source=source)  # type: ignore[arg-type]
+    assert given == recipe
+    first = converter.convert(given, "out")
+    assert converter.convert(given, Path("out")) == first
+    assert converter.plan(source)["source"] == source.name
+    assert converter.verify(Path("out"), source) == []
+    converter.replay("out", "again", source)
+    assert converter.diff(Path("out"), "again")["changed"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
 
 
 @pytest.fixture
@@ -169,7 +193,8 @@ def test_the_example_of_the_guide_runs_as_a_package(
     assert isinstance(delta, AddLowRank)
     assert torch.linalg.matrix_rank(delta.B @ delta.A) == 1
     assert converter.verify(out, recipe.source) == []
-    with pytest.raises(converter.GuardError):  # what random weights write is not toxic
+    # what random weights write is not toxic
+    with refused(converter.GuardError, what="the edit is refused: ..."):
         converter.convert(replace(asked, options={}, guard=True), tmp_path / "chosen")
 
 

@@ -43,6 +43,7 @@ def texts(tmp_path: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_controls_stand_beside_the_edit(
     planted: Path, texts: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:

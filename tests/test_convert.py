@@ -37,6 +37,7 @@ from converter.outputs.staging.claim import claimed
 from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
 from tests.builders.edits import removal
+from tests.builders.errors import refused
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -329,10 +330,12 @@ def test_only_subspaces_of_experts_can_be_examined(checkpoints: Checkpoints) -> 
     height, width = weight.shape
     edit = Edit({weight.name: AddLowRank(torch.ones(height, 1), torch.ones(1, width))})
     edit.check(plan)  # it could be written
-    with pytest.raises(OptionError) as error, edited(load(folder), plan, edit):
+    what, found = f"the edit of tensor {weight.name}", "add-low-rank, ..."
+    with (
+        refused(OptionError, what=what, found=found),
+        edited(load(folder), plan, edit),
+    ):
         pass
-    assert weight.name in error.value.what
-    assert "add-low-rank" in str(error.value.found)
 
 
 def test_buffers_that_the_model_does_not_know_are_copied(
@@ -487,7 +490,8 @@ def test_what_was_there_comes_back_if_the_last_step_fails(
             for name in ("a", "weights", "config.json"):
                 (part / name).write_text("new")
 
-    with pytest.raises((DestinationError, KeyboardInterrupt)):
+    says = refused(DestinationError, what=f"destination {out} cannot be written", found="no")
+    with says if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
         convert()
     assert [(p.name, p.read_text()) for p in out.iterdir()] == [("config.json", "old")]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

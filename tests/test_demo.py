@@ -15,6 +15,7 @@ from converter.checkpoints.demo import packaged_gguf
 from tests.builders.models import load
 
 RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
+pytestmark = pytest.mark.slow
 
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:

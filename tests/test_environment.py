@@ -14,6 +14,7 @@ from converter.cli.convert import convert_command
 from converter.cli.main import gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
+from tests.builders.errors import refused
 from tests.builders.models import METHOD, TINY
 
 Checkpoints = Callable[..., Path]
@@ -82,12 +83,16 @@ def test_trusted_publishing_outside_a_job_is_one_sentence(
     monkeypatch.setenv("HF_OIDC_RESOURCE", "someone/tiny")
     monkeypatch.delenv("HF_OIDC_ID_TOKEN", raising=False)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    what = "model x/y: no token from the identity of this job"
     with (
-        pytest.raises(SourceError, match="HF_OIDC_RESOURCE is set but"),
+        refused(SourceError, what=what, found="HF_OIDC_RESOURCE is set but ..."),
         plain_errors("model", "x/y"),
     ):
         get_token()
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.delenv("ACTIONS_ID_TOKEN_REQUEST_URL", raising=False)
-    with pytest.raises(SourceError, match="id-token: write"), plain_errors("model", "x/y"):
+    with (
+        refused(SourceError, what=what, found="...id-token: write..."),
+        plain_errors("model", "x/y"),
+    ):
         get_token()

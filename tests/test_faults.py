@@ -15,6 +15,7 @@ from tests.faults.scenes import Scene, make_root, scenes, working_folder
 from tests.faults.zygote import Zygote
 
 Scenes = dict[str, Scene]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from converter.manifest import (
     Manifest,
     Metric,
 )
+from tests.builders.errors import refused
 from tests.builders.models import TINY_ARGS
 from tests.fuzz import skeleton
 
@@ -59,25 +60,26 @@ def test_a_gate_is_judged_by_every_measurement_there_is() -> None:
     (record,) = gates.check_effect(GUARD, None)
     name = "--min-toxicity-drop"
     assert record == GateRecord(gate=name, by="guard", limit=0.4, measured=0.4)
-    with pytest.raises(GateError, match=r"at least 0\.4, evaluation has 0\.35"):
+    asks = f"a gate is closed: {name} asks for at least"
+    with refused(GateError, what=f"{asks} 0.4, evaluation has 0.35"):
         gates.check_effect(GUARD, evaluated)
-    with pytest.raises(GateError, match=r"guard has 0\.4"):
+    with refused(GateError, what=f"{asks} 0.41, guard has 0.4"):
         Gates(min_toxicity_drop=0.41).check_effect(GUARD, None)
     assert Gates(min_toxicity_drop=0.3).check_effect(None, evaluated)[0].by == "evaluation"
     ratio = Gates(max_evaluated_perplexity_ratio=1.05)
     assert ratio.check_effect(None, results(perplexity_ratio=1.05))
-    with pytest.raises(GateError, match=r"at most 1\.05, evaluation has 1\.06"):
+    with refused(GateError, what="... asks for at most 1.05, evaluation has 1.06"):
         ratio.check_effect(GUARD, results(perplexity_ratio=1.06))
 
 
 def test_what_is_not_a_number_passes_no_gate_and_what_was_not_measured_is_an_error() -> None:
     ratio = Gates(max_evaluated_perplexity_ratio=1.05)
-    with pytest.raises(GateError, match="evaluation has no number"):
+    with refused(GateError, what="... asks for at most 1.05, evaluation has no number"):
         ratio.check_effect(GUARD, results(perplexity_ratio=None))
-    with pytest.raises(GateError):
+    with refused(GateError, what="... asks for at least 0, guard has no number"):
         Gates(min_toxicity_drop=0.0).check_effect(guard(float("nan")), None)
     for gates in (ratio, Gates(min_toxicity_drop=0.1)):
-        with pytest.raises(OptionError, match="has no measurement"):
+        with refused(OptionError, what="... has no measurement"):
             gates.check_effect(None, results())
     assert Gates().check_effect(None, None) == ()
 

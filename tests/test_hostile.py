@@ -20,6 +20,7 @@ from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.loading import load_tokenizer
+from tests.builders.errors import refused
 from tests.builders.hostile import (
     CONFIGS,
     FILES,
@@ -54,7 +55,7 @@ def hurried() -> Iterator[None]:
 
 
 @pytest.fixture
-def refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def refuse(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Plan a source, and expect an exit code and one sentence that has a part."""
 
     def check(source: Path, code: int, says: str) -> None:
@@ -85,34 +86,34 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE.values(), ids=TABLE)
 def test_hostile_folders_are_refused(
-    case: Case, checkpoints: Checkpoints, refused: Callable[..., None], tmp_path: Path
+    case: Case, checkpoints: Checkpoints, refuse: Callable[..., None], tmp_path: Path
 ) -> None:
     damage, code, says = case
     (tmp_path / "secret").write_text("{}")
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     damage(source)
-    refused(source, code, says)
+    refuse(source, code, says)
 
 
 @pytest.mark.parametrize("case", NATIVE.values(), ids=NATIVE)
 def test_hostile_folders_in_metas_layout_are_refused(
-    case: Case, refused: Callable[..., None], tmp_path: Path
+    case: Case, refuse: Callable[..., None], tmp_path: Path
 ) -> None:
     damage, code, says = case
     (tmp_path / "secret").write_text("{}")
     write_native(tmp_path / "source")
     (tmp_path / "source/checklist.chk").unlink()  # the sums would tell first
     damage(tmp_path / "source")
-    refused(tmp_path / "source", code, says)
+    refuse(tmp_path / "source", code, says)
 
 
 @pytest.mark.parametrize("case", GGUFS.values(), ids=GGUFS)
 def test_hostile_gguf_files_are_refused(
-    case: tuple[bytes, int, str], refused: Callable[..., None], tmp_path: Path
+    case: tuple[bytes, int, str], refuse: Callable[..., None], tmp_path: Path
 ) -> None:
     content, code, says = case
     (tmp_path / "a.gguf").write_bytes(content)
-    refused(tmp_path / "a.gguf", code, says)
+    refuse(tmp_path / "a.gguf", code, says)
 
 
 def test_a_million_entries_are_read_in_seconds(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_a_licence_above_a_subfolder_must_not_lead_out(
     shutil.copytree(checkpoints("llama"), tmp_path / "top/below")
     (tmp_path / "top/below/LICENSE").unlink()
     link("LICENSE", "/etc/passwd")(tmp_path / "top")
-    with pytest.raises(CheckpointError, match="LICENSE is a link that leads out of the source"):
+    with refused(CheckpointError, what="LICENSE is a link that leads out of the source"):
         resolve(str(tmp_path / "top"), "below")
 
 
@@ -286,7 +287,7 @@ def test_a_tokenizer_that_is_code_is_refused(checkpoints: Checkpoints, tmp_path:
     hostile_code(source, marker)
     path = source / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Own"}))
-    with pytest.raises(SourceError, match="transformers cannot load the tokenizer"):
+    with refused(SourceError, what="transformers cannot load the tokenizer"):
         load_tokenizer(source)
     assert not marker.exists()
 

@@ -24,7 +24,7 @@ from converter.edits.base import Edit
 from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.verify import verify
-from converter.errors import CheckpointError, ConverterError, DataError, VerificationError
+from converter.errors import CheckpointError, DataError, VerificationError
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.additions import check_edit
 from converter.release.card import make_card
@@ -36,6 +36,7 @@ from converter.runtime import progress, strict_json
 from converter.runtime.console import as_json, echo
 from converter.runtime.files import MAX_LINE
 from converter.text.markdown import code, escaped
+from tests.builders.errors import refused
 from tests.fuzz import skeleton
 
 Cli = Callable[..., Result]
@@ -174,11 +175,12 @@ def test_what_is_no_text_is_refused_in_a_sentence(
 ) -> None:
     for suffix in (".jsonl", ".tsv", ".csv"):
         path = hostile(kind, tmp_path / f"pairs{suffix}")
-        with pytest.raises(DataError, match=r"pairs"):
+        with refused(DataError, what=f"pairs ...pairs{suffix}..."):
             load_pairs(str(path), words, None, 0)
-    for load in (load_prose, load_words):
-        with pytest.raises(DataError, match=r"(neutral text|word list) "):
-            load(str(hostile(kind, tmp_path / f"{load.__name__}.txt")))
+    for load, name in ((load_prose, "neutral text"), (load_words, "word list")):
+        path = hostile(kind, tmp_path / f"{load.__name__}.txt")
+        with refused(DataError, what=f"{name} ...{path.name} ..."):
+            load(str(path))
 
 
 LARGE = """
@@ -285,7 +287,7 @@ def test_a_manifest_names_nothing_outside_of_its_folder(
         assert problems, where
         assert all(isinstance(problem, str) for problem in problems)
         if where in ("files", "edit"):
-            with pytest.raises(VerificationError):
+            with refused(VerificationError):
                 read_recording(output)
 
 
@@ -296,8 +298,12 @@ def test_an_edit_adds_and_changes_no_file_outside_of_its_folder(
     """Whatever a method asks for, or a manifest that is replayed."""
     source = resolve(str(checkpoints()))
     plan = make_plan(source.config, source.weight_map, source.headers())
-    for edit in (Edit(files={name: b""}), Edit(patches={name: {}}), Edit(patches={name: "x"})):
-        with pytest.raises(CheckpointError):
+    for edit, what in (
+        (Edit(files={name: b""}), f"the edit adds a file {name}"),
+        (Edit(patches={name: {}}), f"the edit changes the file {name}"),
+        (Edit(patches={name: "x"}), f"the edit changes the file {name}"),
+    ):
+        with refused(CheckpointError, what=what):
             check_edit(edit, plan, source)
     check_edit(Edit(files={"notes.txt": b""}, patches={"config.json": {"x": 1}}), plan, source)
 
@@ -307,18 +313,18 @@ def test_a_run_of_a_manifest_reads_no_other_folder(output: Path) -> None:
         made = skeleton.manifest()
         made["run"][key] = value
         skeleton.seal(output, json.dumps(made).encode())
-        with pytest.raises(ConverterError, match="names of files in a folder"):
+        with refused(VerificationError, expected="names of files in a folder", found=value):
             recipe_of(read_recording(output), LocalInputs(source="x"), refit=False)
 
 
 def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_read(output: Path) -> None:
     (output / MANIFEST).unlink()
     os.mkfifo(output / MANIFEST)
-    with pytest.raises(VerificationError, match="has no"):
+    with refused(VerificationError, what=f"{output.name} has no {MANIFEST}"):
         read_manifest(output)
     (output / MANIFEST).unlink()
     (output / MANIFEST).symlink_to("/dev/zero")
-    with pytest.raises(VerificationError, match="has no"):
+    with refused(VerificationError, what=f"{output.name} has no {MANIFEST}"):
         read_manifest(output)
     (output / EDIT_FILE).unlink()
 

@@ -11,24 +11,32 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
-from converter.checkpoints.plan import make_plan
+import converter
+from converter.calibration.word_list import load_words
+from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddToRows, Replace
-from converter.errors import CheckpointError, FitError
-from converter.models.edited import edited
+from converter.errors import CheckpointError, FitError, OptionError
+from converter.methods.base import Workbench
+from converter.methods.workbench import Bench
+from converter.models.edited import edited, module_edits
 from converter.outputs.checkpoint import write
 from converter.outputs.checkpoint.additions import check_edit
+from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from tests.builders.methods import METHODS, AddedFile
+from tests.builders.adversary import copy_of, load_manifest, put, record
+from tests.builders.methods import METHODS, AddedFile, Base
 from tests.builders.models import load
 from tests.builders.packages import install
 
@@ -235,6 +243,18 @@ def test_a_single_file_and_created_tensors_become_two_shards(
     assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
 
 
+@pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "x"}])
+def test_created_tensors_beside_an_index_whose_metadata_is_odd(
+    metadata: object, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    folder = copy_of(source, tmp_path / "source")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": metadata}))
+    out = convert(cli, folder, tmp_path / "out", KINDS[3])
+    assert json.loads((out / path.name).read_text())["metadata"] == metadata
+    run(cli, "verify", out, "--source", folder)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "code", "sentence"),
     [
@@ -269,6 +289,7 @@ def test_a_method_of_a_package_can_be_a_control(source: Path, cli: Cli) -> None:
 
 NORM = "model.layers.0.input_layernorm.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
+BIAS = "model.layers.0.self_attn.o_proj.bias"
 WRONG = {
     "a created tensor that exists": (Edit(created={NORM: torch.ones(32)}), NORM),
     "a created tensor with NaN": (Edit(created={"new": torch.tensor([torch.nan])}), "new"),
@@ -291,7 +312,56 @@ WRONG = {
     "a file of the output": (Edit(files={"gloss_manifest.json": b""}), "gloss_manifest.json"),
     "a file outside": (Edit(files={"../x": b""}), "../x"),
     "two files of one name": (Edit(files={"a": b"", "A": b""}), "A"),
+    "a folder in place of a new file": (Edit(files={"a/b": b"", "A": b""}), "A"),
+    "a file that loaders take for weights": (
+        Edit(files={"pytorch_model.bin": b""}), "pytorch_model.bin",
+    ),
+    "a file that makes it an adapter": (
+        Edit(files={"adapter_config.json": b"{}"}), "adapter_config.json",
+    ),
+    "a created tensor without a name": (Edit(created={"": torch.ones(1)}), "creates tensor"),
+    "a created tensor of a reserved name": (
+        Edit(created={"__metadata__": torch.ones(1)}), "__metadata__",
+    ),
+    "a bias that the config does not ask for": (Edit(created={BIAS: torch.ones(32)}), BIAS),
+    "a patch that asks for biases that are missing": (
+        Edit(patches={"config.json": {"attention_bias": True}}), "asks for biases",
+    ),
+    "a patch of how weights are tied": (
+        Edit(patches={"config.json": {"tie_word_embeddings": True}}), "tied",
+    ),
+    "a patch of how weights are stored": (
+        Edit(patches={"config.json": {"quantization_config": {"quant_method": "fp8"}}}), "stored",
+    ),
 }  # fmt: skip
+
+
+NO_EDITS = {
+    "a list": lambda: Edit([DOWN]),  # type: ignore[arg-type]
+    "a number as a name": lambda: Edit(files={5: b""}),  # type: ignore[dict-item]
+    "text in place of bytes": lambda: Edit(files={"x.txt": "text"}),  # type: ignore[dict-item]
+    "a change that is none": lambda: Edit({DOWN: "x"}),  # type: ignore[dict-item]
+    "a list in place of a tensor": lambda: Edit(created={"x": [1.0]}),  # type: ignore[dict-item]
+    "a sparse tensor": lambda: Edit(created={"x": torch.ones(3).to_sparse()}),
+    "a tensor without data": lambda: Edit({DOWN: Replace(torch.ones(32, 48, device="meta"))}),
+    "a tensor with gradients": lambda: Edit(created={"x": torch.ones(3, requires_grad=True)}),
+    "a number as a patch": lambda: Edit(patches={"config.json": 5}),  # type: ignore[dict-item]
+    "NaN in a patch": lambda: Edit(patches={"config.json": {"a": float("nan")}}),
+    "a path in a patch": lambda: Edit(patches={"config.json": {"a": Path("x")}}),
+    "a huge number in a patch": lambda: Edit(patches={"config.json": {"a": 10**30}}),
+    "half a character in a patch": lambda: Edit(patches={"config.json": {"a": "\ud800"}}),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_EDITS)
+def test_what_is_no_edit_cannot_be_made(wrong: str) -> None:
+    with pytest.raises(FitError, match=r"of an edit: expected .*it is a fault of the method"):
+        NO_EDITS[wrong]()
+
+
+def test_a_patch_is_what_its_json_says() -> None:
+    edit = Edit(patches={"config.json": {"a": (1, 2), "b": {3: 1}}})
+    assert edit.patches == {"config.json": {"a": [1, 2], "b": {"3": 1}}}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -357,3 +427,126 @@ def test_a_gate_of_leakage_is_refused_at_once(
     args = [*arguments(source, tmp_path / "out", kind), "--max-leakage", 0.1]
     assert "--max-leakage has no measurement" in run(cli, *args, code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+def other_bytes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Changes a created tensor where it is read from, and nowhere else."""
+    path = folder / "model-created.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x40")
+    record(folder, manifest, path.name)
+
+
+def one_more_tensor(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "model-created.safetensors"
+    save_file({**load_file(path), "hidden": torch.ones(3)}, path, {"format": "pt"})
+    record(folder, manifest, path.name)
+
+
+def another_patch(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["patches"]["config.json"]["attention_bias"] = False
+
+
+def a_patch_of_text(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["patches"]["config.json"] = "{"
+
+
+def created_twice(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["edit"]["created"].append(manifest["edit"]["created"][0])
+
+
+FORGERIES = {
+    "has another sha256 than recorded": other_bytes,
+    "tensor hidden is not one that the edit creates": one_more_tensor,
+    "config.json: does not say what the recorded patch makes of it": another_patch,
+    "config.json: does not say what the recorded patch": a_patch_of_text,
+    "is recorded as created twice": created_twice,
+}
+
+
+@pytest.mark.parametrize("said", FORGERIES)
+def test_what_is_forged_and_made_to_agree_is_found_without_the_source(
+    said: str, source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    manifest = load_manifest(out)
+    FORGERIES[said](out, manifest)
+    put(out, manifest)
+    assert said in run(cli, "verify", out, code=8).stderr
+
+
+def test_a_file_that_is_added_twice_or_is_none_of_a_model(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[4])
+    manifest = load_manifest(out)
+    manifest["edit"]["files"] *= 2
+    put(out, manifest)
+    twice = run(cli, "verify", out, code=8)
+    assert "file notes/edit.txt is recorded as added twice" in twice.stderr
+    manifest["edit"]["files"][1] = "adapter_config.json"
+    put(out, manifest)
+    refused = run(cli, "verify", out, code=8)
+    assert "adapter_config.json: is recorded as added by the edit and cannot be" in refused.stderr
+
+
+def test_an_index_that_is_missing_is_missed_once(source: Path, cli: Cli, tmp_path: Path) -> None:
+    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    (out / "model.safetensors.index.json").unlink()
+    found = converter.verify(out, source)
+    assert found == ["model.safetensors.index.json: is missing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OddParts(Base):
+    """Adds an empty file, and biases that are one tensor in memory."""
+
+    def footprint(self, plan: Plan) -> Footprint:
+        route = plan.bias_route("o_proj")
+        assert route is not None
+        return Footprint(
+            created=route.created, patches=("config.json",), files=("notes/empty.txt",)
+        )
+
+    def edit(self, bench: Workbench, scale: float, seed: int) -> Edit:
+        route = bench.plan.bias_route("o_proj")
+        assert route is not None
+        memory = torch.zeros(max(shape[0] for shape in route.created.values()))
+        created = {name: memory[: shape[0]] for name, shape in route.created.items()}
+        patches = {"config.json": route.config}
+        return Edit(created=created, patches=patches, files={"notes/empty.txt": b""})
+
+
+def test_an_empty_file_and_tensors_that_share_memory(
+    source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = {"odd": f"{__name__}:OddParts"}
+    install(tmp_path / "odd", monkeypatch, "odd-methods", {"gloss_convert.methods": entries})
+    out = convert(cli, source, tmp_path / "out", Kind("odd", None, ""))
+    assert (out / "notes/empty.txt").read_bytes() == b""
+    run(cli, "verify", out, "--source", source)
+    run(cli, "replay", out, tmp_path / "again", "--source", source)
+
+
+def test_the_guard_refuses_a_config_that_hooks_do_not_show(
+    checkpoints: Callable[..., Path],
+) -> None:
+    source = resolve(str(checkpoints("llama", torch.bfloat16)))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    route = plan.bias_route("o_proj")
+    assert route is not None
+    created = {name: torch.zeros(shape) for name, shape in route.created.items()}
+    module_edits(plan, Edit(created=created, patches={"config.json": route.config}))
+    for patch in ({"rms_norm_eps": 0.5}, {**route.config, "rms_norm_eps": 0.5}):
+        with pytest.raises(OptionError, match="cannot be examined"):
+            module_edits(plan, Edit(created=created, patches={"config.json": patch}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_oss"])
+def test_the_bench_reads_biases_as_columns(kind: str, checkpoints: Callable[..., Path]) -> None:
+    recipe = Recipe(source=str(checkpoints(kind)))
+    source = resolve(recipe.source)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    bench = Bench.of(recipe, source, plan, load_words("builtin"), "cpu")
+    for weight in (*plan.weights("down_proj", [2]), *plan.biases("down_proj", [2])):
+        height = weight.info.shape[weight.axis]
+        assert bench.weight(weight).shape == (height, prod(weight.info.shape) // height)

@@ -10,6 +10,7 @@ from converter.calibration.pairs import describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.errors import DataError
 from converter.manifest import Origin
+from tests.builders.errors import refused
 
 WORDS = WordList(frozenset({"damn", "fool"}), Origin(name="test"), "0" * 64)
 ROWS = [(f"the damn clock number {i}", f"the clock number {i}") for i in range(20)]
@@ -108,30 +109,34 @@ def test_undecodable_and_malformed_lines_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected", "found"),
     [
-        ("a\tb\n1\t2\n", "columns toxic and neutral, found a, b"),
-        ("", "found an empty file"),
-        ("toxic\tneutral\nthe damn x\tthe x\n", "at least 16 usable pairs, found 1"),
+        ("a\tb\n1\t2\n", "a first line with the columns toxic and neutral", "a, b"),
+        ("", "a first line with the columns toxic and neutral", "an empty file"),
+        ("toxic\tneutral\nthe damn x\tthe x\n", "at least 16 usable pairs", "1"),
     ],
 )
-def test_files_that_cannot_serve_are_refused(content: str, says: str, tmp_path: Path) -> None:
+def test_files_that_cannot_serve_are_refused(
+    content: str, expected: str, found: str, tmp_path: Path
+) -> None:
     (tmp_path / "p.tsv").write_text(content)
-    with pytest.raises(DataError, match=says):
+    with refused(DataError, expected=expected, found=found):
         load_pairs(str(tmp_path / "p.tsv"), WORDS, None, 0)
 
 
 def test_more_pairs_than_there_are_is_an_error(tmp_path: Path) -> None:
     path = write_tsv(tmp_path / "p.tsv", ROWS)
-    with pytest.raises(DataError, match="at least 21 usable pairs, found 20"):
+    with refused(DataError, expected="at least 21 usable pairs", found="20"):
         load_pairs(str(path), WORDS, 21, 0)
 
 
-@pytest.mark.parametrize("name", ["missing.tsv", "./missing", "pairs.xlsx"])
-def test_files_that_do_not_exist_or_have_no_known_format(name: str, tmp_path: Path) -> None:
+def test_files_that_do_not_exist_or_have_no_known_format(tmp_path: Path) -> None:
+    for name in ("missing.tsv", "./missing"):
+        with refused(DataError, what=f"pairs file {tmp_path / name} does not exist"):
+            load_pairs(str(tmp_path / name), WORDS, None, 0)
     (tmp_path / "pairs.xlsx").write_text("x")
-    with pytest.raises(DataError, match=r"does not exist|expected \.jsonl"):
-        load_pairs(str(tmp_path / name), WORDS, None, 0)
+    with refused(DataError, expected=".jsonl, .tsv, .csv", found=".xlsx"):
+        load_pairs(str(tmp_path / "pairs.xlsx"), WORDS, None, 0)
 
 
 def test_a_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:
@@ -167,9 +172,11 @@ def test_word_lists_are_read_from_a_package_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "w.txt").write_text("# comment\nDarn\ntwo words\n\nheck\n")
     assert load_words(str(tmp_path / "w.txt")).words == {"darn", "heck"}
     (tmp_path / "w.txt").write_text("# nothing\n")
-    for name in ("w.txt", "missing.txt"):
-        with pytest.raises(DataError, match=name):
-            load_words(str(tmp_path / name))
+    with refused(DataError, what="word list w.txt holds no words"):
+        load_words(str(tmp_path / "w.txt"))
+    missing = tmp_path / "missing.txt"
+    with refused(DataError, what=f"word list {missing} cannot be read"):
+        load_words(str(missing))
 
 
 def test_offensive_words_are_starred_out_and_others_are_not() -> None:

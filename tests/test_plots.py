@@ -38,6 +38,7 @@ from converter.manifest import (
     SystemRecord,
     to_json,
 )
+from tests.builders.errors import refused
 from tests.fuzz import skeleton
 
 pytest.importorskip("matplotlib")
@@ -321,10 +322,10 @@ def test_no_token_is_drawn(edit_file: Path) -> None:
 
 def test_errors_are_ours(edit_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DestinationError, match="cannot be written"):
+    with refused(DestinationError, what=f"{tmp_path / 'file'} cannot be written"):
         plot_evaluation(make_results(), tmp_path / "file")
-    with pytest.raises(VerificationError, match="file cannot be read"):
+    with refused(VerificationError, what="file cannot be read"):
         plot_fit(make_manifest(), tmp_path / "file", tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OptionError, match=r"pip install 'gloss-convert\[plot\]'"):
+    with refused(OptionError, hint="pip install 'gloss-convert[plot]'"):
         plot_fit(make_manifest(), edit_file, tmp_path)

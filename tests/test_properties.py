@@ -29,6 +29,7 @@ from converter.checkpoints.safetensors.rewrite import Region, find_damage, rewri
 from converter.errors import CheckpointError, VerificationError
 from converter.outputs.record_checks import plain_name
 from converter.release.manifest import read_manifest
+from tests.builders.errors import refused
 
 COMMON: dict[str, Any] = {
     "database": None, "deadline": None, "suppress_health_check": list(HealthCheck),
@@ -157,7 +158,7 @@ def test_what_we_accept_safetensors_accepts(
 
 @given(st.binary(max_size=200), st.integers(0, 300))
 def test_bytes_are_no_header(raw: bytes, size: int) -> None:
-    with pytest.raises(CheckpointError):
+    with refused(CheckpointError, what="x: the header is not a JSON object"):
         parse_header(b"\xff" + raw, size, "x")
 
 
@@ -276,7 +277,7 @@ def test_names_of_a_manifest_stay_in_their_folder(folder: Path, name: str) -> No
 @given(JSON)
 def test_no_json_is_a_manifest(folder: Path, content: Any) -> None:
     (folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(VerificationError):
+    with refused(VerificationError, what=f"{MANIFEST} ..."):
         read_manifest(folder)
 
 

@@ -124,6 +124,7 @@ def test_a_conversion_is_published_downloaded_and_verified(
     assert "is not empty" in refused.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_upload_and_run_again(
     cli: Cli,
     checkpoints: Checkpoints,
@@ -155,6 +156,7 @@ def test_killed_in_the_middle_of_an_upload_and_run_again(
     assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_xet_brings_back_the_same_bytes(
     converted: tuple[Path, Path], hub: HubServer, uploads: Uploads, tmp_path: Path
 ) -> None:
@@ -293,6 +295,7 @@ def test_branches_pull_requests_and_what_an_earlier_model_left(
     assert "--create-pr: expected no --branch" in both.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what draws
 def test_the_next_version_leaves_nothing_of_the_last(
     cli: Cli, checkpoints: Checkpoints, converted: tuple[Path, Path], uploads: Uploads,

@@ -31,6 +31,7 @@ from converter.manifest import Manifest, Requantized
 from converter.models.build import load_language_model
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import Rewriting, users_of
+from tests.builders.errors import refused
 from tests.builders.models import HIDDEN, TINY_ARGS, load
 from tests.fuzz import skeleton
 from tests.test_formats import tensors_of
@@ -287,11 +288,11 @@ def test_scales_stay_unless_a_block_outgrows_them(dtype: torch.dtype) -> None:
     assert 3.0 <= float(new[1, 1]) * 448 < 3.05
 
 
+UNKNOWN = "scheme compressed-tensors, unknown format"
 REFUSED = [
     ("fp8", "scheme fp8"),
-    ({"quant_method": "compressed-tensors", "config_groups": [1]}, "unknown format"),
-    ({"quant_method": "compressed-tensors", "config_groups": {"a": 1}}, "unknown format"),
-    ({"quant_method": "fp8", "weight_block_size": [0, 0]}, "expected two positive integers"),
+    ({"quant_method": "compressed-tensors", "config_groups": [1]}, UNKNOWN),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": 1}}, UNKNOWN),
     ({"quant_method": "gptq", "bits": 4}, "scheme gptq"),
     ({"quant_method": "awq"}, "scheme awq"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "scheme bitsandbytes"),
@@ -303,19 +304,29 @@ REFUSED = [
         },
         "scheme compressed-tensors, pack-quantized",
     ),
-    ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two positive integers"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "says"), REFUSED)
-def test_other_schemes_are_refused_by_name(config: Any, says: str) -> None:
+@pytest.mark.parametrize(("config", "found"), REFUSED)
+def test_other_schemes_are_refused_by_name(config: Any, found: str) -> None:
     for place in (
         {"quantization_config": config},
         {"text_config": {"quantization_config": config}},
     ):
-        with pytest.raises(CheckpointError, match=says.replace("[", r"\[")):
+        with refused(CheckpointError, what="the checkpoint is quantized", found=found):
             read_scheme(place)
     assert read_scheme({"text_config": {}}) is None
+
+
+@pytest.mark.parametrize("size", [[0, 0], [128]])
+def test_a_size_of_blocks_that_is_none_is_refused(size: list[int]) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": size}
+    for place in (
+        {"quantization_config": config},
+        {"text_config": {"quantization_config": config}},
+    ):
+        with refused(CheckpointError, what="...: block size", expected="two positive integers"):
+            read_scheme(place)
 
 
 @pytest.mark.parametrize(

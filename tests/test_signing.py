@@ -15,6 +15,7 @@ from converter.checkpoints.names import SIGNATURE
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError
 from converter.release.signing import load_public_key, load_signer
+from tests.builders.errors import refused
 from tests.builders.models import TINY_ARGS
 from tests.test_verify import flip
 
@@ -161,13 +162,17 @@ def test_a_signature_of_nobody_of_another_or_damaged(
 
 def test_a_key_with_a_password(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = write_key(tmp_path, curve="SECP384R1", password="sesame")
-    with pytest.raises(OptionError, match="needs a password; set GLOSS_SIGN_PASSWORD"):
+    with refused(
+        OptionError, what="--sign key.pem needs a password", hint="set GLOSS_SIGN_PASSWORD"
+    ):
         load_signer(key)
     monkeypatch.setenv("GLOSS_SIGN_PASSWORD", "simsim")
-    with pytest.raises(OptionError, match="cannot be read or the password is wrong") as error:
+    what = "--sign key.pem cannot be read or the password is wrong"
+    with refused(OptionError, what=what) as caught:
         load_signer(key)
-    assert "simsim" not in str(error.value)
-    with pytest.raises(OptionError, match="has no password, and GLOSS_SIGN_PASSWORD is set"):
+    assert "simsim" not in str(caught.value)
+    what = "--sign plain.pem has no password, and GLOSS_SIGN_PASSWORD is set"
+    with refused(OptionError, what=what):
         load_signer(write_key(tmp_path, "plain"))
     monkeypatch.setenv("GLOSS_SIGN_PASSWORD", "sesame")
     signer = load_signer(key)
@@ -248,10 +253,12 @@ def test_without_the_package_it_is_one_sentence(key: Path, monkeypatch: pytest.M
     for module in ("signing", "verifying"):
         monkeypatch.setitem(sys.modules, f"model_signing.{module}", None)
     for load, option in ((load_signer, "--sign"), (load_public_key, "--key")):
-        with pytest.raises(OptionError) as error:
+        with refused(
+            OptionError,
+            what=f"{option} needs the package model-signing",
+            hint="pip install 'gloss-convert[sign]'",
+        ):
             load(key)
-        assert f"{option} needs the package model-signing" in str(error.value)
-        assert "pip install 'gloss-convert[sign]'" in str(error.value)
 
 
 def test_nothing_imports_the_package_unless_a_key_is_given() -> None:

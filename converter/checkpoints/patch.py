@@ -40,7 +40,7 @@ def patched(name: str, text: str, patch: Mapping[str, Any] | str) -> str:
         new = patch + text
     else:
         try:
-            start = text.index("{")
+            start = _expect(text, _skip(text, 0), "{") - 1
             new, end = _merged(text, start, patch)
             new = text[:start] + new + text[end:]
             json.loads(new)

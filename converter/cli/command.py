@@ -18,6 +18,7 @@ from converter.cli.terminal import reporting
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.option import PREFIX, Option, Options
 from converter.runtime.console import as_json, echo
+from converter.runtime.registry import telling_packages
 
 EXIT_CODES = """
 \b
@@ -148,7 +149,7 @@ def plain_exit(in_json: bool) -> Iterator[None]:
         sys.exit(error.exit_code)
 
     try:
-        with stopping():
+        with stopping(), telling_packages():
             yield
     except ConverterError as error:
         refuse(error)

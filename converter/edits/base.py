@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
@@ -12,12 +12,17 @@ from torch import Tensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
-from converter.edits.deltas import Delta, RemoveSubspace, tensors_of
+from converter.edits.deltas import KINDS, Delta, RemoveSubspace, is_dense, tensors_of
 from converter.errors import CheckpointError, FitError
+from converter.runtime import strict_json
 
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
 front of any other file."""
+
+
+FAULT = "it is a fault of the method"
+"""What a user can know of an edit that makes no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,23 @@ class Edit:
         created: name -> a tensor that the source lacks; it is stored in its own dtype.
         patches: file of the source -> how its text changes.
         files: path -> content of a file that the source lacks.
+
+    Raises:
+        FitError: a part of it is of another type, so that it is no edit at all.
     """
 
     tensors: Mapping[str, Delta] = field(default_factory=dict)
     created: Mapping[str, Tensor] = field(default_factory=dict)
     patches: Mapping[str, Patch] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_table("tensors", self.tensors, _is_delta, "changes of plain tensors")
+        _check_table("created", self.created, is_dense, "plain tensors: dense, without gradients")
+        _check_table("patches", self.patches, _is_patch, "texts, or objects of JSON")
+        _check_table("files", self.files, lambda data: isinstance(data, bytes), "bytes")
+        patches = {name: strict_json.plain(patch) for name, patch in self.patches.items()}
+        object.__setattr__(self, "patches", patches)
 
     @property
     def rank(self) -> int:
@@ -48,16 +64,19 @@ class Edit:
         Raises:
             CheckpointError: naming a tensor that is not there, or that its change does not fit.
         """
-        weights = plan.find(self.tensors)
+        weights, known = plan.find(self.tensors), set[tuple[int, int, int]]()
         for name, delta in self.tensors.items():
             weight, says = weights.get(name), "no weight of that name"
             if weight is not None:
                 shape, height = weight.info.shape, weight.info.shape[weight.axis]
+                width = prod(shape) // max(height, 1)
                 try:
-                    delta.check((height, prod(shape) // max(height, 1)))
+                    if (id(delta), height, width) not in known:  # weights may share it
+                        delta.check((height, width))
                 except ValueError as error:
                     says = str(error)
                 else:
+                    known.add((id(delta), height, width))
                     if delta.protects is not None or not _is_shared(weight):
                         continue
                     says = "one that shares its tensor with others"
@@ -84,6 +103,42 @@ class Edit:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
+def _check_table(name: str, table: object, fits: Callable[[object], bool], wanted: str) -> None:
+    """Raise FitError unless this is a mapping of names to values that fit."""
+    for key, value in _items(name, table):
+        if not fits(value):
+            said = f"{key} ({type(value).__name__})"
+            raise FitError(f"{name} of an edit", expected=wanted, found=said, hint=FAULT)
+
+
+def _items(name: str, table: object) -> list[tuple[str, Any]]:
+    """The items of a mapping of names. Raises FitError if it is none."""
+    if not isinstance(table, Mapping):
+        found = type(table).__name__
+        raise FitError(f"{name} of an edit", expected="a mapping", found=found, hint=FAULT)
+    if others := [key for key in table if not isinstance(key, str)]:
+        raise FitError(
+            f"{name} of an edit", expected="names", found=repr(others[0])[:80], hint=FAULT
+        )
+    return list(table.items())
+
+
+def _is_delta(value: Any) -> bool:
+    return type(value) in KINDS.values() and all(map(is_dense, tensors_of(value).values()))
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) and size >= 0 for size in value)
+
+
+def _is_patch(value: object) -> bool:
+    try:
+        strict_json.plain(value)
+    except ValueError:
+        return False
+    return isinstance(value, str | Mapping)
+
+
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """What an edit will change, known from the headers alone: planned, shown and refused by it.
@@ -96,6 +151,9 @@ class Footprint:
         created: name -> shape of a tensor that the source lacks.
         patches: files of the source whose text changes.
         files: paths of files that the source lacks.
+
+    Raises:
+        FitError: a part of it is of another type.
     """
 
     weights: tuple[Weight, ...] = ()
@@ -104,6 +162,20 @@ class Footprint:
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = [shape for _, shape in _items("created", self.created)]
+        for what, values, fits in (
+            ("weights", self.weights, lambda value: isinstance(value, Weight)),
+            ("kinds", self.kinds, lambda value: value in KINDS.values()),
+            ("shapes", shapes, _is_shape),
+            ("patches", self.patches, lambda value: isinstance(value, str)),
+            ("files", self.files, lambda value: isinstance(value, str)),
+        ):
+            if not isinstance(values, tuple | list) or not all(map(fits, values)):
+                raise FitError(f"{what} of a footprint", found=repr(values)[:80], hint=FAULT)
+        if type(self.rank) is not int:
+            raise FitError("rank of a footprint", found=repr(self.rank)[:80], hint=FAULT)
 
     def check_shared(self) -> None:
         """Refuse from the headers what ``Edit.check`` would refuse after the fit.

@@ -296,6 +296,15 @@ def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
     return KINDS[kind](**tensors)
 
 
+def is_dense(value: object) -> bool:
+    """Whether this is a tensor of which nothing is special: with data, dense, without gradients."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.requires_grad)
+    )
+
+
 def _check(
     name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]
 ) -> None:

@@ -77,6 +77,8 @@ def file_tensors(
     found |= {CREATED + name: tensor for name, tensor in edit.created.items()}
     found |= {
         ADDED + name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
         for name, content in edit.files.items()
     }
     found |= {EVIDENCE + name: tensor for name, tensor in evidence.items()}

@@ -21,7 +21,7 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluation.fit import fit
 from converter.hub.repos import check_repo_id
 from converter.manifest import Manifest
-from converter.methods.base import Method, configure
+from converter.methods.base import Method, configure, footprint_of
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry
@@ -65,7 +65,7 @@ def convert(
     stream, keep_source = delivery.stream, settings.keep_source
     source, plan, method, _ = prepare_to_write(recipe, destination, settings, delivery)
     device = choose_device(recipe.device)
-    footprint, output = method.footprint(plan), output_of(recipe.output)
+    footprint, output = footprint_of(method, plan), output_of(recipe.output)
     engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     most = output.at_a_time(source)
     engine.workers_for(most, footprint.weights, footprint.rank)  # or it says no now
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
-        footprint = method.footprint(plan)
+        footprint = footprint_of(method, plan)
         footprint.check_shared()
         output.check(plan, footprint)
         return source, plan, method
@@ -207,7 +207,7 @@ def prepare_to_write(
             "--no-keep-source", expected="a Hub that can be reached",
             found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
         )  # fmt: skip
-    footprint = method.footprint(plan)
+    footprint = footprint_of(method, plan)
     delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})
     if stream and footprint.created and source.weight_map is None:
         raise OptionError(

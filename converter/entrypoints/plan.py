@@ -11,6 +11,7 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.methods.base import footprint_of
 from converter.models.build import stored_dtype
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
@@ -35,7 +36,7 @@ def describe_plan(
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    footprint, output = method.footprint(plan), output_of(recipe.output)
+    footprint, output = footprint_of(method, plan), output_of(recipe.output)
     weights, engine = footprint.weights, Engine(settings.workers, settings.memory_limit)
     edited = Counter(weight.shard for weight in weights)
     device = choose_device(recipe.device)

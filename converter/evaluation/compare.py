@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from converter.errors import OptionError
 from converter.evaluation.battery import Battery
 from converter.evaluation.measure import WINDOW, measure, summarise
 from converter.evaluation.names import UNEDITED
@@ -40,12 +41,21 @@ class Comparison:
         seeds: of their pairs.
         ranks: to measure of each; empty to choose one.
         passages: continuations of each prompt that are drawn for the teacher-forced estimate.
+
+    Raises:
+        OptionError: seeds or ranks are no whole numbers, there is no seed, or a rank is below 1.
     """
 
     controls: Sequence[str]
     seeds: Sequence[int]
     ranks: Sequence[int]
     passages: int
+
+    def __post_init__(self) -> None:
+        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
+            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
+        if any(type(rank) is not int or rank < 1 for rank in self.ranks):
+            raise OptionError("--ranks", expected="whole numbers from 1", found=str(self.ranks))
 
 
 def evaluate(

@@ -25,6 +25,7 @@ from converter.evaluation.metrics import (
     toxicity_probability,
 )
 from converter.evaluation.passages import Passages
+from converter.evaluation.scorers import scores_of
 from converter.manifest import Estimate, Interval, Metric, RowRecord, Strength, SystemRecord
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
@@ -117,7 +118,7 @@ def _generation(
     flat = [text for group in texts for text in group]
     metrics: dict[str, Metric] = {}
     for name, scorer in battery.scorers.items():
-        scores = scorer.score(flat).reshape(len(texts), -1)
+        scores = scores_of(name, scorer, flat).reshape(len(texts), -1)
         metrics[f"toxicity/{name}/{way}"] = over_prompts(mean_toxicity, scores)
         if way == "sampled":
             metrics[f"emt/{name}"] = over_prompts(expected_maximum_toxicity, scores)

@@ -14,7 +14,7 @@ from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluation.heldout import Probe, probe_of
 from converter.evaluation.strength import choose_strength, nearest_strength
-from converter.methods.base import METHODS, Method, Proposal, configure
+from converter.methods.base import METHODS, Method, Proposal, configure, footprint_of
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.runtime import progress
@@ -79,7 +79,7 @@ def parse_controls(text: str) -> tuple[str, ...]:
 
 def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
     """The layers that a method edits, and whether their biases, too."""
-    weights = method.footprint(plan).weights
+    weights = footprint_of(method, plan).weights
     layers = sorted({weight.layer for weight in weights})
     return tuple(layers), any(weight.is_bias for weight in weights)
 

@@ -9,10 +9,23 @@ an entry point; see ``runtime.registry``. The module's docstring is its descript
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import msgspec
 from torch import Tensor
 
 from converter.calibration.statistics import Activations, Request
@@ -20,8 +33,11 @@ from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit, Footprint
+from converter.edits.base import FAULT, Edit, Footprint
+from converter.edits.deltas import is_dense
 from converter.errors import FitError, OptionError
+from converter.manifest import OptionValue, SubspaceEvidence
+from converter.runtime import strict_json
 from converter.runtime.registry import Registry
 
 METHODS = Registry(
@@ -33,6 +49,7 @@ METHODS = Registry(
         "profs": "converter.methods.profs:Method",
         "random": "converter.methods.random_subspace:Method",
     },
+    ("title", "paper", "strength", "defaults", "footprint", "fit"),
 )
 """Name -> a class like ``Method``."""
 
@@ -86,6 +103,9 @@ class Proposal:
         tensors: the same in the edit's file.
         neutral_energy: share of what neutral text writes that the edit of a strength takes away,
             or None if that is not known.
+
+    Raises:
+        FitError: a part of it is of another type, or cannot be kept.
     """
 
     strengths: Sequence[float]
@@ -97,13 +117,38 @@ class Proposal:
     neutral_energy: Callable[[float], float | None] = lambda strength: None
 
     def __post_init__(self) -> None:
-        if not self.strengths or list(self.strengths) != sorted(self.strengths):
-            raise FitError(
-                "the strengths that the method offers",
-                expected="one or more, ascending",
-                found=str(list(self.strengths)),
-                hint="it is a fault of the method",
-            )
+        """Strengths become plain numbers, evidence what its JSON says."""
+        try:
+            strengths = tuple(map(_number, self.strengths))
+            evidence = strict_json.plain(dict(self.evidence))
+            if "candidates" in evidence:
+                msgspec.convert(evidence, SubspaceEvidence)
+            wrong = [n for n, t in self.tensors.items() if not (n.isprintable() and is_dense(t))]
+            said = f"tensors {', '.join(wrong)}" if wrong else None
+        except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
+            raise _no_proposal(str(error)) from error
+        if not strengths or any(a >= b for a, b in pairwise(strengths)):
+            said = f"strengths {list(strengths)}"
+        if said:
+            raise _no_proposal(said)
+        object.__setattr__(self, "strengths", strengths)
+        object.__setattr__(self, "evidence", evidence)
+
+
+def _no_proposal(found: str) -> FitError:
+    return FitError(
+        "what the fit proposes", found=found, hint=FAULT,
+        expected="ascending finite strengths, evidence as JSON, and plain tensors",
+    )  # fmt: skip
+
+
+def _number(value: Any) -> float:
+    """A finite number of 64 bits, of a built-in type. Raises TypeError or ValueError."""
+    if hasattr(value, "item"):  # of NumPy or PyTorch
+        value = value.item()
+    if type(value) not in (int, float) or not isfinite(value) or abs(value) >= 1 << 63:
+        raise ValueError(f"{str(value)[:80]!r} in place of a number")
+    return value  # type: ignore[no-any-return]
 
 
 class Method(Protocol):
@@ -140,8 +185,49 @@ class Method(Protocol):
         """Fit to what the bench gives; nothing is written. Raises FitError."""
 
 
-PARTS = ("__dataclass_fields__", "title", "paper", "strength", "defaults", "footprint", "fit")
-"""What every class like ``Method`` has."""
+def footprint_of(method: Method, plan: Plan) -> Footprint:
+    """What a method says that it will change. Raises as ``Method.footprint``, and FitError."""
+    return _returned(method.footprint(plan), Footprint, method)
+
+
+def proposal_of(method: Method, bench: Workbench) -> Proposal:
+    """What the fit of a method gives, whose edits are looked at before they are used.
+
+    Raises:
+        FitError: as the method does, or it gives something else.
+    """
+    proposal = _returned(method.fit(bench), Proposal, method)
+
+    def checked(edit: Any) -> Edit:
+        found = _returned(edit, Edit, method)
+        found.check(bench.plan)
+        return found
+
+    def energy(strength: float) -> float | None:
+        found = proposal.neutral_energy(strength)
+        try:
+            return None if found is None else _number(found)
+        except (TypeError, ValueError) as error:
+            raise FitError("the neutral energy of an edit", found=str(error), hint=FAULT) from error
+
+    return dataclasses.replace(
+        proposal,
+        edit=lambda strength: checked(proposal.edit(strength)),
+        control=lambda strength, seed: checked(proposal.control(strength, seed)),
+        neutral_energy=energy,
+    )
+
+
+_Part = TypeVar("_Part", Edit, Footprint, Proposal)
+
+
+def _returned(value: Any, kind: type[_Part], method: Method) -> _Part:
+    if not isinstance(value, kind):
+        expected, found = kind.__name__, type(value).__name__
+        raise FitError(
+            f"{method.title} gives something else", expected=expected, found=found, hint=FAULT
+        )
+    return value
 
 
 def configure(
@@ -163,19 +249,23 @@ def configure(
             range, or none of an option that needs one.
     """
     kind = METHODS.load(name)
-    if lacking := [part for part in PARTS if not hasattr(kind, part)]:
-        raise OptionError(
-            f"--method {name}", expected="a dataclass like Method",
-            found=f"a class without {lacking[0]}", hint="it is a fault of the method",
-        )  # fmt: skip
-    hints = get_type_hints(kind)
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        raise METHODS.fault(name, "it is not a dataclass")
+    METHODS.check(name, kind)
+    try:
+        hints = get_type_hints(kind)
+    except Exception as error:  # a third party's annotations: of any kind
+        raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = kind.defaults(dimensions)
+    values = dict(kind.defaults(dimensions))  # type: ignore[attr-defined]
     others = {key: text for key, text in (implied or {}).items() if key in fields}
     for key, text in {**others, **options}.items():
         if key not in fields:
             raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
-        values[key] = _parse(key, text, hints[key], dimensions.num_hidden_layers)
+        try:
+            values[key] = _parse(key, text, hints[key], dimensions.num_hidden_layers)
+        except TypeError as error:
+            raise METHODS.fault(name, f"its option {key} is of a type that has no text") from error
         least, names = fields[key].metadata.get("min"), fields[key].metadata.get("names")
         if least is not None and values[key] is not None and values[key] < least:
             raise OptionError(f"-o {key}", expected=f"at least {least}", found=text)
@@ -184,36 +274,40 @@ def configure(
     for key, option in fields.items():
         if key not in values and option.default is option.default_factory is dataclasses.MISSING:
             raise OptionError(f"-o {key}: method {name}", expected="a value", found="none")
-    method: Method = kind(**values)
-    return method
+    try:
+        method = kind(**values)
+        options = strict_json.plain(dataclasses.asdict(method))
+        msgspec.convert(options, dict[str, OptionValue])
+    except (TypeError, ValueError, msgspec.ValidationError) as error:
+        raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
+    return cast(Method, method)
 
 
 def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
-    if get_origin(hint) in (Union, UnionType):  # int | None: a number, or left to the program
-        if text == "auto":
-            return None
-        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
-    if get_origin(hint) is Literal:
-        if text not in get_args(hint):
-            raise OptionError(f"-o {key}", expected=" or ".join(get_args(hint)), found=text)
-        return text
+    """A value as typed. Raises OptionError, and TypeError if the type has no text."""
     if hint == Layers:
         return parse_layers(key, text, num_layers)
-    if hint is str:
-        return text
-    if hint not in (int, float):
-        raise OptionError(
-            f"-o {key} cannot be read", expected="an option of a type that methods can have",
-            found=getattr(hint, "__name__", str(hint)), hint="it is a fault of the method",
-        )  # fmt: skip
-    try:
-        value = hint(text)
-        if not isfinite(value):
-            raise ValueError(text)  # noqa: TRY301 - as malformed as the others
-    except (ValueError, OverflowError) as error:
-        expected = {"int": "a whole number", "float": "a number"}[hint.__name__]
-        raise OptionError(f"-o {key}", expected=expected, found=text) from error
-    return value
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not NoneType)
+    expected: list[str] = []
+    for kind in kinds:
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        known = {str(choice): choice for choice in choices}
+        if kind is bool:
+            known = {"true": True, "false": False}
+        if kind is str or text in known:
+            return known.get(text, text)
+        if not known and kind not in (int, float):
+            raise TypeError(kind)
+        try:
+            if not known and isfinite(value := kind(text)):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        expected += known or [{int: "a whole number", float: "a number"}[kind]]
+    raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
 
 
 def parse_layers(key: str, text: str, num_layers: int) -> Layers:

@@ -23,7 +23,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.fp8 import dequantize
 from converter.errors import DataError
 from converter.manifest import Origin
-from converter.methods.base import Method, Proposal
+from converter.methods.base import Method, Proposal, proposal_of
 from converter.methods.post_norms import Gains, read_gains
 from converter.models.build import load_language_model, stored_dtype, stream_language_model
 from converter.models.loading import load_tokenizer
@@ -133,7 +133,7 @@ class Bench:
         """Fit a method to some texts."""
         self.part, self.seen = part, None
         with progress.stage("fit", f"fitting {method.title}"):
-            return method.fit(self)
+            return proposal_of(method, self)
 
     def activations(self, request: Request) -> Activations:
         """From the file that was given, from the cache, or from a forward pass."""
@@ -190,7 +190,7 @@ class Bench:
         stored, scales = self.source.read(weight.shard, weight.info), weight.scales
         if scales is not None:
             stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
-        return stored.movedim(weight.axis, 0).flatten(1).float()
+        return stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """See ``Vocabulary.decode``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.edits.deltas import Delta
@@ -85,7 +86,8 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
     Raises:
         OptionError: a change whose effect on a running model is not known: experts of one module
             that change in different ways, or in another way than by a subspace that is taken out,
-            or a tensor that belongs to no known weight.
+            a tensor that belongs to no known weight, or a patch of the config that does more than
+            to tell of created biases.
     """
     changes: dict[str, ModuleEdit] = {}
     for name, weight in plan.find(edit.tensors).items():
@@ -107,6 +109,7 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
             change.bias = delta
         else:
             change.weight = delta
+    _check_patch(plan, edit)
     biases = plan.bias_modules() if edit.created else {}
     for name, tensor in edit.created.items():
         if name in biases:
@@ -117,3 +120,18 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
                 found="one whose effect on the model cannot be examined",
             )  # fmt: skip
     return changes
+
+
+def _check_patch(plan: Plan, edit: Edit) -> None:
+    """A config may say that there are biases, which the edit creates; hooks show nothing else."""
+    said: Any = {}
+    for role in plan.architecture.bias_routes if edit.created else ():
+        route = plan.bias_route(role) if role in plan.roles else None
+        if route is not None and route.created and route.created.keys() <= edit.created.keys():
+            said = merge(said, route.config)
+    if merge(said, edit.patches.get("config.json", {})) != said:
+        raise OptionError(
+            "the patch of config.json that the edit makes",
+            expected="nothing but the biases that it creates",
+            found="one whose effect on the model cannot be examined",
+        )

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from converter.checkpoints.companions import is_companion
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
@@ -152,6 +153,14 @@ def plain_name(name: str) -> None:
             "the manifest is not one of gloss-convert", expected="names of files in a folder",
             found=name[:80],
         )  # fmt: skip
+
+
+def is_addable(name: str, nbytes: int = 0) -> bool:
+    """Whether an edit may add a file of that name: one that belongs to a model as its texts do.
+
+    It is none that loaders take for weights, and a conversion of the output copies it.
+    """
+    return is_plain(name) and "\\" not in name and is_companion(name, nbytes)
 
 
 def is_plain(name: str) -> bool:

@@ -18,9 +18,10 @@ from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
 from converter.evaluation.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
-from converter.methods.base import METHODS, configure
+from converter.methods.base import METHODS, configure, footprint_of
 from converter.methods.subspace import check_evidence
 from converter.outputs.base import Output
+from converter.outputs.record_checks import is_addable
 from converter.release.licences import NOTICE
 from converter.version import __version__
 
@@ -39,9 +40,14 @@ def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
     for what, holds in _claims(manifest):
         if not holds:
             yield f"{MANIFEST}: {what}"
-    names = Counter(entry.name for entry in manifest.edited)
-    for name in sorted(name for name, count in names.items() if count > 1):
-        yield f"{MANIFEST}: tensor {name} is recorded as edited twice"
+    edit = manifest.edit
+    for what, names in (
+        ("tensor {} is recorded as edited", [entry.name for entry in manifest.edited]),
+        ("tensor {} is recorded as created", [created.name for created in edit.created]),
+        ("file {} is recorded as added", list(edit.files)),
+    ):
+        for name in sorted(name for name, count in Counter(names).items() if count > 1):
+            yield f"{MANIFEST}: {what.format(name)} twice"
 
 
 def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
@@ -72,6 +78,8 @@ def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
         yield f"{name}: was to be a copy of the source's and is not"
     for name in sorted({*edit.patches, *edit.files} - set(files)):
         yield f"{name}: is recorded as made by the edit and is not there"
+    for name in sorted(name for name in edit.files if not is_addable(name)):
+        yield f"{name}: is recorded as added by the edit and cannot be"
     if edit.file != EDIT_FILE:
         yield f"{MANIFEST}: the edit is in {edit.file}, not {EDIT_FILE}"
 
@@ -126,7 +134,7 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         return
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
-        footprint = expected.footprint(plan)
+        footprint = footprint_of(expected, plan)
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return

@@ -4,14 +4,21 @@ A package brings one by an entry point, for example in its ``pyproject.toml``:
 
     [project.entry-points."gloss_convert.methods"]
     my-method = "my_package.method:MyMethod"
+
+What is wrong with a package is said in one sentence that names it: see ``Registry.fault`` and
+``telling_packages``.
 """
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
-from converter.errors import OptionError
+from converter.errors import ConverterError, OptionError, is_out_of_memory
+from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +30,39 @@ class Registry:
         option: by which one is chosen, for messages.
         own: name -> ``module:attribute`` of those that come with the program. They cannot be
             replaced.
+        needs: attributes that each of them must have, once it is made.
     """
 
     group: str
     option: str
     own: Mapping[str, str]
+    needs: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """All there are, in alphabetical order."""
-        return sorted({*self.own, *self._brought()})
+        return sorted({*self.own, *self._entries()})
 
     def load(self, name: str) -> Any:
         """The thing of a name.
 
         Raises:
-            OptionError: there is none, or its package cannot be loaded.
+            OptionError: there is none, two packages bring one, or its package cannot be loaded.
         """
+        brought = self._entries().get(name, [])
         if name in self.own:
+            for entry in brought:
+                progress.warn(f"{self.option} {name} is our own, not that of {_package(entry)}")
             return EntryPoint(name, self.own[name], self.group).load()
-        if name not in self._brought():
+        if not brought:
             raise OptionError(self.option, expected=" or ".join(self.names()), found=name)
+        if len(brought) > 1:
+            raise OptionError(
+                f"{self.option} {name}", expected="one package that brings it",
+                found=" and ".join(sorted(_package(entry) or entry.value for entry in brought)),
+                hint="uninstall the others",
+            )  # fmt: skip
         try:
-            return self._brought()[name].load()
+            return brought[0].load()
         except Exception as error:  # a third party's package: of any kind
             raise OptionError(
                 f"{self.option} {name}: the package {self.package(name)} cannot be loaded",
@@ -54,8 +72,69 @@ class Registry:
 
     def package(self, name: str) -> str | None:
         """Name and version of the package that brings a thing; None for our own."""
-        entry = None if name in self.own else self._brought().get(name)
-        return f"{entry.dist.name} {entry.dist.version}" if entry and entry.dist else None
+        entries = [] if name in self.own else self._entries().get(name, [])
+        return _package(entries[0]) if entries else None
 
-    def _brought(self) -> dict[str, EntryPoint]:
-        return {entry.name: entry for entry in entry_points(group=self.group)}
+    def check(self, name: str, thing: Any) -> None:
+        """Raise OptionError if a thing of a package, ready to be used, lacks what it must have."""
+        if lacking := [need for need in self.needs if not hasattr(thing, need)]:
+            raise self.fault(name, f"it has no {', '.join(lacking)}")
+
+    def fault(self, name: str, said: str) -> OptionError:
+        """The error that says what is wrong with a thing of a package."""
+        return OptionError(
+            f"{self.option} {name}: it is not what {self.package(name) or 'it'} should bring",
+            found=said, hint="it is a fault of the package; update or uninstall it",
+        )  # fmt: skip
+
+    def _entries(self) -> dict[str, list[EntryPoint]]:
+        """Name -> what packages bring under it, each once."""
+        found: dict[str, dict[tuple[str | None, str], EntryPoint]] = {}
+        for entry in entry_points(group=self.group):
+            found.setdefault(entry.name, {})[_package(entry), entry.value] = entry
+        return {name: list(entries.values()) for name, entries in found.items()}
+
+
+def _package(entry: EntryPoint) -> str | None:
+    """Name and version of the package of an entry point."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else None
+
+
+GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
+"""All groups of entry points."""
+
+
+@contextmanager
+def telling_packages() -> Iterator[None]:
+    """What a package's code raises in the block becomes an OptionError that names the package.
+
+    The error itself, with the place, is kept as its cause.
+
+    Raises:
+        OptionError: as said. All other errors as they are.
+    """
+    try:
+        yield
+    except ConverterError:
+        raise
+    except Exception as error:  # a third party's package: of any kind
+        entry, place = _raised_in(error)
+        if entry is None or is_out_of_memory(error):
+            raise
+        raise OptionError(
+            f"the package {_package(entry) or entry.module} failed",
+            found=f"{type(error).__name__}: {error} ({place})",
+            hint="it is a fault of the package; update or uninstall it",
+        ) from error
+
+
+def _raised_in(error: Exception) -> tuple[EntryPoint | None, str]:
+    """The entry point of the package whose code an error went through last, and the line."""
+    found = (entry for group in GROUPS for entry in entry_points(group=group))
+    brought = {entry.module.partition(".")[0]: entry for entry in found}
+    entry, place = None, ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        top = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if top in brought and top != __name__.partition(".")[0]:
+            entry, place = brought[top], f"{Path(frame.f_code.co_filename).name}:{line}"
+    return entry, place

@@ -32,6 +32,20 @@ def parse(raw: bytes | str) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """A value as it is read back from its JSON: of the built-in types, and good for ``parse``.
+
+    Raises:
+        ValueError: it has none, for example since it holds a tensor or NaN, or ``parse`` refuses
+            it.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return parse(text)
+
+
 def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of some keys and values, for a JSON parser. Raises ValueError for a key twice."""
     found = dict(items)

@@ -24,6 +24,7 @@ SCORERS = Registry(
         "detoxify": "converter.evaluation.scorers.detoxify:load",
         "profanity": "converter.evaluation.scorers.profanity:load",
     },
+    ("title", "paper", "origin", "score"),
 )
 """Name -> a function ``load(argument, device) -> Scorer``."""
 
@@ -67,8 +68,29 @@ def load_scorer(spec: str, device: str) -> Scorer:
         SourceError: a model cannot be loaded.
     """
     name, _, argument = spec.partition(":")
-    scorer: Scorer = SCORERS.load(name)(argument, device)
+    load = SCORERS.load(name)
+    if not callable(load):
+        raise SCORERS.fault(name, f"it is a {type(load).__name__}, not a function")
+    scorer: Scorer = load(argument, device)
+    SCORERS.check(name, scorer)
     return scorer
+
+
+def scores_of(spec: str, scorer: Scorer, texts: Sequence[str]) -> NDArray[np.float64]:
+    """What a scorer gives for some texts, (N,).
+
+    Raises:
+        OptionError: these are not N numbers from 0 to 1.
+    """
+    found = scorer.score(texts)
+    try:
+        scores = np.asarray(found, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SCORERS.fault(spec.partition(":")[0], f"scores that are none: {error}") from error
+    if scores.shape != (len(texts),) or not bool(((scores >= 0) & (scores <= 1)).all()):
+        said = f"scores of shape {list(scores.shape)} for {len(texts)} texts, or beyond 0 to 1"
+        raise SCORERS.fault(spec.partition(":")[0], said)
+    return scores
 
 
 def origin_of(spec: str, scorer: Scorer) -> ScorerOrigin:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from msgspec.structs import replace
 from safetensors.torch import save
@@ -17,9 +18,10 @@ from safetensors.torch import save
 from converter.checkpoints.companions import OURS
 from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, SINGLE
-from converter.checkpoints.patch import patched
-from converter.checkpoints.plan import Plan
+from converter.checkpoints.patch import merge, patched
+from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
+from converter.checkpoints.safetensors.header_json import MAX_NAME
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
@@ -27,7 +29,7 @@ from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, FileRecord
 from converter.outputs.base import file_entry
-from converter.outputs.record_checks import is_plain
+from converter.outputs.record_checks import is_addable
 
 EXTRA = "model-created.safetensors"
 """The shard of created tensors beside those of the source."""
@@ -89,7 +91,8 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
                 f"the edit creates tensor {name}", expected="a tensor that the source lacks",
                 found="one that it has", hint="the method should change that one",
             )  # fmt: skip
-        if not name.isprintable() or tensor.dtype not in FLOATS.values():
+        plain = 0 < len(name) <= MAX_NAME and name.isprintable() and name != "__metadata__"
+        if not plain or tensor.dtype not in FLOATS.values():
             raise CheckpointError(
                 f"the edit creates tensor {name}",
                 expected="a plain name and a floating-point dtype of 16 to 64 bits",
@@ -98,35 +101,71 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"the edit creates tensor {name}, which holds NaN or Inf")
     for name, patch in edit.patches.items():
-        new = patched_text(name, patch, source)
-        if name == "config.json":
-            _check_config(json.loads(new), plan)
-    _check_files(edit.files, {*source.small, *source.shards, *RESERVED})
+        patched_text(name, patch, source)
+    if "config.json" in edit.patches:
+        _check_config(merge(source.config, edit.patches["config.json"]), plan)
+    _check_biases(edit, plan, source.config)
+    sizes = {name: len(data) for name, data in edit.files.items()}
+    _check_files(sizes, {*source.small, *source.shards, *RESERVED})
 
 
-def _check_files(files: Iterable[str], taken: Iterable[str]) -> None:
-    """Paths of new files must be plain, and free also where case does not count."""
-    known = {name.casefold() for name in taken}
-    for name in files:
+def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
+    """Paths of new files, which have so many bytes, must be those of texts of a model, and free
+    also where case does not count."""
+    known, folders = {name.casefold() for name in taken}, set[str]()
+    for name, nbytes in files.items():
+        if not is_addable(name, nbytes):
+            raise CheckpointError(
+                f"the edit adds a file {name}", expected="a small file in the folder, no weights"
+            )
         path = PurePosixPath(name)
-        if not is_plain(name) or "\\" in name or any(part.startswith(".") for part in path.parts):
-            raise CheckpointError(f"the edit adds a file {name}", expected="a name in the folder")
-        if known & {str(place).casefold() for place in (path, *path.parents)}:
+        place, *above = (str(each).casefold() for each in (path, *path.parents))
+        if place in known | folders or known & {*above}:
             raise CheckpointError(
                 f"the edit adds a file {name}", expected="a name that is free",
-                found="one of the source or of the output",
+                found="one of the source, of the output or of another new file",
             )  # fmt: skip
-        known.add(name.casefold())
+        known.add(place)
+        folders |= {*above}
 
 
 def _check_config(config: Mapping[str, object], plan: Plan) -> None:
-    """A patched config must still be that of the same weights."""
+    """A patched config must still be that of the same weights, stored and tied in the same way."""
     same = config.get("model_type") == plan.architecture.model_type
-    if not same or plan.architecture.dimensions(dict(config)) != plan.dimensions:
+    if same:
+        new = make_plan(dict(config), None, plan.headers)
+        was, now = (
+            (p.dimensions, p.scheme, p.roles, p.vocabulary, p.architecture) for p in (plan, new)
+        )
+        same = was == now
+    if not same:
         raise CheckpointError(
-            "the patch of config.json changes the sizes of the model or its type",
+            "the patch of config.json changes the sizes of the model, its type, or how its weights "
+            "are stored or tied",
             expected=f"{plan.architecture.model_type} of the same sizes",
         )
+
+
+def _check_biases(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
+    """Models look at new biases if and only if the config says that there are some."""
+    created, config = edit.created, merge(before, edit.patches.get("config.json", {}))
+    for role in plan.architecture.bias_routes:
+        route = plan.bias_route(role) if role in plan.roles else None
+        if route is None or not route.created:
+            continue
+        asked = merge(config, route.config) == config
+        lacking = [name for name in route.created if name not in created]
+        if asked and lacking and merge(before, route.config) != before:
+            raise CheckpointError(
+                "config.json asks for biases", expected="an edit that creates all of them",
+                found=f"none of the name {lacking[0]}",
+            )  # fmt: skip
+        useless = [name for name in route.biases.values() if name in created]
+        if useless and not asked:
+            raise CheckpointError(
+                f"the edit creates tensor {useless[0]}", found="a config that ignores it",
+                expected=f"a patch of config.json with {json.dumps(dict(route.config))}",
+            )  # fmt: skip
 
 
 def patched_text(name: str, patch: Patch, source: Source) -> str:
@@ -160,7 +199,7 @@ def write_extra(
     for old, new in shards.renamed.items():
         (folder / old).rename(folder / new)
     path = folder / shards.extra
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in edit.created.items()}
+    tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in edit.created.items()}
     path.write_bytes(save(tensors, {"format": "pt"}))
     record = replace(file_entry(path), prefixes=digests_of(path)[1])
     created = tuple(
@@ -193,7 +232,8 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
     if not created:
         return text
     patch: dict[str, object] = {"weight_map": dict.fromkeys(sorted(created), shards.extra)}
-    total = json.loads(text).get("metadata", {}).get("total_size")
+    metadata = json.loads(text).get("metadata")  # of a stranger's index: of any type
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, int):
         patch["metadata"] = {"total_size": total + sum(created.values())}
     return patched(INDEX, text, patch)

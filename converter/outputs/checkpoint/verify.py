@@ -1,5 +1,6 @@
 """Is a checkpoint what its manifest says? Its structure, its edited tensors, and its source."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
 from math import isclose, isfinite, nan, prod, sqrt
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from converter.checkpoints.layout import read_index, read_json
 from converter.checkpoints.names import INDEX, MANIFEST
+from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import (
@@ -58,6 +60,9 @@ def check_checkpoint(
     whole = not damaged.keys() & {*manifest.shards, INDEX, "config.json"}
     structure = list(_check_structure(folder, manifest)) if whole else []
     yield from structure
+    yield from _check_patched(folder, manifest, damaged)
+    if not structure:
+        yield from _check_created(folder, manifest, damaged)
     if structure or manifest.edit.file in damaged:
         return
     stored = recorded_edit(folder, manifest)
@@ -66,7 +71,43 @@ def check_checkpoint(
     deltas = {tensor.name: delta_of_record(tensor, stored) for tensor in tensors}
     yield from _check_edits(folder, manifest, deltas)
     if source:
-        yield from _check_source(folder, manifest, source, deltas)
+        yield from _check_source(folder, manifest, source, deltas, damaged)
+
+
+def _check_patched(folder: Path, manifest: Manifest, damaged: Mapping[str, str]) -> Iterator[str]:
+    """A patched file says what the patch says: doing that once more would change nothing."""
+    for name, patch in manifest.edit.patches.items():
+        if name in damaged or name not in manifest.files:
+            continue
+        if isinstance(patch, str):
+            done = (folder / name).read_bytes().startswith(patch.encode())
+        else:
+            config = read_json(folder / name)
+            done = merge(config, patch) == config
+        if not done or isinstance(patch, str) == name.endswith(".json"):
+            yield f"{name}: does not say what the recorded patch makes of it"
+
+
+def _check_created(folder: Path, manifest: Manifest, damaged: Mapping[str, str]) -> Iterator[str]:
+    """The shard of created tensors holds these and no others, byte for byte."""
+    created = {tensor.name: tensor for tensor in manifest.edit.created}
+    places = {tensor.shard for tensor in created.values()} & manifest.shards.keys()
+    for shard in sorted(places - damaged.keys()):
+        with (folder / shard).open("rb", buffering=0) as file:
+            for name, info in read_header(folder / shard).tensors.items():
+                if name not in created:
+                    yield f"{shard}: tensor {name} is not one that the edit creates"
+                elif _sha256_of(file, info) != created[name].sha256:
+                    yield f"{shard}: tensor {name} has another sha256 than recorded"
+
+
+def _sha256_of(file: RawIOBase, info: TensorInfo) -> str:
+    """The sha256 of a tensor's bytes."""
+    digest = hashlib.sha256()
+    file.seek(info.start)
+    for start in range(info.start, info.end, BUFFER):
+        digest.update(read_exactly(file, min(BUFFER, info.end - start), info.name))
+    return digest.hexdigest()
 
 
 def _readable(
@@ -238,7 +279,11 @@ def _opener(folder: Path) -> Callable[[str], RawIOBase]:
 
 
 def _check_source(
-    folder: Path, manifest: Manifest, source: Source, deltas: Mapping[str, Delta]
+    folder: Path,
+    manifest: Manifest,
+    source: Source,
+    deltas: Mapping[str, Delta],
+    damaged: Mapping[str, str],
 ) -> Iterator[str]:
     """Compare with the source, tensor by tensor, and each file that is not a copy."""
     shards = Shards.of(source.shards, bool(manifest.edit.created))
@@ -247,7 +292,11 @@ def _check_source(
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
     yield from check_source_files(manifest, source, (*source.small, *source.shards))
-    yield from _check_texts(folder, manifest, source, shards)
+    for name, text in _texts(manifest, source, shards):
+        if name == MANIFEST:
+            yield f"{name}: {text}"
+        elif name not in damaged and (folder / name).read_bytes() != text.encode():
+            yield f"{name}: is not that of the source with the recorded change"
     infos = infos_of(folder, expected)
     edited = {tensor.name: tensor for tensor in manifest.edited}
     others = edited.keys() - deltas.keys()  # in a folder that is not whole
@@ -280,8 +329,11 @@ def _check_source(
                     progress.advance(info.nbytes)
 
 
-def _check_texts(folder: Path, manifest: Manifest, source: Source, shards: Shards) -> Iterator[str]:
-    """Patched files must be those of the source with the recorded patch, the index what follows."""
+def _texts(manifest: Manifest, source: Source, shards: Shards) -> Iterator[tuple[str, str]]:
+    """Patched files as they follow from those of the source, and the index.
+
+    Of the manifest, if it has a patch that does not apply, what is wrong with it.
+    """
     texts: dict[str, str | None] = {}
     plan = make_plan(source.config, source.weight_map, source.headers())
     try:
@@ -290,11 +342,9 @@ def _check_texts(folder: Path, manifest: Manifest, source: Source, shards: Shard
         created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in manifest.edit.created}
         texts[INDEX] = index_of(source, plan, shards, created)
     except CheckpointError as error:
-        yield f"{MANIFEST}: {error}"
+        yield MANIFEST, str(error)
         return
-    for name, text in texts.items():
-        if text is not None and (folder / name).read_bytes() != text.encode():
-            yield f"{name}: is not that of the source with the recorded change"
+    yield from ((name, text) for name, text in texts.items() if text is not None)
 
 
 def _check_rounded(
