@@ -143,10 +143,11 @@ def _no_proposal(found: str) -> FitError:
 
 
 def _number(value: Any) -> float:
-    """A finite number of 64 bits, of a built-in type. Raises TypeError or ValueError."""
+    """A finite number of a built-in type, 64 bits long. Raises TypeError or ValueError."""
     if hasattr(value, "item"):  # of NumPy or PyTorch
         value = value.item()
-    if type(value) not in (int, float) or not isfinite(value) or abs(value) >= 1 << 63:
+    is_long = type(value) is int and abs(value) >= 1 << 63
+    if type(value) not in (int, float) or is_long or not isfinite(value):
         raise ValueError(f"{str(value)[:80]!r} in place of a number")
     return value  # type: ignore[no-any-return]
 
