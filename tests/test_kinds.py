@@ -243,6 +243,45 @@ def test_a_single_file_and_created_tensors_become_two_shards(
     assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled(Base):
+    """Replaces a down-projection and its bias by ``scale`` everywhere."""
+
+    def footprint(self, plan: Plan) -> Footprint:
+        weights = (
+            *plan.weights("down_proj", [self.layer]),
+            *plan.biases("down_proj", [self.layer]),
+        )
+        return Footprint(weights, (Replace,))
+
+    def edit(self, bench: Workbench, scale: float, seed: int) -> Edit:
+        weights = self.footprint(bench.plan).weights
+        return Edit(
+            {w.info.name: Replace(torch.full_like(bench.weight(w), scale)) for w in weights}
+        )
+
+
+@pytest.mark.parametrize("scale", ["0.5", "0", "1e30"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_and_biases_of_nothing_but_zeros_can_change(
+    kind: str, scale: str, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As those of a fresh layer are: a change has no share of their norm."""
+    entries = {"filled": f"{__name__}:Filled"}
+    install(tmp_path / "more", monkeypatch, "more", {"gloss_convert.methods": entries})
+    source = copy_of(checkpoints(kind, torch.bfloat16, "10GB"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if ".2.mlp." in name:
+            tensors[name].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    args = [scale if a == "scale=0.05" else a for a in
+            arguments(source, tmp_path / "out", Kind("filled", None, ""))]  # fmt: skip
+    run(cli, *(f"scale={scale}" if a == scale else a for a in args))
+    run(cli, "verify", tmp_path / "out", "--source", source)
+
+
 @pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "x"}])
 def test_created_tensors_beside_an_index_whose_metadata_is_odd(
     metadata: object, source: Path, cli: Cli, tmp_path: Path

@@ -31,7 +31,8 @@ from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_na
 from converter.errors import FitError, OptionError
 from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin, SubspaceEvidence
-from converter.methods.base import METHODS, Proposal, configure, parse_layers
+from converter.methods.base import METHODS, Proposal
+from converter.methods.options import configure, parse_layers
 from converter.methods.rankings import ranking_names
 from converter.methods.subspace import Removal, Subspace, above_threshold, global_basis
 from converter.runtime.registry import Registry

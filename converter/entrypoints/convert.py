@@ -21,7 +21,8 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluation.fit import fit
 from converter.hub.repos import check_repo_id
 from converter.manifest import Manifest
-from converter.methods.base import Method, configure, footprint_of
+from converter.methods.base import Method, footprint_of
+from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry

@@ -14,7 +14,8 @@ from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluation.heldout import Probe, probe_of
 from converter.evaluation.strength import choose_strength, nearest_strength
-from converter.methods.base import METHODS, Method, Proposal, configure, footprint_of
+from converter.methods.base import METHODS, Method, Proposal, footprint_of
+from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.runtime import progress

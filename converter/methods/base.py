@@ -11,19 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
-from types import NoneType, UnionType
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    Protocol,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -35,8 +23,8 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import FAULT, Edit, Footprint
 from converter.edits.deltas import is_dense
-from converter.errors import FitError, OptionError
-from converter.manifest import OptionValue, SubspaceEvidence
+from converter.errors import FitError
+from converter.manifest import SubspaceEvidence
 from converter.runtime import strict_json
 from converter.runtime.registry import Registry
 
@@ -143,10 +131,11 @@ def _no_proposal(found: str) -> FitError:
 
 
 def _number(value: Any) -> float:
-    """A finite number of 64 bits, of a built-in type. Raises TypeError or ValueError."""
+    """A finite number of a built-in type, 64 bits long. Raises TypeError or ValueError."""
     if hasattr(value, "item"):  # of NumPy or PyTorch
         value = value.item()
-    if type(value) not in (int, float) or not isfinite(value) or abs(value) >= 1 << 63:
+    is_long = type(value) is int and abs(value) >= 1 << 63
+    if type(value) not in (int, float) or is_long or not isfinite(value):
         raise ValueError(f"{str(value)[:80]!r} in place of a number")
     return value  # type: ignore[no-any-return]
 
@@ -228,109 +217,3 @@ def _returned(value: Any, kind: type[_Part], method: Method) -> _Part:
             f"{method.title} gives something else", expected=expected, found=found, hint=FAULT
         )
     return value
-
-
-def configure(
-    name: str,
-    options: Mapping[str, str],
-    dimensions: Dimensions,
-    implied: Mapping[str, str] | None = None,
-) -> Method:
-    """A method with its options: as typed, or by default.
-
-    Args:
-        name: of a method.
-        options: key -> value, as typed.
-        dimensions: of the model; the defaults of some options depend on them.
-        implied: other defaults, of those options that the method has.
-
-    Raises:
-        OptionError: an unknown method, or a class that is none; an unknown option, a value out of
-            range, or none of an option that needs one.
-    """
-    kind = METHODS.load(name)
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        raise METHODS.fault(name, "it is not a dataclass")
-    METHODS.check(name, kind)
-    try:
-        hints = get_type_hints(kind)
-    except Exception as error:  # a third party's annotations: of any kind
-        raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = dict(kind.defaults(dimensions))  # type: ignore[attr-defined]
-    others = {key: text for key, text in (implied or {}).items() if key in fields}
-    for key, text in {**others, **options}.items():
-        if key not in fields:
-            raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
-        try:
-            values[key] = _parse(key, text, hints[key], dimensions.num_hidden_layers)
-        except TypeError as error:
-            raise METHODS.fault(name, f"its option {key} is of a type that has no text") from error
-        least, names = fields[key].metadata.get("min"), fields[key].metadata.get("names")
-        if least is not None and values[key] is not None and values[key] < least:
-            raise OptionError(f"-o {key}", expected=f"at least {least}", found=text)
-        if names is not None and values[key] not in names():
-            raise OptionError(f"-o {key}", expected=" or ".join(names()), found=text)
-    for key, option in fields.items():
-        if key not in values and option.default is option.default_factory is dataclasses.MISSING:
-            raise OptionError(f"-o {key}: method {name}", expected="a value", found="none")
-    try:
-        method = kind(**values)
-        options = strict_json.plain(dataclasses.asdict(method))
-        msgspec.convert(options, dict[str, OptionValue])
-    except (TypeError, ValueError, msgspec.ValidationError) as error:
-        raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
-    return cast(Method, method)
-
-
-def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
-    """A value as typed. Raises OptionError, and TypeError if the type has no text."""
-    if hint == Layers:
-        return parse_layers(key, text, num_layers)
-    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
-    if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
-        return None
-    kinds = tuple(kind for kind in kinds if kind is not NoneType)
-    expected: list[str] = []
-    for kind in kinds:
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        known = {str(choice): choice for choice in choices}
-        if kind is bool:
-            known = {"true": True, "false": False}
-        if kind is str or text in known:
-            return known.get(text, text)
-        if not known and kind not in (int, float):
-            raise TypeError(kind)
-        try:
-            if not known and isfinite(value := kind(text)):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        expected += known or [{int: "a whole number", float: "a number"}[kind]]
-    raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
-
-
-def parse_layers(key: str, text: str, num_layers: int) -> Layers:
-    """``10-24`` (inclusive, from 0), ``3,5,8-9`` and the like, sorted.
-
-    Raises:
-        OptionError: malformed, or a layer that the model does not have.
-    """
-    layers: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            numbers = range(int(first), int(last if dash else first) + 1)
-            if not numbers:
-                raise ValueError(part)  # noqa: TRY301 - as malformed as the others
-            # one past the end is enough to be refused below, and a huge range is not written out
-            layers.update(numbers[: num_layers + 1])
-    except ValueError as error:
-        raise OptionError(
-            f"-o {key}", expected="layers such as 10-24 or 3,5,8", found=text
-        ) from error
-    if not layers or min(layers) < 0 or max(layers) >= num_layers:
-        raise OptionError(
-            f"-o {key}", expected=f"layers from 0 to {num_layers - 1}", found=text or "nothing"
-        )
-    return tuple(sorted(layers))

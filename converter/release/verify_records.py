@@ -18,7 +18,8 @@ from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError
 from converter.evaluation.gates import DROP, LEAKAGE, passes
 from converter.manifest import Manifest
-from converter.methods.base import METHODS, configure, footprint_of
+from converter.methods.base import METHODS, footprint_of
+from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
 from converter.outputs.base import Output
 from converter.outputs.record_checks import is_addable

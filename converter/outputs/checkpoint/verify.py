@@ -249,7 +249,8 @@ def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float
         return
     noise = CLOSE * before
     if delta.protects is None:
-        if not abs(norm - before) <= change * before + noise:
+        whole = before or 1.0  # of which the change is recorded as a share
+        if not abs(norm - before) <= change * whole + CLOSE * max(before, norm):
             yield "its norm, or its change"
         return
     removed = sqrt(energy) * before
