@@ -25,7 +25,7 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit, Footprint
-from converter.edits.deltas import AddToRows, Replace
+from converter.edits.deltas import AddLowRank, AddToRows, RemoveSubspace, Replace
 from converter.errors import CheckpointError, FitError, OptionError
 from converter.methods.base import Workbench
 from converter.methods.workbench import Bench
@@ -36,7 +36,7 @@ from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
 from tests.builders.adversary import copy_of, load_manifest, put, record
-from tests.builders.methods import METHODS, AddedFile, Base
+from tests.builders.methods import METHODS, AddedFile, Base, draw
 from tests.builders.models import load
 from tests.builders.packages import install
 
@@ -231,6 +231,39 @@ def test_an_adapter_holds_additions_of_low_rank_and_refuses_the_rest(
         assert not (tmp_path / "out").exists()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManyRoles(Base):
+    """Adds matrices of rank one to weights of several roles and layers; to none at scale 0."""
+
+    def footprint(self, plan: Plan) -> Footprint:
+        roles = [role for role in plan.roles if role != "lm_head"]
+        weights = [w for role in roles for w in plan.weights(role, [1, 2]) if w.rows is None]
+        return Footprint(tuple(weights), (AddLowRank,), 1)
+
+    def edit(self, bench: Workbench, scale: float, seed: int) -> Edit:
+        weights = {w.info.name: bench.weight(w) for w in self.footprint(bench.plan).weights}
+        parts = {n: (scale * draw(seed, len(w), 1), draw(seed, 1, w.shape[1])) for n, w in
+                 weights.items() if scale}  # fmt: skip
+        return Edit({name: AddLowRank(B, A) for name, (B, A) in parts.items()})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_an_adapter_of_several_roles_and_one_of_none(
+    architecture: str, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    entries = {"many": f"{__name__}:ManyRoles"}
+    install(tmp_path / "more", monkeypatch, "more", {"gloss_convert.methods": entries})
+    source, out = checkpoints(architecture), tmp_path / "work" / "out"
+    many = Kind("many", None, "")
+    none = [a if a != "scale=0.05" else "scale=0" for a in arguments(source, out, many)]
+    refused = run(cli, *none, "--output", "adapter", code=4)
+    assert "the edit changes no tensor" in refused.stderr
+    assert not out.parent.exists()
+    run(cli, *arguments(source, out, many), "--output", "adapter")
+    run(cli, "verify", out, "--source", source)
+
+
 def test_a_single_file_and_created_tensors_become_two_shards(
     checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:
@@ -335,6 +368,9 @@ WRONG = {
     "a tensor that no role has": (Edit({NORM: Replace(torch.ones(32, 1))}), NORM),
     "a vector that is too long": (Edit({DOWN: AddToRows(torch.tensor([0]), torch.ones(9))}), DOWN),
     "a row that is not there": (Edit({DOWN: AddToRows(torch.tensor([32]), torch.ones(48))}), DOWN),
+    "a matrix of no rank": (
+        Edit({DOWN: AddLowRank(torch.ones(32, 0), torch.ones(0, 48))}), DOWN,
+    ),
     "a replacement of another size": (Edit({DOWN: Replace(torch.ones(3, 3))}), DOWN),
     "a patch of a file that is missing": (
         Edit(patches={"chat_template.jinja": "x"}), "chat_template.jinja",
@@ -433,6 +469,18 @@ def test_an_edit_beyond_its_footprint_is_refused(
     with pytest.raises(FitError) as raised:
         footprint.check(edit)
     assert named in raised.value.what
+
+
+@pytest.mark.parametrize("U", [torch.ones(32, 2), torch.eye(32)[:, :2] * 1.001])
+def test_a_basis_that_is_not_orthonormal_is_refused_before_it_is_written(
+    U: torch.Tensor, checkpoints: Callable[..., Path]
+) -> None:
+    source = resolve(str(checkpoints("llama", torch.bfloat16)))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    footprint = Footprint(plan.weights("down_proj", [0]), (RemoveSubspace,), 2)
+    footprint.check(Edit({DOWN: RemoveSubspace(torch.eye(32)[:, :2].contiguous())}))
+    with pytest.raises(FitError, match="expected orthonormal columns"):
+        footprint.check(Edit({DOWN: RemoveSubspace(U)}))
 
 
 def test_a_refused_edit_leaves_nothing(

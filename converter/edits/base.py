@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from converter.checkpoints.plan import Plan
@@ -195,7 +196,7 @@ class Footprint:
         """Refuse an edit that goes beyond what was planned, shown and found room for.
 
         Raises:
-            FitError: naming a tensor or a file.
+            FitError: naming a tensor or a file; or a basis is not orthonormal.
         """
         weights = {weight.info.name for weight in self.weights}
         shapes = {name: tuple(tensor.shape) for name, tensor in edit.created.items()}
@@ -209,8 +210,25 @@ class Footprint:
         if beyond:
             raise FitError(
                 f"the method changes {beyond[0]} in a way that its footprint does not have",
-                hint="nothing was written; it is a fault of the method",
+                hint=f"nothing was written; {FAULT}",
             )
+        bases = {id(delta): (name, delta.protects) for name, delta in edit.tensors.items()}
+        for name, basis in bases.values():
+            if basis is not None and not (off := skewness(basis)) <= ORTHONORMAL:
+                raise FitError(
+                    f"the basis of tensor {name}", expected="orthonormal columns",
+                    found=f"U^T U off by {off:.1e}", hint=f"nothing was written; {FAULT}",
+                )  # fmt: skip
+
+
+ORTHONORMAL = 1e-5
+"""How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
+
+
+def skewness(basis: Tensor) -> float:
+    """How far U^T U is from the identity."""
+    U = basis.cpu()
+    return float((U.T @ U - torch.eye(U.shape[1])).abs().max())
 
 
 def _is_shared(weight: Weight) -> bool:

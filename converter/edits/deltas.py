@@ -165,6 +165,8 @@ class AddLowRank(_WithoutSubspace):
     def check(self, shape: tuple[int, int]) -> None:
         _check("B", self.B, torch.float32, (shape[0], None))
         _check("A", self.A, torch.float32, (self.B.shape[1], shape[1]))
+        if not self.B.shape[1]:
+            raise ValueError("B has no columns")
 
     def to(self, device: str, dtype: torch.dtype) -> "AddLowRank":
         return AddLowRank(self.B.to(device, dtype), self.A.to(device, dtype))

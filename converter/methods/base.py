@@ -143,7 +143,7 @@ def _number(value: Any) -> float:
 class Method(Protocol):
     """A method with its options set: a frozen dataclass whose fields are the options.
 
-    An option is ``Layers``, ``int``, ``float``, ``str`` or a ``Literal`` of texts; None, where it
+    An option is ``Layers``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``; None, where it
     may be that, is typed as ``auto``. The ``metadata`` of its field may have ``min``, the smallest
     number, or ``names``, a function that returns the texts to choose from. An option that neither
     the field nor ``defaults`` gives a value has to be typed.

@@ -5,23 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath
 
-import torch
 from torch import Tensor
 
 from converter.checkpoints.companions import is_companion
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
-from converter.edits.base import Edit
+from converter.edits.base import ORTHONORMAL, Edit, skewness
 from converter.edits.deltas import Delta, delta_of
 from converter.edits.edit_file import ADDED, CREATED, EDIT_FILE, EVIDENCE, load_edit_tensors
 from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
 from converter.runtime.cache import sha256_of
 from converter.text.sanitize import is_one_line
-
-ORTHONORMAL = 1e-5
-"""How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
 
 LONGEST_NAME = 255
 """Bytes of the name of a file, on every usual system."""
@@ -93,7 +89,7 @@ def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterato
         basis = delta_of_record(tensor, stored).protects
         if basis is not None:
             ranks.append(basis.shape[1])
-            error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
+            error = skewness(basis)
             if not error <= ORTHONORMAL:
                 label = ", ".join(tensor.tensors.values())
                 yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"

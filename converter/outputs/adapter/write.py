@@ -57,13 +57,23 @@ def companions(names: Iterable[str]) -> list[str]:
 
 
 def write_adapter(job: WriteJob) -> Written:
-    """Write the adapter and its config, as peft does."""
+    """Write the adapter and its config, as peft does.
+
+    Raises:
+        CheckpointError: the edit changes no tensor, or one that holds NaN or Inf.
+    """
+    if not job.weights:
+        raise CheckpointError(
+            "the edit changes no tensor, so there is nothing that an adapter could hold",
+            hint="use --output checkpoint, or edit more",
+        )
     if job.receiver:
         job.receiver.before({})
     source, plan, edit = job.source, job.plan, job.edit
     order = sorted(job.weights, key=lambda weight: (weight.shard, weight.info.start))
     names = stored_names(edit, {weight.info.name: weight.layer for weight in order})
-    ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in job.weights}
+    listed = sorted(order, key=lambda weight: (weight.layer, weight.info.name))  # as records are
+    ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in listed}
     if max(ranks.values()) > SERVED_RANK:
         progress.warn(
             f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
