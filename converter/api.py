@@ -81,7 +81,7 @@ def convert(
             these, GuardError says that the edit would break the model, or does no more than a
             random one.
     """
-    delivery = Delivery(overwrite=overwrite)
+    delivery = Delivery(overwrite=overwrite is True)  # no text such as "no" deletes anything
     return convert_once(_recipe(recipe), Path(destination), settings, delivery)
 
 
@@ -187,7 +187,7 @@ def replay(
     """
     given = LocalInputs(source=None if source is None else fspath(source))
     recording = read_recording(Path(manifest))
-    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite)
+    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite is True)
     return done.manifest
 
 

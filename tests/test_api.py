@@ -143,6 +143,8 @@ def test_paths_do_as_well_as_texts_and_a_second_call_as_the_first(
     assert converter.plan(source)["source"] == source.name
     assert converter.verify(Path("out"), source) == []
     converter.replay("out", "again", source)
+    with refused(converter.DestinationError, what="..."):
+        converter.convert(replace(given, seed=1), "out", overwrite="no")  # type: ignore[arg-type]
     assert converter.diff(Path("out"), "again")["changed"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
 
