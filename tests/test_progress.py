@@ -74,6 +74,21 @@ def test_stages_and_warnings_are_kept() -> None:
     assert progress.current() is not told
 
 
+def test_the_memory_of_a_stage_is_not_that_of_one_inside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The system's maximum begins anew: 8 before the inner stage, 90 within, 7 after."""
+    peaks = iter([1, 8, 90, 7])
+    monkeypatch.setattr(progress, "peak_memory", lambda: next(peaks))
+    with (
+        progress.recording() as told,
+        progress.stage("fit", "fitting"),
+        progress.stage("activations", "running"),
+    ):
+        pass
+    assert told.memory == {"activations": 90, "fit": 8}
+
+
 def test_a_command_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

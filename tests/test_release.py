@@ -81,3 +81,18 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         assert {info.date_time[:3] for info in file.infolist()} == {(2023, 11, 14)}
         assert "converter/data/card.md" in file.namelist()
+
+
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "converter/README.md", "tests/README.md"])
+def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for link in re.findall(r"\]\((?!https?:)([^)]*)\)", path.read_text()):
+        place, _, anchor = link.partition("#")
+        target = path.parent / place if place else path
+        assert target.exists(), link
+        if anchor:
+            headings = HEADING.findall(target.read_text().lower())
+            assert anchor in {re.sub(r"[^\w\- ]", "", h).replace(" ", "-") for h in headings}, link

@@ -36,6 +36,7 @@ class Progress:
         warnings: in order.
         bars: those that are open, the innermost last.
         within: seconds of the stages that have ended inside the current one.
+        peak: the largest resident set of the current stage before the last one inside it.
     """
 
     shows_bars: bool = False
@@ -44,6 +45,7 @@ class Progress:
     warnings: list[str] = field(default_factory=list)
     bars: "list[tqdm[Never]]" = field(default_factory=list)
     within: float = 0.0
+    peak: int = 0
 
 
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -86,11 +88,12 @@ def warn(text: str) -> None:
 def stage(name: str, title: str) -> Iterator[None]:
     """Announce a stage and add the seconds it took to ``seconds[name]``.
 
-    The seconds of a stage inside another count for the inner one only.
+    The seconds and the memory of a stage inside another count for the inner one only.
     """
     note(title)
     progress, start = current(), time.perf_counter()
     before, progress.within = progress.within, 0.0
+    peak, progress.peak = max(progress.peak, peak_memory()), 0
     _forget_peak()
     try:
         yield
@@ -98,7 +101,9 @@ def stage(name: str, title: str) -> Iterator[None]:
         took = time.perf_counter() - start
         progress.seconds[name] = progress.seconds.get(name, 0.0) + took - progress.within
         progress.within = before + took
-        progress.memory[name] = max(progress.memory.get(name, 0), peak_memory())
+        progress.memory[name] = max(progress.memory.get(name, 0), progress.peak, peak_memory())
+        progress.peak = peak
+        _forget_peak()
 
 
 @contextmanager
