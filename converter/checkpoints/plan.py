@@ -11,9 +11,8 @@ from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.fp8_scheme import Scheme, read_scheme
 from converter.checkpoints.safetensors.header import Header
-from converter.checkpoints.weights import Names, Place, Weight, check_shape
+from converter.checkpoints.weights import Names, Place, Scheme, Weight, check_shape, read_scheme
 from converter.errors import CheckpointError, OptionError
 
 

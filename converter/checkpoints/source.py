@@ -7,22 +7,31 @@ from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_url
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
-from converter.checkpoints.layout import TOKENIZER
-from converter.checkpoints.safetensors.header import Header, TensorInfo, header_of
-from converter.checkpoints.safetensors.remote import remote_header
+from converter.checkpoints.names import TOKENIZER
+from converter.checkpoints.safetensors.header import (
+    Header,
+    TensorInfo,
+    header_of,
+    length_of,
+    parse_header,
+)
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.hub.limits import read_range
 from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.threads import ThreadPool
 
-READERS = 8
+_READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""
+
+_FIRST = 100_000
+"""Bytes of a shard on the Hub that are asked for first: nearly all headers end in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +128,7 @@ class Source:
             CheckpointError: a shard is missing, truncated or malformed.
             SourceError: the Hub cannot be read.
         """
-        with ThreadPool(READERS) as pool:  # what takes time is waiting for the network
+        with ThreadPool(_READERS) as pool:  # what takes time is waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
@@ -184,15 +193,14 @@ class Source:
         Raises:
             CheckpointError: one is not there any more, or is not the file that was opened.
         """
+        found = {}
         for path in self.originals:
             if path.exists() and state_of(path) != self.states.get(path.name):
                 raise CheckpointError(
                     f"{path.name} changed while it was read", hint="run the same command again"
                 )
-        return {
-            path.name: FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
-            for path in self.originals
-        }
+            found[path.name] = FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
+        return found
 
 
 def _digest(path: Path) -> str:
@@ -215,3 +223,37 @@ def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -
             found=f"{free / 1e9:.1f} GB",
             hint="set HF_HOME to a larger disk",
         )
+
+
+def remote_header(repo: hub.Repo, name: str) -> Header:
+    """The header of one safetensors file on the Hub, by range requests; no weights are fetched.
+
+    Not by ``HfFileSystem``: it holds all that is sent (``Response.content``), however little it
+    asked for, and takes the whole file of a server without ranges for the range; its streams ask
+    for no end.
+
+    Raises:
+        SourceError: see ``plain_errors``; or the file breaks off.
+        CheckpointError: it is not well-formed safetensors.
+    """
+    size = repo.sizes[name]
+    start = _range(repo, name, 0, min(_FIRST, size))
+    length = length_of(start[:8], size, name)
+    if 8 + length > len(start):
+        start += _range(repo, name, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, name)
+
+
+def _range(repo: hub.Repo, name: str, start: int, end: int) -> bytes:
+    """Bytes of a file at the commit."""
+    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
+    with hub.plain_errors(repo.kind, repo.repo_id):
+        found = read_range(url, start, end)
+    if len(found) < end - start:
+        raise SourceError(
+            f"{name} of {repo.kind} {repo.repo_id} breaks off",
+            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
+            found=f"the end after {start + len(found):,}",
+            hint="run again",
+        )
+    return found

@@ -1,35 +1,53 @@
 """GGUF files, as far as transformers can read them: unpacked once, into the user's cache.
 
 transformers dequantizes the whole model in memory; from there on it is a folder like any other.
+What reads these files makes objects for every element of a list and layers for every number, so a
+small file could ask for all memory there is: the header is looked through first.
 """
 
 import io
 import json
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
-
-from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.formats.virtual import making
 from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import (
-    cache_error,
-    cache_folder,
-    discard_stale,
-    flush,
-    remembered_digest,
-    replacing,
-)
+from converter.runtime.cache import cache_folder, remembered_digest, replacing
 
-SHARD_SIZE = "5GB"
-
-VERSION = 1
+_VERSION = 1
 """Of what is unpacked; to be raised when it changes."""
+
+_SMALLEST = 1.5
+"""Bits per weight of the smallest quantization that GGUF has; less cannot be the whole model."""
+
+_MAX_FIELDS = 10_000
+_MAX_TENSORS = 200_000
+_MAX_ELEMENTS = 1 << 21
+"""Of a list; the largest vocabularies have a quarter of a million words, and twice that in merges.
+"""
+
+_MAX_TEXT = 16_000_000
+"""Bytes of a string."""
+
+_LIMITS = (
+    (re.compile(r".*\.(block|expert)_count"), 10_000),
+    (re.compile(r"(?!general\.).*(_length|_count|_size|_rank)"), 1 << 24),
+)
+"""Endings of keys -> the most that such a number can be. Those that begin with general describe the
+file: some have its number of parameters."""
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
+            11: "<q", 12: "<d"}  # fmt: skip
+_STRING, _LIST = 8, 9
+"""Types of values, by their numbers in the format."""
 
 
 def unpacked(path: Path) -> Path:
@@ -43,12 +61,12 @@ def unpacked(path: Path) -> Path:
         SourceError: a package for GGUF is missing.
         DestinationError: the cache cannot be written.
     """
-    made_by = f"{VERSION}-{version('transformers')}"
+    made_by = f"{_VERSION}-{version('transformers')}"
     folder = cache_folder() / "gguf" / f"{remembered_digest(path)}-{made_by}"
     known = folder.with_suffix(".json")
     if not folder.is_dir() or _digests(folder) != _read_digests(known):
         shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder, lambda: load(path), SHARD_SIZE)
+        make_folder(folder, lambda: load(path), "5GB")
         with replacing(known) as part:
             part.write_text(json.dumps(_digests(folder)))
     return folder
@@ -73,25 +91,14 @@ def make_folder(
     Raises:
         DestinationError: the folder cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{folder.name[:20]}-"
-        discard_stale(folder.parent, prefix)
-        with TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
-            part = Path(temporary) / folder.name
-            part.mkdir()
-            model, tokenizer = loaded()
-            model.save_pretrained(part, max_shard_size=shard_size)
-            tokenizer.save_pretrained(part)
-            if card:
-                (part / "README.md").write_text(card, "utf-8")
-            for made in part.iterdir():
-                made.chmod(0o644)
-            flush(part)
-            part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if not folder.is_dir():  # unless another run has made it meanwhile
-            raise cache_error(folder, error) from error
+    with making(folder) as part:
+        model, tokenizer = loaded()
+        model.save_pretrained(part, max_shard_size=shard_size)
+        tokenizer.save_pretrained(part)
+        if card:
+            (part / "README.md").write_text(card, "utf-8")
+        for made in part.iterdir():
+            made.chmod(0o644)
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -142,20 +149,9 @@ def load(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-BITS = 1.5
-"""Per weight, of the smallest quantization that GGUF has; less cannot be the whole model."""
-
-
 def _check_size(path: Path, folder: Path) -> None:
-    """Refuse a header that asks for a larger model than the file can hold: it would be made first.
-
-    Args:
-        path: of the file.
-        folder: with a link to it.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Refuse a header that asks for a larger model than the file, which ``folder`` has a link to,
+    can hold: it would be made first."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -167,7 +163,7 @@ def _check_size(path: Path, folder: Path) -> None:
             config, trust_remote_code=False
         )
     named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
-    if named * BITS > 8 * size:
+    if named * _SMALLEST > 8 * size:
         raise CheckpointError(
             f"{path.name} does not hold the model that it names",
             expected=f"{named:,} weights",
@@ -195,3 +191,81 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
             f"{path.name} has other blocks than its header says",
             expected=f"blk.0 to blk.{layers - 1}", found=f"{len(blocks)} of them",
         )  # fmt: skip
+
+
+def check_header(path: Path) -> None:
+    """Refuse a GGUF file whose header no model has.
+
+    Raises:
+        CheckpointError: it is none, ends early, or asks for more than there can be.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
+        try:
+            _check(file)
+        except (ValueError, struct.error) as error:
+            raise CheckpointError(
+                f"the header of {path.name} is damaged", found=str(error),
+                hint="fetch the file again",
+            ) from error  # fmt: skip
+
+
+def _check(file: BufferedReader) -> None:
+    (version,) = _read(file, "<I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}, where 2 and 3 are known")
+    tensors, fields = _read(file, "<QQ")
+    if fields > _MAX_FIELDS or tensors > _MAX_TENSORS:
+        raise ValueError(f"{fields:,} fields and {tensors:,} tensors")
+    for _ in range(fields):
+        key = _text(file)
+        (kind,) = _read(file, "<I")
+        _value(file, key, kind)
+    for _ in range(tensors):
+        name = _text(file)
+        (axes,) = _read(file, "<I")
+        if axes > 4:
+            raise ValueError(f"tensor {name} of {axes:,} axes")
+        _read(file, f"<{axes}QIQ")
+
+
+def _value(file: BufferedReader, key: str, kind: int) -> None:
+    if kind == _STRING:
+        _text(file)
+    elif kind == _LIST:
+        _list(file, key)
+    else:
+        (number,) = _read(file, _scalar(kind))
+        for pattern, most in _LIMITS:
+            if pattern.fullmatch(key) and number > most:
+                raise ValueError(f"{key} is {number:,}, where at most {most:,} can be")
+
+
+def _list(file: BufferedReader, key: str) -> None:
+    kind, count = _read(file, "<IQ")
+    if count > _MAX_ELEMENTS:
+        raise ValueError(f"{key} has {count:,} elements")
+    if kind == _STRING:
+        for _ in range(count):
+            _text(file)
+    else:
+        _read(file, f"<{count}{_scalar(kind)[1:]}")
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value of the unknown type {kind}")
+    return _SCALARS[kind]
+
+
+def _text(file: BufferedReader) -> str:
+    (length,) = _read(file, "<Q")
+    if length > _MAX_TEXT:
+        raise ValueError(f"a text of {length:,} bytes")
+    return file.read(length).decode("utf-8", "replace")
+
+
+def _read(file: BufferedReader, layout: str) -> tuple[int, ...]:
+    """Numbers in a layout of ``struct``. Raises struct.error at the end of the file."""
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))

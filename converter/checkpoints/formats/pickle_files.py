@@ -18,14 +18,13 @@ from torch import Tensor
 from converter.checkpoints.formats.virtual import Translated, VirtualTensor, refuse_pointer
 from converter.errors import CheckpointError
 
-SINGLE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
-
-Tied = Callable[[], bool]
-
 
 def read_pickled(
-    folder: Path, files: Iterable[str], weight_map: Mapping[str, str], unembedding: str, tied: Tied
+    folder: Path,
+    files: Iterable[str],
+    weight_map: Mapping[str, str],
+    unembedding: str,
+    tied: Callable[[], bool],
 ) -> Translated:
     """The tensors of some files, each file a shard named like safetensors.
 
@@ -88,7 +87,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         with path.open("rb") as file:
             mapped = file.read(2) == b"PK"
         if mapped:
-            check_archive(path)
+            _check_archive(path)
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     except CheckpointError:
         raise
@@ -109,7 +108,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             found=type(loaded).__name__,
         )  # fmt: skip
     for key, value in loaded.items():
-        if not (isinstance(key, str) and key.isprintable() and is_plain(value)):
+        if not (isinstance(key, str) and key.isprintable() and _is_plain(value)):
             raise CheckpointError(
                 f"{path.name} is not a state_dict", expected="names and dense tensors",
                 found=f"{key!r:.80}: {type(value).__name__}" if isinstance(key, str)
@@ -125,7 +124,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     return loaded, mapped
 
 
-def check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
 
     What is compressed could be a thousand times as large in memory, and its numbers could not be
@@ -151,7 +150,7 @@ def check_archive(path: Path) -> None:
         )
 
 
-def is_plain(value: object) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether something is a tensor whose numbers are simply there."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False

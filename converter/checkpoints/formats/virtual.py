@@ -8,17 +8,21 @@ whoever reads it holds one tensor at a time. Everything behind the source sees s
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.errors import CheckpointError
+from converter.runtime.cache import cache_error, discard_stale, flush
 
 MAX_SHARD = 5_000_000_000
 """Bytes of an output shard, where the source has none to keep."""
@@ -104,6 +108,27 @@ def refuse_pointer(path: Path) -> None:
         if file.read(19) == b"version https://git":
             what = f"{path.name} is a pointer of git-lfs, not the file itself"
             raise CheckpointError(what, hint="run 'git lfs pull' in the source")
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes ``folder``, in the cache, if the block succeeds.
+
+    Raises:
+        DestinationError: the cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        discard_stale(folder.parent, ".making-")
+        with TemporaryDirectory(prefix=".making-", dir=folder.parent) as temporary:
+            part = Path(temporary) / folder.name
+            part.mkdir()
+            yield part
+            flush(part)
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if not folder.is_dir():  # unless another run has made it meanwhile
+            raise cache_error(folder, error) from error
 
 
 class VirtualFile:

@@ -15,9 +15,8 @@ from typing import Any
 from msgspec.structs import replace
 from safetensors.torch import save
 
-from converter.checkpoints.companions import OURS
 from converter.checkpoints.formats.virtual import index_text
-from converter.checkpoints.names import INDEX, SINGLE
+from converter.checkpoints.names import INDEX, OURS, SINGLE
 from converter.checkpoints.patch import merge, patched
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
