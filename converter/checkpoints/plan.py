@@ -1,8 +1,7 @@
 """What a conversion will do, decided from the headers alone: no weight is read.
 
-A ``Plan`` knows every tensor of the source and which of them are down-projections; it finds the
-weights of other roles when it is asked for them. Whatever is wrong with a checkpoint's structure is
-found here, before anything is computed or written.
+Whatever is wrong with a checkpoint's structure is found here, before anything is computed or
+written.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
 from converter.checkpoints.safetensors.header import Header
 from converter.checkpoints.weights import Names, Place, Scheme, Weight, check_shape, read_scheme
 from converter.errors import CheckpointError, OptionError
@@ -77,9 +76,7 @@ class Plan:
         )
 
     def weights(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
-        """The weights of a role, in order of layer and expert.
-
-        All but down-projections are looked for, and checked, when they are asked for.
+        """The weights of a role, in order of layer and expert, found when they are asked for.
 
         Args:
             role: what they are for.
@@ -98,8 +95,7 @@ class Plan:
     def find(self, names: Collection[str]) -> dict[str, Weight]:
         """Those of some tensors that are weights or biases of a role, by name.
 
-        Raises:
-            CheckpointError: as ``weights``.
+        Raises CheckpointError, as ``weights``.
         """
         found: dict[str, Weight] = {}
         for role in self.roles:
@@ -119,10 +115,7 @@ class Plan:
         """How a role has or gets biases; None if no way is known.
 
         There is none either if some layers have a bias and others not, or if maps have one that are
-        to get it: such a checkpoint is not what its class makes of it.
-
-        Raises:
-            OptionError, CheckpointError: as ``weights``.
+        to get it: such a checkpoint is not what its class makes of it. Raises as ``weights``.
         """
         weights, biases = self.weights(role), self.biases(role)
         if len(biases) == len(weights):
@@ -184,7 +177,9 @@ def make_plan(
     """
     scheme = read_scheme(config)
     architecture = find_architecture(config)
-    sizes = architecture.dimensions(config)
+    sizes = read_dimensions(
+        architecture.config, config, has_experts=bool(architecture.experts.weight)
+    )
     names = Names(locate_tensors(weight_map, headers), architecture, sizes, scheme)
     targets: list[Weight] = []
     post_norms = {}
@@ -215,11 +210,8 @@ def _roles(names: Names, config: Mapping[str, Any]) -> Iterator[Role]:
 
 
 def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
-    """No tensor may be named like a down-projection and be none by the config.
-
-    Raises:
-        CheckpointError: naming it: it would be left unedited.
-    """
+    """Raise CheckpointError if a tensor is named like a down-projection and is none by the config:
+    it would be left unedited."""
     architecture, sizes = names.architecture, names.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers

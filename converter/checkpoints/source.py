@@ -18,6 +18,7 @@ from converter.checkpoints.safetensors.header import (
     header_of,
     length_of,
     parse_header,
+    readable,
 )
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
@@ -111,10 +112,8 @@ class Source:
                 self.virtual[shard] = VirtualFile(self.virtual_shards[shard])
             return VirtualShard(self.virtual[shard])
         self.fetch([shard])
-        try:
+        with readable(shard):
             return (self.folder / shard).open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(f"{shard} cannot be read", found=error.strerror) from error
 
     def read(self, shard: str, info: TensorInfo) -> Tensor:
         """One tensor, as stored. Raises CheckpointError or SourceError, as ``open``."""
@@ -204,11 +203,9 @@ class Source:
 
 
 def _digest(path: Path) -> str:
-    """``remembered_digest`` of a file of the source. Raises CheckpointError if it is not there."""
-    try:
+    """``remembered_digest`` of a file of the source. Raises CheckpointError."""
+    with readable(path.name):
         return remembered_digest(path)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
 
 
 def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
@@ -238,7 +235,7 @@ def remote_header(repo: hub.Repo, name: str) -> Header:
     """
     size = repo.sizes[name]
     start = _range(repo, name, 0, min(_FIRST, size))
-    length = length_of(start[:8], size, name)
+    length = length_of(start, size, name)
     if 8 + length > len(start):
         start += _range(repo, name, len(start), 8 + length)
     return parse_header(start[8 : 8 + length], size, name)

@@ -13,11 +13,10 @@ _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate
              "vocab_size"}  # fmt: skip
 """Sizes that may be 0 or be missing from a config, which is the same."""
 
-
-MAX_SIZE = 1 << 40
+_MAX_SIZE = 1 << 40
 """No axis of a tensor is longer."""
 
-MAX_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 """The deepest models have a few hundred."""
 
 
@@ -63,8 +62,7 @@ def read_dimensions(
         raise CheckpointError(
             f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
         )
-    needed = {"num_experts", "moe_intermediate_size"} if has_experts else set()
-    optional = _OPTIONAL - needed
+    optional = _OPTIONAL - ({"num_experts", "moe_intermediate_size"} if has_experts else set())
     sizes = {
         name: _size(inner, keys[name], optional=name in optional)
         for name in keys.keys() - {"within", "dense_layers"}
@@ -76,9 +74,9 @@ def read_dimensions(
             f"config.json: {keys['dense_layers']}", expected="a list", found=describe_value(listed)
         )
     dense = {layer for layer in listed if type(layer) is int}
-    if sizes["num_hidden_layers"] > MAX_LAYERS:
+    if sizes["num_hidden_layers"] > _MAX_LAYERS:
         raise CheckpointError(
-            "config.json: the number of layers", expected=f"at most {MAX_LAYERS:,}",
+            "config.json: the number of layers", expected=f"at most {_MAX_LAYERS:,}",
             found=f"{sizes['num_hidden_layers']:,}",
         )  # fmt: skip
     sparse = (
@@ -99,11 +97,11 @@ def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
             break
     if optional and (not parts or None in parts or 0 in parts):
         return 0
-    if not parts or not all(type(part) is int and 0 < part < MAX_SIZE for part in parts):
+    if not parts or not all(type(part) is int and 0 < part < _MAX_SIZE for part in parts):
         key = source.partition("|")[0].strip()
         raise CheckpointError(
             f"config.json: {key}",
             expected="a positive integer",
             found=describe_value(config.get(key)),
-        )  # fmt: skip
+        )
     return prod(parts)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from converter.checkpoints.formats.virtual import making, refuse_pointer
+from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MAX_COMPANION
+from converter.checkpoints.safetensors.header import refuse_pointer
 from converter.errors import CheckpointError, SourceError
 from converter.text.sanitize import describe_value
 
@@ -140,8 +141,8 @@ def small_files(folder: Path) -> dict[str, bytes]:
     for path in sorted(folder.iterdir()):
         fit = not path.name.endswith(_NOT_SMALL) and not path.name.startswith(".")
         if fit and path.is_file() and path.stat().st_size <= MAX_COMPANION:
-            refuse_pointer(path)
             small[path.name] = path.read_bytes()
+            refuse_pointer(small[path.name], path.name)
             if sum(map(len, small.values())) > _MAX_ALL:
                 raise CheckpointError(
                     f"{folder.name} has too much beside the weights",

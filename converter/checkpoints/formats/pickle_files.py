@@ -15,7 +15,8 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Translated, VirtualTensor, refuse_pointer
+from converter.checkpoints.formats.virtual import Translated, VirtualTensor
+from converter.checkpoints.safetensors.header import refuse_pointer
 from converter.errors import CheckpointError
 
 
@@ -83,10 +84,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         CheckpointError: as ``read_pickled``.
     """
     try:
-        refuse_pointer(path)
         with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"
-        if mapped:
+            start = file.read(32)
+        refuse_pointer(start, path.name)
+        if mapped := start.startswith(b"PK"):
             _check_archive(path)
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     except CheckpointError:

@@ -102,14 +102,6 @@ def index_text(shards: Shards) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise CheckpointError if git-lfs has left a pointer in the place of a file."""
-    with path.open("rb") as file:
-        if file.read(19) == b"version https://git":
-            what = f"{path.name} is a pointer of git-lfs, not the file itself"
-            raise CheckpointError(what, hint="run 'git lfs pull' in the source")
-
-
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
     """A folder to write into; it becomes ``folder``, in the cache, if the block succeeds.

@@ -4,7 +4,8 @@ A file is 8 bytes of little-endian header length, a JSON header, and the tensors
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -16,14 +17,6 @@ from converter.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors format on a header, in bytes."""
-
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Bits per element of the dtypes of the format (safetensors 0.8)."""
 
 FLOATS = {
     "F16": torch.float16,
@@ -51,6 +44,10 @@ DTYPES = FLOATS | {
     "I64": torch.int64,
 }
 """The dtypes of the format that PyTorch has."""
+
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits per element of the dtypes of the format (safetensors 0.8)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +80,36 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, truncated, or not well-formed safetensors.
     """
+    with readable(path.name), path.open("rb", buffering=0) as file:
+        return header_of(file, path.name)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raise CheckpointError where the operating system cannot read a file of that name."""
     try:
-        with path.open("rb", buffering=0) as file:
-            return header_of(file, path.name)
+        yield
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
+        raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
 
 
 def header_of(file: RawIOBase, name: str) -> Header:
     """``read_header`` of an open file, whose name is for messages."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    start = bytes(read_exactly(file, min(size, 8), name))
-    return parse_header(read_exactly(file, length_of(start, size, name), "the header"), size, name)
+    length = length_of(read_exactly(file, min(size, 32), name), size, name)
+    file.seek(8)
+    return parse_header(read_exactly(file, length, "the header"), size, name)
 
 
-def length_of(start: bytes, size: int, name: str) -> int:
-    """Bytes of the header of a file of ``size`` bytes, whose first eight, or all, are ``start``.
+def length_of(start: bytes | bytearray, size: int, name: str) -> int:
+    """Bytes of the header of a file of ``size`` bytes that begins with ``start``.
 
     Raises:
         CheckpointError: it has none, or a longer one than can be.
     """
-    if start == b"version ":
-        raise CheckpointError(
-            f"{name} is a pointer of git-lfs, not the file itself",
-            hint="run 'git lfs pull' in the source",
-        )
-    length = int.from_bytes(start, "little")
+    refuse_pointer(start, name)
+    length = int.from_bytes(start[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
             f"{name} is truncated or not a safetensors file",
@@ -118,6 +118,13 @@ def length_of(start: bytes, size: int, name: str) -> int:
             hint="fetch the file again",
         )
     return length
+
+
+def refuse_pointer(start: bytes | bytearray, name: str) -> None:
+    """Raise CheckpointError if a file that begins so is what git-lfs leaves in the place of it."""
+    if start.startswith(b"version https://git"):
+        what = f"{name} is a pointer of git-lfs, not the file itself"
+        raise CheckpointError(what, hint="run 'git lfs pull' in the source")
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
@@ -134,14 +141,13 @@ def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
 def fill(file: RawIOBase, view: memoryview, name: str) -> memoryview:
     """``read_exactly`` into a buffer, which is returned."""
     done = 0
-    while done < len(view):
-        try:
+    with readable(name):
+        while done < len(view):
             got = file.readinto(view[done:])
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
-        if not got:
-            raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
-        done += got
+            if not got:
+                what = f"the file ends in the middle of {name}"
+                raise CheckpointError(what, hint="fetch it again")
+            done += got
     return view
 
 
