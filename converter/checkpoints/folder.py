@@ -48,10 +48,13 @@ def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
             continue  # a link to nothing, of what is not copied
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
+            kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
             raise CheckpointError(
-                f"{name} is no file", expected="files and folders", found=_kind(status.st_mode),
+                f"{name} is no file",
+                expected="files and folders",
+                found=kinds.get(stat.S_IFMT(status.st_mode), "a device"),
                 hint="remove it from the source",
-            )  # fmt: skip
+            )
         found[name] = status.st_size
     return dict(sorted(found.items(), key=lambda item: PurePosixPath(item[0]).parts))
 
@@ -99,21 +102,13 @@ def _check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: in a circle
         what = f"{name} is a link that leads nowhere"
         raise CheckpointError(what, hint="remove it, or put the file in its place") from error
-    if not any(target.is_relative_to(folder) for folder in inside) and not _is_downloaded(target):
+    blobs = target.parent
+    if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
+        return  # of a model in the cache of the Hub's client
+    if not any(target.is_relative_to(folder) for folder in inside):
         raise CheckpointError(
             f"{name} is a link that leads out of the source",
             expected="a file, or a link within the source",
             hint="it would be published as a file of the model; if it is one, put a copy in its "
             "place",
         )
-
-
-def _is_downloaded(target: Path) -> bool:
-    """Whether a file, all links followed, is one of a model in the cache of the Hub's client."""
-    blobs = target.parent
-    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -81,11 +81,11 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
             that can be read.
     """
     known = set(names)
+    if ELSEWHERE in known and "config.json" not in known:
+        raise CheckpointError(
+            f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+        )
     if ELSEWHERE in known:
-        if "config.json" not in known:
-            raise CheckpointError(
-                f"{name} is an adapter, not a model", hint="give the model that it belongs to"
-            )
         raise CheckpointError(
             f"{name} is a model with an adapter beside it, which transformers would apply",
             hint=f"remove {ELSEWHERE}, or merge the adapter",
@@ -101,17 +101,20 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
         if index in known or single in known:
             return kind
     others = sorted(n for n in known if n.endswith(OTHER_WEIGHTS))
-    stray = bool(others) and all(n.endswith(".safetensors") for n in others)
     gguf = [n for n in others if n.endswith(".gguf")]
+    what, hint = (
+        f"{name} has no weights that can be read",
+        "use a checkpoint in one of these formats",
+    )
+    if others and all(n.endswith(".safetensors") for n in others):
+        what, hint = f"{name} has no {INDEX}", "get the index file, too"
+    elif gguf:
+        hint = f"give the file {gguf[0]} itself as SOURCE"
     raise CheckpointError(
-        f"{name} has no {INDEX}" if stray else f"{name} has no weights that can be read",
+        what,
         expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.*.pth with params.json",
         found=", ".join(others[:5]) or "no weights at all",
-        hint="get the index file, too"
-        if stray
-        else f"give the file {gguf[0]} itself as SOURCE"
-        if gguf
-        else "use a checkpoint in one of these formats",
+        hint=hint,
     )
 
 
@@ -151,7 +154,9 @@ def read_index(path: Path) -> dict[str, str]:
                 expected="a plain file name",
                 found=repr(shard)[:200],
             )
-        if not _is_shard(shard, ending):
+        # its name must also be fit for a file that we write
+        plain = shard.isprintable() and "\\" not in shard and len(shard.encode()) <= 255
+        if not plain or not shard.endswith(ending) or shard.startswith((".", "gloss_")):
             raise CheckpointError(
                 f"{path.name} places tensor {tensor} in a file that cannot be a shard",
                 expected=f"the name of a {ending} file", found=repr(shard)[:200],
@@ -160,12 +165,6 @@ def read_index(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{path.name} has shards that differ by case: {other}, {shard}")
         known.add(shard)
     return weight_map
-
-
-def _is_shard(name: str, ending: str) -> bool:
-    """Whether a plain file name can be that of a shard, in a source and in what is written."""
-    plain = name.isprintable() and "\\" not in name and len(name.encode()) <= 255
-    return plain and name.endswith(ending) and not name.startswith((".", "gloss_"))
 
 
 def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
@@ -205,15 +204,13 @@ def read_card(path: Path) -> ModelCardData:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except Exception:  # a third party's loader: of many kinds, for a text of a stranger
         return ModelCardData()
-    return data if isinstance(data, ModelCardData) and not _is_bomb(data) else ModelCardData()
-
-
-def _is_bomb(data: ModelCardData) -> bool:
-    """Whether front matter says the same thing over and over by reference, as no card does."""
-    return any(
+    if not isinstance(data, ModelCardData):
+        return ModelCardData()
+    is_bomb = any(  # it says the same thing over and over by reference, as no card does
         depth == _MAX_NESTING or sum(map(len, level)) > _MAX_VALUES
         for depth, level in enumerate(_levels(vars(data)))
     )
+    return ModelCardData() if is_bomb else data
 
 
 def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:

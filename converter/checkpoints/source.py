@@ -52,7 +52,7 @@ class Source:
         virtual_shards: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
         states: of each of them, by name, ``cache.state_of`` before it was opened.
-        serial: whether one shard should be done with before the next; see ``Translated``.
+        serial: see ``Translated``.
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
@@ -89,10 +89,11 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
-        names = () if self.virtual_shards else self.shards
-        given = {path.parent for path in self.originals} if self.virtual_shards else ()
-        shards = (self.folder / name for name in names)
-        return [self.folder, *given, *shards, *self.small.values(), *self.originals]
+        if self.virtual_shards:
+            weights = [path.parent for path in self.originals]
+        else:
+            weights = [self.folder / name for name in self.shards]
+        return [self.folder, *weights, *self.small.values(), *self.originals]
 
     @property
     def gated(self) -> bool:
@@ -148,9 +149,8 @@ class Source:
             SourceError: the Hub cannot be read, or the disk is too small.
         """
         wanted = self.shards if shards is None else shards
-        missing = [shard for shard in wanted if self._missing(shard)]
-        if self.repo is not None and missing:
-            names = [self.inside + shard for shard in missing]
+        names = [self.inside + shard for shard in wanted if self._missing(shard)]
+        if self.repo is not None and names:
             check_space(self.repo, names, self.folder, self.name)
             hub.download(self.repo, names)
 
@@ -172,8 +172,7 @@ class Source:
             CheckpointError: one cannot be read.
             SourceError: one cannot be fetched.
         """
-        small = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
-        paths = {name: self.folder / name for name in small}
+        names = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
         found: dict[str, str] = {}
         if self.originals:
             found = {name: file.sha256 for name, file in self.original_files().items()}
@@ -181,9 +180,10 @@ class Source:
             if self.repo:  # the Hub knows them
                 digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
                 found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
-            self.fetch(shard for shard in self.shards if shard not in found)
-            paths |= {shard: self.folder / shard for shard in self.shards}
-        found |= {n: _digest(p) for n, p in paths.items() if n not in found}
+            unknown = [shard for shard in self.shards if shard not in found]
+            self.fetch(unknown)
+            names += unknown
+        found |= {name: _digest(self.folder / name) for name in names}
         return dict(sorted(found.items()))
 
     def original_files(self) -> dict[str, FileRecord]:

@@ -56,7 +56,7 @@ def read_pickled(
                 )  # fmt: skip
         kept = list(tensors)
         groups = _same_numbers(tensors)
-        if any(len(group) > 1 for group in groups) and tied():
+        if len(groups) < len(kept) and tied():
             kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
@@ -167,9 +167,7 @@ def _same_numbers(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """The names, those that stand for the same bytes of the file together."""
     found: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
-        place: tuple[object, ...] = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if not tensor.numel():
-            place = (name,)
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
         key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
-        found.setdefault(key, []).append(name)
+        found.setdefault(key if tensor.numel() else (name,), []).append(name)
     return list(found.values())

@@ -19,8 +19,7 @@ from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, OURS, SINGLE
 from converter.checkpoints.patch import merge, patched
 from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
-from converter.checkpoints.safetensors.header_json import MAX_NAME
+from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_header, to_bytes
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
