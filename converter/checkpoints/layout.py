@@ -7,7 +7,7 @@ read or run something else than the files that are edited.
 import json
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 """Keys that can name a repo of compiled code, which transformers would fetch and run."""
 
 
-def choose_format(name: str, names: Iterable[str]) -> Format:
+def choose_format(name: str, sizes: Mapping[str, int]) -> Format:
     """The format that the weights of a folder or repo are read in.
 
     Meta's layout where it is all there is, since it comes without config.json; else safetensors if
@@ -74,13 +74,21 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
 
     Args:
         name: of the source, for messages.
-        names: of its files.
+        sizes: in bytes, of its files by their names.
 
     Raises:
-        CheckpointError: two sets of weights in one format, an index without its files, or nothing
-            that can be read.
+        CheckpointError: two sets of weights in one format, an index without its files, nothing
+            that can be read, or a file that is read whole and too large for it.
     """
-    known = set(names)
+    kind = _format_of(name, sizes.keys())
+    for file in sorted(_LOADED & sizes.keys()):
+        most = MAX_CONFIG if file in (CARD, "config.json") else MAX_COMPANION
+        if sizes[file] > most:
+            raise _too_large(file, sizes[file], most)
+    return kind
+
+
+def _format_of(name: str, known: Set[str]) -> Format:
     if ELSEWHERE in known and "config.json" not in known:
         raise CheckpointError(
             f"{name} is an adapter, not a model", hint="give the model that it belongs to"
@@ -116,14 +124,6 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
         found=", ".join(others[:5]) or "no weights at all",
         hint=hint,
     )
-
-
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """The files that transformers reads whole must be small. Raises CheckpointError."""
-    for name in sorted(_LOADED & sizes.keys()):
-        most = MAX_CONFIG if name in (CARD, "config.json") else MAX_COMPANION
-        if sizes[name] > most:
-            raise _too_large(name, sizes[name], most)
 
 
 def _too_large(name: str, size: int, most: int) -> CheckpointError:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
-from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
+from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.safetensors.header import Header
-from converter.checkpoints.weights import Names, Place, Scheme, Weight, check_shape, read_scheme
+from converter.checkpoints.weights import Names, Place, Scheme, Weight, read_scheme
 from converter.errors import CheckpointError, OptionError
 
 
@@ -127,8 +127,8 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                _, info = self.names.require(f"{other}.weight", weight.layer)
-                check_shape(info, (0, self.dimensions.hidden_size))
+                shape = (0, self.dimensions.hidden_size)
+                _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
@@ -177,17 +177,16 @@ def make_plan(
     """
     scheme = read_scheme(config)
     architecture = find_architecture(config)
-    sizes = read_dimensions(
-        architecture.config, config, has_experts=bool(architecture.experts.weight)
-    )
+    has_experts = bool(architecture.experts.weight)
+    sizes = Dimensions.read(architecture.config, config, has_experts=has_experts)
     names = Names(locate_tensors(weight_map, headers), architecture, sizes, scheme)
     targets: list[Weight] = []
     post_norms = {}
     for layer in range(sizes.num_hidden_layers):
         targets.extend(names.locate("down_proj", layer))
         if architecture.post_norm:
-            post_norms[layer] = names.require(architecture.post_norm, layer)
-            check_shape(post_norms[layer][1], (sizes.hidden_size,))
+            shape = (sizes.hidden_size,)
+            post_norms[layer] = names.require(architecture.post_norm, layer, shape=shape)
     _check_all_found(names, targets)
     roles = tuple(_roles(names, config))
     vocabulary = _vocabulary(names)

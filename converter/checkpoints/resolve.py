@@ -20,7 +20,6 @@ from converter.checkpoints.formats.pickle_files import read_pickled
 from converter.checkpoints.layout import (
     MAX_CONFIG,
     check_config,
-    check_sizes,
     choose_format,
     drawn_before,
     read_card,
@@ -78,17 +77,14 @@ def resolve(source: str, subfolder: str = "") -> Source:
             files = list_files(place, top)
             return _read(name, place, files, top, base=base)
         is_file = folder.exists()
-    except OSError as error:
-        raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
-    if is_file and source.lower().endswith(".gguf"):
-        if subfolder:
-            raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
-        try:
+        if is_file and source.lower().endswith(".gguf"):
+            if subfolder:
+                raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
             states = {folder.name: state_of(folder)}
             made = gguf.unpacked(folder)
-        except OSError as error:
-            raise SourceError(f"{source} cannot be read", found=error.strerror) from error
-        return _read(folder.stem, made, list_files(made), originals=(folder,), states=states)
+            return _read(folder.stem, made, list_files(made), originals=(folder,), states=states)
+    except OSError as error:
+        raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
     if is_file:
         raise SourceError(
             f"{source} is a file",
@@ -166,7 +162,6 @@ def _read(
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
     kind = choose_format(name, sizes)
-    check_sizes(sizes)
     weights = _weight_files(kind, folder, list(sizes))
     translated, states = None, {}
     if kind in ("native", "pickled"):

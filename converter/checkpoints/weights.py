@@ -127,9 +127,21 @@ class Names:
         """A tensor, or None if the checkpoint has none of that name."""
         return self.tensors.get(self.on_disk(template, layer, expert))
 
-    def require(self, template: str, layer: int = 0, expert: int | None = None) -> Place:
-        """A tensor that must be there. Raises CheckpointError."""
+    def require(
+        self,
+        template: str,
+        layer: int = 0,
+        expert: int | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+    ) -> Place:
+        """A tensor that must be there, of this shape; 0 is a size that is not known.
+
+        Raises CheckpointError.
+        """
         if place := self.find(template, layer, expert):
+            if shape is not None:
+                _check_shape(place[1], shape)
             return place
         name = self.on_disk(template, layer, expert)
         if name.replace(".weight", ".qweight") in self.tensors:
@@ -154,11 +166,10 @@ class Names:
                 yield self._bias(weight, place)
 
     def _weight(self, role: Role, spec: WeightSpec, layer: int, expert: int | None) -> Weight:
-        shard, info = self.require(spec.weight, layer, expert)
         shape = [getattr(self.sizes, name) for name in spec.shape]
         (place, parts), length = spec.part, shape[spec.output_axis]
         shape[spec.output_axis] *= parts
-        check_shape(info, tuple(shape))
+        shard, info = self.require(spec.weight, layer, expert, shape=tuple(shape))
         scales = None
         if self.scheme and info.dtype == FP8:
             scales = scales_of(self.scheme, info, self.tensors)
@@ -171,7 +182,7 @@ class Names:
         """The bias of a weight; those of experts in one tensor are in one tensor, too."""
         shard, info = place
         shape, experts = weight.info.shape, weight.info.shape[:-2]
-        check_shape(info, (*experts, shape[weight.axis]))
+        _check_shape(info, (*experts, shape[weight.axis]))
         _check_dtype(info)
         return Weight(
             info, shard, weight.role, weight.layer, len(experts), weight.expert, True,
@@ -179,7 +190,7 @@ class Names:
         )  # fmt: skip
 
 
-def check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError if a tensor has another shape; 0 is a size that is not known."""
     fits = len(info.shape) == len(shape) and all(
         wanted in (0, found) for wanted, found in zip(shape, info.shape, strict=True)

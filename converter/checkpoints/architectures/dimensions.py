@@ -43,48 +43,50 @@ class Dimensions:
     attention_size: int = 0
     vocab_size: int = 0
 
+    @classmethod
+    def read(
+        cls, keys: Mapping[str, str], config: Mapping[str, Any], *, has_experts: bool
+    ) -> "Dimensions":
+        """Read the sizes from a parsed ``config.json``.
 
-def read_dimensions(
-    keys: Mapping[str, str], config: Mapping[str, Any], *, has_experts: bool
-) -> Dimensions:
-    """Read the sizes from a parsed ``config.json``.
+        Args:
+            keys: our name of a size -> where it is in the config; ``[config]`` of a data file.
+            config: of the model.
+            has_experts: their number and size are then needed.
 
-    Args:
-        keys: our name of a size -> where it is in the config; ``[config]`` of a data file.
-        config: of the model.
-        has_experts: their number and size are then needed.
-
-    Raises:
-        CheckpointError: a size is missing or not a positive integer.
-    """
-    inner = config.get(keys["within"], config)
-    if not isinstance(inner, dict):
-        raise CheckpointError(
-            f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
+        Raises:
+            CheckpointError: a size is missing or not a positive integer.
+        """
+        inner = config.get(keys["within"], config)
+        if not isinstance(inner, dict):
+            raise CheckpointError(
+                f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
+            )
+        optional = _OPTIONAL - ({"num_experts", "moe_intermediate_size"} if has_experts else set())
+        sizes = {
+            name: _size(inner, keys[name], optional=name in optional)
+            for name in keys.keys() - {"within", "dense_layers"}
+        }
+        first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
+        listed = inner.get(keys["dense_layers"]) or []
+        if not isinstance(listed, list):
+            raise CheckpointError(
+                f"config.json: {keys['dense_layers']}",
+                expected="a list",
+                found=describe_value(listed),
+            )
+        dense = {layer for layer in listed if type(layer) is int}
+        if sizes["num_hidden_layers"] > _MAX_LAYERS:
+            raise CheckpointError(
+                "config.json: the number of layers", expected=f"at most {_MAX_LAYERS:,}",
+                found=f"{sizes['num_hidden_layers']:,}",
+            )  # fmt: skip
+        sparse = (
+            layer
+            for layer in range(first, sizes["num_hidden_layers"])
+            if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
         )
-    optional = _OPTIONAL - ({"num_experts", "moe_intermediate_size"} if has_experts else set())
-    sizes = {
-        name: _size(inner, keys[name], optional=name in optional)
-        for name in keys.keys() - {"within", "dense_layers"}
-    }
-    first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
-    listed = inner.get(keys["dense_layers"]) or []
-    if not isinstance(listed, list):
-        raise CheckpointError(
-            f"config.json: {keys['dense_layers']}", expected="a list", found=describe_value(listed)
-        )
-    dense = {layer for layer in listed if type(layer) is int}
-    if sizes["num_hidden_layers"] > _MAX_LAYERS:
-        raise CheckpointError(
-            "config.json: the number of layers", expected=f"at most {_MAX_LAYERS:,}",
-            found=f"{sizes['num_hidden_layers']:,}",
-        )  # fmt: skip
-    sparse = (
-        layer
-        for layer in range(first, sizes["num_hidden_layers"])
-        if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
-    )
-    return Dimensions(**sizes, sparse_layers=tuple(sparse))
+        return cls(**sizes, sparse_layers=tuple(sparse))
 
 
 def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
