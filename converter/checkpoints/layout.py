@@ -229,9 +229,8 @@ def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:
 def check_config(config: dict[str, Any]) -> None:
     """Refuse what no ``config.json`` has, before anything is made of it.
 
-    Raises:
-        CheckpointError: counts beyond ``_LIMITS``, other weights than those that are edited, code
-            from elsewhere, or a nesting that no config has.
+    Raises CheckpointError for counts beyond ``_LIMITS``, other weights than those that are edited,
+    code from elsewhere, or a nesting that no config has.
     """
     for depth, level in enumerate(_levels(config)):
         if depth == _MAX_NESTING:

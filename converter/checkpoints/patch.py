@@ -100,15 +100,12 @@ def _merged(text: str, start: int, patch: Mapping[str, Any]) -> tuple[str, int]:
 
 def _value(text: str, member: _Member, patch: Mapping[str, Any]) -> str:
     """The text of a member's value, patched."""
-    change = patch.get(member.key, _KEEP)
-    if change is _KEEP:
+    if member.key not in patch:
         return text[member.value : member.end]
+    change = patch[member.key]
     if isinstance(change, Mapping) and text[member.value] == "{":
         return _merged(text, member.value, change)[0]
     return json.dumps(merge(None, change))
-
-
-_KEEP = object()
 
 
 def _members(text: str, start: int) -> Iterator[_Member]:

@@ -78,9 +78,7 @@ class Plan:
     def weights(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
         """The weights of a role, in order of layer and expert, found when they are asked for.
 
-        Args:
-            role: what they are for.
-            layers: whose, or None for all. ``lm_head`` is in no layer and is given for any.
+        ``layers`` is None for all. ``lm_head`` is in no layer and is given for any.
 
         Raises:
             OptionError: the checkpoint has no such role.

@@ -6,7 +6,7 @@ user's cache; from there on it is a folder like any other.
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -28,7 +28,6 @@ from converter.checkpoints.layout import (
 )
 from converter.checkpoints.names import (
     CARD,
-    INDEX,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
@@ -117,7 +116,7 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
         if kind != "safetensors":
             if kind == "pickled":
                 find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
-            weights = [inside + n for n in _weight_files(kind, folder, list(sizes))]
+            weights = [inside + name for name in _weights(kind, folder, sizes)[0]]
             check_space(repo, weights, folder, repo.repo_id)
             hub.download(repo, weights)
     else:
@@ -139,18 +138,20 @@ def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
     return said is not False
 
 
-def _weight_files(kind: Format, folder: Path, names: Iterable[str]) -> list[str]:
-    """The files that hold the weights; an index is read for them."""
+def _weights(
+    kind: Format, folder: Path, names: Collection[str]
+) -> tuple[list[str], dict[str, str] | None]:
+    """The files that hold the weights, and tensor name -> file if an index says so."""
     if kind == "native":
-        return weight_files(names)
+        return weight_files(names), None
     single, index = WEIGHTS[kind]
     if index not in names:
-        return [single]
-    listed, there = sorted(set(read_index(folder / index).values())), set(names)
-    for name in listed:
-        if name not in there:
-            raise CheckpointError(f"the index names {name}", found="no such file")
-    return listed
+        return [single], None
+    weight_map = read_index(folder / index)
+    listed = sorted(set(weight_map.values()))
+    if missing := [name for name in listed if name not in names]:
+        raise CheckpointError(f"the index names {missing[0]}", found="no such file")
+    return listed, weight_map
 
 
 def _read(
@@ -162,7 +163,7 @@ def _read(
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
     kind = choose_format(name, sizes)
-    weights = _weight_files(kind, folder, list(sizes))
+    weights, weight_map = _weights(kind, folder, sizes)
     translated, states = None, {}
     if kind in ("native", "pickled"):
         states = {p.name: state_of(p) for p in map(folder.joinpath, sizes) if p.is_file()}
@@ -180,11 +181,10 @@ def _read(
     config = read_json(folder / "config.json", MAX_CONFIG)
     check_config(config)
     if kind == "pickled":
-        index = folder / WEIGHTS[kind][1]
         translated = read_pickled(
             folder,
             weights,
-            read_index(index) if index.name in sizes else {},
+            weight_map or {},
             find_architecture(config).roles["lm_head"].weight,
             lambda: _is_tied(folder, config),
         )
@@ -199,7 +199,6 @@ def _read(
         }
     else:
         shards = tuple(weights)
-        weight_map = read_index(folder / INDEX) if INDEX in sizes else None
     drawn = drawn_before(folder).intersection(sizes)
     companions = tuple(n for n in sizes if is_companion(n, sizes[n]) and n not in drawn)
     above, card = _papers_above(top, companions), folder / CARD

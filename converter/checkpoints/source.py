@@ -104,9 +104,7 @@ class Source:
     def open(self, shard: str) -> RawIOBase:
         """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
 
-        Raises:
-            CheckpointError: it cannot be read.
-            SourceError: it cannot be fetched.
+        Raises CheckpointError if it cannot be read, SourceError if it cannot be fetched.
         """
         if self.virtual_shards is not None:
             if shard not in self.virtual:
@@ -124,9 +122,7 @@ class Source:
     def headers(self) -> dict[str, Header]:
         """The header of every shard, from disk, or by range requests while it is only on the Hub.
 
-        Raises:
-            CheckpointError: a shard is missing, truncated or malformed.
-            SourceError: the Hub cannot be read.
+        Raises CheckpointError if a shard is missing or malformed, SourceError if the Hub fails.
         """
         with ThreadPool(_READERS) as pool:  # what takes time is waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
@@ -145,8 +141,7 @@ class Source:
     def fetch(self, shards: Iterable[str] | None = None) -> None:
         """Make sure that these shards, or all, are on disk.
 
-        Raises:
-            SourceError: the Hub cannot be read, or the disk is too small.
+        Raises SourceError if the Hub cannot be read, or the disk is too small.
         """
         wanted = self.shards if shards is None else shards
         names = [self.inside + shard for shard in wanted if self._missing(shard)]
@@ -155,7 +150,7 @@ class Source:
             hub.download(self.repo, names)
 
     def drop(self, shard: str) -> None:
-        """Delete a fetched shard from the Hub client's cache, once it is not needed any more."""
+        """Delete a fetched shard from the Hub client's cache."""
         if self.repo is not None and self.virtual_shards is None:
             hub.forget(self.folder / shard)
 
@@ -168,9 +163,7 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of everything a forward pass reads: weights, config and tokenizer files.
 
-        Raises:
-            CheckpointError: one cannot be read.
-            SourceError: one cannot be fetched.
+        Raises as ``open``.
         """
         names = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
         found: dict[str, str] = {}
@@ -189,8 +182,7 @@ class Source:
     def original_files(self) -> dict[str, FileRecord]:
         """The record of each of ``originals``, by name.
 
-        Raises:
-            CheckpointError: one is not there any more, or is not the file that was opened.
+        Raises CheckpointError if one is gone, or is not the file that was opened.
         """
         found = {}
         for path in self.originals:

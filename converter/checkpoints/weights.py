@@ -82,13 +82,7 @@ class Names:
     """The tensors of a checkpoint by the names that its architecture's data file has for them.
 
     Of the beginnings of names that checkpoints of this architecture have, it takes those under
-    which the first layer's down-projection is found.
-
-    Args:
-        tensors: name on disk -> shard and entry.
-        architecture: of the checkpoint.
-        sizes: of the checkpoint.
-        scheme: of its weights in FP8, or None.
+    which the first layer's down-projection is found. ``tensors`` have their names on disk.
     """
 
     def __init__(
@@ -155,9 +149,8 @@ class Names:
     def locate(self, role: Role, layer: int) -> Iterator[Weight]:
         """The weights of a role in a layer, each before its bias, if it has one.
 
-        Raises:
-            CheckpointError: a weight is missing, or one of them contradicts the config in shape or
-                cannot be edited by its dtype.
+        Raises CheckpointError if a weight is missing, or one of them contradicts the config in
+        shape or cannot be edited by its dtype.
         """
         for spec, expert in self.architecture.specs(role, layer, self.sizes):
             weight = self._weight(role, spec, layer, expert)
@@ -216,8 +209,7 @@ def _check_dtype(info: TensorInfo) -> None:
 def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     """The FP8 scheme of a checkpoint, or None if it is not quantized.
 
-    Raises:
-        CheckpointError: it is quantized in another way; the sentence names it.
+    Raises CheckpointError, which names it, for another way of quantization.
     """
     inner = config.get("text_config")
     places = (config, inner) if isinstance(inner, dict) else (config,)
@@ -275,17 +267,11 @@ def _quantized(scheme: str) -> CheckpointError:
 
 
 def scales_of(scheme: Scheme, weight: TensorInfo, places: Mapping[str, Place]) -> Scales:
-    """The scales of an FP8 weight (D, F), checked against its shape.
+    """The scales of an FP8 weight (D, F) among the tensors of a checkpoint, ``places``.
 
     They are one number, one for each row (D,) or (D, 1), or one for each block.
 
-    Args:
-        scheme: of the checkpoint.
-        weight: its entry.
-        places: tensor name -> shard and entry, of all tensors.
-
-    Raises:
-        CheckpointError: they are missing, or fit neither the weight nor the scheme.
+    Raises CheckpointError if they are missing, or fit neither the weight nor the scheme.
     """
     names = [scale.join(weight.name.rsplit("weight", 1)) for scale in scheme.scales]
     shard, info = next((places[name] for name in names if name in places), ("", None))

@@ -139,10 +139,7 @@ class Architecture:
     ) -> Iterator[tuple[WeightSpec, int | None]]:
         """The weights of a role that a layer must have, and the expert of each, if it has a number.
 
-        Args:
-            role: one that the architecture has.
-            layer: counted from 0.
-            sizes: of the model; they say which layers have experts.
+        The architecture has the role; ``sizes`` say which layers have experts.
         """
         if role != "down_proj" or layer not in sizes.sparse_layers:
             yield self.roles[role], None
@@ -198,8 +195,7 @@ def architectures() -> dict[str, Architecture]:
 def parse_architecture(text: str, name: str) -> Architecture:
     """Parse one data file, and those that it is like.
 
-    Raises:
-        ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
+    Raises ValueError for a mistake of the file's author, such as an unknown or missing key.
     """
     data = _merged(text, name)
     routes = data.pop("bias_routes", {})
@@ -266,11 +262,7 @@ def _merged(text: str, name: str) -> dict[str, Any]:
 
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
-    """The data file for a parsed ``config.json``.
-
-    Raises:
-        CheckpointError: there is none for its ``model_type``; the sentence says how to add one.
-    """
+    """The data file for a parsed ``config.json``. Raises CheckpointError if there is none."""
     model_type = config.get("model_type")
     known = architectures()
     if not isinstance(model_type, str) or model_type not in known:

@@ -44,8 +44,8 @@ _LIMITS = (
 """Endings of keys -> the most that such a number can be. Those that begin with general describe the
 file: some have its number of parameters."""
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
-            11: "<q", 12: "<d"}  # fmt: skip
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}  # fmt: skip
 _STRING, _LIST = 8, 9
 """Types of values, by their numbers in the format."""
 
@@ -86,11 +86,7 @@ def _read_digests(path: Path) -> object:
 def make_folder(
     folder: Path, loaded: Callable[[], tuple[Any, Any]], shard_size: str, card: str = ""
 ) -> None:
-    """Write a model and its tokenizer to a folder, which appears when it is complete.
-
-    Raises:
-        DestinationError: the folder cannot be written.
-    """
+    """Write a model and its tokenizer to a folder of the cache. Raises as ``making``."""
     with making(folder) as part:
         model, tokenizer = loaded()
         model.save_pretrained(part, max_shard_size=shard_size)
@@ -105,10 +101,7 @@ def load(path: Path) -> tuple[Any, Any]:
     """Model in bfloat16 and tokenizer of a GGUF file.
 
     It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
-    or ask whether to run code.
-
-    Raises:
-        CheckpointError, SourceError: as ``unpacked``.
+    or ask whether to run code. Raises CheckpointError or SourceError, as ``unpacked``.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -194,11 +187,7 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a GGUF file whose header no model has.
-
-    Raises:
-        CheckpointError: it is none, ends early, or asks for more than there can be.
-    """
+    """Raise CheckpointError if a file is no GGUF, ends early, or asks for more than can be."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
@@ -231,32 +220,21 @@ def _check(file: BufferedReader) -> None:
 
 
 def _value(file: BufferedReader, key: str, kind: int) -> None:
-    if kind == _STRING:
-        _text(file)
-    elif kind == _LIST:
-        _list(file, key)
-    else:
-        (number,) = _read(file, _scalar(kind))
-        for pattern, most in _LIMITS:
-            if pattern.fullmatch(key) and number > most:
-                raise ValueError(f"{key} is {number:,}, where at most {most:,} can be")
-
-
-def _list(file: BufferedReader, key: str) -> None:
-    kind, count = _read(file, "<IQ")
+    is_list, count = kind == _LIST, 1
+    if is_list:
+        kind, count = _read(file, "<IQ")
     if count > _MAX_ELEMENTS:
         raise ValueError(f"{key} has {count:,} elements")
     if kind == _STRING:
         for _ in range(count):
             _text(file)
-    else:
-        _read(file, f"<{count}{_scalar(kind)[1:]}")
-
-
-def _scalar(kind: int) -> str:
+        return
     if kind not in _SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
-    return _SCALARS[kind]
+    numbers = _read(file, f"<{count}{_SCALARS[kind]}")
+    for pattern, most in () if is_list else _LIMITS:
+        if pattern.fullmatch(key) and numbers[0] > most:
+            raise ValueError(f"{key} is {numbers[0]:,}, where at most {most:,} can be")
 
 
 def _text(file: BufferedReader) -> str:

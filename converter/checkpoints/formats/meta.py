@@ -73,7 +73,10 @@ def read_native(folder: Path) -> Translated:
 def _translate(folder: Path) -> Translated:
     paths, small = _part_paths(folder), small_files(folder)
     params = read_params(folder / "params.json")
-    parts = {path.name: _open(path) for path in paths}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path in paths:
+        tensors, _ = load_tensors(path)  # mapped: they take no memory until they are read
+        parts[path.name] = {n: t for n, t in tensors.items() if not n.endswith("rope.freqs")}
     tied = all(_is_tied(part) for part in parts.values())
     rows = sum(part[_EMBEDDING].numel() for part in parts.values() if _EMBEDDING in part)
     vocab = params.vocab or rows // params.dim
@@ -101,7 +104,7 @@ def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str])
         digest: gives the md5 of a file as hex digits.
 
     Raises:
-        CheckpointError: naming a file that differs, or a part that is listed and missing.
+        CheckpointError: a file differs, or a part is listed and missing.
     """
     _part_paths(folder)
     listed = _checklist(folder)
@@ -138,12 +141,6 @@ def _part_paths(folder: Path) -> list[Path]:
             found=str(len(found)), hint="fetch the whole folder",
         )  # fmt: skip
     return [folder / name for name in wanted]
-
-
-def _open(path: Path) -> dict[str, Tensor]:
-    """The tensors of a part, mapped from the file: they take no memory until they are read."""
-    tensors, _ = load_tensors(path)
-    return {name: t for name, t in tensors.items() if not name.endswith("rope.freqs")}
 
 
 def _is_tied(part: Mapping[str, Tensor]) -> bool:

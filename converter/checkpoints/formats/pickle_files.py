@@ -78,10 +78,8 @@ def _virtual(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """All tensors of a file by name, and whether their numbers stay in the file until read.
 
-    Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole.
-
-    Raises:
-        CheckpointError: as ``read_pickled``.
+    Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole. Raises as
+    ``read_pickled``.
     """
     try:
         with path.open("rb") as file:
@@ -129,11 +127,7 @@ def _check_archive(path: Path) -> None:
     """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
 
     What is compressed could be a thousand times as large in memory, and its numbers could not be
-    mapped: other bytes would be taken for them.
-
-    Raises:
-        CheckpointError: as said.
-        BadZipFile: it is damaged.
+    mapped: other bytes would be taken for them. Raises CheckpointError, or BadZipFile.
     """
     with ZipFile(path) as archive:
         entries = archive.infolist()

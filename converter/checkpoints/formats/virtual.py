@@ -103,8 +103,7 @@ def index_text(shards: Shards) -> str:
 def making(folder: Path) -> Iterator[Path]:
     """A folder to write into; it becomes ``folder``, in the cache, if the block succeeds.
 
-    Raises:
-        DestinationError: the cache cannot be written.
+    Raises DestinationError if the cache cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,16 +153,11 @@ class VirtualShard(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        view, done = memoryview(buffer).cast("B"), 0
-        while done < len(view):
-            part = self._at(self._position)[: len(view) - done]
-            if not part:
-                break
-            view[done : done + len(part)] = part
-            done += len(part)
-            self._position += len(part)
-            del part  # it would keep the tensor while the next one is made
-        return done
+        view = memoryview(buffer).cast("B")
+        part = self._at(self._position)[: len(view)]  # to the end of a tensor at most
+        view[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
     def _at(self, position: int) -> memoryview:
         """The bytes from ``position`` to the end of the tensor that it is in."""

@@ -122,8 +122,7 @@ def header_of(file: RawIOBase, name: str) -> Header:
 def length_of(start: bytes | bytearray, size: int, name: str) -> int:
     """Bytes of the header of a file of ``size`` bytes that begins with ``start``.
 
-    Raises:
-        CheckpointError: it has none, or a longer one than can be.
+    Raises CheckpointError if it has none, or a longer one than can be.
     """
     refuse_pointer(start, name)
     length = int.from_bytes(start[:8], "little")
@@ -145,11 +144,7 @@ def refuse_pointer(start: bytes | bytearray, name: str) -> None:
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
-    """The next bytes of a file; ``name`` says of what.
-
-    Raises:
-        CheckpointError: it ends early, or cannot be read.
-    """
+    """The next bytes of a file; ``name`` says of what. Raises CheckpointError if it ends early."""
     data = bytearray(count)
     fill(file, memoryview(data), name)
     return data

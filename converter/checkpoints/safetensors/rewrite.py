@@ -56,8 +56,7 @@ def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
 def read_rows(file: RawIOBase, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     """Rows ``start`` to ``stop`` of a tensor (R, ...) in an open shard.
 
-    Raises:
-        CheckpointError: the file ends early, or the dtype holds no plain numbers.
+    Raises CheckpointError if the file ends early, or the dtype holds no plain numbers.
     """
     row_bytes = info.nbytes // max(info.shape[0], 1)
     begin, end = info.start + start * row_bytes, info.start + stop * row_bytes
@@ -117,8 +116,7 @@ class Region:
     def read(self, start: int, count: int) -> memoryview:
         """``count`` bytes from ``start`` on; they last until the next call.
 
-        Raises:
-            CheckpointError: the file ends early, or cannot be read.
+        Raises CheckpointError if the file ends early, or cannot be read.
         """
         if len(self._scratch) < count:
             self._scratch = bytearray(count)
@@ -244,8 +242,7 @@ def _prefixes(file: RawIOBase, name: str, digest: "hashlib._Hash") -> Iterator[t
 def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
     """Name the first tensor at which a shard departs from its recorded prefix digests.
 
-    Returns:
-        ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
+    Returns ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
     """
     with path.open("rb", buffering=0) as file:
         for name, prefix in _prefixes(file, path.name, hashlib.sha256()):
