@@ -110,16 +110,13 @@ def _format_of(name: str, known: Set[str]) -> Format:
             return kind
     others = sorted(n for n in known if n.endswith(OTHER_WEIGHTS))
     gguf = [n for n in others if n.endswith(".gguf")]
-    what, hint = (
-        f"{name} has no weights that can be read",
-        "use a checkpoint in one of these formats",
-    )
+    missing, hint = "weights that can be read", "use a checkpoint in one of these formats"
     if others and all(n.endswith(".safetensors") for n in others):
-        what, hint = f"{name} has no {INDEX}", "get the index file, too"
+        missing, hint = INDEX, "get the index file, too"
     elif gguf:
         hint = f"give the file {gguf[0]} itself as SOURCE"
     raise CheckpointError(
-        what,
+        f"{name} has no {missing}",
         expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.*.pth with params.json",
         found=", ".join(others[:5]) or "no weights at all",
         hint=hint,

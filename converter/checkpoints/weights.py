@@ -25,13 +25,11 @@ class Scheme:
     """How a checkpoint stores weights in FP8.
 
     Attributes:
-        name: ``quant_method`` of the config.
         scales: what may replace ``weight`` at the end of a weight's name to give that of its
             scales.
         block: rows and columns that share a scale; None: what the shape of the scales implies.
     """
 
-    name: str
     scales: tuple[str, ...]
     block: tuple[int, int] | None
 
@@ -211,8 +209,7 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
 
     Raises CheckpointError, which names it, for another way of quantization.
     """
-    inner = config.get("text_config")
-    places = (config, inner) if isinstance(inner, dict) else (config,)
+    places = (config, _object(config.get("text_config")))
     keys = ("quantization_config", "compression_config")
     scheme = next((place[key] for place in places for key in keys if place.get(key)), None)
     if scheme is None:
@@ -222,14 +219,12 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     name = _word(scheme.get("quant_method", "unnamed"))
     if name == "fp8":
         block = _pair(scheme.get("weight_block_size"))
-        return Scheme(name, ("weight_scale_inv", "weight_scale"), block)
+        return Scheme(("weight_scale_inv", "weight_scale"), block)
     if name == "compressed-tensors":
-        groups = scheme.get("config_groups")
-        weights = (
-            [_weights_of(group) for group in groups.values()] if isinstance(groups, dict) else []
-        )
+        groups = map(_object, _object(scheme.get("config_groups")).values())
+        weights = [_object(group.get("weights")) for group in groups]
         if weights and all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights):
-            return Scheme(name, ("weight_scale",), _pair(weights[0].get("block_structure")))
+            return Scheme(("weight_scale",), _pair(weights[0].get("block_structure")))
         name += f", {_word(scheme.get('format', 'unknown format'))}"
     raise _quantized(name)
 
@@ -238,10 +233,9 @@ def _word(value: Any) -> str:
     return value[:80] if isinstance(value, str) else describe_value(value)
 
 
-def _weights_of(group: Any) -> Mapping[str, Any]:
-    """What a group of compressed-tensors says of weights."""
-    weights = group.get("weights") if isinstance(group, dict) else None
-    return weights if isinstance(weights, dict) else {}
+def _object(value: Any) -> Mapping[str, Any]:
+    """A value of JSON, or nothing if it is no object."""
+    return value if isinstance(value, dict) else {}
 
 
 def _pair(block: Any) -> tuple[int, int] | None:

@@ -151,18 +151,12 @@ def _check_size(path: Path, folder: Path) -> None:
     config = AutoConfig.from_pretrained(
         folder, gguf_file=path.name, local_files_only=True, trust_remote_code=False
     )
+    loader: Any = AutoModelForCausalLM
     with torch.device("meta"):  # modules without numbers
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+        model = loader.from_config(config, trust_remote_code=False)
     named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
     if named * _SMALLEST > 8 * size:
-        raise CheckpointError(
-            f"{path.name} does not hold the model that it names",
-            expected=f"{named:,} weights",
-            found=f"{size:,} bytes",
-            hint="fetch the file again; of a file in parts, join them first",
-        )
+        raise _incomplete(path, expected=f"{named:,} weights", found=f"{size:,} bytes")
 
 
 def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
@@ -171,11 +165,8 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
 
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info[what])):
-            raise CheckpointError(
-                f"{path.name} does not hold the model that it names",
-                found=f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}",
-                hint="fetch the file again; of a file in parts, join them first",
-            )
+            found = f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}"
+            raise _incomplete(path, found=found)
     parts = (str(tensor.name).split(".") for tensor in GGUFReader(path).tensors)
     blocks = {int(part[1]) for part in parts if part[0] == "blk" and part[1].isdigit()}
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -184,6 +175,14 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
             f"{path.name} has other blocks than its header says",
             expected=f"blk.0 to blk.{layers - 1}", found=f"{len(blocks)} of them",
         )  # fmt: skip
+
+
+def _incomplete(path: Path, **details: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} does not hold the model that it names",
+        hint="fetch the file again; of a file in parts, join them first",
+        **details,
+    )
 
 
 def check_header(path: Path) -> None:

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -81,14 +80,18 @@ def split_shards(tensors: Sequence[VirtualTensor], limit: int = MAX_SHARD) -> Sh
 
     A tensor larger than that is a shard by itself. The names are those of Hugging Face.
     """
-    named = {virtual.name: virtual for virtual in tensors}
-    split = split_state_dict_into_shards_factory(
-        named,
-        get_storage_size=lambda virtual: virtual.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
-    )
-    return {file: [named[n] for n in names] for file, names in split.filename_to_tensors.items()}
+    parts: list[list[VirtualTensor]] = [[]]
+    size = 0
+    for virtual in tensors:
+        if parts[-1] and size + virtual.nbytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(virtual)
+        size += virtual.nbytes
+    count = len(parts)
+    if count == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{n:05d}-of-{count:05d}.safetensors": p for n, p in enumerate(parts, 1)}
 
 
 def index_text(shards: Shards) -> str:
