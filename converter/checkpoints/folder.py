@@ -23,11 +23,8 @@ _MAX_DEPTH = 32
 def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
     """Every file below a folder and its size, in bytes.
 
-    Left out are hidden ones, linked folders, and what file systems have of their own.
-
-    Args:
-        folder: to list.
-        home: the source, which ``folder`` is in, or None if it is the source.
+    Left out are hidden ones, linked folders, and what file systems have of their own. The folder is
+    in the source ``home``, or is the source.
 
     Raises:
         CheckpointError: a name is not plain text; something is no file; or a link leads nowhere,

@@ -74,7 +74,7 @@ def choose_format(name: str, sizes: Mapping[str, int]) -> Format:
 
     Args:
         name: of the source, for messages.
-        sizes: in bytes, of its files by their names.
+        sizes: bytes of its files, by name.
 
     Raises:
         CheckpointError: two sets of weights in one format, an index without its files, nothing
@@ -165,15 +165,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
-    """Parse a JSON object from a file.
+    """The JSON object in a file; ``unique`` refuses keys that are there twice.
 
-    Args:
-        path: of the file.
-        most: bytes that it may have.
-        unique: whether to refuse keys that are there twice.
-
-    Raises:
-        CheckpointError: it is missing, unreadable, too large, or not a JSON object.
+    Raises CheckpointError if it is missing, unreadable, of more than ``most`` bytes, or no object.
     """
     try:
         status = path.stat()

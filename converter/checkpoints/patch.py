@@ -20,16 +20,10 @@ _NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def patched(name: str, text: str, patch: Mapping[str, Any] | str) -> str:
-    """The text of a file with a patch applied.
+    """The text of a file with a patch applied: a merge patch of JSON, or text to put in front.
 
-    Args:
-        name: of the file, for messages.
-        text: as it is.
-        patch: a merge patch for a file of JSON, or text to put in front.
-
-    Raises:
-        CheckpointError: the patch is of the other kind, the file is not a JSON object, or the
-            patch changes nothing.
+    Raises CheckpointError if the patch is of the other kind or changes nothing, or the file is not
+    a JSON object. The name is for messages.
     """
     if isinstance(patch, str) == name.endswith(".json"):
         raise CheckpointError(

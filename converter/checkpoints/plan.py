@@ -36,8 +36,6 @@ class Plan:
     """The structure of a source checkpoint.
 
     Attributes:
-        architecture: its data file.
-        dimensions: its sizes.
         headers: shard file name -> header.
         targets: every down-projection and its bias, all layers, in order of layer.
         roles: those that it has weights of.
@@ -46,7 +44,6 @@ class Plan:
         post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
             architecture has none.
         scheme: how weights are stored in FP8, or None if they are not.
-        names: finds its tensors.
     """
 
     architecture: Architecture
@@ -166,8 +163,8 @@ def make_plan(
 
     Args:
         config: parsed ``config.json``.
-        weight_map: tensor name -> shard file name of the index, or None for a single file.
-        headers: shard file name -> header, for every shard there is.
+        weight_map: of the index, tensor name -> shard file name, or None for a single file.
+        headers: of every shard there is, by file name.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not

@@ -48,14 +48,11 @@ class Weight:
     """The weight of a linear map, or its bias: a tensor that an edit may change.
 
     Attributes:
-        info: its entry in the header of ``shard``.
-        shard: file name.
-        role: of the map.
+        info, shard: its entry in the header of a shard, and that file's name.
         layer: counted from 0; of a map that is there once, the number of layers.
         axis: the axis that runs over the outputs: 0 for Linear, 1 for Conv1D, the last of a bias.
             The output of a down-projection is as long as the hidden size.
         expert: number of the expert that the tensor belongs to, or None.
-        is_bias: whether it is the bias.
         scales: of a weight in FP8, which change with it; else None.
         rows: the part of ``axis`` that is this map's, if the tensor holds several; else None.
     """

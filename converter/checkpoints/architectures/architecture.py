@@ -98,8 +98,6 @@ class Architecture:
     """One data file.
 
     Attributes:
-        title: name for people.
-        model_type: the key in ``config.json``.
         variants: other beginnings of disk names that checkpoints have, each a table from a
             beginning as in this file to the one on disk.
         config: our name of a size -> its key in ``config.json``.
@@ -112,7 +110,6 @@ class Architecture:
         post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         final_norm: disk name, or empty.
         norm_offset: norms multiply by their weight plus this.
-        embedding: disk name.
         auto_class: of transformers, that loads the model.
         block, ffn: modules of the transformers class, with ``{layer}``: the whole decoder layer,
             and the module whose output is what the FFN adds to the residual stream.

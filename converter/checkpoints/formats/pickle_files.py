@@ -27,11 +27,10 @@ def read_pickled(
     unembedding: str,
     tied: Callable[[], bool],
 ) -> Translated:
-    """The tensors of some files, each file a shard named like safetensors.
+    """The tensors of some files of a folder, each file a shard named like safetensors.
 
     Args:
-        folder: that the files are in.
-        files: their names.
+        folder, files: where they are, and their names.
         weight_map: tensor name -> file name of the index; empty if there is none.
         unembedding: the name that is left out of two for the same numbers, if the model ties them.
         tied: whether it does; asked only if a file has two names for the same numbers.

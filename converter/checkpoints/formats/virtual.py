@@ -33,7 +33,6 @@ class VirtualTensor:
     """One tensor that can be made.
 
     Attributes:
-        name: in the Hugging Face checkpoint.
         dtype, shape: of what ``make`` returns; known without making it.
         make: makes it, on the CPU; called each time the tensor is read.
     """
