@@ -229,8 +229,9 @@ def check_config(config: dict[str, Any]) -> None:
                 "config.json is nested too deeply", expected=f"{_MAX_NESTING} levels or fewer"
             )
         for part in level:
-            for key, value in part.items() if isinstance(part, dict) else ():
-                _check_key(key, value)
+            if isinstance(part, dict):
+                for key, value in part.items():
+                    _check_key(key, value)
 
 
 def _check_key(key: str, value: Any) -> None:
@@ -246,8 +247,8 @@ def _check_key(key: str, value: Any) -> None:
             expected="the name of an implementation, such as sdpa", found=describe_value(value),
             hint="remove it",
         )  # fmt: skip
-    for pattern, most, what in _LIMITS if type(value) is int else ():
-        if pattern.fullmatch(key) and value > most:
+    for pattern, most, what in _LIMITS:
+        if type(value) is int and pattern.fullmatch(key) and value > most:
             raise CheckpointError(
                 f"config.json: {key}", expected=f"{what}, at most {most:,}",
                 found=describe_value(value),

@@ -71,10 +71,8 @@ def resolve(source: str, subfolder: str = "") -> Source:
             if not place.is_dir():
                 raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
             base = _DEMO if source == "demo" else None
-            name = folder.resolve().name
             top = folder if subfolder else None
-            files = list_files(place, top)
-            return _read(name, place, files, top, base=base)
+            return _read(folder.resolve().name, place, list_files(place, top), top, base=base)
         is_file = folder.exists()
         if is_file and source.lower().endswith(".gguf"):
             if subfolder:

@@ -68,13 +68,11 @@ class Dimensions:
             for name in keys.keys() - {"within", "dense_layers"}
         }
         first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
-        listed = inner.get(keys["dense_layers"]) or []
+        key = keys["dense_layers"]
+        listed = inner.get(key) or []
         if not isinstance(listed, list):
-            raise CheckpointError(
-                f"config.json: {keys['dense_layers']}",
-                expected="a list",
-                found=describe_value(listed),
-            )
+            found = describe_value(listed)
+            raise CheckpointError(f"config.json: {key}", expected="a list", found=found)
         dense = {layer for layer in listed if type(layer) is int}
         if sizes["num_hidden_layers"] > _MAX_LAYERS:
             raise CheckpointError(

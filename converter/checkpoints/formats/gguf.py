@@ -231,8 +231,8 @@ def _value(file: BufferedReader, key: str, kind: int) -> None:
     if kind not in _SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
     numbers = _read(file, f"<{count}{_SCALARS[kind]}")
-    for pattern, most in () if is_list else _LIMITS:
-        if pattern.fullmatch(key) and numbers[0] > most:
+    for pattern, most in _LIMITS:
+        if not is_list and pattern.fullmatch(key) and numbers[0] > most:
             raise ValueError(f"{key} is {numbers[0]:,}, where at most {most:,} can be")
 
 

@@ -29,10 +29,10 @@ BUFFER = 2 << 20
 BUFFERS = 3
 """One is filled, one is written, one waits."""
 
-ALIGNMENT = 4096
+_ALIGNMENT = 4096
 """Of offsets, lengths and memory of direct writes; disks ask for that or less."""
 
-FICLONE = 0x40049409
+_FICLONE = 0x40049409
 """Request of Linux to share all blocks of another file; see ioctl_ficlone(2)."""
 
 PREFIX_DIGITS = 16
@@ -194,9 +194,9 @@ class Writer:
     def _write(self, view: memoryview, block: _Block) -> None:
         """Write what differs from the clone, or everything; direct as far as it is aligned."""
         first, last = (block.first, block.last) if self._cloned else (0, len(view))
-        first -= first % ALIGNMENT
-        last = min(last + -last % ALIGNMENT, len(view))
-        whole = last - last % ALIGNMENT
+        first -= first % _ALIGNMENT
+        last = min(last + -last % _ALIGNMENT, len(view))
+        whole = last - last % _ALIGNMENT
         if self._direct is not None and whole > first:
             try:
                 _write_at(self._direct, view[first:whole], block.start + first)
@@ -220,7 +220,7 @@ def _write_at(file: int, view: memoryview, offset: int) -> None:
 def _clone(source: int, target: int) -> bool:
     """Make ``target`` share the blocks of ``source``; whether the file system can."""
     try:
-        fcntl.ioctl(target, FICLONE, source)
+        fcntl.ioctl(target, _FICLONE, source)
     except OSError:
         return False
     return True
