@@ -18,8 +18,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from msgspec import convert
 from msgspec.structs import replace
 
-from converter.checkpoints.companions import papers
 from converter.checkpoints.layout import drawn_before
+from converter.checkpoints.names import papers
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.entrypoints.verify import verify

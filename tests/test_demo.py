@@ -11,7 +11,7 @@ import torch
 from click.testing import Result
 
 from converter.calibration.pairs import load_prose
-from converter.checkpoints.demo import packaged_gguf
+from converter.checkpoints.resolve import packaged_gguf
 from tests.builders.models import load
 
 RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"

@@ -29,7 +29,7 @@ from tests.builders.meta import sentencepiece_model
 Checkpoints = Callable[..., Path]
 
 DOORS = {
-    "checkpoints/formats/meta_tokenizer.py": {"transformers.convert_slow_tokenizer"},
+    "checkpoints/formats/meta_small_files.py": {"transformers.convert_slow_tokenizer"},
     "hub/limits.py": {"httpx2"},
     "models/transformers_loader.py": {
         "transformers.conversion_mapping", "transformers.core_model_loading",
@@ -223,7 +223,7 @@ def test_an_answer_is_watched_and_a_range_is_read_no_further(
 def test_tokenizers_of_meta_are_converted_by_transformers(tmp_path: Path) -> None:
     path, asked = tmp_path / "tokenizer.model", list[object]()
     path.write_bytes(sentencepiece_model())
-    with door("transformers", "checkpoints/formats/meta_tokenizer.py"):
+    with door("transformers", "checkpoints/formats/meta_small_files.py"):
         from transformers.convert_slow_tokenizer import SentencePieceExtractor, TikTokenConverter
 
         extractor: Any = SentencePieceExtractor(str(path))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from converter.calibration.pairs import load_prose
-from converter.checkpoints.fp8_scheme import read_scheme
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
+from converter.checkpoints.weights import read_scheme
 from converter.errors import (
     CheckpointError,
     ConverterError,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from converter.checkpoints.safetensors.remote import remote_header
+from converter.checkpoints.source import remote_header
 from converter.errors import CheckpointError, SourceError
 from converter.hub import limits as hub_guard
 from converter.hub import listing as hub_listing

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from converter.checkpoints.companions import is_companion
+from converter.checkpoints.names import is_companion
 from converter.checkpoints.source import check_space
 from converter.cli.main import gloss as program
 from converter.errors import SourceError

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from converter.checkpoints.formats import meta as native
-from converter.checkpoints.formats import meta_params as native_params
-from converter.checkpoints.formats import meta_tokenizer as native_small  # fmt: skip
-from converter.checkpoints.formats.meta import check_md5, is_native, read_native
+from converter.checkpoints.formats import meta_small_files as native_small
+from converter.checkpoints.formats.meta import check_md5, read_native
 from converter.checkpoints.formats.virtual import (
     MAX_SHARD,
     Translated,
@@ -26,6 +25,7 @@ from converter.checkpoints.formats.virtual import (
     VirtualShard,
     split_shards,
 )
+from converter.checkpoints.names import is_native
 from converter.errors import CheckpointError, DestinationError, SourceError
 from converter.runtime.cache import using_cache
 from tests.builders.errors import refused
@@ -221,8 +221,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, float | None]] = {
 def test_configs_of_published_models(model: str, tmp_path: Path) -> None:
     params, ffn, positions, factor = PUBLISHED[model]
     (tmp_path / "params.json").write_text(json.dumps(params))
-    read = native_params.read_params(tmp_path / "params.json")
-    config = native_params.config_of(read, 32000, torch.float16, False)
+    read = native_small.read_params(tmp_path / "params.json")
+    config = native_small.config_of(read, 32000, torch.float16, False)
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded: Any = AutoConfig.from_pretrained(tmp_path)
     assert (loaded.intermediate_size, loaded.max_position_embeddings) == (ffn, positions)

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from converter.checkpoints.config_limits import check_config
-from converter.checkpoints.layout import read_index
+from converter.checkpoints.layout import check_config, read_index
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors import direct_writer
 from converter.checkpoints.safetensors import rewrite as rewriting

@@ -14,10 +14,10 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.checkpoints.fp8_scheme import read_scheme
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.weights import read_scheme
 from converter.edits import apply
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace

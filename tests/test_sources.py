@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.resolve import resolve
 from converter.hub.listing import is_inside
 from converter.outputs.record_checks import is_plain

@@ -9,25 +9,22 @@ neither file nor folder is refused: to open a named pipe would wait for ever.
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from converter.checkpoints.names import is_read
 from converter.errors import CheckpointError
 from converter.text.sanitize import is_one_line
 
-MAX_DEPTH = 32
+_MAX_DEPTH = 32
 """Folders within one another in a source."""
 
 
-def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> dict[str, int]:
+def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
     """Every file below a folder and its size, in bytes.
 
-    Left out are hidden ones, linked folders, and what file systems have of their own.
-
-    Args:
-        folder: to list.
-        home: the source, which ``folder`` is or is in.
-        is_copied: whether a file, by its name relative to ``folder``, is copied or read as text.
+    Left out are hidden ones, linked folders, and what file systems have of their own. The folder is
+    in the source ``home``, or is the source.
 
     Raises:
         CheckpointError: a name is not plain text; something is no file; or a link leads nowhere,
@@ -35,23 +32,26 @@ def list_files(folder: Path, home: Path, is_copied: Callable[[str], bool]) -> di
         OSError: a folder cannot be read.
     """
     found = {}
-    inside = folder.resolve(), *_allowed(home.resolve())
+    inside = folder.resolve(), *_allowed((home or folder).resolve())
     for entry, name in _entries(folder):
         if not is_one_line(name):  # a name that is not UTF-8 is not, either
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
         if path.is_dir():
             continue  # by a link
-        if entry.is_symlink() and is_copied(name):
-            check_link(path, name, inside)
+        if entry.is_symlink() and is_read(name):
+            _check_link(path, name, inside)
         if not path.exists():
             continue  # a link to nothing, of what is not copied
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
+            kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
             raise CheckpointError(
-                f"{name} is no file", expected="files and folders", found=_kind(status.st_mode),
+                f"{name} is no file",
+                expected="files and folders",
+                found=kinds.get(stat.S_IFMT(status.st_mode), "a device"),
                 hint="remove it from the source",
-            )  # fmt: skip
+            )
         found[name] = status.st_size
     return dict(sorted(found.items(), key=lambda item: PurePosixPath(item[0]).parts))
 
@@ -68,10 +68,10 @@ def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
                 name = f"{inside}{entry.name}"
                 if not entry.is_dir(follow_symlinks=False):
                     yield entry, name
-                elif depth < MAX_DEPTH:
+                elif depth < _MAX_DEPTH:
                     waiting.append((f"{name}/", depth + 1))
                 else:
-                    what = f"the source has more than {MAX_DEPTH} folders within one another"
+                    what = f"the source has more than {_MAX_DEPTH} folders within one another"
                     raise CheckpointError(what, found=name, hint="give the folder of the model")
 
 
@@ -89,31 +89,23 @@ def check_links(home: Path, names: Iterable[str]) -> None:
     inside = tuple(_allowed(home.resolve()))
     for name in names:
         if (home / name).is_symlink():
-            check_link(home / name, name, inside)
+            _check_link(home / name, name, inside)
 
 
-def check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
+def _check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
     """Raise CheckpointError if a link leads nowhere, or to none of some folders."""
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: in a circle
         what = f"{name} is a link that leads nowhere"
         raise CheckpointError(what, hint="remove it, or put the file in its place") from error
-    if not any(target.is_relative_to(folder) for folder in inside) and not _is_downloaded(target):
+    blobs = target.parent
+    if blobs.name == "blobs" and blobs.parent.name.startswith("models--"):
+        return  # of a model in the cache of the Hub's client
+    if not any(target.is_relative_to(folder) for folder in inside):
         raise CheckpointError(
             f"{name} is a link that leads out of the source",
             expected="a file, or a link within the source",
             hint="it would be published as a file of the model; if it is one, put a copy in its "
             "place",
         )
-
-
-def _is_downloaded(target: Path) -> bool:
-    """Whether a file, all links followed, is one of a model in the cache of the Hub's client."""
-    blobs = target.parent
-    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -1,55 +1,72 @@
-"""Which files make a checkpoint, and which format its weights have."""
+"""Which files make a checkpoint, and its small files, read as far as they may be believed.
+
+transformers builds what a config asks for before it looks at the weights, and some keys make it
+read or run something else than the files that are edited.
+"""
 
 import json
+import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Set
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from converter.checkpoints.companions import ELSEWHERE, MAX_COMPANION, OTHER_WEIGHTS, PICTURE
-from converter.checkpoints.formats import meta as native
-from converter.checkpoints.formats import pickle_files as pickled
-from converter.checkpoints.names import CARD, INDEX, MANIFEST, SINGLE
+from converter.checkpoints.names import (
+    CARD,
+    ELSEWHERE,
+    INDEX,
+    MANIFEST,
+    MAX_COMPANION,
+    OTHER_WEIGHTS,
+    PICTURE,
+    TOKENIZER,
+    WEIGHTS,
+    Format,
+    is_native,
+)
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
+from converter.text.sanitize import describe_value
 
 MAX_CONFIG = 16_000_000
 """Bytes of a config or a card: the lists of labels and layers in some have one or two million."""
 
-MAX_NESTING, MAX_VALUES = 32, 100_000
-"""Levels of the front matter of a card, and values on one of them."""
-
-MAX_PARTS = 1_000_000
-"""Lists and objects in a file of JSON; an index has three."""
-
 MAX_INDEX = 100_000_000
 """Bytes of an index: a million names fit. As for the header of a shard."""
 
+_MAX_PARTS = 1_000_000
+"""Lists and objects in a file of JSON; an index has three."""
 
-TOKENIZER = {
-    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-}  # fmt: skip
+_MAX_NESTING = 32
+"""Objects and lists within one another in a config or a card; real ones have five or six."""
 
+_MAX_VALUES = 100_000
+"""Values on one level of a card."""
 
-LOADED = TOKENIZER | {
+_LOADED = TOKENIZER | {
     CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
     "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
 """Files beside the weights that we or transformers read whole, whatever their size."""
 
-Format = Literal["safetensors", "pickled", "native"]
+_LIMITS = (
+    (re.compile(r"depth|.*layers?|.*experts"), 10_000, "layers or experts"),
+    (re.compile(r"(.*_)?(vocab|hidden|intermediate|ffn|embedding|state|kernel|patch|image)_size|"
+                r".*(_dim|_heads?|_positions|_embeddings|_rank)|n_(embd|inner|ctx)"),
+     1 << 24, "a size of a model"),
+)  # fmt: skip
+"""Keys of counts -> the most that there can be: the deepest models have a few hundred layers, and
+the longest text is 10,485,760 tokens."""
 
-WEIGHTS = {
-    "safetensors": (SINGLE, INDEX),
-    "pickled": (pickled.SINGLE, pickled.INDEX),
-}
-"""Format -> the file that holds the weights, and the index where there are several."""
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
+            "_experts_implementation")  # fmt: skip
+"""Keys that can name a repo of compiled code, which transformers would fetch and run."""
 
 
-def choose_format(name: str, names: Iterable[str]) -> Format:
+def choose_format(name: str, sizes: Mapping[str, int]) -> Format:
     """The format that the weights of a folder or repo are read in.
 
     Meta's layout where it is all there is, since it comes without config.json; else safetensors if
@@ -57,23 +74,31 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
 
     Args:
         name: of the source, for messages.
-        names: of its files.
+        sizes: bytes of its files, by name.
 
     Raises:
-        CheckpointError: two sets of weights in one format, an index without its files, or nothing
-            that can be read.
+        CheckpointError: two sets of weights in one format, an index without its files, nothing
+            that can be read, or a file that is read whole and too large for it.
     """
-    known = set(names)
+    kind = _format_of(name, sizes.keys())
+    for file in sorted(_LOADED & sizes.keys()):
+        most = MAX_CONFIG if file in (CARD, "config.json") else MAX_COMPANION
+        if sizes[file] > most:
+            raise _too_large(file, sizes[file], most)
+    return kind
+
+
+def _format_of(name: str, known: Set[str]) -> Format:
+    if ELSEWHERE in known and "config.json" not in known:
+        raise CheckpointError(
+            f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+        )
     if ELSEWHERE in known:
-        if "config.json" not in known:
-            raise CheckpointError(
-                f"{name} is an adapter, not a model", hint="give the model that it belongs to"
-            )
         raise CheckpointError(
             f"{name} is a model with an adapter beside it, which transformers would apply",
             hint=f"remove {ELSEWHERE}, or merge the adapter",
         )
-    if native.is_native(known):
+    if is_native(known):
         return "native"
     for kind, (single, index) in WEIGHTS.items():
         if index in known and single in known:
@@ -82,29 +107,20 @@ def choose_format(name: str, names: Iterable[str]) -> Format:
                 hint="loaders differ in which they take; remove one",
             )
         if index in known or single in known:
-            return cast(Format, kind)
+            return kind
     others = sorted(n for n in known if n.endswith(OTHER_WEIGHTS))
-    stray = bool(others) and all(n.endswith(".safetensors") for n in others)
     gguf = [n for n in others if n.endswith(".gguf")]
+    missing, hint = "weights that can be read", "use a checkpoint in one of these formats"
+    if others and all(n.endswith(".safetensors") for n in others):
+        missing, hint = INDEX, "get the index file, too"
+    elif gguf:
+        hint = f"give the file {gguf[0]} itself as SOURCE"
     raise CheckpointError(
-        f"{name} has no {INDEX}" if stray else f"{name} has no weights that can be read",
-        expected=f"{SINGLE}, {INDEX}, {pickled.SINGLE}, {pickled.INDEX}, or consolidated.*.pth "
-        "with params.json",
+        f"{name} has no {missing}",
+        expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.*.pth with params.json",
         found=", ".join(others[:5]) or "no weights at all",
-        hint="get the index file, too"
-        if stray
-        else f"give the file {gguf[0]} itself as SOURCE"
-        if gguf
-        else "use a checkpoint in one of these formats",
+        hint=hint,
     )
-
-
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """The files that transformers reads whole must be small. Raises CheckpointError."""
-    for name in sorted(LOADED & sizes.keys()):
-        most = MAX_CONFIG if name in (CARD, "config.json") else MAX_COMPANION
-        if sizes[name] > most:
-            raise _too_large(name, sizes[name], most)
 
 
 def _too_large(name: str, size: int, most: int) -> CheckpointError:
@@ -135,7 +151,9 @@ def read_index(path: Path) -> dict[str, str]:
                 expected="a plain file name",
                 found=repr(shard)[:200],
             )
-        if not _is_shard(shard, ending):
+        # its name must also be fit for a file that we write
+        plain = shard.isprintable() and "\\" not in shard and len(shard.encode()) <= 255
+        if not plain or not shard.endswith(ending) or shard.startswith((".", "gloss_")):
             raise CheckpointError(
                 f"{path.name} places tensor {tensor} in a file that cannot be a shard",
                 expected=f"the name of a {ending} file", found=repr(shard)[:200],
@@ -146,24 +164,11 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_shard(name: str, ending: str) -> bool:
-    """Whether a plain file name can be that of a shard, in a source and in what is written."""
-    plain = name.isprintable() and "\\" not in name and len(name.encode()) <= 255
-    return plain and name.endswith(ending) and not name.startswith((".", "gloss_"))
-
-
 def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
-    """Parse a JSON object from a file.
+    """The JSON object in a file; ``unique`` refuses keys that are there twice.
 
-    Args:
-        path: of the file.
-        most: bytes that it may have.
-        unique: whether to refuse keys that are there twice.
-
-    Raises:
-        CheckpointError: it is missing, unreadable, too large, or not a JSON object.
+    Raises CheckpointError if it is missing, unreadable, of more than ``most`` bytes, or no object.
     """
-
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -171,11 +176,12 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
         if status.st_size > most:
             raise _too_large(path.name, status.st_size, most)
         text = path.read_text("utf-8")
-        if text.count("[") + text.count("{") > MAX_PARTS:  # each takes twenty times its two bytes
-            raise CheckpointError(f"{path.name} has more than {MAX_PARTS:,} lists and objects")
+        if text.count("[") + text.count("{") > _MAX_PARTS:  # each takes twenty times its two bytes
+            raise CheckpointError(f"{path.name} has more than {_MAX_PARTS:,} lists and objects")
         data = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=str(error)) from error
+        found = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{path.name} cannot be read as JSON", found=found) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
     return data
@@ -189,22 +195,64 @@ def read_card(path: Path) -> ModelCardData:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except Exception:  # a third party's loader: of many kinds, for a text of a stranger
         return ModelCardData()
-    return data if isinstance(data, ModelCardData) and not _is_bomb(data) else ModelCardData()
+    if not isinstance(data, ModelCardData):
+        return ModelCardData()
+    is_bomb = any(  # it says the same thing over and over by reference, as no card does
+        depth == _MAX_NESTING or sum(map(len, level)) > _MAX_VALUES
+        for depth, level in enumerate(_levels(vars(data)))
+    )
+    return ModelCardData() if is_bomb else data
 
 
-def _is_bomb(data: ModelCardData) -> bool:
-    """Whether front matter says the same thing over and over by reference, as no card does."""
-    level: list[Any] = list(vars(data).values())
-    for _ in range(MAX_NESTING):
-        if len(level) > MAX_VALUES:
-            return True
+def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:
+    """An object, the objects and lists in it, those in them, and so on."""
+    level: list[Any] = [value]
+    while level:
+        yield level
         level = [
-            value
+            child
             for part in level
-            if isinstance(part, (dict, list))
-            for value in (part.values() if isinstance(part, dict) else part)
+            for child in (part.values() if isinstance(part, dict) else part)
+            if isinstance(child, (dict, list))
         ]
-    return bool(level)
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what no ``config.json`` has, before anything is made of it.
+
+    Raises CheckpointError for counts beyond ``_LIMITS``, other weights than those that are edited,
+    code from elsewhere, or a nesting that no config has.
+    """
+    for depth, level in enumerate(_levels(config)):
+        if depth == _MAX_NESTING:
+            raise CheckpointError(
+                "config.json is nested too deeply", expected=f"{_MAX_NESTING} levels or fewer"
+            )
+        for part in level:
+            if isinstance(part, dict):
+                for key, value in part.items():
+                    _check_key(key, value)
+
+
+def _check_key(key: str, value: Any) -> None:
+    if key == "transformers_weights" and value:
+        raise CheckpointError(
+            "config.json: transformers_weights names other weights than those that are edited",
+            hint="remove it, or the other weights",
+        )
+    names = value.values() if isinstance(value, dict) else [value]  # of each part, or of all
+    if key in _KERNELS and any("/" in describe_value(name) for name in names):
+        raise CheckpointError(
+            f"config.json: {key} asks for compiled code from elsewhere",
+            expected="the name of an implementation, such as sdpa", found=describe_value(value),
+            hint="remove it",
+        )  # fmt: skip
+    for pattern, most, what in _LIMITS:
+        if type(value) is int and pattern.fullmatch(key) and value > most:
+            raise CheckpointError(
+                f"config.json: {key}", expected=f"{what}, at most {most:,}",
+                found=describe_value(value),
+            )  # fmt: skip
 
 
 def drawn_before(folder: Path) -> set[str]:

@@ -1,18 +1,107 @@
-"""The names of files that make up a checkpoint and its record."""
+"""The files of a checkpoint and of its record by name: weights, what is copied along, papers."""
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Literal
 
 SINGLE = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
-
-
 CARD = "README.md"
-
-
 MANIFEST = "gloss_manifest.json"
-
-
 SUMS = "SHA256SUMS"
-
-
 SIGNATURE = "model.sig"
+
+Format = Literal["safetensors", "pickled", "native"]
+
+WEIGHTS: dict[Format, tuple[str, str]] = {
+    "safetensors": (SINGLE, INDEX),
+    "pickled": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+}
+"""Format -> the file that holds the weights, and the index where there are several."""
+
+_PART = re.compile(r"consolidated\.\d\d\.pth")
+"""A part of the weights in Meta's layout."""
+
+OTHER_WEIGHTS = (
+    ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
+    ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
+    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
+)  # fmt: skip
+"""Endings of files that hold weights or data, in this format or another."""
+
+_OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
+                  "wandb")  # fmt: skip
+"""Beginnings of folders with the model for other programs, or with the traces of a training."""
+
+MAX_COMPANION = 64_000_000
+"""Bytes of the largest file that is copied; the largest tokenizers have half of it."""
+
+UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
+"""Files that a conversion writes last: the manifest, and what holds its sha256."""
+
+OURS = {INDEX, *UNLISTED}
+"""Files that a conversion writes itself; the source's own are not copied. A signature would be
+one of other bytes."""
+
+ELSEWHERE = "adapter_config.json"
+"""A file that makes transformers load the model that it names, with an adapter, in place of the
+weights beside it: a source that has one is refused, and one in a folder of it is not copied."""
+
+PICTURE = ".png"
+"""Ending of the pictures that ``evaluation.plots`` draws."""
+
+TOKENIZER = {
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+}  # fmt: skip
+
+_PAPERS = {
+    "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
+    "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),
+    "notice": ("NOTICE",),
+}
+"""Kind of file -> how its name begins, in whatever case."""
+
+_TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""Endings of papers; ``license.py`` is not one."""
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The parts of the weights in Meta's layout among some file names, in order."""
+    return sorted(name for name in names if _PART.fullmatch(name))
+
+
+def is_native(names: Iterable[str]) -> bool:
+    """Whether file names are those of Meta's layout: params.json and consolidated.*.pth, no
+    config.json."""
+    known = set(names)
+    return bool(weight_files(known)) and "params.json" in known and "config.json" not in known
+
+
+def papers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Kind of licence file -> those of ``names``, files of a folder, that are of that kind."""
+    found: dict[str, list[str]] = {kind: [] for kind in _PAPERS}
+    for name in sorted(names):
+        for kind, starts in _PAPERS.items():
+            plain = PurePosixPath(name).suffix.lower() in _TEXT or kind == "agreement"
+            if name.upper().startswith(starts) and plain and not name.endswith((".py", ".json")):
+                found[kind].append(name)
+    return found
+
+
+def is_companion(name: str, size: int = 0) -> bool:
+    """Whether a file of a repo is copied: it is not the model's weights, card or history."""
+    path = PurePosixPath(name)
+    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
+        return False
+    if name in OURS or path.name == ELSEWHERE:
+        return False
+    if len(path.parts) > 1 and path.parts[0].startswith(_OTHER_FOLDERS):
+        return False
+    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+
+
+def is_read(name: str) -> bool:
+    """Whether a file of a folder is copied, or read for what it says, rather than for tensors."""
+    return is_companion(name) or name in (INDEX, WEIGHTS["pickled"][1], CARD, MANIFEST)

@@ -20,16 +20,10 @@ _NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def patched(name: str, text: str, patch: Mapping[str, Any] | str) -> str:
-    """The text of a file with a patch applied.
+    """The text of a file with a patch applied: a merge patch of JSON, or text to put in front.
 
-    Args:
-        name: of the file, for messages.
-        text: as it is.
-        patch: a merge patch for a file of JSON, or text to put in front.
-
-    Raises:
-        CheckpointError: the patch is of the other kind, the file is not a JSON object, or the
-            patch changes nothing.
+    Raises CheckpointError if the patch is of the other kind or changes nothing, or the file is not
+    a JSON object. The name is for messages.
     """
     if isinstance(patch, str) == name.endswith(".json"):
         raise CheckpointError(
@@ -100,15 +94,12 @@ def _merged(text: str, start: int, patch: Mapping[str, Any]) -> tuple[str, int]:
 
 def _value(text: str, member: _Member, patch: Mapping[str, Any]) -> str:
     """The text of a member's value, patched."""
-    change = patch.get(member.key, _KEEP)
-    if change is _KEEP:
+    if member.key not in patch:
         return text[member.value : member.end]
+    change = patch[member.key]
     if isinstance(change, Mapping) and text[member.value] == "{":
         return _merged(text, member.value, change)[0]
     return json.dumps(merge(None, change))
-
-
-_KEEP = object()
 
 
 def _members(text: str, start: int) -> Iterator[_Member]:

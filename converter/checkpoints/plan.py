@@ -1,8 +1,7 @@
 """What a conversion will do, decided from the headers alone: no weight is read.
 
-A ``Plan`` knows every tensor of the source and which of them are down-projections; it finds the
-weights of other roles when it is asked for them. Whatever is wrong with a checkpoint's structure is
-found here, before anything is computed or written.
+Whatever is wrong with a checkpoint's structure is found here, before anything is computed or
+written.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,9 +10,8 @@ from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.fp8_scheme import Scheme, read_scheme
 from converter.checkpoints.safetensors.header import Header
-from converter.checkpoints.weights import Names, Place, Weight, check_shape
+from converter.checkpoints.weights import Names, Place, Scheme, Weight, read_scheme
 from converter.errors import CheckpointError, OptionError
 
 
@@ -38,8 +36,6 @@ class Plan:
     """The structure of a source checkpoint.
 
     Attributes:
-        architecture: its data file.
-        dimensions: its sizes.
         headers: shard file name -> header.
         targets: every down-projection and its bias, all layers, in order of layer.
         roles: those that it has weights of.
@@ -48,7 +44,6 @@ class Plan:
         post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
             architecture has none.
         scheme: how weights are stored in FP8, or None if they are not.
-        names: finds its tensors.
     """
 
     architecture: Architecture
@@ -78,13 +73,9 @@ class Plan:
         )
 
     def weights(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
-        """The weights of a role, in order of layer and expert.
+        """The weights of a role, in order of layer and expert, found when they are asked for.
 
-        All but down-projections are looked for, and checked, when they are asked for.
-
-        Args:
-            role: what they are for.
-            layers: whose, or None for all. ``lm_head`` is in no layer and is given for any.
+        ``layers`` is None for all. ``lm_head`` is in no layer and is given for any.
 
         Raises:
             OptionError: the checkpoint has no such role.
@@ -99,8 +90,7 @@ class Plan:
     def find(self, names: Collection[str]) -> dict[str, Weight]:
         """Those of some tensors that are weights or biases of a role, by name.
 
-        Raises:
-            CheckpointError: as ``weights``.
+        Raises CheckpointError, as ``weights``.
         """
         found: dict[str, Weight] = {}
         for role in self.roles:
@@ -120,10 +110,7 @@ class Plan:
         """How a role has or gets biases; None if no way is known.
 
         There is none either if some layers have a bias and others not, or if maps have one that are
-        to get it: such a checkpoint is not what its class makes of it.
-
-        Raises:
-            OptionError, CheckpointError: as ``weights``.
+        to get it: such a checkpoint is not what its class makes of it. Raises as ``weights``.
         """
         weights, biases = self.weights(role), self.biases(role)
         if len(biases) == len(weights):
@@ -135,8 +122,8 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                _, info = self.names.require(f"{other}.weight", weight.layer)
-                check_shape(info, (0, self.dimensions.hidden_size))
+                shape = (0, self.dimensions.hidden_size)
+                _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
@@ -176,8 +163,8 @@ def make_plan(
 
     Args:
         config: parsed ``config.json``.
-        weight_map: tensor name -> shard file name of the index, or None for a single file.
-        headers: shard file name -> header, for every shard there is.
+        weight_map: of the index, tensor name -> shard file name, or None for a single file.
+        headers: of every shard there is, by file name.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
@@ -185,15 +172,16 @@ def make_plan(
     """
     scheme = read_scheme(config)
     architecture = find_architecture(config)
-    sizes = architecture.dimensions(config)
+    has_experts = bool(architecture.experts.weight)
+    sizes = Dimensions.read(architecture.config, config, has_experts=has_experts)
     names = Names(locate_tensors(weight_map, headers), architecture, sizes, scheme)
     targets: list[Weight] = []
     post_norms = {}
     for layer in range(sizes.num_hidden_layers):
         targets.extend(names.locate("down_proj", layer))
         if architecture.post_norm:
-            post_norms[layer] = names.require(architecture.post_norm, layer)
-            check_shape(post_norms[layer][1], (sizes.hidden_size,))
+            shape = (sizes.hidden_size,)
+            post_norms[layer] = names.require(architecture.post_norm, layer, shape=shape)
     _check_all_found(names, targets)
     roles = tuple(_roles(names, config))
     vocabulary = _vocabulary(names)
@@ -216,11 +204,8 @@ def _roles(names: Names, config: Mapping[str, Any]) -> Iterator[Role]:
 
 
 def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
-    """No tensor may be named like a down-projection and be none by the config.
-
-    Raises:
-        CheckpointError: naming it: it would be left unedited.
-    """
+    """Raise CheckpointError if a tensor is named like a down-projection and is none by the config:
+    it would be left unedited."""
     architecture, sizes = names.architecture, names.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers

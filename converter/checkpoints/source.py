@@ -7,22 +7,32 @@ from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_url
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
-from converter.checkpoints.layout import TOKENIZER
-from converter.checkpoints.safetensors.header import Header, TensorInfo, header_of
-from converter.checkpoints.safetensors.remote import remote_header
+from converter.checkpoints.names import TOKENIZER
+from converter.checkpoints.safetensors.header import (
+    Header,
+    TensorInfo,
+    header_of,
+    length_of,
+    parse_header,
+    readable,
+)
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.hub.limits import read_range
 from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.threads import ThreadPool
 
-READERS = 8
+_READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""
+
+_FIRST = 100_000
+"""Bytes of a shard on the Hub that are asked for first: nearly all headers end in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +52,7 @@ class Source:
         virtual_shards: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
         states: of each of them, by name, ``cache.state_of`` before it was opened.
-        serial: whether one shard should be done with before the next; see ``Translated``.
+        serial: see ``Translated``.
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
         base: repo id of the model that this is, as far as it is known.
@@ -79,10 +89,11 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """The folder and what is read from it; links in it may lead elsewhere."""
-        names = () if self.virtual_shards else self.shards
-        given = {path.parent for path in self.originals} if self.virtual_shards else ()
-        shards = (self.folder / name for name in names)
-        return [self.folder, *given, *shards, *self.small.values(), *self.originals]
+        if self.virtual_shards:
+            weights = [path.parent for path in self.originals]
+        else:
+            weights = [self.folder / name for name in self.shards]
+        return [self.folder, *weights, *self.small.values(), *self.originals]
 
     @property
     def gated(self) -> bool:
@@ -93,19 +104,15 @@ class Source:
     def open(self, shard: str) -> RawIOBase:
         """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
 
-        Raises:
-            CheckpointError: it cannot be read.
-            SourceError: it cannot be fetched.
+        Raises CheckpointError if it cannot be read, SourceError if it cannot be fetched.
         """
         if self.virtual_shards is not None:
             if shard not in self.virtual:
                 self.virtual[shard] = VirtualFile(self.virtual_shards[shard])
             return VirtualShard(self.virtual[shard])
         self.fetch([shard])
-        try:
+        with readable(shard):
             return (self.folder / shard).open("rb", buffering=0)
-        except OSError as error:
-            raise CheckpointError(f"{shard} cannot be read", found=error.strerror) from error
 
     def read(self, shard: str, info: TensorInfo) -> Tensor:
         """One tensor, as stored. Raises CheckpointError or SourceError, as ``open``."""
@@ -115,11 +122,9 @@ class Source:
     def headers(self) -> dict[str, Header]:
         """The header of every shard, from disk, or by range requests while it is only on the Hub.
 
-        Raises:
-            CheckpointError: a shard is missing, truncated or malformed.
-            SourceError: the Hub cannot be read.
+        Raises CheckpointError if a shard is missing or malformed, SourceError if the Hub fails.
         """
-        with ThreadPool(READERS) as pool:  # what takes time is waiting for the network
+        with ThreadPool(_READERS) as pool:  # what takes time is waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
@@ -136,18 +141,16 @@ class Source:
     def fetch(self, shards: Iterable[str] | None = None) -> None:
         """Make sure that these shards, or all, are on disk.
 
-        Raises:
-            SourceError: the Hub cannot be read, or the disk is too small.
+        Raises SourceError if the Hub cannot be read, or the disk is too small.
         """
         wanted = self.shards if shards is None else shards
-        missing = [shard for shard in wanted if self._missing(shard)]
-        if self.repo is not None and missing:
-            names = [self.inside + shard for shard in missing]
+        names = [self.inside + shard for shard in wanted if self._missing(shard)]
+        if self.repo is not None and names:
             check_space(self.repo, names, self.folder, self.name)
             hub.download(self.repo, names)
 
     def drop(self, shard: str) -> None:
-        """Delete a fetched shard from the Hub client's cache, once it is not needed any more."""
+        """Delete a fetched shard from the Hub client's cache."""
         if self.repo is not None and self.virtual_shards is None:
             hub.forget(self.folder / shard)
 
@@ -160,12 +163,9 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of everything a forward pass reads: weights, config and tokenizer files.
 
-        Raises:
-            CheckpointError: one cannot be read.
-            SourceError: one cannot be fetched.
+        Raises as ``open``.
         """
-        small = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
-        paths = {name: self.folder / name for name in small}
+        names = ["config.json", *(n for n in self.companions if n in TOKENIZER)]
         found: dict[str, str] = {}
         if self.originals:
             found = {name: file.sha256 for name, file in self.original_files().items()}
@@ -173,34 +173,31 @@ class Source:
             if self.repo:  # the Hub knows them
                 digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
                 found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
-            self.fetch(shard for shard in self.shards if shard not in found)
-            paths |= {shard: self.folder / shard for shard in self.shards}
-        found |= {n: _digest(p) for n, p in paths.items() if n not in found}
+            unknown = [shard for shard in self.shards if shard not in found]
+            self.fetch(unknown)
+            names += unknown
+        found |= {name: _digest(self.folder / name) for name in names}
         return dict(sorted(found.items()))
 
     def original_files(self) -> dict[str, FileRecord]:
         """The record of each of ``originals``, by name.
 
-        Raises:
-            CheckpointError: one is not there any more, or is not the file that was opened.
+        Raises CheckpointError if one is gone, or is not the file that was opened.
         """
+        found = {}
         for path in self.originals:
             if path.exists() and state_of(path) != self.states.get(path.name):
                 raise CheckpointError(
                     f"{path.name} changed while it was read", hint="run the same command again"
                 )
-        return {
-            path.name: FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
-            for path in self.originals
-        }
+            found[path.name] = FileRecord(sha256=_digest(path), nbytes=path.stat().st_size)
+        return found
 
 
 def _digest(path: Path) -> str:
-    """``remembered_digest`` of a file of the source. Raises CheckpointError if it is not there."""
-    try:
+    """``remembered_digest`` of a file of the source. Raises CheckpointError."""
+    with readable(path.name):
         return remembered_digest(path)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
 
 
 def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
@@ -215,3 +212,37 @@ def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -
             found=f"{free / 1e9:.1f} GB",
             hint="set HF_HOME to a larger disk",
         )
+
+
+def remote_header(repo: hub.Repo, name: str) -> Header:
+    """The header of one safetensors file on the Hub, by range requests; no weights are fetched.
+
+    Not by ``HfFileSystem``: it holds all that is sent (``Response.content``), however little it
+    asked for, and takes the whole file of a server without ranges for the range; its streams ask
+    for no end.
+
+    Raises:
+        SourceError: see ``plain_errors``; or the file breaks off.
+        CheckpointError: it is not well-formed safetensors.
+    """
+    size = repo.sizes[name]
+    start = _range(repo, name, 0, min(_FIRST, size))
+    length = length_of(start, size, name)
+    if 8 + length > len(start):
+        start += _range(repo, name, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, name)
+
+
+def _range(repo: hub.Repo, name: str, start: int, end: int) -> bytes:
+    """Bytes of a file at the commit."""
+    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
+    with hub.plain_errors(repo.kind, repo.repo_id):
+        found = read_range(url, start, end)
+    if len(found) < end - start:
+        raise SourceError(
+            f"{name} of {repo.kind} {repo.repo_id} breaks off",
+            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
+            found=f"the end after {start + len(found):,}",
+            hint="run again",
+        )
+    return found

@@ -1,16 +1,46 @@
-"""Weights by their role: found among a checkpoint's tensors, and checked against its config."""
+"""Weights by their role: found among a checkpoint's tensors, and checked against its config.
+
+Those that are stored in 8-bit floating point have scales; other quantizations cannot be edited.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, WeightSpec
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, quantized, scales_of
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo
 from converter.errors import CheckpointError
+from converter.text.sanitize import describe_value
+
+FP8 = "F8_E4M3"
 
 Place = tuple[str, TensorInfo]
 """Shard file name, and the entry in its header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a checkpoint stores weights in FP8.
+
+    Attributes:
+        scales: what may replace ``weight`` at the end of a weight's name to give that of its
+            scales.
+        block: rows and columns that share a scale; None: what the shape of the scales implies.
+    """
+
+    scales: tuple[str, ...]
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """Where the scales of a weight are, and how many rows and columns share one."""
+
+    info: TensorInfo
+    shard: str
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +48,11 @@ class Weight:
     """The weight of a linear map, or its bias: a tensor that an edit may change.
 
     Attributes:
-        info: its entry in the header of ``shard``.
-        shard: file name.
-        role: of the map.
+        info, shard: its entry in the header of a shard, and that file's name.
         layer: counted from 0; of a map that is there once, the number of layers.
         axis: the axis that runs over the outputs: 0 for Linear, 1 for Conv1D, the last of a bias.
             The output of a down-projection is as long as the hidden size.
         expert: number of the expert that the tensor belongs to, or None.
-        is_bias: whether it is the bias.
         scales: of a weight in FP8, which change with it; else None.
         rows: the part of ``axis`` that is this map's, if the tensor holds several; else None.
     """
@@ -50,13 +77,7 @@ class Names:
     """The tensors of a checkpoint by the names that its architecture's data file has for them.
 
     Of the beginnings of names that checkpoints of this architecture have, it takes those under
-    which the first layer's down-projection is found.
-
-    Args:
-        tensors: name on disk -> shard and entry.
-        architecture: of the checkpoint.
-        sizes: of the checkpoint.
-        scheme: of its weights in FP8, or None.
+    which the first layer's down-projection is found. ``tensors`` have their names on disk.
     """
 
     def __init__(
@@ -95,13 +116,25 @@ class Names:
         """A tensor, or None if the checkpoint has none of that name."""
         return self.tensors.get(self.on_disk(template, layer, expert))
 
-    def require(self, template: str, layer: int = 0, expert: int | None = None) -> Place:
-        """A tensor that must be there. Raises CheckpointError."""
+    def require(
+        self,
+        template: str,
+        layer: int = 0,
+        expert: int | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+    ) -> Place:
+        """A tensor that must be there, of this shape; 0 is a size that is not known.
+
+        Raises CheckpointError.
+        """
         if place := self.find(template, layer, expert):
+            if shape is not None:
+                _check_shape(place[1], shape)
             return place
         name = self.on_disk(template, layer, expert)
         if name.replace(".weight", ".qweight") in self.tensors:
-            raise quantized("GPTQ, AWQ or the like, by its .qweight tensors")
+            raise _quantized("GPTQ, AWQ or the like, by its .qweight tensors")
         raise CheckpointError(
             f"tensor {name} is missing",
             expected=f"it, as in every {self.architecture.title} of these sizes",
@@ -111,9 +144,8 @@ class Names:
     def locate(self, role: Role, layer: int) -> Iterator[Weight]:
         """The weights of a role in a layer, each before its bias, if it has one.
 
-        Raises:
-            CheckpointError: a weight is missing, or one of them contradicts the config in shape or
-                cannot be edited by its dtype.
+        Raises CheckpointError if a weight is missing, or one of them contradicts the config in
+        shape or cannot be edited by its dtype.
         """
         for spec, expert in self.architecture.specs(role, layer, self.sizes):
             weight = self._weight(role, spec, layer, expert)
@@ -122,11 +154,10 @@ class Names:
                 yield self._bias(weight, place)
 
     def _weight(self, role: Role, spec: WeightSpec, layer: int, expert: int | None) -> Weight:
-        shard, info = self.require(spec.weight, layer, expert)
         shape = [getattr(self.sizes, name) for name in spec.shape]
         (place, parts), length = spec.part, shape[spec.output_axis]
         shape[spec.output_axis] *= parts
-        check_shape(info, tuple(shape))
+        shard, info = self.require(spec.weight, layer, expert, shape=tuple(shape))
         scales = None
         if self.scheme and info.dtype == FP8:
             scales = scales_of(self.scheme, info, self.tensors)
@@ -139,7 +170,7 @@ class Names:
         """The bias of a weight; those of experts in one tensor are in one tensor, too."""
         shard, info = place
         shape, experts = weight.info.shape, weight.info.shape[:-2]
-        check_shape(info, (*experts, shape[weight.axis]))
+        _check_shape(info, (*experts, shape[weight.axis]))
         _check_dtype(info)
         return Weight(
             info, shard, weight.role, weight.layer, len(experts), weight.expert, True,
@@ -147,7 +178,7 @@ class Names:
         )  # fmt: skip
 
 
-def check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
     """Raise CheckpointError if a tensor has another shape; 0 is a size that is not known."""
     fits = len(info.shape) == len(shape) and all(
         wanted in (0, found) for wanted, found in zip(shape, info.shape, strict=True)
@@ -168,3 +199,89 @@ def _check_dtype(info: TensorInfo) -> None:
             found=info.dtype,
             hint="use the unquantized checkpoint of this model",
         )
+
+
+def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """The FP8 scheme of a checkpoint, or None if it is not quantized.
+
+    Raises CheckpointError, which names it, for another way of quantization.
+    """
+    places = (config, _object(config.get("text_config")))
+    keys = ("quantization_config", "compression_config")
+    scheme = next((place[key] for place in places for key in keys if place.get(key)), None)
+    if scheme is None:
+        return None
+    if not isinstance(scheme, dict):
+        raise _quantized(_word(scheme))
+    name = _word(scheme.get("quant_method", "unnamed"))
+    if name == "fp8":
+        block = _pair(scheme.get("weight_block_size"))
+        return Scheme(("weight_scale_inv", "weight_scale"), block)
+    if name == "compressed-tensors":
+        groups = map(_object, _object(scheme.get("config_groups")).values())
+        weights = [_object(group.get("weights")) for group in groups]
+        if weights and all((w.get("type"), w.get("num_bits")) == ("float", 8) for w in weights):
+            return Scheme(("weight_scale",), _pair(weights[0].get("block_structure")))
+        name += f", {_word(scheme.get('format', 'unknown format'))}"
+    raise _quantized(name)
+
+
+def _word(value: Any) -> str:
+    return value[:80] if isinstance(value, str) else describe_value(value)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """A value of JSON, or nothing if it is no object."""
+    return value if isinstance(value, dict) else {}
+
+
+def _pair(block: Any) -> tuple[int, int] | None:
+    if block is None:
+        return None
+    pair = isinstance(block, list) and len(block) == 2
+    if not pair or not all(type(n) is int and n > 0 for n in block):
+        raise CheckpointError(
+            "config.json: quantization_config: block size", expected="two positive integers",
+            found=describe_value(block),
+        )  # fmt: skip
+    return block[0], block[1]
+
+
+def _quantized(scheme: str) -> CheckpointError:
+    """The one sentence about a checkpoint that is quantized in a way that cannot be edited."""
+    return CheckpointError(
+        "the checkpoint is quantized",
+        expected="floating-point weights of 16 or 32 bits, or FP8 with scales",
+        found=f"scheme {scheme}",
+        hint="edit the unquantized base and quantize the result",
+    )
+
+
+def scales_of(scheme: Scheme, weight: TensorInfo, places: Mapping[str, Place]) -> Scales:
+    """The scales of an FP8 weight (D, F) among the tensors of a checkpoint, ``places``.
+
+    They are one number, one for each row (D,) or (D, 1), or one for each block.
+
+    Raises CheckpointError if they are missing, or fit neither the weight nor the scheme.
+    """
+    names = [scale.join(weight.name.rsplit("weight", 1)) for scale in scheme.scales]
+    shard, info = next((places[name] for name in names if name in places), ("", None))
+    if info is None or len(weight.shape) != 2 or not prod(weight.shape):
+        raise CheckpointError(
+            f"tensor {weight.name} is stored in FP8 and cannot be read",
+            expected=f"two axes, and a tensor {' or '.join(names)}",
+            found=f"shape {list(weight.shape)}, {'scales' if info else 'no scales'}",
+        )
+    rows, columns = weight.shape
+    shape = (1, 1) if prod(info.shape) == 1 else (*info.shape, 1)[:2]
+    if len(info.shape) > 2 or not prod(info.shape):
+        shape = (0, 0)
+    block = scheme.block or (-(-rows // max(shape[0], 1)), -(-columns // max(shape[1], 1)))
+    fitting = (-(-rows // block[0]), -(-columns // block[1]))
+    if shape != fitting or info.dtype not in ("F32", "BF16", "F16"):
+        raise CheckpointError(
+            f"tensor {info.name} does not fit {weight.name}",
+            expected=f"scales of shape {list(fitting)} in F32, BF16 or F16",
+            found=f"{list(info.shape)} in {info.dtype}",
+        )
+    return Scales(info, shard, block)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.companions import OURS
 from converter.checkpoints.layout import read_json
+from converter.checkpoints.names import OURS
 from converter.checkpoints.plan import locate_tensors, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.direct_writer import BUFFER

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualTensor
-from converter.checkpoints.fp8_scheme import FP8, Scales, Scheme, scales_of
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw, read_tensor
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
 from converter.edits.fp8 import dequantize
 from converter.errors import CheckpointError
 

@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from converter.checkpoints.companions import is_companion
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import MANIFEST, is_companion
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
 from converter.edits.base import ORTHONORMAL, Edit, skewness

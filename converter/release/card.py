@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from converter.checkpoints.architectures.architecture import find_architecture
-from converter.checkpoints.formats.meta import weight_files
+from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
 from converter.manifest import Manifest
 from converter.outputs.registry import output_of

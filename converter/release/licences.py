@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
 
-from converter.checkpoints.companions import papers
+from converter.checkpoints.names import papers
 from converter.checkpoints.source import Source
 from converter.hub.publication import Publication
 from converter.runtime import progress

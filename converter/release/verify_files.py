@@ -8,8 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from converter.checkpoints.companions import UNLISTED
-from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
+from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS, UNLISTED
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.errors import ConverterError
 from converter.manifest import FileRecord, Manifest

@@ -11,8 +11,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from converter.calibration.statistics import cache_key
-from converter.checkpoints.companions import PICTURE, is_companion
-from converter.checkpoints.names import INDEX, MANIFEST
+from converter.checkpoints.names import INDEX, MANIFEST, PICTURE, is_companion
 from converter.checkpoints.plan import Plan
 from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import OptionError

@@ -14,8 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.config_limits import check_config
-from converter.checkpoints.layout import MAX_CONFIG, MAX_INDEX, read_index, read_json
+from converter.checkpoints.layout import MAX_CONFIG, MAX_INDEX, check_config, read_index, read_json
 from converter.checkpoints.safetensors.header import MAX_HEADER, read_header
 from converter.errors import CheckpointError
 

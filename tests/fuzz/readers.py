@@ -21,9 +21,9 @@ from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.checkpoints.formats import meta_params as native_params
+from converter.checkpoints.formats import meta_small_files as native_small
 from converter.checkpoints.formats import pickle_files as pickled
-from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.layout import read_card, read_index, read_json
 from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE
 from converter.checkpoints.plan import make_plan
@@ -326,8 +326,8 @@ def params(data: bytes) -> None:
     """Meta's params.json."""
     import torch
 
-    found = native_params.read_params(placed("params.json", data))
-    json.dumps(native_params.config_of(found, 3, torch.bfloat16, tied=False))
+    found = native_small.read_params(placed("params.json", data))
+    json.dumps(native_small.config_of(found, 3, torch.bfloat16, tied=False))
 
 
 @reader()

@@ -1,6 +1,6 @@
 """Architectures as data: what the tensors and modules of a model are called.
 
-One TOML file in ``converter/architectures`` describes one ``model_type`` of ``config.json``; see
+One TOML file beside this one describes one ``model_type`` of ``config.json``; see
 ``llama.toml`` for the format. No Python file knows the name of a model.
 """
 
@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
+from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import CheckpointError
 from converter.text.sanitize import describe_value
 
@@ -35,18 +34,14 @@ _OUTPUTS: Mapping[Role, str] = {
 _EXPERTS = {"weight", "bias", "shape", "output_axis"}
 _ROLE = {*_EXPERTS, "module", "part"}
 _ROUTE = {"config", "zeros"}
-_TABLES = {
+_TABLES: dict[str, set[str]] = {
     "": {"title", "model_type", "variants", "config", "experts", "shared_experts", "norms",
          "vocabulary", "modules", *_OUTPUTS},
     "config": {"within", "num_hidden_layers", "hidden_size", "intermediate_size", "embedding_size",
                "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
                "first_dense_layers", "dense_layers", "sparse_step", "unused_layers",
                "attention_size", "vocab_size"},
-    "down_proj": _ROLE,
-    "gate_proj": _ROLE,
-    "up_proj": _ROLE,
-    "o_proj": _ROLE,
-    "lm_head": _ROLE,
+    **dict.fromkeys(_OUTPUTS, _ROLE),
     "experts": _EXPERTS,
     "shared_experts": _EXPERTS,
     "norms": {"post_ffn", "final", "offset"},
@@ -54,6 +49,8 @@ _TABLES = {
     "modules": {"auto_class", "block", "ffn"},
 }  # fmt: skip
 """The keys of a data file, all of them needed, its own ones under the empty name."""
+
+_FOLDER = files("converter").joinpath("checkpoints/architectures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,6 @@ class Architecture:
     """One data file.
 
     Attributes:
-        title: name for people.
-        model_type: the key in ``config.json``.
         variants: other beginnings of disk names that checkpoints have, each a table from a
             beginning as in this file to the one on disk.
         config: our name of a size -> its key in ``config.json``.
@@ -115,7 +110,6 @@ class Architecture:
         post_norm: disk name of the weight of a norm after the FFN, with ``{layer}``, or empty.
         final_norm: disk name, or empty.
         norm_offset: norms multiply by their weight plus this.
-        embedding: disk name.
         auto_class: of transformers, that loads the model.
         block, ffn: modules of the transformers class, with ``{layer}``: the whole decoder layer,
             and the module whose output is what the FFN adds to the residual stream.
@@ -137,23 +131,12 @@ class Architecture:
     block: str
     ffn: str
 
-    def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        """Read the sizes from a parsed ``config.json``.
-
-        Raises:
-            CheckpointError: a size is missing or not a positive integer.
-        """
-        return read_dimensions(self.config, config, has_experts=bool(self.experts.weight))
-
     def specs(
         self, role: Role, layer: int, sizes: Dimensions
     ) -> Iterator[tuple[WeightSpec, int | None]]:
         """The weights of a role that a layer must have, and the expert of each, if it has a number.
 
-        Args:
-            role: one that the architecture has.
-            layer: counted from 0.
-            sizes: of the model; they say which layers have experts.
+        The architecture has the role; ``sizes`` say which layers have experts.
         """
         if role != "down_proj" or layer not in sizes.sparse_layers:
             yield self.roles[role], None
@@ -191,32 +174,25 @@ class Architecture:
 
 @cache
 def _pattern(architecture: Architecture) -> re.Pattern[str]:
-    names = set(map(re.escape, architecture.down_projections()))
-    number = r"(\d{1,9})"
-    return re.compile(
-        "|".join(
-            name.replace(r"\{layer\}", number).replace(r"\{expert\}", r"\d+")
-            for name in sorted(names)
-        )
+    names = (
+        re.escape(name).replace(r"\{layer\}", r"(\d{1,9})").replace(r"\{expert\}", r"\d+")
+        for name in architecture.down_projections()
     )
+    return re.compile("|".join(names))
 
 
 @cache
 def architectures() -> dict[str, Architecture]:
     """All data files, by ``model_type``."""
-    found = {}
-    for entry in sorted(_folder().iterdir(), key=str):
-        if entry.name.endswith(".toml"):
-            architecture = parse_architecture(entry.read_text("utf-8"), entry.name)
-            found[architecture.model_type] = architecture
-    return found
+    entries = sorted((e for e in _FOLDER.iterdir() if e.name.endswith(".toml")), key=str)
+    parsed = (parse_architecture(entry.read_text("utf-8"), entry.name) for entry in entries)
+    return {architecture.model_type: architecture for architecture in parsed}
 
 
 def parse_architecture(text: str, name: str) -> Architecture:
     """Parse one data file, and those that it is like.
 
-    Raises:
-        ValueError: an unknown or missing key; a mistake of the data file's author, not of a user.
+    Raises ValueError for a mistake of the file's author, such as an unknown or missing key.
     """
     data = _merged(text, name)
     routes = data.pop("bias_routes", {})
@@ -265,10 +241,6 @@ def _spec(table: str, data: Mapping[str, Any], output: str, name: str) -> Weight
     )
 
 
-def _folder() -> Traversable:
-    return files("converter").joinpath("checkpoints/architectures")
-
-
 def _merged(text: str, name: str) -> dict[str, Any]:
     """A parsed data file over the one that it is ``like``, if any."""
     data = tomllib.loads(text)
@@ -276,7 +248,7 @@ def _merged(text: str, name: str) -> dict[str, Any]:
     if other is None:
         return data
     try:
-        whole = _merged(_folder().joinpath(f"{other}.toml").read_text("utf-8"), f"{other}.toml")
+        whole = _merged(_FOLDER.joinpath(f"{other}.toml").read_text("utf-8"), f"{other}.toml")
     except OSError as error:
         raise ValueError(f"{name}: like {other!r}, of which there is no file") from error
     for key in ("title", "model_type", "bias_routes"):  # never those of another
@@ -287,11 +259,7 @@ def _merged(text: str, name: str) -> dict[str, Any]:
 
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
-    """The data file for a parsed ``config.json``.
-
-    Raises:
-        CheckpointError: there is none for its ``model_type``; the sentence says how to add one.
-    """
+    """The data file for a parsed ``config.json``. Raises CheckpointError if there is none."""
     model_type = config.get("model_type")
     known = architectures()
     if not isinstance(model_type, str) or model_type not in known:

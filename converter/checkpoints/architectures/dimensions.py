@@ -13,11 +13,10 @@ _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate
              "vocab_size"}  # fmt: skip
 """Sizes that may be 0 or be missing from a config, which is the same."""
 
-
-MAX_SIZE = 1 << 40
+_MAX_SIZE = 1 << 40
 """No axis of a tensor is longer."""
 
-MAX_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 """The deepest models have a few hundred."""
 
 
@@ -44,49 +43,48 @@ class Dimensions:
     attention_size: int = 0
     vocab_size: int = 0
 
+    @classmethod
+    def read(
+        cls, keys: Mapping[str, str], config: Mapping[str, Any], *, has_experts: bool
+    ) -> "Dimensions":
+        """Read the sizes from a parsed ``config.json``.
 
-def read_dimensions(
-    keys: Mapping[str, str], config: Mapping[str, Any], *, has_experts: bool
-) -> Dimensions:
-    """Read the sizes from a parsed ``config.json``.
+        Args:
+            keys: our name of a size -> where it is in the config; ``[config]`` of a data file.
+            config: of the model.
+            has_experts: their number and size are then needed.
 
-    Args:
-        keys: our name of a size -> where it is in the config; ``[config]`` of a data file.
-        config: of the model.
-        has_experts: their number and size are then needed.
-
-    Raises:
-        CheckpointError: a size is missing or not a positive integer.
-    """
-    inner = config.get(keys["within"], config)
-    if not isinstance(inner, dict):
-        raise CheckpointError(
-            f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
+        Raises:
+            CheckpointError: a size is missing or not a positive integer.
+        """
+        inner = config.get(keys["within"], config)
+        if not isinstance(inner, dict):
+            raise CheckpointError(
+                f"config.json: {keys['within']}", expected="an object", found=describe_value(inner)
+            )
+        optional = _OPTIONAL - ({"num_experts", "moe_intermediate_size"} if has_experts else set())
+        sizes = {
+            name: _size(inner, keys[name], optional=name in optional)
+            for name in keys.keys() - {"within", "dense_layers"}
+        }
+        first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
+        key = keys["dense_layers"]
+        listed = inner.get(key) or []
+        if not isinstance(listed, list):
+            found = describe_value(listed)
+            raise CheckpointError(f"config.json: {key}", expected="a list", found=found)
+        dense = {layer for layer in listed if type(layer) is int}
+        if sizes["num_hidden_layers"] > _MAX_LAYERS:
+            raise CheckpointError(
+                "config.json: the number of layers", expected=f"at most {_MAX_LAYERS:,}",
+                found=f"{sizes['num_hidden_layers']:,}",
+            )  # fmt: skip
+        sparse = (
+            layer
+            for layer in range(first, sizes["num_hidden_layers"])
+            if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
         )
-    needed = {"num_experts", "moe_intermediate_size"} if has_experts else set()
-    optional = _OPTIONAL - needed
-    sizes = {
-        name: _size(inner, keys[name], optional=name in optional)
-        for name in keys.keys() - {"within", "dense_layers"}
-    }
-    first, step = sizes.pop("first_dense_layers"), sizes.pop("sparse_step") or 1
-    listed = inner.get(keys["dense_layers"]) or []
-    if not isinstance(listed, list):
-        raise CheckpointError(
-            f"config.json: {keys['dense_layers']}", expected="a list", found=describe_value(listed)
-        )
-    dense = {layer for layer in listed if type(layer) is int}
-    if sizes["num_hidden_layers"] > MAX_LAYERS:
-        raise CheckpointError(
-            "config.json: the number of layers", expected=f"at most {MAX_LAYERS:,}",
-            found=f"{sizes['num_hidden_layers']:,}",
-        )  # fmt: skip
-    sparse = (
-        layer
-        for layer in range(first, sizes["num_hidden_layers"])
-        if sizes["num_experts"] and layer not in dense and (layer + 1) % step == 0
-    )
-    return Dimensions(**sizes, sparse_layers=tuple(sparse))
+        return cls(**sizes, sparse_layers=tuple(sparse))
 
 
 def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
@@ -99,11 +97,11 @@ def _size(config: Mapping[str, Any], source: str, *, optional: bool) -> int:
             break
     if optional and (not parts or None in parts or 0 in parts):
         return 0
-    if not parts or not all(type(part) is int and 0 < part < MAX_SIZE for part in parts):
+    if not parts or not all(type(part) is int and 0 < part < _MAX_SIZE for part in parts):
         key = source.partition("|")[0].strip()
         raise CheckpointError(
             f"config.json: {key}",
             expected="a positive integer",
             found=describe_value(config.get(key)),
-        )  # fmt: skip
+        )
     return prod(parts)

@@ -1,35 +1,53 @@
 """GGUF files, as far as transformers can read them: unpacked once, into the user's cache.
 
 transformers dequantizes the whole model in memory; from there on it is a folder like any other.
+What reads these files makes objects for every element of a list and layers for every number, so a
+small file could ask for all memory there is: the header is looked through first.
 """
 
 import io
 import json
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
-
-from converter.checkpoints.formats.gguf_header import check_header
+from converter.checkpoints.formats.virtual import making
 from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import (
-    cache_error,
-    cache_folder,
-    discard_stale,
-    flush,
-    remembered_digest,
-    replacing,
-)
+from converter.runtime.cache import cache_folder, remembered_digest, replacing
 
-SHARD_SIZE = "5GB"
-
-VERSION = 1
+_VERSION = 1
 """Of what is unpacked; to be raised when it changes."""
+
+_SMALLEST = 1.5
+"""Bits per weight of the smallest quantization that GGUF has; less cannot be the whole model."""
+
+_MAX_FIELDS = 10_000
+_MAX_TENSORS = 200_000
+_MAX_ELEMENTS = 1 << 21
+"""Of a list; the largest vocabularies have a quarter of a million words, and twice that in merges.
+"""
+
+_MAX_TEXT = 16_000_000
+"""Bytes of a string."""
+
+_LIMITS = (
+    (re.compile(r".*\.(block|expert)_count"), 10_000),
+    (re.compile(r"(?!general\.).*(_length|_count|_size|_rank)"), 1 << 24),
+)
+"""Endings of keys -> the most that such a number can be. Those that begin with general describe the
+file: some have its number of parameters."""
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}  # fmt: skip
+_STRING, _LIST = 8, 9
+"""Types of values, by their numbers in the format."""
 
 
 def unpacked(path: Path) -> Path:
@@ -43,12 +61,12 @@ def unpacked(path: Path) -> Path:
         SourceError: a package for GGUF is missing.
         DestinationError: the cache cannot be written.
     """
-    made_by = f"{VERSION}-{version('transformers')}"
+    made_by = f"{_VERSION}-{version('transformers')}"
     folder = cache_folder() / "gguf" / f"{remembered_digest(path)}-{made_by}"
     known = folder.with_suffix(".json")
     if not folder.is_dir() or _digests(folder) != _read_digests(known):
         shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder, lambda: load(path), SHARD_SIZE)
+        make_folder(folder, lambda: load(path), "5GB")
         with replacing(known) as part:
             part.write_text(json.dumps(_digests(folder)))
     return folder
@@ -68,40 +86,22 @@ def _read_digests(path: Path) -> object:
 def make_folder(
     folder: Path, loaded: Callable[[], tuple[Any, Any]], shard_size: str, card: str = ""
 ) -> None:
-    """Write a model and its tokenizer to a folder, which appears when it is complete.
-
-    Raises:
-        DestinationError: the folder cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{folder.name[:20]}-"
-        discard_stale(folder.parent, prefix)
-        with TemporaryDirectory(prefix=prefix, dir=folder.parent) as temporary:
-            part = Path(temporary) / folder.name
-            part.mkdir()
-            model, tokenizer = loaded()
-            model.save_pretrained(part, max_shard_size=shard_size)
-            tokenizer.save_pretrained(part)
-            if card:
-                (part / "README.md").write_text(card, "utf-8")
-            for made in part.iterdir():
-                made.chmod(0o644)
-            flush(part)
-            part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if not folder.is_dir():  # unless another run has made it meanwhile
-            raise cache_error(folder, error) from error
+    """Write a model and its tokenizer to a folder of the cache. Raises as ``making``."""
+    with making(folder) as part:
+        model, tokenizer = loaded()
+        model.save_pretrained(part, max_shard_size=shard_size)
+        tokenizer.save_pretrained(part)
+        if card:
+            (part / "README.md").write_text(card, "utf-8")
+        for made in part.iterdir():
+            made.chmod(0o644)
 
 
 def load(path: Path) -> tuple[Any, Any]:
     """Model in bfloat16 and tokenizer of a GGUF file.
 
     It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
-    or ask whether to run code.
-
-    Raises:
-        CheckpointError, SourceError: as ``unpacked``.
+    or ask whether to run code. Raises CheckpointError or SourceError, as ``unpacked``.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -142,38 +142,21 @@ def load(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-BITS = 1.5
-"""Per weight, of the smallest quantization that GGUF has; less cannot be the whole model."""
-
-
 def _check_size(path: Path, folder: Path) -> None:
-    """Refuse a header that asks for a larger model than the file can hold: it would be made first.
-
-    Args:
-        path: of the file.
-        folder: with a link to it.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Refuse a header that asks for a larger model than the file, which ``folder`` has a link to,
+    can hold: it would be made first."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
         folder, gguf_file=path.name, local_files_only=True, trust_remote_code=False
     )
+    loader: Any = AutoModelForCausalLM
     with torch.device("meta"):  # modules without numbers
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+        model = loader.from_config(config, trust_remote_code=False)
     named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
-    if named * BITS > 8 * size:
-        raise CheckpointError(
-            f"{path.name} does not hold the model that it names",
-            expected=f"{named:,} weights",
-            found=f"{size:,} bytes",
-            hint="fetch the file again; of a file in parts, join them first",
-        )
+    if named * _SMALLEST > 8 * size:
+        raise _incomplete(path, expected=f"{named:,} weights", found=f"{size:,} bytes")
 
 
 def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
@@ -182,11 +165,8 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
 
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info[what])):
-            raise CheckpointError(
-                f"{path.name} does not hold the model that it names",
-                found=f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}",
-                hint="fetch the file again; of a file in parts, join them first",
-            )
+            found = f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}"
+            raise _incomplete(path, found=found)
     parts = (str(tensor.name).split(".") for tensor in GGUFReader(path).tensors)
     blocks = {int(part[1]) for part in parts if part[0] == "blk" and part[1].isdigit()}
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -195,3 +175,74 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
             f"{path.name} has other blocks than its header says",
             expected=f"blk.0 to blk.{layers - 1}", found=f"{len(blocks)} of them",
         )  # fmt: skip
+
+
+def _incomplete(path: Path, **details: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} does not hold the model that it names",
+        hint="fetch the file again; of a file in parts, join them first",
+        **details,
+    )
+
+
+def check_header(path: Path) -> None:
+    """Raise CheckpointError if a file is no GGUF, ends early, or asks for more than can be."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
+        try:
+            _check(file)
+        except (ValueError, struct.error) as error:
+            raise CheckpointError(
+                f"the header of {path.name} is damaged", found=str(error),
+                hint="fetch the file again",
+            ) from error  # fmt: skip
+
+
+def _check(file: BufferedReader) -> None:
+    (version,) = _read(file, "<I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}, where 2 and 3 are known")
+    tensors, fields = _read(file, "<QQ")
+    if fields > _MAX_FIELDS or tensors > _MAX_TENSORS:
+        raise ValueError(f"{fields:,} fields and {tensors:,} tensors")
+    for _ in range(fields):
+        key = _text(file)
+        (kind,) = _read(file, "<I")
+        _value(file, key, kind)
+    for _ in range(tensors):
+        name = _text(file)
+        (axes,) = _read(file, "<I")
+        if axes > 4:
+            raise ValueError(f"tensor {name} of {axes:,} axes")
+        _read(file, f"<{axes}QIQ")
+
+
+def _value(file: BufferedReader, key: str, kind: int) -> None:
+    is_list, count = kind == _LIST, 1
+    if is_list:
+        kind, count = _read(file, "<IQ")
+    if count > _MAX_ELEMENTS:
+        raise ValueError(f"{key} has {count:,} elements")
+    if kind == _STRING:
+        for _ in range(count):
+            _text(file)
+        return
+    if kind not in _SCALARS:
+        raise ValueError(f"a value of the unknown type {kind}")
+    numbers = _read(file, f"<{count}{_SCALARS[kind]}")
+    for pattern, most in _LIMITS:
+        if not is_list and pattern.fullmatch(key) and numbers[0] > most:
+            raise ValueError(f"{key} is {numbers[0]:,}, where at most {most:,} can be")
+
+
+def _text(file: BufferedReader) -> str:
+    (length,) = _read(file, "<Q")
+    if length > _MAX_TEXT:
+        raise ValueError(f"a text of {length:,} bytes")
+    return file.read(length).decode("utf-8", "replace")
+
+
+def _read(file: BufferedReader, layout: str) -> tuple[int, ...]:
+    """Numbers in a layout of ``struct``. Raises struct.error at the end of the file."""
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))

@@ -16,8 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.meta_params import Params, config_of, read_params
-from converter.checkpoints.formats.meta_tokenizer import AGAIN, keep, small_files
+from converter.checkpoints.formats.meta_small_files import (
+    AGAIN,
+    Params,
+    config_of,
+    keep,
+    read_params,
+    small_files,
+)
 from converter.checkpoints.formats.pickle_files import load_tensors
 from converter.checkpoints.formats.virtual import (
     Translated,
@@ -25,41 +31,27 @@ from converter.checkpoints.formats.virtual import (
     index_text,
     split_shards,
 )
+from converter.checkpoints.names import INDEX, weight_files
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder
 
-VERSION = 1
+_VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""
 
-PART = re.compile(r"consolidated\.\d\d\.pth")
-CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
-INDEX = "model.safetensors.index.json"
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+_CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
+_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+_Parts = Mapping[str, Mapping[str, Tensor]]
 """File name -> Meta's tensor name -> tensor, mapped from the file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class _Place:
     """What a tensor becomes; ``heads`` is how many the rows of q and k belong to, else 0."""
 
     name: str
     shape: tuple[int, ...]
     heads: int = 0
-
-
-def is_native(names: Iterable[str]) -> bool:
-    """Whether file names are those of Meta's layout: params.json and consolidated.*.pth, no
-    config.json."""
-    known = set(names)
-    weights = any(PART.fullmatch(name) for name in known)
-    return weights and "params.json" in known and "config.json" not in known
-
-
-def weight_files(names: Iterable[str]) -> list[str]:
-    """The parts of the weights among some file names, in order."""
-    return sorted(name for name in names if PART.fullmatch(name))
 
 
 def read_native(folder: Path) -> Translated:
@@ -81,9 +73,12 @@ def read_native(folder: Path) -> Translated:
 def _translate(folder: Path) -> Translated:
     paths, small = _part_paths(folder), small_files(folder)
     params = read_params(folder / "params.json")
-    parts = {path.name: _open(path) for path in paths}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for path in paths:
+        tensors, _ = load_tensors(path)  # mapped: they take no memory until they are read
+        parts[path.name] = {n: t for n, t in tensors.items() if not n.endswith("rope.freqs")}
     tied = all(_is_tied(part) for part in parts.values())
-    rows = sum(part[EMBEDDING].numel() for part in parts.values() if EMBEDDING in part)
+    rows = sum(part[_EMBEDDING].numel() for part in parts.values() if _EMBEDDING in part)
     vocab = params.vocab or rows // params.dim
     made = _virtual_tensors(parts, _places(params, vocab, tied), tied)
     shards = split_shards(made)
@@ -91,7 +86,7 @@ def _translate(folder: Path) -> Translated:
     index = index_text(shards) if len(shards) > 1 else ""
 
     sizes = [(path.name, path.stat().st_size) for path in paths]
-    key = hashlib.sha256(json.dumps([VERSION, config, index, sizes, list(small)]).encode())
+    key = hashlib.sha256(json.dumps([_VERSION, config, index, sizes, list(small)]).encode())
     for data in ((folder / "params.json").read_bytes(), *small.values()):
         key.update(hashlib.sha256(data).digest())
     kept = cache_folder() / "native" / key.hexdigest()
@@ -109,7 +104,7 @@ def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str])
         digest: gives the md5 of a file as hex digits.
 
     Raises:
-        CheckpointError: naming a file that differs, or a part that is listed and missing.
+        CheckpointError: a file differs, or a part is listed and missing.
     """
     _part_paths(folder)
     listed = _checklist(folder)
@@ -124,7 +119,7 @@ def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str])
 def _checklist(folder: Path) -> dict[str, str]:
     """File name -> md5, from all checklists of a folder."""
     listed = {}
-    for path in (folder / name for name in CHECKLISTS if (folder / name).is_file()):
+    for path in (folder / name for name in _CHECKLISTS if (folder / name).is_file()):
         for line in path.read_text("utf-8", "replace").splitlines():
             if match := re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+?)\s*", line):
                 listed[match[2]] = match[1].lower()
@@ -136,8 +131,8 @@ def _checklist(folder: Path) -> dict[str, str]:
 
 def _part_paths(folder: Path) -> list[Path]:
     """The parts of the weights, in order; all up to the last one that exists or is listed."""
-    found = {path.name for path in folder.iterdir() if PART.fullmatch(path.name)}
-    known = found | {name for name in _checklist(folder) if PART.fullmatch(name)}
+    found = weight_files(path.name for path in folder.iterdir())
+    known = [*found, *weight_files(_checklist(folder))]
     last = max((int(name[-6:-4]) for name in known), default=0)
     wanted = [f"consolidated.{number:02d}.pth" for number in range(last + 1)]
     if missing := [name for name in wanted if name not in found]:
@@ -148,51 +143,45 @@ def _part_paths(folder: Path) -> list[Path]:
     return [folder / name for name in wanted]
 
 
-def _open(path: Path) -> dict[str, Tensor]:
-    """The tensors of a part, mapped from the file: they take no memory until they are read."""
-    tensors, _ = load_tensors(path)
-    return {name: t for name, t in tensors.items() if not name.endswith("rope.freqs")}
-
-
 def _is_tied(part: Mapping[str, Tensor]) -> bool:
     """Whether the output is the embedding: there is none, or it is the same bytes of the file under
     another name."""
-    output, embedding = part.get(OUTPUT), part.get(EMBEDDING)
+    output, embedding = part.get(_OUTPUT), part.get(_EMBEDDING)
     if output is None or embedding is None:
         return output is None
     return output.data_ptr() == embedding.data_ptr() and output.shape == embedding.shape
 
 
-def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, Place]]:
+def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, _Place]]:
     """Meta's name of every tensor and its place, in the order in which they are written."""
     dim, ffn = params.dim, params.ffn
     keys = dim // params.heads * params.kv_heads
     inner = {
-        "attention.wq": Place("self_attn.q_proj", (dim, dim), params.heads),
-        "attention.wk": Place("self_attn.k_proj", (keys, dim), params.kv_heads),
-        "attention.wv": Place("self_attn.v_proj", (keys, dim)),
-        "attention.wo": Place("self_attn.o_proj", (dim, dim)),
-        "feed_forward.w1": Place("mlp.gate_proj", (ffn, dim)),
-        "feed_forward.w3": Place("mlp.up_proj", (ffn, dim)),
-        "feed_forward.w2": Place("mlp.down_proj", (dim, ffn)),
-        "attention_norm": Place("input_layernorm", (dim,)),
-        "ffn_norm": Place("post_attention_layernorm", (dim,)),
+        "attention.wq": _Place("self_attn.q_proj", (dim, dim), params.heads),
+        "attention.wk": _Place("self_attn.k_proj", (keys, dim), params.kv_heads),
+        "attention.wv": _Place("self_attn.v_proj", (keys, dim)),
+        "attention.wo": _Place("self_attn.o_proj", (dim, dim)),
+        "feed_forward.w1": _Place("mlp.gate_proj", (ffn, dim)),
+        "feed_forward.w3": _Place("mlp.up_proj", (ffn, dim)),
+        "feed_forward.w2": _Place("mlp.down_proj", (dim, ffn)),
+        "attention_norm": _Place("input_layernorm", (dim,)),
+        "ffn_norm": _Place("post_attention_layernorm", (dim,)),
     }
-    yield EMBEDDING, Place("model.embed_tokens.weight", (vocab, dim))
+    yield _EMBEDDING, _Place("model.embed_tokens.weight", (vocab, dim))
     for layer in range(params.layers):
         for name, place in inner.items():
             there = f"model.layers.{layer}.{place.name}.weight"
             yield f"layers.{layer}.{name}.weight", replace(place, name=there)
-    yield "norm.weight", Place("model.norm.weight", (dim,))
+    yield "norm.weight", _Place("model.norm.weight", (dim,))
     if not tied:
-        yield OUTPUT, Place("lm_head.weight", (vocab, dim))
+        yield _OUTPUT, _Place("lm_head.weight", (vocab, dim))
 
 
 def _virtual_tensors(
-    parts: Parts, places: Iterable[tuple[str, Place]], tied: bool
+    parts: _Parts, places: Iterable[tuple[str, _Place]], tied: bool
 ) -> list[VirtualTensor]:
     """A tensor for every place; each part must have a share of each, and nothing else."""
-    made, known = [], {OUTPUT} if tied else set()
+    made, known = [], {_OUTPUT} if tied else set()
     for name, place in places:
         for part, tensors in parts.items():
             if name not in tensors:
@@ -209,7 +198,7 @@ def _virtual_tensors(
     return made
 
 
-def _virtual_tensor(name: str, place: Place, parts: Parts) -> VirtualTensor:
+def _virtual_tensor(name: str, place: _Place, parts: _Parts) -> VirtualTensor:
     first, *others = tensors = [part[name] for part in parts.values()]
     for part, tensor in zip(parts, tensors, strict=True):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -15,23 +15,22 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor
 
-from converter.checkpoints.formats.virtual import Translated, VirtualTensor, refuse_pointer
+from converter.checkpoints.formats.virtual import Translated, VirtualTensor
+from converter.checkpoints.safetensors.header import refuse_pointer
 from converter.errors import CheckpointError
-
-SINGLE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
-
-Tied = Callable[[], bool]
 
 
 def read_pickled(
-    folder: Path, files: Iterable[str], weight_map: Mapping[str, str], unembedding: str, tied: Tied
+    folder: Path,
+    files: Iterable[str],
+    weight_map: Mapping[str, str],
+    unembedding: str,
+    tied: Callable[[], bool],
 ) -> Translated:
-    """The tensors of some files, each file a shard named like safetensors.
+    """The tensors of some files of a folder, each file a shard named like safetensors.
 
     Args:
-        folder: that the files are in.
-        files: their names.
+        folder, files: where they are, and their names.
         weight_map: tensor name -> file name of the index; empty if there is none.
         unembedding: the name that is left out of two for the same numbers, if the model ties them.
         tied: whether it does; asked only if a file has two names for the same numbers.
@@ -56,7 +55,7 @@ def read_pickled(
                 )  # fmt: skip
         kept = list(tensors)
         groups = _same_numbers(tensors)
-        if any(len(group) > 1 for group in groups) and tied():
+        if len(groups) < len(kept) and tied():
             kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
@@ -78,17 +77,15 @@ def _virtual(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """All tensors of a file by name, and whether their numbers stay in the file until read.
 
-    Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole.
-
-    Raises:
-        CheckpointError: as ``read_pickled``.
+    Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole. Raises as
+    ``read_pickled``.
     """
     try:
-        refuse_pointer(path)
         with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"
-        if mapped:
-            check_archive(path)
+            start = file.read(32)
+        refuse_pointer(start, path.name)
+        if mapped := start.startswith(b"PK"):
+            _check_archive(path)
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")
     except CheckpointError:
         raise
@@ -109,7 +106,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
             found=type(loaded).__name__,
         )  # fmt: skip
     for key, value in loaded.items():
-        if not (isinstance(key, str) and key.isprintable() and is_plain(value)):
+        if not (isinstance(key, str) and key.isprintable() and _is_plain(value)):
             raise CheckpointError(
                 f"{path.name} is not a state_dict", expected="names and dense tensors",
                 found=f"{key!r:.80}: {type(value).__name__}" if isinstance(key, str)
@@ -125,15 +122,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     return loaded, mapped
 
 
-def check_archive(path: Path) -> None:
+def _check_archive(path: Path) -> None:
     """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
 
     What is compressed could be a thousand times as large in memory, and its numbers could not be
-    mapped: other bytes would be taken for them.
-
-    Raises:
-        CheckpointError: as said.
-        BadZipFile: it is damaged.
+    mapped: other bytes would be taken for them. Raises CheckpointError, or BadZipFile.
     """
     with ZipFile(path) as archive:
         entries = archive.infolist()
@@ -151,7 +144,7 @@ def check_archive(path: Path) -> None:
         )
 
 
-def is_plain(value: object) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether something is a tensor whose numbers are simply there."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
@@ -167,9 +160,7 @@ def _same_numbers(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """The names, those that stand for the same bytes of the file together."""
     found: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
-        place: tuple[object, ...] = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        if not tensor.numel():
-            place = (name,)
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
         key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
-        found.setdefault(key, []).append(name)
+        found.setdefault(key if tensor.numel() else (name,), []).append(name)
     return list(found.values())

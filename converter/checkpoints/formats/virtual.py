@@ -8,17 +8,21 @@ whoever reads it holds one tensor at a time. Everything behind the source sees s
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.errors import CheckpointError
+from converter.runtime.cache import cache_error, discard_stale, flush
 
 MAX_SHARD = 5_000_000_000
 """Bytes of an output shard, where the source has none to keep."""
@@ -29,7 +33,6 @@ class VirtualTensor:
     """One tensor that can be made.
 
     Attributes:
-        name: in the Hugging Face checkpoint.
         dtype, shape: of what ``make`` returns; known without making it.
         make: makes it, on the CPU; called each time the tensor is read.
     """
@@ -98,12 +101,24 @@ def index_text(shards: Shards) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise CheckpointError if git-lfs has left a pointer in the place of a file."""
-    with path.open("rb") as file:
-        if file.read(19) == b"version https://git":
-            what = f"{path.name} is a pointer of git-lfs, not the file itself"
-            raise CheckpointError(what, hint="run 'git lfs pull' in the source")
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes ``folder``, in the cache, if the block succeeds.
+
+    Raises DestinationError if the cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        discard_stale(folder.parent, ".making-")
+        with TemporaryDirectory(prefix=".making-", dir=folder.parent) as temporary:
+            part = Path(temporary) / folder.name
+            part.mkdir()
+            yield part
+            flush(part)
+            part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if not folder.is_dir():  # unless another run has made it meanwhile
+            raise cache_error(folder, error) from error
 
 
 class VirtualFile:
@@ -134,25 +149,17 @@ class VirtualShard(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._starts[-1]}
         self._position = max(start[whence] + offset, 0)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        view, done = memoryview(buffer).cast("B"), 0
-        while done < len(view):
-            part = self._at(self._position)[: len(view) - done]
-            if not part:
-                break
-            view[done : done + len(part)] = part
-            done += len(part)
-            self._position += len(part)
-            del part  # it would keep the tensor while the next one is made
-        return done
+        view = memoryview(buffer).cast("B")
+        part = self._at(self._position)[: len(view)]  # to the end of a tensor at most
+        view[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
     def _at(self, position: int) -> memoryview:
         """The bytes from ``position`` to the end of the tensor that it is in."""

@@ -29,10 +29,10 @@ BUFFER = 2 << 20
 BUFFERS = 3
 """One is filled, one is written, one waits."""
 
-ALIGNMENT = 4096
+_ALIGNMENT = 4096
 """Of offsets, lengths and memory of direct writes; disks ask for that or less."""
 
-FICLONE = 0x40049409
+_FICLONE = 0x40049409
 """Request of Linux to share all blocks of another file; see ioctl_ficlone(2)."""
 
 PREFIX_DIGITS = 16
@@ -40,7 +40,7 @@ PREFIX_DIGITS = 16
 
 
 @dataclass(slots=True)
-class Block:
+class _Block:
     """Consecutive bytes of the file, from ``start`` on; ``size`` of them are filled.
 
     ``first`` and ``last`` enclose, within the block, the bytes that are not the source's.
@@ -84,7 +84,7 @@ class Writer:
         self._forked_at = size
         self._error: BaseException | None = None
         self._position = 0
-        self._block: Block | None = None
+        self._block: _Block | None = None
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct: int | None = None
         self._cloned = source is not None and _clone(source, self._file)
@@ -96,11 +96,11 @@ class Writer:
             raise
         if size > BUFFER:
             self._direct = _open_direct(path)
-        self._free: SimpleQueue[Block] = SimpleQueue()
-        self._full: SimpleQueue[Block | None] = SimpleQueue()
+        self._free: SimpleQueue[_Block] = SimpleQueue()
+        self._full: SimpleQueue[_Block | None] = SimpleQueue()
         for _ in range(min(BUFFERS, size // BUFFER + 1)):
             memory = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self._free.put(Block(memory))
+            self._free.put(_Block(memory))
         self._thread = Thread(target=self._run, name=f"write {path.name}")
         self._thread.start()
 
@@ -191,12 +191,12 @@ class Writer:
         if self.digest is not None and place < stop:
             self.digest.update(view[place:])
 
-    def _write(self, view: memoryview, block: Block) -> None:
+    def _write(self, view: memoryview, block: _Block) -> None:
         """Write what differs from the clone, or everything; direct as far as it is aligned."""
         first, last = (block.first, block.last) if self._cloned else (0, len(view))
-        first -= first % ALIGNMENT
-        last = min(last + -last % ALIGNMENT, len(view))
-        whole = last - last % ALIGNMENT
+        first -= first % _ALIGNMENT
+        last = min(last + -last % _ALIGNMENT, len(view))
+        whole = last - last % _ALIGNMENT
         if self._direct is not None and whole > first:
             try:
                 _write_at(self._direct, view[first:whole], block.start + first)
@@ -220,7 +220,7 @@ def _write_at(file: int, view: memoryview, offset: int) -> None:
 def _clone(source: int, target: int) -> bool:
     """Make ``target`` share the blocks of ``source``; whether the file system can."""
     try:
-        fcntl.ioctl(target, FICLONE, source)
+        fcntl.ioctl(target, _FICLONE, source)
     except OSError:
         return False
     return True

@@ -1,29 +1,30 @@
 """The header of a safetensors file, read and checked by itself.
 
 A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes.
+A header may have 100 MB, and a JSON parser makes twenty times that of it before anybody can look:
+here every entry is checked before the next one is read.
 """
 
+import json
 import os
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
 
-from converter.checkpoints.safetensors.header_json import read_entries
 from converter.errors import CheckpointError
+from converter.runtime.strict_json import unique
+from converter.text.sanitize import one_line
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors format on a header, in bytes."""
-
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Bits per element of the dtypes of the format (safetensors 0.8)."""
 
 FLOATS = {
     "F16": torch.float16,
@@ -51,6 +52,19 @@ DTYPES = FLOATS | {
     "I64": torch.int64,
 }
 """The dtypes of the format that PyTorch has."""
+
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
+BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits per element of the dtypes of the format (safetensors 0.8)."""
+
+_MAX_AXES = 64
+"""Of a tensor; PyTorch has no more."""
+
+_MAX_ENTRY = 4096
+"""Bytes of an entry: a dtype, two offsets and 64 axes take half of it at most."""
+
+MAX_NAME = 4096
+"""Bytes of a tensor's name; the longest are near 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +97,35 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, truncated, or not well-formed safetensors.
     """
+    with readable(path.name), path.open("rb", buffering=0) as file:
+        return header_of(file, path.name)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raise CheckpointError where the operating system cannot read a file of that name."""
     try:
-        with path.open("rb", buffering=0) as file:
-            return header_of(file, path.name)
+        yield
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read", found=error.strerror) from error
+        raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
 
 
 def header_of(file: RawIOBase, name: str) -> Header:
     """``read_header`` of an open file, whose name is for messages."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    start = bytes(read_exactly(file, min(size, 8), name))
-    return parse_header(read_exactly(file, length_of(start, size, name), "the header"), size, name)
+    length = length_of(read_exactly(file, min(size, 32), name), size, name)
+    file.seek(8)
+    return parse_header(read_exactly(file, length, "the header"), size, name)
 
 
-def length_of(start: bytes, size: int, name: str) -> int:
-    """Bytes of the header of a file of ``size`` bytes, whose first eight, or all, are ``start``.
+def length_of(start: bytes | bytearray, size: int, name: str) -> int:
+    """Bytes of the header of a file of ``size`` bytes that begins with ``start``.
 
-    Raises:
-        CheckpointError: it has none, or a longer one than can be.
+    Raises CheckpointError if it has none, or a longer one than can be.
     """
-    if start == b"version ":
-        raise CheckpointError(
-            f"{name} is a pointer of git-lfs, not the file itself",
-            hint="run 'git lfs pull' in the source",
-        )
-    length = int.from_bytes(start, "little")
+    refuse_pointer(start, name)
+    length = int.from_bytes(start[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
             f"{name} is truncated or not a safetensors file",
@@ -120,12 +136,15 @@ def length_of(start: bytes, size: int, name: str) -> int:
     return length
 
 
-def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
-    """The next bytes of a file; ``name`` says of what.
+def refuse_pointer(start: bytes | bytearray, name: str) -> None:
+    """Raise CheckpointError if a file that begins so is what git-lfs leaves in the place of it."""
+    if start.startswith(b"version https://git"):
+        what = f"{name} is a pointer of git-lfs, not the file itself"
+        raise CheckpointError(what, hint="run 'git lfs pull' in the source")
 
-    Raises:
-        CheckpointError: it ends early, or cannot be read.
-    """
+
+def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
+    """The next bytes of a file; ``name`` says of what. Raises CheckpointError if it ends early."""
     data = bytearray(count)
     fill(file, memoryview(data), name)
     return data
@@ -134,14 +153,13 @@ def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
 def fill(file: RawIOBase, view: memoryview, name: str) -> memoryview:
     """``read_exactly`` into a buffer, which is returned."""
     done = 0
-    while done < len(view):
-        try:
+    with readable(name):
+        while done < len(view):
             got = file.readinto(view[done:])
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
-        if not got:
-            raise CheckpointError(f"the file ends in the middle of {name}", hint="fetch it again")
-        done += got
+            if not got:
+                what = f"the file ends in the middle of {name}"
+                raise CheckpointError(what, hint="fetch it again")
+            done += got
     return view
 
 
@@ -156,10 +174,9 @@ def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
     """
     data_start = 8 + len(raw)
     try:
-        tensors = [TensorInfo(*entry) for entry in read_entries(raw, data_start)]
+        tensors = sorted(_entries(raw, data_start), key=lambda info: (info.start, info.end))
     except ValueError as error:
         raise _bad(name, str(error)) from error
-    tensors.sort(key=lambda info: (info.start, info.end))
     position = data_start
     for info in tensors:
         if info.start != position or info.end < info.start:
@@ -171,14 +188,11 @@ def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
             )
         bits = BITS.get(info.dtype)
         if bits is not None and (needed := _bits(info.shape, bits)) != info.nbytes * 8:
-            raise _bad(
-                name,
-                f"tensor {info.name} has the wrong length",
-                expected=f"{needed // 8:,} bytes for {info.dtype} {list(info.shape)}"
-                if needed is not None
-                else f"a shape that fits in a file, not {list(info.shape)}",
-                found=f"{info.nbytes:,}",
-            )
+            expected = f"a shape that fits in a file, not {list(info.shape)}"
+            if needed is not None:
+                expected = f"{needed // 8:,} bytes for {info.dtype} {list(info.shape)}"
+            what = f"tensor {info.name} has the wrong length"
+            raise _bad(name, what, expected=expected, found=f"{info.nbytes:,}")
         position = info.end
     if position != size:
         raise _bad(
@@ -210,3 +224,96 @@ def to_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
     array = flat.view(torch.uint8).numpy()
     return memoryview(array) if array.size else memoryview(b"")  # type: ignore[arg-type]
+
+
+_SPACE = rb"[ \t\n\r]*+"
+_STRING = rb'"([^"\\\x00-\x1f]*+(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*+)*+)"'
+_OPEN = re.compile(rb"\{" + _SPACE + rb"(\}?)")
+_KEY = re.compile(_SPACE + _STRING + _SPACE + b":" + _SPACE)
+_VALUE = re.compile(_STRING)
+_BODY = re.compile(rb"\{[^{}]{0,%d}+\}" % _MAX_ENTRY)
+_NEXT = re.compile(_SPACE + rb"([,}])")
+_END = re.compile(_SPACE + rb"\Z")
+_PAIR = _SPACE + _STRING + _SPACE + b":" + _SPACE + _STRING + _SPACE
+_METADATA = re.compile(rb"null|\{(?:" + _SPACE + rb"|" + _PAIR + rb"(?:," + _PAIR + rb")*+)\}")
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""A number of a header that is a count and nothing like it (true, 2.0, 1e999, -1)."""
+
+
+class _Entry(msgspec.Struct, frozen=True, gc=False):
+    """What the format says of one tensor; keys that the format does not know are ignored."""
+
+    dtype: str
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=_MAX_AXES)]
+    data_offsets: tuple[_Count, _Count]
+
+
+_ENTRY = msgspec.json.Decoder(_Entry)
+_UNIQUE = json.JSONDecoder(object_pairs_hook=unique)
+
+_NO_ENTRY = "the header has an entry without dtype, shape or offsets"
+
+_QUOTES = 8
+"""Quotation marks of an entry that has each key of ``_Entry`` once, and no others."""
+
+
+def _entries(raw: bytes | bytearray, data_start: int) -> Iterator[TensorInfo]:
+    """The tensors of a header, in its order. Raises ValueError, which says why it is none."""
+    text = _Text(raw)
+    for name in text.keys():  # noqa: SIM118 - it reads them
+        if name == "__metadata__":
+            for string in _VALUE.finditer(text.take(_METADATA).group()):
+                _decoded(string[1])
+            continue
+        body = text.take(_BODY).group()
+        try:
+            entry = _ENTRY.decode(body)
+            if body.count(b'"') != _QUOTES:  # msgspec takes the last of two equal keys
+                _UNIQUE.decode(body.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{_NO_ENTRY}: that of tensor {name}") from error
+        start, end = (data_start + offset for offset in entry.data_offsets)
+        yield TensorInfo(name, sys.intern(entry.dtype), entry.shape, start, end)
+    text.take(_END)
+
+
+class _Text:
+    """A header, and how far it has been read."""
+
+    def __init__(self, raw: bytes | bytearray) -> None:
+        self.raw, self.place = raw, 0
+
+    def take(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+        """What comes next, if it is this. Raises ValueError."""
+        found = pattern.match(self.raw, self.place)
+        if found is None:
+            known = {_BODY: _NO_ENTRY, _OPEN: "the header is not a JSON object"}
+            other = f"the header is not JSON from its byte {self.place:,} on"
+            raise ValueError(known.get(pattern, other))
+        self.place = found.end()
+        return found
+
+    def keys(self) -> Iterator[str]:
+        """The keys of an object; whoever gets one reads its value before asking for the next."""
+        names: set[str] = set()
+        closed = self.take(_OPEN)[1] == b"}"
+        while not closed:
+            name = _decoded(self.take(_KEY)[1])
+            if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise ValueError(f"the name of tensor {one_line(name, 80)} is not plain text")
+            if name in names:
+                raise ValueError("the header names a key twice")
+            names.add(name)
+            yield name
+            closed = self.take(_NEXT)[1] == b"}"
+
+
+def _decoded(raw: bytes) -> str:
+    """A string of JSON. Raises ValueError if it is no Unicode."""
+    if b"\\" not in raw:
+        return raw.decode("utf-8")
+    text: str = json.loads(b'"' + raw + b'"')
+    text.encode("utf-8")  # half of a pair cannot be
+    return text

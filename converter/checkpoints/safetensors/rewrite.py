@@ -33,11 +33,7 @@ PIECE = 1 << 20
 
 
 def to_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
-    """View bytes as the tensor ``info`` describes (no copy).
-
-    Raises:
-        CheckpointError: the dtype holds no plain floating-point numbers.
-    """
+    """``as_tensor``. Raises CheckpointError if the dtype holds no plain floating-point numbers."""
     dtype = DTYPES.get(info.dtype)
     if dtype is None or not dtype.is_floating_point:
         raise CheckpointError(
@@ -50,7 +46,7 @@ def to_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
 
 
 def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
-    """The same whatever the dtype is."""
+    """View bytes as the tensor ``info`` describes (no copy)."""
     dtype = DTYPES[info.dtype]
     if not data:
         return torch.empty(info.shape, dtype=dtype)
@@ -58,21 +54,20 @@ def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
 
 
 def read_rows(file: RawIOBase, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows ``start`` to ``stop`` (of the first axis) of a tensor in an open shard.
+    """Rows ``start`` to ``stop`` of a tensor (R, ...) in an open shard.
 
-    Raises:
-        CheckpointError: the file ends early, or the dtype holds no plain numbers.
+    Raises CheckpointError if the file ends early, or the dtype holds no plain numbers.
     """
-    rows = info.shape[0] if info.shape else 1
-    row_bytes = info.nbytes // max(rows, 1)
-    file.seek(info.start + start * row_bytes)
-    part = TensorInfo(info.name, info.dtype, (stop - start, *info.shape[1:]), 0, 0)
-    return to_tensor(read_exactly(file, (stop - start) * row_bytes, info.name), part)
+    row_bytes = info.nbytes // max(info.shape[0], 1)
+    begin, end = info.start + start * row_bytes, info.start + stop * row_bytes
+    shape = (stop - start, *info.shape[1:])
+    return read_tensor(file, TensorInfo(info.name, info.dtype, shape, begin, end))
 
 
 def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
-    """One whole tensor of an open shard; see ``read_rows``."""
-    return read_rows(file, info, 0, info.shape[0] if info.shape else 1).reshape(info.shape)
+    """One whole tensor of an open shard. Raises as ``read_rows``."""
+    file.seek(info.start)
+    return to_tensor(read_exactly(file, info.nbytes, info.name), info)
 
 
 def read_raw(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
@@ -104,7 +99,7 @@ class ShardRecord:
 class Region:
     """The bytes of one tensor in an open shard, as often as they are needed.
 
-    What is read for the first time, which happens in order, goes into ``digests``.
+    What is read for the first time, which must be in order, goes into ``digests``.
 
     Attributes:
         info: the tensor's entry.
@@ -121,8 +116,7 @@ class Region:
     def read(self, start: int, count: int) -> memoryview:
         """``count`` bytes from ``start`` on; they last until the next call.
 
-        Raises:
-            CheckpointError: the file ends early, or cannot be read.
+        Raises CheckpointError if the file ends early, or cannot be read.
         """
         if len(self._scratch) < count:
             self._scratch = bytearray(count)
@@ -226,34 +220,34 @@ def _replace(
         raise AssertionError(f"the change of {region.info.name} is not of its length")
 
 
-def _chunks(count: int) -> Iterator[int]:
-    while count > 0:
-        yield min(count, BUFFER)
-        count -= BUFFER
+def _prefixes(file: RawIOBase, name: str, digest: "hashlib._Hash") -> Iterator[tuple[str, str]]:
+    """The ``prefixes`` of a shard, as ``digest`` reads it.
+
+    The header is parsed only after its own is given: who knows another one stops there.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(read_exactly(file, min(size, 8), "the header"), "little")
+    if length <= min(size - 8, MAX_HEADER):
+        file.seek(0)
+        digest.update(read_exactly(file, 8 + length, "the header"))
+    yield "", digest.hexdigest()[:PREFIX_DIGITS]
+    buffer = memoryview(bytearray(BUFFER))
+    for info in header_of(file, name).tensors.values():
+        for start in range(0, info.nbytes, BUFFER):
+            digest.update(fill(file, buffer[: min(info.nbytes - start, BUFFER)], info.name))
+        yield info.name, digest.hexdigest()[:PREFIX_DIGITS]
 
 
 def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
     """Name the first tensor at which a shard departs from its recorded prefix digests.
 
-    Returns:
-        ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
+    Returns ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
     """
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        length = int.from_bytes(read_exactly(file, 8, "the header"), "little")
-        file.seek(0)
-        size = os.fstat(file.fileno()).st_size
-        if length <= min(size - 8, MAX_HEADER):
-            digest.update(read_exactly(file, 8 + length, "the header"))
-        if digest.hexdigest()[:PREFIX_DIGITS] != prefixes.get(""):
-            return "the header"
-        # The header is the recorded one, so its offsets can be trusted.
-        buffer = memoryview(bytearray(BUFFER))
-        for info in header_of(file, path.name).tensors.values():
-            for count in _chunks(info.nbytes):
-                digest.update(fill(file, buffer[:count], info.name))
-            if digest.copy().hexdigest()[:PREFIX_DIGITS] != prefixes.get(info.name):
-                return f"tensor {info.name}"
+        for name, prefix in _prefixes(file, path.name, hashlib.sha256()):
+            if prefix != prefixes.get(name):
+                return f"tensor {name}" if name else "the header"
     return "the bytes after its last tensor"
 
 
@@ -264,14 +258,7 @@ def digests_of(path: Path) -> tuple[str, dict[str, str]]:
         CheckpointError: it is malformed, is truncated, or cannot be read.
         OSError: it cannot be opened.
     """
-    digest, buffer, prefixes = hashlib.sha256(), memoryview(bytearray(BUFFER)), {}
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        header = header_of(file, path.name)
-        file.seek(0)
-        ranges = [("", header.data_start)]
-        ranges += [(info.name, info.nbytes) for info in header.tensors.values()]
-        for name, length in ranges:
-            for count in _chunks(length):
-                digest.update(fill(file, buffer[:count], name or "the header"))
-            prefixes[name] = digest.copy().hexdigest()[:PREFIX_DIGITS]
+        prefixes = dict(_prefixes(file, path.name, digest))
     return digest.hexdigest(), prefixes

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.companions import papers
 from converter.checkpoints.formats.virtual import VirtualFile, VirtualTensor
+from converter.checkpoints.names import papers
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor

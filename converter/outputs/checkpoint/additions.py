@@ -15,13 +15,11 @@ from typing import Any
 from msgspec.structs import replace
 from safetensors.torch import save
 
-from converter.checkpoints.companions import OURS
 from converter.checkpoints.formats.virtual import index_text
-from converter.checkpoints.names import INDEX, SINGLE
+from converter.checkpoints.names import INDEX, OURS, SINGLE
 from converter.checkpoints.patch import merge, patched
 from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
-from converter.checkpoints.safetensors.header_json import MAX_NAME
+from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_header, to_bytes
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch

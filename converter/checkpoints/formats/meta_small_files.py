@@ -1,4 +1,4 @@
-"""The small files of a Llama in Meta's layout, and what becomes of them: configs and tokenizer.
+"""The small files of a Llama in Meta's layout, and the configs and tokenizer that they become.
 
 No other module knows ``convert_slow_tokenizer`` of transformers, which is not documented: that an
 extractor of SentencePiece has its model as ``proto``, and that the converter of tiktoken asks its
@@ -7,40 +7,146 @@ extractor of SentencePiece has its model as ``proto``, and that the converter of
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from converter.checkpoints.formats.virtual import refuse_pointer
+import torch
+
+from converter.checkpoints.formats.virtual import making
+from converter.checkpoints.layout import read_json
+from converter.checkpoints.names import MAX_COMPANION
+from converter.checkpoints.safetensors.header import refuse_pointer
 from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import cache_error, discard_stale, flush
+from converter.text.sanitize import describe_value
 
 AGAIN = "fetch the file again"
 
-MAX_SMALL = 64_000_000
-"""Bytes beyond which a file beside the weights is not one of the small ones that go along."""
+_MAX_ALL = 256_000_000
+"""Bytes of all files beside the weights; they are held in memory."""
 
-MAX_ALL = 256_000_000
-"""Bytes of all of them together; they are held in memory."""
+_MAX_PARAMS = 1_000_000
+"""Bytes of ``params.json``, which has ten numbers."""
 
-NOT_SMALL = (".bin", ".chk", ".gguf", ".index.json", ".pt", ".pth", ".safetensors", "params.json")
+_NOT_SMALL = (".bin", ".chk", ".gguf", ".index.json", ".pt", ".pth", ".safetensors", "params.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """What ``params.json`` says; ``vocab`` is None where that is left to the tensors."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    norm_eps: float
+    rope_theta: float
+    scaled: bool
+    vocab: int | None
+
+
+def read_params(path: Path) -> Params:
+    """Read ``params.json``.
+
+    The FFN is 8/3 as wide as the model, times ``ffn_dim_multiplier``, rounded up to a multiple of
+    ``multiple_of``.
+
+    Raises:
+        CheckpointError: it is missing or malformed, or its numbers do not fit together.
+    """
+    data = read_json(path, _MAX_PARAMS)
+    data = data.get("model", data)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
+
+    def number(key: str, default: float | None = None, kind: type = int) -> Any:
+        value: Any = default if data.get(key) is None else data[key]
+        if not (type(value) in (int, kind) and 0 < value < 2**40):
+            expected = f"a positive {'whole ' * (kind is int)}number"
+            raise CheckpointError(
+                f"{path.name} has no usable {key}", expected=expected, found=describe_value(value)
+            )
+        return value
+
+    dim, heads, unit = number("dim"), number("n_heads"), number("multiple_of", 256)
+    kv_heads = number("n_kv_heads", heads)
+    if dim % (2 * heads) or heads % kv_heads:
+        raise CheckpointError(
+            f"{path.name} contradicts itself", expected="heads that divide the model evenly",
+            found=f"dim {dim}, n_heads {heads}, n_kv_heads {kv_heads}",
+        )  # fmt: skip
+    ffn = int(number("ffn_dim_multiplier", 1, float) * int(8 * dim / 3))
+    return Params(
+        dim, number("n_layers"), heads, kv_heads, unit * math.ceil(ffn / unit),
+        float(number("norm_eps", 1e-5, float)), float(number("rope_theta", 10000, float)),
+        bool(data.get("use_scaled_rope")),
+        None if data.get("vocab_size") in (None, -1) else number("vocab_size"),
+    )  # fmt: skip
+
+
+def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dict[str, Any]:
+    """``config.json``, but for the ids of the tokenizer; older loaders look for ``torch_dtype``,
+    ``rope_theta`` and ``rope_scaling``."""
+    scaling = {
+        # The factor is nowhere in Meta's files. It is 8 in 3.1 and 3.3 (8B and more), and 32 in 3.2
+        # 1B and 3B, by Meta's configs on the Hub and meta-llama/llama-models issues 166 and 241;
+        # Meta's own code has 8 for all, and degrades on long texts there. Only the small ones have
+        # fewer than 4096 dimensions.
+        "factor": 8.0 if params.dim >= 4096 else 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    rope = scaling if params.scaled else {"rope_type": "default"}
+    stored = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": params.dim, "intermediate_size": params.ffn,
+        "num_hidden_layers": params.layers, "num_attention_heads": params.heads,
+        "num_key_value_heads": params.kv_heads, "head_dim": params.dim // params.heads,
+        "vocab_size": vocab, "max_position_embeddings": _positions(params),
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "initializer_range": 0.02, "rms_norm_eps": params.norm_eps, "use_cache": True,
+        "rope_theta": params.rope_theta, "rope_scaling": scaling if params.scaled else None,
+        "rope_parameters": rope | {"rope_theta": params.rope_theta}, "tie_word_embeddings": tied,
+        "dtype": stored, "torch_dtype": stored,
+    }  # fmt: skip
+
+
+def _positions(params: Params) -> int:
+    """How long a text the model knows; params.json does not say, so by its other numbers.
+
+    131,072 with scaled rotary positions (Llama 3.1 and later); 16,384 with a ``rope_theta`` of 1e6
+    (Code Llama), 8,192 with another one over 10,000 (Llama 3); 2,048 with a ``norm_eps`` of 1e-6
+    (Llama 1, and copies of Llama 2 that say so) or with 8,192 dimensions and no groups of heads
+    (Llama 1 65B); else 4,096 (Llama 2).
+    """
+    if params.scaled:
+        return 131072
+    if params.rope_theta > 10000:
+        return 16384 if params.rope_theta == 1e6 else 8192
+    first = params.norm_eps == 1e-6 or (params.dim == 8192 and params.kv_heads == params.heads)
+    return 2048 if first else 4096
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
     """Name -> content of tokenizer, licence, card and the like."""
     small = {}
     for path in sorted(folder.iterdir()):
-        fit = not path.name.endswith(NOT_SMALL) and not path.name.startswith(".")
-        if fit and path.is_file() and path.stat().st_size <= MAX_SMALL:
-            refuse_pointer(path)
+        fit = not path.name.endswith(_NOT_SMALL) and not path.name.startswith(".")
+        if fit and path.is_file() and path.stat().st_size <= MAX_COMPANION:
             small[path.name] = path.read_bytes()
-            if sum(map(len, small.values())) > MAX_ALL:
+            refuse_pointer(small[path.name], path.name)
+            if sum(map(len, small.values())) > _MAX_ALL:
                 raise CheckpointError(
                     f"{folder.name} has too much beside the weights",
-                    expected=f"at most {MAX_ALL:,} bytes of small files",
+                    expected=f"at most {_MAX_ALL:,} bytes of small files",
                 )
     if not {"tokenizer.json", "tokenizer.model"} & set(small):
         raise CheckpointError(f"{folder.name} has no tokenizer", expected="tokenizer.model")
@@ -49,23 +155,13 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 def keep(kept: Path, small: Mapping[str, bytes], config: dict[str, Any], scaled: bool) -> None:
     """Write the small files of a translation, all or none of them."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        discard_stale(kept.parent, ".native-")
-        with TemporaryDirectory(prefix=".native-", dir=kept.parent) as temporary:
-            part = Path(temporary) / kept.name
-            part.mkdir()
-            for name, data in small.items():
-                (part / name).write_bytes(data)
-            _write_json(part / "config.json", config)
-            if "tokenizer.json" not in small:
-                _convert_tokenizer(part, config, scaled)
-            _write_ids(part, config)
-            flush(part)
-            part.rename(kept)
-    except OSError as error:
-        if not kept.is_dir():  # unless another run has made it meanwhile
-            raise cache_error(kept, error) from error
+    with making(kept) as part:
+        for name, data in small.items():
+            (part / name).write_bytes(data)
+        _write_json(part / "config.json", config)
+        if "tokenizer.json" not in small:
+            _convert_tokenizer(part, config, scaled)
+        _write_ids(part, config)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
