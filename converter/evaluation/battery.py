@@ -1,7 +1,7 @@
 """What an evaluation measures with: prompts, scorers, texts and models, all loaded."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,8 +9,7 @@ import torch
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError
-from converter.evaluation.benchmarks.run import Benchmarks
-from converter.evaluation.benchmarks.safeedit import load_safeedit
+from converter.evaluation.benchmarks import load_safeedit
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.scorers import Scorer, load_scorer
@@ -24,29 +23,26 @@ class Battery:
     """The tests that every system of an evaluation goes through.
 
     Attributes:
+        asked: the options, which name all that is loaded here and say how to generate.
+        seed: of the generation.
         prompts: to be continued; None to generate nothing.
         scorers: name -> scorer of continuations.
-        greedy: whether the greedy continuation is scored.
-        samples: drawn continuations of each prompt that are scored; 0 for none.
-        max_new_tokens, top_p, batch_size, seed: of the generation.
         text: for perplexity; None to leave it.
-        text_tokens: of it that are used; None for all.
         judge: a larger model for the conditional perplexity; None to leave it.
-        benchmarks: with prompts of their own.
+        safeedit: set -> prompts; None to leave it out.
+        safety: says how unsafe a response to these is.
+        tasks: of lm-eval; empty for none.
     """
 
+    asked: EvaluationOptions
+    seed: int
     prompts: Prompts | None
     scorers: Mapping[str, Scorer]
-    greedy: bool
-    samples: int
-    max_new_tokens: int
-    top_p: float
-    batch_size: int
-    seed: int
     text: str | None
-    text_tokens: int | None
-    judge: LanguageModel | None = None
-    benchmarks: Benchmarks = field(default_factory=Benchmarks)
+    judge: LanguageModel | None
+    safeedit: Mapping[str, Sequence[str]] | None
+    safety: Scorer | None
+    tasks: Sequence[str]
 
 
 def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
@@ -55,30 +51,23 @@ def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
     Raises:
         ConverterError: one of its children says which of them cannot be had.
     """
-    safeedit = asked.safeedit and load_safeedit(asked.safeedit, asked.num_prompts, seed)
-    benchmarks = Benchmarks(
-        [task.strip() for task in (asked.ability or "").split(",") if task.strip()],
-        asked.ability_limit,
-        safeedit or None,
-        load_scorer(asked.safety_classifier, device) if safeedit else None,
-    )
-    prompts = None
+    safeedit = safety = prompts = None
+    if asked.safeedit:
+        safeedit = load_safeedit(asked.safeedit, asked.num_prompts, seed)
+        safety = load_scorer(asked.safety_classifier, device)
     if asked.prompts != "none":
         prompts = load_prompts(asked.prompts, asked.num_prompts, seed)
     scores = prompts is not None and (asked.greedy or asked.samples)
     return Battery(
+        asked=asked,
+        seed=seed,
         prompts=prompts,
         scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
-        greedy=asked.greedy,
-        samples=asked.samples,
-        max_new_tokens=asked.max_new_tokens,
-        top_p=asked.top_p,
-        batch_size=asked.generation_batch_size,
-        seed=seed,
         text=_text(asked.text),
-        text_tokens=asked.text_tokens,
         judge=load_whole(asked.judge, device) if asked.judge else None,
-        benchmarks=benchmarks,
+        safeedit=safeedit,
+        safety=safety,
+        tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
     )
 
 

@@ -12,8 +12,7 @@ from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine
-from converter.evaluation.heldout import probe_of
-from converter.evaluation.strength import choose_strength
+from converter.evaluation.heldout import choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal
 from converter.methods.workbench import Bench

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluation.measure import average
+from converter.evaluation.results import average
 from converter.manifest import Candidate, Evaluation, Manifest, Metric, SystemRecord
 
 if TYPE_CHECKING:
