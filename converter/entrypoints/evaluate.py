@@ -8,9 +8,9 @@ from converter.checkpoints.resolve import resolve
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
-from converter.evaluation.battery import load_battery, load_whole
 from converter.evaluation.compare import evaluate
 from converter.evaluation.fit import Fitted
+from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import Comparison, System, edited_layers, parse_controls
 from converter.manifest import EDITED, Evaluation

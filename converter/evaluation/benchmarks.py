@@ -45,7 +45,6 @@ def load_safeedit(origin: str, num_instances: int | None, seed: int) -> dict[str
         origin: a ``.json`` file with a list, a ``.jsonl`` file with an object a line, or a Hub
             dataset, of which a file with ``test`` in its name is read.
         num_instances: how many to draw, without replacement and keeping their order; None for all.
-        seed: of the draw.
 
     Raises:
         OptionError: ``num_instances`` is not positive.
@@ -184,10 +183,8 @@ def run_tasks(
 
     Args:
         model: a causal language model of transformers in eval mode.
-        tokenizer: its own.
         tasks: names of tasks or of groups such as ``mmlu``.
         limit: examples of each task, for a trial; None for all, which a number to publish needs.
-        batch_size: examples at a time.
 
     Returns:
         ``lm_eval``, its version; ``limit``; and ``tasks``, for each task or group its numbers, such

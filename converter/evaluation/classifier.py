@@ -33,7 +33,6 @@ def load(argument: str, device: str) -> Scorer:
     Args:
         argument: a folder or a Hub repo id with an optional ``@revision``, and an optional
             ``#LABEL``.
-        device: to run it on.
 
     Raises:
         OptionError: neither is given, or it is not plain which label is the toxic one.
@@ -95,9 +94,8 @@ def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 def find_label(labels: Sequence[str], asked: str) -> int:
     """The place of the toxic label.
 
-    Args:
-        labels: of the classifier, in order.
-        asked: by name, whatever its case; empty to find it among those in use. An only label is it.
+    It is the one that is ``asked`` for, whatever its case; or else an only label, or one of the
+    usual names.
 
     Raises:
         OptionError: there is none of that name.

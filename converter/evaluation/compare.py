@@ -7,9 +7,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.evaluation.battery import Battery
 from converter.evaluation.continuations import Passages, draw_passages
-from converter.evaluation.measure import WINDOW, measure
+from converter.evaluation.measure import WINDOW, Battery, measure
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
 from converter.evaluation.systems import Comparison, Fits, System
@@ -42,8 +41,6 @@ def evaluate(
 
     Args:
         bench: the unedited model, and what controls need to be fitted.
-        battery: what is measured.
-        comparison: with what.
         model: the edited model, with its weights, if it has been written.
         reference: the edit, to which controls are matched; without ``model`` it is measured
             through hooks. None to measure controls only.

@@ -39,8 +39,6 @@ def generate(
     Args:
         model: in eval mode; its parts may be on several devices. Inputs go where the embeddings
             are, or to its device if these do not say (offloaded weights do not).
-        prompts: texts.
-        max_new_tokens: in a continuation.
         samples: continuations drawn for each prompt; 0 for a single greedy one.
         top_p: samples are drawn at temperature 1 from the fewest tokens that have this much of the
             probability together.
@@ -253,7 +251,6 @@ def conditional_losses(
 
     Args:
         model: that judges; a larger one that did not write the continuations.
-        prompts: P texts.
         continuations: of each prompt, as ``generate`` returns them.
 
     Raises:

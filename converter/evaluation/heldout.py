@@ -35,11 +35,6 @@ class Probe:
     Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
     the neutral side lacks.
 
-    Args:
-        model: not edited.
-        plan: of its checkpoint.
-        part: of the split.
-
     Attributes:
         neutral_tokens, toxic_words: how many are scored.
         perplexity: of the unedited model on the neutral text.

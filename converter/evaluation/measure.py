@@ -1,18 +1,22 @@
-"""What is measured of one system, and how sure it is.
+"""What an evaluation measures with, what it measures of one system, and how sure it is.
 
 Every number comes with an interval of 95 %: over prompts by the bootstrap, over text by the
 standard error. Those of all texts together (dist-n, fluency) have none:
 low and high are the value. A metric that was not measured, or is not a number, is None.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
-from converter.evaluation.battery import Battery
-from converter.evaluation.benchmarks import measure_ability, measure_safeedit
+from converter.evaluation.benchmarks import load_safeedit, measure_ability, measure_safeedit
 from converter.evaluation.continuations import Passages, conditional_losses, generate
 from converter.evaluation.metrics import (
     bootstrap,
@@ -22,8 +26,10 @@ from converter.evaluation.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.results import around
-from converter.evaluation.scorers import scores_of
+from converter.evaluation.scorers import Scorer, load_scorer, scores_of
 from converter.manifest import Interval, Metric
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
@@ -34,11 +40,85 @@ from converter.models.likelihood import (
     teacher_forced,
     word_changes,
 )
-from converter.models.resident import LanguageModel
+from converter.models.loading import load_language_model, load_tokenizer
+from converter.models.resident import LanguageModel, choose_dtype
 
 WINDOW = 512
 """Tokens of the perplexity text that are read at a time; they do not overlap, and the first token
 of each is not scored. Compare perplexities only within one evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Battery:
+    """The tests that every system of an evaluation goes through.
+
+    Attributes:
+        asked: the options, which name all that is loaded here and say how to generate.
+        seed: of the generation.
+        prompts: to be continued; None to generate nothing.
+        scorers: name -> scorer of continuations.
+        text: for perplexity; None to leave it.
+        judge: a larger model for the conditional perplexity; None to leave it.
+        safeedit: set -> prompts; None to leave it out.
+        safety: says how unsafe a response to these is.
+        tasks: of lm-eval; empty for none.
+    """
+
+    asked: EvaluationOptions
+    seed: int
+    prompts: Prompts | None
+    scorers: Mapping[str, Scorer]
+    text: str | None
+    judge: LanguageModel | None
+    safeedit: Mapping[str, Sequence[str]] | None
+    safety: Scorer | None
+    tasks: Sequence[str]
+
+
+def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
+    """Load what the options name.
+
+    Raises:
+        ConverterError: one of its children says which of them cannot be had.
+    """
+    safeedit = safety = prompts = None
+    if asked.safeedit:
+        safeedit = load_safeedit(asked.safeedit, asked.num_prompts, seed)
+        safety = load_scorer(asked.safety_classifier, device)
+    if asked.prompts != "none":
+        prompts = load_prompts(asked.prompts, asked.num_prompts, seed)
+    scores = prompts is not None and (asked.greedy or asked.samples)
+    return Battery(
+        asked=asked,
+        seed=seed,
+        prompts=prompts,
+        scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
+        text=_text(asked.text),
+        judge=load_whole(asked.judge, device) if asked.judge else None,
+        safeedit=safeedit,
+        safety=safety,
+        tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
+    )
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name} cannot be read", found=str(error)) from error
+
+
+def load_whole(
+    name: str, device: str, dtype: torch.dtype | None = None, spread: bool = False
+) -> LanguageModel:
+    """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
+    source = resolve(name)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    dtype = dtype or choose_dtype("auto", plan, device)
+    tokenizer = load_tokenizer(source.folder)
+    return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
 
 
 def measure(
@@ -50,9 +130,6 @@ def measure(
     """Measure a model as it is now, hooks included.
 
     Args:
-        model: the system.
-        battery: what to measure.
-        passages: of the unedited model.
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
 

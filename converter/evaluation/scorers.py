@@ -116,7 +116,6 @@ def _load_bad_words(argument: str, device: str) -> Scorer:
 
     Args:
         argument: as for ``load_words``; empty for the built-in list.
-        device: not used.
 
     Raises:
         DataError: the file cannot be read or holds no words.
@@ -172,7 +171,6 @@ def _load_detoxify(argument: str, device: str) -> Scorer:
 
     Args:
         argument: one of its models; empty for ``original``.
-        device: to run it on.
 
     Raises:
         OptionError: no such model, or the package is not installed.
