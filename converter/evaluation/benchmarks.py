@@ -155,7 +155,7 @@ def measure_ability(
     """The metrics ``ability/TASK/NUMBER`` of general ability; see ``run_tasks``."""
     metrics: dict[str, Metric] = {}
     found = run_tasks(model.module, model.tokenizer, tasks, limit, batch_size)
-    for task, numbers in found["tasks"].items():
+    for task, numbers in found.items():
         for name, value in numbers.items():
             number, _, kind = name.partition(",")
             if number.endswith("_stderr"):
@@ -166,12 +166,8 @@ def measure_ability(
 
 
 def run_tasks(
-    model: nn.Module,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    limit: int | None,
-    batch_size: int,
-) -> dict[str, Any]:
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, batch_size: int
+) -> dict[str, dict[str, float]]:
     """Run tasks of EleutherAI's lm-evaluation-harness on a model in memory: MMLU and the like.
 
     Each task has the number of examples in the prompt that it asks for. The harness seeds the
@@ -187,8 +183,8 @@ def run_tasks(
         limit: examples of each task, for a trial; None for all, which a number to publish needs.
 
     Returns:
-        ``lm_eval``, its version; ``limit``; and ``tasks``, for each task or group its numbers, such
-        as ``acc`` and ``acc_stderr``, shares from 0 to 1 unless the task says otherwise.
+        for each task or group its numbers, such as ``acc`` and ``acc_stderr``, shares from 0 to 1
+        unless the task says otherwise.
 
     Raises:
         OptionError: lm-eval is not installed, or no task is named.
@@ -218,14 +214,11 @@ def run_tasks(
             hint="'lm-eval ls tasks' lists the tasks there are",
         ) from error
     found = {**results["results"], **results.get("groups", {})}
-    numbers = {name: _numbers(values) for name, values in found.items()}
-    return {"lm_eval": lm_eval.__version__, "limit": limit, "tasks": numbers}
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """``acc,none`` -> ``acc``; another filter than none stays in the name."""
     return {
-        name.removesuffix(",none"): float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float)
+        task: {
+            name.removesuffix(",none"): float(value)  # another filter stays in the name
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        }
+        for task, values in found.items()
     }

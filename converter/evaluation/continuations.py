@@ -223,35 +223,22 @@ def _listed_words(
     return Sentence(ids[cut:]), [word for word in found if word and word[0] > 0]
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Losses of continuations, (N,) each; N counts those that have a token at all.
-
-    Attributes:
-        nats: negative log-probability of each continuation given its prompt.
-        tokens: of each continuation.
-        prompts: the place of each one's prompt.
-    """
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-    prompts: NDArray[np.int64]
-
-
 def conditional_losses(
-    model: Model,
-    prompts: Sequence[str],
-    continuations: Sequence[Sequence[str]],
-) -> Losses:
+    model: Model, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
     """How probable continuations are after their prompts: do they make sense there?
 
     Only tokens of the continuations are counted. Prompt and continuation are encoded as one text,
     after a BOS; a token that has a character of the continuation belongs to it. What does not fit
-    the model's positions is cut on the left. Empty continuations have no loss and are left out.
+    the model's positions is cut on the left. Empty continuations are left out.
 
     Args:
         model: that judges; a larger one that did not write the continuations.
-        continuations: of each prompt, as ``generate`` returns them.
+        continuations: of each of P prompts, as ``generate`` returns them.
+
+    Returns:
+        (P, 2), for each prompt the negative log-probability of its continuations, in nats, and
+        their tokens. exp of the sum of the ones over that of the others is the perplexity.
 
     Raises:
         DataError: all continuations are empty.
@@ -265,10 +252,11 @@ def conditional_losses(
     ]
     if not coded:
         raise DataError("conditional perplexity", expected="text", found="empty continuations")
-    places, sentences, counts = zip(*coded, strict=True)
-    (found,) = log_probabilities(model, [sentences])
-    nats = [-values[-count:].sum() for values, count in zip(found, counts, strict=True)]
-    return Losses(np.array(nats), np.array(counts), np.array(places))
+    (found,) = log_probabilities(model, [[sentence for _, sentence, _ in coded]])
+    losses = np.zeros((len(prompts), 2))
+    for (place, _, count), values in zip(coded, found, strict=True):
+        losses[place] += -values[-count:].sum(), count
+    return losses
 
 
 def _after_prompt(

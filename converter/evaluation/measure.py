@@ -204,10 +204,9 @@ def _generation(
     except OptionError:  # it needs the extra [eval]; not measured is said in the results
         metrics[f"fluency/{way}"] = None
     if battery.judge is not None:
-        found = conditional_losses(battery.judge, prompts, texts)
-        sums = [np.bincount(found.prompts, x, len(prompts)) for x in (found.nats, found.tokens)]
+        losses = conditional_losses(battery.judge, prompts, texts)
         metrics[f"conditional_perplexity/{way}"] = _over_prompts(
-            lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), np.stack(sums, 1)
+            lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), losses
         )
     return metrics
 

@@ -22,12 +22,7 @@ from converter.runtime import progress
 _AT_PERPLEXITY = "@perplexity"
 """After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""
 
-_DATA_FIXES = {
-    "site": "ffn",
-    "pooling": "predicting",
-    "center": "4",
-    "protect_shared": "16",
-}
+_DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
 positions that predict toxic words and without protection it is far worse, and beating it would say
 nothing about the subspace."""

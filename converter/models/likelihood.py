@@ -68,10 +68,10 @@ def perplexity(values: LogProbabilities) -> float:
     return exp(-sum(x.sum() for x in values) / sum(len(x) for x in values))
 
 
-def perplexity_estimate(values: LogProbabilities, groups: _Groups = None) -> Estimate:
+def perplexity_estimate(values: LogProbabilities) -> Estimate:
     """The same with a standard error."""
     losses = np.array([-x.sum() for x in values])
-    return _exponential(_ratio(losses, np.array([len(x) for x in values]), groups))
+    return _exponential(_ratio(losses, np.array([len(x) for x in values]), None))
 
 
 def perplexity_ratio(

@@ -136,12 +136,7 @@ def stream_language_model(
     architecture, layers = plan.architecture, plan.dimensions.num_hidden_layers
     shapes = {name: MetaTensor(recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     module = _loaded(
-        from_tensors,
-        source.folder,
-        shapes,
-        architecture.auto_class,
-        trust_remote_code,
-        dtype=dtype,
+        from_tensors, source.folder, shapes, architecture.auto_class, trust_remote_code, dtype=dtype
     )
     architecture.check_modules(module)
     blocks = [architecture.block.format(layer=n) for n in range(layers)]
