@@ -129,7 +129,7 @@ def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Ten
     except torch.OutOfMemoryError as error:
         raise SourceError(
             f"the GPU is out of memory with {len(batch.rows)} continuations in a batch",
-            hint="lower --batch-size, or give --device cpu",
+            hint="lower --generation-batch-size, or give --device cpu",
         ) from error
     new: Tensor = written[:, batch.ids.shape[1] :].cpu()
     return new
