@@ -166,10 +166,8 @@ class Fits:
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
         if name == "random":
-            options |= {
-                "draw": str(seed),
-                "rank": str(max(rank, MAX_RANK, *self.comparison.ranks, 1)),
-            }
+            most = max(rank, MAX_RANK, *self.comparison.ranks)
+            options |= {"draw": str(seed), "rank": str(most)}
         elif name == "profs":
             options |= _DATA_FIXES
         return configure(name, {}, dimensions, options)  # as far as it has them
