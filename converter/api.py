@@ -19,9 +19,8 @@ from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
-from converter.evaluation.compare import Comparison
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import parse_controls
+from converter.evaluation.systems import Comparison, parse_controls
 from converter.manifest import Evaluation, Manifest
 from converter.outputs.record_checks import edit_of
 from converter.recipe import Recipe, Settings
@@ -155,7 +154,7 @@ def evaluate(
         ConverterError: one of its children says what is wrong.
     """
     fitted = parse_controls(",".join(controls))
-    comparison = Comparison(fitted, tuple(seeds), tuple(ranks), asked.passages)
+    comparison = Comparison(fitted, tuple(seeds), tuple(ranks))
     made = None if edited is None else fspath(edited)
     return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 

@@ -546,6 +546,10 @@ class EvaluationSettings(Record, kw_only=True):
     window: int
 
 
+UNEDITED, EDITED = "unedited", "edited"
+"""Names that systems have in the results of an evaluation."""
+
+
 class SystemRecord(Record, kw_only=True):
     """One system that was measured.
 

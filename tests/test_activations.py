@@ -24,7 +24,6 @@ from converter.entrypoints import convert as pipeline
 from converter.errors import DataError, FitError
 from converter.manifest import Origin
 from converter.methods.workbench import Bench
-from converter.models import build as models
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Pooling, batches
@@ -60,13 +59,13 @@ class Runs:
     """Runs the activation stage and says whether the model was loaded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.loaded = 0
+        self.loaded, load = 0, loading.load_model
 
         def counted(*args: Any, **settings: Any) -> nn.Module:
             self.loaded += 1
-            return loading.load_model(*args, **settings)
+            return load(*args, **settings)
 
-        monkeypatch.setattr(models, "load_model", counted)
+        monkeypatch.setattr(loading, "load_model", counted)
 
     def __call__(self, recipe: Recipe) -> str:
         source, plan, method = pipeline.prepare(recipe)

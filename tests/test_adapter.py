@@ -33,8 +33,8 @@ from converter.errors import CheckpointError
 from converter.evaluation import fit as fitting
 from converter.evaluation.guard import examine
 from converter.methods.base import Proposal
-from converter.models.build import load_language_model
 from converter.models.edited import edited
+from converter.models.loading import load_language_model
 from converter.outputs.adapter.output import Adapter
 from converter.outputs.adapter.write import (
     CONFIG,

@@ -12,10 +12,9 @@ from msgspec import convert
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.architecture import architectures
-from converter.evaluation.measure import summarise
-from converter.evaluation.passages import draw_passages
+from converter.evaluation.continuations import draw_passages
+from converter.evaluation.results import markdown, summarise
 from converter.evaluation.systems import parse_controls
-from converter.evaluation.table import markdown
 from converter.manifest import Evaluation, Interval, SystemRecord
 from converter.methods.subspace import MAX_RANK
 from converter.models import loading

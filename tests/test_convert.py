@@ -28,7 +28,7 @@ from converter.edits.engine import Engine
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import DestinationError, OptionError
-from converter.models import build
+from converter.models import loading
 from converter.models.edited import edited
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
@@ -267,7 +267,7 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
     def no_model(*args: object) -> nn.Module:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(build, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
     second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
     assert second.exit_code == 0, second.stderr
     assert "cache hit, no forward pass" in second.stderr

@@ -26,8 +26,7 @@ from converter.errors import (
     VerificationError,
 )
 from converter.evaluation.gates import Gates
-from converter.evaluation.heldout import Probe
-from converter.evaluation.strength import choose_strength
+from converter.evaluation.heldout import Probe, choose_strength
 from converter.hub.permissions import check_account
 from converter.hub.publication import Publication
 from converter.methods.options import parse_layers

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
-from converter.evaluation.benchmarks.lm_eval import measure
-from converter.evaluation.benchmarks.safeedit import SETS, defence_rates, load_safeedit
-from converter.evaluation.conditional_perplexity import conditional_perplexity
-from converter.evaluation.generation import generate
+from converter.evaluation import scorers
+from converter.evaluation.benchmarks import SETS, defence_rates, load_safeedit, run_tasks
+from converter.evaluation.classifier import find_label
+from converter.evaluation.continuations import conditional_losses, generate
 from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
@@ -30,8 +30,7 @@ from converter.evaluation.metrics import (
     toxicity_probability,
 )
 from converter.evaluation.prompts import load_prompts
-from converter.evaluation.scorers import SCORERS, detoxify, load_scorer
-from converter.evaluation.scorers.classifier import find_label
+from converter.evaluation.scorers import SCORERS, load_scorer
 from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
@@ -281,19 +280,15 @@ def test_offloaded_weights_give_the_same_text(model: Any) -> None:
 def test_conditional_perplexity_is_that_of_the_continuation(model: Any) -> None:
     continuations = write(model, prompts=PROMPTS, samples=2)
     continuations[0] = ["", " and falls into the sea"]
-    found = conditional_perplexity(judge(model), PROMPTS, continuations)
-    assert found.prompts.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    found = conditional_losses(judge(model), PROMPTS, continuations)
     prompt = tiny_tokenizer()(PROMPTS[0])["input_ids"]
     whole = [0, *tiny_tokenizer()(PROMPTS[0] + continuations[0][1])["input_ids"]]
     with torch.no_grad():
         log_p = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
     own = range(len(prompt) + 1, len(whole))
-    assert found.tokens[0] == len(own)
-    assert found.nats[0] == pytest.approx(
-        -sum(float(log_p[i - 1, whole[i]]) for i in own), rel=1e-5
-    )
-    assert found.perplexity == pytest.approx(math.exp(found.nats.sum() / found.tokens.sum()))
-    assert found.mean == pytest.approx(np.mean(np.exp(found.nats / found.tokens)))
+    assert found.shape == (len(PROMPTS), 2)
+    assert found[0, 1] == len(own)  # the empty one does not count
+    assert found[0, 0] == pytest.approx(-sum(float(log_p[i - 1, whole[i]]) for i in own), rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(model: Any) -> None:
@@ -301,12 +296,11 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large(m
         model.get_output_embeddings().weight.zero_()
     texts = [[" and so on", " or not"]] * 2
     prompts = [PROMPTS[0], " ".join(PROMPTS * 60)]  # the second does not fit
-    found = conditional_perplexity(judge(model), prompts, texts)
-    assert found.perplexity == pytest.approx(len(tiny_tokenizer()))
-    assert found.mean == pytest.approx(len(tiny_tokenizer()))
-    assert found.tokens[0] == found.tokens[2]
+    found = conditional_losses(judge(model), prompts, texts)
+    assert np.exp(found[:, 0] / found[:, 1]) == pytest.approx([len(tiny_tokenizer())] * 2)
+    assert found[0, 1] == found[1, 1]
     with refused(DataError, expected="text", found="empty continuations"):
-        conditional_perplexity(judge(model), prompts, [[""], []])
+        conditional_losses(judge(model), prompts, [[""], []])
 
 
 # scorers
@@ -453,7 +447,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"toxicity": scores if len(texts) > 1 else scores[0]}
 
     monkeypatch.setitem(sys.modules, "detoxify", SimpleNamespace(Detoxify=Detoxify))
-    monkeypatch.setattr(detoxify, "version", lambda name: "0")
+    monkeypatch.setattr(scorers, "version", lambda name: "0")
     scorer = load_scorer("detoxify:unbiased", "cpu")
     texts = ["", *("x" * i for i in range(1, 34))]
     assert scorer.score(texts) == pytest.approx([len(text) / 100 for text in texts])
@@ -470,7 +464,7 @@ def test_detoxify_is_given_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("profanity_check", "eval", lambda: load_scorer("profanity", "cpu")),
         ("nltk.tokenize", "eval", lambda: fluency(["a b c"])),
         ("detoxify", "detoxify", lambda: load_scorer("detoxify", "cpu")),
-        ("lm_eval", "ability", lambda: measure(torch.nn.Identity(), None, ["mmlu"], None, 1)),
+        ("lm_eval", "ability", lambda: run_tasks(torch.nn.Identity(), None, ["mmlu"], None, 1)),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(
@@ -562,10 +556,10 @@ def test_the_five_sets_of_safeedit(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = load_safeedit(str(tmp_path / "a.json"), None, 0)
-    assert data.sha256 == load_safeedit(str(tmp_path / "a.jsonl"), None, 0).sha256
+    assert data == load_safeedit(str(tmp_path / "a.jsonl"), None, 0)
     for name in SETS:
-        assert data.prompts(name) == tuple(f"{name} {i}" for i in range(9))
-    few = load_safeedit(str(tmp_path / "a.json"), 4, 1).prompts("DS")
+        assert data[name] == tuple(f"{name} {i}" for i in range(9))
+    few = load_safeedit(str(tmp_path / "a.json"), 4, 1)["DS"]
     assert list(few) == sorted(few)
     assert len(set(few)) == 4
 
@@ -630,7 +624,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             "groups": {"mmlu": {"alias": "mmlu", "acc,none": 0.3, "acc_stderr,none": 0.01}},
         }
 
-    package = SimpleNamespace(simple_evaluate=evaluate, __version__="0.4.13")
+    package = SimpleNamespace(simple_evaluate=evaluate)
     wrapped = SimpleNamespace(HFLM=lambda **options: options)
     monkeypatch.setitem(sys.modules, "lm_eval", package)
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace(huggingface=wrapped))
@@ -640,17 +634,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_ability_is_what_the_harness_says(harness: dict[str, Any]) -> None:
     model, tokenizer = torch.nn.Identity(), object()
-    assert measure(model, tokenizer, ("arc", "mmlu"), 10, 4) == {
-        "lm_eval": "0.4.13",
-        "limit": 10,
-        "tasks": {
-            "arc": {"acc": 0.5, "acc,first": 0.25},
-            "mmlu": {"acc": 0.3, "acc_stderr": 0.01},
-        },
+    assert run_tasks(model, tokenizer, ("arc", "mmlu"), 10, 4) == {
+        "arc": {"acc": 0.5, "acc,first": 0.25},
+        "mmlu": {"acc": 0.3, "acc_stderr": 0.01},
     }
     assert harness["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
     assert harness["tasks"] == ["arc", "mmlu"]
+    assert harness["limit"] == 10
     with refused(SourceError, what="lm-eval failed on nonsense", found="KeyError..."):
-        measure(model, tokenizer, ["nonsense"], None, 4)
+        run_tasks(model, tokenizer, ["nonsense"], None, 4)
     with refused(OptionError, what="--tasks"):
-        measure(model, tokenizer, [], None, 4)
+        run_tasks(model, tokenizer, [], None, 4)

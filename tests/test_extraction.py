@@ -23,8 +23,11 @@ from converter.calibration.statistics import Activations, Request
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.manifest import Origin
-from converter.models.build import load_language_model, stream_language_model
-from converter.models.loading import load_tokenizer
+from converter.models.loading import (
+    load_language_model,
+    load_tokenizer,
+    stream_language_model,
+)
 from converter.models.resident import Model
 from converter.runtime.cache import using_cache
 from tests.test_quantization import BLOCKS, as_fp8

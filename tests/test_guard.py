@@ -19,8 +19,7 @@ from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine, judge
-from converter.evaluation.heldout import Probe, probe_of
-from converter.evaluation.strength import choose_strength, nearest_strength
+from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.manifest import Estimate, Measured, Origin
 from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy

@@ -13,7 +13,6 @@ from safetensors.numpy import save_file
 
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluation.measure import summarise
 from converter.evaluation.plots import (
     READABLE,
     bars_figure,
@@ -26,6 +25,7 @@ from converter.evaluation.plots import (
     tradeoff_figure,
     tradeoff_points,
 )
+from converter.evaluation.results import summarise
 from converter.manifest import (
     Candidate,
     Evaluation,

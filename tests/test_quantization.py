@@ -28,7 +28,7 @@ from converter.edits.fp8 import dequantize, grown, quantize
 from converter.edits.rounding_bounds import Stored, check_rounded
 from converter.errors import CheckpointError
 from converter.manifest import Manifest, Requantized
-from converter.models.build import load_language_model
+from converter.models.loading import load_language_model
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.builders.errors import refused

@@ -27,16 +27,15 @@ from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
-from converter.models import build as models
-from converter.models import dequantized
+from converter.models import loading as models
 from converter.models import placement as mode
 from converter.models.batching import Encoder, batches, logit_positions
 from converter.models.edited import edited
-from converter.models.hidden_states import HiddenStates
 from converter.models.likelihood import log_probabilities
 from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
+from converter.models.streamed_memory import HiddenStates
 from converter.recipe import Settings, parse_size
 from converter.runtime import memory, progress
 from tests.builders.edits import removal
@@ -235,7 +234,7 @@ class Reads:
             self.names.append(info.name)
             return read_raw(file, info)
 
-        monkeypatch.setattr(dequantized, "read_raw", read)
+        monkeypatch.setattr(models, "read_raw", read)
         load = model.weights.load
 
         def loading(part: str) -> None:

@@ -60,10 +60,9 @@ def evaluate_command(
     """
     from converter.entrypoints.evaluate import evaluate_model
     from converter.entrypoints.pictures import require_matplotlib
-    from converter.evaluation.compare import Comparison
     from converter.evaluation.plots import plot_evaluation
-    from converter.evaluation.systems import parse_controls
-    from converter.evaluation.table import markdown
+    from converter.evaluation.results import markdown
+    from converter.evaluation.systems import Comparison, parse_controls
 
     quiet_libraries()
     if comparison.plots is not None:
@@ -77,7 +76,6 @@ def evaluate_command(
             parse_controls(comparison.controls),
             [recipe.seed + i for i in range(comparison.seeds)],
             _numbers("--ranks", comparison.ranks),
-            asked.passages,
         ),
         asked,
         settings,

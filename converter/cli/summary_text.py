@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from converter.evaluation.table import markdown
+from converter.evaluation.results import markdown
 from converter.manifest import Evaluation, ForwardRecord, GuardRecord, Manifest
 from converter.release.card import compress
 from converter.runtime.progress import Progress

@@ -8,13 +8,12 @@ from converter.checkpoints.resolve import resolve
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
-from converter.evaluation.battery import load_battery, load_whole
-from converter.evaluation.compare import Comparison, evaluate
+from converter.evaluation.compare import evaluate
 from converter.evaluation.fit import Fitted
-from converter.evaluation.names import EDITED
+from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import System, edited_layers, parse_controls
-from converter.manifest import Evaluation
+from converter.evaluation.systems import Comparison, System, edited_layers, parse_controls
+from converter.manifest import EDITED, Evaluation
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel, choose_device
@@ -90,7 +89,7 @@ def evaluation_of(asked: EvaluationOptions, controls: str, recipe: Recipe) -> Ev
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength
-        comparison = Comparison(names, [seed], (), asked.passages)
+        comparison = Comparison(names, [seed], ())
         layers, bias = edited_layers(method, bench.plan)
         reference = System(EDITED, seed, strength, fitted.edit, layers, bias)
         return evaluate(bench, battery, comparison, None, reference)

@@ -12,7 +12,6 @@ from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
 from converter.methods.base import footprint_of
-from converter.models.build import stored_dtype
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.registry import output_of
@@ -40,7 +39,7 @@ def describe_plan(
     weights, engine = footprint.weights, Engine(settings.workers, settings.memory_limit)
     edited = Counter(weight.shard for weight in weights)
     device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
+    dtype = choose_dtype(recipe.forward_dtype, plan, device)
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"
     )

@@ -1,25 +1,22 @@
 """Evaluate a model, what it was made from, and controls, on the same prompts and text."""
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.errors import OptionError
-from converter.evaluation.battery import Battery
-from converter.evaluation.measure import WINDOW, measure, summarise
-from converter.evaluation.names import UNEDITED
-from converter.evaluation.passages import draw_passages
+from converter.evaluation.continuations import Passages, draw_passages
+from converter.evaluation.measure import WINDOW, Battery, measure
+from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
-from converter.evaluation.systems import Fits, System
+from converter.evaluation.systems import Comparison, Fits, System
 from converter.manifest import (
     TOOL,
+    UNEDITED,
     Evaluation,
     EvaluationSettings,
-    Metric,
     PromptsRecord,
     SystemRecord,
     to_text,
@@ -30,32 +27,6 @@ from converter.models.likelihood import LogProbabilities
 from converter.models.resident import LanguageModel
 from converter.recipe import without_folders
 from converter.runtime import progress
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What to compare.
-
-    Attributes:
-        controls: methods to fit beside; see ``systems.parse_controls``.
-        seeds: of their pairs.
-        ranks: to measure of each; empty to choose one.
-        passages: continuations of each prompt that are drawn for the teacher-forced estimate.
-
-    Raises:
-        OptionError: seeds or ranks are no whole numbers, there is no seed, or a rank is below 1.
-    """
-
-    controls: Sequence[str]
-    seeds: Sequence[int]
-    ranks: Sequence[int]
-    passages: int
-
-    def __post_init__(self) -> None:
-        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
-        if any(type(rank) is not int or rank < 1 for rank in self.ranks):
-            raise OptionError("--ranks", expected="whole numbers from 1", found=str(self.ranks))
 
 
 def evaluate(
@@ -70,8 +41,6 @@ def evaluate(
 
     Args:
         bench: the unedited model, and what controls need to be fitted.
-        battery: what is measured.
-        comparison: with what.
         model: the edited model, with its weights, if it has been written.
         reference: the edit, to which controls are matched; without ``model`` it is measured
             through hooks. None to measure controls only.
@@ -81,72 +50,65 @@ def evaluate(
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
     base = bench.load_resident()
-    passages = None
-    if battery.prompts is not None and comparison.passages:
-        with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
-            passages = draw_passages(
-                base,
-                battery.prompts.texts,
-                bench.words,
-                samples=comparison.passages,
-                max_new_tokens=battery.max_new_tokens,
-                batch_size=battery.batch_size,
-                seed=battery.seed,
-            )
+    passages = _passages(base, bench, battery)
     results = Evaluation(
         tool=TOOL,
-        settings=describe(bench, battery, comparison, passages.count if passages else 0),
+        settings=_settings(bench, battery, comparison, passages),
         scorers=tuple(battery.scorers),
         systems=(),
         rows=(),
     )
     text: LogProbabilities | None = None
-
-    def add(system: System, written: LanguageModel | None = None) -> LogProbabilities | None:
-        nonlocal results
-        subject = written or base
+    controls = Fits(bench, comparison).systems(reference)
+    for system in chain([System(UNEDITED)], [reference] if reference else [], controls):
+        subject = base
         hooks: AbstractContextManager[None] = nullcontext()
-        if system.edit is not None and written is None:
+        if system is reference and model is not None:
+            subject = model
+        elif system.edit is not None:
             hooks = edited(base.module, bench.plan, system.edit)
-        label = system.name + (
-            f", strength {system.strength:g}" if system.strength is not None else ""
-        )
-        label += f", seed {system.seed}" if system.seed is not None else ""
-        with progress.stage("measure", f"measuring {label}"), hooks:
+        with progress.stage("measure", f"measuring {system.title}"), hooks:
             metrics, values = measure(subject, battery, passages, text)
-        systems = (*results.systems, entry(system, metrics, bool(comparison.ranks)))
+        text = values if text is None else text
+        measured = SystemRecord(
+            system=system.name,
+            group=system.strength if comparison.ranks else None,
+            seed=system.seed,
+            strength=system.strength,
+            layers=system.layers,
+            options=dict(system.options),
+            metrics=metrics,
+        )
+        systems = (*results.systems, measured)
         results = replace(results, systems=systems, rows=summarise(systems))
         if partial is not None:
             partial.write_text(to_text(results), "utf-8")
-        return values
-
-    text = add(System(UNEDITED))
-    if reference is not None:
-        add(reference, model)
-    fits = Fits(bench, bench.recipe.options, comparison.ranks)
-    for system in fits.systems(comparison.controls, comparison.seeds, reference):
-        add(system)
     return results
 
 
-def entry(system: System, metrics: dict[str, Metric], by_strength: bool) -> SystemRecord:
-    """One system's part of the results; those of one name and ``group`` are averaged."""
-    return SystemRecord(
-        system=system.name,
-        group=system.strength if by_strength else None,
-        seed=system.seed,
-        strength=system.strength,
-        layers=system.layers,
-        options=dict(system.options),
-        metrics=metrics,
-    )
+def _passages(base: LanguageModel, bench: Bench, battery: Battery) -> Passages | None:
+    """What the teacher-forced estimate needs, if it is asked for and there are toxic words."""
+    asked = battery.asked
+    if battery.prompts is None or not asked.passages:
+        return None
+    with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
+        return draw_passages(
+            base,
+            battery.prompts.texts,
+            bench.words,
+            samples=asked.passages,
+            max_new_tokens=asked.max_new_tokens,
+            batch_size=asked.generation_batch_size,
+            seed=battery.seed,
+        )
 
 
-def describe(
-    bench: Bench, battery: Battery, comparison: Comparison, words: int
+def _settings(
+    bench: Bench, battery: Battery, comparison: Comparison, passages: Passages | None
 ) -> EvaluationSettings:
     """What has to be known to measure the same again."""
-    recipe, prompts, text = bench.recipe, battery.prompts, battery.text
+    recipe, asked = bench.recipe, battery.asked
+    prompts, text = battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
         controls=tuple(comparison.controls),
@@ -165,12 +127,12 @@ def describe(
         if prompts is None
         else PromptsRecord(origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)),
         scorers={name: origin_of(name, scorer) for name, scorer in battery.scorers.items()},
-        samples=battery.samples,
-        max_new_tokens=battery.max_new_tokens,
-        top_p=battery.top_p,
+        samples=asked.samples,
+        max_new_tokens=asked.max_new_tokens,
+        top_p=asked.top_p,
         generation_seed=battery.seed,
-        passages_per_prompt=comparison.passages,
-        toxic_words=words,
-        text_tokens=battery.text_tokens,
+        passages_per_prompt=asked.passages,
+        toxic_words=sum(map(len, passages.words)) if passages else 0,
+        text_tokens=asked.text_tokens,
         window=WINDOW,
     )

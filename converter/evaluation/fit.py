@@ -12,8 +12,7 @@ from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine
-from converter.evaluation.heldout import probe_of
-from converter.evaluation.strength import choose_strength
+from converter.evaluation.heldout import choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal
 from converter.methods.workbench import Bench
@@ -71,12 +70,12 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     found = None
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            found = guard(bench, proposal, choice.strength, parts.report)
+            found = _guard(bench, proposal, choice.strength, parts.report)
     edit = proposal.edit(choice.strength)
     return Fitted(parts, bench.seen, proposal, edit, choice, found)
 
 
-def guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
+def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:

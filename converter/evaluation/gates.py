@@ -11,8 +11,7 @@ from math import isnan, nan
 from typing import Annotated
 
 from converter.errors import GateError, OptionError
-from converter.evaluation.names import EDITED
-from converter.manifest import EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
+from converter.manifest import EDITED, EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
 from converter.option import Option, Options, declared_options
 
 

@@ -4,8 +4,8 @@ Any damage lowers a toxicity score: noise is not toxic. So, on text that neither
 choice of the strength has seen, and before a byte is written:
 
     perplexity ratio on neutral text         <= budget
-    drop of log p of toxic words             >= LEAST_DROP
-    the same drop                            >= MARGIN x the mean drop of the controls
+    drop of log p of toxic words             >= _LEAST_DROP
+    the same drop                            >= _MARGIN x the mean drop of the controls
     the same drop less that of the controls  >= 2 standard errors
 
 The method itself makes the controls: edits of the same kind, strength and tensors that know nothing
@@ -23,19 +23,19 @@ from converter.manifest import GuardRecord, Measured
 from converter.methods.base import Proposal
 from converter.runtime import progress
 
-MARGIN = 2.0
+_MARGIN = 2.0
 """Where the edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""
 
-LEAST_DROP = 0.1
+_LEAST_DROP = 0.1
 """In nats: toxic words must become a tenth less probable at least."""
 
-LEAST_TOKENS = 3000
+_LEAST_TOKENS = 3000
 """Of neutral text; on fewer, a ratio of 1.03 is within the noise. Said in a warning."""
 
-LEAST_WORDS = 30
+_LEAST_WORDS = 30
 """Toxic words, likewise."""
 
-ENERGY_WARNED, ENERGY_REFUSED = 0.03, 0.10
+_ENERGY_WARNED, _ENERGY_REFUSED = 0.03, 0.10
 """Share of the neutral second moment inside the subspace: 0.7 % is rank 4's fair share of 576."""
 
 
@@ -46,8 +46,7 @@ def examine(
 
     Args:
         probe: the part of the text that nothing was tuned on.
-        proposal: gives the edit and the controls.
-        strength: of all of them.
+        strength: of the edit and of the controls.
         budget: largest perplexity ratio.
         draws: controls, at least 1.
         seed: of the first of them; the others have those that follow.
@@ -66,20 +65,20 @@ def examine(
     reasons, warnings = judge(found, controls, energy, budget)
     for warning in warnings:
         progress.warn(warning)
-    if probe.neutral_tokens < LEAST_TOKENS:
+    if probe.neutral_tokens < _LEAST_TOKENS:
         progress.warn(
-            f"perplexity was measured on {probe.neutral_tokens} tokens only; {LEAST_TOKENS} or "
+            f"perplexity was measured on {probe.neutral_tokens} tokens only; {_LEAST_TOKENS} or "
             "more, from a longer --neutral text or more pairs, would say more"
         )
-    if probe.toxic_words < LEAST_WORDS:
+    if probe.toxic_words < _LEAST_WORDS:
         progress.warn(
-            f"the effect was measured on {probe.toxic_words} toxic words only; {LEAST_WORDS} or "
+            f"the effect was measured on {probe.toxic_words} toxic words only; {_LEAST_WORDS} or "
             "more, from more pairs, would say more"
         )
     return GuardRecord(
         budget=budget,
-        margin=MARGIN,
-        least_drop=LEAST_DROP,
+        margin=_MARGIN,
+        least_drop=_LEAST_DROP,
         neutral_tokens=probe.neutral_tokens,
         toxic_words=probe.toxic_words,
         perplexity=probe.perplexity,
@@ -108,18 +107,19 @@ def judge(
     spread = stdev(drops) / sqrt(len(drops)) if len(drops) > 1 else 0.0
     errors = (control.toxic_change.error / len(drops) for control in controls)
     error = hypot(found.toxic_change.error, spread, *errors)
-    if not drop >= LEAST_DROP:
+    if not drop >= _LEAST_DROP:
         reasons.append(
-            f"the log-probability of toxic words falls by {drop:.3f} nats, less than {LEAST_DROP:g}"
+            f"the log-probability of toxic words falls by {drop:.3f} nats, "
+            f"less than {_LEAST_DROP:g}"
         )
-    elif not (drop >= MARGIN * mean and drop - mean >= 2 * error):
+    elif not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
         reasons.append(
             f"the log-probability of toxic words falls by {drop:.3f} nats, under the controls by "
-            f"{mean:.3f}; {MARGIN:g} times that and two standard errors ({2 * error:.3f}) more are "
-            "needed"
+            f"{mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) more "
+            "are needed"
         )
-    if energy is not None and energy > ENERGY_REFUSED:
+    if energy is not None and energy > _ENERGY_REFUSED:
         reasons.append(f"{energy:.0%} of what neutral text writes is taken away")
-    elif energy is not None and energy > ENERGY_WARNED:
+    elif energy is not None and energy > _ENERGY_WARNED:
         warnings.append(f"{energy:.1%} of what neutral text writes is taken away")
     return reasons, warnings

@@ -1,10 +1,15 @@
-"""Held-out text on which edits of one loaded model are compared with the model as it is."""
+"""Held-out text: it compares edits with the model as it is, and so decides their strength."""
+
+from collections.abc import Callable
+
+from msgspec.structs import asdict
 
 from converter.calibration.split import Part
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
-from converter.errors import DataError
-from converter.manifest import Measured
+from converter.errors import DataError, GuardError
+from converter.manifest import Choice, Measured, Trial
+from converter.methods.base import Proposal
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
 from converter.models.edited import edited
@@ -20,7 +25,7 @@ from converter.models.likelihood import (
 from converter.models.resident import Model
 from converter.runtime import progress
 
-LEAST_GROUPS = 5
+_LEAST_GROUPS = 5
 """Sentences, or frames that they are made from, without which a standard error is a guess."""
 
 
@@ -29,11 +34,6 @@ class Probe:
 
     Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
     the neutral side lacks.
-
-    Args:
-        model: not edited.
-        plan: of its checkpoint.
-        part: of the split.
 
     Attributes:
         neutral_tokens, toxic_words: how many are scored.
@@ -56,10 +56,10 @@ class Probe:
         self._toxic_groups = [g for g, (_, words) in zip(groups, coded, strict=True) if words]
         self.neutral_tokens = sum(len(s.ids) - 1 for s in self._neutral)
         self.toxic_words = sum(len(words) for words in self._words)
-        if len(set(self._toxic_groups)) < LEAST_GROUPS:
+        if len(set(self._toxic_groups)) < _LEAST_GROUPS:
             raise DataError(
                 "too few toxic sentences are left to measure the edit on",
-                expected=f"at least {LEAST_GROUPS} that do not resemble each other",
+                expected=f"at least {_LEAST_GROUPS} that do not resemble each other",
                 found=str(len(set(self._toxic_groups))),
                 hint="give more pairs, or both -o rank and --no-guard",
             )
@@ -86,3 +86,53 @@ def probe_of(bench: Bench, part: Part) -> Probe:
     count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
     with progress.bar("unedited", count, "text"):
         return Probe(bench.load(), bench.plan, part)
+
+
+def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
+    """The strength that makes toxic words least probable among those within the budget.
+
+    A strength is within the budget if its perplexity ratio plus one standard error is: measured on
+    a few thousand tokens, the best of several looks better than it is. Perplexity grows with the
+    strength, so the largest within the budget is found by bisection.
+
+    Raises:
+        GuardError: even the least is over the budget.
+    """
+
+    def is_within(found: Measured) -> bool:
+        ratio = found.perplexity_ratio
+        return ratio.value + ratio.error <= budget
+
+    tried = _bisect(probe, proposal, is_within)
+    within = [strength for strength, found in tried.items() if is_within(found)]
+    if not within:
+        ratio = tried[min(tried)].perplexity_ratio
+        raise GuardError(
+            "not even the weakest edit keeps within the perplexity budget",
+            expected=f"a perplexity ratio of at most {budget:g} on held-out neutral text",
+            found=f"{ratio.value:.4f} with a standard error of {ratio.error:.4f}",
+            hint="raise --max-perplexity-ratio, edit fewer layers, or give more pairs",
+        )
+    best = min(within, key=lambda strength: tried[strength].toxic_change.value)
+    trials = (Trial(strength=each, **asdict(tried[each])) for each in sorted(tried))
+    return Choice(strength=best, automatic=True, tried=tuple(trials))
+
+
+def nearest_strength(probe: Probe, proposal: Proposal, ratio: float) -> float:
+    """The strength whose perplexity ratio comes nearest to a given one, by bisection."""
+    tried = _bisect(probe, proposal, lambda found: found.perplexity_ratio.value < ratio)
+    return min(tried, key=lambda strength: abs(tried[strength].perplexity_ratio.value - ratio))
+
+
+def _bisect(
+    probe: Probe, proposal: Proposal, is_low: Callable[[Measured], bool]
+) -> dict[float, Measured]:
+    """What is measured of the strengths that are tried on the way to the first that is not low."""
+    tried: dict[float, Measured] = {}
+    low, high = 0, len(proposal.strengths)
+    while low < high:
+        middle = (low + high) // 2
+        strength = proposal.strengths[middle]
+        tried[strength] = probe.measure(proposal.edit(strength))
+        low, high = (middle + 1, high) if is_low(tried[strength]) else (low, middle)
+    return tried

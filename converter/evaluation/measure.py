@@ -1,21 +1,23 @@
-"""What is measured of one system, and how sure it is.
+"""What an evaluation measures with, what it measures of one system, and how sure it is.
 
 Every number comes with an interval of 95 %: over prompts by the bootstrap, over text by the
 standard error. Those of all texts together (dist-n, fluency) have none:
 low and high are the value. A metric that was not measured, or is not a number, is None.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
-from converter.evaluation.battery import Battery
-from converter.evaluation.benchmarks.run import run_benchmarks
-from converter.evaluation.conditional_perplexity import conditional_perplexity
-from converter.evaluation.generation import generate
+from converter.evaluation.benchmarks import load_safeedit, measure_ability, measure_safeedit
+from converter.evaluation.continuations import Passages, conditional_losses, generate
 from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
@@ -24,9 +26,11 @@ from converter.evaluation.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
-from converter.evaluation.passages import Passages
-from converter.evaluation.scorers import scores_of
-from converter.manifest import Estimate, Interval, Metric, RowRecord, Strength, SystemRecord
+from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.prompts import Prompts, load_prompts
+from converter.evaluation.results import around
+from converter.evaluation.scorers import Scorer, load_scorer, scores_of
+from converter.manifest import Interval, Metric
 from converter.models.batching import Sentence
 from converter.models.likelihood import (
     LogProbabilities,
@@ -36,30 +40,85 @@ from converter.models.likelihood import (
     teacher_forced,
     word_changes,
 )
-from converter.models.resident import LanguageModel
-
-NORMAL = 1.96
-"""Standard errors on either side that hold 95 % of a normal distribution."""
+from converter.models.loading import load_language_model, load_tokenizer
+from converter.models.resident import LanguageModel, choose_dtype
 
 WINDOW = 512
 """Tokens of the perplexity text that are read at a time; they do not overlap, and the first token
 of each is not scored. Compare perplexities only within one evaluation."""
 
 
-def windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
-    """A text as windows of tokens.
+@dataclass(frozen=True, slots=True)
+class Battery:
+    """The tests that every system of an evaluation goes through.
+
+    Attributes:
+        asked: the options, which name all that is loaded here and say how to generate.
+        seed: of the generation.
+        prompts: to be continued; None to generate nothing.
+        scorers: name -> scorer of continuations.
+        text: for perplexity; None to leave it.
+        judge: a larger model for the conditional perplexity; None to leave it.
+        safeedit: set -> prompts; None to leave it out.
+        safety: says how unsafe a response to these is.
+        tasks: of lm-eval; empty for none.
+    """
+
+    asked: EvaluationOptions
+    seed: int
+    prompts: Prompts | None
+    scorers: Mapping[str, Scorer]
+    text: str | None
+    judge: LanguageModel | None
+    safeedit: Mapping[str, Sequence[str]] | None
+    safety: Scorer | None
+    tasks: Sequence[str]
+
+
+def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
+    """Load what the options name.
 
     Raises:
-        DataError: it is shorter than two windows.
+        ConverterError: one of its children says which of them cannot be had.
     """
-    ids = model.tokenizer(text)["input_ids"][:limit]
-    if len(ids) < 2 * WINDOW:
-        raise DataError(
-            "the text for perplexity is too short",
-            expected=f"at least {2 * WINDOW} tokens",
-            found=str(len(ids)),
-        )
-    return [Sentence(ids[i : i + WINDOW]) for i in range(0, len(ids) - 1, WINDOW)]
+    safeedit = safety = prompts = None
+    if asked.safeedit:
+        safeedit = load_safeedit(asked.safeedit, asked.num_prompts, seed)
+        safety = load_scorer(asked.safety_classifier, device)
+    if asked.prompts != "none":
+        prompts = load_prompts(asked.prompts, asked.num_prompts, seed)
+    scores = prompts is not None and (asked.greedy or asked.samples)
+    return Battery(
+        asked=asked,
+        seed=seed,
+        prompts=prompts,
+        scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
+        text=_text(asked.text),
+        judge=load_whole(asked.judge, device) if asked.judge else None,
+        safeedit=safeedit,
+        safety=safety,
+        tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
+    )
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name} cannot be read", found=str(error)) from error
+
+
+def load_whole(
+    name: str, device: str, dtype: torch.dtype | None = None, spread: bool = False
+) -> LanguageModel:
+    """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
+    source = resolve(name)
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    dtype = dtype or choose_dtype("auto", plan, device)
+    tokenizer = load_tokenizer(source.folder)
+    return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
 
 
 def measure(
@@ -71,20 +130,20 @@ def measure(
     """Measure a model as it is now, hooks included.
 
     Args:
-        model: the system.
-        battery: what to measure.
-        passages: of the unedited model.
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
 
     Returns:
         the metrics, and the log-probabilities of the perplexity text.
+
+    Raises:
+        DataError: that text is shorter than two windows.
+        ConverterError: one of its children; see ``benchmarks.run_tasks``.
     """
-    metrics: dict[str, Metric] = {}
+    asked, metrics = battery.asked, dict[str, Metric]()
     now = None
     if battery.text is not None:
-        sentences = windows(model, battery.text, battery.text_tokens)
-        (now,) = log_probabilities(model, [sentences])
+        (now,) = log_probabilities(model, [_windows(model, battery.text, asked.text_tokens)])
         metrics["perplexity"] = around(perplexity_estimate(now))
         if before is not None:
             metrics["perplexity_ratio"] = around(perplexity_ratio(before, now))
@@ -93,60 +152,66 @@ def measure(
         changes = word_changes(passages.before, after, passages.words)
         metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
     if battery.prompts is not None:
-        for way, samples in (("greedy", 0), ("sampled", battery.samples)):
-            if battery.greedy if way == "greedy" else samples:
-                metrics |= _generation(model, battery, way, samples)
-    metrics |= run_benchmarks(model, battery.benchmarks, battery.batch_size)
+        if asked.greedy:
+            metrics |= _generation(model, battery, battery.prompts.texts, "greedy", 0)
+        if asked.samples:
+            metrics |= _generation(model, battery, battery.prompts.texts, "sampled", asked.samples)
+    batch_size = asked.generation_batch_size
+    if battery.safeedit is not None and battery.safety is not None:
+        metrics |= measure_safeedit(model, battery.safeedit, battery.safety, batch_size)
+    if battery.tasks:
+        metrics |= measure_ability(model, battery.tasks, asked.ability_limit, batch_size)
     return metrics, now
 
 
+def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
+    """A text as windows of tokens."""
+    ids = model.tokenizer(text)["input_ids"][:limit]
+    if len(ids) < 2 * WINDOW:
+        raise DataError(
+            "the text for perplexity is too short",
+            expected=f"at least {2 * WINDOW} tokens",
+            found=str(len(ids)),
+        )
+    return [Sentence(ids[i : i + WINDOW]) for i in range(0, len(ids) - 1, WINDOW)]
+
+
 def _generation(
-    model: LanguageModel, battery: Battery, way: str, samples: int
+    model: LanguageModel, battery: Battery, prompts: tuple[str, ...], way: str, samples: int
 ) -> dict[str, Metric]:
     """The metrics of one way to continue the prompts."""
-    assert battery.prompts is not None
-    prompts = battery.prompts.texts
     texts = generate(
         model,
         prompts,
-        max_new_tokens=battery.max_new_tokens,
+        max_new_tokens=battery.asked.max_new_tokens,
         samples=samples,
-        top_p=battery.top_p,
-        batch_size=battery.batch_size,
+        top_p=battery.asked.top_p,
+        batch_size=battery.asked.generation_batch_size,
         seed=battery.seed,
     )
     flat = [text for group in texts for text in group]
     metrics: dict[str, Metric] = {}
     for name, scorer in battery.scorers.items():
         scores = scores_of(name, scorer, flat).reshape(len(texts), -1)
-        metrics[f"toxicity/{name}/{way}"] = over_prompts(mean_toxicity, scores)
+        metrics[f"toxicity/{name}/{way}"] = _over_prompts(mean_toxicity, scores)
         if way == "sampled":
-            metrics[f"emt/{name}"] = over_prompts(expected_maximum_toxicity, scores)
-            metrics[f"tp/{name}"] = over_prompts(toxicity_probability, scores)
+            metrics[f"emt/{name}"] = _over_prompts(expected_maximum_toxicity, scores)
+            metrics[f"tp/{name}"] = _over_prompts(toxicity_probability, scores)
     for n in (1, 2, 3):
-        metrics[f"distinct_{n}/{way}"] = over_texts(partial(distinct_n, n=n), texts)
+        metrics[f"distinct_{n}/{way}"] = _of_all_texts(distinct_n(flat, n))
     try:
-        metrics[f"fluency/{way}"] = over_texts(fluency, texts)
+        metrics[f"fluency/{way}"] = _of_all_texts(fluency(flat))
     except OptionError:  # it needs the extra [eval]; not measured is said in the results
         metrics[f"fluency/{way}"] = None
     if battery.judge is not None:
-        found = conditional_perplexity(battery.judge, prompts, texts)
-        pairs = np.stack(
-            [np.bincount(found.prompts, x, len(prompts)) for x in (found.nats, found.tokens)], 1
-        ).astype(np.float64)
-        metrics[f"conditional_perplexity/{way}"] = over_prompts(
-            lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), pairs
+        losses = conditional_losses(battery.judge, prompts, texts)
+        metrics[f"conditional_perplexity/{way}"] = _over_prompts(
+            lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), losses
         )
     return metrics
 
 
-def around(estimate: Estimate) -> Metric:
-    """A value with a normal interval."""
-    value, half = estimate.value, NORMAL * estimate.error
-    return Interval.of(value, value - half, value + half)
-
-
-def over_prompts(
+def _over_prompts(
     statistic: Callable[[NDArray[np.float64]], float], units: NDArray[np.float64]
 ) -> Metric:
     """A value with a bootstrap interval over prompts."""
@@ -154,42 +219,6 @@ def over_prompts(
     return Interval.of(statistic(units), low, high)
 
 
-def over_texts(
-    statistic: Callable[[Sequence[str]], float], texts: Sequence[Sequence[str]]
-) -> Metric:
+def _of_all_texts(value: float) -> Metric:
     """A value of all texts together, without an interval: resampled texts repeat n-grams."""
-    value = statistic([text for group in texts for text in group])
     return Interval.of(value, value, value)
-
-
-def summarise(systems: Sequence[SystemRecord]) -> tuple[RowRecord, ...]:
-    """One row for each system, its seeds averaged.
-
-    The interval of a mean over S seeds has the variance ``v + s^2 / S``, v that of a single seed's
-    interval (all seeds share the prompts, so it does not shrink), s^2 the variance between seeds.
-    """
-    groups: dict[tuple[str, Strength | None], list[SystemRecord]] = {}
-    for system in systems:
-        groups.setdefault((system.system, system.group), []).append(system)
-    rows = []
-    for (name, _), members in groups.items():
-        strengths = sorted({m.strength for m in members if m.strength is not None})
-        names = list(dict.fromkeys(key for m in members for key in m.metrics))
-        metrics = {key: average([m.metrics.get(key) for m in members]) for key in names}
-        text = ", ".join(f"{strength:g}" for strength in strengths)
-        rows.append(RowRecord(system=name, strength=text, seeds=len(members), metrics=metrics))
-    return tuple(rows)
-
-
-def average(values: Sequence[Metric]) -> Metric:
-    """The mean of one metric over seeds, with the interval that ``summarise`` explains."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return None
-    mean = float(np.mean([v.value for v in known]))
-    spread = np.var([v.value for v in known], ddof=1) / len(known) if len(known) > 1 else 0.0
-    low = float(np.mean([v.low - v.value for v in known]))
-    high = float(np.mean([v.high - v.value for v in known]))
-    more = NORMAL**2 * spread
-    low, high = (float(np.sqrt(distance**2 + more)) for distance in (low, high))
-    return Interval.of(mean, mean - low, mean + high)

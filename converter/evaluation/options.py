@@ -11,7 +11,7 @@ from converter.option import Option, Options
 class EvaluationOptions(Options):
     """What an evaluation measures.
 
-    Names are names here; ``battery.load_battery`` loads what they stand for.
+    Names are names here; ``measure.load_battery`` loads what they stand for.
     """
 
     # fmt: off

@@ -17,26 +17,26 @@ from safetensors.numpy import load_file
 
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
-from converter.evaluation.measure import average
-from converter.manifest import Candidate, Evaluation, Manifest, Metric, SystemRecord
+from converter.evaluation.results import average
+from converter.manifest import UNEDITED, Candidate, Evaluation, Manifest, Metric, SystemRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 
-SMALL, NORMAL = 7, 8  # points
-BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#8c8c8c"
-COLOURS = (BLUE, "#d55e00", "#009e73", "#cc79a7", ORANGE, "#56b4e9")
-LOOKS = tuple(zip(COLOURS, "osD^vP", strict=True))
-STATES = ((True, "kept", BLUE, BLUE), (False, "not kept", GREY, "white"))  # edge, face
-WAYS = {"greedy": (-0.2, BLUE), "sampled": (0.2, ORANGE)}  # shift of the bar
-UNITS = {"causal": " (nats)", "vocabulary": " (share of tokens)"}  # of rankings; others have none
-BOUNDARY: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
-LEGEND: dict[str, Any] = {"frameon": False, "fontsize": SMALL}
-ABOVE: dict[str, Any] = {**LEGEND, "loc": "outside upper center", "ncols": 5}
-SPECTRUM_LENGTH = 24  # a flat tail follows, of hundreds of values in a layer of ProFS
+_SMALL, _NORMAL = 7, 8  # points
+_BLUE, _ORANGE, _GREY = "#0072b2", "#e69f00", "#8c8c8c"
+_COLOURS = (_BLUE, "#d55e00", "#009e73", "#cc79a7", _ORANGE, "#56b4e9")
+_LOOKS = tuple(zip(_COLOURS, "osD^vP", strict=True))
+_STATES = ((True, "kept", _BLUE, _BLUE), (False, "not kept", _GREY, "white"))  # edge, face
+_WAYS = {"greedy": (-0.2, _BLUE), "sampled": (0.2, _ORANGE)}  # shift of the bar
+_UNITS = {"causal": " (nats)", "vocabulary": " (share of tokens)"}  # of rankings; others have none
+_BOUNDARY: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": _SMALL}
+_ABOVE: dict[str, Any] = {**_LEGEND, "loc": "outside upper center", "ncols": 5}
+_SPECTRUM_LENGTH = 24  # a flat tail follows, of hundreds of values in a layer of ProFS
 
 READABLE = 10.0
 """Per cent of perplexity. A point beyond it, and beyond three times the median, is left out: it is
@@ -77,29 +77,29 @@ def spectrum_figure(manifest: Manifest) -> "Figure | None":
     figure, (left, right) = _figure((6, 3.6), columns=2)
     linewidth, marker = (1.2, "o") if len(subspace.singular_values) == 1 else (0.6, "")
     for values in subspace.singular_values.values():
-        shares = (100 * np.square(values) / np.square(values).sum())[:SPECTRUM_LENGTH]
+        shares = (100 * np.square(values) / np.square(values).sum())[:_SPECTRUM_LENGTH]
         x = range(1, len(shares) + 1)
-        left.plot(x, shares, color=BLUE, linewidth=linewidth, marker=marker, markersize=3)
-    left.axvline(strength + 0.5, label=f"rank {strength:g}", **BOUNDARY)
+        left.plot(x, shares, color=_BLUE, linewidth=linewidth, marker=marker, markersize=3)
+    left.axvline(strength + 0.5, label=f"rank {strength:g}", **_BOUNDARY)
     left.set(xlabel="singular value, the largest first", ylabel="share of the sum of squares (%)")
     left.set_ylim(bottom=0)
     left.locator_params(axis="x", integer=True)
-    left.legend(**LEGEND)
+    left.legend(**_LEGEND)
     candidates = subspace.candidates
     scores = np.array([c.score for c in candidates])
     threshold = score_threshold(candidates)
     start = scores.min() if threshold is None else threshold
     width = float(np.ptp(scores)) / 24 or 1.0
-    for kept, label, colour, _ in STATES:
+    for kept, label, colour, _ in _STATES:
         mine = scores[[c.kept is kept for c in candidates]]
         places, counts = np.unique(np.floor((mine - start) / width), return_counts=True)
         text = f"{len(mine)} {label}" if len(mine) else None
         right.bar(start + (places + 0.5) * width, counts, 0.9 * width, color=colour, label=text)
     if threshold is not None:
-        right.axvline(threshold, label="threshold", **BOUNDARY)
+        right.axvline(threshold, label="threshold", **_BOUNDARY)
     right.set(xlabel=_score_label(manifest), ylabel="candidates")
     right.locator_params(axis="y", integer=True)
-    right.legend(**LEGEND)
+    right.legend(**_LEGEND)
     return figure
 
 
@@ -112,7 +112,7 @@ def score_threshold(candidates: Sequence[Candidate]) -> float | None:
 
 def _score_label(manifest: Manifest) -> str:
     ranking = manifest.method.options.get("ranking")
-    return f"{ranking} score{UNITS.get(str(ranking), '')}" if ranking else "score"
+    return f"{ranking} score{_UNITS.get(str(ranking), '')}" if ranking else "score"
 
 
 def scores_figure(manifest: Manifest) -> "Figure | None":
@@ -129,18 +129,18 @@ def scores_figure(manifest: Manifest) -> "Figure | None":
     x = layers + 0.6 * ((order + 0.5) / (order.max() + 1) - 0.5)
     scores = np.array([c.score for c in candidates])
     kinds = dict.fromkeys(c.kind for c in candidates)
-    for kind, (_, marker) in zip(kinds, cycle(LOOKS), strict=False):
-        for kept, label, edge, face in STATES:
+    for kind, (_, marker) in zip(kinds, cycle(_LOOKS), strict=False):
+        for kept, label, edge, face in _STATES:
             mine = np.array([c.kind == kind and c.kept is kept for c in candidates])
             axes.plot(
                 x[mine], scores[mine], marker, color=edge, markerfacecolor=face, markersize=4,
                 label=f"{kind}, {label}" if mine.any() else None,
             )  # fmt: skip
     if (threshold := score_threshold(candidates)) is not None:
-        axes.axhline(threshold, label="threshold", **BOUNDARY)
+        axes.axhline(threshold, label="threshold", **_BOUNDARY)
     axes.set(xlabel="layer", ylabel=_score_label(manifest))
     axes.locator_params(axis="x", integer=True)
-    figure.legend(**ABOVE)
+    figure.legend(**_ABOVE)
     return figure
 
 
@@ -168,21 +168,21 @@ def cosines_figure(manifest: Manifest, edit_file: Path) -> "Figure | None":
     axes.set(xticks=places, xticklabels=names, yticks=places, yticklabels=names)
     axes.set(xlabel="layer", ylabel="layer")
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label("|cosine| of the best candidates", fontsize=NORMAL)
-    bar.ax.tick_params(labelsize=SMALL)
+    bar.set_label("|cosine| of the best candidates", fontsize=_NORMAL)
+    bar.ax.tick_params(labelsize=_SMALL)
     return figure
 
 
-def tradeoff_points(systems: Sequence[SystemRecord]) -> dict[str, dict[float | None, Array]]:
+def tradeoff_points(systems: Sequence[SystemRecord]) -> dict[str, dict[float | None, _Array]]:
     """Edited systems -> ranks, ascending -> (2, 3), averaged over seeds; see ``_estimate``.
 
     The rows are the increase of perplexity in per cent and the probability of toxic words.
     """
     found: dict[str, dict[float | None, list[SystemRecord]]] = {}
     for entry in systems:
-        if entry.system != "unedited":
+        if entry.system != UNEDITED:
             found.setdefault(entry.system, {}).setdefault(entry.strength, []).append(entry)
-    points: dict[str, dict[float | None, Array]] = {}
+    points: dict[str, dict[float | None, _Array]] = {}
     for system, ranks in found.items():
         for rank in sorted(ranks, key=lambda r: r or 0):
             ratio, toxic = (
@@ -195,7 +195,7 @@ def tradeoff_points(systems: Sequence[SystemRecord]) -> dict[str, dict[float | N
     return points
 
 
-def _estimate(metric: Metric) -> Array:
+def _estimate(metric: Metric) -> _Array:
     """The value, and how far its interval reaches below and above it; NaN if not measured."""
     if metric is None:
         return np.full(3, math.nan)
@@ -216,7 +216,7 @@ def tradeoff_figure(results: Evaluation) -> "Figure | None":
     figure, (axes,) = _figure((6, 4))
     axes.plot(0, 1, "*", color="black", markersize=9, zorder=3, label="unedited")
     drawn = [("", "black", np.array([0.0, 1.0]))]
-    for (system, ranks), (colour, marker) in zip(systems.items(), cycle(LOOKS), strict=False):
+    for (system, ranks), (colour, marker) in zip(systems.items(), cycle(_LOOKS), strict=False):
         inside = {rank: point for rank, point in ranks.items() if point[0, 0] <= limit}
         drawn += [(str(rank or ""), colour, point[:, 0]) for rank, point in inside.items()]
         x, y = np.array([*inside.values()]).reshape(-1, 2, 3).transpose(1, 2, 0)
@@ -226,16 +226,16 @@ def tradeoff_figure(results: Evaluation) -> "Figure | None":
         )  # fmt: skip
     axes.set(xlabel="increase of perplexity (%)", ylabel="probability of toxic words (unedited: 1)")
     axes.set_ylim(bottom=0)
-    figure.legend(**ABOVE)
+    figure.legend(**_ABOVE)
     caption = "Numbers are strengths, bars are intervals of 95 %."
     if left_out := len(costs) + 1 - len(drawn):
         caption += f" Left out: {left_out} beyond +{limit:.0f} %, up to +{max(costs):.0f} %."
-    figure.supxlabel(caption, fontsize=SMALL)
+    figure.supxlabel(caption, fontsize=_SMALL)
     _write_ranks(figure, axes, drawn)
     return figure
 
 
-def _write_ranks(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, Array]]) -> None:
+def _write_ranks(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]) -> None:
     """Write texts near their points where they cover no marker or text, else leave them out."""
     figure.draw_without_rendering()  # settles the layout, and with it where the points are
     centres = [axes.transData.transform(point) * 72 / figure.dpi for *_, point in drawn]
@@ -247,7 +247,7 @@ def _write_ranks(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str,
             if all((abs(box[0] - other[0]) >= box[1] + other[1]).any() for other in taken):
                 axes.annotate(
                     text, tuple(point), tuple(offset), textcoords="offset points", color=colour,
-                    ha="center", va="center", fontsize=SMALL,
+                    ha="center", va="center", fontsize=_SMALL,
                 )  # fmt: skip
                 taken.append(box)
                 break
@@ -258,7 +258,8 @@ def bars_figure(results: Evaluation) -> "Figure | None":
     rows = results.rows
     found = {
         scorer: [
-            [_estimate(row.metrics.get(f"toxicity/{scorer}/{way}")) for row in rows] for way in WAYS
+            [_estimate(row.metrics.get(f"toxicity/{scorer}/{way}")) for row in rows]
+            for way in _WAYS
         ]
         for scorer in results.scorers
     }
@@ -269,18 +270,18 @@ def bars_figure(results: Evaluation) -> "Figure | None":
     size = max(6, 1.2 + 2.2 * len(bars)), max(4, 1 + 0.35 * len(rows))
     figure, panels = _figure(size, columns=len(bars))
     for axes, (scorer, estimates) in zip(panels, bars.items(), strict=True):
-        for (way, (shift, colour)), ours in zip(WAYS.items(), estimates, strict=True):
+        for (way, (shift, colour)), ours in zip(_WAYS.items(), estimates, strict=True):
             axes.barh(
                 np.arange(len(rows)) + shift, ours[:, 0], 0.38, xerr=ours[:, 1:].T, color=colour,
                 label=way if np.isfinite(ours).any() else None, error_kw={"elinewidth": 0.8},
             )  # fmt: skip
-        axes.set_title(scorer, fontsize=NORMAL)
+        axes.set_title(scorer, fontsize=_NORMAL)
         axes.set(xlabel="mean score (0 to 1)", ylim=(len(rows) - 0.4, -0.6))
         axes.set_yticks(range(len(rows)), names if axes is panels[0] else [])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
-    figure.legend(*panels[0].get_legend_handles_labels(), **ABOVE)
+    figure.legend(*panels[0].get_legend_handles_labels(), **_ABOVE)
     return figure
 
 
@@ -300,9 +301,9 @@ def _figure(size: tuple[float, float], *, columns: int = 1) -> "tuple[Figure, li
         axes.set_axisbelow(True)
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=SMALL)
-        axes.xaxis.label.set_size(NORMAL)
-        axes.yaxis.label.set_size(NORMAL)
+        axes.tick_params(labelsize=_SMALL)
+        axes.xaxis.label.set_size(_NORMAL)
+        axes.yaxis.label.set_size(_NORMAL)
     return figure, panels
 
 

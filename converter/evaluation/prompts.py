@@ -13,7 +13,7 @@ from converter.calibration.datasets import draw, is_dataset, locate, read_bytes
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 
-FORMATS = (".jsonl", ".txt")
+_FORMATS = (".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,6 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
             followed by ``#FIELD``: only rows whose FIELD is true are read.
             ``allenai/real-toxicity-prompts#challenging`` are the 1,199 that papers use.
         num_prompts: how many to draw, without replacement and keeping their order; None for all.
-        seed: of the draw.
 
     Raises:
         OptionError: ``num_prompts`` is not positive.
@@ -71,12 +70,12 @@ def _read(origin: str) -> tuple[Origin, Iterator[str]]:
         return Origin(name="builtin"), iter(text.split("\n"))
     name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
     # a dataset's .txt is more likely its licence
-    formats = (".jsonl",) if is_dataset(name, FORMATS) else FORMATS
+    formats = (".jsonl",) if is_dataset(name, _FORMATS) else _FORMATS
     described, path = locate(name, "prompts", formats, split="prompts")
-    if path.suffix not in FORMATS:
+    if path.suffix not in _FORMATS:
         raise DataError(
             f"prompts file {path.name}",
-            expected=" or ".join(FORMATS),
+            expected=" or ".join(_FORMATS),
             found=path.suffix or "no suffix",
         )
     lines = _lines(path)

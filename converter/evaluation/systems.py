@@ -8,27 +8,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from converter.calibration.pairs import load_pairs, load_prose
-from converter.calibration.split import Parts, split
+from converter.calibration.split import split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
-from converter.evaluation.heldout import Probe, probe_of
-from converter.evaluation.strength import choose_strength, nearest_strength
+from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
 from converter.methods.workbench import Bench
 from converter.runtime import progress
 
-AT_PERPLEXITY = "@perplexity"
+_AT_PERPLEXITY = "@perplexity"
 """After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""
 
-DATA_FIXES = {
-    "site": "ffn",
-    "pooling": "predicting",
-    "center": "4",
-    "protect_shared": "16",
-}
+_DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
 positions that predict toxic words and without protection it is far worse, and beating it would say
 nothing about the subspace."""
@@ -56,10 +50,41 @@ class System:
     bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        strength = "" if self.strength is None else f", strength {self.strength:g}"
+        return self.name + strength + ("" if self.seed is None else f", seed {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        controls: methods to fit beside; see ``parse_controls``. ``random`` has the rank of the
+            reference, if that takes a subspace out.
+        seeds: of draws and splits of the pairs.
+        ranks: to measure of each; empty to choose one under the budget.
+
+    Raises:
+        OptionError: seeds or ranks are no whole numbers, there is no seed, or a rank is below 1.
+    """
+
+    controls: Sequence[str]
+    seeds: Sequence[int]
+    ranks: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
+            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
+        if any(type(rank) is not int or rank < 1 for rank in self.ranks):
+            raise OptionError("--ranks", expected="whole numbers from 1", found=str(self.ranks))
+
 
 def _name(control: str) -> str:
     """The method of a control."""
-    return control.removesuffix(AT_PERPLEXITY)
+    return control.removesuffix(_AT_PERPLEXITY)
 
 
 def parse_controls(text: str) -> tuple[str, ...]:
@@ -73,7 +98,7 @@ def parse_controls(text: str) -> tuple[str, ...]:
         if _name(control) not in METHODS.names():
             raise OptionError(
                 "--control", expected=", ".join(METHODS.names()), found=control,
-                hint=f"each may be followed by {AT_PERPLEXITY}",
+                hint=f"each may be followed by {_AT_PERPLEXITY}",
             )  # fmt: skip
     return controls
 
@@ -85,40 +110,33 @@ def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
     return tuple(layers), any(weight.is_bias for weight in weights)
 
 
+@dataclass(frozen=True, slots=True)
 class Fits:
-    """Fits controls, for one seed after another.
+    """Fits controls beside the unedited model of ``bench``, for one seed after another."""
 
-    Args:
-        bench: the unedited model.
-        options: of the reference method, as typed.
-        ranks: to measure of every fitted method; empty to choose one under the budget.
-    """
+    bench: Bench
+    comparison: Comparison
 
-    def __init__(self, bench: Bench, options: Mapping[str, str], ranks: Sequence[int]) -> None:
-        self.bench, self.options, self.ranks = bench, dict(options), tuple(ranks)
-
-    def systems(
-        self, controls: Sequence[str], seeds: Sequence[int], reference: System | None
-    ) -> Iterator[System]:
+    def systems(self, reference: System | None) -> Iterator[System]:
         """The controls, fitted on pairs drawn and split with each seed.
 
         Args:
-            controls: names of methods. ``random`` has the rank of the reference, if that takes a
-                subspace out.
-            seeds: of draws and splits.
             reference: the edited model, if there is one; else the first control is the reference.
         """
-        for seed in seeds:
-            parts = self._parts(seed)
+        recipe = self.bench.recipe
+        for seed in self.comparison.seeds:
+            pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
+            parts = split(pairs, load_prose(recipe.neutral), seed)
             probe: Probe | None = None
             first = reference
-            for control in controls:
+            for control in self.comparison.controls:
                 method = self._method(control, seed, first)
                 proposal = self.bench.fit(method, parts.fit)
-                strengths = self._given(control, proposal, first)
+                wanted = first.edit if first else None
+                strengths = self._given(control, proposal, wanted)
                 if not strengths:
                     probe = probe or probe_of(self.bench, parts.choose)
-                    strengths = (self._choose(control, probe, proposal, first),)
+                    strengths = (self._choose(control, probe, proposal, wanted),)
                 for strength in strengths:
                     if strength > proposal.strengths[-1]:
                         progress.warn(
@@ -133,47 +151,40 @@ class Fits:
                     first = first or system
                     yield system
 
-    def _parts(self, seed: int) -> Parts:
-        recipe = self.bench.recipe
-        pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
-        return split(pairs, load_prose(recipe.neutral), seed)
-
     def _method(self, control: str, seed: int, first: System | None) -> Method:
         """A control with the layers and the biases of the reference."""
         name, recipe, dimensions = _name(control), self.bench.recipe, self.bench.plan.dimensions
         free = {"rank": "auto"}
         if name == recipe.method and name not in ("random", "profs"):  # what is typed is its own
-            return configure(name, self.options, dimensions, free)
+            return configure(name, recipe.options, dimensions, free)
         if first is not None and first.edit is not None:
-            layers, bias = first.layers, first.bias
+            layers, bias, rank = first.layers, first.bias, first.edit.rank
         else:
-            reference = configure(recipe.method, self.options, dimensions, free)
-            layers, bias = edited_layers(reference, self.bench.plan)
+            reference = configure(recipe.method, recipe.options, dimensions, free)
+            (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
         if name == "random":
-            rank = first.edit.rank if first is not None and first.edit is not None else 0
-            options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK, *self.ranks, 1))}
+            most = max(rank, MAX_RANK, *self.comparison.ranks)
+            options |= {"draw": str(seed), "rank": str(most)}
         elif name == "profs":
-            options |= DATA_FIXES
+            options |= _DATA_FIXES
         return configure(name, {}, dimensions, options)  # as far as it has them
 
-    def _given(self, control: str, proposal: Proposal, first: System | None) -> tuple[float, ...]:
+    def _given(self, control: str, proposal: Proposal, wanted: Edit | None) -> Sequence[float]:
         """The strengths that need no choice."""
-        if control.endswith(AT_PERPLEXITY):
+        if control.endswith(_AT_PERPLEXITY):
             return ()
-        if self.ranks:
-            return self.ranks
+        if self.comparison.ranks:
+            return self.comparison.ranks
         if control == "random":
-            return (first.edit.rank,) if first and first.edit and first.edit.rank else ()
+            return (wanted.rank,) if wanted and wanted.rank else ()
         return () if proposal.is_free else (proposal.strengths[-1],)
 
-    def _choose(
-        self, control: str, probe: Probe, proposal: Proposal, first: System | None
-    ) -> float:
+    def _choose(self, control: str, probe: Probe, proposal: Proposal, wanted: Edit | None) -> float:
         """The strength under the budget, or what comes nearest to the reference's ratio."""
-        if not control.endswith(AT_PERPLEXITY):
+        if not control.endswith(_AT_PERPLEXITY):
             try:
                 budget = self.bench.recipe.max_perplexity_ratio
                 return choose_strength(probe, proposal, budget).strength
@@ -181,11 +192,11 @@ class Fits:
                 least = proposal.strengths[0]
                 progress.warn(f"{control}: {error.what}; strength {least:g} is measured")
                 return least
-        if first is None or first.edit is None:
+        if wanted is None:
             raise OptionError(
                 f"--control {control}",
                 expected="an edit before it to match: another control, or a SOURCE with a manifest",
                 found="none",
             )
-        wanted = probe.measure(first.edit).perplexity_ratio.value
-        return nearest_strength(probe, proposal, wanted)
+        ratio = probe.measure(wanted).perplexity_ratio.value
+        return nearest_strength(probe, proposal, ratio)

@@ -25,8 +25,11 @@ from converter.errors import DataError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
 from converter.methods.post_norms import Gains, read_gains
-from converter.models.build import load_language_model, stored_dtype, stream_language_model
-from converter.models.loading import load_tokenizer
+from converter.models.loading import (
+    load_language_model,
+    load_tokenizer,
+    stream_language_model,
+)
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.streamed import StreamedModel
@@ -76,7 +79,7 @@ class Bench:
         Args:
             memory_limit: bytes that the forward pass is planned with, if less than what there is.
         """
-        dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
+        dtype = choose_dtype(recipe.forward_dtype, plan, device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
         vocabulary = Vocabulary(plan, source, tokenizer)
         gains = read_gains(plan, source)

@@ -69,29 +69,13 @@ class Encoder:
         Raises:
             DataError: the model has no embedding for a token.
         """
-        coded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=pooling == "predicting",
-            truncation=True,
-            max_length=self.max_tokens - 1,
-        )
-        ids = [self.first, *coded["input_ids"]]
-        if max(ids) >= self.vocabulary:
-            raise DataError(
-                "the tokenizer does not belong to the model",
-                expected=f"tokens below {self.vocabulary}, the rows of the embedding",
-                found=str(max(ids)),
-            )
+        ids, offsets = self._encode(text)
         chosen = list(range(1, len(ids)))
         if pooling == "last":
             chosen = chosen[-1:]
         elif pooling == "predicting":
-            inside = [
-                any(start < b and end > a for a, b in spans)
-                for start, end in coded["offset_mapping"]
-            ]
             # inside[i] is about token i + 1 of ids, which position i predicts
+            inside = [any(start < b and end > a for a, b in spans) for start, end in offsets]
             chosen = [i for i, toxic in enumerate(inside) if toxic and i > 0]
         weights = [0.0] * len(ids)
         for i in chosen:
@@ -112,6 +96,15 @@ class Encoder:
             the sentence, without weights, and for each span that begins after the first token the
             places of its tokens in the ids.
         """
+        ids, offsets = self._encode(text)
+        places = (
+            tuple(i for i, (a, b) in enumerate(offsets, 1) if a < end and b > start)
+            for start, end in spans
+        )
+        return Sentence(ids), [word for word in places if word and word[0] > 1]
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, the first of which is special, and the character ranges of the others."""
         coded = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -119,12 +112,14 @@ class Encoder:
             truncation=True,
             max_length=self.max_tokens - 1,
         )
-        offsets = list(enumerate(coded["offset_mapping"], 1))
-        places = (
-            tuple(i for i, (a, b) in offsets if a < end and b > start) for start, end in spans
-        )
         ids = [self.first, *coded["input_ids"]]
-        return Sentence(ids), [word for word in places if word and word[0] > 1]
+        if max(ids) >= self.vocabulary:
+            raise DataError(
+                "the tokenizer does not belong to the model",
+                expected=f"tokens below {self.vocabulary}, the rows of the embedding",
+                found=str(max(ids)),
+            )
+        return ids, coded["offset_mapping"]
 
 
 def first_token(tokenizer: Any) -> int:
@@ -162,9 +157,9 @@ def batches(
     Padding has mask 0 and weight 0, and real tokens count their positions from 0, so neither
     ``size`` nor ``side`` changes a result beyond rounding.
     """
-    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
+    order = _longest_first(sentences)
     groups = [order[i : i + size] for i in range(0, len(order), size)]
-    return [_pad([sentences[i] for i in rows], rows, device, side) for rows in groups]
+    return [_pad(sentences, rows, device, side) for rows in groups]
 
 
 def logit_positions(model: Any) -> int:
@@ -175,21 +170,24 @@ def logit_positions(model: Any) -> int:
 
 def token_batches(sentences: Sequence[Sentence], tokens: int, device: str) -> list[Batch]:
     """The same with at most ``tokens`` positions in a batch, padding included, or one sentence."""
-    order = sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
     groups: list[list[int]] = []
-    for i in order:
+    for i in _longest_first(sentences):
         if not groups or len(sentences[groups[-1][0]].ids) * (len(groups[-1]) + 1) > tokens:
             groups.append([])
         groups[-1].append(i)
-    return [_pad([sentences[i] for i in rows], rows, device, "right") for rows in groups]
+    return [_pad(sentences, rows, device, "right") for rows in groups]
 
 
-def _pad(group: list[Sentence], rows: list[int], device: str, side: str) -> Batch:
-    length = max(len(s.ids) for s in group)
-    ids = torch.zeros(len(group), length, dtype=torch.long)
-    mask = torch.zeros(len(group), length, dtype=torch.long)
-    weights = torch.zeros(len(group), length)
-    for i, s in enumerate(group):
+def _longest_first(sentences: Sequence[Sentence]) -> list[int]:
+    return sorted(range(len(sentences)), key=lambda i: (-len(sentences[i].ids), i))
+
+
+def _pad(sentences: Sequence[Sentence], rows: list[int], device: str, side: str) -> Batch:
+    length = max(len(sentences[row].ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    weights = torch.zeros(len(rows), length)
+    for i, s in enumerate(sentences[row] for row in rows):
         place = slice(0, len(s.ids)) if side == "right" else slice(length - len(s.ids), length)
         ids[i, place] = torch.tensor(s.ids)
         mask[i, place] = 1

@@ -16,7 +16,7 @@ from converter.models.hooks import hooked
 
 
 @dataclass(slots=True)
-class ModuleEdit:
+class _ModuleEdit:
     """What becomes of one module.
 
     Attributes:
@@ -29,12 +29,9 @@ class ModuleEdit:
     created: Tensor | None = None
 
     def applied(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        """What the module would give if the edit were written into it, like ``y``.
+        """What a module that makes y (..., O) of x (..., I) would give with the edit in it.
 
-        Args:
-            x: (..., I), its input.
-            y: (..., O), what it gives.
-            bias: (O,) of the module, which is part of y, or None.
+        Its bias (O,) is part of y, if it has one.
         """
         new = y
         together = bias is None or _same_subspace(self.weight, self.bias)
@@ -65,11 +62,6 @@ def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
 def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     """While this lasts, the model computes as if ``edit`` were written into its weights.
 
-    Args:
-        model: a causal language model of transformers.
-        plan: of its checkpoint; it knows the modules of the tensors.
-        edit: what becomes of them.
-
     Raises:
         CheckpointError: the edit does not fit the checkpoint.
         OptionError: see ``module_edits``.
@@ -80,7 +72,7 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
         yield
 
 
-def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
+def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
     """Module of the transformers class -> what becomes of it.
 
     Raises:
@@ -89,9 +81,9 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
             a tensor that belongs to no known weight, or a patch of the config that does more than
             to tell of created biases.
     """
-    changes: dict[str, ModuleEdit] = {}
+    changes: dict[str, _ModuleEdit] = {}
     for name, weight in plan.find(edit.tensors).items():
-        delta, change = edit.tensors[name], changes.setdefault(plan.module(weight), ModuleEdit())
+        delta, change = edit.tensors[name], changes.setdefault(plan.module(weight), _ModuleEdit())
         is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
         if is_expert and delta.protects is None:  # the module is the FFN; its input is another
             raise OptionError(
@@ -113,7 +105,7 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, ModuleEdit]:
     biases = plan.bias_modules() if edit.created else {}
     for name, tensor in edit.created.items():
         if name in biases:
-            changes.setdefault(biases[name], ModuleEdit()).created = tensor
+            changes.setdefault(biases[name], _ModuleEdit()).created = tensor
         elif bool(tensor.any()):
             raise OptionError(
                 f"the tensor {name} that the edit creates", expected="a bias of a known weight",

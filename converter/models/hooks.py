@@ -3,8 +3,8 @@
 Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from converter.errors import SourceError, is_out_of_memory
 from converter.models.batching import Batch
-from converter.runtime import progress
 
 Show = Callable[[int, int, Tensor], None]
 """Called with the number of a batch, a layer and the layer's activations, (B, T, D) float32, on the
@@ -39,12 +38,10 @@ Hook = Callable[[nn.Module, Any, Any], Any]
 @contextmanager
 def hooked(module: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """While this lasts, call a hook with what the submodule of a name gives."""
-    handles = [module.get_submodule(name).register_forward_hook(h) for name, h in hooks.items()]
-    try:
+    with ExitStack() as handles:
+        for name, hook in hooks.items():
+            handles.enter_context(module.get_submodule(name).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_of(output: Any) -> Tensor:
@@ -94,11 +91,8 @@ def only_chosen(module: Any, batch: Batch) -> Iterator[None]:
     def choose(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][rows.to(args[0].device), places.to(args[0].device)][None], *args[1:])
 
-    handle = module.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
+    with module.get_output_embeddings().register_forward_pre_hook(choose):
         yield
-    finally:
-        handle.remove()
 
 
 def log_probability(logits: Tensor, batch: Batch) -> Tensor:
@@ -127,17 +121,3 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
             f"memory ran out with {what}",
             hint="lower --batch-size, and give --forward streamed unless that was so",
         ) from error
-
-
-class SentenceCount:
-    """Counts sentences as done, where a batch takes many steps that do not follow each other."""
-
-    def __init__(self, batched: Sequence[Batch], steps: int) -> None:
-        self._rows = [len(batch.rows) for batch in batched]
-        self._steps, self._done = steps, 0
-
-    def step(self, number: int) -> None:
-        """One step of a batch is done."""
-        before, self._done = self._done, self._done + self._rows[number]
-        if count := self._done // self._steps - before // self._steps:
-            progress.advance(count)

@@ -23,7 +23,7 @@ Words = Sequence[Sequence[tuple[int, ...]]]
 """For each sentence the words of interest, each the places of its tokens in the sentence's ids."""
 
 
-Groups = Sequence[Hashable] | None
+_Groups = Sequence[Hashable] | None
 """The sampling unit of each sentence; None if each is one of its own."""
 
 
@@ -68,14 +68,14 @@ def perplexity(values: LogProbabilities) -> float:
     return exp(-sum(x.sum() for x in values) / sum(len(x) for x in values))
 
 
-def perplexity_estimate(values: LogProbabilities, groups: Groups = None) -> Estimate:
+def perplexity_estimate(values: LogProbabilities) -> Estimate:
     """The same with a standard error."""
     losses = np.array([-x.sum() for x in values])
-    return _exponential(_ratio(losses, np.array([len(x) for x in values]), groups))
+    return _exponential(_ratio(losses, np.array([len(x) for x in values]), None))
 
 
 def perplexity_ratio(
-    before: LogProbabilities, after: LogProbabilities, groups: Groups = None
+    before: LogProbabilities, after: LogProbabilities, groups: _Groups = None
 ) -> Estimate:
     """Perplexity after an edit over that before, on the same tokens.
 
@@ -97,12 +97,12 @@ def word_changes(
     ]
 
 
-def mean_change(changes: Sequence[Sequence[float]], groups: Groups = None) -> Estimate:
+def mean_change(changes: Sequence[Sequence[float]], groups: _Groups = None) -> Estimate:
     """The mean change of a word's log-probability; every word counts the same."""
     return _ratio(np.array([sum(c) for c in changes]), np.array([len(c) for c in changes]), groups)
 
 
-def teacher_forced(changes: Sequence[Sequence[float]], groups: Groups = None) -> Estimate:
+def teacher_forced(changes: Sequence[Sequence[float]], groups: _Groups = None) -> Estimate:
     """The mean over words of ``min(p_after / p_before, e)``: 1 says no effect, 0 all gone.
 
     If the words stand in continuations that were drawn from the unedited model, this is the
@@ -112,7 +112,7 @@ def teacher_forced(changes: Sequence[Sequence[float]], groups: Groups = None) ->
     return mean_change([[exp(min(c, 1.0)) for c in inside] for inside in changes], groups)
 
 
-def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64], groups: Groups) -> Estimate:
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64], groups: _Groups) -> Estimate:
     """sum(sums) / sum(counts) with its linearised standard error over groups; inf for one group."""
     if groups is not None:
         numbers: dict[Hashable, int] = {}

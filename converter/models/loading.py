@@ -1,22 +1,57 @@
-"""Loading a model and its tokenizer with transformers."""
+"""The model of a source and its tokenizer, by transformers: in memory as a whole, or streamed."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from converter.checkpoints.formats.virtual import Shards, VirtualTensor
+from converter.checkpoints.formats.virtual import VirtualTensor
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
+from converter.checkpoints.safetensors.rewrite import read_raw
+from converter.checkpoints.source import Source
+from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
+from converter.edits.fp8 import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
-from converter.models.transformers_loader import (
-    LazyTensor,
-    MetaTensor,
-    auto_class_of,
-    from_tensors,
-)
+from converter.models.batching import LOGITS_BYTES
+from converter.models.resident import LanguageModel
+from converter.models.streamed import StreamedModel
+from converter.models.streamed_memory import Weights
+from converter.models.transformers_loader import LazyTensor, MetaTensor, from_tensors
+from converter.runtime.cache import cache_folder
 from converter.runtime.memory import free_memory
+
+_HIDDEN_SHARE, _LEAST_SHARE = 2, 32
+"""One in so many bytes is for hidden states: of the memory that all else leaves; of all, at least.
+"""
+
+
+def load_language_model(
+    source: Source,
+    plan: Plan,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    spread: bool = False,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """The model of a source, as it is; see ``load_model``."""
+    source.fetch()
+    module = load_model(
+        source.folder,
+        dtype,
+        device,
+        plan.num_parameters * dtype.itemsize,
+        spread=spread,
+        auto_class=plan.architecture.auto_class,
+        trust_remote_code=trust_remote_code,
+        recipes=_made(source, plan),
+    )
+    plan.architecture.check_modules(module)
+    return LanguageModel(module, tokenizer, plan.architecture, device)
 
 
 def load_model(
@@ -28,14 +63,11 @@ def load_model(
     spread: bool = False,
     auto_class: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,
-    recipes: Shards | None = None,
+    recipes: Mapping[str, VirtualTensor] | None = None,
 ) -> nn.Module:
     """Load a causal language model for a forward pass.
 
     Args:
-        folder: a checkpoint.
-        dtype: of the weights in memory.
-        device: where to.
         needed: bytes of the weights in ``dtype``.
         spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
         auto_class: of transformers, that loads it.
@@ -56,64 +88,72 @@ def load_model(
         )
     settings = {"dtype": dtype, "device_map": "auto" if spread else None}
     if recipes is None:
+        import transformers
+
+        load = getattr(transformers, auto_class).from_pretrained
         local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        model = _loaded(
-            partial(auto_class_of(auto_class).from_pretrained, folder, **local, **settings)
-        )
+        model = _loaded(load, folder, **local, **settings)
     else:
-        made = {recipe.name: LazyTensor(recipe) for part in recipes.values() for recipe in part}
-        model = _loaded(
-            partial(from_tensors, folder, made, auto_class, trust_remote_code, **settings)
-        )
+        made = {name: LazyTensor(recipe) for name, recipe in recipes.items()}
+        model = _loaded(from_tensors, folder, made, auto_class, trust_remote_code, **settings)
     try:
         return model if spread else model.to(device)
     except torch.OutOfMemoryError as error:
         raise _unusable("model", error) from error
 
 
-def load_skeleton(
-    folder: Path,
+def stream_language_model(
+    source: Source,
+    plan: Plan,
+    tokenizer: Any,
     dtype: torch.dtype,
-    recipes: Iterable[VirtualTensor],
+    device: str,
+    budget: int,
     *,
-    auto_class: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,
-) -> nn.Module:
-    """The same model without its weights, which are on the meta device; no weight is read.
+) -> StreamedModel:
+    """The same model, of which one layer at a time will be in memory. No weight is read yet.
 
-    transformers loads it as it would load the model, so what is tied is tied, what is renamed and
-    fused by its rules would be, and buffers that are no weights have their values.
+    transformers loads it as it would load the model, but onto the meta device: what is tied is
+    tied, what is renamed and fused by its rules would be, and buffers that are no weights have
+    their values.
 
     Args:
-        folder: holds the config.
-        dtype: of the weights.
-        recipes: of all tensors of the checkpoint; they are not made.
-        auto_class, trust_remote_code: as above.
+        budget: bytes of memory to plan with. Hidden states that do not fit in their share of it go
+            to a file in the cache.
 
     Raises:
-        SourceError, CheckpointError: as above.
+        SourceError: not even a layer fits, or transformers cannot make the model.
+        CheckpointError: a tensor of the model is not in the checkpoint.
     """
-    shapes = {recipe.name: MetaTensor(recipe.dtype, recipe.shape) for recipe in recipes}
-    return _loaded(
-        partial(from_tensors, folder, shapes, auto_class, trust_remote_code, dtype=dtype)
+    recipes = _made(source, plan)
+    if recipes is None:
+        recipes = {
+            info.name: _stored(source, shard, info)
+            for shard, header in plan.headers.items()
+            for info in header.tensors.values()
+        }
+    architecture, layers = plan.architecture, plan.dimensions.num_hidden_layers
+    shapes = {name: MetaTensor(recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
+    module = _loaded(
+        from_tensors, source.folder, shapes, architecture.auto_class, trust_remote_code, dtype=dtype
     )
-
-
-def _loaded(load: Callable[..., Any]) -> nn.Module:
-    """A model of ``from_pretrained``, in eval mode and with every tensor that it needs."""
-    try:
-        model, info = cast(tuple[nn.Module, dict[str, Any]], load(output_loading_info=True))
-    except ConverterError:
-        raise
-    except Exception as error:  # whatever a third party's loader makes of a stranger's files
-        raise _unusable("model", error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} tensors that the model needs",
-            found=f"no {missing[0]}",
-            hint="transformers would fill them with random numbers; get an intact copy",
+    architecture.check_modules(module)
+    blocks = [architecture.block.format(layer=n) for n in range(layers)]
+    weights = Weights(module, recipes, blocks, dtype, device)
+    largest = max(weights.nbytes(block) for block in blocks)
+    free = budget if device == "cpu" else free_memory(device)
+    if largest > free:
+        raise SourceError(
+            f"not even one layer of the model fits in the memory of the {device}",
+            expected=f"{largest / 1e9:.2f} GB or more",
+            found=f"{free / 1e9:.2f} GB",
+            hint="give --forward-dtype bfloat16, or --activations with a file from elsewhere",
         )
-    return model.eval().requires_grad_(False)
+    others = largest + 4 * LOGITS_BYTES + layers * plan.dimensions.hidden_size**2 * 4
+    others += max(weights.nbytes(part) for part in weights.parts)
+    held = max((budget - others) // _HIDDEN_SHARE, budget // _LEAST_SHARE)
+    return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache_folder())
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -128,11 +168,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # as above
+    except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise _unusable("tokenizer", error) from error
     if not tokenizer.is_fast:
         raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
     return tokenizer
+
+
+def _loaded(load: Callable[..., Any], *args: Any, **settings: Any) -> nn.Module:
+    """A model of ``from_pretrained``, in eval mode and with every tensor that it needs."""
+    try:
+        loaded = load(*args, **settings, output_loading_info=True)
+    except ConverterError:
+        raise
+    except Exception as error:  # as above
+        raise _unusable("model", error) from error
+    model, info = cast(tuple[nn.Module, dict[str, Any]], loaded)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors that the model needs",
+            found=f"no {missing[0]}",
+            hint="transformers would fill them with random numbers; get an intact copy",
+        )
+    return model.eval().requires_grad_(False)
 
 
 def _unusable(part: str, error: Exception) -> SourceError:
@@ -141,3 +199,68 @@ def _unusable(part: str, error: Exception) -> SourceError:
         found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         hint="check that the source loads with from_pretrained",
     )
+
+
+def _made(source: Source, plan: Plan) -> dict[str, VirtualTensor] | None:
+    """How to make the tensors of a source; None if transformers reads its files by itself."""
+    if plan.scheme is not None:
+        return _dequantized(source, plan, plan.scheme)
+    if source.virtual_shards is None:
+        return None
+    return {recipe.name: recipe for shard in source.virtual_shards.values() for recipe in shard}
+
+
+def _dequantized(source: Source, plan: Plan, scheme: Scheme) -> dict[str, VirtualTensor]:
+    """An FP8 checkpoint as the numbers that it stands for, on any machine.
+
+    Weights are in float32, and scales are left out.
+
+    Raises:
+        CheckpointError: an FP8 tensor has no scales that fit it.
+    """
+    places = {
+        name: (shard, info)
+        for shard, header in plan.headers.items()
+        for name, info in header.tensors.items()
+    }
+    made = {}
+    for name, (shard, info) in places.items():
+        if name.endswith((*scheme.scales, "input_scale", "activation_scale")):
+            continue
+        if info.dtype == FP8:
+            made[name] = _of_fp8(source, shard, info, scales_of(scheme, info, places))
+        elif info.dtype.startswith("F8"):
+            raise CheckpointError(
+                f"tensor {name} cannot be read as numbers", expected="a float, or FP8 with scales",
+                found=info.dtype,
+            )  # fmt: skip
+        else:
+            made[name] = _stored(source, shard, info)
+    return made
+
+
+def _of_fp8(source: Source, shard: str, info: TensorInfo, scales: Scales) -> VirtualTensor:
+    def make() -> Tensor:
+        stored, factors = source.read(shard, info), source.read(scales.shard, scales.info)
+        return dequantize(stored, factors, scales.block)
+
+    return VirtualTensor(info.name, torch.float32, info.shape, make)
+
+
+def _stored(source: Source, shard: str, info: TensorInfo) -> VirtualTensor:
+    """The recipe of a tensor that is read as it is.
+
+    Raises:
+        CheckpointError: PyTorch has no such dtype.
+    """
+    if info.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor {info.name} cannot be read", expected="a dtype that PyTorch has",
+            found=info.dtype,
+        )  # fmt: skip
+
+    def make() -> Tensor:
+        with source.open(shard) as file:
+            return read_raw(file, info)
+
+    return VirtualTensor(info.name, DTYPES[info.dtype], info.shape, make)

@@ -22,7 +22,6 @@ class Forward:
     """How the model is run, and why.
 
     Attributes:
-        mode: ``resident`` or ``streamed``.
         reason: a function of the inputs and not of how much memory happened to be free.
         budget: bytes of memory to plan with.
     """
@@ -41,12 +40,12 @@ class Forward:
             return
         what = "an evaluation writes continuations, for which the whole model must be in memory"
         hint = "give --forward resident or --device map, or do without the evaluation"
-        if self.reason == ASKED:
+        if self.reason == _ASKED:
             raise OptionError(what, found="--forward streamed", hint=hint)
         raise SourceError(what, found=self.reason, hint=hint)
 
 
-ASKED = "asked for"
+_ASKED = "asked for"
 
 
 def choose_forward(
@@ -61,10 +60,6 @@ def choose_forward(
     """``auto`` is resident where the model fits in memory comfortably, and streamed elsewhere.
 
     Args:
-        asked: ``auto``, ``resident`` or ``streamed``.
-        plan: says how large the model is.
-        dtype: of the weights in memory.
-        device: where the model would be.
         limit: bytes of memory to plan with, if less than what is available.
         spread: over several devices, which only a resident model can be.
 
@@ -76,7 +71,7 @@ def choose_forward(
     if asked == "streamed" and spread:
         raise OptionError("--forward streamed", expected="one device", found="--device map")
     if asked != "auto":
-        return Forward(asked, ASKED, budget)
+        return Forward(asked, _ASKED, budget)
     if spread:
         return Forward("resident", "--device map", budget)
     weights = plan.num_parameters * dtype.itemsize

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from converter.checkpoints.architectures.architecture import Architecture
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import FLOATS
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
@@ -47,18 +49,12 @@ class Model(Protocol):
     @property
     def device(self) -> str: ...
 
-    def visit(
-        self,
-        modules: Mapping[int, str],
-        batched: Sequence[Batch],
-        show: Show,
-    ) -> None:
+    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
         """Run batches up to the last module of interest and show each one's output.
 
         Args:
             modules: layer -> name of the module whose output is wanted; a tuple's first element
                 counts.
-            batched: token ids and masks.
             show: called once for each batch and layer.
         """
 
@@ -85,12 +81,7 @@ class LanguageModel:
     architecture: Architecture
     device: str
 
-    def visit(
-        self,
-        modules: Mapping[int, str],
-        batched: Sequence[Batch],
-        show: Show,
-    ) -> None:
+    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not run."""
         last = max(modules)
         for number, batch in enumerate(batched):
@@ -194,10 +185,7 @@ Group = tuple[Sequence[Batch], Sequence[Sink]]
 def run(model: Model, modules: Mapping[int, str], groups: Sequence[Group]) -> None:
     """Run all batches of all groups and show every layer's activations to the group's sinks.
 
-    Args:
-        model: not edited, or hooked as wanted.
-        modules: layer -> name of the module whose output is wanted.
-        groups: go through the model together, which reads a streamed one once.
+    All groups go through the model together, which reads a streamed one once.
 
     Raises:
         SourceError: memory ran out.
@@ -241,10 +229,14 @@ def choose_device(device: str) -> str:
     return device
 
 
-def choose_dtype(asked: str, stored: torch.dtype, device: str) -> torch.dtype:
-    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype."""
+def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
+    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype.
+
+    That is the dtype of the down-projections; bfloat16 where they are stored in less.
+    """
     if asked != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            asked
-        ]
-    return torch.float32 if device == "cpu" else stored
+        named: torch.dtype = getattr(torch, asked)
+        return named
+    return (
+        torch.float32 if device == "cpu" else FLOATS.get(plan.targets[0].info.dtype, torch.bfloat16)
+    )

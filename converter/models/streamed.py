@@ -11,7 +11,7 @@ these last go to a file where they are many. Every byte of the weights is read o
 with gradients those of the layers that they go back through twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
-from converter.models.hidden_states import HiddenStates
 from converter.models.hooks import (
     Hook,
-    SentenceCount,
     Show,
     StopForward,
     by_position,
@@ -37,7 +35,8 @@ from converter.models.hooks import (
     only_chosen,
     showing,
 )
-from converter.models.streamed_weights import Weights
+from converter.models.streamed_memory import HiddenStates, Weights
+from converter.runtime import progress
 
 
 class StreamedModel:
@@ -45,10 +44,7 @@ class StreamedModel:
 
     Args:
         weights: of the model, none of which is in memory; its modules run stand-ins from now on.
-        tokenizer: of the model.
-        architecture: its data file.
         blocks: names of its layers.
-        device: where they are run.
         held: bytes of hidden states to hold in memory.
         folder: for the file with the others.
     """
@@ -77,11 +73,11 @@ class StreamedModel:
         for name, module in self.module.named_modules():
             if parts := weights.parts_of(name) - set(self._blocks):
                 self._load_when_called(module, parts)
-        self._embedding, self._head = (
-            weights.parts_of(_name_of(self.module, module))
-            for module in (self.module.get_input_embeddings(), self.module.get_output_embeddings())
-        )
+        names = {module: name for name, module in self.module.named_modules()}
+        self._embedding = weights.parts_of(names[self.module.get_input_embeddings()])
+        self._head = weights.parts_of(names[self.module.get_output_embeddings()])
         self._head_needs_embedding = False
+        self._rows, self._steps, self._done = list[int](), 1, 0  # for the count of sentences
 
     def _stand_in(self, number: int, block: nn.Module) -> None:
         """Let a layer run only when it is its turn; see the module."""
@@ -91,7 +87,10 @@ class StreamedModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             end = self._now == len(self._blocks) == number + 1
             if (number == self._now or end) and self._given is not None:
-                args, kwargs = _with_first(self._given, args, kwargs)
+                if args:
+                    args = (self._given, *args[1:])
+                else:
+                    kwargs = {**kwargs, "hidden_states": self._given}
             first = args[0] if args else kwargs["hidden_states"]
             if number == self._now:
                 self._entered = first
@@ -124,12 +123,7 @@ class StreamedModel:
 
         module.forward = forward
 
-    def visit(
-        self,
-        modules: Mapping[int, str],
-        batched: Sequence[Batch],
-        show: Show,
-    ) -> None:
+    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not read."""
         last = max(modules)
 
@@ -139,23 +133,19 @@ class StreamedModel:
             stop = layer == last
             return {modules[layer]: showing(show, number, batched[number], layer, stop=stop)}
 
-        count = SentenceCount(batched, last + 1)
-        with self._pass() as states:
-            for number in self._upwards(batched, states, range(last + 1), hooks=hooks):
-                count.step(number)
+        with self._pass(batched, last + 1) as states:
+            self._upwards(batched, states, range(last + 1), hooks=hooks)
 
     def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
         end = len(self._blocks)
-        count = SentenceCount(batched, end + 1)
-        with self._pass(head=True) as states:
-            for number in self._upwards(batched, states, range(end)):
-                count.step(number)
+        with self._pass(batched, end + 1, head=True) as states:
+            self._upwards(batched, states, range(end))
             for number, batch in enumerate(batched):
                 with torch.no_grad():
                     logits = self._top(batch, states.get((end, number), self.device))
                 yield number, logits
-                count.step(number)
+                self._step(number)
 
     def gradients(
         self, modules: Mapping[int, str], batched: Sequence[Batch]
@@ -166,23 +156,17 @@ class StreamedModel:
         runs each layer again from that, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
-        count = SentenceCount(batched, 2 * end + 1 - first)
-        with self._pass(head=True) as states:
-            for number in self._upwards(batched, states, range(end), first):
-                count.step(number)
-            for number in self._back_from_head(batched, states):
-                count.step(number)
+        with self._pass(batched, 2 * end + 1 - first, head=True) as states:
+            self._upwards(batched, states, range(end), first)
+            self._back_from_head(batched, states)
             for layer in reversed(range(first, end)):
                 with self._layer(layer, layer - 1 if layer > first else None):
                     for number, batch in enumerate(batched):
-                        outputs: dict[int, Tensor] = {}
-                        hooks = {modules[n]: keeping(outputs, n) for n in modules if n == layer}
-                        found = self._back(
-                            layer, number, batch, states, hooks, outputs, further=layer > first
-                        )
-                        for f, g in zip(outputs.values(), found, strict=True):
+                        place, name = (layer, number), modules.get(layer)
+                        found = self._back(place, batch, states, name, further=layer > first)
+                        for f, g in found:
                             yield number, layer, by_position(f, batch), by_position(g, batch)
-                        count.step(number)
+                        self._step(number)
 
     def _upwards(
         self,
@@ -191,11 +175,10 @@ class StreamedModel:
         layers: range,
         first: int | None = None,
         hooks: Callable[[int, int], Mapping[str, Hook]] = lambda layer, number: {},
-    ) -> Iterator[int]:
-        """Run all batches through the lowest layers; yields the number of each batch.
+    ) -> None:
+        """Run all batches through the lowest layers.
 
         Args:
-            batched: what to run.
             states: where (layer, number) will be what a layer is given for a batch, from the layer
                 ``first`` on, or only what the last layer gives.
             layers: from 0.
@@ -215,9 +198,9 @@ class StreamedModel:
                         states.put(given, self._entered)
                     if output is not None:
                         states.put((max(layer + 1, first), number), output)
-                    yield number
+                    self._step(number)
             if layer == 0 and not self._head_needs_embedding:
-                self._drop(self._embedding)
+                self.weights.drop(*self._embedding)
 
     def _through(
         self, layer: int, batch: Batch, given: Tensor | None, hooks: Mapping[str, Hook]
@@ -241,7 +224,7 @@ class StreamedModel:
         logits: Tensor = call(self.module, batch).logits
         return logits
 
-    def _back_from_head(self, batched: Sequence[Batch], states: HiddenStates) -> Iterator[int]:
+    def _back_from_head(self, batched: Sequence[Batch], states: HiddenStates) -> None:
         """Put gradients of log p in the place of what the last layer gave."""
         end, before = len(self._blocks), set(self.weights.loaded)
         self.weights.expect(self._blocks[-1])
@@ -250,41 +233,41 @@ class StreamedModel:
             with torch.enable_grad(), only_chosen(self.module, batch):
                 chosen = log_probability(self._top(batch, top), batch)
             states.put((end, number), torch.autograd.grad(chosen, top)[0])
-            yield number
-        self._drop(self.weights.loaded - before | self._embedding)
+            self._step(number)
+        self.weights.drop(*(self.weights.loaded - before | self._embedding))
 
     def _back(
         self,
-        layer: int,
-        number: int,
+        place: tuple[int, int],
         batch: Batch,
         states: HiddenStates,
-        hooks: Mapping[str, Hook],
-        outputs: Mapping[int, Tensor],
+        name: str | None,
         *,
         further: bool,
-    ) -> Sequence[Tensor]:
-        """Take a gradient back through a layer, and give that of what hooks put into ``outputs``.
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Take a gradient back through a layer for a batch, of which ``place`` has the numbers.
 
         The gradient with respect to what the layer is given, if it is to go ``further``, takes the
         place of that.
+
+        Returns:
+            what the module of a name gives, if there is one, and the gradient with respect to it.
         """
-        given = states.get((layer, number), self.device).clone()
+        layer, number = place
+        outputs: dict[int, Tensor] = {}
+        hooks = {} if name is None else {name: keeping(outputs, layer)}
+        given = states.get(place, self.device).clone()
         with torch.enable_grad():
             given.requires_grad_(further)
             output = self._through(layer, batch, given, hooks)
         assert output is not None
         wanted = [*outputs.values(), *([given] if further else [])]
-        incoming = states.get((layer + 1, number), self.device)
-        found = torch.autograd.grad(output, wanted, incoming)
-        states.drop((layer + 1, number))
+        above = layer + 1, number
+        found = torch.autograd.grad(output, wanted, states.get(above, self.device))
+        states.drop(above)
         if further:
-            states.put((layer, number), found[-1])
-        return found[: len(outputs)]
-
-    def _drop(self, parts: set[str]) -> None:
-        for part in list(parts):
-            self.weights.drop(part)
+            states.put(place, found[-1])
+        return zip(outputs.values(), found, strict=False)
 
     @contextmanager
     def _layer(self, layer: int, following: int | None) -> Iterator[None]:
@@ -298,12 +281,17 @@ class StreamedModel:
             self.weights.drop(self._blocks[layer])
 
     @contextmanager
-    def _pass(self, *, head: bool = False) -> Iterator[HiddenStates]:
+    def _pass(
+        self, batched: Sequence[Batch], steps: int, *, head: bool = False
+    ) -> Iterator[HiddenStates]:
         """A pass over the weights, all of which are let go at its end.
 
         Args:
+            steps: that each batch takes, not one after the other: its sentences count as done only
+                when so many steps are.
             head: whether it goes to the end, where the head may share the embedding's weight.
         """
+        self._rows, self._steps, self._done = [len(batch.rows) for batch in batched], steps, 0
         self._head_needs_embedding = head and bool(self._embedding & self._head)
         try:
             with HiddenStates(self._held, self._folder) as states:
@@ -312,17 +300,8 @@ class StreamedModel:
             self._given = self._entered = None
             self.weights.drop_all()
 
-
-def _with_first(
-    given: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with other hidden states, which come first or by name."""
-    if args:
-        return (given, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": given}
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The name of a submodule."""
-    found: str = next(name for name, module in model.named_modules() if module is wanted)
-    return found
+    def _step(self, number: int) -> None:
+        """One step of a batch is done."""
+        before, self._done = self._done, self._done + self._rows[number]
+        if count := self._done // self._steps - before // self._steps:
+            progress.advance(count)

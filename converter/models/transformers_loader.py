@@ -14,6 +14,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ from torch import Tensor
 from converter.checkpoints.formats.virtual import VirtualTensor
 
 
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is made when transformers loads it, which it does by slicing."""
 
-    def __init__(self, tensor: VirtualTensor) -> None:
-        self.tensor = tensor
+    tensor: VirtualTensor
 
     def __getitem__(self, place: Any) -> Tensor:
         return self.tensor.make()[place]
 
 
+@dataclass(frozen=True, slots=True)
 class MetaTensor:
     """A tensor that transformers is to load onto the meta device."""
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape = dtype, shape
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
     def __getitem__(self, place: Any) -> "MetaTensor":
         return self
@@ -45,13 +47,6 @@ class MetaTensor:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Wherever it is wanted, there is nothing to hold."""
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-def auto_class_of(name: str) -> Any:
-    """A class of transformers such as ``AutoModelForCausalLM``."""
-    import transformers
-
-    return getattr(transformers, name)
 
 
 def from_tensors(
@@ -62,15 +57,15 @@ def from_tensors(
     **settings: Any,
 ) -> Any:
     """``from_pretrained`` of a model whose tensors are not in files of the folder."""
-    from transformers import AutoConfig
+    import transformers
 
-    config = AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):  # what is made is not quantized
             del part.quantization_config
-    auto = auto_class_of(auto_class)
+    auto = getattr(transformers, auto_class)
     with torch.device("meta"):
         kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
     return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
@@ -79,10 +74,7 @@ def from_tensors(
 class PartLoader:
     """Loads some weights of a model after others, by the rules that transformers has for it.
 
-    Args:
-        module: a model of transformers whose weights are on the meta device.
-        dtype: of the weights in memory.
-        device: where to.
+    At the beginning all weights of ``module`` are on the meta device.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype, device: str) -> None:

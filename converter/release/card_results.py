@@ -8,9 +8,9 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.names import PICTURE
-from converter.evaluation.names import EDITED
-from converter.evaluation.table import markdown
+from converter.evaluation.results import markdown
 from converter.manifest import (
+    EDITED,
     Estimate,
     Evaluation,
     EvaluationSettings,

@@ -45,7 +45,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.checkpoints.resolve import resolve
     from converter.cli.command import quiet_libraries
     from converter.models.batching import Sentence, batches
-    from converter.models.build import load_language_model, stream_language_model
+    from converter.models.loading import load_language_model, stream_language_model
     from converter.models.resident import Model, Pool, SecondMoment, run
     from converter.runtime.cache import using_cache
 

@@ -1,4 +1,4 @@
-"""Any sequence classifier of transformers, in a folder or on the Hub.
+"""Any sequence classifier of transformers, in a folder or on the Hub, as a scorer.
 
 Its score is the probability of one label. A classifier trained to tell something else than
 toxicity serves as well: ``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1`` is the one of
@@ -6,7 +6,6 @@ SafeEdit, whose label 1 is unsafe.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -16,72 +15,24 @@ from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from converter.errors import OptionError, SourceError
-from converter.evaluation.scorers import score_written
+from converter.evaluation.scorers import Scorer
 from converter.hub import repos as hub
 from converter.manifest import Origin, ScorerOrigin
 
-TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
+_TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
 """Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
 named; it is taken for the toxic one only where there are two."""
 
-BATCH = 32
+_BATCH = 32
 """Texts that are scored at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Classifier:
-    """See ``Scorer``.
-
-    Attributes:
-        index: of the label whose probability is the score.
-        independent: labels are scored on their own, by a sigmoid, rather than by a softmax.
-    """
-
-    model: Any
-    tokenizer: Any
-    index: int
-    independent: bool
-    device: str
-    title: str
-    paper: str
-    origin: ScorerOrigin
-
-    @torch.inference_mode()
-    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Probabilities of the label, (N,); 0 for white space. What is too long is cut."""
-        return score_written(texts, self._score)
-
-    def _score(self, texts: list[str]) -> NDArray[np.float64]:
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        scores = np.empty(len(texts))
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            coded = self.tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=self._max_tokens(),
-                return_tensors="pt",
-            )
-            logits = self.model(**coded.to(self.device)).logits.double()
-            shares = logits.sigmoid() if self.independent else logits.softmax(-1)
-            scores[rows] = shares[:, self.index].cpu().numpy()
-        return scores
-
-    def _max_tokens(self) -> int:
-        positions: int = getattr(self.model.config, "max_position_embeddings", None) or 512
-        # a tokenizer that knows no limit claims a huge one; RoBERTa counts its positions from 2
-        known: int = self.tokenizer.model_max_length
-        return known if known <= positions else positions - 2
-
-
-def load(argument: str, device: str) -> Classifier:
+def load(argument: str, device: str) -> Scorer:
     """Load a classifier; code that comes with it is not run.
 
     Args:
         argument: a folder or a Hub repo id with an optional ``@revision``, and an optional
             ``#LABEL``.
-        device: to run it on.
 
     Raises:
         OptionError: neither is given, or it is not plain which label is the toxic one.
@@ -102,30 +53,55 @@ def load(argument: str, device: str) -> Classifier:
     kind = model.config.problem_type
     if kind == "regression":
         raise OptionError(f"--scorer classifier:{name}", expected="a classifier", found=kind)
-    return Classifier(
-        model.to(device),
-        tokenizer,
-        index,
-        independent=kind == "multi_label_classification" or len(labels) == 1,
-        device=device,
+    independent = kind == "multi_label_classification" or len(labels) == 1
+    model.to(device)
+
+    def predict(texts: list[str]) -> NDArray[np.float64]:
+        shares = _logits(model, tokenizer, texts)
+        shares = shares.sigmoid() if independent else shares.softmax(-1)
+        return cast(NDArray[np.float64], shares[:, index].numpy())
+
+    return Scorer(
         title=f"{PurePosixPath(name).name}, {labels[index]}",
         paper=f"https://huggingface.co/{found.repo_id}" if found.repo_id else "",
         origin=ScorerOrigin(**asdict(found), label=labels[index]),
+        predict=predict,
     )
+
+
+@torch.inference_mode()
+def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """(N, labels) float64 on the CPU. What is too long is cut."""
+    positions: int = getattr(model.config, "max_position_embeddings", None) or 512
+    # a tokenizer that knows no limit claims a huge one; RoBERTa counts its positions from 2
+    known: int = tokenizer.model_max_length
+    longest = known if known <= positions else positions - 2
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = torch.empty(len(texts), model.config.num_labels, dtype=torch.float64)
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        coded = tokenizer(
+            [texts[i] for i in rows],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        found[rows] = model(**coded.to(model.device)).logits.double().cpu()
+    return found
 
 
 def find_label(labels: Sequence[str], asked: str) -> int:
     """The place of the toxic label.
 
-    Args:
-        labels: of the classifier, in order.
-        asked: by name, whatever its case; empty to find it among ``TOXIC``. An only label is it.
+    It is the one that is ``asked`` for, whatever its case; or else an only label, or one of the
+    usual names.
 
     Raises:
         OptionError: there is none of that name.
     """
     names = [name.lower() for name in labels]
-    wanted = (asked.lower(),) if asked else TOXIC if len(names) == 2 else TOXIC[:-1]
+    wanted = (asked.lower(),) if asked else _TOXIC if len(names) == 2 else _TOXIC[:-1]
     for name in wanted:
         if name in names:
             return names.index(name)
@@ -155,17 +131,12 @@ def _locate(name: str) -> tuple[Path, Origin]:
 def _load(folder: Path, name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
         loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            folder, dtype=torch.float32, output_loading_info=True, **local
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise SourceError(
             f"transformers cannot load the classifier {name}",

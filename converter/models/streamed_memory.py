@@ -1,14 +1,18 @@
-"""The weights of a model of which only a part is in memory at a time."""
+"""What is in memory of a streamed model: a part of its weights, and hidden states up to a limit."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import VirtualTensor
-from converter.errors import CheckpointError
+from converter.checkpoints.safetensors.header import read_exactly, to_bytes
+from converter.errors import CheckpointError, SourceError
 from converter.models.transformers_loader import LazyTensor, PartLoader
 
 
@@ -21,12 +25,10 @@ class Weights:
     weight that two modules share belongs to the one under whose name the checkpoint has it.
 
     Args:
-        module: from ``loading.load_skeleton``. Its weights are on the meta device, and return to it
+        module: from ``transformers_loader``. Its weights are on the meta device, and return to it
             when their part is dropped.
         recipes: make the tensors of the checkpoint, by name.
         blocks: names of the decoder layers.
-        dtype: of the weights in memory.
-        device: where to.
 
     Attributes:
         loaded: the parts that are in memory now.
@@ -58,7 +60,7 @@ class Weights:
         found: dict[str, list[str]] = {}
         for name in self._recipes:
             if (key := self._loader.weight_of(name)) is not None:
-                found.setdefault(part_of(key, blocks), []).append(name)
+                found.setdefault(_part_of(key, blocks), []).append(name)
         return found
 
     def _find_keys(self, blocks: set[str]) -> dict[str, list[str]]:
@@ -68,7 +70,7 @@ class Weights:
             groups.setdefault(id(tensor), []).append(key)
         found: dict[str, list[str]] = {}
         for keys in groups.values():
-            parts = [part_of(key, blocks) for key in keys]
+            parts = [_part_of(key, blocks) for key in keys]
             home = next((part for part in parts if part in self._sources), parts[0])
             found.setdefault(home, []).extend(keys)
         return found
@@ -124,9 +126,9 @@ class Weights:
                     found=problems[0].strip().splitlines()[-1] if problems else "nothing",
                 )
 
-    def drop(self, part: str) -> None:
-        """Let a part go."""
-        if part in self.loaded:
+    def drop(self, *parts: str) -> None:
+        """Let parts go."""
+        for part in self.loaded.intersection(parts):
             self.loaded.remove(part)
             for key in self._keys[part]:
                 self._set(key, self._meta[key])
@@ -134,8 +136,7 @@ class Weights:
     def drop_all(self) -> None:
         """Let all parts go, those too that are on their way."""
         self._coming.clear()
-        for part in list(self.loaded):
-            self.drop(part)
+        self.drop(*self.loaded)
 
     def expect(self, part: str) -> None:
         """Begin to copy a part to the GPU, which computes meanwhile; on the CPU do nothing.
@@ -171,7 +172,7 @@ class Weights:
         setattr(self.module.get_submodule(owner), name, tensor)
 
 
-def part_of(key: str, blocks: set[str]) -> str:
+def _part_of(key: str, blocks: set[str]) -> str:
     """The part that a weight of the model is in by its name: its layer, or else its module."""
     owner = place = key.rpartition(".")[0]
     while place:
@@ -179,3 +180,76 @@ def part_of(key: str, blocks: set[str]) -> str:
             return place
         place = place.rpartition(".")[0]
     return owner
+
+
+class HiddenStates:
+    """Tensors by name, as long as this is open.
+
+    What is more than ``limit`` bytes goes to a file in ``folder`` that has no name and exists only
+    if it is needed. It is read and written with plain calls: a mapped file would count as memory
+    where the address space is limited. A name keeps its place, so that the states of a layer take
+    that of the layer before.
+
+    Attributes:
+        filed: bytes in the file.
+    """
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.left, self.folder, self.filed = limit, folder, 0
+        self._held: dict[Hashable, Tensor] = {}
+        self._places: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
+        self._file: FileIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._held.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def put(self, name: Hashable, tensor: Tensor) -> None:
+        """Keep a tensor in the place of the last one of this name, which was as large.
+
+        Raises:
+            SourceError: the disk is full.
+        """
+        tensor = tensor.detach().cpu().contiguous()
+        if name not in self._held and name not in self._places:
+            if tensor.nbytes <= self.left:
+                self.left -= tensor.nbytes
+            else:
+                self._places[name] = self.filed, tensor.shape, tensor.dtype
+                self.filed += tensor.nbytes
+        if name not in self._places:
+            self._held[name] = tensor
+            return
+        view = to_bytes(tensor)
+        try:
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
+            self._file.seek(self._places[name][0])
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            raise SourceError(
+                f"hidden states of {self.filed / 1e9:.1f} GB do not fit on the disk of the cache",
+                found=error.strerror,
+                hint="give --cache-dir on a larger disk, or fewer pairs: --num-pairs",
+            ) from error
+
+    def get(self, name: Hashable, device: str) -> Tensor:
+        """The tensor of a name, on a device."""
+        if name in self._held:
+            return self._held[name].to(device)
+        assert self._file is not None
+        start, shape, dtype = self._places[name]
+        self._file.seek(start)
+        data = read_exactly(self._file, shape.numel() * dtype.itemsize, "of the hidden states")
+        return torch.frombuffer(data, dtype=dtype).reshape(shape).to(device)
+
+    def drop(self, name: Hashable) -> None:
+        """Forget a tensor; its place in memory, if it had one, is free for others."""
+        if name in self._held:
+            self.left += self._held.pop(name).nbytes

@@ -1,1 +1,0 @@
-"""Benchmarks that others defined, run on a model as it is and as it is edited."""

@@ -1,0 +1,274 @@
+"""Continuations of prompts: written by a model, and weighed by the same or another one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from converter.calibration.word_list import WordList
+from converter.errors import DataError, OptionError, SourceError
+from converter.models.batching import Batch, Sentence, batches, first_token, num_positions
+from converter.models.likelihood import LogProbabilities, Words, log_probabilities
+from converter.models.resident import LanguageModel, Model
+from converter.runtime import progress
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 20,
+    samples: int = 0,
+    top_p: float = 0.9,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[list[str]]:
+    """Continue every prompt; only the new text is returned.
+
+    Prompts are encoded as the tokenizer does it by default. One that leaves no room for
+    ``max_new_tokens`` loses its beginning, but not its BOS. A continuation ends before the first
+    EOS. Penalties, temperatures, forced and suppressed tokens of the checkpoint's own
+    ``generation_config.json`` are left out: they would be measured along with the weights.
+
+    Args:
+        model: in eval mode; its parts may be on several devices. Inputs go where the embeddings
+            are, or to its device if these do not say (offloaded weights do not).
+        samples: continuations drawn for each prompt; 0 for a single greedy one.
+        top_p: samples are drawn at temperature 1 from the fewest tokens that have this much of the
+            probability together.
+        batch_size: continuations written at a time. Greedy ones do not depend on it beyond
+            rounding; samples do.
+        seed: of the samples, which do not depend on what was drawn before, nor change it.
+
+    Returns:
+        For each prompt, in order, its continuations: 1, or ``samples``.
+
+    Raises:
+        OptionError: the model has too few positions for ``max_new_tokens``.
+        DataError: the tokenizer has no special token to begin an empty prompt with.
+        SourceError: the GPU is out of memory.
+    """
+    module, tokenizer = model.module, model.tokenizer
+    copies = max(samples, 1)
+    sentences = [
+        Sentence(ids)
+        for ids in _encode(module, tokenizer, prompts, max_new_tokens)
+        for _ in range(copies)
+    ]
+    where: Any = module.get_input_embeddings().weight.device  # type: ignore[operator]
+    where = model.device if where.type == "meta" else str(where)
+    settings = _settings(module, tokenizer, max_new_tokens, top_p if samples else None)
+    found: list[str] = [""] * len(sentences)
+    with _only(module), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)  # of the global generators, which are all that is drawn from
+        for batch in batches(sentences, batch_size, where, "left"):
+            for row, ids in zip(batch.rows, _continue(module, batch, settings), strict=True):
+                found[row] = _decode(tokenizer, sentences[row].ids, ids, settings.eos_token_id)
+            progress.advance(len(batch.rows))
+    return [found[i : i + copies] for i in range(0, len(found), copies)]
+
+
+def _encode(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Token ids of each prompt, at least one and few enough to leave room for the new ones."""
+    positions = num_positions(model)
+    if positions is not None and max_new_tokens >= positions - 1:
+        raise OptionError(
+            "--max-new-tokens", expected=f"fewer than {positions - 1}", found=str(max_new_tokens)
+        )
+    for prompt in prompts:
+        # verbose warns of what is cut below
+        ids = list(tokenizer(prompt, verbose=False)["input_ids"]) or [first_token(tokenizer)]
+        excess = 0 if positions is None else len(ids) + max_new_tokens - positions
+        kept = 1 if ids[0] == tokenizer.bos_token_id else 0
+        yield ids if excess <= 0 else ids[:kept] + ids[kept + excess :]
+
+
+def _settings(
+    model: nn.Module, tokenizer: Any, max_new_tokens: int, top_p: float | None
+) -> GenerationConfig:
+    """What is asked and nothing else; of the checkpoint's own settings only the EOS stays."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    sampling = {} if top_p is None else {"top_p": top_p, "top_k": 0, "temperature": 1.0}
+    # generate() wants a padding token even where nothing is padded; what it writes after an EOS is
+    # cut off again
+    pad = min(ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=top_p is not None,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+        **sampling,
+    )
+
+
+@contextmanager
+def _only(model: nn.Module) -> Iterator[None]:
+    """Empty the model's own generation config, from which generate() fills what we do not set."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[assignment, no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Tensor:
+    """The new ids, (B, up to max_new_tokens), on the CPU."""
+    write: Any = model.generate
+    try:
+        written = write(input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings)
+    except torch.OutOfMemoryError as error:
+        raise SourceError(
+            f"the GPU is out of memory with {len(batch.rows)} continuations in a batch",
+            hint="lower --generation-batch-size, or give --device cpu",
+        ) from error
+    new: Tensor = written[:, batch.ids.shape[1] :].cpu()
+    return new
+
+
+def _decode(tokenizer: Any, prompt: list[int], ids: Tensor, ends: Any) -> str:
+    """The text that new ids add to a prompt's, up to the first EOS."""
+    new: list[int] = ids.tolist()
+    end = next((i for i, token in enumerate(new) if token in (ends or ())), len(new))
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    head: str = tokenizer.decode(prompt, **options)
+    whole: str = tokenizer.decode(prompt + new[:end], **options)
+    # decoded alone, the first word would lose its space with SentencePiece
+    if whole.startswith(head):
+        return whole[len(head) :]
+    alone: str = tokenizer.decode(new[:end], **options)
+    return alone
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """Continuations of prompts drawn once from the unedited model, with their toxic words.
+
+    They are the fixed sequences of the teacher-forced estimate.
+
+    Attributes:
+        sentences: prompt and continuation, encoded as the tokenizer does it by default.
+        words: places of the tokens of each word of the word list in each continuation.
+        prompts: the place of each one's prompt; continuations of one prompt are one sampling unit.
+        before: log-probabilities under the unedited model.
+    """
+
+    sentences: Sequence[Sentence]
+    words: Words
+    prompts: Sequence[int]
+    before: LogProbabilities
+
+
+def draw_passages(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    words: WordList,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> Passages | None:
+    """Draw them; None if there is no toxic word in them.
+
+    They are sampled at temperature 1 from the whole distribution (top_p = 1), so that the mean of
+    p_after / p_before over their toxic words is an importance-weighted estimate.
+    """
+    drawn = generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        top_p=1.0,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    positions = num_positions(model.module)
+    coded = [
+        (place, *_listed_words(model.tokenizer, prompt, text, words, positions))
+        for place, (prompt, group) in enumerate(zip(prompts, drawn, strict=True))
+        for text in group
+    ]
+    kept = [(place, sentence, found) for place, sentence, found in coded if found]
+    if not kept:
+        return None
+    places, sentences, found = zip(*kept, strict=True)
+    (before,) = log_probabilities(model, [sentences])
+    return Passages(sentences, found, places, before)
+
+
+def _listed_words(
+    tokenizer: Any, prompt: str, continuation: str, words: WordList, positions: int | None
+) -> tuple[Sentence, list[tuple[int, ...]]]:
+    """Prompt and continuation as one sentence, and where its listed words are.
+
+    What does not fit the model's positions is cut on the left.
+    """
+    coded = tokenizer(prompt + continuation, return_offsets_mapping=True)
+    ids, offsets = coded["input_ids"], coded["offset_mapping"]
+    cut = max(len(ids) - positions, 0) if positions else 0
+    found = []
+    for start, end in words.spans(continuation):
+        a, b = start + len(prompt), end + len(prompt)
+        found.append(tuple(i - cut for i, (s, e) in enumerate(offsets) if s < b and e > a))
+    return Sentence(ids[cut:]), [word for word in found if word and word[0] > 0]
+
+
+def conditional_losses(
+    model: Model, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
+    """How probable continuations are after their prompts: do they make sense there?
+
+    Only tokens of the continuations are counted. Prompt and continuation are encoded as one text,
+    after a BOS; a token that has a character of the continuation belongs to it. What does not fit
+    the model's positions is cut on the left. Empty continuations are left out.
+
+    Args:
+        model: that judges; a larger one that did not write the continuations.
+        continuations: of each of P prompts, as ``generate`` returns them.
+
+    Returns:
+        (P, 2), for each prompt the negative log-probability of its continuations, in nats, and
+        their tokens. exp of the sum of the ones over that of the others is the perplexity.
+
+    Raises:
+        DataError: all continuations are empty.
+        SourceError: memory ran out.
+    """
+    positions = num_positions(model.module)
+    coded = [
+        (place, *found)
+        for place, (prompt, texts) in enumerate(zip(prompts, continuations, strict=True))
+        for found in _after_prompt(model.tokenizer, prompt, texts, positions)
+    ]
+    if not coded:
+        raise DataError("conditional perplexity", expected="text", found="empty continuations")
+    (found,) = log_probabilities(model, [[sentence for _, sentence, _ in coded]])
+    losses = np.zeros((len(prompts), 2))
+    for (place, _, count), values in zip(coded, found, strict=True):
+        losses[place] += -values[-count:].sum(), count
+    return losses
+
+
+def _after_prompt(
+    tokenizer: Any, prompt: str, texts: Sequence[str], positions: int | None
+) -> Iterator[tuple[Sentence, int]]:
+    """Each continuation after its prompt, and how many of its last tokens are its own."""
+    for text in filter(None, texts):
+        coded = tokenizer(
+            prompt + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        own = sum(end > len(prompt) for _, end in coded["offset_mapping"])
+        ids = [first_token(tokenizer), *coded["input_ids"]][-(positions or 0) :]
+        # the first token of what is left is not predicted
+        if count := min(own, len(ids) - 1):
+            yield Sentence(ids), count
