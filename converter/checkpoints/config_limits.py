@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 MAX_NESTING = 32
 """Objects and lists within one another; real ones have five or six."""

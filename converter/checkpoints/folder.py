@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import is_one_line
+from converter.text import is_one_line
 
 MAX_DEPTH = 32
 """Folders within one another in a source."""

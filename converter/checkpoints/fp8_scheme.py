@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 FP8 = "F8_E4M3"
 

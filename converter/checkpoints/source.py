@@ -19,7 +19,7 @@ from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
 from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
-from converter.runtime.threads import ThreadPool
+from converter.runtime.progress import ThreadPool
 
 READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""

@@ -14,10 +14,9 @@ from click.core import ParameterSource
 
 from converter.cli.fields import Part
 from converter.cli.signals import Stopped, leave, stopping
-from converter.cli.terminal import reporting
+from converter.cli.terminal import as_json, echo, reporting
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.option import PREFIX, Option, Options
-from converter.runtime.console import as_json, echo
 from converter.runtime.registry import telling_packages
 
 EXIT_CODES = """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
-from converter.cli.recipe_options import RecipePart
+from converter.cli.recipe import RecipePart
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions
 from converter.hub.publication import Publication, PublicationOptions
@@ -16,19 +16,20 @@ from converter.recipe import Recipe, Settings
 from converter.runtime import progress
 
 if TYPE_CHECKING:
-    from converter.entrypoints.push import Published
+    from converter.entrypoints.upload import Published
 
+Destination = Annotated[
+    Path, Option("Folder for the result, which does not exist or is empty.", flag="DESTINATION")
+]
 Overwrite = Annotated[bool, Option("Replace the checkpoint or adapter at DESTINATION.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeliveryOptions(Options):
+class _DeliveryOptions(Options):
     """What becomes of the result."""
 
     # fmt: off
-    destination: Annotated[Path, Option(
-        "Folder for the result, which does not exist or is empty.", flag="DESTINATION",
-    )]
+    destination: Destination
     overwrite: Overwrite = False
     evaluate: Annotated[bool, Option(
         "Measure more than the guard does, before anything is written; see gloss evaluate.",
@@ -64,7 +65,7 @@ def published_text(published: "Published | None") -> str:
     return f"\n  published     {published.pull_request or published.url}" if published else ""
 
 
-def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
+def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
     from converter.outputs.registry import output_of
 
@@ -81,7 +82,7 @@ def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
 @command(
     "convert",
     recipe=RecipePart(),
-    asked=Part(DeliveryOptions),
+    asked=Part(_DeliveryOptions),
     settings=Part(Settings),
     gates=Part(Gates),
     evaluation=Part(EvaluationOptions),
@@ -89,7 +90,7 @@ def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
 )
 def convert_command(
     recipe: Recipe,
-    asked: DeliveryOptions,
+    asked: _DeliveryOptions,
     settings: Settings,
     gates: Gates,
     evaluation: EvaluationOptions,
@@ -102,18 +103,16 @@ def convert_command(
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
     from converter.cli.summary_text import plan_text, result_of, result_text
-    from converter.entrypoints.delivery import Delivery, no_pictures
+    from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of
-    from converter.entrypoints.pictures import check_plots, draw
     from converter.entrypoints.plan import describe_plan
-    from converter.entrypoints.push import push
+    from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
-    from converter.entrypoints.stream_push import Streaming
     from converter.hub.permissions import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()
-    refuse_unused(recipe, asked)
+    _refuse_unused(recipe, asked)
     words = recipe.guard or (asked.evaluate and evaluation.draws_passages)
     gates.require_measurements(words=words, ratio=asked.evaluate and evaluation.text is not None)
     signer = load_signer(asked.key) if asked.key else None
@@ -126,7 +125,7 @@ def convert_command(
     delivery = Delivery(
         overwrite=asked.overwrite,
         gates=gates,
-        pictures=partial(draw, place=inside) if inside else no_pictures,
+        pictures=partial(draw, place=inside) if inside else None,
         signer=signer,
         stream=stream,
     )
@@ -145,7 +144,7 @@ def convert_command(
     if signer:
         progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
     result = result_of(manifest, asked.destination, progress.current())
-    result["published"] = published.record() if published else None
+    result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result) + published_text(published))
 
 
@@ -156,6 +155,6 @@ def plan_command(recipe: Recipe, settings: Settings) -> Answer:
     from converter.entrypoints.plan import describe_plan
 
     quiet_libraries()
-    refuse_unused(recipe)
+    _refuse_unused(recipe)
     plan = describe_plan(recipe, settings=settings)
     return Answer(plan, plan_text(plan))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.fields import Part
-from converter.cli.recipe_options import RecipePart
+from converter.cli.recipe import RecipePart
 from converter.errors import DestinationError, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
@@ -16,7 +16,7 @@ from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonOptions(Options):
+class _ComparisonOptions(Options):
     """What is measured beside the model, and where the results go."""
 
     # fmt: off
@@ -46,20 +46,20 @@ class ComparisonOptions(Options):
 @command(
     "evaluate",
     recipe=RecipePart(without=("output",)),
-    comparison=Part(ComparisonOptions),
+    comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
     settings=Part(Settings, only=("memory_limit",)),
 )
 def evaluate_command(
-    recipe: Recipe, comparison: ComparisonOptions, asked: EvaluationOptions, settings: Settings
+    recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
 ) -> Answer:
     """Measure perplexity and toxicity of SOURCE, of what it was made from, and of controls.
 
     Controls are fitted on --pairs and run through hooks on the unedited model, which is --base, or
     SOURCE if there is none.
     """
+    from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
-    from converter.entrypoints.pictures import require_matplotlib
     from converter.evaluation.compare import Comparison
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.systems import parse_controls

@@ -79,11 +79,11 @@ def parameter(option: Declared) -> click.Parameter:
         multiple=option.kind in (tuple, dict),
         metavar=option.option.metavar,
         envvar=option.variable,
-        help=help_text(option),
+        help=_help(option),
     )
 
 
-def help_text(option: Declared) -> str:
+def _help(option: Declared) -> str:
     """What an option does, its default and an example."""
     repeated = " Repeatable." if option.kind in (tuple, dict) else ""
     notes = [

@@ -135,15 +135,16 @@ def write_records(
     written: Written,
     folder: Path,
     manifest: Manifest,
-    pictures: Pictures,
+    pictures: Pictures | None = None,
 ) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
     Each states the sha256 of those before, so no byte of the three can change unnoticed.
     """
     terms = terms_of(source, source.base)
-    drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
-    made = (EDIT_FILE, *write_notice(terms, folder), *drawn)
+    drawn = pictures(manifest, folder) if pictures else []
+    pictured = [path.relative_to(folder).as_posix() for path in drawn]
+    made = (EDIT_FILE, *write_notice(terms, folder), *pictured)
     own = {name: file_entry(folder / name) for name in made}
     files = file_list(written, own)
     manifest = structs.replace(manifest, files=files, measurements=measurements())

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from converter.manifest import Evaluation, Interval, Metric
-from converter.text.markdown import escaped
+from converter.text import escaped
 
 NOT_MEASURED = "not measured"
 

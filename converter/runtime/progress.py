@@ -3,22 +3,26 @@
 Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; without a
 handler nothing is printed. The current ``Progress`` keeps warnings, seconds and memory, and says
 whether bars are shown. Without one, everything here works and nothing is kept or shown. A thread
-has the ``Progress`` of whoever gave it work only if it runs in a copy of the context: see
-``runtime.threads``.
+has the ``Progress`` of whoever gave it work only if it is one of a ``ThreadPool``.
 """
 
 import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Never
+from typing import Never, ParamSpec, TypeVar
 
 from tqdm import tqdm
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOG = logging.getLogger("converter")
 LOG.addHandler(logging.NullHandler())  # or Python prints warnings where nobody has asked for them
@@ -71,6 +75,16 @@ def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
         yield current()
     finally:
         _current.reset(token)
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """A pool whose threads do each piece of work in a copy of the context that submitted it.
+
+    So the current ``Progress`` and the cache folder are those of the run. A thread has none else.
+    """
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return super().submit(copy_context().run, partial(fn, *args, **kwargs))
 
 
 def note(text: str) -> None:

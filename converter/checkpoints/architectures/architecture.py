@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter.checkpoints.architectures.dimensions import Dimensions, read_dimensions
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 if TYPE_CHECKING:
     from torch import nn

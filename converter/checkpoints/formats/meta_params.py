@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 MAX_PARAMS = 1_000_000
 """Bytes of a file that has ten numbers."""

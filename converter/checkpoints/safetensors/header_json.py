@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from converter.runtime.strict_json import unique
-from converter.text.sanitize import one_line
+from converter.text import one_line
 
 MAX_AXES = 64
 """Of a tensor; PyTorch has no more."""
