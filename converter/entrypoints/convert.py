@@ -122,6 +122,12 @@ def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
     return pairs, prose, words
 
 
+def other_texts(manifest: Manifest, pairs: Pairs, prose: Prose, words: WordList) -> list[str]:
+    """Which texts are not those that a manifest records, by their sha256."""
+    found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
+    return [name for name in found if found[name] != getattr(manifest, name).sha256]
+
+
 def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> None:
     """Verify what was written, except shards that are gone. Raises VerificationError."""
     with progress.stage("verify", "verifying what was written"):

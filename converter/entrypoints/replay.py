@@ -14,9 +14,6 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from converter.calibration.pairs import Pairs, Prose
-from converter.calibration.word_list import WordList
-from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
@@ -24,8 +21,15 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
 from converter.edits.edit_file import EDIT_FILE, EVIDENCE, file_tensors
 from converter.edits.engine import Engine
-from converter.entrypoints.convert import check_whole, inputs_of, load_texts, prepare, write_records
-from converter.entrypoints.resume import finish_existing
+from converter.entrypoints.convert import (
+    check_whole,
+    inputs_of,
+    load_texts,
+    other_texts,
+    prepare,
+    write_records,
+)
+from converter.entrypoints.resume import finish_existing, made_before
 from converter.errors import VerificationError
 from converter.evaluation.fit import fit
 from converter.manifest import TOOL, Manifest
@@ -35,11 +39,11 @@ from converter.outputs.base import WriteJob, Written
 from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.destination import check_destination
 from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed, interrupted
+from converter.outputs.staging.claim import claimed
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
-from converter.release.manifest import environment, read_manifest
+from converter.release.manifest import environment, file_list
 from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress
 
@@ -139,19 +143,12 @@ def replay(
 
 def _replayed_before(recording: Recording, destination: Path) -> Manifest | None:
     """The manifest of a folder that holds a replay of this recording already; whole or not."""
-    if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
+    manifest = made_before(destination)
+    if manifest is None or (manifest.replay_of, manifest.tool) != (recording.sha256, TOOL):
         return None
-    try:
-        manifest = read_manifest(destination)
-    except VerificationError:
-        return None
-    now = manifest.files
-    same = (
-        manifest.replay_of == recording.sha256
-        and manifest.tool == TOOL
-        and all(now.get(name) == file for name, file in recording.manifest.shards.items())
-    )
-    return manifest if same else None
+    shards = recording.manifest.shards
+    is_same = all(manifest.files.get(name) == file for name, file in shards.items())
+    return manifest if is_same else None
 
 
 def _device_like(recording: Recording, recipe: Recipe) -> str:
@@ -186,9 +183,7 @@ def _check_outputs(
     Raises:
         VerificationError: naming those that are not, and the tensor where a shard departs.
     """
-    digests = {written.renamed.get(n, n): record.sha256 for n, record in written.shards.items()}
-    digests |= {name: file.sha256 for name, file in written.extra.items()}
-    digests |= {name: file.sha256 for name, file in {**written.copies, **written.made}.items()}
+    digests = {name: file.sha256 for name, file in file_list(written, {}).items()}
     wrong = []
     for name in sorted({*digests, *recording.manifest.shards}):
         file = recording.manifest.files.get(name)
@@ -199,20 +194,16 @@ def _check_outputs(
             place = f" from {find_damage(folder / name, prefixes)} on" if prefixes else ""
             wrong.append(f"{name} differs{place}")
     if wrong:
+        cause = "tool, device and libraries are as recorded, so the manifest may be altered"
+        if found:
+            listed = (f"{d['what']} {d['found']} instead of {d['recorded']}" for d in found)
+            cause = "the probable cause is " + ", ".join(listed)
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise VerificationError(
             "the replay gave other bytes than recorded: " + "; ".join(wrong[:NAMED]) + more,
-            hint="nothing was written; " + _probable_cause(found),
+            hint="nothing was written; " + cause,
         )
     return len(digests)
-
-
-def _probable_cause(found: Sequence[Mapping[str, str]]) -> str:
-    """Why outputs may differ although the source does not."""
-    if not found:
-        return "tool, device and libraries are as recorded, so the manifest may be altered"
-    listed = (f"{d['what']} {d['found']} instead of {d['recorded']}" for d in found)
-    return "the probable cause is " + ", ".join(listed)
 
 
 def _others(recording: Recording, manifest: Manifest) -> list[str]:
@@ -222,11 +213,7 @@ def _others(recording: Recording, manifest: Manifest) -> list[str]:
 
 
 def _compare_fit(
-    recording: Recording,
-    recipe: Recipe,
-    device: str,
-    max_angle: float,
-    memory_limit: int | None = None,
+    recording: Recording, recipe: Recipe, device: str, max_angle: float, memory_limit: int | None
 ) -> dict[str, list[float]]:
     """Fit as recorded, guard included, and measure the angles to the recorded bases.
 
@@ -241,13 +228,17 @@ def _compare_fit(
     """
     source, plan, method = prepare(recipe)
     pairs, prose, words = load_texts(recipe)
-    _check_texts(recording, pairs, prose, words)
+    if others := other_texts(recording.manifest, pairs, prose, words):
+        raise VerificationError(
+            f"not the texts of the recorded fit, by their sha256: {', '.join(others)}",
+            hint="nothing was done; give the recorded ones as "
+            + ", ".join("--" + name.replace("_", "-") for name in others),
+        )
     bench = Bench.of(recipe, source, plan, words, device, memory_limit)
     edit = fit(bench, method, pairs, prose).edit
     bench.unload()
     layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}
-    fitted = file_tensors(edit, layers, {})
-    angles = _compare_tensors(recording, fitted)
+    angles = _compare_tensors(recording, file_tensors(edit, layers, {}))
     name = max(angles, key=lambda name: angles[name][-1])
     if not angles[name][-1] <= max_angle:
         raise VerificationError(
@@ -258,18 +249,6 @@ def _compare_fit(
             "determine",
         )
     return angles
-
-
-def _check_texts(recording: Recording, pairs: Pairs, prose: Prose, words: WordList) -> None:
-    """The texts must be those of the recorded fit. Raises VerificationError naming others."""
-    found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
-    wrong = [name for name in found if found[name] != getattr(recording.manifest, name).sha256]
-    if wrong:
-        raise VerificationError(
-            f"not the texts of the recorded fit, by their sha256: {', '.join(wrong)}",
-            hint="nothing was done; give the recorded ones as "
-            + ", ".join("--" + name.replace("_", "-") for name in wrong),
-        )
 
 
 def _compare_tensors(recording: Recording, fitted: Mapping[str, Tensor]) -> dict[str, list[float]]:

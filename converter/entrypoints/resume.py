@@ -9,7 +9,7 @@ from converter.checkpoints.layout import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
-from converter.entrypoints.convert import check_whole, convert
+from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
 from converter.manifest import TOOL, Manifest
@@ -72,14 +72,10 @@ def done_before(
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
     """
-    try:
-        if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
-            return None
-        manifest = read_manifest(destination)
-    except (VerificationError, OSError):  # who writes there will say what is wrong
-        return None
+    manifest = made_before(destination)
     same = bool(
-        manifest.tool == TOOL
+        manifest
+        and manifest.tool == TOOL
         and manifest.run == recipe.record()
         and manifest.evaluation is None
         and (delivery.signer or not (destination / SIGNATURE).is_file())
@@ -87,15 +83,24 @@ def done_before(
         and {gate.gate: gate.limit for gate in manifest.gates} == delivery.gates.limits
         and all((destination / name).is_file() for name in manifest.files)
     )
-    return manifest if same and _same_inputs(recipe, destination, manifest) else None
+    return manifest if manifest and same and _same_inputs(recipe, destination, manifest) else None
+
+
+def made_before(destination: Path) -> Manifest | None:
+    """The manifest of what is there, whole or not; None if the run was killed in its last step."""
+    try:
+        if (destination / MANIFEST).is_file() and not interrupted(destination.resolve()):
+            return read_manifest(destination)
+    except (VerificationError, OSError):
+        pass  # who writes there will say what is wrong
+    return None
 
 
 def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
     pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    for name, found in (("word_list", words), ("neutral", prose), ("pairs", pairs)):
-        if getattr(manifest, name).sha256 != found.sha256:
-            return False
+    if other_texts(manifest, pairs, prose, words):
+        return False
     seen = manifest.activations.inputs if manifest.activations else {}
     if recipe.activations and read_inputs(recipe.activations) != seen:
         return False

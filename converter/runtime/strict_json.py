@@ -28,7 +28,7 @@ def parse(raw: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from error
     _check_depth(value)
     if "\\u" in text:
-        _check_text(value)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a pair cannot be
     return value
 
 
@@ -72,19 +72,6 @@ def _number(text: str) -> float:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=unique, parse_int=_integer, parse_float=_number, parse_constant=_number
 )
-
-
-def _check_text(value: Any) -> None:
-    """Raise ValueError if a string cannot be written as UTF-8; its depth is bounded by now."""
-    if isinstance(value, str):
-        value.encode("utf-8")
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            key.encode("utf-8")
-            _check_text(child)
-    elif isinstance(value, list):
-        for child in value:
-            _check_text(child)
 
 
 def _check_depth(value: Any) -> None:
