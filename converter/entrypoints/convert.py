@@ -47,15 +47,7 @@ def convert(
     settings: Settings = Settings(),
     delivery: Delivery = Delivery(),
 ) -> Manifest:
-    """Convert a checkpoint.
-
-    Notes and warnings are logged, see ``runtime.progress``; the cache is that of ``using_cache``.
-
-    Args:
-        recipe: what to do.
-        destination: a folder that does not exist or is empty.
-        settings: how this machine does it.
-        delivery: what becomes of the result.
+    """Convert a checkpoint into a folder that does not exist or is empty.
 
     Returns:
         the manifest that was written.
@@ -137,11 +129,7 @@ def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> Non
 
 
 def write_records(
-    source: Source,
-    written: Written,
-    folder: Path,
-    manifest: Manifest,
-    pictures: Pictures | None = None,
+    source: Source, written: Written, folder: Path, manifest: Manifest, pictures: Pictures | None
 ) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
@@ -163,11 +151,7 @@ def write_records(
 
 
 def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
-    """Everything that can be known without reading a weight.
-
-    Raises:
-        SourceError, CheckpointError, OptionError.
-    """
+    """All that is known without a weight. Raises SourceError, CheckpointError or OptionError."""
     if recipe.base_model is not None:
         check_repo_id("--base-model", recipe.base_model)
     with progress.stage("plan", f"reading the headers of {recipe.source}"):
@@ -191,13 +175,10 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
 def prepare_to_write(
     recipe: Recipe, destination: Path | None, settings: Settings, delivery: Delivery
 ) -> tuple[Source, Plan, Method, int]:
-    """``prepare``, and whether the result can be written; of ``convert`` and of a dry run.
-
-    Returns:
-        also the bytes that the disk of the destination must have free.
+    """``prepare``, and the bytes that the disk of the destination must have free.
 
     Raises:
-        SourceError, CheckpointError, OptionError, DestinationError.
+        SourceError, CheckpointError, OptionError, DestinationError: it cannot be written, either.
     """
     signer, stream = delivery.signer, delivery.stream
     if signer:
@@ -233,6 +214,5 @@ def prepare_to_write(
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
     texts = (recipe.pairs, recipe.neutral, recipe.word_list, recipe.activations)
-    named = [Path(place) for place in texts if place]
-    key = [signer.path] if signer else []
-    return [*source.files, *(path for path in named if path.is_file()), *key]
+    named = [path for path in map(Path, filter(None, texts)) if path.is_file()]
+    return [*source.files, *named, *([signer.path] if signer else [])]

@@ -47,15 +47,11 @@ class Delivery:
 
 
 def check_plots(plots: Path | None, destination: Path) -> Path | None:
-    """Make sure at once that pictures can be drawn, and find out whether they belong to the result.
-
-    Args:
-        plots: a folder for pictures, if any are wanted.
-        destination: of the result.
+    """Make sure at once that pictures can be drawn into a folder, if any are wanted.
 
     Returns:
-        where the folder is in the destination; None if it is elsewhere. Pictures in it are drawn
-        before the list of files is made, and belong to the checkpoint.
+        where the folder is in the destination, whose pictures are drawn before the list of files is
+        made, and belong to the checkpoint; None if it is elsewhere.
 
     Raises:
         OptionError: matplotlib is missing.

@@ -42,9 +42,6 @@ def evaluate_model(
         edited: a model that was made from the source.
         partial: a file that is written anew after every system.
 
-    Returns:
-        the results; see ``evaluation.compare``.
-
     Raises:
         ConverterError: one of its children says what is wrong.
     """
@@ -58,11 +55,11 @@ def evaluate_model(
     bench.forward.need_resident()
     model = reference = None
     if edited:
-        model, reference = load_edited(edited, bench)
+        model, reference = _load_edited(edited, bench)
     return evaluate(bench, battery, comparison, model, reference, partial)
 
 
-def load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
+def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
     """An edited model, and its edit if its manifest says what it is."""
     model = load_whole(name, bench.device, bench.dtype, bench.recipe.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():

@@ -30,7 +30,6 @@ from converter.outputs.staging.journal import Done, Receiver, keep_only
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress
-from converter.version import __version__
 
 _AT_A_TIME = 2
 """Shards of a stream that are on disk at most."""
@@ -75,7 +74,7 @@ def push(
             file = manifest.files[name]
             upload.copy(name, file.sha256, file.nbytes, origin)
         upload.send({name: file for name, file in files.items() if name not in copyable})
-        return upload.commit(_default_message(manifest))
+        return upload.commit(manifest.source.name)
 
 
 def published_files(folder: Path, manifest: Manifest) -> Files:
@@ -83,11 +82,6 @@ def published_files(folder: Path, manifest: Manifest) -> Files:
     known = manifest.digests
     own = [name for name in (CARD, MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()]
     return {n: (folder / n, known.get(n)) for n in (*known, *own)}
-
-
-def _default_message(manifest: Manifest) -> str:
-    """Of the commit."""
-    return f"{manifest.source.name}, edited by gloss-convert {__version__}"
 
 
 def _untouched(manifest: Manifest, folder: Path) -> dict[str, Copyable]:
@@ -143,7 +137,7 @@ class Streaming:
         files = published_files(folder, manifest)
         with progress.stage("publish", f"committing to {self.place.repo_id}"):
             self._upload.send({name: f for name, f in files.items() if name not in self.gone})
-            self.published = self._upload.commit(_default_message(manifest))
+            self.published = self._upload.commit(manifest.source.name)
 
     @contextmanager
     def told(self) -> Iterator[None]:

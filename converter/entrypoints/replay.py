@@ -82,11 +82,10 @@ def replay(
 
     Args:
         recording: of the conversion.
-        destination: a folder that does not exist or is empty.
+        destination: a folder that does not exist or is empty, unless it is to be overwritten.
         given: where local inputs are.
         settings: how this machine does it.
         max_angle: fit the edit again, too; degrees that it may be off. None to fit nothing.
-        overwrite: replace a checkpoint that is already there.
 
     Raises:
         VerificationError: the source, the outputs or the refitted edit differ.
@@ -97,8 +96,8 @@ def replay(
     found = differences(recording, device)
     for entry in found:
         progress.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
-    place, name = recipe.source, recording.path.name
-    with progress.stage("plan", f"comparing {place} with the source of {name}"):
+    title = f"comparing {recipe.source} with the source of {recording.path.name}"
+    with progress.stage("plan", title):
         source = _as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
         check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
@@ -119,12 +118,11 @@ def replay(
     with claimed(destination, overwrite) as claim:
         if max_angle is not None:
             angles = _compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
-        journal = Journal.of(claim, source, edit, engine)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
                 job = WriteJob(
                     source=source, plan=plan, edit=edit, folder=folder, engine=engine,
-                    receiver=journal,
+                    receiver=Journal.of(claim, source, edit, engine),
                 )  # fmt: skip
                 written = output.write(job)
                 shutil.copyfile(recording.edit_file, folder / EDIT_FILE)
@@ -136,7 +134,7 @@ def replay(
                 environment=environment(device),
                 replay_of=recording.sha256,
             )
-            manifest = write_records(source, written, folder, manifest)
+            manifest = write_records(source, written, folder, manifest, None)
             check_whole(recipe, folder)
     return Replayed(manifest, found, identical, _others(recording, manifest), angles)
 
@@ -175,10 +173,7 @@ def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source
 def _check_outputs(
     recording: Recording, written: Written, folder: Path, found: Sequence[Mapping[str, str]]
 ) -> int:
-    """Compare what was written with what is recorded.
-
-    Returns:
-        the number of files, all of them as recorded.
+    """The number of files that were written, all of them as recorded.
 
     Raises:
         VerificationError: naming those that are not, and the tensor where a shard departs.
@@ -215,11 +210,9 @@ def _others(recording: Recording, manifest: Manifest) -> list[str]:
 def _compare_fit(
     recording: Recording, recipe: Recipe, device: str, max_angle: float, memory_limit: int | None
 ) -> dict[str, list[float]]:
-    """Fit as recorded, guard included, and measure the angles to the recorded bases.
+    """Fit as recorded, guard included: tensor of the edit -> angles to the recorded one.
 
-    Returns:
-        tensor of the edit -> angles in degrees, ascending: the principal ones of a basis, one of
-        any other tensor.
+    They are in degrees, ascending: the principal ones of a basis, one of any other tensor.
 
     Raises:
         VerificationError: the texts are not those recorded, the edits have other tensors, or an

@@ -37,41 +37,29 @@ def convert_once(
         recipe, destination, settings, delivery: as of ``convert``.
         pictures: a folder within the destination that has to hold some.
 
-    Returns:
-        the manifest.
-
     Raises:
         ConverterError: as ``convert`` and ``finish_existing``.
     """
-    if not (delivery.stream or delivery.overwrite or delivery.evaluation):
-        before = done_before(recipe, destination, delivery, pictures)
-        if before:
-            finish_existing(recipe, destination, before, delivery.signer)
-            return before
+    if before := _done_before(recipe, destination, delivery, pictures):
+        finish_existing(recipe, destination, before, delivery.signer)
+        return before
     return convert(recipe, destination, settings, delivery)
 
 
-def done_before(
+def _done_before(
     recipe: Recipe, destination: Path, delivery: Delivery, pictures: Path | None
 ) -> Manifest | None:
-    """The manifest of a checkpoint that the same run has made of the same inputs.
+    """The manifest of what the same run has made of the same inputs, whole or not; else None.
 
     Manifests name files without their folders, so the content of every input is compared, too. A
-    run that evaluates is never taken for the same: not all that it depends on is recorded.
-
-    Args:
-        recipe: what is asked for now, without an evaluation.
-        destination: where it is asked for.
-        delivery: its gates have to be passed; without a signer, there must be no signature.
-        pictures: a folder within it that has to hold some.
-
-    Returns:
-        None if there is no checkpoint, or one of another recipe, or one that was killed in its last
-        step. Whether its files are whole is not looked at.
+    run that evaluates is never taken for the same: not all that it depends on is recorded. The
+    gates must have been passed, and without a signer there must be no signature.
 
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
     """
+    if delivery.stream or delivery.overwrite or delivery.evaluation:
+        return None
     manifest = made_before(destination)
     same = bool(
         manifest
@@ -97,6 +85,7 @@ def made_before(destination: Path) -> Manifest | None:
 
 
 def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
+    """Whether texts, activations, source and its licence are those of a manifest."""
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
     pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     if other_texts(manifest, pairs, prose, words):

@@ -30,6 +30,7 @@ from converter.hub.permissions import open_repo
 from converter.hub.publication import Publication
 from converter.runtime import progress
 from converter.text import redacted
+from converter.version import __version__
 
 _LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""
@@ -136,14 +137,15 @@ class Upload:
         with self._lock:
             self._copies[name], self._expected[name] = origin, _Expected(sha256, size, None)
 
-    def commit(self, message: str) -> Published:
-        """Make one commit of all files, and see that it holds them.
+    def commit(self, source: str) -> Published:
+        """Make one commit of all files, which says what was edited, and see that it holds them.
 
         What an earlier version has left is deleted by it; other files that are there are left
         alone, and said. What the Hub refuses to copy is uploaded, and then the commit is made.
         """
         with plain_refusals(self.place.repo_id):
             deletes = self._stale()
+            message = self.place.message or f"{source}, edited by gloss-convert {__version__}"
             try:
                 info = self._commit(message, deletes)
             except Exception as error:
@@ -172,7 +174,7 @@ class Upload:
             info = self._api.create_commit(
                 self.place.repo_id,
                 [*self._adds.values(), *copies, *deletes],
-                commit_message=self.place.message or message,
+                commit_message=message,
                 revision=self.place.branch,
                 create_pr=self.place.create_pr,
             )
