@@ -48,7 +48,7 @@ class _ComparisonOptions(Options):
     recipe=RecipePart(without=("output",)),
     comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
-    settings=Part(Settings, only=("memory_limit",)),
+    settings=Part(Settings, without=("workers", "keep_source")),
 )
 def evaluate_command(
     recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings

@@ -17,12 +17,10 @@ class Part:
 
     Attributes:
         cls: the class of the object.
-        only: names of the fields that are options here; empty for all. Others have their defaults.
-        without: names of fields that are none.
+        without: names of fields that are no options here; they have their defaults.
     """
 
     cls: type[Options]
-    only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     @property
@@ -31,7 +29,7 @@ class Part:
         return [
             option
             for name, option in declared_options(self.cls).items()
-            if name not in self.without and (not self.only or name in self.only)
+            if name not in self.without
         ]
 
     def parameters(self) -> list[click.Parameter]:
@@ -106,5 +104,5 @@ def _type(option: Declared) -> click.ParamType[Any]:
             dir_okay=path != "file",
             path_type=Path,
         )
-    simple: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT}
-    return click.STRING if option.option.parse else simple.get(option.kind, click.STRING)
+    is_text = option.option.parse or option.kind in (tuple, dict)
+    return click.types.convert_type(str if is_text else option.kind)

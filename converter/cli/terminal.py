@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from converter.manifest import to_json
-from converter.runtime.cache import default_cache, using_cache
+from converter.runtime.cache import using_cache
 from converter.runtime.progress import LOG, Progress, recording
 from converter.text import one_line, redacted
 
@@ -77,7 +77,7 @@ def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progres
     LOG.addHandler(terminal)
     try:
         with (
-            using_cache(cache_dir or default_cache()),
+            using_cache(cache_dir),
             recording(shows_bars=not quiet and sys.stderr.isatty()) as progress,
         ):
             yield progress

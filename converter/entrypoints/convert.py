@@ -214,5 +214,6 @@ def prepare_to_write(
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
     texts = (recipe.pairs, recipe.neutral, recipe.word_list, recipe.activations)
-    named = [path for path in map(Path, filter(None, texts)) if path.is_file()]
-    return [*source.files, *named, *([signer.path] if signer else [])]
+    named = [Path(place) for place in texts if place]
+    key = [signer.path] if signer else []
+    return [*source.files, *(path for path in named if path.is_file()), *key]

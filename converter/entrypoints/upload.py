@@ -107,10 +107,7 @@ class Upload:
             open_repo(place)
 
     def send(self, files: Files) -> None:
-        """Upload files, or keep them for the commit if they are small; they may then be deleted.
-
-        Args:
-        """
+        """Upload files, or keep them for the commit if they are small; they may then be deleted."""
         adds = {n: CommitOperationAdd(n, str(path)) for n, (path, _) in files.items()}
         with plain_refusals(self.place.repo_id):
             self._api.preupload_lfs_files(
@@ -126,7 +123,8 @@ class Upload:
                 data = path.read_bytes()
                 if (again := hashlib.sha256(data).hexdigest()) != found:
                     raise changed(name, found, again)
-                git = _git_id(data)
+                content = b"blob %d\0" % len(data) + data  # that git hashes
+                git = hashlib.sha1(content, usedforsecurity=False).hexdigest()
                 if adds[name].path_or_fileobj != b"":  # not uploaded: it goes into the commit
                     adds[name].path_or_fileobj = data
             with self._lock:
@@ -253,8 +251,3 @@ def changed(name: str, expected: str, found: str) -> PublishError:
         f"{name} changed while it was uploaded", expected=f"sha256 {expected[:16]}...",
         found=f"{found[:16]}...", hint="run gloss verify on the folder",
     )  # fmt: skip
-
-
-def _git_id(data: bytes) -> str:
-    """The name that git gives to the content of a file."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -42,8 +42,8 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def using_cache(folder: Path) -> Iterator[None]:
-    """Let a folder be the cache while this lasts."""
+def using_cache(folder: Path | None) -> Iterator[None]:
+    """Let a folder, or the default one, be the cache while this lasts."""
     token = _chosen.set(folder)
     try:
         yield

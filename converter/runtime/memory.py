@@ -13,8 +13,9 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     pages in a group do not count as used: the kernel drops them when it needs to. Where the system
     says nothing (it has no ``/proc``), there is no bound and the answer is ``UNKNOWN``.
     """
-    limits = (address_space(proc), *_system(proc), *_groups(proc, cgroups))
-    return max(min(limits), 0)
+    system = _field(_read(proc / "meminfo"), "MemAvailable")
+    free = UNKNOWN if system is None else system * 1024
+    return max(min(address_space(proc), free, *_groups(proc, cgroups)), 0)
 
 
 UNKNOWN = 1 << 62
@@ -49,11 +50,6 @@ def _field(text: str, name: str) -> int | None:
     """The number after a name at the beginning of a line."""
     found = re.search(rf"^{name}:?\s+(\d+)", text, re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _system(proc: Path) -> list[int]:
-    kilobytes = _field(_read(proc / "meminfo"), "MemAvailable")
-    return [] if kilobytes is None else [kilobytes * 1024]
 
 
 def _groups(proc: Path, cgroups: Path) -> list[int]:

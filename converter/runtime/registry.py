@@ -19,6 +19,11 @@ from typing import Any
 from converter.errors import ConverterError, OptionError, is_out_of_memory
 from converter.runtime import progress
 
+_GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
+"""All groups of entry points."""
+
+_FAULT = "it is a fault of the package; update or uninstall it"
+
 
 @dataclass(frozen=True, slots=True)
 class Registry:
@@ -83,7 +88,7 @@ class Registry:
         """The error that says what is wrong with a thing of a package."""
         return OptionError(
             f"{self.option} {name}: it is not what {self.package(name) or 'it'} should bring",
-            found=said, hint="it is a fault of the package; update or uninstall it",
+            found=said, hint=_FAULT,
         )  # fmt: skip
 
     def _brought(self, name: str) -> list[EntryPoint]:
@@ -97,31 +102,22 @@ def _package(entry: EntryPoint) -> str | None:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else None
 
 
-_GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
-"""All groups of entry points."""
-
-
 @contextmanager
 def telling_packages() -> Iterator[None]:
     """What a package's code raises in the block becomes an OptionError that names the package.
 
-    The error itself, with the place, is kept as its cause.
-
-    Raises:
-        OptionError: as said. All other errors as they are.
+    The error itself is kept as its cause. All other errors are raised as they are.
     """
     try:
         yield
-    except ConverterError:
-        raise
     except Exception as error:  # a third party's package: of any kind
         entry, place = _raised_in(error)
-        if entry is None or is_out_of_memory(error):
+        if entry is None or isinstance(error, ConverterError) or is_out_of_memory(error):
             raise
         raise OptionError(
             f"the package {_package(entry) or entry.module} failed",
             found=f"{type(error).__name__}: {error} ({place})",
-            hint="it is a fault of the package; update or uninstall it",
+            hint=_FAULT,
         ) from error
 
 
