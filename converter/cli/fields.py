@@ -47,12 +47,11 @@ class Part:
         """
         found, context = {}, click.get_current_context()
         for option in self.options:
-            source = context.get_parameter_source(option.name)
+            source, label = context.get_parameter_source(option.name), option.label
             if source is ParameterSource.ENVIRONMENT:
                 label = f"the environment variable {option.variable}"
+            if source in (ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE):
                 found[option.name] = option.read(values[option.name], label)
-            elif source is ParameterSource.COMMANDLINE:
-                found[option.name] = option.read(values[option.name])
         return found
 
     def make(self, values: Mapping[str, Any]) -> Any:

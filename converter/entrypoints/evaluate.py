@@ -26,10 +26,9 @@ from converter.release.manifest import read_manifest
 def evaluate_model(
     recipe: Recipe,
     comparison: Comparison,
-    asked: EvaluationOptions = EvaluationOptions(),
-    settings: Settings = Settings(),
-    *,
-    edited: str | None = None,
+    asked: EvaluationOptions,
+    settings: Settings,
+    edited: str | None,
     partial: Path | None = None,
 ) -> Evaluation:
     """Measure the source of a recipe, controls that are fitted on it, and what was made from it.

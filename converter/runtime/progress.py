@@ -21,6 +21,8 @@ from typing import Never, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+from converter.runtime.memory import number_in
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -149,12 +151,9 @@ def advance(count: int) -> None:
 
 def peak_memory() -> int:
     """The largest resident set of this process, in bytes, since ``_forget_peak`` if it can."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    kilobytes = number_in(Path("/proc/self/status"), "VmHWM")
+    if kilobytes is not None:
+        return kilobytes * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

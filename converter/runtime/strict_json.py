@@ -75,15 +75,9 @@ _DECODER = json.JSONDecoder(
 
 
 def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError("it is nested too deeply")
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
+    level: list[Any] = [[value]]
+    for _ in range(DEEPEST + 1):
+        insides = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for inside in insides for child in inside if isinstance(child, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
