@@ -76,7 +76,7 @@ def evaluate_command(
         Comparison(
             parse_controls(comparison.controls),
             [recipe.seed + i for i in range(comparison.seeds)],
-            _numbers("--ranks", comparison.ranks),
+            _numbers(comparison.ranks),
             asked.passages,
         ),
         asked,
@@ -90,11 +90,11 @@ def evaluate_command(
     return Answer(found, markdown(found))
 
 
-def _numbers(option: str, text: str) -> Sequence[int]:
+def _numbers(text: str) -> Sequence[int]:
     try:
         numbers = sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         numbers = [0]
     if numbers and numbers[0] < 1:
-        raise OptionError(option, expected="numbers such as 1,2,4", found=text)
+        raise OptionError("--ranks", expected="numbers such as 1,2,4", found=text)
     return numbers

@@ -1,7 +1,5 @@
 """The program ``gloss`` and its commands; the two that print what there is are here."""
 
-from collections.abc import Iterable
-
 import click
 
 from converter.cli.command import Command
@@ -54,24 +52,16 @@ def _options() -> None:
         for part in each.parts:
             owners.setdefault(part.cls, []).append(f"`{each.name}`")
             options.setdefault(part.cls, {}).update({o.name: o for o in part.options})
-    tables = (
-        f"{_summary(cls)} ({', '.join(owners[cls])}):\n\n{_table(options[cls].values())}"
-        for cls in owners
-    )
+    tables = []
+    for cls, names in owners.items():
+        about = " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
+        rows = [
+            f"| {_typed(option)} | {option.default_text or ''} | {option.option.help} |"
+            for option in options[cls].values()
+        ]
+        head = f"{about} ({', '.join(names)}):\n\n| option | default | meaning |\n|---|---|---|"
+        tables.append("\n".join([head, *rows]))
     echo("\n\n".join(tables))
-
-
-def _summary(cls: type) -> str:
-    """The first sentence about a class."""
-    return " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
-
-
-def _table(options: Iterable[Declared]) -> str:
-    rows = [
-        f"| {_typed(option)} | {option.default_text or ''} | {option.option.help} |"
-        for option in options
-    ]
-    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
 def _typed(option: Declared) -> str:

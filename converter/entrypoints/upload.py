@@ -45,14 +45,7 @@ Files = Mapping[str, tuple[Path, str | None]]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What is on the Hub now.
-
-    Attributes:
-        repo_id: ``owner/name``.
-        commit: its id.
-        url: of the commit.
-        pull_request: its URL, if one was opened.
-    """
+    """What is on the Hub now: a commit, its URL, and that of a pull request if one was opened."""
 
     repo_id: str
     commit: str
