@@ -53,7 +53,8 @@ def _done_before(
 
     Manifests name files without their folders, so the content of every input is compared, too. A
     run that evaluates is never taken for the same: not all that it depends on is recorded. The
-    gates must have been passed, and without a signer there must be no signature.
+    gates must have been passed, ``pictures`` must hold some if it is given, and without a signer
+    there must be no signature.
 
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
