@@ -14,46 +14,29 @@ tells while it works are records of the logger ``converter``. Everything else in
 change from version to version.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from converter.errors import (
+    CheckpointError,
+    ConverterError,
+    DataError,
+    DestinationError,
+    FitError,
+    GateError,
+    GuardError,
+    OptionError,
+    PublishError,
+    SourceError,
+    VerificationError,
+)
+from converter.evaluation.options import EvaluationOptions
+from converter.manifest import Evaluation, Manifest
+from converter.recipe import Recipe, Settings
 from converter.version import __version__
 
 if TYPE_CHECKING:
     from converter.api import convert, diff, evaluate, load_edit, plan, replay, verify
     from converter.edits.base import Edit
-    from converter.errors import (
-        CheckpointError,
-        ConverterError,
-        DataError,
-        DestinationError,
-        FitError,
-        GateError,
-        GuardError,
-        OptionError,
-        PublishError,
-        SourceError,
-        VerificationError,
-    )
-    from converter.evaluation.options import EvaluationOptions
-    from converter.manifest import Evaluation, Manifest
-    from converter.recipe import Recipe, Settings
-
-_MODULES = {
-    "api": ("convert", "diff", "evaluate", "load_edit", "plan", "replay", "verify"),
-    "edits.base": ("Edit",),
-    "errors": (
-        "CheckpointError", "ConverterError", "DataError", "DestinationError", "FitError",
-        "GateError", "GuardError", "OptionError", "PublishError", "SourceError",
-        "VerificationError",
-    ),
-    "evaluation.options": ("EvaluationOptions",),
-    "manifest": ("Evaluation", "Manifest"),
-    "recipe": ("Recipe", "Settings"),
-}  # fmt: skip
-"""Module -> public names in it, loaded when they are asked for: torch takes a second."""
-
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CheckpointError", "ConverterError", "DataError", "DestinationError", "Edit", "Evaluation",
@@ -64,9 +47,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    """What is in ``__all__`` and not imported above, when it is asked for: torch takes a second."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    from converter import api
+
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

@@ -35,10 +35,7 @@ Place = str | PathLike[str]
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep bars and advice of transformers off the screen, and restore its settings after.
-
-    What the code of a package raises is told as its fault.
-    """
+    """Keep bars and advice of transformers off the screen; say whose package fails."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -76,9 +73,8 @@ def convert(
         the manifest that was written beside the model: what was read, fitted, measured, edited.
 
     Raises:
-        ConverterError: one of its children says what is wrong; the destination is as it was. Of
-            these, GuardError says that the edit would break the model, or does no more than a
-            random one.
+        GuardError: the edit would break the model, or does no more than a random one.
+        ConverterError: another of its children; the destination is as it was.
     """
     delivery = Delivery(overwrite=overwrite is True)  # no text such as "no" deletes anything
     return convert_once(_recipe(recipe), Path(destination), settings, delivery)
@@ -89,8 +85,7 @@ def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, A
     """What ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
 
     Args:
-        recipe: as for ``convert``.
-        settings: likewise.
+        recipe, settings: as for ``convert``.
 
     Returns:
         among others ``edited_layers``, ``edited_tensors``, ``bytes_to_read``, ``bytes_to_write``
@@ -172,10 +167,8 @@ def replay(
 
     Args:
         manifest: the file, with that of the edit beside it, or a folder that holds both.
-        destination: as for ``convert``.
+        destination, settings, overwrite: as for ``convert``.
         source: where the recorded source is, unless it is on the Hub.
-        settings: as for ``convert``.
-        overwrite: likewise.
 
     Returns:
         the manifest of the new folder, whose weights are byte for byte the recorded ones.
@@ -222,6 +215,4 @@ def load_edit(destination: Place) -> Edit:
 
 
 def _recipe(recipe: Recipe | Place) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    return Recipe(source=fspath(recipe))
+    return recipe if isinstance(recipe, Recipe) else Recipe(source=fspath(recipe))

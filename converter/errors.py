@@ -5,8 +5,7 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
-from converter.text.sanitize import one_line
-from converter.text.secrets import redacted
+from converter.text import one_line, redacted
 
 
 class ConverterError(Exception):

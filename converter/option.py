@@ -21,7 +21,7 @@ from converter.errors import OptionError
 PREFIX = "GLOSS_"
 """Begins the name of every variable that an option is read from."""
 
-MAX_EXACT = 1 << 53
+_MAX_EXACT = 1 << 53
 """The largest whole number up to which each is a float, too."""
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
@@ -142,14 +142,17 @@ class Declared:
         if self.kind is tuple:
             return _read_texts(value, label)
         if self.option.parse and isinstance(value, str):
-            value = _parse(self.option.parse, value, label)
+            try:
+                value = self.option.parse(value)
+            except ValueError as error:
+                raise OptionError(label, expected=str(error), found=repr(value)) from error
         if self.kind is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.choices:
             if value not in self.choices:
                 raise OptionError(label, expected=" or ".join(self.choices), found=_found(value))
             return value
-        if self.kind is float and type(value) is int and abs(value) <= MAX_EXACT:
+        if self.kind is float and type(value) is int and abs(value) <= _MAX_EXACT:
             value = float(value)
         if self.kind is Path and isinstance(value, str):
             value = Path(value)
@@ -160,15 +163,13 @@ class Declared:
         return value
 
     def _check_bounds(self, value: float, label: str) -> None:
-        option = self.option
-        bounds = [
-            (option.least, "at least", ge),
-            (option.above, "more than", gt),
-            (option.most, "at most", le),
-        ]
         if isinstance(value, float) and not isfinite(value):
             raise OptionError(label, expected="a finite number", found=str(value))
-        for bound, words, holds in bounds:
+        for bound, words, holds in (
+            (self.option.least, "at least", ge),
+            (self.option.above, "more than", gt),
+            (self.option.most, "at most", le),
+        ):
             if bound is not None and not holds(value, bound):
                 raise OptionError(label, expected=f"{words} {bound}", found=str(value)[:80])
 
@@ -197,26 +198,17 @@ def declared_options(cls: type[Any]) -> Mapping[str, Declared]:
             kind = next(member for member in get_args(kind) if member is not NoneType)
         if get_origin(kind) in (tuple, dict):
             kind = get_origin(kind)
-        default = field.default
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
+        factory = field.default_factory
+        default = field.default if factory is MISSING else factory()
         found[field.name] = Declared(field.name, kind, optional, default, option)
     return found
 
 
-def _parse(parse: Callable[[str], Any], text: str, label: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise OptionError(label, expected=str(error), found=repr(text)) from error
-
-
 def _read_texts(value: Any, label: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise OptionError(label, expected="a list of texts", found=_found(value))
-    for text in value:
-        if not isinstance(text, str):
-            raise OptionError(label, expected="a list of texts", found=_found(text))
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    wrong = [text for text in value if not isinstance(text, str)] if is_list else [value]
+    if wrong:
+        raise OptionError(label, expected="a list of texts", found=_found(wrong[0]))
     return tuple(value)
 
 

@@ -21,6 +21,7 @@ from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
 from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import push as pushing
+from converter.entrypoints import upload
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
 from converter.entrypoints.delivery import Delivery
@@ -582,16 +583,16 @@ def test_what_is_uploaded_is_what_was_verified(
             path.write_text(text.replace("0.", "1.", 1) if name == MANIFEST else text + " ")
         return problems
 
-    class Upload(pushing.Upload):
+    class Upload(upload.Upload):
         def __init__(self, place: Publication) -> None:
             super().__init__(place)
             self._api.preupload_lfs_files = lambda *_, **__: None  # type: ignore[method-assign]
 
-        def commit(self, message: str) -> pushing.Published:
+        def commit(self, message: str) -> upload.Published:
             raise Sent
 
     monkeypatch.setattr(pushing, "verify", verified)
-    monkeypatch.setattr(pushing, "open_repo", lambda place: None)
+    monkeypatch.setattr(upload, "open_repo", lambda place: None)
     monkeypatch.setattr(pushing, "Upload", Upload)
     place = Publication(repo_id="someone/tiny", exists=True)
     changed = f"{name} changed while it was uploaded"

@@ -40,7 +40,7 @@ from converter.release.card import front_matter, make_card, paper_link, pinned, 
 from converter.release.card_results import pictures
 from converter.release.licences import check_name, families, licence_name, terms_of
 from converter.release.manifest import hash_line, read_manifest
-from converter.text.markdown import code
+from converter.text import code
 from tests.builders.adversary import load_manifest
 from tests.builders.models import TINY_ARGS
 from tests.fuzz import skeleton

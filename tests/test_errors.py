@@ -34,7 +34,7 @@ from converter.methods.subspace import global_basis
 from converter.outputs.record_checks import plain_name
 from converter.outputs.staging.claim import claimed
 from converter.recipe import Settings
-from converter.text.sanitize import LONGEST
+from converter.text import LONGEST
 from tests.builders.errors import refused
 from tests.test_gates import GUARD
 from tests.test_guard import Scale, by_rank

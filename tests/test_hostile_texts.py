@@ -19,7 +19,7 @@ from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
-from converter.cli.terminal import reporting
+from converter.cli.terminal import as_json, echo, reporting
 from converter.edits.base import Edit
 from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
@@ -33,9 +33,8 @@ from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording, recipe_of
 from converter.runtime import progress, strict_json
-from converter.runtime.console import as_json, echo
 from converter.runtime.files import MAX_LINE
-from converter.text.markdown import code, escaped
+from converter.text import code, escaped
 from tests.builders.errors import refused
 from tests.fuzz import skeleton
 

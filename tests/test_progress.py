@@ -19,7 +19,7 @@ from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.staging.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
-from converter.runtime.threads import ThreadPool
+from converter.runtime.progress import ThreadPool
 
 
 class Terminal(io.StringIO):

@@ -25,15 +25,15 @@ from huggingface_hub import constants, snapshot_download
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.edits.edit_file import EDIT_FILE
-from converter.entrypoints import pictures, stream_push
+from converter.entrypoints import delivery
 from converter.entrypoints import push as pushing
-from converter.entrypoints.push import Files, published_files
-from converter.entrypoints.stream_push import Streaming
+from converter.entrypoints.push import Streaming, published_files
+from converter.entrypoints.upload import Files
 from converter.errors import DestinationError
 from converter.hub.errors import explain
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import infos_of
-from converter.text.secrets import redacted
+from converter.text import redacted
 from tests.builders.hub_client import connect
 from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.builders.hub_server import HubServer
@@ -458,7 +458,7 @@ def test_pictures_are_drawn_before_the_push(
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
-    monkeypatch.setattr(pictures, "draw", full)
+    monkeypatch.setattr(delivery, "draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
     assert result.exit_code == 7
@@ -518,7 +518,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
                 file.write(b"\x01\x02\x03\x40")
         return infos
 
-    monkeypatch.setattr(stream_push, "infos_of", damaged)
+    monkeypatch.setattr(pushing, "infos_of", damaged)
     args = convert_args(checkpoints, tmp_path / "out")
     result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
     assert result.exit_code == 8
@@ -723,7 +723,7 @@ def test_a_single_file_that_gets_a_second_is_copied_and_not_streamed(
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
     cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_push, "SMALL", 10_000)
+    monkeypatch.setattr(pushing, "SMALL", 10_000)
     sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
     room = sum(sizes[-2:]) + 10_000
     free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)

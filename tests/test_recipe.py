@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from converter.cli.command import Command
 from converter.cli.main import gloss
-from converter.cli.recipe_options import RecipePart
-from converter.entrypoints.recipe_file import read_recipe, recipe_text
+from converter.cli.recipe import RecipePart, read_recipe, recipe_text
 from converter.errors import OptionError
 from converter.option import Declared, declared_options
 from converter.recipe import Recipe, Settings

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.names import MANIFEST
 from converter.edits.edit_file import EDIT_FILE
-from converter.entrypoints.refit import principal_angles
+from converter.entrypoints.replay import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer

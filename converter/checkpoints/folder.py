@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from converter.checkpoints.names import is_read
 from converter.errors import CheckpointError
-from converter.text.sanitize import is_one_line
+from converter.text import is_one_line
 
 _MAX_DEPTH = 32
 """Folders within one another in a source."""

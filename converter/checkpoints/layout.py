@@ -29,7 +29,7 @@ from converter.checkpoints.names import (
 )
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 MAX_CONFIG = 16_000_000
 """Bytes of a config or a card: the lists of labels and layers in some have one or two million."""

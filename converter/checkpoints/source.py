@@ -26,7 +26,7 @@ from converter.hub import repos as hub
 from converter.hub.limits import read_range
 from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
-from converter.runtime.threads import ThreadPool
+from converter.runtime.progress import ThreadPool
 
 _READERS = 8
 """Headers that are read at a time; a model may have hundreds of shards on a network disk."""

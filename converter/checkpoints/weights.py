@@ -12,7 +12,7 @@ from converter.checkpoints.architectures.architecture import Architecture, Role,
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 FP8 = "F8_E4M3"
 

@@ -14,13 +14,12 @@ from click.core import ParameterSource
 
 from converter.cli.fields import Part
 from converter.cli.signals import Stopped, leave, stopping
-from converter.cli.terminal import reporting
+from converter.cli.terminal import as_json, echo, reporting
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.option import PREFIX, Option, Options
-from converter.runtime.console import as_json, echo
 from converter.runtime.registry import telling_packages
 
-EXIT_CODES = """
+_EXIT_CODES = """
 \b
 Exit codes:
   0  done                        5  pairs, word list or activations unusable
@@ -34,9 +33,6 @@ Exit codes:
 Every option is also read from the environment: --batch-size from
 GLOSS_BATCH_SIZE, -o from GLOSS_OPTIONS.
 """
-
-SECRETS = ("GLOSS_SIGN_PASSWORD",)
-"""Variables that are not options: what they hold must not be on a command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +72,13 @@ def command(
     Args:
         name: of the command.
         console: options of ``Console`` that it has.
-        parts: parameter of the function -> the options that make it.
+        parts: parameter of the function -> the options that make its value.
     """
 
     def decorate(function: Callable[..., Answer]) -> Command:
         def run(**values: Any) -> None:
             told = console.make(values)
-            with plain_exit(told.json), reporting(quiet=told.quiet, cache_dir=told.cache_dir):
+            with _plain_exit(told.json), reporting(quiet=told.quiet, cache_dir=told.cache_dir):
                 made = {key: part.make(values) for key, part in parts.items()}
                 answer = function(**made)
                 if told.json:
@@ -98,7 +94,7 @@ def command(
             callback=run,
             params=[each for part in (*parts.values(), console) for each in part.parameters()],
             help=function.__doc__,
-            epilog=EXIT_CODES,
+            epilog=_EXIT_CODES,
         )
 
     return decorate
@@ -108,11 +104,12 @@ class Command(click.Command):
     """A command that warns of variables which no option is read from.
 
     Attributes:
-        known: the variables of all commands. One serves every command that has the option.
+        known: the variables of all commands, which serve every command that has the option; and
+            that of a secret, which must not be on a command line.
         parts: that its options are from.
     """
 
-    known: ClassVar[set[str]] = set(SECRETS)
+    known: ClassVar[set[str]] = {"GLOSS_SIGN_PASSWORD"}
 
     def __init__(self, *args: Any, parts: tuple[Part, ...] = (), **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -137,7 +134,7 @@ class Command(click.Command):
 
 
 @contextmanager
-def plain_exit(in_json: bool) -> Iterator[None]:
+def _plain_exit(in_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
 
     def refuse(error: ConverterError) -> None:
@@ -157,10 +154,8 @@ def plain_exit(in_json: bool) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         refuse(SourceError("memory ran out", hint="run this on a larger machine, or with less"))
-    except Stopped as stop:
-        leave(stop.number)
-    except KeyboardInterrupt:  # of a library that listens for Ctrl-C itself
-        leave(SIGINT)
+    except KeyboardInterrupt as stop:  # maybe of a library that listens for Ctrl-C itself
+        leave(stop.args[0] if isinstance(stop, Stopped) else SIGINT)
 
 
 def quiet_libraries() -> None:
@@ -173,12 +168,10 @@ def quiet_libraries() -> None:
 
 
 def refuse_typed(names: Container[str | None], where: str, hint: str) -> None:
-    """Raise OptionError if one of these parameters of the current command was typed.
-
-    They would have no effect, and their user would not learn it.
+    """Raise OptionError if parameters of these names were typed, which have no effect.
 
     Args:
-        names: of the parameters.
+        names: of parameters of the current command.
         where: they have none, such as ``without --evaluate``.
         hint: what to do.
     """

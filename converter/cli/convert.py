@@ -1,34 +1,36 @@
-"""The commands ``gloss-convert``, which is ``gloss convert``, and ``gloss plan``."""
+"""``gloss-convert``, which is ``gloss convert``, and ``gloss plan``: commands and summaries."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
-from converter.cli.recipe_options import RecipePart
+from converter.cli.recipe import RecipePart
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions
 from converter.hub.publication import Publication, PublicationOptions
+from converter.manifest import ForwardRecord, GuardRecord, Manifest
 from converter.option import Option, Options, declared_options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
 
 if TYPE_CHECKING:
-    from converter.entrypoints.push import Published
+    from converter.entrypoints.upload import Published
 
+Destination = Annotated[
+    Path, Option("Folder for the result, which does not exist or is empty.", flag="DESTINATION")
+]
 Overwrite = Annotated[bool, Option("Replace the checkpoint or adapter at DESTINATION.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeliveryOptions(Options):
+class _DeliveryOptions(Options):
     """What becomes of the result."""
 
     # fmt: off
-    destination: Annotated[Path, Option(
-        "Folder for the result, which does not exist or is empty.", flag="DESTINATION",
-    )]
+    destination: Destination
     overwrite: Overwrite = False
     evaluate: Annotated[bool, Option(
         "Measure more than the guard does, before anything is written; see gloss evaluate.",
@@ -64,7 +66,7 @@ def published_text(published: "Published | None") -> str:
     return f"\n  published     {published.pull_request or published.url}" if published else ""
 
 
-def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
+def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
     from converter.outputs.registry import output_of
 
@@ -81,7 +83,7 @@ def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
 @command(
     "convert",
     recipe=RecipePart(),
-    asked=Part(DeliveryOptions),
+    asked=Part(_DeliveryOptions),
     settings=Part(Settings),
     gates=Part(Gates),
     evaluation=Part(EvaluationOptions),
@@ -89,7 +91,7 @@ def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
 )
 def convert_command(
     recipe: Recipe,
-    asked: DeliveryOptions,
+    asked: _DeliveryOptions,
     settings: Settings,
     gates: Gates,
     evaluation: EvaluationOptions,
@@ -101,19 +103,16 @@ def convert_command(
     consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
-    from converter.cli.summary_text import plan_text, result_of, result_text
-    from converter.entrypoints.delivery import Delivery, no_pictures
+    from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of
-    from converter.entrypoints.pictures import check_plots, draw
     from converter.entrypoints.plan import describe_plan
-    from converter.entrypoints.push import push
+    from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
-    from converter.entrypoints.stream_push import Streaming
     from converter.hub.permissions import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()
-    refuse_unused(recipe, asked)
+    _refuse_unused(recipe, asked)
     words = recipe.guard or (asked.evaluate and evaluation.draws_passages)
     gates.require_measurements(words=words, ratio=asked.evaluate and evaluation.text is not None)
     signer = load_signer(asked.key) if asked.key else None
@@ -126,13 +125,13 @@ def convert_command(
     delivery = Delivery(
         overwrite=asked.overwrite,
         gates=gates,
-        pictures=partial(draw, place=inside) if inside else no_pictures,
+        pictures=partial(draw, place=inside) if inside else None,
         signer=signer,
         stream=stream,
     )
     if asked.dry_run:
         plan = describe_plan(recipe, asked.destination, settings, delivery)
-        return Answer(plan, plan_text(plan))
+        return Answer(plan, _plan_text(plan))
     if asked.evaluate:
         measures = evaluation_of(evaluation, asked.controls, recipe)
         delivery = replace(delivery, evaluation=measures)
@@ -144,18 +143,163 @@ def convert_command(
         published = push(asked.destination, repo, recipe.trust_remote_code, verified=True)
     if signer:
         progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
-    result = result_of(manifest, asked.destination, progress.current())
-    result["published"] = published.record() if published else None
-    return Answer(result, result_text(result) + published_text(published))
+    result = _result_data(manifest, asked.destination)
+    result["published"] = asdict(published) if published else None
+    return Answer(result, _result_text(result) + published_text(published))
 
 
-@command("plan", recipe=RecipePart(), settings=Part(Settings, only=("memory_limit",)))
+@command("plan", recipe=RecipePart(), settings=Part(Settings, without=("workers", "keep_source")))
 def plan_command(recipe: Recipe, settings: Settings) -> Answer:
     """Print what a conversion of SOURCE would do, from its headers alone."""
-    from converter.cli.summary_text import plan_text
     from converter.entrypoints.plan import describe_plan
 
     quiet_libraries()
-    refuse_unused(recipe)
+    _refuse_unused(recipe)
     plan = describe_plan(recipe, settings=settings)
-    return Answer(plan, plan_text(plan))
+    return Answer(plan, _plan_text(plan))
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    """The result of ``describe_plan`` for people."""
+    options = plan["method"]["options"]
+    strength = options.get(plan["method"]["strength"])
+    peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
+    sizes, experts = plan["dimensions"], ""
+    if count := sizes["num_experts"]:
+        shared = " and shared ones" if sizes["shared_expert_intermediate_size"] else ""
+        experts = f", {count} experts{shared} in {len(sizes['sparse_layers'])} layers"
+    lines = [
+        f"{plan['source']}: {plan['architecture']}, "
+        f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "
+        f"FFN {sizes['intermediate_size']}{experts}",
+        *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
+        f"method {plan['method']['name']}, {plan['method']['strength']} "
+        f"{'chosen by the budget' if strength is None else strength}"
+        + _layers(plan["edited_layers"]),
+        *(
+            f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
+            f"{entry['edited']} edited"
+            for name, entry in plan["shards"].items()
+        ),
+        f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
+        f"{len(plan['edited_tensors'])} tensors to edit"
+        + (f", {len(plan['created_tensors'])} to create" if plan["created_tensors"] else "")
+        + "".join(f", {name} to change" for name in plan["changed_files"])
+        + "".join(f", {name} to add" for name in plan["added_files"])
+        + "; "
+        f"{plan['bytes_to_read'] / 1e6:,.1f} MB to read, {plan['output']} of "
+        f"{plan['bytes_to_write'] / 1e6:,.1f} MB to write"
+        + (f", in {needed / 1e6:,.1f} MB of disk" if needed != plan["bytes_to_write"] else ""),
+        f"forward pass {_forward(plan['forward'])}",
+        f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
+        f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
+    ]
+    return "\n".join(lines)
+
+
+def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
+    """The gist of a manifest, as the command line prints it with --json."""
+    told = progress.current()
+    changes = [e.relative_change for e in manifest.edited if not e.role.endswith("_bias")]
+    left = [entry.measures["leakage"] for entry in manifest.edited if "leakage" in entry.measures]
+    candidates = manifest.subspace.candidates if manifest.subspace else ()
+    return {
+        "destination": str(destination),
+        "source": manifest.source.name,
+        "commit": manifest.source.commit,
+        "output": manifest.run.output,
+        "method": manifest.method.name,
+        manifest.method.strength: manifest.choice.strength,
+        "strength": manifest.choice.strength,
+        "strength_name": manifest.method.strength,
+        "layers": manifest.layers,
+        "pairs": manifest.pairs.count,
+        "rows_skipped": manifest.pairs.skipped,
+        "candidates": len(candidates),
+        "candidates_kept": sum(c.kept for c in candidates),
+        "tensors_edited": len(manifest.edited),
+        "tensors_created": len(manifest.edit.created),
+        "files_changed": [*manifest.edit.patches, *manifest.edit.files],
+        "guard": manifest.guard,
+        "choice": manifest.choice,
+        "evaluation": manifest.evaluation,
+        "mean_relative_change": sum(changes) / len(changes) if changes else None,
+        "max_leakage": max(left, default=None),
+        "bytes_written": sum(file.nbytes for file in manifest.files.values()),
+        "verified": True,
+        "forward": manifest.forward,
+        "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
+        "memory_bytes": dict(told.memory),
+        "peak_memory_bytes": manifest.measurements.peak_memory_bytes,
+        "warnings": told.warnings,
+    }
+
+
+def _result_text(result: dict[str, Any]) -> str:
+    """The same for people."""
+    from converter.evaluation.results import markdown
+
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
+    memory = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in result["memory_bytes"].items())
+    kept, candidates = result["candidates_kept"], result["candidates"]
+    chosen = "" if kept == candidates else f"; {kept} of {candidates} candidate directions kept"
+    table = f"\n\n{markdown(result['evaluation'])}" if result["evaluation"] else ""
+    return f"""\
+{result["source"]} -> {result["destination"]}
+  method        {result["method"]}, {result["strength_name"]} {result["strength"]:g}\
+{_layers(result["layers"])}
+  pairs         {result["pairs"]} fitted on ({sum(result["rows_skipped"].values())} rows not \
+usable){chosen}
+{_changes(result)}
+  written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
+{_effect(result["guard"])}
+  forward pass  {_forward(result["forward"])}
+  seconds       {seconds}
+  peak MB       {memory}{table}"""
+
+
+def _layers(layers: list[int]) -> str:
+    """The layers of the edited tensors; nothing if there are none."""
+    from converter.release.card import compress
+
+    return f", layers {compress(layers)}" if layers else ""
+
+
+def _changes(result: dict[str, Any]) -> str:
+    """What was changed, and by how much."""
+    lines = []
+    if result["tensors_edited"]:
+        lines.append(f"  edited        {result['tensors_edited']} tensors")
+    if (change := result["mean_relative_change"]) is not None:
+        lines[-1] += f", changed by {change:.2%} of their norm on average"
+    if (left := result["max_leakage"]) is not None:
+        lines.append(f"  left along U  at most {left:.2e} of what was there")
+    if result["tensors_created"]:
+        lines.append(f"  created       {result['tensors_created']} tensors")
+    if result["files_changed"]:
+        lines.append(f"  files         {', '.join(result['files_changed'])} changed or added")
+    return "\n".join(lines)
+
+
+def _forward(forward: ForwardRecord | None) -> str:
+    """How the model was run, and why so."""
+    return "none" if forward is None else f"{forward.mode}: {forward.reason}"
+
+
+def _effect(guard: GuardRecord | None) -> str:
+    """What the guard measured, before and after, with the control beside it."""
+    if guard is None:
+        return "  not measured  perplexity, toxicity (--no-guard)"
+    edit, controls, before = guard.edit, guard.controls, guard.perplexity
+
+    def mean(name: str) -> float:
+        values: list[float] = [getattr(control, name).value for control in controls]
+        return sum(values) / len(values)
+
+    ratio, words = edit.perplexity_ratio, edit.teacher_forced
+    return f"""\
+  perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
+held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
+(controls: x {mean("perplexity_ratio"):.4f})
+  toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
+held-out words (controls: x {mean("teacher_forced"):.3f})"""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.fields import Part
-from converter.cli.recipe_options import RecipePart
+from converter.cli.recipe import RecipePart
 from converter.errors import DestinationError, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
@@ -16,7 +16,7 @@ from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonOptions(Options):
+class _ComparisonOptions(Options):
     """What is measured beside the model, and where the results go."""
 
     # fmt: off
@@ -46,20 +46,20 @@ class ComparisonOptions(Options):
 @command(
     "evaluate",
     recipe=RecipePart(without=("output",)),
-    comparison=Part(ComparisonOptions),
+    comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
-    settings=Part(Settings, only=("memory_limit",)),
+    settings=Part(Settings, without=("workers", "keep_source")),
 )
 def evaluate_command(
-    recipe: Recipe, comparison: ComparisonOptions, asked: EvaluationOptions, settings: Settings
+    recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
 ) -> Answer:
     """Measure perplexity and toxicity of SOURCE, of what it was made from, and of controls.
 
     Controls are fitted on --pairs and run through hooks on the unedited model, which is --base, or
     SOURCE if there is none.
     """
+    from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
-    from converter.entrypoints.pictures import require_matplotlib
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.results import markdown
     from converter.evaluation.systems import Comparison, parse_controls
@@ -75,7 +75,7 @@ def evaluate_command(
         Comparison(
             parse_controls(comparison.controls),
             [recipe.seed + i for i in range(comparison.seeds)],
-            _numbers("--ranks", comparison.ranks),
+            _numbers(comparison.ranks),
         ),
         asked,
         settings,
@@ -88,11 +88,11 @@ def evaluate_command(
     return Answer(found, markdown(found))
 
 
-def _numbers(option: str, text: str) -> Sequence[int]:
+def _numbers(text: str) -> Sequence[int]:
     try:
         numbers = sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         numbers = [0]
     if numbers and numbers[0] < 1:
-        raise OptionError(option, expected="numbers such as 1,2,4", found=text)
+        raise OptionError("--ranks", expected="numbers such as 1,2,4", found=text)
     return numbers

@@ -17,12 +17,10 @@ class Part:
 
     Attributes:
         cls: the class of the object.
-        only: names of the fields that are options here; empty for all. Others have their defaults.
-        without: names of fields that are none.
+        without: names of fields that are no options here; they have their defaults.
     """
 
     cls: type[Options]
-    only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     @property
@@ -31,7 +29,7 @@ class Part:
         return [
             option
             for name, option in declared_options(self.cls).items()
-            if name not in self.without and (not self.only or name in self.only)
+            if name not in self.without
         ]
 
     def parameters(self) -> list[click.Parameter]:
@@ -49,12 +47,11 @@ class Part:
         """
         found, context = {}, click.get_current_context()
         for option in self.options:
-            source = context.get_parameter_source(option.name)
+            source, label = context.get_parameter_source(option.name), option.label
             if source is ParameterSource.ENVIRONMENT:
                 label = f"the environment variable {option.variable}"
+            if source in (ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE):
                 found[option.name] = option.read(values[option.name], label)
-            elif source is ParameterSource.COMMANDLINE:
-                found[option.name] = option.read(values[option.name])
         return found
 
     def make(self, values: Mapping[str, Any]) -> Any:
@@ -79,11 +76,11 @@ def parameter(option: Declared) -> click.Parameter:
         multiple=option.kind in (tuple, dict),
         metavar=option.option.metavar,
         envvar=option.variable,
-        help=help_text(option),
+        help=_help(option),
     )
 
 
-def help_text(option: Declared) -> str:
+def _help(option: Declared) -> str:
     """What an option does, its default and an example."""
     repeated = " Repeatable." if option.kind in (tuple, dict) else ""
     notes = [
@@ -106,5 +103,5 @@ def _type(option: Declared) -> click.ParamType[Any]:
             dir_okay=path != "file",
             path_type=Path,
         )
-    simple: dict[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT}
-    return click.STRING if option.option.parse else simple.get(option.kind, click.STRING)
+    is_text = option.option.parse or option.kind in (tuple, dict)
+    return click.types.convert_type(str if is_text else option.kind)

@@ -1,19 +1,18 @@
-"""The program ``gloss`` and its commands."""
+"""The program ``gloss`` and its commands; the two that print what there is are here."""
 
 import click
 
 from converter.cli.command import Command
 from converter.cli.convert import convert_command, plan_command
+from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
 from converter.cli.evaluate import evaluate_command
-from converter.cli.push import push_command
-from converter.cli.recipe import options_table, recipe_command
-from converter.cli.replay import replay_command
-from converter.cli.verify import verify_command
-from converter.runtime.console import echo
+from converter.cli.recipe import recipe_command
+from converter.cli.terminal import echo
+from converter.option import Declared
 from converter.version import __version__
 
-COMMANDS = (
+_COMMANDS = (
     convert_command,
     plan_command,
     recipe_command,
@@ -25,26 +24,51 @@ COMMANDS = (
 )
 
 
-@click.command("architectures", cls=Command)
-def architectures_command() -> None:
-    """Print which models are supported, as a Markdown table."""
-    from converter.checkpoints.architectures.architecture import architecture_table
-
-    echo(architecture_table())
-
-
-@click.command("options", cls=Command)
-def options_command() -> None:
-    """Print every option of every command, as Markdown tables."""
-    echo(options_table(COMMANDS))
-
-
 @click.group()
 @click.version_option(__version__, prog_name="gloss")
 def gloss() -> None:
     """Make language models less toxic by editing their checkpoints."""
 
 
-for each in (*COMMANDS, architectures_command, options_command):
+for each in _COMMANDS:
     gloss.add_command(each)
 click.version_option(__version__, prog_name="gloss-convert")(convert_command)
+
+
+@gloss.command("architectures", cls=Command)
+def _architectures() -> None:
+    """Print which models are supported, as a Markdown table."""
+    from converter.checkpoints.architectures.architecture import architecture_table
+
+    echo(architecture_table())
+
+
+@gloss.command("options", cls=Command)
+def _options() -> None:
+    """Print every option of every command, as Markdown tables."""
+    owners: dict[type, list[str]] = {}
+    options: dict[type, dict[str, Declared]] = {}
+    for each in _COMMANDS:
+        for part in each.parts:
+            owners.setdefault(part.cls, []).append(f"`{each.name}`")
+            options.setdefault(part.cls, {}).update({o.name: o for o in part.options})
+    tables = []
+    for cls, names in owners.items():
+        about = " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
+        rows = [
+            f"| {_typed(option)} | {option.default_text or ''} | {option.option.help} |"
+            for option in options[cls].values()
+        ]
+        head = f"{about} ({', '.join(names)}):\n\n| option | default | meaning |\n|---|---|---|"
+        tables.append("\n".join([head, *rows]))
+    echo("\n\n".join(tables))
+
+
+def _typed(option: Declared) -> str:
+    """The option as people type it, with its values or an example of one."""
+    if option.kind is bool:
+        return ", ".join(f"`{flag}`" for flag in option.flag.split("/"))
+    if not option.flag.startswith("-"):
+        return f"`{option.flag}`"
+    values = option.choices or (option.option.example,)
+    return ", ".join(f"`{value}`" for value in (f"{option.flag} {values[0]}", *values[1:]))

@@ -1,23 +1,116 @@
-"""The command ``gloss recipe``, and the table of all options."""
+"""Recipes: from what is typed and from TOML files; and ``gloss recipe``, which prints one.
 
-from collections.abc import Iterable, Mapping
+The keys of a file are the fields of ``Recipe``, and its ``[options]`` are the method's.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from converter.cli.command import Answer, Command, Console, command
-from converter.cli.fields import Part
-from converter.cli.recipe_options import RecipePart
-from converter.entrypoints.recipe_file import recipe_text
-from converter.option import Declared
+import click
+
+from converter.cli.command import Answer, Console, command
+from converter.cli.fields import Part, parameter
+from converter.errors import OptionError
+from converter.option import Declared, Option, Options, declared_options
+from converter.recipe import Recipe, Settings
+from converter.runtime import progress
+from converter.runtime.files import read_text, reason
+
+_HEADING = """\
+# What a conversion is asked for. Use it with: gloss-convert --recipe FILE [SOURCE] DESTINATION
+# A line such as "# num_pairs = 1000" is an example: the option has its default.
+"""
+
+_WIDTH = 98
+"""Columns of a comment, without the sign that begins it."""
+
+_FILE = Declared(
+    name="recipe_file",
+    kind=Path,
+    optional=True,
+    default=None,
+    option=Option(
+        "TOML file with a recipe, as gloss recipe prints it. What is typed counts more.",
+        flag="--recipe", example="run.toml", path="file", exists=True,
+    ),
+)  # fmt: skip
 
 
-class RecipeValues(RecipePart):
+@dataclass(frozen=True)
+class RecipePart(Part):
+    """A ``Recipe``, whose values, the source among them, may be in the file of ``--recipe``."""
+
+    cls: type[Options] = Recipe
+
+    @property
+    def options(self) -> list[Declared]:
+        source, *others = super().options
+        return [source, _FILE, *others]
+
+    def parameters(self) -> list[click.Parameter]:
+        source, *others = self.options
+        place = click.Argument(
+            [source.name], nargs=-1, metavar=f"[{source.flag}]", callback=_one_or_none
+        )
+        return [place, *map(parameter, others)]
+
+    def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the file and, over them, those that were typed.
+
+        The file may hold options that the command does not have; they have no effect on it.
+
+        Raises:
+            OptionError: a value is wrong, or the file is.
+        """
+        typed = self.typed(values)
+        path = typed.pop(_FILE.name, None)
+        names = {option.name for option in self.options}
+        recorded = read_recipe(path) if path else {}
+        recorded = {name: value for name, value in recorded.items() if name in names}
+        if "options" in recorded and "options" in typed:
+            typed["options"] = recorded["options"] | typed["options"]
+        other = [key for key in typed if key in recorded and recorded[key] != typed[key]]
+        if other:
+            progress.note(f"{path.name} is overruled by what was typed: {', '.join(other)}")
+        return recorded | typed
+
+    def make(self, values: Mapping[str, Any]) -> Any:
+        """The recipe.
+
+        Raises:
+            OptionError: a value is wrong, or the file is.
+            click.UsageError: the source is neither typed nor in the file.
+        """
+        found = self.values(values)
+        if "source" not in found:
+            raise click.UsageError("Missing argument 'SOURCE', which no --recipe names either.")
+        return Recipe(**found)
+
+
+def _one_or_none(
+    context: click.Context, place: click.Parameter, given: tuple[str, ...]
+) -> str | None:
+    """The value of an argument before one that is required; click gives the last to that one."""
+    if len(given) > 1:
+        raise click.UsageError(f"Got unexpected extra argument ({' '.join(given[1:])})", context)
+    return given[0] if given else None
+
+
+class _Values(RecipePart):
     """What there is of a recipe, which need not be whole."""
 
     def make(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return self.values(values)
 
 
-@command("recipe", recipe=RecipeValues(), console=Part(Console, without=("cache_dir",)))
+@command("recipe", recipe=_Values(), console=Part(Console, without=("cache_dir",)))
 def recipe_command(recipe: dict[str, Any]) -> Answer:
     """Print a recipe with every option, its value or its default, as TOML for --recipe.
 
@@ -26,38 +119,82 @@ def recipe_command(recipe: dict[str, Any]) -> Answer:
     return Answer(recipe, recipe_text(recipe).rstrip("\n"))
 
 
-def options_table(commands: Iterable[Command]) -> str:
-    """Every option of every command as Markdown, a table for each class of options."""
-    owners: dict[type, list[str]] = {}
-    options: dict[type, dict[str, Declared]] = {}
-    for each in commands:
-        for part in each.parts:
-            owners.setdefault(part.cls, []).append(f"`{each.name}`")
-            options.setdefault(part.cls, {}).update({o.name: o for o in part.options})
-    return "\n\n".join(
-        f"{_summary(cls)} ({', '.join(owners[cls])}):\n\n{_table(options[cls].values())}"
-        for cls in owners
-    )
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values in a file, by the name of their field. Paths are as typed on a command line.
+
+    ``Recipe(**read_recipe(path))`` is the recipe, if the file names its source.
+
+    Raises:
+        OptionError: the file cannot be read, is not TOML, or has a key or a value that no recipe
+            has.
+    """
+    try:
+        table = tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(f"the recipe {path.name} cannot be read", found=reason(error)) from error
+    known, values = declared_options(Recipe), {}
+    for key, value in table.items():
+        if key not in known:
+            raise OptionError(f"{path.name} has an unknown key {key}", hint=_advice(key))
+        values[key] = known[key].read(value, f"{path.name}: {key}")
+    return values
 
 
-def _summary(cls: type) -> str:
-    """The first sentence about a class."""
-    return " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
+def _advice(key: str) -> str:
+    """What to do about an unknown key."""
+    name = key.replace("-", "_")
+    if name in declared_options(Settings):
+        return f"it does not bear on the result; give --{name.replace('_', '-')} instead"
+    close = get_close_matches(name, declared_options(Recipe), n=1)
+    return f"did you mean {close[0]}?" if close else "see gloss recipe for those there are"
 
 
-def _table(options: Iterable[Declared]) -> str:
-    rows = [
-        f"| {_typed(option)} | {option.default_text or ''} | {option.option.help} |"
-        for option in options
-    ]
-    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
+def recipe_text(values: Mapping[str, Any]) -> str:
+    """A file that ``read_recipe`` reads back as these values, and the defaults of all others.
+
+    Args:
+        values: by the name of their field; what is left out or None stands there as a comment.
+    """
+    options = dict(declared_options(Recipe))
+    last = options.pop("options")
+    paragraphs = [_paragraph(option, values.get(option.name)) for option in options.values()]
+    given = last.read(values.get(last.name, {}))
+    lines = [f"{_key(key)} = {_as_typed(text)}" for key, text in given.items()]
+    table = [_comment(last), f"[{last.name}]", *(lines or [f"# {last.option.example}"])]
+    return "\n".join([_HEADING, *paragraphs, "\n".join(table)]) + "\n"
 
 
-def _typed(option: Declared) -> str:
-    """The option as people type it, with its values or an example of one."""
-    if option.kind is bool:
-        return ", ".join(f"`{flag}`" for flag in option.flag.split("/"))
-    if not option.flag.startswith("-"):
-        return f"`{option.flag}`"
-    values = option.choices or (option.option.example,)
-    return ", ".join(f"`{value}`" for value in (f"{option.flag} {values[0]}", *values[1:]))
+def _paragraph(option: Declared, value: Any) -> str:
+    """The comment of an option, and its line."""
+    value = option.default if value is None else value
+    if value is None or value is MISSING:
+        return f"{_comment(option)}\n# {option.name} = {_toml(option.example)}\n"
+    return f"{_comment(option)}\n{option.name} = {_toml(option.read(value))}\n"
+
+
+def _comment(option: Declared) -> str:
+    default = f" Default: {option.default_text}." if option.default_text else ""
+    return "\n".join(f"# {line}" for line in wrap(option.option.help + default, _WIDTH))
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def _as_typed(text: str) -> str:
+    """An option of a method, as a number if it reads back as the same text."""
+    for kind in (int, float):
+        try:
+            if str(kind(text)) == text and text.lstrip("-")[0].isdigit():
+                return text
+        except ValueError:
+            continue
+    return _toml(text)
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML, whose strings are those of JSON as long as every character is printable."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    text = json.dumps(str(value), ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

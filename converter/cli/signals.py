@@ -2,7 +2,7 @@
 
 Python tells a program of a signal between two of its own steps, and a matrix product or an upload
 may take longer than anybody wants to wait. So there is a thread that the signal wakes at once: it
-gives the run ``PATIENCE`` to tidy up, and then ends the process, which nothing that is written
+gives the run ``_PATIENCE`` to tidy up, and then ends the process, which nothing that is written
 minds, as it does not mind a power failure.
 """
 
@@ -14,19 +14,15 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import NoReturn
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run; the exit code is 128 and their number."""
 
-PATIENCE = 0.6
+_PATIENCE = 0.6
 """Seconds from the signal to the end of the process."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, in the main thread; ``number`` is which."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = signal.Signals(number)
+    """A signal, in the main thread; its argument is the number."""
 
 
 def leave(number: int) -> NoReturn:
@@ -41,11 +37,11 @@ def leave(number: int) -> NoReturn:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """While this lasts, the first signal of ``STOPPING`` raises ``Stopped``; others are ignored.
+    """While this lasts, the first signal of ``_STOPPING`` raises ``Stopped``; others are ignored.
 
     Only in the main thread. If the block does not end soon after, the process does.
     """
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in _STOPPING}
     stopped, over = Event(), Event()
 
     def stop(number: int, frame: object) -> None:
@@ -76,7 +72,7 @@ def stopping() -> Iterator[None]:
 def _watch(ours: socket.socket, over: Event) -> None:
     """Wait for the number of a signal, which is a byte here; none comes after the end."""
     while said := ours.recv(1):
-        if said[0] in STOPPING:
-            if not over.wait(PATIENCE):
+        if said[0] in _STOPPING:
+            if not over.wait(_PATIENCE):
                 leave(said[0])
             return

@@ -1,18 +1,58 @@
-"""Notes, warnings and bars of a command, on standard error."""
+"""The one way to a terminal, or to the log of a job: nothing in a text can steer either.
 
+Names of tensors, files and tokens, and what a manifest or a server says, are chosen by strangers.
+Printed as they are they could move the cursor, hide or reverse what follows, begin lines that look
+like ours, or give orders to the program that keeps the log.
+"""
+
+import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from converter.runtime.cache import default_cache, using_cache
-from converter.runtime.console import echo
+import click
+
+from converter.manifest import to_json
+from converter.runtime.cache import using_cache
 from converter.runtime.progress import LOG, Progress, recording
-from converter.text.sanitize import one_line
+from converter.text import one_line, redacted
+
+_ORDERS = re.compile(r"^(\s*)::|##(?=\w*\[)")
+"""What GitHub, Azure and TeamCity take for an order in a line of a log."""
 
 
-class Terminal(logging.Handler):
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines of ours that may quote strangers; what is quoted is one line by then."""
+    click.echo("\n".join(map(_harmless, text.split("\n"))), err=err)
+
+
+def _harmless(line: str) -> str:
+    """A line with its spaces, without tokens, and with escapes for what could steer."""
+    line = redacted(line)
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else one_line(c) or " " for c in line)
+    return _ORDERS.sub(
+        lambda found: f"{found[1]}\\x3a:" if found[1] is not None else "#\\x23", line
+    )
+
+
+def as_json(data: Any) -> str:
+    """JSON with the letters of all languages, and escapes for what could steer a terminal.
+
+    Args:
+        data: may hold parts of a manifest.
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False, default=to_json)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+class _Printer(logging.Handler):
     """Prints each record as one line, without what could steer a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -31,13 +71,13 @@ def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progres
         quiet: warnings only; otherwise also notes, and bars if standard error is a terminal.
         cache_dir: the cache folder; None for the default one.
     """
-    terminal, before = Terminal(), (LOG.level, LOG.propagate)
+    terminal, before = _Printer(), (LOG.level, LOG.propagate)
     LOG.setLevel(logging.WARNING if quiet else logging.INFO)
     LOG.propagate = False  # a library's handler would print the same again, and as it is
     LOG.addHandler(terminal)
     try:
         with (
-            using_cache(cache_dir or default_cache()),
+            using_cache(cache_dir),
             recording(shows_bars=not quiet and sys.stderr.isatty()) as progress,
         ):
             yield progress

@@ -47,15 +47,7 @@ def convert(
     settings: Settings = Settings(),
     delivery: Delivery = Delivery(),
 ) -> Manifest:
-    """Convert a checkpoint.
-
-    Notes and warnings are logged, see ``runtime.progress``; the cache is that of ``using_cache``.
-
-    Args:
-        recipe: what to do.
-        destination: a folder that does not exist or is empty.
-        settings: how this machine does it.
-        delivery: what becomes of the result.
+    """Convert a checkpoint into a folder that does not exist or is empty.
 
     Returns:
         the manifest that was written.
@@ -122,6 +114,12 @@ def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
     return pairs, prose, words
 
 
+def other_texts(manifest: Manifest, pairs: Pairs, prose: Prose, words: WordList) -> list[str]:
+    """Which texts are not those that a manifest records, by their sha256."""
+    found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
+    return [name for name in found if found[name] != getattr(manifest, name).sha256]
+
+
 def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> None:
     """Verify what was written, except shards that are gone. Raises VerificationError."""
     with progress.stage("verify", "verifying what was written"):
@@ -131,19 +129,16 @@ def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> Non
 
 
 def write_records(
-    source: Source,
-    written: Written,
-    folder: Path,
-    manifest: Manifest,
-    pictures: Pictures,
+    source: Source, written: Written, folder: Path, manifest: Manifest, pictures: Pictures | None
 ) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
     Each states the sha256 of those before, so no byte of the three can change unnoticed.
     """
     terms = terms_of(source, source.base)
-    drawn = [path.relative_to(folder).as_posix() for path in pictures(manifest, folder)]
-    made = (EDIT_FILE, *write_notice(terms, folder), *drawn)
+    drawn = pictures(manifest, folder) if pictures else []
+    pictured = [path.relative_to(folder).as_posix() for path in drawn]
+    made = (EDIT_FILE, *write_notice(terms, folder), *pictured)
     own = {name: file_entry(folder / name) for name in made}
     files = file_list(written, own)
     manifest = structs.replace(manifest, files=files, measurements=measurements())
@@ -156,11 +151,7 @@ def write_records(
 
 
 def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
-    """Everything that can be known without reading a weight.
-
-    Raises:
-        SourceError, CheckpointError, OptionError.
-    """
+    """All that is known without a weight. Raises SourceError, CheckpointError or OptionError."""
     if recipe.base_model is not None:
         check_repo_id("--base-model", recipe.base_model)
     with progress.stage("plan", f"reading the headers of {recipe.source}"):
@@ -184,13 +175,10 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
 def prepare_to_write(
     recipe: Recipe, destination: Path | None, settings: Settings, delivery: Delivery
 ) -> tuple[Source, Plan, Method, int]:
-    """``prepare``, and whether the result can be written; of ``convert`` and of a dry run.
-
-    Returns:
-        also the bytes that the disk of the destination must have free.
+    """``prepare``, and the bytes that the disk of the destination must have free.
 
     Raises:
-        SourceError, CheckpointError, OptionError, DestinationError.
+        SourceError, CheckpointError, OptionError, DestinationError: it cannot be written, either.
     """
     signer, stream = delivery.signer, delivery.stream
     if signer:

@@ -1,26 +1,28 @@
-"""What becomes of the result of a conversion, beside its bytes."""
+"""What becomes of the result of a conversion, beside its bytes; and the pictures of it."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.entrypoints.stream_push import Streaming
+from converter.edits.edit_file import EDIT_FILE
+from converter.entrypoints.push import Streaming
+from converter.errors import OptionError
 from converter.evaluation.fit import Fitted
 from converter.evaluation.gates import Gates
+from converter.evaluation.plots import plot_evaluation, plot_fit
 from converter.manifest import Evaluation, Manifest
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
+from converter.outputs.destination import check_folder
 from converter.release.signing import Signer
+from converter.runtime import progress
 
 Evaluate = Callable[[Bench, Fitted, Method], Evaluation]
 """Measures an edit before it is written; the results."""
 
 Pictures = Callable[[Manifest, Path], list[Path]]
 """Draws what a manifest says into a folder that holds the edit's file; the files drawn."""
-
-
-def no_pictures(manifest: Manifest, folder: Path) -> list[Path]:
-    return []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,44 @@ class Delivery:
     overwrite: bool = False
     gates: Gates = field(default_factory=Gates)
     evaluation: Evaluate | None = None
-    pictures: Pictures = no_pictures
+    pictures: Pictures | None = None
     signer: Signer | None = None
     stream: Streaming | None = None
+
+
+def check_plots(plots: Path | None, destination: Path) -> Path | None:
+    """Make sure at once that pictures can be drawn into a folder, if any are wanted.
+
+    Returns:
+        where the folder is in the destination, whose pictures are drawn before the list of files is
+        made, and belong to the checkpoint; None if it is elsewhere.
+
+    Raises:
+        OptionError: matplotlib is missing.
+        DestinationError: a folder elsewhere cannot be written.
+    """
+    if plots is None:
+        return None
+    require_matplotlib()
+    whole, found = destination.resolve(), plots.resolve()
+    if found.is_relative_to(whole):
+        return found.relative_to(whole)
+    check_folder(plots)
+    return None
+
+
+def require_matplotlib() -> None:
+    """Raise OptionError at once if --plots cannot be had, rather than when all is done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("--plots needs matplotlib", hint="pip install 'gloss-convert[plot]'")
+
+
+def draw(manifest: Manifest, destination: Path, place: Path) -> list[Path]:
+    """Draw a conversion in ``place``, which is absolute or relative to the destination."""
+    folder = destination / place
+    paths = plot_fit(manifest, destination / EDIT_FILE, folder)
+    if manifest.evaluation is not None:
+        paths += plot_evaluation(manifest.evaluation, folder)
+    for path in paths:
+        progress.note(f"  drawn: {place / path.name}")
+    return paths

@@ -25,42 +25,51 @@ from converter.hub import repos as hub
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
-GENERATED = (*sorted(OURS), EDIT_FILE)
+_GENERATED = (*sorted(OURS), EDIT_FILE)
 """Files of a checkpoint that are neither weights nor companions of a source."""
 
-LEFT_OUT = ("measurements", "prefixes")
+_LEFT_OUT = ("measurements", "prefixes")
 """Parts of a manifest that differ from run to run, or that the digest of the file stands for."""
 
 
 @dataclass(slots=True)
-class Side:
+class _Side:
     """One of two checkpoints.
 
     Attributes:
         source: of it.
+        files: the small ones, by name.
         tensors: name -> shard and entry.
         targets: name -> down-projection, where the architecture is known.
         opened: the shard that was read last.
     """
 
     source: Source
+    files: dict[str, Path]
     tensors: dict[str, tuple[str, TensorInfo]]
     targets: dict[str, Weight]
     opened: dict[str, RawIOBase] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str) -> "Side":
+    def of(cls, name: str) -> "_Side":
         """From headers and small files alone. Raises SourceError or CheckpointError."""
         source = resolve(name)
         if repo := source.repo:
-            own = (source.inside + name for name in GENERATED)
+            own = (source.inside + name for name in _GENERATED)
             hub.download(repo, [name for name in own if name in repo.sizes])
+        made = [name for name in _GENERATED if (source.folder / name).is_file()]
+        names = (*source.companions, *source.drawn, *made)
         headers = source.headers()
         targets: dict[str, Weight] = {}
         with suppress(ConverterError):  # an architecture that cannot be edited can be compared
             plan = make_plan(source.config, source.weight_map, headers)
             targets = {target.info.name: target for target in plan.targets}
-        return cls(source, locate_tensors(source.weight_map, headers), targets)
+        return cls(
+            source=source,
+            files={name: source.folder / name for name in names},
+            tensors=locate_tensors(source.weight_map, headers),
+            targets=targets,
+        )
 
     def place(self, name: str) -> Place:
         """A tensor, its file open until one of another shard is asked for."""
@@ -74,21 +83,6 @@ class Side:
         for file in self.opened.values():
             file.close()
         self.opened.clear()
-
-    def files(self) -> dict[str, Path]:
-        """The small files, by name."""
-        names = (*self.source.companions, *self.source.drawn)
-        found = {name: self.source.folder / name for name in names}
-        return found | {
-            name: self.source.folder / name
-            for name in GENERATED
-            if (self.source.folder / name).is_file()
-        }
-
-    def subspace(self) -> Path | None:
-        """The subspace that a converted checkpoint brings along."""
-        path = self.source.folder / EDIT_FILE
-        return path if path.is_file() else None
 
 
 def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
@@ -106,59 +100,45 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
     Raises:
         ConverterError: one of them cannot be read.
     """
-    one, two = Side.of(a), Side.of(b)
-    place = subspace or two.subspace() or one.subspace()
-    bases = spans(load_bases(place)) if place else {}
-    names = list(one.tensors)
+    one, two = _Side.of(a), _Side.of(b)
+    place = subspace or two.files.get(EDIT_FILE) or one.files.get(EDIT_FILE)
+    bases = _spans(load_bases(place)) if place else {}
     changed: list[dict[str, Any]] = []
     total = sum(info.nbytes for _, info in one.tensors.values())
     try:
         with progress.bar("compare", total, "B") as bar:
-            for name in names:
+            for name, (_, info) in one.tensors.items():
                 if name in two.tensors:
                     target = one.targets.get(name) or two.targets.get(name)
-                    changed += compare(one.place(name), two.place(name), target, bases)
-                bar.update(one.tensors[name][1].nbytes)
+                    changed += _compare(one.place(name), two.place(name), target, bases)
+                bar.update(info.nbytes)
     finally:
         one.close()
         two.close()
-    only_in_a = sorted(set(one.tensors) - set(two.tensors))
-    only_in_b = sorted(set(two.tensors) - set(one.tensors))
-    files = diff_files(one.files(), two.files())
+    tensors, files = _only_in(one.tensors, two.tensors), _only_in(one.files, two.files)
+    files["changed"] = sorted(
+        name
+        for name in one.files.keys() & two.files.keys()
+        if sha256_of(one.files[name]) != sha256_of(two.files[name])
+    )
     return {
         "a": one.source.name,
         "b": two.source.name,
-        "equal": not (changed or only_in_a or only_in_b or any(files.values())),
+        "equal": not any((changed, *tensors.values(), *files.values())),
         "tensors": {"a": len(one.tensors), "b": len(two.tensors)},
         "subspace": place.name if place else None,
-        "only_in_a": only_in_a,
-        "only_in_b": only_in_b,
+        **tensors,
         "changed": changed,
         "files": files,
     }
 
 
-def compare(
-    before: Place, after: Place, target: Weight | None, bases: Mapping[str, Tensor]
-) -> Iterator[dict[str, Any]]:
-    """The difference of two tensors of one name; nothing if there is none."""
-    old, new = before.info, after.info
-    alike = (old.dtype, old.shape) == (new.dtype, new.shape)
-    if alike and same_bytes(before, after):
-        return
-    entry: dict[str, Any] = {
-        "name": old.name,
-        "shape": [list(old.shape), list(new.shape)],
-        "dtype": [old.dtype, new.dtype],
-        "measured": None,
-    }
-    if old.shape == new.shape and old.nbytes and {old.dtype, new.dtype} <= set(FLOATS):
-        basis, axis = basis_for(old, target, bases)
-        entry["measured"] = asdict(spectrum(before, after, basis, axis))
-    yield entry
+def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names that only one of two has."""
+    return {"only_in_a": sorted(a.keys() - b.keys()), "only_in_b": sorted(b.keys() - a.keys())}
 
 
-def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Orthonormal columns with the same spans, float64; a file may hold any; see ``verify``."""
     return {
         name: torch.linalg.qr(U.double()).Q
@@ -167,7 +147,27 @@ def spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def basis_for(
+def _compare(
+    before: Place, after: Place, target: Weight | None, bases: Mapping[str, Tensor]
+) -> Iterator[dict[str, Any]]:
+    """The difference of two tensors of one name; nothing if there is none."""
+    old, new = before.info, after.info
+    alike = (old.dtype, old.shape) == (new.dtype, new.shape)
+    if alike and _same_bytes(before, after):
+        return
+    entry: dict[str, Any] = {
+        "name": old.name,
+        "shape": [list(old.shape), list(new.shape)],
+        "dtype": [old.dtype, new.dtype],
+        "measured": None,
+    }
+    if old.shape == new.shape and old.nbytes and {old.dtype, new.dtype} <= set(FLOATS):
+        basis, axis = _basis_for(old, target, bases)
+        entry["measured"] = asdict(spectrum(before, after, basis, axis))
+    yield entry
+
+
+def _basis_for(
     info: TensorInfo, target: Weight | None, bases: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, int | None]:
     """The basis that a tensor may have lost, and the axis that it would lie along.
@@ -186,7 +186,7 @@ def basis_for(
     return None, None
 
 
-def same_bytes(before: Place, after: Place) -> bool:
+def _same_bytes(before: Place, after: Place) -> bool:
     """Whether two tensors of one length have the same bytes; the first difference ends it."""
     for start in range(0, before.info.nbytes, BUFFER):
         count = min(BUFFER, before.info.nbytes - start)
@@ -199,23 +199,13 @@ def same_bytes(before: Place, after: Place) -> bool:
     return True
 
 
-def diff_files(a: Mapping[str, Path], b: Mapping[str, Path]) -> dict[str, list[str]]:
-    """The small files that only one has, or whose bytes differ."""
-    both = sorted(set(a) & set(b))
-    return {
-        "only_in_a": sorted(set(a) - set(b)),
-        "only_in_b": sorted(set(b) - set(a)),
-        "changed": [name for name in both if sha256_of(a[name]) != sha256_of(b[name])],
-    }
-
-
 def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
-    """The leaves of two manifests that differ, but for those ``LEFT_OUT``.
+    """The leaves of two manifests that differ, but for those ``_LEFT_OUT``.
 
     Raises:
         CheckpointError: one of them is not JSON.
     """
-    one, two = (dict(leaves(read_json(path))) for path in (a, b))
+    one, two = (dict(_leaves(read_json(path))) for path in (a, b))
     changed = [
         {"path": path, "a": one.get(path), "b": two.get(path)}
         for path in dict.fromkeys((*one, *two))
@@ -224,43 +214,39 @@ def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
     return {"a": a.name, "b": b.name, "equal": not changed, "changed": changed}
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a JSON value by path, such as ``edited[model.norm.weight].norm``.
 
     Entries of a list are known by their name where they have one, else by their place.
     """
     if isinstance(value, dict) and value:
         for key, child in value.items():
-            if key not in LEFT_OUT:
-                yield from leaves(child, f"{path}.{key}" if path else key)
+            if key not in _LEFT_OUT:
+                yield from _leaves(child, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and any(isinstance(child, dict | list) for child in value):
         for number, child in enumerate(value):
             label = child.get("name", number) if isinstance(child, dict) else number
-            yield from leaves(child, f"{path}[{label}]")
+            yield from _leaves(child, f"{path}[{label}]")
     else:
         yield path, value
 
 
-def is_manifest(text: str) -> bool:
-    """Whether a side of a diff is a file of JSON rather than a checkpoint."""
-    return text.endswith(".json") and Path(text).is_file()
-
-
 def diff(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
-    """Compare two checkpoints, or two manifests.
+    """Compare two checkpoints, or two manifests, which are files of JSON.
 
     Raises:
         OptionError: one of each.
         ConverterError: as the two functions that do it.
     """
-    if is_manifest(a) and is_manifest(b):
-        if subspace is not None:
-            raise OptionError("--subspace has no effect on manifests")
-        return diff_manifests(Path(a), Path(b))
-    if is_manifest(a) or is_manifest(b):
+    manifests = [text.endswith(".json") and Path(text).is_file() for text in (a, b)]
+    if not any(manifests):
+        return diff_checkpoints(a, b, subspace)
+    if not all(manifests):
         raise OptionError(
             "a manifest and a checkpoint cannot be compared",
             expected="two of the same kind",
             hint="gloss verify compares a checkpoint with its own manifest",
         )
-    return diff_checkpoints(a, b, subspace)
+    if subspace is not None:
+        raise OptionError("--subspace has no effect on manifests")
+    return diff_manifests(Path(a), Path(b))

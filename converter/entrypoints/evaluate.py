@@ -25,10 +25,9 @@ from converter.release.manifest import read_manifest
 def evaluate_model(
     recipe: Recipe,
     comparison: Comparison,
-    asked: EvaluationOptions = EvaluationOptions(),
-    settings: Settings = Settings(),
-    *,
-    edited: str | None = None,
+    asked: EvaluationOptions,
+    settings: Settings,
+    edited: str | None,
     partial: Path | None = None,
 ) -> Evaluation:
     """Measure the source of a recipe, controls that are fitted on it, and what was made from it.
@@ -40,9 +39,6 @@ def evaluate_model(
         settings: how this machine does it.
         edited: a model that was made from the source.
         partial: a file that is written anew after every system.
-
-    Returns:
-        the results; see ``evaluation.compare``.
 
     Raises:
         ConverterError: one of its children says what is wrong.
@@ -57,11 +53,11 @@ def evaluate_model(
     bench.forward.need_resident()
     model = reference = None
     if edited:
-        model, reference = load_edited(edited, bench)
+        model, reference = _load_edited(edited, bench)
     return evaluate(bench, battery, comparison, model, reference, partial)
 
 
-def load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
+def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
     """An edited model, and its edit if its manifest says what it is."""
     model = load_whole(name, bench.device, bench.dtype, bench.recipe.device == "map")
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():

@@ -24,7 +24,7 @@ def describe_plan(
     settings: Settings = Settings(),
     delivery: Delivery = Delivery(),
 ) -> dict[str, Any]:
-    """What a conversion would do, from the headers alone. Nothing is written.
+    """What a conversion would do. Nothing is written.
 
     The destination and local files of pairs, prose and words are looked at too.
 
@@ -54,11 +54,7 @@ def describe_plan(
             "options": asdict(method),  # type: ignore[call-overload]
         },
         "shards": {
-            name: {
-                "bytes": header.size,
-                "tensors": len(header.tensors),
-                "edited": edited[name],
-            }
+            name: {"bytes": header.size, "tensors": len(header.tensors), "edited": edited[name]}
             for name, header in plan.headers.items()
         },
         "edited_layers": sorted({weight.layer for weight in weights}),

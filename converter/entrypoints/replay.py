@@ -12,31 +12,38 @@ from pathlib import Path
 
 import torch
 from msgspec import structs
+from torch import Tensor
 
-from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
-from converter.edits.edit_file import EDIT_FILE
+from converter.edits.edit_file import EDIT_FILE, EVIDENCE, file_tensors
 from converter.edits.engine import Engine
-from converter.entrypoints.convert import check_whole, inputs_of, write_records
-from converter.entrypoints.delivery import no_pictures
-from converter.entrypoints.refit import compare_fit
-from converter.entrypoints.resume import finish_existing
+from converter.entrypoints.convert import (
+    check_whole,
+    inputs_of,
+    load_texts,
+    other_texts,
+    prepare,
+    write_records,
+)
+from converter.entrypoints.resume import finish_existing, made_before
 from converter.errors import VerificationError
+from converter.evaluation.fit import fit
 from converter.manifest import TOOL, Manifest
+from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written
 from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.destination import check_destination
 from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed, interrupted
+from converter.outputs.staging.claim import claimed
 from converter.outputs.staging.journal import Journal
 from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
-from converter.release.manifest import environment, read_manifest
+from converter.release.manifest import environment, file_list
 from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress
 
@@ -75,31 +82,30 @@ def replay(
 
     Args:
         recording: of the conversion.
-        destination: a folder that does not exist or is empty.
+        destination: a folder that does not exist or is empty, unless it is to be overwritten.
         given: where local inputs are.
         settings: how this machine does it.
         max_angle: fit the edit again, too; degrees that it may be off. None to fit nothing.
-        overwrite: replace a checkpoint that is already there.
 
     Raises:
         VerificationError: the source, the outputs or the refitted edit differ.
         ConverterError: another of its children; the destination is as it was.
     """
     recipe = recipe_of(recording, given, refit=max_angle is not None)
-    device = device_like(recording, recipe)
+    device = _device_like(recording, recipe)
     found = differences(recording, device)
     for entry in found:
         progress.warn(f"{entry['what']} is {entry['found']} here, recorded is {entry['recorded']}")
-    place, name = recipe.source, recording.path.name
-    with progress.stage("plan", f"comparing {place} with the source of {name}"):
-        source = as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
+    title = f"comparing {recipe.source} with the source of {recording.path.name}"
+    with progress.stage("plan", title):
+        source = _as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
         check_source(recording, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         edit = recording.edit(plan)
         check_edit(edit, plan, source)
-    if not overwrite and max_angle is None and (before := replayed_before(recording, destination)):
+    if not overwrite and max_angle is None and (before := _replayed_before(recording, destination)):
         finish_existing(recipe, destination, before, None)
-        other = others(recording, before)
+        other = _others(recording, before)
         identical = len(before.files.keys() - {EDIT_FILE, *other})
         return Replayed(before, found, identical, other, None)
     inputs = [*inputs_of(recipe, source), recording.path, recording.edit_file]
@@ -111,17 +117,16 @@ def replay(
     angles = None
     with claimed(destination, overwrite) as claim:
         if max_angle is not None:
-            angles = compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
-        journal = Journal.of(claim, source, edit, engine)
+            angles = _compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
                 job = WriteJob(
                     source=source, plan=plan, edit=edit, folder=folder, engine=engine,
-                    receiver=journal,
+                    receiver=Journal.of(claim, source, edit, engine),
                 )  # fmt: skip
                 written = output.write(job)
                 shutil.copyfile(recording.edit_file, folder / EDIT_FILE)
-            identical = check_outputs(recording, written, folder, found)
+            identical = _check_outputs(recording, written, folder, found)
             manifest = structs.replace(
                 recording.manifest,
                 tool=TOOL,
@@ -129,36 +134,29 @@ def replay(
                 environment=environment(device),
                 replay_of=recording.sha256,
             )
-            manifest = write_records(source, written, folder, manifest, no_pictures)
+            manifest = write_records(source, written, folder, manifest, None)
             check_whole(recipe, folder)
-    return Replayed(manifest, found, identical, others(recording, manifest), angles)
+    return Replayed(manifest, found, identical, _others(recording, manifest), angles)
 
 
-def replayed_before(recording: Recording, destination: Path) -> Manifest | None:
+def _replayed_before(recording: Recording, destination: Path) -> Manifest | None:
     """The manifest of a folder that holds a replay of this recording already; whole or not."""
-    if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
+    manifest = made_before(destination)
+    if manifest is None or (manifest.replay_of, manifest.tool) != (recording.sha256, TOOL):
         return None
-    try:
-        manifest = read_manifest(destination)
-    except VerificationError:
-        return None
-    now = manifest.files
-    same = (
-        manifest.replay_of == recording.sha256
-        and manifest.tool == TOOL
-        and all(now.get(name) == file for name, file in recording.manifest.shards.items())
-    )
-    return manifest if same else None
+    shards = recording.manifest.shards
+    is_same = all(manifest.files.get(name) == file for name, file in shards.items())
+    return manifest if is_same else None
 
 
-def device_like(recording: Recording, recipe: Recipe) -> str:
+def _device_like(recording: Recording, recipe: Recipe) -> str:
     """A device of the recorded kind if there is one: other kinds add in another order."""
     if recording.manifest.environment.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return choose_device("auto" if recipe.device == "cpu" else recipe.device)
 
 
-def as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
+def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
     """The source under its recorded name, and of its small files those that were there then."""
     recorded = recording.manifest.source
     known, base = recorded.files, recipe.base_model or recorded.repo_id or source.base
@@ -172,20 +170,15 @@ def as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
     )
 
 
-def check_outputs(
+def _check_outputs(
     recording: Recording, written: Written, folder: Path, found: Sequence[Mapping[str, str]]
 ) -> int:
-    """Compare what was written with what is recorded.
-
-    Returns:
-        the number of files, all of them as recorded.
+    """The number of files that were written, all of them as recorded.
 
     Raises:
         VerificationError: naming those that are not, and the tensor where a shard departs.
     """
-    digests = {written.renamed.get(n, n): record.sha256 for n, record in written.shards.items()}
-    digests |= {name: file.sha256 for name, file in written.extra.items()}
-    digests |= {name: file.sha256 for name, file in {**written.copies, **written.made}.items()}
+    digests = {name: file.sha256 for name, file in file_list(written, {}).items()}
     wrong = []
     for name in sorted({*digests, *recording.manifest.shards}):
         file = recording.manifest.files.get(name)
@@ -196,23 +189,101 @@ def check_outputs(
             place = f" from {find_damage(folder / name, prefixes)} on" if prefixes else ""
             wrong.append(f"{name} differs{place}")
     if wrong:
+        cause = "tool, device and libraries are as recorded, so the manifest may be altered"
+        if found:
+            listed = (f"{d['what']} {d['found']} instead of {d['recorded']}" for d in found)
+            cause = "the probable cause is " + ", ".join(listed)
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise VerificationError(
             "the replay gave other bytes than recorded: " + "; ".join(wrong[:NAMED]) + more,
-            hint="nothing was written; " + probable_cause(found),
+            hint="nothing was written; " + cause,
         )
     return len(digests)
 
 
-def probable_cause(found: Sequence[Mapping[str, str]]) -> str:
-    """Why outputs may differ although the source does not."""
-    if not found:
-        return "tool, device and libraries are as recorded, so the manifest may be altered"
-    listed = (f"{d['what']} {d['found']} instead of {d['recorded']}" for d in found)
-    return "the probable cause is " + ", ".join(listed)
-
-
-def others(recording: Recording, manifest: Manifest) -> list[str]:
+def _others(recording: Recording, manifest: Manifest) -> list[str]:
     """Generated files that are not as recorded, or were not there, or are not any more."""
     then, now = recording.manifest.files, manifest.files
     return sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
+
+
+def _compare_fit(
+    recording: Recording, recipe: Recipe, device: str, max_angle: float, memory_limit: int | None
+) -> dict[str, list[float]]:
+    """Fit as recorded, guard included: tensor of the edit -> angles to the recorded one.
+
+    They are in degrees, ascending: the principal ones of a basis, one of any other tensor.
+
+    Raises:
+        VerificationError: the texts are not those recorded, the edits have other tensors, or an
+            angle is larger than ``max_angle``.
+        ConverterError: as a conversion would.
+    """
+    source, plan, method = prepare(recipe)
+    pairs, prose, words = load_texts(recipe)
+    if others := other_texts(recording.manifest, pairs, prose, words):
+        raise VerificationError(
+            f"not the texts of the recorded fit, by their sha256: {', '.join(others)}",
+            hint="nothing was done; give the recorded ones as "
+            + ", ".join("--" + name.replace("_", "-") for name in others),
+        )
+    bench = Bench.of(recipe, source, plan, words, device, memory_limit)
+    edit = fit(bench, method, pairs, prose).edit
+    bench.unload()
+    layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}
+    angles = _compare_tensors(recording, file_tensors(edit, layers, {}))
+    name = max(angles, key=lambda name: angles[name][-1])
+    if not angles[name][-1] <= max_angle:
+        raise VerificationError(
+            f"the refitted {name} is not the recorded one",
+            expected=f"an angle of at most {max_angle:g} degrees",
+            found=f"{angles[name][-1]:.3f}",
+            hint="nothing was written; batch size, device and libraries turn what the texts hardly "
+            "determine",
+        )
+    return angles
+
+
+def _compare_tensors(recording: Recording, fitted: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The angles of each tensor of the edit. Raises VerificationError if names or shapes differ."""
+    recorded = {n: t for n, t in recording.stored.items() if not n.startswith(EVIDENCE)}
+    for name in sorted({*recorded, *fitted}):
+        shapes = [list(known[name].shape) if name in known else [] for known in (recorded, fitted)]
+        if shapes[0] != shapes[1]:
+            raise VerificationError(
+                f"the refitted {name} has another shape than the recorded one",
+                expected=str(shapes[0]),
+                found=str(shapes[1]),
+                hint="nothing was written; a rank at the edge of the budget is chosen by little",
+            )
+    return {name: _angles(name, recorded[name], fitted[name]).tolist() for name in sorted(fitted)}
+
+
+def _angles(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """Between two bases, or between two other tensors as vectors."""
+    if name == "U" or name.startswith("U."):
+        return principal_angles(a, b)
+    if torch.equal(a, b):
+        return torch.zeros(1)
+    return principal_angles(a.double().reshape(-1, 1), b.double().reshape(-1, 1))
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """The principal angles between two subspaces, in degrees, ascending.
+
+    The singular values of ``A^T B`` are their cosines, and those of ``B - A A^T B`` their sines.
+    Below 45 degrees the sine is taken: cosines near 1 cannot tell small angles apart.
+
+    Args:
+        a: (D, R) of full rank; made orthonormal here, since float32 columns are so to 1e-7 only.
+        b: (D, S), S at most R.
+
+    Returns:
+        (S,) float64.
+    """
+    A, B = (torch.linalg.qr(basis.double()).Q for basis in (a, b))
+    inside = A.T @ B
+    cosines = torch.linalg.svdvals(inside).clamp(max=1)
+    sines = torch.linalg.svdvals(B - A @ inside).clamp(max=1).flip(0)
+    angles = torch.where(sines < cosines, sines.asin(), cosines.acos())
+    return torch.rad2deg(angles)

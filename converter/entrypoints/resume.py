@@ -9,7 +9,7 @@ from converter.checkpoints.layout import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
-from converter.entrypoints.convert import check_whole, convert
+from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
 from converter.manifest import TOOL, Manifest
@@ -37,49 +37,34 @@ def convert_once(
         recipe, destination, settings, delivery: as of ``convert``.
         pictures: a folder within the destination that has to hold some.
 
-    Returns:
-        the manifest.
-
     Raises:
         ConverterError: as ``convert`` and ``finish_existing``.
     """
-    if not (delivery.stream or delivery.overwrite or delivery.evaluation):
-        before = done_before(recipe, destination, delivery, pictures)
-        if before:
-            finish_existing(recipe, destination, before, delivery.signer)
-            return before
+    if before := _done_before(recipe, destination, delivery, pictures):
+        finish_existing(recipe, destination, before, delivery.signer)
+        return before
     return convert(recipe, destination, settings, delivery)
 
 
-def done_before(
+def _done_before(
     recipe: Recipe, destination: Path, delivery: Delivery, pictures: Path | None
 ) -> Manifest | None:
-    """The manifest of a checkpoint that the same run has made of the same inputs.
+    """The manifest of what the same run has made of the same inputs, whole or not; else None.
 
     Manifests name files without their folders, so the content of every input is compared, too. A
-    run that evaluates is never taken for the same: not all that it depends on is recorded.
-
-    Args:
-        recipe: what is asked for now, without an evaluation.
-        destination: where it is asked for.
-        delivery: its gates have to be passed; without a signer, there must be no signature.
-        pictures: a folder within it that has to hold some.
-
-    Returns:
-        None if there is no checkpoint, or one of another recipe, or one that was killed in its last
-        step. Whether its files are whole is not looked at.
+    run that evaluates is never taken for the same: not all that it depends on is recorded. The
+    gates must have been passed, ``pictures`` must hold some if it is given, and without a signer
+    there must be no signature.
 
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.
     """
-    try:
-        if not (destination / MANIFEST).is_file() or interrupted(destination.resolve()):
-            return None
-        manifest = read_manifest(destination)
-    except (VerificationError, OSError):  # who writes there will say what is wrong
+    if delivery.stream or delivery.overwrite or delivery.evaluation:
         return None
+    manifest = made_before(destination)
     same = bool(
-        manifest.tool == TOOL
+        manifest
+        and manifest.tool == TOOL
         and manifest.run == recipe.record()
         and manifest.evaluation is None
         and (delivery.signer or not (destination / SIGNATURE).is_file())
@@ -87,15 +72,25 @@ def done_before(
         and {gate.gate: gate.limit for gate in manifest.gates} == delivery.gates.limits
         and all((destination / name).is_file() for name in manifest.files)
     )
-    return manifest if same and _same_inputs(recipe, destination, manifest) else None
+    return manifest if manifest and same and _same_inputs(recipe, destination, manifest) else None
+
+
+def made_before(destination: Path) -> Manifest | None:
+    """The manifest of what is there, whole or not; None if the run was killed in its last step."""
+    try:
+        if (destination / MANIFEST).is_file() and not interrupted(destination.resolve()):
+            return read_manifest(destination)
+    except (VerificationError, OSError):
+        pass  # who writes there will say what is wrong
+    return None
 
 
 def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
+    """Whether texts, activations, source and its licence are those of a manifest."""
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
     pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    for name, found in (("word_list", words), ("neutral", prose), ("pairs", pairs)):
-        if getattr(manifest, name).sha256 != found.sha256:
-            return False
+    if other_texts(manifest, pairs, prose, words):
+        return False
     seen = manifest.activations.inputs if manifest.activations else {}
     if recipe.activations and read_inputs(recipe.activations) != seen:
         return False

@@ -34,14 +34,12 @@ def verify(
     patched files and the index are the source's with the recorded change, and no file of it is
     missing. Of an adapter, see ``outputs.adapter.verify``.
 
-    Shards that are ``gone``, checked before and moved elsewhere, are not looked for. Code of the
-    folder runs last, and only if nothing was found to be wrong.
-
     Args:
         folder: that nothing else writes to meanwhile.
         source: that it was made from.
-        trust_remote_code: whether code in the folder may run, to load config and tokenizer.
-        gone: names of shards.
+        trust_remote_code: whether code in the folder may run, to load config and tokenizer; it runs
+            last, and only if nothing was found to be wrong.
+        gone: names of shards that were checked before and are elsewhere now.
         seen: gets the sha256 of the files that no manifest lists, as they were read.
 
     Returns:

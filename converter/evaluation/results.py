@@ -13,7 +13,7 @@ from converter.manifest import (
     Strength,
     SystemRecord,
 )
-from converter.text.markdown import escaped
+from converter.text import escaped
 
 _NORMAL = 1.96
 """Standard errors on either side that hold 95 % of a normal distribution."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from converter.errors import SourceError
-from converter.text.sanitize import is_one_line
+from converter.text import is_one_line
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -19,7 +19,7 @@ from converter.hub.errors import plain_refusals
 from converter.hub.publication import Publication
 from converter.hub.repos import check_repo_id
 from converter.runtime import progress
-from converter.text.secrets import redact_log, redacted
+from converter.text import redact_log, redacted
 
 WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""

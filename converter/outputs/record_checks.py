@@ -16,7 +16,7 @@ from converter.edits.edit_file import ADDED, CREATED, EDIT_FILE, EVIDENCE, load_
 from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
 from converter.runtime.cache import sha256_of
-from converter.text.sanitize import is_one_line
+from converter.text import is_one_line
 
 LONGEST_NAME = 255
 """Bytes of the name of a file, on every usual system."""

@@ -24,8 +24,7 @@ from converter.outputs.registry import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, families, fitting_name, licence_name
 from converter.release.manifest import hash_line
-from converter.text.markdown import code, escaped
-from converter.text.sanitize import one_line
+from converter.text import code, escaped, one_line
 from converter.version import __version__
 
 TAGS = ["detoxification", "model-editing"]

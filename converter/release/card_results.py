@@ -19,7 +19,7 @@ from converter.manifest import (
     Metric,
     Origin,
 )
-from converter.text.markdown import code, escaped
+from converter.text import code, escaped
 
 CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",

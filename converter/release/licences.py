@@ -21,7 +21,7 @@ from converter.checkpoints.names import papers
 from converter.checkpoints.source import Source
 from converter.hub.publication import Publication
 from converter.runtime import progress
-from converter.text.markdown import code, escaped
+from converter.text import code, escaped
 
 NOTICE = "Notice"
 """The text file that Llama's licences and the Gemma terms ask for, as they spell it."""

@@ -17,7 +17,7 @@ from converter.outputs.staging.claim import files_not_ours
 from converter.release.manifest import hash_line, sums_text
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
-from converter.text.sanitize import one_line
+from converter.text import one_line
 
 HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""

@@ -1,1 +1,1 @@
-"""The machine: files, JSON, cache, memory, progress, the terminal."""
+"""The machine: files, JSON, cache, memory, progress."""

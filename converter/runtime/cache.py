@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from converter.errors import DestinationError
+from converter.runtime.files import reason
 
 STALE = 24 * 3600
 """Seconds after which something half-written is nobody's any more."""
@@ -42,8 +43,8 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def using_cache(folder: Path) -> Iterator[None]:
-    """Let a folder be the cache while this lasts."""
+def using_cache(folder: Path | None) -> Iterator[None]:
+    """Let a folder, or the default one, be the cache while this lasts."""
     token = _chosen.set(folder)
     try:
         yield
@@ -99,7 +100,7 @@ def cache_error(path: Path, error: Exception) -> DestinationError:
     """The one sentence about a cache that cannot be written."""
     return DestinationError(
         f"the cache {path.parent} cannot be written",
-        found=getattr(error, "strerror", None) or str(error),
+        found=reason(error),
         hint="free space or give another --cache-dir",
     )
 

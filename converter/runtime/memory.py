@@ -13,8 +13,9 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     pages in a group do not count as used: the kernel drops them when it needs to. Where the system
     says nothing (it has no ``/proc``), there is no bound and the answer is ``UNKNOWN``.
     """
-    limits = (address_space(proc), *_system(proc), *_groups(proc, cgroups))
-    return max(min(limits), 0)
+    system = number_in(proc / "meminfo", "MemAvailable")
+    free = UNKNOWN if system is None else system * 1024
+    return max(min(address_space(proc), free, *_groups(proc, cgroups)), 0)
 
 
 UNKNOWN = 1 << 62
@@ -24,7 +25,7 @@ UNKNOWN = 1 << 62
 def address_space(proc: Path = Path("/proc")) -> int:
     """What ``ulimit -v`` leaves above the address space in use, or ``UNKNOWN``."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    used = _field(_read(proc / "self/status"), "VmSize")
+    used = number_in(proc / "self/status", "VmSize")
     return UNKNOWN if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
 
 
@@ -45,15 +46,10 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _field(text: str, name: str) -> int | None:
-    """The number after a name at the beginning of a line."""
-    found = re.search(rf"^{name}:?\s+(\d+)", text, re.MULTILINE)
+def number_in(path: Path, name: str) -> int | None:
+    """The number after a name at the beginning of a line of a small file of the system, if any."""
+    found = re.search(rf"^{name}:?\s+(\d+)", _read(path), re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _system(proc: Path) -> list[int]:
-    kilobytes = _field(_read(proc / "meminfo"), "MemAvailable")
-    return [] if kilobytes is None else [kilobytes * 1024]
 
 
 def _groups(proc: Path, cgroups: Path) -> list[int]:
@@ -87,6 +83,5 @@ def _left(folder: Path, limit: str, usage: str, reclaimable: tuple[str, ...]) ->
     most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
     if not (most.isdigit() and used.isdigit()):  # "max" is no limit
         return []
-    stat = _read(folder / "memory.stat")
-    files = sum(_field(stat, name) or 0 for name in reclaimable)
+    files = sum(number_in(folder / "memory.stat", name) or 0 for name in reclaimable)
     return [int(most) - max(int(used) - files, 0)]

@@ -3,22 +3,28 @@
 Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; without a
 handler nothing is printed. The current ``Progress`` keeps warnings, seconds and memory, and says
 whether bars are shown. Without one, everything here works and nothing is kept or shown. A thread
-has the ``Progress`` of whoever gave it work only if it runs in a copy of the context: see
-``runtime.threads``.
+has the ``Progress`` of whoever gave it work only if it is one of a ``ThreadPool``.
 """
 
 import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Never
+from typing import Never, ParamSpec, TypeVar
 
 from tqdm import tqdm
+
+from converter.runtime.memory import number_in
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOG = logging.getLogger("converter")
 LOG.addHandler(logging.NullHandler())  # or Python prints warnings where nobody has asked for them
@@ -71,6 +77,16 @@ def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
         yield current()
     finally:
         _current.reset(token)
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """A pool whose threads do each piece of work in a copy of the context that submitted it.
+
+    So the current ``Progress`` and the cache folder are those of the run. A thread has none else.
+    """
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return super().submit(copy_context().run, partial(fn, *args, **kwargs))
 
 
 def note(text: str) -> None:
@@ -135,12 +151,9 @@ def advance(count: int) -> None:
 
 def peak_memory() -> int:
     """The largest resident set of this process, in bytes, since ``_forget_peak`` if it can."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    kilobytes = number_in(Path("/proc/self/status"), "VmHWM")
+    if kilobytes is not None:
+        return kilobytes * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

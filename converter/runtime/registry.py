@@ -5,8 +5,7 @@ A package brings one by an entry point, for example in its ``pyproject.toml``:
     [project.entry-points."gloss_convert.methods"]
     my-method = "my_package.method:MyMethod"
 
-What is wrong with a package is said in one sentence that names it: see ``Registry.fault`` and
-``telling_packages``.
+What is wrong with a package is said in one sentence that names it.
 """
 
 import traceback
@@ -19,6 +18,11 @@ from typing import Any
 
 from converter.errors import ConverterError, OptionError, is_out_of_memory
 from converter.runtime import progress
+
+_GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
+"""All groups of entry points."""
+
+_FAULT = "it is a fault of the package; update or uninstall it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """All there are, in alphabetical order."""
-        return sorted({*self.own, *self._entries()})
+        return sorted({*self.own, *(entry.name for entry in entry_points(group=self.group))})
 
     def load(self, name: str) -> Any:
         """The thing of a name.
@@ -48,7 +52,7 @@ class Registry:
         Raises:
             OptionError: there is none, two packages bring one, or its package cannot be loaded.
         """
-        brought = self._entries().get(name, [])
+        brought = self._brought(name)
         if name in self.own:
             for entry in brought:
                 progress.warn(f"{self.option} {name} is our own, not that of {_package(entry)}")
@@ -72,8 +76,8 @@ class Registry:
 
     def package(self, name: str) -> str | None:
         """Name and version of the package that brings a thing; None for our own."""
-        entries = [] if name in self.own else self._entries().get(name, [])
-        return _package(entries[0]) if entries else None
+        brought = [] if name in self.own else self._brought(name)
+        return _package(brought[0]) if brought else None
 
     def check(self, name: str, thing: Any) -> None:
         """Raise OptionError if a thing of a package, ready to be used, lacks what it must have."""
@@ -84,15 +88,13 @@ class Registry:
         """The error that says what is wrong with a thing of a package."""
         return OptionError(
             f"{self.option} {name}: it is not what {self.package(name) or 'it'} should bring",
-            found=said, hint="it is a fault of the package; update or uninstall it",
+            found=said, hint=_FAULT,
         )  # fmt: skip
 
-    def _entries(self) -> dict[str, list[EntryPoint]]:
-        """Name -> what packages bring under it, each once."""
-        found: dict[str, dict[tuple[str | None, str], EntryPoint]] = {}
-        for entry in entry_points(group=self.group):
-            found.setdefault(entry.name, {})[_package(entry), entry.value] = entry
-        return {name: list(entries.values()) for name, entries in found.items()}
+    def _brought(self, name: str) -> list[EntryPoint]:
+        """What packages bring under a name, each once."""
+        entries = entry_points(group=self.group, name=name)
+        return list({(_package(entry), entry.value): entry for entry in entries}.values())
 
 
 def _package(entry: EntryPoint) -> str | None:
@@ -100,37 +102,28 @@ def _package(entry: EntryPoint) -> str | None:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else None
 
 
-GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
-"""All groups of entry points."""
-
-
 @contextmanager
 def telling_packages() -> Iterator[None]:
     """What a package's code raises in the block becomes an OptionError that names the package.
 
-    The error itself, with the place, is kept as its cause.
-
-    Raises:
-        OptionError: as said. All other errors as they are.
+    The error itself is kept as its cause. All other errors are raised as they are.
     """
     try:
         yield
-    except ConverterError:
-        raise
     except Exception as error:  # a third party's package: of any kind
         entry, place = _raised_in(error)
-        if entry is None or is_out_of_memory(error):
+        if entry is None or isinstance(error, ConverterError) or is_out_of_memory(error):
             raise
         raise OptionError(
             f"the package {_package(entry) or entry.module} failed",
             found=f"{type(error).__name__}: {error} ({place})",
-            hint="it is a fault of the package; update or uninstall it",
+            hint=_FAULT,
         ) from error
 
 
 def _raised_in(error: Exception) -> tuple[EntryPoint | None, str]:
     """The entry point of the package whose code an error went through last, and the line."""
-    found = (entry for group in GROUPS for entry in entry_points(group=group))
+    found = (entry for group in _GROUPS for entry in entry_points(group=group))
     brought = {entry.module.partition(".")[0]: entry for entry in found}
     entry, place = None, ""
     for frame, line in traceback.walk_tb(error.__traceback__):

@@ -28,7 +28,7 @@ def parse(raw: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from error
     _check_depth(value)
     if "\\u" in text:
-        _check_text(value)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a pair cannot be
     return value
 
 
@@ -74,29 +74,10 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def _check_text(value: Any) -> None:
-    """Raise ValueError if a string cannot be written as UTF-8; its depth is bounded by now."""
-    if isinstance(value, str):
-        value.encode("utf-8")
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            key.encode("utf-8")
-            _check_text(child)
-    elif isinstance(value, list):
-        for child in value:
-            _check_text(child)
-
-
 def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError("it is nested too deeply")
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
+    level: list[Any] = [[value]]
+    for _ in range(DEEPEST + 1):
+        insides = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for inside in insides for child in inside if isinstance(child, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 if TYPE_CHECKING:
     from torch import nn

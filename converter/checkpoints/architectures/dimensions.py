@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from converter.errors import CheckpointError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 _OPTIONAL = {"num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
              "first_dense_layers", "sparse_step", "unused_layers", "attention_size",

@@ -22,7 +22,7 @@ from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MAX_COMPANION
 from converter.checkpoints.safetensors.header import refuse_pointer
 from converter.errors import CheckpointError, SourceError
-from converter.text.sanitize import describe_value
+from converter.text import describe_value
 
 AGAIN = "fetch the file again"
 

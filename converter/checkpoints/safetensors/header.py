@@ -21,7 +21,7 @@ import torch
 
 from converter.errors import CheckpointError
 from converter.runtime.strict_json import unique
-from converter.text.sanitize import one_line
+from converter.text import one_line
 
 MAX_HEADER = 100_000_000
 """The limit of the safetensors format on a header, in bytes."""

@@ -21,7 +21,7 @@ from converter.outputs.base import WriteJob, Written, copy_file, make_file
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
 from converter.outputs.staging.journal import Done
 from converter.runtime import progress
-from converter.runtime.threads import ThreadPool
+from converter.runtime.progress import ThreadPool
 
 
 def at_a_time(source: Source) -> int:

@@ -1,0 +1,208 @@
+"""The commands on what has been converted: ``gloss verify``, ``push`` and ``replay``."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from converter.cli.command import Answer, Console, command, quiet_libraries, refuse_typed
+from converter.cli.convert import Destination, Overwrite, published_text
+from converter.cli.fields import Part
+from converter.cli.terminal import echo
+from converter.errors import OptionError, VerificationError
+from converter.hub.publication import Publication, PublicationOptions
+from converter.option import Option, Options
+from converter.recipe import Settings, Subfolder, TrustRemoteCode
+from converter.release.local_inputs import LocalInputs
+from converter.runtime import progress
+from converter.text import one_line
+
+if TYPE_CHECKING:
+    from converter.entrypoints.replay import Replayed
+    from converter.release.recording import Recording
+
+_REFITTING = ("max_angle", "pairs", "neutral", "word_list", "activations")
+"""Options of a replay that only a refit looks at."""
+
+_Folder = Annotated[
+    Path,
+    Option("Folder with a checkpoint or adapter.", flag="DESTINATION", path="folder", exists=True),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _VerifyOptions(Options):
+    """What is verified, and against what."""
+
+    # fmt: off
+    destination: _Folder
+    source: Annotated[str | None, Option(
+        "Model that it was made from, as it was given to gloss-convert.", example="demo",
+    )] = None
+    subfolder: Subfolder = ""
+    key: Annotated[Path | None, Option(
+        "Public key in PEM of whoever should have signed it.", example="public.pem",
+    )] = None
+    trust_remote_code: TrustRemoteCode = False
+    # fmt: on
+
+
+@command("verify", asked=Part(_VerifyOptions), console=Part(Console))
+def verify_command(asked: _VerifyOptions) -> Answer:
+    """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
+    from converter.checkpoints.names import SIGNATURE
+    from converter.checkpoints.resolve import resolve
+    from converter.entrypoints.verify import verify
+    from converter.release.signing import load_public_key
+
+    quiet_libraries()
+    folder = asked.destination
+    public = load_public_key(asked.key) if asked.key else None
+    original = resolve(asked.source, asked.subfolder) if asked.source else None
+    if original:
+        original.fetch()
+    unsigned = public.check(folder) if public else []
+    trust = asked.trust_remote_code and not unsigned  # what its owner did not sign is not run
+    problems = [*verify(folder, original, trust), *unsigned]
+    if not public and (folder / SIGNATURE).exists():
+        progress.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
+    checked = {"destination": str(folder), "source": asked.source}
+    if public:
+        checked["key_sha256"] = public.fingerprint
+    data = {"verified": not problems, "problems": problems, **checked}
+    for problem in problems:
+        echo(f"error: {one_line(problem)}", err=True)
+    if problems:
+        return Answer(data, "", VerificationError.exit_code)
+    text = f"{folder}: verified against its manifest"
+    text += " and against its source" if asked.source else ""
+    if public:
+        text += f"\nsigned by the key with sha256 {public.fingerprint}"
+    return Answer(data, text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PushOptions(Options):
+    """What is published, and where to."""
+
+    # fmt: off
+    destination: _Folder
+    repo_id: Annotated[str, Option(
+        "Repo of the Hub, such as owner/name; the owner is that of the token unless it is given.",
+        flag="REPO",
+    )]
+    trust_remote_code: TrustRemoteCode = False
+    # fmt: on
+
+
+@command(
+    "push",
+    asked=Part(_PushOptions),
+    how=Part(PublicationOptions),
+    console=Part(Console, without=("cache_dir",)),
+)
+def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
+    """Publish the checkpoint DESTINATION as the model REPO of the Hugging Face Hub, in one commit.
+
+    It is verified first. The token is that of HF_TOKEN, of 'hf auth login', or of a job that is a
+    trusted publisher; it is never an argument.
+    """
+    from converter.entrypoints.push import push
+    from converter.hub.permissions import check_rights
+
+    quiet_libraries()
+    if not asked.repo_id.strip():
+        raise OptionError("REPO", expected="a repo id such as owner/name", found="nothing")
+    place = check_rights(Publication(repo_id=asked.repo_id, **asdict(how)), "REPO")
+    published = push(asked.destination, place, asked.trust_remote_code)
+    text = f"{asked.destination}{published_text(published)}"
+    return Answer({"destination": str(asked.destination), **asdict(published)}, text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReplayOptions(Options):
+    """What is replayed, and where to."""
+
+    # fmt: off
+    manifest: Annotated[Path, Option(
+        "A gloss_manifest.json or a folder with one; the subspace lies beside it.",
+        flag="MANIFEST", exists=True,
+    )]
+    destination: Destination
+    refit: Annotated[bool, Option("Fit the subspace again, too, and compare it.")] = False
+    max_angle: Annotated[float, Option(
+        "Largest angle between the subspace of --refit and the recorded one. Other batch sizes, "
+        "threads and devices add in another order; the same machine gives the same subspace.",
+        metavar="DEGREES", example="0.1", least=0, most=90,
+    )] = 1.0
+    overwrite: Overwrite = False
+    # fmt: on
+
+
+@command(
+    "replay",
+    asked=Part(_ReplayOptions),
+    inputs=Part(LocalInputs),
+    settings=Part(Settings, without=("keep_source",)),
+)
+def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Settings) -> Answer:
+    """Write the checkpoint that MANIFEST records once more, to the folder DESTINATION.
+
+    MANIFEST is a gloss_manifest.json or a folder with one; the subspace lies beside it. The source
+    is read at the recorded commit, and the weights must be byte for byte those recorded.
+    """
+    from converter.entrypoints.replay import replay
+    from converter.release.recording import read_recording
+
+    quiet_libraries()
+    if not asked.refit:
+        refuse_typed(_REFITTING, "without --refit", "add --refit")
+    recording = read_recording(asked.manifest)
+    done = replay(
+        recording,
+        asked.destination,
+        inputs,
+        settings,
+        max_angle=asked.max_angle if asked.refit else None,
+        overwrite=asked.overwrite,
+    )
+    data = _replay_data(recording, done, asked.destination)
+    return Answer(data, _replay_text(data))
+
+
+def _replay_data(recording: "Recording", done: "Replayed", destination: Path) -> dict[str, Any]:
+    """What a replay found, as printed with --json."""
+    told, source = progress.current(), done.manifest.source
+    return {
+        "destination": str(destination),
+        "manifest": recording.path.name,
+        "replay_of": recording.sha256,
+        "source": source.name,
+        "commit": source.commit,
+        "identical": True,
+        "files_compared": done.identical,
+        "other_files": done.other,
+        "differences": done.differences,
+        "angles": done.angles,
+        "tensors_edited": len(done.manifest.edited),
+        "verified": True,
+        "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
+        "warnings": told.warnings,
+    }
+
+
+def _replay_text(data: dict[str, Any]) -> str:
+    """The same for people."""
+    commit = f" at {data['commit'][:12]}" if data["commit"] else ""
+    differs = ", ".join(d["what"] for d in data["differences"])
+    lines = [
+        f"{data['manifest']} -> {data['destination']}",
+        f"  source        {data['source']}{commit}, every file as recorded",
+        f"  environment   {'not as recorded: ' + differs if differs else 'as recorded'}",
+        f"  edited        {data['tensors_edited']} tensors",
+        f"  written       {data['files_compared']} files, byte for byte as recorded, verified",
+    ]
+    if data["other_files"]:
+        lines.append(f"  other bytes   {', '.join(data['other_files'])}")
+    for name, angles in (data["angles"] or {}).items():
+        lines.append(f"  refitted {name:<4} at most {angles[-1]:.4f} degrees from the recorded one")
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""Text of strangers, made fit to be shown: in one line, within Markdown, and without secrets."""
+
+import logging
+import os
+import re
+from unicodedata import category
+
+LONGEST = 2000
+"""Characters of one part of a message that are shown; the name of a tensor can have a hundred
+million."""
+
+
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """A text in one line, without what could steer a terminal or turn its direction.
+
+    White space becomes single spaces, what is not printable its escape, and the end of what is too
+    long is left out.
+    """
+    cut = text if len(text) <= longest else text[:longest] + "..."
+    line = " ".join(cut.split())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def is_one_line(name: str) -> bool:
+    """Whether a name is one line that steers nothing.
+
+    Spaces of all scripts may be in it, and what joins letters or emoji: people have such files.
+    """
+    return name.isprintable() or all(
+        c.isprintable() or category(c) == "Zs" or c in "\u200c\u200d" for c in name
+    )
+
+
+def describe_value(value: object) -> str:
+    """What a value of JSON is, in a few characters, however large it is."""
+    if type(value) is int and abs(value) >= 10**30:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (dict, list)) and value:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    return repr(value)[:80]
+
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|^[#+=-]")
+"""What means something in CommonMark, in tables, or in the mathematics that the Hub shows."""
+
+
+def escaped(text: str) -> str:
+    """One line of Markdown that shows as this text."""
+    return _MARKUP.sub(
+        lambda found: (
+            "".join(f"&#{ord(c)};" for c in found[0]) if found[0] in "<>&|$" else "\\" + found[0]
+        ),
+        one_line(text),
+    )
+
+
+def code(token: str) -> str:
+    """A token as Markdown code within a table, whatever it holds; empty if it is only space."""
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in token.strip())
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " * (longest > 0)
+    return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|") if text else ""
+
+
+_VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+)  # fmt: skip
+"""Environment variables that hold a secret of the Hub's client."""
+
+_SECRETS = (
+    (re.compile(r"\bhf_(?:jwt|oauth)_[\w.-]+|\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
+    (re.compile(r"(?i)(?<=bearer )[^\s,;]+"), "***"),
+    (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),
+    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1"),
+)
+"""What a token looks like; who somebody is in an URL; and the query of one, which may be signed."""
+
+
+def redacted(text: str) -> str:
+    """The same text with stars for every token in it, and URLs without their queries."""
+    for name in _VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:
+            text = text.replace(value, "***")
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def redact_log(name: str) -> None:
+    """Redact what a library logs, whatever its handlers are by now."""
+    for handler in logging.getLogger(name).handlers:
+        handler.addFilter(_redact)  # which a handler has once, however often it is added
+
+
+def _redact(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted(record.getMessage()), None
+    return True

@@ -1,1 +1,0 @@
-"""Make text safe to show: control characters, Markdown and secrets."""
