@@ -35,7 +35,7 @@ from converter.evaluation.guard import examine
 from converter.methods.base import Proposal
 from converter.models.build import load_language_model
 from converter.models.edited import edited
-from converter.outputs.adapter.output import Adapter
+from converter.outputs.adapter import Adapter
 from converter.outputs.adapter.write import (
     CONFIG,
     WEIGHTS,

@@ -66,7 +66,7 @@ def published_text(published: "Published | None") -> str:
 
 def refuse_unused(recipe: Recipe, asked: DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
-    from converter.outputs.registry import output_of
+    from converter.outputs.base import output_of
 
     where = f"with --output {recipe.output}"
     refuse_typed(output_of(recipe.output).unused, where, "leave it out")
@@ -109,7 +109,7 @@ def convert_command(
     from converter.entrypoints.push import push
     from converter.entrypoints.resume import convert_once
     from converter.entrypoints.stream_push import Streaming
-    from converter.hub.permissions import check_rights
+    from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()

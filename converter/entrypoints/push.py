@@ -27,9 +27,8 @@ from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.entrypoints.stale_files import leftovers
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, PublishError, VerificationError
-from converter.hub.errors import plain_refusals, refuses_copies
-from converter.hub.permissions import open_repo
 from converter.hub.publication import Publication
+from converter.hub.publishing import open_repo, plain_refusals, refuses_copies
 from converter.manifest import Manifest
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes

@@ -28,12 +28,11 @@ from converter.entrypoints.resume import finish_existing
 from converter.errors import VerificationError
 from converter.manifest import TOOL, Manifest
 from converter.models.resident import choose_device
-from converter.outputs.base import WriteJob, Written
+from converter.outputs.base import WriteJob, Written, output_of
 from converter.outputs.checkpoint.additions import check_edit
-from converter.outputs.destination import check_destination
-from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed, interrupted
-from converter.outputs.staging.journal import Journal
+from converter.outputs.claim import claimed
+from converter.outputs.destination import check_destination, interrupted
+from converter.outputs.journal import Journal
 from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, read_manifest

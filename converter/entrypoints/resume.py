@@ -13,9 +13,10 @@ from converter.entrypoints.convert import check_whole, convert
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
 from converter.manifest import TOOL, Manifest
+from converter.outputs.base import output_of
+from converter.outputs.claim import claimed
+from converter.outputs.destination import interrupted
 from converter.outputs.record_checks import place_of
-from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed, interrupted
 from converter.recipe import Recipe, Settings
 from converter.release.licences import families, fitting_name, licence_name, terms_of
 from converter.release.manifest import read_manifest

@@ -1,7 +1,7 @@
 """What an output is: a way to write an edit, and to verify what was written.
 
-An output is a module of this package and a line in ``outputs.registry``, or a package with an entry
-point in the group ``gloss_convert.outputs``.
+An output is a package beside this module and a line in ``OUTPUTS``, or an installed package with an
+entry point in the group ``gloss_convert.outputs``.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from converter.edits.base import Edit, Footprint
 from converter.edits.engine import Engine
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
-from converter.outputs.staging.journal import Receiver
+from converter.outputs.journal import Receiver
+from converter.runtime.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +76,23 @@ class Written:
 
 
 class Output(Protocol):
-    """A way to write an edit."""
+    """A way to write an edit.
 
-    @property
-    def library(self) -> str:
-        """The library that loads it, as the Hub calls it."""
+    Attributes:
+        library: that loads it, as the Hub calls it.
+        relation: what it is to its base model, as the Hub calls it.
+        implied: options of methods that have another default here.
+        unused: parameters of the command line that have no effect here.
+        has_shards: whether it holds every tensor of the model, in shards like those of the source.
+        own_files: names of the files that it writes beside shards and copies.
+    """
 
-    @property
-    def relation(self) -> str:
-        """What it is to its base model, as the Hub calls it."""
-
-    @property
-    def implied(self) -> Mapping[str, str]:
-        """Options of methods that have another default here."""
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Parameters of the command line that have no effect here."""
-
-    @property
-    def has_shards(self) -> bool:
-        """Whether it holds every tensor of the model, in shards like those of the source."""
-
-    @property
-    def own_files(self) -> tuple[str, ...]:
-        """Names of the files that it writes beside shards and copies."""
+    library: str
+    relation: str
+    implied: Mapping[str, str]
+    unused: tuple[str, ...]
+    has_shards: bool
+    own_files: tuple[str, ...]
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """Refuse what cannot be written this way, before anything is computed.
@@ -136,6 +129,28 @@ class Output(Protocol):
             damaged: files that are known to be wrong, and how; nothing more is said of them.
             source: that it was made from, to compare with.
         """
+
+
+OUTPUTS = Registry(
+    "gloss_convert.outputs",
+    "--output",
+    {
+        "adapter": "converter.outputs.adapter:Adapter",
+        "checkpoint": "converter.outputs.checkpoint:Checkpoint",
+    },
+    (*Output.__annotations__, "check", "nbytes", "companions", "at_a_time", "write", "verify"),
+)
+"""Name -> a class like ``Output``."""
+
+
+def output_of(name: str) -> Output:
+    """An output by its name. Raises OptionError if there is none, or its package is broken."""
+    kind = OUTPUTS.load(name)
+    if not callable(kind):
+        raise OUTPUTS.fault(name, f"it is a {type(kind).__name__}, not a class")
+    output: Output = kind()
+    OUTPUTS.check(name, output)
+    return output
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:

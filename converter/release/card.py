@@ -20,7 +20,7 @@ from converter.checkpoints.architectures.architecture import find_architecture
 from converter.checkpoints.formats.meta import weight_files
 from converter.checkpoints.source import Source
 from converter.manifest import Manifest
-from converter.outputs.registry import output_of
+from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, families, fitting_name, licence_name
 from converter.release.manifest import hash_line

@@ -13,7 +13,7 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.edit_file import load_edit_tensors
 from converter.errors import OptionError, VerificationError
-from converter.hub.listing import looks_like_repo
+from converter.hub.repos import looks_like_repo
 from converter.manifest import Manifest
 from converter.outputs.record_checks import edit_of, place_of, plain_name
 from converter.recipe import Recipe

@@ -9,8 +9,7 @@ from huggingface_hub import hf_hub_url
 from converter.checkpoints.safetensors.header import Header, length_of, parse_header
 from converter.errors import SourceError
 from converter.hub.limits import read_range
-from converter.hub.listing import Repo
-from converter.hub.repos import plain_errors
+from converter.hub.repos import Repo, plain_errors
 
 FIRST = 100_000
 """Bytes of a shard that are asked for first: nearly all headers end in them."""

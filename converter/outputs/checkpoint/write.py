@@ -19,7 +19,7 @@ from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.base import WriteJob, Written, copy_file, make_file
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
-from converter.outputs.staging.journal import Done
+from converter.outputs.journal import Done
 from converter.runtime import progress
 from converter.runtime.threads import ThreadPool
 
