@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
@@ -171,6 +174,11 @@ def make_file(target: Path, content: bytes) -> FileRecord:
     with target.open("xb") as writing:
         writing.write(content)
     return file_entry(target)
+
+
+def sha256_of_tensor(tensor: Tensor) -> str:
+    """Of its bytes, as a file has them."""
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
 
 
 def file_entry(path: Path) -> FileRecord:

@@ -76,9 +76,9 @@ def make_card(
         summary=summary(manifest),
         measured=measured_text(manifest),
         pictures=pictures(manifest),
-        done=list(done(source, base, manifest)),
-        **about_source(source, base, manifest),
-        **about_edit(manifest),
+        done=list(_done(source, base, manifest)),
+        **_about_source(source, base, manifest),
+        **_about_edit(manifest),
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
 
@@ -111,7 +111,7 @@ def title_of(source: Source, manifest: Manifest) -> str:
     return fitting_name(family, name)
 
 
-def about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
+def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
     """What the template says of the base, and of how to load the result."""
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
     asked = repo_id or manifest.run.source
@@ -151,15 +151,15 @@ def pinned(source: Source, manifest: Manifest) -> str:
     return "".join(f", {argument}" for argument in arguments)
 
 
-def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """The rows of the table that says what was done."""
     edited, subspace, method = manifest.edited, manifest.subspace, manifest.method
     changes = [100 * entry.relative_change for entry in edited]
-    yield "base", about_source(source, base, manifest)["source"]
+    yield "base", _about_source(source, base, manifest)["source"]
     yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
     if edited:
         layers = compress(manifest.layers)
-        names = roles_text({entry.role for entry in edited})
+        names = _roles_text({entry.role for entry in edited})
         yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
     if created := manifest.edit.created:
         yield "created", f"{len(created)} tensors that the base lacks, in {code(created[0].shard)}"
@@ -170,16 +170,16 @@ def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple
     strength = f"{manifest.choice.strength:g}"
     if subspace is not None:
         strength += f" of {subspace.hidden_size} dimensions"
-    yield escaped(method.strength), strength + chosen_text(manifest)
+    yield escaped(method.strength), strength + _chosen_text(manifest)
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
         yield "change", spread
     count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
-    yield "fitted on", f"{count} from {data_link(manifest)}"
+    yield "fitted on", f"{count} from {_data_link(manifest)}"
 
 
-def chosen_text(manifest: Manifest) -> str:
+def _chosen_text(manifest: Manifest) -> str:
     """How the strength was chosen; nothing if it was given."""
     if not manifest.choice.automatic:
         return ""
@@ -198,7 +198,7 @@ ROLES = {
 }  # fmt: skip
 
 
-def roles_text(roles: set[str]) -> str:
+def _roles_text(roles: set[str]) -> str:
     """The roles of edited tensors in words, such as ``down-projections and their biases``."""
     parts = []
     for role, name in ROLES.items():
@@ -216,7 +216,7 @@ def paper_link(paper: str) -> str:
     return f"[paper]({quote(paper, safe=URL)})" if paper.startswith("http") else escaped(paper)
 
 
-def data_link(manifest: Manifest) -> str:
+def _data_link(manifest: Manifest) -> str:
     """The pairs, as a link if they are on the Hub."""
     origin = manifest.pairs.origin
     if repo_id := origin.repo_id:
@@ -227,7 +227,7 @@ def data_link(manifest: Manifest) -> str:
     return f"the file {escaped(origin.title)}"
 
 
-def about_edit(manifest: Manifest) -> dict[str, Any]:
+def _about_edit(manifest: Manifest) -> dict[str, Any]:
     """What the template says of the edit, its directions and the words behind it."""
     subspace = manifest.subspace
     candidates = subspace.candidates if subspace else ()
@@ -262,7 +262,7 @@ def about_edit(manifest: Manifest) -> dict[str, Any]:
             }
             for c in best
         ],
-        "data": f"{data_link(manifest)}, and the word list {code(listed)}"
+        "data": f"{_data_link(manifest)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
 

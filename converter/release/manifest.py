@@ -90,7 +90,7 @@ def make_manifest(
         neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
         word_list=TextRecord(origin=words.origin, sha256=words.sha256),
         split=fitted.parts.record(),
-        activations=activations_record(seen.inputs) if seen else None,
+        activations=_activations_record(seen.inputs) if seen else None,
         edit=EditRecord(
             file=EDIT_FILE,
             rank=fitted.edit.rank,
@@ -165,7 +165,7 @@ def check_unchanged(source: Source, read: Mapping[str, FileRecord], seen: Activa
             )
 
 
-def activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
+def _activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
     """What the manifest says of activations that depend on these inputs, if they are known."""
     return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
 

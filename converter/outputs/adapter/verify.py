@@ -30,13 +30,14 @@ from converter.outputs.adapter.write import (
     companions,
     coordinates,
     rank_of,
-    sha256_of_tensor,
     tensor_names,
 )
+from converter.outputs.base import sha256_of_tensor
 from converter.outputs.record_checks import (
     check_edit_file,
     check_source_files,
     delta_of_record,
+    is_recorded,
     recorded_edit,
 )
 from converter.runtime import progress
@@ -52,12 +53,9 @@ LEFT = 1e-5
 
 
 def check_adapter(
-    folder: Path,
-    manifest: Manifest,
-    damaged: Mapping[str, str],
-    source: Source | None,
+    folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
-    """What an adapter must be, beside having its files; see ``verify.verify``.
+    """What an adapter must be, beside having its files; see ``entrypoints.verify``.
 
     Raises:
         ConverterError: a file cannot be read at all.
@@ -161,10 +159,7 @@ def _check_removal(entry: EditedTensor, name: str, norm: float) -> Iterator[str]
 
 
 def _check_source(
-    manifest: Manifest,
-    tensors: Mapping[str, Tensor],
-    deltas: Mapping[str, Delta],
-    source: Source,
+    manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Mapping[str, Delta], source: Source
 ) -> Iterator[str]:
     """Each weight of the source again, and each A that depends on it."""
     plan = make_plan(source.config, source.weight_map, source.headers())
@@ -172,13 +167,9 @@ def _check_source(
     with progress.bar("compare", len(manifest.edited), "tensor"):
         for entry in manifest.edited:
             name, weight, lora = entry.name, weights.get(entry.name), _lora(entry)
-            found = weight and (
-                weight.shard, weight.layer, weight.axis, weight.recorded_role, weight.info.shape
-            )  # fmt: skip
-            recorded = (entry.shard, entry.layer, entry.axis, entry.role, entry.shape)
             if weight and weight.info.dtype != entry.dtype:
                 yield f"{name} of the source is {weight.info.dtype}, not {entry.dtype}"
-            if weight is None or found != recorded:
+            if weight is None or not is_recorded(weight, entry):
                 yield f"the source {source.name} has no such weight: {name}"
                 continue
             if plan.module(weight) != lora.module:

@@ -5,9 +5,8 @@ the single file ``model.safetensors`` becomes the first of two shards, under ano
 that find a file of that name look at no index, and would leave the new tensors out.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +19,7 @@ from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, SINGLE
 from converter.checkpoints.patch import merge, patched
 from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.safetensors.header import FLOATS, read_header, to_bytes
+from converter.checkpoints.safetensors.header import FLOATS, read_header
 from converter.checkpoints.safetensors.header_json import MAX_NAME
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
@@ -28,7 +27,7 @@ from converter.edits.base import Edit, Patch
 from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, FileRecord
-from converter.outputs.base import file_entry
+from converter.outputs.base import file_entry, sha256_of_tensor
 from converter.outputs.record_checks import is_addable
 
 EXTRA = "model-created.safetensors"
@@ -205,7 +204,7 @@ def write_extra(
     created = tuple(
         CreatedTensor(
             name=name, shard=path.name, dtype=info.dtype, shape=info.shape,
-            sha256=hashlib.sha256(to_bytes(tensors[name])).hexdigest(),
+            sha256=sha256_of_tensor(tensors[name]),
         )
         for name, info in read_header(path).tensors.items()
     )  # fmt: skip
@@ -215,11 +214,7 @@ def write_extra(
 def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, int]) -> str | None:
     """The text of the output's index; None if it has none, or that of the source as it is.
 
-    Args:
-        source: with its own index, if it has one.
-        plan: of the source.
-        shards: of the output.
-        created: name of each created tensor -> its bytes.
+    ``created`` is the name of each created tensor -> how many bytes it has.
     """
     if source.virtual_shards is not None and source.weight_map is not None:
         text = index_text(source.virtual_shards)
@@ -241,16 +236,10 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
 
 def _whole_index(plan: Plan, shards: Shards) -> str:
     """The index of a source that has none."""
-    weight_map = dict(sorted(_places(plan, shards)))
-    infos = (info for header in plan.headers.values() for info in header.tensors.values())
-    index = {
-        "metadata": {"total_size": sum(info.nbytes for info in infos)},
-        "weight_map": weight_map,
-    }
-    return json.dumps(index, indent=2) + "\n"
-
-
-def _places(plan: Plan, shards: Shards) -> Iterator[tuple[str, str]]:
+    places: dict[str, str] = {}
+    size = 0
     for shard, header in plan.headers.items():
-        for name in header.tensors:
-            yield name, shards.output(shard)
+        places |= dict.fromkeys(header.tensors, shards.output(shard))
+        size += sum(info.nbytes for info in header.tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2) + "\n"
