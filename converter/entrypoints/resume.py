@@ -18,7 +18,7 @@ from converter.outputs.claim import claimed
 from converter.outputs.destination import interrupted
 from converter.outputs.record_checks import place_of
 from converter.recipe import Recipe, Settings
-from converter.release.licences import families, fitting_name, licence_name, terms_of
+from converter.release.licences import fitting_name, terms_of
 from converter.release.manifest import read_manifest
 from converter.release.signing import Signer
 from converter.runtime import progress
@@ -138,9 +138,8 @@ def finish_existing(
         if not is_same:
             raise _not_empty(folder, "the result of another recipe, which has just come there")
         if signer:
-            family = families().get(licence_name(read_card(folder / CARD)) or "")
             name = f"{manifest.source.name.rpartition('/')[2]}-{manifest.method.name}"
-            signer.sign(folder, fitting_name(family, name), claim.holder)
+            signer.sign(folder, fitting_name(read_card(folder / CARD), name), claim.holder)
 
 
 def _not_empty(folder: Path, found: str) -> DestinationError:

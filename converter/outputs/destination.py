@@ -96,7 +96,7 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
     if not os.access(place, os.W_OK):
         raise DestinationError(f"destination {destination}: the folder {place} is read-only")
     free = shutil.disk_usage(place).free
-    if nbytes > free + unfinished_bytes(target):
+    if nbytes > free + _unfinished_bytes(target):
         raise DestinationError(
             f"the disk of {destination} is too small",
             expected=f"{nbytes / 1e9:.2f} GB free",
@@ -127,7 +127,7 @@ def files_not_ours(target: Path) -> list[Path]:
     return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]
 
 
-def unfinished_bytes(target: Path) -> int:
+def _unfinished_bytes(target: Path) -> int:
     """Bytes beside a resolved destination that the next run goes on from or deletes."""
     try:
         files = (holder_of(target) / "new").rglob("*")

@@ -59,16 +59,17 @@ def edit_of(manifest: Manifest, stored: Mapping[str, Tensor]) -> Edit:
     Raises:
         VerificationError: the edit's file is not that of the manifest.
     """
-    created = {c.name: stored.get(CREATED + c.name) for c in manifest.edit.created}
-    files = {path: stored.get(ADDED + path) for path in manifest.edit.files}
-    for name, tensor in (created | files).items():
-        if tensor is None:
-            raise VerificationError(f"{manifest.edit.file} holds no {name}")
+    edit = manifest.edit
+    created = {tensor.name: CREATED + tensor.name for tensor in edit.created}
+    files = {path: ADDED + path for path in edit.files}
+    for name, key in [*created.items(), *files.items()]:
+        if key not in stored:
+            raise VerificationError(f"{edit.file} holds no {name}")
     return Edit(
         {tensor.name: delta_of_record(tensor, stored) for tensor in manifest.edited},
-        {name: tensor for name, tensor in created.items() if tensor is not None},
-        manifest.edit.patches,
-        {path: bytes(to_bytes(data)) for path, data in files.items() if data is not None},
+        {name: stored[key] for name, key in created.items()},
+        edit.patches,
+        {path: bytes(to_bytes(stored[key])) for path, key in files.items()},
     )
 
 
@@ -122,11 +123,7 @@ def is_recorded(weight: Weight, tensor: EditedTensor) -> bool:
 
 
 def place_of(source: Source, name: str) -> Path:
-    """Where a source has a file that a manifest lists.
-
-    Raises:
-        VerificationError: the name leads out of it.
-    """
+    """Where a source has a listed file. Raises VerificationError if its name leads out of it."""
     plain_name(name)
     known = {path.name: path for path in source.originals} | source.small
     return known.get(name, source.folder / name)

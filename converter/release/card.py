@@ -22,7 +22,7 @@ from converter.checkpoints.source import Source
 from converter.manifest import Manifest
 from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
-from converter.release.licences import Terms, families, fitting_name, licence_name
+from converter.release.licences import Terms, fitting_name
 from converter.release.manifest import hash_line
 from converter.text.markdown import code, escaped
 from converter.text.sanitize import one_line
@@ -51,12 +51,7 @@ def make_card(
 ) -> tuple[str, list[str]]:
     """The text of README.md, and warnings for the terminal.
 
-    Args:
-        source: what was edited.
-        base: Hub repo id of the base model, or None.
-        manifest: as it was written.
-        terms: of the source's licence.
-        digest: sha256 of the manifest's file.
+    ``base`` is the Hub repo id of the base model, ``digest`` the sha256 of the manifest's file.
     """
     warnings = list(terms.warnings)
     if base is None:
@@ -65,9 +60,9 @@ def make_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     template = environment.from_string(files("converter").joinpath("data/card.md").read_text())
-    data = front_matter(source, base, manifest, terms)
+    about = _about_source(source, base, manifest)
     text = template.render(
-        card_data=data.to_yaml(),
+        card_data=front_matter(source, base, manifest, terms).to_yaml(),
         title=escaped(title_of(source, manifest)),
         built_with=terms.family.built_with if terms.family else "",
         licence=terms.sentences,
@@ -76,8 +71,8 @@ def make_card(
         summary=summary(manifest),
         measured=measured_text(manifest),
         pictures=pictures(manifest),
-        done=list(_done(source, base, manifest)),
-        **_about_source(source, base, manifest),
+        done=list(_done(about["source"], manifest)),
+        **about,
         **_about_edit(manifest),
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
@@ -106,9 +101,8 @@ def front_matter(
 
 def title_of(source: Source, manifest: Manifest) -> str:
     """A name for the model, as its licence wants it to begin."""
-    family = families().get(licence_name(source.card) or "")
     name = f"{source.name.rpartition('/')[2]}-{manifest.method.name}"
-    return fitting_name(family, name)
+    return fitting_name(source.card, name)
 
 
 def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
@@ -151,11 +145,11 @@ def pinned(source: Source, manifest: Manifest) -> str:
     return "".join(f", {argument}" for argument in arguments)
 
 
-def _done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The rows of the table that says what was done."""
+def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """The rows of the table that says what was done to the base at this place."""
     edited, subspace, method = manifest.edited, manifest.subspace, manifest.method
     changes = [100 * entry.relative_change for entry in edited]
-    yield "base", _about_source(source, base, manifest)["source"]
+    yield "base", place
     yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
     if edited:
         layers = compress(manifest.layers)

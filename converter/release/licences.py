@@ -83,15 +83,7 @@ def licence_name(card: ModelCardData) -> str | None:
 
 
 def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002
-    """What is wrong with the name of a repository for a model under a licence.
-
-    Args:
-        license: as ``licence_name`` gives it.
-        repo_id: ``owner/name``, or a name.
-
-    Returns:
-        a sentence, if the licence asks for another beginning; else nothing.
-    """
+    """A sentence if a licence, by its ``licence_name``, asks for another name of the repository."""
     family, name = families().get(license or ""), repo_id.rpartition("/")[2]
     if family is None or not family.prefix or _prefix(family).match(name):
         return []
@@ -106,8 +98,9 @@ def _prefix(family: Family) -> re.Pattern[str]:
     return re.compile(r"[-_. ]?".join(map(re.escape, family.prefix.split())))
 
 
-def fitting_name(family: Family | None, name: str) -> str:
-    """``name``, cut or lengthened at its beginning if the licence asks for that."""
+def fitting_name(card: ModelCardData, name: str) -> str:
+    """``name``, cut or lengthened at its beginning if the licence of a card asks for that."""
+    family = families().get(licence_name(card) or "")
     if family is None or not family.prefix:
         return name
     found = _prefix(family).search(name)
@@ -115,11 +108,9 @@ def fitting_name(family: Family | None, name: str) -> str:
 
 
 def terms_of(source: Source, base: str | None) -> Terms:
-    """Read from a source what its licence asks for, and which of it is there.
+    """Read from a source's card and small files what its licence asks for, and what is there.
 
-    Args:
-        source: its card and its small files, which are copied.
-        base: Hub repo id of the base model, or None.
+    ``base`` is the Hub repo id of the base model.
     """
     found = papers(source.small)
     name = licence_name(source.card)

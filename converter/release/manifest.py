@@ -215,12 +215,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
 
 
 def seal(folder: Path, manifest: Manifest, card: str) -> None:
-    """Write the card and, over it, the manifest and all the files it lists, ``SHA256SUMS``.
+    """Write the card, which has the ``hash_line`` of the manifest, and ``SHA256SUMS`` of all files.
 
-    Args:
-        folder: has everything else.
-        manifest: as it was written.
-        card: has the ``hash_line`` of that manifest.
+    The folder has everything else.
     """
     (folder / CARD).write_text(card, "utf-8")
     own = {name: file_entry(folder / name).sha256 for name in (CARD, MANIFEST)}
@@ -247,17 +244,13 @@ def read_manifest(folder: Path) -> Manifest:
     return read_manifest_bytes(folder)[0]
 
 
-def read_manifest_bytes(folder: Path) -> tuple[Manifest, str]:
-    """The same, and the sha256 of the very bytes that were read."""
-    if not (folder / MANIFEST).is_file():
+def read_manifest_bytes(place: Path) -> tuple[Manifest, str]:
+    """The same, or a file of any name; and the sha256 of the very bytes that were read."""
+    path = place if place.is_file() else place / MANIFEST
+    if not path.is_file():
         raise VerificationError(
-            f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
+            f"{place.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
-    return read_manifest_file(folder / MANIFEST)
-
-
-def read_manifest_file(path: Path) -> tuple[Manifest, str]:
-    """The same of a manifest under any name."""
     try:
         data = read_file(path)
         manifest = Manifest.from_json(strict_json.parse(data))

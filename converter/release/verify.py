@@ -99,11 +99,7 @@ def _damage(path: Path, prefixes: Mapping[str, str] | None) -> str:
 
 
 def _others(folder: Path) -> Iterator[tuple[str, str]]:
-    """Everything in a folder that is no folder, and what is wrong if it is not in the manifest.
-
-    Raises:
-        OSError: a folder in it cannot be read.
-    """
+    """Everything in a folder that is no folder, and what is wrong if it is not in the manifest."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -126,11 +122,7 @@ def check_sums(
 ) -> Iterator[str]:
     """The card names this manifest, and SHA256SUMS is exactly what follows from both.
 
-    Args:
-        folder: with the card and SHA256SUMS.
-        manifest: of it.
-        digest: sha256 of the manifest's bytes.
-        seen: gets the sha256 of what was read here.
+    ``digest`` is the sha256 of the manifest's bytes; ``seen`` gets those of what is read here.
     """
     seen[MANIFEST] = digest
     try:
@@ -140,7 +132,8 @@ def check_sums(
     except OSError as error:
         yield f"{Path(error.filename or SUMS).name}: {error.strerror}"
         return
-    seen |= {CARD: _sha256(card), SUMS: _sha256(found)}
+    seen[CARD] = hashlib.sha256(card).hexdigest()
+    seen[SUMS] = hashlib.sha256(found).hexdigest()
     line = hash_line(digest)
     start = line[: line.index(":")]
     lines = card.decode("utf-8", "replace").splitlines()
@@ -155,17 +148,8 @@ def check_sums(
             yield f"{SUMS} is wrong about {name}"
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
-    """Copies, the key of the activations, the rank, guard and gates.
-
-    Args:
-        manifest: of a folder.
-        output: by which it was written.
-    """
+    """Copies, the key of the activations, the rank, guard and gates."""
     seen = manifest.activations
     if seen and (cache_key(seen.inputs) if seen.inputs else None) != seen.key:
         yield f"{MANIFEST}: the key of the activations is not that of their inputs"

@@ -169,11 +169,7 @@ def _check_edits(folder: Path, manifest: Manifest, deltas: Mapping[str, Delta]) 
 
 
 def check_edit(
-    folder: Path,
-    tensor: EditedTensor,
-    delta: Delta,
-    infos: Mapping[str, TensorInfo],
-    rounding: str,
+    folder: Path, tensor: EditedTensor, delta: Delta, infos: Mapping[str, TensorInfo], rounding: str
 ) -> Iterator[str]:
     """An edited tensor without its source: its digest, its norms, what is left along its basis.
 
