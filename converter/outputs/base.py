@@ -5,7 +5,6 @@ entry point in the group ``gloss_convert.outputs``.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from converter.edits.engine import Engine
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
 from converter.outputs.journal import Receiver
+from converter.runtime.cache import sha256_of, sync
 from converter.runtime.registry import Registry
 
 
@@ -183,7 +183,5 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 
 def file_entry(path: Path) -> FileRecord:
     """Flush a file to disk; its record."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(sha256=digest, nbytes=file.tell())
+    sync(path)
+    return FileRecord(sha256=sha256_of(path), nbytes=path.stat().st_size)

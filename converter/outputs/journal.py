@@ -101,8 +101,7 @@ class Journal:
         keep_only(self._folder, known)
         part = self._path.with_name(f"{self._path.name}.new")
         part.write_bytes(_encoded({"key": self._key}, *known.values()))
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(part)
         part.replace(self._path)
         return dict(known)
 

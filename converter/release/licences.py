@@ -26,7 +26,6 @@ from converter.text.markdown import code, escaped
 NOTICE = "Notice"
 """The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
 
-
 CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
 
 
