@@ -45,11 +45,7 @@ WRITES = ("repo.write", "repo.content.write")
 def check_rights(asked: Publication, option: str) -> Publication:
     """Ask the Hub whether ``asked`` can be done, which takes seconds. Nothing is changed.
 
-    The visibility of a repo that exists is noted.
-
-    Args:
-        asked: as typed.
-        option: that the repo was given with, for messages.
+    The visibility of a repo that exists is noted. ``option`` is what the repo was given with.
 
     Returns:
         the same with the whole name of the repo, and whether it exists.

@@ -43,7 +43,6 @@ class Repo:
     """A Hub repo at a commit.
 
     Attributes:
-        kind: ``model`` or ``dataset``.
         repo_id: ``owner/name``; after a renaming, the new one.
         revision: as asked for, or None.
         commit: what it resolved to.

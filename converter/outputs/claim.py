@@ -68,12 +68,9 @@ class Claim:
         That is one step for everybody who looks. Only a mount point, which cannot be renamed, is
         filled file by file. If the block does not succeed the destination is as it was.
 
-        Args:
-            overwrite: whether what is there by then may be replaced.
-
         Raises:
-            DestinationError: the operating system refuses to write, for lack of space for example,
-                or something else was written to the destination meanwhile.
+            DestinationError: the operating system refuses to write, or there is something in the
+                destination by then and ``overwrite`` does not allow to replace it.
         """
         with self._told():
             self.part.mkdir(exist_ok=True)
@@ -168,12 +165,9 @@ def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
     If the block fails after shards were finished, they are kept for the next run, unless what
     failed is what they hold.
 
-    Args:
-        destination: asked about before with ``check_destination``.
-        overwrite: whether what is there may be replaced.
-
     Raises:
-        DestinationError: another run holds it, or it cannot be written.
+        DestinationError: another run holds it, or it cannot be written, which
+            ``check_destination`` says before; or it may not be overwritten and is not empty.
     """
     claim = Claim(destination)
     made = [path for path in claim.target.parents if not path.exists()]

@@ -19,10 +19,10 @@ TRUTH = ("config.json", "adapter_config.json")
 def check_destination(
     destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
 ) -> None:
-    """Refuse a destination that cannot be written, before anything is computed.
+    """Refuse a folder to be made that cannot be written, before anything is computed.
 
     Args:
-        destination: the folder to make.
+        destination: the folder.
         overwrite: whether a checkpoint that is already there may be replaced.
         inputs: files and folders that the run reads.
         nbytes: what will be written.

@@ -52,10 +52,9 @@ class Receiver(Protocol):
     def at_a_time(self) -> int | None: ...
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
-        """Shards that are finished already; all else in the folder is deleted.
+        """Shards that are finished already, of those in ``users``; the others are deleted.
 
-        Args:
-            users: of the shards to be written, as of ``checkpoint.write.users_of``.
+        ``users`` is that of ``checkpoint.write.users_of``.
         """
 
     def finished(self, shard: str, done: Done) -> None:
@@ -154,10 +153,7 @@ def keep_only(folder: Path, names: Container[str]) -> None:
 def _key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> str:
     """A sha256 of all that the bytes of the shards depend on, besides those of the source.
 
-    Args:
-        edit: all of it counts.
-        engine: of its settings, those that bear on what is written.
-        originals: the files that shards are made from, if shards are no files.
+    ``originals`` are the files that shards are made from, if shards are no files.
     """
     what = {
         "tool": __version__, "torch": str(torch.__version__), "device": engine.device,

@@ -121,9 +121,8 @@ def terms_of(source: Source, base: str | None) -> Terms:
             links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
             sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
     notice = ""
-    for kind in family.papers if family else ():
-        if not found[kind]:
-            assert family is not None
+    if family:
+        for kind in (kind for kind in family.papers if not found[kind]):
             sentences.append(
                 f"**{CALLED[kind].capitalize()} was not in the source.** Add it before you publish "
                 f"this folder: a copy has to go along ([where it is published]({family.link}))."
@@ -132,17 +131,17 @@ def terms_of(source: Source, base: str | None) -> Terms:
                 f"{source.name} is under the {family.title} and comes without {CALLED[kind]}, "
                 f"which has to go along; add it before you publish, from {family.link}"
             )
-    if family and family.notice and not found["notice"]:
-        notice = family.notice
-        sentences.append(f"[{NOTICE}]({NOTICE}) holds the line that the licence asks for.")
-    elif family and family.notice and not _says(source, found["notice"], family.notice):
-        where = found["notice"][0]
-        sentences.append(f"**{where} lacks the line that the licence asks for**: {family.notice}")
-        warnings.append(f"{where} lacks the line that the {family.title} asks for: {family.notice}")
-    if family and family.prefix:
-        sentences.append(
-            f"The licence asks that the name of a derived model begin with `{family.prefix}`."
-        )
+        line, notices = family.notice, found["notice"]
+        if line and not notices:
+            notice = line
+            sentences.append(f"[{NOTICE}]({NOTICE}) holds the line that the licence asks for.")
+        elif line and not _says(source, notices, line):
+            sentences.append(f"**{notices[0]} lacks the line that the licence asks for**: {line}")
+            warnings.append(f"{notices[0]} lacks the line that the {family.title} asks for: {line}")
+        if family.prefix:
+            sentences.append(
+                f"The licence asks that the name of a derived model begin with `{family.prefix}`."
+            )
     if source.gated:
         sentences.append(
             "The base is gated: its terms have to be accepted before it can be downloaded. A "

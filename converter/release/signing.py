@@ -61,10 +61,7 @@ class Signer:
     def sign(self, folder: Path, name: str, beside: Path | None = None) -> None:
         """Sign every file of a folder under a name for the model; ``model.sig`` is written.
 
-        Args:
-            folder: to sign.
-            name: of the model.
-            beside: a folder on the same disk to write to first, if somebody may be looking.
+        If somebody may be looking it is written to a folder ``beside`` first, on the same disk.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -114,11 +111,7 @@ class PublicKey:
     _config: Any = field(repr=False)
 
     def check(self, folder: Path) -> list[str]:
-        """Whether a folder is, file by file, what the owner of the key signed.
-
-        Returns:
-            what is wrong, a sentence each; empty if nothing is.
-        """
+        """What in a folder is not, file by file, what the owner of the key signed."""
         if not (folder / SIGNATURE).is_file():
             return [f"{SIGNATURE} is missing; the folder is not signed"]
         hashing = _Hashing(folder.name)

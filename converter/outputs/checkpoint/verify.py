@@ -173,12 +173,7 @@ def check_edit(
 ) -> Iterator[str]:
     """An edited tensor without its source: its digest, its norms, what is left along its basis.
 
-    Args:
-        folder: with its shard.
-        tensor: its record.
-        delta: what became of it.
-        infos: of the shards that it and its scales are in, by ``infos_of``.
-        rounding: of the run.
+    ``infos`` are those of ``infos_of``, of the shards that it and its scales are in.
     """
     name, shard, fp8 = tensor.name, tensor.shard, tensor.requantized
     basis = torch.zeros(tensor.shape[tensor.axis], 0) if delta.protects is None else delta.protects
@@ -213,15 +208,9 @@ def _allowed(
 def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
     """Which numbers of a record do not fit what is there.
 
-    ||W'|| and ||W|| differ by ||W' - W|| at most. Where a subspace is taken out, W = W' + U P - E
-    with U^T W = P and E the rounding error, so ||W - U P||^2 = ||W||^2 - ||P||^2 is ||W'||^2 but
-    for E, and W' - W = E - U P.
-
-    Args:
-        tensor: its record.
-        delta: what became of it.
-        left: ||U^T W'||.
-        norm: ||W'||.
+    ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
+    out, W = W' + U P - E with U^T W = P and E the rounding error, so ||W - U P||^2 =
+    ||W||^2 - ||P||^2 is ||W'||^2 but for E, and W' - W = E - U P. ``left`` is ||U^T W'||.
     """
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
     energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
