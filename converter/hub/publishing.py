@@ -27,18 +27,18 @@ from converter.hub.repos import check_repo_id
 from converter.runtime import progress
 from converter.text.secrets import redact_log, redacted
 
-AGAIN = "run the same command again: what was uploaded is not sent twice"
-LOG_IN = (
+_AGAIN = "run the same command again: what was uploaded is not sent twice"
+_LOG_IN = (
     "log in with 'hf auth login', set HF_TOKEN, or HF_OIDC_RESOURCE in a job that is a trusted "
     "publisher"
 )
-FULL = re.compile(r"(?i)storage|quota|limit reached|too large|exceed")
+_FULL = re.compile(r"(?i)storage|quota|limit reached|too large|exceed")
 """What is said of a repo or an account that can hold no more."""
 
-STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
+_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
 """How hf_xet, whose errors are ConnectionErrors and the like, says what it was answered."""
 
-WRITES = ("repo.write", "repo.content.write")
+_WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""
 
 
@@ -135,7 +135,7 @@ def check_account(who: Mapping[str, Any], asked: Publication) -> None:
     if token.get("role") == "fineGrained" and scoped is not None:
         names = {owner, asked.repo_id}
         granted = [s for s in scoped if (s.get("entity") or {}).get("name") in names]
-        if not any(set(WRITES) & set(scope.get("permissions") or ()) for scope in granted):
+        if not any(set(_WRITES) & set(scope.get("permissions") or ()) for scope in granted):
             raise PublishError(
                 f"{name} may not write to {asked.repo_id}", expected="the permission repo.write",
                 hint="give it on https://huggingface.co/settings/tokens",
@@ -177,7 +177,7 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
     if isinstance(error, OfflineModeIsEnabled):
         return PublishError("HF_HUB_OFFLINE is set, so nothing can be published", hint="unset it")
     if isinstance(error, LocalTokenNotFoundError):
-        return PublishError("there is no token of the Hugging Face Hub", hint=LOG_IN)
+        return PublishError("there is no token of the Hugging Face Hub", hint=_LOG_IN)
     if isinstance(error, OIDCError):
         return PublishError("the job cannot prove who it is to the Hub", found=said)
     if isinstance(error, RevisionNotFoundError):
@@ -186,20 +186,20 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
         )
     if isinstance(error, HfHubHTTPError):
         return _of_status(repo_id, error.response.status_code, error.server_message or said)
-    if status := STATUS.search(said):
+    if status := _STATUS.search(said):
         return _of_status(repo_id, int(status[1]), said)
     if isinstance(error, NETWORK_ERRORS):
         return PublishError(
             f"{repo_id}: the Hub cannot be reached, or the connection broke", found=said,
-            hint=f"check the network and HF_ENDPOINT, then {AGAIN}",
+            hint=f"check the network and HF_ENDPOINT, then {_AGAIN}",
         )  # fmt: skip
     is_of_xet = type(error).__module__.startswith("hf_xet") or isinstance(error, RuntimeError)
     if is_of_xet:  # which has types of its own, and RuntimeErrors
         return PublishError(
-            f"{repo_id}: the upload to the Hub's storage failed", found=said, hint=AGAIN
+            f"{repo_id}: the upload to the Hub's storage failed", found=said, hint=_AGAIN
         )
     if isinstance(error, (EntryNotFoundError, FileDuplicationError, ValueError)):
-        if FULL.search(said):
+        if _FULL.search(said):
             return _full(repo_id, said)
         return PublishError(f"{repo_id}: the Hub refuses the upload", found=said)
     return None
@@ -222,10 +222,10 @@ def _of_status(repo_id: str, status: int, said: str) -> PublishError:
     """What an answer of the Hub means, by its HTTP status and what it says."""
     plain = re.match(r"(?:Client|Server) error '\d+ (.*?)' for url", said)
     said = " ".join((plain[1] if plain else said).split())[:200]
-    if status in (402, 413) or (status in (400, 403, 422) and FULL.search(said)):
+    if status in (402, 413) or (status in (400, 403, 422) and _FULL.search(said)):
         return _full(repo_id, said)
     if status == 401:
-        return PublishError("the Hub does not accept the token", hint=LOG_IN)
+        return PublishError("the Hub does not accept the token", hint=_LOG_IN)
     if status == 403:
         return PublishError(
             f"the token may not write to {repo_id}", found=said or None,
@@ -238,16 +238,16 @@ def _of_status(repo_id: str, status: int, said: str) -> PublishError:
         )
     if status in (409, 412):
         return PublishError(
-            f"{repo_id} was changed by somebody else meanwhile", found=said or None, hint=AGAIN
+            f"{repo_id} was changed by somebody else meanwhile", found=said or None, hint=_AGAIN
         )
     if status == 429:
         return PublishError(
             f"{repo_id}: too many requests for the Hub's rate limit", found="429 again and again",
-            hint=f"wait some minutes, then {AGAIN}",
+            hint=f"wait some minutes, then {_AGAIN}",
         )  # fmt: skip
     if status >= 500:
         return PublishError(
-            f"{repo_id}: the Hub failed", found=f"{status} {said}".strip(), hint=f"later, {AGAIN}"
+            f"{repo_id}: the Hub failed", found=f"{status} {said}".strip(), hint=f"later, {_AGAIN}"
         )
     return PublishError(f"{repo_id}: the Hub refuses the upload", found=f"{status} {said}".strip())
 

@@ -28,11 +28,11 @@ from converter.runtime.cache import sync
 JOURNAL = "journal.jsonl"
 """See ``outputs.journal``."""
 
-LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
+_LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
 """Moved in last and out first, where files are moved one by one: without them it is neither."""
 
-RENAME_EXCHANGE = 2
-AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 class Claim:
@@ -214,8 +214,8 @@ def finished_in(path: Path) -> int:
 
 
 def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
-    """Move files to a folder, ``LAST`` last; ``away``: out of a destination, so ``LAST`` first."""
-    for path in sorted(paths, key=lambda path: ((path.name in LAST) != away, path.name)):
+    """Move files to a folder, ``_LAST`` last, or first if it is ``away`` from a destination."""
+    for path in sorted(paths, key=lambda path: ((path.name in _LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 
@@ -225,7 +225,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     if call is None:
         return False
     names = os.fsencode(one), os.fsencode(other)
-    return bool(call(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+    return bool(call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def _locked(folder: Path, destination: Path) -> int:

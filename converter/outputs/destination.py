@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converter.errors import DestinationError
 
-LONGEST = 240
+_LONGEST = 240
 """Bytes of a file name that leave room for ours around it; file systems take 255."""
 
 TRUTH = ("config.json", "adapter_config.json")
@@ -116,7 +116,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def holder_of(target: Path) -> Path:
     """The folder ``.NAME.part`` of a resolved destination: in it, if it is a mount point."""
     name = target.name
-    if len(os.fsencode(name)) > LONGEST:
+    if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return (target if os.path.ismount(target) else target.parent) / f".{name}.part"
 

@@ -20,7 +20,7 @@ from converter.outputs.base import sha256_of_tensor
 from converter.runtime.cache import sha256_of
 from converter.text.sanitize import is_one_line
 
-LONGEST_NAME = 255
+_LONGEST_NAME = 255
 """Bytes of the name of a file, on every usual system."""
 
 
@@ -151,4 +151,4 @@ def is_plain(name: str) -> bool:
     parts = name.split("/")
     if not is_one_line(name) or {"", ".", ".."}.intersection(parts):
         return False
-    return all(len(part.encode()) <= LONGEST_NAME for part in parts)
+    return all(len(part.encode()) <= _LONGEST_NAME for part in parts)

@@ -28,10 +28,10 @@ from converter.text.markdown import code, escaped
 from converter.text.sanitize import one_line
 from converter.version import __version__
 
-TAGS = ["detoxification", "model-editing"]
-HUB = "https://huggingface.co"
+_TAGS = ["detoxification", "model-editing"]
+_HUB = "https://huggingface.co"
 
-URL = "/:?&=%#@,;+!$'*~"
+_URL = "/:?&=%#@,;+!$'*~"
 """What may be in the link to a paper besides letters and digits."""
 
 FORMULAS = {
@@ -42,7 +42,7 @@ FORMULAS = {
 }
 """Kind of edit -> what an edited matrix ``W`` became."""
 
-SHOWN = 8
+_SHOWN = 8
 """Candidate directions in the card; the manifest has all."""
 
 
@@ -93,7 +93,7 @@ def front_matter(
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*TAGS, manifest.method.name],
+        tags=[*_TAGS, manifest.method.name],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
@@ -110,7 +110,7 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
     asked = repo_id or manifest.run.source
     name = repo_id or base
-    place = f"[{name}]({HUB}/{name})" if name else escaped(source.name)
+    place = f"[{name}]({_HUB}/{name})" if name else escaped(source.name)
     place += f" at commit {code(commit)}" if commit else ""
     subfolder = manifest.run.subfolder
     argument = shlex.quote(f"{asked}@{commit}" if commit else asked)
@@ -120,9 +120,9 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
     return {
         "output": manifest.run.output,
         "auto_class": find_architecture(source.config).auto_class,
-        "base": f"[{base}]({HUB}/{base})" if base else escaped(source.name),
+        "base": f"[{base}]({_HUB}/{base})" if base else escaped(source.name),
         "base_id": base,
-        "base_page": f"{HUB}/{base}" if base else None,
+        "base_page": f"{_HUB}/{base}" if base else None,
         "pinned": pinned(source, manifest) if base == repo_id else "",
         "source": place,
         "source_argument": one_line(argument),
@@ -186,7 +186,7 @@ def _chosen_text(manifest: Manifest) -> str:
     )
 
 
-ROLES = {
+_ROLES = {
     "down_proj": "down-projections", "gate_proj": "gate projections", "up_proj": "up projections",
     "o_proj": "output projections of the attention", "lm_head": "output embedding",
 }  # fmt: skip
@@ -195,7 +195,7 @@ ROLES = {
 def _roles_text(roles: set[str]) -> str:
     """The roles of edited tensors in words, such as ``down-projections and their biases``."""
     parts = []
-    for role, name in ROLES.items():
+    for role, name in _ROLES.items():
         if role in roles:
             parts.append(name + (" and their biases" if f"{role}_bias" in roles else ""))
         elif f"{role}_bias" in roles:
@@ -207,14 +207,14 @@ def paper_link(paper: str) -> str:
     """A paper as a link; the Hub makes a tag of one to arXiv."""
     if found := re.search(r"\b(\d{4}\.\d{4,5})(v\d+)?\b", paper):
         return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
-    return f"[paper]({quote(paper, safe=URL)})" if paper.startswith("http") else escaped(paper)
+    return f"[paper]({quote(paper, safe=_URL)})" if paper.startswith("http") else escaped(paper)
 
 
 def _data_link(manifest: Manifest) -> str:
     """The pairs, as a link if they are on the Hub."""
     origin = manifest.pairs.origin
     if repo_id := origin.repo_id:
-        link = f"{HUB}/datasets/{quote(repo_id)}"
+        link = f"{_HUB}/datasets/{quote(repo_id)}"
         return f"[{escaped(repo_id)}]({link}) at commit {code(str(origin.commit))}"
     if origin.name == "builtin":
         return "the pairs built into gloss-convert"
@@ -226,7 +226,7 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
     subspace = manifest.subspace
     candidates = subspace.candidates if subspace else ()
     kept = [c for c in candidates if c.kept and any(c.tokens)]
-    best = sorted(kept, key=lambda c: -c.score)[:SHOWN]
+    best = sorted(kept, key=lambda c: -c.score)[:_SHOWN]
     number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
     name, _, rest = manifest.method.title.partition(", ")
     listed = manifest.word_list.origin.title

@@ -21,7 +21,7 @@ from converter.manifest import (
 )
 from converter.text.markdown import code, escaped
 
-CAPTIONS = {
+_CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
     "scores": "Scores of the candidate directions of each layer",
     "cosines": "Cosines between the directions of the layers",
@@ -36,7 +36,7 @@ def pictures(manifest: Manifest) -> list[tuple[str, str]]:
     ours = sorted(manifest.files.keys() - manifest.source.files)
     return [
         (quote(name), caption)
-        for stem, caption in CAPTIONS.items()
+        for stem, caption in _CAPTIONS.items()
         for name in ours
         if PurePosixPath(name).name == stem + PICTURE
     ]
@@ -149,9 +149,9 @@ def _entries(metrics: Mapping[str, Metric], asked: EvaluationSettings) -> Iterat
     text = {"dataset_type": "text", "dataset_name": f"text with sha256 {digest[:16]}"}
     for key, metric in metrics.items():
         kind, _, detail = key.partition("/")
-        if metric is None or kind not in NAMES:
+        if metric is None or kind not in _NAMES:
             continue
-        shown, data = NAMES[kind], prompted
+        shown, data = _NAMES[kind], prompted
         if kind.startswith("perplexity"):
             data = text
         elif kind == "safeedit":
@@ -170,7 +170,7 @@ def _entries(metrics: Mapping[str, Metric], asked: EvaluationSettings) -> Iterat
         )
 
 
-NAMES = {
+_NAMES = {
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity, after over before",
     "teacher_forced": "probability of toxic words, after over before",

@@ -26,7 +26,7 @@ from converter.text.markdown import code, escaped
 NOTICE = "Notice"
 """The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
 
-CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
+_CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,16 +119,17 @@ def terms_of(source: Source, base: str | None) -> Terms:
     for kind, names in found.items():
         if names:
             links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
-            sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
+            sentences.append(f"{_CALLED[kind].capitalize()}: {links}, as in the source.")
     notice = ""
     if family:
         for kind in (kind for kind in family.papers if not found[kind]):
             sentences.append(
-                f"**{CALLED[kind].capitalize()} was not in the source.** Add it before you publish "
-                f"this folder: a copy has to go along ([where it is published]({family.link}))."
+                f"**{_CALLED[kind].capitalize()} was not in the source.** Add it before you "
+                "publish this folder: a copy has to go along ([where it is published]"
+                f"({family.link}))."
             )
             warnings.append(
-                f"{source.name} is under the {family.title} and comes without {CALLED[kind]}, "
+                f"{source.name} is under the {family.title} and comes without {_CALLED[kind]}, "
                 f"which has to go along; add it before you publish, from {family.link}"
             )
         line, notices = family.notice, found["notice"]

@@ -44,7 +44,7 @@ from converter.outputs.base import OUTPUTS, WriteJob, Written, file_entry
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
-LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+_LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def make_manifest(
@@ -176,7 +176,7 @@ def environment(device: str) -> Environment:
         device=torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         platform=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        libraries={name: version(name) for name in LIBRARIES},
+        libraries={name: version(name) for name in _LIBRARIES},
     )
 
 
@@ -191,11 +191,8 @@ def file_list(written: Written, others: Mapping[str, FileRecord]) -> dict[str, F
         )
         for name, shard in written.shards.items()
     }
-    return (
-        shards
-        | dict(written.extra)
-        | dict(sorted({**written.copies, **written.made, **others}.items()))
-    )
+    small = {**written.copies, **written.made, **others}
+    return {**shards, **written.extra, **dict(sorted(small.items()))}
 
 
 def measurements() -> Measurements:

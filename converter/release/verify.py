@@ -36,7 +36,7 @@ from converter.runtime.cache import sha256_of
 from converter.text.sanitize import one_line
 from converter.version import __version__
 
-HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
+_HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
 """What git, the Hub's client and file systems leave in a folder: no loader reads it."""
 
 
@@ -107,7 +107,7 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
     for place, folders, names in os.walk(folder, onerror=fail):
         inside = Path(place).relative_to(folder)
         if inside == Path():
-            known = {path.name for path in files_not_ours(folder.resolve())} - HIDDEN
+            known = {path.name for path in files_not_ours(folder.resolve())} - _HIDDEN
             folders[:] = [name for name in folders if name in known]
             names = [name for name in names if name in known]
         for name in sorted(folders):

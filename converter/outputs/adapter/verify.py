@@ -42,13 +42,13 @@ from converter.outputs.record_checks import (
 )
 from converter.runtime import progress
 
-ROLES = get_args(Role)
+_ROLES = get_args(Role)
 """Of the linear maps that have a weight; biases have others."""
 
-U64 = 2.0**-53
+_U64 = 2.0**-53
 """Unit roundoff of float64, in which A is computed."""
 
-LEFT = 1e-5
+_LEFT = 1e-5
 """Leakage and rounding error, at most: U is orthonormal, and A rounded, to float32."""
 
 
@@ -89,7 +89,7 @@ def _check_records(manifest: Manifest) -> Iterator[str]:
     kinds = {kind.kind for kind in LOW_RANK}
     for entry in manifest.edited:
         is_matrix = len(entry.shape) == 2 and all(entry.shape) and entry.axis < 2
-        if not (entry.lora and is_matrix and entry.role in ROLES and entry.kind in kinds):
+        if not (entry.lora and is_matrix and entry.role in _ROLES and entry.kind in kinds):
             yield f"{MANIFEST}: tensor {entry.name} cannot be edited by an adapter"
             continue
         numbers = [part for part in entry.lora.module.split(".") if part.isdigit()]
@@ -152,7 +152,7 @@ def _check_removal(entry: EditedTensor, name: str, norm: float) -> Iterator[str]
     energy, leakage = (entry.measures.get(key, nan) for key in ("energy_removed", "leakage"))
     if not 0 <= energy <= 1 or not isclose(entry.relative_change, sqrt(energy), rel_tol=1e-4):
         yield f"{MANIFEST}: the change of {entry.name} contradicts itself"
-    elif not (0 <= leakage <= LEFT and 0 <= entry.rounding_error <= LEFT):
+    elif not (0 <= leakage <= _LEFT and 0 <= entry.rounding_error <= _LEFT):
         yield f"{MANIFEST}: no adapter leaves so much of {entry.name}"
     if not isclose(norm, sqrt(max(energy, 0)) * entry.norm, rel_tol=1e-4):
         yield f"{WEIGHTS}: {name} has another norm than recorded: {norm:.6g}"
@@ -194,5 +194,5 @@ def _is_rounded(A: Tensor, P: Tensor, hidden_size: int, norm: float) -> bool:
 
     They may err by ``SLACK`` sqrt(D) u ||W_j||, with column j of W, which ||W|| bounds.
     """
-    allowed = half_ulp(A) + SLACK * sqrt(hidden_size) * U64 * norm
+    allowed = half_ulp(A) + SLACK * sqrt(hidden_size) * _U64 * norm
     return bool(((A.double() - P).abs() <= allowed).all())

@@ -54,7 +54,7 @@ CONFIG = "adapter_config.json"
 LOW_RANK = (RemoveSubspace, AddLowRank)
 """Kinds of edits that a LoRA can hold."""
 
-SERVED_RANK = 16
+_SERVED_RANK = 16
 """The largest rank that serving engines take unless told otherwise (vLLM's ``max_lora_rank``)."""
 
 
@@ -81,9 +81,9 @@ def write_adapter(job: WriteJob) -> Written:
     names = stored_names(edit, {weight.info.name: weight.layer for weight in order})
     listed = sorted(order, key=lambda weight: (weight.layer, weight.info.name))  # as records are
     ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in listed}
-    if max(ranks.values()) > SERVED_RANK:
+    if max(ranks.values()) > _SERVED_RANK:
         progress.warn(
-            f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
+            f"the adapter has rank {max(ranks.values())}; serving engines take {_SERVED_RANK} "
             "or less unless they are told otherwise"
         )
     roles, layers = {w.role for w in order}, {w.layer for w in order}

@@ -30,16 +30,16 @@ from converter.manifest import CreatedTensor, FileRecord
 from converter.outputs.base import file_entry, sha256_of_tensor
 from converter.outputs.record_checks import is_addable
 
-EXTRA = "model-created.safetensors"
+_EXTRA = "model-created.safetensors"
 """The shard of created tensors beside those of the source."""
 
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+_FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 """The two shards that a single file and its created tensors become."""
 
-RESERVED = (*OURS, EDIT_FILE, EXTRA, FIRST, SECOND)
+_RESERVED = (*OURS, EDIT_FILE, _EXTRA, _FIRST, _SECOND)
 """Names that an output may need for itself."""
 
-PATCHABLE = (
+_PATCHABLE = (
     "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
 """Files of a source whose text an edit may change."""
@@ -63,8 +63,8 @@ class Shards:
         if not created:
             return cls({}, None)
         if shards == (SINGLE,):
-            return cls({SINGLE: FIRST}, SECOND)
-        names = [EXTRA, *(f"model-created-{n}.safetensors" for n in range(2, len(shards) + 2))]
+            return cls({SINGLE: _FIRST}, _SECOND)
+        names = [_EXTRA, *(f"model-created-{n}.safetensors" for n in range(2, len(shards) + 2))]
         return cls({}, next(name for name in names if name not in shards))
 
     def output(self, shard: str) -> str:
@@ -105,7 +105,7 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
         _check_config(merge(source.config, edit.patches["config.json"]), plan)
     _check_biases(edit, plan, source.config)
     sizes = {name: len(data) for name, data in edit.files.items()}
-    _check_files(sizes, {*source.small, *source.shards, *RESERVED})
+    _check_files(sizes, {*source.small, *source.shards, *_RESERVED})
 
 
 def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
@@ -173,7 +173,7 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     Raises:
         CheckpointError: the source has none of that name, or the patch does not apply.
     """
-    known = [name for name in PATCHABLE if name in source.small]
+    known = [name for name in _PATCHABLE if name in source.small]
     if name not in known:
         raise CheckpointError(
             f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"

@@ -39,17 +39,17 @@ from converter.outputs.record_checks import (
 )
 from converter.runtime import progress
 
-LEFT = 0.05
+_LEFT = 0.05
 """Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
 rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
 """
 
-CLOSE, SMALL, TINY = 1e-4, 1e-6, 1e-9
+_CLOSE, _SMALL, _TINY = 1e-4, 1e-6, 1e-9
 """Shares of ||W|| by which recorded norms, and what is left along U, may differ from those found:
 they are sums over all elements, added in another order, of FP8 in float32. That of the rounding
 error is a small difference of sums, and uncertain by the root of what they are."""
 
-NOISE = {"F8_E4M3": 0.03}
+_NOISE = {"F8_E4M3": 0.03}
 """Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
 sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
 
@@ -199,10 +199,10 @@ def _allowed(
     """The largest ||U^T W'|| that rounding explains."""
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
         return rounding_bound(units, len(basis), tensor.norm)
-    noise = NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
+    noise = _NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
     energy = tensor.measures.get("energy_removed", 0.0)
-    return max(LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
+    return max(_LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
 
 
 def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
@@ -215,21 +215,21 @@ def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
     energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
     leakage = tensor.measures.get("leakage", nan)
-    if not (0 <= energy <= 1 + CLOSE and error >= 0 and isfinite(before) and change >= 0):
+    if not (0 <= energy <= 1 + _CLOSE and error >= 0 and isfinite(before) and change >= 0):
         yield "its norms are impossible"
         return
-    noise = CLOSE * before
+    noise = _CLOSE * before
     if delta.protects is None:
         whole = before or 1.0  # of which the change is recorded as a share
-        if not abs(norm - before) <= change * whole + CLOSE * max(before, norm):
+        if not abs(norm - before) <= change * whole + _CLOSE * max(before, norm):
             yield "its norm, or its change"
         return
     removed = sqrt(energy) * before
     if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
         yield "its norm, or what was removed of it"
-    if not abs(change - sqrt(energy)) <= error + CLOSE:
+    if not abs(change - sqrt(energy)) <= error + _CLOSE:
         yield "its change"
-    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=TINY * before):
+    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=_TINY * before):
         yield "its leakage"
 
 
@@ -318,7 +318,7 @@ def _check_rounded(
     wrong, norms = check_rounded(after, before, delta, height, nearest=nearest)
     if before.digests != (tensor.sha256_before, fp8 and fp8.sha256_before):
         yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norms["W"], tensor.norm, rel_tol=CLOSE):
+    if not isclose(norms["W"], tensor.norm, rel_tol=_CLOSE):
         yield f"{place} had another norm before the edit than recorded"
     whole = norms["W"] or 1.0
     found = {
@@ -333,7 +333,7 @@ def _check_rounded(
         if key == "leakage":
             continue  # looked at without the source
         ours, theirs = found.get(key, nan), recorded.get(key, nan)
-        if not isclose(ours, theirs, rel_tol=0.01, abs_tol=SMALL):
+        if not isclose(ours, theirs, rel_tol=0.01, abs_tol=_SMALL):
             yield f"{place} has another {key} than recorded: {ours:.4g}"
     if wrong is not None:
         rows = f"rows {wrong[0]} to {wrong[1] - 1}"

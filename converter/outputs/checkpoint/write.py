@@ -79,9 +79,8 @@ def _small_files(
     source, folder, edit = job.source, job.folder, job.edit
     copies: dict[str, FileRecord] = {}
     made = {name: make_file(folder / name, content) for name, content in edit.files.items()}
-    last = {name: path for name, path in source.small.items() if name != "config.json"}
-    for name, path in last.items():
-        if name not in edit.patches:
+    for name, path in source.small.items():
+        if name not in edit.patches and name != "config.json":
             copies[name] = copy_file(path, folder / name)
     created = {name: tensor.nbytes for name, tensor in edit.created.items()}
     index = index_of(source, job.plan, shards, created)
