@@ -139,7 +139,7 @@ def _unfinished_bytes(target: Path) -> int:
 def interrupted(target: Path) -> bool:
     """Whether a run was killed while it changed a destination, so that its content is in between.
 
-    ``recover`` mends that.
+    ``Claim.recover`` mends that.
     """
     return any((holder_of(target) / name).exists() for name in ("old", "filling"))
 
