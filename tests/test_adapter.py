@@ -35,15 +35,14 @@ from converter.evaluation.guard import examine
 from converter.methods.base import Proposal
 from converter.models.edited import edited
 from converter.models.loading import load_language_model
-from converter.outputs.adapter.output import Adapter
+from converter.outputs.adapter import Adapter
 from converter.outputs.adapter.write import (
     CONFIG,
     WEIGHTS,
-    sha256_of_tensor,
     tensor_names,
     write_adapter,
 )
-from converter.outputs.base import WriteJob, Written
+from converter.outputs.base import WriteJob, Written, sha256_of_tensor
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal

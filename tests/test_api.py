@@ -27,7 +27,7 @@ OUTPUT = '''"""A checkpoint with a note beside it."""
 from dataclasses import replace
 
 from converter.outputs.base import make_file
-from converter.outputs.checkpoint.output import Checkpoint
+from converter.outputs.checkpoint import Checkpoint
 
 
 class Noted(Checkpoint):

@@ -30,10 +30,10 @@ from converter.entrypoints.verify import verify
 from converter.errors import DestinationError, OptionError
 from converter.models import loading
 from converter.models.edited import edited
+from converter.outputs import claim as staging
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
-from converter.outputs.staging import claim as staging
-from converter.outputs.staging.claim import claimed
+from converter.outputs.claim import claimed
 from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
 from tests.builders.edits import removal

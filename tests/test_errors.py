@@ -27,12 +27,12 @@ from converter.errors import (
 )
 from converter.evaluation.gates import Gates
 from converter.evaluation.heldout import Probe, choose_strength
-from converter.hub.permissions import check_account
 from converter.hub.publication import Publication
+from converter.hub.publishing import check_account
 from converter.methods.options import parse_layers
 from converter.methods.subspace import global_basis
+from converter.outputs.claim import claimed
 from converter.outputs.record_checks import plain_name
-from converter.outputs.staging.claim import claimed
 from converter.recipe import Settings
 from converter.text import LONGEST
 from tests.builders.errors import refused

@@ -15,7 +15,6 @@ from huggingface_hub import constants
 from converter.checkpoints.source import remote_header
 from converter.errors import CheckpointError, SourceError
 from converter.hub import limits as hub_guard
-from converter.hub import listing as hub_listing
 from converter.hub import repos as hub
 from tests.builders.errors import refused
 from tests.builders.hub_server import COMMIT, HubServer, send, send_json
@@ -140,7 +139,7 @@ def test_a_listing_without_end_is_not_read_to_the_end(
     monkeypatch.setattr(hub_guard, "MAX_ANSWER", 1_000_000)
     found = "an answer of more than 1,000,000 bytes"
     is_noticed(server, endless("/api/"), tmp_path, found=found)
-    monkeypatch.setattr(hub_listing, "MAX_FILES", 1)
+    monkeypatch.setattr(hub, "MAX_FILES", 1)
     is_noticed(server, lambda request, path: False, tmp_path, found="a list of 2 files")
 
 

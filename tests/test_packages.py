@@ -23,7 +23,7 @@ from converter.errors import FitError, OptionError
 from converter.evaluation.scorers import load_scorer, scores_of
 from converter.methods.base import Proposal, Workbench
 from converter.methods.options import configure
-from converter.outputs.registry import output_of
+from converter.outputs.base import output_of
 from converter.release.manifest import read_manifest
 from tests.builders.methods import RankOne, the_weight
 from tests.builders.packages import install

@@ -16,7 +16,7 @@ from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
-from converter.outputs.staging.journal import Done
+from converter.outputs.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.progress import ThreadPool

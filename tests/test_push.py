@@ -30,7 +30,7 @@ from converter.entrypoints import push as pushing
 from converter.entrypoints.push import Streaming, published_files
 from converter.entrypoints.upload import Files
 from converter.errors import DestinationError
-from converter.hub.errors import explain
+from converter.hub.publishing import explain
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import infos_of
 from converter.text import redacted

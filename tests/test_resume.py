@@ -20,7 +20,7 @@ from click.testing import Result
 from converter.checkpoints.safetensors import rewrite as shard_files
 from converter.errors import DestinationError
 from converter.outputs.checkpoint import write as checkpoint
-from converter.outputs.staging.claim import Claim, claimed
+from converter.outputs.claim import Claim, claimed
 from converter.runtime import progress
 from tests.builders.errors import refused
 from tests.builders.models import TINY_ARGS, make_checkpoint, tiny_args
@@ -238,7 +238,7 @@ def test_the_same_run_again_finds_its_result_in_a_mount_point(
 HOLD = """
 import sys, time
 from pathlib import Path
-from converter.outputs.staging.claim import claimed
+from converter.outputs.claim import claimed
 with claimed(Path(sys.argv[1]), False):
     print("held", flush=True)
     time.sleep(60)

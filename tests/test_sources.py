@@ -10,7 +10,7 @@ import pytest
 
 from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.resolve import resolve
-from converter.hub.listing import is_inside
+from converter.hub.repos import is_inside
 from converter.outputs.record_checks import is_plain
 
 BESIDE = (

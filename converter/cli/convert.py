@@ -68,7 +68,7 @@ def published_text(published: "Published | None") -> str:
 
 def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
-    from converter.outputs.registry import output_of
+    from converter.outputs.base import output_of
 
     where = f"with --output {recipe.output}"
     refuse_typed(output_of(recipe.output).unused, where, "leave it out")
@@ -108,7 +108,7 @@ def convert_command(
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
-    from converter.hub.permissions import check_rights
+    from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()

@@ -107,7 +107,7 @@ def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
     trusted publisher; it is never an argument.
     """
     from converter.entrypoints.push import push
-    from converter.hub.permissions import check_rights
+    from converter.hub.publishing import check_rights
 
     quiet_libraries()
     if not asked.repo_id.strip():

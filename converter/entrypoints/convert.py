@@ -25,17 +25,23 @@ from converter.methods.base import Method, footprint_of
 from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
-from converter.outputs.base import WriteJob, Written, file_entry
+from converter.outputs.base import WriteJob, Written, file_entry, output_of
 from converter.outputs.checkpoint.additions import check_edit
+from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
-from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed
-from converter.outputs.staging.journal import Journal
+from converter.outputs.journal import Journal
 from converter.recipe import Recipe, Settings
 from converter.release.card import make_card, title_of
 from converter.release.licences import terms_of, write_notice
-from converter.release.manifest import file_list, make_manifest, measurements, seal, write_manifest
-from converter.release.provenance import check_unchanged, files_read
+from converter.release.manifest import (
+    check_unchanged,
+    file_list,
+    files_read,
+    make_manifest,
+    measurements,
+    seal,
+    write_manifest,
+)
 from converter.release.signing import Signer
 from converter.runtime import progress
 

@@ -14,7 +14,7 @@ from converter.entrypoints.delivery import Delivery
 from converter.methods.base import footprint_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
-from converter.outputs.registry import output_of
+from converter.outputs.base import output_of
 from converter.recipe import Recipe, Settings
 
 

@@ -25,8 +25,8 @@ from converter.errors import ConverterError, VerificationError
 from converter.hub.publication import Publication
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
-from converter.outputs.staging.claim import JOURNAL
-from converter.outputs.staging.journal import Done, Receiver, keep_only
+from converter.outputs.claim import JOURNAL
+from converter.outputs.journal import Done, Receiver, keep_only
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress

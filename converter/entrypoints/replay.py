@@ -35,12 +35,11 @@ from converter.evaluation.fit import fit
 from converter.manifest import TOOL, Manifest
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
-from converter.outputs.base import WriteJob, Written
+from converter.outputs.base import WriteJob, Written, output_of
 from converter.outputs.checkpoint.additions import check_edit
+from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
-from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed
-from converter.outputs.staging.journal import Journal
+from converter.outputs.journal import Journal
 from converter.recipe import Recipe, Settings
 from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import environment, file_list

@@ -13,11 +13,12 @@ from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
 from converter.manifest import TOOL, Manifest
+from converter.outputs.base import output_of
+from converter.outputs.claim import claimed
+from converter.outputs.destination import interrupted
 from converter.outputs.record_checks import place_of
-from converter.outputs.registry import output_of
-from converter.outputs.staging.claim import claimed, interrupted
 from converter.recipe import Recipe, Settings
-from converter.release.licences import families, fitting_name, licence_name, terms_of
+from converter.release.licences import fitting_name, terms_of
 from converter.release.manifest import read_manifest
 from converter.release.signing import Signer
 from converter.runtime import progress
@@ -132,9 +133,8 @@ def finish_existing(
         if not is_same:
             raise _not_empty(folder, "the result of another recipe, which has just come there")
         if signer:
-            family = families().get(licence_name(read_card(folder / CARD)) or "")
             name = f"{manifest.source.name.rpartition('/')[2]}-{manifest.method.name}"
-            signer.sign(folder, fitting_name(family, name), claim.holder)
+            signer.sign(folder, fitting_name(read_card(folder / CARD), name), claim.holder)
 
 
 def _not_empty(folder: Path, found: str) -> DestinationError:

@@ -8,12 +8,17 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.source import Source
 from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
+from converter.outputs.base import output_of
 from converter.outputs.checkpoint.verify import plan_of
 from converter.outputs.record_checks import recorded_edit
-from converter.outputs.registry import output_of
 from converter.release.manifest import read_manifest_bytes
-from converter.release.verify_files import check_files, check_sums
-from converter.release.verify_records import check_kept, check_method, check_records
+from converter.release.verify import (
+    check_files,
+    check_kept,
+    check_method,
+    check_records,
+    check_sums,
+)
 
 
 def verify(

@@ -1,1 +1,1 @@
-"""Talk to the Hugging Face Hub: repos, limits, uploads, permissions."""
+"""Talk to the Hugging Face Hub: repos, limits, publishing."""

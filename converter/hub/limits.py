@@ -24,7 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 NETWORK_ERRORS = (HTTPError, OSError)
 """What the client raises when there is no network, or it breaks, or it is not that of a Hub."""
 
-NAMES = (("X-Linked-Etag", "ETag"), ("X-Repo-Commit",), ("X-Xet-Hash",))
+_NAMES = (("X-Linked-Etag", "ETag"), ("X-Repo-Commit",), ("X-Xet-Hash",))
 """Headers that become the names of files, the first that is there of each, where the client asks
 what a file is. The ETag of another answer is anything: that of a list has slashes in it, often."""
 
@@ -51,7 +51,7 @@ def guard_session() -> None:
 
 def _look_at(answer: Any) -> None:
     """Raises AnswerError."""
-    for names in NAMES if answer.request.method == "HEAD" else ():
+    for names in _NAMES if answer.request.method == "HEAD" else ():
         name = next((name for name in names if answer.headers.get(name)), None)
         if name and not _PLAIN.fullmatch(said := answer.headers[name]):
             raise AnswerError(f"{name} {said}")

@@ -31,7 +31,7 @@ class Publication(PublicationOptions):
 
     Attributes:
         repo_id: ``owner/name``; without an owner, that of the token.
-        exists: whether the repo is there; known after ``permissions.check_rights``.
+        exists: whether the repo is there; known after ``publishing.check_rights``.
     """
 
     repo_id: str

@@ -1,18 +1,20 @@
 """What an output is: a way to write an edit, and to verify what was written.
 
-An output is a module of this package and a line in ``outputs.registry``, or a package with an entry
-point in the group ``gloss_convert.outputs``.
+An output is a package beside this module and a line in ``OUTPUTS``, or an installed package with an
+entry point in the group ``gloss_convert.outputs``.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
@@ -20,7 +22,9 @@ from converter.edits.base import Edit, Footprint
 from converter.edits.engine import Engine
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
-from converter.outputs.staging.journal import Receiver
+from converter.outputs.journal import Receiver
+from converter.runtime.cache import sha256_of, sync
+from converter.runtime.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +79,23 @@ class Written:
 
 
 class Output(Protocol):
-    """A way to write an edit."""
+    """A way to write an edit.
 
-    @property
-    def library(self) -> str:
-        """The library that loads it, as the Hub calls it."""
+    Attributes:
+        library: that loads it, as the Hub calls it.
+        relation: what it is to its base model, as the Hub calls it.
+        implied: options of methods that have another default here.
+        unused: parameters of the command line that have no effect here.
+        has_shards: whether it holds every tensor of the model, in shards like those of the source.
+        own_files: names of the files that it writes beside shards and copies.
+    """
 
-    @property
-    def relation(self) -> str:
-        """What it is to its base model, as the Hub calls it."""
-
-    @property
-    def implied(self) -> Mapping[str, str]:
-        """Options of methods that have another default here."""
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Parameters of the command line that have no effect here."""
-
-    @property
-    def has_shards(self) -> bool:
-        """Whether it holds every tensor of the model, in shards like those of the source."""
-
-    @property
-    def own_files(self) -> tuple[str, ...]:
-        """Names of the files that it writes beside shards and copies."""
+    library: str
+    relation: str
+    implied: Mapping[str, str]
+    unused: tuple[str, ...]
+    has_shards: bool
+    own_files: tuple[str, ...]
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """Refuse what cannot be written this way, before anything is computed.
@@ -138,6 +134,28 @@ class Output(Protocol):
         """
 
 
+OUTPUTS = Registry(
+    "gloss_convert.outputs",
+    "--output",
+    {
+        "adapter": "converter.outputs.adapter:Adapter",
+        "checkpoint": "converter.outputs.checkpoint:Checkpoint",
+    },
+    (*Output.__annotations__, "check", "nbytes", "companions", "at_a_time", "write", "verify"),
+)
+"""Name -> a class like ``Output``."""
+
+
+def output_of(name: str) -> Output:
+    """An output by its name. Raises OptionError if there is none, or its package is broken."""
+    kind = OUTPUTS.load(name)
+    if not callable(kind):
+        raise OUTPUTS.fault(name, f"it is a {type(kind).__name__}, not a class")
+    output: Output = kind()
+    OUTPUTS.check(name, output)
+    return output
+
+
 def copy_file(source: Path, target: Path) -> FileRecord:
     """Copy a small file and flush it to disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +176,12 @@ def make_file(target: Path, content: bytes) -> FileRecord:
     return file_entry(target)
 
 
+def sha256_of_tensor(tensor: Tensor) -> str:
+    """Of its bytes, as a file has them."""
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()
+
+
 def file_entry(path: Path) -> FileRecord:
     """Flush a file to disk; its record."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(sha256=digest, nbytes=file.tell())
+    sync(path)
+    return FileRecord(sha256=sha256_of(path), nbytes=path.stat().st_size)

@@ -1,21 +1,28 @@
-"""Outputs: where the result goes. Here it is asked whether it can go there."""
+"""The folder where a result goes: whether it can go there, and what runs leave beside it."""
 
+import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from converter.errors import DestinationError
-from converter.outputs.staging.claim import TRUTH, files_not_ours, interrupted, unfinished_bytes
+
+_LONGEST = 240
+"""Bytes of a file name that leave room for ours around it; file systems take 255."""
+
+TRUTH = ("config.json", "adapter_config.json")
+"""A checkpoint or an adapter has one of them."""
 
 
 def check_destination(
     destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
 ) -> None:
-    """Refuse a destination that cannot be written, before anything is computed.
+    """Refuse a folder to be made that cannot be written, before anything is computed.
 
     Args:
-        destination: the folder to make.
+        destination: the folder.
         overwrite: whether a checkpoint that is already there may be replaced.
         inputs: files and folders that the run reads.
         nbytes: what will be written.
@@ -89,7 +96,7 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
     if not os.access(place, os.W_OK):
         raise DestinationError(f"destination {destination}: the folder {place} is read-only")
     free = shutil.disk_usage(place).free
-    if nbytes > free + unfinished_bytes(target):
+    if nbytes > free + _unfinished_bytes(target):
         raise DestinationError(
             f"the disk of {destination} is too small",
             expected=f"{nbytes / 1e9:.2f} GB free",
@@ -104,3 +111,46 @@ def _is_checkpoint(folder: Path) -> bool:
         and any(folder.glob("*.safetensors"))
         and not (folder / ".git").exists()
     )
+
+
+def holder_of(target: Path) -> Path:
+    """The folder ``.NAME.part`` of a resolved destination: in it, if it is a mount point."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return (target if os.path.ismount(target) else target.parent) / f".{name}.part"
+
+
+def files_not_ours(target: Path) -> list[Path]:
+    """What is in a folder, but for what runs into it have left there while it is a mount point."""
+    ours = holder_of(target)
+    return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]
+
+
+def _unfinished_bytes(target: Path) -> int:
+    """Bytes beside a resolved destination that the next run goes on from or deletes."""
+    try:
+        files = (holder_of(target) / "new").rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+    except OSError:  # another run works there; who asks for the lock will be told
+        return 0
+
+
+def interrupted(target: Path) -> bool:
+    """Whether a run was killed while it changed a destination, so that its content is in between.
+
+    ``Claim.recover`` mends that.
+    """
+    return any((holder_of(target) / name).exists() for name in ("old", "filling"))
+
+
+def sweep(holder: Path) -> None:
+    """Delete what was discarded beside a ``.NAME.part``."""
+    for path in holder.parent.iterdir():
+        if _is_trash(path, holder):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_trash(path: Path, holder: Path) -> bool:
+    pattern = re.escape(holder.name) + "-[0-9a-f]{8}"
+    return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None

@@ -1,24 +1,25 @@
 """What verifying any output needs: the edit's file, and the source, against the manifest."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from torch import Tensor
 
 from converter.checkpoints.names import MANIFEST, is_companion
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import ORTHONORMAL, Edit, skewness
 from converter.edits.deltas import Delta, delta_of
 from converter.edits.edit_file import ADDED, CREATED, EDIT_FILE, EVIDENCE, load_edit_tensors
 from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
+from converter.outputs.base import sha256_of_tensor
 from converter.runtime.cache import sha256_of
 from converter.text import is_one_line
 
-LONGEST_NAME = 255
+_LONGEST_NAME = 255
 """Bytes of the name of a file, on every usual system."""
 
 
@@ -52,38 +53,28 @@ def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta
 
 
 def edit_of(manifest: Manifest, stored: Mapping[str, Tensor]) -> Edit:
-    """The recorded edit.
-
-    Args:
-        manifest: of it.
-        stored: of ``recorded_edit``.
+    """The recorded edit, with the tensors of ``recorded_edit``.
 
     Raises:
         VerificationError: the edit's file is not that of the manifest.
     """
-    created = {c.name: stored.get(CREATED + c.name) for c in manifest.edit.created}
-    files = {path: stored.get(ADDED + path) for path in manifest.edit.files}
-    for name, tensor in (created | files).items():
-        if tensor is None:
-            raise VerificationError(f"{manifest.edit.file} holds no {name}")
+    edit = manifest.edit
+    created = {tensor.name: CREATED + tensor.name for tensor in edit.created}
+    files = {path: ADDED + path for path in edit.files}
+    for name, key in [*created.items(), *files.items()]:
+        if key not in stored:
+            raise VerificationError(f"{edit.file} holds no {name}")
     return Edit(
         {tensor.name: delta_of_record(tensor, stored) for tensor in manifest.edited},
-        {name: tensor for name, tensor in created.items() if tensor is not None},
-        manifest.edit.patches,
-        {path: bytes(to_bytes(data)) for path, data in files.items() if data is not None},
+        {name: stored[key] for name, key in created.items()},
+        edit.patches,
+        {path: bytes(to_bytes(stored[key])) for path, key in files.items()},
     )
 
 
 def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
-    """The edit's file must hold what the manifest says, and bases must be orthonormal.
-
-    Args:
-        manifest: of the folder.
-        stored: of ``recorded_edit``.
-    """
-    name, used, ranks = manifest.edit.file, set[str](), [0]
-    for tensor in manifest.edited:
-        used |= set(tensor.tensors.values())
+    """The tensors of ``recorded_edit`` must be what the manifest says, and bases orthonormal."""
+    name, ranks = manifest.edit.file, [0]
     for tensor in {tuple(t.tensors.items()): t for t in manifest.edited}.values():
         basis = delta_of_record(tensor, stored).protects
         if basis is not None:
@@ -94,6 +85,7 @@ def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterato
                 yield f"{name}: {label} is not orthonormal: U^T U is off by {error:.1e}"
     if manifest.edit.rank != max(ranks):
         yield f"{name}: the rank is not {manifest.edit.rank}, as recorded"
+    used = {field for tensor in manifest.edited for field in tensor.tensors.values()}
     used |= {CREATED + created.name for created in manifest.edit.created}
     used |= {ADDED + path for path in manifest.edit.files}
     for other in sorted(set(stored) - used):
@@ -101,25 +93,18 @@ def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterato
             yield f"{name}: holds a tensor {other} that nothing was edited with"
     for created in manifest.edit.created:
         tensor_ = stored.get(CREATED + created.name)
-        if tensor_ is None or _sha256(tensor_) != created.sha256:
+        if tensor_ is None or sha256_of_tensor(tensor_) != created.sha256:
             yield f"{name}: the created tensor {created.name} is not as recorded"
     for path in manifest.edit.files:
         content, file = stored.get(ADDED + path), manifest.files.get(path)
-        if content is None or file is None or _sha256(content) != file.sha256:
+        if content is None or file is None or sha256_of_tensor(content) != file.sha256:
             yield f"{name}: the added file {path} is not as recorded"
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(to_bytes(tensor)).hexdigest()
 
 
 def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]) -> Iterator[str]:
     """The files of a source must be those that were read.
 
-    Args:
-        manifest: with their digests.
-        source: that they may be of.
-        copied: its files of which this output has copies, edited ones included.
+    ``copied`` are those of which this output has copies, edited ones included.
     """
     shards = {file.source or name for name, file in manifest.shards.items()}
     for name in sorted({*copied} - {*manifest.files, *shards}):
@@ -130,12 +115,14 @@ def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]
             yield f"{name} of the source is not the file that was converted"
 
 
-def place_of(source: Source, name: str) -> Path:
-    """Where a source has a file that a manifest lists.
+def is_recorded(weight: Weight, tensor: EditedTensor) -> bool:
+    """Whether a plan has a weight where and as its record says, whatever the dtype is."""
+    found = weight.shard, weight.layer, weight.axis, weight.recorded_role, weight.info.shape
+    return found == (tensor.shard, tensor.layer, tensor.axis, tensor.role, tensor.shape)
 
-    Raises:
-        VerificationError: the name leads out of it.
-    """
+
+def place_of(source: Source, name: str) -> Path:
+    """Where a source has a listed file. Raises VerificationError if its name leads out of it."""
     plain_name(name)
     known = {path.name: path for path in source.originals} | source.small
     return known.get(name, source.folder / name)
@@ -160,8 +147,7 @@ def is_addable(name: str, nbytes: int = 0) -> bool:
 
 def is_plain(name: str) -> bool:
     """Whether a name from a manifest is that of a file in its folder, and plain text."""
-    path = PurePosixPath(name)
-    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    if not (inside and is_one_line(name) and str(path) == name):
+    parts = name.split("/")
+    if not is_one_line(name) or {"", ".", ".."}.intersection(parts):
         return False
-    return all(len(part.encode()) <= LONGEST_NAME for part in path.parts)
+    return all(len(part.encode()) <= _LONGEST_NAME for part in parts)

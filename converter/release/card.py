@@ -20,17 +20,17 @@ from converter.checkpoints.architectures.architecture import find_architecture
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
 from converter.manifest import Manifest
-from converter.outputs.registry import output_of
+from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
-from converter.release.licences import Terms, families, fitting_name, licence_name
+from converter.release.licences import Terms, fitting_name
 from converter.release.manifest import hash_line
 from converter.text import code, escaped, one_line
 from converter.version import __version__
 
-TAGS = ["detoxification", "model-editing"]
-HUB = "https://huggingface.co"
+_TAGS = ["detoxification", "model-editing"]
+_HUB = "https://huggingface.co"
 
-URL = "/:?&=%#@,;+!$'*~"
+_URL = "/:?&=%#@,;+!$'*~"
 """What may be in the link to a paper besides letters and digits."""
 
 FORMULAS = {
@@ -41,7 +41,7 @@ FORMULAS = {
 }
 """Kind of edit -> what an edited matrix ``W`` became."""
 
-SHOWN = 8
+_SHOWN = 8
 """Candidate directions in the card; the manifest has all."""
 
 
@@ -50,12 +50,7 @@ def make_card(
 ) -> tuple[str, list[str]]:
     """The text of README.md, and warnings for the terminal.
 
-    Args:
-        source: what was edited.
-        base: Hub repo id of the base model, or None.
-        manifest: as it was written.
-        terms: of the source's licence.
-        digest: sha256 of the manifest's file.
+    ``base`` is the Hub repo id of the base model, ``digest`` the sha256 of the manifest's file.
     """
     warnings = list(terms.warnings)
     if base is None:
@@ -64,9 +59,9 @@ def make_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     template = environment.from_string(files("converter").joinpath("data/card.md").read_text())
-    data = front_matter(source, base, manifest, terms)
+    about = _about_source(source, base, manifest)
     text = template.render(
-        card_data=data.to_yaml(),
+        card_data=front_matter(source, base, manifest, terms).to_yaml(),
         title=escaped(title_of(source, manifest)),
         built_with=terms.family.built_with if terms.family else "",
         licence=terms.sentences,
@@ -75,9 +70,9 @@ def make_card(
         summary=summary(manifest),
         measured=measured_text(manifest),
         pictures=pictures(manifest),
-        done=list(done(source, base, manifest)),
-        **about_source(source, base, manifest),
-        **about_edit(manifest),
+        done=list(_done(about["source"], manifest)),
+        **about,
+        **_about_edit(manifest),
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
 
@@ -97,7 +92,7 @@ def front_matter(
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*TAGS, manifest.method.name],
+        tags=[*_TAGS, manifest.method.name],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
@@ -105,17 +100,16 @@ def front_matter(
 
 def title_of(source: Source, manifest: Manifest) -> str:
     """A name for the model, as its licence wants it to begin."""
-    family = families().get(licence_name(source.card) or "")
     name = f"{source.name.rpartition('/')[2]}-{manifest.method.name}"
-    return fitting_name(family, name)
+    return fitting_name(source.card, name)
 
 
-def about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
+def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
     """What the template says of the base, and of how to load the result."""
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
     asked = repo_id or manifest.run.source
     name = repo_id or base
-    place = f"[{name}]({HUB}/{name})" if name else escaped(source.name)
+    place = f"[{name}]({_HUB}/{name})" if name else escaped(source.name)
     place += f" at commit {code(commit)}" if commit else ""
     subfolder = manifest.run.subfolder
     argument = shlex.quote(f"{asked}@{commit}" if commit else asked)
@@ -125,9 +119,9 @@ def about_source(source: Source, base: str | None, manifest: Manifest) -> dict[s
     return {
         "output": manifest.run.output,
         "auto_class": find_architecture(source.config).auto_class,
-        "base": f"[{base}]({HUB}/{base})" if base else escaped(source.name),
+        "base": f"[{base}]({_HUB}/{base})" if base else escaped(source.name),
         "base_id": base,
-        "base_page": f"{HUB}/{base}" if base else None,
+        "base_page": f"{_HUB}/{base}" if base else None,
         "pinned": pinned(source, manifest) if base == repo_id else "",
         "source": place,
         "source_argument": one_line(argument),
@@ -150,15 +144,15 @@ def pinned(source: Source, manifest: Manifest) -> str:
     return "".join(f", {argument}" for argument in arguments)
 
 
-def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The rows of the table that says what was done."""
+def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """The rows of the table that says what was done to the base at this place."""
     edited, subspace, method = manifest.edited, manifest.subspace, manifest.method
     changes = [100 * entry.relative_change for entry in edited]
-    yield "base", about_source(source, base, manifest)["source"]
+    yield "base", place
     yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
     if edited:
         layers = compress(manifest.layers)
-        names = roles_text({entry.role for entry in edited})
+        names = _roles_text({entry.role for entry in edited})
         yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
     if created := manifest.edit.created:
         yield "created", f"{len(created)} tensors that the base lacks, in {code(created[0].shard)}"
@@ -169,16 +163,16 @@ def done(source: Source, base: str | None, manifest: Manifest) -> Iterator[tuple
     strength = f"{manifest.choice.strength:g}"
     if subspace is not None:
         strength += f" of {subspace.hidden_size} dimensions"
-    yield escaped(method.strength), strength + chosen_text(manifest)
+    yield escaped(method.strength), strength + _chosen_text(manifest)
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
         yield "change", spread
     count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
-    yield "fitted on", f"{count} from {data_link(manifest)}"
+    yield "fitted on", f"{count} from {_data_link(manifest)}"
 
 
-def chosen_text(manifest: Manifest) -> str:
+def _chosen_text(manifest: Manifest) -> str:
     """How the strength was chosen; nothing if it was given."""
     if not manifest.choice.automatic:
         return ""
@@ -191,16 +185,16 @@ def chosen_text(manifest: Manifest) -> str:
     )
 
 
-ROLES = {
+_ROLES = {
     "down_proj": "down-projections", "gate_proj": "gate projections", "up_proj": "up projections",
     "o_proj": "output projections of the attention", "lm_head": "output embedding",
 }  # fmt: skip
 
 
-def roles_text(roles: set[str]) -> str:
+def _roles_text(roles: set[str]) -> str:
     """The roles of edited tensors in words, such as ``down-projections and their biases``."""
     parts = []
-    for role, name in ROLES.items():
+    for role, name in _ROLES.items():
         if role in roles:
             parts.append(name + (" and their biases" if f"{role}_bias" in roles else ""))
         elif f"{role}_bias" in roles:
@@ -212,26 +206,26 @@ def paper_link(paper: str) -> str:
     """A paper as a link; the Hub makes a tag of one to arXiv."""
     if found := re.search(r"\b(\d{4}\.\d{4,5})(v\d+)?\b", paper):
         return f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})"
-    return f"[paper]({quote(paper, safe=URL)})" if paper.startswith("http") else escaped(paper)
+    return f"[paper]({quote(paper, safe=_URL)})" if paper.startswith("http") else escaped(paper)
 
 
-def data_link(manifest: Manifest) -> str:
+def _data_link(manifest: Manifest) -> str:
     """The pairs, as a link if they are on the Hub."""
     origin = manifest.pairs.origin
     if repo_id := origin.repo_id:
-        link = f"{HUB}/datasets/{quote(repo_id)}"
+        link = f"{_HUB}/datasets/{quote(repo_id)}"
         return f"[{escaped(repo_id)}]({link}) at commit {code(str(origin.commit))}"
     if origin.name == "builtin":
         return "the pairs built into gloss-convert"
     return f"the file {escaped(origin.title)}"
 
 
-def about_edit(manifest: Manifest) -> dict[str, Any]:
+def _about_edit(manifest: Manifest) -> dict[str, Any]:
     """What the template says of the edit, its directions and the words behind it."""
     subspace = manifest.subspace
     candidates = subspace.candidates if subspace else ()
     kept = [c for c in candidates if c.kept and any(c.tokens)]
-    best = sorted(kept, key=lambda c: -c.score)[:SHOWN]
+    best = sorted(kept, key=lambda c: -c.score)[:_SHOWN]
     number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
     name, _, rest = manifest.method.title.partition(", ")
     listed = manifest.word_list.origin.title
@@ -261,7 +255,7 @@ def about_edit(manifest: Manifest) -> dict[str, Any]:
             }
             for c in best
         ],
-        "data": f"{data_link(manifest)}, and the word list {code(listed)}"
+        "data": f"{_data_link(manifest)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
 

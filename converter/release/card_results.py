@@ -21,7 +21,7 @@ from converter.manifest import (
 )
 from converter.text import code, escaped
 
-CAPTIONS = {
+_CAPTIONS = {
     "spectrum": "Singular values of what the subspace was taken from, and scores of candidates",
     "scores": "Scores of the candidate directions of each layer",
     "cosines": "Cosines between the directions of the layers",
@@ -33,11 +33,13 @@ CAPTIONS = {
 
 def pictures(manifest: Manifest) -> list[tuple[str, str]]:
     """Link and caption of the pictures that were drawn into the folder."""
-    names = (PurePosixPath(name) for name in manifest.files.keys() - manifest.source.files)
-    drawn = [path for path in names if path.suffix == PICTURE and path.stem in CAPTIONS]
-    order = list(CAPTIONS)
-    drawn.sort(key=lambda path: order.index(path.stem))
-    return [(quote(path.as_posix()), CAPTIONS[path.stem]) for path in drawn]
+    ours = sorted(manifest.files.keys() - manifest.source.files)
+    return [
+        (quote(name), caption)
+        for stem, caption in _CAPTIONS.items()
+        for name in ours
+        if PurePosixPath(name).name == stem + PICTURE
+    ]
 
 
 def summary(manifest: Manifest) -> str:
@@ -74,10 +76,7 @@ def measured_text(manifest: Manifest) -> str:
 def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
     """The guard's measurements, beside those of its controls.
 
-    Args:
-        guard: of the manifest.
-        control: what one is, such as ``a random subspace``.
-        how: in what it is like the edit.
+    ``control`` says what one is, such as ``a random subspace``, and ``how`` what it is like.
     """
     edit, controls, before = guard.edit, guard.controls, guard.perplexity
 
@@ -150,9 +149,9 @@ def _entries(metrics: Mapping[str, Metric], asked: EvaluationSettings) -> Iterat
     text = {"dataset_type": "text", "dataset_name": f"text with sha256 {digest[:16]}"}
     for key, metric in metrics.items():
         kind, _, detail = key.partition("/")
-        if metric is None or kind not in NAMES:
+        if metric is None or kind not in _NAMES:
             continue
-        shown, data = NAMES[kind], prompted
+        shown, data = _NAMES[kind], prompted
         if kind.startswith("perplexity"):
             data = text
         elif kind == "safeedit":
@@ -171,7 +170,7 @@ def _entries(metrics: Mapping[str, Metric], asked: EvaluationSettings) -> Iterat
         )
 
 
-NAMES = {
+_NAMES = {
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity, after over before",
     "teacher_forced": "probability of toxic words, after over before",

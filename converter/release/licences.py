@@ -26,8 +26,7 @@ from converter.text import code, escaped
 NOTICE = "Notice"
 """The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
 
-
-CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
+_CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +82,7 @@ def licence_name(card: ModelCardData) -> str | None:
 
 
 def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002
-    """What is wrong with the name of a repository for a model under a licence.
-
-    Args:
-        license: as ``licence_name`` gives it.
-        repo_id: ``owner/name``, or a name.
-
-    Returns:
-        a sentence, if the licence asks for another beginning; else nothing.
-    """
+    """A sentence if a licence, by its ``licence_name``, asks for another name of the repository."""
     family, name = families().get(license or ""), repo_id.rpartition("/")[2]
     if family is None or not family.prefix or _prefix(family).match(name):
         return []
@@ -106,8 +97,9 @@ def _prefix(family: Family) -> re.Pattern[str]:
     return re.compile(r"[-_. ]?".join(map(re.escape, family.prefix.split())))
 
 
-def fitting_name(family: Family | None, name: str) -> str:
-    """``name``, cut or lengthened at its beginning if the licence asks for that."""
+def fitting_name(card: ModelCardData, name: str) -> str:
+    """``name``, cut or lengthened at its beginning if the licence of a card asks for that."""
+    family = families().get(licence_name(card) or "")
     if family is None or not family.prefix:
         return name
     found = _prefix(family).search(name)
@@ -115,11 +107,9 @@ def fitting_name(family: Family | None, name: str) -> str:
 
 
 def terms_of(source: Source, base: str | None) -> Terms:
-    """Read from a source what its licence asks for, and which of it is there.
+    """Read from a source's card and small files what its licence asks for, and what is there.
 
-    Args:
-        source: its card and its small files, which are copied.
-        base: Hub repo id of the base model, or None.
+    ``base`` is the Hub repo id of the base model.
     """
     found = papers(source.small)
     name = licence_name(source.card)
@@ -129,30 +119,30 @@ def terms_of(source: Source, base: str | None) -> Terms:
     for kind, names in found.items():
         if names:
             links = ", ".join(f"[{escaped(name)}]({quote(name)})" for name in names)
-            sentences.append(f"{CALLED[kind].capitalize()}: {links}, as in the source.")
+            sentences.append(f"{_CALLED[kind].capitalize()}: {links}, as in the source.")
     notice = ""
-    for kind in family.papers if family else ():
-        if not found[kind]:
-            assert family is not None
+    if family:
+        for kind in (kind for kind in family.papers if not found[kind]):
             sentences.append(
-                f"**{CALLED[kind].capitalize()} was not in the source.** Add it before you publish "
-                f"this folder: a copy has to go along ([where it is published]({family.link}))."
+                f"**{_CALLED[kind].capitalize()} was not in the source.** Add it before you "
+                "publish this folder: a copy has to go along ([where it is published]"
+                f"({family.link}))."
             )
             warnings.append(
-                f"{source.name} is under the {family.title} and comes without {CALLED[kind]}, "
+                f"{source.name} is under the {family.title} and comes without {_CALLED[kind]}, "
                 f"which has to go along; add it before you publish, from {family.link}"
             )
-    if family and family.notice and not found["notice"]:
-        notice = family.notice
-        sentences.append(f"[{NOTICE}]({NOTICE}) holds the line that the licence asks for.")
-    elif family and family.notice and not _says(source, found["notice"], family.notice):
-        where = found["notice"][0]
-        sentences.append(f"**{where} lacks the line that the licence asks for**: {family.notice}")
-        warnings.append(f"{where} lacks the line that the {family.title} asks for: {family.notice}")
-    if family and family.prefix:
-        sentences.append(
-            f"The licence asks that the name of a derived model begin with `{family.prefix}`."
-        )
+        line, notices = family.notice, found["notice"]
+        if line and not notices:
+            notice = line
+            sentences.append(f"[{NOTICE}]({NOTICE}) holds the line that the licence asks for.")
+        elif line and not _says(source, notices, line):
+            sentences.append(f"**{notices[0]} lacks the line that the licence asks for**: {line}")
+            warnings.append(f"{notices[0]} lacks the line that the {family.title} asks for: {line}")
+        if family.prefix:
+            sentences.append(
+                f"The licence asks that the name of a derived model begin with `{family.prefix}`."
+            )
     if source.gated:
         sentences.append(
             "The base is gated: its terms have to be accepted before it can be downloaded. A "

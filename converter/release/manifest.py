@@ -17,10 +17,11 @@ import torch
 from msgspec import ValidationError
 
 from converter.calibration.pairs import Pairs, Prose
-from converter.calibration.statistics import cache_key
-from converter.checkpoints.names import CARD, MANIFEST, SUMS
+from converter.calibration.statistics import Activations, cache_key
+from converter.checkpoints.names import CARD, INDEX, MANIFEST, SUMS
+from converter.checkpoints.source import Source
 from converter.edits.edit_file import EDIT_FILE
-from converter.errors import OptionError, VerificationError
+from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import Fitted
 from converter.manifest import (
     SCHEMA_VERSION,
@@ -39,12 +40,11 @@ from converter.manifest import (
 )
 from converter.methods.base import METHODS, Method
 from converter.methods.workbench import Bench
-from converter.outputs.base import Written, file_entry
-from converter.outputs.registry import OUTPUTS
+from converter.outputs.base import OUTPUTS, WriteJob, Written, file_entry
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 
-LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+_LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def make_manifest(
@@ -90,7 +90,7 @@ def make_manifest(
         neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
         word_list=TextRecord(origin=words.origin, sha256=words.sha256),
         split=fitted.parts.record(),
-        activations=activations_record(seen.inputs) if seen else None,
+        activations=_activations_record(seen.inputs) if seen else None,
         edit=EditRecord(
             file=EDIT_FILE,
             rank=fitted.edit.rank,
@@ -113,7 +113,59 @@ def make_manifest(
     )
 
 
-def activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
+def files_read(job: WriteJob, written: Written) -> dict[str, FileRecord]:
+    """The records of the source's files, but for those in another format.
+
+    Shards that were not read from beginning to end have the digest that is remembered, asked for
+    now that they were read, so that a change meanwhile shows in their times.
+    """
+    source = job.source
+    if written.shards:
+        shards = {} if source.originals else written.shards
+        read = {
+            name: FileRecord(sha256=record.source_sha256, nbytes=record.nbytes)
+            for name, record in shards.items()
+        }
+    else:
+        sizes = {shard: header.size for shard, header in job.plan.headers.items()}
+        originals = {path.name for path in source.originals}
+        read = {
+            name: FileRecord(
+                sha256=digest, nbytes=sizes.get(name) or (source.folder / name).stat().st_size
+            )
+            for name, digest in source.digests().items()
+            if name not in originals
+        }
+    changed = {name: source.small[name] for name in job.edit.patches}
+    if written.created and source.weight_map is not None and source.virtual_shards is None:
+        changed[INDEX] = source.folder / INDEX
+    return read | {name: file_entry(path) for name, path in changed.items()} | dict(written.copies)
+
+
+def check_unchanged(source: Source, read: Mapping[str, FileRecord], seen: Activations) -> None:
+    """The shards that were edited must be those that the activations were taken from.
+
+    Raises:
+        CheckpointError: naming a shard that is not.
+    """
+    known: Mapping[str, str] = seen.inputs.get("files", {})
+    found = {name: read[name] for name in source.shards if name in read}
+    if source.originals:
+        found = source.original_files()
+    if not set(found) <= set(known):
+        progress.warn("the activations do not say which weights they are from; this is not checked")
+        return
+    for name, file in found.items():
+        if file.sha256 != known[name]:
+            raise CheckpointError(
+                f"{name} is not the file that the activations were taken from",
+                expected=f"sha256 {known[name][:16]}...",
+                found=f"{file.sha256[:16]}...",
+                hint="it changed during the run, or --activations is of another model",
+            )
+
+
+def _activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
     """What the manifest says of activations that depend on these inputs, if they are known."""
     return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
 
@@ -124,7 +176,7 @@ def environment(device: str) -> Environment:
         device=torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         platform=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        libraries={name: version(name) for name in LIBRARIES},
+        libraries={name: version(name) for name in _LIBRARIES},
     )
 
 
@@ -139,11 +191,8 @@ def file_list(written: Written, others: Mapping[str, FileRecord]) -> dict[str, F
         )
         for name, shard in written.shards.items()
     }
-    return (
-        shards
-        | dict(written.extra)
-        | dict(sorted({**written.copies, **written.made, **others}.items()))
-    )
+    small = {**written.copies, **written.made, **others}
+    return {**shards, **written.extra, **dict(sorted(small.items()))}
 
 
 def measurements() -> Measurements:
@@ -163,12 +212,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
 
 
 def seal(folder: Path, manifest: Manifest, card: str) -> None:
-    """Write the card and, over it, the manifest and all the files it lists, ``SHA256SUMS``.
+    """Write the card, which has the ``hash_line`` of the manifest, and ``SHA256SUMS`` of all files.
 
-    Args:
-        folder: has everything else.
-        manifest: as it was written.
-        card: has the ``hash_line`` of that manifest.
+    The folder has everything else.
     """
     (folder / CARD).write_text(card, "utf-8")
     own = {name: file_entry(folder / name).sha256 for name in (CARD, MANIFEST)}
@@ -195,17 +241,13 @@ def read_manifest(folder: Path) -> Manifest:
     return read_manifest_bytes(folder)[0]
 
 
-def read_manifest_bytes(folder: Path) -> tuple[Manifest, str]:
-    """The same, and the sha256 of the very bytes that were read."""
-    if not (folder / MANIFEST).is_file():
+def read_manifest_bytes(place: Path) -> tuple[Manifest, str]:
+    """The same, or a file of any name; and the sha256 of the very bytes that were read."""
+    path = place if place.is_file() else place / MANIFEST
+    if not path.is_file():
         raise VerificationError(
-            f"{folder.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
+            f"{place.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
         )
-    return read_manifest_file(folder / MANIFEST)
-
-
-def read_manifest_file(path: Path) -> tuple[Manifest, str]:
-    """The same of a manifest under any name."""
     try:
         data = read_file(path)
         manifest = Manifest.from_json(strict_json.parse(data))

@@ -13,12 +13,12 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.edit_file import load_edit_tensors
 from converter.errors import OptionError, VerificationError
-from converter.hub.listing import looks_like_repo
+from converter.hub.repos import looks_like_repo
 from converter.manifest import Manifest
 from converter.outputs.record_checks import edit_of, place_of, plain_name
 from converter.recipe import Recipe
 from converter.release.local_inputs import LocalInputs
-from converter.release.manifest import environment, read_manifest_file
+from converter.release.manifest import environment, read_manifest_bytes
 from converter.runtime.cache import remembered_digest, sha256_of
 from converter.version import __version__
 
@@ -62,13 +62,10 @@ class Recording:
 
 
 def read_recording(path: Path) -> Recording:
-    """Read a manifest and its edit.
+    """Read a manifest, or that of a folder, and its edit.
 
     The edit's file is looked for beside the manifest, under the name that it is recorded with or
     under the manifest's own: ``some-model.safetensors`` beside ``some-model.json``.
-
-    Args:
-        path: a manifest, or a folder with one.
 
     Raises:
         VerificationError: one of them is missing, malformed, or not the recorded one.
@@ -76,7 +73,7 @@ def read_recording(path: Path) -> Recording:
     path = path / MANIFEST if path.is_dir() else path
     if not path.is_file():
         raise VerificationError(f"there is no manifest {path.name}", hint="check the path")
-    manifest, digest = read_manifest_file(path)
+    manifest, digest = read_manifest_bytes(path)
     recorded = manifest.edit.file
     for name in (recorded, *manifest.files):
         plain_name(name)
@@ -99,12 +96,7 @@ def read_recording(path: Path) -> Recording:
 
 
 def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recipe:
-    """The recorded recipe, its inputs pinned to what they resolved to.
-
-    Args:
-        recording: of it.
-        given: what a manifest does not know.
-        refit: whether texts will be read.
+    """The recorded recipe, its inputs pinned to what they resolved to; texts only to refit.
 
     Raises:
         OptionError: an input is local, and it is not said where it is.
@@ -140,8 +132,7 @@ def _source(manifest: Manifest, given: str | None) -> str:
     if manifest.run.source == "demo":
         return "demo"
     raise OptionError(
-        f"the recorded source {source.name} was a local one",
-        hint="say where it is with --source",
+        f"the recorded source {source.name} was a local one", hint="say where it is with --source"
     )
 
 

@@ -16,10 +16,10 @@ from converter.manifest import SCHEMA_VERSION, Manifest, MethodRecord, SubspaceE
 from converter.option import declared_options
 from converter.recipe import Recipe
 
-ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
 """A line of a docstring's ``Attributes``, with those that continue it."""
 
-BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
+_BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
 """Bound of an ``Option`` -> its name in JSON schema."""
 
 
@@ -46,7 +46,7 @@ def _describe(part: dict[str, Any]) -> None:
     """Take a class's docstring apart: a sentence on the object, and one on each property."""
     text, _, attributes = part["description"].partition("\n\nAttributes:\n")
     part["description"] = _one_line(text.partition("\n\n")[0])
-    for name, about in ATTRIBUTE.findall(attributes):
+    for name, about in _ATTRIBUTE.findall(attributes):
         key = "bytes" if name == "nbytes" else name
         part["properties"][key]["description"] = _one_line(about)
 
@@ -55,7 +55,7 @@ def _declare(part: dict[str, Any]) -> None:
     """Say of each option of a recipe what its declaration says."""
     for name, declared in declared_options(Recipe).items():
         option = declared.option
-        found = {word: getattr(option, field) for field, word in BOUNDS.items()}
+        found = {word: getattr(option, field) for field, word in _BOUNDS.items()}
         bounds = {word: bound for word, bound in found.items() if bound is not None}
         part["properties"][name] |= {"description": option.help, **bounds}
 

@@ -21,18 +21,18 @@ from converter.checkpoints.names import SIGNATURE
 from converter.errors import OptionError
 from converter.outputs.base import file_entry
 
-PASSWORD = "GLOSS_SIGN_PASSWORD"  # noqa: S105 - the name of the variable that holds it
+_PASSWORD = "GLOSS_SIGN_PASSWORD"  # noqa: S105 - the name of the variable that holds it
 """Environment variable with the password of a private key; others could see an option."""
 
-IGNORED = (SIGNATURE, ".cache")
+_IGNORED = (SIGNATURE, ".cache")
 """Not signed: the signature itself, and what the Hub's client leaves in a folder it downloads to.
 Git's own files are left out by the package."""
 
-CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """What the package can sign with."""
 
-INSTALL = "pip install 'gloss-convert[sign]'"
-MAKE = "openssl ecparam -name prime256v1 -genkey -noout -out KEY makes one"
+_INSTALL = "pip install 'gloss-convert[sign]'"
+_MAKE = "openssl ecparam -name prime256v1 -genkey -noout -out KEY makes one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,7 @@ class Signer:
     def sign(self, folder: Path, name: str, beside: Path | None = None) -> None:
         """Sign every file of a folder under a name for the model; ``model.sig`` is written.
 
-        Args:
-            folder: to sign.
-            name: of the model.
-            beside: a folder on the same disk to write to first, if somebody may be looking.
+        If somebody may be looking it is written to a folder ``beside`` first, on the same disk.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -85,21 +82,21 @@ def load_signer(path: Path) -> Signer:
     """
     option = f"--sign {path.name}"
     signing, keys = _package("model_signing.signing", "--sign"), _keys()
-    password = os.environ.get(PASSWORD, "").encode() or None
+    password = os.environ.get(_PASSWORD, "").encode() or None
     raw = _read(option, path)
     try:
         key = keys.load_pem_private_key(raw, password)
     except TypeError as error:  # the one thing that it says so
         raise OptionError(
-            f"{option} has no password, and {PASSWORD} is set"
+            f"{option} has no password, and {_PASSWORD} is set"
             if password
             else f"{option} needs a password",
-            hint=f"unset {PASSWORD}" if password else f"set {PASSWORD}",
+            hint=f"unset {_PASSWORD}" if password else f"set {_PASSWORD}",
         ) from error
     except Exception as error:  # of several kinds; what they say may quote the file
         wrong = " or the password is wrong" if password else ""
         raise OptionError(
-            f"{option} cannot be read{wrong}", expected="a private key in PEM", hint=MAKE
+            f"{option} cannot be read{wrong}", expected="a private key in PEM", hint=_MAKE
         ) from error
     fingerprint = _fingerprint(option, key.public_key())
     config = signing.Config().use_elliptic_key_signer(private_key=path, password=password)
@@ -114,11 +111,7 @@ class PublicKey:
     _config: Any = field(repr=False)
 
     def check(self, folder: Path) -> list[str]:
-        """Whether a folder is, file by file, what the owner of the key signed.
-
-        Returns:
-            what is wrong, a sentence each; empty if nothing is.
-        """
+        """What in a folder is not, file by file, what the owner of the key signed."""
         if not (folder / SIGNATURE).is_file():
             return [f"{SIGNATURE} is missing; the folder is not signed"]
         hashing = _Hashing(folder.name)
@@ -165,7 +158,7 @@ class _Hashing:
         self.name = name
         self.found: dict[str, str] | None = None
         hashing = import_module("model_signing.hashing")
-        self.config = hashing.Config().set_ignored_paths(paths=IGNORED).set_allow_symlinks(True)
+        self.config = hashing.Config().set_ignored_paths(paths=_IGNORED).set_allow_symlinks(True)
 
     def add_ignored_paths(self, **given: Any) -> None:
         """Leave out what the signature says, too: who signed it knew what they signed."""
@@ -212,7 +205,7 @@ def _package(module: str, option: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise OptionError(
-            f"{option} needs the package model-signing", found=str(error), hint=INSTALL
+            f"{option} needs the package model-signing", found=str(error), hint=_INSTALL
         ) from error
 
 
@@ -234,9 +227,9 @@ def _fingerprint(option: str, key: Any) -> str:
         OptionError: it is of a kind that the package does not take.
     """
     curve = getattr(getattr(key, "curve", None), "name", type(key).__name__.lstrip("_"))
-    if curve not in CURVES:
+    if curve not in _CURVES:
         raise OptionError(
-            option, expected=f"a key on the curve {', '.join(CURVES)}", found=curve, hint=MAKE
+            option, expected=f"a key on the curve {', '.join(_CURVES)}", found=curve, hint=_MAKE
         )
     keys = _keys()
     form = keys.Encoding.PEM, keys.PublicFormat.SubjectPublicKeyInfo

@@ -39,21 +39,21 @@ from converter.manifest import Manifest
 from converter.methods.base import METHODS
 from converter.methods.options import configure, parse_layers
 from converter.outputs.adapter.verify import check_adapter
+from converter.outputs.claim import finished_in
+from converter.outputs.journal import Journal
 from converter.outputs.record_checks import (
     check_edit_file,
     delta_of_record,
     edit_of,
     recorded_edit,
 )
-from converter.outputs.staging.claim import finished_in
-from converter.outputs.staging.journal import Journal
 from converter.recipe import Settings
 from converter.release.card import make_card
 from converter.release.licences import terms_of
 from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import differences, read_recording, recipe_of
-from converter.release.verify_records import check_kept
+from converter.release.verify import check_kept
 from tests.fuzz import skeleton
 
 Reader = Callable[[bytes], None]
@@ -400,7 +400,7 @@ def listing(data: bytes) -> None:
     """What a Hub answers when it is asked for a repo."""
     from huggingface_hub.hf_api import ModelInfo
 
-    from converter.hub.listing import repo_of
+    from converter.hub.repos import repo_of
 
     try:
         info = ModelInfo(**json.loads(data))  # type: ignore[no-untyped-call]

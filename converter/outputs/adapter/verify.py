@@ -30,34 +30,32 @@ from converter.outputs.adapter.write import (
     companions,
     coordinates,
     rank_of,
-    sha256_of_tensor,
     tensor_names,
 )
+from converter.outputs.base import sha256_of_tensor
 from converter.outputs.record_checks import (
     check_edit_file,
     check_source_files,
     delta_of_record,
+    is_recorded,
     recorded_edit,
 )
 from converter.runtime import progress
 
-ROLES = get_args(Role)
+_ROLES = get_args(Role)
 """Of the linear maps that have a weight; biases have others."""
 
-U64 = 2.0**-53
+_U64 = 2.0**-53
 """Unit roundoff of float64, in which A is computed."""
 
-LEFT = 1e-5
+_LEFT = 1e-5
 """Leakage and rounding error, at most: U is orthonormal, and A rounded, to float32."""
 
 
 def check_adapter(
-    folder: Path,
-    manifest: Manifest,
-    damaged: Mapping[str, str],
-    source: Source | None,
+    folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
-    """What an adapter must be, beside having its files; see ``verify.verify``.
+    """What an adapter must be, beside having its files; see ``entrypoints.verify``.
 
     Raises:
         ConverterError: a file cannot be read at all.
@@ -91,7 +89,7 @@ def _check_records(manifest: Manifest) -> Iterator[str]:
     kinds = {kind.kind for kind in LOW_RANK}
     for entry in manifest.edited:
         is_matrix = len(entry.shape) == 2 and all(entry.shape) and entry.axis < 2
-        if not (entry.lora and is_matrix and entry.role in ROLES and entry.kind in kinds):
+        if not (entry.lora and is_matrix and entry.role in _ROLES and entry.kind in kinds):
             yield f"{MANIFEST}: tensor {entry.name} cannot be edited by an adapter"
             continue
         numbers = [part for part in entry.lora.module.split(".") if part.isdigit()]
@@ -154,17 +152,14 @@ def _check_removal(entry: EditedTensor, name: str, norm: float) -> Iterator[str]
     energy, leakage = (entry.measures.get(key, nan) for key in ("energy_removed", "leakage"))
     if not 0 <= energy <= 1 or not isclose(entry.relative_change, sqrt(energy), rel_tol=1e-4):
         yield f"{MANIFEST}: the change of {entry.name} contradicts itself"
-    elif not (0 <= leakage <= LEFT and 0 <= entry.rounding_error <= LEFT):
+    elif not (0 <= leakage <= _LEFT and 0 <= entry.rounding_error <= _LEFT):
         yield f"{MANIFEST}: no adapter leaves so much of {entry.name}"
     if not isclose(norm, sqrt(max(energy, 0)) * entry.norm, rel_tol=1e-4):
         yield f"{WEIGHTS}: {name} has another norm than recorded: {norm:.6g}"
 
 
 def _check_source(
-    manifest: Manifest,
-    tensors: Mapping[str, Tensor],
-    deltas: Mapping[str, Delta],
-    source: Source,
+    manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Mapping[str, Delta], source: Source
 ) -> Iterator[str]:
     """Each weight of the source again, and each A that depends on it."""
     plan = make_plan(source.config, source.weight_map, source.headers())
@@ -172,13 +167,9 @@ def _check_source(
     with progress.bar("compare", len(manifest.edited), "tensor"):
         for entry in manifest.edited:
             name, weight, lora = entry.name, weights.get(entry.name), _lora(entry)
-            found = weight and (
-                weight.shard, weight.layer, weight.axis, weight.recorded_role, weight.info.shape
-            )  # fmt: skip
-            recorded = (entry.shard, entry.layer, entry.axis, entry.role, entry.shape)
             if weight and weight.info.dtype != entry.dtype:
                 yield f"{name} of the source is {weight.info.dtype}, not {entry.dtype}"
-            if weight is None or found != recorded:
+            if weight is None or not is_recorded(weight, entry):
                 yield f"the source {source.name} has no such weight: {name}"
                 continue
             if plan.module(weight) != lora.module:
@@ -203,5 +194,5 @@ def _is_rounded(A: Tensor, P: Tensor, hidden_size: int, norm: float) -> bool:
 
     They may err by ``SLACK`` sqrt(D) u ||W_j||, with column j of W, which ||W|| bounds.
     """
-    allowed = half_ulp(A) + SLACK * sqrt(hidden_size) * U64 * norm
+    allowed = half_ulp(A) + SLACK * sqrt(hidden_size) * _U64 * norm
     return bool(((A.double() - P).abs() <= allowed).all())

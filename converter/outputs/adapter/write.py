@@ -37,7 +37,14 @@ from converter.edits.fp8 import dequantize
 from converter.edits.matrices import Matrix, matrices
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Lora
-from converter.outputs.base import WriteJob, Written, copy_file, file_entry, make_file
+from converter.outputs.base import (
+    WriteJob,
+    Written,
+    copy_file,
+    file_entry,
+    make_file,
+    sha256_of_tensor,
+)
 from converter.outputs.checkpoint.write import fetched
 from converter.runtime import progress
 
@@ -47,7 +54,7 @@ CONFIG = "adapter_config.json"
 LOW_RANK = (RemoveSubspace, AddLowRank)
 """Kinds of edits that a LoRA can hold."""
 
-SERVED_RANK = 16
+_SERVED_RANK = 16
 """The largest rank that serving engines take unless told otherwise (vLLM's ``max_lora_rank``)."""
 
 
@@ -74,9 +81,9 @@ def write_adapter(job: WriteJob) -> Written:
     names = stored_names(edit, {weight.info.name: weight.layer for weight in order})
     listed = sorted(order, key=lambda weight: (weight.layer, weight.info.name))  # as records are
     ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in listed}
-    if max(ranks.values()) > SERVED_RANK:
+    if max(ranks.values()) > _SERVED_RANK:
         progress.warn(
-            f"the adapter has rank {max(ranks.values())}; serving engines take {SERVED_RANK} "
+            f"the adapter has rank {max(ranks.values())}; serving engines take {_SERVED_RANK} "
             "or less unless they are told otherwise"
         )
     roles, layers = {w.role for w in order}, {w.layer for w in order}
@@ -84,15 +91,12 @@ def write_adapter(job: WriteJob) -> Written:
         progress.note(f"  {kept} biases stay as they are: a LoRA has none")
     edits = []
     total = sum(weight.info.nbytes for weight in order)
-    with (
-        (job.folder / WEIGHTS).open("xb") as file,
-        progress.bar("edit", total, "B"),
-    ):
+    with (job.folder / WEIGHTS).open("xb") as file, progress.bar("edit", total, "B"):
         file.write(_header(plan, order, ranks))
         for weight in _as_fetched(source, order, job.keep_source):
             name = weight.info.name
             one = WeightEdit(weight, edit.tensors[name], names[name], job.engine)
-            A, B, record = factors(source, plan.module(weight), one)
+            A, B, record = _factors(source, plan.module(weight), one)
             file.write(to_bytes(A))
             file.write(to_bytes(B))
             edits.append(record)
@@ -154,13 +158,8 @@ def tensor_names(module: str) -> tuple[str, str]:
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
-def factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tensor, EditedTensor]:
-    """A (R, I) and B (O, R) of one weight, float32, and what they do to it.
-
-    Args:
-        source: whose shard is read.
-        module: the module in memory whose weight it is.
-        job: the weight and its delta.
+def _factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tensor, EditedTensor]:
+    """A (R, I) and B (O, R) of the weight of a module, float32, and what they do to it.
 
     Raises:
         CheckpointError: the weight holds NaN or Inf, or is too large for float32.
@@ -253,8 +252,3 @@ def _header(plan: Plan, order: Sequence[Weight], ranks: Mapping[str, int]) -> by
 def _norm_in(G: Tensor, X: Tensor) -> float:
     """||U X||_F, with G = U^T U."""
     return sqrt(max(float((X * (G @ X)).sum()), 0.0))
-
-
-def sha256_of_tensor(tensor: Tensor) -> str:
-    """Of its bytes, as a file has them."""
-    return hashlib.sha256(to_bytes(tensor)).hexdigest()

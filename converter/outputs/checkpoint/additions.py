@@ -5,9 +5,8 @@ the single file ``model.safetensors`` becomes the first of two shards, under ano
 that find a file of that name look at no index, and would leave the new tensors out.
 """
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,26 +18,26 @@ from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, OURS, SINGLE
 from converter.checkpoints.patch import merge, patched
 from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_header, to_bytes
+from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_header
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
 from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, FileRecord
-from converter.outputs.base import file_entry
+from converter.outputs.base import file_entry, sha256_of_tensor
 from converter.outputs.record_checks import is_addable
 
-EXTRA = "model-created.safetensors"
+_EXTRA = "model-created.safetensors"
 """The shard of created tensors beside those of the source."""
 
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+_FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 """The two shards that a single file and its created tensors become."""
 
-RESERVED = (*OURS, EDIT_FILE, EXTRA, FIRST, SECOND)
+_RESERVED = (*OURS, EDIT_FILE, _EXTRA, _FIRST, _SECOND)
 """Names that an output may need for itself."""
 
-PATCHABLE = (
+_PATCHABLE = (
     "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
 """Files of a source whose text an edit may change."""
@@ -62,8 +61,8 @@ class Shards:
         if not created:
             return cls({}, None)
         if shards == (SINGLE,):
-            return cls({SINGLE: FIRST}, SECOND)
-        names = [EXTRA, *(f"model-created-{n}.safetensors" for n in range(2, len(shards) + 2))]
+            return cls({SINGLE: _FIRST}, _SECOND)
+        names = [_EXTRA, *(f"model-created-{n}.safetensors" for n in range(2, len(shards) + 2))]
         return cls({}, next(name for name in names if name not in shards))
 
     def output(self, shard: str) -> str:
@@ -104,7 +103,7 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
         _check_config(merge(source.config, edit.patches["config.json"]), plan)
     _check_biases(edit, plan, source.config)
     sizes = {name: len(data) for name, data in edit.files.items()}
-    _check_files(sizes, {*source.small, *source.shards, *RESERVED})
+    _check_files(sizes, {*source.small, *source.shards, *_RESERVED})
 
 
 def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
@@ -172,7 +171,7 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     Raises:
         CheckpointError: the source has none of that name, or the patch does not apply.
     """
-    known = [name for name in PATCHABLE if name in source.small]
+    known = [name for name in _PATCHABLE if name in source.small]
     if name not in known:
         raise CheckpointError(
             f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"
@@ -203,7 +202,7 @@ def write_extra(
     created = tuple(
         CreatedTensor(
             name=name, shard=path.name, dtype=info.dtype, shape=info.shape,
-            sha256=hashlib.sha256(to_bytes(tensors[name])).hexdigest(),
+            sha256=sha256_of_tensor(tensors[name]),
         )
         for name, info in read_header(path).tensors.items()
     )  # fmt: skip
@@ -213,11 +212,7 @@ def write_extra(
 def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, int]) -> str | None:
     """The text of the output's index; None if it has none, or that of the source as it is.
 
-    Args:
-        source: with its own index, if it has one.
-        plan: of the source.
-        shards: of the output.
-        created: name of each created tensor -> its bytes.
+    ``created`` is the name of each created tensor -> how many bytes it has.
     """
     if source.virtual_shards is not None and source.weight_map is not None:
         text = index_text(source.virtual_shards)
@@ -239,16 +234,10 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
 
 def _whole_index(plan: Plan, shards: Shards) -> str:
     """The index of a source that has none."""
-    weight_map = dict(sorted(_places(plan, shards)))
-    infos = (info for header in plan.headers.values() for info in header.tensors.values())
-    index = {
-        "metadata": {"total_size": sum(info.nbytes for info in infos)},
-        "weight_map": weight_map,
-    }
-    return json.dumps(index, indent=2) + "\n"
-
-
-def _places(plan: Plan, shards: Shards) -> Iterator[tuple[str, str]]:
+    places: dict[str, str] = {}
+    size = 0
     for shard, header in plan.headers.items():
-        for name in header.tensors:
-            yield name, shards.output(shard)
+        places |= dict.fromkeys(header.tensors, shards.output(shard))
+        size += sum(info.nbytes for info in header.tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2) + "\n"

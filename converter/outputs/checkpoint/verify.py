@@ -1,11 +1,9 @@
 """Is a checkpoint what its manifest says? Its structure, its edited tensors, and its source."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
 from math import isclose, isfinite, nan, prod, sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,29 +24,32 @@ from converter.checkpoints.safetensors.header import (
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.deltas import Delta
+from converter.edits.edit_file import load_edit_tensors
 from converter.edits.rounding_bounds import Stored, check_rounded, left_along, rounding_bound
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Manifest
+from converter.outputs.base import sha256_of_tensor
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text
 from converter.outputs.record_checks import (
     check_edit_file,
     check_source_files,
     delta_of_record,
+    is_recorded,
     recorded_edit,
 )
 from converter.runtime import progress
 
-LEFT = 0.05
+_LEFT = 0.05
 """Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
 rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
 """
 
-CLOSE, SMALL, TINY = 1e-4, 1e-6, 1e-9
+_CLOSE, _SMALL, _TINY = 1e-4, 1e-6, 1e-9
 """Shares of ||W|| by which recorded norms, and what is left along U, may differ from those found:
 they are sums over all elements, added in another order, of FP8 in float32. That of the rounding
 error is a small difference of sums, and uncertain by the root of what they are."""
 
-NOISE = {"F8_E4M3": 0.03}
+_NOISE = {"F8_E4M3": 0.03}
 """Relative error of rounding; half an epsilon unless it is here. Were it independent of U, a share
 sqrt(R / D) of it would be along R of D directions: no edit is asked to leave less than that."""
 
@@ -93,21 +94,11 @@ def _check_created(folder: Path, manifest: Manifest, damaged: Mapping[str, str])
     created = {tensor.name: tensor for tensor in manifest.edit.created}
     places = {tensor.shard for tensor in created.values()} & manifest.shards.keys()
     for shard in sorted(places - damaged.keys()):
-        with (folder / shard).open("rb", buffering=0) as file:
-            for name, info in read_header(folder / shard).tensors.items():
-                if name not in created:
-                    yield f"{shard}: tensor {name} is not one that the edit creates"
-                elif _sha256_of(file, info) != created[name].sha256:
-                    yield f"{shard}: tensor {name} has another sha256 than recorded"
-
-
-def _sha256_of(file: RawIOBase, info: TensorInfo) -> str:
-    """The sha256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    file.seek(info.start)
-    for start in range(info.start, info.end, BUFFER):
-        digest.update(read_exactly(file, min(BUFFER, info.end - start), info.name))
-    return digest.hexdigest()
+        for name, tensor in load_edit_tensors(folder / shard).items():
+            if name not in created:
+                yield f"{shard}: tensor {name} is not one that the edit creates"
+            elif sha256_of_tensor(tensor) != created[name].sha256:
+                yield f"{shard}: tensor {name} has another sha256 than recorded"
 
 
 def _readable(
@@ -133,7 +124,7 @@ def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
     weights = plan.find({tensor.name for tensor in manifest.edited})
     for tensor in manifest.edited:
         weight = weights.get(tensor.name)
-        if weight is None or _place_of(weight) != _recorded_place(tensor):
+        if weight is None or not _is_same(weight, tensor):
             yield f"tensor {tensor.name} is recorded as edited and is not that weight"
     for created in manifest.edit.created:
         shard, info = plan.names.tensors.get(created.name, ("", None))
@@ -157,46 +148,32 @@ def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
     return make_plan(read_json(folder / "config.json"), weight_map, headers)
 
 
-def _place_of(weight: Weight) -> tuple[Any, ...]:
-    """What a plan says of a tensor to be edited; of FP8 also where its scales are."""
-    info, scales = weight.info, weight.scales
-    place = (weight.shard, weight.layer, weight.axis, weight.recorded_role, info.shape, info.dtype)
-    return (*place, scales and (scales.info.name, scales.shard, tuple(scales.block)))
-
-
-def _recorded_place(tensor: EditedTensor) -> tuple[Any, ...]:
-    """The same as a manifest says."""
-    fp8 = tensor.requantized
-    place = (tensor.shard, tensor.layer, tensor.axis, tensor.role, tensor.shape, tensor.dtype)
-    return (*place, fp8 and (fp8.scales, fp8.shard, fp8.block))
+def _is_same(weight: Weight, tensor: EditedTensor) -> bool:
+    """Whether a weight is what its record says; of FP8 also in where its scales are."""
+    scales, fp8 = weight.scales, tensor.requantized
+    found = scales and (scales.info.name, scales.shard, tuple(scales.block))
+    same_scales = found == (fp8 and (fp8.scales, fp8.shard, fp8.block))
+    return same_scales and is_recorded(weight, tensor) and weight.info.dtype == tensor.dtype
 
 
 def _check_edits(folder: Path, manifest: Manifest, deltas: Mapping[str, Delta]) -> Iterator[str]:
     """Edited tensors: their digests, and what is left of them along their bases."""
     tensors = [tensor for tensor in manifest.edited if tensor.name in deltas]
-    infos = infos_of(folder, {shard for tensor in tensors for shard in _shards_of(tensor)})
+    shards = {tensor.shard for tensor in tensors}
+    shards |= {tensor.requantized.shard for tensor in tensors if tensor.requantized}
+    infos, rounding = infos_of(folder, shards), manifest.run.rounding
     with progress.bar("check edits", len(tensors), "tensor"):
         for tensor in tensors:
-            delta, rounding = deltas[tensor.name], manifest.run.rounding
-            yield from check_edit(folder, tensor, delta, infos, rounding)
+            yield from check_edit(folder, tensor, deltas[tensor.name], infos, rounding)
             progress.advance(1)
 
 
 def check_edit(
-    folder: Path,
-    tensor: EditedTensor,
-    delta: Delta,
-    infos: Mapping[str, TensorInfo],
-    rounding: str,
+    folder: Path, tensor: EditedTensor, delta: Delta, infos: Mapping[str, TensorInfo], rounding: str
 ) -> Iterator[str]:
     """An edited tensor without its source: its digest, its norms, what is left along its basis.
 
-    Args:
-        folder: with its shard.
-        tensor: its record.
-        delta: what became of it.
-        infos: of ``infos_of``.
-        rounding: of the run.
+    ``infos`` are those of ``infos_of``, of the shards that it and its scales are in.
     """
     name, shard, fp8 = tensor.name, tensor.shard, tensor.requantized
     basis = torch.zeros(tensor.shape[tensor.axis], 0) if delta.protects is None else delta.protects
@@ -222,50 +199,38 @@ def _allowed(
     """The largest ||U^T W'|| that rounding explains."""
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
         return rounding_bound(units, len(basis), tensor.norm)
-    noise = NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
+    noise = _NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
     energy = tensor.measures.get("energy_removed", 0.0)
-    return max(LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
+    return max(_LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
 
 
 def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
     """Which numbers of a record do not fit what is there.
 
-    ||W'|| and ||W|| differ by ||W' - W|| at most. Where a subspace is taken out, W = W' + U P - E
-    with U^T W = P and E the rounding error, so ||W - U P||^2 = ||W||^2 - ||P||^2 is ||W'||^2 but
-    for E, and W' - W = E - U P.
-
-    Args:
-        tensor: its record.
-        delta: what became of it.
-        left: ||U^T W'||.
-        norm: ||W'||.
+    ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
+    out, W = W' + U P - E with U^T W = P and E the rounding error, so ||W - U P||^2 =
+    ||W||^2 - ||P||^2 is ||W'||^2 but for E, and W' - W = E - U P. ``left`` is ||U^T W'||.
     """
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
     energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
     leakage = tensor.measures.get("leakage", nan)
-    if not (0 <= energy <= 1 + CLOSE and error >= 0 and isfinite(before) and change >= 0):
+    if not (0 <= energy <= 1 + _CLOSE and error >= 0 and isfinite(before) and change >= 0):
         yield "its norms are impossible"
         return
-    noise = CLOSE * before
+    noise = _CLOSE * before
     if delta.protects is None:
         whole = before or 1.0  # of which the change is recorded as a share
-        if not abs(norm - before) <= change * whole + CLOSE * max(before, norm):
+        if not abs(norm - before) <= change * whole + _CLOSE * max(before, norm):
             yield "its norm, or its change"
         return
     removed = sqrt(energy) * before
     if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
         yield "its norm, or what was removed of it"
-    if not abs(change - sqrt(energy)) <= error + CLOSE:
+    if not abs(change - sqrt(energy)) <= error + _CLOSE:
         yield "its change"
-    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=TINY * before):
+    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=_TINY * before):
         yield "its leakage"
-
-
-def _shards_of(tensor: EditedTensor) -> set[str]:
-    """The files that an edited tensor and its scales are in."""
-    fp8 = tensor.requantized
-    return {tensor.shard} | ({fp8.shard} if fp8 else set())
 
 
 def infos_of(folder: Path, shards: Iterable[str]) -> dict[str, TensorInfo]:
@@ -293,11 +258,7 @@ def _check_source(
         yield f"the source {source.name} has other shards: {', '.join(source.shards)}"
         return
     yield from check_source_files(manifest, source, (*source.small, *source.shards))
-    for name, text in _texts(manifest, source, shards):
-        if name == MANIFEST:
-            yield f"{name}: {text}"
-        elif name not in damaged and (folder / name).read_bytes() != text.encode():
-            yield f"{name}: is not that of the source with the recorded change"
+    yield from _check_texts(folder, manifest, source, shards, damaged)
     infos = infos_of(folder, expected)
     edited = {tensor.name: tensor for tensor in manifest.edited}
     others = edited.keys() - deltas.keys()  # in a folder that is not whole
@@ -330,22 +291,22 @@ def _check_source(
                     progress.advance(info.nbytes)
 
 
-def _texts(manifest: Manifest, source: Source, shards: Shards) -> Iterator[tuple[str, str]]:
-    """Patched files as they follow from those of the source, and the index.
-
-    Of the manifest, if it has a patch that does not apply, what is wrong with it.
-    """
-    texts: dict[str, str | None] = {}
-    plan = make_plan(source.config, source.weight_map, source.headers())
+def _check_texts(
+    folder: Path, manifest: Manifest, source: Source, shards: Shards, damaged: Mapping[str, str]
+) -> Iterator[str]:
+    """Patched files and the index must follow from those of the source."""
+    edit, plan = manifest.edit, make_plan(source.config, source.weight_map, source.headers())
+    created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in edit.created}
     try:
-        for name, patch in manifest.edit.patches.items():
-            texts[name] = patched_text(name, patch, source)
-        created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in manifest.edit.created}
-        texts[INDEX] = index_of(source, plan, shards, created)
+        texts = {name: patched_text(name, patch, source) for name, patch in edit.patches.items()}
+        index = index_of(source, plan, shards, created)
     except CheckpointError as error:
-        yield MANIFEST, str(error)
+        yield f"{MANIFEST}: {error}"
         return
-    yield from ((name, text) for name, text in texts.items() if text is not None)
+    for name, text in [*texts.items(), (INDEX, index)]:
+        whole = text is None or name in damaged or (folder / name).read_bytes() == text.encode()
+        if not whole:
+            yield f"{name}: is not that of the source with the recorded change"
 
 
 def _check_rounded(
@@ -357,7 +318,7 @@ def _check_rounded(
     wrong, norms = check_rounded(after, before, delta, height, nearest=nearest)
     if before.digests != (tensor.sha256_before, fp8 and fp8.sha256_before):
         yield f"{place} was another one before the edit, by its sha256"
-    if not isclose(norms["W"], tensor.norm, rel_tol=CLOSE):
+    if not isclose(norms["W"], tensor.norm, rel_tol=_CLOSE):
         yield f"{place} had another norm before the edit than recorded"
     whole = norms["W"] or 1.0
     found = {
@@ -372,7 +333,7 @@ def _check_rounded(
         if key == "leakage":
             continue  # looked at without the source
         ours, theirs = found.get(key, nan), recorded.get(key, nan)
-        if not isclose(ours, theirs, rel_tol=0.01, abs_tol=SMALL):
+        if not isclose(ours, theirs, rel_tol=0.01, abs_tol=_SMALL):
             yield f"{place} has another {key} than recorded: {ours:.4g}"
     if wrong is not None:
         rows = f"rows {wrong[0]} to {wrong[1] - 1}"

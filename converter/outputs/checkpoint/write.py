@@ -19,7 +19,7 @@ from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.base import WriteJob, Written, copy_file, make_file
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
-from converter.outputs.staging.journal import Done
+from converter.outputs.journal import Done
 from converter.runtime import progress
 from converter.runtime.progress import ThreadPool
 
@@ -79,9 +79,8 @@ def _small_files(
     source, folder, edit = job.source, job.folder, job.edit
     copies: dict[str, FileRecord] = {}
     made = {name: make_file(folder / name, content) for name, content in edit.files.items()}
-    last = {name: path for name, path in source.small.items() if name != "config.json"}
-    for name, path in last.items():
-        if name not in edit.patches:
+    for name, path in source.small.items():
+        if name not in edit.patches and name != "config.json":
             copies[name] = copy_file(path, folder / name)
     created = {name: tensor.nbytes for name, tensor in edit.created.items()}
     index = index_of(source, job.plan, shards, created)

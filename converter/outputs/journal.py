@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -23,26 +22,23 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.manifest import EditedTensor, FileRecord
-from converter.outputs.staging.claim import Claim
+from converter.outputs.claim import Claim
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of, sync
 from converter.version import __version__
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A finished shard: its digests, and what was edited in it."""
 
     record: ShardRecord
     edits: tuple[EditedTensor, ...]
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``Done`` as the file has it."""
+class _Line(Done, frozen=True):
+    """The same, as a line of the file."""
 
     shard: str
-    record: ShardRecord
-    edits: tuple[EditedTensor, ...]
 
 
 class Receiver(Protocol):
@@ -56,10 +52,9 @@ class Receiver(Protocol):
     def at_a_time(self) -> int | None: ...
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
-        """Shards that are finished already; all else in the folder is deleted.
+        """Shards that are finished already, of those in ``users``; the others are deleted.
 
-        Args:
-            users: of the shards to be written, as of ``checkpoint.write.users_of``.
+        ``users`` is that of ``checkpoint.write.users_of``.
         """
 
     def finished(self, shard: str, done: Done) -> None:
@@ -71,19 +66,15 @@ class Journal:
 
     Args:
         path: of the file.
-        folder: where the shards are.
-        key: of ``key_of``.
+        folder: with the shards.
+        key: a digest of all that the bytes of the shards depend on, besides the source's.
         digests: gives the sha256 of the source's shards as they are now, where shards are files.
     """
 
     at_a_time: int | None = None
 
     def __init__(
-        self,
-        path: Path,
-        folder: Path,
-        key: str,
-        digests: Callable[[], Mapping[str, str]],
+        self, path: Path, folder: Path, key: str, digests: Callable[[], Mapping[str, str]]
     ) -> None:
         self._path, self._folder, self._key = path, folder, key
         self._digests, self._lock = digests, Lock()
@@ -91,11 +82,8 @@ class Journal:
     @classmethod
     def of(cls, claim: Claim, source: Source, edit: Edit, engine: Engine) -> "Journal":
         """The journal of an edit that is written to a claimed destination."""
-        key = key_of(edit, engine, source.original_files())
-
-        def digests() -> Mapping[str, str]:
-            return {} if source.originals else source.digests()
-
+        key = _key_of(edit, engine, source.original_files())
+        digests: Callable[[], Mapping[str, str]] = dict if source.originals else source.digests
         return cls(claim.journal, claim.part, key, digests)
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
@@ -111,21 +99,20 @@ class Journal:
             progress.note(f"  {len(known)} of {len(users)} shards are finished already")
         keep_only(self._folder, known)
         part = self._path.with_name(f"{self._path.name}.new")
-        part.write_bytes(_encoded({"key": self._key}, *(_line(*item) for item in known.items())))
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        part.write_bytes(_encoded({"key": self._key}, *known.values()))
+        sync(part)
         part.replace(self._path)
-        return known
+        return dict(known)
 
     def finished(self, shard: str, done: Done) -> None:
         for folder in (self._folder, self._path.parent):
             sync(folder)  # the shard is on disk under its name before it counts
         with self._lock, self._path.open("ab") as file:
-            file.write(_encoded(_line(shard, done)))
+            file.write(_encoded(_Line(done.record, done.edits, shard)))
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> dict[str, Done]:
+    def _read(self) -> dict[str, _Line]:
         """What the file says, if it is about the same edit."""
         try:
             first, *lines = self._path.read_bytes().split(b"\n")
@@ -139,7 +126,7 @@ class Journal:
                 line = msgspec.json.decode(text, type=_Line)
             except (ValueError, RecursionError):
                 break  # torn
-            found[line.shard] = Done(line.record, line.edits)
+            found[line.shard] = line
         return found
 
     def _is_whole(self, shard: str, done: Done, digests: Mapping[str, str]) -> bool:
@@ -163,23 +150,16 @@ def keep_only(folder: Path, names: Container[str]) -> None:
                 Path(parent).rmdir()
 
 
-def key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> str:
+def _key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> str:
     """A sha256 of all that the bytes of the shards depend on, besides those of the source.
 
-    Args:
-        edit: all of it counts.
-        engine: of its settings, those that bear on what is written.
-        originals: the files that shards are made from, if shards are no files.
+    ``originals`` are the files that shards are made from, if shards are no files.
     """
     what = {
         "tool": __version__, "torch": str(torch.__version__), "device": engine.device,
         "rounding": engine.rounding, "edit": edit.digest(), "originals": originals,
     }  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
-
-
-def _line(shard: str, done: Done) -> _Line:
-    return _Line(shard, done.record, done.edits)
 
 
 def _encoded(*lines: object) -> bytes:

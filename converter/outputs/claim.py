@@ -7,34 +7,32 @@ that makes it count.
 """
 
 import ctypes
-import hashlib
+import errno
+import fcntl
+import json
 import os
-import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
+from converter.checkpoints.names import INDEX, MANIFEST, SUMS
 from converter.errors import ConverterError, DestinationError, GateError, VerificationError
-from converter.outputs.staging.lock import locked
+from converter.outputs.destination import TRUTH, files_not_ours, holder_of, sweep
 from converter.runtime import progress
 from converter.runtime.cache import sync
 
 JOURNAL = "journal.jsonl"
-"""See ``outputs.staging.journal``."""
+"""See ``outputs.journal``."""
 
-LONGEST = 240
-"""Bytes of a file name that leave room for ours around it; file systems take 255."""
-
-TRUTH = ("config.json", "adapter_config.json")
-"""A checkpoint or an adapter has one of them."""
-
-LAST = ("model.safetensors.index.json", *TRUTH, "gloss_manifest.json", "SHA256SUMS")
+_LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
 """Moved in last and out first, where files are moved one by one: without them it is neither."""
 
-RENAME_EXCHANGE = 2
-AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 class Claim:
@@ -70,17 +68,15 @@ class Claim:
         That is one step for everybody who looks. Only a mount point, which cannot be renamed, is
         filled file by file. If the block does not succeed the destination is as it was.
 
-        Args:
-            overwrite: whether what is there by then may be replaced.
-
         Raises:
-            DestinationError: the operating system refuses to write, for lack of space for example,
-                or something else was written to the destination meanwhile.
+            DestinationError: the operating system refuses to write, or there is something in the
+                destination by then and ``overwrite`` does not allow to replace it.
         """
         with self._told():
             self.part.mkdir(exist_ok=True)
             yield self.part
-            sync_tree(self.part)
+            for folder, _, _ in os.walk(self.part, topdown=False):
+                sync(Path(folder))  # what it lists; the files were flushed when written
             if not overwrite:
                 self.check_empty("it was filled meanwhile; choose another folder")
             try:
@@ -131,7 +127,7 @@ class Claim:
         sync(self.target)
 
     def recover(self) -> None:
-        """Put things where they were if a run was killed in the middle of its last step."""
+        """Put things where they were if a run was killed in its last step."""
         old, filling = self.holder / "old", self.holder / "filling"
         if self.mounted and filling.exists():
             _move(self._content(), self.part, away=True)
@@ -169,12 +165,9 @@ def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
     If the block fails after shards were finished, they are kept for the next run, unless what
     failed is what they hold.
 
-    Args:
-        destination: asked about before with ``check_destination``.
-        overwrite: whether what is there may be replaced.
-
     Raises:
-        DestinationError: another run holds it, or it cannot be written.
+        DestinationError: another run holds it, or it cannot be written, which
+            ``check_destination`` says before; or it may not be overwritten and is not empty.
     """
     claim = Claim(destination)
     made = [path for path in claim.target.parents if not path.exists()]
@@ -184,7 +177,7 @@ def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
             claim.holder.parent.mkdir(parents=True, exist_ok=True)
             for path in made:
                 sync(path.parent)
-            lock = locked(claim.holder, destination)
+            lock = _locked(claim.holder, destination)
             sweep(claim.holder)
             claim.recover()
         if not overwrite:
@@ -212,37 +205,6 @@ def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
                 path.rmdir()
 
 
-def holder_of(target: Path) -> Path:
-    """The folder ``.NAME.part`` of a resolved destination: in it, if it is a mount point."""
-    name = target.name
-    if len(os.fsencode(name)) > LONGEST:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return (target if os.path.ismount(target) else target.parent) / f".{name}.part"
-
-
-def files_not_ours(target: Path) -> list[Path]:
-    """What is in a folder, but for what runs into it have left there while it is a mount point."""
-    ours = holder_of(target)
-    return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]
-
-
-def unfinished_bytes(target: Path) -> int:
-    """Bytes beside a resolved destination that the next run goes on from or deletes."""
-    try:
-        files = (holder_of(target) / "new").rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
-    except OSError:  # another run works there; who asks for the lock will be told
-        return 0
-
-
-def interrupted(target: Path) -> bool:
-    """Whether a run was killed while it changed a destination, so that its content is in between.
-
-    ``recover`` mends that.
-    """
-    return any((holder_of(target) / name).exists() for name in ("old", "filling"))
-
-
 def finished_in(path: Path) -> int:
     """How many shards a journal names, a line each after its first; 0 without one."""
     try:
@@ -251,21 +213,9 @@ def finished_in(path: Path) -> int:
         return 0
 
 
-def sweep(holder: Path) -> None:
-    """Delete what was discarded beside a ``.NAME.part``."""
-    for path in holder.parent.iterdir():
-        if _is_trash(path, holder):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_trash(path: Path, holder: Path) -> bool:
-    pattern = re.escape(holder.name) + "-[0-9a-f]{8}"
-    return path.parent == holder.parent and re.fullmatch(pattern, path.name) is not None
-
-
 def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
-    """Move files to a folder, ``LAST`` last; ``away``: out of a destination, so ``LAST`` first."""
-    for path in sorted(paths, key=lambda path: ((path.name in LAST) != away, path.name)):
+    """Move files to a folder, ``_LAST`` last, or first if it is ``away`` from a destination."""
+    for path in sorted(paths, key=lambda path: ((path.name in _LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 
@@ -275,10 +225,76 @@ def _exchanged(one: Path, other: Path) -> bool:
     if call is None:
         return False
     names = os.fsencode(one), os.fsencode(other)
-    return bool(call(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+    return bool(call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush the entries of a folder and of all below it; the files were flushed when written."""
-    for path, _, _ in os.walk(folder, topdown=False):
-        sync(Path(path))
+def _locked(folder: Path, destination: Path) -> int:
+    """Make a folder, unless it is there, and hold the lock in it: whoever has it may rename it.
+
+    Not by ``filelock``: it opens the file by its path and does not see that the folder was renamed,
+    has no lock to give where the file system has none, and says nothing of who holds it.
+
+    Returns:
+        a descriptor; the operating system lets go of the lock when it is closed or this process
+        ends, however it ends.
+
+    Raises:
+        DestinationError: another process has it, and which.
+        OSError: the folder cannot be written.
+    """
+    path = folder / "lock"
+    while True:
+        if folder.is_symlink():
+            raise OSError(errno.ENOTDIR, f"{folder.name} is a link")
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue  # who held it has renamed it between two looks
+        try:
+            names = {entry.name for entry in folder.iterdir()}  # who makes it begins with the lock
+            if names and path.name not in names:
+                raise OSError(errno.EEXIST, f"{folder.name} is there and is not of gloss-convert")
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # who held it has just renamed the folder
+            continue
+        try:
+            _lock(file, destination)
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _lock(file: int, destination: Path) -> None:
+    """Lock an open file, and write into it who did."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DestinationError(
+            f"destination {destination} is held by another run",
+            found=_described(os.pread(file, 1000, 0)),
+            hint="wait for it, or choose another folder",
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise  # those say that the file system has none
+        progress.warn(
+            f"the file system of {destination} has no locks: see that only one run uses it"
+        )
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%F %T}"}
+    os.ftruncate(file, 0)
+    os.write(file, json.dumps(me).encode())
+
+
+def _described(who: bytes) -> str:
+    try:
+        known = json.loads(who)
+        return f"process {known['pid']} on {known['host']} since {known['since']} UTC"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has just begun"
