@@ -30,8 +30,8 @@ from converter.evaluation.heldout import Probe
 from converter.evaluation.strength import choose_strength
 from converter.hub.permissions import check_account
 from converter.hub.publication import Publication
+from converter.methods.gloss_paper import global_basis
 from converter.methods.options import parse_layers
-from converter.methods.subspace import global_basis
 from converter.outputs.record_checks import plain_name
 from converter.outputs.staging.claim import claimed
 from converter.recipe import Settings

@@ -131,6 +131,11 @@ class Activations:
     leading: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Moments | None = None
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return next(iter(self.neutral.values())).shape[1]
+
     def tensors(self) -> dict[str, Tensor]:
         """By the names that they have in a file: ``toxic.L`` and the like."""
         sides = {"toxic": self.toxic, "neutral": self.neutral, "causal": self.causal}

@@ -9,7 +9,6 @@ GPT-2 Medium's 24, 15-31 of Mistral's 32.
 """
 
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +22,8 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError
-from converter.manifest import Candidate
 from converter.methods.base import Proposal, Workbench
-from converter.methods.subspace import MAX_RANK, Removal, Subspace
+from converter.methods.subspace import Removal, Subspace, candidates_of, rank_within
 from converter.models.batching import Pooling
 
 
@@ -66,48 +63,30 @@ class Method(Removal):
             FitError: ``rank`` and ``center`` ask for more directions than there are, or the sides
                 are the same.
         """
-        activations = bench.activations(
+        seen = bench.activations(
             Request(self.site, self.pooling, self.layers, self.protect_shared > 0)
         )
-        spectrum, found = {}, []
-        width = activations.neutral[self.layers[0]].shape[1]
-        shared = shared_directions(activations.second_moment, self.protect_shared, width)
-        most = min(activations.neutral[self.layers[0]].shape) - self.center - shared.shape[1]
-        rank = self.rank or min(MAX_RANK, most)
-        if not 1 <= rank <= most:
-            raise FitError(
-                f"rank {rank} is larger than the candidates allow",
-                expected=f"at most {most}, which protection leaves of pairs and dimensions",
-                found=str(rank),
-                hint="lower -o rank or give more pairs",
-            )
-        for layer in self.layers:
-            neutral = activations.neutral[layer]
-            center = extend(shared, top_right_singular_vectors(neutral, self.center)[0])
-            differences = remove(activations.toxic[layer] - neutral, center)
-            directions, spectrum[f"U.{layer}"] = svd_directions(differences, rank)
-            found.append(directions)
-        tokens = bench.decode(torch.cat(found), self.top_tokens)
-        subspace = Subspace(
-            {
-                layer: directions.T.float().contiguous()
-                for layer, directions in zip(self.layers, found, strict=True)
-            },
-            spectrum,
-            tuple(
-                Candidate(
-                    layer=layer,
-                    kind="svd",
-                    index=i,
-                    score=float(values[i] / values[0]),
-                    kept=True,
-                    tokens=decoded,
-                )
-                for (layer, i), decoded in zip(
-                    product(self.layers, range(rank)), tokens, strict=True
-                )
-                for values in (spectrum[f"U.{layer}"],)
-            ),
-            torch.cat(found).float(),
+        shared = shared_directions(seen.second_moment, self.protect_shared, seen.width)
+        most = min(seen.neutral[self.layers[0]].shape) - self.center - shared.shape[1]
+        rank = rank_within(
+            self.rank,
+            most,
+            than="the candidates allow",
+            which=", which protection leaves of pairs and dimensions",
+            hint="lower -o rank or give more pairs",
         )
-        return self.propose(bench, subspace, activations.second_moment)
+        bases, values, candidates = {}, {}, []
+        for layer in self.layers:
+            neutral = seen.neutral[layer]
+            center = extend(shared, top_right_singular_vectors(neutral, self.center)[0])
+            differences = remove(seen.toxic[layer] - neutral, center)
+            bases[layer], found = svd_directions(differences, rank)
+            values[f"U.{layer}"] = found
+            candidates += candidates_of(layer, "svd", (found[:rank] / found[0]).tolist())
+        subspace = Subspace(
+            {layer: rows.T.float().contiguous() for layer, rows in bases.items()},
+            values,
+            candidates,
+            torch.cat(list(bases.values())),
+        )
+        return self.propose(bench, subspace, seen.second_moment)

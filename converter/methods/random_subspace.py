@@ -11,11 +11,9 @@ from typing import Any, ClassVar
 from converter.calibration.linear_algebra import random_basis, shared_directions
 from converter.calibration.statistics import Request
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError
-from converter.manifest import Candidate
 from converter.methods import gloss
 from converter.methods.base import Proposal, Workbench
-from converter.methods.subspace import MAX_RANK, Removal, Subspace
+from converter.methods.subspace import Removal, Subspace, candidates_of, rank_within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +40,15 @@ class Method(Removal):
     def fit(self, bench: Workbench) -> Proposal:
         """Draw a basis. Nothing is fitted."""
         seen = bench.activations(Request("ffn", "predicting", self.layers, self.protect_shared > 0))
-        width = seen.neutral[self.layers[0]].shape[1]
-        spared = shared_directions(seen.second_moment, self.protect_shared, width)
-        most = width - spared.shape[1]
-        rank = self.rank or min(MAX_RANK, most)
-        if not 1 <= rank <= most:
-            raise FitError(
-                f"rank {rank} is larger than the dimensions allow",
-                expected=f"at most {most}, which protection leaves",
-                found=str(rank),
-                hint="lower -o rank or -o protect_shared",
-            )
-        basis = random_basis(width, rank, self.draw, spared)
-        tokens = bench.decode(basis.T, self.top_tokens)
-        subspace = Subspace(
-            dict.fromkeys(self.layers, basis),
-            {},
-            tuple(
-                Candidate(
-                    layer=self.layers[0],
-                    kind="random",
-                    index=index,
-                    score=0.0,
-                    kept=True,
-                    tokens=decoded,
-                )
-                for index, decoded in enumerate(tokens)
-            ),
-            basis.T.contiguous(),
+        spared = shared_directions(seen.second_moment, self.protect_shared, seen.width)
+        rank = rank_within(
+            self.rank,
+            seen.width - spared.shape[1],
+            than="the dimensions allow",
+            which=", which protection leaves",
+            hint="lower -o rank or -o protect_shared",
         )
+        basis = random_basis(seen.width, rank, self.draw, spared)
+        candidates = candidates_of(self.layers[0], "random", [0.0] * rank)
+        subspace = Subspace(dict.fromkeys(self.layers, basis), {}, candidates, basis.T)
         return self.propose(bench, subspace, seen.second_moment)

@@ -1,5 +1,6 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,6 @@ from converter.edits.fp8 import dequantize
 from converter.errors import DataError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
-from converter.methods.post_norms import Gains, read_gains
 from converter.models.build import load_language_model, stored_dtype, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
@@ -34,8 +34,8 @@ from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
-NOWHERE = Origin(name="nowhere")
-NO_TEXTS = Part(Pairs((), NOWHERE, ""), Prose((), NOWHERE, ""))
+_NOWHERE = Origin(name="nowhere")
+_NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
 
 
 @dataclass(slots=True)
@@ -54,11 +54,11 @@ class Bench:
     vocabulary: Vocabulary
     device: str
     dtype: torch.dtype
-    gains: Gains
+    gains: Mapping[int, Tensor]
     forward: Forward
     model: Model | None = None
     has_run: bool = False
-    part: Part = NO_TEXTS
+    part: Part = _NO_TEXTS
     seen: Activations | None = None
 
     @classmethod
@@ -79,7 +79,10 @@ class Bench:
         dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
         vocabulary = Vocabulary(plan, source, tokenizer)
-        gains = read_gains(plan, source)
+        gains = {
+            layer: source.read(shard, info).float() + plan.architecture.norm_offset
+            for layer, (shard, info) in plan.post_norms.items()
+        }
         forward = choose_forward(
             recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
         )
