@@ -1,14 +1,23 @@
-"""Lists of offensive words: which words of a text, and which tokens of a vocabulary, are on one."""
+"""Lists of offensive words, and what directions of the residual stream say in words."""
 
 import hashlib
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
+from pathlib import PurePath
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from converter.calibration.datasets import read_given
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import FLOATS
+from converter.checkpoints.safetensors.rewrite import read_rows
+from converter.checkpoints.source import Source
 from converter.errors import DataError
 from converter.manifest import Origin
-from converter.runtime.files import read_text, reason
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _STARRED = re.compile(r"(?<!\w)[^\W\d_]+[*@#$%]+[\w*@#$%]*")
@@ -69,20 +78,68 @@ def load_words(origin: str) -> WordList:
         DataError: the file cannot be read or holds no words.
     """
     if origin == "builtin":
-        from importlib.metadata import version
-
         described = Origin(name="better-profanity", version=version("better-profanity"))
         text = files("better_profanity").joinpath("profanity_wordlist.txt").read_text("utf-8")
     else:
-        path = Path(origin)
-        described = Origin(name=path.name)
-        try:
-            text = read_text(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"word list {origin} cannot be read", found=reason(error)) from error
+        described = Origin(name=PurePath(origin).name)
+        text = read_given(origin, "word list")
     lines = (line.strip().lower() for line in text.splitlines() if not line.startswith("#"))
     words = frozenset(line for line in lines if _WORD.fullmatch(line))
     if not words:
-        raise DataError(f"word list {path.name} holds no words", expected="one word a line")
+        raise DataError(f"word list {described.name} holds no words", expected="one word a line")
     digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
     return WordList(words, described, digest)
+
+
+_BLOCK = 8192
+"""Rows of the unembedding held at a time: 0.5 GB in float32 at the widest hidden size of today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Decodes directions with a source's unembedding and tokenizer."""
+
+    plan: Plan
+    source: Source
+    tokenizer: Any
+
+    def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        """The ``count`` tokens whose logits a step along each direction raises most.
+
+            logits = E (g * u)     E: (V, D) unembedding, g: (D,) of the final norm
+
+        Args:
+            directions: (C, D).
+            count: tokens for each.
+
+        Returns:
+            a tuple for each direction, the largest logit first; empty ones if the checkpoint's
+            unembedding is missing or not stored as plain numbers.
+        """
+        place = self.plan.vocabulary.get("unembedding")
+        if place is None or place[1].dtype not in FLOATS:
+            return [()] * len(directions)
+        shard, info = place
+        directions = directions.float()
+        if "final_norm" in self.plan.vocabulary:
+            weight = self.source.read(*self.plan.vocabulary["final_norm"]).float()
+            directions = directions * (weight + self.plan.architecture.norm_offset)
+        best = torch.empty(len(directions), 0)
+        ids = torch.empty(len(directions), 0, dtype=torch.long)
+        with self.source.open(shard) as file:
+            for start in range(0, info.shape[0], _BLOCK):
+                stop = min(start + _BLOCK, info.shape[0])
+                logits = directions @ read_rows(file, info, start, stop).float().T
+                best = torch.cat([best, logits], 1)
+                ids = torch.cat([ids, torch.arange(start, stop).expand(len(directions), -1)], 1)
+                best, places = best.topk(min(count, best.shape[1]))
+                ids = ids.gather(1, places)
+        return [tuple(self.tokenizer.decode([int(i)]) for i in row) for row in ids]
+
+    def single_token_share(self, words: WordList) -> float:
+        """The share of the listed words that are one token when they follow a space.
+
+        A list of words says little about tokens when most of its words are several of them.
+        """
+        coded = self.tokenizer([f" {w}" for w in sorted(words.words)], add_special_tokens=False)
+        return sum(len(ids) == 1 for ids in coded["input_ids"]) / len(words.words)
