@@ -172,8 +172,11 @@ def _cells(file: TextIO) -> Iterator[str]:
 
 def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
     """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
-    quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL
-    reader = csv.reader(_cells(file), delimiter="\t" if kind == "tsv" else ",", quoting=quoting)
+    lines = _cells(file)
+    if kind == "tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines)
     try:
         columns = [column.strip().lower() for column in next(reader, [])]
         neutral = [i for i, column in enumerate(columns) if re.fullmatch(r"neutral\d*", column)]

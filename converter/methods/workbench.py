@@ -20,7 +20,7 @@ from converter.calibration.word_list import Vocabulary, WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.fp8 import dequantize
+from converter.edits.storage import dequantize
 from converter.errors import DataError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of

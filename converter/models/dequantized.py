@@ -9,7 +9,7 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw, read_tensor
 from converter.checkpoints.source import Source
-from converter.edits.fp8 import dequantize
+from converter.edits.storage import dequantize
 from converter.errors import CheckpointError
 
 
