@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -53,18 +54,18 @@ class WordList:
         Words that also occur in ``other``, the neutral side of the pair, are left out: they are not
         what makes the difference.
         """
-        shared = {match.group().lower() for match in _WORD.finditer(other)}
-        listed = [
-            match.span()
-            for match in _WORD.finditer(text)
-            if match.group().lower() in self.words and match.group().lower() not in shared
-        ]
-        masked = {match.group().lower() for match in _STARRED.finditer(other)}
-        starred = [
-            match.span() for match in _STARRED.finditer(text) if match.group().lower() not in masked
-        ]
+        listed = [span for span, word in _new(_WORD, text, other) if word in self.words]
+        starred = [span for span, _ in _new(_STARRED, text, other)]
         kept = [s for s in listed if not any(a <= s[0] < b for a, b in starred)]
         return tuple(sorted(kept + starred))
+
+
+def _new(pattern: re.Pattern[str], text: str, other: str) -> Iterator[tuple[tuple[int, int], str]]:
+    """Place and lower case of what matches in ``text``, but for what matches in ``other``, too."""
+    shared = {match.group().lower() for match in pattern.finditer(other)}
+    for match in pattern.finditer(text):
+        if (word := match.group().lower()) not in shared:
+            yield match.span(), word
 
 
 def load_words(origin: str) -> WordList:

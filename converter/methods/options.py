@@ -4,15 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from math import isfinite
 from types import NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 

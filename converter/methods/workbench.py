@@ -28,7 +28,6 @@ from converter.models.build import load_language_model, stored_dtype, stream_lan
 from converter.models.loading import load_tokenizer
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
-from converter.models.streamed import StreamedModel
 from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
@@ -95,7 +94,17 @@ class Bench:
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
                 progress.note(f"  {how} ({free})")
             self.has_run = True
-            self.model = self._stream() if self.forward.mode == "streamed" else self._load()
+            recipe, forward = self.recipe, self.forward
+            trust_remote_code = recipe.trust_remote_code
+            what = (self.source, self.plan, self.vocabulary.tokenizer, self.dtype, self.device)
+            if forward.mode == "streamed":
+                self.model = stream_language_model(
+                    *what, forward.budget, trust_remote_code=trust_remote_code
+                )
+            else:
+                self.model = load_language_model(
+                    *what, spread=recipe.device == "map", trust_remote_code=trust_remote_code
+                )
         return self.model
 
     def load_resident(self) -> LanguageModel:
@@ -104,28 +113,6 @@ class Bench:
         model = self.load()
         assert isinstance(model, LanguageModel)
         return model
-
-    def _load(self) -> LanguageModel:
-        return load_language_model(
-            self.source,
-            self.plan,
-            self.vocabulary.tokenizer,
-            self.dtype,
-            self.device,
-            spread=self.recipe.device == "map",
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
-
-    def _stream(self) -> StreamedModel:
-        return stream_language_model(
-            self.source,
-            self.plan,
-            self.vocabulary.tokenizer,
-            self.dtype,
-            self.device,
-            self.forward.budget,
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
@@ -141,12 +128,12 @@ class Bench:
         """From the file that was given, from the cache, or from a forward pass."""
         count = len(self.part.pairs.pairs) or "unknown"
         with progress.stage("activations", f"activations of {count} pairs"):
-            self.seen = self._given(request) if self.recipe.activations else self._taken(request)
+            if given := self.recipe.activations:
+                size = self.plan.dimensions.hidden_size
+                self.seen = load_activations(given, request, size)
+            else:
+                self.seen = self._taken(request)
         return self.seen
-
-    def _given(self, request: Request) -> Activations:
-        assert self.recipe.activations is not None
-        return load_activations(self.recipe.activations, request, self.plan.dimensions.hidden_size)
 
     def _taken(self, request: Request) -> Activations:
         """What the cache holds, or a forward pass gives."""
