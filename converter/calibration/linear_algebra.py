@@ -7,11 +7,7 @@ from converter.errors import FitError
 
 
 def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors of an uncentred matrix.
-
-    Args:
-        x: (N, D).
-        count: at most min(N, D).
+    """The leading right singular vectors of an uncentred matrix x (N, D).
 
     Returns:
         (D, count) orthonormal columns, and all min(N, D) singular values, descending.
@@ -26,11 +22,7 @@ second estimate of what is there, and normalising the difference would make nois
 
 
 def extend(basis: Tensor, columns: Tensor) -> Tensor:
-    """An orthonormal basis (D, a) with what orthonormal columns (D, b) add to its span.
-
-    Returns:
-        (D, at most a + b), the first a columns unchanged.
-    """
+    """An orthonormal basis (D, a), followed by what orthonormal columns (D, b) add to its span."""
     if columns.shape[1] == 0:
         return basis
     outside = columns - basis @ (basis.T @ columns)
@@ -51,12 +43,11 @@ def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
 
 
 def random_basis(width: int, rank: int, seed: int, spared: Tensor) -> Tensor:
-    """A uniformly random subspace, as a control for fitted ones.
+    """A uniformly random subspace, as a control for fitted ones; the same on every device.
 
     Args:
-        width: D.
-        rank: R, at most D - k.
-        seed: of the draw; the same on every device.
+        width, rank: D, and R, at most D - k.
+        seed: of the draw.
         spared: (D, k) orthonormal columns that the subspace is orthogonal to; k may be 0.
 
     Returns:

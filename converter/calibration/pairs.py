@@ -94,11 +94,10 @@ def describe_skipped(skipped: Mapping[str, Sequence[int]]) -> str:
 
 
 def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -> Pairs:
-    """Read, clean and draw the pairs of a run.
+    """Read, clean (``normalise``) and draw the pairs of a run.
 
-    Both sides are normalised alike (``normalise``). A pair of a file is usable if its toxic side
-    has a word of the list, or a starred word, that is absent from the neutral side and is not the
-    first of the sentence: nothing could predict that one.
+    A pair of a file is usable if its toxic side has a word of the list, or a starred word, that is
+    absent from the neutral side and is not the first of the sentence: nothing could predict that.
 
     Args:
         origin: ``builtin``, a ``.jsonl``, ``.tsv`` or ``.csv`` file, or a Hub dataset.

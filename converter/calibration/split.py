@@ -51,12 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The three parts.
-
-    Attributes:
-        fit, choose, report: see the module.
-        dropped: pairs left out because one of their sentences occurs in a held-out part.
-    """
+    """The three parts; ``dropped`` pairs had a sentence that occurs in a held-out part."""
 
     fit: Part
     choose: Part

@@ -28,12 +28,7 @@ its steps are 16 times as wide as those of bfloat16."""
 
 @dataclass(slots=True)
 class Changes:
-    """What becomes of the tensors of one shard.
-
-    Attributes:
-        tensors: name -> its change of bytes.
-        edits: what each change did, once it was carried out.
-    """
+    """What becomes of the tensors of one shard, by name, and what that did, once it is done."""
 
     tensors: dict[str, Change] = field(default_factory=dict)
     edits: list[EditedTensor] = field(default_factory=list)
@@ -95,13 +90,9 @@ class WeightEdit:
         requantized: Requantized | None = None,
         lora: Lora | None = None,
     ) -> EditedTensor:
-        """What was done.
+        """What was done, from ``editor.Editor.norms`` and the sha256 before and after.
 
-        Args:
-            norms: of ``editor.Editor.norms``.
-            digests: sha256 before and after; None if the tensor itself stays as it is.
-            requantized: what became of the scales of a weight in FP8.
-            lora: where the edit is, if it is in an adapter.
+        The second is None if the tensor itself stays as it is, with the edit in ``lora``.
 
         Raises:
             CheckpointError: the new tensor holds NaN or Inf.

@@ -21,7 +21,6 @@ Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
 front of any other file."""
 
-
 FAULT = "it is a fault of the method"
 """What a user can know of an edit that makes no sense."""
 
@@ -120,15 +119,13 @@ def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]
 
 def _check_table(what: str, table: Any, fits: Callable[[Any], bool], wanted: str) -> None:
     """Raise FitError unless this is a mapping of names to values that fit."""
-    found = None
-    if not isinstance(table, Mapping):
-        found = type(table).__name__
-    else:
-        for key, value in table.items():
-            if not isinstance(key, str) or not fits(value):
-                found = f"{str(key)[:80]} ({type(value).__name__})"
-    if found:
-        raise FitError(what, expected=f"a mapping of names to {wanted}", found=found, hint=FAULT)
+    found = type(table).__name__
+    if isinstance(table, Mapping):
+        wrong = [key for key, x in table.items() if not (isinstance(key, str) and fits(x))]
+        if not wrong:
+            return
+        found = f"{str(wrong[0])[:80]} ({type(table[wrong[0]]).__name__})"
+    raise FitError(what, expected=f"a mapping of names to {wanted}", found=found, hint=FAULT)
 
 
 def _is_delta(value: Any) -> bool:

@@ -307,5 +307,3 @@ def _check(
         raise ValueError(f"{name} is {found}, not {said} {wanted}".replace("'", ""))
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or Inf")
-    if tensor.requires_grad:
-        raise ValueError(f"{name} requires a gradient")

@@ -86,11 +86,9 @@ def _worker_memory(targets: Iterable[Weight], rank: int) -> int:
 def quiet_blas(workers: int) -> Iterator[int]:
     """While this lasts, each of ``workers`` threads may use its share of the processors.
 
-    Every worker has a second thread that hashes and writes. Without this each of them would start
-    as many BLAS threads as there are processors, which then wait for each other.
-
-    Yields:
-        the threads that a worker must set for itself, since PyTorch's setting is that of a thread.
+    Every worker has a second thread that hashes and writes. Else each would start as many BLAS
+    threads as there are processors, which wait for each other. Gives the threads that a worker must
+    set for itself, since PyTorch's setting is that of a thread.
     """
     before = torch.get_num_threads()
     share = max(_processors() // (2 * workers), 1)

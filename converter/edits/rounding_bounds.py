@@ -48,9 +48,6 @@ class Stored:
         opened: opens a shard.
         tensor: its record.
         infos: tensor name -> entry in its shard's header.
-
-    Attributes:
-        dtype: as stored.
     """
 
     def __init__(
@@ -81,10 +78,8 @@ class Stored:
         self._files.close()
 
     def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
-        """What it stands for, (D, F) each.
-
-        With it comes, for a weight in FP8, what gives the distance to the next larger value,
-        float64, of some rows; else None. A weight in FP8 is held as a whole.
+        """What it stands for, (D, F) each, and for a weight in FP8, which is held as a whole, what
+        gives the distance to the next larger value of some rows, float64.
         """
         if len(self._regions) == 1:
             yield from ((matrix, None) for matrix in matrices(self._regions[0], self._axis))
@@ -126,13 +121,12 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
     """An upper bound on ||U^T W||_F for W (O, I) that is a projection, rounded to nearest.
 
-    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
-    ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
-    rounding, at most half a unit in the last place of each element, and the arithmetic before it,
-    whose sums over O products err, were they float32, by at most ``SLACK`` sqrt(O) u of the norms
-    involved, the largest of which is that of the weight before the edit. The bound cannot assume
-    that rounding errors are independent of U: corrections smaller than half a unit are lost
-    together.
+    Let P be the exact projection, so U^T P = 0, and W = P + E. ||U^T W|| = ||U^T E|| <= ||E||,
+    since U has orthonormal columns. E has two parts: the final rounding, at most half a unit in the
+    last place of each element, and the arithmetic before it, whose sums over O products err, were
+    they float32, by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of which is that
+    of the weight before the edit. Rounding errors are not independent of U: corrections smaller
+    than half a unit are lost together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
@@ -153,13 +147,7 @@ def check_rounded(
     FP8 by the distance of the values that it has there; and by the arithmetic before it, were it
     float32: ``SLACK`` sqrt(O) u (|W_ij| + ``delta.terms``).
 
-    Both tensors are read to the end, whatever is found.
-
-    Args:
-        after, before: W' and W.
-        delta: what W' should be.
-        height: O.
-        nearest: whether ``--rounding nearest`` was asked for.
+    Both tensors, W' and W (O, I), O the height, are read to the end, whatever is found.
 
     Returns:
         the first block of rows in which an element is another one, or None; and the norms of

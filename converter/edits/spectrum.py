@@ -16,7 +16,7 @@ of Probability 44, 2016). A singular value counts if it exceeds ``_SAFETY`` time
 than about ||noise|| / sqrt(s), which the sketch drowns, may be missed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import RawIOBase
 from math import isfinite, prod, sqrt
@@ -84,20 +84,15 @@ def spectrum(before: Place, after: Place, basis: Tensor | None, axis: int | None
     count, height, width = _matrices_of(before.info.shape)
     last = axis is not None and axis == len(before.info.shape) - 1 and width > 1
     U = None if basis is None or axis is None else basis.double()
-    flat = [(p.file, replace(p.info, shape=(count * height, width))) for p in (before, after)]
+    flat = [
+        Place(place.file, replace(place.info, shape=(count * height, width)))
+        for place in (before, after)
+    ]
     sums = torch.zeros(3, dtype=torch.float64)
     worst: tuple[float, Tensor, float] = (-1.0, torch.zeros(0), 0.0)
     for number in range(count):
-        first = number * height
-
-        def blocks(first: int = first) -> Iterator[tuple[slice, Tensor, Tensor]]:
-            step = max(_STRIP // max(width, 1), 1)
-            for i in range(0, height, step):
-                j = min(i + step, height)
-                a, b = (read_rows(file, info, first + i, first + j) for file, info in flat)
-                yield slice(i, j), a, b
-
-        values, noise, added = _matrix(blocks, height, width, U, last)
+        rows = range(number * height, (number + 1) * height)
+        values, noise, added = _matrix(flat, rows, width, U, last)
         sums += added
         rank = float((values > noise).sum()) if sums[1].isfinite() else 0.0
         if rank > worst[0]:
@@ -126,28 +121,35 @@ def _matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 1, shape[0], prod(shape[1:])
 
 
-_Blocks = Callable[[], Iterator[tuple[slice, Tensor, Tensor]]]
-"""Reads two matrices side by side: rows, and both as stored."""
+def _blocks(
+    sides: Sequence[Place], rows: range, width: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows of two tensors, side by side in blocks: which of them, and both as stored."""
+    step = max(_STRIP // max(width, 1), 1)
+    for i in range(0, len(rows), step):
+        part = rows[i : i + step]
+        a, b = (read_rows(side.file, side.info, part.start, part.stop) for side in sides)
+        yield slice(i, i + len(part)), a, b
 
 
 def _matrix(
-    blocks: _Blocks, height: int, width: int, U: Tensor | None, last: bool
+    sides: Sequence[Place], rows: range, width: int, U: Tensor | None, last: bool
 ) -> tuple[Tensor, float, Tensor]:
     """Of one matrix's change: the singular values, descending, and how far noise reaches.
 
     And, for all matrices of a tensor, ||A||^2, ||C||^2, and what of this lies in the span of U.
     """
-    generator = torch.Generator().manual_seed(0)
+    height, generator = len(rows), torch.Generator().manual_seed(0)
     size = min(_SKETCH, height, width)
     omega = torch.randn(width, size, generator=generator, dtype=torch.float64)
     Y = torch.zeros(height, size, dtype=torch.float64)
     columns = torch.zeros(width, dtype=torch.float64)
     along = torch.zeros(0 if U is None or last else U.shape[1], width, dtype=torch.float64)
     widest = before = change = inside = 0.0
-    for rows, a, b in blocks():
+    for part, a, b in _blocks(sides, rows, width):
         old = a.double()
         C = b.double() - old
-        Y[rows] = C @ omega
+        Y[part] = C @ omega
         before += float(old.square().sum())
         change += float(C.square().sum())
         variances = torch.where(C != 0, half_ulp(b).square() / 3, 0.0)
@@ -156,13 +158,13 @@ def _matrix(
         if U is not None and last:
             inside += float((C @ U).square().sum())
         elif U is not None:
-            along.addmm_(U[rows].T, C)
+            along.addmm_(U[part].T, C)
     inside += float(along.square().sum())
     sums = torch.tensor([before, change, inside], dtype=torch.float64)
     if not isfinite(change) or not size:
         return torch.zeros(size), 0.0, sums
     Q, X = torch.linalg.qr(Y).Q, torch.zeros(size, width, dtype=torch.float64)
-    for rows, a, b in blocks():
-        X.addmm_(Q[rows].T, b.double().sub_(a.double()))
+    for part, a, b in _blocks(sides, rows, width):
+        X.addmm_(Q[part].T, b.double().sub_(a.double()))
     noise = _SAFETY * (sqrt(widest) + sqrt(float(columns.max())))
     return torch.linalg.svdvals(X), noise, sums

@@ -205,11 +205,9 @@ def _tensors(evidence: SubspaceEvidence) -> dict[str, Tensor]:
 
 
 def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors of the edit's file that are not as the manifest says.
+    """The names of tensors of the edit's file that are not as the manifest's evidence says.
 
-    Args:
-        evidence: of the manifest.
-        tensors: of the file, without those of the edit itself.
+    Those of the edit itself are not among them.
     """
     expected = _tensors(evidence)
     rows = tensors.get("candidates", torch.empty(0))
@@ -217,8 +215,12 @@ def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) ->
     wrong = [] if tuple(rows.shape) == shape else ["candidates"]
     for name in sorted({*expected, *tensors} - {"candidates"}):
         ours, theirs = tensors.get(name), expected.get(name)
-        same = ours is not None and theirs is not None and ours.dtype == theirs.dtype
-        if ours is None or theirs is None or not (same and torch.equal(ours, theirs)):
+        if (
+            ours is None
+            or theirs is None
+            or ours.dtype != theirs.dtype
+            or not torch.equal(ours, theirs)
+        ):
             wrong.append(name)
     return wrong
 
@@ -262,8 +264,7 @@ def protected_differences(
     """``(X+ - X-) (I - P P^T)`` of a layer, (N, D) float64: what tells the two sides apart.
 
     Args:
-        activations: of the pairs.
-        layer: whose.
+        activations, layer: of the pairs, and which.
         shared: (D, p) directions of all layers that are protected.
         own: leading right singular vectors of the layer's neutral side that are, too.
         needed: directions that have to be left.
