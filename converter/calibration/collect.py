@@ -86,8 +86,8 @@ def extract(
     """Run the model over pairs and prose.
 
     Returns:
-        the activations (without ``inputs``), and the number of pairs left out because no position
-        of their toxic side predicts a toxic token.
+        the activations (without ``inputs``), and how many pairs were left out, since no position of
+        their toxic side predicts a toxic token.
 
     Raises:
         DataError: no pair is left, or the activations are not finite.

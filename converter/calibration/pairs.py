@@ -43,13 +43,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The pairs of one run.
+    """The pairs of one run, in the order they are used.
 
-    Attributes:
-        pairs: in the order they are used.
-        origin: where they came from, for the manifest.
-        sha256: of the pairs as used, spans included.
-        skipped: reason -> row numbers, counted from 1, that were not usable.
+    ``sha256`` is of them as used, spans included; ``skipped``: reason -> the rows, counted from 1,
+    that were not usable.
     """
 
     pairs: tuple[Pair, ...]

@@ -26,13 +26,7 @@ _STARRED = re.compile(r"(?<!\w)[^\W\d_]+[*@#$%]+[\w*@#$%]*")
 
 @dataclass(frozen=True, slots=True)
 class WordList:
-    """A list of single words, lower case.
-
-    Attributes:
-        words: the words.
-        origin: what the manifest records of it: its name, and the package's version.
-        sha256: of the sorted words, one a line.
-    """
+    """A list of single words, lower case; ``sha256`` is of the sorted words, one a line."""
 
     words: frozenset[str]
     origin: Origin
@@ -69,11 +63,9 @@ def _new(pattern: re.Pattern[str], text: str, other: str) -> Iterator[tuple[tupl
 
 
 def load_words(origin: str) -> WordList:
-    """Read a word list.
+    """The list ``builtin``, of the package better-profanity, or of a text file.
 
-    Args:
-        origin: ``builtin``, the list of the package better-profanity, or a text file with a word a
-            line. Entries of more than one word are skipped; lines starting with # are comments.
+    A file has a word a line; entries of more words are skipped, lines starting with # are comments.
 
     Raises:
         DataError: the file cannot be read or holds no words.
@@ -109,13 +101,8 @@ class Vocabulary:
 
             logits = E (g * u)     E: (V, D) unembedding, g: (D,) of the final norm
 
-        Args:
-            directions: (C, D).
-            count: tokens for each.
-
-        Returns:
-            a tuple for each direction, the largest logit first; empty ones if the checkpoint's
-            unembedding is missing or not stored as plain numbers.
+        A tuple for each of the directions (C, D), the largest logit first; empty ones if the
+        checkpoint's unembedding is missing or not stored as plain numbers.
         """
         place = self.plan.vocabulary.get("unembedding")
         if place is None or place[1].dtype not in FLOATS:

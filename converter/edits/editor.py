@@ -68,7 +68,7 @@ class Editor:
     Args:
         delta: what becomes of W (O, I).
         height: O.
-        dtype: stored: bfloat16, float16, float32 or float64.
+        dtype: as stored, of 16 to 64 bits.
         rounding: ``null-space`` changes how bfloat16 and float16 are rounded where a subspace is
             taken out; the wider dtypes leave 1e-7 along U as they are.
         device: of the computation.

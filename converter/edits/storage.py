@@ -47,10 +47,7 @@ class Matrix:
 def matrices(region: Region, axis: int, device: str = "cpu") -> Iterator[Matrix]:
     """The matrices of a tensor, in order; the next one may be asked for when one was read.
 
-    Args:
-        region: of the tensor.
-        axis: of what it gives.
-        device: where the rows are wanted.
+    ``axis`` is that of what it gives; the rows are wanted on ``device``.
     """
     shape, dtype = region.info.shape, DTYPES[region.info.dtype]
     before, width = prod(shape[:axis]), prod(shape[axis + 1 :])

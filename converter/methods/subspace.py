@@ -215,12 +215,8 @@ def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) ->
     wrong = [] if tuple(rows.shape) == shape else ["candidates"]
     for name in sorted({*expected, *tensors} - {"candidates"}):
         ours, theirs = tensors.get(name), expected.get(name)
-        if (
-            ours is None
-            or theirs is None
-            or ours.dtype != theirs.dtype
-            or not torch.equal(ours, theirs)
-        ):
+        same = ours is not None and theirs is not None and ours.dtype == theirs.dtype
+        if ours is None or theirs is None or not (same and torch.equal(ours, theirs)):
             wrong.append(name)
     return wrong
 

@@ -71,8 +71,7 @@ class Bench:
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
 
-        Args:
-            memory_limit: bytes that the forward pass is planned with, if less than what there is.
+        The forward pass is planned with ``memory_limit`` bytes, if that is less than what there is.
         """
         dtype = choose_dtype(recipe.forward_dtype, stored_dtype(plan), device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
