@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -76,12 +76,7 @@ def _module_template(architecture: Architecture, request: Request) -> str:
 
 
 def extract(
-    model: Model,
-    request: Request,
-    pairs: Pairs,
-    prose: Prose,
-    *,
-    batch_size: int,
+    model: Model, request: Request, pairs: Pairs, prose: Prose, *, batch_size: int
 ) -> tuple[Activations, int]:
     """Run the model over pairs and prose.
 
@@ -112,17 +107,16 @@ def extract(
         texts = batches(coded, batch_size, device)
         groups.append((texts, [moment.group(texts)]))
     run(model, modules, groups)
-    causal: dict[int, Tensor] = {}
-    leading: dict[int, tuple[Tensor, Tensor]] = {}
-    moments = None
     second = moment.result() if request.second_moment else None
+    seen = Activations(pools[0].pooled, pools[1].pooled, second, {})
     found = causal_moments(model, modules, spans) if request.gradient else iter(())
     if request.directions:
-        V, leading = _directions(found, second, request)
+        shared = shared_directions(second, request.protect_shared, seen.width)
+        V, leading = _directions(found, shared, request)
         moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V)
+        seen = replace(seen, leading=leading, moments=moments)
     else:
-        causal = dict(sorted(found))
-    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, leading, moments)
+        seen = replace(seen, causal=dict(sorted(found)))
     if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
         raise DataError(
             "the model gives NaN or Inf",
@@ -132,11 +126,11 @@ def extract(
 
 
 def _directions(
-    causal: Iterator[tuple[int, Tensor]], second: Tensor | None, request: Request
+    causal: Iterator[tuple[int, Tensor]], shared: Tensor, request: Request
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
     """What toxic words owe most to, in all layers together and in each, but for what is protected.
 
-    The causal moments of a streamed model come one by one and are not kept.
+    ``shared`` (D, p) is. The causal moments of a streamed model come one by one and are not kept.
 
     Returns:
         V (D, K) float32, the leading eigenvectors of their sum, K as far as it goes; and of each
@@ -145,29 +139,23 @@ def _directions(
     Raises:
         FitError: all is protected.
     """
-    width, total, leading = 0, torch.zeros((), dtype=torch.float64), {}
-    shared = torch.zeros(0, 0)
-    for layer, moment in causal:
-        if not width:
-            width = len(moment)
-            shared = shared_directions(second, request.protect_shared, width)
-            if shared.shape[1] >= width:
-                break
-        total = total + moment.double()  # of float32: exact, so layers may come in any order
-        A = remove(remove(moment.double(), shared).T, shared)
-        count = min(request.per_layer, width - shared.shape[1])
-        rows = eigen_directions(A, count, torch.zeros(width, dtype=torch.float64))
-        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
-        leading[layer] = rows.float().contiguous(), worth.float()
-    count = min(request.directions, width - shared.shape[1])
-    if count < 1:
+    width, protected = shared.shape
+    if protected >= width:
         raise FitError(
-            f"protecting {shared.shape[1]} of {width} dimensions leaves nothing of what toxic "
-            "words depend on",
+            f"protecting {protected} of {width} dimensions leaves nothing of what toxic words "
+            "depend on",
             hint="lower -o protect_shared",
         )
+    total, leading = torch.zeros((), dtype=torch.float64), {}
+    nowhere = torch.zeros(width, dtype=torch.float64)
+    for layer, moment in causal:
+        total = total + moment.double()  # of float32: exact, so layers may come in any order
+        A = remove(remove(moment.double(), shared).T, shared)
+        rows = eigen_directions(A, min(request.per_layer, width - protected), nowhere)
+        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
+        leading[layer] = rows.float().contiguous(), worth.float()
     total = remove(remove(total, shared).T, shared)
-    rows = eigen_directions(total, count, torch.zeros(width, dtype=torch.float64))
+    rows = eigen_directions(total, min(request.directions, width - protected), nowhere)
     V: Tensor = torch.linalg.qr(remove(rows, shared).T).Q
     return V.float().contiguous(), dict(sorted(leading.items()))
 
@@ -202,9 +190,7 @@ def _moments(
 
 
 def causal_moments(
-    model: Model,
-    modules: Mapping[int, str],
-    sentences: Sequence[Sentence],
+    model: Model, modules: Mapping[int, str], sentences: Sequence[Sentence]
 ) -> Iterator[tuple[int, Tensor]]:
     """How much chosen tokens owe, to first order, to each direction of what a layer writes.
 

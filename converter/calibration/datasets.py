@@ -18,7 +18,7 @@ from converter.runtime.files import MAX_LINE, read_file, read_text, reason
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -38,7 +38,7 @@ class Row:
     group: str = ""
 
 
-def draw(items: Sequence[T], count: int, seed: int) -> list[T]:
+def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
     """``count`` of them without replacement, in their own order; the same for the same seed."""
     places = random.Random(seed).sample(range(len(items)), count)  # noqa: S311 - not a secret
     return [items[place] for place in sorted(places)]
@@ -71,8 +71,7 @@ def locate(
     if not is_dataset(origin, formats):
         if not path.is_file():
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")
-        with _reading(f"{what} file {path.name}"):
-            return Origin(name=path.name, file_sha256=sha256_of(path)), path
+        return Origin(name=path.name, file_sha256=_sha256(path, what)), path
     repo = hub.resolve("dataset", origin)
     readable = [name for name in repo.sizes if PurePosixPath(name).suffix in formats]
     chosen = min(readable, key=lambda name: (split not in name, name), default=None)
@@ -83,15 +82,11 @@ def locate(
             found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
         )
     folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
-    if chosen:
-        path = folder / chosen
-    elif cached := [path for path in sorted(folder.rglob("*")) if path.suffix in formats]:
-        path = cached[0]
-    else:
+    paths = [folder / chosen] if chosen else sorted(folder.rglob("*"))
+    data = next((path for path in paths if path.suffix in formats), None)
+    if data is None:
         raise DataError(f"dataset {origin} has no readable file in the local cache")
-    with _reading(f"{what} file {path.name}"):
-        digest = sha256_of(path)
-    return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=digest), path
+    return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=_sha256(data, what)), data
 
 
 @contextmanager
@@ -101,6 +96,11 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=reason(error)) from error
+
+
+def _sha256(path: Path, what: str) -> str:
+    with _reading(f"{what} file {path.name}"):
+        return sha256_of(path)
 
 
 def read_bytes(path: Path, what: str) -> bytes:

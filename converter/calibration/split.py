@@ -14,7 +14,7 @@ from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose
 from converter.errors import DataError
 from converter.manifest import PartRecord, SplitRecord
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _HELD_OUT_SHARE = 0.2
 """Of the pairs, for each of the two parts that are not fitted."""
@@ -119,12 +119,12 @@ def _pieces(paragraph: str) -> list[str]:
 
 
 def _deal(
-    items: Sequence[T],
-    group: Callable[[T], Hashable],
-    size: Callable[[T], int],
+    items: Sequence[_T],
+    group: Callable[[_T], Hashable],
+    size: Callable[[_T], int],
     quota: int,
     rng: random.Random,
-) -> tuple[list[T], list[T], list[T]]:
+) -> tuple[list[_T], list[_T], list[_T]]:
     """Two parts of about ``quota`` in size and the rest, whole groups, each in its own order."""
     groups = list(dict.fromkeys(group(item) for item in items))
     rng.shuffle(groups)
@@ -139,7 +139,7 @@ def _deal(
         total += sizes[name]
         if part < 2 and total >= quota:  # the next part, however far this one has gone over
             part, total = part + 1, 0
-    parts: tuple[list[T], list[T], list[T]] = ([], [], [])
+    parts: tuple[list[_T], list[_T], list[_T]] = ([], [], [])
     for item in items:
         parts[place[group(item)]].append(item)
     return parts

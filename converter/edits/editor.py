@@ -79,16 +79,16 @@ class Editor:
     ) -> None:
         basis = delta.protects
         host = torch.zeros(height, 0) if basis is None else basis
-        self.host = host.to("cpu", torch.float64)
-        self.U = self.host.to(device)
+        host = host.to("cpu", torch.float64)
+        self.U = host.to(device)
         self.delta, self.dtype = delta.to(device, torch.float64), dtype
         self.removes = basis is not None
         self.feedback = self.removes and rounding == "null-space" and dtype.itemsize == 2
         self.strip = STRIP if device == "cpu" else _DEVICE_STRIP
-        weights = self.host.square().sum(1)
+        weights = host.square().sum(1)
         self.heavy = weights > _HEAVY * weights.mean() if self.feedback else weights < 0
         blocks = list(self._blocks()) if self.removes else []
-        self.inverses = inverses(self.host, blocks).to(device) if blocks else ()
+        self.inverses = inverses(host, blocks).to(device) if blocks else ()
         self.squares = {
             name: torch.zeros((), dtype=torch.float64, device=device)
             for name in ("W", "P", "error", "left", "change")
@@ -185,13 +185,7 @@ class Editor:
         return new
 
     def _removed(
-        self,
-        stored: Tensor,
-        block: slice,
-        P: Tensor,
-        taken: Tensor,
-        left: Tensor,
-        scratch: Tensor,
+        self, stored: Tensor, block: slice, P: Tensor, taken: Tensor, left: Tensor, scratch: Tensor
     ) -> Tensor:
         """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U.
 
