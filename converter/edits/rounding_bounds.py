@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from io import RawIOBase
 from math import sqrt
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -69,12 +68,7 @@ class Stored:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._files.close()
 
     def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
