@@ -26,7 +26,7 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.engine import Engine
-from converter.edits.fp8 import dequantize
+from converter.edits.storage import dequantize
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError

@@ -29,8 +29,8 @@ from converter.evaluation.gates import Gates
 from converter.evaluation.heldout import Probe, choose_strength
 from converter.hub.publication import Publication
 from converter.hub.publishing import check_account
+from converter.methods.gloss_paper import global_basis
 from converter.methods.options import parse_layers
-from converter.methods.subspace import global_basis
 from converter.outputs.claim import claimed
 from converter.outputs.record_checks import plain_name
 from converter.recipe import Settings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from converter.calibration.statistics import Moments
-from converter.methods.greedy import greedy_directions
+from converter.methods.gloss import greedy_directions
 
 K = 5
 COMMON, RARE, TWICE, SLANG, OTHER = torch.eye(K)

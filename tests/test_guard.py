@@ -218,7 +218,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
 def proposed(bench: Bench, direction: Tensor) -> Proposal:
     """One direction, as if a method had found it in all layers; controls spare nothing."""
     bases = dict.fromkeys(WRITING, direction[:, None])
-    subspace = Subspace(bases, {}, (), direction[None])
+    subspace = Subspace(bases, {}, (), direction[None][:0])
     return Removal(rank=1, layers=WRITING).propose(bench, subspace, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve

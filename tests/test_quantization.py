@@ -24,8 +24,8 @@ from converter.edits.deltas import RemoveSubspace
 from converter.edits.edit_file import EDIT_FILE, load_bases
 from converter.edits.editor import neighbour
 from converter.edits.engine import Engine
-from converter.edits.fp8 import dequantize, grown, quantize
 from converter.edits.rounding_bounds import Stored, check_rounded
+from converter.edits.storage import dequantize, grown, quantize
 from converter.errors import CheckpointError
 from converter.manifest import Manifest, Requantized
 from converter.models.loading import load_language_model

@@ -18,7 +18,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.calibration.causal_moments import causal_moments, moments_within
+from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve

@@ -2,21 +2,30 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import TEXTS, Activations, Moments, Request
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
-from converter.models.batching import MAX_TOKENS, Encoder, Pooling, Sentence, batches
+from converter.models.batching import (
+    MAX_TOKENS,
+    Batch,
+    Encoder,
+    Pooling,
+    Sentence,
+    batches,
+    logit_positions,
+    token_batches,
+)
+from converter.models.hooks import memory_errors
 from converter.models.resident import Group, Model, Pool, SecondMoment, run
 
 EXTRACTION_VERSION = 1
@@ -24,7 +33,7 @@ EXTRACTION_VERSION = 1
 
 ``tests/test_extraction.py`` records some of them and fails when they change."""
 
-PIECE = 8
+_PIECE = 8
 """Positions of neutral text whose losses are taken together."""
 
 
@@ -41,7 +50,6 @@ def activation_inputs(
 ) -> dict[str, Any]:
     """Everything the activations depend on, by content. Its hash is the cache key.
 
-    The version of the code that extracts counts too, and so do those of the libraries that compute.
     The batch size and the mode of the forward pass change rounding only, but equal inputs have to
     give equal bytes.
     """
@@ -51,7 +59,7 @@ def activation_inputs(
         "prose": part.prose.sha256,
         **asdict(request),
         "layers": list(request.layers),
-        "module": module_template(architecture, request),
+        "module": _module_template(architecture, request),
         "max_tokens": MAX_TOKENS,
         "batch_size": batch_size,
         "device": device.partition(":")[0],
@@ -62,30 +70,25 @@ def activation_inputs(
     }
 
 
-def module_template(architecture: Architecture, request: Request) -> str:
+def _module_template(architecture: Architecture, request: Request) -> str:
     """The name of the modules whose output is wanted, with ``{layer}``."""
     return architecture.ffn if request.site == "ffn" else architecture.block
 
 
 def extract(
-    model: Model,
-    request: Request,
-    pairs: Pairs,
-    prose: Prose,
-    *,
-    batch_size: int,
+    model: Model, request: Request, pairs: Pairs, prose: Prose, *, batch_size: int
 ) -> tuple[Activations, int]:
     """Run the model over pairs and prose.
 
     Returns:
-        the activations (without ``inputs``), and the number of pairs left out because no position
-        of their toxic side predicts a toxic token.
+        the activations (without ``inputs``), and how many pairs were left out, since no position of
+        their toxic side predicts a toxic token.
 
     Raises:
         DataError: no pair is left, or the activations are not finite.
         FitError: nothing is left to fit in.
     """
-    template, device = module_template(model.architecture, request), model.device
+    template, device = _module_template(model.architecture, request), model.device
     modules = {layer: template.format(layer=layer) for layer in request.layers}
     encode = Encoder(model.tokenizer, model.module)
     mean: Pooling = "last" if request.pooling == "last" else "mean"
@@ -104,17 +107,16 @@ def extract(
         texts = batches(coded, batch_size, device)
         groups.append((texts, [moment.group(texts)]))
     run(model, modules, groups)
-    causal: dict[int, Tensor] = {}
-    leading: dict[int, tuple[Tensor, Tensor]] = {}
-    moments = None
     second = moment.result() if request.second_moment else None
+    seen = Activations(pools[0].pooled, pools[1].pooled, second, {})
     found = causal_moments(model, modules, spans) if request.gradient else iter(())
     if request.directions:
-        V, leading = _directions(found, second, request)
+        shared = shared_directions(second, request.protect_shared, seen.width)
+        V, leading = _directions(found, shared, request)
         moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V)
+        seen = replace(seen, leading=leading, moments=moments)
     else:
-        causal = dict(sorted(found))
-    seen = Activations(pools[0].pooled, pools[1].pooled, second, {}, causal, leading, moments)
+        seen = replace(seen, causal=dict(sorted(found)))
     if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
         raise DataError(
             "the model gives NaN or Inf",
@@ -124,11 +126,11 @@ def extract(
 
 
 def _directions(
-    causal: Iterator[tuple[int, Tensor]], second: Tensor | None, request: Request
+    causal: Iterator[tuple[int, Tensor]], shared: Tensor, request: Request
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
     """What toxic words owe most to, in all layers together and in each, but for what is protected.
 
-    The causal moments of a streamed model come one by one and are not kept.
+    ``shared`` (D, p) is. The causal moments of a streamed model come one by one and are not kept.
 
     Returns:
         V (D, K) float32, the leading eigenvectors of their sum, K as far as it goes; and of each
@@ -137,29 +139,23 @@ def _directions(
     Raises:
         FitError: all is protected.
     """
-    width, total, leading = 0, torch.zeros((), dtype=torch.float64), {}
-    shared = torch.zeros(0, 0)
-    for layer, moment in causal:
-        if not width:
-            width = len(moment)
-            shared = shared_directions(second, request.protect_shared, width)
-            if shared.shape[1] >= width:
-                break
-        total = total + moment.double()  # of float32: exact, so layers may come in any order
-        A = remove(remove(moment.double(), shared).T, shared)
-        count = min(request.per_layer, width - shared.shape[1])
-        rows = eigen_directions(A, count, torch.zeros(width, dtype=torch.float64))
-        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
-        leading[layer] = rows.float().contiguous(), worth.float()
-    count = min(request.directions, width - shared.shape[1])
-    if count < 1:
+    width, protected = shared.shape
+    if protected >= width:
         raise FitError(
-            f"protecting {shared.shape[1]} of {width} dimensions leaves nothing of what toxic "
-            "words depend on",
+            f"protecting {protected} of {width} dimensions leaves nothing of what toxic words "
+            "depend on",
             hint="lower -o protect_shared",
         )
+    total, leading = torch.zeros((), dtype=torch.float64), {}
+    nowhere = torch.zeros(width, dtype=torch.float64)
+    for layer, moment in causal:
+        total = total + moment.double()  # of float32: exact, so layers may come in any order
+        A = remove(remove(moment.double(), shared).T, shared)
+        rows = eigen_directions(A, min(request.per_layer, width - protected), nowhere)
+        worth = torch.einsum("kd,de,ke->k", rows, A, rows)
+        leading[layer] = rows.float().contiguous(), worth.float()
     total = remove(remove(total, shared).T, shared)
-    rows = eigen_directions(total, count, torch.zeros(width, dtype=torch.float64))
+    rows = eigen_directions(total, min(request.directions, width - protected), nowhere)
     V: Tensor = torch.linalg.qr(remove(rows, shared).T).Q
     return V.float().contiguous(), dict(sorted(leading.items()))
 
@@ -187,7 +183,113 @@ def _moments(
         predicted = [encode.predicted(text) for text in whole]
         neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
         tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
-    texts = [([coded[i] for i in chosen], None), *((part, PIECE) for part in neutral.values())]
+    texts = [([coded[i] for i in chosen], None), *((part, _PIECE) for part in neutral.values())]
     words, *rest = moments_within(model, modules, texts, V)
     moments = dict(zip(neutral, rest, strict=True))
     return Moments(V, words, torch.tensor(weights), moments, tokens)
+
+
+def causal_moments(
+    model: Model, modules: Mapping[int, str], sentences: Sequence[Sentence]
+) -> Iterator[tuple[int, Tensor]]:
+    """How much chosen tokens owe, to first order, to each direction of what a layer writes.
+
+        A_l = (M + M^T) / 2,   M = 1/n  sum over tokens of  f g^T
+        g   = gradient, with respect to f, of the sum of log p(chosen tokens)
+
+    f (D,) is what the layer's FFN writes at a token. Removing u u^T from f at every token lowers
+    the mean log-probability of the n chosen tokens by ``u^T A_l u``, to first order and in nats.
+    The gradient with respect to weights is not needed, so the memory is that of a forward pass
+    whose activations are kept.
+
+    Args:
+        model: not edited; its weights must not require gradients.
+        modules: layer -> module whose output is f.
+        sentences: a positive weight marks a position whose next token is chosen.
+
+    Yields:
+        layers and A_l (D, D) float32 on the CPU: each when it is complete, so that those of a
+        streamed model are never all there.
+
+    Raises:
+        SourceError: the GPU is out of memory.
+    """
+    sums: dict[int, Tensor] = {}
+    seen = Counter[int]()
+    count = sum(w > 0 for s in sentences for w in s.weights)
+    batched = token_batches(sentences, logit_positions(model.module), model.device)
+    for number, layer, f, g in _gradients(model, modules, batched):
+        content = batched[number].content.to(f.device)
+        if layer not in sums:
+            sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
+        sums[layer].addmm_(f[content].T, g[content])
+        seen[layer] += 1
+        if seen[layer] == len(batched):
+            m = sums.pop(layer)
+            yield layer, ((m + m.T) / (2 * max(count, 1))).cpu()
+
+
+def moments_within(
+    model: Model,
+    modules: Mapping[int, str],
+    texts: Sequence[tuple[Sequence[Sentence], int | None]],
+    directions: Tensor,
+) -> list[Tensor]:
+    """The same, of every sentence by itself, summed over layers, and seen in a few directions.
+
+        M_i = sum over layers of  V^T (f g^T + g f^T) V / 2,   f and g as above
+
+    For U = V X with orthonormal X (K, R), ``tr X^T M_i X`` is what the chosen tokens of sentence i
+    lose together if the layers no longer write along U, to first order and in nats.
+
+    Args:
+        model, modules: as above.
+        texts: sentences, each with a token to choose, and None or a number of positions: then they
+            are cut into pieces of so many, and each piece has a moment: what the sentence loses if
+            nothing is written along U there.
+        directions: V (D, K), orthonormal columns.
+
+    Returns:
+        for each text (n, K, K) float32 on the CPU, n sentences or pieces, in their order.
+    """
+    positions = logit_positions(model.module)
+    batched = [
+        (place, piece or batch.ids.shape[1], batch)
+        for place, (sentences, piece) in enumerate(texts)
+        for batch in token_batches(sentences, positions, model.device)
+    ]
+    sums: dict[int, Tensor] = {}
+    found = _gradients(model, modules, [batch for _, _, batch in batched])
+    for number, _, f, g in found:
+        _, piece, batch = batched[number]
+        V, content = directions.to(f), batch.content.to(f.device)[..., None]
+        product = _pieces((f * content) @ V, piece).mT @ _pieces(g @ V, piece)
+        sums[number] = sums.get(number, 0) + product.cpu()
+    moments: list[list[Tensor]] = [[] for _ in texts]
+    owners: list[list[Tensor]] = [[] for _ in texts]
+    for number, (place, piece, batch) in enumerate(batched):
+        filled = _pieces(batch.content[..., None], piece).flatten(1).any(1).cpu()
+        moments[place].append(((sums[number] + sums[number].mT) / 2)[filled])
+        rows = torch.tensor(batch.rows).repeat_interleave(-(-batch.ids.shape[1] // piece))
+        owners[place].append(rows[filled])
+    orders = [torch.cat(rows).argsort(stable=True) for rows in owners]
+    return [torch.cat(part)[order] for part, order in zip(moments, orders, strict=True)]
+
+
+def _pieces(x: Tensor, positions: int) -> Tensor:
+    """(B, T, K) cut into pieces of so many positions, the last one padded: (-1, positions, K)."""
+    rest = (0, 0, 0, -x.shape[1] % positions)
+    return nn.functional.pad(x, rest).view(-1, positions, x.shape[2])
+
+
+def _gradients(
+    model: Model, modules: Mapping[int, str], batched: Sequence[Batch]
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """``Model.gradients``, where memory may run out. Raises SourceError."""
+    most = max((len(batch.rows) for batch in batched), default=0)
+    with memory_errors(
+        f"gradients of {most} sentences",
+        hint="do without gradients: -o basis=candidates "
+        "-o candidates=mean+svd -o ranking=mean-difference",
+    ):
+        yield from model.gradients(modules, batched)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO, TypeVar
@@ -13,11 +14,11 @@ from converter.errors import DataError
 from converter.hub import repos as hub
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
-from converter.runtime.files import MAX_LINE, read_file
+from converter.runtime.files import MAX_LINE, read_file, read_text, reason
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -37,7 +38,7 @@ class Row:
     group: str = ""
 
 
-def draw(items: Sequence[T], count: int, seed: int) -> list[T]:
+def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
     """``count`` of them without replacement, in their own order; the same for the same seed."""
     places = random.Random(seed).sample(range(len(items)), count)  # noqa: S311 - not a secret
     return [items[place] for place in sorted(places)]
@@ -50,7 +51,7 @@ def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
 
 
 def locate(
-    origin: str, what: str = "pairs", formats: Iterable[str] = FORMATS, split: str = "train"
+    origin: str, what: str, formats: Iterable[str] = FORMATS, split: str = "train"
 ) -> tuple[Origin, Path]:
     """A local file, or the data file of a Hub dataset at a resolved commit.
 
@@ -81,31 +82,37 @@ def locate(
             found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
         )
     folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
-    path = folder / chosen if chosen else _first_readable(folder, origin, formats)
-    digest = _sha256(path, what)
-    return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=digest), path
+    paths = [folder / chosen] if chosen else sorted(folder.rglob("*"))
+    data = next((path for path in paths if path.suffix in formats), None)
+    if data is None:
+        raise DataError(f"dataset {origin} has no readable file in the local cache")
+    return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=_sha256(data, what)), data
 
 
-def _first_readable(folder: Path, origin: str, formats: Iterable[str]) -> Path:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in formats:
-            return path
-    raise DataError(f"dataset {origin} has no readable file in the local cache")
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise DataError where a file cannot be read, or holds no text."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what} cannot be read", found=reason(error)) from error
 
 
 def _sha256(path: Path, what: str) -> str:
-    try:
+    with _reading(f"{what} file {path.name}"):
         return sha256_of(path)
-    except OSError as error:
-        raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
 
 
-def read_bytes(path: Path, what: str = "pairs") -> bytes:
+def read_bytes(path: Path, what: str) -> bytes:
     """The whole of a file. Raises DataError."""
-    try:
+    with _reading(f"{what} file {path.name}"):
         return read_file(path)
-    except OSError as error:
-        raise DataError(f"{what} file {path.name} cannot be read", found=error.strerror) from error
+
+
+def read_given(origin: str, what: str) -> str:
+    """The text of a file that the user names. Raises DataError."""
+    with _reading(f"{what} {origin}"):
+        return read_text(Path(origin))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -121,11 +128,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         )
     # JSON lines end at line feeds only: others may stand in a sentence
     newline = "\n" if kind == "jsonl" else ""
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline=newline) as file:
-            yield from _read_jsonl(file) if kind == "jsonl" else _read_table(file, kind, path.name)
-    except OSError as error:
-        raise DataError(f"pairs file {path.name} cannot be read", found=error.strerror) from error
+    with (
+        _reading(f"pairs file {path.name}"),
+        path.open(encoding="utf-8-sig", errors="replace", newline=newline) as file,
+    ):
+        yield from _read_jsonl(file) if kind == "jsonl" else _read_table(file, kind, path.name)
 
 
 def _lines(file: TextIO) -> Iterator[str | None]:
@@ -166,11 +173,10 @@ def _cells(file: TextIO) -> Iterator[str]:
 def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
     """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
     lines = _cells(file)
-    reader = (
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if kind == "tsv"
-        else csv.reader(lines)
-    )
+    if kind == "tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines)
     try:
         columns = [column.strip().lower() for column in next(reader, [])]
         neutral = [i for i, column in enumerate(columns) if re.fullmatch(r"neutral\d*", column)]
@@ -197,10 +203,7 @@ _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]
 
 
 def _row(number: int, toxic: Any, neutral: Any) -> Row:
-    if (
-        not isinstance(toxic, str)
-        or not isinstance(neutral, str)
-        or _NO_TEXT.search(toxic + neutral)
-    ):
+    texts = isinstance(toxic, str) and isinstance(neutral, str)
+    if not texts or _NO_TEXT.search(toxic + neutral):
         return Row(number, problem="unreadable")
     return Row(number, toxic, neutral)

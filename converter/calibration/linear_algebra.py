@@ -7,11 +7,7 @@ from converter.errors import FitError
 
 
 def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors of an uncentred matrix.
-
-    Args:
-        x: (N, D).
-        count: at most min(N, D).
+    """The leading right singular vectors of an uncentred matrix x (N, D).
 
     Returns:
         (D, count) orthonormal columns, and all min(N, D) singular values, descending.
@@ -20,22 +16,18 @@ def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return vectors[:count].T, values
 
 
-SAME_DIRECTION = 0.1
+_SAME_DIRECTION = 0.1
 """A unit vector whose part outside a subspace is shorter than this adds no dimension to it: it is a
 second estimate of what is there, and normalising the difference would make noise a direction."""
 
 
 def extend(basis: Tensor, columns: Tensor) -> Tensor:
-    """An orthonormal basis (D, a) with what orthonormal columns (D, b) add to its span.
-
-    Returns:
-        (D, at most a + b), the first a columns unchanged.
-    """
+    """An orthonormal basis (D, a), followed by what orthonormal columns (D, b) add to its span."""
     if columns.shape[1] == 0:
         return basis
     outside = columns - basis @ (basis.T @ columns)
     left, values, _ = torch.linalg.svd(outside, full_matrices=False)
-    return torch.cat([basis, left[:, values > SAME_DIRECTION]], 1)
+    return torch.cat([basis, left[:, values > _SAME_DIRECTION]], 1)
 
 
 def remove(x: Tensor, basis: Tensor) -> Tensor:
@@ -51,12 +43,11 @@ def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
 
 
 def random_basis(width: int, rank: int, seed: int, spared: Tensor) -> Tensor:
-    """A uniformly random subspace, as a control for fitted ones.
+    """A uniformly random subspace, as a control for fitted ones; the same on every device.
 
     Args:
-        width: D.
-        rank: R, at most D - k.
-        seed: of the draw; the same on every device.
+        width, rank: D, and R, at most D - k.
+        seed: of the draw.
         spared: (D, k) orthonormal columns that the subspace is orthogonal to; k may be 0.
 
     Returns:
@@ -91,9 +82,6 @@ def mean_difference(differences: Tensor) -> Tensor:
 def svd_directions(differences: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first ``count`` right singular vectors of (N, D) as rows, turned to the toxic side.
 
-    The sign of a singular vector is arbitrary; here the mean difference has a component >= 0 along
-    each.
-
     Returns:
         (count, D) and all singular values.
 
@@ -103,31 +91,32 @@ def svd_directions(differences: Tensor, count: int) -> tuple[Tensor, Tensor]:
     vectors, values = top_right_singular_vectors(differences, count)
     if not values[0] > 0:
         raise FitError("the toxic and the neutral side are the same", hint="check the pairs")
-    rows = vectors.T
-    backwards = rows @ differences.double().mean(0) < 0
-    return torch.where(backwards[:, None], -rows, rows), values
+    return turned(vectors.T, differences.double().mean(0)), values
+
+
+def turned(rows: Tensor, toward: Tensor) -> Tensor:
+    """Rows (K, D) whose sign is arbitrary, each with a component >= 0 along ``toward`` (D,)."""
+    signs = torch.where(rows @ toward < 0, -1.0, 1.0).double()
+    return signs[:, None] * rows
+
+
+_WIDE = 1024
+"""Hidden size from which iterating is clearly faster than a whole decomposition."""
 
 
 def eigen_directions(matrix: Tensor, count: int, toward: Tensor) -> Tensor:
-    """The eigenvectors of a symmetric (D, D) matrix with the largest eigenvalues, as rows.
+    """The eigenvectors of a symmetric (D, D) matrix with the largest eigenvalues, ``turned`` rows.
 
-    Each has a component >= 0 along ``toward`` (D,), since its sign is arbitrary. A few of many are
-    found by iteration (LOBPCG), since there is a matrix for every layer; the start is fixed.
+    A few of many are found by iteration (LOBPCG), since there is a matrix for every layer; the
+    start is fixed.
 
     Returns:
         (count, D) float64.
     """
     width = len(matrix)
-    if width < max(WIDE, 3 * count):
-        rows = leading_eigenvectors(matrix, count).T
-    else:
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(width, count, generator=generator, dtype=torch.float64)
-        found = torch.lobpcg(matrix.double(), X=start, niter=500, tol=1e-10, largest=True)
-        rows = found[1].T
-    signs = torch.where(rows @ toward < 0, -1.0, 1.0).double()
-    return signs[:, None] * rows
-
-
-WIDE = 1024
-"""Hidden size from which iterating is clearly faster than a whole decomposition."""
+    if width < max(_WIDE, 3 * count):
+        return turned(leading_eigenvectors(matrix, count).T, toward)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, count, generator=generator, dtype=torch.float64)
+    found = torch.lobpcg(matrix.double(), X=start, niter=500, tol=1e-10, largest=True)
+    return turned(found[1].T, toward)

@@ -7,24 +7,23 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
+from pathlib import PurePath
 
-from converter.calibration.datasets import Row, Spans, draw, locate, read_rows
+from converter.calibration.datasets import Row, Spans, draw, locate, read_given, read_rows
 from converter.calibration.word_list import WordList
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
-from converter.runtime.files import read_text, reason
 
 MIN_PAIRS = 16
 """Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
 
-MIN_WORDS = 100
+_MIN_WORDS = 100
 """Of neutral prose, which carries half of the weight in the second moment of neutral tokens."""
 
-MAX_PAIRS = 2000
+_MAX_PAIRS = 2000
 """Drawn unless the user asks for another number; more gained nothing where it was tried."""
 
-NAMED_ROWS = 5
+_NAMED_ROWS = 5
 """Rows named one by one in a message about skipped rows; the rest are counted."""
 
 
@@ -44,41 +43,63 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The pairs of one run.
+    """The pairs of one run, in the order they are used.
 
-    Attributes:
-        pairs: in the order they are used.
-        origin: where they came from, for the manifest.
-        sha256: of the pairs as used, spans included.
-        skipped: reason -> row numbers, counted from 1, that were not usable.
+    ``sha256`` is of them as used, spans included; ``skipped``: reason -> the rows, counted from 1,
+    that were not usable.
     """
 
     pairs: tuple[Pair, ...]
     origin: Origin
     sha256: str
-    skipped: dict[str, list[int]] = field(default_factory=dict)
+    skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[Pair], origin: Origin, skipped: Mapping[str, Sequence[int]]
+    ) -> "Pairs":
+        """With their sha256."""
+        lines = (json.dumps([p.toxic, p.neutral, p.spans], ensure_ascii=False) for p in pairs)
+        return cls(tuple(pairs), origin, _sha256(lines), skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Prose:
+    """Ordinary text for the statistics of neutral tokens: paragraphs, origin, and their sha256."""
+
+    paragraphs: tuple[str, ...]
+    origin: Origin
+    sha256: str
+
+    @classmethod
+    def of(cls, paragraphs: Sequence[str], origin: Origin) -> "Prose":
+        """With their sha256."""
+        return cls(tuple(paragraphs), origin, _sha256(paragraphs))
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def describe_skipped(skipped: Mapping[str, Sequence[int]]) -> str:
     """One line that counts the skipped rows by reason and names the first of each."""
     return "; ".join(
-        f"{len(rows)} {reason} (row {', '.join(map(str, rows[:NAMED_ROWS]))}"
-        + (", ...)" if len(rows) > NAMED_ROWS else ")")
+        f"{len(rows)} {reason} (row {', '.join(map(str, rows[:_NAMED_ROWS]))}"
+        + (", ...)" if len(rows) > _NAMED_ROWS else ")")
         for reason, rows in skipped.items()
     )
 
 
 def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -> Pairs:
-    """Read, clean and draw the pairs of a run.
+    """Read, clean (``normalise``) and draw the pairs of a run.
 
-    Both sides are normalised alike (``normalise``). A pair of a file is usable if its toxic side
-    has a word of the list, or a starred word, that is absent from the neutral side and is not the
-    first of the sentence: nothing could predict that one.
+    A pair of a file is usable if its toxic side has a word of the list, or a starred word, that is
+    absent from the neutral side and is not the first of the sentence: nothing could predict that.
 
     Args:
         origin: ``builtin``, a ``.jsonl``, ``.tsv`` or ``.csv`` file, or a Hub dataset.
         words: finds the toxic spans of pairs that do not know theirs.
-        num_pairs: how many to draw; None for all, up to ``MAX_PAIRS``.
+        num_pairs: how many to draw; None for all, up to ``_MAX_PAIRS``.
         seed: of the draw.
 
     Raises:
@@ -89,27 +110,21 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
     if origin == "builtin":
         described, rows = _builtin()
     else:
-        described, path = locate(origin)
+        described, path = locate(origin, "pairs")
         rows = read_rows(path)
     usable, skipped = _clean(rows, words)
     if num_pairs is not None and num_pairs < MIN_PAIRS:
         raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
-    wanted = min(len(usable), MAX_PAIRS) if num_pairs is None else num_pairs
+    wanted = min(len(usable), _MAX_PAIRS) if num_pairs is None else num_pairs
     if len(usable) < max(wanted, MIN_PAIRS):
         raise DataError(
-            f"pairs {origin if origin == 'builtin' else PurePosixPath(origin).name}",
+            f"pairs {PurePath(origin).name}",
             expected=f"at least {max(wanted, MIN_PAIRS)} usable pairs",
             found=f"{len(usable)}" + (f", skipped: {describe_skipped(skipped)}" if skipped else ""),
             hint="give more pairs or a longer --word-list, or lower --num-pairs",
         )
     chosen = usable if wanted == len(usable) else draw(usable, wanted, seed)
-    return Pairs(tuple(chosen), described, pairs_digest(chosen), skipped)
-
-
-def pairs_digest(pairs: Iterable[Pair]) -> str:
-    """The sha256 of pairs as used, spans included."""
-    lines = (json.dumps([p.toxic, p.neutral, p.spans], ensure_ascii=False) for p in pairs)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Pairs.of(chosen, described, skipped)
 
 
 def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, list[int]]]:
@@ -117,13 +132,10 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
     skipped: dict[str, list[int]] = {}
     seen: set[str] = set()
     for row in rows:
-        toxic, neutral = normalise(row.toxic), normalise(row.neutral)
-        spans = row.spans
+        toxic, neutral, spans, problem = row.toxic, row.neutral, row.spans, row.problem
         if spans is None:
+            toxic, neutral = normalise(toxic), normalise(neutral)
             spans = tuple(s for s in words.spans(toxic, neutral) if s[0] > 0)
-        else:
-            toxic, neutral = row.toxic, row.neutral
-        problem = row.problem
         if problem is None and not (toxic and neutral):
             problem = "empty"
         elif problem is None and toxic == neutral:
@@ -191,15 +203,6 @@ def _fill(frame: str, words: dict[str, list[str]], number: int) -> tuple[str, Sp
     return text, tuple(spans)
 
 
-@dataclass(frozen=True, slots=True)
-class Prose:
-    """Ordinary text for the statistics of neutral tokens: paragraphs, origin, and their sha256."""
-
-    paragraphs: tuple[str, ...]
-    origin: Origin
-    sha256: str
-
-
 def load_prose(origin: str) -> Prose:
     """Read neutral prose, a paragraph a line or separated by empty lines.
 
@@ -208,25 +211,14 @@ def load_prose(origin: str) -> Prose:
     """
     if origin == "builtin":
         text = files("converter").joinpath("data/neutral.txt").read_text("utf-8")
-        name = "builtin"
     else:
-        path = Path(origin)
-        try:
-            text = read_text(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"neutral text {origin} cannot be read", found=reason(error)) from error
-        name = path.name
-    paragraphs = tuple(line.strip() for line in text.splitlines() if line.strip())
+        text = read_given(origin, "neutral text")
+    paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
     count = sum(len(paragraph.split()) for paragraph in paragraphs)
-    if count < MIN_WORDS:
+    if count < _MIN_WORDS:
         raise DataError(
             f"neutral text {origin} is too short",
-            expected=f"at least {MIN_WORDS} words, since what it needs is protected",
+            expected=f"at least {_MIN_WORDS} words, since what it needs is protected",
             found=str(count),
         )
-    return Prose(paragraphs, Origin(name=name), prose_digest(paragraphs))
-
-
-def prose_digest(paragraphs: Iterable[str]) -> str:
-    """The sha256 of paragraphs."""
-    return hashlib.sha256("\n".join(paragraphs).encode()).hexdigest()
+    return Prose.of(paragraphs, Origin(name=PurePath(origin).name))

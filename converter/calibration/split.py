@@ -5,29 +5,30 @@ manifest say of it is measured on the third, which nothing was tuned on.
 """
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose, pairs_digest, prose_digest
+from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose
 from converter.errors import DataError
 from converter.manifest import PartRecord, SplitRecord
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-HELD_OUT_SHARE = 0.2
+_HELD_OUT_SHARE = 0.2
 """Of the pairs, for each of the two parts that are not fitted."""
 
-MAX_HELD_OUT_PAIRS = 200
+_MAX_HELD_OUT_PAIRS = 200
 """In each of these parts; every one of them is run once for each rank and control that is tried."""
 
-MAX_HELD_OUT_WORDS = 2400
+_MAX_HELD_OUT_WORDS = 2400
 """Of prose in each of these parts, for the same reason. It is at most a third of the prose."""
 
-MAX_FIT_WORDS = 3000
+_MAX_FIT_WORDS = 3000
 """Of prose in the part that is fitted on: its statistics need a few thousand tokens, not all."""
 
-PIECE = 150
+_PIECE = 150
 """Words of a paragraph that are read as one text; ``batching.MAX_TOKENS`` is about 190 words."""
 
 
@@ -50,12 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The three parts.
-
-    Attributes:
-        fit, choose, report: see the module.
-        dropped: pairs left out because one of their sentences occurs in a held-out part.
-    """
+    """The three parts; ``dropped`` pairs had a sentence that occurs in a held-out part."""
 
     fit: Part
     choose: Part
@@ -73,24 +69,14 @@ def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
 
     Pairs of one group (those with the same neutral side, or made from the same frame) stay
     together, and a pair of the fit is dropped if one of its sentences occurs in a held-out part on
-    either side.
-
-    Args:
-        pairs: as loaded.
-        prose: as loaded.
-        seed: of the shuffle.
+    either side. The seed is that of the shuffle.
 
     Raises:
         DataError: too few pairs are left for the fit, or a part has no prose.
     """
-    held = min(int(HELD_OUT_SHARE * len(pairs.pairs)), MAX_HELD_OUT_PAIRS)
-    report, choose, fit = _deal(
-        pairs.pairs,
-        lambda p: p.group or p.neutral,
-        lambda p: 1,
-        held,
-        random.Random(seed),  # noqa: S311
-    )
+    held = min(int(_HELD_OUT_SHARE * len(pairs.pairs)), _MAX_HELD_OUT_PAIRS)
+    rng = random.Random(seed)  # noqa: S311 - not a secret
+    report, choose, fit = _deal(pairs.pairs, lambda p: p.group or p.neutral, lambda p: 1, held, rng)
     choose, lost = _without(choose, report)
     kept, more = _without(fit, [*report, *choose])
     if len(kept) < MIN_PAIRS // 2:
@@ -106,22 +92,18 @@ def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
     def size(piece: str) -> int:
         return len(piece.split())
 
-    quota = min(sum(map(size, pieces)) // 3, MAX_HELD_OUT_WORDS)
+    quota = min(sum(map(size, pieces)) // 3, _MAX_HELD_OUT_WORDS)
     prose_report, prose_choose, rest = _deal(pieces, str, size, quota, rng)
-    prose_fit = _deal(rest, str, size, MAX_FIT_WORDS, rng)[0]
+    prose_fit = _deal(rest, str, size, _MAX_FIT_WORDS, rng)[0]
     if not (prose_fit and prose_choose and prose_report):
         raise DataError(
             "the neutral text cannot be split into three parts",
-            expected=f"three different paragraphs, or more than {2 * PIECE} words",
+            expected=f"three different paragraphs, or more than {2 * _PIECE} words",
             found=f"{len(set(pieces))} of them",
         )
 
-    def part(chosen: Iterable[Pair], paragraphs: Iterable[str]) -> Part:
-        some, texts = tuple(chosen), tuple(paragraphs)
-        return Part(
-            Pairs(some, pairs.origin, pairs_digest(some)),
-            Prose(texts, prose.origin, prose_digest(texts)),
-        )
+    def part(some: Sequence[Pair], paragraphs: Sequence[str]) -> Part:
+        return Part(Pairs.of(some, pairs.origin, {}), Prose.of(paragraphs, prose.origin))
 
     return Parts(
         part(kept, prose_fit), part(choose, prose_choose), part(report, prose_report), lost + more
@@ -129,26 +111,26 @@ def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
 
 
 def _pieces(paragraph: str) -> list[str]:
-    """A long paragraph in pieces of ``PIECE`` words, since the model reads its beginning only."""
+    """A long paragraph in pieces of ``_PIECE`` words, since the model reads its beginning only."""
     words = paragraph.split()
-    if len(words) <= PIECE:
+    if len(words) <= _PIECE:
         return [paragraph]
-    return [" ".join(words[i : i + PIECE]) for i in range(0, len(words), PIECE)]
+    return [" ".join(words[i : i + _PIECE]) for i in range(0, len(words), _PIECE)]
 
 
 def _deal(
-    items: Sequence[T],
-    group: Callable[[T], Hashable],
-    size: Callable[[T], int],
+    items: Sequence[_T],
+    group: Callable[[_T], Hashable],
+    size: Callable[[_T], int],
     quota: int,
     rng: random.Random,
-) -> tuple[list[T], list[T], list[T]]:
+) -> tuple[list[_T], list[_T], list[_T]]:
     """Two parts of about ``quota`` in size and the rest, whole groups, each in its own order."""
     groups = list(dict.fromkeys(group(item) for item in items))
     rng.shuffle(groups)
-    sizes: dict[Hashable, int] = {}
+    sizes = Counter[Hashable]()
     for item in items:
-        sizes[group(item)] = sizes.get(group(item), 0) + size(item)
+        sizes[group(item)] += size(item)
     place: dict[Hashable, int] = {}
     total = 0
     part = 0 if quota else 2
@@ -157,7 +139,7 @@ def _deal(
         total += sizes[name]
         if part < 2 and total >= quota:  # the next part, however far this one has gone over
             part, total = part + 1, 0
-    parts: tuple[list[T], list[T], list[T]] = ([], [], [])
+    parts: tuple[list[_T], list[_T], list[_T]] = ([], [], [])
     for item in items:
         parts[place[group(item)]].append(item)
     return parts

@@ -6,7 +6,8 @@ second moment of neutral tokens, averaged over the layers. Causal moments where 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,7 @@ class Request:
 class Moments:
     """What single words and pieces of text owe to the layers together, in a few directions.
 
-    See ``causal_moments.moments_within``; K directions, all float32.
+    See ``collect.moments_within``; K directions, all float32.
 
     Attributes:
         directions: V (D, K), orthonormal columns.
@@ -95,13 +96,13 @@ class Moments:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Moments":
         """The inverse of ``tensors``."""
-        directions, words, weights = (tensors[f"moments.{n}"].float() for n in MOMENTS[:3])
+        directions, words, weights = (tensors[f"moments.{n}"].float() for n in _MOMENTS[:3])
         texts = {text: tensors[f"moments.{text}"].float() for text in TEXTS}
         counts = zip(TEXTS, tensors["moments.tokens"].tolist(), strict=True)
         return cls(directions, words, weights, texts, {text: int(n) for text, n in counts})
 
 
-MOMENTS = ("directions", "words", "weights", *TEXTS, "tokens")
+_MOMENTS = ("directions", "words", "weights", *TEXTS, "tokens")
 """The tensors of ``Moments``."""
 
 
@@ -115,7 +116,7 @@ class Activations:
             tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
         inputs: what they depend on; see ``collect.activation_inputs``. Empty for a file without
             it.
-        causal: layer -> A_l (D, D) float32 of the toxic words; see ``calibration.causal_moments``.
+        causal: layer -> A_l (D, D) float32 of the toxic words; see ``collect.causal_moments``.
             Empty if not wanted.
         leading: layer -> its leading causal directions and what they are worth, (K, D) and (K,)
             float32: the first eigenvectors of A_l outside of what is protected in all layers, and
@@ -130,6 +131,11 @@ class Activations:
     causal: Mapping[int, Tensor] = field(default_factory=dict)
     leading: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Moments | None = None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return next(iter(self.neutral.values())).shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that they have in a file: ``toxic.L`` and the like."""
@@ -156,8 +162,18 @@ def save_activations(activations: Activations, path: Path) -> None:
         save_file(tensors, part, {key: json.dumps(value) for key, value in metadata.items()})
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of ``save_activations``. Raises DataError, too, for what is read of it meanwhile."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"activations {path.name} cannot be read", found=str(error)) from error
+
+
 def load_activations(path: Path, request: Request, hidden_size: int) -> Activations:
-    """Read a file of ``save_activations`` and check that it serves ``request``.
+    """Read a file of ``save_activations``, or any that serves ``request``.
 
     Raises:
         DataError: it cannot be read, lacks a layer, has other shapes, holds NaN or Inf, or was
@@ -165,20 +181,17 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
     """
     what = f"activations {path.name}"
     inputs = read_inputs(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            sides = ["toxic", "neutral"] + ["causal"] * request.causal
-            sides += ["leading", "worth"] * (request.directions > 0)
-            wanted = [f"{side}.{n}" for side in sides for n in request.layers]
-            wanted += ["second_moment"] * request.second_moment
-            wanted += [f"moments.{name}" for name in MOMENTS if request.directions]
-            if missing := [name for name in wanted if name not in names]:
-                raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
-            tensors = {name: file.get_tensor(name) for name in wanted}
-            digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    sides = ["toxic", "neutral"] + ["causal"] * request.causal
+    sides += ["leading", "worth"] * (request.directions > 0)
+    wanted = [f"{side}.{n}" for side in sides for n in request.layers]
+    wanted += ["second_moment"] * request.second_moment
+    wanted += [f"moments.{name}" for name in _MOMENTS if request.directions]
+    with _opened(path) as file:
+        names = set(file.keys())
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(what, expected=f"a tensor {missing[0]}", found="none of that name")
+        tensors = {name: file.get_tensor(name) for name in wanted}
+        digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
     only = ("directions", "protect_shared", "per_layer") if request.directions else ()
     for key in ("site", "pooling", *only):
         if inputs.get(key, getattr(request, key)) != getattr(request, key):
@@ -191,47 +204,51 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
     for name, tensor in tensors.items():
         if digests and (not isinstance(digests, dict) or digests.get(name) != _digest(tensor)):
             raise DataError(f"{what}: {name} is damaged", hint="take them again")
-    rows = len(tensors[wanted[0]]) if tensors[wanted[0]].ndim else 0
     for name, tensor in tensors.items():
-        shape = _shape(name, tensors, rows, hidden_size)
+        shape = _shape(name, tensors, _length(tensors[wanted[0]]), hidden_size)
         if list(tensor.shape) != shape:
             raise DataError(
                 f"{what}: {name}", expected=f"shape {shape}", found=f"{list(tensor.shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise DataError(f"{what}: {name} holds NaN or Inf", hint="take them again")
+
+    def of(side: str) -> dict[int, Tensor]:
+        return {n: tensors[f"{side}.{n}"].float() for n in request.layers if side in sides}
+
+    worth = of("worth")
     return Activations(
-        {n: tensors[f"toxic.{n}"].float() for n in request.layers},
-        {n: tensors[f"neutral.{n}"].float() for n in request.layers},
+        of("toxic"),
+        of("neutral"),
         tensors.get("second_moment"),
         inputs,
-        {n: tensors[f"causal.{n}"].float() for n in request.layers if request.causal},
-        {
-            n: (tensors[f"leading.{n}"].float(), tensors[f"worth.{n}"].float())
-            for n in request.layers
-            if request.directions
-        },
+        of("causal"),
+        {n: (rows, worth[n]) for n, rows in of("leading").items()},
         Moments.of(tensors) if request.directions else None,
     )
 
 
+def _length(tensor: Tensor) -> int:
+    return len(tensor) if tensor.ndim else 0
+
+
 def _shape(name: str, tensors: Mapping[str, Tensor], rows: int, hidden_size: int) -> list[int]:
     """The shape that a tensor must have; the number of words and pieces of text is free."""
-    kind, _, part = name.partition(".")
-    if kind in ("toxic", "neutral"):
-        return [rows, hidden_size]
-    if kind in ("leading", "worth"):
-        count = len(tensors[f"leading.{part}"]) if tensors[f"leading.{part}"].ndim else 0
-        return [count, hidden_size] if kind == "leading" else [count]
-    if kind != "moments":
-        return [hidden_size, hidden_size]
-    K = tensors["moments.directions"].shape[-1]
-    count = tensors[name].shape[0] if tensors[name].ndim else 0
-    if part in ("words", "weights"):
-        count = tensors["moments.words"].shape[0] if tensors["moments.words"].ndim else 0
-    return {"directions": [hidden_size, K], "weights": [count], "tokens": [len(TEXTS)]}.get(
-        part, [count, K, K]
-    )
+    match name.split("."):
+        case ["toxic" | "neutral", _]:
+            return [rows, hidden_size]
+        case ["leading", _]:
+            return [_length(tensors[name]), hidden_size]
+        case ["worth", layer]:
+            return [_length(tensors[f"leading.{layer}"])]
+        case ["moments", "weights"]:
+            return [_length(tensors["moments.words"])]
+        case ["moments", "tokens"]:
+            return [len(TEXTS)]
+        case ["moments", part]:
+            K = (tensors["moments.directions"].shape or (0,))[-1]
+            return [hidden_size, K] if part == "directions" else [_length(tensors[name]), K, K]
+    return [hidden_size, hidden_size]
 
 
 def _digest(tensor: Tensor) -> str:
@@ -244,14 +261,9 @@ def read_inputs(path: Path) -> dict[str, Any]:
     Raises:
         DataError: it cannot be read, or what it says is not what ``save_activations`` writes.
     """
-
     what = f"activations {path.name}"
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("inputs", "{}")
-        inputs = strict_json.parse(text)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{what} cannot be read", found=str(error)) from error
+    with _opened(path) as file:
+        inputs = strict_json.parse((file.metadata() or {}).get("inputs", "{}"))
     texts = ("pairs", "prose", "site", "pooling")
     if (
         not isinstance(inputs, dict)

@@ -1,14 +1,24 @@
-"""Lists of offensive words: which words of a text, and which tokens of a vocabulary, are on one."""
+"""Lists of offensive words, and what directions of the residual stream say in words."""
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
+from pathlib import PurePath
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from converter.calibration.datasets import read_given
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import FLOATS
+from converter.checkpoints.safetensors.rewrite import read_rows
+from converter.checkpoints.source import Source
 from converter.errors import DataError
 from converter.manifest import Origin
-from converter.runtime.files import read_text, reason
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _STARRED = re.compile(r"(?<!\w)[^\W\d_]+[*@#$%]+[\w*@#$%]*")
@@ -16,13 +26,7 @@ _STARRED = re.compile(r"(?<!\w)[^\W\d_]+[*@#$%]+[\w*@#$%]*")
 
 @dataclass(frozen=True, slots=True)
 class WordList:
-    """A list of single words, lower case.
-
-    Attributes:
-        words: the words.
-        origin: what the manifest records of it: its name, and the package's version.
-        sha256: of the sorted words, one a line.
-    """
+    """A list of single words, lower case; ``sha256`` is of the sorted words, one a line."""
 
     words: frozenset[str]
     origin: Origin
@@ -44,45 +48,86 @@ class WordList:
         Words that also occur in ``other``, the neutral side of the pair, are left out: they are not
         what makes the difference.
         """
-        shared = {match.group().lower() for match in _WORD.finditer(other)}
-        listed = [
-            match.span()
-            for match in _WORD.finditer(text)
-            if match.group().lower() in self.words and match.group().lower() not in shared
-        ]
-        masked = {match.group().lower() for match in _STARRED.finditer(other)}
-        starred = [
-            match.span() for match in _STARRED.finditer(text) if match.group().lower() not in masked
-        ]
+        listed = [span for span, word in _new(_WORD, text, other) if word in self.words]
+        starred = [span for span, _ in _new(_STARRED, text, other)]
         kept = [s for s in listed if not any(a <= s[0] < b for a, b in starred)]
         return tuple(sorted(kept + starred))
 
 
-def load_words(origin: str) -> WordList:
-    """Read a word list.
+def _new(pattern: re.Pattern[str], text: str, other: str) -> Iterator[tuple[tuple[int, int], str]]:
+    """Place and lower case of what matches in ``text``, but for what matches in ``other``, too."""
+    shared = {match.group().lower() for match in pattern.finditer(other)}
+    for match in pattern.finditer(text):
+        if (word := match.group().lower()) not in shared:
+            yield match.span(), word
 
-    Args:
-        origin: ``builtin``, the list of the package better-profanity, or a text file with a word a
-            line. Entries of more than one word are skipped; lines starting with # are comments.
+
+def load_words(origin: str) -> WordList:
+    """The list ``builtin``, of the package better-profanity, or of a text file.
+
+    A file has a word a line; entries of more words are skipped, lines starting with # are comments.
 
     Raises:
         DataError: the file cannot be read or holds no words.
     """
     if origin == "builtin":
-        from importlib.metadata import version
-
         described = Origin(name="better-profanity", version=version("better-profanity"))
         text = files("better_profanity").joinpath("profanity_wordlist.txt").read_text("utf-8")
     else:
-        path = Path(origin)
-        described = Origin(name=path.name)
-        try:
-            text = read_text(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"word list {origin} cannot be read", found=reason(error)) from error
+        described = Origin(name=PurePath(origin).name)
+        text = read_given(origin, "word list")
     lines = (line.strip().lower() for line in text.splitlines() if not line.startswith("#"))
     words = frozenset(line for line in lines if _WORD.fullmatch(line))
     if not words:
-        raise DataError(f"word list {path.name} holds no words", expected="one word a line")
+        raise DataError(f"word list {described.name} holds no words", expected="one word a line")
     digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
     return WordList(words, described, digest)
+
+
+_BLOCK = 8192
+"""Rows of the unembedding held at a time: 0.5 GB in float32 at the widest hidden size of today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Decodes directions with a source's unembedding and tokenizer."""
+
+    plan: Plan
+    source: Source
+    tokenizer: Any
+
+    def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
+        """The ``count`` tokens whose logits a step along each direction raises most.
+
+            logits = E (g * u)     E: (V, D) unembedding, g: (D,) of the final norm
+
+        A tuple for each of the directions (C, D), the largest logit first; empty ones if the
+        checkpoint's unembedding is missing or not stored as plain numbers.
+        """
+        place = self.plan.vocabulary.get("unembedding")
+        if place is None or place[1].dtype not in FLOATS:
+            return [()] * len(directions)
+        shard, info = place
+        directions = directions.float()
+        if "final_norm" in self.plan.vocabulary:
+            weight = self.source.read(*self.plan.vocabulary["final_norm"]).float()
+            directions = directions * (weight + self.plan.architecture.norm_offset)
+        best = torch.empty(len(directions), 0)
+        ids = torch.empty(len(directions), 0, dtype=torch.long)
+        with self.source.open(shard) as file:
+            for start in range(0, info.shape[0], _BLOCK):
+                stop = min(start + _BLOCK, info.shape[0])
+                logits = directions @ read_rows(file, info, start, stop).float().T
+                best = torch.cat([best, logits], 1)
+                ids = torch.cat([ids, torch.arange(start, stop).expand(len(directions), -1)], 1)
+                best, places = best.topk(min(count, best.shape[1]))
+                ids = ids.gather(1, places)
+        return [tuple(self.tokenizer.decode([int(i)]) for i in row) for row in ids]
+
+    def single_token_share(self, words: WordList) -> float:
+        """The share of the listed words that are one token when they follow a space.
+
+        A list of words says little about tokens when most of its words are several of them.
+        """
+        coded = self.tokenizer([f" {w}" for w in sorted(words.words)], add_special_tokens=False)
+        return sum(len(ids) == 1 for ids in coded["input_ids"]) / len(words.words)

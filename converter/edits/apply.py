@@ -3,38 +3,32 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
-from converter.checkpoints.safetensors.rewrite import Change, Region, as_tensor
+from converter.checkpoints.safetensors.rewrite import Change, Region
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit, norm_of
+from converter.edits.base import Edit
 from converter.edits.deltas import Delta
 from converter.edits.edit_file import stored_names
 from converter.edits.editor import Editor
 from converter.edits.engine import Engine
-from converter.edits.fp8 import dequantize, quantize
-from converter.edits.matrices import matrices
+from converter.edits.storage import column_blocks, dequantize, matrices, quantize, whole
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Lora, Requantized
 
-FP8_AIM = 1e-3
+_FP8_AIM = 1e-3
 """Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
 its steps are 16 times as wide as those of bfloat16."""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What becomes of the tensors of one shard.
-
-    Attributes:
-        tensors: name -> its change of bytes.
-        edits: what each change did, once it was carried out.
-    """
+    """What becomes of the tensors of one shard, by name, and what that did, once it is done."""
 
     tensors: dict[str, Change] = field(default_factory=dict)
     edits: list[EditedTensor] = field(default_factory=list)
@@ -96,13 +90,9 @@ class WeightEdit:
         requantized: Requantized | None = None,
         lora: Lora | None = None,
     ) -> EditedTensor:
-        """What was done.
+        """What was done, from ``editor.Editor.norms`` and the sha256 before and after.
 
-        Args:
-            norms: of ``editor.Editor.norms``.
-            digests: sha256 before and after; None if the tensor itself stays as it is.
-            requantized: what became of the scales of a weight in FP8.
-            lora: where the edit is, if it is in an adapter.
+        The second is None if the tensor itself stays as it is, with the edit in ``lora``.
 
         Raises:
             CheckpointError: the new tensor holds NaN or Inf.
@@ -186,23 +176,19 @@ def _quantized(source: Source, job: WeightEdit, edits: list[EditedTensor]) -> tu
 
     def change(region: Region) -> Iterator[memoryview]:
         scale = source.read(place.shard, place.info)
-        q, new_scale, edit = _edit_quantized(job, _whole(region), scale)
+        q, new_scale, edit = _edit_quantized(job, whole(region), scale)
         edits.append(edit)
         held.append(new_scale)
         yield to_bytes(q)
 
     def scales(region: Region) -> Iterator[memoryview]:
-        scale = _whole(region)
+        scale = whole(region)
         if not held:
             q = source.read(weight.shard, weight.info)
             held.append(_edit_quantized(job, q, scale)[1])
         yield to_bytes(held.pop())
 
     return change, scales
-
-
-def _whole(region: Region) -> Tensor:
-    return as_tensor(region.read(0, region.info.nbytes), region.info)
 
 
 def _edit_quantized(
@@ -215,14 +201,14 @@ def _edit_quantized(
     work = job.delta.to(device, torch.float32)
     U = W.new_zeros(len(W), 0) if work.protects is None else work.protects
     P = U.T @ W
-    norms = {"W": norm_of(W), "P": norm_of(P)}
+    norms = {"W": _norm(W), "P": _norm(P)}
     if not isfinite(norms["W"]):
         raise damaged(job.weight)
     exact = work.exact(W, slice(None), slice(None), P, torch.empty_like(W))
-    new, new_scale = quantize(exact, scale.to(device), place.block, U, FP8_AIM * norms["P"])
+    new, new_scale = quantize(exact, scale.to(device), place.block, U, _FP8_AIM * norms["P"])
     after = dequantize(new, new_scale, place.block)
-    norms |= {"change": norm_of(after, W), "error": norm_of(after, exact)}
-    norms["left"] = norm_of(U.T @ after)
+    norms |= {"change": _norm(after, W), "error": _norm(after, exact)}
+    norms["left"] = _norm(U.T @ after)
     new, new_scale = new.cpu(), new_scale.cpu()
     first, second = ((_sha256(a), _sha256(b)) for a, b in ((q, new), (scale, new_scale)))
     about = Requantized(
@@ -230,6 +216,21 @@ def _edit_quantized(
         sha256_before=second[0], sha256_after=second[1],
     )  # fmt: skip
     return new, new_scale, job.record(norms, first, about)
+
+
+_SUMMED = 1 << 17
+"""Elements of a tensor that are held in float64 at a time."""
+
+
+def _norm(x: Tensor, minus: Tensor | None = None) -> float:
+    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (O, I)."""
+    total = 0.0
+    for part in column_blocks(x, _SUMMED):
+        block = x[:, part].double()
+        if minus is not None:
+            block = block - minus[:, part]
+        total += float(block.square().sum())
+    return sqrt(total)
 
 
 def _sha256(tensor: Tensor) -> str:

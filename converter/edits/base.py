@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod, sqrt
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from converter.runtime import strict_json
 Patch = Mapping[str, Any] | str
 """What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
 front of any other file."""
-
 
 FAULT = "it is a fault of the method"
 """What a user can know of an edit that makes no sense."""
@@ -46,11 +45,20 @@ class Edit:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_table("tensors", self.tensors, _is_delta, "changes of plain tensors")
-        _check_table("created", self.created, is_dense, "plain tensors: dense, without gradients")
-        _check_table("patches", self.patches, _is_patch, "texts, or objects of JSON")
-        _check_table("files", self.files, lambda data: isinstance(data, bytes), "bytes")
-        patches = {name: strict_json.plain(patch) for name, patch in self.patches.items()}
+        _check_table("tensors of an edit", self.tensors, _is_delta, "changes of plain tensors")
+        dense = "plain tensors: dense, without gradients"
+        _check_table("created of an edit", self.created, is_dense, dense)
+        _check_table("files of an edit", self.files, lambda data: isinstance(data, bytes), "bytes")
+        texts = "texts, or objects of JSON"
+        _check_table(
+            "patches of an edit", self.patches, lambda p: isinstance(p, str | Mapping), texts
+        )
+        try:
+            patches = {name: strict_json.plain(patch) for name, patch in self.patches.items()}
+        except ValueError as error:
+            raise FitError(
+                "patches of an edit", expected=texts, found=str(error), hint=FAULT
+            ) from error
         object.__setattr__(self, "patches", patches)
 
     @property
@@ -67,23 +75,11 @@ class Edit:
         """
         weights, known = plan.find(self.tensors), set[tuple[int, int, int]]()
         for name, delta in self.tensors.items():
-            weight, says = weights.get(name), "no weight of that name"
-            if weight is not None:
-                shape, height = weight.info.shape, weight.info.shape[weight.axis]
-                width = prod(shape) // max(height, 1)
-                try:
-                    if (id(delta), height, width) not in known:  # weights may share it
-                        delta.check((height, width))
-                except ValueError as error:
-                    says = str(error)
-                else:
-                    known.add((id(delta), height, width))
-                    if delta.protects is not None or not _is_shared(weight):
-                        continue
-                    says = "one that shares its tensor with others"
-            raise CheckpointError(
-                f"the edit of tensor {name} ({delta.kind}) does not fit the checkpoint", found=says
-            )
+            if says := _misfit(delta, weights.get(name), known):
+                raise CheckpointError(
+                    f"the edit of tensor {name} ({delta.kind}) does not fit the checkpoint",
+                    found=says,
+                )
 
     def digest(self) -> str:
         """A sha256 of all of it: two edits of one digest change a checkpoint in the same way."""
@@ -104,24 +100,32 @@ class Edit:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _check_table(name: str, table: object, fits: Callable[[object], bool], wanted: str) -> None:
+def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]]) -> str | None:
+    """Why a change does not fit a weight, or None; ``known`` do, which weights may share."""
+    if weight is None:
+        return "no weight of that name"
+    shape, height = weight.info.shape, weight.info.shape[weight.axis]
+    width = prod(shape) // max(height, 1)
+    if (id(delta), height, width) not in known:
+        try:
+            delta.check((height, width))
+        except ValueError as error:
+            return str(error)
+        known.add((id(delta), height, width))
+    if delta.protects is None and _is_shared(weight):
+        return "one that shares its tensor with others"
+    return None
+
+
+def _check_table(what: str, table: Any, fits: Callable[[Any], bool], wanted: str) -> None:
     """Raise FitError unless this is a mapping of names to values that fit."""
-    for key, value in _items(name, table):
-        if not fits(value):
-            said = f"{key} ({type(value).__name__})"
-            raise FitError(f"{name} of an edit", expected=wanted, found=said, hint=FAULT)
-
-
-def _items(name: str, table: object) -> list[tuple[str, Any]]:
-    """The items of a mapping of names. Raises FitError if it is none."""
-    if not isinstance(table, Mapping):
-        found = type(table).__name__
-        raise FitError(f"{name} of an edit", expected="a mapping", found=found, hint=FAULT)
-    if others := [key for key in table if not isinstance(key, str)]:
-        raise FitError(
-            f"{name} of an edit", expected="names", found=repr(others[0])[:80], hint=FAULT
-        )
-    return list(table.items())
+    found = type(table).__name__
+    if isinstance(table, Mapping):
+        wrong = [key for key, x in table.items() if not (isinstance(key, str) and fits(x))]
+        if not wrong:
+            return
+        found = f"{str(wrong[0])[:80]} ({type(table[wrong[0]]).__name__})"
+    raise FitError(what, expected=f"a mapping of names to {wanted}", found=found, hint=FAULT)
 
 
 def _is_delta(value: Any) -> bool:
@@ -130,14 +134,6 @@ def _is_delta(value: Any) -> bool:
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(size, int) and size >= 0 for size in value)
-
-
-def _is_patch(value: object) -> bool:
-    try:
-        strict_json.plain(value)
-    except ValueError:
-        return False
-    return isinstance(value, str | Mapping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +161,10 @@ class Footprint:
     files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        shapes = [shape for _, shape in _items("created", self.created)]
+        _check_table("created of a footprint", self.created, _is_shape, "shapes")
         for what, values, fits in (
             ("weights", self.weights, lambda value: isinstance(value, Weight)),
             ("kinds", self.kinds, lambda value: value in KINDS.values()),
-            ("shapes", shapes, _is_shape),
             ("patches", self.patches, lambda value: isinstance(value, str)),
             ("files", self.files, lambda value: isinstance(value, str)),
         ):
@@ -234,23 +229,3 @@ def skewness(basis: Tensor) -> float:
 def _is_shared(weight: Weight) -> bool:
     """Whether other weights are in the same tensor."""
     return len(weight.info.shape) > 2 or weight.rows is not None
-
-
-def norm_of(x: Tensor, minus: Tensor | None = None) -> float:
-    """||x||, or ||x - minus||, Frobenius, summed in float64 over blocks of columns of (O, I)."""
-    total = 0.0
-    for start in range(0, x.shape[1], columns(x)):
-        block = x[:, start : start + columns(x)].double()
-        if minus is not None:
-            block = block - minus[:, start : start + columns(x)]
-        total += float(block.square().sum())
-    return sqrt(total)
-
-
-BLOCK = 1 << 17
-"""Elements of a tensor that are held in float64 at a time."""
-
-
-def columns(x: Tensor) -> int:
-    """How many columns of (O, I) make a block."""
-    return max(BLOCK // max(x.shape[0], 1), 1)

@@ -1,17 +1,15 @@
 """What becomes of one weight, as data: a kind of change and the tensors that it takes.
 
 W is (O, I) throughout: what the weight gives first, however it is stored. A Conv1D weight is
-transposed on the way in and out; a bias is (O, 1), and its input is 1. Every kind says four things:
-the edited rows (``exact``), what a running model's output changes by (``shift``), how large the
-terms are whose rounding errors verification allows for (``terms``), and what is recorded of it. A
-kind knows no files, no dtype on disk and no blocks: ``edits.editor`` streams and rounds for all.
-
-A new kind is a frozen dataclass here whose fields are its tensors, and its name in ``KINDS``.
+transposed on the way in and out; a bias is (O, 1), and its input is 1. A kind knows no files, no
+dtype on disk and no blocks: ``edits.editor`` streams and rounds for all. A new one is a frozen
+dataclass here whose fields are its tensors, and its name in ``KINDS``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol, Self
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +17,8 @@ from torch import Tensor
 from converter.checkpoints.safetensors.header import FLOATS
 
 
-class Delta(Protocol):
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta(ABC):
     """What becomes of one weight W (O, I)."""
 
     kind: ClassVar[str]
@@ -31,13 +30,21 @@ class Delta(Protocol):
 
         None for all other kinds.
         """
+        return None
 
+    @abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
         """Raise ValueError, saying why, unless its tensors fit a weight of this shape (O, I)."""
 
     def to(self, device: str, dtype: torch.dtype) -> Self:
-        """The same on a device, in the dtype of the computation."""
+        """The same on a device; what are no indices in the dtype of the computation."""
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors_of(self).items()
+        }
+        return replace(self, **moved)
 
+    @abstractmethod
     def exact(
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
     ) -> Tensor:
@@ -50,6 +57,7 @@ class Delta(Protocol):
             out: where to write the result; it is returned. Not ``W`` itself.
         """
 
+    @abstractmethod
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         """What an edited weight adds to y = x W^T.
 
@@ -61,10 +69,11 @@ class Delta(Protocol):
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """B (O, R) and A (R, I), so that ``W' = W + B A``; None if the change has no such form.
 
-        Args:
-            P: U^T W (R, I) of what ``protects`` names; else None.
+        P is U^T W (R, I) of what ``protects`` names; else None.
         """
+        return None
 
+    @abstractmethod
     def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
         """A bound on the size of the terms that are added to W, (rows, columns) or broadcast to it.
 
@@ -75,10 +84,11 @@ class Delta(Protocol):
 
     def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
         """Its own numbers for the record, from the norms of ``editor.Editor.norms``."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RemoveSubspace:
+class RemoveSubspace(Delta):
     """``W' = W - U (U^T W)``: nothing that the weight gives lies in the subspace any more.
 
     The O x O projector is never formed.
@@ -99,9 +109,6 @@ class RemoveSubspace:
         _check("U", self.U, torch.float32, (shape[0], None))
         if not 0 < self.U.shape[1] <= shape[0]:
             raise ValueError(f"U has {self.U.shape[1]} columns and {shape[0]} rows")
-
-    def to(self, device: str, dtype: torch.dtype) -> "RemoveSubspace":
-        return RemoveSubspace(self.U.to(device, dtype))
 
     def exact(
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
@@ -132,24 +139,8 @@ class RemoveSubspace:
         }
 
 
-class _WithoutSubspace:
-    """What the kinds have in common that take no subspace out."""
-
-    __slots__ = ()
-
-    @property
-    def protects(self) -> None:
-        return None
-
-    def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        return None
-
-    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
-        return {}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class AddLowRank(_WithoutSubspace):
+class AddLowRank(Delta):
     """``W' = W + B A``: a LoRA that is merged, or an update of rank one.
 
     Attributes:
@@ -167,9 +158,6 @@ class AddLowRank(_WithoutSubspace):
         _check("A", self.A, torch.float32, (self.B.shape[1], shape[1]))
         if not self.B.shape[1]:
             raise ValueError("B has no columns")
-
-    def to(self, device: str, dtype: torch.dtype) -> "AddLowRank":
-        return AddLowRank(self.B.to(device, dtype), self.A.to(device, dtype))
 
     def exact(
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
@@ -192,7 +180,7 @@ class AddLowRank(_WithoutSubspace):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AddToRows(_WithoutSubspace):
+class AddToRows(Delta):
     """``W'[r] = W[r] + v`` for the chosen rows r; the others stay as they are.
 
     Attributes:
@@ -211,9 +199,6 @@ class AddToRows(_WithoutSubspace):
         rows = self.rows
         if not len(rows) or rows[0] < 0 or rows[-1] >= shape[0] or bool((rows.diff() <= 0).any()):
             raise ValueError(f"rows are not ascending numbers from 0 to {shape[0] - 1}")
-
-    def to(self, device: str, dtype: torch.dtype) -> "AddToRows":
-        return AddToRows(self.rows.to(device), self.v.to(device, dtype))
 
     def exact(
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
@@ -243,7 +228,7 @@ class AddToRows(_WithoutSubspace):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Replace(_WithoutSubspace):
+class Replace(Delta):
     """``W'`` is given: the result of training, for example.
 
     Attributes:
@@ -281,7 +266,7 @@ KINDS: Mapping[str, type[Delta]] = {
 
 def tensors_of(delta: Delta) -> dict[str, Tensor]:
     """The tensors that a delta takes, by the names of its fields; ``delta_of`` is the inverse."""
-    return {field.name: getattr(delta, field.name) for field in fields(delta)}  # type: ignore[arg-type]
+    return {field.name: getattr(delta, field.name) for field in fields(delta)}
 
 
 def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
@@ -292,7 +277,7 @@ def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
     """
     if kind not in KINDS:
         raise ValueError(f"there is no kind of edit {kind[:80]}")
-    wanted = [field.name for field in fields(KINDS[kind])]  # type: ignore[arg-type]
+    wanted = [field.name for field in fields(KINDS[kind])]
     if sorted(wanted) != sorted(tensors):
         raise ValueError(f"{kind} takes the tensors {', '.join(wanted)}")
     return KINDS[kind](**tensors)
@@ -311,17 +296,14 @@ def _check(
     name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int | None, ...]
 ) -> None:
     """Raise ValueError unless a tensor has this dtype and shape (None: any) and plain numbers."""
-    sizes = tuple(tensor.shape)
-    fits = len(sizes) == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, sizes, strict=True)
+    fits = tensor.ndim == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
     right = tensor.dtype in FLOATS.values() if dtype is None else tensor.dtype == dtype
     if not fits or not right:
         said = str(dtype or "floating-point of 16 to 64 bits").removeprefix("torch.")
         wanted = ["any" if want is None else want for want in shape]
-        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(sizes)}"
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise ValueError(f"{name} is {found}, not {said} {wanted}".replace("'", ""))
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} holds NaN or Inf")
-    if tensor.requires_grad:
-        raise ValueError(f"{name} requires a gradient")

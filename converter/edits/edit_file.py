@@ -23,16 +23,16 @@ EDIT_FILE = "gloss_edit.safetensors"
 CREATED, ADDED, EVIDENCE = "created.", "file.", "evidence."
 """How the names of tensors begin that are not those of a delta."""
 
-StoredNames = Mapping[str, Mapping[str, str]]
-"""Tensor of the checkpoint -> field of its delta -> tensor of the edit file."""
 
-
-def stored_names(edit: Edit, layers: Mapping[str, int]) -> StoredNames:
+def stored_names(edit: Edit, layers: Mapping[str, int]) -> dict[str, dict[str, str]]:
     """What each tensor of an edit is called in the file.
 
     Args:
         edit: whose deltas may share tensors.
         layers: tensor of the checkpoint -> its layer.
+
+    Returns:
+        tensor of the checkpoint -> field of its delta -> tensor of the file.
     """
     users: dict[str, dict[int, list[str]]] = {}
     for name, delta in edit.tensors.items():
@@ -54,20 +54,14 @@ def stored_names(edit: Edit, layers: Mapping[str, int]) -> StoredNames:
 def save_edit(
     path: Path, edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
 ) -> None:
-    """Write the file; see ``file_tensors``."""
+    """Write the file; ``evidence`` is what else the method keeps."""
     path.write_bytes(save(file_tensors(edit, layers, evidence), {"format": "pt"}))
 
 
 def file_tensors(
     edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of the file, by name.
-
-    Args:
-        edit: to be written.
-        layers: tensor of the checkpoint -> its layer.
-        evidence: what else the method keeps.
-    """
+    """The tensors of the file of ``save_edit``, by name."""
     names = stored_names(edit, layers)
     found = {
         names[name][field]: tensor

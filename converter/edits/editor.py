@@ -2,21 +2,20 @@
 
     W' = round(exact(W))           W (O, I)
 
-One pass over the rows of W, in order. An edit that takes a subspace out has two:
+An edit that takes a subspace out passes over the rows of W twice, for P and for W':
 
     W' = round(W - U P),   P = U^T W        U (O, R) orthonormal, P (R, I)
 
-one for P, one for W'. Memory is a few (R, I) and one block of rows, whatever O is. All of it is
-float64, so that two BLAS libraries, which add in another order, give the same bytes.
+Memory is a few (R, I) and one block of rows, whatever O is. All of it is float64, so that two BLAS
+libraries, which add in another order, give the same bytes.
 
-**Rounding.** Without a subspace every element is rounded to nearest. With one, what is rounded to
-nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3 of P in bfloat16, and more where
-corrections are smaller than half a unit in the last place and are lost together. L is known block
-after block, so the blocks that follow can make up for it, as in noise shaping: from row i is taken
-``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows of U that are still to come.
-That is the smallest change of these rows that makes L vanish. The last block goes further: one row
-after the other is rounded to the other neighbour wherever that makes a column of L smaller; so do
-rows that hold much of U, wherever they are. What is taken from an element is at most a quarter of a
+**Rounding.** With a subspace, rounding to nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3
+of P in bfloat16, and more where corrections are smaller than half a unit in the last place and are
+lost together. L is known block after block, so the blocks that follow make up for it, as in noise
+shaping: from row i is taken ``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows
+of U still to come. That is the smallest change of these rows that makes L vanish. The last block,
+and rows that hold much of U, go further: one row after the other is rounded to the other neighbour
+wherever that makes a column of L smaller. What is taken from an element is at most a quarter of a
 machine epsilon of the root mean square of its column, so it ends up no further from the exact one
 than that and one unit in the last place, where rounding to nearest allows half a unit.
 """
@@ -39,24 +38,24 @@ fewer would make matrix products slow."""
 AIM = 1e-4
 """||L|| / ||P|| at which rounding is content: a sixteenth of what rounding to nearest leaves."""
 
-HEAVY = 4.0
+_HEAVY = 4.0
 """A row of U is heavy if it holds so many times what it would if all held the same."""
 
-CHECKED = 32
+_CHECKED = 32
 """Rows after which it is asked whether ``AIM`` is reached."""
 
 STRIP = 1 << 18
 """Elements that are computed on at a time on the CPU. More would leave its caches, with fewer the
 threads that edit other shards wait for each other: each operation takes the interpreter's lock."""
 
-DEVICE_STRIP = 1 << 25
+_DEVICE_STRIP = 1 << 25
 """The same on a GPU, where launching a kernel costs more than reading memory."""
 
 PUSH = 0.25
 """The most that is taken from an element, in machine epsilons of its column's root mean square. An
 eighth is too little at rank 1 and width 16,384, where corrections are tiny."""
 
-RIDGE = 1e-3
+_RIDGE = 1e-3
 """Share of its mean eigenvalue that is added to G, which may be singular near the end."""
 
 Rows = Callable[[int, int], Tensor]
@@ -69,7 +68,7 @@ class Editor:
     Args:
         delta: what becomes of W (O, I).
         height: O.
-        dtype: stored: bfloat16, float16, float32 or float64.
+        dtype: as stored, of 16 to 64 bits.
         rounding: ``null-space`` changes how bfloat16 and float16 are rounded where a subspace is
             taken out; the wider dtypes leave 1e-7 along U as they are.
         device: of the computation.
@@ -80,32 +79,29 @@ class Editor:
     ) -> None:
         basis = delta.protects
         host = torch.zeros(height, 0) if basis is None else basis
-        self.host = host.to("cpu", torch.float64)
-        self.U = self.host.to(device)
+        host = host.to("cpu", torch.float64)
+        self.U = host.to(device)
         self.delta, self.dtype = delta.to(device, torch.float64), dtype
         self.removes = basis is not None
         self.feedback = self.removes and rounding == "null-space" and dtype.itemsize == 2
-        self.strip = STRIP if device == "cpu" else DEVICE_STRIP
-        weights = self.host.square().sum(1)
-        self.heavy = weights > HEAVY * weights.mean() if self.feedback else weights < 0
+        self.strip = STRIP if device == "cpu" else _DEVICE_STRIP
+        weights = host.square().sum(1)
+        self.heavy = weights > _HEAVY * weights.mean() if self.feedback else weights < 0
         blocks = list(self._blocks()) if self.removes else []
-        self.inverses = inverses(self.host, blocks).to(device) if blocks else ()
+        self.inverses = inverses(host, blocks).to(device) if blocks else ()
         self.squares = {
             name: torch.zeros((), dtype=torch.float64, device=device)
             for name in ("W", "P", "error", "left", "change")
         }
 
     def edit(self, rows: Rows, width: int, first: int = 0) -> Iterator[Tensor]:
-        """Edit one matrix (O, I).
+        """Edit one matrix (O, I): gives its new rows, in order, as they are stored.
 
         Args:
             rows: reads it; asked for all of it once, or twice if a subspace is taken out, in order,
                 ``BLOCK`` rows at a time at most.
             width: columns of the matrix: I, or some of them.
             first: which column of W is the first of them.
-
-        Yields:
-            the new rows, in order, as they are stored.
 
         Raises:
             ValueError: W holds NaN or Inf.
@@ -189,13 +185,7 @@ class Editor:
         return new
 
     def _removed(
-        self,
-        stored: Tensor,
-        block: slice,
-        P: Tensor,
-        taken: Tensor,
-        left: Tensor,
-        scratch: Tensor,
+        self, stored: Tensor, block: slice, P: Tensor, taken: Tensor, left: Tensor, scratch: Tensor
     ) -> Tensor:
         """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U.
 
@@ -245,17 +235,12 @@ def _shaped(scratch: Tensor, like: Tensor, filled: bool = True) -> Tensor:
 
 
 def inverses(U: Tensor, blocks: list[slice]) -> Tensor:
-    """For each block of rows of U (O, R) the inverse of the Gram matrix of it and all that follow.
+    """The inverse Gram matrices of each block of rows of U (O, R) with all that follow, (n, R, R).
 
-    Args:
-        U: float64, on the CPU.
-        blocks: consecutive.
-
-    Returns:
-        (blocks, R, R). What is nearly singular, as near the end, is regularised with ``RIDGE``.
+    U is float64, on the CPU. What is nearly singular, as near the end, is regularised (``_RIDGE``).
     """
     grams = torch.stack([U[block].T @ U[block] for block in blocks]).flip(0).cumsum(0).flip(0)
-    ridge = grams.diagonal(dim1=1, dim2=2).mean(1) * RIDGE + torch.finfo(U.dtype).tiny
+    ridge = grams.diagonal(dim1=1, dim2=2).mean(1) * _RIDGE + torch.finfo(U.dtype).tiny
     grams += ridge[:, None, None] * torch.eye(U.shape[1], dtype=U.dtype)
     inverted: Tensor = torch.linalg.inv(grams)
     return inverted
@@ -282,7 +267,7 @@ def absorb_residual(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor
     steps, places, columns = step.unbind(), taken.unbind(), U.unbind()
     halves = weights.div(2).tolist()
     for count, row in enumerate(weights.argsort(descending=True, stable=True).tolist()):
-        if count % CHECKED == 0 and float(left.norm()) <= aim:
+        if count % _CHECKED == 0 and float(left.norm()) <= aim:
             break
         product = (columns[row] @ left).add_(steps[row], alpha=halves[row]).mul_(steps[row])
         torch.lt(product, 0, out=places[row])

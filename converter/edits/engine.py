@@ -13,7 +13,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.editor import BLOCK, STRIP, Rounding
 from converter.errors import OptionError
 
-MOST_WORKERS = 4
+_MOST_WORKERS = 4
 """Shards at a time unless asked for more: disks gain little from more streams."""
 
 
@@ -39,9 +39,9 @@ class Engine:
         Raises:
             OptionError: not even one fits in ``memory_limit``.
         """
-        wanted = self.workers or min(processors(), MOST_WORKERS)
+        wanted = self.workers or min(_processors(), _MOST_WORKERS)
         if self.memory_limit is not None:
-            each = worker_memory(targets, rank)
+            each = _worker_memory(targets, rank)
             if each > self.memory_limit:
                 raise OptionError(
                     "--memory-limit is too small for the edit",
@@ -52,23 +52,19 @@ class Engine:
         return max(min(wanted, shards), 1)
 
     def expected_memory(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
-        """Peak bytes that the edit is expected to take beside Python itself.
-
-        Raises:
-            OptionError: as ``workers_for``.
-        """
+        """Peak bytes that the edit should take beside Python itself. Raises as ``workers_for``."""
         chosen = list(targets)
-        return self.workers_for(shards, chosen, rank) * worker_memory(chosen, rank)
+        return self.workers_for(shards, chosen, rank) * _worker_memory(chosen, rank)
 
 
-def processors() -> int:
+def _processors() -> int:
     """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def worker_memory(targets: Iterable[Weight], rank: int) -> int:
+def _worker_memory(targets: Iterable[Weight], rank: int) -> int:
     """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
 
     A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of
@@ -90,14 +86,12 @@ def worker_memory(targets: Iterable[Weight], rank: int) -> int:
 def quiet_blas(workers: int) -> Iterator[int]:
     """While this lasts, each of ``workers`` threads may use its share of the processors.
 
-    Every worker has a second thread that hashes and writes. Without this each of them would start
-    as many BLAS threads as there are processors, which then wait for each other.
-
-    Yields:
-        the threads that a worker must set for itself, since PyTorch's setting is that of a thread.
+    Every worker has a second thread that hashes and writes. Else each would start as many BLAS
+    threads as there are processors, which wait for each other. Gives the threads that a worker must
+    set for itself, since PyTorch's setting is that of a thread.
     """
     before = torch.get_num_threads()
-    share = max(processors() // (2 * workers), 1)
+    share = max(_processors() // (2 * workers), 1)
     torch.set_num_threads(share)
     try:
         yield share

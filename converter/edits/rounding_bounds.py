@@ -5,25 +5,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from io import RawIOBase
 from math import sqrt
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
-from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.checkpoints.safetensors.rewrite import Region
 from converter.edits.deltas import Delta
 from converter.edits.editor import BLOCK, PUSH, Rows
-from converter.edits.fp8 import dequantize, spread
-from converter.edits.matrices import Matrix, matrices
+from converter.edits.storage import Matrix, dequantize, matrices, spread, whole
 from converter.manifest import EditedTensor
 
 SLACK = 8.0
 """Factor on the probabilistic bound sqrt(D) u for a float32 sum of D products (Higham and Mary,
 SIAM J. Sci. Comput. 41, 2019): at 8 a correct sum exceeds it with negligible probability."""
 
-U32 = 2.0**-24
+_U32 = 2.0**-24
 """Unit roundoff of float32, in which weights in FP8 are edited; others are edited in float64, which
 PyTorch rounds to 16 bits by way of float32."""
 
@@ -49,9 +47,6 @@ class Stored:
         opened: opens a shard.
         tensor: its record.
         infos: tensor name -> entry in its shard's header.
-
-    Attributes:
-        dtype: as stored.
     """
 
     def __init__(
@@ -73,33 +68,20 @@ class Stored:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._files.close()
 
     def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
-        """What it stands for, (D, F) each.
-
-        With it comes, for a weight in FP8, what gives the distance to the next larger value,
-        float64, of some rows; else None. A weight in FP8 is held as a whole.
+        """What it stands for, (D, F) each, and for a weight in FP8, which is held as a whole, what
+        gives the distance to the next larger value of some rows, float64.
         """
         if len(self._regions) == 1:
             yield from ((matrix, None) for matrix in matrices(self._regions[0], self._axis))
             return
-        q, scale = (
-            as_tensor(bytearray(region.read(0, region.info.nbytes)), region.info)
-            for region in self._regions
-        )
+        q, scale = map(whole, self._regions)
         W = dequantize(q, scale, self._block)
         steps = spread(scale, q.shape, self._block)
-        yield (
-            Matrix(lambda i, j: W[i:j], W.shape[1], 0, False),
-            lambda i, j: 2 * half_ulp(q[i:j]) * steps[i:j],
-        )
+        yield Matrix.of(W), lambda i, j: 2 * half_ulp(q[i:j]) * steps[i:j]
 
     @property
     def digests(self) -> tuple[str, str | None]:
@@ -108,7 +90,7 @@ class Stored:
         return first, rest[0] if rest else None
 
 
-def blocks(count: int) -> Iterator[tuple[int, int]]:
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
     """Rows of a matrix, so many that what is computed of them is small."""
     return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
@@ -116,14 +98,12 @@ def blocks(count: int) -> Iterator[tuple[int, int]]:
 def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
     """``||U^T W||``, the sum of the squares of half units in the last place of W, and ``||W||``.
 
-    Args:
-        stored: W.
-        basis: U (O, R); R is 0 for edits that take no subspace out.
+    U is the basis (O, R); R is 0 for edits that take no subspace out.
     """
     U, left, units, squares = basis.double(), 0.0, 0.0, 0.0
     for matrix, _ in stored.matrices():
         P = torch.zeros(U.shape[1], matrix.width, dtype=torch.float64)
-        for i, j in blocks(len(U)):
+        for i, j in _blocks(len(U)):
             W = matrix.rows(i, j)
             P.addmm_(U[i:j].T, W.double())
             squares += float(W.double().square().sum())
@@ -135,20 +115,19 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
     """An upper bound on ||U^T W||_F for W (O, I) that is a projection, rounded to nearest.
 
-    Let P be the exact projection of the source's weight, so U^T P = 0, and W = P + E.
-    ||U^T W|| = ||U^T E|| <= ||E||, since U has orthonormal columns. E has two parts: the final
-    rounding, at most half a unit in the last place of each element, and the arithmetic before it,
-    whose sums over O products err, were they float32, by at most ``SLACK`` sqrt(O) u of the norms
-    involved, the largest of which is that of the weight before the edit. The bound cannot assume
-    that rounding errors are independent of U: corrections smaller than half a unit are lost
-    together.
+    Let P be the exact projection, so U^T P = 0, and W = P + E. ||U^T W|| = ||U^T E|| <= ||E||,
+    since U has orthonormal columns. E has two parts: the final rounding, at most half a unit in the
+    last place of each element, and the arithmetic before it, whose sums over O products err, were
+    they float32, by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of which is that
+    of the weight before the edit. Rounding errors are not independent of U: corrections smaller
+    than half a unit are lost together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
         hidden_size: O.
         norm: ||W||_F before the edit, from the manifest.
     """
-    return sqrt(units) + SLACK * sqrt(hidden_size) * U32 * norm
+    return sqrt(units) + SLACK * sqrt(hidden_size) * _U32 * norm
 
 
 def check_rounded(
@@ -162,13 +141,7 @@ def check_rounded(
     FP8 by the distance of the values that it has there; and by the arithmetic before it, were it
     float32: ``SLACK`` sqrt(O) u (|W_ij| + ``delta.terms``).
 
-    Both tensors are read to the end, whatever is found.
-
-    Args:
-        after, before: W' and W.
-        delta: what W' should be.
-        height: O.
-        nearest: whether ``--rounding nearest`` was asked for.
+    Both tensors, W' and W (O, I), O the height, are read to the end, whatever is found.
 
     Returns:
         the first block of rows in which an element is another one, or None; and the norms of
@@ -183,14 +156,14 @@ def check_rounded(
         columns = slice(old.first, old.first + old.width)
         P, left = torch.zeros(2, U.shape[1], old.width, dtype=torch.float64)
         squares = torch.zeros(old.width, dtype=torch.float64)
-        for i, j in blocks(height):
+        for i, j in _blocks(height):
             W = old.rows(i, j).double()
             P.addmm_(U[i:j].T, W)
             squares += W.square().sum(0)
-        for i, j in blocks(height):
+        for i, j in _blocks(height):
             W, found = old.rows(i, j).double(), new.rows(i, j)
             terms = work.terms(slice(i, j), columns, squares.sqrt())
-            allowed = SLACK * sqrt(height) * U32 * (W.abs() + terms)
+            allowed = SLACK * sqrt(height) * _U32 * (W.abs() + terms)
             allowed += half_ulp(found) * (1 + feedback) if step is None else step(i, j)
             allowed += margin * (squares / height).sqrt()
             exact = work.exact(W, slice(i, j), columns, P, torch.empty_like(W))

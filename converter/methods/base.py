@@ -1,9 +1,9 @@
-"""Methods: one module each, holding a frozen dataclass ``Method`` whose fields are its options.
+"""Methods: frozen dataclasses whose fields are their options, in modules beside this one.
 
 A method says from the headers what it will change (``footprint``), then fits an edit to a model
 (``fit``). It never opens a file and does not know where the model is: all it may use is a
-``Workbench``. A new method is a module beside this one and a line in ``METHODS``, or a package with
-an entry point; see ``runtime.registry``. The module's docstring is its description.
+``Workbench``. A new one is a line in ``METHODS``, or a package with an entry point; see
+``runtime.registry``.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ METHODS = Registry(
     {
         "gloss": "converter.methods.gloss:Method",
         "gloss-paper": "converter.methods.gloss_paper:Method",
-        "profs": "converter.methods.profs:Method",
-        "random": "converter.methods.random_subspace:Method",
+        "profs": "converter.methods.baselines:Profs",
+        "random": "converter.methods.baselines:RandomSubspace",
     },
     ("title", "paper", "strength", "defaults", "footprint", "fit"),
 )
@@ -107,27 +107,28 @@ class Proposal:
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
         try:
-            strengths = tuple(map(_number, self.strengths))
-            evidence = strict_json.plain(dict(self.evidence))
-            if "candidates" in evidence:
-                msgspec.convert(evidence, SubspaceEvidence)
-            wrong = [n for n, t in self.tensors.items() if not (n.isprintable() and is_dense(t))]
-            said = f"tensors {', '.join(wrong)}" if wrong else None
+            strengths, evidence = _kept(self)
         except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
-            raise _no_proposal(str(error)) from error
-        if not strengths or any(a >= b for a, b in pairwise(strengths)):
-            said = f"strengths {list(strengths)}"
-        if said:
-            raise _no_proposal(said)
+            raise FitError(
+                "what the fit proposes", found=str(error), hint=FAULT,
+                expected="ascending finite strengths, evidence as JSON, and plain tensors",
+            ) from error  # fmt: skip
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "evidence", evidence)
 
 
-def _no_proposal(found: str) -> FitError:
-    return FitError(
-        "what the fit proposes", found=found, hint=FAULT,
-        expected="ascending finite strengths, evidence as JSON, and plain tensors",
-    )  # fmt: skip
+def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Strengths and evidence as they are kept. Raises errors of many kinds if they cannot be."""
+    strengths = tuple(map(_number, proposal.strengths))
+    if not strengths or any(a >= b for a, b in pairwise(strengths)):
+        raise ValueError(f"strengths {list(strengths)}")
+    evidence = strict_json.plain(dict(proposal.evidence))
+    if "candidates" in evidence:
+        msgspec.convert(evidence, SubspaceEvidence)
+    for name, tensor in proposal.tensors.items():
+        if not (name.isprintable() and is_dense(tensor)):
+            raise ValueError(f"tensor {name}")
+    return strengths, evidence
 
 
 def _number(value: Any) -> float:
@@ -211,9 +212,9 @@ _Part = TypeVar("_Part", Edit, Footprint, Proposal)
 
 
 def _returned(value: Any, kind: type[_Part], method: Method) -> _Part:
-    if not isinstance(value, kind):
-        expected, found = kind.__name__, type(value).__name__
-        raise FitError(
-            f"{method.title} gives something else", expected=expected, found=found, hint=FAULT
-        )
-    return value
+    if isinstance(value, kind):
+        return value
+    raise FitError(
+        f"{method.title} gives something else", hint=FAULT,
+        expected=kind.__name__, found=type(value).__name__,
+    )  # fmt: skip

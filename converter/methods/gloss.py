@@ -5,7 +5,7 @@
                                             u^T A_l u is what toxic words lose without u
     V = leading eigenvectors of the sum of A_l' over layers, (D, K)
     U = V X                                 X (K, R) from the moments of single words and pieces of
-                                            neutral text within V: see ``greedy``
+                                            neutral text within V: see ``greedy_directions``
 
 arXiv 2505.17078 gives the scheme of one subspace and one projection for all layers; ``gloss_paper``
 is its letter. Here the signal speaks before the layers are cut into candidates, and more is asked
@@ -14,31 +14,36 @@ these to nothing many times over and leave the others, or take slang, and all in
 them. The protection of neutral directions is what keeps the edit from destroying a small model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from converter.calibration.linear_algebra import shared_directions
-from converter.calibration.statistics import Activations, Moments, Request, Site
+from converter.calibration.linear_algebra import shared_directions, turned
+from converter.calibration.statistics import Moments, Request, Site
 from converter.checkpoints.architectures.dimensions import Dimensions
-from converter.errors import FitError
-from converter.manifest import Candidate
 from converter.methods.base import Layers, Proposal, Workbench
-from converter.methods.greedy import greedy_directions
 from converter.methods.subspace import (
-    MAX_RANK,
     Removal,
     Subspace,
+    candidates_of,
     protected_differences,
+    rank_within,
 )
 from converter.models.batching import Pooling
 
+_LIMIT = 1.0
+"""Nats, over the saturation, up to which a word that becomes more probable counts as worse."""
+
+_STARTS = 3
+"""Leading eigenvectors from which each direction is sought."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method(Removal):
-    """GloSS with its options.
+class GlobalRemoval(Removal):
+    """What both methods of GloSS have, which take one subspace out of all layers.
 
     Attributes:
         layers: see ``Removal``; by default from L/4 up to 0.9 L. The last layers cost perplexity
@@ -47,6 +52,31 @@ class Method(Removal):
         site: where activations are taken: ``ffn`` or ``residual``.
         pooling: of the differences, by which directions are turned to the toxic side: over the
             positions that predict a toxic token, over all, or the last.
+    """
+
+    edit_layers: Layers = ()
+    site: Site = "ffn"
+    pooling: Pooling = "predicting"
+
+    @classmethod
+    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
+        """Values of the options that depend on the model."""
+        count = dimensions.num_hidden_layers
+        first = count // 4
+        return {"layers": tuple(range(first, max(int(0.9 * count), first + 1)))}
+
+    @property
+    def edited(self) -> Layers:
+        """See ``Removal``."""
+        return self.edit_layers or self.layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method(GlobalRemoval):
+    """GloSS with its options.
+
+    Attributes:
+        layers, edit_layers, site, pooling: see ``GlobalRemoval``.
         per_layer: leading causal directions of each layer that are recorded, to show what the
             layers have in common.
         directions: K, among which U is sought.
@@ -61,27 +91,12 @@ class Method(Removal):
     title: ClassVar[str] = "GloSS, global toxic subspace suppression"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
 
-    edit_layers: Layers = ()
-    site: Site = "ffn"
-    pooling: Pooling = "predicting"
     per_layer: int = field(default=4, metadata={"min": 1})
     directions: int = field(default=32, metadata={"min": 1})
     saturation: float = field(default=3.0, metadata={"min": 1e-3})
     cost: float = field(default=3.0, metadata={"min": 0})
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
-
-    @classmethod
-    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """Values of the options that depend on the model."""
-        count = dimensions.num_hidden_layers
-        first = count // 4
-        return {"layers": tuple(range(first, max(int(0.9 * count), first + 1)))}
-
-    @property
-    def edited(self) -> Layers:
-        """See ``Removal``."""
-        return self.edit_layers or self.layers
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -95,56 +110,132 @@ class Method(Removal):
                 self.directions, self.protect_shared, self.per_layer,
             )
         )  # fmt: skip
-        width = seen.neutral[self.layers[0]].shape[1]
-        shared = shared_directions(seen.second_moment, self.protect_shared, width)
-        means = {
-            layer: protected_differences(
-                seen, layer, shared, self.protect_own, self.per_layer
-            ).mean(0)
-            for layer in self.layers
-        }
-        rows = torch.cat([self._leading(seen, layer, mean) for layer, mean in means.items()])
-        tokens = bench.decode(rows, self.top_tokens)
         assert seen.moments is not None  # requested
-        basis, values = self._basis(seen.moments, torch.stack(list(means.values())).sum(0))
-        places = [
-            (layer, index, score)
-            for layer in self.layers
-            for index, score in enumerate(seen.leading[layer][1].tolist())
-        ]
-        candidates = tuple(
-            Candidate(
-                layer=layer, kind="causal", index=index, score=score, kept=True, tokens=decoded
-            )
-            for (layer, index, score), decoded in zip(places, tokens, strict=True)
-        )
-        subspace = Subspace(
-            dict.fromkeys(self.edited, basis), {"U": values}, candidates, rows.float()
-        )
+        shared = shared_directions(seen.second_moment, self.protect_shared, seen.width)
+        means, rows, candidates = [], [], []
+        for layer in self.layers:
+            T = protected_differences(seen, layer, shared, self.protect_own, self.per_layer)
+            directions, scores = seen.leading[layer]
+            means.append(T.mean(0))
+            rows.append(turned(directions.double(), means[-1]))
+            candidates += candidates_of(layer, "causal", scores.tolist())
+        basis, values = self._basis(seen.moments, torch.stack(means).sum(0))
+        bases = dict.fromkeys(self.edited, basis)
+        subspace = Subspace(bases, {"U": values}, candidates, torch.cat(rows))
         return self.propose(bench, subspace, seen.second_moment)
 
-    def _leading(self, seen: Activations, layer: int, mean: Tensor) -> Tensor:
-        """The leading causal directions of a layer as unit rows, turned to the toxic side."""
-        found = seen.leading[layer][0].double()
-        signs = torch.where(found @ mean < 0, -1.0, 1.0).double()
-        return signs[:, None] * found
-
     def _basis(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
-        """U, turned to the toxic side, and square roots of what words lose on average along V.
-
-        U is as wide as it can be if no rank is given.
-        """
-        width = moments.directions.shape[1]
-        rank = self.rank or min(MAX_RANK, width)
-        if rank > width:
-            raise FitError(
-                f"rank {rank} is larger than the directions among which it is sought",
-                expected=f"at most {width}",
-                found=str(rank),
-                hint="lower -o rank, or raise -o directions",
-            )
-        V = moments.directions.double()
-        U = torch.linalg.qr(V @ greedy_directions(moments, rank, self.saturation, self.cost)).Q
-        signs = torch.where(toward @ U < 0, -1.0, 1.0).double()
+        """U, turned to the toxic side, and square roots of what words lose on average along V."""
+        rank = rank_within(
+            self.rank,
+            moments.directions.shape[1],
+            than="the directions among which it is sought",
+            which="",
+            hint="lower -o rank, or raise -o directions",
+        )
+        X = greedy_directions(moments, rank, self.saturation, self.cost)
+        U = torch.linalg.qr(moments.directions.double() @ X).Q
         values = torch.linalg.eigvalsh(moments.words.double().mean(0)).flip(0)
-        return (U * signs).float().contiguous(), values.clamp(min=0).sqrt()
+        return turned(U.T, toward).T.float().contiguous(), values.clamp(min=0).sqrt()
+
+
+def greedy_directions(moments: Moments, rank: int, saturation: float, cost: float) -> Tensor:
+    """Directions one after the other, each the best for the words that the former ones left.
+
+    The columns of X (K, R) minimise J one at a time, the former ones fixed. For n toxic words with
+    moments M_w and m pieces of neutral text with moments M_i, all (K, K) and within K directions,
+    see ``collect.moments_within``:
+
+        q_w(X) = tr X^T M_w X                      nats that a word loses, to first order
+        J(X)   = sum of  weight_w exp(-q_w / s)  +  cost  sum over kinds of text of  D(X)
+        D(X)   = max(0, sum q_i) / t  +  1/2  sum q_i^2 / t       t tokens of that kind
+
+    The first term is close to the share of toxic words that are left. It saturates: a word that has
+    become improbable counts no more, so the next direction turns to others. The second bounds what
+    neutral text pays: its mean loss, if it is one, and the empirical Fisher information, which is
+    the divergence of the next-token distributions to second order. Both directions that neutral
+    text needs and those that it seems to be better off without are costly, and what one layer takes
+    and another gives back cancels.
+
+    Args:
+        moments: of toxic words and of neutral text.
+        rank: R, at most K.
+        saturation: s, nats. First-order losses are larger than real ones, which end at the
+            probability of other words.
+        cost: of a nat per token of neutral text, in shares of toxic words.
+
+    Returns:
+        X (K, R) float64, orthonormal columns; those of a smaller rank are the first of them.
+    """
+    objective = _Objective(moments, saturation, cost)
+    width = moments.directions.shape[1]
+    X = torch.zeros(width, 0, dtype=torch.float64)
+    for _ in range(rank):
+        free = torch.linalg.qr(X, mode="complete").Q[:, X.shape[1] :]
+        starts = free.T @ objective.leading(X, free)
+        tried = [_minimise(objective, X, free, start) for start in starts.T]
+        best = min(range(len(tried)), key=lambda i: tried[i][0])
+        X = torch.cat([X, tried[best][1][:, None]], 1)
+    return X
+
+
+class _Objective:
+    """J of ``greedy_directions``."""
+
+    def __init__(self, moments: Moments, saturation: float, cost: float) -> None:
+        self.words = moments.words.double()
+        self.weights = moments.weights.double() / moments.weights.double().sum()
+        self.texts: Mapping[str, Tensor] = {k: m.double() for k, m in moments.texts.items()}
+        self.tokens = moments.tokens
+        self.saturation, self.cost = saturation, cost
+
+    def losses(self, X: Tensor) -> dict[str, Tensor]:
+        """q of every word and every piece of text, by kind; (n,) each."""
+        outer = (X @ X.T).flatten()
+        kinds = {"words": self.words, **self.texts}
+        return {kind: moments.flatten(1) @ outer for kind, moments in kinds.items()}
+
+    def leading(self, X: Tensor, free: Tensor) -> Tensor:
+        """What the words that are left owe most to, (K, at most _STARTS)."""
+        left = self.weights * self._left(self.losses(X)["words"])
+        A = free.T @ torch.einsum("w,wij->ij", left, self.words) @ free
+        vectors: Tensor = torch.linalg.eigh(A).eigenvectors.flip(1)[:, :_STARTS]
+        return free @ vectors
+
+    def _left(self, q: Tensor) -> Tensor:
+        return torch.exp(-(q / self.saturation).clamp(min=-_LIMIT))
+
+    def __call__(self, before: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """J of former columns, given by their losses, and one more unit column x (K,)."""
+        q = before["words"] + (self.words @ x) @ x
+        value = (self.weights * self._left(q)).sum()
+        for kind, moments in self.texts.items():
+            q, t = before[kind] + (moments @ x) @ x, self.tokens[kind]
+            value = value + self.cost * (q.sum().relu() + q.square().sum() / 2) / t
+        return value
+
+
+def _minimise(
+    objective: _Objective, X: Tensor, free: Tensor, start: Tensor
+) -> tuple[float, Tensor]:
+    """The best unit column within ``free`` that is found from ``start``, and its J."""
+    before = objective.losses(X)
+    y = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [y], max_iter=100, tolerance_grad=1e-9, tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def column() -> Tensor:
+        return torch.nn.functional.normalize(free @ y, dim=0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = objective(before, column())
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        x = column()
+        return float(objective(before, x)), x

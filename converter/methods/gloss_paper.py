@@ -12,8 +12,9 @@ protection P nor causal moments (see ``gloss``); ``-o candidates=mean+svd -o ran
 protect_shared=0 -o protect_own=0`` is without both.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,66 +25,137 @@ from converter.calibration.linear_algebra import (
     remove,
     shared_directions,
     svd_directions,
+    top_right_singular_vectors,
+    turned,
 )
-from converter.calibration.statistics import Activations, Request, Site
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.calibration.statistics import Activations, Request
+from converter.errors import FitError
 from converter.manifest import Candidate, Kind
-from converter.methods import gloss
-from converter.methods.base import Layers, Proposal, Workbench
-from converter.methods.rankings import Evidence, load_ranking, ranking_names
-from converter.methods.subspace import (
-    MAX_RANK,
-    Removal,
-    Subspace,
-    above_threshold,
-    global_basis,
-    protected_differences,
-)
-from converter.models.batching import Pooling
+from converter.methods.base import Proposal, Workbench
+from converter.methods.gloss import GlobalRemoval
+from converter.methods.subspace import Subspace, protected_differences, rank_within
 from converter.runtime import progress
 
-LITTLE = 0.5
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a ranking signal can look at.
+
+    Attributes:
+        rows: (C, D) float64, unit candidates, turned to the toxic side.
+        layers: of each candidate.
+        differences: layer -> T_l (N, D) float64, toxic minus neutral, protected.
+        causal: layer -> A_l (D, D); see ``collect.causal_moments``. Empty if it was not taken.
+        bench: decodes candidates, and has the word list.
+        top_tokens: how many tokens to decode.
+    """
+
+    rows: Tensor
+    layers: tuple[int, ...]
+    differences: Mapping[int, Tensor]
+    causal: Mapping[int, Tensor]
+    bench: Workbench
+    top_tokens: int
+
+    def cosines(self, directions: Mapping[int, Tensor]) -> list[float]:
+        """Of each candidate with the unit direction (D,) of its layer."""
+        pairs = zip(self.rows, self.layers, strict=True)
+        return [float(u @ directions[layer]) for u, layer in pairs]
+
+
+def _causal(evidence: Evidence) -> list[float]:
+    """u^T A_l u, nats that toxic words lose, to first order, without u in its layer."""
+    pairs = zip(evidence.rows, evidence.layers, strict=True)
+    return [float(u @ evidence.causal[layer].double() @ u) for u, layer in pairs]
+
+
+def _mean_difference(evidence: Evidence) -> list[float]:
+    """cos(u, mean row of T_l)."""
+    return evidence.cosines({n: mean_difference(T)[0] for n, T in evidence.differences.items()})
+
+
+_RIDGE = 0.1
+"""Of the mean variance, added to every variance: there are fewer pairs than dimensions."""
+
+
+def _linear_probe(evidence: Evidence) -> list[float]:
+    """cos(u, w_l), w_l the direction that separates T_l best from its mirror image (Fisher).
+
+        w ~ (S + ridge tr(S) / D I)^-1 m      m, S: mean and covariance of the rows of T_l
+
+    A pair is classified by the sign of w^T (x+ - x-), so the probe is trained on differences.
+    """
+    probes = {}
+    for layer, T in evidence.differences.items():
+        mean = T.mean(0)
+        S = (T - mean).T @ (T - mean) / len(T)
+        S = S + _RIDGE * S.trace() / len(S) * torch.eye(len(S), dtype=S.dtype)
+        probes[layer] = torch.nn.functional.normalize(torch.linalg.solve(S, mean), dim=0)
+    return evidence.cosines(probes)
+
+
+_LITTLE = 0.5
 """Share of the word list that must be single tokens for a ranking by vocabulary to say much."""
 
 
+def _vocabulary(evidence: Evidence) -> list[float]:
+    """The share of listed words among the tokens that u decodes to: GloSS as published.
+
+    Raises:
+        FitError: the candidates cannot be decoded.
+    """
+    bench = evidence.bench
+    if (share := bench.single_token_share()) < _LITTLE:
+        progress.warn(
+            f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
+            "vocabulary says little; the other rankings do not depend on it"
+        )
+    tokens = bench.decode(evidence.rows, evidence.top_tokens)
+    if not all(tokens):
+        raise FitError(
+            "the directions cannot be decoded, so they cannot be ranked by vocabulary",
+            expected="an unembedding stored as plain numbers",
+            hint="use -o ranking=mean-difference",
+        )
+    return [sum(token in bench.words for token in decoded) / len(decoded) for decoded in tokens]
+
+
+RANKINGS: Mapping[str, Callable[[Evidence], list[float]]] = {
+    "causal": _causal,
+    "linear-probe": _linear_probe,
+    "mean-difference": _mean_difference,
+    "vocabulary": _vocabulary,
+}
+"""Ranking signals: each gives every candidate a number, larger for more toxic. It may raise
+FitError. Only ``causal`` needs a gradient."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method(Removal):
+class Method(GlobalRemoval):
     """GloSS as published, with its options.
 
     Attributes:
-        layers, edit_layers, site, pooling, protect_shared, protect_own: see ``gloss``.
+        layers, edit_layers, site, pooling: see ``GlobalRemoval``.
         candidates: of each layer: ``causal`` directions, the ``mean`` difference, the first ``svd``
             directions of the differences, or both of these.
         per_layer: causal or singular directions of each layer.
-        ranking: the signal that scores candidates, a module of ``methods.rankings``.
+        ranking: the signal of ``RANKINGS`` that scores candidates.
         alpha: standard deviations over the mean score that a candidate needs. If all scores are
             equal (``candidates=mean`` with ``ranking=mean-difference``) all are kept.
         weights: of kept candidates in the stack: by ``score`` or ``equal``.
+        protect_shared, protect_own: see ``gloss``.
     """
 
     title: ClassVar[str] = "GloSS as published, candidates of each layer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
 
-    edit_layers: Layers = ()
-    site: Site = "ffn"
-    pooling: Pooling = "predicting"
     candidates: Literal["causal", "mean", "svd", "mean+svd"] = "causal"
     per_layer: int = field(default=4, metadata={"min": 1})
-    ranking: str = field(default="causal", metadata={"names": ranking_names})
+    ranking: str = field(default="causal", metadata={"names": lambda: list(RANKINGS)})
     alpha: float = 1.0
     weights: Literal["score", "equal"] = "score"
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
-
-    @classmethod
-    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """Values of the options that depend on the model."""
-        return gloss.Method.defaults(dimensions)
-
-    @property
-    def edited(self) -> Layers:
-        """See ``Removal``."""
-        return self.edit_layers or self.layers
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -92,12 +164,11 @@ class Method(Removal):
             FitError: protection leaves nothing, no candidate is over the threshold, or fewer than
                 ``rank`` are.
         """
-        gradient = self.candidates == "causal" or load_ranking(self.ranking).NEEDS_GRADIENT
+        gradient = "causal" in (self.candidates, self.ranking)
         seen = bench.activations(
             Request(self.site, self.pooling, self.layers, self.protect_shared > 0, gradient)
         )
-        width = seen.neutral[self.layers[0]].shape[1]
-        shared = shared_directions(seen.second_moment, self.protect_shared, width)
+        shared = shared_directions(seen.second_moment, self.protect_shared, seen.width)
         rows: list[Tensor] = []
         places: list[tuple[int, Kind, int]] = []
         differences = {}
@@ -107,27 +178,16 @@ class Method(Removal):
             for kind, directions in self._candidates(seen, layer, T, shared):
                 rows.extend(directions)
                 places.extend((layer, kind, index) for index in range(len(directions)))
-        stack = torch.stack(rows)
-        tokens = bench.decode(stack, self.top_tokens)
-        layers = tuple(layer for layer, *_ in places)
-        if self.ranking == "vocabulary" and (share := bench.single_token_share()) < LITTLE:
-            progress.warn(
-                f"only {share:.0%} of the word list are single tokens of this model, so ranking by "
-                "vocabulary says little; the other rankings do not depend on it"
-            )
-        evidence = Evidence(stack, layers, differences, seen.causal, tokens, bench.words)
-        scores = load_ranking(self.ranking).score(evidence)
+        stack, layers = torch.stack(rows), tuple(layer for layer, *_ in places)
+        evidence = Evidence(stack, layers, differences, seen.causal, bench, self.top_tokens)
+        scores = RANKINGS[self.ranking](evidence)
         kept = above_threshold(scores, self.alpha)
         basis, values = self._basis(stack, torch.tensor(scores), torch.tensor(kept))
-        candidates = tuple(
-            Candidate(layer=layer, kind=kind, index=index, score=score, kept=keep, tokens=decoded)
-            for (layer, kind, index), score, keep, decoded in zip(
-                places, scores, kept, tokens, strict=True
-            )
-        )
-        subspace = Subspace(
-            dict.fromkeys(self.edited, basis), {"U": values}, candidates, stack.float()
-        )
+        candidates = [
+            Candidate(layer=layer, kind=kind, index=index, score=score, kept=keep, tokens=())
+            for (layer, kind, index), score, keep in zip(places, scores, kept, strict=True)
+        ]
+        subspace = Subspace(dict.fromkeys(self.edited, basis), {"U": values}, candidates, stack)
         return self.propose(bench, subspace, seen.second_moment)
 
     def _candidates(
@@ -145,9 +205,63 @@ class Method(Removal):
         return parts
 
     def _basis(self, rows: Tensor, scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """U and singular values of the kept rows; as wide as it can be if no rank is given."""
+        """U and singular values of the kept rows."""
         rows, scores = rows[kept], scores[kept]
         if self.weights == "score" and (scores > 0).any():
             rows = rows * scores.clamp(min=0).sqrt()[:, None]
-        rank = self.rank or min(MAX_RANK, int(torch.linalg.matrix_rank(rows)))
-        return global_basis(rows, rank)
+        return global_basis(rows, self.rank)
+
+
+_EQUAL = 1e-9
+"""Scores that differ by less than this share of the largest are equal."""
+
+
+def above_threshold(scores: Sequence[float], alpha: float) -> list[bool]:
+    """Which scores exceed mean + alpha * std of all of them (population std).
+
+    The threshold rule of GloSS (arXiv 2505.17078). Scores that are all equal say nothing, and all
+    are kept.
+
+    Raises:
+        FitError: none does.
+    """
+    values = torch.tensor(scores, dtype=torch.float64)
+    if values.max() - values.min() <= _EQUAL * values.abs().max():
+        return [True] * len(scores)
+    threshold = values.mean() + alpha * values.std(correction=0)
+    kept = [bool(v > threshold) for v in values]
+    if not any(kept):
+        raise FitError(
+            "no candidate direction is over the threshold",
+            expected=f"a score over {threshold:.4f} (mean + {alpha} standard deviations)",
+            found=f"a highest score of {values.max():.4f}",
+            hint="lower -o alpha",
+        )
+    return kept
+
+
+def global_basis(candidates: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The leading subspace of stacked candidates, by uncentred principal component analysis.
+
+    Args:
+        candidates: (C, D) rows, each as long as it should count.
+        rank: R, columns wanted; None for as many as are fitted by default.
+
+    Returns:
+        U (D, R) float32 with orthonormal columns, each turned so that the candidates have a
+        positive sum along it, and all singular values.
+
+    Raises:
+        FitError: the candidates span fewer than ``rank`` dimensions.
+    """
+    spanned = int(torch.linalg.matrix_rank(candidates.double()))
+    rank = rank_within(
+        rank,
+        spanned,
+        than="the candidates allow",
+        which=f", the dimensions that {len(candidates)} candidates span",
+        hint="lower -o rank, or lower -o alpha to keep more candidates",
+    )
+    vectors, values = top_right_singular_vectors(candidates, rank)
+    rows = turned(vectors.T, candidates.double().sum(0))
+    return rows.T.float().contiguous(), values

@@ -4,15 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from math import isfinite
 from types import NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -29,12 +21,11 @@ def configure(
     dimensions: Dimensions,
     implied: Mapping[str, str] | None = None,
 ) -> Method:
-    """A method with its options: as typed, or by default.
+    """A method with its options: as typed, or by default, which may depend on the dimensions.
 
     Args:
-        name: of a method.
+        name, dimensions: of the method, of the model.
         options: key -> value, as typed.
-        dimensions: of the model; the defaults of some options depend on them.
         implied: other defaults, of those options that the method has.
 
     Raises:

@@ -4,7 +4,7 @@ Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candi
 (D, R) with orthonormal columns. Everything is float64: the matrices are small beside the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,20 +25,19 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import RemoveSubspace
 from converter.errors import FitError, OptionError
-from converter.manifest import Candidate, SubspaceEvidence, to_json
+from converter.manifest import Candidate, Kind, SubspaceEvidence, to_json
 from converter.methods.base import Layers, Proposal, Workbench
-from converter.methods.post_norms import after_norm, before_norm
 
 MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
 
-RANKS = (1, 2, 3, 4, 6, MAX_RANK)
+_RANKS = (1, 2, 3, 4, 6, MAX_RANK)
 """Among which a rank is chosen."""
 
-SPARED = 16
+_SPARED = 16
 """Leading neutral directions that random subspaces spare, as GloSS does by default."""
 
-NOTHING = 1e-6
+_NOTHING = 1e-6
 """A share of the differences' norm that is rounding error rather than a difference."""
 
 
@@ -50,14 +49,39 @@ class Subspace:
         bases: edited layer -> (D, R) float32, orthonormal columns, the most important first.
         singular_values: of the matrix from which the basis was taken; one tensor under the key
             ``U``, or one for each layer under ``U.layer``.
-        candidates: all of them, in order of layer.
-        rows: (C, D) float32, their directions, unit vectors.
+        candidates: all of them, in order of layer, not decoded yet.
+        rows: (C, D), their directions, unit vectors.
     """
 
     bases: Mapping[int, Tensor]
     singular_values: Mapping[str, Tensor]
-    candidates: tuple[Candidate, ...]
+    candidates: Iterable[Candidate]
     rows: Tensor
+
+
+def candidates_of(layer: int, kind: Kind, scores: Iterable[float]) -> list[Candidate]:
+    """Candidates of one layer and kind that are all kept."""
+    return [
+        Candidate(layer=layer, kind=kind, index=index, score=score, kept=True, tokens=())
+        for index, score in enumerate(scores)
+    ]
+
+
+def rank_within(rank: int | None, most: int, *, than: str, which: str, hint: str) -> int:
+    """The rank that is asked for, or what is fitted if none is: ``MAX_RANK`` where that can be.
+
+    Raises:
+        FitError: it is over ``most``, or that is 0; ``than``, ``which`` and ``hint`` say why.
+    """
+    wanted = rank or min(MAX_RANK, most)
+    if not 1 <= wanted <= most:
+        raise FitError(
+            f"rank {wanted} is larger than {than}",
+            expected=f"at most {most}{which}",
+            found=str(wanted),
+            hint=hint,
+        )
+    return wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +139,7 @@ class Removal:
         gains = bench.gains
         bases = before_norm(subspace.bases, gains)
         width, widest = next(iter(bases.values())).shape
-        spared = shared_directions(moment, min(SPARED, width // 8), width)
+        spared = shared_directions(moment, min(_SPARED, width // 8), width)
 
         def edit(rank: float) -> Edit:
             return self._edit(bench.plan, {n: U[:, : int(rank)] for n, U in bases.items()})
@@ -127,15 +151,15 @@ class Removal:
         def energy(rank: float) -> float | None:
             if moment is None:
                 return None
-            written = after_norm({n: U[:, : int(rank)] for n, U in bases.items()}, gains)
+            backwards = {n: torch.where(g == 0, 0, 1 / g) for n, g in gains.items()}
+            written = before_norm({n: U[:, : int(rank)] for n, U in bases.items()}, backwards)
             return max(neutral_energy(U, moment) for U in written.values())
 
-        free = self.rank is None
-        ranks = [rank for rank in RANKS if rank <= widest]
-        if not free:
+        ranks = [rank for rank in _RANKS if rank <= widest]
+        if self.rank is not None:
             ranks = sorted({*ranks, widest})
-        evidence, tensors = _evidence(bench, subspace, width)
-        return Proposal(ranks, free, edit, control, evidence, tensors, energy)
+        evidence, tensors = self._evidence(bench, subspace, width)
+        return Proposal(ranks, self.rank is None, edit, control, evidence, tensors, energy)
 
     def _weights(self, plan: Plan) -> tuple[Weight, ...]:
         """The down-projections, and their biases if they change, in order of layer."""
@@ -153,21 +177,21 @@ class Removal:
             deltas[weight.info.name] = known
         return Edit(deltas)
 
-
-def _evidence(
-    bench: Workbench, subspace: Subspace, width: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the manifest and the edit's file keep of a fit."""
-    candidates, values = subspace.candidates, subspace.singular_values
-    evidence = SubspaceEvidence(
-        hidden_size=width,
-        singular_values={name: tuple(found.tolist()) for name, found in values.items()},
-        candidates=tuple(
-            replace(candidate, tokens=tuple(map(bench.masked, candidate.tokens)))
-            for candidate in candidates
-        ),
-    )
-    return to_json(evidence), _tensors(evidence) | {"candidates": subspace.rows}
+    def _evidence(
+        self, bench: Workbench, subspace: Subspace, width: int
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the manifest and the edit's file keep of a fit."""
+        decoded = bench.decode(subspace.rows, self.top_tokens)
+        evidence = SubspaceEvidence(
+            hidden_size=width,
+            singular_values={n: tuple(x.tolist()) for n, x in subspace.singular_values.items()},
+            candidates=tuple(
+                replace(candidate, tokens=tuple(map(bench.masked, tokens)))
+                for candidate, tokens in zip(subspace.candidates, decoded, strict=True)
+            ),
+        )
+        rows = subspace.rows.float().contiguous()
+        return to_json(evidence), _tensors(evidence) | {"candidates": rows}
 
 
 def _tensors(evidence: SubspaceEvidence) -> dict[str, Tensor]:
@@ -181,11 +205,9 @@ def _tensors(evidence: SubspaceEvidence) -> dict[str, Tensor]:
 
 
 def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors of the edit's file that are not as the manifest says.
+    """The names of tensors of the edit's file that are not as the manifest's evidence says.
 
-    Args:
-        evidence: of the manifest.
-        tensors: of the file, without those of the edit itself.
+    Those of the edit itself are not among them.
     """
     expected = _tensors(evidence)
     rows = tensors.get("candidates", torch.empty(0))
@@ -197,6 +219,33 @@ def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) ->
         if ours is None or theirs is None or not (same and torch.equal(ours, theirs)):
             wrong.append(name)
     return wrong
+
+
+def before_norm(bases: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Bases of what the FFNs add as those of what the down-projections give.
+
+    A norm may come between:
+
+        f = diag(g) rms(W h)    g (D,), rms divides by a scalar of each token
+
+    To remove U (D, R) from what W gives leaves most of it in f, because g turns it: ``U^T f`` is
+    ``(diag(g) U)^T W h`` over that scalar. So W is projected along ``orth(diag(g) U)``, and nothing
+    of f is left along U. The columns keep their direction, and those of a smaller rank remain the
+    first of those of a larger one.
+
+    Args:
+        bases: layer -> U.
+        gains: layer -> g, of the layers with such a norm.
+
+    Returns:
+        layer -> (D, R) float32, orthonormal.
+    """
+    turned = dict(bases)
+    for layer in bases.keys() & gains.keys():
+        Q, R = torch.linalg.qr(gains[layer].double()[:, None] * bases[layer].double())
+        signs = torch.where(R.diagonal() < 0, -1.0, 1.0).double()
+        turned[layer] = (Q * signs).float().contiguous()
+    return turned
 
 
 def neutral_energy(U: Tensor, moment: Tensor) -> float:
@@ -211,8 +260,7 @@ def protected_differences(
     """``(X+ - X-) (I - P P^T)`` of a layer, (N, D) float64: what tells the two sides apart.
 
     Args:
-        activations: of the pairs.
-        layer: whose.
+        activations, layer: of the pairs, and which.
         shared: (D, p) directions of all layers that are protected.
         own: leading right singular vectors of the layer's neutral side that are, too.
         needed: directions that have to be left.
@@ -231,65 +279,10 @@ def protected_differences(
     protected = extend(shared, top_right_singular_vectors(neutral, own)[0])
     differences = activations.toxic[layer].double() - neutral
     left = remove(differences, protected)
-    if left.norm() < NOTHING * differences.norm():
+    if left.norm() < _NOTHING * differences.norm():
         raise FitError(
             f"protecting {protected.shape[1]} of {protected.shape[0]} dimensions leaves "
             f"nothing of what tells the two sides apart in layer {layer}",
             hint="lower -o protect_shared and -o protect_own",
         )
     return left
-
-
-EQUAL = 1e-9
-"""Scores that differ by less than this share of the largest are equal."""
-
-
-def above_threshold(scores: Sequence[float], alpha: float) -> list[bool]:
-    """Which scores exceed mean + alpha * std of all of them (population std).
-
-    The threshold rule of GloSS (arXiv 2505.17078). Scores that are all equal say nothing, and all
-    are kept.
-
-    Raises:
-        FitError: none does.
-    """
-    values = torch.tensor(scores, dtype=torch.float64)
-    if values.max() - values.min() <= EQUAL * values.abs().max():
-        return [True] * len(scores)
-    threshold = values.mean() + alpha * values.std(correction=0)
-    kept = [bool(v > threshold) for v in values]
-    if not any(kept):
-        raise FitError(
-            "no candidate direction is over the threshold",
-            expected=f"a score over {threshold:.4f} (mean + {alpha} standard deviations)",
-            found=f"a highest score of {values.max():.4f}",
-            hint="lower -o alpha",
-        )
-    return kept
-
-
-def global_basis(candidates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The leading subspace of stacked candidates, by uncentred principal component analysis.
-
-    Args:
-        candidates: (C, D) rows, each as long as it should count.
-        rank: R, columns wanted.
-
-    Returns:
-        U (D, R) float32 with orthonormal columns, each turned so that the candidates have a
-        positive sum along it, and all singular values.
-
-    Raises:
-        FitError: the candidates span fewer than ``rank`` dimensions.
-    """
-    spanned = int(torch.linalg.matrix_rank(candidates.double()))
-    if rank > spanned:
-        raise FitError(
-            f"rank {rank} is larger than the candidates allow",
-            expected=f"at most {spanned}, the dimensions that {len(candidates)} candidates span",
-            found=str(rank),
-            hint="lower -o rank, or lower -o alpha to keep more candidates",
-        )
-    vectors, values = top_right_singular_vectors(candidates, rank)
-    signs = torch.where((candidates.double() @ vectors).sum(0) < 0, -1.0, 1.0).double()
-    return (vectors * signs).float().contiguous(), values

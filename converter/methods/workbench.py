@@ -1,5 +1,6 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,16 +16,14 @@ from converter.calibration.statistics import (
     load_activations,
     save_activations,
 )
-from converter.calibration.vocabulary import Vocabulary
-from converter.calibration.word_list import WordList
+from converter.calibration.word_list import Vocabulary, WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.fp8 import dequantize
+from converter.edits.storage import dequantize
 from converter.errors import DataError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
-from converter.methods.post_norms import Gains, read_gains
 from converter.models.loading import (
     load_language_model,
     load_tokenizer,
@@ -32,13 +31,12 @@ from converter.models.loading import (
 )
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
-from converter.models.streamed import StreamedModel
 from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
-NOWHERE = Origin(name="nowhere")
-NO_TEXTS = Part(Pairs((), NOWHERE, ""), Prose((), NOWHERE, ""))
+_NOWHERE = Origin(name="nowhere")
+_NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
 
 
 @dataclass(slots=True)
@@ -57,11 +55,11 @@ class Bench:
     vocabulary: Vocabulary
     device: str
     dtype: torch.dtype
-    gains: Gains
+    gains: Mapping[int, Tensor]
     forward: Forward
     model: Model | None = None
     has_run: bool = False
-    part: Part = NO_TEXTS
+    part: Part = _NO_TEXTS
     seen: Activations | None = None
 
     @classmethod
@@ -76,13 +74,15 @@ class Bench:
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
 
-        Args:
-            memory_limit: bytes that the forward pass is planned with, if less than what there is.
+        The forward pass is planned with ``memory_limit`` bytes, if that is less than what there is.
         """
         dtype = choose_dtype(recipe.forward_dtype, plan, device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
         vocabulary = Vocabulary(plan, source, tokenizer)
-        gains = read_gains(plan, source)
+        gains = {
+            layer: source.read(shard, info).float() + plan.architecture.norm_offset
+            for layer, (shard, info) in plan.post_norms.items()
+        }
         forward = choose_forward(
             recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
         )
@@ -96,7 +96,17 @@ class Bench:
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
                 progress.note(f"  {how} ({free})")
             self.has_run = True
-            self.model = self._stream() if self.forward.mode == "streamed" else self._load()
+            recipe, forward = self.recipe, self.forward
+            trust_remote_code = recipe.trust_remote_code
+            what = (self.source, self.plan, self.vocabulary.tokenizer, self.dtype, self.device)
+            if forward.mode == "streamed":
+                self.model = stream_language_model(
+                    *what, forward.budget, trust_remote_code=trust_remote_code
+                )
+            else:
+                self.model = load_language_model(
+                    *what, spread=recipe.device == "map", trust_remote_code=trust_remote_code
+                )
         return self.model
 
     def load_resident(self) -> LanguageModel:
@@ -105,28 +115,6 @@ class Bench:
         model = self.load()
         assert isinstance(model, LanguageModel)
         return model
-
-    def _load(self) -> LanguageModel:
-        return load_language_model(
-            self.source,
-            self.plan,
-            self.vocabulary.tokenizer,
-            self.dtype,
-            self.device,
-            spread=self.recipe.device == "map",
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
-
-    def _stream(self) -> StreamedModel:
-        return stream_language_model(
-            self.source,
-            self.plan,
-            self.vocabulary.tokenizer,
-            self.dtype,
-            self.device,
-            self.forward.budget,
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
@@ -142,12 +130,12 @@ class Bench:
         """From the file that was given, from the cache, or from a forward pass."""
         count = len(self.part.pairs.pairs) or "unknown"
         with progress.stage("activations", f"activations of {count} pairs"):
-            self.seen = self._given(request) if self.recipe.activations else self._taken(request)
+            if given := self.recipe.activations:
+                size = self.plan.dimensions.hidden_size
+                self.seen = load_activations(given, request, size)
+            else:
+                self.seen = self._taken(request)
         return self.seen
-
-    def _given(self, request: Request) -> Activations:
-        assert self.recipe.activations is not None
-        return load_activations(self.recipe.activations, request, self.plan.dimensions.hidden_size)
 
     def _taken(self, request: Request) -> Activations:
         """What the cache holds, or a forward pass gives."""

@@ -13,7 +13,7 @@ from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
-from converter.edits.fp8 import dequantize
+from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.batching import LOGITS_BYTES
 from converter.models.resident import LanguageModel

@@ -40,7 +40,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     """Both passes of one model in one mode."""
     from transformers import LlamaForCausalLM  # noqa: F401 - what is idle has it loaded
 
-    from converter.calibration.causal_moments import moments_within
+    from converter.calibration.collect import moments_within
     from converter.checkpoints.plan import make_plan
     from converter.checkpoints.resolve import resolve
     from converter.cli.command import quiet_libraries

@@ -210,7 +210,7 @@ def edit(data: bytes) -> None:
     manifest = Manifest.from_json(known())
     stored = recorded_edit(folder, manifest)
     for kind, delta in KINDS.items():
-        tensors = {field.name: field.name for field in fields(delta)}  # type: ignore[arg-type]
+        tensors = {field.name: field.name for field in fields(delta)}
         with suppress(VerificationError):
             delta_of_record(structs.replace(manifest.edited[0], kind=kind, tensors=tensors), stored)
     list(check_edit_file(manifest, stored))

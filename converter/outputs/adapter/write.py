@@ -33,8 +33,7 @@ from converter.edits.apply import WeightEdit, damaged
 from converter.edits.deltas import AddLowRank, Delta, RemoveSubspace, tensors_of
 from converter.edits.edit_file import stored_names
 from converter.edits.editor import Editor
-from converter.edits.fp8 import dequantize
-from converter.edits.matrices import Matrix, matrices
+from converter.edits.storage import Matrix, dequantize, matrices
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Lora
 from converter.outputs.base import (
