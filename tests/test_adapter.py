@@ -519,11 +519,7 @@ def seal(out: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ],
 )  # fmt: skip
 def test_factors_that_are_not_those_of_the_edit_are_found_however_they_are_recorded(
-    part: int,
-    change: Callable[[Tensor], Tensor],
-    says: str,
-    made: tuple[Path, Path],
-    out: Path,
+    part: int, change: Callable[[Tensor], Tensor], says: str, made: tuple[Path, Path], out: Path
 ) -> None:
     tensors = load_file(out / WEIGHTS)
     name = tensor_names("model.layers.3.mlp.down_proj")[part]

@@ -132,10 +132,7 @@ def test_another_weight_format_is_named(refused: Callable[..., str], source: Pat
     ],
 )
 def test_bad_indexes(
-    change: Callable[[dict[str, str]], object],
-    says: str,
-    refused: Callable[..., str],
-    source: Path,
+    change: Callable[[dict[str, str]], object], says: str, refused: Callable[..., str], source: Path
 ) -> None:
     edit_index(source, change)
     assert says in refused(source, 4)

@@ -331,10 +331,7 @@ def test_only_subspaces_of_experts_can_be_examined(checkpoints: Checkpoints) -> 
     edit = Edit({weight.name: AddLowRank(torch.ones(height, 1), torch.ones(1, width))})
     edit.check(plan)  # it could be written
     what, found = f"the edit of tensor {weight.name}", "add-low-rank, ..."
-    with (
-        refused(OptionError, what=what, found=found),
-        edited(load(folder), plan, edit),
-    ):
+    with refused(OptionError, what=what, found=found), edited(load(folder), plan, edit):
         pass
 
 

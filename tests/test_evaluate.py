@@ -361,9 +361,7 @@ def classifier(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_a_classifier_scores_the_probability_of_its_label(
-    classifier: Callable[..., Path],
-) -> None:
+def test_a_classifier_scores_the_probability_of_its_label(classifier: Callable[..., Path]) -> None:
     folder = classifier("fine", "toxic", "odd")
     texts = [*PROMPTS, "", " ".join(PROMPTS * 20)]
     scorers = [load_scorer(f"classifier:{folder}#{name}", "cpu") for name in ("Fine", "odd")]
@@ -584,10 +582,7 @@ def test_the_five_sets_of_safeedit(tmp_path: Path) -> None:
         (
             [instance(0), "x"],
             None,
-            {
-                "what": "..., instance 1",
-                "expected": "an object with a field generalization test",
-            },
+            {"what": "..., instance 1", "expected": "an object with a field generalization test"},
         ),
     ],
 )
@@ -643,10 +638,7 @@ def test_ability_is_what_the_harness_says(harness: dict[str, Any]) -> None:
     assert measure(model, tokenizer, ("arc", "mmlu"), 10, 4) == {
         "lm_eval": "0.4.13",
         "limit": 10,
-        "tasks": {
-            "arc": {"acc": 0.5, "acc,first": 0.25},
-            "mmlu": {"acc": 0.3, "acc_stderr": 0.01},
-        },
+        "tasks": {"arc": {"acc": 0.5, "acc,first": 0.25}, "mmlu": {"acc": 0.3, "acc_stderr": 0.01}},
     }
     assert harness["model"] == {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4}
     assert harness["tasks"] == ["arc", "mmlu"]

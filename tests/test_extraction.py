@@ -108,11 +108,7 @@ def fingerprint(name: str, x: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("forward", ["resident", "streamed"])
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        *(("safetensors", name) for name in REQUESTS),
-        ("pickle", "moments"),
-        ("fp8", "moments"),
-    ],
+    [*(("safetensors", name) for name in REQUESTS), ("pickle", "moments"), ("fp8", "moments")],
 )
 def test_activations_are_the_recorded_numbers(
     kind: str, name: str, forward: str, checkpoint: Path, tmp_path: Path

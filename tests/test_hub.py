@@ -90,11 +90,7 @@ def process(server: HubServer, tmp_path: Path) -> Process:
 
 @pytest.mark.slow
 def test_a_repo_converts_as_its_folder_does(
-    gloss: Gloss,
-    process: Process,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, process: Process, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     args = ("--pairs", "someone/pairs", *TINY_ARGS)
     result = gloss("convert", "someone/tiny@v1", tmp_path / "out", *args)
@@ -142,10 +138,7 @@ def test_metas_repo_converts_as_typed(gloss: Gloss, tmp_path: Path) -> None:
 
 
 def test_one_format_is_fetched_and_a_subfolder_alone(
-    gloss: Gloss,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     args = ("--num-pairs", 32, *TINY_ARGS)
     assert gloss("convert", checkpoints("llama"), tmp_path / "plain", *args).exit_code == 0
@@ -168,10 +161,7 @@ def test_one_format_is_fetched_and_a_subfolder_alone(
 
 
 def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
-    gloss: Gloss,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """With activations of another run and a fixed rank, no more than two shards are on disk."""
     first = gloss("convert", "someone/tiny", tmp_path / "a", *TINY_ARGS, "--num-pairs", 32)
@@ -201,10 +191,7 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
 
 @pytest.mark.parametrize("repo", ["someone/tiny", "someone/fp8"])
 def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
-    repo: str,
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    repo: str, gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     out, args = tmp_path / "out", ("--num-pairs", 32, "--output", "adapter", *TINY_ARGS)
     result = gloss("convert", repo, out, "--no-keep-source", *args)
@@ -222,10 +209,7 @@ def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
 
 @pytest.mark.parametrize("repo", ["someone/fp8", "someone/pickles"])
 def test_weights_that_need_one_another_are_dropped_together(
-    repo: str,
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    repo: str, gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     """FP8 weights and their scales are in two shards; pickles are read until the end."""
     args = ("--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
@@ -241,9 +225,7 @@ def test_weights_that_need_one_another_are_dropped_together(
 
 
 def test_a_repo_that_was_renamed_is_read_and_called_by_its_new_name(
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     server.renamed["someone/old"] = "someone/tiny"
     result = gloss("convert", "someone/old", tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
@@ -272,12 +254,7 @@ def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer
         ("someone/tiny@v9", "model someone/tiny@v9 has no such revision"),
     ],
 )
-def test_repos_that_cannot_be_read(
-    source: str,
-    says: str,
-    gloss: Gloss,
-    tmp_path: Path,
-) -> None:
+def test_repos_that_cannot_be_read(source: str, says: str, gloss: Gloss, tmp_path: Path) -> None:
     result = gloss("convert", source, tmp_path / "out")
     assert result.exit_code == 3, result.stderr
     assert says in result.stderr
@@ -286,10 +263,7 @@ def test_repos_that_cannot_be_read(
 
 
 def test_a_dead_server_is_one_sentence(
-    gloss: Gloss,
-    tmp_path: Path,
-    server: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
+    gloss: Gloss, tmp_path: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "url", "http://127.0.0.1:9")
     result = gloss("convert", "someone/tiny", tmp_path / "out")
