@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from converter.cli.main import gloss
 from converter.runtime.cache import using_cache
+from tests.builders.invoke import invoke
 from tests.builders.models import METHOD, TINY, make_checkpoint
 from tests.builders.planted import make_planted
 
@@ -46,12 +46,8 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run ``gloss`` with arguments; standard output and error are kept apart."""
+    """``tests.builders.invoke``, with the cache that tests share."""
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(shared_cache))
-
-    def invoke(*args: object) -> Result:
-        return CliRunner().invoke(gloss, [str(arg) for arg in args])
-
     return invoke
 
 

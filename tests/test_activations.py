@@ -1,7 +1,7 @@
 """The cache of activations: hit when nothing changed, missed when any one input does."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,7 @@ from converter.recipe import Recipe
 from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import HIDDEN, METHOD, TINY, Checkpoints, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import Result
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
@@ -49,6 +48,7 @@ from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.meta import write_native
 from tests.builders.models import (
     FFN,
@@ -58,6 +58,7 @@ from tests.builders.models import (
     TINY,
     TINY_ARGS,
     TINY_MODELS,
+    Checkpoints,
     load,
     tiny_config,
 )
@@ -65,9 +66,6 @@ from tests.test_convert import save_planted
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
 from tests.test_verify import flip
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 """peft 0.21 asks for a name that transformers 5 deprecates."""
@@ -147,8 +145,7 @@ def test_an_adapter_on_the_source_is_the_edited_checkpoint(
     source = checkpoints(kind)
     for output in ("adapter", "checkpoint"):
         args = ("--output", output, "-o", "bias=keep", "--num-pairs", 32, *TINY_ARGS)
-        result = cli("convert", source, tmp_path / output, *args)
-        assert result.exit_code == 0, result.stderr
+        cli("convert", source, tmp_path / output, *args, code=0)
     adapted = PeftModel.from_pretrained(load(source), tmp_path / "adapter")(ids).logits
     written = load(tmp_path / "checkpoint")(ids).logits
     assert difference(adapted, written) < 1e-6
@@ -174,7 +171,7 @@ def test_mixtures_of_experts_are_refused_before_anything_is_computed(
     assert result.exit_code == 2
     assert "--output adapter: expected one feed-forward network" in result.stderr
     assert "activations" not in result.stderr
-    assert cli("plan", checkpoints(kind), "--output", "adapter").exit_code == 2
+    cli("plan", checkpoints(kind), "--output", "adapter", code=2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -183,13 +180,10 @@ def test_biases_cannot_be_projected_and_are_kept_if_nothing_is_said(
 ) -> None:
     args = ("convert", checkpoints(kind), tmp_path / "out", "--output", "adapter", *TINY_ARGS)
     args = (*args, "--num-pairs", 32)
-    refused = cli(*args, "-o", "bias=project")
-    assert refused.exit_code == 2
+    refused = cli(*args, "-o", "bias=project", code=2)
     assert "-o bias=project: expected bias=keep with --output adapter" in refused.stderr
     assert "activations" not in refused.stderr
-    result = cli(*args)
-    assert result.exit_code == 0, result.stderr
-    assert "3 biases stay as they are" in result.stderr
+    cli(*args, code=0, says="3 biases stay as they are")
     manifest = read_manifest(tmp_path / "out")
     assert manifest.method.options["bias"] == "keep"
     assert {entry.role for entry in manifest.edited} == {"down_proj"}
@@ -199,7 +193,7 @@ def test_without_biases_there_is_nothing_to_refuse(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("--output", "adapter", "-o", "bias=project", "--num-pairs", 32, *TINY_ARGS)
-    assert cli("convert", checkpoints("qwen2"), tmp_path / "out", *args).exit_code == 0
+    cli("convert", checkpoints("qwen2"), tmp_path / "out", *args, code=0)
 
 
 def test_the_guard_measures_the_edit_that_the_adapter_makes(
@@ -215,8 +209,7 @@ def test_the_guard_measures_the_edit_that_the_adapter_makes(
     monkeypatch.setattr(fitting, "examine", examining)
     options = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
     args = ("--pairs", planted.parent / "pairs.jsonl", "--output", "adapter", *options)
-    result = cli("convert", planted, tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", planted, tmp_path / "out", *args, code=0)
     weights = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3, 4)}
     assert [set(edit.tensors) for edit in measured] == [weights, weights]
     assert {entry.name for entry in read_manifest(tmp_path / "out").edited} == weights
@@ -233,8 +226,7 @@ def test_options_without_an_effect_are_refused(
     option: tuple[str, object], checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("--output", "adapter", *option, *TINY_ARGS)
-    result = cli("convert", checkpoints("llama"), tmp_path / "out", *args)
-    assert result.exit_code == 2
+    result = cli("convert", checkpoints("llama"), tmp_path / "out", *args, code=2)
     assert f"{option[0]} has no effect with --output adapter; leave it out" in result.stderr
 
 
@@ -245,8 +237,7 @@ def test_a_rank_that_serving_engines_do_not_take_is_warned_about(
     options = ("-o", "layers=2-4", "-o", "protect_shared=8", "-o")
     for rank, warned in ((17, True), (16, False)):
         out = tmp_path / str(rank)
-        result = cli("convert", checkpoints("llama"), out, *args, *options, f"rank={rank}")
-        assert result.exit_code == 0, result.stderr
+        result = cli("convert", checkpoints("llama"), out, *args, *options, f"rank={rank}", code=0)
         assert ("serving engines take 16 or less" in result.stderr) == warned
 
 
@@ -305,7 +296,7 @@ def test_the_manifest_says_what_was_read_and_what_the_adapter_does(made: tuple[P
 
 def test_the_card_names_the_relation(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
     args = ("--output", "adapter", "--base-model", "someone/tiny", "--num-pairs", 32, *TINY_ARGS)
-    assert cli("convert", checkpoints("llama"), tmp_path / "out", *args).exit_code == 0
+    cli("convert", checkpoints("llama"), tmp_path / "out", *args, code=0)
     data = ModelCard.load(tmp_path / "out/README.md").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("someone/tiny", "adapter")
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -339,8 +330,8 @@ def test_a_plan_says_how_small_it_is(
     assert "adapter of 0.0 MB to write" in text
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 50_000))
     args = ("convert", source, tmp_path / "out", "--dry-run")
-    assert cli(*args).exit_code == 7
-    assert cli(*args, "--output", "adapter").exit_code == 0
+    cli(*args, code=7)
+    cli(*args, "--output", "adapter", code=0)
 
 
 def write(source: Source, plan: Plan, edit: Edit, folder: Path) -> None:
@@ -461,18 +452,16 @@ def test_an_adapter_is_overwritten_like_a_checkpoint(
     source, _ = made
     out = shutil.copytree(made[1], tmp_path / "out")
     args = ("convert", source, out, "--num-pairs", 32, *TINY_ARGS)
-    assert cli(*args).exit_code == 7
-    assert cli(*args, "--output", "adapter", "--overwrite").exit_code == 0
+    cli(*args, code=7)
+    cli(*args, "--output", "adapter", "--overwrite", code=0)
     assert (out / CONFIG).exists()
-    assert cli(*args, "--overwrite").exit_code == 0
+    cli(*args, "--overwrite", code=0)
     assert not (out / CONFIG).exists()
     assert (out / "config.json").exists()
 
 
 def test_an_adapter_is_no_source(made: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
-    result = cli("convert", made[1], tmp_path / "out")
-    assert result.exit_code == 4
-    assert "out is an adapter, not a model" in result.stderr
+    cli("convert", made[1], tmp_path / "out", code=4, says="out is an adapter, not a model")
 
 
 @pytest.fixture
@@ -483,8 +472,7 @@ def out(made: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_verify_names_the_file_with_a_flipped_byte(
     made: tuple[Path, Path], out: Path, cli: Cli
 ) -> None:
-    result = cli("verify", out, "--source", made[0])
-    assert result.exit_code == 0, result.stderr
+    cli("verify", out, "--source", made[0], code=0)
     for path in sorted(out.iterdir()):
         raw = path.read_bytes()
         for place in {0, len(raw) // 2, len(raw) - 1}:

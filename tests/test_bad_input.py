@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.methods import gloss_paper
 from converter.methods.base import METHODS
-from tests.builders.models import TINY_ARGS, tiny_args
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints, tiny_args
 
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 INDEX = "model.safetensors.index.json"
 
 
@@ -216,8 +214,7 @@ def test_paths_that_no_system_accepts(refused: Callable[..., str], source: Path)
 
 
 def test_a_destination_that_no_system_accepts(cli: Cli, source: Path, tmp_path: Path) -> None:
-    result = cli("convert", source, tmp_path / ("x" * 300), *TINY_ARGS)
-    assert result.exit_code == 7
+    result = cli("convert", source, tmp_path / ("x" * 300), *TINY_ARGS, code=7)
     assert "cannot be reached: found File name too long" in result.stderr
 
 
@@ -283,8 +280,7 @@ def test_destinations_that_cannot_be(cli: Cli, source: Path, tmp_path: Path) -> 
         (tmp_path / "file", "is a file"),
         (tmp_path / "file" / "below", "is a file|cannot be written"),
     ):
-        result = cli("convert", source, destination, *TINY_ARGS)
-        assert result.exit_code == 7, (destination, result.stderr)
+        result = cli("convert", source, destination, *TINY_ARGS, code=7)
         assert any(part in result.stderr for part in says.split("|")), result.stderr
         assert "Traceback" not in result.stderr
 
@@ -295,9 +291,7 @@ def test_the_current_folder_is_not_replaced(
     (tmp_path / "here/below").mkdir(parents=True)
     for folder in ("here", "here/below"):
         monkeypatch.chdir(tmp_path / folder)
-        result = cli("convert", source, tmp_path / "here", *TINY_ARGS)
-        assert result.exit_code == 7
-        assert "is the current folder" in result.stderr
+        cli("convert", source, tmp_path / "here", *TINY_ARGS, code=7, says="is the current folder")
 
 
 def test_a_destination_that_was_filled_meanwhile_is_not_replaced(
@@ -311,9 +305,7 @@ def test_a_destination_that_was_filled_meanwhile_is_not_replaced(
         return []
 
     monkeypatch.setattr(pipeline, "verify", slow)
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 7
-    assert "was filled meanwhile" in result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=7, says="was filled meanwhile")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["other.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.part", "out", "source"]
 
@@ -380,8 +372,7 @@ def test_activations_of_another_model(
 ) -> None:
     cache = tmp_path / "cache"
     args = ("--cache-dir", cache, *TINY_ARGS, "--quiet")
-    first = cli("convert", checkpoints("llama"), tmp_path / "first", *args)
-    assert first.exit_code == 0, first.stderr
+    cli("convert", checkpoints("llama"), tmp_path / "first", *args, code=0)
     (seen,) = (cache / "activations").iterdir()
     edit_tensor(source, DOWN, lambda t: t * 1.01)
     says = refused(source, 4, "--activations", seen)

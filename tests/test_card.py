@@ -5,13 +5,11 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import Result
 from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -42,11 +40,9 @@ from converter.release.licences import check_name, families, licence_name, terms
 from converter.release.manifest import hash_line, read_manifest
 from converter.text.markdown import code
 from tests.builders.adversary import load_manifest
-from tests.builders.models import TINY_ARGS
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
 from tests.fuzz import skeleton
-
-Cli = Callable[..., Result]
-Checkpoints = Callable[..., Path]
 
 DIGEST = "0" * 64
 
@@ -154,7 +150,7 @@ def test_each_licence_goes_along_and_what_is_missing_is_said(
     assert data["base_model_relation"] == "finetune"
     assert data["library_name"] == "transformers"
     assert not any(key.startswith("extra_gated") for key in data)
-    assert cli("verify", out).exit_code == 0
+    cli("verify", out, code=0)
 
 
 def test_a_source_without_a_licence_is_never_given_one(
@@ -376,7 +372,7 @@ def test_offensive_words_are_starred_out(planted: Path, cli: Cli, tmp_path: Path
     args = ("--pairs", pairs, "--no-guard", "-o", "rank=1", "-o", "protect_shared=1")
     for more, shown in (((), False), (("--no-mask",), True)):
         out = tmp_path / str(shown)
-        assert cli("convert", planted, out, *args, *more).exit_code == 0
+        cli("convert", planted, out, *args, *more, code=0)
         text = (out / "README.md").read_text("utf-8")
         assert ("`damn`" in text) is shown
         assert ("`d***`" in text) is not shown
@@ -387,15 +383,13 @@ def test_pictures_inside_the_destination_belong_to_it(
 ) -> None:
     pytest.importorskip("matplotlib")
     source, out = checkpoints("llama"), tmp_path / "out"
-    result = cli("convert", source, out, *TINY_ARGS, "--plots", out / "pictures")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, out, *TINY_ARGS, "--plots", out / "pictures", code=0)
     found = dict(pictures(read_manifest(out)))
     assert sorted(found) == sorted(f"pictures/{p.name}" for p in (out / "pictures").iterdir())
     for name, caption in found.items():
         assert f"![{caption}]({name})" in (out / "README.md").read_text("utf-8")
-    assert cli("verify", out).exit_code == 0
-    result = cli("convert", source, tmp_path / "b", *TINY_ARGS, "--plots", tmp_path / "beside")
-    assert result.exit_code == 0, result.stderr
+    cli("verify", out, code=0)
+    cli("convert", source, tmp_path / "b", *TINY_ARGS, "--plots", tmp_path / "beside", code=0)
     assert "![" not in (tmp_path / "b/README.md").read_text("utf-8")
     assert {p.name for p in (tmp_path / "beside").iterdir()} == {Path(name).name for name in found}
 
@@ -413,8 +407,7 @@ def test_pictures_of_an_earlier_edit_are_left_behind(
     for name in (*names, "of it/theirs.png"):
         (first / name).write_text("drawn before")
     out = tmp_path / "out"
-    result = cli("convert", first, out, *TINY_ARGS, "--no-guard", "--plots", out / "of it")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", first, out, *TINY_ARGS, "--no-guard", "--plots", out / "of it", code=0)
     present = {path.name for path in (out / "of it").iterdir()}
     assert present == {"spectrum.png", "scores.png", "cosines.png", "theirs.png"}
     assert (out / "of it/theirs.png").read_text() == "drawn before"
@@ -443,13 +436,12 @@ def test_the_licence_of_a_subfolder_is_that_above_it(
     shutil.move(source, whole / "inner")
     describe(whole, "license: llama2", "LICENSE.txt", "USE_POLICY.md")
     out = tmp_path / "out"
-    result = cli("convert", whole, out, *TINY_ARGS, "--subfolder", "inner")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", whole, out, *TINY_ARGS, "--subfolder", "inner", code=0)
     assert fields(card_of(out).data)["license"] == "llama2"
     for name in ("LICENSE.txt", "USE_POLICY.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     args = ("--source", whole, "--subfolder", "inner")
-    assert cli("verify", out, *args).exit_code == 0
+    cli("verify", out, *args, code=0)
     (whole / "LICENSE.txt").write_text("another")
     assert "LICENSE.txt of the source is not the file" in cli("verify", out, *args).stderr
     (whole / "inner/LICENSE").write_text("its own")

@@ -1,12 +1,10 @@
 """``gloss evaluate`` on a model in which the truth is planted."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from msgspec import convert
 
 from converter.calibration.pairs import load_prose
@@ -21,8 +19,7 @@ from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
-
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
 
 FIT = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1")
 
@@ -48,13 +45,12 @@ def test_controls_stand_beside_the_edit(
     planted: Path, texts: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    converted = cli("convert", planted, out, *fitting(planted), "--evaluate", *texts)
-    assert converted.exit_code == 0, converted.stderr
+    converted = cli("convert", planted, out, *fitting(planted), "--evaluate", *texts, code=0)
     assert "| edited | 1 |" in converted.stdout
     results = json.loads((out / "gloss_manifest.json").read_text())["evaluation"]
     assert [system["system"] for system in results["systems"]] == ["unedited", "edited", "random"]
     assert markdown(convert(results, Evaluation)) in (out / "README.md").read_text()
-    assert cli("verify", out).exit_code == 0
+    cli("verify", out, code=0)
 
     args = (
         "--base",
@@ -107,8 +103,7 @@ def test_the_written_model_and_the_hooks_measure_the_same(
 
 def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cli: Cli) -> None:
     args = ("--control", "profs,random", "--ranks", "1,2", "--no-greedy", "--samples", 0, "--json")
-    found = cli("evaluate", planted, *fitting(planted), *texts[:-2], *args)
-    assert found.exit_code == 0, found.stderr
+    found = cli("evaluate", planted, *fitting(planted), *texts[:-2], *args, code=0)
     results = json.loads(found.stdout)
     rows = [(row["system"], row["strength"]) for row in results["rows"]]
     assert rows == [
@@ -138,8 +133,7 @@ def test_safeedit_counts_what_the_judge_calls_unsafe(
     }  # fmt: skip
     (tmp_path / "safeedit.json").write_text(json.dumps([instance] * 2))
     args = ("--prompts", "none", "--safeedit", tmp_path / "safeedit.json")
-    found = cli("evaluate", planted, *args, "--safety-classifier", "bad-words", "--json")
-    assert found.exit_code == 0, found.stderr
+    found = cli("evaluate", planted, *args, "--safety-classifier", "bad-words", "--json", code=0)
     metrics = json.loads(found.stdout)["systems"][0]["metrics"]
     rates = {name: metrics[f"safeedit/{name}"]["value"] for name in ("DS", "DG_onlyQ", "DG_otherA")}
     assert set(rates.values()) <= {0.0, 100.0}
@@ -202,8 +196,6 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),
         (("--text", tmp_path / "short.txt", "--prompts", "none"), 5, "is too short"),
     ):
-        result = cli("evaluate", planted, *args)
-        assert result.exit_code == code, result.stderr
-        assert says in result.stderr
+        result = cli("evaluate", planted, *args, code=code, says=says)
         assert "Traceback" not in result.stderr
     assert parse_controls("") == ()

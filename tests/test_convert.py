@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from click.testing import Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +36,7 @@ from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -46,12 +45,10 @@ from tests.builders.models import (
     TINY,
     TINY_ARGS,
     TINY_MODELS,
+    Checkpoints,
     load,
     tiny_args,
 )
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -268,8 +265,7 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
         raise AssertionError("the model was run")
 
     monkeypatch.setattr(build, "load_model", no_model)
-    second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
-    assert second.exit_code == 0, second.stderr
+    second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0), code=0)
     assert "cache hit, no forward pass" in second.stderr
     assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["edit"]["rank"] == 2
 
@@ -278,18 +274,16 @@ def test_profs_edits_each_layer_with_its_own_basis(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("--method", "profs", "-o", "rank=2", "--no-guard", "--json")
-    result = cli("convert", checkpoints("gpt2"), tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", checkpoints("gpt2"), tmp_path / "out", *args, code=0)
     assert json.loads(result.stdout)["layers"] == [2, 3, 4, 5]
     bases = load_file(tmp_path / "out" / EDIT_FILE)
     assert {n for n in bases if n.startswith("U.")} == {"U.2", "U.3", "U.4", "U.5"}
-    assert cli("verify", tmp_path / "out", "--source", checkpoints("gpt2")).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", checkpoints("gpt2"), code=0)
 
 
 def test_bias_keep_leaves_the_bias(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
     source = checkpoints("gpt2")
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS, "-o", "bias=keep")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, "-o", "bias=keep", code=0)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     name = "transformer.h.3.mlp.c_proj"
     assert torch.equal(before[f"{name}.bias"], after[f"{name}.bias"])
@@ -306,9 +300,7 @@ def test_a_renamed_expert_stops_the_run_before_anything_is_written(
     name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
     tensors[name.replace("w2", "down")] = tensors.pop(name)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 4
-    assert f"tensor {name} is missing" in result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=4, says=f"tensor {name} is missing")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -317,8 +309,7 @@ def test_biases_of_experts_cannot_be_kept(
 ) -> None:
     """What a mixture gives has them weighted by the router: the guard could not see the edit."""
     args = (tmp_path / "out", *TINY_ARGS, "-o", "bias=keep")
-    refused = cli("convert", checkpoints("gpt_oss"), *args)
-    assert refused.exit_code == 2
+    refused = cli("convert", checkpoints("gpt_oss"), *args, code=2)
     assert "-o bias=keep: expected bias=project" in refused.stderr
 
 
@@ -343,10 +334,9 @@ def test_buffers_that_the_model_does_not_know_are_copied(
     tensors = load_file(source / "model.safetensors")
     masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 8, 8) for n in range(LAYERS)}
     save_file(tensors | masks, source / "model.safetensors", {"format": "pt"})
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=0)
     assert set(masks) <= set(tensors_of(tmp_path / "out"))
-    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 CODE = """
@@ -371,13 +361,11 @@ def test_code_of_a_source_is_copied_and_not_executed_unless_trusted(
     (source / "modeling_marked.py").write_text(CODE)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
     args = ("--num-pairs", 32, "--cache-dir", tmp_path / "cache", *TINY_ARGS)
-    result = cli("convert", source, tmp_path / "a", *args)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "a", *args, code=0)
     assert (tmp_path / "a/modeling_marked.py").read_text() == CODE
     assert not list(tmp_path.rglob("executed"))
     shutil.rmtree(tmp_path / "cache")
-    result = cli("convert", source, tmp_path / "b", *args, "--trust-remote-code")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "b", *args, "--trust-remote-code", code=0)
     assert list(tmp_path.rglob("executed"))
 
 
@@ -386,8 +374,7 @@ def test_a_single_file_checkpoint_converts(
 ) -> None:
     source = checkpoints("qwen2", torch.float16, "1GB")
     assert [p.name for p in source.glob("*.safetensors")] == ["model.safetensors"]
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=0)
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -398,8 +385,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
     source = checkpoints("llama", torch.bfloat16)
     for args in (("convert", source, tmp_path / "out", "--dry-run"), ("plan", source)):
-        result = cli(*args, "--json")
-        assert result.exit_code == 0, result.stderr
+        result = cli(*args, "--json", code=0)
         plan = json.loads(result.stdout)
         assert plan["edited_tensors"] == [
             f"model.layers.{layer}.mlp.down_proj.{part}"
@@ -408,10 +394,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
         ]
         assert plan["bytes_to_write"] == sum(p.stat().st_size for p in source.glob("*.safetensors"))
         assert list(tmp_path.iterdir()) == []
-    refused = cli("convert", source, source, "--dry-run")
-    assert refused.exit_code == 7
-    refused = cli("convert", source, tmp_path / "out", "--dry-run", "--pairs", "nowhere.tsv")
-    assert refused.exit_code == 5
+    cli("convert", source, source, "--dry-run", code=7)
+    cli("convert", source, tmp_path / "out", "--dry-run", "--pairs", "nowhere.tsv", code=5)
     text = cli("plan", source).stdout
     assert "8 tensors to edit" in text
     assert "peak memory about" in text
@@ -422,16 +406,13 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
 ) -> None:
     out, args = tmp_path / "out", ("convert", checkpoints("llama"), *TINY_ARGS)
     out.mkdir()  # an empty folder is fine
-    assert cli(*args, out).exit_code == 0
+    cli(*args, out, code=0)
     (out / "leftover.json").write_text("{}")
-    refused = cli(*args, out)
-    assert refused.exit_code == 7
-    assert "is not empty" in refused.stderr
+    refused = cli(*args, out, code=7, says="is not empty")
     assert "leftover.json: is not in the manifest; choose another, or give --ov" in refused.stderr
-    refused = cli(*args, out, "--seed", 1)
-    assert refused.exit_code == 7
+    refused = cli(*args, out, "--seed", 1, code=7)
     assert "is not empty; choose another, or give --overwrite" in refused.stderr
-    assert cli(*args, out, "--overwrite").exit_code == 0
+    cli(*args, out, "--overwrite", code=0)
     assert not (out / "leftover.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     for name, content in (("photos", ("a.jpg",)), ("code", ("config.json", "a.py")),
@@ -440,9 +421,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
         precious.mkdir()
         for file in content:
             (precious / file).write_text("{}")
-        refused = cli(*args, precious, "--overwrite")
-        assert refused.exit_code == 7
-        assert "is neither empty nor a checkpoint" in refused.stderr
+        cli(*args, precious, "--overwrite", code=7, says="is neither empty nor a checkpoint")
         assert sorted(p.name for p in precious.iterdir()) == sorted(content)
 
 
@@ -456,8 +435,7 @@ def test_a_source_behind_links_is_not_overwritten(
             (tmp_path / "links" / path.name).symlink_to(path)
         else:
             shutil.copy(path, tmp_path / "links")
-    result = cli("convert", tmp_path / "links", real, *TINY_ARGS, "--overwrite")
-    assert result.exit_code == 7
+    result = cli("convert", tmp_path / "links", real, *TINY_ARGS, "--overwrite", code=7)
     assert "contains the input" in result.stderr
 
 
@@ -502,12 +480,12 @@ def test_a_mount_point_is_filled_in_place(
     out.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
     inode = out.stat().st_ino
-    assert cli(*args, out).exit_code == 0
+    cli(*args, out, code=0)
     (out / "leftover.json").write_text("{}")
     (out / "folder").mkdir()
-    assert cli(*args, out).exit_code == 7
-    assert cli(*args, out, "--overwrite").exit_code == 0
-    assert cli("verify", out).exit_code == 0
+    cli(*args, out, code=7)
+    cli(*args, out, "--overwrite", code=0)
+    cli("verify", out, code=0)
     assert out.stat().st_ino == inode
 
 
@@ -523,5 +501,5 @@ def test_output_files_have_the_usual_permissions(converted: tuple[Path, Path]) -
 def test_the_source_is_not_touched(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
-    assert cli("convert", source, tmp_path / "out", *TINY_ARGS).exit_code == 0
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=0)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before

@@ -38,9 +38,7 @@ from converter.runtime import progress
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
-from tests.builders.models import load, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import Checkpoints, load, tiny_tokenizer
 
 PROMPTS = (
     "The river rises in the hills",

@@ -1,13 +1,11 @@
 """The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from click.testing import Result
 from torch import Tensor
 
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
@@ -28,9 +26,8 @@ from converter.methods.workbench import Bench
 from converter.recipe import Recipe
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING
-
-Cli = Callable[..., Result]
 
 WORDS = load_words("builtin")
 TEST = Origin(name="test")
@@ -191,8 +188,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
 ) -> None:
     pairs = planted.parent / "pairs.jsonl"
     options = ("--pairs", pairs, "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
-    result = cli("convert", planted, tmp_path / "out", *options)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", planted, tmp_path / "out", *options, code=0)
     basis = load_bases(tmp_path / "out" / EDIT_FILE)["U"]
     assert float((basis.T @ TOXIC).norm()) > 0.95
     assert float((basis.T @ MASSIVE).norm()) < 0.01
@@ -231,7 +227,7 @@ def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: 
     fewer = ("--num-pairs", 120, "--guard-draws", 1)
     for name in ("a", "b"):
         args = (*options, *fewer, "--cache-dir", tmp_path / f"cache {name}")
-        assert cli("convert", planted, tmp_path / name, *args).exit_code == 0
+        cli("convert", planted, tmp_path / name, *args, code=0)
     for path in (tmp_path / "a").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -242,8 +238,7 @@ def test_a_model_spread_over_devices_gives_the_same(
     pairs = planted.parent / "pairs.jsonl"
     options = ("--pairs", pairs, "-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1")
     for name, device in (("a", "cpu"), ("b", "map")):
-        result = cli("convert", planted, tmp_path / name, *options, "--device", device)
-        assert result.exit_code == 0, result.stderr
+        cli("convert", planted, tmp_path / name, *options, "--device", device, code=0)
     first, second = (load_bases(tmp_path / name / EDIT_FILE)["U"] for name in ("a", "b"))
     assert torch.allclose(first, second, atol=1e-5)
 
@@ -252,19 +247,16 @@ def test_what_is_refused_is_not_written_unless_forced(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("convert", planted, tmp_path / "out", "--method", "random", "-o", "rank=2")
-    result = cli(*args, "-o", "protect_shared=2")
-    assert result.exit_code == 9
+    result = cli(*args, "-o", "protect_shared=2", code=9)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the edit is refused: " in line
     assert list(tmp_path.iterdir()) == []
-    forced = cli(*args, "-o", "protect_shared=2", "--force")
-    assert forced.exit_code == 0
+    forced = cli(*args, "-o", "protect_shared=2", "--force", code=0)
     assert "--force writes an edit that the guard refuses" in forced.stderr
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["guard"]["reasons"]
     assert manifest["run"]["force"] is True
-    unguarded = cli(*args, "-o", "protect_shared=2", "--no-guard", "--overwrite")
-    assert unguarded.exit_code == 0
+    cli(*args, "-o", "protect_shared=2", "--no-guard", "--overwrite", code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["guard"] is None
     assert manifest["run"]["guard"] is False

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
@@ -37,9 +36,8 @@ from converter.runtime.console import as_json, echo
 from converter.runtime.files import MAX_LINE
 from converter.text.markdown import code, escaped
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.fuzz import skeleton
-
-Cli = Callable[..., Result]
 
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\r\b\x00\u202e\u2066\u2028\u200b\udcff\U000e0041"
 FORGED = f"x{ESCAPES}\nerror: forged\n::set-output name=a::b\n##[error]c"

@@ -1,6 +1,7 @@
 """Tiny models: real architectures with random weights, and a real tokenizer."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from converter.checkpoints.architectures.architecture import architectures
 from tests.bench.synthetic import builtin_texts, byte_tokenizer
 
 HIDDEN, FFN, LAYERS = 32, 48, 6
+
+Checkpoints = Callable[..., Path]
+"""The fixture ``checkpoints``: the folder of a tiny model of a kind, a dtype and a shard size."""
 
 
 @cache
