@@ -123,7 +123,7 @@ def test_folders_and_files_of_somebody_else(made: Scenes) -> None:
     sound(circumstances.no_permission(prepared(made, "new")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_within_a_second(made: Scenes, number: int) -> None:
     sound(circumstances.interrupted(prepared(made, "new"), 1, [number]))
 
