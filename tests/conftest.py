@@ -19,7 +19,7 @@ from click.testing import Result
 
 from converter.runtime.cache import using_cache
 from tests.builders.invoke import invoke
-from tests.builders.models import METHOD, TINY, make_checkpoint
+from tests.builders.models import make_checkpoint, tiny_recipe
 from tests.builders.planted import make_planted
 
 
@@ -57,11 +57,10 @@ def converted(
 ) -> tuple[Path, Path]:
     """A bfloat16 Llama and its conversion with all defaults. Read only."""
     from converter.entrypoints.convert import convert
-    from converter.recipe import Recipe
 
     source = checkpoints("llama", torch.bfloat16)
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert(Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False), out)
+    convert(tiny_recipe(source, num_pairs=64), out)
     return source, out
 
 

@@ -32,7 +32,7 @@ from converter.recipe import Recipe
 from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, METHOD, TINY, Checkpoints, tiny_tokenizer
+from tests.builders.models import HIDDEN, TINY, Checkpoints, tiny_recipe, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     stage = Runs(monkeypatch)
-    recipe = Recipe(source=str(source), num_pairs=16, method=METHOD, options=TINY, guard=False)
+    recipe = tiny_recipe(source, num_pairs=16)
     assert stage(recipe) == "miss"
     assert stage(recipe) == "hit"
     # what the activations do not depend on
@@ -243,8 +243,7 @@ def test_a_damaged_cache_file_is_made_again(
     checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Runs(monkeypatch)
-    source = str(checkpoints("llama"))
-    recipe = Recipe(source=source, num_pairs=16, method=METHOD, options=TINY, guard=False)
+    recipe = tiny_recipe(checkpoints("llama"), num_pairs=16)
     assert stage(recipe) == "miss"
     (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])

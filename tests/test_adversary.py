@@ -27,7 +27,6 @@ from converter.entrypoints.verify import verify
 from converter.errors import PublishError
 from converter.hub.publication import Publication
 from converter.manifest import Manifest
-from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.adversary import (
@@ -46,7 +45,7 @@ from tests.builders.adversary import (
 )
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
-from tests.builders.models import METHOD, TINY
+from tests.builders.models import TINY, tiny_recipe
 from tests.test_signing import write_key
 
 
@@ -67,14 +66,7 @@ def adapter(
         (folder / "pictures/a.png").write_bytes(bytes(range(64)))
         return [folder / "pictures/a.png"]
 
-    recipe = Recipe(
-        source=str(converted[0]),
-        num_pairs=64,
-        method=METHOD,
-        options=TINY,
-        guard=False,
-        output="adapter",
-    )
+    recipe = tiny_recipe(converted[0], num_pairs=64, output="adapter")
     convert(recipe, out, delivery=Delivery(pictures=draw))
     return out
 
@@ -85,11 +77,7 @@ def seeded(
 ) -> Path:
     """The same conversion with another seed and rank. Read only."""
     out = tmp_path_factory.mktemp("seeded") / "out"
-    options = {**TINY, "rank": "2"}
-    recipe = Recipe(
-        source=str(converted[0]), num_pairs=64, method=METHOD, options=options, guard=False, seed=1
-    )
-    convert(recipe, out)
+    convert(tiny_recipe(converted[0], num_pairs=64, options={**TINY, "rank": "2"}, seed=1), out)
     return out
 
 
@@ -542,8 +530,7 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     data["auto_map"] = {"AutoConfig": "configuration_own.Config"}
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
-    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
-    convert(recipe, tmp_path / "out")
+    convert(tiny_recipe(source), tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")
     public = key.with_suffix(".pub")

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.release.manifest import read_manifest
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
-from tests.builders.models import METHOD, TINY, load
+from tests.builders.models import Checkpoints, load, tiny_recipe
 from tests.builders.packages import install
 
 OUTPUT = '''"""A checkpoint with a note beside it."""
@@ -62,11 +61,8 @@ def load(argument, device):
 
 
 @pytest.fixture(scope="module")
-def recipe(checkpoints: Callable[..., Path]) -> converter.Recipe:
-    return converter.Recipe(
-        source=str(checkpoints("llama", torch.bfloat16)), method=METHOD, options=TINY,
-        num_pairs=64, guard=False,
-    )  # fmt: skip
+def recipe(checkpoints: Checkpoints) -> converter.Recipe:
+    return tiny_recipe(checkpoints("llama", torch.bfloat16))
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -1,8 +1,6 @@
 """What bad input gets: one sentence, the documented exit code, and nothing left behind."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from converter.methods import gloss_paper
 from converter.methods.base import METHODS
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints, tiny_args
-from tests.test_convert import save_planted
+from tests.test_convert import UNPROTECTED, save_planted
 
 Damage = Callable[[Path], object]
 
@@ -146,8 +144,7 @@ def test_nan_in_an_edited_weight(refused: Callable[..., str], source: Path) -> N
     edit_tensor(source, DOWN, lambda t: t / 0)
     seen = source.parent / "seen.safetensors"
     save_planted(seen)
-    plain = {"candidates": "mean", "rank": 1, "protect_shared": 0, "protect_own": 0}
-    says = refused(source, 4, "--activations", seen, **plain)
+    says = refused(source, 4, "--activations", seen, **UNPROTECTED)
     assert f"tensor {DOWN} of model-0000" in says
     assert "holds NaN or Inf" in says
 
@@ -242,22 +239,6 @@ def test_a_cache_that_cannot_be_written(refused: Callable[..., str], source: Pat
     says = refused(source, 7, "--cache-dir", cache / "below")
     assert "cannot be written" in says
     assert "give another --cache-dir" in says
-
-
-def test_a_full_disk_leaves_nothing(
-    refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pwrite, calls = os.pwrite, []
-
-    def full(file: int, data: memoryview, offset: int) -> int:
-        """The disk fills up in the second shard."""
-        calls.append(offset)
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(file, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
 @pytest.mark.parametrize(

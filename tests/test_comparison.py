@@ -1,6 +1,7 @@
 """``gloss evaluate`` on a model in which the truth is planted."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,7 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
 from tests.builders.invoke import Cli
-
-FIT = ("-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1")
-
-
-def fitting(planted: Path) -> tuple[str, ...]:
-    """Options of the fit."""
-    return ("--pairs", str(planted.parent / "pairs.jsonl"), *FIT)
+from tests.builders.planted import planted_args
 
 
 @pytest.fixture
@@ -45,22 +40,15 @@ def test_controls_stand_beside_the_edit(
     planted: Path, texts: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    converted = cli("convert", planted, out, *fitting(planted), "--evaluate", *texts, code=0)
+    converted = cli("convert", planted, out, *planted_args(planted), "--evaluate", *texts, code=0)
     assert "| edited | 1 |" in converted.stdout
     results = json.loads((out / "gloss_manifest.json").read_text())["evaluation"]
     assert [system["system"] for system in results["systems"]] == ["unedited", "edited", "random"]
     assert markdown(convert(results, Evaluation)) in (out / "README.md").read_text()
     cli("verify", out, code=0)
 
-    args = (
-        "--base",
-        planted,
-        "--control",
-        "random,profs@perplexity,random@perplexity",
-        *fitting(planted),
-        *texts,
-        "--json",
-    )
+    controls = "random,profs@perplexity,random@perplexity"
+    args = ("--base", planted, "--control", controls, *planted_args(planted), *texts, "--json")
     found = cli("evaluate", out, *args, "--results", tmp_path / "results.json", "--seeds", 2)
     assert found.exit_code == 0, found.stderr
     results = json.loads(found.stdout)
@@ -92,7 +80,7 @@ def test_the_written_model_and_the_hooks_measure_the_same(
     planted: Path, texts: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    cli("convert", planted, out, *fitting(planted), "--evaluate", *texts)
+    cli("convert", planted, out, *planted_args(planted), "--evaluate", *texts)
     hooked = json.loads((out / "gloss_manifest.json").read_text())["evaluation"]["systems"][1]
     found = cli("evaluate", out, "--base", planted, *texts, "--json")
     written = json.loads(found.stdout)["systems"][1]
@@ -103,16 +91,10 @@ def test_the_written_model_and_the_hooks_measure_the_same(
 
 def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cli: Cli) -> None:
     args = ("--control", "profs,random", "--ranks", "1,2", "--no-greedy", "--samples", 0, "--json")
-    found = cli("evaluate", planted, *fitting(planted), *texts[:-2], *args, code=0)
+    found = cli("evaluate", planted, *planted_args(planted), *texts[:-2], *args, code=0)
     results = json.loads(found.stdout)
     rows = [(row["system"], row["strength"]) for row in results["rows"]]
-    assert rows == [
-        ("unedited", ""),
-        ("profs", "1"),
-        ("profs", "2"),
-        ("random", "1"),
-        ("random", "2"),
-    ]
+    assert rows == [("unedited", ""), *product(("profs", "random"), ("1", "2"))]
     assert "toxicity/bad-words/greedy" not in results["rows"][0]["metrics"]
     results["scorers"] = ["bad-words"]
     assert "not measured" in markdown(convert(results, Evaluation))
@@ -183,11 +165,7 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (
-            ("--control", "magic"),
-            2,
-            "--control: expected gloss, gloss-paper, profs, random, found magic",
-        ),
+        (("--control", "magic"), 2, "expected gloss, gloss-paper, profs, random, found magic"),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
@@ -196,6 +174,5 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),
         (("--text", tmp_path / "short.txt", "--prompts", "none"), 5, "is too short"),
     ):
-        result = cli("evaluate", planted, *args, code=code, says=says)
-        assert "Traceback" not in result.stderr
+        cli("evaluate", planted, *args, code=code, says=says)
     assert parse_controls("") == ()

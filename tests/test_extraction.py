@@ -20,13 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from converter.calibration.collect import extract
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.statistics import Activations, Request
-from converter.checkpoints.plan import make_plan
-from converter.checkpoints.resolve import resolve
 from converter.manifest import Origin
 from converter.models.build import load_language_model, stream_language_model
 from converter.models.loading import load_tokenizer
 from converter.models.resident import Model
 from converter.runtime.cache import using_cache
+from tests.builders.models import planned
 from tests.test_quantization import BLOCKS, as_fp8
 
 WORDS = ("<s>", "</s>", "<unk>", "damn", "hell", *(f"w{n}" for n in range(43)))
@@ -83,8 +82,7 @@ def stored_as(kind: str, checkpoint: Path, folder: Path) -> Path:
 
 def extracted(folder: Path, forward: str, request: Request) -> Activations:
     """What ``request`` asks for, of a model that is ``resident`` or ``streamed``."""
-    source = resolve(str(folder))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(folder)
     given = (source, plan, load_tokenizer(folder), torch.float32, "cpu")
     model: Model = (
         stream_language_model(*given, 10**9)

@@ -22,7 +22,6 @@ from converter.checkpoints.formats.virtual import (
     VirtualTensor,
     split_shards,
 )
-from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
@@ -41,6 +40,7 @@ from tests.builders.models import (
     TINY_ARGS,
     Checkpoints,
     load,
+    planned,
     tiny_args,
     tiny_tokenizer,
 )
@@ -108,8 +108,7 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = {"_use_new_zipfile_serialization": False}
-    source = resolve(str(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old))
     read: list[str] = []
 
     def load(path: Path) -> Any:
@@ -189,40 +188,6 @@ def test_pickles_that_change_during_a_run_are_noticed(
     name = "model.norm.weight"
     old, new = tensors_of(checkpoints("llama"))[name], tensors_of(tmp_path / "out")[name]
     assert torch.equal(new, old + 1)
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("exploded"),))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ({"a": Bomb()}, "holds more than tensors, and reading it would execute code"),
-        ([torch.ones(2)], "is not a state_dict: expected names and tensors, found list"),
-        ({"state_dict": {"a": torch.ones(2)}}, "found 'state_dict': dict; save the model's"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
-        (b"PK\x03\x04 and then nothing", "cannot be read as a PyTorch file"),
-        (b"", "cannot be read as a PyTorch file"),
-    ],
-    ids=["code", "list", "nested", "pointer", "truncated", "empty"],
-)
-def test_pickles_that_are_no_weights_are_refused(
-    content: Any,
-    says: str,
-    checkpoints: Checkpoints,
-    cli: Cli,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
-    path = pickles / "pytorch_model.bin"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    cli("convert", pickles, tmp_path / "out", *TINY_ARGS, code=4, says=says)
-    assert not (tmp_path / "exploded").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["pickles"]
 
 
 def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> None:
@@ -390,10 +355,7 @@ def test_a_gguf_file_that_is_not_whole_is_refused(
     cli("convert", tmp_path / "tiny.gguf", tmp_path / "out", *TINY_ARGS, code=4, says=says)
 
 
-def test_what_only_looks_like_gguf_is_refused(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"not this")
-    result = cli("convert", tmp_path / "a.gguf", tmp_path / "out", code=4)
-    assert "a.gguf is not a GGUF file" in result.stderr
+def test_a_folder_with_a_gguf_file_is_no_source(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "m.gguf").write_bytes(b"GGUF")

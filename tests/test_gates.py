@@ -22,6 +22,7 @@ from converter.manifest import (
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints
+from tests.builders.planted import planted_args
 from tests.fuzz import skeleton
 
 
@@ -125,12 +126,8 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
 def test_the_gate_of_toxicity_closes_before_the_edit(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    args = (
-        "convert", planted, tmp_path / "out", "--pairs", pairs,
-        "-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--num-pairs", 200,
-        "--guard-draws", 2,
-    )  # fmt: skip
+    few = ("--num-pairs", 200, "--guard-draws", 2)
+    args = ("convert", planted, tmp_path / "out", *planted_args(planted), *few)
     result = cli(*args, "--min-toxicity-drop", 0.99, "--force", code=11)
     assert "a gate is closed: --min-toxicity-drop asks for at least 0.99, guard" in result.stderr
     assert "editing" not in result.stderr

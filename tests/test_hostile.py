@@ -17,7 +17,7 @@ from transformers import dynamic_module_utils
 from converter.checkpoints.layout import read_card, read_index
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
-from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.errors import CheckpointError, SourceError
 from converter.models.loading import load_tokenizer
 from tests.builders.errors import refused
 from tests.builders.hostile import (
@@ -284,10 +284,3 @@ def test_a_tokenizer_that_is_code_is_refused(checkpoints: Checkpoints, tmp_path:
     with refused(SourceError, what="transformers cannot load the tokenizer"):
         load_tokenizer(source)
     assert not marker.exists()
-
-
-def test_messages_are_one_line_that_steers_nothing() -> None:
-    error = ConverterError("a\nb\x1b[2J\u202e", found="x" * 10**6, hint="\0")
-    assert str(error).isprintable()
-    assert len(str(error)) < 3000
-    assert str(error).startswith("a b\\x1b[2J\\u202e: found xxx")

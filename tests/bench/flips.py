@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import torch
@@ -31,7 +31,6 @@ from converter.checkpoints.names import SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
-from converter.recipe import Recipe
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
@@ -48,26 +47,18 @@ from tests.builders.adversary import (
     places,
     put,
 )
-from tests.builders.models import METHOD, TINY, make_checkpoint
+from tests.builders.models import make_checkpoint, tiny_recipe
 from tests.test_signing import write_key
 
-OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
+OUTPUTS = "checkpoint", "adapter"
 
 
 def make(root: Path) -> None:
     """The source and its outputs."""
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
-        recipe = Recipe(
-            source=str(source),
-            num_pairs=64,
-            method=METHOD,
-            options=TINY,
-            guard=False,
-            output=output,
-        )
         with using_cache(root / "cache"):
-            convert(recipe, root / output)
+            convert(tiny_recipe(source, num_pairs=64, output=output), root / output)
 
 
 Found = tuple[Counter[str], set[str]]
