@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,14 @@ def test_files_of_another_conversion_are_found(out: Path, seeded: Path, tmp_path
 # What someone repairs who knows the format. Each forger alters a folder and makes it agree again.
 
 
+@contextmanager
+def altered(folder: Path) -> Iterator[dict[str, Any]]:
+    """The manifest of a folder, which is sealed again with what is changed in it."""
+    manifest = load_manifest(folder)
+    yield manifest
+    put(folder, manifest)
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor], list[str]], None]) -> None:
     """Alter tensors of the first shard with an edited one, then its records."""
     manifest = load_manifest(folder)
@@ -283,29 +292,26 @@ def added(folder: Path, name: str) -> None:
 
 
 def dropped(folder: Path) -> None:
-    manifest = load_manifest(folder)
-    for place in (manifest["files"], manifest["source"]["files"]):
-        del place["generation_config.json"]
-    (folder / "generation_config.json").unlink()
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        for place in (manifest["files"], manifest["source"]["files"]):
+            del place["generation_config.json"]
+        (folder / "generation_config.json").unlink()
 
 
 def claimed(folder: Path, **changes: object) -> None:
     """Another value for a key of the first edited tensor, or of its measures."""
-    manifest = load_manifest(folder)
-    entry = manifest["edited"][0]
-    for key, value in changes.items():
-        (entry if key in entry else entry["measures"])[key] = value
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        entry = manifest["edited"][0]
+        for key, value in changes.items():
+            (entry if key in entry else entry["measures"])[key] = value
 
 
 def excused(folder: Path) -> None:
     """An altered config that the edit is said to have patched."""
     changes = {"rope_theta": 1.0}
     config(folder, **changes)
-    manifest = load_manifest(folder)
-    manifest["edit"]["patches"] = {"config.json": changes}
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["edit"]["patches"] = {"config.json": changes}
 
 
 def recorded(folder: Path, manifest: dict[str, Any], **more: torch.Tensor) -> None:
@@ -342,55 +348,50 @@ def replaced(folder: Path) -> None:
 
 def fewer_edits(folder: Path) -> None:
     """Layer 4 is said not to have been edited, everywhere."""
-    manifest = load_manifest(folder)
-    manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
-    manifest["method"]["options"]["layers"] = [2, 3]
-    manifest["run"]["options"]["layers"] = "2-3"
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
+        manifest["method"]["options"]["layers"] = [2, 3]
+        manifest["run"]["options"]["layers"] = "2-3"
+
+
+def another_basis(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / EDIT_FILE)
+    save_file(tensors | {"U": change(tensors["U"]).contiguous()}, folder / EDIT_FILE)
+    reseal(folder, EDIT_FILE)
 
 
 def scaled_basis(folder: Path) -> None:
-    tensors = load_file(folder / EDIT_FILE)
-    tensors["U"] *= 0.5
-    save_file(tensors, folder / EDIT_FILE)
-    reseal(folder, EDIT_FILE)
+    another_basis(folder, lambda U: U * 0.5)
 
 
 def empty_basis(folder: Path) -> None:
     """Everything is orthogonal to nothing."""
-    tensors = load_file(folder / EDIT_FILE)
-    tensors["U"] = tensors["U"][:, :0].clone()
-    save_file(tensors, folder / EDIT_FILE)
-    manifest = load_manifest(folder)
-    record(folder, manifest, EDIT_FILE)
-    put(folder, manifest)
+    another_basis(folder, lambda U: U[:, :0].clone())
 
 
 def exempted(folder: Path) -> None:
     """A tensor that was altered is passed off as the scales of an edited weight."""
     untouched_weight(folder)
-    manifest = load_manifest(folder)
-    entry = manifest["edited"][0]
-    header = read_header(folder / entry["shard"])
-    edited = {entry["name"] for entry in manifest["edited"]}
-    other = next(name for name in header.tensors if name not in edited)
-    entry["requantized"] = {
-        "scales": other, "shard": entry["shard"], "block": [1, 1],
-        "sha256_before": "0" * 64, "sha256_after": "0" * 64,
-    }  # fmt: skip
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        entry = manifest["edited"][0]
+        header = read_header(folder / entry["shard"])
+        edited = {entry["name"] for entry in manifest["edited"]}
+        other = next(name for name in header.tensors if name not in edited)
+        entry["requantized"] = {
+            "scales": other, "shard": entry["shard"], "block": [1, 1],
+            "sha256_before": "0" * 64, "sha256_after": "0" * 64,
+        }  # fmt: skip
 
 
 def card(folder: Path) -> None:
-    text = (folder / CARD).read_text().replace("license: mit", "license: apache-2.0")
-    (folder / CARD).write_text(text)
-    put(folder, load_manifest(folder))
+    with altered(folder):
+        text = (folder / CARD).read_text().replace("license: mit", "license: apache-2.0")
+        (folder / CARD).write_text(text)
 
 
 def measured(folder: Path) -> None:
-    manifest = load_manifest(folder)
-    manifest["pairs"]["count"] = 100_000
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["pairs"]["count"] = 100_000
 
 
 FORGERS: list[tuple[str, Callable[[Path], object], bool, bool]] = [
@@ -489,18 +490,12 @@ def test_a_forged_value_is_found_or_is_a_claim(
 
 def test_two_keys_and_no_numbers_are_no_manifest(out: Path) -> None:
     text = (out / MANIFEST).read_text()
-    for altered, says in (
-        (text.replace('"files": {', '"files": {}, "files": {', 1), "it has the key files twice"),
-        (
-            text.replace('"schema_version": 1', '"schema_version": NaN'),
-            "it has the number NaN, which is none",
-        ),
-        (
-            text.replace('"num_pairs": 64', '"num_pairs": 64.0'),
-            "does not follow its schema at $.run.num_pairs: expected `int | null`, got `float`",
-        ),
+    for old, new, says in (
+        ('"files": {', '"files": {}, "files": {', "it has the key files twice"),
+        ('"schema_version": 1', '"schema_version": NaN', "it has the number NaN, which is none"),
+        ('"num_pairs": 64', '"num_pairs": 64.0', "expected `int | null`, got `float`"),
     ):
-        (out / MANIFEST).write_text(altered)
+        (out / MANIFEST).write_text(text.replace(old, new, 1))
         (problem, *_) = verify(out)
         assert says in problem
 

@@ -42,6 +42,7 @@ from converter.text.markdown import code
 from tests.builders.adversary import load_manifest
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints
+from tests.builders.planted import planted_args
 from tests.fuzz import skeleton
 
 DIGEST = "0" * 64
@@ -368,8 +369,7 @@ def test_tokens_stay_in_their_cell_whatever_they_are(
 
 
 def test_offensive_words_are_starred_out(planted: Path, cli: Cli, tmp_path: Path) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    args = ("--pairs", pairs, "--no-guard", "-o", "rank=1", "-o", "protect_shared=1")
+    args = (*planted_args(planted), "--no-guard")
     for more, shown in (((), False), (("--no-mask",), True)):
         out = tmp_path / str(shown)
         cli("convert", planted, out, *args, *more, code=0)
