@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def make(root: Path) -> None:
 Found = tuple[Counter[str], set[str]]
 
 
-def flip(root: Path, output: str, step: int, every: int, part: int, parts: int) -> Found:
+def flip(root: Path, output: str, every: int, part: int, parts: int, step: int) -> Found:
     """Flip every ``parts``-th byte from ``part`` on; how many of each file, and what was missed."""
     quiet()
     folder = copy_of(root / output, root / f"{output}-{part}")
@@ -150,17 +151,16 @@ def main(step: int, every: int, processes: int) -> None:
         with ProcessPoolExecutor(processes) as pool:
             parts = range(processes)
             for output in OUTPUTS:
-                flips = [
-                    pool.submit(flip, root, output, step, every, part, processes) for part in parts
-                ]
-                forgeries = [
-                    pool.submit(forge, root, output, every, part, processes) for part in parts
-                ]
-                signatures = [
-                    pool.submit(flip_signature, root, output, every, p, processes) for p in parts
-                ]
-                jobs = {"flipped": flips, "signature flipped": signatures, "forged": forgeries}
-                for what, job in jobs.items():
+                jobs: dict[str, Callable[..., Found]] = {
+                    "flipped": partial(flip, step=step),
+                    "forged": forge,
+                    "signature flipped": flip_signature,
+                }
+                submitted = {
+                    what: [pool.submit(job, root, output, every, p, processes) for p in parts]
+                    for what, job in jobs.items()
+                }
+                for what, job in submitted.items():
                     counts: Counter[str] = Counter()
                     for done in job:
                         count, missed = done.result()
