@@ -118,15 +118,8 @@ def test_a_repo_converts_as_its_folder_does(
     assert "cache hit" in alone.stderr
     assert len(server.log) == asked
     gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1", code=0)
-    result = gloss(
-        "convert",
-        "someone/tiny@v1",
-        tmp_path / "d",
-        *args,
-        "--no-keep-source",
-        offline=True,
-        code=2,
-    )
+    more = (*args, "--no-keep-source")
+    result = gloss("convert", "someone/tiny@v1", tmp_path / "d", *more, offline=True, code=2)
     assert "so what is deleted could not be fetched again" in result.stderr
 
 
@@ -251,8 +244,7 @@ def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer
     ],
 )
 def test_repos_that_cannot_be_read(source: str, says: str, gloss: Gloss, tmp_path: Path) -> None:
-    result = gloss("convert", source, tmp_path / "out", code=3, says=says)
-    assert "Traceback" not in result.stderr
+    gloss("convert", source, tmp_path / "out", code=3, says=says)
     assert not (tmp_path / "out").exists()
 
 
@@ -260,9 +252,8 @@ def test_a_dead_server_is_one_sentence(
     gloss: Gloss, tmp_path: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "url", "http://127.0.0.1:9")
-    result = gloss("convert", "someone/tiny", tmp_path / "out", code=3)
-    assert "model someone/tiny cannot be read from the Hub" in result.stderr
-    assert "Traceback" not in result.stderr
+    says = "model someone/tiny cannot be read from the Hub"
+    gloss("convert", "someone/tiny", tmp_path / "out", code=3, says=says)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(tmp_path: Path) -> None:
