@@ -127,18 +127,9 @@ def test_another_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPat
     request = Request("ffn", "mean", (1,), False)
 
     def key(device: str = "cpu", mode: str = "resident") -> str:
-        return activations.cache_key(
-            extraction.activation_inputs(
-                {},
-                architectures()["llama"],
-                Part(pairs, load_prose("builtin")),
-                request,
-                device=device,
-                dtype="float32",
-                batch_size=16,
-                mode=mode,
-            )
-        )
+        how: dict[str, Any] = {"device": device, "dtype": "float32", "batch_size": 16, "mode": mode}
+        part, llama = Part(pairs, load_prose("builtin")), architectures()["llama"]
+        return activations.cache_key(extraction.activation_inputs({}, llama, part, request, **how))
 
     first = key()
     assert key() == first

@@ -394,45 +394,40 @@ def measured(folder: Path) -> None:
         manifest["pairs"]["count"] = 100_000
 
 
-FORGERS: list[tuple[str, Callable[[Path], object], bool, bool]] = [
-    ("an untouched weight", untouched_weight, False, True),
-    ("the sign of an edited weight", edited_weight, False, True),
-    ("an edit undone", edit_undone, True, True),
-    ("another config", lambda f: config(f, rope_theta=1.0), False, True),
-    ("auto_map", lambda f: config(f, auto_map={"AutoConfig": "evil.Config"}), False, True),
-    ("a file of code", lambda f: added(f, "evil.py"), False, True),
-    ("a chat template", lambda f: added(f, "chat_template.jinja"), False, True),
-    ("other weights", lambda f: added(f, "pytorch_model.bin"), True, True),
-    ("a second set of weights", lambda f: added(f, "model.safetensors"), True, True),
-    ("a pointer to another model", lambda f: added(f, "adapter_config.json"), True, True),
-    ("a file left out", dropped, False, True),
-    ("leakage", lambda f: claimed(f, leakage=0.0), True, True),
-    ("a larger effect", lambda f: claimed(f, energy_removed=0.9), True, True),
-    ("a smaller change", lambda f: claimed(f, relative_change=1e-6), True, True),
-    ("another norm", lambda f: claimed(f, norm=1e9), True, True),
-    ("fewer edits than there were", fewer_edits, False, True),
-    ("a basis that is not orthonormal", scaled_basis, True, True),
-    ("an empty basis", empty_basis, True, True),
-    ("a weight passed off as scales", exempted, True, True),
-    ("another config, and a patch that makes it", excused, True, True),
-    ("a file of code, and an edit that adds it", brought, True, True),
-    ("another weight, and an edit that puts it there", replaced, True, True),
-    ("another licence in the card", card, False, False),
-    ("a measurement", measured, False, False),
-]
+FORGERS: dict[str, tuple[Callable[[Path], object], bool, bool]] = {
+    "an untouched weight": (untouched_weight, False, True),
+    "the sign of an edited weight": (edited_weight, False, True),
+    "an edit undone": (edit_undone, True, True),
+    "another config": (lambda f: config(f, rope_theta=1.0), False, True),
+    "auto_map": (lambda f: config(f, auto_map={"AutoConfig": "evil.Config"}), False, True),
+    "a file of code": (lambda f: added(f, "evil.py"), False, True),
+    "a chat template": (lambda f: added(f, "chat_template.jinja"), False, True),
+    "other weights": (lambda f: added(f, "pytorch_model.bin"), True, True),
+    "a second set of weights": (lambda f: added(f, "model.safetensors"), True, True),
+    "a pointer to another model": (lambda f: added(f, "adapter_config.json"), True, True),
+    "a file left out": (dropped, False, True),
+    "leakage": (lambda f: claimed(f, leakage=0.0), True, True),
+    "a larger effect": (lambda f: claimed(f, energy_removed=0.9), True, True),
+    "a smaller change": (lambda f: claimed(f, relative_change=1e-6), True, True),
+    "another norm": (lambda f: claimed(f, norm=1e9), True, True),
+    "fewer edits than there were": (fewer_edits, False, True),
+    "a basis that is not orthonormal": (scaled_basis, True, True),
+    "an empty basis": (empty_basis, True, True),
+    "a weight passed off as scales": (exempted, True, True),
+    "another config, and a patch that makes it": (excused, True, True),
+    "a file of code, and an edit that adds it": (brought, True, True),
+    "another weight, and an edit that puts it there": (replaced, True, True),
+    "another licence in the card": (card, False, False),
+    "a measurement": (measured, False, False),
+}
 """What is forged, how, whether it is found without the source, and with it. A key finds all."""
 
 
-@pytest.mark.parametrize(("forge", "without", "within"), [f[1:] for f in FORGERS],
-                         ids=[f[0] for f in FORGERS])  # fmt: skip
+@pytest.mark.parametrize("name", FORGERS)
 def test_who_repairs_all_that_he_can_is_found_by_this_much(
-    forge: Callable[[Path], object],
-    without: bool,
-    within: bool,
-    out: Path,
-    source: Source,
-    key: Path,
+    name: str, out: Path, source: Source, key: Path
 ) -> None:
+    forge, without, within = FORGERS[name]
     load_signer(key).sign(out, "tiny")
     public = load_public_key(key.with_suffix(".pub"))
     assert public.check(out) == []

@@ -37,11 +37,8 @@ def test_the_demo_model_is_edited_and_still_speaks(
     assert summary["rank"] == 2
     guard = summary["guard"]
     assert guard["reasons"] == []
-    assert (
-        guard["edit"]["teacher_forced"]["value"]
-        < 0.5
-        < guard["controls"][0]["teacher_forced"]["value"]
-    )
+    edit, control = (found["teacher_forced"] for found in (guard["edit"], guard["controls"][0]))
+    assert edit["value"] < 0.5 < control["value"]
     assert summary["layers"] == list(range(7, 27))
     assert summary["tensors_edited"] == 20
     assert summary["max_leakage"] < 0.004  # rounding to bfloat16 leaves about 1.6e-3

@@ -562,13 +562,7 @@ def test_the_five_sets_of_safeedit(tmp_path: Path) -> None:
         ([instance(0)], 2, None, "at least 2 instances", "1"),
         ([], None, None, "at least 1 instances", "0"),
         ({}, None, None, "a list", "dict"),
-        (
-            [instance(0, question=" ")],
-            None,
-            "..., instance 0",
-            "a text in the field question",
-            None,
-        ),
+        ([instance(0, question=" ")], None, "... 0", "a text in the field question", None),
         ([instance(0), "x"], None, "... 1", "an object with a field generalization test", None),
     ],
 )

@@ -71,30 +71,25 @@ def as_pickles(source: Path, folder: Path, parts: int, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "parts", "settings"),
-    [
-        ("llama", 3, {}),
-        ("gpt2", 1, {}),
-        ("gpt2", 1, {"_use_new_zipfile_serialization": False}),  # before PyTorch 1.6
-    ],
-    ids=["sharded", "single", "old"],
-)
+PICKLED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "sharded": ("llama", 3, {}),
+    "single": ("gpt2", 1, {}),
+    "before PyTorch 1.6": ("gpt2", 1, {"_use_new_zipfile_serialization": False}),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
 def test_pickled_weights_convert_as_safetensors_do(
-    kind: str,
-    parts: int,
-    settings: dict[str, Any],
-    checkpoints: Checkpoints,
-    cli: Cli,
-    tmp_path: Path,
+    name: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
+    kind, parts, settings = PICKLED[name]
     source = checkpoints(kind)
     pickles = as_pickles(source, tmp_path / "pickles", parts, **settings)
     for place, out in ((source, "a"), (pickles, "b")):
         cli("convert", place, tmp_path / out, *TINY_ARGS, "--num-pairs", 32, code=0)
     ours, theirs = tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a")
     assert ours.keys() == theirs.keys()  # GPT-2's tied unembedding is written once
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(list((tmp_path / "b").glob("model*.safetensors"))) == parts
     assert not list((tmp_path / "b").glob("*.bin*"))
     manifest = json.loads((tmp_path / "b/gloss_manifest.json").read_text())
