@@ -301,20 +301,12 @@ def test_a_token_does_not_travel_to_another_host(server: LyingServer) -> None:
 
 
 def test_a_hostile_header_of_a_shard_is_read_as_a_file_would_be(server: LyingServer) -> None:
-    """Bounds, holes and names twice are refused, and a server without ranges is understood."""
+    """Whether it fits into the first part that is asked for or not, and without ranges, too."""
     folder = server.models["someone/tiny"]
     for header, what in (
         (
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
             "model.safetensors: tensor a leaves a hole or an overlap",
-        ),
-        (
-            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}',
-            "model.safetensors: the header names a key twice",
-        ),
-        (
-            b'{"a":{"dtype":"F32","shape":"x","data_offsets":[0,4]}}',
-            "...: the header has an entry without dtype, shape or offsets: that of tensor a",
         ),
         (
             json.dumps({"x" * 150_000: 1}).encode(),
