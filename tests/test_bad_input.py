@@ -1,6 +1,8 @@
 """What bad input gets: one sentence, the documented exit code, and nothing left behind."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +240,22 @@ def test_a_cache_that_cannot_be_written(refused: Callable[..., str], source: Pat
     says = refused(source, 7, "--cache-dir", cache / "below")
     assert "cannot be written" in says
     assert "give another --cache-dir" in says
+
+
+def test_a_full_disk_leaves_nothing(
+    refused: Callable[..., str], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, calls = os.pwrite, []
+
+    def full(file: int, data: memoryview, offset: int) -> int:
+        """The disk fills up in the second shard."""
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert "cannot be written: found No space left on device" in refused(source, 7)
 
 
 @pytest.mark.parametrize(
