@@ -467,7 +467,8 @@ def padded(name: str, data: bytes) -> Parts:
     yield name, data + bytes(10**7 if name.endswith("data.pkl") else 0)
 
 
-CODE, NO_FILE = "and reading it would execute code", "cannot be read as a PyTorch file"
+CODE = "holds more than tensors, and reading it would execute code"
+NO_FILE = "cannot be read as a PyTorch file"
 NOT_OURS, NO_DICT = "is an archive that PyTorch has not written", "is not a state_dict"
 OLD = {"_use_new_zipfile_serialization": False}
 SHAPE, STRIDE, NUMEL = b"K\x08\x85", b"K\x01\x85", b"K\x08tq"
@@ -484,8 +485,10 @@ PICKLES: dict[str, Case] = {
     "code as a name": (saved({Evil(): torch.ones(1)}), 4, CODE),
     "code, bare": (saved(b"cpathlib\nPath.touch\n(cpathlib\nPath\n(S'executed'\ntRtR."), 4, ""),
     "code of a module": (saved(b"\x80\x02cos\nsystem\nX\x0e\0\0\0touch executed\x85R."), 4, ""),
-    "no dictionary": (saved([torch.ones(1)]), 4, NO_DICT),
-    "tensor in a dictionary in it": (saved({"a": {"b": torch.ones(1)}}), 4, NO_DICT),
+    "no dictionary": (saved([torch.ones(1)]), 4, "expected names and tensors, found list"),
+    "tensor in a dictionary in it": (
+        saved({"a": {"b": torch.ones(1)}}), 4, "found 'a': dict; save the model's",
+    ),
     "number as a name": (saved({1: torch.ones(1)}), 4, "found a name that is a int"),
     "name that steers a terminal": (saved({"\x1b[2J": torch.ones(1)}), 4, NO_DICT),
     "name of 1 MB": (saved({"\n" * 10**6: torch.ones(1)}), 4, NO_DICT),
