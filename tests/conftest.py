@@ -46,11 +46,17 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run ``gloss`` with arguments; standard output and error are kept apart."""
+    """Run ``gloss`` with arguments; standard output and error are kept apart.
+
+    With ``code``, the run must end with it; with ``says``, standard error must have that in it.
+    """
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(shared_cache))
 
-    def invoke(*args: object) -> Result:
-        return CliRunner().invoke(gloss, [str(arg) for arg in args])
+    def invoke(*args: object, code: int | None = None, says: str = "") -> Result:
+        result = CliRunner().invoke(gloss, [str(arg) for arg in args])
+        assert code in (None, result.exit_code), result.stderr or result.exception
+        assert says in result.stderr
+        return result
 
     return invoke
 

@@ -325,11 +325,7 @@ def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(
         ),
         (
             {"hidden_size": None},
-            {
-                "what": "config.json: hidden_size",
-                "expected": "a positive integer",
-                "found": "None",
-            },
+            {"what": "config.json: hidden_size", "expected": "a positive integer", "found": "None"},
         ),
         ({"hidden_size": True}, {"found": "True"}),
         ({"num_hidden_layers": "6"}, {"found": "'6'"}),

@@ -98,8 +98,7 @@ def test_a_conversion_is_published_downloaded_and_verified(
 ) -> None:
     uploads.chunk = 50_000  # most shards are sent in parts
     args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, "--push-to-hub", REPO, "--json", code=0)
     published = json.loads(result.stdout)["published"]
     repo = uploads.repos[REPO]
     assert repo.private
@@ -109,19 +108,14 @@ def test_a_conversion_is_published_downloaded_and_verified(
     snapshot_download(REPO, local_dir=tmp_path / "copy")
     assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
     assert not any(TOKEN.encode() in content for content in files_of(tmp_path / "out").values())
-    verified = cli("verify", tmp_path / "copy")
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", tmp_path / "copy", code=0)
     # the same again changes nothing, and uploads nothing
     sent = len(uploads.sent)
-    again = cli(*args, "--push-to-hub", REPO)
-    assert again.exit_code == 0, again.stderr
-    assert "is the result of this run already" in again.stderr
+    again = cli(*args, "--push-to-hub", REPO, code=0, says="is the result of this run already")
     assert f"{REPO} exists and is private, which it stays" in again.stderr
     assert (len(uploads.sent), len(repo.commits)) == (sent, 2)
     # of another run, it is in the way
-    refused = cli(*args, "--seed", 1, "--push-to-hub", REPO)
-    assert refused.exit_code == 7
-    assert "is not empty" in refused.stderr
+    cli(*args, "--seed", 1, "--push-to-hub", REPO, code=7, says="is not empty")
 
 
 @pytest.mark.slow
@@ -147,9 +141,7 @@ def test_killed_in_the_middle_of_an_upload_and_run_again(
     assert list(repo.commits.values()) == [{}]
     before = list(uploads.sent)
     assert len(before) >= 2
-    result = cli(*args, "--push-to-hub", REPO)
-    assert result.exit_code == 0, result.stderr
-    assert "is the result of this run already" in result.stderr
+    cli(*args, "--push-to-hub", REPO, code=0, says="is the result of this run already")
     assert len(repo.commits) == 2
     assert len(uploads.sent) == len(set(uploads.sent))  # nothing was sent twice
     snapshot_download(REPO, local_dir=tmp_path / "copy")
@@ -235,14 +227,12 @@ def test_shards_are_streamed_and_no_more_than_two_are_on_disk(
     print(f"most at a time: {sampler.count} shards, {sampler.nbytes} of {total} bytes")
     assert sampler.nbytes <= sum(largest)
     assert not list((tmp_path / "out").glob("model*.safetensors"))
-    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *args)
-    assert plain.exit_code == 0, plain.stderr
+    cli("convert", checkpoints("llama"), tmp_path / "plain", *args, code=0)
     snapshot_download(REPO, local_dir=tmp_path / "copy")
     for shard in shards:
         ours, theirs = tmp_path / "plain" / shard.name, tmp_path / "copy" / shard.name
         assert ours.read_bytes() == theirs.read_bytes()
-    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", tmp_path / "copy", "--source", checkpoints("llama"), code=0)
     assert len(uploads.repos[REPO].commits) == 2
     same = [s.name for s in shards if s.read_bytes() == (tmp_path / "copy" / s.name).read_bytes()]
     assert same  # shards without a target
@@ -258,8 +248,7 @@ def test_a_stream_that_fails_leaves_nothing(
 ) -> None:
     uploads.faults = [fault]
     args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
-    assert result.exit_code == 10, result.stderr
+    cli(*args, "--push-to-hub", REPO, "--stream-to-hub", code=10)
     assert list(uploads.repos[REPO].commits.values()) == [{}]
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.part*"))
@@ -274,8 +263,7 @@ def test_branches_pull_requests_and_what_an_earlier_model_left(
     assert not repo.private
     assert set(repo.refs) == {"main", "try"}
     assert not repo.commits[repo.refs["main"]]
-    result = cli("push", out, REPO, "--private", "--create-pr", "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli("push", out, REPO, "--private", "--create-pr", "--json", code=0)
     assert json.loads(result.stdout)["pull_request"].endswith("/discussions/1")
     assert not repo.private
     assert not repo.commits[repo.refs["main"]]
@@ -285,13 +273,11 @@ def test_branches_pull_requests_and_what_an_earlier_model_left(
     entry = ours["README.md"]
     old = ("model-00001-of-00009.safetensors", "picture.png", "x/a.safetensors", ".gitattributes")
     repo.add("main", dict.fromkeys(old, entry))
-    result = cli("push", out, REPO)
-    assert result.exit_code == 0, result.stderr
+    result = cli("push", out, REPO, code=0)
     assert "deleted by this commit, of an earlier model: model-00001-of-00009.saf" in result.stderr
     left = {"picture.png", "x/a.safetensors", ".gitattributes"}
     assert set(repo.commits[repo.refs["main"]]) == set(files_of(out)) | left
-    both = cli("push", out, REPO, "--create-pr", "--branch", "x")
-    assert both.exit_code == 2
+    both = cli("push", out, REPO, "--create-pr", "--branch", "x", code=2)
     assert "--create-pr: expected no --branch" in both.stderr
 
 
@@ -306,8 +292,7 @@ def test_the_next_version_leaves_nothing_of_the_last(
     assert cli(*args, "--output", "adapter", "--push-to-hub", REPO).exit_code == 0
     repo = uploads.repos[REPO]
     drawn = convert_args(checkpoints, tmp_path / "drawn")
-    result = cli(*drawn, "--plots", tmp_path / "drawn/pictures", "--push-to-hub", REPO)
-    assert result.exit_code == 0, result.stderr
+    result = cli(*drawn, "--plots", tmp_path / "drawn/pictures", "--push-to-hub", REPO, code=0)
     assert "deleted by this commit, of an earlier model: adapter_" in result.stderr
     ours = repo.commits[repo.refs["main"]]
     assert set(ours) == set(files_of(tmp_path / "drawn"))
@@ -347,9 +332,7 @@ def test_only_a_refused_copy_is_uploaded_instead(
     """A commit that fails for another reason is not tried again with gigabytes more."""
     uploads.faults = [fault]
     args = ["convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
-    result = cli(*args, "--push-to-hub", REPO)
-    assert result.exit_code == 10, result.stderr
-    assert says in result.stderr
+    result = cli(*args, "--push-to-hub", REPO, code=10, says=says)
     assert "does not copy" not in result.stderr
     assert sum(f"/{fault.route.strip('/')}" in line for line in hub.log) == 1
 
@@ -366,9 +349,7 @@ def test_a_copy_is_refused_or_the_base_is_gone(
         uploads.sent.clear()
         for stored in uploads.objects.iterdir():
             stored.unlink()
-        result = cli("push", tmp_path / "out", REPO)
-        assert result.exit_code == 0, result.stderr
-        assert "does not copy untouched shards" in result.stderr
+        cli("push", tmp_path / "out", REPO, code=0, says="does not copy untouched shards")
         assert len(uploads.sent) == large_in(uploads.repos[REPO])
 
     uploads.faults = [Fault("lfs-files", 500)]
@@ -385,9 +366,8 @@ def test_what_is_fetched_again_for_an_upload_is_not_kept(
     hub.watched = tmp_path / "hf"
     result = cli(
         "convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS,
-        "--push-to-hub", REPO, "--stream-to-hub", "--no-keep-source",
+        "--push-to-hub", REPO, "--stream-to-hub", "--no-keep-source", code=0,
     )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
     assert "does not copy untouched shards" in result.stderr
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
@@ -428,8 +408,7 @@ def test_a_commit_that_cannot_be_looked_at_is_named(
         return found
 
     monkeypatch.setattr(uploads, "answer", fail_afterwards)
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = cli("push", converted[1], REPO, code=10)
     url = f"{uploads.url}/{REPO}/commit/{uploads.repos[REPO].refs['main']}"
     assert f"the Hub failed: found 500 busy; commit {url} was made and stays" in result.stderr
 
@@ -441,8 +420,7 @@ def test_pictures_that_cannot_be_written_come_before_the_push(
     (tmp_path / "file").write_text("in the way")
     args = convert_args(checkpoints, tmp_path / "out")
     plots = ("--plots", tmp_path / "file/pictures")
-    result = cli(*args, *plots, "--push-to-hub", REPO, *streamed)
-    assert result.exit_code == 7
+    result = cli(*args, *plots, "--push-to-hub", REPO, *streamed, code=7)
     assert "file/pictures cannot be made: found a file at" in result.stderr
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
@@ -460,8 +438,7 @@ def test_pictures_are_drawn_before_the_push(
 
     monkeypatch.setattr(pictures, "draw", full)
     args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
-    assert result.exit_code == 7
+    cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO, code=7)
     assert not uploads.repos
 
 
@@ -470,12 +447,10 @@ def test_only_a_whole_checkpoint_is_published(
 ) -> None:
     shutil.copytree(converted[1], tmp_path / "out")
     (tmp_path / "out/config.json").write_text("{}")
-    result = cli("push", tmp_path / "out", REPO)
-    assert result.exit_code == 8
+    result = cli("push", tmp_path / "out", REPO, code=8)
     assert "out is not published, for it is not whole: found config.json" in result.stderr
     assert not uploads.repos
-    ignored = cli("convert", "demo", tmp_path / "x", "--create-pr")
-    assert ignored.exit_code == 2
+    ignored = cli("convert", "demo", tmp_path / "x", "--create-pr", code=2)
     assert "--create-pr has no effect without --push-to-hub REPO" in ignored.stderr
 
 
@@ -483,8 +458,7 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
     cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads.ignored = {"LICENSE"}
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = cli("push", converted[1], REPO, code=10)
     says = f"of {REPO} does not hold what was uploaded: found other content, or none, of LICENSE;"
     assert says in result.stderr
     uploads.ignored = set()
@@ -494,8 +468,7 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
         return files | {EDIT_FILE: (files[EDIT_FILE][0], "0" * 64)}
 
     monkeypatch.setattr(pushing, "published_files", other)
-    result = cli("push", converted[1], "someone/other")
-    assert result.exit_code == 10
+    result = cli("push", converted[1], "someone/other", code=10)
     assert f"{EDIT_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
     repo = uploads.repos["someone/other"]
     assert list(repo.commits.values()) == [{}]
@@ -520,8 +493,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
 
     monkeypatch.setattr(stream_push, "infos_of", damaged)
     args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
-    assert result.exit_code == 8
+    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub", code=8)
     assert "has another sha256 than recorded" in result.stderr
     assert list(uploads.repos[REPO].commits.values()) == [{}]
     assert not list(tmp_path.glob("*out*"))
@@ -603,8 +575,7 @@ def test_what_passes_by_itself_is_waited_for(
         Fault("PUT /objects/", 500, times=2),
         Fault("PUT /objects/", 0, times=1),
     ]
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 0, result.stderr
+    cli("push", converted[1], REPO, code=0)
     assert all(fault.times == 0 for fault in uploads.faults)
 
 
@@ -612,12 +583,10 @@ def test_a_dead_server_and_offline_mode(
     cli: Cli, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = cli("push", converted[1], REPO, code=10)
     assert f"{REPO}: the Hub cannot be reached, or the connection broke" in result.stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = cli("push", converted[1], REPO, code=10)
     assert "HF_HUB_OFFLINE is set, so nothing can be published; unset it" in result.stderr
 
 
@@ -626,8 +595,7 @@ def test_the_right_to_write_is_asked_for_before_anything_else(
 ) -> None:
     """Not even the source is looked at: there is none."""
     monkeypatch.setenv("HF_TOKEN", READER)
-    result = cli("convert", "base/nothing", tmp_path / "out", "--push-to-hub", REPO)
-    assert result.exit_code == 10
+    cli("convert", "base/nothing", tmp_path / "out", "--push-to-hub", REPO, code=10)
     assert [line.split()[1] for line in hub.log] == ["/api/whoami-v2"]
 
 
@@ -635,8 +603,7 @@ def test_a_fine_grained_token_must_cover_the_repo(
     cli: Cli, converted: tuple[Path, Path], uploads: Uploads
 ) -> None:
     account = uploads.accounts[TOKEN] = Account("someone", "fineGrained", scoped=[])
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = cli("push", converted[1], REPO, code=10)
     says = f"the token ci may not write to {REPO}: expected the permission repo.write"
     assert says in result.stderr
     own = {"entity": {"type": "user", "name": "someone"}, "permissions": ["repo.write"]}
@@ -659,9 +626,7 @@ def test_what_cannot_be_streamed_is_refused_first(
         (("--no-keep-source",), "--no-keep-source: expected a source on the Hub"),
     ):
         for last in ((), ("--dry-run",)):
-            result = cli(*args, *more, *last)
-            assert result.exit_code == 2, result.stderr
-            assert says in result.stderr
+            cli(*args, *more, *last, code=2, says=says)
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
 
@@ -682,18 +647,15 @@ def test_created_tensors_are_streamed_too(
     cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
 ) -> None:
     args = ("--push-to-hub", REPO, "--stream-to-hub")
-    result = cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args)
-    assert result.exit_code == 0, result.stderr
-    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING)
-    assert plain.exit_code == 0, plain.stderr
+    cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args, code=0)
+    cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING, code=0)
     snapshot_download(REPO, local_dir=tmp_path / "copy")
     ours, theirs = files_of(tmp_path / "copy"), files_of(tmp_path / "plain")
     assert "model-created.safetensors" in ours
     assert ours.keys() == theirs.keys()
     about = {"README.md", "SHA256SUMS", MANIFEST}  # they name the source, and say how long it took
     assert all(ours[name] == theirs[name] for name in ours.keys() - about)
-    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", tmp_path / "copy", "--source", checkpoints("llama"), code=0)
 
 
 @pytest.mark.usefixtures("created_bias")
@@ -704,12 +666,10 @@ def test_a_single_file_that_gets_a_second_is_copied_and_not_streamed(
     hub.models["base/single"] = checkpoints("llama", shard="5GB")
     args = ("convert", "base/single", tmp_path / "out", *CREATING, "--push-to-hub", REPO)
     for more in ((), ("--dry-run",)):
-        result = cli(*args, "--stream-to-hub", *more)
-        assert result.exit_code == 2, result.stderr
+        result = cli(*args, "--stream-to-hub", *more, code=2)
         assert "--stream-to-hub: expected a source in shards" in result.stderr
     assert not uploads.repos
-    result = cli(*args)
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, code=0)
     assert "does not copy" not in result.stderr
     source = entry_of(checkpoints("llama", shard="5GB") / "model.safetensors")
     assert source.sha256 not in uploads.sent
@@ -730,8 +690,7 @@ def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--dry-run"]
     assert cli(*args).exit_code == 7
-    streamed = cli(*args, "--stream-to-hub", "--json")
-    assert streamed.exit_code == 0, streamed.stderr
+    streamed = cli(*args, "--stream-to-hub", "--json", code=0)
     plan = json.loads(streamed.stdout)
     assert (plan["bytes_to_write"], plan["bytes_on_disk"]) == (sum(sizes), room)
     assert f", in {room / 1e6:,.1f} MB of disk" in cli(*args, "--stream-to-hub").stdout
@@ -747,8 +706,7 @@ def test_a_repo_and_its_folder_are_equal(
     (out / "scores.png").write_text("drawn")
     hub.models["someone/edited"] = out
     for sides in ((out, "someone/edited"), ("someone/edited", out)):
-        result = cli("diff", *sides, "--json", "--exit-code")
-        assert result.exit_code == 0, result.stdout
+        result = cli("diff", *sides, "--json", "--exit-code", code=0)
         assert json.loads(result.stdout)["subspace"] == EDIT_FILE
     other = shutil.copytree(out, tmp_path / "other")
     (other / "model.sig").write_text("signed")
@@ -768,8 +726,7 @@ def test_an_adapter_is_published_and_a_run_with_other_gates_is_another_run(
     snapshot_download(REPO, local_dir=tmp_path / "copy")
     assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
     assert "is the result of this run already" in cli(*args).stderr
-    other = cli(*args[:-1], "0.4")
-    assert other.exit_code == 7, other.stderr  # it is not that of this run, so it is in the way
+    cli(*args[:-1], "0.4", code=7)  # it is not that of this run, so it is in the way
 
 
 def test_who_signs_again_is_who_signed(
@@ -835,6 +792,5 @@ def test_a_token_in_the_place_of_a_repo_is_not_repeated(
     cli: Cli, converted: tuple[Path, Path]
 ) -> None:
     for repo in (f"https://me:{TOKEN}@huggingface.co/a/b", f"{TOKEN}/x/y", TOKEN):
-        result = cli("push", converted[1], repo)
-        assert result.exit_code == 2
+        result = cli("push", converted[1], repo, code=2)
         assert "w" * 10 not in result.output

@@ -228,13 +228,11 @@ def test_a_command_prints_the_recipe_that_another_reads(
     source, path = checkpoints("llama"), tmp_path / "run.toml"
     typed = (*TINY_ARGS, "--num-pairs", 32, "--batch-size", 4, "--no-mask")
     path.write_text(cli("recipe", source, *typed).stdout)
-    plain = cli("plan", source, *typed, "--json")
-    assert plain.exit_code == 0, plain.stderr
+    plain = cli("plan", source, *typed, "--json", code=0)
     assert cli("plan", "--recipe", path, "--json").stdout == plain.stdout
     first, second = tmp_path / "first", tmp_path / "second"
     for args in ((source, first, *typed), (second, "--recipe", path)):
-        result = cli("convert", *args)
-        assert result.exit_code == 0, result.stderr
+        result = cli("convert", *args, code=0)
         assert "overruled" not in result.stderr
     runs = [json.loads((out / "gloss_manifest.json").read_text())["run"] for out in (first, second)]
     assert runs[0] == runs[1]
@@ -249,8 +247,7 @@ def test_what_is_typed_counts_more_than_the_file_and_that_is_said_once(
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "7")
     typed = ("--seed", 5, "-o", "rank=2", "--method", "gloss")
     args = ("recipe", "elsewhere", "--recipe", path, *typed)
-    result = cli(*args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, "--json", code=0)
     found = json.loads(result.stdout)
     assert (found["source"], found["seed"], found["batch_size"]) == ("elsewhere", 5, 7)
     assert found["options"] == {"rank": "2", "cost": "2"}
@@ -264,12 +261,8 @@ def test_the_source_is_typed_or_in_the_file(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(recipe_text({}))
     for args in (("plan",), ("convert", tmp_path / "out"), ("plan", "--recipe", path)):
-        result = cli(*args)
-        assert result.exit_code == 2
-        assert "Missing argument 'SOURCE', which no --recipe names either" in result.stderr
-    result = cli("convert", "a", "b", "c")
-    assert result.exit_code == 2
-    assert "Got unexpected extra argument (b)" in result.stderr
+        cli(*args, code=2, says="Missing argument 'SOURCE', which no --recipe names either")
+    cli("convert", "a", "b", "c", code=2, says="Got unexpected extra argument (b)")
 
 
 def test_an_option_that_a_command_does_not_have_does_not_bear_on_it(tmp_path: Path) -> None:
@@ -283,7 +276,6 @@ def test_an_option_that_a_command_does_not_have_does_not_bear_on_it(tmp_path: Pa
 def test_errors_of_a_recipe_end_a_command_as_all_others_do(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("num_pair = 3")
-    result = cli("plan", "demo", "--recipe", path, "--json")
-    assert result.exit_code == 2
+    result = cli("plan", "demo", "--recipe", path, "--json", code=2)
     assert json.loads(result.stdout)["error"] == "OptionError"
     assert "error: run.toml has an unknown key num_pair; did you mean num_pairs?" in result.stderr

@@ -53,21 +53,20 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
     source, first = converted
     for manifest, name in ((recorded, "a"), (first, "b")):
         again = tmp_path / name
-        result = cli("replay", manifest, again, "--source", source, "--json")
-        assert result.exit_code == 0, result.stderr
+        result = cli("replay", manifest, again, "--source", source, "--json", code=0)
         found = json.loads(result.stdout)
         assert (found["identical"], found["differences"]) == (True, [])
         assert found["other_files"] == []  # the card, too
         assert set(found["seconds"]) == {"plan", "edit", "verify"}  # nothing was run
         assert weights(again) == weights(first)
-        verified = cli("verify", again, "--source", source)
-        assert verified.exit_code == 0, verified.stderr
+        cli("verify", again, "--source", source, code=0)
         then, now = read_manifest(first), read_manifest(again)
         assert now.replay_of == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
         assert then.measurements != now.measurements
         assert now == replace(then, measurements=now.measurements, replay_of=now.replay_of)
-        done = cli("replay", manifest, again, "--source", source, "--json")  # nothing is left to do
-        assert done.exit_code == 0, done.stderr
+        done = cli(
+            "replay", manifest, again, "--source", source, "--json", code=0
+        )  # nothing is left to do
         assert "is the result of this run already" in done.stderr
         for key in ("identical", "differences", "files_compared", "other_files", "replay_of"):
             assert json.loads(done.stdout)[key] == found[key], key
@@ -80,10 +79,8 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
 
 def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
     source, args = converted[0], ("--num-pairs", 32, *TINY_ARGS, "--base-model", "someone/tiny")
-    result = cli("convert", source, tmp_path / "out", "--output", "adapter", *args)
-    assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", "--output", "adapter", *args, code=0)
+    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
     for name in ("adapter_model.safetensors", "adapter_config.json", EDIT_FILE):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
@@ -95,10 +92,8 @@ def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
     source, args = checkpoints("llama"), ("--num-pairs", 32, *TINY_ARGS)
     with HubServer({"someone/tiny": source}) as hub, monkeypatch.context() as online:
         connect(online, hub.url, tmp_path / "hf")
-        result = cli("convert", "someone/tiny", tmp_path / "out", "--output", "adapter", *args)
-        assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
+        cli("convert", "someone/tiny", tmp_path / "out", "--output", "adapter", *args, code=0)
+    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
     name = "adapter_config.json"
     assert json.loads((tmp_path / "again" / name).read_text())["revision"] == COMMIT
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -113,8 +108,7 @@ def test_licence_files_above_a_subfolder_replay(
     source = (tmp_path / "repo", "--subfolder", "original")
     args = ("--num-pairs", 32, *TINY_ARGS)
     assert cli("convert", *source, tmp_path / "out", *args).exit_code == 0
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", tmp_path / "repo")
-    assert result.exit_code == 0, result.stderr
+    cli("replay", tmp_path / "out", tmp_path / "again", "--source", tmp_path / "repo", code=0)
     assert (tmp_path / "again/LICENSE").read_text() == "terms"
 
 
@@ -132,8 +126,7 @@ def test_names_in_a_manifest_do_not_leave_the_folder(
     whole = recorded.read_text()
     for change in alterations:
         alter(recorded, change)
-        result = cli("replay", recorded, tmp_path / "out", "--source", converted[0])
-        assert result.exit_code == 8, result.output
+        result = cli("replay", recorded, tmp_path / "out", "--source", converted[0], code=8)
         assert "sha256" not in result.stderr  # nothing of the file is told
         recorded.write_text(whole)
 
@@ -143,9 +136,7 @@ def test_options_of_a_refit_are_refused_without_it(
 ) -> None:
     args = ("replay", converted[1], tmp_path / "out", "--source", converted[0])
     for option in (("--pairs", "mine.tsv"), ("--max-angle", "2")):
-        result = cli(*args, *option)
-        assert result.exit_code == 2
-        assert f"{option[0]} has no effect without --refit" in result.stderr
+        cli(*args, *option, code=2, says=f"{option[0]} has no effect without --refit")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
@@ -160,10 +151,8 @@ def test_other_layouts_replay(
     else:
         source = checkpoints(kind, torch.bfloat16)
     args = ("--num-pairs", 32, *TINY_ARGS)
-    result = cli("convert", source, tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", *args, code=0)
+    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
     assert weights(tmp_path / "out") == weights(tmp_path / "again")
 
 
@@ -175,16 +164,14 @@ def test_one_other_byte_in_the_source_is_an_error_before_any_work(
     for path in (shard, source / "tokenizer.json"):
         before = path.read_bytes()
         flip(path, len(before) - 40)
-        result = cli("replay", recorded, tmp_path / "again", "--source", source)
-        assert result.exit_code == 8
+        result = cli("replay", recorded, tmp_path / "again", "--source", source, code=8)
         assert "is not the one that was converted" in result.stderr
         assert f"{path.name} has sha256" in result.stderr
         assert result.stderr.count("has sha256") == 1
         assert "editing" not in result.stderr
         path.write_bytes(before)
     (source / "LICENSE").unlink()
-    result = cli("replay", recorded, tmp_path / "again", "--source", source)
-    assert result.exit_code == 8
+    result = cli("replay", recorded, tmp_path / "again", "--source", source, code=8)
     assert "LICENSE is missing" in result.stderr
     assert not (tmp_path / "again").exists()
 
@@ -199,8 +186,7 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
 
     alter(recorded, older)
     args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    result = cli(*args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, "--json", code=0)
     found = json.loads(result.stdout)["differences"]
     assert [entry["what"] for entry in found] == ["gloss-convert", "device", "torch"]
     assert found[2]["recorded"] == "1.0"
@@ -208,9 +194,7 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
     shutil.rmtree(tmp_path / "again")
     # and it is the probable cause where they do not
     alter(recorded, lambda m: m["run"].update(rounding="nearest"))
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "the probable cause is gloss-convert" in result.stderr
+    cli(*args, code=8, says="the probable cause is gloss-convert")
     assert not (tmp_path / "again").exists()
 
 
@@ -228,8 +212,7 @@ def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
 
     alter(recorded, forge)
     before = sorted(tmp_path.iterdir())
-    result = cli("replay", recorded, tmp_path / "again", "--source", converted[0])
-    assert result.exit_code == 8
+    result = cli("replay", recorded, tmp_path / "again", "--source", converted[0], code=8)
     assert f"{entry.shard} differs from tensor {entry.name} on" in result.stderr
     assert "so the manifest may be altered" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
@@ -240,20 +223,13 @@ def test_what_a_manifest_cannot_know_is_asked_for(
 ) -> None:
     source, out = converted
     args = ("replay", recorded, tmp_path / "again")
-    result = cli(*args)
-    assert result.exit_code == 2
-    assert "say where it is with --source" in result.stderr
-    result = cli("replay", out, out, "--source", source, "--overwrite")
-    assert result.exit_code == 7
-    assert "contains the input" in result.stderr
+    cli(*args, code=2, says="say where it is with --source")
+    cli("replay", out, out, "--source", source, "--overwrite", code=7, says="contains the input")
     flip(tmp_path / "tiny.safetensors", -1)
-    result = cli(*args, "--source", source)
-    assert result.exit_code == 8
+    result = cli(*args, "--source", source, code=8)
     assert "tiny.safetensors is not the edit that tiny.json records" in result.stderr
     (tmp_path / "tiny.safetensors").unlink()
-    result = cli(*args, "--source", source)
-    assert result.exit_code == 8
-    assert f"tiny.safetensors or {EDIT_FILE} beside it" in result.stderr
+    cli(*args, "--source", source, code=8, says=f"tiny.safetensors or {EDIT_FILE} beside it")
 
 
 def test_a_manifest_alone_does_not_make_code_run(
@@ -261,9 +237,7 @@ def test_a_manifest_alone_does_not_make_code_run(
 ) -> None:
     alter(recorded, lambda m: m["run"].update(trust_remote_code=True))
     args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    result = cli(*args)
-    assert result.exit_code == 2
-    assert "executed code of its source" in result.stderr
+    cli(*args, code=2, says="executed code of its source")
     assert cli(*args, "--trust-remote-code").exit_code == 0
 
 
@@ -271,8 +245,7 @@ def test_a_refit_finds_the_recorded_edit(
     converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("replay", recorded, tmp_path / "again", "--source", converted[0], "--refit")
-    result = cli(*args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, "--json", code=0)
     (angles,) = json.loads(result.stdout)["angles"].values()
     assert len(angles) == 4
     assert angles[-1] < 1e-3
@@ -288,14 +261,10 @@ def test_a_refit_finds_the_recorded_edit(
     digest = hashlib.sha256(stored.read_bytes()).hexdigest()
     alter(recorded, lambda m: m["files"][EDIT_FILE].update(sha256=digest))
     shutil.rmtree(tmp_path / "again")
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "expected an angle of at most 1 degrees, found 2.000" in result.stderr
+    cli(*args, code=8, says="expected an angle of at most 1 degrees, found 2.000")
     assert not (tmp_path / "again").exists()
     alter(recorded, lambda m: m["pairs"].update(sha256="0" * 64))
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "not the texts of the recorded fit, by their sha256: pairs" in result.stderr
+    cli(*args, code=8, says="not the texts of the recorded fit, by their sha256: pairs")
 
 
 def test_principal_angles_are_known_ones() -> None:
@@ -320,8 +289,7 @@ def test_a_repo_is_read_at_the_recorded_commit(
 
         def run(home: str, *args: object) -> dict[str, Any]:
             connect(monkeypatch, server.url, tmp_path / home)
-            done = cli(*args, "--cache-dir", tmp_path / "cache", "--json")
-            assert done.exit_code == 0, done.stderr
+            done = cli(*args, "--cache-dir", tmp_path / "cache", "--json", code=0)
             found: dict[str, Any] = json.loads(done.stdout)
             return found
 

@@ -538,8 +538,7 @@ def test_a_streamed_conversion_gives_the_same_subspace(
     bases = []
     for way in ("resident", "streamed"):
         args = ("--num-pairs", 64, "--forward", way, *TINY_ARGS)
-        result = cli("convert", checkpoints(kind), tmp_path / way, *args)
-        assert result.exit_code == 0, result.stderr
+        cli("convert", checkpoints(kind), tmp_path / way, *args, code=0)
         bases.append(load_bases(tmp_path / way / EDIT_FILE))
     assert bases[0].keys() == bases[1].keys()
     for name, U in bases[0].items():
@@ -595,16 +594,12 @@ def test_writing_needs_the_whole_model(
     source = checkpoints("llama")
     what = "an evaluation writes continuations, for which the whole model must be in memory"
     for command in (("evaluate", source), ("convert", source, tmp_path / "out", "--evaluate")):
-        result = cli(*command, "--forward", "streamed")
-        assert result.exit_code == 2
+        result = cli(*command, "--forward", "streamed", code=2)
         assert result.stderr.count("\n") <= 2
         assert f"{what}: found --forward streamed; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "30MB")
-        assert result.exit_code == 3
-        assert f"{what}: found" in result.stderr
+        result = cli(*command, "--memory-limit", "30MB", code=3, says=f"{what}: found")
         assert "do not fit in memory comfortably; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "much")
-        assert result.exit_code == 2
+        result = cli(*command, "--memory-limit", "much", code=2)
         assert "--memory-limit: expected a size such as 4GB or 512MB, found 'much'" in result.stderr
     assert list(tmp_path.iterdir()) == []
 

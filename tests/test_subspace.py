@@ -515,9 +515,6 @@ def test_strengths_ascend(strengths: tuple[float, ...]) -> None:
 
 def test_a_method_that_does_not_exist_is_refused() -> None:
     with refused(
-        OptionError,
-        what="--method",
-        expected=" or ".join(METHODS.names()),
-        found="nonesuch",
+        OptionError, what="--method", expected=" or ".join(METHODS.names()), found="nonesuch"
     ):
         configure("nonesuch", {}, DIMENSIONS)

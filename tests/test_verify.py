@@ -36,8 +36,7 @@ def test_what_was_converted_verifies(converted: tuple[Path, Path], cli: Cli) -> 
     source, out = converted
     assert verify(out) == []
     assert verify(out, resolve(str(source))) == []
-    result = cli("verify", out, "--source", source, "--json")
-    assert result.exit_code == 0
+    result = cli("verify", out, "--source", source, "--json", code=0)
     assert json.loads(result.stdout) == {
         "verified": True,
         "problems": [],
@@ -62,9 +61,7 @@ def test_a_flipped_byte_in_a_tensor_names_the_tensor(out: Path, cli: Cli) -> Non
     raw = shard.read_bytes()
     for info in read_header(shard).tensors.values():
         flip(shard, (info.start + info.end) // 2)
-        result = cli("verify", out)
-        assert result.exit_code == 8
-        assert f"{shard.name}: is not as recorded" in result.stderr
+        result = cli("verify", out, code=8, says=f"{shard.name}: is not as recorded")
         assert f"tensor {info.name}\n" in result.stderr
         shard.write_bytes(raw)
 
@@ -123,11 +120,7 @@ def test_with_the_source_a_resealed_change_is_found_too(
     ],
 )
 def test_false_records_are_found(
-    path: tuple[str | int, ...],
-    value: object,
-    says: str,
-    converted: tuple[Path, Path],
-    out: Path,
+    path: tuple[str | int, ...], value: object, says: str, converted: tuple[Path, Path], out: Path
 ) -> None:
     put(out, forged(load_manifest(out), path, value))
     assert any(says in problem for problem in verify(out, resolve(str(converted[0]))))
@@ -195,6 +188,5 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(out: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_does_not_verify(tmp_path: Path, cli: Cli) -> None:
-    result = cli("verify", tmp_path)
-    assert result.exit_code == 8
+    result = cli("verify", tmp_path, code=8)
     assert "has no gloss_manifest.json; only what gloss-convert wrote" in result.stderr
