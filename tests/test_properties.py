@@ -3,6 +3,7 @@
 ``make properties`` tries thirty times as much; ``make test`` the same few each time.
 """
 
+import hashlib
 import json
 import os
 import tracemalloc
@@ -244,8 +245,11 @@ def test_a_shard_is_rewritten_as_in_memory(
             mock.patch.object(direct_writer, "BUFFER", buffer),
             source.open("rb", buffering=0) as file,
         ):
+            before = hashlib.sha256(source.read_bytes()).hexdigest()
             record = rewrite(file, target, dict.fromkeys(names, flipped))
         assert target.read_bytes() == raw
+        assert (record.source_sha256, record.nbytes) == (before, len(raw))
+        assert record.sha256 == hashlib.sha256(raw).hexdigest()
         assert load_file(target).keys() == tensors.keys()
         _check_damage(target, bytes(raw), record.prefixes, header)
 

@@ -1,9 +1,8 @@
 """Theorems about subspaces: planted truth is recovered, protected directions are not touched."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,7 +34,6 @@ from converter.methods.base import METHODS, Proposal
 from converter.methods.options import configure, parse_layers
 from converter.methods.rankings import ranking_names
 from converter.methods.subspace import Removal, Subspace, above_threshold, global_basis
-from converter.runtime.registry import Registry
 from tests.builders.errors import refused
 
 N, D, L = 200, 48, 6
@@ -485,32 +483,6 @@ def test_wrong_options_are_refused(options: dict[str, str], what: str, expected:
     found = key if key == "rnak" else value
     with refused(OptionError, what=what, expected=expected, found=found):
         configure("gloss-paper", options, DIMENSIONS)
-
-
-@pytest.mark.parametrize(
-    ("kind", "lacking", "options", "says"),
-    [
-        (int, "paper", {}, "it has no paper"),
-        (int, "", {}, "-o own: method toy: expected a value, found none"),
-        (bytes, "", {"own": "x"}, "its option own is of a type that has no text"),
-        (Literal["a", "b"] | None, "", {"own": "c"}, "-o own: expected a or b, found c"),
-    ],
-)
-def test_a_class_that_is_no_method_is_refused(
-    kind: Any, lacking: str, options: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts: dict[str, Any] = {part: lambda *given: {} for part in METHODS.needs if part != lacking}
-    toy = make_dataclass("Toy", [("own", kind)], namespace=parts)
-    monkeypatch.setattr(Registry, "load", lambda self, name: toy)
-    with pytest.raises(OptionError) as caught:
-        configure("toy", options, DIMENSIONS, {})
-    assert says in str(caught.value)
-
-
-@pytest.mark.parametrize("strengths", [(), (2, 1)])
-def test_strengths_ascend(strengths: tuple[float, ...]) -> None:
-    with refused(FitError, what="what the fit proposes", found="strengths ..."):
-        Proposal(strengths, True, lambda strength: Edit(), lambda strength, seed: Edit())
 
 
 def test_a_method_that_does_not_exist_is_refused() -> None:
