@@ -261,7 +261,7 @@ CONFIGS: dict[str, Case] = {
     "another hidden size": (config(hidden_size=64), 4, "contradicts config.json: expected shape"),
     "huge hidden size": (config(hidden_size=1 << 50), 4, "at most 16,777,216"),
     "hidden size of 4,000 digits": (config(hidden_size=10**4000), 4, "a number of 13288 bits"),
-    "another FFN": (config(intermediate_size=47), 4, "contradicts config.json: expected shape [32, "),
+    "another FFN": (config(intermediate_size=47), 4, "contradicts config.json: expected shape ["),
     "more layers than there are": (
         config(num_hidden_layers=7), 4, "tensor model.layers.6.mlp.down_proj.weight is missing",
     ),
@@ -531,36 +531,25 @@ PICKLES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def native(change: Callable[[dict[str, Any]], object]) -> Damage:
-    """Meta's params.json is changed."""
+def params(**changes: Any) -> Damage:
+    """Meta's params.json has other values."""
 
     def damage(folder: Path) -> None:
-        params = json.loads((folder / "params.json").read_text())
-        change(params)
-        (folder / "params.json").write_text(json.dumps(params))
+        found = json.loads((folder / "params.json").read_text())
+        (folder / "params.json").write_text(json.dumps(found | changes))
 
     return damage
 
 
-def params(**changes: Any) -> Damage:
-    return native(lambda found: found.update(changes))
-
-
 NATIVE: dict[str, Case] = {
-    "10^9 layers": (params(n_layers=10**9), 4, "has no tensor layers.2."),
-    "negative layers": (params(n_layers=-1), 4, "no usable n_layers"),
-    "layers as text": (params(n_layers="2"), 4, "no usable n_layers"),
     "layers of 4,000 digits": (params(n_layers=10**4000), 4, "found a number of 13288 bits"),
     "huge dim": (params(dim=1 << 39), 4, "contradicts params.json"),
     "dim beyond all": (params(dim=1 << 50), 4, "no usable dim"),
     "dim of zero": (params(dim=0), 4, "no usable dim"),
-    "heads that do not divide": (params(n_heads=3), 4, "contradicts itself"),
     "NaN": (params(norm_eps=float("nan")), 4, "no usable norm_eps"),
     "infinity": (params(rope_theta=float("inf")), 4, "no usable rope_theta"),
     "huge multiplier": (params(ffn_dim_multiplier=1e11), 4, "contradicts params.json"),
     "huge vocabulary": (params(vocab_size=1 << 39), 4, "contradicts params.json"),
-    "list": (written("params.json", "[]"), 4, "is not a JSON object"),
-    "broken": (written("params.json", "{"), 4, "cannot be read"),
     "100,000 lists": (written("params.json", "[" * 10**5), 4, "cannot be read"),
     "10 GB of nothing": (sparse("params.json"), 4, "params.json is too large"),
     "tokenizer of 10 GB": (sparse("tokenizer.model"), 4, "tokenizer.model is too large"),
@@ -570,7 +559,7 @@ NATIVE: dict[str, Case] = {
     "part as a pipe": (pipe("consolidated.01.pth"), 4, "is no file"),
     "params from elsewhere": (link("params.json", "../secret"), 4, f"params.json {OUT}"),
     "sums of something else": (written("checklist.chk", "\x1b[2J\n"), 4, "not a list of md5 sums"),
-    "code": (lambda f: torch.save({"a": Evil()}, f / "consolidated.00.pth"), 4, ""),
+    "code": (lambda f: torch.save({"a": Evil()}, f / "consolidated.00.pth"), 4, CODE),
     "repeated numbers": (
         lambda f: _repeat(f / "consolidated.00.pth", "tok_embeddings.weight"), 4, "",
     ),
