@@ -12,8 +12,7 @@ from torch import Tensor
 
 from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
+from converter.checkpoints.plan import Plan
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Sentence
@@ -29,7 +28,7 @@ from converter.models.likelihood import (
     word_changes,
 )
 from tests.builders.edits import removal
-from tests.builders.models import HIDDEN, TINY_MODELS, tiny_tokenizer
+from tests.builders.models import HIDDEN, TINY_MODELS, source_and_plan, tiny_tokenizer
 
 Checkpoints = Callable[..., Path]
 
@@ -43,8 +42,7 @@ def model(checkpoints: Checkpoints) -> forward.LanguageModel:
 @pytest.fixture
 def plan(checkpoints: Checkpoints) -> Plan:
     """Of the checkpoint of ``model``."""
-    source = resolve(str(checkpoints("llama")))
-    return make_plan(source.config, source.weight_map, source.headers())
+    return source_and_plan(checkpoints("llama"))[1]
 
 
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:

@@ -398,7 +398,11 @@ def truncate(path: Path) -> None:
 
 
 def without(*names: str) -> Damage:
-    return lambda source: [(source / name).unlink() for name in names]
+    def damage(source: Path) -> None:
+        for name in names:
+            (source / name).unlink()
+
+    return damage
 
 
 def stored(content: object) -> Damage:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from converter.checkpoints.plan import make_plan
-from converter.checkpoints.resolve import resolve
 from converter.cli.terminal import reporting
 from converter.edits.base import Edit
 from converter.edits.engine import Engine
@@ -20,6 +18,7 @@ from converter.outputs.staging.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.threads import ThreadPool
+from tests.builders.models import source_and_plan
 
 
 class Terminal(io.StringIO):
@@ -170,8 +169,7 @@ class Doubtful:
 def test_shards_are_written_by_threads_that_tell(
     checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = resolve(str(checkpoints("llama")))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = source_and_plan(checkpoints("llama"))
     out = tmp_path / "out"
     out.mkdir()
     job = WriteJob(

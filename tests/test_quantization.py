@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.checkpoints.fp8_scheme import read_scheme
-from converter.checkpoints.plan import make_plan
-from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits import apply
 from converter.edits.base import Edit
@@ -32,7 +30,7 @@ from converter.models.build import load_language_model
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, TINY_ARGS, load
+from tests.builders.models import HIDDEN, TINY_ARGS, load, source_and_plan
 from tests.fuzz import skeleton
 from tests.test_formats import tensors_of
 
@@ -118,8 +116,7 @@ def test_a_forward_pass_runs_on_the_numbers_that_fp8_stands_for(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     plain = checkpoints("qwen3", torch.bfloat16)
-    found = resolve(str(as_fp8(plain, tmp_path / "fp8", BLOCKS)))
-    plan = make_plan(found.config, found.weight_map, found.headers())
+    found, plan = source_and_plan(as_fp8(plain, tmp_path / "fp8", BLOCKS))
     model = load_language_model(found, plan, None, torch.float32, "cpu").module
     ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = load(plain).float()(ids).logits
@@ -190,8 +187,7 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=True)
-    source = resolve(str(folder))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = source_and_plan(folder)
     users = users_of(source, plan.targets)
     assert all(users[shard] == set(source.shards) for shard in source.shards)
     dropped: list[str] = []
@@ -224,21 +220,6 @@ def test_a_second_edit_of_fp8_weights_passes_too(
 def test_a_block_of_zeros_may_have_a_scale_of_zero() -> None:
     q, scale = quantize(torch.zeros(4, 4), torch.zeros(1, 1), (4, 4), torch.eye(4)[:, :1], 0.0)
     assert torch.equal(dequantize(q, scale, (4, 4)), torch.zeros(4, 4))
-
-
-def test_an_fp8_weight_that_was_tampered_with_is_found(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
-) -> None:
-    source = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS)
-    assert cli("convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS).exit_code == 0
-    path = tmp_path / "out/model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.3.mlp.down_proj.weight_scale_inv"][0, 0] *= 2
-    save_file(tensors, path, {"format": "pt"})
-    result = cli("verify", tmp_path / "out", "--source", source, code=8)
-    assert "the first difference is in tensor model.layers.3.mlp.down_proj.weight_scale_inv" in (
-        result.stderr
-    )
 
 
 def test_rounding_to_nearest_would_undo_much_of_an_edit() -> None:
@@ -292,6 +273,8 @@ REFUSED = [
     ({"quant_method": "awq"}, "scheme awq"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "scheme bitsandbytes"),
     ({"quant_method": "mxfp4"}, "scheme mxfp4"),
+    ({"quant_method": "fp8", "weight_block_size": [0, 0]}, "[0, 0]"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "[128]"),
     (
         {
             "quant_method": "compressed-tensors", "format": "pack-quantized",
@@ -304,24 +287,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("config", "found"), REFUSED)
 def test_other_schemes_are_refused_by_name(config: Any, found: str) -> None:
-    for place in (
-        {"quantization_config": config},
-        {"text_config": {"quantization_config": config}},
-    ):
-        with refused(CheckpointError, what="the checkpoint is quantized", found=found):
+    what = "...: block size" if "[" in found else "the checkpoint is quantized"
+    given = {"quantization_config": config}
+    for place in (given, {"text_config": given}):
+        with refused(CheckpointError, what=what, found=found):
             read_scheme(place)
     assert read_scheme({"text_config": {}}) is None
-
-
-@pytest.mark.parametrize("size", [[0, 0], [128]])
-def test_a_size_of_blocks_that_is_none_is_refused(size: list[int]) -> None:
-    config = {"quant_method": "fp8", "weight_block_size": size}
-    for place in (
-        {"quantization_config": config},
-        {"text_config": {"quantization_config": config}},
-    ):
-        with refused(CheckpointError, what="...: block size", expected="two positive integers"):
-            read_scheme(place)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from converter.calibration.causal_moments import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
@@ -47,6 +46,7 @@ from tests.builders.models import (
     OTHER_LAYOUTS,
     TINY_ARGS,
     TINY_MODELS,
+    source_and_plan,
     tiny_tokenizer,
 )
 from tests.test_plan import VARIANTS
@@ -75,8 +75,7 @@ class Opened:
 
     @classmethod
     def of(cls, folder: Path) -> "Opened":
-        source = resolve(str(folder))
-        return cls(source, make_plan(source.config, source.weight_map, source.headers()))
+        return cls(*source_and_plan(folder))
 
     def resident(self) -> LanguageModel:
         return models.load_language_model(

@@ -10,6 +10,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.source import Source
 from tests.bench.synthetic import builtin_texts, byte_tokenizer
 
 HIDDEN, FFN, LAYERS = 32, 48, 6
@@ -138,6 +141,12 @@ def make_checkpoint(
     (folder / "LICENSE").write_text("A licence.\n")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\nHello.\n")
     return folder
+
+
+def source_and_plan(folder: Path) -> tuple[Source, Plan]:
+    """A folder as a source, and its plan."""
+    source = resolve(str(folder))
+    return source, make_plan(source.config, source.weight_map, source.headers())
 
 
 def load(folder: Path) -> Any:
