@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ def recorded(converted: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "tiny.json"
 
 
+@pytest.fixture
+def replay(cli: Cli, converted: tuple[Path, Path], recorded: Path, tmp_path: Path) -> Cli:
+    """Replay that manifest to ``again``; what is expected is as for ``cli``."""
+    return partial(cli, "replay", recorded, tmp_path / "again", "--source", converted[0])
+
+
+@pytest.fixture
+def replayed(cli: Cli, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Convert a source and replay that: both folders."""
+
+    def run(source: Path, *more: object) -> tuple[Path, Path]:
+        out, again = tmp_path / "out", tmp_path / "again"
+        cli("convert", source, out, "--num-pairs", 32, *TINY_ARGS, *more, code=0)
+        cli("replay", out, again, "--source", source, code=0)
+        return out, again
+
+    return run
+
+
 def alter(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -64,9 +84,7 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
         assert now.replay_of == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
         assert then.measurements != now.measurements
         assert now == replace(then, measurements=now.measurements, replay_of=now.replay_of)
-        done = cli(
-            "replay", manifest, again, "--source", source, "--json", code=0
-        )  # nothing is left to do
+        done = cli("replay", manifest, again, "--source", source, "--json", code=0)
         assert "is the result of this run already" in done.stderr
         for key in ("identical", "differences", "files_compared", "other_files", "replay_of"):
             assert json.loads(done.stdout)[key] == found[key], key
@@ -77,13 +95,14 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
     assert "byte for byte as recorded, verified" in text
 
 
-def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
-    source, args = converted[0], ("--num-pairs", 32, *TINY_ARGS, "--base-model", "someone/tiny")
-    cli("convert", source, tmp_path / "out", "--output", "adapter", *args, code=0)
-    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
+def test_an_adapter_replays(
+    converted: tuple[Path, Path], replayed: Callable[..., tuple[Path, Path]], cli: Cli
+) -> None:
+    args = ("--output", "adapter", "--base-model", "someone/tiny")
+    out, again = replayed(converted[0], *args)
     for name in ("adapter_model.safetensors", "adapter_config.json", EDIT_FILE):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
+        assert (out / name).read_bytes() == (again / name).read_bytes()
+    cli("verify", again, "--source", converted[0], code=0)
 
 
 def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
@@ -100,20 +119,17 @@ def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
 
 
 def test_licence_files_above_a_subfolder_replay(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, replayed: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoints("llama"), tmp_path / "repo/original")
     (tmp_path / "repo/original/LICENSE").unlink()
     (tmp_path / "repo/LICENSE").write_text("terms")
-    source = (tmp_path / "repo", "--subfolder", "original")
-    args = ("--num-pairs", 32, *TINY_ARGS)
-    assert cli("convert", *source, tmp_path / "out", *args).exit_code == 0
-    cli("replay", tmp_path / "out", tmp_path / "again", "--source", tmp_path / "repo", code=0)
-    assert (tmp_path / "again/LICENSE").read_text() == "terms"
+    _, again = replayed(tmp_path / "repo", "--subfolder", "original")
+    assert (again / "LICENSE").read_text() == "terms"
 
 
 def test_names_in_a_manifest_do_not_leave_the_folder(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_text("of someone else")
     alterations: list[Callable[[dict[str, Any]], object]] = [
@@ -126,34 +142,28 @@ def test_names_in_a_manifest_do_not_leave_the_folder(
     whole = recorded.read_text()
     for change in alterations:
         alter(recorded, change)
-        result = cli("replay", recorded, tmp_path / "out", "--source", converted[0], code=8)
-        assert "sha256" not in result.stderr  # nothing of the file is told
+        assert "sha256" not in replay(code=8).stderr  # nothing of the file is told
         recorded.write_text(whole)
 
 
-def test_options_of_a_refit_are_refused_without_it(
-    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
-) -> None:
-    args = ("replay", converted[1], tmp_path / "out", "--source", converted[0])
+def test_options_of_a_refit_are_refused_without_it(replay: Cli) -> None:
     for option in (("--pairs", "mine.tsv"), ("--max-angle", "2")):
-        cli(*args, *option, code=2, says=f"{option[0]} has no effect without --refit")
+        replay(*option, code=2, says=f"{option[0]} has no effect without --refit")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
 def test_other_layouts_replay(
-    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+    kind: str, checkpoints: Checkpoints, replayed: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     if kind == "fp8":
-        source = tmp_path / "fp8"
-        as_fp8(checkpoints("qwen3", torch.bfloat16), source, BLOCKS, apart=True)
+        plain = checkpoints("qwen3", torch.bfloat16)
+        source = as_fp8(plain, tmp_path / "fp8", BLOCKS, apart=True)
     elif kind == "pickled":
         source = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
     else:
         source = checkpoints(kind, torch.bfloat16)
-    args = ("--num-pairs", 32, *TINY_ARGS)
-    cli("convert", source, tmp_path / "out", *args, code=0)
-    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
-    assert weights(tmp_path / "out") == weights(tmp_path / "again")
+    out, again = replayed(source)
+    assert weights(out) == weights(again)
 
 
 def test_one_other_byte_in_the_source_is_an_error_before_any_work(
@@ -177,7 +187,7 @@ def test_one_other_byte_in_the_source_is_an_error_before_any_work(
 
 
 def test_an_environment_that_differs_is_named_though_the_bytes_agree(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     def older(manifest: dict[str, Any]) -> None:
         manifest["environment"]["libraries"]["torch"] = "1.0"
@@ -185,8 +195,7 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
         manifest["tool"]["version"] = "0.0.1"
 
     alter(recorded, older)
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    result = cli(*args, "--json", code=0)
+    result = replay("--json", code=0)
     found = json.loads(result.stdout)["differences"]
     assert [entry["what"] for entry in found] == ["gloss-convert", "device", "torch"]
     assert found[2]["recorded"] == "1.0"
@@ -194,12 +203,12 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
     shutil.rmtree(tmp_path / "again")
     # and it is the probable cause where they do not
     alter(recorded, lambda m: m["run"].update(rounding="nearest"))
-    cli(*args, code=8, says="the probable cause is gloss-convert")
+    replay(code=8, says="the probable cause is gloss-convert")
     assert not (tmp_path / "again").exists()
 
 
 def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     entry = next(e for e in read_manifest(converted[1]).edited if e.layer == 3)
 
@@ -212,40 +221,33 @@ def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
 
     alter(recorded, forge)
     before = sorted(tmp_path.iterdir())
-    result = cli("replay", recorded, tmp_path / "again", "--source", converted[0], code=8)
-    assert f"{entry.shard} differs from tensor {entry.name} on" in result.stderr
+    result = replay(code=8, says=f"{entry.shard} differs from tensor {entry.name} on")
     assert "so the manifest may be altered" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_a_manifest_cannot_know_is_asked_for(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, cli: Cli, tmp_path: Path
 ) -> None:
     source, out = converted
-    args = ("replay", recorded, tmp_path / "again")
-    cli(*args, code=2, says="say where it is with --source")
+    cli("replay", recorded, tmp_path / "again", code=2, says="say where it is with --source")
     cli("replay", out, out, "--source", source, "--overwrite", code=7, says="contains the input")
     flip(tmp_path / "tiny.safetensors", -1)
-    result = cli(*args, "--source", source, code=8)
-    assert "tiny.safetensors is not the edit that tiny.json records" in result.stderr
+    replay(code=8, says="tiny.safetensors is not the edit that tiny.json records")
     (tmp_path / "tiny.safetensors").unlink()
-    cli(*args, "--source", source, code=8, says=f"tiny.safetensors or {EDIT_FILE} beside it")
+    replay(code=8, says=f"tiny.safetensors or {EDIT_FILE} beside it")
 
 
-def test_a_manifest_alone_does_not_make_code_run(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_manifest_alone_does_not_make_code_run(recorded: Path, replay: Cli) -> None:
     alter(recorded, lambda m: m["run"].update(trust_remote_code=True))
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    cli(*args, code=2, says="executed code of its source")
-    assert cli(*args, "--trust-remote-code").exit_code == 0
+    replay(code=2, says="executed code of its source")
+    replay("--trust-remote-code", code=0)
 
 
 def test_a_refit_finds_the_recorded_edit(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0], "--refit")
-    result = cli(*args, "--json", code=0)
+    result = replay("--refit", "--json", code=0)
     (angles,) = json.loads(result.stdout)["angles"].values()
     assert len(angles) == 4
     assert angles[-1] < 1e-3
@@ -261,10 +263,11 @@ def test_a_refit_finds_the_recorded_edit(
     digest = hashlib.sha256(stored.read_bytes()).hexdigest()
     alter(recorded, lambda m: m["files"][EDIT_FILE].update(sha256=digest))
     shutil.rmtree(tmp_path / "again")
-    cli(*args, code=8, says="expected an angle of at most 1 degrees, found 2.000")
+    replay("--refit", code=8, says="expected an angle of at most 1 degrees, found 2.000")
     assert not (tmp_path / "again").exists()
     alter(recorded, lambda m: m["pairs"].update(sha256="0" * 64))
-    cli(*args, code=8, says="not the texts of the recorded fit, by their sha256: pairs")
+    says = "not the texts of the recorded fit, by their sha256: pairs"
+    replay("--refit", code=8, says=says)
 
 
 def test_principal_angles_are_known_ones() -> None:
