@@ -105,21 +105,9 @@ def test_logits_are_those_of_metas_code(
         assert (plain.logits(ids, positions) - wanted).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["one part", "grouped, two parts"])
-def test_without_the_reordering_they_are_others(
-    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reference = write_native(source, **KINDS[kind])
-    monkeypatch.setattr(native, "half_split", lambda weight, heads: weight)
-    folder = materialize(read_native(source), tmp_path / "out")
-    ids, positions = far_apart()
-    difference = translated_logits(folder, ids, positions) - reference.logits(ids, positions)
-    assert difference.abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("tied", ["", "shared"])
 def test_virtual_shards_are_files_of_safetensors(tied: str, source: Path, tmp_path: Path) -> None:
-    reference = write_native(source, parts=2, tied=tied, **LLAMA3)
+    write_native(source, parts=2, tied=tied, **LLAMA3)
     translated = read_native(source)
     folder = materialize(translated, tmp_path / "out")
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -128,17 +116,6 @@ def test_virtual_shards_are_files_of_safetensors(tied: str, source: Path, tmp_pa
         assert set(names) == set(file.keys())
         for recipe in recipes:
             assert torch.equal(file.get_tensor(recipe.name), recipe.make())
-    whole = {recipe.name: recipe.make() for recipe in recipes}
-    for name, meta in {
-        "model.embed_tokens.weight": "tok_embeddings.weight",
-        "model.layers.1.self_attn.v_proj.weight": "layers.1.attention.wv.weight",
-        "model.layers.1.self_attn.o_proj.weight": "layers.1.attention.wo.weight",
-        "model.layers.0.mlp.gate_proj.weight": "layers.0.feed_forward.w1.weight",
-        "model.layers.0.mlp.down_proj.weight": "layers.0.feed_forward.w2.weight",
-        "model.layers.0.mlp.up_proj.weight": "layers.0.feed_forward.w3.weight",
-        "model.norm.weight": "norm.weight",
-    }.items():
-        assert torch.equal(whole[name], reference.weights[meta])
     assert names[0] == "model.embed_tokens.weight"
     assert names[-1] == ("model.norm.weight" if tied else "lm_head.weight")
 
