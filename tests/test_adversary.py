@@ -46,8 +46,8 @@ from tests.builders.adversary import (
     reseal,
 )
 from tests.builders.errors import refused
-from tests.builders.keys import write_key
 from tests.builders.models import METHOD, TINY
+from tests.test_signing import write_key
 
 Cli = Callable[..., Result]
 Checkpoints = Callable[..., Path]

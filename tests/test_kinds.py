@@ -36,11 +36,10 @@ from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
 from tests.builders.adversary import copy_of, load_manifest, put, record
+from tests.builders.invoke import Cli
 from tests.builders.methods import METHODS, AddedFile, Base, draw
-from tests.builders.models import load, source_and_plan
+from tests.builders.models import Checkpoints, load, planned, tiny_recipe
 from tests.builders.packages import install
-
-Cli = Callable[..., Result]
 
 
 @dataclass(frozen=True)
@@ -88,25 +87,23 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def written(
-    checkpoints: Callable[..., Path], shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Kind], Path]:
     """What each kind makes of the source, made once. Read only."""
 
     @cache
     def get(kind: Kind) -> Path:
         out = tmp_path_factory.mktemp(kind.method) / "out"
-        recipe = Recipe(
-            source=str(checkpoints("llama", torch.bfloat16)), method=kind.method,
-            options={"scale": "0.05"}, num_pairs=64, guard=False,
-        )  # fmt: skip
-        converter.convert(recipe, out)
+        settings: dict[str, Any] = {"method": kind.method, "options": {"scale": "0.05"}}
+        source = checkpoints("llama", torch.bfloat16)
+        converter.convert(tiny_recipe(source, num_pairs=64, **settings), out)
         return out
 
     return get
 
 
 @pytest.fixture
-def source(checkpoints: Callable[..., Path]) -> Path:
+def source(checkpoints: Checkpoints) -> Path:
     return checkpoints("llama", torch.bfloat16)
 
 
@@ -192,12 +189,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 def test_hooks_give_what_the_written_model_gives(
-    kind: Kind, checkpoints: Callable[..., Path], convert: Cli, tmp_path: Path
+    kind: Kind, checkpoints: Checkpoints, convert: Cli, tmp_path: Path
 ) -> None:
     """The guard examines a model with hooks; what it sees must be what is written."""
     source, out = checkpoints("llama", torch.float32), tmp_path / "out"
     convert(source, kind.method)
-    _, plan = source_and_plan(source)
+    _, plan = planned(source)
     tokens = torch.arange(40).reshape(2, 20)
     before, after = load(source), load(out)
     with torch.no_grad():
@@ -257,7 +254,7 @@ class ManyRoles(Base):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_adapter_of_several_roles_and_one_of_none(
-    architecture: str, checkpoints: Callable[..., Path], convert: Cli, cli: Cli, tmp_path: Path,
+    architecture: str, checkpoints: Checkpoints, convert: Cli, cli: Cli, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     bring(ManyRoles, tmp_path, monkeypatch)
@@ -269,7 +266,7 @@ def test_an_adapter_of_several_roles_and_one_of_none(
 
 
 def test_a_single_file_and_created_tensors_become_two_shards(
-    checkpoints: Callable[..., Path], convert: Cli, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, convert: Cli, cli: Cli, tmp_path: Path
 ) -> None:
     source, out = checkpoints("llama", torch.bfloat16, "10GB"), tmp_path / "out"
     convert(source, "created-bias")
@@ -301,7 +298,7 @@ class Filled(Base):
 @pytest.mark.parametrize("scale", ["0.5", "0", "1e30"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_weights_and_biases_of_nothing_but_zeros_can_change(
-    architecture: str, scale: str, checkpoints: Callable[..., Path], convert: Cli, cli: Cli,
+    architecture: str, scale: str, checkpoints: Checkpoints, convert: Cli, cli: Cli,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As those of a fresh layer are: a change has no share of their norm."""
@@ -337,7 +334,7 @@ def test_created_tensors_beside_an_index_whose_metadata_is_odd(
     ],
 )
 def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
-    method: str, architecture: str, code: int, says: str, checkpoints: Callable[..., Path],
+    method: str, architecture: str, code: int, says: str, checkpoints: Checkpoints,
     cli: Cli, tmp_path: Path,
 ) -> None:  # fmt: skip
     source, given = checkpoints(architecture), ("--method", method)
@@ -435,9 +432,9 @@ def test_a_patch_is_what_its_json_says() -> None:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Callable[..., Path]) -> None:
+def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Checkpoints) -> None:
     edit, named = WRONG[wrong]
-    source, plan = source_and_plan(checkpoints("llama", torch.bfloat16))
+    source, plan = planned(checkpoints("llama", torch.bfloat16))
     with pytest.raises(CheckpointError) as raised:
         check_edit(edit, plan, source)
     assert named in raised.value.what
@@ -454,7 +451,7 @@ def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Callable[
     ],
 )
 def test_an_edit_beyond_its_footprint_is_refused(edit: Edit, named: str, source: Path) -> None:
-    _, plan = source_and_plan(source)
+    _, plan = planned(source)
     footprint = Footprint(plan.weights("down_proj", [0]), (AddToRows,), created={"new": (2,)})
     footprint.check(Edit({DOWN: AddToRows(torch.tensor([0]), torch.ones(48))}))
     with pytest.raises(FitError) as raised:
@@ -466,7 +463,7 @@ def test_an_edit_beyond_its_footprint_is_refused(edit: Edit, named: str, source:
 def test_a_basis_that_is_not_orthonormal_is_refused_before_it_is_written(
     U: torch.Tensor, source: Path
 ) -> None:
-    _, plan = source_and_plan(source)
+    _, plan = planned(source)
     footprint = Footprint(plan.weights("down_proj", [0]), (RemoveSubspace,), 2)
     footprint.check(Edit({DOWN: RemoveSubspace(torch.eye(32)[:, :2].contiguous())}))
     with pytest.raises(FitError, match="expected orthonormal columns"):
@@ -605,7 +602,7 @@ def test_an_empty_file_and_tensors_that_share_memory(
 
 
 def test_the_guard_refuses_a_config_that_hooks_do_not_show(source: Path) -> None:
-    _, plan = source_and_plan(source)
+    _, plan = planned(source)
     route = plan.bias_route("o_proj")
     assert route is not None
     created = {name: torch.zeros(shape) for name, shape in route.created.items()}
@@ -616,11 +613,9 @@ def test_the_guard_refuses_a_config_that_hooks_do_not_show(source: Path) -> None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])
-def test_the_bench_reads_biases_as_columns(
-    architecture: str, checkpoints: Callable[..., Path]
-) -> None:
+def test_the_bench_reads_biases_as_columns(architecture: str, checkpoints: Checkpoints) -> None:
     recipe = Recipe(source=str(checkpoints(architecture)))
-    source, plan = source_and_plan(Path(recipe.source))
+    source, plan = planned(Path(recipe.source))
     bench = Bench.of(recipe, source, plan, load_words("builtin"), "cpu")
     for weight in (*plan.weights("down_proj", [2]), *plan.biases("down_proj", [2])):
         height = weight.info.shape[weight.axis]

@@ -1,8 +1,6 @@
 """Teacher-forced numbers: what they are, by definition and on tiny models."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +26,7 @@ from converter.models.likelihood import (
     word_changes,
 )
 from tests.builders.edits import removal
-from tests.builders.models import HIDDEN, TINY_MODELS, source_and_plan, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import HIDDEN, TINY_MODELS, Checkpoints, planned, tiny_tokenizer
 
 
 @pytest.fixture
@@ -42,7 +38,7 @@ def model(checkpoints: Checkpoints) -> forward.LanguageModel:
 @pytest.fixture
 def plan(checkpoints: Checkpoints) -> Plan:
     """Of the checkpoint of ``model``."""
-    return source_and_plan(checkpoints("llama"))[1]
+    return planned(checkpoints("llama"))[1]
 
 
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:

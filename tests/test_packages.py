@@ -25,10 +25,10 @@ from converter.methods.base import Proposal, Workbench
 from converter.methods.options import configure
 from converter.outputs.registry import output_of
 from converter.release.manifest import read_manifest
+from tests.builders.invoke import Cli
 from tests.builders.methods import RankOne, the_weight
+from tests.builders.models import Checkpoints
 from tests.builders.packages import install
-
-Cli = Callable[..., Result]
 
 NO_CLASS = "text"
 
@@ -58,7 +58,7 @@ class Faulty(RankOne):
 
 
 @pytest.fixture
-def source(checkpoints: Callable[..., Path]) -> Path:
+def source(checkpoints: Checkpoints) -> Path:
     return checkpoints("llama", torch.bfloat16)
 
 

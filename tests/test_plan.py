@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 
 from converter.checkpoints.architectures.architecture import (
     architectures,
@@ -22,9 +21,8 @@ from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import Header, read_header
 from converter.errors import CheckpointError
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, LAYERS, TINY_MODELS, load
-
-Checkpoints = Callable[..., Path]
+from tests.builders.invoke import Cli
+from tests.builders.models import HIDDEN, LAYERS, TINY_MODELS, Checkpoints, load
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Header]]:
@@ -273,7 +271,7 @@ def test_every_architecture_has_a_tiny_model_and_a_file_of_its_name() -> None:
     assert set(architectures()) == set(TINY_MODELS), "TINY_MODELS needs a line each"
 
 
-def test_the_readme_has_the_table_that_the_command_prints(cli: Callable[..., Result]) -> None:
+def test_the_readme_has_the_table_that_the_command_prints(cli: Cli) -> None:
     table = cli("architectures").stdout
     assert all(f"| `{name}` |" in table for name in TINY_MODELS)
     readme = (Path(__file__).parents[1] / "README.md").read_text()

@@ -3,7 +3,7 @@
 import io
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from converter.outputs.staging.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.threads import ThreadPool
-from tests.builders.models import source_and_plan
+from tests.builders.models import Checkpoints, planned
 
 
 class Terminal(io.StringIO):
@@ -166,10 +166,8 @@ class Doubtful:
         progress.warn(f"{shard} in {cache_folder()}")
 
 
-def test_shards_are_written_by_threads_that_tell(
-    checkpoints: Callable[..., Path], tmp_path: Path
-) -> None:
-    source, plan = source_and_plan(checkpoints("llama"))
+def test_shards_are_written_by_threads_that_tell(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source, plan = planned(checkpoints("llama"))
     out = tmp_path / "out"
     out.mkdir()
     job = WriteJob(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,12 @@ from tests.builders.hub_client import connect
 from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.builders.hub_server import HubServer
 from tests.builders.hub_uploads import Fault, Uploads
+from tests.builders.invoke import Cli
 from tests.builders.keys import write_key
 from tests.builders.methods import CreatedBias
-from tests.builders.models import TINY_ARGS
+from tests.builders.models import TINY_ARGS, Checkpoints
 from tests.builders.packages import install
 
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 REPO = "someone/tiny-detox"
 ALREADY = "is the result of this run already"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -3,13 +3,11 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,12 +28,10 @@ from converter.models.build import load_language_model
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import Rewriting, users_of
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, TINY_ARGS, load, source_and_plan
+from tests.builders.invoke import Cli
+from tests.builders.models import HIDDEN, TINY_ARGS, Checkpoints, load, planned
 from tests.fuzz import skeleton
 from tests.test_formats import tensors_of
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
 ROWS = {
@@ -116,7 +112,7 @@ def test_a_forward_pass_runs_on_the_numbers_that_fp8_stands_for(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     plain = checkpoints("qwen3", torch.bfloat16)
-    found, plan = source_and_plan(as_fp8(plain, tmp_path / "fp8", BLOCKS))
+    found, plan = planned(as_fp8(plain, tmp_path / "fp8", BLOCKS))
     model = load_language_model(found, plan, None, torch.float32, "cpu").module
     ids = torch.randint(2, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = load(plain).float()(ids).logits
@@ -187,7 +183,7 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     folder = as_fp8(checkpoints("qwen3", torch.bfloat16), tmp_path / "fp8", BLOCKS, apart=True)
-    source, plan = source_and_plan(folder)
+    source, plan = planned(folder)
     users = users_of(source, plan.targets)
     assert all(users[shard] == set(source.shards) for shard in source.shards)
     dropped: list[str] = []

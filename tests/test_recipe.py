@@ -5,13 +5,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,10 +21,8 @@ from converter.errors import OptionError
 from converter.option import Declared, declared_options
 from converter.recipe import Recipe, Settings
 from tests.builders.errors import refused
-from tests.builders.models import TINY_ARGS
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
 
 OTHER: dict[str, Any] = {
     "source": "someone/a model",

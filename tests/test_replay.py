@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
@@ -21,13 +20,11 @@ from converter.entrypoints.refit import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
-from tests.builders.models import TINY_ARGS
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
 from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
 from tests.test_verify import flip
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 
 @pytest.fixture

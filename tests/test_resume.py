@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,10 @@ from converter.outputs.checkpoint import write as checkpoint
 from converter.outputs.staging.claim import Claim, claimed
 from converter.runtime import progress
 from tests.builders.errors import refused
-from tests.builders.models import TINY_ARGS, make_checkpoint, tiny_args
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints, make_checkpoint, tiny_args
 from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 MEASURED = ("README.md", "SHA256SUMS", "gloss_manifest.json")
 """They hold seconds, or the sha256 of what does."""

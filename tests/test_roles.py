@@ -21,9 +21,7 @@ from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
 from converter.errors import CheckpointError, OptionError
 from tests.builders.errors import refused
-from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, load
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, Checkpoints, load
 
 MIXTURES = {kind for kind in TINY_MODELS if architectures()[kind].experts.weight}
 UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}

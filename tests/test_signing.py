@@ -5,18 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 
 from converter.checkpoints.names import SIGNATURE
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.errors import refused
-from tests.builders.keys import write_key
+from tests.builders.keys import write_key as write_key
 from tests.builders.models import TINY_ARGS
 from tests.test_verify import flip
 
@@ -25,7 +23,8 @@ pytest.importorskip("model_signing")
 from cryptography.hazmat.primitives import serialization as keys
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.models import Checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +60,7 @@ def test_what_a_run_has_in_a_mount_point_is_not_signed(
 
 
 def test_a_conversion_is_signed_and_the_signature_checked(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     result = cli("convert", checkpoints("llama"), out, *TINY_ARGS, "--sign", key, code=0)
@@ -173,7 +172,7 @@ def statement(out: Path) -> str:
 
 
 def test_what_is_no_key_is_said_before_any_work(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     pem = keys.Encoding.PEM, keys.PrivateFormat.PKCS8, keys.NoEncryption()
     wrong = {
@@ -208,7 +207,7 @@ def test_what_is_no_key_is_said_before_any_work(
 
 
 def test_a_key_is_not_published_and_not_deleted(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     shutil.copy(key, source / "mine.pem")

@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from converter.checkpoints.formats.gguf_header import check_header
 from converter.checkpoints.resolve import resolve
 from converter.hub.listing import is_inside
 from converter.outputs.record_checks import is_plain
+from tests.builders.models import Checkpoints
 
 BESIDE = (
     ".cache/huggingface/download/config.json.metadata", ".git/config", ".gitattributes",
@@ -32,7 +32,7 @@ SNAPSHOT = "models--someone--tiny/snapshots/c0ffee"
 
 
 @pytest.fixture
-def folder(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
+def folder(checkpoints: Checkpoints, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoints("llama"), tmp_path / "tiny")
 
 

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,20 +39,19 @@ from converter.recipe import Settings, parse_size
 from converter.runtime import memory, progress
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
     OTHER_LAYOUTS,
     TINY_MODELS,
-    source_and_plan,
+    Checkpoints,
+    planned,
     tiny_tokenizer,
 )
 from tests.test_formats import as_pickles
 from tests.test_plan import VARIANTS
 from tests.test_quantization import BLOCKS, as_fp8
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 TEXTS = [
     "the river rises in a range of low hills",
@@ -75,7 +73,7 @@ class Opened:
 
     @classmethod
     def of(cls, folder: Path) -> "Opened":
-        return cls(*source_and_plan(folder))
+        return cls(*planned(folder))
 
     def resident(self) -> LanguageModel:
         return models.load_language_model(

@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.resolve import resolve
@@ -15,8 +13,8 @@ from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal
-
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.models import Checkpoints
 
 
 @pytest.fixture
@@ -107,9 +105,7 @@ def test_a_basis_that_is_not_orthonormal_is_found(out: Path) -> None:
     assert any("U is not orthonormal" in problem for problem in verify(out))
 
 
-def test_another_source_is_noticed(
-    converted: tuple[Path, Path], checkpoints: Callable[..., Path]
-) -> None:
+def test_another_source_is_noticed(converted: tuple[Path, Path], checkpoints: Checkpoints) -> None:
     problems = verify(converted[1], resolve(str(checkpoints("mistral", torch.bfloat16))))
     assert problems
 

@@ -48,8 +48,8 @@ from tests.builders.adversary import (
     places,
     put,
 )
-from tests.builders.keys import write_key
 from tests.builders.models import METHOD, TINY, make_checkpoint
+from tests.test_signing import write_key
 
 OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
 
