@@ -511,7 +511,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "0", "1e9", "4GBB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "much", "0", "1e9", "4GBB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with refused(OptionError, what="--memory-limit", expected="a size such as 4GB or 512MB"):
         Settings(memory_limit=text)  # type: ignore[arg-type]
@@ -573,8 +573,6 @@ def test_writing_needs_the_whole_model(
         assert f"{what}: found --forward streamed; give --forward resident" in result.stderr
         result = cli(*command, "--memory-limit", "30MB", code=3, says=f"{what}: found")
         assert "do not fit in memory comfortably; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "much", code=2)
-        assert "--memory-limit: expected a size such as 4GB or 512MB, found 'much'" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
