@@ -283,23 +283,25 @@ def test_scores_that_are_all_equal_say_nothing_and_keep_all() -> None:
     assert above_threshold([0.5, 0.5, 0.5], 1) == [True] * 3
 
 
-def test_massive_activations_are_protected_and_would_be_taken_otherwise() -> None:
-    options = {"rank": 1, "candidates": "svd", "per_layer": 1, "alpha": -5}
-    protected = bases(fit("gloss-paper", planted(massive=True), **options))[2][:, 0]
-    assert abs(float(protected @ MASSIVE)) < 1e-3
-    assert float(protected @ TOXIC) > 0.99
-    naked = fit("gloss-paper", planted(massive=True), protect_shared=0, protect_own=0, **options)
-    assert abs(float(bases(naked)[2][:, 0] @ MASSIVE)) > 0.99
-
-
-def test_each_of_the_two_protections_works_alone() -> None:
-    options = {"rank": 1, "candidates": "svd", "per_layer": 1, "alpha": -5}
-    for protection in ({"protect_shared": 1, "protect_own": 0},
-                       {"protect_shared": 0, "protect_own": 1}):  # fmt: skip
-        found = fit("gloss-paper", planted(massive=True), **options, **protection)
-        u = bases(found)[2][:, 0]
+@pytest.mark.parametrize(
+    ("protection", "spared"),
+    [
+        ({}, True),
+        ({"protect_shared": 1, "protect_own": 0}, True),
+        ({"protect_shared": 0, "protect_own": 1}, True),
+        ({"protect_shared": 0, "protect_own": 0}, False),
+    ],
+)
+def test_massive_activations_are_taken_unless_one_of_two_protections_spares_them(
+    protection: dict[str, int], spared: bool
+) -> None:
+    options = {"rank": 1, "candidates": "svd", "per_layer": 1, "alpha": -5, **protection}
+    u = bases(fit("gloss-paper", planted(massive=True), **options))[2][:, 0]
+    if spared:
         assert abs(float(u @ MASSIVE)) < 1e-3
         assert float(u @ TOXIC) > 0.99
+    else:
+        assert abs(float(u @ MASSIVE)) > 0.99
 
 
 def test_protection_that_leaves_nothing_is_an_error() -> None:
