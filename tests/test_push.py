@@ -287,7 +287,7 @@ def test_the_next_version_leaves_nothing_of_the_last(
     assert set(ours) == set(files_of(tmp_path / "drawn"))
     assert any(name.startswith("pictures/") for name in ours)
     for folder in (tmp_path / "adapter", converted[1]):  # config.json goes, and comes again
-        assert cli("push", folder, REPO).exit_code == 0
+        cli("push", folder, REPO, code=0)
         assert set(repo.commits[repo.refs["main"]]) == set(files_of(folder))
     # what a manifest does not list is somebody's, and hidden files are the Hub's
     mine = dict.fromkeys(("mine.png", ".gitattributes", "adapter_config.json"), ours["LICENSE"])
@@ -299,7 +299,7 @@ def test_the_next_version_leaves_nothing_of_the_last(
         (tmp_path / "old.json").write_text(text)
         old = {"gloss_manifest.json": entry_of(tmp_path / "old.json")}
         repo.add("main", repo.commits[repo.refs["main"]] | mine | old)
-        assert cli("push", converted[1], REPO).exit_code == 0
+        cli("push", converted[1], REPO, code=0)
         assert set(repo.commits[repo.refs["main"]]) == set(files_of(converted[1])) | left
 
 

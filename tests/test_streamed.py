@@ -539,7 +539,7 @@ def test_a_conversion_can_be_streamed_from_its_texts_to_its_guard(
         assert manifests[way]["forward"]["mode"] == way
         assert manifests[way]["run"]["forward"] == way
         assert manifests[way]["activations"]["inputs"]["forward"] == way
-        assert cli("verify", out, "--source", planted).exit_code == 0
+        cli("verify", out, "--source", planted, code=0)
     assert bases["resident"].keys() == bases["streamed"].keys()
     for name, U in bases["resident"].items():
         # the model has one toxic direction; the others are noise, which rounding turns
