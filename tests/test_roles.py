@@ -121,6 +121,15 @@ def test_the_head_is_in_no_layer(checkpoints: Checkpoints) -> None:
     assert (head.info.name, head.layer, head.expert) == ("lm_head.weight", LAYERS, None)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_biases_of_each_layer_have_a_role_of_their_own(
+    kind: str, checkpoints: Checkpoints
+) -> None:
+    biases = planned(checkpoints(kind)).biases("down_proj")
+    found = [(bias.layer, bias.recorded_role, bias.axis) for bias in biases]
+    assert found == [(layer, "down_proj_bias", 0) for layer in range(LAYERS)]
+
+
 def test_parts_of_a_fused_matrix_are_its_rows(checkpoints: Checkpoints) -> None:
     plan = planned(checkpoints("phi3"))
     gate, up = plan.weights("gate_proj", [2])[0], plan.weights("up_proj", [2])[0]

@@ -367,7 +367,7 @@ def options(data: bytes) -> None:
     for line in lines[:20]:
         key, _, value = line.partition("=")
         attempts.append(partial(configure, method, {key: value}, sizes))
-        attempts.append(partial(Settings, memory_limit=line))
+        attempts.append(partial(Settings, memory_limit=line))  # type: ignore[arg-type]
         attempts.append(partial(parse_layers, "layers", line, 4))
     try_all(attempts)
 
