@@ -149,7 +149,8 @@ def test_killed_in_the_middle_of_an_upload_and_run_again(
     assert list(repo.commits.values()) == [{}]
     before = list(uploads.sent)
     assert len(before) >= 2
-    publish(code=0, says=ALREADY)
+    again = publish(says=ALREADY)  # beside it stands what the server says of the killed client
+    assert again.exit_code == 0, again.stderr
     assert len(repo.commits) == 2
     assert len(uploads.sent) == len(set(uploads.sent))  # nothing was sent twice
     assert files_of(published(tmp_path)) == files_of(tmp_path / "out")
