@@ -7,10 +7,10 @@ A new reader is one function here with ``@reader``, and a folder of seeds in ``c
 import atexit
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
@@ -107,6 +107,18 @@ def placed(name: str, data: bytes) -> Path:
     path = scratch() / name
     path.write_bytes(data)
     return path
+
+
+def try_all(attempts: Iterable[Callable[[], object]]) -> None:
+    """Make each attempt; the last refusal is that of all."""
+    refused = None
+    for attempt in attempts:
+        try:
+            attempt()
+        except ConverterError as error:
+            refused = error
+    if refused:
+        raise refused
 
 
 @reader("safetensors")
@@ -228,14 +240,7 @@ def activations(data: bytes) -> None:
         Request("ffn", "mean", (0,), True, gradient=True),
         Request("ffn", "mean", (0,), True, True, directions=1, protect_shared=1, per_layer=1),
     )
-    refused = None
-    for request in requests:
-        try:
-            load_activations(path, request, skeleton.D)
-        except ConverterError as error:
-            refused = error
-    if refused:
-        raise refused
+    try_all(partial(load_activations, path, request, skeleton.D) for request in requests)
 
 
 @cache
@@ -358,20 +363,13 @@ def options(data: bytes) -> None:
     method, *lines = data.decode("utf-8", "replace").split("\n")
     sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
     method = METHODS.names()[len(method) % len(METHODS.names())]
-    refused = None
+    attempts: list[Callable[[], object]] = []
     for line in lines[:20]:
         key, _, value = line.partition("=")
-        for attempt in (
-            lambda key=key, value=value: configure(method, {key: value}, sizes),
-            lambda line=line: Settings(memory_limit=line),
-            lambda line=line: parse_layers("layers", line, 4),
-        ):
-            try:
-                attempt()
-            except ConverterError as error:
-                refused = error
-    if refused:
-        raise refused
+        attempts.append(partial(configure, method, {key: value}, sizes))
+        attempts.append(partial(Settings, memory_limit=line))  # type: ignore[arg-type]
+        attempts.append(partial(parse_layers, "layers", line, 4))
+    try_all(attempts)
 
 
 @reader()
