@@ -27,8 +27,8 @@ from converter.entrypoints.convert import convert
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
-from converter.hub.publication import Publication
 from converter.manifest import Manifest
+from converter.recipe import Publication
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.adversary import (

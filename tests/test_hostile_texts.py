@@ -23,9 +23,9 @@ from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, DataError, VerificationError
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.additions import check_edit
+from converter.recipe import LocalInputs
 from converter.release.card import make_card
 from converter.release.licences import terms_of
-from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording, recipe_of
 from converter.runtime import progress, strict_json

@@ -47,10 +47,9 @@ from converter.outputs.record_checks import (
     edit_of,
     recorded_edit,
 )
-from converter.recipe import Settings
+from converter.recipe import LocalInputs, Settings
 from converter.release.card import make_card
 from converter.release.licences import terms_of
-from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import differences, read_recording, recipe_of
 from converter.release.verify import check_kept
