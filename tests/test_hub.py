@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import save_file
 
 from converter.checkpoints.names import is_companion
-from converter.checkpoints.source import check_space
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.source import check_space, remote_header
 from converter.errors import SourceError
-from converter.hub.repos import Repo, looks_like_repo
+from converter.hub.repos import Repo, looks_like_repo, resolve
 from converter.runtime.cache import sha256_of
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
@@ -233,6 +235,22 @@ def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer
     weights = [line for line in server.log if ".safetensors" in line and "index" not in line]
     assert weights
     assert all("bytes=0-" in line for line in weights)
+
+
+def test_a_header_longer_than_the_first_range_is_read_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "long"
+    folder.mkdir()
+    tensors = {f"layer.{i:05}.weight": torch.ones(1) for i in range(1500)}
+    save_file(tensors, folder / "model.safetensors")
+    with HubServer({"someone/long": folder}, {}, set()) as hub:
+        connect(monkeypatch, hub.url, tmp_path / "hf/hub")
+        found = remote_header(resolve("model", "someone/long"), "model.safetensors")
+        asked = [line.partition("bytes=")[2] for line in hub.log if "bytes=" in line]
+    assert found == read_header(folder / "model.safetensors")
+    assert len(asked) == 2
+    assert asked[1].startswith("100000-")
 
 
 @pytest.mark.parametrize(
