@@ -207,7 +207,7 @@ class Bomb:
         ({"state_dict": {"a": torch.ones(2)}}, "found 'state_dict': dict; save the model's"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
         (b"PK\x03\x04 and then nothing", "cannot be read as a PyTorch file"),
-        (b"", "cannot be read as a PyTorch file"),
+        (b"", "pytorch_model.bin is empty"),
     ],
     ids=["code", "list", "nested", "pointer", "truncated", "empty"],
 )

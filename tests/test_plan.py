@@ -301,6 +301,10 @@ def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_scheme(
 ) -> None:
     config, weight_map, headers = parts(checkpoints())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    assert make_plan(config, weight_map, headers).stale  # no tensor of it is quantized
+    name = next(iter(weight_map))
+    packed = TensorInfo(name, "I32", (1, 1), 0, 4)
+    headers[weight_map[name]].tensors[name] = packed
     with refused(CheckpointError, what="the checkpoint is quantized", found="scheme gptq"):
         make_plan(config, weight_map, headers)
 
@@ -358,8 +362,14 @@ def test_an_index_that_contradicts_the_files_is_refused(checkpoints: Checkpoints
         make_plan(config, {**weight_map, name: other}, headers)
     twice = dict(headers)
     twice["copy.safetensors"] = headers[weight_map[name]]
-    with refused(CheckpointError, what="tensor ... is in two files: ..."):
+    with refused(
+        CheckpointError, what=f"tensor {name} is in two files",
+        expected=f"it in {weight_map[name]} only, as the index says",
+        found="another copy in copy.safetensors", hint="delete the tensor from copy.safetensors...",
+    ):  # fmt: skip
         make_plan(config, weight_map, twice)
+    with refused(CheckpointError, expected="it in one of them"):
+        make_plan(config, None, twice)
 
 
 def test_a_packed_dtype_is_refused(checkpoints: Checkpoints) -> None:

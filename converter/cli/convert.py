@@ -15,6 +15,7 @@ from converter.manifest import ForwardRecord, GuardRecord, Manifest
 from converter.option import Option, Options, declared_options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
+from converter.text import few
 
 if TYPE_CHECKING:
     from converter.entrypoints.upload import Published
@@ -182,6 +183,14 @@ def _plan_text(plan: dict[str, Any]) -> str:
             for name, entry in plan["shards"].items()
         ),
         f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
+        *(
+            f"{what}: {few(plan[key])}"
+            for key, what in (
+                ("extra_weights", "weights copied, not edited"),
+                ("left_out", "left out"),
+            )
+            if plan[key]
+        ),
         f"{len(plan['edited_tensors'])} tensors to edit"
         + (f", {len(plan['created_tensors'])} to create" if plan["created_tensors"] else "")
         + "".join(f", {name} to change" for name in plan["changed_files"])

@@ -38,7 +38,7 @@ from converter.runtime.cache import cache_folder
 _VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""
 
-_CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
+CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
 
 _Parts = Mapping[str, Mapping[str, Tensor]]
@@ -119,7 +119,7 @@ def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str])
 def _checklist(folder: Path) -> dict[str, str]:
     """File name -> md5, from all checklists of a folder."""
     listed = {}
-    for path in (folder / name for name in _CHECKLISTS if (folder / name).is_file()):
+    for path in (folder / name for name in CHECKLISTS if (folder / name).is_file()):
         for line in path.read_text("utf-8", "replace").splitlines():
             if match := re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+?)\s*", line):
                 listed[match[2]] = match[1].lower()

@@ -20,7 +20,7 @@ import torch
 from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MAX_COMPANION
-from converter.checkpoints.safetensors.header import refuse_pointer
+from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError, SourceError
 from converter.text import describe_value
 
@@ -142,7 +142,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
         fit = not path.name.endswith(_NOT_SMALL) and not path.name.startswith(".")
         if fit and path.is_file() and path.stat().st_size <= MAX_COMPANION:
             small[path.name] = path.read_bytes()
-            refuse_pointer(small[path.name], path.name)
+            refuse_placeholder(small[path.name], path.name, may_be_empty=True)
             if sum(map(len, small.values())) > _MAX_ALL:
                 raise CheckpointError(
                     f"{folder.name} has too much beside the weights",

@@ -218,7 +218,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
         text = index_text(source.virtual_shards)
     elif not created:
         return None
-    elif source.weight_map is not None:
+    elif source.weight_map is not None and not shards.renamed:
         text = (source.folder / INDEX).read_bytes().decode()
     else:
         text = _whole_index(plan, shards)
@@ -233,7 +233,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
 
 
 def _whole_index(plan: Plan, shards: Shards) -> str:
-    """The index of a source that has none."""
+    """The index of a source that has none, or whose single file gets another name."""
     places: dict[str, str] = {}
     size = 0
     for shard, header in plan.headers.items():
