@@ -129,7 +129,9 @@ def _unreadable(name: str, known: Set[str]) -> CheckpointError:
         hint = f"rename it to {whole}, or download the model without a variant"
     elif native and native[0].endswith(".safetensors"):
         what = f"has weights in Mistral's own layout only: {few(native)}"
-        hint = "get config.json and model*.safetensors of the same model, which transformers reads"
+        hint = "get config.json and model*.safetensors of the same model"
+        if native == weight_files(native):
+            hint += ", or keep params.json alone beside it, without config.json"
     elif [n for n in others if n.startswith("adapter_model.")]:
         what, hint = "has an adapter only", "give the model that it belongs to"
     elif len(others) == 1 and others[0].endswith(".safetensors"):
@@ -142,7 +144,7 @@ def _unreadable(name: str, known: Set[str]) -> CheckpointError:
         hint = f"the download of {few(unfinished)} did not finish; fetch it again"
     return CheckpointError(
         f"{name} {what}",
-        expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.*.pth with params.json",
+        expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.* with params.json",
         found=few(others) or "no weights at all",
         hint=hint,
     )

@@ -23,6 +23,9 @@ WEIGHTS: dict[Format, tuple[str, str]] = {
 _PART = re.compile(r"consolidated\.\d\d\.pth")
 """A part of the weights in Meta's layout."""
 
+_MISTRAL = "consolidated.safetensors"
+"""The weights in Mistral's layout, which is like Meta's."""
+
 OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
@@ -74,13 +77,14 @@ _TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The parts of the weights in Meta's layout among some file names, in order."""
-    return sorted(name for name in names if _PART.fullmatch(name))
+    """The parts of the weights in Meta's or Mistral's layout among some file names, in order."""
+    known = set(names)
+    return sorted(filter(_PART.fullmatch, known)) or sorted(known & {_MISTRAL})
 
 
 def is_native(names: Iterable[str]) -> bool:
-    """Whether file names are those of Meta's layout: params.json and consolidated.*.pth, no
-    config.json."""
+    """Whether file names are those of Meta's layout, params.json and consolidated.*.pth, or of
+    Mistral's, with consolidated.safetensors; either has no config.json."""
     known = set(names)
     return bool(weight_files(known)) and "params.json" in known and "config.json" not in known
 

@@ -100,8 +100,8 @@ def convert_command(
 ) -> Answer:
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
-    SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's
-    consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
+    SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's or Mistral's
+    consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
     from converter.entrypoints.delivery import Delivery, check_plots, draw

@@ -238,7 +238,7 @@ def config(**changes: Any) -> Damage:
     return damage
 
 
-def packed(**changes: Any) -> Damage:
+def with_packed(**changes: Any) -> Damage:
     """The same, and a tensor is packed as quantized ones are."""
 
     def damage(folder: Path) -> None:
@@ -289,14 +289,14 @@ CONFIGS: dict[str, Case] = {
     "empty": (written("config.json", ""), 4, "config.json is empty"),
     "NUL": (written("config.json", "\0"), 4, "cannot be read"),
     "10 GB of nothing": (lambda f: os.truncate(f / "config.json", 10**10), 4, "is too large"),
-    "quantized as a text": (packed(quantization_config="x" * 10**6), 4, "quantized"),
-    "quantized as a list": (packed(quantization_config=[1]), 4, "is quantized"),
-    "quantized, AWQ": (packed(quantization_config={"quant_method": "awq"}), 4, "scheme awq"),
+    "quantized as a text": (with_packed(quantization_config="x" * 10**6), 4, "quantized"),
+    "quantized as a list": (with_packed(quantization_config=[1]), 4, "is quantized"),
+    "quantized, AWQ": (with_packed(quantization_config={"quant_method": "awq"}), 4, "scheme awq"),
     "quantized, steering a terminal": (
-        packed(quantization_config={"quant_method": "\x1b[2J"}), 4, "scheme \\x1b[2J",
+        with_packed(quantization_config={"quant_method": "\x1b[2J"}), 4, "scheme \\x1b[2J",
     ),
     "quantized in blocks of 0": (
-        packed(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 0]}),
+        with_packed(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 0]}),
         4, "block size",
     ),
     "other weights": (config(transformers_weights="other.safetensors"), 4, "names other weights"),

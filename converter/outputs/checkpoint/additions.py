@@ -134,7 +134,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
         was, now = (
             (p.dimensions, p.scheme, p.roles, p.vocabulary, p.architecture) for p in (plan, new)
         )
-        same = was == now
+        same = was == now and not new.stale
     if not same:
         raise CheckpointError(
             "the patch of config.json changes the sizes of the model, its type, or how its weights "
