@@ -19,6 +19,7 @@ from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.errors import CheckpointError, DataError
 from converter.outputs.base import WriteJob
+from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.errors import refused
 from tests.builders.models import TINY_ARGS, load
@@ -351,3 +352,17 @@ def test_texts_are_looked_at_in_the_same_way(
     result = cli("plan", source, option, path, *TINY_ARGS)
     assert result.exit_code == DataError.exit_code
     assert "not the file itself" in result.stderr
+
+
+def test_a_copied_file_may_not_have_the_name_of_a_shard_to_come(single: Path) -> None:
+    save(single / "model-00002-of-00002.safetensors", "mtp.fc.weight")
+    found = resolve(str(single))
+    plan = make_plan(found.config, found.weight_map, found.headers())
+    check_edit(Edit(), plan, found)
+    with refused(CheckpointError, what="model-00002-of-00002.safetensors of the source has a ..."):
+        check_edit(Edit(created={"model.extra.bias": torch.ones(3)}), plan, found)
+
+
+def test_files_of_a_quantization_that_is_gone_are_named(source: Path, cli: Cli) -> None:
+    (source / "hf_quant_config.json").write_text("{}")
+    assert "hf_quant_config.json: names a quantization" in cli("plan", source, *TINY_ARGS).stderr

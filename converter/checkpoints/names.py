@@ -65,6 +65,9 @@ TOKENIZER = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
 
+QUANTIZED = {"hf_quant_config.json", "quant_config.json", "quantize_config.json"}
+"""Files that say how weights are quantized, beside ``config.json``."""
+
 _PAPERS = {
     "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
     "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),

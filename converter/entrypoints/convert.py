@@ -9,6 +9,7 @@ from msgspec import structs
 
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
+from converter.checkpoints.names import QUANTIZED
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
@@ -178,6 +179,11 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
             progress.warn(
                 f"{name} says that the model is quantized, and none of its tensors is: that is "
                 "not believed, and a checkpoint that is written does not say it"
+            )
+        if plan.scheme is None and (named := QUANTIZED & {*source.companions}):
+            progress.warn(
+                f"{', '.join(sorted(named))}: names a quantization that no tensor has, and is "
+                "copied as it is; readers such as vLLM may believe it, so delete it"
             )
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options

@@ -607,6 +607,7 @@ DAMAGED = "is damaged: found"
 
 GGUFS: Mapping[str, tuple[bytes, int, str]] = {
     "empty": (b"", 4, "is not a GGUF file"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", 4, "is a pointer of git-lfs"),
     "magic alone": (b"GGUF", 4, DAMAGED),
     "version 1": (gguf(version=1), 4, "version 1, where 2 and 3 are known"),
     "other byte order": (gguf(version=3 << 24), 4, "where 2 and 3 are known"),

@@ -82,6 +82,12 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
             already, a patch that does not apply, or a file that would take the place of another.
     """
     edit.check(plan)
+    shards = Shards.of(source.shards, bool(edit.created))
+    if taken := {shards.extra, *shards.renamed.values()} & {*source.extras}:
+        raise CheckpointError(
+            f"{min(filter(None, taken))} of the source has a name that the output needs",
+            hint="rename the file",
+        )
     for name, tensor in edit.created.items():
         if name in plan.names.tensors:
             raise CheckpointError(
