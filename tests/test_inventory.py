@@ -168,7 +168,7 @@ def test_what_is_left_out_is_named_and_checked(source: Path, cli: Cli, tmp_path:
     save(source / "old-00001-of-00002.safetensors", f"{down}.weight")  # of an earlier set
     save(source / "q4.safetensors", f"{down}.qweight", f"{down}.scales")  # quantized
     save_file(
-        {name.replace("model.", "transformer."): t for name, t in tensors.items()},
+        {f"old.{name}": t for name, t in tensors.items()},
         source / "consolidated.safetensors",
     )  # in other names
     save(source / "draft/adapter_model.safetensors", "base_model.lora_A.weight")
