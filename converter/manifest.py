@@ -72,6 +72,9 @@ class SourceRecord(Record, kw_only=True):
         commit: that the revision was resolved to.
         files: every file that was read and is not in ``originals``.
         originals: weights that are not safetensors, which the shards were made from.
+        extras: safetensors files beside those of the model, which were copied and not edited.
+        left_out: files that were neither read nor copied, by name; of a hidden folder, that. None
+            are listed for an adapter, which is used with the source.
     """
 
     name: str
@@ -80,6 +83,8 @@ class SourceRecord(Record, kw_only=True):
     commit: str | None
     files: dict[str, FileRecord]
     originals: dict[str, FileRecord]
+    extras: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def all_files(self) -> dict[str, FileRecord]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from unicodedata import category
 
 LONGEST = 2000
@@ -31,6 +32,12 @@ def is_one_line(name: str) -> bool:
     return name.isprintable() or all(
         c.isprintable() or category(c) == "Zs" or c in "\u200c\u200d" for c in name
     )
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def describe_value(value: object) -> str:

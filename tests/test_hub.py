@@ -50,7 +50,16 @@ def server(
     as_fp8(checkpoints("qwen3", torch.bfloat16), fp8, BLOCKS, apart=True)
     native = tmp_path_factory.mktemp("hub") / "native"
     write_native(native)
+    extras = tmp_path_factory.mktemp("hub") / "extras"
+    shutil.copytree(checkpoints("llama", shard="10GB"), extras)
+    places = dict.fromkeys(tensors_of(extras), "model.safetensors")
+    (extras / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({"mtp.fc.weight": torch.ones(9)}, extras / "mtp.safetensors")
+    save_file({"model.norm.weight": torch.ones(9)}, extras / "model.fp16.safetensors")
+    (extras / "onnx").mkdir()
+    (extras / "onnx/model.onnx").write_text("x")
     models = {
+        "someone/extras": extras,
         "someone/tiny": llama, "someone/pickles": pickles, "someone/several": inner,
         "meta-llama/Llama-2-7b": native, "someone/fp8": fp8,
     }  # fmt: skip
@@ -153,6 +162,31 @@ def test_one_format_is_fetched_and_a_subfolder_alone(
         gloss("verify", out, *shown[3:], code=0)
     missing = gloss("plan", "someone/several", "--subfolder", "variants/large", code=3)
     assert "someone/several has no folder variants/large" in missing.stderr
+
+
+def test_weights_beside_those_of_a_repo_are_fetched_copied_and_dropped(
+    gloss: Gloss, server: HubServer, tmp_path: Path
+) -> None:
+    """The index of the single file is read before the choice; of others, headers at most."""
+    server.log.clear()
+    planned = gloss("plan", "someone/extras", "--json", *TINY_ARGS)
+    assert planned.exit_code == 0, planned.stderr
+    plan = json.loads(planned.stdout)
+    assert plan["extra_weights"] == ["mtp.safetensors"]
+    assert plan["left_out"] == ["model.fp16.safetensors", "onnx/model.onnx"]
+    weights = [line for line in server.log if ".safetensors" in line and "index" not in line]
+    assert weights
+    assert all("bytes=0-" in line for line in weights)
+    out, source = tmp_path / "out", server.models["someone/extras"]
+    args = ("--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
+    result = gloss("convert", "someone/extras", out, *args)
+    assert result.exit_code == 0, result.stderr
+    for name in ("mtp.safetensors", "model.safetensors.index.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    checked = gloss("verify", out, "--source", source)
+    assert checked.exit_code == 0, checked.stderr
+    assert gloss("replay", out, tmp_path / "again").exit_code == 0
 
 
 def test_shards_are_fetched_when_they_are_edited_and_dropped_after(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats import meta_small_files as native_small
@@ -26,6 +26,7 @@ from converter.checkpoints.formats.virtual import (
     split_shards,
 )
 from converter.checkpoints.names import is_native
+from converter.checkpoints.resolve import resolve
 from converter.errors import CheckpointError, DestinationError, SourceError
 from converter.runtime.cache import using_cache
 from tests.builders.errors import refused
@@ -35,8 +36,10 @@ from tests.builders.meta import (
     md5,
     rank_file,
     sentencepiece_model,
+    write_mistral,
     write_native,
 )
+from tests.builders.models import tiny_args
 
 LLAMA3: dict[str, Any] = {"rope_theta": 500000.0, "n_kv_heads": 2, "ffn_dim_multiplier": 1.3}
 KINDS: dict[str, dict[str, Any]] = {
@@ -154,7 +157,61 @@ def test_parts_are_mapped_and_run_no_code(source: Path, monkeypatch: pytest.Monk
     assert [(options["mmap"], options["weights_only"]) for options in asked] == [(True, True)] * 2
 
 
+@pytest.mark.parametrize(
+    "params", [{}, {"head_dim": 8, "sliding_window": 4}, {"rope_theta": 1e6, "max_seq_len": 99}]
+)
+def test_mistrals_own_layout_is_that_of_transformers(
+    params: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    model = write_mistral(source, **params)
+    found = resolve(str(source))
+    folder = materialize(read_native(source), tmp_path / "out")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(loaded) is type(model)
+    ids = torch.randint(0, 600, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    same = ("sliding_window", "head_dim", "rope_parameters", "rms_norm_eps")
+    assert all(getattr(loaded.config, key) == getattr(model.config, key) for key in same)
+    assert loaded.config.max_position_embeddings == params.get("max_seq_len", 32768)
+    assert found.left_out == ()
+    assert [path.name for path in found.originals] == ["consolidated.safetensors", "params.json"]
+    assert AutoTokenizer.from_pretrained(folder).is_fast
+
+
+def test_a_mistral_in_its_own_layout_is_converted(
+    source: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    write_mistral(source)
+    options = tiny_args(layers="0-1", rank=2)
+    result = cli("convert", source, tmp_path / "out", "--num-pairs", 32, *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "mistral"
+    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("moe", {"num_experts": 8}), ("vision_encoder", {"dim": 1}), ("quantization", {"q": "fp8"}),
+     ("use_biases", True), ("llama_4_scaling", {"b": 1}), ("causal", False), ("new_key", 3)],
+)  # fmt: skip
+def test_another_model_of_mistrals_is_refused_by_its_key(
+    key: str, value: object, source: Path
+) -> None:
+    write_mistral(source, **{key: value})
+    with refused(CheckpointError, what=f"params.json has {key}, which a dense text model ... not"):
+        resolve(str(source))
+
+
+def test_a_tekken_tokenizer_is_named(source: Path) -> None:
+    write_mistral(source, use_biases=False, sliding_window=None)
+    (source / "tokenizer.model.v3").rename(source / "tekken.json")
+    with refused(CheckpointError, found="tekken.json, which is not read", hint="get ..."):
+        resolve(str(source))
+
+
 def test_what_is_native() -> None:
+    assert is_native(["params.json", "consolidated.safetensors"])
     names = ["params.json", "consolidated.00.pth", "tokenizer.model"]
     assert is_native(names)
     assert not is_native([*names, "config.json"])
@@ -435,7 +492,7 @@ FAULTS: dict[str, tuple[Damage, str, dict[str, str]]] = {
         {"hint": "one of them is of another model, or a part is missing"},
     ),
     "truncated": (lambda source: truncate(source / FIRST), UNREADABLE, {}),
-    "empty": (written(FIRST, ""), UNREADABLE, {}),
+    "empty": (written(FIRST, ""), f"{FIRST} is empty", {}),
     "pointer": (
         written(FIRST, "version https://git-lfs.github.com/spec/v1\n"),
         f"{FIRST} is a pointer of git-lfs, not the file itself", {},

@@ -280,9 +280,16 @@ def test_the_readme_has_the_table_that_the_command_prints(cli: Cli) -> None:
 
 def test_a_tensor_in_two_files_is_refused(checkpoints: Checkpoints) -> None:
     config, weight_map, headers = parts(checkpoints())
-    twice = headers | {"copy.safetensors": next(iter(headers.values()))}
-    with refused(CheckpointError, what="tensor ... is in two files: ..."):
+    name = next(iter(weight_map))
+    twice = headers | {"copy.safetensors": headers[weight_map[name]]}
+    with refused(
+        CheckpointError, what=f"tensor {name} is in two files",
+        expected=f"it in {weight_map[name]} only, as the index says",
+        found="another copy in copy.safetensors", hint="delete the tensor from copy.safetensors...",
+    ):  # fmt: skip
         make_plan(config, weight_map, twice)
+    with refused(CheckpointError, expected="it in one of them"):
+        make_plan(config, None, twice)
 
 
 def test_sizes_count_every_byte(checkpoints: Checkpoints) -> None:

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.checkpoints.safetensors.header import read_header
-from converter.checkpoints.weights import read_scheme
+from converter.checkpoints.patch import merge
+from converter.checkpoints.safetensors.header import TensorInfo, read_header
+from converter.checkpoints.weights import read_scheme, stale_quantization
 from converter.edits import apply
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
@@ -312,3 +313,68 @@ def test_fp8_without_scales_that_fit_is_refused(
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     result = cli("convert", source, tmp_path / "out", *TINY_ARGS, code=4)
     assert re.search(says, result.stderr), result.stderr
+
+
+LEFT: dict[str, dict[str, Any]] = {
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "fp8": {"quantization_config": BLOCKS},
+    "compressed": {"compression_config": ROWS},
+    "nested": {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+    "nothing": {"quantization_config": {}},
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_config_says_of_a_quantization_that_is_gone_is_dropped(
+    left: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    kind, mode = ("gemma3", "streamed") if left == "nested" else ("llama", "resident")
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(checkpoints(kind, torch.bfloat16), source)
+    plain = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(merge(plain, LEFT[left])))
+    args = ("convert", source, out, "--num-pairs", 32, "--forward", mode, *TINY_ARGS)
+    result = cli(*args)
+    assert result.exit_code == 0, result.stderr
+    assert "warning: config.json says that the model is quantized" in result.stderr
+    assert json.loads((out / "config.json").read_text()) == plain
+    patch = json.loads((out / "gloss_manifest.json").read_text())["edit"]["patches"]["config.json"]
+    key = "compression_config" if left == "compressed" else "quantization_config"
+    assert patch == ({"text_config": {key: None}} if left == "nested" else {key: None})
+    for said in (cli("verify", out, "--source", source), cli("verify", out)):
+        assert said.exit_code == 0, said.stderr
+    if left in ("bitsandbytes", "nested"):
+        again = cli("replay", out, tmp_path / "again", "--source", source)
+        assert again.exit_code == 0, again.stderr
+        assert (tmp_path / "again/config.json").read_bytes() == (out / "config.json").read_bytes()
+        assert "is the result of this run already" in cli(*args).stderr
+        planned = json.loads(cli("plan", source, "--json", *TINY_ARGS).stdout)
+        assert planned["changed_files"] == ["config.json"]
+
+
+def test_the_same_numbers_are_fitted_as_without_it(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    plain = checkpoints("llama", torch.bfloat16)
+    source = shutil.copytree(plain, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | LEFT["bitsandbytes"]))
+    for folder, out in ((plain, "a"), (source, "b")):
+        assert cli("convert", folder, tmp_path / out, "--num-pairs", 32, *TINY_ARGS).exit_code == 0
+    one, two = (tensors_of(tmp_path / out) for out in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("x.qweight", "F32"), ("x.weight_scale", "F32"), ("x.weight", "U8"), ("x.weight", "F8_E4M3")],
+)
+def test_it_is_believed_if_a_tensor_is_packed_or_has_scales(
+    name: str, dtype: str, checkpoints: Checkpoints
+) -> None:
+    headers = {"x.safetensors": TensorInfo(name, dtype, (4,), 0, 4)}
+    places = {info.name: (shard, info) for shard, info in headers.items()}
+    assert stale_quantization(LEFT["fp8"], places) == {}
+    dense = {"x.weight": ("x.safetensors", TensorInfo("x.weight", "BF16", (2,), 0, 4))}
+    assert stale_quantization(LEFT["fp8"], dense) == {"quantization_config": None}
+    assert stale_quantization({"quantization_config": None}, dense) == {}

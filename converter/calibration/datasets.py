@@ -14,7 +14,7 @@ from converter.errors import DataError
 from converter.hub import repos as hub
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
-from converter.runtime.files import MAX_LINE, read_file, read_text, reason
+from converter.runtime.files import MAX_LINE, check_file, read_file, read_text, reason
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
@@ -100,6 +100,7 @@ def _reading(what: str) -> Iterator[None]:
 
 def _sha256(path: Path, what: str) -> str:
     with _reading(f"{what} file {path.name}"):
+        check_file(path)
         return sha256_of(path)
 
 

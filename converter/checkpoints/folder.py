@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from converter.checkpoints.names import is_read
+from converter.checkpoints.names import BOOKKEEPING, is_read
 from converter.errors import CheckpointError
 from converter.text import is_one_line
 
@@ -23,8 +23,9 @@ _MAX_DEPTH = 32
 def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
     """Every file below a folder and its size, in bytes.
 
-    Left out are hidden ones, linked folders, and what file systems have of their own. The folder is
-    in the source ``home``, or is the source.
+    What is in hidden and in linked folders is left out, and these are listed with a slash at the
+    end; of what git and file systems have of their own, nothing is. The folder is in the source
+    ``home``, or is the source.
 
     Raises:
         CheckpointError: a name is not plain text; something is no file; or a link leads nowhere,
@@ -37,8 +38,9 @@ def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
         if not is_one_line(name):  # a name that is not UTF-8 is not, either
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
-        if path.is_dir():
-            continue  # by a link
+        if path.is_dir():  # hidden, or by a link
+            found[f"{name}/"] = 0
+            continue
         if entry.is_symlink() and is_read(name):
             _check_link(path, name, inside)
         if not path.exists():
@@ -57,16 +59,16 @@ def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
 
 
 def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
-    """What is below a folder and no folder, with names relative to it."""
+    """What is below a folder, with names relative to it; of folders, those that are not read."""
     waiting = [("", 0)]
     while waiting:
         inside, depth = waiting.pop()
         with os.scandir(folder / inside) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name == "lost+found":
+                if entry.name in BOOKKEEPING:
                     continue
                 name = f"{inside}{entry.name}"
-                if not entry.is_dir(follow_symlinks=False):
+                if not entry.is_dir(follow_symlinks=False) or entry.name.startswith("."):
                     yield entry, name
                 elif depth < _MAX_DEPTH:
                     waiting.append((f"{name}/", depth + 1))

@@ -1,4 +1,4 @@
-"""Which files make a checkpoint, and its small files, read as far as they may be believed.
+"""The small files of a checkpoint, read as far as they may be believed.
 
 transformers builds what a config asks for before it looks at the weights, and some keys make it
 read or run something else than the files that are edited.
@@ -8,7 +8,6 @@ import json
 import re
 import stat
 from collections.abc import Iterator, Mapping, Set
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from converter.checkpoints.names import (
     CARD,
-    ELSEWHERE,
-    INDEX,
     MANIFEST,
     MAX_COMPANION,
-    OTHER_WEIGHTS,
     PICTURE,
     TOKENIZER,
-    WEIGHTS,
-    Format,
-    is_native,
+    UNFINISHED,
 )
+from converter.checkpoints.safetensors.header import readable, refuse_placeholder
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
+from converter.runtime.files import start_of
 from converter.text import describe_value
 
 MAX_CONFIG = 16_000_000
@@ -66,61 +62,28 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 """Keys that can name a repo of compiled code, which transformers would fetch and run."""
 
 
-def choose_format(name: str, sizes: Mapping[str, int]) -> Format:
-    """The format that the weights of a folder or repo are read in.
-
-    Meta's layout where it is all there is, since it comes without config.json; else safetensors if
-    there are any.
-
-    Args:
-        name: of the source, for messages.
-        sizes: bytes of its files, by name.
-
-    Raises:
-        CheckpointError: two sets of weights in one format, an index without its files, nothing
-            that can be read, or a file that is read whole and too large for it.
-    """
-    kind = _format_of(name, sizes.keys())
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise CheckpointError if a file that is read whole is too large for it; ``sizes`` are the
+    bytes of the files of a source, by name."""
     for file in sorted(_LOADED & sizes.keys()):
         most = MAX_CONFIG if file in (CARD, "config.json") else MAX_COMPANION
         if sizes[file] > most:
             raise _too_large(file, sizes[file], most)
-    return kind
 
 
-def _format_of(name: str, known: Set[str]) -> Format:
-    if ELSEWHERE in known and "config.json" not in known:
+def check_content(name: str, path: Path) -> None:
+    """Raise CheckpointError if something else lies in the place of a file that is read or copied.
+
+    Pages of HTML and texts in Markdown may be what they look like.
+    """
+    if name.endswith(UNFINISHED):
         raise CheckpointError(
-            f"{name} is an adapter, not a model", hint="give the model that it belongs to"
+            f"{name} is an unfinished download", hint="finish it, or delete the file"
         )
-    if ELSEWHERE in known:
-        raise CheckpointError(
-            f"{name} is a model with an adapter beside it, which transformers would apply",
-            hint=f"remove {ELSEWHERE}, or merge the adapter",
-        )
-    if is_native(known):
-        return "native"
-    for kind, (single, index) in WEIGHTS.items():
-        if index in known and single in known:
-            raise CheckpointError(
-                f"{name} has two sets of weights: {single} and {index}",
-                hint="loaders differ in which they take; remove one",
-            )
-        if index in known or single in known:
-            return kind
-    others = sorted(n for n in known if n.endswith(OTHER_WEIGHTS))
-    gguf = [n for n in others if n.endswith(".gguf")]
-    missing, hint = "weights that can be read", "use a checkpoint in one of these formats"
-    if others and all(n.endswith(".safetensors") for n in others):
-        missing, hint = INDEX, "get the index file, too"
-    elif gguf:
-        hint = f"give the file {gguf[0]} itself as SOURCE"
-    raise CheckpointError(
-        f"{name} has no {missing}",
-        expected=", ".join(chain(*WEIGHTS.values())) + ", or consolidated.*.pth with params.json",
-        found=", ".join(others[:5]) or "no weights at all",
-        hint=hint,
-    )
+    with readable(name):
+        start = start_of(path)
+    if not name.lower().endswith((".htm", ".html", ".md")) or start.startswith(b"version "):
+        refuse_placeholder(start, name, may_be_empty=name not in _LOADED - {CARD})
 
 
 def _too_large(name: str, size: int, most: int) -> CheckpointError:
@@ -150,6 +113,7 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path.name} places tensor {tensor} outside the folder",
                 expected="a plain file name",
                 found=repr(shard)[:200],
+                hint="put all shards beside the index, and their names into it",
             )
         # its name must also be fit for a file that we write
         plain = shard.isprintable() and "\\" not in shard and len(shard.encode()) <= 255
@@ -157,11 +121,32 @@ def read_index(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path.name} places tensor {tensor} in a file that cannot be a shard",
                 expected=f"the name of a {ending} file", found=repr(shard)[:200],
+                hint="rename the file, and change its name in the index",
             )  # fmt: skip
         if (other := folded.setdefault(shard.casefold(), shard)) != shard:
             raise CheckpointError(f"{path.name} has shards that differ by case: {other}, {shard}")
         known.add(shard)
     return weight_map
+
+
+def two_copies(tensor: str, given: str | None, files: Set[str]) -> CheckpointError:
+    """The sentence about a tensor in two files, of which the index names ``given``, or neither.
+
+    transformers takes the one that the index names; others may take the other, and with it a weight
+    that was not edited.
+    """
+    if given not in files:
+        return CheckpointError(
+            f"tensor {tensor} is in two files: {', '.join(sorted(files))}",
+            expected=f"it in {given}, as the index says" if given else "it in one of them",
+            hint="get an intact copy, or save the model again with save_pretrained",
+        )
+    (stale,) = files - {given}
+    return CheckpointError(
+        f"tensor {tensor} is in two files", expected=f"it in {given} only, as the index says",
+        found=f"another copy in {stale}",
+        hint=f"delete the tensor from {stale}, or save the model again with save_pretrained",
+    )  # fmt: skip
 
 
 def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
@@ -175,16 +160,18 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
             raise CheckpointError(f"{path.name} is no file")
         if status.st_size > most:
             raise _too_large(path.name, status.st_size, most)
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
+        refuse_placeholder(data, path.name)
+        text = data.decode("utf-8")
         if text.count("[") + text.count("{") > _MAX_PARTS:  # each takes twenty times its two bytes
             raise CheckpointError(f"{path.name} has more than {_MAX_PARTS:,} lists and objects")
-        data = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
+        value = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         found = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(f"{path.name} cannot be read as JSON", found=found) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
-    return data
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", found=type(value).__name__)
+    return value
 
 
 def read_card(path: Path) -> ModelCardData:

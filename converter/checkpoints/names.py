@@ -1,7 +1,7 @@
 """The files of a checkpoint and of its record by name: weights, what is copied along, papers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -23,6 +23,9 @@ WEIGHTS: dict[Format, tuple[str, str]] = {
 _PART = re.compile(r"consolidated\.\d\d\.pth")
 """A part of the weights in Meta's layout."""
 
+_MISTRAL = "consolidated.safetensors"
+"""The weights in Mistral's layout, which is like Meta's."""
+
 OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
@@ -36,6 +39,12 @@ _OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "
 
 MAX_COMPANION = 64_000_000
 """Bytes of the largest file that is copied; the largest tokenizers have half of it."""
+
+BOOKKEEPING = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
+"""What git, the Hub's client and file systems keep in a folder: no part of a model."""
+
+UNFINISHED = (".aria2", ".crdownload", ".incomplete", ".part")
+"""Endings that programs give to a download, or to a file beside it, until it is finished."""
 
 UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
 """Files that a conversion writes last: the manifest, and what holds its sha256."""
@@ -56,6 +65,9 @@ TOKENIZER = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
 
+QUANTIZED = {"hf_quant_config.json", "quant_config.json", "quantize_config.json"}
+"""Files that say how weights are quantized, beside ``config.json``."""
+
 _PAPERS = {
     "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
     "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),
@@ -68,13 +80,14 @@ _TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The parts of the weights in Meta's layout among some file names, in order."""
-    return sorted(name for name in names if _PART.fullmatch(name))
+    """The parts of the weights in Meta's or Mistral's layout among some file names, in order."""
+    known = set(names)
+    return sorted(filter(_PART.fullmatch, known)) or sorted(known & {_MISTRAL})
 
 
 def is_native(names: Iterable[str]) -> bool:
-    """Whether file names are those of Meta's layout: params.json and consolidated.*.pth, no
-    config.json."""
+    """Whether file names are those of Meta's layout, params.json and consolidated.*.pth, or of
+    Mistral's, with consolidated.safetensors; either has no config.json."""
     known = set(names)
     return bool(weight_files(known)) and "params.json" in known and "config.json" not in known
 
@@ -92,14 +105,36 @@ def papers(names: Iterable[str]) -> dict[str, list[str]]:
 
 def is_companion(name: str, size: int = 0) -> bool:
     """Whether a file of a repo is copied: it is not the model's weights, card or history."""
+    if size > MAX_COMPANION or name in OURS or PurePosixPath(name).name == ELSEWHERE:
+        return False
+    if _is_apart(name):
+        return False
+    lower = name.lower()
+    return not lower.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+
+
+def _is_apart(name: str) -> bool:
+    """Whether a file is hidden, a folder, or in one for other programs."""
+    *folders, last = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") for part in (*folders, last))
+    return hidden or name.endswith("/") or bool(folders and folders[0].startswith(_OTHER_FOLDERS))
+
+
+def may_be_extra(name: str, names: Container[str]) -> bool:
+    """Whether a file, by its name among those of a source, can hold weights that go with the model
+    and are not its own: a draft head, a projector, a module of sentence-transformers."""
     path = PurePosixPath(name)
-    if any(part.startswith(".") for part in path.parts) or size > MAX_COMPANION:
-        return False
-    if name in OURS or path.name == ELSEWHERE:
-        return False
-    if len(path.parts) > 1 and path.parts[0].startswith(_OTHER_FOLDERS):
-        return False
-    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+    adapter = path.name.startswith("adapter_") or str(path.with_name(ELSEWHERE)) in names
+    ours = path.name.startswith("gloss_")
+    return path.suffix.lower() == ".safetensors" and not (adapter or ours or _is_apart(name))
+
+
+def is_replaced(name: str) -> bool:
+    """Whether a conversion writes a file of its own of that name, or one that nobody misses."""
+    parts = PurePosixPath(name).parts
+    return (
+        name in OURS - {SIGNATURE} or name.startswith("gloss_") or not BOOKKEEPING.isdisjoint(parts)
+    )
 
 
 def is_read(name: str) -> bool:

@@ -10,8 +10,17 @@ from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
 from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.layout import two_copies
+from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import Header
-from converter.checkpoints.weights import Names, Place, Scheme, Weight, read_scheme
+from converter.checkpoints.weights import (
+    Names,
+    Place,
+    Scheme,
+    Weight,
+    read_scheme,
+    stale_quantization,
+)
 from converter.errors import CheckpointError, OptionError
 
 
@@ -44,6 +53,7 @@ class Plan:
         post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
             architecture has none.
         scheme: how weights are stored in FP8, or None if they are not.
+        stale: file of the source -> merge patch that drops what the tensors refute.
     """
 
     architecture: Architecture
@@ -55,6 +65,7 @@ class Plan:
     post_norms: Mapping[int, Place]
     scheme: Scheme | None
     names: Names
+    stale: Mapping[str, Mapping[str, Any]]
 
     @property
     def nbytes(self) -> int:
@@ -170,11 +181,14 @@ def make_plan(
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
             agree with the files, a down-projection that is missing or has the wrong shape or dtype.
     """
+    tensors = locate_tensors(weight_map, headers)
+    patch = stale_quantization(config, tensors)
+    config = merge(config, patch)
     scheme = read_scheme(config)
     architecture = find_architecture(config)
     has_experts = bool(architecture.experts.weight)
     sizes = Dimensions.read(architecture.config, config, has_experts=has_experts)
-    names = Names(locate_tensors(weight_map, headers), architecture, sizes, scheme)
+    names = Names(tensors, architecture, sizes, scheme)
     targets: list[Weight] = []
     post_norms = {}
     for layer in range(sizes.num_hidden_layers):
@@ -185,9 +199,11 @@ def make_plan(
     _check_all_found(names, targets)
     roles = tuple(_roles(names, config))
     vocabulary = _vocabulary(names)
+    stale = {"config.json": patch} if patch else {}
     return Plan(
-        architecture, sizes, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names
-    )
+        architecture, sizes, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names,
+        stale,
+    )  # fmt: skip
 
 
 def _roles(names: Names, config: Mapping[str, Any]) -> Iterator[Role]:
@@ -251,18 +267,21 @@ def locate_tensors(
             than the index says.
     """
     tensors: dict[str, Place] = {}
+    index = weight_map or {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"tensor {name} is in two files: {tensors[name][0]}, {shard}")
+                raise two_copies(name, index.get(name), {tensors[name][0], shard})
             tensors[name] = (shard, info)
-    for name, shard in (weight_map or {}).items():
+    for name, shard in index.items():
         if name not in tensors:
             raise CheckpointError(
-                f"the index names tensor {name}", expected=f"it in {shard}", found="it in no file"
-            )
+                f"the index names tensor {name}", expected=f"it in {shard}", found="it in no file",
+                hint="fetch the index and its files again",
+            )  # fmt: skip
         if tensors[name][0] != shard:
             raise CheckpointError(
-                f"the index misplaces tensor {name}", expected=shard, found=tensors[name][0]
-            )
+                f"the index misplaces tensor {name}", expected=shard, found=tensors[name][0],
+                hint="fetch the index and its files again",
+            )  # fmt: skip
     return tensors

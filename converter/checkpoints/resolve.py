@@ -6,7 +6,7 @@ user's cache; from there on it is a folder like any other.
 """
 
 import importlib.util
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -17,26 +17,34 @@ from converter.checkpoints.folder import check_links, list_files
 from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats.pickle_files import read_pickled
+from converter.checkpoints.formats.virtual import Translated
+from converter.checkpoints.inventory import (
+    Weights,
+    choose_weights,
+    extra_weights,
+    left_out,
+)
 from converter.checkpoints.layout import (
     MAX_CONFIG,
     check_config,
-    choose_format,
+    check_content,
+    check_sizes,
     drawn_before,
     read_card,
-    read_index,
     read_json,
 )
 from converter.checkpoints.names import (
     CARD,
+    INDEX,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
     Format,
     is_companion,
     papers,
-    weight_files,
 )
-from converter.checkpoints.source import Source, check_space
+from converter.checkpoints.safetensors.header import Header
+from converter.checkpoints.source import Source, check_space, header_at
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
 from converter.runtime.cache import cache_folder, remembered_digest, state_of
@@ -49,6 +57,14 @@ language: [en]
 ---
 SmolLM2-135M-Instruct in bfloat16, written by gloss-convert for its demo from {origin}.
 """
+
+
+_READ: dict[Format, tuple[str, ...]] = {
+    "safetensors": (INDEX,),
+    "pickled": (WEIGHTS["pickled"][1],),
+    "native": ("params.json", *native.CHECKLISTS),
+}
+"""Format -> files that are read for what they say, and not copied as they are."""
 
 
 def resolve(source: str, subfolder: str = "") -> Source:
@@ -103,20 +119,22 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
         sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
         if not sizes:
             raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-        kind = choose_format(repo.repo_id, sizes)
+        check_sizes(sizes)
+        indexes = [inside + index for _, index in WEIGHTS.values() if index in sizes]
+        folder = hub.download(repo, indexes) / inside if indexes else Path()
+        weights = choose_weights(repo.repo_id, folder, sizes.keys())
         wanted = [n for n, size in sizes.items() if is_companion(n, size) or n in (CARD, MANIFEST)]
-        wanted += [n for n in sizes if n == WEIGHTS.get(kind, ("", ""))[1]]
         fetched = [inside + name for name in wanted]
         if inside:  # the licence of a subfolder is at the top
             fetched += [CARD, *chain(*papers(repo.sizes).values())]
         top = hub.download(repo, fetched, first=True)
         folder = top / inside
-        if kind != "safetensors":
-            if kind == "pickled":
+        if weights.format != "safetensors":
+            if weights.format == "pickled":
                 find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
-            weights = [inside + name for name in _weights(kind, folder, sizes)[0]]
-            check_space(repo, weights, folder, repo.repo_id)
-            hub.download(repo, weights)
+            files = [inside + name for name in weights.files]
+            check_space(repo, files, folder, repo.repo_id)
+            hub.download(repo, files)
     else:
         top = hub.download(repo, [])
         folder = top / inside
@@ -136,22 +154,6 @@ def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
     return said is not False
 
 
-def _weights(
-    kind: Format, folder: Path, names: Collection[str]
-) -> tuple[list[str], dict[str, str] | None]:
-    """The files that hold the weights, and tensor name -> file if an index says so."""
-    if kind == "native":
-        return weight_files(names), None
-    single, index = WEIGHTS[kind]
-    if index not in names:
-        return [single], None
-    weight_map = read_index(folder / index)
-    listed = sorted(set(weight_map.values()))
-    if missing := [name for name in listed if name not in names]:
-        raise CheckpointError(f"the index names {missing[0]}", found="no such file")
-    return listed, weight_map
-
-
 def _read(
     name: str,
     folder: Path,
@@ -160,58 +162,92 @@ def _read(
     **known: Any,
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
-    kind = choose_format(name, sizes)
-    weights, weight_map = _weights(kind, folder, sizes)
-    translated, states = None, {}
-    if kind in ("native", "pickled"):
+    check_sizes(sizes)
+    weights, listed = choose_weights(name, folder, sizes.keys()), sizes
+    translated = None
+    if weights.format != "safetensors":
         states = {p.name: state_of(p) for p in map(folder.joinpath, sizes) if p.is_file()}
-    if kind == "native":
-        listed = [*weights, "params.json", "tokenizer.model"]
-        native.check_md5(folder, listed, lambda path: remembered_digest(path, "md5"))
+        known |= {"states": states}
+    if weights.format == "native":
+        summed = [*weights.files, "params.json", "tokenizer.model"]
+        native.check_md5(folder, summed, lambda path: remembered_digest(path, "md5"))
         translated = native.read_native(folder)
         folder, sizes = translated.folder, list_files(translated.folder)
-    if "config.json" not in sizes:
-        raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
-    if not TOKENIZER.intersection(sizes):
-        raise CheckpointError(
-            f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
-        )
-    config = read_json(folder / "config.json", MAX_CONFIG)
-    check_config(config)
-    if kind == "pickled":
-        translated = read_pickled(
-            folder,
-            weights,
-            weight_map or {},
-            find_architecture(config).roles["lm_head"].weight,
-            lambda: _is_tied(folder, config),
-        )
+    drawn = drawn_before(folder).intersection(sizes)
+    companions = tuple(n for n in sizes if is_companion(n, sizes[n]) and n not in drawn)
+    config = _read_config(name, folder, companions)
+    if weights.format == "pickled":
+        translated = _read_pickled(folder, weights, config)
     if translated:
-        shards = tuple(sorted(translated.shards))
-        weight_map = translated.weight_map if len(shards) > 1 else None
         known |= {
             "virtual_shards": translated.shards,
             "originals": translated.originals,
-            "states": states,
             "serial": translated.serial,
         }
-    else:
-        shards = tuple(weights)
-    drawn = drawn_before(folder).intersection(sizes)
-    companions = tuple(n for n in sizes if is_companion(n, sizes[n]) and n not in drawn)
-    above, card = _papers_above(top, companions), folder / CARD
+    names = translated.weight_map if translated else weights.weight_map
+    extras = _extras(folder, weights, sizes, names, known) if listed is sizes else ()
+    above = _papers_above(top, companions)
+    card = folder / CARD if top is None or (folder / CARD).is_file() else top / CARD
+    for path in (*above, *([card] if card.is_file() else [])):
+        check_content(path.name, path)
+    read = {*weights.files, *companions, *extras, *_READ[weights.format]}
     return Source(
         name=name,
         folder=folder,
         config=config,
-        shards=shards,
-        weight_map=weight_map,
+        shards=tuple(sorted(translated.shards)) if translated else weights.files,
+        weight_map=names if not translated or len(translated.shards) > 1 else None,
         companions=companions,
         drawn=tuple(sorted(drawn)),
+        extras=extras,
+        left_out=left_out(listed, read),
         above=above,
-        card=read_card(card if card.is_file() or top is None else top / CARD),
+        card=read_card(card),
         **known,
     )
+
+
+def _read_config(name: str, folder: Path, companions: Collection[str]) -> dict[str, Any]:
+    """The config of a checkpoint that has one and a tokenizer, and whose small files are whole."""
+    if "config.json" not in companions:
+        raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
+    if not TOKENIZER.intersection(companions):
+        raise CheckpointError(
+            f"{name} has no tokenizer", expected="tokenizer.json or the like beside the weights"
+        )
+    for file in companions:
+        check_content(file, folder / file)
+    config = read_json(folder / "config.json", MAX_CONFIG)
+    check_config(config)
+    return config
+
+
+def _read_pickled(folder: Path, weights: Weights, config: dict[str, Any]) -> Translated:
+    return read_pickled(
+        folder,
+        weights.files,
+        weights.weight_map or {},
+        find_architecture(config).roles["lm_head"].weight,
+        lambda: _is_tied(folder, config),
+    )
+
+
+def _extras(
+    folder: Path,
+    weights: Weights,
+    sizes: Mapping[str, int],
+    names: Mapping[str, str] | None,
+    known: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """See ``extra_weights``; ``names`` are those of the model's tensors, where an index says so."""
+
+    def read(name: str) -> Header:
+        return header_at(folder, name, known.get("repo"), known.get("inside", ""))
+
+    def tensors() -> Iterable[str]:
+        return names or read(weights.files[0]).tensors
+
+    return extra_weights(weights, tensors, sizes, read)
 
 
 def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ...]:

@@ -18,6 +18,7 @@ from converter.checkpoints.safetensors.header import (
     header_of,
     length_of,
     parse_header,
+    read_header,
     readable,
 )
 from converter.checkpoints.safetensors.rewrite import read_tensor
@@ -48,6 +49,8 @@ class Source:
         weight_map: of the index, or None for a single file.
         companions: the other small files that belong to the model, relative to ``folder``.
         drawn: pictures of an earlier edit, which are not copied.
+        extras: safetensors files beside the model's, which are copied and not edited.
+        left_out: files that are neither read nor copied; of a hidden folder, that.
         above: licence files of the folder or repo that the checkpoint is in a subfolder of.
         virtual_shards: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
@@ -68,6 +71,8 @@ class Source:
     weight_map: Mapping[str, str] | None
     companions: tuple[str, ...]
     drawn: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     above: tuple[Path, ...] = ()
     virtual_shards: Shards | None = None
     originals: tuple[Path, ...] = ()
@@ -82,8 +87,11 @@ class Source:
 
     @property
     def small(self) -> dict[str, Path]:
-        """The files that are copied as they are: their names in the output, and where they are."""
-        here = {name: self.folder / name for name in self.companions}
+        """The files that are copied as they are: their names in the output, and where they are.
+
+        Of a repo, ``extras`` have to be fetched.
+        """
+        here = {name: self.folder / name for name in (*self.companions, *self.extras)}
         return here | {path.name: path for path in self.above}
 
     @property
@@ -128,18 +136,27 @@ class Source:
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
-        if self.repo and self._missing(shard):
-            return remote_header(self.repo, self.inside + shard)
+        if self.virtual_shards is None:
+            return header_at(self.folder, shard, self.repo, self.inside)
         with self.open(shard) as file:
             return header_of(file, shard)
 
     def _missing(self, shard: str) -> bool:
-        """Whether a shard is on the Hub and not on disk."""
-        known = self.repo is not None and self.virtual_shards is None and bool(self.repo.sizes)
+        """Whether a shard, or one of the extras, is on the Hub and not on disk."""
+        made = self.virtual_shards is not None and shard not in self.extras
+        known = self.repo is not None and bool(self.repo.sizes) and not made
         return known and not (self.folder / shard).exists()
 
+    @property
+    def nbytes_of_extras(self) -> int:
+        """Bytes of all extras."""
+        known = self.repo.sizes if self.repo else {}
+        sizes = (known.get(self.inside + name) for name in self.extras)
+        paths = (self.folder / name for name in self.extras)
+        return sum(size or path.stat().st_size for size, path in zip(sizes, paths, strict=True))
+
     def fetch(self, shards: Iterable[str] | None = None) -> None:
-        """Make sure that these shards, or all, are on disk.
+        """Make sure that these shards or extras, or all shards, are on disk.
 
         Raises SourceError if the Hub cannot be read, or the disk is too small.
         """
@@ -150,8 +167,8 @@ class Source:
             hub.download(self.repo, names)
 
     def drop(self, shard: str) -> None:
-        """Delete a fetched shard from the Hub client's cache."""
-        if self.repo is not None and self.virtual_shards is None:
+        """Delete a fetched shard, or one of the extras, from the Hub client's cache."""
+        if self.repo is not None and (self.virtual_shards is None or shard in self.extras):
             hub.forget(self.folder / shard)
 
     def drop_originals(self) -> None:
@@ -212,6 +229,16 @@ def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -
             found=f"{free / 1e9:.1f} GB",
             hint="set HF_HOME to a larger disk",
         )
+
+
+def header_at(folder: Path, name: str, repo: hub.Repo | None = None, inside: str = "") -> Header:
+    """The header of a safetensors file in a folder, or of a repo while it is not there.
+
+    Raises CheckpointError, or SourceError as ``remote_header``.
+    """
+    if repo and repo.sizes and not (folder / name).exists():
+        return remote_header(repo, inside + name)
+    return read_header(folder / name)
 
 
 def remote_header(repo: hub.Repo, name: str) -> Header:

@@ -3,6 +3,7 @@
 Those that are stored in 8-bit floating point have scales; other quantizations cannot be edited.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -201,14 +202,56 @@ def _check_dtype(info: TensorInfo) -> None:
         )
 
 
+_QUANTIZATION = ("quantization_config", "compression_config")
+"""Keys of a config that say how weights are quantized."""
+
+_SCALES = re.compile(
+    r".*(scales?|scale_inv|_zeros?|zero_points?|_idx|absmax|SCB|qweight|_packed|_shape|_blocks|"
+    r"quant_map|quant_state\..*)"
+)
+"""Names of what belongs to quantized weights."""
+
+_DENSE = {"F16", "BF16", "F32", "F64", "BOOL", "I64"}
+"""Dtypes of a model that is not quantized: of its weights, and of masks and positions."""
+
+
+def stale_quantization(config: Any, tensors: Mapping[str, Place]) -> dict[str, Any]:
+    """The merge patch of ``config.json`` that drops what it says of a quantization that the tensors
+    do not have; empty if it says nothing, or if a tensor is packed or has scales.
+
+    Such a config is left where a model was stored in 16 bits again.
+    """
+    patch = _without_quantization(config)
+    dense = all(info.dtype in _DENSE for _, info in tensors.values())
+    return patch if patch and dense and not any(map(_SCALES.fullmatch, tensors)) else {}
+
+
+def _without_quantization(value: Any) -> dict[str, Any]:
+    """The merge patch that takes the keys of ``_QUANTIZATION`` out of an object and those in it."""
+    patch: dict[str, Any] = {}
+    for key, inner in _object(value).items():
+        if key in _QUANTIZATION and inner is not None:
+            patch[key] = None
+        elif found := _without_quantization(inner):
+            patch[key] = found
+    return patch
+
+
+def drops_quantization(patch: Any) -> bool:
+    """Whether a merge patch does nothing but ``stale_quantization``."""
+    return isinstance(patch, dict) and bool(patch) and all(
+        inner is None if key in _QUANTIZATION else drops_quantization(inner)
+        for key, inner in patch.items()
+    )  # fmt: skip
+
+
 def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
     """The FP8 scheme of a checkpoint, or None if it is not quantized.
 
     Raises CheckpointError, which names it, for another way of quantization.
     """
     places = (config, _object(config.get("text_config")))
-    keys = ("quantization_config", "compression_config")
-    scheme = next((place[key] for place in places for key in keys if place.get(key)), None)
+    scheme = next((p[key] for p in places for key in _QUANTIZATION if p.get(key)), None)
     if scheme is None:
         return None
     if not isinstance(scheme, dict):

@@ -14,6 +14,7 @@ from converter.manifest import ForwardRecord, GuardRecord, Manifest
 from converter.option import Option, Options, declared_options
 from converter.recipe import Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
+from converter.text import few
 
 if TYPE_CHECKING:
     from converter.entrypoints.upload import Published
@@ -98,8 +99,8 @@ def convert_command(
 ) -> Answer:
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
-    SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's
-    consolidated.*.pth), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
+    SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's or Mistral's
+    consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
     from converter.entrypoints.delivery import Delivery, check_plots, draw
@@ -181,6 +182,14 @@ def _plan_text(plan: dict[str, Any]) -> str:
             for name, entry in plan["shards"].items()
         ),
         f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
+        *(
+            f"{what}: {few(plan[key])}"
+            for key, what in (
+                ("extra_weights", "weights copied, not edited"),
+                ("left_out", "left out"),
+            )
+            if plan[key]
+        ),
         f"{len(plan['edited_tensors'])} tensors to edit"
         + (f", {len(plan['created_tensors'])} to create" if plan["created_tensors"] else "")
         + "".join(f", {name} to change" for name in plan["changed_files"])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -67,6 +67,13 @@ class Edit:
         bases = (delta.protects for delta in self.tensors.values())
         return max((basis.shape[1] for basis in bases if basis is not None), default=0)
 
+    def and_patch(self, patches: Mapping[str, Mapping[str, Any]]) -> "Edit":
+        """The same with merge patches of files as well; members that a method sets are kept."""
+        if not patches:
+            return self
+        both = {name: _joined(patch, self.patches.get(name, {})) for name, patch in patches.items()}
+        return replace(self, patches={**self.patches, **both})
+
     def check(self, plan: Plan) -> None:
         """Refuse changes that do not fit a checkpoint, before anything is written.
 
@@ -98,6 +105,14 @@ class Edit:
         files = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         what = [deltas, created, dict(self.patches), files]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """The merge patch that does what one does and then another."""
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return second
+    common = {key: _joined(first[key], second[key]) for key in first.keys() & second.keys()}
+    return {**first, **second, **common}
 
 
 def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]]) -> str | None:

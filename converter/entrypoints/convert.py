@@ -9,6 +9,7 @@ from msgspec import structs
 
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
+from converter.checkpoints.names import QUANTIZED
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
@@ -26,7 +27,7 @@ from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry, output_of
-from converter.outputs.checkpoint.additions import check_edit
+from converter.outputs.checkpoint.additions import Shards, check_edit
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
@@ -44,6 +45,7 @@ from converter.release.manifest import (
 )
 from converter.release.signing import Signer
 from converter.runtime import progress
+from converter.text import few
 
 
 @progress.recording()
@@ -65,6 +67,8 @@ def convert(
     source, plan, method, _ = prepare_to_write(recipe, destination, settings, delivery)
     device = choose_device(recipe.device)
     footprint, output = footprint_of(method, plan), output_of(recipe.output)
+    if output.has_shards:
+        _tell_of_others(source)
     engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     most = output.at_a_time(source)
     engine.workers_for(most, footprint.weights, footprint.rank)  # or it says no now
@@ -78,8 +82,10 @@ def convert(
         results = delivery.evaluation(bench, fitted, method) if delivery.evaluation else None
         bench.unload()
         passed = delivery.gates.check_effect(fitted.guard, results)
+        footprint.check(fitted.edit)
+        if output.has_shards:
+            fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
         edit = fitted.edit
-        footprint.check(edit)
         check_edit(edit, plan, source)
         with claim.staged(delivery.overwrite) as folder:
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
@@ -169,6 +175,16 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         if source.repo is not None and source.repo.repo_id != asked:
             progress.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
+        for name in plan.stale:
+            progress.warn(
+                f"{name} says that the model is quantized, and none of its tensors is: that is "
+                "not believed, and a checkpoint that is written does not say it"
+            )
+        if plan.scheme is None and (named := QUANTIZED & {*source.companions}):
+            progress.warn(
+                f"{', '.join(sorted(named))}: names a quantization that no tensor has, and is "
+                "copied as it is; readers such as vLLM may believe it, so delete it"
+            )
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
@@ -204,17 +220,26 @@ def prepare_to_write(
         )  # fmt: skip
     footprint = footprint_of(method, plan)
     delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})
-    if stream and footprint.created and source.weight_map is None:
+    if stream and Shards.of(source.shards, bool(footprint.created)).renamed:
         raise OptionError(
             "--stream-to-hub", expected="a source in shards, since the method creates tensors",
             found=f"the single file {source.shards[0]}", hint="give --push-to-hub alone",
         )  # fmt: skip
-    nbytes = output_of(recipe.output).nbytes(plan, footprint)
-    room = stream.room(plan) if stream else nbytes
+    output = output_of(recipe.output)
+    copied = source.nbytes_of_extras if output.has_shards else 0
+    room = copied + (stream.room(plan) if stream else output.nbytes(plan, footprint))
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)
         check_destination(destination, delivery.overwrite, inputs, room)
     return source, plan, method, room
+
+
+def _tell_of_others(source: Source) -> None:
+    """Say what the output has of the source beside the model, and what it has not."""
+    if source.extras:
+        progress.note(f"  copied and not edited: {few(source.extras)}")
+    if source.left_out:
+        progress.note(f"  left out: {few(source.left_out)}")
 
 
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:

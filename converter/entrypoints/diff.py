@@ -38,7 +38,7 @@ class _Side:
 
     Attributes:
         source: of it.
-        files: the small ones, by name.
+        files: those that hold none of the model's tensors, by name.
         tensors: name -> shard and entry.
         targets: name -> down-projection, where the architecture is known.
         opened: the shard that was read last.
@@ -52,13 +52,14 @@ class _Side:
 
     @classmethod
     def of(cls, name: str) -> "_Side":
-        """From headers and small files alone. Raises SourceError or CheckpointError."""
+        """From headers, small files and extras. Raises SourceError or CheckpointError."""
         source = resolve(name)
         if repo := source.repo:
             own = (source.inside + name for name in _GENERATED)
             hub.download(repo, [name for name in own if name in repo.sizes])
         made = [name for name in _GENERATED if (source.folder / name).is_file()]
-        names = (*source.companions, *source.drawn, *made)
+        names = (*source.companions, *source.extras, *source.drawn, *made)
+        source.fetch(source.extras)
         headers = source.headers()
         targets: dict[str, Weight] = {}
         with suppress(ConverterError):  # an architecture that cannot be edited can be compared

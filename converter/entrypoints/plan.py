@@ -36,6 +36,7 @@ def describe_plan(
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     footprint, output = footprint_of(method, plan), output_of(recipe.output)
+    changed = {*footprint.patches, *(plan.stale if output.has_shards else ())}
     weights, engine = footprint.weights, Engine(settings.workers, settings.memory_limit)
     edited = Counter(weight.shard for weight in weights)
     device = choose_device(recipe.device)
@@ -60,14 +61,16 @@ def describe_plan(
         "edited_layers": sorted({weight.layer for weight in weights}),
         "edited_tensors": [weight.info.name for weight in weights],
         "created_tensors": sorted(footprint.created),
-        "changed_files": sorted(footprint.patches),
+        "changed_files": sorted(changed),
         "added_files": sorted(footprint.files),
         "bytes_to_read": plan.nbytes,
         "output": recipe.output,
         "bytes_to_write": output.nbytes(plan, footprint),
         "bytes_on_disk": room,
         "originals": [path.name for path in source.originals],
-        "copied_files": [n for n in output.companions(source.small) if n not in footprint.patches],
+        "copied_files": [n for n in output.companions(source.small) if n not in changed],
+        "extra_weights": list(source.extras) if output.has_shards else [],
+        "left_out": list(source.left_out) if output.has_shards else [],
         "device": device,
         "forward": forward.record(),
         "expected_peak_bytes": {

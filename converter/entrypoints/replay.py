@@ -164,6 +164,7 @@ def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source
         base=base,
         base_commit=recorded.commit if base == recorded.repo_id else None,
         companions=tuple(name for name in source.companions if name in known),
+        extras=tuple(name for name in source.extras if name in known),
         above=tuple(path for path in source.above if path.name in known),
     )
 

@@ -103,6 +103,7 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     return (
         all(card.get(key) == value for key, value in terms.fields.items())
         and set(output_of(recipe.output).companions(source.small)) <= files.keys()
+        and (not manifest.shards or source.left_out == known.left_out)
         and all(_sha256(source, name) == file.sha256 for name, file in files.items())
     )
 

@@ -128,11 +128,7 @@ def stream_language_model(
     """
     recipes = _made(source, plan)
     if recipes is None:
-        recipes = {
-            info.name: _stored(source, shard, info)
-            for shard, header in plan.headers.items()
-            for info in header.tensors.values()
-        }
+        recipes = _all_stored(source, plan)
     architecture, layers = plan.architecture, plan.dimensions.num_hidden_layers
     shapes = {name: MetaTensor(recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     module = _loaded(
@@ -202,11 +198,16 @@ def _unusable(part: str, error: Exception) -> SourceError:
 
 
 def _made(source: Source, plan: Plan) -> dict[str, VirtualTensor] | None:
-    """How to make the tensors of a source; None if transformers reads its files by itself."""
+    """How to make the tensors of a source; None if transformers reads its files by itself.
+
+    It does not where its config is refuted: it would quantize what it loads.
+    """
     if plan.scheme is not None:
         return _dequantized(source, plan, plan.scheme)
-    if source.virtual_shards is None:
+    if source.virtual_shards is None and not plan.stale:
         return None
+    if source.virtual_shards is None:
+        return _all_stored(source, plan)
     return {recipe.name: recipe for shard in source.virtual_shards.values() for recipe in shard}
 
 
@@ -245,6 +246,12 @@ def _of_fp8(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Vir
         return dequantize(stored, factors, scales.block)
 
     return VirtualTensor(info.name, torch.float32, info.shape, make)
+
+
+def _all_stored(source: Source, plan: Plan) -> dict[str, VirtualTensor]:
+    """The tensors of a source as they are."""
+    places = plan.names.tensors.items()
+    return {name: _stored(source, shard, info) for name, (shard, info) in places}
 
 
 def _stored(source: Source, shard: str, info: TensorInfo) -> VirtualTensor:

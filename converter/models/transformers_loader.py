@@ -63,8 +63,9 @@ def from_tensors(
         folder, local_files_only=True, trust_remote_code=trust_remote_code
     )
     for part in (config, config.get_text_config(decoder=True)):
-        if hasattr(part, "quantization_config"):  # what is made is not quantized
-            del part.quantization_config
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):  # what is made is not quantized
+                delattr(part, key)
     auto = getattr(transformers, auto_class)
     with torch.device("meta"):
         kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))

@@ -71,6 +71,8 @@ def make_manifest(
             commit=repo.commit if repo else None,
             files=read,
             originals=source.original_files(),
+            extras=source.extras if written.shards else (),
+            left_out=source.left_out if written.shards else (),
         ),
         method=MethodRecord(
             name=recipe.method,

@@ -202,6 +202,6 @@ def _digest(source: Source, name: str) -> str | None:
     if not path.is_file() and source.repo is not None:
         if known := source.repo.sha256.get(source.inside + name):
             return known
-        if name in source.shards:
+        if name in (*source.shards, *source.extras):
             source.fetch([name])
     return remembered_digest(path) if path.is_file() else None

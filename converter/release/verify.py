@@ -16,6 +16,7 @@ from torch import Tensor
 
 from converter.calibration.statistics import cache_key
 from converter.checkpoints.names import (
+    BOOKKEEPING,
     CARD,
     INDEX,
     MANIFEST,
@@ -24,9 +25,11 @@ from converter.checkpoints.names import (
     SUMS,
     UNLISTED,
     is_companion,
+    may_be_extra,
 )
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
+from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EDIT_FILE, EVIDENCE
 from converter.errors import ConverterError, OptionError
 from converter.evaluation.gates import DROP, LEAKAGE, passes
@@ -43,9 +46,6 @@ from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 from converter.text import one_line
 from converter.version import __version__
-
-_HIDDEN = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
-"""What git, the Hub's client and file systems leave in a folder: no loader reads it."""
 
 
 def check_files(
@@ -115,7 +115,7 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
     for place, folders, names in os.walk(folder, onerror=fail):
         inside = Path(place).relative_to(folder)
         if inside == Path():
-            known = {path.name for path in files_not_ours(folder.resolve())} - _HIDDEN
+            known = {path.name for path in files_not_ours(folder.resolve())} - BOOKKEEPING
             folders[:] = [name for name in folders if name in known]
             names = [name for name in names if name in known]
         for name in sorted(folders):
@@ -182,6 +182,9 @@ def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
     made = {EDIT_FILE, NOTICE, *edit.files, *output.own_files}
     changed = {*edit.patches, *([INDEX] if edit.created else [])}
     shards = {file.source or name for name, file in manifest.shards.items()}
+    extras = {name for name in manifest.source.extras if may_be_extra(name, theirs)}
+    for name in sorted({*manifest.source.extras} - (extras & theirs.keys()) - shards):
+        yield f"{MANIFEST}: {name} is recorded as copied and cannot be"
     copied = set(output.companions(theirs)) - shards
     for name, file in files.items():
         ours = name in made or name.endswith(PICTURE)
@@ -190,7 +193,7 @@ def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
                 yield f"{name}: is recorded as a shard and cannot be one"
             elif file.nbytes != theirs.get(file.source or name, file).nbytes:
                 yield f"{name}: has other bytes than the source's, by the manifest"
-        elif name in theirs and (name == INDEX or is_companion(name)):
+        elif name in theirs and (name == INDEX or is_companion(name) or name in extras):
             if name in changed:
                 continue
             if file != theirs[name]:
@@ -278,7 +281,11 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     for what, found, possible in (
         ("an edit of kind", {e.kind for e in manifest.edited}, {k.kind for k in footprint.kinds}),
         ("the new tensor", {created.name for created in edit.created}, set(footprint.created)),
-        ("a patch of", set(edit.patches), set(footprint.patches)),
+        (
+            "a patch of",
+            {n for n, p in edit.patches.items() if not drops_quantization(p)},
+            set(footprint.patches),
+        ),
         ("the file", set(edit.files), set(footprint.files)),
     ):
         for name in sorted(found - possible):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -50,7 +51,7 @@ HEADERS: dict[str, Case] = {
     "length of 2^64 - 1": (header(b"{}", 0, (1 << 64) - 1), 4, "is truncated or not"),
     "length beyond the limit": (header(b"{}", 0, 100_000_001), 4, "is truncated or not"),
     "length of one byte more": (header(b"{}", 0, 3), 4, "is truncated or not"),
-    "length of zero": (header(b"", 8), 4, "is not a JSON object"),
+    "length of zero": (header(b"", 8), 4, "is a file of zero bytes"),
     "list": (header(b"[]"), 4, "is not a JSON object"),
     "space first": (header(b" {}"), 4, "is not a JSON object"),
     "byte order mark": (header(b"\xef\xbb\xbf{}"), 4, "is not a JSON object"),
@@ -132,7 +133,7 @@ HEADERS: dict[str, Case] = {
         lambda f: max(f.glob("*.safetensors")).write_text("version https://git-lfs.github.com/x\n"),
         4, "is a pointer of git-lfs",
     ),
-    "empty file": (lambda f: max(f.glob("*.safetensors")).write_bytes(b""), 4, "is truncated or"),
+    "empty file": (lambda f: max(f.glob("*.safetensors")).write_bytes(b""), 4, "is empty"),
     "7 bytes": (lambda f: max(f.glob("*.safetensors")).write_bytes(b"7" * 7), 4, "is truncated or"),
 }  # fmt: skip
 
@@ -245,6 +246,17 @@ def config(**changes: Any) -> Damage:
     return damage
 
 
+def with_packed(**changes: Any) -> Damage:
+    """The same, and a tensor is packed as quantized ones are."""
+
+    def damage(folder: Path) -> None:
+        shard = max(folder.glob("*.safetensors"))
+        save_file(load_file(shard) | {"x.qweight": torch.ones(2, dtype=torch.int32)}, shard)
+        config(**changes)(folder)
+
+    return damage
+
+
 NUMBER = "expected a positive integer"
 
 CONFIGS: dict[str, Case] = {
@@ -286,17 +298,17 @@ CONFIGS: dict[str, Case] = {
         written("config.json", '{"a":%s}' % ("9" * 5000)), 4, "cannot be read",
     ),
     "list": (written("config.json", "[]"), 4, "is not a JSON object"),
-    "empty": (written("config.json", ""), 4, "cannot be read"),
+    "empty": (written("config.json", ""), 4, "config.json is empty"),
     "NUL": (written("config.json", "\0"), 4, "cannot be read"),
     "10 GB of nothing": (lambda f: os.truncate(f / "config.json", 10**10), 4, "is too large"),
-    "quantized as a text": (config(quantization_config="x" * 10**6), 4, "quantized"),
-    "quantized as a list": (config(quantization_config=[1]), 4, "is quantized"),
-    "quantized, AWQ": (config(quantization_config={"quant_method": "awq"}), 4, "scheme awq"),
+    "quantized as a text": (with_packed(quantization_config="x" * 10**6), 4, "quantized"),
+    "quantized as a list": (with_packed(quantization_config=[1]), 4, "is quantized"),
+    "quantized, AWQ": (with_packed(quantization_config={"quant_method": "awq"}), 4, "scheme awq"),
     "quantized, steering a terminal": (
-        config(quantization_config={"quant_method": "\x1b[2J"}), 4, "scheme \\x1b[2J",
+        with_packed(quantization_config={"quant_method": "\x1b[2J"}), 4, "scheme \\x1b[2J",
     ),
     "quantized in blocks of 0": (
-        config(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 0]}),
+        with_packed(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 0]}),
         4, "block size",
     ),
     "other weights": (config(transformers_weights="other.safetensors"), 4, "names other weights"),
@@ -526,11 +538,11 @@ PICKLES: dict[str, Case] = {
     "compressed a thousand times": (packed(padded, zipfile.ZIP_DEFLATED), 4, NOT_OURS),
     "part outside": (packed(with_more("../../executed", b"")), 4, NOT_OURS),
     "no archive": (saved(b"PK\x03\x04 and then nothing"), 4, NO_FILE),
-    "empty": (saved(b""), 4, NO_FILE),
+    "empty": (saved(b""), 4, "pytorch_model.bin is empty"),
     "text": (saved(b"<html>404</html>"), 4, "pytorch_model.bin "),
     "never ending": (saved(b"\x80\x02" + b"]" * 10**5), 4, NO_FILE),
     "pointer": (saved(b"version https://git-lfs.github.com/spec/v1\n"), 4, "pointer of git-lfs"),
-    "10 GB of nothing": (lambda f: (saved(b"")(f), sparse(BIN)(f)), 4, NO_FILE),
+    "10 GB of nothing": (lambda f: (saved(b"")(f), sparse(BIN)(f)), 4, "of zero bytes"),
 }  # fmt: skip
 
 
@@ -599,6 +611,7 @@ DAMAGED = "is damaged: found"
 
 GGUFS: Mapping[str, tuple[bytes, int, str]] = {
     "empty": (b"", 4, "is not a GGUF file"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", 4, "is a pointer of git-lfs"),
     "magic alone": (b"GGUF", 4, DAMAGED),
     "version 1": (gguf(version=1), 4, "version 1, where 2 and 3 are known"),
     "other byte order": (gguf(version=3 << 24), 4, "where 2 and 3 are known"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -124,6 +125,49 @@ def write_native(
     (folder / "README.md").write_text("---\nlicense: llama2\n---\nHello.\n")
     write_checklists(folder)
     return Reference(weights, params)
+
+
+def write_mistral(folder: Path, **params: Any) -> Any:
+    """Write a random Mistral of transformers in Mistral's own layout, which is returned."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    head = params.get("head_dim", 16)
+    model = MistralForCausalLM(MistralConfig(
+        hidden_size=DIM, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=2, head_dim=head, vocab_size=600, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": params.get("rope_theta", 10000.0)},
+        sliding_window=params.get("sliding_window"),
+    ))  # fmt: skip
+    folder.mkdir(parents=True)
+    weights = {}
+    for name, weight in model.state_dict().items():
+        for theirs, ours in MISTRAL_NAMES.items():
+            name = name.replace(theirs, ours)
+        for kind, heads in (("wq", HEADS), ("wk", 2)):
+            if kind in name:  # dimensions that are rotated together are neighbours
+                halves = weight.reshape(heads, 2, head // 2, DIM)
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+        weights[name] = weight.contiguous()
+    save_file(weights, folder / "consolidated.safetensors")
+    sizes = {
+        "dim": DIM, "n_layers": LAYERS, "head_dim": head, "hidden_dim": 48, "n_heads": HEADS,
+        "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 600, "rope_theta": 10000.0,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(sizes | params))
+    (folder / "tokenizer.model.v3").write_bytes(sentencepiece_model())
+    return model
+
+
+MISTRAL_NAMES = {
+    "model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": "",
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+"""A part of transformers' name of a tensor -> that of Mistral's."""
 
 
 def random_weights(params: dict[str, Any], vocab: int) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from converter.checkpoints.formats.virtual import making
+from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder, remembered_digest, replacing
 
@@ -188,8 +189,11 @@ def _incomplete(path: Path, **details: str) -> CheckpointError:
 def check_header(path: Path) -> None:
     """Raise CheckpointError if a file is no GGUF, ends early, or asks for more than can be."""
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
+        start = file.read(64)
+        refuse_placeholder(start, path.name, may_be_empty=True)
+        if not start.startswith(b"GGUF"):
             raise CheckpointError(f"{path.name} is not a GGUF file", hint="fetch the file again")
+        file.seek(4)
         try:
             _check(file)
         except (ValueError, struct.error) as error:

@@ -1,9 +1,11 @@
-"""Meta's own layout of a Llama checkpoint, read as the Hugging Face checkpoint that it would be.
+"""Meta's own layout of a Llama, or Mistral's of a Mistral, read as the checkpoint of Hugging Face
+that it would be.
 
 A folder holds ``params.json``, ``tokenizer.model`` and the weights in ``consolidated.00.pth``,
 ``consolidated.01.pth``, ..., one for each GPU of Meta's tensor parallelism, often with md5 sums.
 Names are translated, parts joined, and the rows of q and k reordered: Meta rotates neighbouring
-dimensions of a head together, transformers one of the first half with one of the second.
+dimensions of a head together, transformers one of the first half with one of the second. Mistral's
+layout has the same names and order, in the single file ``consolidated.safetensors``.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from converter.checkpoints.formats.meta_small_files import (
@@ -32,13 +35,14 @@ from converter.checkpoints.formats.virtual import (
     split_shards,
 )
 from converter.checkpoints.names import INDEX, weight_files
+from converter.checkpoints.safetensors.header import read_header
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder
 
 _VERSION = 1
 """Of the small files that a translation writes; to be raised when they change."""
 
-_CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
+CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
 
 _Parts = Mapping[str, Mapping[str, Tensor]]
@@ -75,7 +79,7 @@ def _translate(folder: Path) -> Translated:
     params = read_params(folder / "params.json")
     parts: dict[str, dict[str, Tensor]] = {}
     for path in paths:
-        tensors, _ = load_tensors(path)  # mapped: they take no memory until they are read
+        tensors = _load(path)  # mapped: they take no memory until they are read
         parts[path.name] = {n: t for n, t in tensors.items() if not n.endswith("rope.freqs")}
     tied = all(_is_tied(part) for part in parts.values())
     rows = sum(part[_EMBEDDING].numel() for part in parts.values() if _EMBEDDING in part)
@@ -93,6 +97,13 @@ def _translate(folder: Path) -> Translated:
     if not kept.is_dir():
         keep(kept, small | ({INDEX: index.encode()} if index else {}), config, params.scaled)
     return Translated(kept, shards, (*paths, folder / "params.json"))
+
+
+def _load(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".pth":
+        return load_tensors(path)[0]
+    read_header(path)  # refuses what is damaged
+    return load_file(path)
 
 
 def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str]) -> None:
@@ -119,7 +130,7 @@ def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str])
 def _checklist(folder: Path) -> dict[str, str]:
     """File name -> md5, from all checklists of a folder."""
     listed = {}
-    for path in (folder / name for name in _CHECKLISTS if (folder / name).is_file()):
+    for path in (folder / name for name in CHECKLISTS if (folder / name).is_file()):
         for line in path.read_text("utf-8", "replace").splitlines():
             if match := re.fullmatch(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+?)\s*", line):
                 listed[match[2]] = match[1].lower()
@@ -133,6 +144,8 @@ def _part_paths(folder: Path) -> list[Path]:
     """The parts of the weights, in order; all up to the last one that exists or is listed."""
     found = weight_files(path.name for path in folder.iterdir())
     known = [*found, *weight_files(_checklist(folder))]
+    if not all(name.endswith(".pth") for name in known):
+        return [folder / name for name in found]
     last = max((int(name[-6:-4]) for name in known), default=0)
     wanted = [f"consolidated.{number:02d}.pth" for number in range(last + 1)]
     if missing := [name for name in wanted if name not in found]:
@@ -155,12 +168,12 @@ def _is_tied(part: Mapping[str, Tensor]) -> bool:
 def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, _Place]]:
     """Meta's name of every tensor and its place, in the order in which they are written."""
     dim, ffn = params.dim, params.ffn
-    keys = dim // params.heads * params.kv_heads
+    queries, keys = params.head_dim * params.heads, params.head_dim * params.kv_heads
     inner = {
-        "attention.wq": _Place("self_attn.q_proj", (dim, dim), params.heads),
+        "attention.wq": _Place("self_attn.q_proj", (queries, dim), params.heads),
         "attention.wk": _Place("self_attn.k_proj", (keys, dim), params.kv_heads),
         "attention.wv": _Place("self_attn.v_proj", (keys, dim)),
-        "attention.wo": _Place("self_attn.o_proj", (dim, dim)),
+        "attention.wo": _Place("self_attn.o_proj", (dim, queries)),
         "feed_forward.w1": _Place("mlp.gate_proj", (ffn, dim)),
         "feed_forward.w3": _Place("mlp.up_proj", (ffn, dim)),
         "feed_forward.w2": _Place("mlp.down_proj", (dim, ffn)),
@@ -193,7 +206,7 @@ def _virtual_tensors(
             if name not in known:
                 raise CheckpointError(
                     f"{part} has a tensor {name}, which params.json does not account for",
-                    hint="only text models of Llama are supported, and no quantized ones",
+                    hint="only dense text models are supported, and no quantized ones",
                 )
     return made
 

@@ -1,4 +1,5 @@
-"""The small files of a Llama in Meta's layout, and the configs and tokenizer that they become.
+"""The small files of a Llama in Meta's layout, or of a Mistral in its own, and the configs and
+tokenizer that they become.
 
 No other module knows ``convert_slow_tokenizer`` of transformers, which is not documented: that an
 extractor of SentencePiece has its model as ``proto``, and that the converter of tiktoken asks its
@@ -20,7 +21,7 @@ import torch
 from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MAX_COMPANION
-from converter.checkpoints.safetensors.header import refuse_pointer
+from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError, SourceError
 from converter.text import describe_value
 
@@ -37,24 +38,30 @@ _NOT_SMALL = (".bin", ".chk", ".gguf", ".index.json", ".pt", ".pth", ".safetenso
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """What ``params.json`` says; ``vocab`` is None where that is left to the tensors."""
+    """What ``params.json`` says; ``vocab`` is None where that is left to the tensors.
+
+    Attributes:
+        mistral: what a config of Mistral has beyond that of a Llama; None of a Llama.
+    """
 
     dim: int
     layers: int
     heads: int
     kv_heads: int
+    head_dim: int
     ffn: int
     norm_eps: float
     rope_theta: float
     scaled: bool
     vocab: int | None
+    mistral: dict[str, Any] | None = None
 
 
 def read_params(path: Path) -> Params:
     """Read ``params.json``.
 
-    The FFN is 8/3 as wide as the model, times ``ffn_dim_multiplier``, rounded up to a multiple of
-    ``multiple_of``.
+    That of a Mistral says how wide the FFN is. In a Llama it is 8/3 as wide as the model, times
+    ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
 
     Raises:
         CheckpointError: it is missing or malformed, or its numbers do not fit together.
@@ -75,18 +82,64 @@ def read_params(path: Path) -> Params:
 
     dim, heads, unit = number("dim"), number("n_heads"), number("multiple_of", 256)
     kv_heads = number("n_kv_heads", heads)
-    if dim % (2 * heads) or heads % kv_heads:
+    if heads % kv_heads or ("head_dim" not in data and dim % (2 * heads)):
         raise CheckpointError(
             f"{path.name} contradicts itself", expected="heads that divide the model evenly",
             found=f"dim {dim}, n_heads {heads}, n_kv_heads {kv_heads}",
         )  # fmt: skip
+    sizes = (dim, number("n_layers"), heads, kv_heads)
+    if "hidden_dim" in data:
+        mistral = _mistral(data)
+        theta = number("rope_theta", 10000 if mistral["sliding_window"] else None, float)
+        return Params(
+            *sizes, number("head_dim", dim // heads), number("hidden_dim"),
+            float(number("norm_eps", None, float)), float(theta), False, number("vocab_size"),
+            mistral,
+        )  # fmt: skip
     ffn = int(number("ffn_dim_multiplier", 1, float) * int(8 * dim / 3))
     return Params(
-        dim, number("n_layers"), heads, kv_heads, unit * math.ceil(ffn / unit),
+        *sizes, dim // heads, unit * math.ceil(ffn / unit),
         float(number("norm_eps", 1e-5, float)), float(number("rope_theta", 10000, float)),
         bool(data.get("use_scaled_rope")),
         None if data.get("vocab_size") in (None, -1) else number("vocab_size"),
     )  # fmt: skip
+
+
+_MISTRAL = {
+    "dim", "head_dim", "hidden_dim", "max_position_embeddings", "max_seq_len", "n_heads",
+    "n_kv_heads", "n_layers", "norm_eps", "rope_theta", "sliding_window", "tied_embeddings",
+    "vocab_size",
+}  # fmt: skip
+"""Keys of a dense Mistral."""
+
+_NEUTRAL = {"causal": True, "model_type": "transformer"}
+"""Other keys -> the value that changes nothing; of those that are not here, it is None or false."""
+
+
+def _mistral(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of a dense Mistral has beyond that of a Llama.
+
+    Raises CheckpointError, naming it, for a key that would make it another model.
+    """
+    for key in sorted(data.keys() - _MISTRAL):
+        if data[key] not in (None, _NEUTRAL.get(key, False)):
+            raise CheckpointError(
+                f"params.json has {key}, which a dense text model of Mistral has not",
+                found=describe_value(data[key]),
+                hint="use the same model in transformers' layout: config.json, model*.safetensors",
+            )
+    window = data.get("sliding_window")
+    longest = data.get("max_position_embeddings") or data.get("max_seq_len") or 32768
+    for key, value in (("sliding_window", window or 1), ("max_seq_len", longest)):
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"params.json has no usable {key}", expected="a positive whole number",
+                found=describe_value(value),
+            )  # fmt: skip
+    return {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+        "sliding_window": window, "max_position_embeddings": longest,
+    }  # fmt: skip
 
 
 def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dict[str, Any]:
@@ -109,14 +162,14 @@ def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dic
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "hidden_size": params.dim, "intermediate_size": params.ffn,
         "num_hidden_layers": params.layers, "num_attention_heads": params.heads,
-        "num_key_value_heads": params.kv_heads, "head_dim": params.dim // params.heads,
+        "num_key_value_heads": params.kv_heads, "head_dim": params.head_dim,
         "vocab_size": vocab, "max_position_embeddings": _positions(params),
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "initializer_range": 0.02, "rms_norm_eps": params.norm_eps, "use_cache": True,
         "rope_theta": params.rope_theta, "rope_scaling": scaling if params.scaled else None,
         "rope_parameters": rope | {"rope_theta": params.rope_theta}, "tie_word_embeddings": tied,
         "dtype": stored, "torch_dtype": stored,
-    }  # fmt: skip
+    } | (params.mistral or {})  # fmt: skip
 
 
 def _positions(params: Params) -> int:
@@ -142,14 +195,21 @@ def small_files(folder: Path) -> dict[str, bytes]:
         fit = not path.name.endswith(_NOT_SMALL) and not path.name.startswith(".")
         if fit and path.is_file() and path.stat().st_size <= MAX_COMPANION:
             small[path.name] = path.read_bytes()
-            refuse_pointer(small[path.name], path.name)
+            refuse_placeholder(small[path.name], path.name, may_be_empty=True)
             if sum(map(len, small.values())) > _MAX_ALL:
                 raise CheckpointError(
                     f"{folder.name} has too much beside the weights",
                     expected=f"at most {_MAX_ALL:,} bytes of small files",
                 )
+    if versions := [name for name in small if re.fullmatch(r"tokenizer\.model\.v\d+", name)]:
+        small.setdefault("tokenizer.model", small[max(versions)])
     if not {"tokenizer.json", "tokenizer.model"} & set(small):
-        raise CheckpointError(f"{folder.name} has no tokenizer", expected="tokenizer.model")
+        other = "tekken.json" in small
+        raise CheckpointError(
+            f"{folder.name} has no tokenizer", expected="tokenizer.model, or tokenizer.json",
+            found="tekken.json, which is not read" if other else None,
+            hint="get tokenizer.json of the same model" if other else None,
+        )  # fmt: skip
     return small
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Translated, VirtualTensor
-from converter.checkpoints.safetensors.header import refuse_pointer
+from converter.checkpoints.layout import two_copies
+from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError
 
 
@@ -44,9 +45,12 @@ def read_pickled(
     for name, place in weight_map.items():
         placed.setdefault(place, []).append(name)
     read_again = lru_cache(maxsize=1)(lambda path: load_tensors(path)[0])  # one file in memory
-    shards, serial = {}, False
+    shards, serial, seen = {}, False, dict[str, str]()
     for path in paths:
         tensors, mapped = load_tensors(path)
+        for name in tensors:
+            if (other := seen.setdefault(name, path.name)) != path.name:
+                raise two_copies(name, weight_map.get(name), {other, path.name})
         for name in placed.get(path.name, ()):
             if name not in tensors:
                 raise CheckpointError(
@@ -82,8 +86,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(32)
-        refuse_pointer(start, path.name)
+            start = file.read(1024)
+        refuse_placeholder(start, path.name)
         if mapped := start.startswith(b"PK"):
             _check_archive(path)
         loaded: Any = torch.load(path, mmap=mapped, weights_only=True, map_location="cpu")

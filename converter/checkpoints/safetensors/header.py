@@ -20,6 +20,7 @@ import msgspec
 import torch
 
 from converter.errors import CheckpointError
+from converter.runtime.files import placeholder
 from converter.runtime.strict_json import unique
 from converter.text import one_line
 
@@ -114,7 +115,7 @@ def header_of(file: RawIOBase, name: str) -> Header:
     """``read_header`` of an open file, whose name is for messages."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    length = length_of(read_exactly(file, min(size, 32), name), size, name)
+    length = length_of(read_exactly(file, min(size, 64), name), size, name)
     file.seek(8)
     return parse_header(read_exactly(file, length, "the header"), size, name)
 
@@ -124,7 +125,7 @@ def length_of(start: bytes | bytearray, size: int, name: str) -> int:
 
     Raises CheckpointError if it has none, or a longer one than can be.
     """
-    refuse_pointer(start, name)
+    refuse_placeholder(start, name)
     length = int.from_bytes(start[:8], "little")
     if size < 8 or length > min(size - 8, MAX_HEADER):
         raise CheckpointError(
@@ -136,11 +137,12 @@ def length_of(start: bytes | bytearray, size: int, name: str) -> int:
     return length
 
 
-def refuse_pointer(start: bytes | bytearray, name: str) -> None:
-    """Raise CheckpointError if a file that begins so is what git-lfs leaves in the place of it."""
-    if start.startswith(b"version https://git"):
-        what = f"{name} is a pointer of git-lfs, not the file itself"
-        raise CheckpointError(what, hint="run 'git lfs pull' in the source")
+def refuse_placeholder(start: bytes | bytearray, name: str, *, may_be_empty: bool = False) -> None:
+    """Raise CheckpointError if a file of a source that begins so is not the file itself."""
+    if not start and not may_be_empty:
+        raise CheckpointError(f"{name} is empty", hint="fetch the file again")
+    if found := placeholder(start):
+        raise CheckpointError(f"{name} is {found[0]}, not the file itself", hint=found[1])
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:

@@ -82,6 +82,12 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
             already, a patch that does not apply, or a file that would take the place of another.
     """
     edit.check(plan)
+    shards = Shards.of(source.shards, bool(edit.created))
+    if taken := {shards.extra, *shards.renamed.values()} & {*source.extras}:
+        raise CheckpointError(
+            f"{min(filter(None, taken))} of the source has a name that the output needs",
+            hint="rename the file",
+        )
     for name, tensor in edit.created.items():
         if name in plan.names.tensors:
             raise CheckpointError(
@@ -134,7 +140,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
         was, now = (
             (p.dimensions, p.scheme, p.roles, p.vocabulary, p.architecture) for p in (plan, new)
         )
-        same = was == now
+        same = was == now and not new.stale
     if not same:
         raise CheckpointError(
             "the patch of config.json changes the sizes of the model, its type, or how its weights "
@@ -218,7 +224,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
         text = index_text(source.virtual_shards)
     elif not created:
         return None
-    elif source.weight_map is not None:
+    elif source.weight_map is not None and not shards.renamed:
         text = (source.folder / INDEX).read_bytes().decode()
     else:
         text = _whole_index(plan, shards)
@@ -233,7 +239,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
 
 
 def _whole_index(plan: Plan, shards: Shards) -> str:
-    """The index of a source that has none."""
+    """The index of a source that has none, or whose single file gets another name."""
     places: dict[str, str] = {}
     size = 0
     for shard, header in plan.headers.items():

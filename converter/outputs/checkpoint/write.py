@@ -81,7 +81,10 @@ def _small_files(
     made = {name: make_file(folder / name, content) for name, content in edit.files.items()}
     for name, path in source.small.items():
         if name not in edit.patches and name != "config.json":
+            source.fetch([name] if name in source.extras else [])
             copies[name] = copy_file(path, folder / name)
+            if name in source.extras and not job.keep_source:
+                source.drop(name)
     created = {name: tensor.nbytes for name, tensor in edit.created.items()}
     index = index_of(source, job.plan, shards, created)
     if index is not None:
