@@ -24,11 +24,12 @@ from converter.checkpoints.formats.virtual import (
     VirtualTensor,
     split_shards,
 )
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints import convert as converting
 from converter.evaluation.fit import fit

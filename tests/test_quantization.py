@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
@@ -21,7 +22,7 @@ from converter.checkpoints.weights import read_scheme
 from converter.edits import apply
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.editor import neighbour
 from converter.edits.engine import Engine
 from converter.edits.rounding_bounds import Stored, check_rounded

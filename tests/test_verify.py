@@ -10,9 +10,9 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
 from converter.release.manifest import read_manifest
 from converter.release.schema import schema

@@ -12,6 +12,10 @@ MANIFEST = "gloss_manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 
+EDIT_FILE = "gloss_edit.tensors"
+"""The edit, in the format of safetensors. Readers that take every ``*.safetensors`` of a folder for
+weights of the model (vLLM, where there is no index) must not see it."""
+
 Format = Literal["safetensors", "pickled", "native"]
 
 WEIGHTS: dict[Format, tuple[str, str]] = {
@@ -26,7 +30,7 @@ _PART = re.compile(r"consolidated\.\d\d\.pth")
 OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
-    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
+    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tensors", ".tflite",
 )  # fmt: skip
 """Endings of files that hold weights or data, in this format or another."""
 
@@ -40,7 +44,7 @@ MAX_COMPANION = 64_000_000
 UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
 """Files that a conversion writes last: the manifest, and what holds its sha256."""
 
-OURS = {INDEX, *UNLISTED}
+OURS = {INDEX, EDIT_FILE, *UNLISTED}
 """Files that a conversion writes itself; the source's own are not copied. A signature would be
 one of other bytes."""
 
