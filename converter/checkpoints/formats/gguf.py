@@ -18,11 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from converter.checkpoints.formats import version_4
 from converter.checkpoints.formats.virtual import making
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder, remembered_digest, replacing
 
-_VERSION = 1
+_VERSION = 2
 """Of what is unpacked; to be raised when it changes."""
 
 _SMALLEST = 1.5
@@ -61,8 +62,7 @@ def unpacked(path: Path) -> Path:
         SourceError: a package for GGUF is missing.
         DestinationError: the cache cannot be written.
     """
-    made_by = f"{_VERSION}-{version('transformers')}"
-    folder = cache_folder() / "gguf" / f"{remembered_digest(path)}-{made_by}"
+    folder = cache_folder() / "gguf" / f"{remembered_digest(path)}-{made_by()}"
     known = folder.with_suffix(".json")
     if not folder.is_dir() or _digests(folder) != _read_digests(known):
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,6 +70,12 @@ def unpacked(path: Path) -> Path:
         with replacing(known) as part:
             part.write_text(json.dumps(_digests(folder)))
     return folder
+
+
+def made_by() -> str:
+    """What the files of ``make_folder`` depend on, beside the model: names of folders in the cache
+    say it, so that one of another version is not used."""
+    return f"{_VERSION}-{version('transformers')}"
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -91,6 +97,7 @@ def make_folder(
         model, tokenizer = loaded()
         model.save_pretrained(part, max_shard_size=shard_size)
         tokenizer.save_pretrained(part)
+        version_4.complete(part, tokenizer)
         if card:
             (part / "README.md").write_text(card, "utf-8")
         for made in part.iterdir():
@@ -122,8 +129,6 @@ def load(path: Path) -> tuple[Any, Any]:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
-            # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
-            tokenizer.init_kwargs["local_files_only"] = False
     except CheckpointError:
         raise
     except ImportError as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from converter.checkpoints.formats.version_4 import rope_keys
 from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MAX_COMPANION
@@ -90,8 +91,7 @@ def read_params(path: Path) -> Params:
 
 
 def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dict[str, Any]:
-    """``config.json``, but for the ids of the tokenizer; older loaders look for ``torch_dtype``,
-    ``rope_theta`` and ``rope_scaling``."""
+    """``config.json``, but for the ids of the tokenizer."""
     scaling = {
         # The factor is nowhere in Meta's files. It is 8 in 3.1 and 3.3 (8B and more), and 32 in 3.2
         # 1B and 3B, by Meta's configs on the Hub and meta-llama/llama-models issues 166 and 241;
@@ -103,7 +103,8 @@ def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dic
         "original_max_position_embeddings": 8192,
         "rope_type": "llama3",
     }
-    rope = scaling if params.scaled else {"rope_type": "default"}
+    rope: dict[str, Any] = scaling if params.scaled else {"rope_type": "default"}
+    rope = rope | {"rope_theta": params.rope_theta}
     stored = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -113,9 +114,8 @@ def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dic
         "vocab_size": vocab, "max_position_embeddings": _positions(params),
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "initializer_range": 0.02, "rms_norm_eps": params.norm_eps, "use_cache": True,
-        "rope_theta": params.rope_theta, "rope_scaling": scaling if params.scaled else None,
-        "rope_parameters": rope | {"rope_theta": params.rope_theta}, "tie_word_embeddings": tied,
-        "dtype": stored, "torch_dtype": stored,
+        **rope_keys(rope), "rope_parameters": rope,
+        "tie_word_embeddings": tied, "dtype": stored, "torch_dtype": stored,
     }  # fmt: skip
 
 
