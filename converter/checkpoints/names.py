@@ -30,9 +30,10 @@ _PART = re.compile(r"consolidated\.\d\d\.pth")
 OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".data", ".gguf", ".ggml", ".h5", ".keras", ".litertlm", ".mlmodel",
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
-    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tensors", ".tflite",
+    ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
 )  # fmt: skip
-"""Endings of files that hold weights or data, in this format or another."""
+"""Endings of files that hold weights or data, in this format or another. Readers find weights by
+them; ``.tensors`` is none that they know."""
 
 _OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
                   "wandb")  # fmt: skip
@@ -103,7 +104,13 @@ def is_companion(name: str, size: int = 0) -> bool:
         return False
     if len(path.parts) > 1 and path.parts[0].startswith(_OTHER_FOLDERS):
         return False
-    return not name.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+    return not is_weights(name) and path.suffix != ".tensors"
+
+
+def is_weights(name: str) -> bool:
+    """Whether readers can take a file for weights of a model, or for an index of them."""
+    endings = (*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json")
+    return name.lower().endswith(endings)
 
 
 def is_read(name: str) -> bool:

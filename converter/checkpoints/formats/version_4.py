@@ -18,8 +18,10 @@ _OF_THIS_RUN = ("backend", "is_local", "local_files_only")
 """Keys of a tokenizer that say how it was loaded, and nothing to a reader."""
 
 
-def rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of version 4 that say the same as ``rope_parameters``."""
+def rope_keys(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys of version 4 that say the same as ``rope_parameters``; none if there are none."""
+    if not parameters:
+        return {}
     whole = parameters.get(_GLOBAL, parameters)
     keys = {"rope_theta": whole["rope_theta"]}
     moved = ("rope_theta", "partial_rotary_factor")
@@ -38,9 +40,7 @@ def complete(folder: Path, tokenizer: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config["torch_dtype"] = config["dtype"]
-    if parameters := config.get("rope_parameters"):
-        config |= rope_keys(parameters)
-    _write(path, config)
+    _write(path, config | rope_keys(config.get("rope_parameters")))
     path = folder / "tokenizer_config.json"
     _write(path, _tokenizer(json.loads(path.read_text("utf-8")), tokenizer))
 
