@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from gguf import RopeScalingType
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -34,11 +36,12 @@ from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints import convert as converting
-from converter.errors import SourceError
+from converter.errors import CheckpointError, SourceError
 from converter.evaluation.fit import fit
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.edits import removal
+from tests.builders.errors import refused
 from tests.builders.meta import write_native
 from tests.builders.models import (
     HIDDEN,
@@ -334,10 +337,18 @@ def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def write_gguf(path: Path, block_count: int, lacks: str = "", **said: Any) -> None:
+def write_gguf(
+    path: Path,
+    block_count: int,
+    lacks: str = "",
+    factors: Mapping[str, NDArray[np.float32]] = {},
+    **said: Any,
+) -> None:
     """A tiny Llama of three blocks, which the header may deny; without one of its tensors.
 
-    ``said`` is what else the header says, by the names of methods of GGUFWriter.
+    Args:
+        factors: of frequencies, by the names of tensors.
+        said: what else the header says, by the names of methods of GGUFWriter.
     """
     from gguf import GGUFWriter
 
@@ -365,6 +376,8 @@ def write_gguf(path: Path, block_count: int, lacks: str = "", **said: Any) -> No
     for name, shape in shapes.items():
         if name != lacks:
             writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, np.float32) / 10)
+    for name, tensor in factors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -442,6 +455,69 @@ def test_special_tokens_without_names_are_a_list_in_both_versions(tmp_path: Path
     assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
     read: Any = AutoTokenizer.from_pretrained(tmp_path)
     assert read.all_special_tokens == tokenizer.all_special_tokens
+
+
+def llama3_factors(factor: float) -> NDArray[np.float32]:
+    """What llama.cpp divides the 8 frequencies of such a head by, as its converter writes them."""
+    turns = 8192 * 500000.0 ** (-np.arange(8) / 8) / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+ONES = np.ones(8, np.float32)
+LINEAR, YARN = RopeScalingType.LINEAR, RopeScalingType.YARN
+WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        {"rope_scaling_type": LINEAR, "rope_scaling_factor": 8.0},
+        {"rope_type": "linear", "factor": 8.0},
+    ),
+    "yarn": (
+        {"rope_scaling_type": YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "Llama 3.1": (
+        {"factors": {"rope_freqs": llama3_factors(8.0)}},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+    ),
+    "ones": ({"factors": {"rope_freqs": ONES}}, {"rope_type": "default"}),
+    "none": ({"rope_scaling_type": RopeScalingType.NONE}, {"rope_type": "default"}),
+    "a factor of one": ({"rope_scaling_factor": 1.0}, {"rope_type": "default"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", WRITTEN)
+def test_positions_that_a_gguf_file_scales_go_into_the_config(scaling: str, tmp_path: Path) -> None:
+    """transformers reads none of this from a header."""
+    said, expected = WRITTEN[scaling]
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    config = resolve(str(tmp_path / "tiny.gguf")).config
+    assert config["rope_parameters"] == expected | {"rope_theta": 500000}
+    is_plain = expected["rope_type"] == "default"
+    old = None if is_plain else expected | {"type": expected["rope_type"]}
+    assert config["rope_scaling"] == old
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"rope_scaling_type": YARN, "rope_scaling_factor": 4.0}, "scaling.type yarn, ..."),
+        ({"rope_scaling_type": RopeScalingType.LONGROPE}, "scaling.type longrope"),
+        ({"rope_scaling_attn_factors": 1.2, "rope_scaling_factor": 2.0}, "...attn_factor..."),
+        ({"factors": {"rope_freqs": np.arange(1, 9, dtype=np.float32)}}, "another"),
+        ({"factors": {"rope_freqs": llama3_factors(8.0)[4:]}}, "another"),
+        (
+            {"factors": dict.fromkeys(("rope_factors_long", "rope_factors_short"), ONES)},
+            "rope_factors_long.weight, rope_factors_short.weight",
+        ),
+    ],
+)
+def test_positions_that_no_config_says_are_refused(
+    said: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    with refused(CheckpointError, what="tiny.gguf scales positions...", found=found):
+        resolve(str(tmp_path / "tiny.gguf"))
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
