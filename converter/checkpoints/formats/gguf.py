@@ -5,9 +5,9 @@ What reads these files makes objects for every element of a list and layers for 
 small file could ask for all memory there is: the header is looked through first.
 """
 
-import copy
 import io
 import json
+import math
 import re
 import shutil
 import struct
@@ -204,7 +204,8 @@ def _read_positions(path: Path, config: Any) -> None:
         parameters["sliding_attention"]["rope_theta"] = float(theta)
     scaling = _scaling(said)
     if tensors.keys() == {"rope_freqs.weight"} and not scaling:
-        scaling = _as_llama3(config, torch.tensor(tensors.pop("rope_freqs.weight")).flatten())
+        factors = torch.tensor(tensors.pop("rope_freqs.weight")).flatten()
+        scaling = _as_llama3(whole["rope_theta"], factors)
     if scaling is None or tensors:
         raise CheckpointError(
             f"{path.name} scales positions in a way that transformers does not read",
@@ -231,19 +232,18 @@ def _scaling(said: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _as_llama3(config: Any, factors: torch.Tensor) -> dict[str, Any] | None:
+def _as_llama3(theta: float, factors: torch.Tensor) -> dict[str, Any] | None:
     """The same of what each frequency is divided by; None if Llama 3.1 has others."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    factor = float(factors.max())
     if bool((factors == 1).all()):
         return {}
-    scaling, like = llama3_scaling(float(factors.max())), copy.deepcopy(config)
-    like.rope_parameters |= scaling
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](like, torch.device("cpu"))
-    size = 2 * len(scaled)
-    found = like.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size) / scaled
-    same = found.shape == factors.shape and torch.allclose(found, factors, rtol=1e-3)
-    return scaling if same else None
+    scaling = llama3_scaling(factor)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = theta ** (-torch.arange(len(factors)) / len(factors)) / (2 * math.pi)
+    turns *= scaling["original_max_position_embeddings"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - kept) / factor + kept)
+    return scaling if torch.allclose(expected, factors, rtol=1e-3) else None
 
 
 def _incomplete(path: Path, **details: str) -> CheckpointError:
