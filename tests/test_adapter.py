@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.edits.storage import dequantize
 from converter.entrypoints.convert import convert
@@ -244,7 +245,7 @@ def test_the_folder_holds_what_peft_writes_and_our_records(made: tuple[Path, Pat
     source, out = made
     assert {path.name for path in out.iterdir()} == {
         WEIGHTS, CONFIG, "LICENSE", "README.md", "gloss_manifest.json",
-        "gloss_edit.safetensors", "SHA256SUMS",
+        "gloss_edit.tensors", "SHA256SUMS",
     }  # fmt: skip
     config = json.loads((out / CONFIG).read_text())
     modules = [f"model.layers.{layer}.mlp.down_proj" for layer in LAYERS]

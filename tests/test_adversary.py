@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
-from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE, SUMS
+from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import Source
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import push as pushing
 from converter.entrypoints import upload
 from converter.entrypoints import verify as verification

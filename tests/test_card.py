@@ -239,7 +239,7 @@ def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
         "4 of 32 dimensions",
         "became `W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
         "Of the directions that the subspace was made from, these are",
-        "`gloss_edit.safetensors` has the edit",
+        "`gloss_edit.tensors` has the edit",
         "AutoModelForCausalLM.from_pretrained",
         "**not measured**",
         "gloss replay gloss_manifest.json OUT",

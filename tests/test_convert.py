@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from converter.calibration.statistics import Activations, save_activations
 from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
@@ -73,7 +74,7 @@ def test_headers_names_and_small_files_are_those_of_the_source(
         elif path.name != "README.md":
             assert (out / path.name).read_bytes() == path.read_bytes()
     new = {p.name for p in out.iterdir()} - {p.name for p in source.iterdir()}
-    assert new == {"gloss_manifest.json", "gloss_edit.safetensors", "SHA256SUMS"}
+    assert new == {"gloss_manifest.json", "gloss_edit.tensors", "SHA256SUMS"}
 
 
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS | OTHER_LAYOUTS))

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.safetensors.header import read_header
-from converter.edits.edit_file import EDIT_FILE
 from converter.edits.spectrum import Place, spectrum
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import load_manifest

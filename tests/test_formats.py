@@ -1,8 +1,10 @@
 """Weights that are not safetensors: PyTorch's pickles and GGUF files."""
 
+import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from io import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import RopeScalingType
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from converter.checkpoints.formats import gguf
+from converter.checkpoints.formats import gguf, version_4
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.pickle_files import load_tensors
 from converter.checkpoints.formats.virtual import (
@@ -22,26 +27,32 @@ from converter.checkpoints.formats.virtual import (
     VirtualTensor,
     split_shards,
 )
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints import convert as converting
+from converter.errors import CheckpointError, SourceError
 from converter.evaluation.fit import fit
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.edits import removal
+from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.meta import write_native
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
     TINY_ARGS,
+    TINY_MODELS,
+    VISION,
     Checkpoints,
     load,
     planned,
     tiny_args,
+    tiny_config,
     tiny_tokenizer,
 )
 
@@ -272,8 +283,19 @@ def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def write_gguf(path: Path, block_count: int, lacks: str = "") -> None:
-    """A tiny Llama of three blocks, which the header may deny; without one of its tensors."""
+def write_gguf(
+    path: Path,
+    block_count: int,
+    lacks: str = "",
+    factors: Mapping[str, NDArray[np.float32]] = {},
+    **said: Any,
+) -> None:
+    """A tiny Llama of three blocks, which the header may deny; without one of its tensors.
+
+    Args:
+        factors: of frequencies, by the names of tensors.
+        said: what else the header says, by the names of methods of GGUFWriter.
+    """
     from gguf import GGUFWriter
 
     writer, tokenizer = GGUFWriter(str(path), "llama"), tiny_tokenizer()
@@ -282,7 +304,7 @@ def write_gguf(path: Path, block_count: int, lacks: str = "") -> None:
         "feed_forward_length": 96, "head_count": 4, "head_count_kv": 4,
         "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16, "vocab_size": len(tokenizer),
         "tokenizer_model": "gpt2", "tokenizer_pre": "llama-bpe", "bos_token_id": 0,
-        "eos_token_id": 1, "token_types": [1] * len(tokenizer),
+        "eos_token_id": 1, "token_types": [1] * len(tokenizer), **said,
     }.items():  # fmt: skip
         getattr(writer, f"add_{key}")(value)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -300,6 +322,8 @@ def write_gguf(path: Path, block_count: int, lacks: str = "") -> None:
     for name, shape in shapes.items():
         if name != lacks:
             writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, np.float32) / 10)
+    for name, tensor in factors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -333,6 +357,170 @@ def test_a_gguf_file_is_unpacked_once(
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert set(manifest["source"]["originals"]) == {"tiny.gguf"}
     assert manifest["source"]["name"] == "tiny"
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
+
+
+def test_version_4_reads_what_version_5_was_made_to_write(tmp_path: Path) -> None:
+    """It reads neither rope_parameters nor dtype, no class TokenizersBackend, no template file."""
+    said: dict[str, Any] = {"rope_freq_base": 500000.0, "chat_template": TEMPLATE}
+    said |= {"add_bos_token": True, "token_types": [3, 3, *[1] * 398]}
+    write_gguf(tmp_path / "tiny.gguf", 3, **said)
+    source = resolve(str(tmp_path / "tiny.gguf"))
+    config = source.config
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000
+    assert config["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    written = json.loads(source.small["tokenizer_config.json"].read_text())
+    assert written["chat_template"] == source.small["chat_template.jinja"].read_text() == TEMPLATE
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["clean_up_tokenization_spaces"] is False  # the default of version 4 is not
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not {"backend", "is_local", "local_files_only", "gguf_file"}.intersection(written)
+    _, tokenizer = gguf.load(tmp_path / "tiny.gguf")
+    read: Any = AutoTokenizer.from_pretrained(source.folder)
+    for text in ("Hello , world", "naïve 日本 </s> x", ""):
+        assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert read.decode(read.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_special_tokens_without_names_are_a_list_in_both_versions(tmp_path: Path) -> None:
+    """Version 4 fails on a list under the name that version 5 has for it."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+    config: Any = tiny_config("gpt2")
+    config.dtype = torch.float32
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    version_4.complete(tmp_path, tokenizer)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<|a|>", "<|b|>"]
+    assert "extra_special_tokens" not in written
+    assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+    read: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.all_special_tokens == tokenizer.all_special_tokens
+
+
+def llama3_factors(factor: float) -> NDArray[np.float32]:
+    """What llama.cpp divides the 8 frequencies of such a head by, as its converter writes them."""
+    turns = 8192 * 500000.0 ** (-np.arange(8) / 8) / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+ONES = np.ones(8, np.float32)
+LINEAR, YARN = RopeScalingType.LINEAR, RopeScalingType.YARN
+WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        {"rope_scaling_type": LINEAR, "rope_scaling_factor": 8.0},
+        {"rope_type": "linear", "factor": 8.0},
+    ),
+    "yarn": (
+        {"rope_scaling_type": YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "Llama 3.1": (
+        {"factors": {"rope_freqs": llama3_factors(8.0)}},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+    ),
+    "ones": ({"factors": {"rope_freqs": ONES}}, {"rope_type": "default"}),
+    "none": ({"rope_scaling_type": RopeScalingType.NONE}, {"rope_type": "default"}),
+    "a factor of one": ({"rope_scaling_factor": 1.0}, {"rope_type": "default"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", WRITTEN)
+def test_positions_that_a_gguf_file_scales_go_into_the_config(scaling: str, tmp_path: Path) -> None:
+    """transformers reads none of this from a header."""
+    said, expected = WRITTEN[scaling]
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    config = resolve(str(tmp_path / "tiny.gguf")).config
+    assert config["rope_parameters"] == expected | {"rope_theta": 500000}
+    is_plain = expected["rope_type"] == "default"
+    old = None if is_plain else expected | {"type": expected["rope_type"]}
+    assert config["rope_scaling"] == old
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"rope_scaling_type": YARN, "rope_scaling_factor": 4.0}, "scaling.type yarn, ..."),
+        ({"rope_scaling_type": RopeScalingType.LONGROPE}, "scaling.type longrope"),
+        ({"rope_scaling_attn_factors": 1.2, "rope_scaling_factor": 2.0}, "...attn_factor..."),
+        ({"factors": {"rope_freqs": np.arange(1, 9, dtype=np.float32)}}, "another"),
+        ({"factors": {"rope_freqs": llama3_factors(8.0)[4:]}}, "another"),
+        (
+            {"factors": dict.fromkeys(("rope_factors_long", "rope_factors_short"), ONES)},
+            "rope_factors_long.weight, rope_factors_short.weight",
+        ),
+    ],
+)
+def test_positions_that_no_config_says_are_refused(
+    said: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    with refused(CheckpointError, what="tiny.gguf scales positions...", found=found):
+        resolve(str(tmp_path / "tiny.gguf"))
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 24.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0,
+                 "original_max_position_embeddings": 128},
+    "llama3": {"factor": 4.0, "original_max_position_embeddings": 128, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS.keys() - VISION.keys() - {"gpt_neox", "gptj"}))
+def test_the_keys_of_version_4_say_the_same(kind: str) -> None:
+    """Version 5 makes its own keys of the old ones. (The old ones of GPT-NeoX are called otherwise,
+    and no source makes us write its config.)"""
+    config: Any = tiny_config(kind)
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return
+    parts = parameters.values() if "full_attention" in parameters else [parameters]
+    for number, part in enumerate(parts, 1):
+        part["rope_theta"] = 500000.0 if kind == "olmo3" else 500000.0 * number
+    assert read_by_old_keys(config) == parameters
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_keys_of_version_4_say_how_positions_are_scaled(scaling: str) -> None:
+    config: Any = tiny_config("llama")
+    config.rope_parameters = SCALINGS[scaling] | {"rope_type": scaling, "rope_theta": 500000.0}
+    keys = version_4.rope_keys(config.rope_parameters)
+    assert keys["rope_scaling"]["type"] == keys["rope_scaling"]["rope_type"] == scaling
+    assert read_by_old_keys(config) == config.rope_parameters
+
+
+def read_by_old_keys(config: Any) -> dict[str, Any]:
+    """What version 5 makes of the old keys alone."""
+    old = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+    read = type(config).from_dict(old | version_4.rope_keys(config.rope_parameters))
+    found: dict[str, Any] = read.rope_parameters
+    found.get("full_attention", found).pop("type", None)
+    return found
+
+
+def test_a_cache_of_another_version_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", 3)
+    folders = [gguf.unpacked(tmp_path / "tiny.gguf")]
+    monkeypatch.setattr(gguf, "_VERSION", -1)
+    folders.append(gguf.unpacked(tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(gguf, "load", lambda path: (None, None))
+    monkeypatch.setattr(gguf, "make_folder", lambda folder, *_: folders.append(folder))
+    with pytest.raises(SourceError):
+        resolve("demo")  # nothing was made, so nothing is found
+    assert len(set(folders)) == 3
+    assert gguf.made_by() in folders[2].parts
 
 
 @pytest.mark.parametrize(

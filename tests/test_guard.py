@@ -11,9 +11,10 @@ from torch import Tensor
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
 from converter.calibration.split import split
 from converter.calibration.word_list import load_words
+from converter.checkpoints.names import EDIT_FILE
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine, judge

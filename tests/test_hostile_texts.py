@@ -13,11 +13,10 @@ import pytest
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.source import Source
 from converter.cli.terminal import as_json, echo, reporting
 from converter.edits.base import Edit
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, DataError, VerificationError

@@ -334,6 +334,7 @@ def test_what_belongs_to_a_model_and_what_does_not() -> None:
     dropped += ["onnx/config.json", "original/params.json", ".gitattributes", "README.md"]
     dropped += ["pytorch_model.bin.index.json", "gloss_manifest.json", ".cache/x", "SHA256SUMS"]
     dropped += ["model.nemo", "model.onnx.data", "x.onnx_data", "model.pkl", "train.parquet"]
+    dropped += ["gloss_edit.tensors", "gloss_edit.safetensors", "2_Dense/model.tensors"]
     dropped += ["wandb/run.log", "checkpoint-500/config.json", "runs/events.out.tfevents.1"]
     assert not is_companion("notes.txt", 10**9)
     for name in dropped:

@@ -383,6 +383,11 @@ WRONG = {
     "a file that loaders take for weights": (
         Edit(files={"pytorch_model.bin": b""}), "pytorch_model.bin",
     ),
+    "one that does not look at case": (Edit(files={"a/U.SafeTensors": b""}), "a/U.SafeTensors"),
+    "an index in a folder": (
+        Edit(files={"a/model.safetensors.index.json": b"{}"}), "a/model.safetensors.index.json",
+    ),
+    "a file like ours": (Edit(files={"a/gloss_edit.tensors": b""}), "a/gloss_edit.tensors"),
     "a file that makes it an adapter": (
         Edit(files={"adapter_config.json": b"{}"}), "adapter_config.json",
     ),

@@ -13,7 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats import meta_small_files as native_small
@@ -262,7 +268,10 @@ def test_configs_of_published_models(model: str, tmp_path: Path) -> None:
     loaded: Any = AutoConfig.from_pretrained(tmp_path)
     assert (loaded.intermediate_size, loaded.max_position_embeddings) == (ffn, positions)
     assert loaded.rope_parameters["rope_theta"] == config["rope_theta"]
+    assert config["rope_theta"] == params.get("rope_theta", 10000)
     assert loaded.rope_parameters.get("factor") == factor
+    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    assert LlamaConfig.from_dict(old).rope_parameters == loaded.rope_parameters
     assert loaded.dtype == torch.float16
 
 

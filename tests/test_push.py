@@ -17,9 +17,8 @@ import pytest
 from click.testing import Result
 from huggingface_hub import constants, snapshot_download
 
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import delivery
 from converter.entrypoints import push as pushing
 from converter.entrypoints.push import Streaming, published_files

@@ -12,13 +12,14 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import TensorInfo, read_header
 from converter.checkpoints.weights import read_scheme, stale_quantization
 from converter.edits import apply
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.editor import neighbour
 from converter.edits.engine import Engine
 from converter.edits.rounding_bounds import Stored, check_rounded

@@ -14,8 +14,7 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
-from converter.checkpoints.names import MANIFEST
-from converter.edits.edit_file import EDIT_FILE
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.entrypoints.replay import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
@@ -31,7 +30,7 @@ from tests.test_verify import flip
 def recorded(converted: tuple[Path, Path], tmp_path: Path) -> Path:
     """A manifest and its edit under a name of their own, as in ``manifests/``."""
     shutil.copyfile(converted[1] / MANIFEST, tmp_path / "tiny.json")
-    shutil.copyfile(converted[1] / EDIT_FILE, tmp_path / "tiny.safetensors")
+    shutil.copyfile(converted[1] / EDIT_FILE, tmp_path / "tiny.tensors")
     return tmp_path / "tiny.json"
 
 
@@ -134,7 +133,7 @@ def test_names_in_a_manifest_do_not_leave_the_folder(
         lambda m: m["source"]["files"].update({"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}}),
         lambda m: m["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 1}}),
         lambda m: m["edit"].update(file="."),
-        lambda m: m["edit"].update(file="../tiny.safetensors"),
+        lambda m: m["edit"].update(file="../tiny.tensors"),
     ]
     whole = recorded.read_text()
     for change in alterations:
@@ -229,10 +228,10 @@ def test_what_a_manifest_cannot_know_is_asked_for(
     source, out = converted
     cli("replay", recorded, tmp_path / "again", code=2, says="say where it is with --source")
     cli("replay", out, out, "--source", source, "--overwrite", code=7, says="contains the input")
-    flip(tmp_path / "tiny.safetensors", -1)
-    replay(code=8, says="tiny.safetensors is not the edit that tiny.json records")
-    (tmp_path / "tiny.safetensors").unlink()
-    replay(code=8, says=f"tiny.safetensors or {EDIT_FILE} beside it")
+    flip(tmp_path / "tiny.tensors", -1)
+    replay(code=8, says="tiny.tensors is not the edit that tiny.json records")
+    (tmp_path / "tiny.tensors").unlink()
+    replay(code=8, says=f"tiny.tensors or {EDIT_FILE} beside it")
 
 
 def test_a_manifest_alone_does_not_make_code_run(recorded: Path, replay: Cli) -> None:
@@ -250,7 +249,7 @@ def test_a_refit_finds_the_recorded_edit(
     assert angles[-1] < 1e-3
     assert weights(tmp_path / "again") == weights(converted[1])
     # a recorded basis that was turned by two degrees in one direction
-    stored = tmp_path / "tiny.safetensors"
+    stored = tmp_path / "tiny.tensors"
     tensors = load_file(stored)
     U = tensors["U"]
     outside = torch.linalg.qr(torch.cat([U, torch.eye(32)[:, :1]], 1)).Q[:, -1]

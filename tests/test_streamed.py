@@ -19,11 +19,12 @@ from torch import Tensor
 
 from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
 from converter.models import loading as models
 from converter.models import placement as mode

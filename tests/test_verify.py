@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.resolve import resolve
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints.verify import verify
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal

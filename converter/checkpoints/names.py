@@ -12,6 +12,10 @@ MANIFEST = "gloss_manifest.json"
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 
+EDIT_FILE = "gloss_edit.tensors"
+"""The edit, in the format of safetensors. Readers that take every ``*.safetensors`` of a folder for
+weights of the model (vLLM, where there is no index) must not see it."""
+
 Format = Literal["safetensors", "pickled", "native"]
 
 WEIGHTS: dict[Format, tuple[str, str]] = {
@@ -31,7 +35,8 @@ OTHER_WEIGHTS = (
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
     ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
 )  # fmt: skip
-"""Endings of files that hold weights or data, in this format or another."""
+"""Endings of files that hold weights or data, in this format or another. Readers find weights by
+them; ``.tensors`` is none that they know."""
 
 _OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
                   "wandb")  # fmt: skip
@@ -49,7 +54,7 @@ UNFINISHED = (".aria2", ".crdownload", ".incomplete", ".part")
 UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
 """Files that a conversion writes last: the manifest, and what holds its sha256."""
 
-OURS = {INDEX, *UNLISTED}
+OURS = {INDEX, EDIT_FILE, *UNLISTED}
 """Files that a conversion writes itself; the source's own are not copied. A signature would be
 one of other bytes."""
 
@@ -109,8 +114,7 @@ def is_companion(name: str, size: int = 0) -> bool:
         return False
     if _is_apart(name):
         return False
-    lower = name.lower()
-    return not lower.endswith((*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json"))
+    return not is_weights(name) and not name.endswith(".tensors")
 
 
 def _is_apart(name: str) -> bool:
@@ -135,6 +139,12 @@ def is_replaced(name: str) -> bool:
     return (
         name in OURS - {SIGNATURE} or name.startswith("gloss_") or not BOOKKEEPING.isdisjoint(parts)
     )
+
+
+def is_weights(name: str) -> bool:
+    """Whether readers can take a file for weights of a model, or for an index of them."""
+    endings = (*OTHER_WEIGHTS, ".bin.index.json", ".safetensors.index.json")
+    return name.lower().endswith(endings)
 
 
 def is_read(name: str) -> bool:

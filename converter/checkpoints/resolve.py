@@ -268,7 +268,7 @@ def _demo_folder() -> Path:
         SourceError: neither the package nor the Hub can be read.
         DestinationError: the cache cannot be written.
     """
-    folder = cache_folder() / "demo" / "SmolLM2-135M-Instruct"
+    folder = cache_folder() / "demo" / gguf.made_by() / "SmolLM2-135M-Instruct"
     if folder.is_dir():
         return folder
     path = packaged_gguf()

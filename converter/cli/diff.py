@@ -25,8 +25,8 @@ class _DiffOptions(Options):
     b: Annotated[str, Option("Another one of the same kind.", flag="B")]
     subspace: Annotated[Path | None, Option(
         "File of bases to compare changes with.",
-        by_default="the gloss_edit.safetensors of B, or of A",
-        example="gloss_edit.safetensors", path="file", exists=True,
+        by_default="the gloss_edit.tensors of B, or of A",
+        example="gloss_edit.tensors", path="file", exists=True,
     )] = None
     exit_code: Annotated[bool, Option("Exit with 8 if they differ.")] = False
     # fmt: on

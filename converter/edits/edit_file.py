@@ -18,8 +18,6 @@ from converter.edits.base import Edit
 from converter.edits.deltas import tensors_of
 from converter.errors import CheckpointError, VerificationError
 
-EDIT_FILE = "gloss_edit.safetensors"
-
 CREATED, ADDED, EVIDENCE = "created.", "file.", "evidence."
 """How the names of tensors begin that are not those of a delta."""
 

@@ -9,12 +9,12 @@ from msgspec import structs
 
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
-from converter.checkpoints.names import QUANTIZED
+from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
-from converter.edits.edit_file import EDIT_FILE, save_edit
+from converter.edits.edit_file import save_edit
 from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify

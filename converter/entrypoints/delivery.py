@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.edits.edit_file import EDIT_FILE
+from converter.checkpoints.names import EDIT_FILE
 from converter.entrypoints.push import Streaming
 from converter.errors import OptionError
 from converter.evaluation.fit import Fitted

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.layout import read_json
-from converter.checkpoints.names import OURS
+from converter.checkpoints.names import EDIT_FILE, OURS
 from converter.checkpoints.plan import locate_tensors, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.edit_file import EDIT_FILE, load_bases
+from converter.edits.edit_file import load_bases
 from converter.edits.spectrum import Place, spectrum
 from converter.errors import ConverterError, OptionError
 from converter.hub import repos as hub
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
-_GENERATED = (*sorted(OURS), EDIT_FILE)
+_GENERATED = tuple(sorted(OURS))
 """Files of a checkpoint that are neither weights nor companions of a source."""
 
 _LEFT_OUT = ("measurements", "prefixes")

@@ -14,12 +14,13 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
-from converter.edits.edit_file import EDIT_FILE, EVIDENCE, file_tensors
+from converter.edits.edit_file import EVIDENCE, file_tensors
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import (
     check_whole,

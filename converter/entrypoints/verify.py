@@ -10,6 +10,7 @@ from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
 from converter.outputs.base import output_of
 from converter.outputs.checkpoint.verify import plan_of
+from converter.outputs.readers import check_readers
 from converter.outputs.record_checks import recorded_edit
 from converter.release.manifest import read_manifest_bytes
 from converter.release.verify import (
@@ -66,6 +67,7 @@ def verify(
     problems += check_records(manifest, output)
     try:
         problems.extend(output.verify(folder, manifest, damaged, source))
+        problems.extend(check_readers(folder, manifest, output, damaged))
         problems.extend(_check_method(folder, manifest, damaged, source, output.implied))
         if "config.json" in manifest.files:
             problems.extend(_check_loading(folder, trust_remote_code and not problems))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from converter.checkpoints.names import MANIFEST, is_companion
+from converter.checkpoints.names import EDIT_FILE, MANIFEST, is_companion
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.base import ORTHONORMAL, Edit, skewness
 from converter.edits.deltas import Delta, delta_of
-from converter.edits.edit_file import ADDED, CREATED, EDIT_FILE, EVIDENCE, load_edit_tensors
+from converter.edits.edit_file import ADDED, CREATED, EVIDENCE, load_edit_tensors
 from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
 from converter.outputs.base import sha256_of_tensor

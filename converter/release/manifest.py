@@ -18,9 +18,8 @@ from msgspec import ValidationError
 
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import Activations, cache_key
-from converter.checkpoints.names import CARD, INDEX, MANIFEST, SUMS
+from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SUMS
 from converter.checkpoints.source import Source
-from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import Fitted
 from converter.manifest import (

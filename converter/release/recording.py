@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit
@@ -64,7 +64,7 @@ def read_recording(path: Path) -> Recording:
     """Read a manifest, or that of a folder, and its edit.
 
     The edit's file is looked for beside the manifest, under the name that it is recorded with or
-    under the manifest's own: ``some-model.safetensors`` beside ``some-model.json``.
+    under the manifest's own: ``some-model.tensors`` beside ``some-model.json``.
 
     Raises:
         VerificationError: one of them is missing, malformed, or not the recorded one.
@@ -76,7 +76,7 @@ def read_recording(path: Path) -> Recording:
     recorded = manifest.edit.file
     for name in (recorded, *manifest.files):
         plain_name(name)
-    places = [path.with_suffix(".safetensors"), path.with_name(recorded)]
+    places = [path.with_suffix(Path(EDIT_FILE).suffix), path.with_name(recorded)]
     found = [place for place in places if place.is_file()]
     if not found:
         raise VerificationError(

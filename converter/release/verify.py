@@ -18,6 +18,7 @@ from converter.calibration.statistics import cache_key
 from converter.checkpoints.names import (
     BOOKKEEPING,
     CARD,
+    EDIT_FILE,
     INDEX,
     MANIFEST,
     PICTURE,
@@ -30,7 +31,7 @@ from converter.checkpoints.names import (
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
-from converter.edits.edit_file import EDIT_FILE, EVIDENCE
+from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
 from converter.evaluation.gates import DROP, LEAKAGE, passes
 from converter.manifest import FileRecord, Manifest

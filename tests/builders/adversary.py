@@ -127,7 +127,7 @@ def flipped(raw: bytes, place: int) -> bytes:
 def places(path: Path, step: int) -> list[int]:
     """Every byte of a file; of tensors, the first, the last, and every ``step``-th."""
     size = path.stat().st_size
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".safetensors", ".tensors"):
         return list(range(size))
     header = read_header(path)
     found = set(range(header.data_start)) | set(range(header.data_start, size, step))

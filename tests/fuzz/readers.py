@@ -25,13 +25,12 @@ from converter.checkpoints.formats import meta_small_files as native_small
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.layout import read_card, read_index, read_json
-from converter.checkpoints.names import CARD, INDEX, MANIFEST, SIGNATURE
+from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SIGNATURE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_raw
 from converter.checkpoints.source import Source
 from converter.edits.deltas import KINDS
-from converter.edits.edit_file import EDIT_FILE
 from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError, VerificationError

@@ -10,8 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.names import CARD, MANIFEST, SUMS
-from converter.edits.edit_file import EDIT_FILE
+from converter.checkpoints.names import CARD, EDIT_FILE, MANIFEST, SUMS
 from converter.outputs.adapter.write import adapter_config, tensor_names
 from converter.release.manifest import hash_line, sums_text
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Translated, VirtualTensor
 from converter.checkpoints.layout import two_copies
+from converter.checkpoints.names import SINGLE
 from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError
 
@@ -64,10 +65,19 @@ def read_pickled(
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
         serial |= not mapped
-        stem = path.name.removeprefix("pytorch_").removesuffix(".bin")
-        shards[f"{stem}.safetensors"] = [_virtual(name, tensors[name], again) for name in kept]
+        shards[_shard_name(path.name, len(paths))] = [
+            _virtual(name, tensors[name], again) for name in kept
+        ]
         del tensors
     return Translated(folder, shards, paths, serial)
+
+
+def _shard_name(name: str, files: int) -> str:
+    """What a file of pickles is called as safetensors; readers look for model*.safetensors."""
+    stem = name.removeprefix("pytorch_").removesuffix(".bin")
+    if files == 1:
+        return SINGLE
+    return f"{stem if stem.startswith('model-') else f'model-{stem}'}.safetensors"
 
 
 def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

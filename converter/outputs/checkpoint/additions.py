@@ -22,7 +22,6 @@ from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_head
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
-from converter.edits.edit_file import EDIT_FILE
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, FileRecord
 from converter.outputs.base import file_entry, sha256_of_tensor
@@ -34,7 +33,7 @@ _EXTRA = "model-created.safetensors"
 _FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 """The two shards that a single file and its created tensors become."""
 
-_RESERVED = (*OURS, EDIT_FILE, _EXTRA, _FIRST, _SECOND)
+_RESERVED = (*OURS, _EXTRA, _FIRST, _SECOND)
 """Names that an output may need for itself."""
 
 _PATCHABLE = (
