@@ -73,7 +73,7 @@ def choose_weights(name: str, folder: Path, known: Set[str]) -> Weights:
             continue
         weight_map = read_index(folder / index)
         files = tuple(sorted(set(weight_map.values())))
-        if single in known and single not in files:
+        if single in known and files != (single,):
             raise CheckpointError(
                 f"{name} has two sets of weights: {single} and {index}",
                 hint=f"loaders differ in which they take; remove {single}, or {index}",
