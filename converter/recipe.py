@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from converter.option import Option, Options, declared_options
+from converter.text import readable
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -160,8 +161,17 @@ class Settings(Options):
     # fmt: on
 
 
+_WORDS = ("demo", "builtin")
+"""Values that stand for something of ours, and never for a path."""
+
+
 def without_folders(text: str) -> str:
-    """A path cut down to its file name; repo ids and keywords as they are."""
+    """A path cut down to its file name; repo ids and words of ours as they are.
+
+    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it.
+    """
     path = Path(text)
-    is_path = path.is_absolute() or path.exists() or text.startswith((".", "~"))
-    return path.resolve().name if is_path else text
+    if text in _WORDS or not (path.is_absolute() or path.exists() or text.startswith((".", "~"))):
+        return text
+    name = readable(path.resolve().name)
+    return f"./{name}" if name in _WORDS else name

@@ -16,7 +16,8 @@ from converter.checkpoints.names import is_companion
 from converter.checkpoints.source import check_space
 from converter.cli.main import gloss as program
 from converter.errors import SourceError
-from converter.hub.repos import Repo, looks_like_repo
+from converter.hub.addresses import looks_like_repo
+from converter.hub.repos import Repo
 from converter.runtime.cache import sha256_of
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect

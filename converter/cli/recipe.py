@@ -110,7 +110,7 @@ class _Values(RecipePart):
         return self.values(values)
 
 
-@command("recipe", recipe=_Values(), console=Part(Console, without=("cache_dir",)))
+@command("recipe", Part(Console, without=("cache_dir",)), loads=False, recipe=_Values())
 def recipe_command(recipe: dict[str, Any]) -> Answer:
     """Print a recipe with every option, its value or its default, as TOML for --recipe.
 

@@ -15,12 +15,11 @@ from contextlib import redirect_stderr
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from converter.checkpoints.formats.virtual import making
-from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import cache_folder, remembered_digest, replacing
+from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.runtime.cache import cache_folder, remembered_digest, replacing, temporary_folder
 
 _VERSION = 1
 """Of what is unpacked; to be raised when it changes."""
@@ -68,7 +67,7 @@ def unpacked(path: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, lambda: load(path), "5GB")
         with replacing(known) as part:
-            part.write_text(json.dumps(_digests(folder)))
+            part.write_text(json.dumps(_digests(folder)), "utf-8")
     return folder
 
 
@@ -78,7 +77,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _read_digests(path: Path) -> object:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -109,9 +108,9 @@ def load(path: Path) -> tuple[Any, Any]:
     check_header(path)
     try:
         # its progress bar cannot be turned off
-        with TemporaryDirectory() as alone, redirect_stderr(io.StringIO()):
-            (Path(alone) / path.name).symlink_to(path.resolve())
-            _check_size(path, Path(alone))
+        with temporary_folder() as alone, redirect_stderr(io.StringIO()):
+            (alone / path.name).symlink_to(path.resolve())
+            _check_size(path, alone)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
                 gguf_file=path.name,
@@ -124,7 +123,7 @@ def load(path: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
             # it would be saved, so that HF_HUB_OFFLINE would make another checkpoint of one file
             tokenizer.init_kwargs["local_files_only"] = False
-    except CheckpointError:
+    except ConverterError:
         raise
     except ImportError as error:
         raise SourceError(
