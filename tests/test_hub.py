@@ -286,6 +286,32 @@ def test_repos_that_cannot_be_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_pasted_addresses_are_read_and_recorded_in_the_short_form(
+    gloss: Gloss, server: HubServer, tmp_path: Path
+) -> None:
+    page = f"{server.url}/someone/several/tree/main/variants/small?not=this#files"
+    data = f"{server.url}/datasets/someone/pairs/blob/v1/train.tsv"
+    out = tmp_path / "out"
+    result = gloss("convert", page, out, "--pairs", data, *TINY_ARGS)
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads((out / "gloss_manifest.json").read_text())
+    run, source = manifest["run"], manifest["source"]
+    assert (run["source"], run["subfolder"]) == ("someone/several@main", "variants/small")
+    assert run["pairs"] == "hf://datasets/someone/pairs@v1/train.tsv"
+    assert (source["repo_id"], source["commit"]) == ("someone/several", COMMIT)
+    assert manifest["pairs"]["origin"]["repo_id"] == "someone/pairs"
+    assert "base_model: someone/several" in (out / "README.md").read_text()
+    assert gloss("verify", out, "--source", page).exit_code == 0
+    again = gloss("replay", out, tmp_path / "again", "--refit")
+    assert again.exit_code == 0, again.stderr
+    twice = gloss("plan", page, "--subfolder", "variants/large")
+    assert twice.exit_code == 2
+    assert "--subfolder: expected variants/small, which SOURCE names" in twice.stderr
+    wrong = gloss("plan", "someone/tiny", "--pairs", f"{server.url}/someone/tiny")
+    assert wrong.exit_code == 3
+    assert "someone/tiny is a model of the Hub: expected a dataset" in wrong.stderr
+
+
 def test_a_dead_server_is_one_sentence(
     gloss: Gloss,
     tmp_path: Path,

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def as_json(data: Any) -> str:
         data: may hold parts of a manifest.
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, default=to_json)
+    with suppress(UnicodeEncodeError):  # bytes that the locale could not decode may be letters
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if text.replace("\n", "").isprintable() and _can_show(text, encoding):
         return text

@@ -197,7 +197,7 @@ def prepare_to_write(
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=recipe.source)
     if not settings.keep_source and source.repo is not None and not source.repo.sizes:
         raise OptionError(
-            "--no-keep-source", expected="a Hub that can be reached",
+            "--no-keep-source", expected="a repo by its name, and a Hub that can be reached",
             found="the client's cache alone, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = footprint_of(method, plan)
