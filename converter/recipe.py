@@ -34,7 +34,7 @@ class Recipe(Options):
     # fmt: off
     source: Annotated[str, Option(
         "Model to convert: a folder with a checkpoint, a .gguf file, a Hub repo id with an "
-        "optional @revision, or the word demo.",
+        "optional @revision or its address, or the word demo.",
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
@@ -45,7 +45,7 @@ class Recipe(Options):
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
         "Pairs of toxic and neutral sentences: builtin, a .jsonl, .tsv or .csv file, or a Hub "
-        "dataset id with an optional @revision.",
+        "dataset id with an optional @revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
     num_pairs: Annotated[int | None, Option(
@@ -109,7 +109,7 @@ class Recipe(Options):
         "Star out offensive words in the card and in the manifest.",
     )] = True
     base_model: Annotated[str | None, Option(
-        "Hub repo id that the card names as the base of a local SOURCE.",
+        "Hub repo id that the card and an adapter name as the base of a local SOURCE.",
         example="HuggingFaceTB/SmolLM2-360M",
     )] = None
     subfolder: Subfolder = ""

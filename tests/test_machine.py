@@ -15,6 +15,7 @@ import pytest
 
 from converter.checkpoints.resolve import resolve
 from converter.errors import DestinationError, OptionError
+from converter.outputs import destination
 from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import (
@@ -204,3 +205,23 @@ def test_a_name_that_is_no_text_is_shown_with_escapes(
     place = shutil.copytree(checkpoints("llama"), tmp_path / os.fsdecode(b"caf\xe9"))
     assert resolve(str(place)).name == "caf\\xe9"
     assert Recipe(source=str(place)).record().source == "caf\\xe9"
+
+
+def test_a_destination_is_known_however_its_name_is_spelt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the letter case of names does not count."""
+    (tmp_path / "source").mkdir()
+
+    def folded(path: Path) -> tuple[int, int]:
+        return 0, hash(str(path).casefold())
+
+    monkeypatch.setattr(destination, "_identity", folded)
+    for place, what in (
+        ("Source", "...is the source or lies inside it"),
+        ("SOURCE/new", "...is the source or lies inside it"),
+    ):
+        with refused(DestinationError, what=what):
+            destination.check_destination(tmp_path / place, True, [tmp_path / "source"], 0)
+    with refused(DestinationError, what="...contains the input model"):
+        destination.check_destination(tmp_path / "SOURCE", True, [tmp_path / "source/model"], 0)

@@ -164,6 +164,11 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
     with progress.stage("plan", f"reading the headers of {recipe.source}"):
         source = resolve(recipe.source, recipe.subfolder)
         if recipe.base_model is not None:
+            if recipe.output == "adapter" and source.base not in (None, recipe.base_model):
+                raise OptionError(
+                    "--base-model", expected=f"{source.base}, which SOURCE is, or none",
+                    found=recipe.base_model, hint="an adapter is for the model it was made from",
+                )  # fmt: skip
             commit = source.base_commit if recipe.base_model == source.base else None
             source = replace(source, base=recipe.base_model, base_commit=commit)
         plan = make_plan(source.config, source.weight_map, source.headers())
