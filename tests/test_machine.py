@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import converter
 from converter.checkpoints.resolve import resolve
 from converter.errors import DestinationError, OptionError
 from converter.outputs import destination
@@ -134,6 +135,20 @@ def test_what_cannot_work_is_one_sentence(
         DestinationError, what="there is no folder for temporary...", hint="set TMPDIR..."
     ):
         machine()
+
+
+def test_a_quoted_home_is_understood_as_a_shell_does(
+    checkpoints: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = Recipe(source="~/my model", activations=Path("~/a"), word_list="~x", base_model="~/b")
+    assert (recipe.source, recipe.activations) == (f"{tmp_path}/my model", tmp_path / "a")
+    assert (recipe.word_list, recipe.base_model) == ("~x", "~/b")  # no path that is known, no path
+    (tmp_path / "my model").symlink_to(checkpoints("llama"))
+    assert converter.plan("~/my model")["output"] == "checkpoint"
+    monkeypatch.setenv("HOME", "~")
+    with refused(OptionError, what="SOURCE", found="~/x"):
+        Recipe(source="~/x")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

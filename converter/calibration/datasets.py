@@ -70,7 +70,11 @@ def locate(
     """
     path = Path(origin)
     if path.is_dir():
-        raise DataError(f"{what} {origin} is a folder", expected="a file or a Hub dataset id")
+        hint = "give a file in it"
+        if looks_like_repo(origin):
+            hint += f", or https://huggingface.co/datasets/{origin} for the dataset of that name"
+        expected = "a file or a Hub dataset id"
+        raise DataError(f"{what} {origin} is a folder", expected=expected, hint=hint)
     if not is_dataset(origin, formats):
         if not path.is_file():
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")

@@ -19,7 +19,7 @@ from converter.recipe import Recipe
 
 Kind = Literal["model", "dataset"]
 
-REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
+REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _SSH = re.compile(r"(?:ssh://)?git@([\w.-]+)[:/]")

@@ -18,15 +18,16 @@ class LocalInputs(Options):
     # fmt: off
     source: Annotated[str | None, Option(
         "Place of the recorded source, if it was a local one or is a copy now.", example="./base",
+        place=True,
     )] = None
     pairs: Annotated[str | None, Option(
-        "With --refit: place of the recorded file of pairs.", example="pairs.tsv",
+        "With --refit: place of the recorded file of pairs.", example="pairs.tsv", place=True,
     )] = None
     neutral: Annotated[str | None, Option(
-        "With --refit: place of the recorded neutral text.", example="prose.txt",
+        "With --refit: place of the recorded neutral text.", example="prose.txt", place=True,
     )] = None
     word_list: Annotated[str | None, Option(
-        "With --refit: place of the recorded word list.", example="words.txt",
+        "With --refit: place of the recorded word list.", example="words.txt", place=True,
     )] = None
     activations: Annotated[Path | None, Option(
         "With --refit: file of activations that the recorded fit was given.",

@@ -21,6 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from converter.errors import DestinationError, OptionError
+from converter.option import at_home
 from converter.runtime import progress
 from converter.runtime.files import reason
 
@@ -83,13 +84,14 @@ def find_folders(cache_dir: Path | None = None) -> None:
 
 
 def _settle_variables(cache_dir: Path | None) -> None:
+    """Settle the variables in which libraries look. Arguments and errors: see ``find_folders``."""
     for name in (*_FOLDERS, "XDG_CACHE_HOME"):
         value = os.environ.get(name)
         if not value:
             os.environ.pop(name, None)
         elif not os.path.isabs(path := os.path.expanduser(value)):  # noqa: PTH111, PTH117
             if path.startswith("~"):
-                raise _homeless(f"the environment variable {name}", value)
+                at_home(value, f"the environment variable {name}")  # raises
             if name == "XDG_CACHE_HOME":
                 del os.environ[name]
     caches = _caches()
@@ -111,13 +113,6 @@ def _settle_variables(cache_dir: Path | None) -> None:
             f"there is no home folder that can be written, so what is kept between runs is in "
             f"{folder}; set another place with {' and '.join(lacking)}"
         )
-
-
-def _homeless(what: str, found: str) -> OptionError:
-    return OptionError(
-        what, expected="a folder; there is no home folder that ~ could stand for", found=found,
-        hint="give an absolute path",
-    )  # fmt: skip
 
 
 def _can_write(folder: Path) -> bool:
@@ -174,11 +169,7 @@ def cache_folder() -> Path:
     Raises:
         OptionError: it is in a home folder, and there is none.
     """
-    folder = _chosen.get() or default_cache()
-    try:
-        return folder.expanduser()
-    except RuntimeError as error:
-        raise _homeless("--cache-dir", str(folder)) from error
+    return Path(at_home(_chosen.get() or default_cache(), "--cache-dir"))
 
 
 @contextmanager
