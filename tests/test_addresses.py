@@ -101,7 +101,7 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
         Path(name).mkdir(parents=True)
         assert model_place(name) == (name, "")
         assert not is_dataset(name)
-    with refused(SourceError, hint="...a repo of the Hub is given as acme/other"):
+    with refused(SourceError, hint="check the path, or give acme/other for..."):
         parse_address("models/acme/other", "model")
 
 

@@ -96,11 +96,12 @@ def parse_address(text: str, kind: Kind) -> Address:
     if looks_like_repo(text):
         repo_id, _, revision = text.partition("@")
         return Address(kind, repo_id, revision or None)
-    repo_id = text.removeprefix("models/")
-    known = repo_id if "/" in repo_id and looks_like_repo(repo_id) else "owner/name@revision"
-    raise SourceError(
-        f"{text} does not exist", hint=f"check the path; a repo of the Hub is given as {known}"
-    )
+    hint, repo_id = "check the path", text.removeprefix("models/")
+    if "/" in repo_id and looks_like_repo(repo_id):
+        hint += f", or give {repo_id} for the repo of the Hub"
+    elif not text.startswith(("/", "~", ".")):
+        hint += ", or give a repo of the Hub as owner/name@revision"
+    raise SourceError(f"{text} does not exist", hint=hint)
 
 
 def _parse(text: str) -> Address:
