@@ -149,6 +149,7 @@ COMMIT = "0123456789" * 4
         (f"models--acme--tiny/snapshots/{COMMIT}/a/b", ("acme/tiny", "a/b")),
         (f"models--gpt2/snapshots/{COMMIT}", ("gpt2", "")),
         (f"datasets--acme--tiny/snapshots/{COMMIT}", None),
+        (f"datasets--squad/snapshots/{COMMIT}", None),
         (f"spaces--acme--tiny/snapshots/{COMMIT}", None),
         (f"models--a--b--c/snapshots/{COMMIT}", None),
         ("models--acme--tiny/snapshots/main", None),

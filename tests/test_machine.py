@@ -176,6 +176,17 @@ def test_a_terminal_gets_what_it_can_show(tmp_path: Path) -> None:
     assert rb'source = "a\\xff"' in strange.stdout
 
 
+def test_names_are_utf8_in_every_locale(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    place = shutil.copytree(checkpoints("llama"), tmp_path / "模型")
+    (place / "词.txt").write_text("x", "utf-8")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run(*GLOSS, "plan", str(place), "--json", **plain)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["source"] == "模型"
+    assert "词.txt" in plan["copied_files"]
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_file_of_ours(closed: str, tmp_path: Path) -> None:
     path = tmp_path / "opened first"

@@ -37,6 +37,7 @@ def printing() -> Iterator[None]:
     what libraries write to standard error would end up there. If the disk of standard output is
     full, one sentence says so.
     """
+    _read_names_as_utf8()
     for number in range(3):
         try:
             os.fstat(number)
@@ -52,6 +53,19 @@ def printing() -> Iterator[None]:
             raise
         echo(f"error: standard output cannot be written: {reason(error)}", err=True)
         sys.exit(DestinationError.exit_code)
+
+
+def _read_names_as_utf8() -> None:
+    """Begin again in Python's UTF-8 mode if the locale is another: tokenizers knows no other names.
+
+    The terminal keeps the encoding that it has.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    encoding = getattr(sys.stdout, "encoding", "utf-8")
+    os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this program
 
 
 def echo(text: str, *, err: bool = False) -> None:
