@@ -29,7 +29,7 @@ demo:
 
 test:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.test && \
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	$(BIN)/ruff check . && $(BIN)/ruff check --preview --select PLW1514 converter && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 	$(BIN)/lint-imports --no-logo && \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 && \
 	echo "make test took $$(( $$(date +%s) - start )) seconds, setting up included"

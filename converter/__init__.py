@@ -50,6 +50,9 @@ def __getattr__(name: str) -> Any:
     """What is in ``__all__`` and not imported above, when it is asked for: torch takes a second."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from converter.runtime.cache import find_folders
+
+    find_folders()
     from converter import api
 
     return getattr(api, name)

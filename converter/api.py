@@ -22,6 +22,7 @@ from converter.entrypoints.verify import verify as find_problems
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import Comparison, parse_controls
 from converter.manifest import Evaluation, Manifest
+from converter.option import at_home
 from converter.outputs.record_checks import edit_of
 from converter.recipe import LocalInputs, Recipe, Settings
 from converter.release.recording import read_recording
@@ -76,7 +77,7 @@ def convert(
         ConverterError: another of its children; the destination is as it was.
     """
     delivery = Delivery(overwrite=overwrite is True)  # no text such as "no" deletes anything
-    return convert_once(_recipe(recipe), Path(destination), settings, delivery)
+    return convert_once(_recipe(recipe), Path(_text(destination)), settings, delivery)
 
 
 @_quietly()
@@ -113,10 +114,10 @@ def verify(
     Raises:
         SourceError, CheckpointError: the source cannot be read.
     """
-    original = None if source is None else resolve(fspath(source))
+    original = None if source is None else resolve(_text(source))
     if original:
         original.fetch()
-    return find_problems(Path(destination), original, trust_remote_code)
+    return find_problems(Path(_text(destination)), original, trust_remote_code)
 
 
 @_quietly()
@@ -149,7 +150,7 @@ def evaluate(
     """
     fitted = parse_controls(",".join(controls))
     comparison = Comparison(fitted, tuple(seeds), tuple(ranks))
-    made = None if edited is None else fspath(edited)
+    made = None if edited is None else _text(edited)
     return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 
 
@@ -176,9 +177,11 @@ def replay(
         VerificationError: the source or the outputs are not the recorded ones.
         ConverterError: another of its children; the destination is as it was.
     """
-    given = LocalInputs(source=None if source is None else fspath(source))
-    recording = read_recording(Path(manifest))
-    done = write_replay(recording, Path(destination), given, settings, overwrite=overwrite is True)
+    given = LocalInputs(source=None if source is None else _text(source))
+    recording = read_recording(Path(_text(manifest)))
+    done = write_replay(
+        recording, Path(_text(destination)), given, settings, overwrite=overwrite is True
+    )
     return done.manifest
 
 
@@ -196,7 +199,7 @@ def diff(before: Place, after: Place) -> dict[str, Any]:
     Raises:
         SourceError, CheckpointError: one of them cannot be read.
     """
-    return diff_checkpoints(fspath(before), fspath(after))
+    return diff_checkpoints(_text(before), _text(after))
 
 
 @_quietly()
@@ -209,9 +212,14 @@ def load_edit(destination: Place) -> Edit:
     Raises:
         VerificationError: there is no manifest, or the edit's file is not the recorded one.
     """
-    recording = read_recording(Path(destination))
+    recording = read_recording(Path(_text(destination)))
     return edit_of(recording.manifest, recording.stored)
 
 
+def _text(place: Place) -> str:
+    """A place as text, with the home folder for a ``~``."""
+    return str(at_home(fspath(place), "the path"))
+
+
 def _recipe(recipe: Recipe | Place) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else Recipe(source=fspath(recipe))
+    return recipe if isinstance(recipe, Recipe) else Recipe(source=_text(recipe))

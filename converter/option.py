@@ -43,7 +43,7 @@ class Option:
         above: every value must be larger.
         most: largest value.
         place: the value is a path or the name of something public, so that a manifest records
-            nothing but the file name of a path.
+            nothing but the file name of a path, and a ``~`` at its beginning is the home folder.
         path: what a path leads to, if to anything.
         exists: the path must lead to something. Only the command line asks for that.
         parse: reads typed text. It raises ValueError saying what it expected.
@@ -148,6 +148,8 @@ class Declared:
                 raise OptionError(label, expected=str(error), found=repr(value)) from error
         if self.kind is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
+        if self.kind is Path or self.option.place:
+            value = at_home(value, label)
         if self.choices:
             if value not in self.choices:
                 raise OptionError(label, expected=" or ".join(self.choices), found=_found(value))
@@ -172,6 +174,19 @@ class Declared:
         ):
             if bound is not None and not holds(value, bound):
                 raise OptionError(label, expected=f"{words} {bound}", found=str(value)[:80])
+
+
+def at_home(value: Any, label: str) -> Any:
+    """A path that begins with ``~``, which a shell leaves alone in quotes, with the home folder."""
+    text = str(value)
+    if text != "~" and not text.startswith("~/"):
+        return value
+    if (path := os.path.expanduser(text)).startswith("~"):  # noqa: PTH111 - pathlib's raises
+        raise OptionError(
+            label, expected="a path; there is no home folder that ~ could stand for", found=text,
+            hint="give an absolute path",
+        )  # fmt: skip
+    return path if isinstance(value, str) else Path(path)
 
 
 class Options:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from converter.option import Option, Options, declared_options
+from converter.text import readable
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -34,7 +35,7 @@ class Recipe(Options):
     # fmt: off
     source: Annotated[str, Option(
         "Model to convert: a folder with a checkpoint, a .gguf file, a Hub repo id with an "
-        "optional @revision, or the word demo.",
+        "optional @revision or its address, or the word demo.",
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
@@ -45,7 +46,7 @@ class Recipe(Options):
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
         "Pairs of toxic and neutral sentences: builtin, a .jsonl, .tsv or .csv file, or a Hub "
-        "dataset id with an optional @revision.",
+        "dataset id with an optional @revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
     num_pairs: Annotated[int | None, Option(
@@ -109,7 +110,7 @@ class Recipe(Options):
         "Star out offensive words in the card and in the manifest.",
     )] = True
     base_model: Annotated[str | None, Option(
-        "Hub repo id that the card names as the base of a local SOURCE.",
+        "Hub repo id that the card and an adapter name as the base of a local SOURCE.",
         example="HuggingFaceTB/SmolLM2-360M",
     )] = None
     subfolder: Subfolder = ""
@@ -161,11 +162,20 @@ class Settings(Options):
     # fmt: on
 
 
+_WORDS = ("demo", "builtin")
+"""Values that stand for something of ours, and never for a path."""
+
+
 def without_folders(text: str) -> str:
-    """A path cut down to its file name; repo ids and keywords as they are."""
+    """A path cut down to its file name; repo ids and words of ours as they are.
+
+    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it.
+    """
     path = Path(text)
-    is_path = path.is_absolute() or path.exists() or text.startswith((".", "~"))
-    return path.resolve().name if is_path else text
+    if text in _WORDS or not (path.is_absolute() or path.exists() or text.startswith((".", "~"))):
+        return text
+    name = readable(path.resolve().name)
+    return f"./{name}" if name in _WORDS else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,15 +220,16 @@ class LocalInputs(Options):
     # fmt: off
     source: Annotated[str | None, Option(
         "Place of the recorded source, if it was a local one or is a copy now.", example="./base",
+        place=True,
     )] = None
     pairs: Annotated[str | None, Option(
-        "With --refit: place of the recorded file of pairs.", example="pairs.tsv",
+        "With --refit: place of the recorded file of pairs.", example="pairs.tsv", place=True,
     )] = None
     neutral: Annotated[str | None, Option(
-        "With --refit: place of the recorded neutral text.", example="prose.txt",
+        "With --refit: place of the recorded neutral text.", example="prose.txt", place=True,
     )] = None
     word_list: Annotated[str | None, Option(
-        "With --refit: place of the recorded word list.", example="words.txt",
+        "With --refit: place of the recorded word list.", example="words.txt", place=True,
     )] = None
     activations: Annotated[Path | None, Option(
         "With --refit: file of activations that the recorded fit was given.",

@@ -17,11 +17,23 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     White space becomes single spaces, what is not printable its escape, and the end of what is too
     long is left out.
     """
-    cut = text if len(text) <= longest else text[:longest] + "..."
+    cut = readable(text if len(text) <= longest else text[:longest] + "...")
     line = " ".join(cut.split())
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def readable(name: str) -> str:
+    """A name of the file system as text; bytes of it that are no UTF-8 become escapes.
+
+    Python keeps bytes that the locale cannot decode as halves of surrogate pairs, which no file and
+    no terminal takes.
+    """
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half that is none of these, as JSON can hold
+        return name
 
 
 def is_one_line(name: str) -> bool:

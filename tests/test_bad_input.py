@@ -65,8 +65,8 @@ def test_sources_that_cannot_be_reached(
 ) -> None:
     assert "/nowhere/at/all does not exist" in refused("/nowhere/at/all", 3)
     assert "is a file: expected a folder" in refused(source / "config.json", 3)
-    url = "https://huggingface.co/someone/model"
-    assert f"{url} does not exist; give the repo id someone/model" in refused(url, 3)
+    elsewhere = "https://elsewhere.org/someone/model"
+    assert "found the server elsewhere.org; download the model" in refused(elsewhere, 3)
     assert "SOURCE is empty" in refused("", 3)
     # HF_HUB_OFFLINE is set for all tests
     says = refused("someone/model", 3)

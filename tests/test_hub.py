@@ -18,7 +18,8 @@ from converter.checkpoints.names import is_companion
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.source import check_space, remote_header
 from converter.errors import SourceError
-from converter.hub.repos import Repo, looks_like_repo, resolve
+from converter.hub.addresses import looks_like_repo
+from converter.hub.repos import Repo, resolve
 from converter.runtime.cache import sha256_of
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
@@ -298,6 +299,32 @@ def test_a_header_longer_than_the_first_range_is_read_whole(
 def test_repos_that_cannot_be_read(source: str, says: str, gloss: Gloss, tmp_path: Path) -> None:
     gloss("convert", source, tmp_path / "out", code=3, says=says)
     assert not (tmp_path / "out").exists()
+
+
+def test_pasted_addresses_are_read_and_recorded_in_the_short_form(
+    gloss: Gloss, server: HubServer, tmp_path: Path
+) -> None:
+    page = f"{server.url}/someone/several/tree/main/variants/small?not=this#files"
+    data = f"{server.url}/datasets/someone/pairs/blob/v1/train.tsv"
+    out = tmp_path / "out"
+    result = gloss("convert", page, out, "--pairs", data, *TINY_ARGS)
+    assert result.exit_code == 0, result.stderr
+    manifest = json.loads((out / "gloss_manifest.json").read_text())
+    run, source = manifest["run"], manifest["source"]
+    assert (run["source"], run["subfolder"]) == ("someone/several@main", "variants/small")
+    assert run["pairs"] == "hf://datasets/someone/pairs@v1/train.tsv"
+    assert (source["repo_id"], source["commit"]) == ("someone/several", COMMIT)
+    assert manifest["pairs"]["origin"]["repo_id"] == "someone/pairs"
+    assert "base_model: someone/several" in (out / "README.md").read_text()
+    assert gloss("verify", out, "--source", page).exit_code == 0
+    again = gloss("replay", out, tmp_path / "again", "--refit")
+    assert again.exit_code == 0, again.stderr
+    twice = gloss("plan", page, "--subfolder", "variants/large")
+    assert twice.exit_code == 2
+    assert "--subfolder: expected variants/small, which SOURCE names" in twice.stderr
+    wrong = gloss("plan", "someone/tiny", "--pairs", f"{server.url}/someone/tiny")
+    assert wrong.exit_code == 3
+    assert "someone/tiny is a model of the Hub: expected a dataset" in wrong.stderr
 
 
 def test_a_dead_server_is_one_sentence(

@@ -12,9 +12,11 @@ from typing import Any, TextIO, TypeVar
 
 from converter.errors import DataError
 from converter.hub import repos as hub
+from converter.hub.addresses import is_address, looks_like_repo, parse_address
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
 from converter.runtime.files import MAX_LINE, check_file, read_file, read_text, reason
+from converter.text import readable
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
@@ -47,7 +49,8 @@ def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
 def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
     """Whether data are named by a Hub dataset id rather than by a local file."""
     path = Path(origin)
-    return not path.exists() and path.suffix not in formats and hub.looks_like_repo(origin)
+    is_repo = path.suffix not in formats and looks_like_repo(origin)
+    return is_address(origin) or (is_repo and not path.exists())
 
 
 def locate(
@@ -67,23 +70,30 @@ def locate(
     """
     path = Path(origin)
     if path.is_dir():
-        raise DataError(f"{what} {origin} is a folder", expected="a file or a Hub dataset id")
+        hint = "give a file in it"
+        if looks_like_repo(origin):
+            hint += f", or https://huggingface.co/datasets/{origin} for the dataset of that name"
+        expected = "a file or a Hub dataset id"
+        raise DataError(f"{what} {origin} is a folder", expected=expected, hint=hint)
     if not is_dataset(origin, formats):
         if not path.is_file():
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")
-        return Origin(name=path.name, file_sha256=_sha256(path, what)), path
-    repo = hub.resolve("dataset", origin)
-    readable = [name for name in repo.sizes if PurePosixPath(name).suffix in formats]
-    chosen = min(readable, key=lambda name: (split not in name, name), default=None)
+        return Origin(name=readable(path.name), file_sha256=_sha256(path, what)), path
+    place = parse_address(origin, "dataset")
+    repo = hub.resolve("dataset", place.name)
+    known = [PurePosixPath(n) for n in repo.sizes]  # of all, or of a folder, or the file itself
+    names = [str(n) for n in known if n.suffix in formats and n.is_relative_to(place.path)]
+    chosen = min(names, key=lambda name: (split not in name, name), default=None)
     if chosen is None and repo.sizes:
         raise DataError(
             f"dataset {origin} has no file that can be read",
             expected=", ".join(formats),
-            found=", ".join(sorted({PurePosixPath(n).suffix for n in repo.sizes} - {""})),
+            found=place.path or ", ".join(sorted({n.suffix for n in known} - {""})),
         )
     folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
     paths = [folder / chosen] if chosen else sorted(folder.rglob("*"))
-    data = next((path for path in paths if path.suffix in formats), None)
+    inside = (path for path in paths if path.is_relative_to(folder / place.path))
+    data = next((path for path in inside if path.suffix in formats), None)
     if data is None:
         raise DataError(f"dataset {origin} has no readable file in the local cache")
     return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=_sha256(data, what)), data

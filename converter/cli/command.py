@@ -14,9 +14,10 @@ from click.core import ParameterSource
 
 from converter.cli.fields import Part
 from converter.cli.signals import Stopped, leave, stopping
-from converter.cli.terminal import as_json, echo, reporting
+from converter.cli.terminal import as_json, echo, printing, reporting, write
 from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
 from converter.option import PREFIX, Option, Options
+from converter.runtime.cache import find_folders
 from converter.runtime.registry import telling_packages
 
 _EXIT_CODES = """
@@ -65,13 +66,14 @@ class Console(Options):
 
 
 def command(
-    name: str, console: Part = Part(Console), **parts: Part
+    name: str, console: Part = Part(Console), *, loads: bool = True, **parts: Part
 ) -> Callable[[Callable[..., Answer]], "Command"]:
     """Make a command of a function that gets one object for each part, and returns an answer.
 
     Args:
         name: of the command.
         console: options of ``Console`` that it has.
+        loads: whether it loads libraries, which keep things in folders.
         parts: parameter of the function -> the options that make its value.
     """
 
@@ -79,10 +81,12 @@ def command(
         def run(**values: Any) -> None:
             told = console.make(values)
             with _plain_exit(told.json), reporting(quiet=told.quiet, cache_dir=told.cache_dir):
+                if loads:
+                    find_folders(told.cache_dir)
                 made = {key: part.make(values) for key, part in parts.items()}
                 answer = function(**made)
                 if told.json:
-                    click.echo(as_json(answer.data))
+                    write(as_json(answer.data))
                 elif answer.text:
                     echo(answer.text)
             if answer.exit_code:
@@ -116,6 +120,10 @@ class Command(click.Command):
         self.parts = parts
         self.known.update(str(each.envvar) for each in self.params if each.envvar)
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        with printing():
+            return super().main(*args, **settings)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
@@ -141,7 +149,7 @@ def _plain_exit(in_json: bool) -> Iterator[None]:
         if in_json:
             kind = type(error).__name__
             said = {"error": kind, "message": str(error), "exit_code": error.exit_code}
-            click.echo(as_json(said))
+            write(as_json(said))
         echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
 

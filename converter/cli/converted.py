@@ -41,7 +41,8 @@ class _VerifyOptions(Options):
     # fmt: off
     destination: _Folder
     source: Annotated[str | None, Option(
-        "Model that it was made from, as it was given to gloss-convert.", example="demo",
+        "Model that it was made from, as it was given to gloss-convert.",
+        example="demo", place=True,
     )] = None
     subfolder: Subfolder = ""
     key: Annotated[Path | None, Option(

@@ -21,8 +21,10 @@ class _DiffOptions(Options):
     """What is compared."""
 
     # fmt: off
-    a: Annotated[str, Option("Anything that can be converted, or a file of JSON.", flag="A")]
-    b: Annotated[str, Option("Another one of the same kind.", flag="B")]
+    a: Annotated[str, Option(
+        "Anything that can be converted, or a file of JSON.", flag="A", place=True,
+    )]
+    b: Annotated[str, Option("Another one of the same kind.", flag="B", place=True)]
     subspace: Annotated[Path | None, Option(
         "File of bases to compare changes with.",
         by_default="the gloss_edit.tensors of B, or of A",

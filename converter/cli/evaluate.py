@@ -21,7 +21,8 @@ class _ComparisonOptions(Options):
 
     # fmt: off
     base: Annotated[str | None, Option(
-        "Model that SOURCE was made from: a folder, a Hub repo id, or demo.", example="demo",
+        "Model that SOURCE was made from: a folder, a Hub repo id, or demo.",
+        example="demo", place=True,
     )] = None
     controls: Annotated[str, Option(
         "Methods to fit and measure beside.",

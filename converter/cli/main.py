@@ -1,5 +1,7 @@
 """The program ``gloss`` and its commands; the two that print what there is are here."""
 
+from typing import Any
+
 import click
 
 from converter.cli.command import Command
@@ -8,7 +10,7 @@ from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
 from converter.cli.evaluate import evaluate_command
 from converter.cli.recipe import recipe_command
-from converter.cli.terminal import echo
+from converter.cli.terminal import echo, printing
 from converter.option import Declared
 from converter.version import __version__
 
@@ -24,7 +26,13 @@ _COMMANDS = (
 )
 
 
-@click.group()
+class _Program(click.Group):
+    def main(self, *args: Any, **settings: Any) -> Any:
+        with printing():
+            return super().main(*args, **settings)
+
+
+@click.group(cls=_Program)
 @click.version_option(__version__, prog_name="gloss")
 def gloss() -> None:
     """Make language models less toxic by editing their checkpoints."""

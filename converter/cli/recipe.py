@@ -22,6 +22,7 @@ from converter.option import Declared, Option, Options, declared_options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
 from converter.runtime.files import read_text, reason
+from converter.text import readable
 
 _HEADING = """\
 # What a conversion is asked for. Use it with: gloss-convert --recipe FILE [SOURCE] DESTINATION
@@ -110,7 +111,7 @@ class _Values(RecipePart):
         return self.values(values)
 
 
-@command("recipe", recipe=_Values(), console=Part(Console, without=("cache_dir",)))
+@command("recipe", Part(Console, without=("cache_dir",)), loads=False, recipe=_Values())
 def recipe_command(recipe: dict[str, Any]) -> Answer:
     """Print a recipe with every option, its value or its default, as TOML for --recipe.
 
@@ -196,5 +197,5 @@ def _toml(value: Any) -> str:
     """A value in TOML, whose strings are those of JSON as long as every character is printable."""
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    text = json.dumps(str(value), ensure_ascii=False)
+    text = json.dumps(readable(str(value)), ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import NoReturn
 
@@ -31,7 +31,8 @@ def leave(number: int) -> NoReturn:
         f"stopped by {signal.Signals(number).name}; no half-written checkpoint was left; "
         "the same command again goes on from what is finished\n"
     )
-    os.write(2, said.encode())
+    with suppress(OSError):
+        os.write(2, said.encode())
     os._exit(128 + number)
 
 

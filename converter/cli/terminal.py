@@ -7,32 +7,87 @@ like ours, or give orders to the program that keeps the log.
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import click
 
+from converter.errors import DestinationError
 from converter.manifest import to_json
 from converter.runtime.cache import using_cache
+from converter.runtime.files import reason
 from converter.runtime.progress import LOG, Progress, recording
-from converter.text import one_line, redacted
+from converter.text import one_line, readable, redacted
 
 _ORDERS = re.compile(r"^(\s*)::|##(?=\w*\[)")
 """What GitHub, Azure and TeamCity take for an order in a line of a log."""
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """Let printing not fail by the terminal's encoding, nor lead into a file of a model.
+
+    A standard stream that is closed would leave its number to the next file that is opened, and
+    what libraries write to standard error would end up there. If the disk of standard output is
+    full, one sentence says so.
+    """
+    _read_names_as_utf8()
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:  # a file, not a stream
+            raise
+        echo(f"error: standard output cannot be written: {reason(error)}", err=True)
+        sys.exit(DestinationError.exit_code)
+
+
+def _read_names_as_utf8() -> None:
+    """Begin again in Python's UTF-8 mode if the locale is another: tokenizers knows no other names.
+
+    The terminal keeps the encoding that it has.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    encoding = getattr(sys.stdout, "encoding", "utf-8")
+    os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this program
+
+
 def echo(text: str, *, err: bool = False) -> None:
-    """Print lines of ours that may quote strangers; what is quoted is one line by then."""
-    click.echo("\n".join(map(_harmless, text.split("\n"))), err=err)
+    """Print lines of ours that may quote strangers; what is quoted is one line by then.
+
+    Standard error that cannot be written ends no run.
+    """
+    write("\n".join(map(_harmless, text.split("\n"))), err=err)
+
+
+def write(text: str, *, err: bool = False) -> None:
+    """Print a text as it is; otherwise as ``echo``."""
+    try:
+        click.echo(text, err=err)
+    except (OSError, ValueError):  # the disk of a log is full, or whoever read it has gone
+        if not err:
+            raise
 
 
 def _harmless(line: str) -> str:
     """A line with its spaces, without tokens, and with escapes for what could steer."""
-    line = redacted(line)
+    line = redacted(readable(line))
     if not line.isprintable():
         line = "".join(c if c.isprintable() else one_line(c) or " " for c in line)
     return _ORDERS.sub(
@@ -41,15 +96,30 @@ def _harmless(line: str) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON with the letters of all languages, and escapes for what could steer a terminal.
+    """JSON with the letters of all languages, and escapes for what could steer a terminal, or what
+    it cannot show.
 
     Args:
         data: may hold parts of a manifest.
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, default=to_json)
-    if text.replace("\n", "").isprintable():
+    with suppress(UnicodeEncodeError):  # bytes that the locale could not decode may be letters
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if text.replace("\n", "").isprintable() and _can_show(text, encoding):
         return text
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return "".join(
+        c if c == "\n" or (c.isprintable() and _can_show(c, encoding)) else json.dumps(c)[1:-1]
+        for c in text
+    )
+
+
+def _can_show(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Printer(logging.Handler):
@@ -71,6 +141,7 @@ def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progres
         quiet: warnings only; otherwise also notes, and bars if standard error is a terminal.
         cache_dir: the cache folder; None for the default one.
     """
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     terminal, before = _Printer(), (LOG.level, LOG.propagate)
     LOG.setLevel(logging.WARNING if quiet else logging.INFO)
     LOG.propagate = False  # a library's handler would print the same again, and as it is
@@ -78,7 +149,7 @@ def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progres
     try:
         with (
             using_cache(cache_dir),
-            recording(shows_bars=not quiet and sys.stderr.isatty()) as progress,
+            recording(shows_bars=not quiet and is_terminal) as progress,
         ):
             yield progress
     finally:

@@ -20,7 +20,7 @@ from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError, VerificationError
 from converter.evaluation.fit import fit
-from converter.hub.repos import check_repo_id
+from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, footprint_of
 from converter.methods.options import configure
@@ -63,6 +63,7 @@ def convert(
     Raises:
         ConverterError: one of its children says what is wrong; the destination is as it was.
     """
+    recipe = settled(recipe)
     stream, keep_source = delivery.stream, settings.keep_source
     source, plan, method, _ = prepare_to_write(recipe, destination, settings, delivery)
     device = choose_device(recipe.device)
@@ -165,15 +166,17 @@ def write_records(
 def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
     """All that is known without a weight. Raises SourceError, CheckpointError or OptionError."""
     if recipe.base_model is not None:
-        check_repo_id("--base-model", recipe.base_model)
+        repo_named("--base-model", recipe.base_model)
     with progress.stage("plan", f"reading the headers of {recipe.source}"):
         source = resolve(recipe.source, recipe.subfolder)
         if recipe.base_model is not None:
+            if recipe.output == "adapter" and source.base not in (None, recipe.base_model):
+                raise OptionError(
+                    "--base-model", expected=f"{source.base}, which SOURCE is, or none",
+                    found=recipe.base_model, hint="an adapter is for the model it was made from",
+                )  # fmt: skip
             commit = source.base_commit if recipe.base_model == source.base else None
             source = replace(source, base=recipe.base_model, base_commit=commit)
-        asked = recipe.source.partition("@")[0]
-        if source.repo is not None and source.repo.repo_id != asked:
-            progress.warn(f"{asked} is now called {source.repo.repo_id}")
         plan = make_plan(source.config, source.weight_map, source.headers())
         for name in plan.stale:
             progress.warn(
@@ -215,8 +218,8 @@ def prepare_to_write(
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=recipe.source)
     if not settings.keep_source and source.repo is not None and not source.repo.sizes:
         raise OptionError(
-            "--no-keep-source", expected="a Hub that can be reached",
-            found="HF_HUB_OFFLINE, so what is deleted could not be fetched again",
+            "--no-keep-source", expected="a repo by its name, and a Hub that can be reached",
+            found="the client's cache alone, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = footprint_of(method, plan)
     delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})

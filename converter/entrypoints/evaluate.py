@@ -13,6 +13,7 @@ from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import Comparison, System, edited_layers, parse_controls
+from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
@@ -45,6 +46,7 @@ def evaluate_model(
     """
     if recipe.activations is not None:
         raise OptionError("--activations is of one draw of the pairs; gloss evaluate takes its own")
+    recipe = settled(recipe)
     device = choose_device(recipe.device)
     battery = load_battery(asked, device, recipe.seed)
     source, plan, _ = prepare(recipe)

@@ -11,6 +11,7 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.hub.addresses import settled
 from converter.methods.base import footprint_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
@@ -31,6 +32,7 @@ def describe_plan(
     Raises:
         ConverterError: as ``convert`` would, as far as it can be known.
     """
+    recipe = settled(recipe)
     source, plan, method, room = prepare_to_write(recipe, destination, settings, delivery)
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):

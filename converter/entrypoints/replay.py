@@ -41,6 +41,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
+from converter.outputs.record_checks import base_of
 from converter.recipe import LocalInputs, Recipe, Settings
 from converter.release.manifest import environment, file_list
 from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
@@ -158,7 +159,7 @@ def _device_like(recording: Recording, recipe: Recipe) -> str:
 def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
     """The source under its recorded name, and of its small files those that were there then."""
     recorded = recording.manifest.source
-    known, base = recorded.files, recipe.base_model or recorded.repo_id or source.base
+    known, base = recorded.files, base_of(recording.manifest)
     return replace(
         source,
         name=recorded.name,

@@ -12,6 +12,7 @@ from converter.checkpoints.source import Source
 from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
+from converter.hub.addresses import settled
 from converter.manifest import TOOL, Manifest
 from converter.outputs.base import output_of
 from converter.outputs.claim import claimed
@@ -41,6 +42,7 @@ def convert_once(
     Raises:
         ConverterError: as ``convert`` and ``finish_existing``.
     """
+    recipe = settled(recipe)
     if before := _done_before(recipe, destination, delivery, pictures):
         finish_existing(recipe, destination, before, delivery.signer)
         return before
@@ -96,7 +98,7 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     if recipe.activations and read_inputs(recipe.activations) != seen:
         return False
     source, known = resolve(recipe.source, recipe.subfolder), manifest.source
-    if source.repo is not None:
+    if source.repo is not None and source.repo.sizes:
         return (source.repo.repo_id, source.repo.commit) == (known.repo_id, known.commit)
     files = known.all_files
     card, terms = read_card(destination / CARD), terms_of(source, recipe.base_model or source.base)

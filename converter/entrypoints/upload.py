@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Lock
 
 from huggingface_hub import (
@@ -28,6 +27,7 @@ from converter.errors import CheckpointError, ConverterError, PublishError
 from converter.hub.publishing import open_repo, plain_refusals, refuses_copies
 from converter.recipe import Publication
 from converter.runtime import progress
+from converter.runtime.cache import temporary_folder
 from converter.text import redacted
 from converter.version import __version__
 
@@ -202,7 +202,7 @@ class Upload:
     def _listed(self) -> set[str]:
         """The files of the manifest at the head of the branch; none if it is malformed."""
         place = self.place
-        with TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             path = self._api.hf_hub_download(
                 place.repo_id, MANIFEST, revision=place.branch, local_dir=folder
             )

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from converter.errors import OptionError, SourceError
 from converter.evaluation.scorers import Scorer
 from converter.hub import repos as hub
+from converter.hub.addresses import snapshot_of
 from converter.manifest import Origin, ScorerOrigin
+from converter.text import readable
 
 _TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
 """Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
@@ -62,7 +64,7 @@ def load(argument: str, device: str) -> Scorer:
         return cast(NDArray[np.float64], shares[:, index].numpy())
 
     return Scorer(
-        title=f"{PurePosixPath(name).name}, {labels[index]}",
+        title=f"{PurePosixPath(found.repo_id or name).name}, {labels[index]}",
         paper=f"https://huggingface.co/{found.repo_id}" if found.repo_id else "",
         origin=ScorerOrigin(**asdict(found), label=labels[index]),
         predict=predict,
@@ -115,8 +117,11 @@ def find_label(labels: Sequence[str], asked: str) -> int:
 
 
 def _locate(name: str) -> tuple[Path, Origin]:
-    if Path(name).is_dir():
-        return Path(name), Origin(name=Path(name).resolve().name)
+    folder = Path(name)
+    if folder.is_dir():
+        if kept := snapshot_of(folder):
+            return folder, Origin(repo_id=kept.repo_id, commit=kept.revision)
+        return folder, Origin(name=readable(folder.resolve().name))
     repo = hub.resolve("model", name)
     top = [file for file in repo.sizes if "/" not in file]
     weights = [file for file in top if file.endswith(".safetensors")]

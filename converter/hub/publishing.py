@@ -21,8 +21,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from converter.errors import ConverterError, OptionError, PublishError, is_out_of_memory
+from converter.hub.addresses import repo_named
 from converter.hub.limits import NETWORK_ERRORS
-from converter.hub.repos import check_repo_id
 from converter.recipe import Publication
 from converter.runtime import progress
 from converter.text import redact_log, redacted
@@ -59,9 +59,9 @@ def check_rights(asked: Publication, option: str) -> Publication:
             "--create-pr", expected="no --branch", found=f"--branch {asked.branch}",
             hint="the Hub opens pull requests against the main branch",
         )  # fmt: skip
-    check_repo_id(option, asked.repo_id)
-    if redacted(asked.repo_id) != asked.repo_id:
+    if redacted(bare := asked.repo_id.partition("?")[0]) != bare:
         raise OptionError(option, expected="a repo id such as owner/name", found="a token")
+    asked = replace(asked, repo_id=repo_named(option, asked.repo_id))
     redact_log("huggingface_hub")
     if not progress.current().shows_bars:
         disable_progress_bars()  # of the client

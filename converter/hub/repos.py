@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -21,18 +21,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from converter.errors import OptionError, SourceError
+from converter.errors import SourceError
+from converter.hub.addresses import COMMIT, REPO_ID, Kind, parse_address
 from converter.hub.limits import NETWORK_ERRORS, AnswerError, guard_session, meter
 from converter.runtime.cache import sha256_of
 from converter.text import is_one_line
 
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Kind = Literal["model", "dataset"]
 
 MAX_FILES = 200_000
 """Of a repo; the Hub advises against more than half of it."""
@@ -58,19 +54,6 @@ class Repo:
     sizes: dict[str, int]
     sha256: dict[str, str] = field(default_factory=dict)
     gated: bool = False
-
-
-def looks_like_repo(text: str) -> bool:
-    """Whether ``text`` can be a repo id with an optional ``@revision``, rather than a path."""
-    return _REPO_ID.fullmatch(text) is not None and not text.startswith(".")
-
-
-def check_repo_id(option: str, text: str) -> None:
-    """Raise OptionError if ``text`` cannot be a repo id."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        raise OptionError(option, expected="a repo id such as owner/name", found=text) from error
 
 
 @contextmanager
@@ -132,16 +115,16 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
 
 
 def resolve(kind: Kind, text: str) -> Repo:
-    """Resolve ``owner/name[@revision]`` to a commit and list its files.
+    """Resolve ``owner/name[@revision]``, or an address, to a commit and list its files.
 
     Without a network, or with HF_HUB_OFFLINE, a repo that is in the client's cache is used.
 
     Raises:
-        SourceError: see ``plain_errors``.
+        SourceError: see ``parse_address`` and ``plain_errors``.
     """
-    repo_id, _, revision = text.partition("@")
-    asked = revision or None
-    with plain_errors(kind, text):
+    place = parse_address(text, kind)
+    repo_id, asked = place.repo_id, place.revision
+    with plain_errors(kind, place.name):
         try:
             info = HfApi().repo_info(repo_id, repo_type=kind, revision=asked, files_metadata=True)
         except OfflineModeIsEnabled:
@@ -157,8 +140,8 @@ def repo_of(kind: Kind, info: Any, asked: str | None) -> Repo:
             lie in it.
     """
     repo_id, commit, siblings = str(info.id), str(info.sha), info.siblings or []
-    _believe(_REPO_ID.fullmatch(repo_id), kind, f"the name {repo_id}")
-    _believe(_COMMIT.fullmatch(commit), kind, f"the commit {commit}")
+    _believe(REPO_ID.fullmatch(repo_id), kind, f"the name {repo_id}")
+    _believe(COMMIT.fullmatch(commit), kind, f"the commit {commit}")
     _believe(len(siblings) <= MAX_FILES, kind, f"a list of {len(siblings):,} files")
     sizes: dict[str, int] = {}
     digests = {}

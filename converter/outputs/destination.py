@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from converter.errors import DestinationError
@@ -58,13 +59,15 @@ def check_folder(folder: Path) -> None:
 
 def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
+    identity = cache(_identity)  # not by name: case may not count, and mounts have two
+    above, own = {identity(path) for path in (target, *target.parents)} - {None}, identity(target)
     for path in (path.resolve() for path in inputs):
-        if target == path or target.is_relative_to(path):
+        if target == path or identity(path) in above:
             raise DestinationError(
                 f"destination {destination} is the source or lies inside it",
                 hint="choose a folder elsewhere",
             )
-        if path.is_relative_to(target):
+        if own and own in map(identity, path.parents):
             raise DestinationError(
                 f"destination {destination} contains the input {path.name}",
                 hint="choose a folder elsewhere",
@@ -102,6 +105,15 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
             expected=f"{nbytes / 1e9:.2f} GB free",
             found=f"{free / 1e9:.2f} GB",
         )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode; None if there is nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST, is_companion
+from converter.checkpoints.resolve import DEMO
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
@@ -50,6 +51,12 @@ def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta
     except ValueError as error:
         raise VerificationError(f"{what} is none", found=str(error)) from error
     return delta
+
+
+def base_of(manifest: Manifest) -> str | None:
+    """Repo id of the base model, as far as a run knew it: what its card and adapter name."""
+    demo = DEMO if manifest.run.source == "demo" else None
+    return manifest.run.base_model or manifest.source.repo_id or demo
 
 
 def edit_of(manifest: Manifest, stored: Mapping[str, Tensor]) -> Edit:

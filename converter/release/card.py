@@ -54,11 +54,14 @@ def make_card(
     """
     warnings = list(terms.warnings)
     if base is None:
-        warnings.append("the card names no base model; give --base-model with its repo id")
+        named = "card and the adapter name" if manifest.run.output == "adapter" else "card names"
+        warnings.append(f"the {named} no base model; give --base-model with its repo id")
     environment = Environment(  # noqa: S701 - it makes Markdown, not HTML
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
-    template = environment.from_string(files("converter").joinpath("data/card.md").read_text())
+    template = environment.from_string(
+        files("converter").joinpath("data/card.md").read_text("utf-8")
+    )
     about = _about_source(source, base, manifest)
     text = template.render(
         card_data=front_matter(source, base, manifest, terms).to_yaml(),
@@ -107,7 +110,7 @@ def title_of(source: Source, manifest: Manifest) -> str:
 def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
     """What the template says of the base, and of how to load the result."""
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
-    asked = repo_id or manifest.run.source
+    asked = repo_id or _local(manifest.run.source)
     name = repo_id or base
     place = f"[{name}]({_HUB}/{name})" if name else escaped(source.name)
     place += f" at commit {code(commit)}" if commit else ""
@@ -130,6 +133,11 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
         if source.originals
         else "",
     }
+
+
+def _local(source: str) -> str:
+    """A recorded local source as an argument that no repo and no word of ours is taken for."""
+    return source if source == "demo" or source.startswith("./") else f"./{source}"
 
 
 def pinned(source: Source, manifest: Manifest) -> str:

@@ -13,7 +13,7 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.edit_file import load_edit_tensors
 from converter.errors import OptionError, VerificationError
-from converter.hub.repos import looks_like_repo
+from converter.hub.addresses import looks_like_repo, parse_address
 from converter.manifest import Manifest
 from converter.outputs.record_checks import edit_of, place_of, plain_name
 from converter.recipe import LocalInputs, Recipe
@@ -147,7 +147,8 @@ def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
     for name in ("pairs", "neutral", "word_list"):
         place, origin = getattr(given, name), getattr(manifest, name).origin
         if place is None and origin.repo_id is not None:
-            place = f"{origin.repo_id}@{origin.commit}"
+            asked_for = parse_address(getattr(asked, name), "dataset")
+            place = replace(asked_for, repo_id=origin.repo_id, revision=origin.commit).text
         if place is None and getattr(asked, name) != "builtin":
             raise OptionError(
                 f"the recorded {name.replace('_', ' ')} was the file {getattr(asked, name)}",

@@ -82,7 +82,7 @@ def load_signer(path: Path) -> Signer:
     """
     option = f"--sign {path.name}"
     signing, keys = _package("model_signing.signing", "--sign"), _keys()
-    password = os.environ.get(_PASSWORD, "").encode() or None
+    password = os.fsencode(os.environ.get(_PASSWORD, "")) or None
     raw = _read(option, path)
     try:
         key = keys.load_pem_private_key(raw, password)

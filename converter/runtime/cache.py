@@ -1,12 +1,16 @@
 """What is kept between runs, in the user's cache folder: activations, file digests, the demo model.
 
-Everything in it can be deleted at any time; it is made again.
+Everything in it can be deleted at any time; it is made again. Where there is no home folder to
+write to, as in batch jobs and containers, the cache is in the folder for temporary files.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +20,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from converter.errors import DestinationError
+from converter.errors import DestinationError, OptionError
+from converter.option import at_home
+from converter.runtime import progress
 from converter.runtime.files import reason
 
 STALE = 24 * 3600
@@ -27,19 +33,143 @@ SETTLED = 2.0
 filesystem, so a change within one tick of the clock cannot hide behind an unchanged time."""
 
 
+_OWN = "GLOSS_CACHE_DIR"
+
+_FOLDERS = (
+    "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE",
+    "HF_MODULES_CACHE", "HF_TOKEN_PATH", "MPLCONFIGDIR", "TORCH_HOME",
+)  # fmt: skip
+"""Variables in which libraries look for folders, even if they are empty."""
+
+
 def default_cache() -> Path:
     """``$GLOSS_CACHE_DIR``, else ``gloss-convert`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if own := os.environ.get("GLOSS_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gloss-convert"
+    return Path(os.environ.get(_OWN) or _caches() / "gloss-convert")
+
+
+def _caches() -> Path:
+    """The folder of all caches; it is relative if there is no home folder.
+
+    A relative ``XDG_CACHE_HOME`` counts as none, as its specification says.
+    """
+    said = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))  # noqa: PTH111 - never raises
+    return Path(said if os.path.isabs(said) else os.path.expanduser("~/.cache"))  # noqa: PTH111, PTH117
+
+
+def find_folders(cache_dir: Path | None = None) -> None:
+    """Settle where this process, and each library that is imported later, keeps things.
+
+    To be called before libraries are imported. Nothing changes if the home folder can be written.
+
+    Args:
+        cache_dir: that was chosen for the cache, if one was.
+
+    Raises:
+        OptionError: a variable names a folder in a home folder, and there is none; or it is one of
+            the Hub's client, which does not understand it.
+        DestinationError: there is no folder for temporary files, or no current folder.
+    """
+    _settle_variables(cache_dir)
+    try:
+        Path.cwd()
+        importlib.import_module("huggingface_hub.constants")
+    except ValueError as error:  # a number is wanted
+        raise OptionError(
+            "an environment variable HF_... cannot be read", found=str(error), hint="unset it"
+        ) from error
+    except OSError as error:
+        raise DestinationError(
+            "the current folder is gone", found=reason(error), hint="change to another one"
+        ) from error
+
+
+def _settle_variables(cache_dir: Path | None) -> None:
+    """Settle the variables in which libraries look. Arguments and errors: see ``find_folders``."""
+    for name in (*_FOLDERS, "XDG_CACHE_HOME"):
+        value = os.environ.get(name)
+        if not value:
+            os.environ.pop(name, None)
+        elif not os.path.isabs(path := os.path.expanduser(value)):  # noqa: PTH111, PTH117
+            if path.startswith("~"):
+                at_home(value, f"the environment variable {name}")  # raises
+            if name == "XDG_CACHE_HOME":
+                del os.environ[name]
+    caches = _caches()
+    if caches.is_absolute() and _can_write(caches / "gloss-convert"):
+        return
+    theirs = caches / "huggingface"
+    if caches.is_absolute() and theirs.is_dir():
+        os.environ.setdefault("HF_HOME", str(theirs))  # what is there can be read
+    folder = _private_folder()
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torchinductor"))
+    chosen = {
+        "--cache-dir": cache_dir or os.environ.get(_OWN),
+        "HF_HOME": os.environ.get("HF_HOME"),
+    }
+    if lacking := [name for name, value in chosen.items() if not value]:
+        progress.warn(
+            f"there is no home folder that can be written, so what is kept between runs is in "
+            f"{folder}; set another place with {' and '.join(lacking)}"
+        )
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether a folder can be written to, or made."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    return False
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files that nobody else can read, the same for each run if it can be.
+
+    Raises DestinationError.
+    """
+    try:
+        folder = Path(tempfile.gettempdir()) / f"gloss-convert-{os.getuid()}"
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        found = folder.lstat()  # a link of somebody else leads anywhere
+        mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        if mine and not found.st_mode & 0o077:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="gloss-convert-"))
+    except OSError as error:
+        raise _no_temporary_folder(error) from error
+
+
+def _no_temporary_folder(error: OSError) -> DestinationError:
+    """The one sentence about temporary files that cannot be made."""
+    return DestinationError(
+        "there is no folder for temporary files", found=reason(error),
+        hint="set TMPDIR to a folder that can be written, on a disk with room",
+    )  # fmt: skip
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is deleted after the block. Raises DestinationError if none can be made."""
+    try:
+        made = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_temporary_folder(error) from error
+    with made as name:
+        yield Path(name)
 
 
 _chosen: ContextVar[Path | None] = ContextVar("cache folder", default=None)
 
 
 def cache_folder() -> Path:
-    """The folder of ``using_cache``, or the default one."""
-    return _chosen.get() or default_cache()
+    """The folder of ``using_cache``, or the default one.
+
+    Raises:
+        OptionError: it is in a home folder, and there is none.
+    """
+    return Path(at_home(_chosen.get() or default_cache(), "--cache-dir"))
 
 
 @contextmanager
@@ -125,10 +255,10 @@ def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
     read.
     """
     state = state_of(path)
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     memo = cache_folder() / "digests" / f"{key}.{algorithm}.json"
     try:
-        known = json.loads(memo.read_text())
+        known = json.loads(memo.read_text("utf-8"))
         if known["state"] == state:
             return str(known[algorithm])
     except (OSError, ValueError, KeyError, TypeError):
@@ -137,5 +267,5 @@ def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
     if time.time() - max(state[3:]) / 1e9 > SETTLED:
         with replacing(memo) as part:
-            part.write_text(json.dumps({"state": state, algorithm: digest}))
+            part.write_text(json.dumps({"state": state, algorithm: digest}), "utf-8")
     return digest

@@ -41,7 +41,7 @@ def free_memory(device: str) -> int:
 def _read(path: Path) -> str:
     """A small file of the system, or nothing if there is none."""
     try:
-        return path.read_text()
+        return path.read_text("utf-8", "replace")
     except OSError:
         return ""
 

@@ -161,4 +161,4 @@ def peak_memory() -> int:
 def _forget_peak() -> None:
     """Let Linux begin a new maximum: 5 in clear_refs, see proc(5)."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")

@@ -16,7 +16,6 @@ from contextlib import redirect_stderr
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from converter.checkpoints.formats import version_4
 from converter.checkpoints.formats.meta_small_files import llama3_scaling
 from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.safetensors.header import refuse_placeholder
-from converter.errors import CheckpointError, SourceError
-from converter.runtime.cache import cache_folder, remembered_digest, replacing
+from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.runtime.cache import cache_folder, remembered_digest, replacing, temporary_folder
 
 _VERSION = 2
 """Of what is unpacked; to be raised when it changes."""
@@ -76,7 +75,7 @@ def unpacked(path: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, lambda: load(path), "5GB")
         with replacing(known) as part:
-            part.write_text(json.dumps(_digests(folder)))
+            part.write_text(json.dumps(_digests(folder)), "utf-8")
     return folder
 
 
@@ -92,7 +91,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _read_digests(path: Path) -> object:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -123,9 +122,9 @@ def load(path: Path) -> tuple[Any, Any]:
     check_header(path)
     try:
         # its progress bar cannot be turned off
-        with TemporaryDirectory() as alone, redirect_stderr(io.StringIO()):
-            (Path(alone) / path.name).symlink_to(path.resolve())
-            _check_size(path, Path(alone))
+        with temporary_folder() as alone, redirect_stderr(io.StringIO()):
+            (alone / path.name).symlink_to(path.resolve())
+            _check_size(path, alone)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 alone,
                 gguf_file=path.name,
@@ -136,7 +135,7 @@ def load(path: Path) -> tuple[Any, Any]:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
-    except CheckpointError:
+    except ConverterError:
         raise
     except ImportError as error:
         raise SourceError(

@@ -34,6 +34,7 @@ from converter.outputs.adapter.write import (
 )
 from converter.outputs.base import sha256_of_tensor
 from converter.outputs.record_checks import (
+    base_of,
     check_edit_file,
     check_source_files,
     delta_of_record,
@@ -105,13 +106,12 @@ def _lora(entry: EditedTensor) -> Lora:
 def _check_config(
     config: Mapping[str, Any], manifest: Manifest, deltas: Mapping[str, Delta]
 ) -> Iterator[str]:
-    """It must be the one that follows from the manifest; the name of a local base may be any."""
-    entries, base = manifest.edited, str(config.get("base_model_name_or_path") or "")
-    known = manifest.run.base_model or manifest.source.repo_id or base
+    """It must be the one that follows from the manifest."""
+    entries, known = manifest.edited, base_of(manifest)
     commit = manifest.source.commit if known == manifest.source.repo_id else None
     ranks = {_lora(entry).module: rank_of(deltas[entry.name]) for entry in entries}
     transposed = any(entry.axis for entry in entries)
-    expected = adapter_config(known or "a name", commit, ranks, transposed=transposed)
+    expected = adapter_config(known, commit, ranks, transposed=transposed)
     for key in sorted({*expected, *config}):
         if key not in config:
             yield f"{CONFIG}: has no {key}"

@@ -100,8 +100,8 @@ def write_adapter(job: WriteJob) -> Written:
             file.write(to_bytes(B))
             edits.append(record)
             progress.advance(weight.info.nbytes)
-    base, transposed = source.base or source.name, any(weight.axis for weight in order)
-    config = adapter_config(base, source.base_commit, ranks, transposed=transposed)
+    transposed = any(weight.axis for weight in order)
+    config = adapter_config(source.base, source.base_commit, ranks, transposed=transposed)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     copies = {n: copy_file(source.small[n], job.folder / n) for n in companions(source.small)}
     made = {
@@ -119,12 +119,13 @@ def rank_of(delta: Delta) -> int:
 
 
 def adapter_config(
-    base: str, commit: str | None, ranks: Mapping[str, int], *, transposed: bool
+    base: str | None, commit: str | None, ranks: Mapping[str, int], *, transposed: bool
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json``; keys of peft that it lacks have defaults there.
 
     Args:
-        base: repo id of the model that the adapter belongs to, or its name.
+        base: repo id of the model that the adapter belongs to. None if it is not known: peft would
+            look for any other name on the Hub, too, and load the model that it finds.
         commit: of that repo, or None.
         ranks: module name -> R, in order of layer.
         transposed: whether the modules are Conv1D.
