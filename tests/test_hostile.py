@@ -15,7 +15,8 @@ import pytest
 from click.testing import Result
 from transformers import dynamic_module_utils
 
-from converter.checkpoints.layout import read_card, read_index
+from converter.checkpoints.front_matter import read_card
+from converter.checkpoints.layout import read_index
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
 from converter.errors import CheckpointError, ConverterError, SourceError

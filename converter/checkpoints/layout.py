@@ -12,8 +12,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from converter.checkpoints.names import (
     CARD,
     ELSEWHERE,
@@ -41,10 +39,7 @@ _MAX_PARTS = 1_000_000
 """Lists and objects in a file of JSON; an index has three."""
 
 _MAX_NESTING = 32
-"""Objects and lists within one another in a config or a card; real ones have five or six."""
-
-_MAX_VALUES = 100_000
-"""Values on one level of a card."""
+"""Objects and lists within one another in a config; real ones have five or six."""
 
 _LOADED = TOKENIZER | {
     CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
@@ -185,23 +180,6 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", found=type(data).__name__)
     return data
-
-
-def read_card(path: Path) -> ModelCardData:
-    """The front matter of a model card; empty when there is none or it is malformed."""
-    if not path.is_file() or path.stat().st_size > MAX_CONFIG:
-        return ModelCardData()
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # a third party's loader: of many kinds, for a text of a stranger
-        return ModelCardData()
-    if not isinstance(data, ModelCardData):
-        return ModelCardData()
-    is_bomb = any(  # it says the same thing over and over by reference, as no card does
-        depth == _MAX_NESTING or sum(map(len, level)) > _MAX_VALUES
-        for depth, level in enumerate(_levels(vars(data)))
-    )
-    return ModelCardData() if is_bomb else data
 
 
 def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:

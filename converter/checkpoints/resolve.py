@@ -17,12 +17,12 @@ from converter.checkpoints.folder import check_links, list_files
 from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats.pickle_files import read_pickled
+from converter.checkpoints.front_matter import read_card
 from converter.checkpoints.layout import (
     MAX_CONFIG,
     check_config,
     choose_format,
     drawn_before,
-    read_card,
     read_index,
     read_json,
 )
