@@ -196,8 +196,8 @@ def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
 
 WRITTEN = [
     "no", "on", "yes", "y", "N", "off", "True", "1.10", "012", "089", "1:20", "1e3", "0x1F",
-    "0o14", "1_000", ".5", "-.INF", ".nan", "2024-01-01", "=", "<<", "null", "~", "#x", "a: b", "- x",
-    "&a", "naïve", "日本語 💩", "!!int 3", "'", '"', "a\nb", "\ufeffx", " x ", "%x",
+    "0o14", "1_000", ".5", "-.INF", ".nan", "2024-01-01", "=", "<<", "null", "~", "#x", "a: b",
+    "- x", "&a", "naïve", "日本語 💩", "!!int 3", "'", '"', "a\nb", "\ufeffx", " x ", "%x",
     "@x", "`x", "[x", "{x",
 ]  # fmt: skip
 

@@ -125,7 +125,17 @@ def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
             {"what": "prompts p.txt", "expected": "at least 3 different ones", "found": "2"},
         ),
         ("p.txt", b" \n", None, {"expected": "at least 1 different ones", "found": "0"}),
-        ("p.txt", b"\xff", None, {"what": "prompts file p.txt", "expected": "text in UTF-8"}),
+        (
+            "p.txt",
+            b"one\n\xff",
+            None,
+            {
+                "what": "prompts file p.txt cannot be read",
+                "expected": "text in UTF-8",
+                "found": "byte 0xff in line 2, which is not UTF-8",
+                "hint": "...iconv...",
+            },
+        ),
         (
             "p.jsonl",
             b'{"text": "a"}\n{"prompt": 3}',

@@ -7,12 +7,12 @@ low and high are the value. A metric that was not measured, or is not a number, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from converter.calibration.datasets import read_whole
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
@@ -93,21 +93,12 @@ def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
         seed=seed,
         prompts=prompts,
         scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
-        text=_text(asked.text),
+        text=read_whole(asked.text, "text").replace("\r\n", "\n") if asked.text else None,
         judge=load_whole(asked.judge, device) if asked.judge else None,
         safeedit=safeedit,
         safety=safety,
         tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
     )
-
-
-def _text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name} cannot be read", found=str(error)) from error
 
 
 def load_whole(

@@ -97,8 +97,12 @@ def _not_utf8(error: UnicodeDecodeError, lines: int) -> str:
     for mark, name in _MARKS:
         if lines == 0 and error.start == 0 and error.object.startswith(mark):
             return f"{name}, as its first bytes say"
-    line = lines + error.object.count(b"\n", 0, error.start) + 1
-    return f"byte 0x{error.object[error.start]:02x} in line {line}, which is not UTF-8"
+    zero = error.object.find(b"\0", 0, error.start)
+    place = error.start if zero < 0 else zero
+    line = lines + error.object.count(b"\n", 0, place) + 1
+    if zero >= 0:
+        return f"a zero byte in line {line}, as in UTF-16"
+    return f"byte 0x{error.object[place]:02x} in line {line}, which is not UTF-8"
 
 
 AS_UTF8 = "save it as UTF-8, for example with: iconv -f LATIN1 -t UTF-8 OLD > NEW"
