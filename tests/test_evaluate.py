@@ -380,6 +380,22 @@ def test_a_classifier_scores_the_probability_of_its_label(
     assert scores == pytest.approx([found.score([text])[0] for text in texts], abs=1e-6)
 
 
+def test_a_classifier_reads_what_it_was_trained_with_whatever_its_tokenizer_pads(
+    classifier: Callable[..., Path],
+) -> None:
+    folder, texts = classifier("fine", "toxic"), [*PROMPTS, "a"]
+    expected = load_scorer(f"classifier:{folder}", "cpu").score(texts)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"padding_side": "left"}
+    config["model_input_names"] = ["input_ids"]  # no attention mask
+    path.write_text(json.dumps(config))
+    assert load_scorer(f"classifier:{folder}", "cpu").score(texts) == pytest.approx(expected)
+    for name in ("pad_token", "eos_token", "bos_token"):  # nothing to pad with
+        config.pop(name)
+    path.write_text(json.dumps(config))
+    assert load_scorer(f"classifier:{folder}", "cpu").score(texts) == pytest.approx(expected)
+
+
 def test_labels_that_do_not_exclude_each_other_are_scored_on_their_own(
     classifier: Callable[..., Path],
 ) -> None:

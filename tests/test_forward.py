@@ -1,15 +1,30 @@
 """Theorems about the forward pass: what is pooled depends on the text and on nothing else."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import DataError, SourceError
-from converter.models.batching import Batch, Encoder, Pooling, Sentence, batches, first_token
+from converter.evaluation.continuations import conditional_losses, generate
+from converter.models.batching import (
+    Batch,
+    Encoder,
+    Pooling,
+    Sentence,
+    batches,
+    beginning,
+    encode,
+    first_token,
+    prepare,
+)
 from converter.models.loading import load_model
 from converter.models.resident import LanguageModel, Pool, SecondMoment, run
 from tests.builders.errors import refused
@@ -39,6 +54,96 @@ class Shape:
 
 def encoder(text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:
     return Encoder(tiny_tokenizer(), Shape())(text, pooling, spans)
+
+
+def templated(*parts: str, **settings: Any) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with special tokens around the text ``$A``."""
+    tokenizer = deepcopy(tiny_tokenizer())
+    core = tokenizer.backend_tokenizer
+    core.add_special_tokens(["[SEP]", "[gMASK]"])
+    special = {part: core.token_to_id(part) for part in parts if part != "$A"}
+    core.post_processor = TemplateProcessing(
+        single=list(parts), pair=[*parts, "$B"], special_tokens=list(special.items())
+    )
+    if "truncation" in settings:
+        core.enable_truncation(settings["truncation"])
+    if "padding" in settings:
+        core.enable_padding(length=settings["padding"], direction="left", pad_id=1)
+    return tokenizer
+
+
+BOS, EOS = "<s>", "</s>"
+WITH_BOS: list[tuple[Any, ...]] = [
+    ((BOS, "$A"), {}),
+    ((BOS, BOS, "$A"), {}),
+    ((BOS, "$A", EOS), {}),
+    ((BOS, "$A", "[SEP]", EOS), {}),
+    ((BOS, "$A"), {"truncation": 8}),
+    ((BOS, "$A", EOS), {"truncation": 8, "padding": 64}),
+]
+
+
+@pytest.mark.parametrize(("parts", "settings"), WITH_BOS)
+@pytest.mark.parametrize("text", [TEXTS[2], "", f"{BOS}{TEXTS[2]}", "fool " * 900])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_text_is_encoded_whole_after_its_bos_and_before_nothing(
+    text: str, prepared: bool, parts: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    plain, tokenizer = tiny_tokenizer(), templated(*parts, **settings)
+    tokenizer.model_max_length = 8
+    if prepared:
+        prepare(tokenizer)
+    expected = plain(text.removeprefix(BOS), verbose=False)["input_ids"]
+    coded = encode(tokenizer, text, beginning(tokenizer))
+    assert coded.ids == [plain.bos_token_id, *expected]
+    assert coded.start == 1
+    assert (len(coded.offsets), coded.offsets[-1][1]) == (len(coded.ids), len(text))
+    if prepared and not text.startswith(BOS):  # as packages do that take the defaults
+        assert tokenizer(text, verbose=False)["input_ids"] == coded.ids
+        assert tokenizer([text, "a"], verbose=False)["input_ids"][0] == coded.ids
+
+
+@pytest.mark.parametrize("parts", [("$A",), ("$A", EOS), ("$A", "[SEP]")])
+def test_where_a_tokenizer_puts_nothing_first_nothing_is_first_unless_needed(
+    parts: tuple[str, ...],
+) -> None:
+    tokenizer = templated(*parts)
+    prepare(tokenizer)
+    assert beginning(tokenizer) == []
+    assert encode(tokenizer, "short", []).ids == tiny_tokenizer()("short")["input_ids"]
+    assert tokenizer("short")["input_ids"] == encode(tokenizer, "short", []).ids
+    assert beginning(tokenizer, needed=True) == [tokenizer.bos_token_id]
+
+
+def test_all_that_comes_before_a_text_has_no_weight() -> None:
+    tokenizer = templated("[gMASK]", BOS, "$A", EOS)
+    shape = Shape()
+    shape.get_input_embeddings = lambda: nn.Embedding(len(tokenizer), 1)  # type: ignore[method-assign]
+    encode, plain = Encoder(tokenizer, shape), Encoder(tiny_tokenizer(), Shape())
+    span = [(4, 9)]
+    for pooling in ("mean", "last", "predicting"):
+        found, expected = encode(TEXTS[0], pooling, span), plain(TEXTS[0], pooling, span)
+        assert found.ids[1:] == expected.ids
+        assert found.weights == [0.0, *expected.weights]
+    assert encode.predicted(TEXTS[0]).weights == [0.0, *plain.predicted(TEXTS[0]).weights]
+    (places,), (others,) = encode.words(TEXTS[0], span)[1], plain.words(TEXTS[0], span)[1]
+    assert places == tuple(i + 1 for i in others)
+    (batch,) = batches([encode(TEXTS[0], "mean", ()), plain(TEXTS[1], "mean", ())], 2, "cpu")
+    for row, ids in zip(batch.rows, batch.content, strict=True):
+        assert ids.tolist().index(True) == 2 - row
+
+
+def test_continuations_go_on_where_the_prompt_ends(checkpoints: Checkpoints) -> None:
+    module = load_model(checkpoints("llama"), torch.float32, "cpu", 0)
+    said = []
+    for parts, settings in WITH_BOS:
+        tokenizer = templated(*parts, **settings)
+        model = LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
+        prompts = [TEXTS[2], f"{BOS}{TEXTS[2]}", TEXTS[0] * 9]
+        texts = generate(model, prompts, max_new_tokens=5)
+        said.append((texts, conditional_losses(model, prompts, texts).tolist()))
+        assert texts[0] == texts[1]
+    assert all(each == said[0] for each in said)
 
 
 def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, dict[int, str]]:
@@ -98,7 +203,7 @@ def test_the_model_is_not_run_past_the_last_layer_of_interest(checkpoints: Check
 
 
 def test_predicting_positions_are_those_before_the_span() -> None:
-    tokenizer = tiny_tokenizer()
+    tokenizer = deepcopy(tiny_tokenizer())
     text = "you are a damn fool, they say"
     start, end = text.index("damn"), text.index(",")
     coded = encoder(text, "predicting", [(start, end)])

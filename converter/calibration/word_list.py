@@ -21,6 +21,7 @@ from converter.checkpoints.safetensors.rewrite import read_rows
 from converter.checkpoints.source import Source
 from converter.errors import DataError
 from converter.manifest import Origin
+from converter.models.batching import encode
 
 _UNSPACED = r"[\w&&[\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]"
 """A letter of a script that is written without spaces."""
@@ -209,5 +210,5 @@ class Vocabulary:
         A list of words says little about tokens when most of its words are several of them.
         """
         spaced = (f" {w}" if re.match(_LETTER, w, re.V1) else w for w in sorted(words.words))
-        coded = self.tokenizer(list(spaced), add_special_tokens=False)
-        return sum(len(ids) == 1 for ids in coded["input_ids"]) / len(words.words)
+        single = (len(encode(self.tokenizer, text, ()).ids) == 1 for text in spaced)
+        return sum(single) / len(words.words)

@@ -31,7 +31,7 @@ from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.results import around
 from converter.evaluation.scorers import Scorer, load_scorer, scores_of
 from converter.manifest import Interval, Metric
-from converter.models.batching import Sentence
+from converter.models.batching import Sentence, beginning, encode
 from converter.models.likelihood import (
     LogProbabilities,
     log_probabilities,
@@ -157,7 +157,7 @@ def measure(
 
 def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
     """A text as windows of tokens."""
-    ids = model.tokenizer(text)["input_ids"][:limit]
+    ids = encode(model.tokenizer, text, beginning(model.tokenizer)).ids[:limit]
     if len(ids) < 2 * WINDOW:
         raise DataError(
             "the text for perplexity is too short",

@@ -15,7 +15,7 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
 from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
-from converter.models.batching import LOGITS_BYTES
+from converter.models.batching import LOGITS_BYTES, prepare
 from converter.models.resident import LanguageModel
 from converter.models.streamed import StreamedModel
 from converter.models.streamed_memory import Weights
@@ -157,7 +157,9 @@ def stream_language_model(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer; code that comes with it is run only if it is trusted.
+    """Load a fast tokenizer, prepared for all who use it; see ``batching.prepare``.
+
+    Code that comes with it is run only if it is trusted.
 
     Raises:
         SourceError: transformers cannot load it, or it cannot map tokens to characters.
@@ -172,6 +174,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise _unusable("tokenizer", error) from error
     if not tokenizer.is_fast:
         raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
+    prepare(tokenizer)
     return tokenizer
 
 
