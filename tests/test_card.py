@@ -24,6 +24,7 @@ from converter.checkpoints.layout import drawn_before
 from converter.checkpoints.names import papers
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
+from converter.entrypoints.convert import prepare
 from converter.entrypoints.verify import verify
 from converter.hub import repos as hub
 from converter.manifest import (
@@ -38,6 +39,7 @@ from converter.manifest import (
     RowRecord,
     to_json,
 )
+from converter.recipe import Recipe
 from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.release.card_results import pictures
 from converter.release.licences import check_name, families, licence_name, terms_of
@@ -284,6 +286,26 @@ def test_odd_scalars_come_out_of_a_card_as_they_went_in(source: Path, manifest: 
     assert front["license_name"] == "1.10"
     assert front["language"] == ["no", "1e3"]
     assert front["pipeline_tag"] == "on"
+
+
+@pytest.mark.parametrize(
+    ("front", "given", "flags"),
+    [
+        ("language: no", {}, "--pairs, --word-list, --neutral"),
+        ("language: [de, zh-Hans]", {"word_list": "w.txt"}, "--pairs, --neutral"),
+        ("language: [de, en-GB]", {}, None),
+        ("language: multilingual", {}, None),
+        ("license: mit", {}, None),
+        ("language: de", {"pairs": "p.tsv", "word_list": "w", "neutral": "n"}, None),
+    ],
+)
+def test_what_is_built_in_for_a_model_of_another_language_is_said(
+    front: str, given: dict[str, str], flags: str | None, source: Path
+) -> None:
+    describe(source, front)
+    with recording() as seen:
+        prepare(Recipe(source=str(source), **given))  # type: ignore[arg-type]
+    assert [line.partition("; give ")[2] for line in seen.warnings] == ([flags] if flags else [])
 
 
 @pytest.fixture

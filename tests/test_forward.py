@@ -1,5 +1,9 @@
 """Theorems about the forward pass: what is pooled depends on the text and on nothing else."""
 
+import json
+import logging
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from converter.checkpoints.architectures.architecture import architectures
-from converter.errors import DataError, SourceError
+from converter.checkpoints.layout import check_config
+from converter.checkpoints.plan import make_plan
+from converter.checkpoints.resolve import resolve
+from converter.errors import DataError, OptionError, SourceError
 from converter.evaluation.continuations import conditional_losses, generate
 from converter.models.batching import (
     Batch,
@@ -25,8 +32,10 @@ from converter.models.batching import (
     first_token,
     prepare,
 )
-from converter.models.loading import load_model
+from converter.models.loading import load_language_model, load_model, stream_language_model
 from converter.models.resident import LanguageModel, Pool, SecondMoment, run
+from converter.models.transformers_loader import Loading
+from converter.runtime.progress import LOG
 from tests.builders.errors import refused
 from tests.builders.models import HIDDEN, tiny_tokenizer
 
@@ -291,3 +300,66 @@ def test_tokens_without_an_embedding_are_refused() -> None:
         expected="tokens below 5, the rows of the embedding",
     ):
         Encoder(tiny_tokenizer(), Small())(TEXTS[0], "mean", [])
+
+
+def attention_of(folder: Path, how: Loading, **config: Any) -> tuple[str, Tensor]:
+    """What a model computes its attention with, and logits."""
+    path = folder / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | config))
+    try:
+        module: Any = load_model(folder, torch.float32, "cpu", 0, how=how)
+    finally:
+        path.write_text(before)
+    with torch.inference_mode():
+        logits = module(torch.tensor([[0, 5, 6, 7]])).logits
+    return module.config._attn_implementation, logits
+
+
+ELSEWHERE = ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|flash_attention_2",
+             "kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3@main:x",
+             "nonsense"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("asked", ELSEWHERE)
+def test_an_attention_that_is_not_there_is_the_usual_one(
+    asked: str, key: str, checkpoints: Checkpoints, tmp_path: Path, caplog: Any
+) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "tiny")
+    check_config(json.loads((folder / "config.json").read_text()) | {key: asked})
+    with caplog.at_level(logging.INFO, LOG.name):
+        used, logits = attention_of(folder, Loading(), **{key: asked})
+        assert f"attention: not {asked}, as config.json says" in caplog.text
+        caplog.clear()
+        usual, expected = attention_of(folder, Loading())
+        assert "attention" not in caplog.text
+    assert used == usual == "sdpa"
+    assert torch.equal(logits, expected)
+    assert "kernels" not in sys.modules
+
+
+def test_an_attention_that_is_there_is_used(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "tiny")
+    assert attention_of(folder, Loading(), _attn_implementation="eager")[0] == "eager"
+    for name in ("eager", "sdpa"):
+        asked = Loading(attention=name)
+        assert attention_of(folder, asked, _attn_implementation="flash_attention_2")[0] == name
+    with refused(OptionError, what="--attention flash_attention_2", hint="give --attention auto"):
+        attention_of(folder, Loading(attention="flash_attention_2"))
+
+
+def test_every_part_of_a_model_obeys(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints("gemma3"), tmp_path / "tiny")
+    asked = {"": "flash_attention_2", "text_config": "flash_attention_3", "vision_config": "eager"}
+    config = json.loads((folder / "config.json").read_text()) | {"attn_implementation": asked}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = resolve(str(folder))
+    plan = make_plan(source.config, source.weight_map, source.headers())
+    given = (source, plan, None, torch.float32, "cpu")
+    for model in (load_language_model(*given), stream_language_model(*given, 10**9)):
+        modules: Any = model.module.modules()
+        parts = [part.config for part in modules if hasattr(part, "config")]
+        assert len(parts) > 2
+        assert {part._attn_implementation for part in parts} == {"sdpa"}
+    assert json.loads((folder / "config.json").read_text())["attn_implementation"] == asked

@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from converter.checkpoints.layout import MAX_CONFIG
 from converter.runtime import progress
 from converter.runtime.files import AS_UTF8, decode, read_file, reason
+
+_BLOCK = re.compile(r"\s*---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|$)")
+"""At the beginning of a card."""
 
 _KEYS = {
     "language": "a text or a list of texts", "license": "a text or a list of texts",
@@ -75,8 +77,9 @@ def read_card(path: Path) -> ModelCardData:
         return ModelCardData()
     found: object = None
     try:
-        if block := REGEX_YAML_BLOCK.search(decode(read_file(path))):
-            found = yaml.load(block[2], _Reader)  # noqa: S506 - it makes texts only
+        text = decode(read_file(path))
+        if block := _BLOCK.match(text.replace("\r\n", "\n").replace("\r", "\n")):
+            found = yaml.load(block[1], _Reader)  # noqa: S506 - it makes texts only
     except UnicodeError as error:
         progress.warn(f"{path.name} is left out: found {error}; {AS_UTF8}")
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

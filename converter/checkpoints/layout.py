@@ -60,6 +60,9 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
             "_experts_implementation")  # fmt: skip
 """Keys that can name a repo of compiled code, which transformers would fetch and run."""
 
+_KNOWN_KERNEL = re.compile(r"(paged\|)?kernels-community/[^/]+")
+"""Attention that many configs name; no model is run with it here."""
+
 
 def choose_format(name: str, sizes: Mapping[str, int]) -> Format:
     """The format that the weights of a folder or repo are read in.
@@ -218,7 +221,9 @@ def _check_key(key: str, value: Any) -> None:
             "config.json: transformers_weights names other weights than those that are edited",
             hint="remove it, or the other weights",
         )
-    names = value.values() if isinstance(value, dict) else [value]  # of each part, or of all
+    names = list(value.values()) if isinstance(value, dict) else [value]  # of each part, or of all
+    if key.endswith("attn_implementation"):
+        names = [n for n in names if not (isinstance(n, str) and _KNOWN_KERNEL.fullmatch(n))]
     if key in _KERNELS and any("/" in describe_value(name) for name in names):
         raise CheckpointError(
             f"config.json: {key} asks for compiled code from elsewhere",

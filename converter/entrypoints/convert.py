@@ -71,7 +71,7 @@ def convert(
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, delivery.overwrite) as claim:
         pairs, prose, words = load_texts(recipe)
-        bench = Bench.of(recipe, source, plan, words, device, settings.memory_limit)
+        bench = Bench.of(recipe, source, plan, words, device, settings)
         if delivery.evaluation:
             bench.forward.need_resident()
         fitted = fit(bench, method, pairs, prose)
@@ -168,6 +168,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         asked = recipe.source.partition("@")[0]
         if source.repo is not None and source.repo.repo_id != asked:
             progress.warn(f"{asked} is now called {source.repo.repo_id}")
+        _warn_of_language(recipe, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
@@ -176,6 +177,21 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         footprint.check_shared()
         output.check(plan, footprint)
         return source, plan, method
+
+
+def _warn_of_language(recipe: Recipe, source: Source) -> None:
+    """Say so if what is built in is used for a model of other languages than English."""
+    said = source.card.get("language") or []
+    languages = [said] if isinstance(said, str) else said
+    english = ("en", "eng", "english", "multilingual", "mul")
+    given = {"pairs": recipe.pairs, "word-list": recipe.word_list, "neutral": recipe.neutral}
+    flags = ", ".join(f"--{name}" for name, value in given.items() if value == "builtin")
+    known = any(name.lower().replace("_", "-").partition("-")[0] in english for name in languages)
+    if flags and languages and not known:
+        progress.warn(
+            f"the card says that the model's language is {', '.join(languages[:5])}, and what is "
+            f"built in is English; give {flags}"
+        )
 
 
 def prepare_to_write(

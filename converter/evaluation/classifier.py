@@ -18,6 +18,7 @@ from converter.errors import OptionError, SourceError
 from converter.evaluation.scorers import Scorer
 from converter.hub import repos as hub
 from converter.manifest import Origin, ScorerOrigin
+from converter.models.transformers_loader import Loading, from_files
 
 _TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
 """Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
@@ -136,14 +137,14 @@ def _locate(name: str) -> tuple[Path, Origin]:
 
 
 def _load(folder: Path, name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    local = {"local_files_only": True, "trust_remote_code": False}
+    kind = "AutoModelForSequenceClassification"
     try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **local
+        loaded = from_files(folder, kind, Loading(), "cpu", torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise SourceError(
             f"transformers cannot load the classifier {name}",

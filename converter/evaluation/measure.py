@@ -42,6 +42,7 @@ from converter.models.likelihood import (
 )
 from converter.models.loading import load_language_model, load_tokenizer
 from converter.models.resident import LanguageModel, choose_dtype
+from converter.models.transformers_loader import Loading
 
 WINDOW = 512
 """Tokens of the perplexity text that are read at a time; they do not overlap, and the first token
@@ -75,7 +76,9 @@ class Battery:
     tasks: Sequence[str]
 
 
-def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
+def load_battery(
+    asked: EvaluationOptions, device: str, seed: int, attention: str = "auto"
+) -> Battery:
     """Load what the options name.
 
     Raises:
@@ -94,7 +97,7 @@ def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
         prompts=prompts,
         scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
         text=read_whole(asked.text, "text").replace("\r\n", "\n") if asked.text else None,
-        judge=load_whole(asked.judge, device) if asked.judge else None,
+        judge=load_whole(asked.judge, device, how=Loading(attention)) if asked.judge else None,
         safeedit=safeedit,
         safety=safety,
         tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
@@ -102,14 +105,14 @@ def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
 
 
 def load_whole(
-    name: str, device: str, dtype: torch.dtype | None = None, spread: bool = False
+    name: str, device: str, dtype: torch.dtype | None = None, how: Loading = Loading()
 ) -> LanguageModel:
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
     source = resolve(name)
     plan = make_plan(source.config, source.weight_map, source.headers())
     dtype = dtype or choose_dtype("auto", plan, device)
     tokenizer = load_tokenizer(source.folder)
-    return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
+    return load_language_model(source, plan, tokenizer, dtype, device, how)
 
 
 def measure(

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from tokenizers.processors import TemplateProcessing
+from tokenizers import processors
 from torch import Tensor
 
 from converter.errors import DataError
@@ -130,7 +130,7 @@ def prepare(tokenizer: Any) -> None:
         return
     names = [f"begin{i}" for i in range(len(begin))]
     tokens = tokenizer.convert_ids_to_tokens(begin)
-    core.post_processor = TemplateProcessing(
+    core.post_processor = processors.TemplateProcessing(
         single=[*names, "$A"],
         pair=[*names, "$A", "$B"],
         special_tokens=[
