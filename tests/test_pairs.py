@@ -54,6 +54,7 @@ def test_formats_agree(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"toxic": t, "neutral": n}) for t, n in ROWS)
     )
+    write_tsv(tmp_path / "P.TSV", ROWS, "Toxic\tNeutral")
     read = {load_pairs(str(p), WORDS, None, 0).sha256 for p in tmp_path.iterdir()}
     assert len(read) == 1
 
@@ -108,7 +109,8 @@ def test_malformed_lines_are_skipped(tmp_path: Path) -> None:
     lines += ["{broken", '{"toxic": 3, "neutral": "x"}', '{"toxic": "a"}', '"\ufffd"', "[]"]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     pairs = load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
-    assert len(pairs.skipped["unreadable"]) == 5
+    assert len(pairs.skipped["unreadable"]) == 4
+    assert len(pairs.skipped["without the fields toxic and neutral"]) == 1
 
 
 PROSE = "\n".join(f"le café {i} est bon et le thé aussi" for i in range(40))
@@ -178,6 +180,13 @@ def test_the_hint_is_about_what_most_pairs_lack(
     path = write_tsv(tmp_path / "p.tsv", rows, "toxic\tneutral")
     with refused(DataError, expected="at least 16 usable pairs", hint=hint):
         load_pairs(str(path), WORDS, None, 0)
+
+
+def test_rows_with_other_fields_are_said_to_have_them(tmp_path: Path) -> None:
+    rows = [json.dumps({"rejected": t, "chosen": n}) for t, n in ROWS]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    with refused(DataError, hint="name the fields of each row toxic and neutral"):
+        load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
 
 
 def test_both_sides_are_composed_alike(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from converter.runtime.files import (
     text_lines,
 )
 
+NO_FIELDS = "without the fields toxic and neutral"
+"""The problem of a row that has other fields."""
+
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
 _T = TypeVar("_T")
@@ -134,7 +137,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file as a whole cannot be read, or lacks the columns.
     """
-    kind = FORMATS.get(path.suffix)
+    kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise DataError(
             f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
@@ -156,10 +159,12 @@ def _read_jsonl(lines: Iterable[str | None]) -> Iterator[Row]:
         try:
             entry = json.loads(line)
             sides = entry["toxic"], entry["neutral"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except KeyError:
+            yield Row(number, problem=NO_FIELDS)
+        except (ValueError, TypeError, RecursionError):
             yield Row(number, problem="unreadable")
-            continue
-        yield _row(number, *sides)
+        else:
+            yield _row(number, *sides)
 
 
 def _cells(lines: Iterable[str | None]) -> Iterator[str]:

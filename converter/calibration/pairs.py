@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import PurePath
 
-from converter.calibration.datasets import Row, Spans, draw, locate, read_given, read_rows
+from converter.calibration.datasets import (
+    NO_FIELDS,
+    Row,
+    Spans,
+    draw,
+    locate,
+    read_given,
+    read_rows,
+)
 from converter.calibration.word_list import WordList, items
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
@@ -131,21 +139,22 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
 _UNLISTED = "without a listed word"
 _SHARED = "whose listed words are on the neutral side, too"
 _FIRST = "whose only listed word is the first, which nothing predicts"
-_WITHOUT_SPANS = {
+_MENDED_BY = {
+    NO_FIELDS: "name the fields of each row toxic and neutral",
     _UNLISTED: "give a --word-list in the language and the spelling of the pairs",
     _SHARED: "give pairs whose neutral side does without the listed words",
     _FIRST: "give pairs in which other words come before the listed ones",
 }
-"""Why no toxic word of a pair can be used, and what to do if that is why most pairs cannot."""
+"""Why a row cannot be used, and what to do if that is why most rows cannot."""
 
 
 def _hint(skipped: Mapping[str, Sequence[int]], usable: int, words: WordList) -> str:
     """What to do about too few usable pairs."""
     cause = max(skipped, key=lambda reason: len(skipped[reason]), default="")
-    if cause not in _WITHOUT_SPANS or len(skipped[cause]) <= usable:
+    if cause not in _MENDED_BY or len(skipped[cause]) <= usable:
         return "give more pairs or a longer --word-list, or lower --num-pairs"
     english = cause == _UNLISTED and words.origin.version
-    return _WITHOUT_SPANS[cause] + ("; the built-in list is English" if english else "")
+    return _MENDED_BY[cause] + ("; the built-in list is English" if english else "")
 
 
 def _why(toxic: str, spans: Spans, words: WordList) -> str:

@@ -105,7 +105,7 @@ def _not_utf8(error: UnicodeDecodeError, lines: int) -> str:
     return f"byte 0x{error.object[place]:02x} in line {line}, which is not UTF-8"
 
 
-AS_UTF8 = "save it as UTF-8, for example with: iconv -f LATIN1 -t UTF-8 OLD > NEW"
+AS_UTF8 = "save it as UTF-8, for example with: iconv -f ENCODING -t UTF-8 OLD > NEW"
 """What to do about a text in another encoding."""
 
 
