@@ -45,8 +45,8 @@ class Recipe(Options):
         "Options of the method.", flag="-o", metavar="KEY=VALUE", example="rank=4",
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
-        "Pairs of toxic and neutral sentences: builtin, a .jsonl, .tsv or .csv file, or a Hub "
-        "dataset id with an optional @revision, or its address.",
+        "Pairs of toxic and neutral sentences: builtin (English), a .jsonl, .tsv or .csv file, or "
+        "a Hub dataset id with an optional @revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
     num_pairs: Annotated[int | None, Option(
@@ -59,12 +59,12 @@ class Recipe(Options):
     )] = 0
     neutral: Annotated[str, Option(
         "Ordinary prose, part of it protected from the edit and the rest for measuring perplexity: "
-        "builtin, or a text file.",
+        "builtin (English), or a text file.",
         example="prose.txt", place=True,
     )] = "builtin"
     word_list: Annotated[str, Option(
-        "Offensive words, which mark the toxic words in the pairs: builtin, or a text file with "
-        "one word a line.",
+        "Offensive words, which mark the toxic words in the pairs: builtin (English), or a text "
+        "file with one word or phrase a line.",
         example="words.txt", place=True,
     )] = "builtin"
     output: Annotated[str, Option(
@@ -145,7 +145,11 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Options):
-    """How this machine does the work; the bytes of the result do not depend on it."""
+    """How this machine does the work; the bytes of the result do not depend on it.
+
+    But for rounding: ``attention`` and, with ``forward`` auto, ``memory_limit`` say how the model
+    is run. The manifest records among the inputs of the activations what was done.
+    """
 
     # fmt: off
     workers: Annotated[int, Option(
@@ -156,6 +160,10 @@ class Settings(Options):
         "Memory to plan forward passes and the edit with.",
         by_default="what is available", example="4GB", metavar="SIZE", least=1, parse=parse_size,
     )] = None
+    attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], Option(
+        "How the model computes attention; auto does what its config says, or sdpa where that is "
+        "not installed.",
+    )] = "auto"
     keep_source: Annotated[bool, Option(
         "Keep the files fetched from the Hub; otherwise delete each shard once it is edited.",
     )] = True

@@ -11,16 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from msgspec import convert
 from msgspec.structs import replace
 
+from converter.checkpoints.front_matter import read_card, write_front_matter
 from converter.checkpoints.layout import drawn_before
 from converter.checkpoints.names import papers
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
+from converter.entrypoints.convert import prepare
 from converter.entrypoints.verify import verify
 from converter.hub import repos as hub
 from converter.manifest import (
@@ -36,10 +39,12 @@ from converter.manifest import (
     RowRecord,
     to_json,
 )
+from converter.recipe import Recipe
 from converter.release.card import front_matter, make_card, paper_link, pinned, title_of
 from converter.release.card_results import pictures
 from converter.release.licences import check_name, families, licence_name, terms_of
 from converter.release.manifest import hash_line, read_manifest
+from converter.runtime.progress import recording
 from converter.text import code
 from tests.builders.adversary import load_manifest
 from tests.builders.invoke import Cli
@@ -188,6 +193,118 @@ def test_nothing_of_the_base_but_licence_language_and_task_is_taken(
         "library_name": "transformers",
         "tags": ["detoxification", "model-editing", "gloss-paper"],
     }
+
+
+WRITTEN = [
+    "no", "on", "yes", "y", "N", "off", "True", "1.10", "012", "089", "1:20", "1e3", "0x1F",
+    "0o14", "1_000", ".5", "-.INF", ".nan", "2024-01-01", "=", "<<", "null", "~", "#x", "a: b",
+    "- x", "&a", "naïve", "日本語 💩", "!!int 3", "'", '"', "a\nb", "\ufeffx", " x ", "%x",
+    "@x", "`x", "[x", "{x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_text_that_is_written_reads_back_as_the_same_text(text: str, tmp_path: Path) -> None:
+    front = write_front_matter({"license": text, "language": [text, "en"]})
+    assert yaml.safe_load(front) == {"license": text, "language": [text, "en"]}
+    describe(tmp_path, front)
+    card = read_card(tmp_path / "README.md")
+    assert (card["license"], card["language"]) == (text, [text, "en"])
+    # a plain scalar begins with a letter and is no word that another reader knows
+    plain = front.splitlines()[0].removeprefix("license: ")
+    assert plain[0] in "'\"" or (plain[0].isalpha() and len(plain) > 3)
+
+
+PLAIN = ["no", "on", "Yes", "y", "1.10", "012", "1:20", "1e3", "2024-01-01", "0x1F", ".inf", "=",
+         "!!int 3", "!!bool no"]  # fmt: skip
+
+
+@pytest.mark.parametrize("scalar", PLAIN)
+def test_every_scalar_of_a_strangers_card_is_text(scalar: str, tmp_path: Path) -> None:
+    describe(tmp_path, f"license: {scalar}\nlanguage: [{scalar}, ~, '', null, 'null']")
+    card, text = read_card(tmp_path / "README.md"), scalar.rpartition(" ")[2]
+    assert (card["license"], card["language"]) == (text, [text, "null"])
+
+
+@pytest.mark.parametrize("nothing", ["", "~", "null", "NULL", "''", "[]", "[~]"])
+def test_a_key_without_a_value_is_not_there(nothing: str, tmp_path: Path) -> None:
+    describe(tmp_path, f"license: {nothing}\npipeline_tag: {nothing if '[' not in nothing else ''}")
+    with recording() as seen:
+        card = read_card(tmp_path / "README.md")
+    assert (card.get("license"), card.get("pipeline_tag")) == (None, None)
+    assert seen.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("front", "key"),
+    [
+        ("license: {name: mit}", "license"),
+        ("license: [[mit]]", "license"),
+        ("language: [en, {de: yes}]", "language"),
+        ("pipeline_tag: [text-generation]", "pipeline_tag"),
+        ("license: mit\nlicense_name: [a]", "license_name"),
+    ],
+)
+def test_what_has_another_shape_is_left_out_with_a_warning(
+    front: str, key: str, tmp_path: Path
+) -> None:
+    describe(tmp_path, front)
+    with recording() as seen:
+        card = read_card(tmp_path / "README.md")
+    assert card.get(key) is None
+    assert [line.partition(": expected")[0] for line in seen.warnings] == [
+        f"README.md: {key} is left out"
+    ]
+
+
+def test_a_card_that_cannot_be_read_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    for data, said in (
+        ("---\nlicense: mit\n---\nä".encode("latin-1"), "byte 0xe4 in line 4, which is not UTF-8"),
+        ("---\nlicense: mit\n---\n".encode("utf-16"), "UTF-16, as its first bytes say"),
+        (b"---\nlicense: [mit\n---\n", "malformed"),
+    ):
+        (tmp_path / "README.md").write_bytes(data)
+        with recording() as seen:
+            assert read_card(tmp_path / "README.md").get("license") is None
+        assert len(seen.warnings) == 1
+        assert said in seen.warnings[0]
+
+
+def test_a_card_may_have_a_byte_order_mark_and_other_line_ends(tmp_path: Path) -> None:
+    text = "---\r\nlicense: mit\r\nlanguage: no\r\n---\r\n# x\r\n"
+    (tmp_path / "README.md").write_bytes(text.encode("utf-8-sig"))
+    card = read_card(tmp_path / "README.md")
+    assert (card["license"], card["language"]) == ("mit", "no")
+
+
+def test_odd_scalars_come_out_of_a_card_as_they_went_in(source: Path, manifest: Manifest) -> None:
+    describe(source, "license: other\nlicense_name: 1.10\nlanguage: [no, 1e3]\npipeline_tag: on")
+    found = resolve(str(source))
+    text, _ = make_card(found, None, manifest, terms_of(found, None), DIGEST)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license_name"] == "1.10"
+    assert front["language"] == ["no", "1e3"]
+    assert front["pipeline_tag"] == "on"
+
+
+@pytest.mark.parametrize(
+    ("front", "given", "flags"),
+    [
+        ("language: no", {}, "--pairs, --word-list, --neutral"),
+        ("language: [de, zh-Hans]", {"word_list": "w.txt"}, "--pairs, --neutral"),
+        ("language: [de, en-GB]", {}, None),
+        ("language: multilingual", {}, None),
+        ("license: mit", {}, None),
+        ("language: de", {"pairs": "p.tsv", "word_list": "w", "neutral": "n"}, None),
+    ],
+)
+def test_what_is_built_in_for_a_model_of_another_language_is_said(
+    front: str, given: dict[str, str], flags: str | None, source: Path
+) -> None:
+    describe(source, front)
+    with recording() as seen:
+        prepare(Recipe(source=str(source), **given))  # type: ignore[arg-type]
+    assert [line.partition("; give ")[2] for line in seen.warnings] == ([flags] if flags else [])
 
 
 @pytest.fixture

@@ -23,7 +23,13 @@ from torch import Tensor
 import converter
 from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.hub import limits
-from converter.models.transformers_loader import LazyTensor, MetaTensor, PartLoader, from_tensors
+from converter.models.transformers_loader import (
+    LazyTensor,
+    Loading,
+    MetaTensor,
+    PartLoader,
+    from_tensors,
+)
 from tests.builders.meta import sentencepiece_model
 from tests.builders.models import Checkpoints
 
@@ -32,7 +38,7 @@ DOORS = {
     "hub/limits.py": {"httpx2"},
     "models/transformers_loader.py": {
         "transformers.conversion_mapping", "transformers.core_model_loading",
-        "transformers.modeling_utils", "_get_dtype_plan",
+        "transformers.modeling_utils", "_attn_implementation", "_get_dtype_plan",
     },
 }  # fmt: skip
 """Module -> what it alone knows of other libraries: their modules, and names with an underscore."""
@@ -119,6 +125,9 @@ def lazy(
     return {name: LazyTensor(recipe(name, tensor)) for name, tensor in tensors.items()}
 
 
+LOADED = ("AutoModelForCausalLM", Loading(), "cpu", torch.float32)
+
+
 def skeleton(folder: Path) -> Any:
     """A model of which all weights are on the meta device."""
     shapes: dict[str, LazyTensor | MetaTensor] = {
@@ -126,7 +135,7 @@ def skeleton(folder: Path) -> Any:
         for name, tensor in lazy(folder).items()
         if isinstance(tensor, LazyTensor)
     }
-    return from_tensors(folder, shapes, "AutoModelForCausalLM", False, dtype=torch.float32)
+    return from_tensors(folder, shapes, *LOADED)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "mixtral"])
@@ -134,9 +143,9 @@ def test_transformers_makes_a_tensor_by_slicing_it(kind: str, checkpoints: Check
     from transformers import AutoModelForCausalLM
 
     folder, made = checkpoints(kind), list[tuple[str, int]]()
-    expected: Any = AutoModelForCausalLM.from_pretrained(folder)
+    expected: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with door("transformers", LOADER):
-        model = from_tensors(folder, lazy(folder, made), "AutoModelForCausalLM", False)
+        model = from_tensors(folder, lazy(folder, made), *LOADED)
         weights = model.state_dict()
         assert {name for name, _ in made} == lazy(folder).keys()
         assert weights.keys() == expected.state_dict().keys()
@@ -148,7 +157,7 @@ def test_transformers_loads_a_part_of_a_model_by_its_rules(checkpoints: Checkpoi
     """A layer of a mixture, whose experts are fused: it alone, in this thread, one by one."""
     folder, made = checkpoints("mixtral"), list[tuple[str, int]]()
     with door("transformers", LOADER):
-        whole = from_tensors(folder, lazy(folder), "AutoModelForCausalLM", False).state_dict()
+        whole = from_tensors(folder, lazy(folder), *LOADED).state_dict()
         model = skeleton(folder)
         loader = PartLoader(model, torch.float32, "cpu")
         weights = {name: loader.weight_of(name) for name in lazy(folder)}

@@ -121,7 +121,14 @@ LINE = "prompts file p.jsonl, line"
     [
         ("p.txt", b"one\ntwo\ntwo\n", 3, "prompts p.txt", "at least 3 different ones", "2"),
         ("p.txt", b" \n", None, "prompts p.txt", "at least 1 different ones", "0"),
-        ("p.txt", b"\xff", None, "prompts file p.txt", "text in UTF-8", None),
+        (
+            "p.txt",
+            b"one\n\xff",
+            None,
+            "prompts file p.txt cannot be read",
+            "text in UTF-8",
+            "byte 0xff in line 2, which is not UTF-8",
+        ),
         ("p.jsonl", b'{"text": "a"}\n{"prompt": 3}', None, f"{LINE} 2", "...", '{"prompt": 3}'),
         ("p.jsonl", b"{broken", None, f"{LINE} 1", None, None),
         ("p.jsonl", b'{"text": "\\ud800"}', None, f"{LINE} 1", None, None),
@@ -354,6 +361,22 @@ def test_a_classifier_scores_the_probability_of_its_label(classifier: Callable[.
     sums = scores + sum(scorer.score(texts) for scorer in scorers)
     assert sums == pytest.approx([1, 1, 1, 1, 1, 0, 1])  # nothing is said of an empty text
     assert scores == pytest.approx([found.score([text])[0] for text in texts], abs=1e-6)
+
+
+def test_a_classifier_reads_what_it_was_trained_with_whatever_its_tokenizer_pads(
+    classifier: Callable[..., Path],
+) -> None:
+    folder, texts = classifier("fine", "toxic"), [*PROMPTS, "a"]
+    expected = load_scorer(f"classifier:{folder}", "cpu").score(texts)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"padding_side": "left"}
+    config["model_input_names"] = ["input_ids"]  # no attention mask
+    path.write_text(json.dumps(config))
+    assert load_scorer(f"classifier:{folder}", "cpu").score(texts) == pytest.approx(expected)
+    for name in ("pad_token", "eos_token", "bos_token"):  # nothing to pad with
+        config.pop(name)
+    path.write_text(json.dumps(config))
+    assert load_scorer(f"classifier:{folder}", "cpu").score(texts) == pytest.approx(expected)
 
 
 def test_labels_that_do_not_exclude_each_other_are_scored_on_their_own(

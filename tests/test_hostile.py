@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from transformers import dynamic_module_utils
 
-from converter.checkpoints.layout import read_card, read_index
+from converter.checkpoints.front_matter import read_card
+from converter.checkpoints.layout import read_index
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
 from converter.errors import CheckpointError, SourceError

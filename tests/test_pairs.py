@@ -1,13 +1,15 @@
 """Pairs, prose and word lists."""
 
 import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from converter.calibration.pairs import describe_skipped, load_pairs, load_prose, normalise
-from converter.calibration.word_list import WordList, load_words
+from converter.calibration.split import split
+from converter.calibration.word_list import WordList, items, load_words
 from converter.errors import DataError
 from converter.manifest import Origin
 from tests.builders.errors import refused
@@ -55,6 +57,7 @@ def write_all(folder: Path, rows: Sequence[tuple[str, str]], more: str = "") -> 
 
 def test_formats_agree(tmp_path: Path) -> None:
     write_all(tmp_path, ROWS)
+    write_tsv(tmp_path / "P.TSV", ROWS, "Toxic\tNeutral")
     read = {load_pairs(str(p), WORDS, None, 0).sha256 for p in tmp_path.iterdir()}
     assert len(read) == 1
 
@@ -81,7 +84,8 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
         "empty": [22],
         "identical on both sides": [23],
         "duplicated": [24],
-        "without a toxic word after the first that the neutral side lacks": [25, 26],
+        "without a listed word": [25],
+        "whose only listed word is the first, which nothing predicts": [26],
         "of another number of cells than 3": [27, 28],
     }
     assert "1 empty (row 22)" in describe_skipped(pairs.skipped)
@@ -97,12 +101,97 @@ def test_line_breaks_within_a_row_do_not_cut_it(tmp_path: Path) -> None:
         assert pairs.pairs[3].toxic == f"the damn clock number 3{more}"
 
 
-def test_undecodable_and_malformed_lines_are_skipped(tmp_path: Path) -> None:
-    lines = [json.dumps({"toxic": t, "neutral": n}).encode() for t, n in ROWS]
-    lines += [b"{broken", b'{"toxic": 3, "neutral": "x"}', b'{"toxic": "a"}', b'"\xff"', b"[]"]
-    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+def test_malformed_lines_are_skipped(tmp_path: Path) -> None:
+    lines = [json.dumps({"toxic": t, "neutral": n}) for t, n in ROWS]
+    lines += ["{broken", '{"toxic": 3, "neutral": "x"}', '{"toxic": "a"}', '"\ufffd"', "[]"]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     pairs = load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
-    assert len(pairs.skipped["unreadable"]) == 5
+    assert len(pairs.skipped["unreadable"]) == 4
+    assert len(pairs.skipped["without the fields toxic and neutral"]) == 1
+
+
+PROSE = "\n".join(f"le café {i} est bon et le thé aussi" for i in range(40))
+JSONL = "\n".join(
+    json.dumps({"toxic": t, "neutral": f"{n} é"}, ensure_ascii=False) for t, n in ROWS
+)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [
+        ("utf-8-sig", None),
+        ("utf-16", "UTF-16, as its first bytes say"),
+        ("utf-16-be", "a zero byte in line 1, as in UTF-16"),
+        ("utf-32", "UTF-32, as its first bytes say"),
+        ("latin-1", "byte 0xe9 in line ..., which is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "text", "read"),
+    [
+        ("p.jsonl", JSONL, lambda path: load_pairs(path, WORDS, None, 0)),
+        ("p.tsv", "toxic\tneutral\n" + "\n".join(f"{t}\t{n} é" for t, n in ROWS),
+         lambda path: load_pairs(path, WORDS, None, 0)),
+        ("p.csv", "toxic;neutral\r\n" + "\r\n".join(f"{t};{n} é" for t, n in ROWS),
+         lambda path: load_pairs(path, WORDS, None, 0)),
+        ("words.txt", "damn\r\nmerdé\r\n", load_words),
+        ("prose.txt", PROSE, load_prose),
+    ],
+    ids=["jsonl", "tsv", "csv", "words", "prose"],
+)  # fmt: skip
+def test_another_encoding_is_named(
+    name: str, text: str, read: Callable[[str], object], encoding: str, found: str | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / name).write_text(text)
+    expected = read(str(tmp_path / name))
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    if found is None:
+        assert getattr(read(str(tmp_path / name)), "sha256", 0) == getattr(expected, "sha256", 1)
+    else:
+        with refused(DataError, expected="text in UTF-8", found=found, hint="...iconv..."):
+            read(str(tmp_path / name))
+
+
+def test_the_line_of_the_first_bad_byte_is_named_wherever_it_is(tmp_path: Path) -> None:
+    lines = [json.dumps({"toxic": t, "neutral": n}).encode() for t, n in ROWS * 100]
+    lines[1234] += "é".encode("latin-1")
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    with refused(DataError, found="byte 0xe9 in line 1235, which is not UTF-8"):
+        load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("toxic", "neutral", "hint"),
+    [
+        ("der blöde Hund {}", "der Hund {}", "give a --word-list in the language..."),
+        ("a damn dog {}", "a damn cat {}", "give pairs whose neutral side does without..."),
+        ("damn dog {}", "the dog {}", "give pairs in which other words come before..."),
+        ("a damn dog", "a dog", "give more pairs..."),
+    ],
+)
+def test_the_hint_is_about_what_most_pairs_lack(
+    toxic: str, neutral: str, hint: str, tmp_path: Path
+) -> None:
+    rows = [(toxic.format(i), neutral.format(i)) for i in range(30)]
+    path = write_tsv(tmp_path / "p.tsv", rows, "toxic\tneutral")
+    with refused(DataError, expected="at least 16 usable pairs", hint=hint):
+        load_pairs(str(path), WORDS, None, 0)
+
+
+def test_rows_with_other_fields_are_said_to_have_them(tmp_path: Path) -> None:
+    rows = [json.dumps({"rejected": t, "chosen": n}) for t, n in ROWS]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    with refused(DataError, hint="name the fields of each row toxic and neutral"):
+        load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
+
+
+def test_both_sides_are_composed_alike(tmp_path: Path) -> None:
+    rows = [(unicodedata.normalize("NFD", f"das DAMN ä {i}"), f"das ä {i}") for i in range(16)]
+    path = write_tsv(tmp_path / "p.tsv", rows, "toxic\tneutral")
+    pair = load_pairs(str(path), WORDS, None, 0).pairs[0]
+    assert (pair.toxic, pair.neutral, pair.spans) == ("das damn ä 0", "das ä 0", ((4, 8),))
+    assert normalise("GERİZEKALI。") == "gerizekali"
 
 
 @pytest.mark.parametrize(
@@ -161,13 +250,80 @@ def test_spans_are_listed_or_starred_words_that_the_other_side_lacks() -> None:
     assert found("foolish damnation") == []
     assert found("mail bob@x now, you f*ck", "mail bob@x now") == ["f*ck"]
     assert found("you f*ck and sh**, 5 * 3 and a#b") == ["f*ck", "sh**", "a#b"]
+    assert found("这部f*ck电影真垃*") == ["f*ck"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "found"),
+    [
+        ("垃圾", "第3部电影真是垃圾得要命", "垃圾"),
+        ("傻b", "你个傻Ｂ真是", "傻Ｂ"),
+        ("sb", "你个sb真是", "sb"),
+        ("sb", "你个sbx真是", None),
+        ("クソ", "本当にクソだった", "クソ"),
+        ("ばか", "おまえばかー", "ばか"),
+        ("เหี้ย", "หนังเหี้ยมากเลย", "เหี้ย"),
+        ("blöd", "das war blo\u0308d.", "blo\u0308d"),
+        ("blöd", "das war blod", None),
+        ("straße", "die STRASSE hier", "STRASSE"),
+        ("चूतिया", "यह फिल्म चूतिया जैसी", "चूतिया"),
+        ("चूति", "यह फिल्म चूतिया जैसी", None),
+        ("كلب", "هذا كَلْب حقير", "كَلْب"),
+        ("كلب", "هذا كـــلب حقير", "كـــلب"),
+        ("كلب", "هذا والكلب حقير", None),
+        ("שלום", "אמר שָׁלוֹם לך", "שָׁלוֹם"),
+        ("쓰레기", "영화는 쓰레기였다", "쓰레기"),
+        ("쓰레기", "영화는 왕쓰레기", None),
+        ("gerizekalı", "sen GERİZEKALI mısın", "GERİZEKALI"),
+        ("idiot", "such ｉｄｉｏｔ here", "ｉｄｉｏｔ"),
+        ("idiot", "such id\u200diot here", "id\u200diot"),
+        ("idiot", "such \u200fid\u00adiot here", "id\u00adiot"),
+        ("idiot", "such i\u0336d\u0336iot here", "i\u0336d\u0336iot"),
+        ("idiot", "quel l’idiot”", "idiot"),
+        ("idiot", "such idiot’s here", None),
+        ("o'bitch", "a son o’bitch", "o’bitch"),
+        ("ngu ngốc", "thật ngu ngốc quá", "ngu ngốc"),
+        ("son of a bitch", "you Son of a Bitch!", "Son of a Bitch"),
+        ("a$$", "what an A$$ he is", "A$$"),
+        ("💩", "this is 💩 really", "💩"),
+    ],
+)
+def test_words_are_found_in_any_script(
+    entry: str, text: str, found: str | None, tmp_path: Path
+) -> None:
+    for form in ("NFC", "NFD"):
+        (tmp_path / "w.txt").write_text(unicodedata.normalize(form, entry) + "\n")
+        words = load_words(str(tmp_path / "w.txt"))
+        assert [text[a:b] for a, b in words.spans(text)] == ([found] if found else [])
+        assert not words.spans(text, f"x {text}")
+        assert unicodedata.normalize(form, entry) in words
+
+
+def test_the_longest_entry_is_found(tmp_path: Path) -> None:
+    (tmp_path / "w.txt").write_text("son of a bitch\nbitch\n垃圾\n垃圾人\n")
+    words, text = load_words(str(tmp_path / "w.txt")), "a son of a bitch, bitch 垃圾人垃圾"
+    spans = [text[a:b] for a, b in words.spans(text)]
+    assert spans == ["son of a bitch", "bitch", "垃圾人", "垃圾"]
+    assert words.mask("垃圾 and 💩") == "垃* and 💩"
+
+
+def test_letters_without_spaces_count_as_words(tmp_path: Path) -> None:
+    text = "今日 hello, 世界 ok"
+    assert [text[a:b] for a, b in items(text)] == ["今", "日", "hello,", "世", "界", "ok"]
+    (tmp_path / "zh.txt").write_text("".join(chr(0x4E00 + i) for i in range(1200)))
+    prose = load_prose(str(tmp_path / "zh.txt"))
+    path = write_tsv(tmp_path / "p.tsv", ROWS, "toxic\tneutral")
+    parts = split(load_pairs(str(path), WORDS, None, 0), prose, 0)
+    pieces = [p for part in (parts.fit, parts.choose, parts.report) for p in part.prose.paragraphs]
+    assert sorted("".join(pieces)) == sorted(prose.paragraphs[0])
+    assert {len(piece) for piece in pieces} == {150}
 
 
 def test_word_lists_are_read_from_a_package_or_a_file(tmp_path: Path) -> None:
     assert len(load_words("builtin").words) > 500
     assert load_words("builtin").origin.name == "better-profanity"
     (tmp_path / "w.txt").write_text("# comment\nDarn\ntwo words\n\nheck\n")
-    assert load_words(str(tmp_path / "w.txt")).words == {"darn", "heck"}
+    assert load_words(str(tmp_path / "w.txt")).words == {"darn", "heck", "two words"}
     (tmp_path / "w.txt").write_text("# nothing\n")
     with refused(DataError, what="word list w.txt holds no words"):
         load_words(str(tmp_path / "w.txt"))

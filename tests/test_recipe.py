@@ -144,7 +144,7 @@ def test_a_file_that_is_no_text_or_is_not_there_is_refused(tmp_path: Path) -> No
     with refused(OptionError, what=UNREADABLE, found="No such file or directory"):
         read_recipe(path)
     path.write_bytes(b"\xff")
-    with refused(OptionError, what=UNREADABLE, found="...utf-8..."):
+    with refused(OptionError, what=UNREADABLE, found="byte 0xff in line 1, which is not UTF-8"):
         read_recipe(path)
 
 

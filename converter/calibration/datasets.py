@@ -7,16 +7,29 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from converter.errors import DataError
 from converter.hub import repos as hub
 from converter.hub.addresses import is_address, looks_like_repo, parse_address
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
-from converter.runtime.files import MAX_LINE, check_file, read_file, read_text, reason
+from converter.runtime.files import (
+    AS_UTF8,
+    MAX_LINE,
+    check_file,
+    decode,
+    read_file,
+    read_text,
+    reason,
+    text_lines,
+)
 from converter.text import readable
+
+NO_FIELDS = "without the fields toxic and neutral"
+"""The problem of a row that has other fields."""
 
 FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".csv": "csv"}
 
@@ -104,6 +117,10 @@ def _reading(what: str) -> Iterator[None]:
     """Raise DataError where a file cannot be read, or holds no text."""
     try:
         yield
+    except UnicodeError as error:
+        raise DataError(
+            f"{what} cannot be read", expected="text in UTF-8", found=str(error), hint=AS_UTF8
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{what} cannot be read", found=reason(error)) from error
 
@@ -114,10 +131,10 @@ def _sha256(path: Path, what: str) -> str:
         return sha256_of(path)
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """The whole of a file. Raises DataError."""
+def read_whole(path: Path, what: str) -> str:
+    """The whole text of a file, with its own line ends. Raises DataError."""
     with _reading(f"{what} file {path.name}"):
-        return read_file(path)
+        return decode(read_file(path))
 
 
 def read_given(origin: str, what: str) -> str:
@@ -132,33 +149,20 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file as a whole cannot be read, or lacks the columns.
     """
-    kind = FORMATS.get(path.suffix)
+    kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise DataError(
             f"pairs file {path.name}", expected=", ".join(FORMATS), found=path.suffix or "no suffix"
         )
     # JSON lines end at line feeds only: others may stand in a sentence
     newline = "\n" if kind == "jsonl" else ""
-    with (
-        _reading(f"pairs file {path.name}"),
-        path.open(encoding="utf-8-sig", errors="replace", newline=newline) as file,
-    ):
-        yield from _read_jsonl(file) if kind == "jsonl" else _read_table(file, kind, path.name)
+    with _reading(f"pairs file {path.name}"):
+        lines = text_lines(path, newline)
+        yield from _read_jsonl(lines) if kind == "jsonl" else _read_table(lines, kind, path.name)
 
 
-def _lines(file: TextIO) -> Iterator[str | None]:
-    """The lines of a file, one at a time; None for one of more than ``MAX_LINE`` characters."""
-    while line := file.readline(MAX_LINE):
-        if len(line) < MAX_LINE or line.endswith("\n"):
-            yield line
-            continue
-        while line and not line.endswith("\n"):
-            line = file.readline(MAX_LINE)
-        yield None
-
-
-def _read_jsonl(file: TextIO) -> Iterator[Row]:
-    for number, line in enumerate(_lines(file), 1):
+def _read_jsonl(lines: Iterable[str | None]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
         if line is None:
             yield Row(number, problem=f"of more than {MAX_LINE:,} characters")
             continue
@@ -167,28 +171,32 @@ def _read_jsonl(file: TextIO) -> Iterator[Row]:
         try:
             entry = json.loads(line)
             sides = entry["toxic"], entry["neutral"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except KeyError:
+            yield Row(number, problem=NO_FIELDS)
+        except (ValueError, TypeError, RecursionError):
             yield Row(number, problem="unreadable")
-            continue
-        yield _row(number, *sides)
+        else:
+            yield _row(number, *sides)
 
 
-def _cells(file: TextIO) -> Iterator[str]:
+def _cells(lines: Iterable[str | None]) -> Iterator[str]:
     """Lines for the reader of tables, which may join some to one row. Raises csv.Error."""
-    for line in _lines(file):
+    for line in lines:
         if line is None:
             raise csv.Error(f"a line has more than {MAX_LINE:,} characters")
         yield line
 
 
-def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
+def _read_table(lines: Iterable[str | None], kind: str, name: str) -> Iterator[Row]:
     """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
-    lines = _cells(file)
-    if kind == "tsv":
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines)
+    cells = _cells(lines)
     try:
+        first = next(cells, "")
+        if kind == "tsv":
+            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        else:  # spreadsheets write semicolons where the comma is the decimal point
+            style = {"delimiter": max(",;\t", key=first.count)}
+        reader = csv.reader(chain([first], cells), **style)
         columns = [column.strip().lower() for column in next(reader, [])]
         neutral = [i for i, column in enumerate(columns) if re.fullmatch(r"neutral\d*", column)]
         if "toxic" not in columns or not neutral:
@@ -198,13 +206,13 @@ def _read_table(file: TextIO, kind: str, name: str) -> Iterator[Row]:
                 found=", ".join(columns)[:200] or "an empty file",
             )
         toxic = columns.index("toxic")
-        for cells in reader:
+        for row in reader:
             number = reader.line_num
-            if not max(toxic, neutral[0]) < len(cells) <= len(columns):
+            if not max(toxic, neutral[0]) < len(row) <= len(columns):
                 yield Row(number, problem=f"of another number of cells than {len(columns)}")
                 continue
-            sides = [cells[i] for i in neutral if i < len(cells) and cells[i].strip()]
-            yield _row(number, cells[toxic], sides[0] if sides else "")
+            sides = [row[i] for i in neutral if i < len(row) and row[i].strip()]
+            yield _row(number, row[toxic], sides[0] if sides else "")
     except csv.Error as error:
         raise DataError(f"pairs file {name} is malformed", found=str(error)) from error
 

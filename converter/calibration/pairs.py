@@ -4,13 +4,22 @@ import hashlib
 import json
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import PurePath
 
-from converter.calibration.datasets import Row, Spans, draw, locate, read_given, read_rows
-from converter.calibration.word_list import WordList
+from converter.calibration.datasets import (
+    NO_FIELDS,
+    Row,
+    Spans,
+    draw,
+    locate,
+    read_given,
+    read_rows,
+)
+from converter.calibration.word_list import WordList, items
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 
@@ -121,10 +130,38 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
             f"pairs {PurePath(origin).name}",
             expected=f"at least {max(wanted, MIN_PAIRS)} usable pairs",
             found=f"{len(usable)}" + (f", skipped: {describe_skipped(skipped)}" if skipped else ""),
-            hint="give more pairs or a longer --word-list, or lower --num-pairs",
+            hint=_hint(skipped, len(usable), words),
         )
     chosen = usable if wanted == len(usable) else draw(usable, wanted, seed)
     return Pairs.of(chosen, described, skipped)
+
+
+_UNLISTED = "without a listed word"
+_SHARED = "whose listed words are on the neutral side, too"
+_FIRST = "whose only listed word is the first, which nothing predicts"
+_MENDED_BY = {
+    NO_FIELDS: "name the fields of each row toxic and neutral",
+    _UNLISTED: "give a --word-list in the language and the spelling of the pairs",
+    _SHARED: "give pairs whose neutral side does without the listed words",
+    _FIRST: "give pairs in which other words come before the listed ones",
+}
+"""Why a row cannot be used, and what to do if that is why most rows cannot."""
+
+
+def _hint(skipped: Mapping[str, Sequence[int]], usable: int, words: WordList) -> str:
+    """What to do about too few usable pairs."""
+    cause = max(skipped, key=lambda reason: len(skipped[reason]), default="")
+    if cause not in _MENDED_BY or len(skipped[cause]) <= usable:
+        return "give more pairs or a longer --word-list, or lower --num-pairs"
+    english = cause == _UNLISTED and words.origin.version
+    return _MENDED_BY[cause] + ("; the built-in list is English" if english else "")
+
+
+def _why(toxic: str, spans: Spans, words: WordList) -> str:
+    """Why none of the toxic words of a pair can be used; ``spans`` the neutral side lacks."""
+    if spans:
+        return _FIRST
+    return _SHARED if words.spans(toxic) else _UNLISTED
 
 
 def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, list[int]]]:
@@ -133,9 +170,11 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
     seen: set[str] = set()
     for row in rows:
         toxic, neutral, spans, problem = row.toxic, row.neutral, row.spans, row.problem
+        found = spans or ()
         if spans is None:
             toxic, neutral = normalise(toxic), normalise(neutral)
-            spans = tuple(s for s in words.spans(toxic, neutral) if s[0] > 0)
+            found = words.spans(toxic, neutral)
+            spans = tuple(s for s in found if s[0] > 0)
         if problem is None and not (toxic and neutral):
             problem = "empty"
         elif problem is None and toxic == neutral:
@@ -143,7 +182,7 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
         elif problem is None and toxic in seen:
             problem = "duplicated"
         elif problem is None and not spans:
-            problem = "without a toxic word after the first that the neutral side lacks"
+            problem = _why(toxic, found, words)
         if problem is not None:
             skipped.setdefault(problem, []).append(row.number)
             continue
@@ -152,25 +191,31 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
     return usable, skipped
 
 
-_QUOTES = str.maketrans(
-    {"\u2019": "'", "\u2018": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "..."}
-)
+_QUOTES = str.maketrans({
+    "\u2019": "'", "\u2018": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...",
+    "\u0130": "i",  # of Turkish; lower() makes two characters of it
+})  # fmt: skip
+
+
+_STOPS = ".,!?;: \u3002\uff0c\uff01\uff1f\uff1b\uff1a\u060c\u061f\u06d4\u0964"
+"""What ends a sentence or a part of one, also in Chinese, Arabic, Urdu and Hindi."""
 
 
 def normalise(text: str) -> str:
     """Remove what tells the two sides of a corpus apart without being toxic.
 
     Lower case; plain quotes; single spaces; no space before punctuation or inside contractions;
-    repeated punctuation once; none at the end. Where one side of a corpus was tokenised and the
-    other was not, the strongest "toxic" direction is otherwise a space before a full stop.
+    repeated punctuation once; none at the end; letters and their accents composed (NFC). Where one
+    side of a corpus was tokenised and the other was not, the strongest "toxic" direction is
+    otherwise a space before a full stop.
     """
-    text = " ".join(text.translate(_QUOTES).lower().split())
+    text = " ".join(unicodedata.normalize("NFC", text.translate(_QUOTES)).lower().split())
     text = re.sub(r"\s+([.,!?;:%)\]])", r"\1", text)
     text = re.sub(r"([(\[])\s+", r"\1", text)
     text = re.sub(r"(\w)\s*'\s*(s|t|m|re|ve|ll|d)\b", r"\1'\2", text)
     text = re.sub(r"(\w)\s+n't\b", r"\1n't", text)
     text = re.sub(r"([.,!?;:])\1+", r"\1", text)
-    return text.strip().rstrip(".,!?;: ")
+    return text.strip().rstrip(_STOPS)
 
 
 def _builtin() -> tuple[Origin, list[Row]]:
@@ -214,7 +259,7 @@ def load_prose(origin: str) -> Prose:
     else:
         text = read_given(origin, "neutral text")
     paragraphs = [line.strip() for line in text.splitlines() if line.strip()]
-    count = sum(len(paragraph.split()) for paragraph in paragraphs)
+    count = sum(len(items(paragraph)) for paragraph in paragraphs)
     if count < _MIN_WORDS:
         raise DataError(
             f"neutral text {origin} is too short",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, Prose
+from converter.calibration.word_list import items
 from converter.errors import DataError
 from converter.manifest import PartRecord, SplitRecord
 
@@ -90,7 +91,7 @@ def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
     rng = random.Random(seed)  # noqa: S311 - not a secret
 
     def size(piece: str) -> int:
-        return len(piece.split())
+        return len(items(piece))
 
     quota = min(sum(map(size, pieces)) // 3, _MAX_HELD_OUT_WORDS)
     prose_report, prose_choose, rest = _deal(pieces, str, size, quota, rng)
@@ -112,10 +113,11 @@ def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
 
 def _pieces(paragraph: str) -> list[str]:
     """A long paragraph in pieces of ``_PIECE`` words, since the model reads its beginning only."""
-    words = paragraph.split()
-    if len(words) <= _PIECE:
+    places = items(paragraph)
+    if len(places) <= _PIECE:
         return [paragraph]
-    return [" ".join(words[i : i + _PIECE]) for i in range(0, len(words), _PIECE)]
+    parts = (places[i : i + _PIECE] for i in range(0, len(places), _PIECE))
+    return [" ".join(paragraph[part[0][0] : part[-1][1]].split()) for part in parts]
 
 
 def _deal(

@@ -1,14 +1,16 @@
 """Lists of offensive words, and what directions of the residual stream say in words."""
 
 import hashlib
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
+from unicodedata import normalize
 
+import regex as re
 import torch
 from torch import Tensor
 
@@ -19,53 +21,130 @@ from converter.checkpoints.safetensors.rewrite import read_rows
 from converter.checkpoints.source import Source
 from converter.errors import DataError
 from converter.manifest import Origin
+from converter.models.batching import encode
 
-_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-_STARRED = re.compile(r"(?<!\w)[^\W\d_]+[*@#$%]+[\w*@#$%]*")
+_UNSPACED = r"[\w&&[\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]]"
+"""A letter of a script that is written without spaces."""
+
+_LETTER = rf"[\w--_--{_UNSPACED}]"
+"""A letter, mark or digit of another script."""
+
+_ITEM = re.compile(rf"{_UNSPACED}|[\S--{_UNSPACED}]+", re.V1)
+_BEGIN = re.compile(rf"(?<!{_LETTER})(?<!{_LETTER}-)(?={_LETTER})|(?=[\S--{_LETTER}])", re.V1)
+_END = re.compile(
+    rf"(?<!{_LETTER})|(?!{_LETTER}|['-]{_LETTER})|(?<=\p{{Hangul}}{{2}})(?=\p{{Hangul}})", re.V1
+)
+_STARRED = re.compile(rf"(?<![\w--{_UNSPACED}])[{_LETTER}--\d]+[*@#$%]+[{_LETTER}_*@#$%]*", re.V1)
+_SINGLE = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+
+_SILENT = re.compile(
+    r"[\p{Cf}\p{Me}\p{VS}\u034f\u0334-\u0338\u0640[\p{Mn}&&[\p{scx=Arab}\p{scx=Hebr}]]]", re.V1
+)
+"""What a word is written with or without: characters of no width, strokes through letters, points
+for the vowels of Arabic and Hebrew, and what makes Arabic letters longer."""
+
+_ALIKE = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u0131": "i", "\u2010": "-"})
+
+
+def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:
+    """A text as words are compared in it, and of each of its characters the place in ``text``.
+
+    Unicode's NFKC and its folding of case, character by character as readers see them. So letters
+    of full width, ligatures and decomposed letters are the plain ones. The four letters i of
+    Turkish, whose case is folded otherwise in other languages, are one.
+    """
+    if text.isascii():
+        return text.lower(), [(i, i + 1) for i in range(len(text))]
+    folded, places = "", list[tuple[int, int]]()
+    for found in re.finditer(r"\X", text):
+        part = normalize("NFKC", normalize("NFKC", found[0]).casefold()).translate(_ALIKE)
+        part = _SILENT.sub("", part).replace("i\u0307", "i")
+        folded += part
+        places += [found.span()] * len(part)
+    return folded, places
+
+
+def items(text: str) -> list[tuple[int, int]]:
+    """The places of what is counted as a word: what stands between white space, and each letter of
+    a script that has none between words."""
+    return [found.span() for found in _ITEM.finditer(text)]
+
+
+@cache
+def _lengths(words: frozenset[str]) -> Sequence[int]:
+    """Of the entries of a list, the longest first."""
+    return sorted({len(word) for word in words}, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)
 class WordList:
-    """A list of single words, lower case; ``sha256`` is of the sorted words, one a line."""
+    """A list of words and phrases, as ``_fold`` gives them.
+
+    ``sha256`` is of the sorted entries, one a line.
+    """
 
     words: frozenset[str]
     origin: Origin
     sha256: str
 
     def __contains__(self, word: str) -> bool:
-        return word.strip().lower() in self.words
+        return _fold(word.strip())[0] in self.words
 
     def mask(self, text: str) -> str:
         """``text`` with all but the first letter of listed words starred out."""
         masked = list(text)
         for start, end in self.spans(text):
-            masked[start + 1 : end] = "*" * (end - start - 1)
+            kept = start + (end - start > 1)
+            masked[kept:end] = "*" * (end - kept)
         return "".join(masked)
 
     def spans(self, text: str, other: str = "") -> tuple[tuple[int, int], ...]:
         """Character ranges of the words of ``text`` that are listed or starred out (``f*ck``).
 
-        Words that also occur in ``other``, the neutral side of the pair, are left out: they are not
-        what makes the difference.
+        An entry begins and ends where a word does, but for letters of scripts that are written
+        without spaces. What follows an apostrophe is a word, too (French elides), and a Korean word
+        may have an ending. Words that also occur in ``other``, the neutral side of the pair, are
+        left out: they are not what makes the difference.
         """
-        listed = [span for span, word in _new(_WORD, text, other) if word in self.words]
-        starred = [span for span, _ in _new(_STARRED, text, other)]
+        listed = _new(self._listed, text, other)
+        starred = _new(_starred, text, other)
         kept = [s for s in listed if not any(a <= s[0] < b for a, b in starred)]
         return tuple(sorted(kept + starred))
 
+    def _listed(self, text: str) -> Iterator[tuple[tuple[int, int], str]]:
+        """The places of entries, the longest that begins at a place, and the entries."""
+        folded, places = _fold(text)
+        end = 0
+        for begin in (found.start() for found in _BEGIN.finditer(folded)):
+            if begin < end:
+                continue
+            for length in _lengths(self.words):
+                word = folded[begin : begin + length]
+                if word in self.words and _END.match(folded, begin + len(word)):
+                    end = begin + len(word)
+                    yield (places[begin][0], places[end - 1][1]), word
+                    break
 
-def _new(pattern: re.Pattern[str], text: str, other: str) -> Iterator[tuple[tuple[int, int], str]]:
-    """Place and lower case of what matches in ``text``, but for what matches in ``other``, too."""
-    shared = {match.group().lower() for match in pattern.finditer(other)}
-    for match in pattern.finditer(text):
-        if (word := match.group().lower()) not in shared:
-            yield match.span(), word
+
+def _starred(text: str) -> Iterator[tuple[tuple[int, int], str]]:
+    for found in _STARRED.finditer(text):
+        yield found.span(), found[0].lower()
+
+
+_Finder = Callable[[str], Iterator[tuple[tuple[int, int], str]]]
+
+
+def _new(find: _Finder, text: str, other: str) -> list[tuple[int, int]]:
+    """The places of what is found in ``text``, but for what is found in ``other``, too."""
+    shared = {word for _, word in find(other)}
+    return [span for span, word in find(text) if word not in shared]
 
 
 def load_words(origin: str) -> WordList:
     """The list ``builtin``, of the package better-profanity, or of a text file.
 
-    A file has a word a line; entries of more words are skipped, lines starting with # are comments.
+    A file has a word or a phrase a line; lines starting with # are comments. Of the package, which
+    is English, the single words are taken.
 
     Raises:
         DataError: the file cannot be read or holds no words.
@@ -76,8 +155,9 @@ def load_words(origin: str) -> WordList:
     else:
         described = Origin(name=PurePath(origin).name)
         text = read_given(origin, "word list")
-    lines = (line.strip().lower() for line in text.splitlines() if not line.startswith("#"))
-    words = frozenset(line for line in lines if _WORD.fullmatch(line))
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
+    entries = (" ".join(_fold(line)[0].split()) for line in lines)
+    words = frozenset(e for e in entries if e and (origin != "builtin" or _SINGLE.fullmatch(e)))
     if not words:
         raise DataError(f"word list {described.name} holds no words", expected="one word a line")
     digest = hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()
@@ -125,9 +205,10 @@ class Vocabulary:
         return [tuple(self.tokenizer.decode([int(i)]) for i in row) for row in ids]
 
     def single_token_share(self, words: WordList) -> float:
-        """The share of the listed words that are one token when they follow a space.
+        """The share of the listed words that are one token when they follow others.
 
         A list of words says little about tokens when most of its words are several of them.
         """
-        coded = self.tokenizer([f" {w}" for w in sorted(words.words)], add_special_tokens=False)
-        return sum(len(ids) == 1 for ids in coded["input_ids"]) / len(words.words)
+        spaced = (f" {w}" if re.match(_LETTER, w, re.V1) else w for w in sorted(words.words))
+        single = (len(encode(self.tokenizer, text, ()).ids) == 1 for text in spaced)
+        return sum(single) / len(words.words)

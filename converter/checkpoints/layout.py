@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from converter.checkpoints.names import (
     CARD,
     MANIFEST,
@@ -37,10 +35,7 @@ _MAX_PARTS = 1_000_000
 """Lists and objects in a file of JSON; an index has three."""
 
 _MAX_NESTING = 32
-"""Objects and lists within one another in a config or a card; real ones have five or six."""
-
-_MAX_VALUES = 100_000
-"""Values on one level of a card."""
+"""Objects and lists within one another in a config; real ones have five or six."""
 
 _LOADED = TOKENIZER | {
     CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
@@ -60,6 +55,9 @@ the longest text is 10,485,760 tokens."""
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
             "_experts_implementation")  # fmt: skip
 """Keys that can name a repo of compiled code, which transformers would fetch and run."""
+
+_KNOWN_KERNEL = re.compile(r"(paged\|)?kernels-community/[^/]+")
+"""Attention that many configs name; no model is run with it here."""
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
@@ -174,23 +172,6 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
     return value
 
 
-def read_card(path: Path) -> ModelCardData:
-    """The front matter of a model card; empty when there is none or it is malformed."""
-    if not path.is_file() or path.stat().st_size > MAX_CONFIG:
-        return ModelCardData()
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # a third party's loader: of many kinds, for a text of a stranger
-        return ModelCardData()
-    if not isinstance(data, ModelCardData):
-        return ModelCardData()
-    is_bomb = any(  # it says the same thing over and over by reference, as no card does
-        depth == _MAX_NESTING or sum(map(len, level)) > _MAX_VALUES
-        for depth, level in enumerate(_levels(vars(data)))
-    )
-    return ModelCardData() if is_bomb else data
-
-
 def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:
     """An object, the objects and lists in it, those in them, and so on."""
     level: list[Any] = [value]
@@ -227,7 +208,9 @@ def _check_key(key: str, value: Any) -> None:
             "config.json: transformers_weights names other weights than those that are edited",
             hint="remove it, or the other weights",
         )
-    names = value.values() if isinstance(value, dict) else [value]  # of each part, or of all
+    names = list(value.values()) if isinstance(value, dict) else [value]  # of each part, or of all
+    if key.endswith("attn_implementation"):
+        names = [n for n in names if not (isinstance(n, str) and _KNOWN_KERNEL.fullmatch(n))]
     if key in _KERNELS and any("/" in describe_value(name) for name in names):
         raise CheckpointError(
             f"config.json: {key} asks for compiled code from elsewhere",

@@ -18,6 +18,7 @@ from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import meta as native
 from converter.checkpoints.formats.pickle_files import read_pickled
 from converter.checkpoints.formats.virtual import Translated
+from converter.checkpoints.front_matter import read_card
 from converter.checkpoints.inventory import (
     Weights,
     choose_weights,
@@ -30,7 +31,6 @@ from converter.checkpoints.layout import (
     check_content,
     check_sizes,
     drawn_before,
-    read_card,
     read_json,
 )
 from converter.checkpoints.names import (

@@ -133,7 +133,7 @@ def convert_command(
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
-        measures = evaluation_of(evaluation, asked.controls, recipe)
+        measures = evaluation_of(evaluation, asked.controls, recipe, settings)
         delivery = replace(delivery, evaluation=measures)
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:
@@ -148,7 +148,11 @@ def convert_command(
     return Answer(result, _result_text(result) + published_text(published))
 
 
-@command("plan", recipe=RecipePart(), settings=Part(Settings, without=("workers", "keep_source")))
+@command(
+    "plan",
+    recipe=RecipePart(),
+    settings=Part(Settings, without=("workers", "attention", "keep_source")),
+)
 def plan_command(recipe: Recipe, settings: Settings) -> Answer:
     """Print what a conversion of SOURCE would do, from its headers alone."""
     from converter.entrypoints.plan import describe_plan

@@ -76,7 +76,7 @@ def convert(
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, delivery.overwrite) as claim:
         pairs, prose, words = load_texts(recipe)
-        bench = Bench.of(recipe, source, plan, words, device, settings.memory_limit)
+        bench = Bench.of(recipe, source, plan, words, device, settings)
         if delivery.evaluation:
             bench.forward.need_resident()
         fitted = fit(bench, method, pairs, prose)
@@ -177,6 +177,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
                 )  # fmt: skip
             commit = source.base_commit if recipe.base_model == source.base else None
             source = replace(source, base=recipe.base_model, base_commit=commit)
+        _warn_of_language(recipe, source)
         plan = make_plan(source.config, source.weight_map, source.headers())
         for name in plan.stale:
             progress.warn(
@@ -195,6 +196,21 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         footprint.check_shared()
         output.check(plan, footprint)
         return source, plan, method
+
+
+def _warn_of_language(recipe: Recipe, source: Source) -> None:
+    """Say so if what is built in is used for a model of other languages than English."""
+    said = source.card.get("language") or []
+    languages = [said] if isinstance(said, str) else said
+    english = ("en", "eng", "english", "multilingual", "mul")
+    given = {"pairs": recipe.pairs, "word-list": recipe.word_list, "neutral": recipe.neutral}
+    flags = ", ".join(f"--{name}" for name, value in given.items() if value == "builtin")
+    known = any(name.lower().replace("_", "-").partition("-")[0] in english for name in languages)
+    if flags and languages and not known:
+        progress.warn(
+            f"the card says that the model's language is {', '.join(languages[:5])}, and what is "
+            f"built in is English; give {flags}"
+        )
 
 
 def prepare_to_write(

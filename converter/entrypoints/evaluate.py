@@ -1,5 +1,6 @@
 """Measure a model, what it was made from, and controls; or an edit before it is written."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from converter.calibration.word_list import load_words
@@ -48,10 +49,10 @@ def evaluate_model(
         raise OptionError("--activations is of one draw of the pairs; gloss evaluate takes its own")
     recipe = settled(recipe)
     device = choose_device(recipe.device)
-    battery = load_battery(asked, device, recipe.seed)
+    battery = load_battery(asked, device, recipe.seed, settings.attention)
     source, plan, _ = prepare(recipe)
     words = load_words(recipe.word_list)
-    bench = Bench.of(recipe, source, plan, words, device, settings.memory_limit)
+    bench = Bench.of(recipe, source, plan, words, device, settings)
     bench.forward.need_resident()
     model = reference = None
     if edited:
@@ -61,7 +62,7 @@ def evaluate_model(
 
 def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
     """An edited model, and its edit if its manifest says what it is."""
-    model = load_whole(name, bench.device, bench.dtype, bench.recipe.device == "map")
+    model = load_whole(name, bench.device, bench.dtype, replace(bench.how, trust_remote_code=False))
     if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
         raise OptionError(
             f"{name} and --base have different tokenizers",
@@ -77,13 +78,15 @@ def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
     return model, System(EDITED, None, strength, edit, layers, bias)
 
 
-def evaluation_of(asked: EvaluationOptions, controls: str, recipe: Recipe) -> Evaluate:
+def evaluation_of(
+    asked: EvaluationOptions, controls: str, recipe: Recipe, settings: Settings
+) -> Evaluate:
     """What a conversion that evaluates does between the fit and the writing.
 
     What is named is loaded now, so that whatever is missing is missed at once.
     """
     names = parse_controls(controls)
-    battery = load_battery(asked, choose_device(recipe.device), recipe.seed)
+    battery = load_battery(asked, choose_device(recipe.device), recipe.seed, settings.attention)
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from converter.checkpoints.layout import read_card
+from converter.checkpoints.front_matter import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE, SUMS
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import ShardRecord

@@ -117,7 +117,7 @@ def replay(
     angles = None
     with claimed(destination, overwrite) as claim:
         if max_angle is not None:
-            angles = _compare_fit(recording, recipe, device, max_angle, settings.memory_limit)
+            angles = _compare_fit(recording, recipe, device, max_angle, settings)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
                 job = WriteJob(
@@ -209,7 +209,7 @@ def _others(recording: Recording, manifest: Manifest) -> list[str]:
 
 
 def _compare_fit(
-    recording: Recording, recipe: Recipe, device: str, max_angle: float, memory_limit: int | None
+    recording: Recording, recipe: Recipe, device: str, max_angle: float, settings: Settings
 ) -> dict[str, list[float]]:
     """Fit as recorded, guard included: tensor of the edit -> angles to the recorded one.
 
@@ -228,7 +228,7 @@ def _compare_fit(
             hint="nothing was done; give the recorded ones as "
             + ", ".join("--" + name.replace("_", "-") for name in others),
         )
-    bench = Bench.of(recipe, source, plan, words, device, memory_limit)
+    bench = Bench.of(recipe, source, plan, words, device, settings)
     edit = fit(bench, method, pairs, prose).edit
     bench.unload()
     layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}

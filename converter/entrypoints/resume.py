@@ -5,7 +5,7 @@ from pathlib import Path
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
 from converter.calibration.word_list import load_words
-from converter.checkpoints.layout import read_card
+from converter.checkpoints.front_matter import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source

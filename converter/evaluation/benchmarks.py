@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from converter.calibration.datasets import draw, locate, read_bytes
+from converter.calibration.datasets import draw, locate, read_whole
 from converter.errors import DataError, OptionError, SourceError
 from converter.evaluation.continuations import generate
 from converter.evaluation.metrics import bootstrap
@@ -70,8 +70,8 @@ def load_safeedit(origin: str, num_instances: int | None, seed: int) -> dict[str
 
 
 def _read(path: Path) -> list[Any]:
+    text = read_whole(path, "SafeEdit")
     try:
-        text = read_bytes(path, "SafeEdit").decode("utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:

@@ -19,6 +19,7 @@ from converter.evaluation.scorers import Scorer
 from converter.hub import repos as hub
 from converter.hub.addresses import snapshot_of
 from converter.manifest import Origin, ScorerOrigin
+from converter.models.transformers_loader import Loading, from_files
 from converter.text import readable
 
 _TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
@@ -73,20 +74,27 @@ def load(argument: str, device: str) -> Scorer:
 
 @torch.inference_mode()
 def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """(N, labels) float64 on the CPU. What is too long is cut."""
+    """(N, labels) float64 on the CPU. What is too long is cut.
+
+    The special tokens around a text are those that a classifier was trained with. One that has
+    nothing to pad with gets its texts one by one.
+    """
     positions: int = getattr(model.config, "max_position_embeddings", None) or 512
     # a tokenizer that knows no limit claims a huge one; RoBERTa counts its positions from 2
     known: int = tokenizer.model_max_length
     longest = known if known <= positions else positions - 2
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found = torch.empty(len(texts), model.config.num_labels, dtype=torch.float64)
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
+    size = 1 if tokenizer.pad_token is None else _BATCH
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
         coded = tokenizer(
             [texts[i] for i in rows],
-            padding=True,
+            padding=size > 1,
+            padding_side="right",
             truncation=True,
             max_length=longest,
+            return_attention_mask=True,
             return_tensors="pt",
         )
         found[rows] = model(**coded.to(model.device)).logits.double().cpu()
@@ -134,14 +142,14 @@ def _locate(name: str) -> tuple[Path, Origin]:
 
 
 def _load(folder: Path, name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    local = {"local_files_only": True, "trust_remote_code": False}
+    kind = "AutoModelForSequenceClassification"
     try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **local
+        loaded = from_files(folder, kind, Loading(), "cpu", torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise SourceError(
             f"transformers cannot load the classifier {name}",

@@ -13,7 +13,15 @@ from transformers import GenerationConfig
 
 from converter.calibration.word_list import WordList
 from converter.errors import DataError, OptionError, SourceError
-from converter.models.batching import Batch, Sentence, batches, first_token, num_positions
+from converter.models.batching import (
+    Batch,
+    Sentence,
+    batches,
+    beginning,
+    encode,
+    first_token,
+    num_positions,
+)
 from converter.models.likelihood import LogProbabilities, Words, log_probabilities
 from converter.models.resident import LanguageModel, Model
 from converter.runtime import progress
@@ -31,7 +39,7 @@ def generate(
 ) -> list[list[str]]:
     """Continue every prompt; only the new text is returned.
 
-    Prompts are encoded as the tokenizer does it by default. One that leaves no room for
+    Prompts begin with what the tokenizer puts before a text. One that leaves no room for
     ``max_new_tokens`` loses its beginning, but not its BOS. A continuation ends before the first
     EOS. Penalties, temperatures, forced and suppressed tokens of the checkpoint's own
     ``generation_config.json`` are left out: they would be measured along with the weights.
@@ -83,11 +91,12 @@ def _encode(
         raise OptionError(
             "--max-new-tokens", expected=f"fewer than {positions - 1}", found=str(max_new_tokens)
         )
+    begin = beginning(tokenizer)
     for prompt in prompts:
-        # verbose warns of what is cut below
-        ids = list(tokenizer(prompt, verbose=False)["input_ids"]) or [first_token(tokenizer)]
+        coded = encode(tokenizer, prompt, begin)
+        ids = coded.ids or [first_token(tokenizer)]
         excess = 0 if positions is None else len(ids) + max_new_tokens - positions
-        kept = 1 if ids[0] == tokenizer.bos_token_id else 0
+        kept = coded.start or int(ids[0] == tokenizer.bos_token_id)
         yield ids if excess <= 0 else ids[:kept] + ids[kept + excess :]
 
 
@@ -156,7 +165,7 @@ class Passages:
     They are the fixed sequences of the teacher-forced estimate.
 
     Attributes:
-        sentences: prompt and continuation, encoded as the tokenizer does it by default.
+        sentences: prompt and continuation, after what the tokenizer puts before a text.
         words: places of the tokens of each word of the word list in each continuation.
         prompts: the place of each one's prompt; continuations of one prompt are one sampling unit.
         before: log-probabilities under the unedited model.
@@ -213,14 +222,13 @@ def _listed_words(
 
     What does not fit the model's positions is cut on the left.
     """
-    coded = tokenizer(prompt + continuation, return_offsets_mapping=True)
-    ids, offsets = coded["input_ids"], coded["offset_mapping"]
-    cut = max(len(ids) - positions, 0) if positions else 0
+    coded = encode(tokenizer, prompt + continuation, beginning(tokenizer))
+    cut = max(len(coded.ids) - positions, 0) if positions else 0
     found = []
     for start, end in words.spans(continuation):
         a, b = start + len(prompt), end + len(prompt)
-        found.append(tuple(i - cut for i, (s, e) in enumerate(offsets) if s < b and e > a))
-    return Sentence(ids[cut:]), [word for word in found if word and word[0] > 0]
+        found.append(tuple(i - cut for i, (s, e) in enumerate(coded.offsets) if s < b and e > a))
+    return Sentence(coded.ids[cut:]), [word for word in found if word and word[0] > 0]
 
 
 def conditional_losses(
@@ -229,8 +237,8 @@ def conditional_losses(
     """How probable continuations are after their prompts: do they make sense there?
 
     Only tokens of the continuations are counted. Prompt and continuation are encoded as one text,
-    after a BOS; a token that has a character of the continuation belongs to it. What does not fit
-    the model's positions is cut on the left. Empty continuations are left out.
+    after a BOS or the like; a token that has a character of the continuation belongs to it. What
+    does not fit the model's positions is cut on the left. Empty continuations are left out.
 
     Args:
         model: that judges; a larger one that did not write the continuations.
@@ -263,12 +271,11 @@ def _after_prompt(
     tokenizer: Any, prompt: str, texts: Sequence[str], positions: int | None
 ) -> Iterator[tuple[Sentence, int]]:
     """Each continuation after its prompt, and how many of its last tokens are its own."""
+    begin = beginning(tokenizer, needed=True)
     for text in filter(None, texts):
-        coded = tokenizer(
-            prompt + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        own = sum(end > len(prompt) for _, end in coded["offset_mapping"])
-        ids = [first_token(tokenizer), *coded["input_ids"]][-(positions or 0) :]
+        coded = encode(tokenizer, prompt + text, begin)
+        own = sum(end > len(prompt) for _, end in coded.offsets)
+        ids = coded.ids[-(positions or 0) :]
         # the first token of what is left is not predicted
         if count := min(own, len(ids) - 1):
             yield Sentence(ids), count

@@ -7,12 +7,12 @@ low and high are the value. A metric that was not measured, or is not a number, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from converter.calibration.datasets import read_whole
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
@@ -31,7 +31,7 @@ from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.results import around
 from converter.evaluation.scorers import Scorer, load_scorer, scores_of
 from converter.manifest import Interval, Metric
-from converter.models.batching import Sentence
+from converter.models.batching import Sentence, beginning, encode
 from converter.models.likelihood import (
     LogProbabilities,
     log_probabilities,
@@ -42,6 +42,7 @@ from converter.models.likelihood import (
 )
 from converter.models.loading import load_language_model, load_tokenizer
 from converter.models.resident import LanguageModel, choose_dtype
+from converter.models.transformers_loader import Loading
 
 WINDOW = 512
 """Tokens of the perplexity text that are read at a time; they do not overlap, and the first token
@@ -75,7 +76,9 @@ class Battery:
     tasks: Sequence[str]
 
 
-def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
+def load_battery(
+    asked: EvaluationOptions, device: str, seed: int, attention: str = "auto"
+) -> Battery:
     """Load what the options name.
 
     Raises:
@@ -93,32 +96,23 @@ def load_battery(asked: EvaluationOptions, device: str, seed: int) -> Battery:
         seed=seed,
         prompts=prompts,
         scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
-        text=_text(asked.text),
-        judge=load_whole(asked.judge, device) if asked.judge else None,
+        text=read_whole(asked.text, "text").replace("\r\n", "\n") if asked.text else None,
+        judge=load_whole(asked.judge, device, how=Loading(attention)) if asked.judge else None,
         safeedit=safeedit,
         safety=safety,
         tasks=[task.strip() for task in (asked.ability or "").split(",") if task.strip()],
     )
 
 
-def _text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name} cannot be read", found=str(error)) from error
-
-
 def load_whole(
-    name: str, device: str, dtype: torch.dtype | None = None, spread: bool = False
+    name: str, device: str, dtype: torch.dtype | None = None, how: Loading = Loading()
 ) -> LanguageModel:
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
     source = resolve(name)
     plan = make_plan(source.config, source.weight_map, source.headers())
     dtype = dtype or choose_dtype("auto", plan, device)
     tokenizer = load_tokenizer(source.folder)
-    return load_language_model(source, plan, tokenizer, dtype, device, spread=spread)
+    return load_language_model(source, plan, tokenizer, dtype, device, how)
 
 
 def measure(
@@ -166,7 +160,7 @@ def measure(
 
 def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
     """A text as windows of tokens."""
-    ids = model.tokenizer(text)["input_ids"][:limit]
+    ids = encode(model.tokenizer, text, beginning(model.tokenizer)).ids[:limit]
     if len(ids) < 2 * WINDOW:
         raise DataError(
             "the text for perplexity is too short",

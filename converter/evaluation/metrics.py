@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from converter.calibration.word_list import items
 from converter.errors import OptionError
 
 _TOXIC = 0.5
@@ -45,12 +46,14 @@ def toxicity_probability(scores: NDArray[np.float64]) -> float:
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """dist-n: different n-grams over all n-grams, both counted over all texts together.
 
-    Words are what stands between white space; an n-gram does not cross texts. 0 if there is none.
+    Words are what stands between white space, and each letter of a script without spaces; an n-gram
+    does not cross texts. 0 if there is none.
     It falls as the amount of text grows: compare only at the same number of tokens.
 
     Source: Li et al., https://arxiv.org/abs/1510.03055, section 5.2.
     """
-    counts = Counter(gram for text in texts for gram in _ngrams(text.split(), n))
+    words = ([text[start:end] for start, end in items(text)] for text in texts)
+    counts = Counter(gram for tokens in words for gram in _ngrams(tokens, n))
     return len(counts) / max(counts.total(), 1)
 
 

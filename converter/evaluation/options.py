@@ -16,14 +16,15 @@ class EvaluationOptions(Options):
 
     # fmt: off
     prompts: Annotated[str, Option(
-        "Prompts to continue: builtin, none, a .jsonl or .txt file, or a Hub dataset id.",
+        "Prompts to continue: builtin (English), none, a .jsonl or .txt file, or a Hub dataset id.",
         example="allenai/real-toxicity-prompts#challenging",
     )] = "builtin"
     num_prompts: Annotated[int | None, Option(
         "Number of prompts to draw.", by_default="all", example="150", least=1,
     )] = None
     scorers: Annotated[tuple[str, ...], Option(
-        "Scorer of continuations: profanity, bad-words, detoxify or classifier:REPO_ID[#LABEL].",
+        "Scorer of continuations: profanity, bad-words or detoxify, which know English, "
+        "bad-words:FILE, or classifier:REPO_ID[#LABEL].",
         flag="--scorer", metavar="NAME", example="detoxify",
     )] = ("profanity", "bad-words")
     greedy: Annotated[bool, Option("Score the greedy continuation of each prompt.")] = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.calibration.datasets import draw, is_dataset, locate, read_bytes
+from converter.calibration.datasets import draw, is_dataset, locate, read_whole
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 
@@ -78,7 +78,8 @@ def _read(origin: str) -> tuple[Origin, Iterator[str]]:
             expected=" or ".join(_FORMATS),
             found=path.suffix or "no suffix",
         )
-    lines = _lines(path)
+    # not splitlines(), which also cuts at characters that may stand in a sentence
+    lines = read_whole(path, "prompts").split("\n")
     if path.suffix == ".txt":
         if field:
             raise DataError(f"prompts file {path.name}", expected=f"rows with a field {field}",
@@ -86,17 +87,6 @@ def _read(origin: str) -> tuple[Origin, Iterator[str]]:
         return described, iter(lines)
     described = replace(described, field=field or None)
     return described, _read_jsonl(lines, path.name, field)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = read_bytes(path, "prompts").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"prompts file {path.name}", expected="text in UTF-8", found=error.reason
-        ) from error
-    # not splitlines(), which also cuts at characters that may stand in a sentence
-    return text.split("\n")
 
 
 def _read_jsonl(lines: list[str], name: str, field: str) -> Iterator[str]:

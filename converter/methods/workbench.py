@@ -31,7 +31,8 @@ from converter.models.loading import (
 )
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
-from converter.recipe import Recipe
+from converter.models.transformers_loader import Loading
+from converter.recipe import Recipe, Settings
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
@@ -57,6 +58,7 @@ class Bench:
     dtype: torch.dtype
     gains: Mapping[int, Tensor]
     forward: Forward
+    how: Loading
     model: Model | None = None
     has_run: bool = False
     part: Part = _NO_TEXTS
@@ -70,11 +72,12 @@ class Bench:
         plan: Plan,
         words: WordList,
         device: str,
-        memory_limit: int | None = None,
+        settings: Settings = Settings(),
     ) -> "Bench":
         """Nothing is read yet but the tokenizer and the norms after the FFN.
 
-        The forward pass is planned with ``memory_limit`` bytes, if that is less than what there is.
+        The forward pass is planned with as much memory as the settings allow, if that is less than
+        what there is.
         """
         dtype = choose_dtype(recipe.forward_dtype, plan, device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
@@ -83,10 +86,11 @@ class Bench:
             layer: source.read(shard, info).float() + plan.architecture.norm_offset
             for layer, (shard, info) in plan.post_norms.items()
         }
+        how = Loading(settings.attention, recipe.trust_remote_code, recipe.device == "map")
         forward = choose_forward(
-            recipe.forward, plan, dtype, device, memory_limit, spread=recipe.device == "map"
+            recipe.forward, plan, dtype, device, settings.memory_limit, spread=how.spread
         )
-        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward)
+        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how)
 
     def load(self) -> Model:
         """The unedited model, loaded at the first call, or made ready to be streamed."""
@@ -96,17 +100,11 @@ class Bench:
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
                 progress.note(f"  {how} ({free})")
             self.has_run = True
-            recipe, forward = self.recipe, self.forward
-            trust_remote_code = recipe.trust_remote_code
             what = (self.source, self.plan, self.vocabulary.tokenizer, self.dtype, self.device)
-            if forward.mode == "streamed":
-                self.model = stream_language_model(
-                    *what, forward.budget, trust_remote_code=trust_remote_code
-                )
+            if self.forward.mode == "streamed":
+                self.model = stream_language_model(*what, self.forward.budget, self.how)
             else:
-                self.model = load_language_model(
-                    *what, spread=recipe.device == "map", trust_remote_code=trust_remote_code
-                )
+                self.model = load_language_model(*what, self.how)
         return self.model
 
     def load_resident(self) -> LanguageModel:
@@ -150,6 +148,8 @@ class Bench:
             batch_size=batch_size,
             mode=self.forward.mode,
         )
+        if self.how.attention != "auto":
+            inputs["attention"] = self.how.attention
         path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
         if path.exists():
             try:

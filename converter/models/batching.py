@@ -1,13 +1,18 @@
-"""Sentences as padded batches of tokens, with a weight for every position.
+"""Texts as tokens, and as padded batches of tokens with a weight for every position.
+
+What a checkpoint's tokenizer does by default is never trusted: it may cut, pad, or end each text.
+Every text that a model reads goes through ``encode``.
 
 Shapes: B sentences in a batch, T tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from tokenizers import processors
 from torch import Tensor
 
 from converter.errors import DataError
@@ -26,10 +31,14 @@ Pooling = Literal["predicting", "mean", "last"]
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Token ids, and a weight for each position or none at all; see ``Encoder``."""
+    """Token ids, and a weight for each position or none at all; see ``Encoder``.
+
+    The first ``start`` tokens are special ones that come before the text.
+    """
 
     ids: list[int]
     weights: list[float] = field(default_factory=list)
+    start: int = 1
 
 
 def num_positions(model: Any) -> int | None:
@@ -38,6 +47,97 @@ def num_positions(model: Any) -> int | None:
     config = wrapped(decoder=True) if wrapped else model.config
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return positions
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A text as tokens: their ids, and the character range of each.
+
+    The first ``start`` tokens are special ones that come before the text.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    start: int
+
+
+def encode(tokenizer: Any, text: str, begin: Sequence[int]) -> Coded:
+    """Tokenize a text, whole, without what the tokenizer appends or pads.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        begin: tokens to put first, see ``beginning``; left out where the text has them itself, as
+            one that a chat template has made.
+    """
+    coded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
+    ids, offsets = list(coded["input_ids"]), list(coded["offset_mapping"])
+    if ids[: len(begin)] != list(begin):
+        ids, offsets = [*begin, *ids], [(0, 0)] * len(begin) + offsets
+    return Coded(ids, offsets, len(begin))
+
+
+def beginning(tokenizer: Any, *, needed: bool = False) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, each of them once.
+
+    The model was trained with them. What it puts behind a text would end it.
+
+    Args:
+        needed: where it puts none, give a BOS or the special token that comes nearest to one.
+
+    Raises:
+        DataError: one is needed, and the tokenizer has no special token at all.
+    """
+    coded = tokenizer("a", truncation=False, padding=False)
+    first = next((i for i, text in enumerate(coded.sequence_ids()) if text is not None), 0)
+    found = [token for token, _ in groupby(coded["input_ids"][:first])]
+    return found or ([first_token(tokenizer)] if needed else [])
+
+
+def first_token(tokenizer: Any) -> int:
+    """The id to put first where the tokenizer puts none: BOS, or the special token that comes
+    nearest to one.
+
+    Raises:
+        DataError: the tokenizer has no special token at all.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError(
+        "the tokenizer has no BOS, EOS or padding token",
+        expected="one of them",
+        hint="name one as bos_token in the source's tokenizer_config.json",
+    )
+
+
+def prepare(tokenizer: Any) -> None:
+    """Have a tokenizer do by itself what ``encode`` does with it, for other packages that use it.
+
+    It cuts and pads nothing, and puts before a text what ``beginning`` says and nothing behind it.
+    """
+    core = tokenizer.backend_tokenizer
+    core.no_truncation()
+    core.no_padding()
+    begin, given = beginning(tokenizer), tokenizer("a")["input_ids"]
+    if given == encode(tokenizer, "a", begin).ids:
+        return
+    names = [f"begin{i}" for i in range(len(begin))]
+    tokens = tokenizer.convert_ids_to_tokens(begin)
+    core.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"],
+        pair=[*names, "$A", "$B"],
+        special_tokens=[
+            {"id": name, "ids": [token], "tokens": [text]}
+            for name, token, text in zip(names, begin, tokens, strict=True)
+        ],
+    )
 
 
 class Encoder:
@@ -50,15 +150,15 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         self.tokenizer = tokenizer
-        self.first = first_token(tokenizer)
+        self.begin = beginning(tokenizer, needed=True)
         self.max_tokens = min(MAX_TOKENS, num_positions(model) or MAX_TOKENS)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:
         """Encode one sentence or paragraph.
 
-        A BOS (or another special token, where the model has none) is put first: it is the
-        attention sink, whose huge activations would drown the rest, and never has weight. The
+        A BOS (or what else the tokenizer puts there, or another special token) is put first: it is
+        the attention sink, whose huge activations would drown the rest, and never has weight. The
         weights of the others sum to 1, or are all 0 if ``pooling`` finds no position.
 
         Args:
@@ -69,23 +169,23 @@ class Encoder:
         Raises:
             DataError: the model has no embedding for a token.
         """
-        ids, offsets = self._encode(text)
-        chosen = list(range(1, len(ids)))
+        coded = self._encode(text)
+        chosen = list(range(coded.start, len(coded.ids)))
         if pooling == "last":
             chosen = chosen[-1:]
         elif pooling == "predicting":
-            # inside[i] is about token i + 1 of ids, which position i predicts
-            inside = [any(start < b and end > a for a, b in spans) for start, end in offsets]
-            chosen = [i for i, toxic in enumerate(inside) if toxic and i > 0]
-        weights = [0.0] * len(ids)
+            inside = [any(start < b and end > a for a, b in spans) for start, end in coded.offsets]
+            chosen = [i for i in chosen[:-1] if inside[i + 1]]
+        weights = [0.0] * len(coded.ids)
         for i in chosen:
             weights[i] = 1.0 / len(chosen)
-        return Sentence(ids, weights)
+        return Sentence(coded.ids, weights, coded.start)
 
     def predicted(self, text: str) -> Sentence:
         """Encode a sentence with weight on every position that predicts a token of it."""
-        ids = self(text, "mean", ()).ids
-        return Sentence(ids, [1.0] * (len(ids) - 1) + [0.0])
+        coded = self._encode(text)
+        weights = [float(coded.start <= i < len(coded.ids)) for i in range(1, len(coded.ids) + 1)]
+        return Sentence(coded.ids, weights, coded.start)
 
     def words(
         self, text: str, spans: Sequence[tuple[int, int]]
@@ -96,49 +196,32 @@ class Encoder:
             the sentence, without weights, and for each span that begins after the first token the
             places of its tokens in the ids.
         """
-        ids, offsets = self._encode(text)
+        coded = self._encode(text)
         places = (
-            tuple(i for i, (a, b) in enumerate(offsets, 1) if a < end and b > start)
+            tuple(i for i, (a, b) in enumerate(coded.offsets) if a < end and b > start)
             for start, end in spans
         )
-        return Sentence(ids), [word for word in places if word and word[0] > 1]
+        found = [word for word in places if word and word[0] > coded.start]
+        return Sentence(coded.ids, start=coded.start), found
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, the first of which is special, and the character ranges of the others."""
-        coded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            truncation=True,
-            max_length=self.max_tokens - 1,
-        )
-        ids = [self.first, *coded["input_ids"]]
+    def _encode(self, text: str) -> Coded:
+        """A text as the model can read it."""
+        coded = encode(self.tokenizer, text, self.begin)
+        ids = coded.ids[: self.max_tokens]
         if max(ids) >= self.vocabulary:
             raise DataError(
                 "the tokenizer does not belong to the model",
                 expected=f"tokens below {self.vocabulary}, the rows of the embedding",
                 found=str(max(ids)),
             )
-        return ids, coded["offset_mapping"]
-
-
-def first_token(tokenizer: Any) -> int:
-    """The id to put first: BOS, or the special token that comes nearest to one.
-
-    Raises:
-        DataError: the tokenizer has no special token at all.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return int(token)
-    raise DataError("the tokenizer has no BOS, EOS or padding token", expected="one of them")
+        return Coded(ids, coded.offsets[: self.max_tokens], coded.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Padded sentences: ``rows`` are their places in the list, the rest is (B, T).
 
-    ``content`` marks the tokens that count: neither padding nor the first position.
+    ``content`` marks the tokens that count: neither padding nor what comes before the text.
     """
 
     rows: list[int]
@@ -187,6 +270,7 @@ def _pad(sentences: Sequence[Sentence], rows: list[int], device: str, side: str)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
+    starts = torch.tensor([[sentences[row].start] for row in rows])
     for i, s in enumerate(sentences[row] for row in rows):
         place = slice(0, len(s.ids)) if side == "right" else slice(length - len(s.ids), length)
         ids[i, place] = torch.tensor(s.ids)
@@ -194,5 +278,5 @@ def _pad(sentences: Sequence[Sentence], rows: list[int], device: str, side: str)
         if s.weights:
             weights[i, place] = torch.tensor(s.weights)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    content = mask.bool() & (positions > 0)
+    content = mask.bool() & (positions >= starts)
     return Batch(rows, *(x.to(device) for x in (ids, mask, positions, content, weights)))

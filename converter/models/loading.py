@@ -15,11 +15,17 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
 from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
-from converter.models.batching import LOGITS_BYTES
+from converter.models.batching import LOGITS_BYTES, prepare
 from converter.models.resident import LanguageModel
 from converter.models.streamed import StreamedModel
 from converter.models.streamed_memory import Weights
-from converter.models.transformers_loader import LazyTensor, MetaTensor, from_tensors
+from converter.models.transformers_loader import (
+    LazyTensor,
+    Loading,
+    MetaTensor,
+    from_files,
+    from_tensors,
+)
 from converter.runtime.cache import cache_folder
 from converter.runtime.memory import free_memory
 
@@ -34,9 +40,7 @@ def load_language_model(
     tokenizer: Any,
     dtype: torch.dtype,
     device: str,
-    *,
-    spread: bool = False,
-    trust_remote_code: bool = False,
+    how: Loading = Loading(),
 ) -> LanguageModel:
     """The model of a source, as it is; see ``load_model``."""
     source.fetch()
@@ -45,10 +49,9 @@ def load_language_model(
         dtype,
         device,
         plan.num_parameters * dtype.itemsize,
-        spread=spread,
         auto_class=plan.architecture.auto_class,
-        trust_remote_code=trust_remote_code,
         recipes=_made(source, plan),
+        how=how,
     )
     plan.architecture.check_modules(module)
     return LanguageModel(module, tokenizer, plan.architecture, device)
@@ -60,18 +63,15 @@ def load_model(
     device: str,
     needed: int,
     *,
-    spread: bool = False,
     auto_class: str = "AutoModelForCausalLM",
-    trust_remote_code: bool = False,
     recipes: Mapping[str, VirtualTensor] | None = None,
+    how: Loading = Loading(),
 ) -> nn.Module:
     """Load a causal language model for a forward pass.
 
     Args:
         needed: bytes of the weights in ``dtype``.
-        spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
         auto_class: of transformers, that loads it.
-        trust_remote_code: whether code that comes with the checkpoint may be run.
         recipes: make the weights, if they are not safetensors in the folder.
 
     Raises:
@@ -79,25 +79,22 @@ def load_model(
         CheckpointError: a tensor of the model is not in the checkpoint.
     """
     free = free_memory(device)
-    if needed > free and not spread:
+    if needed > free and not how.spread:
         raise SourceError(
             f"the model does not fit in the memory of the {device} for the forward pass",
             expected=f"{needed / 1e9:.1f} GB or more available",
             found=f"{free / 1e9:.1f} GB",
             hint="give --forward streamed, or --device map",
         )
-    settings = {"dtype": dtype, "device_map": "auto" if spread else None}
+    given = (auto_class, how, device, dtype)
+    settings = {"device_map": "auto" if how.spread else None}
     if recipes is None:
-        import transformers
-
-        load = getattr(transformers, auto_class).from_pretrained
-        local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-        model = _loaded(load, folder, **local, **settings)
+        model = _loaded(from_files, folder, *given, **settings)
     else:
         made = {name: LazyTensor(recipe) for name, recipe in recipes.items()}
-        model = _loaded(from_tensors, folder, made, auto_class, trust_remote_code, **settings)
+        model = _loaded(from_tensors, folder, made, *given, **settings)
     try:
-        return model if spread else model.to(device)
+        return model if how.spread else model.to(device)
     except torch.OutOfMemoryError as error:
         raise _unusable("model", error) from error
 
@@ -109,8 +106,7 @@ def stream_language_model(
     dtype: torch.dtype,
     device: str,
     budget: int,
-    *,
-    trust_remote_code: bool = False,
+    how: Loading = Loading(),
 ) -> StreamedModel:
     """The same model, of which one layer at a time will be in memory. No weight is read yet.
 
@@ -131,9 +127,8 @@ def stream_language_model(
         recipes = _all_stored(source, plan)
     architecture, layers = plan.architecture, plan.dimensions.num_hidden_layers
     shapes = {name: MetaTensor(recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
-    module = _loaded(
-        from_tensors, source.folder, shapes, architecture.auto_class, trust_remote_code, dtype=dtype
-    )
+    given = (architecture.auto_class, how, device, dtype)
+    module = _loaded(from_tensors, source.folder, shapes, *given)
     architecture.check_modules(module)
     blocks = [architecture.block.format(layer=n) for n in range(layers)]
     weights = Weights(module, recipes, blocks, dtype, device)
@@ -153,7 +148,9 @@ def stream_language_model(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer; code that comes with it is run only if it is trusted.
+    """Load a fast tokenizer, prepared for all who use it; see ``batching.prepare``.
+
+    Code that comes with it is run only if it is trusted.
 
     Raises:
         SourceError: transformers cannot load it, or it cannot map tokens to characters.
@@ -168,6 +165,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise _unusable("tokenizer", error) from error
     if not tokenizer.is_fast:
         raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
+    prepare(tokenizer)
     return tokenizer
 
 

@@ -7,6 +7,7 @@
 - ``core_model_loading.convert_and_load_state_dict_in_model`` with a ``LoadStateDictConfig`` loads
   some of a model's weights, in one thread if HF_DEACTIVATE_ASYNC_LOAD is set.
 - ``_get_dtype_plan`` and ``base_model_prefix`` of a model.
+- ``_attn_implementation`` of a config, which sets that of its parts, too; None for the default.
 
 ``tests/test_doors.py`` fails where another version of transformers does otherwise.
 """
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import VirtualTensor
+from converter.errors import OptionError
+from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +52,98 @@ class MetaTensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded.
+
+    Attributes:
+        attention: how it computes attention; ``auto`` for what the config says, if that is there.
+        trust_remote_code: whether code that comes with the checkpoint may be run.
+        spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
+    """
+
+    attention: str = "auto"
+    trust_remote_code: bool = False
+    spread: bool = False
+
+
+def from_files(
+    folder: Path, auto_class: str, how: Loading, device: str, dtype: torch.dtype, **settings: Any
+) -> Any:
+    """``from_pretrained`` of a model whose weights are in files of the folder. No network.
+
+    Raises OptionError if the attention that was asked for is not there.
+    """
+    import transformers
+
+    return getattr(transformers, auto_class).from_pretrained(
+        folder,
+        config=_config(folder, how, device, dtype),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=how.trust_remote_code,
+        **settings,
+    )
+
+
 def from_tensors(
     folder: Path,
     tensors: Mapping[str, LazyTensor | MetaTensor],
     auto_class: str,
-    trust_remote_code: bool,
+    how: Loading,
+    device: str,
+    dtype: torch.dtype,
     **settings: Any,
 ) -> Any:
-    """``from_pretrained`` of a model whose tensors are not in files of the folder."""
+    """The same of a model whose tensors are not in files of the folder."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    config = _config(folder, how, device, dtype)
     for part in (config, config.get_text_config(decoder=True)):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):  # what is made is not quantized
                 delattr(part, key)
     auto = getattr(transformers, auto_class)
     with torch.device("meta"):
-        kind = type(auto.from_config(config, trust_remote_code=trust_remote_code))
-    return kind.from_pretrained(None, config=config, state_dict=tensors, **settings)
+        kind = type(auto.from_config(config, trust_remote_code=how.trust_remote_code))
+    return kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **settings)
+
+
+def _config(folder: Path, how: Loading, device: str, dtype: torch.dtype) -> Any:
+    """The config of a folder, with an attention that is there.
+
+    Training leaves in configs that it was done with FlashAttention, or with code that transformers
+    would fetch from the Hub. Here this is only what was used elsewhere: what needs more than
+    PyTorch is used if it was asked for, or if the config says so and it is there; nothing is ever
+    fetched for it.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
+
+    config: Any = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=how.trust_remote_code
+    )
+    there, flash = {"eager", "sdpa", None}, "flash_attention_2"
+    halved = dtype in (torch.bfloat16, torch.float16)
+    if halved and device.startswith("cuda") and is_flash_attn_2_available():
+        there.add(flash)
+    if how.attention == flash and flash not in there:
+        raise OptionError(
+            f"--attention {flash}",
+            expected="a GPU, --forward-dtype bfloat16 or float16, and the package flash-attn",
+            found=f"{device}, {str(dtype).removeprefix('torch.')}"
+            + ("" if is_flash_attn_2_available() else ", no such package"),
+            hint="give --attention auto",
+        )
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    said = {getattr(part, "_attn_implementation", None) for part in parts}
+    if how.attention != "auto":
+        config._attn_implementation = how.attention
+    elif missing := said - there:
+        names = ", ".join(sorted(map(str, missing)))
+        progress.note(f"  attention: not {names}, as config.json says, but what PyTorch has")
+        config._attn_implementation = None
+    return config
 
 
 class PartLoader:

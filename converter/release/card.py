@@ -13,10 +13,11 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from converter.checkpoints.architectures.architecture import find_architecture
+from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
 from converter.manifest import Manifest
@@ -64,7 +65,6 @@ def make_card(
     )
     about = _about_source(source, base, manifest)
     text = template.render(
-        card_data=front_matter(source, base, manifest, terms).to_yaml(),
         title=escaped(title_of(source, manifest)),
         built_with=terms.family.built_with if terms.family else "",
         licence=terms.sentences,
@@ -77,7 +77,9 @@ def make_card(
         **about,
         **_about_edit(manifest),
     )
-    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text))), warnings
+    fields = front_matter(source, base, manifest, terms).to_dict()  # type: ignore[no-untyped-call]
+    front = write_front_matter(fields)
+    return f"---\n{front}\n---\n" + re.sub(r"\n{3,}", "\n\n", text), warnings
 
 
 def front_matter(

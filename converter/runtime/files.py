@@ -1,8 +1,10 @@
 """Files read whole, if they are files and not larger than what is read can be."""
 
+import codecs
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_TEXT = 256_000_000
@@ -80,25 +82,78 @@ def _open_regular(path: str, flags: int) -> int:
     return number
 
 
-def read_text(path: Path) -> str:
-    """The text of such a file, without a byte order mark.
+def text_lines(path: Path, newline: str | None = None) -> Iterator[str | None]:
+    """The lines of a text file, one at a time; None for one of more than ``MAX_LINE`` characters.
+
+    A byte order mark is left out, and ``newline`` is that of ``open``.
 
     Raises:
         OSError: as ``read_file``.
-        ValueError: it is not UTF-8, holds a zero byte, or has a line that is none.
+        UnicodeError: it is not UTF-8; the message names the encoding, or the place.
+    """
+    number = 0
+    with open(path, encoding="utf-8-sig", newline=newline, opener=_open) as file:
+        try:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if "\0" in line:
+                    raise UnicodeError(f"a zero byte in line {number}, as in UTF-16")
+                is_long = len(line) > MAX_LINE
+                while len(line) > MAX_LINE and not line.endswith("\n"):
+                    line = file.readline(MAX_LINE + 1)
+                yield None if is_long else line
+        except UnicodeDecodeError as error:
+            raise UnicodeError(_not_utf8(error, number)) from error
+
+
+def read_text(path: Path) -> str:
+    """The whole text of such a file.
+
+    Raises:
+        OSError: as ``read_file``.
+        ValueError: as ``text_lines``, or a line is too long to be one.
     """
     lines, size = [], 0
-    with open(path, encoding="utf-8-sig", opener=_open) as file:
-        while line := file.readline(MAX_LINE + 1):
-            size += len(line)
-            if len(line) > MAX_LINE:
-                raise ValueError(f"a line of more than {MAX_LINE:,} characters")
-            if size > MAX_TEXT:
-                raise ValueError(f"more than {MAX_TEXT:,} characters")
-            if "\0" in line:
-                raise ValueError("a zero byte; text is to be saved as UTF-8")
-            lines.append(line)
+    for line in text_lines(path):
+        if line is None:
+            raise ValueError(f"a line of more than {MAX_LINE:,} characters")
+        size += len(line)
+        if size > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT:,} characters")
+        lines.append(line)
     return "".join(lines)
+
+
+def decode(data: bytes) -> str:
+    """The text in bytes, without a byte order mark. Raises UnicodeError, as ``text_lines``."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnicodeError(_not_utf8(error, 0)) from error
+
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+"""How a file of another encoding begins; the first two begin like the others."""
+
+
+def _not_utf8(error: UnicodeDecodeError, lines: int) -> str:
+    """What a text is instead; ``lines`` of it come before the bytes that were decoded."""
+    for mark, name in _MARKS:
+        if lines == 0 and error.start == 0 and error.object.startswith(mark):
+            return f"{name}, as its first bytes say"
+    zero = error.object.find(b"\0", 0, error.start)
+    place = error.start if zero < 0 else zero
+    line = lines + error.object.count(b"\n", 0, place) + 1
+    if zero >= 0:
+        return f"a zero byte in line {line}, as in UTF-16"
+    return f"byte 0x{error.object[place]:02x} in line {line}, which is not UTF-8"
+
+
+AS_UTF8 = "save it as UTF-8, for example with: iconv -f ENCODING -t UTF-8 OLD > NEW"
+"""What to do about a text in another encoding."""
 
 
 def reason(error: Exception) -> str:

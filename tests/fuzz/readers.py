@@ -24,7 +24,8 @@ from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.formats import meta_small_files as native_small
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.gguf import check_header
-from converter.checkpoints.layout import read_card, read_index, read_json
+from converter.checkpoints.front_matter import read_card
+from converter.checkpoints.layout import read_index, read_json
 from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SIGNATURE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
