@@ -23,8 +23,7 @@ from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.systems import Comparison, parse_controls
 from converter.manifest import Evaluation, Manifest
 from converter.outputs.record_checks import edit_of
-from converter.recipe import Recipe, Settings
-from converter.release.local_inputs import LocalInputs
+from converter.recipe import LocalInputs, Recipe, Settings
 from converter.release.recording import read_recording
 from converter.runtime import progress
 from converter.runtime.registry import telling_packages

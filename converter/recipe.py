@@ -1,4 +1,5 @@
-"""What a conversion is asked for: ``Recipe`` decides the bytes, ``Settings`` does not bear on them.
+"""What a user asks for: ``Recipe`` decides the bytes, ``Settings`` does not bear on them;
+``Publication`` says where the result goes, ``LocalInputs`` where recorded inputs are.
 
 Each field declares one option completely; see ``converter.option``.
 """
@@ -165,3 +166,63 @@ def without_folders(text: str) -> str:
     path = Path(text)
     is_path = path.is_absolute() or path.exists() or text.startswith((".", "~"))
     return path.resolve().name if is_path else text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicationOptions(Options):
+    """How a result is published."""
+
+    # fmt: off
+    private: Annotated[bool | None, Option(
+        "Visibility of a repo that is made; one that exists keeps its own.",
+        flag="--private/--public", by_default="private",
+    )] = None
+    branch: Annotated[str | None, Option(
+        "Branch to commit to; it is made if it is missing.", by_default="main", example="detox",
+    )] = None
+    create_pr: Annotated[bool, Option("Open a pull request instead.")] = False
+    message: Annotated[str | None, Option(
+        "Message of the commit.", by_default="one that names the source", example="Rank 2",
+    )] = None
+    # fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication(PublicationOptions):
+    """Where a result is published, and how.
+
+    Attributes:
+        repo_id: ``owner/name``; without an owner, that of the token.
+        exists: whether the repo is there; known after ``publishing.check_rights``.
+    """
+
+    repo_id: str
+    exists: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalInputs(Options):
+    """Where the inputs of a recorded conversion are.
+
+    None where that is not needed. ``trust_remote_code`` is never taken from a manifest.
+    """
+
+    # fmt: off
+    source: Annotated[str | None, Option(
+        "Place of the recorded source, if it was a local one or is a copy now.", example="./base",
+    )] = None
+    pairs: Annotated[str | None, Option(
+        "With --refit: place of the recorded file of pairs.", example="pairs.tsv",
+    )] = None
+    neutral: Annotated[str | None, Option(
+        "With --refit: place of the recorded neutral text.", example="prose.txt",
+    )] = None
+    word_list: Annotated[str | None, Option(
+        "With --refit: place of the recorded word list.", example="words.txt",
+    )] = None
+    activations: Annotated[Path | None, Option(
+        "With --refit: file of activations that the recorded fit was given.",
+        example="activations.safetensors", path="file", exists=True,
+    )] = None
+    trust_remote_code: TrustRemoteCode = False
+    # fmt: on

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from converter.cli.main import gloss
 from converter.runtime.cache import using_cache
-from tests.builders.models import METHOD, TINY, make_checkpoint
+from tests.builders.invoke import invoke
+from tests.builders.models import make_checkpoint, tiny_recipe
 from tests.builders.planted import make_planted
 
 
@@ -46,12 +46,8 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run ``gloss`` with arguments; standard output and error are kept apart."""
+    """``tests.builders.invoke``, with the cache that tests share."""
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(shared_cache))
-
-    def invoke(*args: object) -> Result:
-        return CliRunner().invoke(gloss, [str(arg) for arg in args])
-
     return invoke
 
 
@@ -61,11 +57,10 @@ def converted(
 ) -> tuple[Path, Path]:
     """A bfloat16 Llama and its conversion with all defaults. Read only."""
     from converter.entrypoints.convert import convert
-    from converter.recipe import Recipe
 
     source = checkpoints("llama", torch.bfloat16)
     out = tmp_path_factory.mktemp("converted") / "out"
-    convert(Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False), out)
+    convert(tiny_recipe(source, num_pairs=64), out)
     return source, out
 
 

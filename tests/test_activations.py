@@ -1,7 +1,7 @@
 """The cache of activations: hit when nothing changed, missed when any one input does."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from converter.calibration import collect as extraction
 from converter.calibration import statistics as activations
@@ -31,9 +31,7 @@ from converter.recipe import Recipe
 from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, METHOD, TINY, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import HIDDEN, TINY, Checkpoints, tiny_recipe, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +83,7 @@ def test_the_cache_is_hit_when_nothing_changed_and_missed_when_any_input_does(
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     stage = Runs(monkeypatch)
-    recipe = Recipe(source=str(source), num_pairs=16, method=METHOD, options=TINY, guard=False)
+    recipe = tiny_recipe(source, num_pairs=16)
     assert stage(recipe) == "miss"
     assert stage(recipe) == "hit"
     # what the activations do not depend on
@@ -128,18 +126,9 @@ def test_another_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPat
     request = Request("ffn", "mean", (1,), False)
 
     def key(device: str = "cpu", mode: str = "resident") -> str:
-        return activations.cache_key(
-            extraction.activation_inputs(
-                {},
-                architectures()["llama"],
-                Part(pairs, load_prose("builtin")),
-                request,
-                device=device,
-                dtype="float32",
-                batch_size=16,
-                mode=mode,
-            )
-        )
+        how: dict[str, Any] = {"device": device, "dtype": "float32", "batch_size": 16, "mode": mode}
+        part, llama = Part(pairs, load_prose("builtin")), architectures()["llama"]
+        return activations.cache_key(extraction.activation_inputs({}, llama, part, request, **how))
 
     first = key()
     assert key() == first
@@ -165,7 +154,7 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
     def seen(request: Request, prose: Prose = prose) -> activations.Activations:
         return extraction.extract(model, request, pairs, prose, batch_size=5)[0]
 
-    def alone(text: str, pooling: Pooling, spans: Spans, site: str) -> torch.Tensor:
+    def alone(text: str, pooling: Pooling, spans: Spans, site: str) -> Tensor:
         pool = forward.Pool(1)
         name = "model.layers.3.mlp" if site == "ffn" else "model.layers.3"
         batched = batches([encode(text, pooling, spans)], 1, "cpu")
@@ -244,8 +233,7 @@ def test_a_damaged_cache_file_is_made_again(
     checkpoints: Checkpoints, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Runs(monkeypatch)
-    source = str(checkpoints("llama"))
-    recipe = Recipe(source=source, num_pairs=16, method=METHOD, options=TINY, guard=False)
+    recipe = tiny_recipe(checkpoints("llama"), num_pairs=16)
     assert stage(recipe) == "miss"
     (path,) = (cache / "activations").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
@@ -269,37 +257,27 @@ def test_one_wrong_bit_in_a_file_is_noticed(tmp_path: Path) -> None:
 REQUEST = Request("ffn", "mean", (0,), True)
 
 
+WHOLE = {"toxic.0": torch.ones(4, 8), "neutral.0": torch.ones(4, 8), "second_moment": torch.eye(8)}
+
+
 @pytest.mark.parametrize(
-    ("tensors", "fields"),
+    ("name", "tensor", "what", "expected", "found"),
     [
-        ({"toxic.0": torch.ones(4, 8)}, {"expected": "a tensor neutral.0"}),
-        (
-            {"toxic.0": torch.ones(4, 8), "neutral.0": torch.ones(4, 8)},
-            {"expected": "a tensor second_moment"},
-        ),
-        (
-            {"toxic.0": torch.ones(4, 8), "neutral.0": torch.ones(5, 8),
-             "second_moment": torch.eye(8)},
-            {"what": "...: neutral.0", "expected": "shape [4, 8]", "found": "[5, 8]"},
-        ),
-        (
-            {"toxic.0": torch.ones(4, 9), "neutral.0": torch.ones(4, 9),
-             "second_moment": torch.eye(9)},
-            {"what": "...: toxic.0", "expected": "shape [4, 8]", "found": "[4, 9]"},
-        ),
-        (
-            {"toxic.0": torch.full((4, 8), float("nan")), "neutral.0": torch.ones(4, 8),
-             "second_moment": torch.eye(8)},
-            {"what": "...: toxic.0 holds NaN or Inf"},
-        ),
+        ("neutral.0", None, "...", "a tensor neutral.0", None),
+        ("second_moment", None, "...", "a tensor second_moment", None),
+        ("neutral.0", torch.ones(5, 8), "...: neutral.0", "shape [4, 8]", "[5, 8]"),
+        ("toxic.0", torch.ones(4, 9), "...: toxic.0", "shape [4, 8]", "[4, 9]"),
+        ("toxic.0", torch.full((4, 8), torch.nan), "...: toxic.0 holds NaN or Inf", None, None),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_serve_are_refused(
-    tensors: dict[str, torch.Tensor], fields: dict[str, str], tmp_path: Path
-) -> None:
-    save_file(tensors, tmp_path / "seen.safetensors")
-    with refused(DataError, **fields):
-        load_activations(tmp_path / "seen.safetensors", REQUEST, 8)
+    name: str, tensor: Tensor | None, what: str, expected: str | None, found: str | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    others = {key: value for key, value in WHOLE.items() if key != name}
+    save_file(others if tensor is None else others | {name: tensor}, tmp_path / "a.safetensors")
+    with refused(DataError, what=what, expected=expected, found=found):
+        load_activations(tmp_path / "a.safetensors", REQUEST, 8)
 
 
 def test_remembered_digests_are_true(

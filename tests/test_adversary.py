@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
@@ -26,9 +26,8 @@ from converter.entrypoints.convert import convert
 from converter.entrypoints.delivery import Delivery
 from converter.entrypoints.verify import verify
 from converter.errors import PublishError
-from converter.hub.publication import Publication
 from converter.manifest import Manifest
-from converter.recipe import Recipe
+from converter.recipe import Publication
 from converter.release.manifest import read_manifest
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.adversary import (
@@ -46,11 +45,9 @@ from tests.builders.adversary import (
     reseal,
 )
 from tests.builders.errors import refused
-from tests.builders.models import METHOD, TINY
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY, tiny_recipe
 from tests.test_signing import write_key
-
-Cli = Callable[..., Result]
-Checkpoints = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +67,7 @@ def adapter(
         (folder / "pictures/a.png").write_bytes(bytes(range(64)))
         return [folder / "pictures/a.png"]
 
-    recipe = Recipe(
-        source=str(converted[0]),
-        num_pairs=64,
-        method=METHOD,
-        options=TINY,
-        guard=False,
-        output="adapter",
-    )
+    recipe = tiny_recipe(converted[0], num_pairs=64, output="adapter")
     convert(recipe, out, delivery=Delivery(pictures=draw))
     return out
 
@@ -88,11 +78,7 @@ def seeded(
 ) -> Path:
     """The same conversion with another seed and rank. Read only."""
     out = tmp_path_factory.mktemp("seeded") / "out"
-    options = {**TINY, "rank": "2"}
-    recipe = Recipe(
-        source=str(converted[0]), num_pairs=64, method=METHOD, options=options, guard=False, seed=1
-    )
-    convert(recipe, out)
+    convert(tiny_recipe(converted[0], num_pairs=64, options={**TINY, "rank": "2"}, seed=1), out)
     return out
 
 
@@ -240,6 +226,14 @@ def test_files_of_another_conversion_are_found(out: Path, seeded: Path, tmp_path
 # What someone repairs who knows the format. Each forger alters a folder and makes it agree again.
 
 
+@contextmanager
+def altered(folder: Path) -> Iterator[dict[str, Any]]:
+    """The manifest of a folder, which is sealed again with what is changed in it."""
+    manifest = load_manifest(folder)
+    yield manifest
+    put(folder, manifest)
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor], list[str]], None]) -> None:
     """Alter tensors of the first shard with an edited one, then its records."""
     manifest = load_manifest(folder)
@@ -298,29 +292,26 @@ def added(folder: Path, name: str) -> None:
 
 
 def dropped(folder: Path) -> None:
-    manifest = load_manifest(folder)
-    for place in (manifest["files"], manifest["source"]["files"]):
-        del place["generation_config.json"]
-    (folder / "generation_config.json").unlink()
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        for place in (manifest["files"], manifest["source"]["files"]):
+            del place["generation_config.json"]
+        (folder / "generation_config.json").unlink()
 
 
 def claimed(folder: Path, **changes: object) -> None:
     """Another value for a key of the first edited tensor, or of its measures."""
-    manifest = load_manifest(folder)
-    entry = manifest["edited"][0]
-    for key, value in changes.items():
-        (entry if key in entry else entry["measures"])[key] = value
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        entry = manifest["edited"][0]
+        for key, value in changes.items():
+            (entry if key in entry else entry["measures"])[key] = value
 
 
 def excused(folder: Path) -> None:
     """An altered config that the edit is said to have patched."""
     changes = {"rope_theta": 1.0}
     config(folder, **changes)
-    manifest = load_manifest(folder)
-    manifest["edit"]["patches"] = {"config.json": changes}
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["edit"]["patches"] = {"config.json": changes}
 
 
 def recorded(folder: Path, manifest: dict[str, Any], **more: torch.Tensor) -> None:
@@ -357,96 +348,86 @@ def replaced(folder: Path) -> None:
 
 def fewer_edits(folder: Path) -> None:
     """Layer 4 is said not to have been edited, everywhere."""
-    manifest = load_manifest(folder)
-    manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
-    manifest["method"]["options"]["layers"] = [2, 3]
-    manifest["run"]["options"]["layers"] = "2-3"
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["edited"] = [entry for entry in manifest["edited"] if entry["layer"] != 4]
+        manifest["method"]["options"]["layers"] = [2, 3]
+        manifest["run"]["options"]["layers"] = "2-3"
+
+
+def another_basis(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / EDIT_FILE)
+    save_file(tensors | {"U": change(tensors["U"]).contiguous()}, folder / EDIT_FILE)
+    reseal(folder, EDIT_FILE)
 
 
 def scaled_basis(folder: Path) -> None:
-    tensors = load_file(folder / EDIT_FILE)
-    tensors["U"] *= 0.5
-    save_file(tensors, folder / EDIT_FILE)
-    reseal(folder, EDIT_FILE)
+    another_basis(folder, lambda U: U * 0.5)
 
 
 def empty_basis(folder: Path) -> None:
     """Everything is orthogonal to nothing."""
-    tensors = load_file(folder / EDIT_FILE)
-    tensors["U"] = tensors["U"][:, :0].clone()
-    save_file(tensors, folder / EDIT_FILE)
-    manifest = load_manifest(folder)
-    record(folder, manifest, EDIT_FILE)
-    put(folder, manifest)
+    another_basis(folder, lambda U: U[:, :0].clone())
 
 
 def exempted(folder: Path) -> None:
     """A tensor that was altered is passed off as the scales of an edited weight."""
     untouched_weight(folder)
-    manifest = load_manifest(folder)
-    entry = manifest["edited"][0]
-    header = read_header(folder / entry["shard"])
-    edited = {entry["name"] for entry in manifest["edited"]}
-    other = next(name for name in header.tensors if name not in edited)
-    entry["requantized"] = {
-        "scales": other, "shard": entry["shard"], "block": [1, 1],
-        "sha256_before": "0" * 64, "sha256_after": "0" * 64,
-    }  # fmt: skip
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        entry = manifest["edited"][0]
+        header = read_header(folder / entry["shard"])
+        edited = {entry["name"] for entry in manifest["edited"]}
+        other = next(name for name in header.tensors if name not in edited)
+        entry["requantized"] = {
+            "scales": other, "shard": entry["shard"], "block": [1, 1],
+            "sha256_before": "0" * 64, "sha256_after": "0" * 64,
+        }  # fmt: skip
 
 
 def card(folder: Path) -> None:
-    text = (folder / CARD).read_text().replace("license: mit", "license: apache-2.0")
-    (folder / CARD).write_text(text)
-    put(folder, load_manifest(folder))
+    with altered(folder):
+        text = (folder / CARD).read_text().replace("license: mit", "license: apache-2.0")
+        (folder / CARD).write_text(text)
 
 
 def measured(folder: Path) -> None:
-    manifest = load_manifest(folder)
-    manifest["pairs"]["count"] = 100_000
-    put(folder, manifest)
+    with altered(folder) as manifest:
+        manifest["pairs"]["count"] = 100_000
 
 
-FORGERS: list[tuple[str, Callable[[Path], object], bool, bool]] = [
-    ("an untouched weight", untouched_weight, False, True),
-    ("the sign of an edited weight", edited_weight, False, True),
-    ("an edit undone", edit_undone, True, True),
-    ("another config", lambda f: config(f, rope_theta=1.0), False, True),
-    ("auto_map", lambda f: config(f, auto_map={"AutoConfig": "evil.Config"}), False, True),
-    ("a file of code", lambda f: added(f, "evil.py"), False, True),
-    ("a chat template", lambda f: added(f, "chat_template.jinja"), False, True),
-    ("other weights", lambda f: added(f, "pytorch_model.bin"), True, True),
-    ("a second set of weights", lambda f: added(f, "model.safetensors"), True, True),
-    ("a pointer to another model", lambda f: added(f, "adapter_config.json"), True, True),
-    ("a file left out", dropped, False, True),
-    ("leakage", lambda f: claimed(f, leakage=0.0), True, True),
-    ("a larger effect", lambda f: claimed(f, energy_removed=0.9), True, True),
-    ("a smaller change", lambda f: claimed(f, relative_change=1e-6), True, True),
-    ("another norm", lambda f: claimed(f, norm=1e9), True, True),
-    ("fewer edits than there were", fewer_edits, False, True),
-    ("a basis that is not orthonormal", scaled_basis, True, True),
-    ("an empty basis", empty_basis, True, True),
-    ("a weight passed off as scales", exempted, True, True),
-    ("another config, and a patch that makes it", excused, True, True),
-    ("a file of code, and an edit that adds it", brought, True, True),
-    ("another weight, and an edit that puts it there", replaced, True, True),
-    ("another licence in the card", card, False, False),
-    ("a measurement", measured, False, False),
-]
+FORGERS: dict[str, tuple[Callable[[Path], object], bool, bool]] = {
+    "an untouched weight": (untouched_weight, False, True),
+    "the sign of an edited weight": (edited_weight, False, True),
+    "an edit undone": (edit_undone, True, True),
+    "another config": (lambda f: config(f, rope_theta=1.0), False, True),
+    "auto_map": (lambda f: config(f, auto_map={"AutoConfig": "evil.Config"}), False, True),
+    "a file of code": (lambda f: added(f, "evil.py"), False, True),
+    "a chat template": (lambda f: added(f, "chat_template.jinja"), False, True),
+    "other weights": (lambda f: added(f, "pytorch_model.bin"), True, True),
+    "a second set of weights": (lambda f: added(f, "model.safetensors"), True, True),
+    "a pointer to another model": (lambda f: added(f, "adapter_config.json"), True, True),
+    "a file left out": (dropped, False, True),
+    "leakage": (lambda f: claimed(f, leakage=0.0), True, True),
+    "a larger effect": (lambda f: claimed(f, energy_removed=0.9), True, True),
+    "a smaller change": (lambda f: claimed(f, relative_change=1e-6), True, True),
+    "another norm": (lambda f: claimed(f, norm=1e9), True, True),
+    "fewer edits than there were": (fewer_edits, False, True),
+    "a basis that is not orthonormal": (scaled_basis, True, True),
+    "an empty basis": (empty_basis, True, True),
+    "a weight passed off as scales": (exempted, True, True),
+    "another config, and a patch that makes it": (excused, True, True),
+    "a file of code, and an edit that adds it": (brought, True, True),
+    "another weight, and an edit that puts it there": (replaced, True, True),
+    "another licence in the card": (card, False, False),
+    "a measurement": (measured, False, False),
+}
 """What is forged, how, whether it is found without the source, and with it. A key finds all."""
 
 
-@pytest.mark.parametrize(("forge", "without", "within"), [f[1:] for f in FORGERS],
-                         ids=[f[0] for f in FORGERS])  # fmt: skip
+@pytest.mark.parametrize("name", FORGERS)
 def test_who_repairs_all_that_he_can_is_found_by_this_much(
-    forge: Callable[[Path], object],
-    without: bool,
-    within: bool,
-    out: Path,
-    source: Source,
-    key: Path,
+    name: str, out: Path, source: Source, key: Path
 ) -> None:
+    forge, without, within = FORGERS[name]
     load_signer(key).sign(out, "tiny")
     public = load_public_key(key.with_suffix(".pub"))
     assert public.check(out) == []
@@ -504,18 +485,12 @@ def test_a_forged_value_is_found_or_is_a_claim(
 
 def test_two_keys_and_no_numbers_are_no_manifest(out: Path) -> None:
     text = (out / MANIFEST).read_text()
-    for altered, says in (
-        (text.replace('"files": {', '"files": {}, "files": {', 1), "it has the key files twice"),
-        (
-            text.replace('"schema_version": 1', '"schema_version": NaN'),
-            "it has the number NaN, which is none",
-        ),
-        (
-            text.replace('"num_pairs": 64', '"num_pairs": 64.0'),
-            "does not follow its schema at $.run.num_pairs: expected `int | null`, got `float`",
-        ),
+    for old, new, says in (
+        ('"files": {', '"files": {}, "files": {', "it has the key files twice"),
+        ('"schema_version": 1', '"schema_version": NaN', "it has the number NaN, which is none"),
+        ('"num_pairs": 64', '"num_pairs": 64.0', "expected `int | null`, got `float`"),
     ):
-        (out / MANIFEST).write_text(altered)
+        (out / MANIFEST).write_text(text.replace(old, new, 1))
         (problem, *_) = verify(out)
         assert says in problem
 
@@ -545,21 +520,20 @@ def test_code_runs_only_in_a_folder_that_is_whole(
     data["auto_map"] = {"AutoConfig": "configuration_own.Config"}
     (source / "config.json").write_text(json.dumps(data))
     (source / "configuration_own.py").write_text(CODE.format(marker=str(marker)))
-    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
-    convert(recipe, tmp_path / "out")
+    convert(tiny_recipe(source), tmp_path / "out")
     assert not marker.exists()
     load_signer(key).sign(tmp_path / "out", "tiny")
     public = key.with_suffix(".pub")
     args = ("verify", tmp_path / "out", "--trust-remote-code", "--key", public)
-    assert cli(*args).exit_code == 0
+    cli(*args, code=0)
     assert marker.exists()
     marker.unlink()
     code = tmp_path / "out/configuration_own.py"
     code.write_text(code.read_text() + "\n# altered\n")
-    assert cli(*args).exit_code == 8
+    cli(*args, code=8)
     assert not marker.exists()
     reseal(tmp_path / "out", code.name, copied=True)  # all agrees again, but nobody signed that
-    assert cli(*args).exit_code == 8
+    cli(*args, code=8)
     assert not marker.exists()
 
 
@@ -604,8 +578,7 @@ def test_a_recorded_lie_is_not_replayed(
 ) -> None:
     """Nothing is written from a record whose shards do not follow from it."""
     untouched_weight(out)
-    result = cli("replay", out, tmp_path / "again", "--source", converted[0])
-    assert result.exit_code == 8
+    result = cli("replay", out, tmp_path / "again", "--source", converted[0], code=8)
     assert "the replay gave other bytes than recorded" in result.stderr
     scaled_basis(out)
     result = cli("diff", converted[0], out, "--json")
@@ -613,8 +586,6 @@ def test_a_recorded_lie_is_not_replayed(
     shares = [entry["measured"]["in_span"] for entry in changed]
     assert max(share for share in shares if share) > 0.9  # of the span, whatever the length
     empty_basis(out)
-    result = cli("replay", out, tmp_path / "again", "--source", converted[0])
-    assert result.exit_code == 8
-    assert "U has 0 columns" in result.stderr
+    cli("replay", out, tmp_path / "again", "--source", converted[0], code=8, says="U has 0 columns")
     assert not (tmp_path / "again").exists()
-    assert cli("diff", converted[0], out).exit_code == 0
+    cli("diff", converted[0], out, code=0)

@@ -3,24 +3,21 @@
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 
 import converter
 from converter import errors
 from converter.edits.deltas import AddLowRank, RemoveSubspace
 from converter.release.manifest import read_manifest
 from tests.builders.errors import refused
-from tests.builders.models import METHOD, TINY, load
+from tests.builders.invoke import Cli
+from tests.builders.models import Checkpoints, load, tiny_recipe
 from tests.builders.packages import install
-
-Cli = Callable[..., Result]
 
 OUTPUT = '''"""A checkpoint with a note beside it."""
 
@@ -64,11 +61,8 @@ def load(argument, device):
 
 
 @pytest.fixture(scope="module")
-def recipe(checkpoints: Callable[..., Path]) -> converter.Recipe:
-    return converter.Recipe(
-        source=str(checkpoints("llama", torch.bfloat16)), method=METHOD, options=TINY,
-        num_pairs=64, guard=False,
-    )  # fmt: skip
+def recipe(checkpoints: Checkpoints) -> converter.Recipe:
+    return tiny_recipe(checkpoints("llama", torch.bfloat16))
 
 
 def test_every_public_name_is_there_and_documented() -> None:
@@ -165,16 +159,15 @@ def test_a_package_brings_methods_outputs_and_scorers(
     recipe: converter.Recipe, cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = cli("convert", recipe.source, out, "--method", "toy", "-o", "scale=0.1", "--output",
+    cli("convert", recipe.source, out, "--method", "toy", "-o", "scale=0.1", "--output",
                "noted", "--num-pairs", 64, "--no-guard", "--evaluate", "--scorer", "loudness",
-               "--num-prompts", 2, "--max-new-tokens", 2)  # fmt: skip
-    assert done.exit_code == 0, done.stderr
+               "--num-prompts", 2, "--max-new-tokens", 2, code=0)  # fmt: skip
     manifest = read_manifest(out)
     assert manifest.method.package == manifest.output_package == "toy-things 1.2"
     assert manifest.evaluation is not None
     assert manifest.evaluation.settings.scorers["loudness"].package == "toy-things 1.2"
     assert (out / "NOTE.txt").read_bytes() == b"Edited."
-    assert cli("verify", out).exit_code == 0
+    cli("verify", out, code=0)
 
 
 def test_the_example_of_the_guide_runs_as_a_package(
@@ -202,8 +195,7 @@ def test_the_example_of_the_guide_runs_as_a_package(
 
 @pytest.mark.usefixtures("plug_ins")
 def test_a_broken_package_is_named(recipe: converter.Recipe, cli: Cli, tmp_path: Path) -> None:
-    broken = cli("convert", recipe.source, tmp_path / "out", "--output", "broken")
-    assert broken.exit_code == 2
+    broken = cli("convert", recipe.source, tmp_path / "out", "--output", "broken", code=2)
     assert "toy-things 1.2 cannot be loaded" in broken.stderr
     unknown = cli("convert", recipe.source, tmp_path / "out", "--output", "other")
     assert "expected adapter or broken or checkpoint or noted, found other" in unknown.stderr

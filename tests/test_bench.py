@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from converter.checkpoints.plan import make_plan
-from converter.checkpoints.resolve import resolve
 from tests.bench.synthetic import Llama, shard_limit, write_llama
+from tests.builders.models import planned
 
 TINY = Llama(layers=12, hidden=32, ffn=128, vocabulary=300, heads=4, kv_heads=2)
 
@@ -35,8 +34,7 @@ def test_transformers_loads_a_synthetic_model_and_saves_it_in_as_many_shards(
 def test_a_synthetic_model_is_planned(tmp_path: Path, tied: bool) -> None:
     model = replace(TINY, tied=tied)
     write_llama(tmp_path, model, shard_limit(model, 2))
-    source = resolve(str(tmp_path))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    _, plan = planned(tmp_path)
     assert len(plan.targets) == TINY.layers
     tensors = (info for header in plan.headers.values() for info in header.tensors.values())
     assert sum(info.nbytes for info in tensors) == model.nbytes

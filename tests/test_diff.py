@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,10 +16,8 @@ from converter.checkpoints.safetensors.header import read_header
 from converter.edits.spectrum import Place, spectrum
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import load_manifest
-from tests.builders.models import make_checkpoint, tiny_args
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.models import Checkpoints, make_checkpoint, tiny_args
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,8 +32,7 @@ def edit(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def diff(cli: Cli, *args: object) -> dict[str, Any]:
-    result = cli("diff", *args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = cli("diff", *args, "--json", code=0)
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 
@@ -55,8 +51,7 @@ def test_a_checkpoint_and_its_copy_are_equal(
     found = diff(cli, source, other)
     assert (found["changed"], found["only_in_a"], found["only_in_b"]) == ([], [], [])
     assert found["files"]["only_in_a"] == ["model.safetensors.index.json"]
-    result = cli("diff", source, source, "--exit-code")
-    assert result.exit_code == 0
+    result = cli("diff", source, source, "--exit-code", code=0)
     assert "0 of 75 tensors differ" in result.stdout
 
 
@@ -88,8 +83,7 @@ def test_a_planted_change_of_rank_three_is_found_as_such(
     assert four["rank"] == 17
     assert 0.05 < four["in_span"] < 0.3  # 4 of 32 dimensions
     assert (norm["rank"], norm["relative_change"]) == (1, 1.0)
-    result = cli("diff", source, out, "--exit-code")
-    assert result.exit_code == 8
+    result = cli("diff", source, out, "--exit-code", code=8)
     assert "  >16" in result.stdout
     assert "4 of 75 tensors differ" in result.stdout
 
@@ -99,8 +93,7 @@ def test_a_conversion_is_exactly_what_its_manifest_says(
     kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     source, out = checkpoints(kind, torch.bfloat16), tmp_path / "out"
-    result = cli("convert", source, out, "--num-pairs", 64, *tiny_args(rank=2))
-    assert result.exit_code == 0, result.stderr
+    cli("convert", source, out, "--num-pairs", 64, *tiny_args(rank=2), code=0)
     found = diff(cli, source, out)
     assert found["subspace"] == EDIT_FILE
     changed = {entry["name"]: entry["measured"] for entry in found["changed"]}
@@ -182,7 +175,6 @@ def test_manifests_are_compared_by_their_leaves(
     assert changed["run.seed"] == (0, 7)
     assert "run.seed: 0 -> 7\n" in cli("diff", *paths).stdout
     assert diff(cli, paths[0], converted[1] / MANIFEST)["equal"]
-    assert cli("diff", *paths, "--exit-code").exit_code == 8
-    result = cli("diff", paths[0], converted[1])
-    assert result.exit_code == 2
+    cli("diff", *paths, "--exit-code", code=8)
+    result = cli("diff", paths[0], converted[1], code=2)
     assert "a manifest and a checkpoint cannot be compared" in result.stderr

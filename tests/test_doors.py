@@ -5,7 +5,7 @@ A failure here says which library has changed, and in which module that is to be
 
 import ast
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,7 @@ from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.hub import limits
 from converter.models.transformers_loader import LazyTensor, MetaTensor, PartLoader, from_tensors
 from tests.builders.meta import sentencepiece_model
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import Checkpoints
 
 DOORS = {
     "checkpoints/formats/meta_small_files.py": {"transformers.convert_slow_tokenizer"},

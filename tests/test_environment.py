@@ -1,13 +1,12 @@
 """Every option of every command can be given in the environment."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from huggingface_hub import get_token
 
 from converter.cli.convert import convert_command
@@ -15,10 +14,8 @@ from converter.cli.main import gloss
 from converter.errors import SourceError
 from converter.hub.repos import plain_errors
 from tests.builders.errors import refused
-from tests.builders.models import METHOD, TINY
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.models import METHOD, TINY, Checkpoints
 
 
 def test_every_option_has_a_variable_named_like_it() -> None:
@@ -44,8 +41,7 @@ def test_a_run_can_be_set_up_in_the_environment_alone(
         "CONTROL": "profs",  # of gloss evaluate: no reason to refuse a conversion without one
     }.items():  # fmt: skip
         monkeypatch.setenv(f"GLOSS_{name}", value)
-    result = cli("convert", source, tmp_path / "out", "--seed", 4)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", source, tmp_path / "out", "--seed", 4, code=0)
     assert json.loads(result.stdout)["rank"] == 4
     run = json.loads((tmp_path / "out/gloss_manifest.json").read_text())["run"]
     assert (run["batch_size"], run["guard"], run["options"]) == (7, False, TINY)
@@ -58,28 +54,23 @@ def test_a_wrong_value_and_a_misspelt_variable_are_named(
     checkpoints: Checkpoints, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "many")
-    result = cli("plan", checkpoints("llama"))
-    assert result.exit_code == 2
+    result = cli("plan", checkpoints("llama"), code=2)
     assert "the environment variable GLOSS_BATCH_SIZE" in result.stderr
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "0")
-    result = cli("plan", checkpoints("llama"))
-    assert result.exit_code == 2
+    result = cli("plan", checkpoints("llama"), code=2)
     says = "the environment variable GLOSS_BATCH_SIZE: expected at least 1, found 0"
     assert result.stderr == f"error: {says}\n"
     monkeypatch.setenv("GLOSS_BATCH_SIZE", "")  # as unset
     monkeypatch.setenv("GLOSS_MAX_LEAKAG", "0.1")
     monkeypatch.setenv("GLOSS_SIGN_PASSWORD", "secret")  # not an option, and not a mistake
     monkeypatch.setenv("GLOSS_MAX_LEAKAGE", "0.1")  # of another command
-    result = cli("plan", checkpoints("llama"))
-    assert result.exit_code == 0
+    result = cli("plan", checkpoints("llama"), code=0)
     assert "warning: GLOSS_MAX_LEAKAG is not the variable of any option" in result.stderr
     assert "GLOSS_MAX_LEAKAGE " not in result.stderr
     assert "PASSWORD" not in result.stderr
 
 
-def test_trusted_publishing_outside_a_job_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_trusted_publishing_outside_a_job_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_OIDC_RESOURCE", "someone/tiny")
     monkeypatch.delenv("HF_OIDC_ID_TOKEN", raising=False)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)

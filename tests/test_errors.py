@@ -27,13 +27,12 @@ from converter.errors import (
 )
 from converter.evaluation.gates import Gates
 from converter.evaluation.heldout import Probe, choose_strength
-from converter.hub.publication import Publication
 from converter.hub.publishing import check_account
 from converter.methods.gloss_paper import global_basis
 from converter.methods.options import parse_layers
 from converter.outputs.claim import claimed
 from converter.outputs.record_checks import plain_name
-from converter.recipe import Settings
+from converter.recipe import Publication, Settings
 from converter.text import LONGEST
 from tests.builders.errors import refused
 from tests.test_gates import GUARD

@@ -37,9 +37,7 @@ from converter.runtime import progress
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
-from tests.builders.models import load, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import Checkpoints, load, tiny_tokenizer
 
 PROMPTS = (
     "The river rises in the hills",
@@ -115,43 +113,33 @@ def test_a_field_can_choose_prompts(tmp_path: Path) -> None:
         load_prompts(f"{path}#hard", None, 0)
 
 
+LINE = "prompts file p.jsonl, line"
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "count", "fields"),
+    ("name", "content", "count", "what", "expected", "found"),
     [
-        (
-            "p.txt",
-            b"one\ntwo\ntwo\n",
-            3,
-            {"what": "prompts p.txt", "expected": "at least 3 different ones", "found": "2"},
-        ),
-        ("p.txt", b" \n", None, {"expected": "at least 1 different ones", "found": "0"}),
-        ("p.txt", b"\xff", None, {"what": "prompts file p.txt", "expected": "text in UTF-8"}),
-        (
-            "p.jsonl",
-            b'{"text": "a"}\n{"prompt": 3}',
-            None,
-            {"what": "prompts file p.jsonl, line 2", "expected": "...", "found": '{"prompt": 3}'},
-        ),
-        ("p.jsonl", b"{broken", None, {"what": "prompts file p.jsonl, line 1"}),
-        ("p.jsonl", b'{"text": "\\ud800"}', None, {"what": "prompts file p.jsonl, line 1"}),
-        ("p.jsonl", b"[" * 100_000, None, {"what": "prompts file p.jsonl, line 1"}),
-        ("p.md", b"one", None, {"expected": ".jsonl or .txt", "found": ".md"}),
-        ("q.txt", None, None, {"what": "prompts file .../q.txt does not exist"}),
-        ("p.txt", b"one", 0, {"what": "--num-prompts", "expected": "at least 1", "found": "0"}),
-        (
-            "p.txt#hard",
-            b"one",
-            None,
-            {"expected": "rows with a field hard", "found": "a text file"},
-        ),
+        ("p.txt", b"one\ntwo\ntwo\n", 3, "prompts p.txt", "at least 3 different ones", "2"),
+        ("p.txt", b" \n", None, "prompts p.txt", "at least 1 different ones", "0"),
+        ("p.txt", b"\xff", None, "prompts file p.txt", "text in UTF-8", None),
+        ("p.jsonl", b'{"text": "a"}\n{"prompt": 3}', None, f"{LINE} 2", "...", '{"prompt": 3}'),
+        ("p.jsonl", b"{broken", None, f"{LINE} 1", None, None),
+        ("p.jsonl", b'{"text": "\\ud800"}', None, f"{LINE} 1", None, None),
+        ("p.jsonl", b"[" * 100_000, None, f"{LINE} 1", None, None),
+        ("p.md", b"one", None, None, ".jsonl or .txt", ".md"),
+        ("q.txt", None, None, "prompts file .../q.txt does not exist", None, None),
+        ("p.txt", b"one", 0, "--num-prompts", "at least 1", "0"),
+        ("p.txt#hard", b"one", None, None, "rows with a field hard", "a text file"),
     ],
 )
 def test_prompts_that_cannot_serve(
-    name: str, content: bytes | None, count: int | None, fields: dict[str, str], tmp_path: Path
-) -> None:
+    name: str, content: bytes | None, count: int | None, what: str | None, expected: str | None,
+    found: str | None, tmp_path: Path,
+) -> None:  # fmt: skip
     if content is not None:
         (tmp_path / name.partition("#")[0]).write_bytes(content)
-    with refused(OptionError if count == 0 else DataError, **fields) as caught:
+    kind = OptionError if count == 0 else DataError
+    with refused(kind, what=what, expected=expected, found=found) as caught:
         load_prompts(str(tmp_path / name), count, 0)
     assert "\n" not in str(caught.value)
 
@@ -355,9 +343,7 @@ def classifier(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_a_classifier_scores_the_probability_of_its_label(
-    classifier: Callable[..., Path],
-) -> None:
+def test_a_classifier_scores_the_probability_of_its_label(classifier: Callable[..., Path]) -> None:
     folder = classifier("fine", "toxic", "odd")
     texts = [*PROMPTS, "", " ".join(PROMPTS * 20)]
     scorers = [load_scorer(f"classifier:{folder}#{name}", "cpu") for name in ("Fine", "odd")]
@@ -565,36 +551,30 @@ def test_the_five_sets_of_safeedit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "count", "fields"),
+    ("rows", "count", "what", "expected", "found"),
     [
-        ([instance(0)], 2, {"expected": "at least 2 instances", "found": "1"}),
-        ([], None, {"expected": "at least 1 instances", "found": "0"}),
-        ({}, None, {"expected": "a list", "found": "dict"}),
-        (
-            [instance(0, question=" ")],
-            None,
-            {"what": "..., instance 0", "expected": "a text in the field question"},
-        ),
-        (
-            [instance(0), "x"],
-            None,
-            {
-                "what": "..., instance 1",
-                "expected": "an object with a field generalization test",
-            },
-        ),
+        ([instance(0)], 2, None, "at least 2 instances", "1"),
+        ([], None, None, "at least 1 instances", "0"),
+        ({}, None, None, "a list", "dict"),
+        ([instance(0, question=" ")], None, "... 0", "a text in the field question", None),
+        ([instance(0), "x"], None, "... 1", "an object with a field generalization test", None),
     ],
 )
 def test_safeedit_files_that_cannot_serve(
-    rows: object, count: int | None, fields: dict[str, str], tmp_path: Path
-) -> None:
+    rows: object, count: int | None, what: str | None, expected: str, found: str | None,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows))
-    with refused(DataError, **fields):
+    with refused(DataError, what=what, expected=expected, found=found):
         load_safeedit(str(path), count, 0)
+
+
+def test_safeedit_files_that_are_no_json_and_no_instances_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
     path.write_text("[")
     with refused(DataError, what="SafeEdit file a.json", expected="JSON in UTF-8"):
-        load_safeedit(str(path), count, 0)
+        load_safeedit(str(path), None, 0)
     with refused(OptionError, what="--num-prompts", expected="at least 1", found="0"):
         load_safeedit(str(path), 0, 0)
 

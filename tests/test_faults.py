@@ -3,7 +3,7 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,30 +80,29 @@ def test_finished_shards_are_not_done_again(made: Scenes) -> None:
     assert count.finished == 5
 
 
-def test_killed_in_the_middle_of_a_write(made: Scenes) -> None:
-    sound(campaign.half_writes(prepared(made, "new"), 2))
+EVENTS: dict[str, Callable[[Scene], Count]] = {
+    "killed in the middle of a write": lambda scene: campaign.half_writes(scene, 2),
+    "disk full": lambda scene: campaign.errors(scene, "disk full", 1),
+    "EIO at fsync": lambda scene: campaign.errors(scene, "EIO at fsync", 1),
+    "EIO at rename": lambda scene: campaign.errors(scene, "EIO at rename", 1),
+    "a reading that fails": lambda scene: campaign.bad_reads(scene, 1),
+    "files that may not grow": lambda scene: circumstances.file_sizes(scene, 1),
+    "short writes, short readings, many signals": campaign.slow_devices,
+    "folders and files of somebody else": circumstances.no_permission,
+    "SIGINT": lambda scene: circumstances.interrupted(scene, 1, [signal.SIGINT]),
+    "SIGTERM": lambda scene: circumstances.interrupted(scene, 1, [signal.SIGTERM]),
+    "SIGHUP": lambda scene: circumstances.interrupted(scene, 1, [signal.SIGHUP]),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_happens_is_survived(made: Scenes, event: str) -> None:
+    sound(EVENTS[event](prepared(made, "new")))
 
 
 @pytest.mark.parametrize("variant", campaign.VARIANTS)
 def test_power_lost_at_any_operation(made: Scenes, variant: str) -> None:
     sound(campaign.power_cuts(prepared(made, "new"), 2, [variant]))
-
-
-@pytest.mark.parametrize("what", ["disk full", "EIO at fsync", "EIO at rename"])
-def test_an_operation_that_fails_is_said_in_a_sentence(made: Scenes, what: str) -> None:
-    sound(campaign.errors(prepared(made, "new"), what, 1))
-
-
-def test_files_that_may_not_grow(made: Scenes) -> None:
-    sound(circumstances.file_sizes(prepared(made, "new"), 1))
-
-
-def test_short_writes_short_readings_and_signals(made: Scenes) -> None:
-    sound(campaign.slow_devices(prepared(made, "new")))
-
-
-def test_a_reading_that_fails(made: Scenes) -> None:
-    sound(campaign.bad_reads(prepared(made, "new"), 1))
 
 
 def test_a_source_that_is_lost_while_it_is_edited(made: Scenes) -> None:
@@ -117,15 +116,6 @@ def test_a_shard_made_of_another_source_is_not_taken_for_finished(made: Scenes) 
     circumstances.lose(scene, count, "replace", circumstances.SHARD, at=7, after=circumstances.NEW)
     assert not count.broken, "\n".join(count.broken)
     assert (count.resumed, count.redone) == (1, 1)
-
-
-def test_folders_and_files_of_somebody_else(made: Scenes) -> None:
-    sound(circumstances.no_permission(prepared(made, "new")))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_within_a_second(made: Scenes, number: int) -> None:
-    sound(circumstances.interrupted(prepared(made, "new"), 1, [number]))
 
 
 def test_a_second_run_is_told_who_works(made: Scenes, zygotes: tuple[Zygote, Zygote]) -> None:
@@ -144,31 +134,31 @@ def test_a_second_run_is_told_who_works(made: Scenes, zygotes: tuple[Zygote, Zyg
     scene.check_after_success("two at a time")
 
 
+def a_file_of_three_bytes(root: Path) -> Disk:
+    """It was opened and written, and not flushed."""
+    root.mkdir()
+    disk = Disk(root)
+    (root / "a").write_bytes(b"abc")
+    disk.changed("open", (f"{root}/a",))
+    disk.changed("write", (f"{root}/a",))
+    return disk
+
+
 def test_the_model_of_the_disk_forgets_what_was_not_flushed(tmp_path: Path) -> None:
     """Of a file that was renamed without any fsync, each variant leaves something else."""
-    for variant, name, content in (
-        ("lost", None, b""), ("kept", "new", b""), ("zeros", "new", bytes(3)),
-    ):  # fmt: skip
+    for variant, left in (("lost", {}), ("kept", {"new": b""}), ("zeros", {"new": bytes(3)})):
         root = tmp_path / variant
-        root.mkdir()
-        disk = Disk(root)
-        (root / "a").write_bytes(b"abc")
-        disk.changed("open", (f"{root}/a",))
-        disk.changed("write", (f"{root}/a",))
+        disk = a_file_of_three_bytes(root)
         (root / "a").rename(root / "new")
         disk.changed("rename", (f"{root}/a", f"{root}/new"))
         disk.cut(variant, 0)
-        assert [path.name for path in root.iterdir()] == ([name] if name else [])
-        assert not name or (root / name).read_bytes() == content
+        assert {path.name: path.read_bytes() for path in root.iterdir()} == left
 
 
 def test_the_model_of_the_disk_keeps_what_was_flushed(tmp_path: Path) -> None:
     for variant in campaign.VARIANTS:
         root = tmp_path / variant
-        root.mkdir()
-        disk = Disk(root)
-        (root / "a").write_bytes(b"abc")
-        disk.changed("open", (f"{root}/a",))
+        disk = a_file_of_three_bytes(root)
         disk.changed("fsync", (f"{root}/a",))
         disk.changed("fsync", (str(root),))
         disk.cut(variant, 1)

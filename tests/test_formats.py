@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from io import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
+from gguf import RopeScalingType
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -27,18 +28,19 @@ from converter.checkpoints.formats.virtual import (
     split_shards,
 )
 from converter.checkpoints.names import EDIT_FILE
-from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import header_of
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.edits.edit_file import load_bases
 from converter.edits.engine import Engine
 from converter.entrypoints import convert as converting
-from converter.errors import SourceError
+from converter.errors import CheckpointError, SourceError
 from converter.evaluation.fit import fit
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from tests.builders.edits import removal
+from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.meta import write_native
 from tests.builders.models import (
     HIDDEN,
@@ -46,14 +48,13 @@ from tests.builders.models import (
     TINY_ARGS,
     TINY_MODELS,
     VISION,
+    Checkpoints,
     load,
+    planned,
     tiny_args,
     tiny_config,
     tiny_tokenizer,
 )
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -81,37 +82,30 @@ def as_pickles(source: Path, folder: Path, parts: int, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "parts", "settings"),
-    [
-        ("llama", 3, {}),
-        ("gpt2", 1, {}),
-        ("gpt2", 1, {"_use_new_zipfile_serialization": False}),  # before PyTorch 1.6
-    ],
-    ids=["sharded", "single", "old"],
-)
+PICKLED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "sharded": ("llama", 3, {}),
+    "single": ("gpt2", 1, {}),
+    "before PyTorch 1.6": ("gpt2", 1, {"_use_new_zipfile_serialization": False}),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
 def test_pickled_weights_convert_as_safetensors_do(
-    kind: str,
-    parts: int,
-    settings: dict[str, Any],
-    checkpoints: Checkpoints,
-    cli: Cli,
-    tmp_path: Path,
+    name: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
+    kind, parts, settings = PICKLED[name]
     source = checkpoints(kind)
     pickles = as_pickles(source, tmp_path / "pickles", parts, **settings)
     for place, out in ((source, "a"), (pickles, "b")):
-        result = cli("convert", place, tmp_path / out, *TINY_ARGS, "--num-pairs", 32)
-        assert result.exit_code == 0, result.stderr
+        cli("convert", place, tmp_path / out, *TINY_ARGS, "--num-pairs", 32, code=0)
     ours, theirs = tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a")
     assert ours.keys() == theirs.keys()  # GPT-2's tied unembedding is written once
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(list((tmp_path / "b").glob("model*.safetensors"))) == parts
     assert not list((tmp_path / "b").glob("*.bin*"))
     manifest = json.loads((tmp_path / "b/gloss_manifest.json").read_text())
     assert set(manifest["source"]["originals"]) == {p.name for p in pickles.glob("*.bin")}
-    verified = cli("verify", tmp_path / "b", "--source", pickles)
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", tmp_path / "b", "--source", pickles, code=0)
     ids = torch.randint(2, 300, (1, 9))
     assert torch.equal(load(tmp_path / "b")(ids).logits, load(tmp_path / "a")(ids).logits)
 
@@ -120,8 +114,7 @@ def test_files_that_must_be_held_are_read_once_each_however_many_workers_there_a
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = {"_use_new_zipfile_serialization": False}
-    source = resolve(str(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(as_pickles(checkpoints("llama"), tmp_path / "old", 3, **old))
     read: list[str] = []
 
     def load(path: Path) -> Any:
@@ -141,12 +134,11 @@ def test_another_source_is_noticed_when_it_was_pickled(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
-    assert cli("convert", pickles, tmp_path / "out", *TINY_ARGS).exit_code == 0
+    cli("convert", pickles, tmp_path / "out", *TINY_ARGS, code=0)
     state = torch.load(pickles / "pytorch_model.bin", weights_only=True)
     state["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
     torch.save(state, pickles / "pytorch_model.bin")
-    result = cli("verify", tmp_path / "out", "--source", pickles)
-    assert result.exit_code == 8
+    result = cli("verify", tmp_path / "out", "--source", pickles, code=8)
     assert "pytorch_model.bin of the source is not the file that was converted" in result.stderr
     assert "tensor model.layers.0.mlp.up_proj.weight differs" in result.stderr
 
@@ -175,9 +167,7 @@ def test_an_index_must_be_that_of_the_pickles(
     state = torch.load(path, weights_only=True)
     del state["model.norm.weight"]
     torch.save(state, path)
-    result = cli("plan", pickles)
-    assert result.exit_code == 4
-    assert f"the index places tensor model.norm.weight in {path.name}" in result.stderr
+    cli("plan", pickles, code=4, says=f"the index places tensor model.norm.weight in {path.name}")
 
 
 def test_pickles_that_change_during_a_run_are_noticed(
@@ -195,53 +185,15 @@ def test_pickles_that_change_during_a_run_are_noticed(
         return fitted
 
     monkeypatch.setattr(converting, "fit", slow)
-    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
-    assert result.exit_code == 4
+    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32, code=4)
     assert "pytorch_model.bin changed while it was read" in result.stderr
     assert not list(tmp_path.glob("*out*"))
     monkeypatch.undo()  # the next run, in the same process, takes the new file
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
-    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
-    assert result.exit_code == 0, result.stderr
+    cli("convert", pickles, tmp_path / "out", *TINY_ARGS, "--num-pairs", 32, code=0)
     name = "model.norm.weight"
     old, new = tensors_of(checkpoints("llama"))[name], tensors_of(tmp_path / "out")[name]
     assert torch.equal(new, old + 1)
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("exploded"),))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ({"a": Bomb()}, "holds more than tensors, and reading it would execute code"),
-        ([torch.ones(2)], "is not a state_dict: expected names and tensors, found list"),
-        ({"state_dict": {"a": torch.ones(2)}}, "found 'state_dict': dict; save the model's"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
-        (b"PK\x03\x04 and then nothing", "cannot be read as a PyTorch file"),
-        (b"", "cannot be read as a PyTorch file"),
-    ],
-    ids=["code", "list", "nested", "pointer", "truncated", "empty"],
-)
-def test_pickles_that_are_no_weights_are_refused(
-    content: Any,
-    says: str,
-    checkpoints: Checkpoints,
-    cli: Cli,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pickles = as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
-    path = pickles / "pytorch_model.bin"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    result = cli("convert", pickles, tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 4
-    assert says in result.stderr
-    assert not (tmp_path / "exploded").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["pickles"]
 
 
 def test_a_virtual_shard_reads_like_the_file_it_stands_for(tmp_path: Path) -> None:
@@ -290,9 +242,8 @@ def test_metas_own_layout_converts(
     source, out = tmp_path / "native", tmp_path / "out"
     reference = write_native(source, parts, kv_heads, dtype=torch.float32)
     args = ("--num-pairs", 32, *tiny_args(layers="0-1", rank=2))
-    result = cli("convert", source, out, *args)
-    assert result.exit_code == 0, result.stderr
-    assert cli("verify", out, "--source", source).exit_code == 0
+    cli("convert", source, out, *args, code=0)
+    cli("verify", out, "--source", source, code=0)
     U = load_bases(out / EDIT_FILE)["U"]
     projected = {
         name: w - U @ (U.T @ w) if "w2" in name else w for name, w in reference.weights.items()
@@ -315,8 +266,7 @@ def test_a_destination_inside_a_source_in_another_format_is_refused(
     write_native(tmp_path / "native")
     as_pickles(checkpoints("llama"), tmp_path / "pickles", 1)
     for source in (tmp_path / "native", tmp_path / "pickles"):
-        result = cli("convert", source, source / "out", "-o", "layers=0-1")
-        assert result.exit_code == 7
+        result = cli("convert", source, source / "out", "-o", "layers=0-1", code=7)
         assert "is the source or lies inside it" in result.stderr
 
 
@@ -328,16 +278,23 @@ def test_a_damaged_part_of_metas_layout_is_found_before_anything_is_done(
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    result = cli("convert", tmp_path / "native", tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 4
+    result = cli("convert", tmp_path / "native", tmp_path / "out", *TINY_ARGS, code=4)
     assert "consolidated.00.pth is damaged: its md5 is not that of the checklist" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def write_gguf(path: Path, block_count: int, lacks: str = "", **said: Any) -> None:
+def write_gguf(
+    path: Path,
+    block_count: int,
+    lacks: str = "",
+    factors: Mapping[str, NDArray[np.float32]] = {},
+    **said: Any,
+) -> None:
     """A tiny Llama of three blocks, which the header may deny; without one of its tensors.
 
-    ``said`` is what else the header says, by the names of methods of GGUFWriter.
+    Args:
+        factors: of frequencies, by the names of tensors.
+        said: what else the header says, by the names of methods of GGUFWriter.
     """
     from gguf import GGUFWriter
 
@@ -365,6 +322,8 @@ def write_gguf(path: Path, block_count: int, lacks: str = "", **said: Any) -> No
     for name, shape in shapes.items():
         if name != lacks:
             writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, np.float32) / 10)
+    for name, tensor in factors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -386,15 +345,14 @@ def test_a_gguf_file_is_unpacked_once(
     monkeypatch.setattr(gguf, "load", counted)
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
     args = ("--num-pairs", 32, *tiny_args(layers="0-2", rank=2))
-    result = cli("convert", path, tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
-    assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
+    cli("convert", path, tmp_path / "out", *args, code=0)
+    cli("verify", tmp_path / "out", "--source", path, code=0)
     assert loaded == [path]
     weights = next((tmp_path / "cache/gguf").rglob("model.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert cli("verify", tmp_path / "out", "--source", path).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", path, code=0)
     assert loaded == [path, path]  # what is in the cache and damaged is made again
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert set(manifest["source"]["originals"]) == {"tiny.gguf"}
@@ -442,6 +400,69 @@ def test_special_tokens_without_names_are_a_list_in_both_versions(tmp_path: Path
     assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
     read: Any = AutoTokenizer.from_pretrained(tmp_path)
     assert read.all_special_tokens == tokenizer.all_special_tokens
+
+
+def llama3_factors(factor: float) -> NDArray[np.float32]:
+    """What llama.cpp divides the 8 frequencies of such a head by, as its converter writes them."""
+    turns = 8192 * 500000.0 ** (-np.arange(8) / 8) / (2 * np.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+ONES = np.ones(8, np.float32)
+LINEAR, YARN = RopeScalingType.LINEAR, RopeScalingType.YARN
+WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": (
+        {"rope_scaling_type": LINEAR, "rope_scaling_factor": 8.0},
+        {"rope_type": "linear", "factor": 8.0},
+    ),
+    "yarn": (
+        {"rope_scaling_type": YARN, "rope_scaling_factor": 4.0, "rope_scaling_orig_ctx_len": 64},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "Llama 3.1": (
+        {"factors": {"rope_freqs": llama3_factors(8.0)}},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8192},
+    ),
+    "ones": ({"factors": {"rope_freqs": ONES}}, {"rope_type": "default"}),
+    "none": ({"rope_scaling_type": RopeScalingType.NONE}, {"rope_type": "default"}),
+    "a factor of one": ({"rope_scaling_factor": 1.0}, {"rope_type": "default"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", WRITTEN)
+def test_positions_that_a_gguf_file_scales_go_into_the_config(scaling: str, tmp_path: Path) -> None:
+    """transformers reads none of this from a header."""
+    said, expected = WRITTEN[scaling]
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    config = resolve(str(tmp_path / "tiny.gguf")).config
+    assert config["rope_parameters"] == expected | {"rope_theta": 500000}
+    is_plain = expected["rope_type"] == "default"
+    old = None if is_plain else expected | {"type": expected["rope_type"]}
+    assert config["rope_scaling"] == old
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"rope_scaling_type": YARN, "rope_scaling_factor": 4.0}, "scaling.type yarn, ..."),
+        ({"rope_scaling_type": RopeScalingType.LONGROPE}, "scaling.type longrope"),
+        ({"rope_scaling_attn_factors": 1.2, "rope_scaling_factor": 2.0}, "...attn_factor..."),
+        ({"factors": {"rope_freqs": np.arange(1, 9, dtype=np.float32)}}, "another"),
+        ({"factors": {"rope_freqs": llama3_factors(8.0)[4:]}}, "another"),
+        (
+            {"factors": dict.fromkeys(("rope_factors_long", "rope_factors_short"), ONES)},
+            "rope_factors_long.weight, rope_factors_short.weight",
+        ),
+    ],
+)
+def test_positions_that_no_config_says_are_refused(
+    said: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", 3, rope_freq_base=500000.0, **said)
+    with refused(CheckpointError, what="tiny.gguf scales positions...", found=found):
+        resolve(str(tmp_path / "tiny.gguf"))
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -514,22 +535,14 @@ def test_a_gguf_file_that_is_not_whole_is_refused(
 ) -> None:
     """transformers would fill what is missing with random numbers, and drop what is too much."""
     write_gguf(tmp_path / "tiny.gguf", block_count, lacks)
-    result = cli("convert", tmp_path / "tiny.gguf", tmp_path / "out", *TINY_ARGS)
-    assert result.exit_code == 4
-    assert says in result.stderr
+    cli("convert", tmp_path / "tiny.gguf", tmp_path / "out", *TINY_ARGS, code=4, says=says)
 
 
-def test_what_only_looks_like_gguf_is_refused(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"not this")
-    result = cli("convert", tmp_path / "a.gguf", tmp_path / "out")
-    assert result.exit_code == 4
-    assert "a.gguf is not a GGUF file" in result.stderr
+def test_a_folder_with_a_gguf_file_is_no_source(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "m.gguf").write_bytes(b"GGUF")
-    result = cli("convert", folder, tmp_path / "out")
-    assert result.exit_code == 4
-    assert "give the file m.gguf itself as SOURCE" in result.stderr
+    cli("convert", folder, tmp_path / "out", code=4, says="give the file m.gguf itself as SOURCE")
 
 
 def test_safetensors_are_preferred(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Theorems about the forward pass: what is pooled depends on the text and on nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,7 @@ from converter.models.batching import Batch, Encoder, Pooling, Sentence, batches
 from converter.models.loading import load_model
 from converter.models.resident import LanguageModel, Pool, SecondMoment, run
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import HIDDEN, Checkpoints, tiny_tokenizer
 
 TEXTS = [
     "the river rises in a range of low hills",

@@ -1,12 +1,10 @@
 """Gates fail the job with their own exit code and leave nothing that could be published."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from msgspec import convert
 from msgspec.structs import replace
 
@@ -22,11 +20,10 @@ from converter.manifest import (
     Metric,
 )
 from tests.builders.errors import refused
-from tests.builders.models import TINY_ARGS
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
+from tests.builders.planted import planted_args
 from tests.fuzz import skeleton
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 
 def guard(teacher_forced: float) -> GuardRecord:
@@ -91,20 +88,17 @@ def test_a_gate_without_a_measurement_is_refused_before_any_work(
     text = ("--evaluate", "--prompts", "none", "--min-toxicity-drop", 0.5)
     for more in (("--min-toxicity-drop", 0.5), ("--max-evaluated-perplexity-ratio", 1.1), text):
         for last in ((), ("--dry-run",)):
-            result = cli(*args, *more, *last)
-            assert result.exit_code == 2, result.stderr
-            assert "has no measurement" in result.stderr
+            result = cli(*args, *more, *last, code=2, says="has no measurement")
             assert "reading the headers" not in result.stderr
     monkeypatch.setenv("GLOSS_MIN_TOXICITY_DROP", "0.5")
-    assert cli(*args).exit_code == 2
+    cli(*args, code=2)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", ["inf", "nan"])
 @pytest.mark.parametrize("option", ["--max-leakage", "--max-perplexity-ratio"])
 def test_a_limit_is_a_number(option: str, number: str, cli: Cli, tmp_path: Path) -> None:
-    result = cli("convert", tmp_path, tmp_path / "out", option, number)
-    assert result.exit_code == 2
+    result = cli("convert", tmp_path, tmp_path / "out", option, number, code=2)
     assert result.stderr == f"error: {option}: expected a finite number, found {number}\n"
 
 
@@ -113,40 +107,32 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
 ) -> None:
     source = checkpoints("llama", torch.bfloat16)
     args = ("convert", source, tmp_path / "out", "--num-pairs", 64, *TINY_ARGS, "--json")
-    result = cli(*args, "--max-leakage", 1e-9)
-    assert result.exit_code == 11
+    result = cli(*args, "--max-leakage", 1e-9, code=11)
     said = json.loads(result.stdout)
     assert (said["error"], said["exit_code"]) == ("GateError", 11)
     assert "a gate is closed: --max-leakage asks for at most 1e-09, tensor model" in said["message"]
     assert list(tmp_path.iterdir()) == []
-    result = cli(*args, "--max-leakage", 0.9)
-    assert result.exit_code == 0, result.stderr
+    cli(*args, "--max-leakage", 0.9, code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     worst = max(entry["measures"]["leakage"] for entry in manifest["edited"])
     (gate,) = manifest["gates"]
     assert (gate["limit"], gate["measured"]) == (0.9, worst)
     # what is there stays there when a later job fails
     before = (tmp_path / "out/gloss_manifest.json").read_bytes()
-    assert cli(*args, "--max-leakage", 1e-9, "--overwrite").exit_code == 11
+    cli(*args, "--max-leakage", 1e-9, "--overwrite", code=11)
     assert (tmp_path / "out/gloss_manifest.json").read_bytes() == before
 
 
 def test_the_gate_of_toxicity_closes_before_the_edit(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    args = (
-        "convert", planted, tmp_path / "out", "--pairs", pairs,
-        "-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1", "--num-pairs", 200,
-        "--guard-draws", 2,
-    )  # fmt: skip
-    result = cli(*args, "--min-toxicity-drop", 0.99, "--force")
-    assert result.exit_code == 11, result.stderr
+    few = ("--num-pairs", 200, "--guard-draws", 2)
+    args = ("convert", planted, tmp_path / "out", *planted_args(planted), *few)
+    result = cli(*args, "--min-toxicity-drop", 0.99, "--force", code=11)
     assert "a gate is closed: --min-toxicity-drop asks for at least 0.99, guard" in result.stderr
     assert "editing" not in result.stderr
     assert list(tmp_path.iterdir()) == []
-    result = cli(*args, "--min-toxicity-drop", 0.1)
-    assert result.exit_code == 0, result.stderr
+    cli(*args, "--min-toxicity-drop", 0.1, code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     drop = 1 - manifest["guard"]["edit"]["teacher_forced"]["value"]
     assert manifest["gates"] == [

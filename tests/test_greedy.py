@@ -23,13 +23,8 @@ def planted(**changes: object) -> Moments:
     nothing."""
     words = [along((12, COMMON), (9, TWICE))] * 90 + [along((6, RARE))] * 10
     nothing = torch.zeros(7, K, K)
-    moments = Moments(
-        torch.eye(K),
-        torch.stack(words),
-        torch.ones(100),
-        {"pairs": nothing, "prose": nothing},
-        {"pairs": 70, "prose": 70},
-    )
+    texts, tokens = {"pairs": nothing, "prose": nothing}, {"pairs": 70, "prose": 70}
+    moments = Moments(torch.eye(K), torch.stack(words), torch.ones(100), texts, tokens)
     return replace(moments, **changes)  # type: ignore[arg-type]
 
 

@@ -1,13 +1,11 @@
 """The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
-from click.testing import Result
 from torch import Tensor
 
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
@@ -26,11 +24,11 @@ from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe
+from converter.release.manifest import read_manifest
 from tests.builders.edits import removal
 from tests.builders.errors import refused
-from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING
-
-Cli = Callable[..., Result]
+from tests.builders.invoke import Cli
+from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING, planted_args
 
 WORDS = load_words("builtin")
 TEST = Origin(name="test")
@@ -189,10 +187,8 @@ def test_a_doubtful_pass_is_said() -> None:
 def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    options = ("--pairs", pairs, "-o", "protect_shared=1", "-o", "protect_own=1", "--json")
-    result = cli("convert", planted, tmp_path / "out", *options)
-    assert result.exit_code == 0, result.stderr
+    args = (*planted_args(planted, rank=None), "--json")
+    result = cli("convert", planted, tmp_path / "out", *args, code=0)
     basis = load_bases(tmp_path / "out" / EDIT_FILE)["U"]
     assert float((basis.T @ TOXIC).norm()) > 0.95
     assert float((basis.T @ MASSIVE).norm()) < 0.01
@@ -201,7 +197,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["edit"]["teacher_forced"]["value"] < 0.6  # half of the words follow a curse
     assert guard["edit"]["perplexity_ratio"]["value"] < 1.03
 
-    recipe = Recipe(source=str(planted), pairs=str(pairs))
+    recipe = Recipe(source=str(planted), pairs=str(planted.parent / "pairs.jsonl"))
     source, plan, _ = prepare(recipe)
     bench = Bench.of(recipe, source, plan, WORDS, "cpu")
     parts = split(load_pairs(recipe.pairs, WORDS, None, 0), load_prose("builtin"), 0)
@@ -226,12 +222,10 @@ def proposed(bench: Bench, direction: Tensor) -> Proposal:
 @pytest.mark.slow
 def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: Path) -> None:
     """The default fit, twice without a cache: weights and subspace are identical."""
-    pairs = planted.parent / "pairs.jsonl"
-    options = ("--pairs", pairs, "-o", "protect_shared=1", "-o", "protect_own=1")
-    fewer = ("--num-pairs", 120, "--guard-draws", 1)
+    args = (*planted_args(planted, rank=None), "--num-pairs", 120, "--guard-draws", 1)
     for name in ("a", "b"):
-        args = (*options, *fewer, "--cache-dir", tmp_path / f"cache {name}")
-        assert cli("convert", planted, tmp_path / name, *args).exit_code == 0
+        cache = tmp_path / f"cache {name}"
+        cli("convert", planted, tmp_path / name, *args, "--cache-dir", cache, code=0)
     for path in (tmp_path / "a").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -239,11 +233,9 @@ def test_gradients_give_the_same_bytes_again(planted: Path, cli: Cli, tmp_path: 
 def test_a_model_spread_over_devices_gives_the_same(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    pairs = planted.parent / "pairs.jsonl"
-    options = ("--pairs", pairs, "-o", "rank=1", "-o", "protect_shared=1", "-o", "protect_own=1")
     for name, device in (("a", "cpu"), ("b", "map")):
-        result = cli("convert", planted, tmp_path / name, *options, "--device", device)
-        assert result.exit_code == 0, result.stderr
+        args = (*planted_args(planted), "--device", device)
+        cli("convert", planted, tmp_path / name, *args, code=0)
     first, second = (load_bases(tmp_path / name / EDIT_FILE)["U"] for name in ("a", "b"))
     assert torch.allclose(first, second, atol=1e-5)
 
@@ -251,20 +243,18 @@ def test_a_model_spread_over_devices_gives_the_same(
 def test_what_is_refused_is_not_written_unless_forced(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    args = ("convert", planted, tmp_path / "out", "--method", "random", "-o", "rank=2")
-    result = cli(*args, "-o", "protect_shared=2")
-    assert result.exit_code == 9
+    options = ("--method", "random", "-o", "rank=2", "-o", "protect_shared=2")
+    args = ("convert", planted, tmp_path / "out", *options)
+    result = cli(*args, code=9)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the edit is refused: " in line
     assert list(tmp_path.iterdir()) == []
-    forced = cli(*args, "-o", "protect_shared=2", "--force")
-    assert forced.exit_code == 0
-    assert "--force writes an edit that the guard refuses" in forced.stderr
-    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    assert manifest["guard"]["reasons"]
-    assert manifest["run"]["force"] is True
-    unguarded = cli(*args, "-o", "protect_shared=2", "--no-guard", "--overwrite")
-    assert unguarded.exit_code == 0
-    manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
-    assert manifest["guard"] is None
-    assert manifest["run"]["guard"] is False
+    cli(*args, "--force", code=0, says="--force writes an edit that the guard refuses")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.guard is not None
+    assert manifest.guard.reasons
+    assert manifest.run.force
+    cli(*args, "--no-guard", "--overwrite", code=0)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.guard is None
+    assert not manifest.run.guard

@@ -7,26 +7,28 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from safetensors.torch import save_file
 
 from converter.checkpoints.names import is_companion
-from converter.checkpoints.source import check_space
-from converter.cli.main import gloss as program
+from converter.checkpoints.safetensors.header import read_header
+from converter.checkpoints.source import check_space, remote_header
 from converter.errors import SourceError
-from converter.hub.repos import Repo, looks_like_repo
+from converter.hub.repos import Repo, looks_like_repo, resolve
 from converter.runtime.cache import sha256_of
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
+from tests.builders.invoke import invoke
 from tests.builders.meta import write_native
-from tests.builders.models import TINY_ARGS, tiny_args
+from tests.builders.models import TINY_ARGS, Checkpoints, tiny_args
 from tests.test_formats import as_pickles, tensors_of
 from tests.test_quantization import BLOCKS, as_fp8
 
-Checkpoints = Callable[..., Path]
 Gloss = Callable[..., Result]
 Process = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -61,9 +63,9 @@ def gloss(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Run ``gloss`` against the server, with caches of the test's own."""
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
 
-    def run(*args: object, offline: bool = False) -> Result:
+    def run(*args: object, offline: bool = False, **expected: Any) -> Result:
         connect(monkeypatch, server.url, tmp_path / "hf/hub", offline=offline)
-        return CliRunner().invoke(program, [str(arg) for arg in args])
+        return invoke(*args, **expected)
 
     return run
 
@@ -90,15 +92,10 @@ def process(server: HubServer, tmp_path: Path) -> Process:
 
 @pytest.mark.slow
 def test_a_repo_converts_as_its_folder_does(
-    gloss: Gloss,
-    process: Process,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, process: Process, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     args = ("--pairs", "someone/pairs", *TINY_ARGS)
-    result = gloss("convert", "someone/tiny@v1", tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
+    gloss("convert", "someone/tiny@v1", tmp_path / "out", *args, code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["source"]["repo_id"] == "someone/tiny"
     assert manifest["source"]["revision"] == "v1"
@@ -122,19 +119,16 @@ def test_a_repo_converts_as_its_folder_does(
     assert alone.returncode == 0, alone.stderr
     assert "cache hit" in alone.stderr
     assert len(server.log) == asked
-    assert gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1").exit_code == 0
-    result = gloss(
-        "convert", "someone/tiny@v1", tmp_path / "d", *args, "--no-keep-source", offline=True
-    )
-    assert result.exit_code == 2
+    gloss("verify", tmp_path / "c", "--source", "someone/tiny@v1", code=0)
+    more = (*args, "--no-keep-source")
+    result = gloss("convert", "someone/tiny@v1", tmp_path / "d", *more, offline=True, code=2)
     assert "so what is deleted could not be fetched again" in result.stderr
 
 
 def test_metas_repo_converts_as_typed(gloss: Gloss, tmp_path: Path) -> None:
     options = tiny_args(layers="0-1", rank=2)
-    result = gloss("convert", "meta-llama/Llama-2-7b", tmp_path / "out", *options)
-    assert result.exit_code == 0, result.stderr
-    assert gloss("verify", tmp_path / "out", "--source", "meta-llama/Llama-2-7b").exit_code == 0
+    gloss("convert", "meta-llama/Llama-2-7b", tmp_path / "out", *options, code=0)
+    gloss("verify", tmp_path / "out", "--source", "meta-llama/Llama-2-7b", code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
     assert manifest["source"]["commit"] == COMMIT
     assert "consolidated.00.pth" in manifest["source"]["originals"]
@@ -142,48 +136,37 @@ def test_metas_repo_converts_as_typed(gloss: Gloss, tmp_path: Path) -> None:
 
 
 def test_one_format_is_fetched_and_a_subfolder_alone(
-    gloss: Gloss,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     args = ("--num-pairs", 32, *TINY_ARGS)
-    assert gloss("convert", checkpoints("llama"), tmp_path / "plain", *args).exit_code == 0
+    gloss("convert", checkpoints("llama"), tmp_path / "plain", *args, code=0)
     for source, more in (("someone/pickles", ()), ("someone/several", ("variants/small",))):
         server.log.clear()
         out = tmp_path / source.partition("/")[2]
         subfolder = [part for name in more for part in ("--subfolder", name)]
-        result = gloss("convert", source, out, *args, *subfolder)
-        assert result.exit_code == 0, result.stderr
+        gloss("convert", source, out, *args, *subfolder, code=0)
         ours, theirs = tensors_of(out), tensors_of(tmp_path / "plain")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         card = (out / "README.md").read_text().splitlines()
         shown = next(line.split() for line in card if "gloss verify THIS_FOLDER --source" in line)
-        checked = gloss("verify", out, *shown[3:])
-        assert checked.exit_code == 0, checked.stderr
-    missing = gloss("plan", "someone/several", "--subfolder", "variants/large")
-    assert missing.exit_code == 3
+        gloss("verify", out, *shown[3:], code=0)
+    missing = gloss("plan", "someone/several", "--subfolder", "variants/large", code=3)
     assert "someone/several has no folder variants/large" in missing.stderr
 
 
 def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
-    gloss: Gloss,
-    server: HubServer,
-    checkpoints: Checkpoints,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """With activations of another run and a fixed rank, no more than two shards are on disk."""
-    first = gloss("convert", "someone/tiny", tmp_path / "a", *TINY_ARGS, "--num-pairs", 32)
-    assert first.exit_code == 0, first.stderr
+    gloss("convert", "someone/tiny", tmp_path / "a", *TINY_ARGS, "--num-pairs", 32, code=0)
     seen = next((tmp_path / "cache/activations").glob("*.safetensors"))
     shutil.rmtree(tmp_path / "hf")
     server.log.clear()
     server.most = 0
     server.watched = tmp_path / "hf"
     args = ("--activations", seen, "--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
-    result = gloss("convert", "someone/tiny", tmp_path / "b", *args)
-    assert result.exit_code == 0, result.stderr
+    gloss("convert", "someone/tiny", tmp_path / "b", *args, code=0)
     assert tensors_of(tmp_path / "b").keys() == tensors_of(tmp_path / "a").keys()
     for path in (tmp_path / "a").glob("model*.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
@@ -201,14 +184,10 @@ def test_shards_are_fetched_when_they_are_edited_and_dropped_after(
 
 @pytest.mark.parametrize("repo", ["someone/tiny", "someone/fp8"])
 def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
-    repo: str,
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    repo: str, gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     out, args = tmp_path / "out", ("--num-pairs", 32, "--output", "adapter", *TINY_ARGS)
-    result = gloss("convert", repo, out, "--no-keep-source", *args)
-    assert result.exit_code == 0, result.stderr
+    gloss("convert", repo, out, "--no-keep-source", *args, code=0)
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (repo, COMMIT)
     assert f'from_pretrained("{repo}", revision="{COMMIT}")' in (out / "README.md").read_text()
@@ -217,21 +196,17 @@ def test_an_adapter_names_the_commit_and_leaves_no_shard_if_none_is_to_be_kept(
     recorded = json.loads((out / "gloss_manifest.json").read_text())["source"]["files"]
     for name, path in shards.items():
         assert recorded[name] == {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-    assert gloss("verify", out, "--source", repo).exit_code == 0
+    gloss("verify", out, "--source", repo, code=0)
 
 
 @pytest.mark.parametrize("repo", ["someone/fp8", "someone/pickles"])
 def test_weights_that_need_one_another_are_dropped_together(
-    repo: str,
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    repo: str, gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     """FP8 weights and their scales are in two shards; pickles are read until the end."""
     args = ("--num-pairs", 32, "--no-keep-source", *TINY_ARGS)
     server.log.clear()
-    result = gloss("convert", repo, tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
+    gloss("convert", repo, tmp_path / "out", *args, code=0)
     names = {path.name for path in server.models[repo].glob("*0000*")}
     assert len(names) == 2
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.name in names]
@@ -241,9 +216,7 @@ def test_weights_that_need_one_another_are_dropped_together(
 
 
 def test_a_repo_that_was_renamed_is_read_and_called_by_its_new_name(
-    gloss: Gloss,
-    server: HubServer,
-    tmp_path: Path,
+    gloss: Gloss, server: HubServer, tmp_path: Path
 ) -> None:
     server.renamed["someone/old"] = "someone/tiny"
     result = gloss("convert", "someone/old", tmp_path / "out", *TINY_ARGS, "--num-pairs", 32)
@@ -264,6 +237,22 @@ def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer
     assert all("bytes=0-" in line for line in weights)
 
 
+def test_a_header_longer_than_the_first_range_is_read_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "long"
+    folder.mkdir()
+    tensors = {f"layer.{i:05}.weight": torch.ones(1) for i in range(1500)}
+    save_file(tensors, folder / "model.safetensors")
+    with HubServer({"someone/long": folder}, {}, set()) as hub:
+        connect(monkeypatch, hub.url, tmp_path / "hf/hub")
+        found = remote_header(resolve("model", "someone/long"), "model.safetensors")
+        asked = [line.partition("bytes=")[2] for line in hub.log if "bytes=" in line]
+    assert found == read_header(folder / "model.safetensors")
+    assert len(asked) == 2
+    assert asked[1].startswith("100000-")
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
@@ -272,30 +261,17 @@ def test_a_plan_reads_headers_and_no_weights(process: Process, server: HubServer
         ("someone/tiny@v9", "model someone/tiny@v9 has no such revision"),
     ],
 )
-def test_repos_that_cannot_be_read(
-    source: str,
-    says: str,
-    gloss: Gloss,
-    tmp_path: Path,
-) -> None:
-    result = gloss("convert", source, tmp_path / "out")
-    assert result.exit_code == 3, result.stderr
-    assert says in result.stderr
-    assert "Traceback" not in result.stderr
+def test_repos_that_cannot_be_read(source: str, says: str, gloss: Gloss, tmp_path: Path) -> None:
+    gloss("convert", source, tmp_path / "out", code=3, says=says)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dead_server_is_one_sentence(
-    gloss: Gloss,
-    tmp_path: Path,
-    server: HubServer,
-    monkeypatch: pytest.MonkeyPatch,
+    gloss: Gloss, tmp_path: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "url", "http://127.0.0.1:9")
-    result = gloss("convert", "someone/tiny", tmp_path / "out")
-    assert result.exit_code == 3, result.stderr
-    assert "model someone/tiny cannot be read from the Hub" in result.stderr
-    assert "Traceback" not in result.stderr
+    says = "model someone/tiny cannot be read from the Hub"
+    gloss("convert", "someone/tiny", tmp_path / "out", code=3, says=says)
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(tmp_path: Path) -> None:

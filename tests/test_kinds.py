@@ -9,8 +9,9 @@ show holds for any method.
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import converter
 from converter.calibration.word_list import load_words
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
+from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank, AddToRows, RemoveSubspace, Replace
 from converter.errors import CheckpointError, FitError, OptionError
@@ -36,11 +36,10 @@ from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
 from tests.builders.adversary import copy_of, load_manifest, put, record
+from tests.builders.invoke import Cli
 from tests.builders.methods import METHODS, AddedFile, Base, draw
-from tests.builders.models import load
+from tests.builders.models import Checkpoints, load, planned, tiny_recipe
 from tests.builders.packages import install
-
-Cli = Callable[..., Result]
 
 
 @dataclass(frozen=True)
@@ -58,55 +57,83 @@ class Kind:
     touched: str
 
 
+CREATED = Kind("created-bias", None, "layers.2.self_attn.o_proj.bias")
+ADDED = Kind("added-file", None, "notes/edit.txt")
 KINDS = [
     Kind("rank-one", "add-low-rank", "layers.2.mlp.down_proj.weight"),
     Kind("rows", "add-to-rows", "layers.2.mlp.gate_proj.weight"),
     Kind("replaced", "replace", "layers.2.self_attn.o_proj.weight"),
-    Kind("created-bias", None, "layers.2.self_attn.o_proj.bias"),
-    Kind("added-file", None, "notes/edit.txt"),
+    CREATED,
+    ADDED,
 ]
-EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
 
 
-@pytest.fixture(autouse=True)
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.method)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each in turn."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Installs the methods of the tests as a package."""
     entries = {name: f"{kind.__module__}:{kind.__name__}" for name, kind in METHODS.items()}
-    install(tmp_path / "site", monkeypatch, "toy-methods", {"gloss_convert.methods": entries})
+    with pytest.MonkeyPatch.context() as patch:
+        site = tmp_path_factory.mktemp("site")
+        install(site, patch, "toy-methods", {"gloss_convert.methods": entries})
+        yield
 
 
-def run(cli: Cli, *args: object, code: int = 0) -> Result:
-    result = cli(*args)
-    assert result.exit_code == code, result.stderr or result.stdout
-    return result
+@pytest.fixture(scope="module")
+def written(
+    checkpoints: Checkpoints, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Kind], Path]:
+    """What each kind makes of the source, made once. Read only."""
+
+    @cache
+    def get(kind: Kind) -> Path:
+        out = tmp_path_factory.mktemp(kind.method) / "out"
+        settings: dict[str, Any] = {"method": kind.method, "options": {"scale": "0.05"}}
+        source = checkpoints("llama", torch.bfloat16)
+        converter.convert(tiny_recipe(source, num_pairs=64, **settings), out)
+        return out
+
+    return get
 
 
-def arguments(source: Path, out: Path, kind: Kind) -> list[object]:
-    return ["convert", source, out, "--method", kind.method, "-o", "scale=0.05",
-            "--num-pairs", 64, "--no-guard"]  # fmt: skip
+@pytest.fixture
+def source(checkpoints: Checkpoints) -> Path:
+    return checkpoints("llama", torch.bfloat16)
 
 
-def convert(cli: Cli, source: Path, out: Path, kind: Kind, code: int = 0) -> Path:
-    run(cli, *arguments(source, out, kind), code=code)
-    return out
+def arguments(source: Path, out: Path, method: str, scale: str = "0.05") -> list[object]:
+    return ["convert", source, out, "--method", method, "-o", f"scale={scale}", "--num-pairs", 64]
+
+
+@pytest.fixture
+def convert(cli: Cli, tmp_path: Path) -> Cli:
+    """Convert to ``out`` without a guard; what is expected is as for ``cli``."""
+
+    def run(
+        source: Path, method: str, *more: object, scale: str = "0.05", code: int = 0, says: str = ""
+    ) -> Result:
+        args = arguments(source, tmp_path / "out", method, scale)
+        return cli(*args, "--no-guard", *more, code=code, says=says)
+
+    return run
 
 
 def no_space_left(*args: object) -> NoReturn:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.fixture
-def source(checkpoints: Callable[..., Path]) -> Path:
-    return checkpoints("llama", torch.bfloat16)
-
-
-@EACH
 def test_what_is_written_is_recorded_verified_and_loads(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+    kind: Kind, written: Callable[[Kind], Path], source: Path, cli: Cli
 ) -> None:
-    out = convert(cli, source, tmp_path / "out", kind)
-    run(cli, "verify", out)
-    run(cli, "verify", out, "--source", source)
+    out = written(kind)
+    cli("verify", out, code=0)
+    cli("verify", out, "--source", source, code=0)
     manifest = read_manifest(out)
     assert [edit.kind for edit in manifest.edited] == ([kind.kind] if kind.kind else [])
     before, after = load(source).state_dict(), load(out).state_dict()
@@ -118,11 +145,10 @@ def test_what_is_written_is_recorded_verified_and_loads(
         assert changed == ({f"model.{kind.touched}"} if kind.kind else set())
 
 
-@EACH
 def test_every_other_byte_is_that_of_the_source(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+    kind: Kind, written: Callable[[Kind], Path], source: Path
 ) -> None:
-    out = convert(cli, source, tmp_path / "out", kind)
+    out = written(kind)
     other = {path.name for path in source.iterdir() if path.is_file()} - {"README.md"}
     differ = {name for name in other if (out / name).read_bytes() != (source / name).read_bytes()}
     shards = {name for name in differ if name.endswith(".safetensors")}
@@ -137,98 +163,77 @@ def test_every_other_byte_is_that_of_the_source(
         assert new == old.replace('"attention_bias": false', '"attention_bias": true')
 
 
-@EACH
-def test_a_flipped_byte_is_found_and_named(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+def test_a_replay_gives_the_same_bytes(
+    kind: Kind, written: Callable[[Kind], Path], source: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    out = convert(cli, source, tmp_path / "out", kind)
-    if kind.method == "added-file":
-        (out / kind.touched).write_text("scale 0.06\n")
-        named = kind.touched
-    else:
-        named = f"model.{kind.touched}"
-        index = json.loads((out / "model.safetensors.index.json").read_text())
-        path = out / index["weight_map"][named]
-        length = int.from_bytes(path.read_bytes()[:8], "little")
-        entry = json.loads(path.read_bytes()[8 : 8 + length])[named]
-        data = bytearray(path.read_bytes())
-        data[8 + length + entry["data_offsets"][0] + 5] ^= 0x10
-        path.write_bytes(data)
-    assert named in run(cli, "verify", out, code=8).stderr
-
-
-@EACH
-def test_a_replay_gives_the_same_bytes(kind: Kind, source: Path, cli: Cli, tmp_path: Path) -> None:
-    out = convert(cli, source, tmp_path / "out", kind)
-    again = tmp_path / "again"
-    result = run(cli, "replay", out, again, "--source", source, "--json")
+    out, again = written(kind), tmp_path / "again"
+    result = cli("replay", out, again, "--source", source, "--json", code=0)
     assert json.loads(result.stdout)["identical"] is True
     for path in (p for p in out.rglob("*") if p.is_file()):
         if path.name not in ("README.md", "gloss_manifest.json", "SHA256SUMS"):
             assert (again / path.relative_to(out)).read_bytes() == path.read_bytes(), path.name
-    run(cli, "verify", again, "--source", source)
+    cli("verify", again, "--source", source, code=0)
 
 
-@EACH
 def test_an_interrupted_run_goes_on_where_it_stopped(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = convert(cli, source, tmp_path / "whole", kind)
+    kind: Kind, written: Callable[[Kind], Path], source: Path, convert: Cli, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     with monkeypatch.context() as broken:
         broken.setattr(write, "_small_files", no_space_left)
-        out = convert(cli, source, tmp_path / "out", kind, code=7)
+        convert(source, kind.method, code=7)
     count = len(list(source.glob("*.safetensors")))
-    again = run(cli, *arguments(source, out, kind))
-    assert f"{count} of {count} shards are finished already" in again.stderr
-    for path in whole.glob("*.safetensors"):
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    convert(source, kind.method, says=f"{count} of {count} shards are finished already")
+    for path in written(kind).glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-@EACH
 def test_hooks_give_what_the_written_model_gives(
-    kind: Kind, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path
+    kind: Kind, checkpoints: Checkpoints, convert: Cli, tmp_path: Path
 ) -> None:
     """The guard examines a model with hooks; what it sees must be what is written."""
-    source = checkpoints("llama", torch.float32)
-    out = convert(cli, source, tmp_path / "out", kind)
-    recording, resolved = read_recording(out), resolve(str(source))
-    plan = make_plan(resolved.config, resolved.weight_map, resolved.headers())
+    source, out = checkpoints("llama", torch.float32), tmp_path / "out"
+    convert(source, kind.method)
+    _, plan = planned(source)
     tokens = torch.arange(40).reshape(2, 20)
     before, after = load(source), load(out)
     with torch.no_grad():
         unedited, written = before(tokens).logits, after(tokens).logits
-        with edited(before, plan, recording.edit(plan)):
+        with edited(before, plan, read_recording(out).edit(plan)):
             hooked = before(tokens).logits
     torch.testing.assert_close(hooked, written, rtol=1e-5, atol=1e-5)
     assert (kind.touched == "notes/edit.txt") == torch.equal(unedited, written)
 
 
-@EACH
 def test_the_guard_examines_it_and_controls(
     kind: Kind, source: Path, cli: Cli, tmp_path: Path
 ) -> None:
     """Random changes make no model less toxic: the guard says so, and ``--force`` writes them."""
-    args = [a for a in arguments(source, tmp_path / "out", kind) if a != "--no-guard"]
-    refused = run(cli, *args, code=9)
-    assert "log-probability of toxic words" in refused.stderr
-    run(cli, *args, "--force")
+    args = arguments(source, tmp_path / "out", kind.method)
+    cli(*args, code=9, says="log-probability of toxic words")
+    cli(*args, "--force", code=0)
     guard = read_manifest(tmp_path / "out").guard
     assert guard is not None
     assert len(guard.controls) == 3
     assert (guard.edit.perplexity_ratio.value == 1) == (kind.method == "added-file")
 
 
-@EACH
 def test_an_adapter_holds_additions_of_low_rank_and_refuses_the_rest(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+    kind: Kind, source: Path, convert: Cli, cli: Cli, tmp_path: Path
 ) -> None:
-    args = [*arguments(source, tmp_path / "out", kind), "--output", "adapter"]
     if kind.method == "rank-one":
-        run(cli, *args)
-        run(cli, "verify", tmp_path / "out", "--source", source)
+        convert(source, kind.method, "--output", "adapter")
+        cli("verify", tmp_path / "out", "--source", source, code=0)
     else:
-        assert "an edit of low rank" in run(cli, *args, code=2).stderr
+        says = "an edit of low rank"
+        convert(source, kind.method, "--output", "adapter", code=2, says=says)
         assert not (tmp_path / "out").exists()
+
+
+def bring(method: type[Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of this file comes as that of one more package, under its own name."""
+    entries = {"gloss_convert.methods": {method.__name__: f"{__name__}:{method.__name__}"}}
+    install(tmp_path / "more", monkeypatch, "more-methods", entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,31 +254,27 @@ class ManyRoles(Base):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_adapter_of_several_roles_and_one_of_none(
-    architecture: str, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path,
+    architecture: str, checkpoints: Checkpoints, convert: Cli, cli: Cli, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    entries = {"many": f"{__name__}:ManyRoles"}
-    install(tmp_path / "more", monkeypatch, "more", {"gloss_convert.methods": entries})
-    source, out = checkpoints(architecture), tmp_path / "work" / "out"
-    many = Kind("many", None, "")
-    none = [a if a != "scale=0.05" else "scale=0" for a in arguments(source, out, many)]
-    refused = run(cli, *none, "--output", "adapter", code=4)
-    assert "the edit changes no tensor" in refused.stderr
-    assert not out.parent.exists()
-    run(cli, *arguments(source, out, many), "--output", "adapter")
-    run(cli, "verify", out, "--source", source)
+    bring(ManyRoles, tmp_path, monkeypatch)
+    source, adapter = checkpoints(architecture), ("--output", "adapter")
+    convert(source, "ManyRoles", *adapter, scale="0", code=4, says="the edit changes no tensor")
+    assert [path.name for path in tmp_path.iterdir()] == ["more"]
+    convert(source, "ManyRoles", *adapter)
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 def test_a_single_file_and_created_tensors_become_two_shards(
-    checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, convert: Cli, cli: Cli, tmp_path: Path
 ) -> None:
-    source = checkpoints("llama", torch.bfloat16, "10GB")
-    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    source, out = checkpoints("llama", torch.bfloat16, "10GB"), tmp_path / "out"
+    convert(source, "created-bias")
     shards = sorted(path.name for path in out.glob("model*.safetensors"))
     assert shards == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert (out / shards[0]).read_bytes() == (source / "model.safetensors").read_bytes()
-    run(cli, "verify", out, "--source", source)
-    assert load(out).state_dict()[f"model.{KINDS[3].touched}"].any()
+    cli("verify", out, "--source", source, code=0)
+    assert load(out).state_dict()["model.layers.2.self_attn.o_proj.bias"].any()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,67 +296,58 @@ class Filled(Base):
 
 
 @pytest.mark.parametrize("scale", ["0.5", "0", "1e30"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_weights_and_biases_of_nothing_but_zeros_can_change(
-    kind: str, scale: str, checkpoints: Callable[..., Path], cli: Cli, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    architecture: str, scale: str, checkpoints: Checkpoints, convert: Cli, cli: Cli,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """As those of a fresh layer are: a change has no share of their norm."""
-    entries = {"filled": f"{__name__}:Filled"}
-    install(tmp_path / "more", monkeypatch, "more", {"gloss_convert.methods": entries})
-    source = copy_of(checkpoints(kind, torch.bfloat16, "10GB"), tmp_path / "source")
+    bring(Filled, tmp_path, monkeypatch)
+    source = copy_of(checkpoints(architecture, torch.bfloat16, "10GB"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     for name in tensors:
         if ".2.mlp." in name:
             tensors[name].zero_()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    args = [scale if a == "scale=0.05" else a for a in
-            arguments(source, tmp_path / "out", Kind("filled", None, ""))]  # fmt: skip
-    run(cli, *(f"scale={scale}" if a == scale else a for a in args))
-    run(cli, "verify", tmp_path / "out", "--source", source)
+    convert(source, "Filled", scale=scale)
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 @pytest.mark.parametrize("metadata", [None, [], "x", {}, {"total_size": "x"}])
 def test_created_tensors_beside_an_index_whose_metadata_is_odd(
-    metadata: object, source: Path, cli: Cli, tmp_path: Path
+    metadata: object, source: Path, convert: Cli, cli: Cli, tmp_path: Path
 ) -> None:
-    folder = copy_of(source, tmp_path / "source")
+    folder, out = copy_of(source, tmp_path / "source"), tmp_path / "out"
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": metadata}))
-    out = convert(cli, folder, tmp_path / "out", KINDS[3])
+    convert(folder, "created-bias")
     assert json.loads((out / path.name).read_text())["metadata"] == metadata
-    run(cli, "verify", out, "--source", folder)
+    cli("verify", out, "--source", folder, code=0)
 
 
 @pytest.mark.parametrize(
-    ("method", "kind", "code", "sentence"),
+    ("method", "architecture", "code", "says"),
     [
         ("rows", "gpt2", 2, "this checkpoint has no gate_proj"),
         ("created-bias", "gpt_neox", 2, "a model whose o_proj can get a bias"),
+        ("rank-one", "gpt_oss", 4, "experts.down_proj holds several weights"),
     ],
 )
 def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
-    method: str, kind: str, code: int, sentence: str, checkpoints: Callable[..., Path], cli: Cli,
-    tmp_path: Path,
+    method: str, architecture: str, code: int, says: str, checkpoints: Checkpoints,
+    cli: Cli, tmp_path: Path,
 ) -> None:  # fmt: skip
-    args = ["convert", checkpoints(kind), tmp_path / "out", "--method", method]
-    for more in ([], ["--dry-run"]):
-        assert sentence in run(cli, *args, *more, code=code).stderr
-    assert sentence in run(cli, "plan", checkpoints(kind), "--method", method, code=code).stderr
+    source, given = checkpoints(architecture), ("--method", method)
+    for more in ((), ("--dry-run",)):
+        cli("convert", source, tmp_path / "out", *given, *more, code=code, says=says)
+    cli("plan", source, *given, code=code, says=says)
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_in_one_tensor_are_refused_before_a_fit(
-    checkpoints: Callable[..., Path], cli: Cli
-) -> None:
-    refused = run(cli, "plan", checkpoints("gpt_oss"), "--method", "rank-one", code=4)
-    assert "experts.down_proj holds several weights" in refused.stderr
 
 
 def test_a_method_of_a_package_can_be_a_control(source: Path, cli: Cli) -> None:
     small = ["--num-pairs", 64, "--scorer", "bad-words", "--num-prompts", 2, "--max-new-tokens", 2]
     for more in ([], ["--method", "rank-one"]):
-        result = run(cli, "evaluate", source, *more, "--control", "rank-one", *small)
+        result = cli("evaluate", source, *more, "--control", "rank-one", *small, code=0)
         assert "| rank-one |" in result.stdout
 
 
@@ -391,6 +383,11 @@ WRONG = {
     "a file that loaders take for weights": (
         Edit(files={"pytorch_model.bin": b""}), "pytorch_model.bin",
     ),
+    "one that does not look at case": (Edit(files={"a/U.SafeTensors": b""}), "a/U.SafeTensors"),
+    "an index in a folder": (
+        Edit(files={"a/model.safetensors.index.json": b"{}"}), "a/model.safetensors.index.json",
+    ),
+    "a file like ours": (Edit(files={"a/gloss_edit.tensors": b""}), "a/gloss_edit.tensors"),
     "a file that makes it an adapter": (
         Edit(files={"adapter_config.json": b"{}"}), "adapter_config.json",
     ),
@@ -440,10 +437,9 @@ def test_a_patch_is_what_its_json_says() -> None:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Callable[..., Path]) -> None:
+def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Checkpoints) -> None:
     edit, named = WRONG[wrong]
-    source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(checkpoints("llama", torch.bfloat16))
     with pytest.raises(CheckpointError) as raised:
         check_edit(edit, plan, source)
     assert named in raised.value.what
@@ -459,11 +455,8 @@ def test_an_edit_that_does_not_fit_is_refused(wrong: str, checkpoints: Callable[
         (Edit(files={"x": b""}), "x"),
     ],
 )
-def test_an_edit_beyond_its_footprint_is_refused(
-    edit: Edit, named: str, checkpoints: Callable[..., Path]
-) -> None:
-    source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+def test_an_edit_beyond_its_footprint_is_refused(edit: Edit, named: str, source: Path) -> None:
+    _, plan = planned(source)
     footprint = Footprint(plan.weights("down_proj", [0]), (AddToRows,), created={"new": (2,)})
     footprint.check(Edit({DOWN: AddToRows(torch.tensor([0]), torch.ones(48))}))
     with pytest.raises(FitError) as raised:
@@ -473,10 +466,9 @@ def test_an_edit_beyond_its_footprint_is_refused(
 
 @pytest.mark.parametrize("U", [torch.ones(32, 2), torch.eye(32)[:, :2] * 1.001])
 def test_a_basis_that_is_not_orthonormal_is_refused_before_it_is_written(
-    U: torch.Tensor, checkpoints: Callable[..., Path]
+    U: torch.Tensor, source: Path
 ) -> None:
-    source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    _, plan = planned(source)
     footprint = Footprint(plan.weights("down_proj", [0]), (RemoveSubspace,), 2)
     footprint.check(Edit({DOWN: RemoveSubspace(torch.eye(32)[:, :2].contiguous())}))
     with pytest.raises(FitError, match="expected orthonormal columns"):
@@ -484,35 +476,34 @@ def test_a_basis_that_is_not_orthonormal_is_refused_before_it_is_written(
 
 
 def test_a_refused_edit_leaves_nothing(
-    source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, convert: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit = Edit(files={"LICENSE": b"Another.\n"})
     monkeypatch.setattr(AddedFile, "edit", lambda self, bench, scale, seed: edit)
     monkeypatch.setattr(AddedFile, "footprint", lambda self, plan: Footprint(files=("LICENSE",)))
-    refused = run(cli, *arguments(source, tmp_path / "out", KINDS[4]), code=4)
-    assert "the edit adds a file LICENSE: expected a name that is free" in refused.stderr
+    says = "the edit adds a file LICENSE: expected a name that is free"
+    convert(source, "added-file", code=4, says=says)
     assert not (tmp_path / "out").exists()
 
 
-@EACH
-def test_a_plan_says_what_will_change(kind: Kind, source: Path, cli: Cli, tmp_path: Path) -> None:
-    out = convert(cli, source, tmp_path / "out", kind)
-    asked = ["plan", source, "--method", kind.method, "--json"]
-    planned, manifest = json.loads(run(cli, *asked).stdout), read_manifest(out)
-    assert planned["edited_tensors"] == [tensor.name for tensor in manifest.edited]
-    assert planned["created_tensors"] == sorted(t.name for t in manifest.edit.created)
-    assert planned["changed_files"] == sorted(manifest.edit.patches)
-    assert planned["added_files"] == sorted(manifest.edit.files)
-    copies = {n for n, file in manifest.files.items() if manifest.source.files.get(n) == file}
-    assert {*planned["copied_files"]} == copies - {*manifest.shards, "model.safetensors.index.json"}
-
-
-@EACH
-def test_a_gate_of_leakage_is_refused_at_once(
-    kind: Kind, source: Path, cli: Cli, tmp_path: Path
+def test_a_plan_says_what_will_change(
+    kind: Kind, written: Callable[[Kind], Path], source: Path, cli: Cli
 ) -> None:
-    args = [*arguments(source, tmp_path / "out", kind), "--max-leakage", 0.1]
-    assert "--max-leakage has no measurement" in run(cli, *args, code=2).stderr
+    told = cli("plan", source, "--method", kind.method, "--json", code=0)
+    plan, manifest = json.loads(told.stdout), read_manifest(written(kind))
+    assert plan["edited_tensors"] == [tensor.name for tensor in manifest.edited]
+    assert plan["created_tensors"] == sorted(t.name for t in manifest.edit.created)
+    assert plan["changed_files"] == sorted(manifest.edit.patches)
+    assert plan["added_files"] == sorted(manifest.edit.files)
+    copies = {n for n, file in manifest.files.items() if manifest.source.files.get(n) == file}
+    assert {*plan["copied_files"]} == copies - {*manifest.shards, "model.safetensors.index.json"}
+
+
+def test_a_gate_of_leakage_is_refused_at_once(
+    kind: Kind, source: Path, convert: Cli, tmp_path: Path
+) -> None:
+    says = "--max-leakage has no measurement"
+    convert(source, kind.method, "--max-leakage", 0.1, code=2, says=says)
     assert not (tmp_path / "out").exists()
 
 
@@ -552,32 +543,33 @@ FORGERIES = {
 
 @pytest.mark.parametrize("said", FORGERIES)
 def test_what_is_forged_and_made_to_agree_is_found_without_the_source(
-    said: str, source: Path, cli: Cli, tmp_path: Path
+    said: str, written: Callable[[Kind], Path], cli: Cli, tmp_path: Path
 ) -> None:
-    out = convert(cli, source, tmp_path / "out", KINDS[3])
+    out = copy_of(written(CREATED), tmp_path / "out")
     manifest = load_manifest(out)
     FORGERIES[said](out, manifest)
     put(out, manifest)
-    assert said in run(cli, "verify", out, code=8).stderr
+    cli("verify", out, code=8, says=said)
 
 
 def test_a_file_that_is_added_twice_or_is_none_of_a_model(
-    source: Path, cli: Cli, tmp_path: Path
+    written: Callable[[Kind], Path], cli: Cli, tmp_path: Path
 ) -> None:
-    out = convert(cli, source, tmp_path / "out", KINDS[4])
+    out = copy_of(written(ADDED), tmp_path / "out")
     manifest = load_manifest(out)
     manifest["edit"]["files"] *= 2
     put(out, manifest)
-    twice = run(cli, "verify", out, code=8)
-    assert "file notes/edit.txt is recorded as added twice" in twice.stderr
+    cli("verify", out, code=8, says="file notes/edit.txt is recorded as added twice")
     manifest["edit"]["files"][1] = "adapter_config.json"
     put(out, manifest)
-    refused = run(cli, "verify", out, code=8)
-    assert "adapter_config.json: is recorded as added by the edit and cannot be" in refused.stderr
+    says = "adapter_config.json: is recorded as added by the edit and cannot be"
+    cli("verify", out, code=8, says=says)
 
 
-def test_an_index_that_is_missing_is_missed_once(source: Path, cli: Cli, tmp_path: Path) -> None:
-    out = convert(cli, source, tmp_path / "out", KINDS[3])
+def test_an_index_that_is_missing_is_missed_once(
+    written: Callable[[Kind], Path], source: Path, tmp_path: Path
+) -> None:
+    out = copy_of(written(CREATED), tmp_path / "out")
     (out / "model.safetensors.index.json").unlink()
     found = converter.verify(out, source)
     assert found == ["model.safetensors.index.json: is missing"]
@@ -604,21 +596,18 @@ class OddParts(Base):
 
 
 def test_an_empty_file_and_tensors_that_share_memory(
-    source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, convert: Cli, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries = {"odd": f"{__name__}:OddParts"}
-    install(tmp_path / "odd", monkeypatch, "odd-methods", {"gloss_convert.methods": entries})
-    out = convert(cli, source, tmp_path / "out", Kind("odd", None, ""))
+    bring(OddParts, tmp_path, monkeypatch)
+    convert(source, "OddParts")
+    out = tmp_path / "out"
     assert (out / "notes/empty.txt").read_bytes() == b""
-    run(cli, "verify", out, "--source", source)
-    run(cli, "replay", out, tmp_path / "again", "--source", source)
+    cli("verify", out, "--source", source, code=0)
+    cli("replay", out, tmp_path / "again", "--source", source, code=0)
 
 
-def test_the_guard_refuses_a_config_that_hooks_do_not_show(
-    checkpoints: Callable[..., Path],
-) -> None:
-    source = resolve(str(checkpoints("llama", torch.bfloat16)))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+def test_the_guard_refuses_a_config_that_hooks_do_not_show(source: Path) -> None:
+    _, plan = planned(source)
     route = plan.bias_route("o_proj")
     assert route is not None
     created = {name: torch.zeros(shape) for name, shape in route.created.items()}
@@ -628,11 +617,10 @@ def test_the_guard_refuses_a_config_that_hooks_do_not_show(
             module_edits(plan, Edit(created=created, patches={"config.json": patch}))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_oss"])
-def test_the_bench_reads_biases_as_columns(kind: str, checkpoints: Callable[..., Path]) -> None:
-    recipe = Recipe(source=str(checkpoints(kind)))
-    source = resolve(recipe.source)
-    plan = make_plan(source.config, source.weight_map, source.headers())
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])
+def test_the_bench_reads_biases_as_columns(architecture: str, checkpoints: Checkpoints) -> None:
+    recipe = Recipe(source=str(checkpoints(architecture)))
+    source, plan = planned(Path(recipe.source))
     bench = Bench.of(recipe, source, plan, load_words("builtin"), "cpu")
     for weight in (*plan.weights("down_proj", [2]), *plan.biases("down_proj", [2])):
         height = weight.info.shape[weight.axis]

@@ -1,8 +1,6 @@
 """Teacher-forced numbers: what they are, by definition and on tiny models."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,7 @@ from torch import Tensor
 
 from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
+from converter.checkpoints.plan import Plan
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.batching import Encoder, Sentence
@@ -29,9 +26,7 @@ from converter.models.likelihood import (
     word_changes,
 )
 from tests.builders.edits import removal
-from tests.builders.models import HIDDEN, TINY_MODELS, tiny_tokenizer
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import HIDDEN, TINY_MODELS, Checkpoints, planned, tiny_tokenizer
 
 
 @pytest.fixture
@@ -43,8 +38,7 @@ def model(checkpoints: Checkpoints) -> forward.LanguageModel:
 @pytest.fixture
 def plan(checkpoints: Checkpoints) -> Plan:
     """Of the checkpoint of ``model``."""
-    source = resolve(str(checkpoints("llama")))
-    return make_plan(source.config, source.weight_map, source.headers())
+    return planned(checkpoints("llama"))[1]
 
 
 def test_log_probabilities_are_those_of_the_logits(model: forward.LanguageModel) -> None:

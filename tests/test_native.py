@@ -29,6 +29,7 @@ from converter.checkpoints.names import is_native
 from converter.errors import CheckpointError, DestinationError, SourceError
 from converter.runtime.cache import using_cache
 from tests.builders.errors import refused
+from tests.builders.hostile import Damage, Evil, params, written
 from tests.builders.meta import (
     Reference,
     md5,
@@ -104,21 +105,9 @@ def test_logits_are_those_of_metas_code(
         assert (plain.logits(ids, positions) - wanted).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["one part", "grouped, two parts"])
-def test_without_the_reordering_they_are_others(
-    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reference = write_native(source, **KINDS[kind])
-    monkeypatch.setattr(native, "half_split", lambda weight, heads: weight)
-    folder = materialize(read_native(source), tmp_path / "out")
-    ids, positions = far_apart()
-    difference = translated_logits(folder, ids, positions) - reference.logits(ids, positions)
-    assert difference.abs().max() > 1e-2
-
-
 @pytest.mark.parametrize("tied", ["", "shared"])
 def test_virtual_shards_are_files_of_safetensors(tied: str, source: Path, tmp_path: Path) -> None:
-    reference = write_native(source, parts=2, tied=tied, **LLAMA3)
+    write_native(source, parts=2, tied=tied, **LLAMA3)
     translated = read_native(source)
     folder = materialize(translated, tmp_path / "out")
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -127,17 +116,6 @@ def test_virtual_shards_are_files_of_safetensors(tied: str, source: Path, tmp_pa
         assert set(names) == set(file.keys())
         for recipe in recipes:
             assert torch.equal(file.get_tensor(recipe.name), recipe.make())
-    whole = {recipe.name: recipe.make() for recipe in recipes}
-    for name, meta in {
-        "model.embed_tokens.weight": "tok_embeddings.weight",
-        "model.layers.1.self_attn.v_proj.weight": "layers.1.attention.wv.weight",
-        "model.layers.1.self_attn.o_proj.weight": "layers.1.attention.wo.weight",
-        "model.layers.0.mlp.gate_proj.weight": "layers.0.feed_forward.w1.weight",
-        "model.layers.0.mlp.down_proj.weight": "layers.0.feed_forward.w2.weight",
-        "model.layers.0.mlp.up_proj.weight": "layers.0.feed_forward.w3.weight",
-        "model.norm.weight": "norm.weight",
-    }.items():
-        assert torch.equal(whole[name], reference.weights[meta])
     assert names[0] == "model.embed_tokens.weight"
     assert names[-1] == ("model.norm.weight" if tied else "lm_head.weight")
 
@@ -395,204 +373,129 @@ def resave(part: Path, change: Callable[[dict[str, Any]], object]) -> None:
     torch.save(tensors, part)
 
 
-def edit_params(source: Path, **changes: Any) -> None:
-    data = json.loads((source / "params.json").read_text())
-    (source / "params.json").write_text(json.dumps(data | changes))
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def forget(source: Path, *names: str) -> None:
-    for name in names:
-        (source / name).unlink()
+def without(*names: str) -> Damage:
+    def damage(source: Path) -> None:
+        for name in names:
+            (source / name).unlink()
+
+    return damage
 
 
-class Evil:
-    """Python code in a pickle."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("run",)
+def stored(content: object) -> Damage:
+    """The first part is a file of PyTorch that holds this."""
+    return lambda source: torch.save(content, source / FIRST)
 
 
-def first(source: Path) -> Path:
-    return source / "consolidated.00.pth"
+def first(change: Callable[[dict[str, Any]], object]) -> Damage:
+    """The tensors of the first part are changed."""
+    return lambda source: resave(source / FIRST, change)
 
 
-WQ, V = "layers.0.attention.wq.weight", "layers.1.attention.wv.weight"
-UNREADABLE = "consolidated.00.pth cannot be read as a PyTorch file"
-FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
-    "no params": (
-        lambda s: (s / "params.json").unlink(),
-        {"what": "params.json cannot be read as JSON", "found": "No such file or directory"},
-    ),
-    "params not JSON": (
-        lambda s: (s / "params.json").write_text("{"),
-        {"what": "params.json cannot be read as JSON"},
-    ),
-    "params a list": (
-        lambda s: (s / "params.json").write_text("[]"),
-        {"what": "params.json is not a JSON object", "found": "list"},
-    ),
-    "params nested": (
-        lambda s: edit_params(s, model="x"),
-        {"what": "params.json is not a JSON object", "found": "str"},
-    ),
-    "endless": (
-        lambda s: edit_params(s, n_layers=10**13),
-        {"what": "params.json has no usable n_layers"},
-    ),
-    "many layers": (
-        lambda s: edit_params(s, n_layers=10**11),
-        {"what": "consolidated.00.pth has no tensor layers.2.attention.wq.weight"},
-    ),
-    "no dim": (
-        lambda s: edit_params(s, dim=None),
-        {"what": "params.json has no usable dim", "found": "None"},
-    ),
+FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
+WQ, WQ_2 = "layers.0.attention.wq.weight", "layers.2.attention.wq.weight"
+WK, V = "layers.0.attention.wk.weight", "layers.1.attention.wv.weight"
+UNREADABLE, UNUSABLE = f"{FIRST} cannot be read as a PyTorch file", "params.json has no usable"
+NO_JSON, NO_OBJECT = "params.json cannot be read as JSON", "params.json is not a JSON object"
+CONTRADICTS, ITSELF = "contradicts params.json", "params.json contradicts itself"
+TWO_PARTS = {"expected": "2 parts of the weights"}
+FAULTS: dict[str, tuple[Damage, str, dict[str, str]]] = {
+    "no params": (without("params.json"), NO_JSON, {"found": "No such file or directory"}),
+    "params not JSON": (written("params.json", "{"), NO_JSON, {}),
+    "params a list": (written("params.json", "[]"), NO_OBJECT, {"found": "list"}),
+    "params nested": (params(model="x"), NO_OBJECT, {"found": "str"}),
+    "endless": (params(n_layers=10**13), f"{UNUSABLE} n_layers", {}),
+    "negative": (params(n_layers=-1), f"{UNUSABLE} n_layers", {}),
+    "many layers": (params(n_layers=10**11), f"{FIRST} has no tensor {WQ_2}", {}),
+    "no dim": (params(dim=None), f"{UNUSABLE} dim", {"found": "None"}),
     "odd layers": (
-        lambda s: edit_params(s, n_layers=2.5),
-        {"what": "params.json has no usable n_layers", "expected": "...", "found": "2.5"},
+        params(n_layers=2.5), f"{UNUSABLE} n_layers", {"expected": "...", "found": "2.5"},
     ),
-    "text": (
-        lambda s: edit_params(s, norm_eps="1e-5"),
-        {"what": "params.json has no usable norm_eps", "found": "'1e-5'"},
-    ),
+    "text": (params(norm_eps="1e-5"), f"{UNUSABLE} norm_eps", {"found": "'1e-5'"}),
     "infinite": (
-        lambda s: edit_params(s, ffn_dim_multiplier=1e999),
-        {"what": "params.json has no usable ffn_dim_multiplier", "found": "inf"},
+        params(ffn_dim_multiplier=1e999), f"{UNUSABLE} ffn_dim_multiplier", {"found": "inf"},
     ),
-    "heads": (
-        lambda s: edit_params(s, n_heads=5),
-        {"what": "params.json contradicts itself", "found": "dim 32, n_heads 5, n_kv_heads 5"},
-    ),
-    "groups": (
-        lambda s: edit_params(s, n_kv_heads=3),
-        {"what": "params.json contradicts itself", "found": "dim 32, n_heads 4, n_kv_heads 3"},
-    ),
-    "other dim": (
-        lambda s: edit_params(s, dim=64),
-        {"what": "tensor tok_embeddings.weight contradicts params.json"},
-    ),
+    "heads": (params(n_heads=5), ITSELF, {"found": "dim 32, n_heads 5, n_kv_heads 5"}),
+    "groups": (params(n_kv_heads=3), ITSELF, {"found": "dim 32, n_heads 4, n_kv_heads 3"}),
+    "other dim": (params(dim=64), f"tensor tok_embeddings.weight {CONTRADICTS}", {}),
     "other FFN": (
-        lambda s: edit_params(s, ffn_dim_multiplier=2),
-        {
-            "what": "tensor layers.0.feed_forward.w1.weight contradicts params.json",
-            "expected": "[176, 32] from 2 parts",
-            "found": "[48, 32] in each",
-        },
+        params(ffn_dim_multiplier=2), f"tensor layers.0.feed_forward.w1.weight {CONTRADICTS}",
+        {"expected": "[176, 32] from 2 parts", "found": "[48, 32] in each"},
     ),
-    "other vocabulary": (
-        lambda s: edit_params(s, vocab_size=700),
-        {"what": "tensor tok_embeddings.weight contradicts params.json"},
-    ),
-    "other groups": (
-        lambda s: edit_params(s, n_kv_heads=2),
-        {"what": "tensor layers.0.attention.wk.weight contradicts params.json"},
-    ),
-    "more layers": (
-        lambda s: edit_params(s, n_layers=3),
-        {"what": "consolidated.00.pth has no tensor layers.2.attention.wq.weight"},
-    ),
+    "other vocabulary": (params(vocab_size=700), f"tensor tok_embeddings.weight {CONTRADICTS}", {}),
+    "other groups": (params(n_kv_heads=2), f"tensor {WK} {CONTRADICTS}", {}),
+    "more layers": (params(n_layers=3), f"{FIRST} has no tensor {WQ_2}", {}),
     "fewer layers": (
-        lambda s: edit_params(s, n_layers=1),
-        {"what": "consolidated.00.pth has a tensor layers.1.attention.wq.weight, ..."},
+        params(n_layers=1), f"{FIRST} has a tensor layers.1.attention.wq.weight, ...", {},
     ),
-    "gap": (
-        lambda s: first(s).unlink(),
-        {"what": "consolidated.00.pth is missing", "expected": "2 parts of the weights"},
-    ),
-    "last part": (
-        lambda s: (s / "consolidated.01.pth").unlink(),
-        {"what": "consolidated.01.pth is missing", "expected": "2 parts of the weights"},
-    ),
+    "gap": (without(FIRST), f"{FIRST} is missing", TWO_PARTS),
+    "last part": (without(SECOND), f"{SECOND} is missing", TWO_PARTS),
     "last part, not listed": (
-        lambda s: forget(s, "consolidated.01.pth", "checklist.chk"),
-        {
-            "what": "tensor tok_embeddings.weight contradicts params.json",
-            "hint": "one of them is of another model, or a part is missing",
-        },
+        without(SECOND, "checklist.chk"), f"tensor tok_embeddings.weight {CONTRADICTS}",
+        {"hint": "one of them is of another model, or a part is missing"},
     ),
-    "truncated": (lambda s: truncate(first(s)), {"what": UNREADABLE}),
-    "empty": (lambda s: first(s).write_bytes(b""), {"what": UNREADABLE}),
+    "truncated": (lambda source: truncate(source / FIRST), UNREADABLE, {}),
+    "empty": (written(FIRST, ""), UNREADABLE, {}),
     "pointer": (
-        lambda s: first(s).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        {"what": "consolidated.00.pth is a pointer of git-lfs, not the file itself"},
+        written(FIRST, "version https://git-lfs.github.com/spec/v1\n"),
+        f"{FIRST} is a pointer of git-lfs, not the file itself", {},
     ),
-    "pickle": (lambda s: first(s).write_bytes(pickle.dumps({})), {"what": UNREADABLE}),
+    "pickle": (lambda s: (s / FIRST).write_bytes(pickle.dumps({})), UNREADABLE, {}),
     "code": (
-        lambda s: torch.save({"x": Evil()}, first(s)),
-        {"what": "... holds more than tensors, and reading it would execute code"},
+        stored({"x": Evil()}), "... holds more than tensors, and reading it would execute code", {},
     ),
-    "not a table": (
-        lambda s: torch.save(torch.ones(2), first(s)),
-        {"what": "consolidated.00.pth is not a state_dict", "found": "Tensor"},
-    ),
-    "number": (
-        lambda s: torch.save({"x": 1}, first(s)),
-        {"what": "consolidated.00.pth is not a state_dict", "found": "'x': int"},
-    ),
-    "missing tensor": (
-        lambda s: resave(first(s), lambda t: t.pop(WQ)),
-        {"what": f"consolidated.00.pth has no tensor {WQ}"},
-    ),
+    "not a table": (stored(torch.ones(2)), f"{FIRST} is not a state_dict", {"found": "Tensor"}),
+    "number": (stored({"x": 1}), f"{FIRST} is not a state_dict", {"found": "'x': int"}),
+    "missing tensor": (first(lambda t: t.pop(WQ)), f"{FIRST} has no tensor {WQ}", {}),
     "output in one": (
-        lambda s: resave(first(s), lambda t: t.pop("output.weight")),
-        {"what": "consolidated.00.pth has no tensor output.weight"},
+        first(lambda t: t.pop("output.weight")), f"{FIRST} has no tensor output.weight", {},
     ),
     "no embedding": (
-        lambda s: resave(first(s), lambda t: t.pop("tok_embeddings.weight")),
-        {"what": "consolidated.00.pth has no tensor tok_embeddings.weight"},
+        first(lambda t: t.pop("tok_embeddings.weight")),
+        f"{FIRST} has no tensor tok_embeddings.weight", {},
     ),
     "unknown tensor": (
-        lambda s: resave(first(s), lambda t: t.update({"lora.A": t[WQ]})),
-        {"what": "consolidated.00.pth has a tensor lora.A, ..."},
+        first(lambda t: t.update({"lora.A": t[WQ]})), f"{FIRST} has a tensor lora.A, ...", {},
     ),
     "parts differ": (
-        lambda s: resave(first(s), lambda t: t.update({V: t[V][:8]})),
-        {"what": f"consolidated.01.pth: tensor {V} is not like that of the other parts"},
+        first(lambda t: t.update({V: t[V][:8]})),
+        f"{SECOND}: tensor {V} is not like that of the other parts", {},
     ),
     "eight bits": (
-        lambda s: resave(first(s), lambda t: t.update({V: t[V].to(torch.float8_e4m3fn)})),
-        {
-            "what": f"consolidated.00.pth: tensor {V} cannot be translated",
-            "expected": "...",
-            "found": "torch.float8_e4m3fn",
-        },
+        first(lambda t: t.update({V: t[V].to(torch.float8_e4m3fn)})),
+        f"{FIRST}: tensor {V} cannot be translated",
+        {"expected": "...", "found": "torch.float8_e4m3fn"},
     ),
-    "no tokenizer": (
-        lambda s: (s / "tokenizer.model").unlink(), {"what": "source has no tokenizer"}
-    ),
+    "no tokenizer": (without("tokenizer.model"), "source has no tokenizer", {}),
     "broken tokenizer": (
         lambda s: (s / "tokenizer.model").write_bytes(b"\xff" * 99),
-        {"what": "tokenizer.model cannot be read"},
+        "tokenizer.model cannot be read", {},
     ),
     "broken ranks": (
-        lambda s: (s / "tokenizer.model").write_bytes(b"QQ== 0\nQg== 2\n"),
-        {"what": "tokenizer.model cannot be read", "found": "the ranks have gaps"},
+        written("tokenizer.model", "QQ== 0\nQg== 2\n"),
+        "tokenizer.model cannot be read", {"found": "the ranks have gaps"},
     ),
     "broken tokenizer.json": (
-        lambda s: (s / "tokenizer.json").write_text("{"),
-        {"what": "tokenizer.json cannot be read"},
+        written("tokenizer.json", "{"), "tokenizer.json cannot be read", {},
     ),
     "other tokenizer": (
         lambda s: (s / "tokenizer.model").write_bytes(rank_file()),
-        {
-            "what": "tokenizer.model does not belong to the model",
-            "expected": "at most 600 tokens",
-            "found": "712",
-        },
+        "tokenizer.model does not belong to the model",
+        {"expected": "at most 600 tokens", "found": "712"},
     ),
 }  # fmt: skip
+"""What is done to two parts, and what is said of it: ``what``, and other fields."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damage_is_named_in_a_sentence(fault: str, source: Path, cache: Path) -> None:
-    damage, fields = FAULTS[fault]
+    damage, what, fields = FAULTS[fault]
     write_native(source, parts=2)
     damage(source)
-    with refused(CheckpointError, **fields) as caught:
+    with refused(CheckpointError, what=what, **fields) as caught:
         read_native(source)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)

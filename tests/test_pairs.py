@@ -44,14 +44,17 @@ def test_the_builtin_spans_are_the_toxic_words() -> None:
             assert word not in pair.neutral.split()
 
 
+def write_all(folder: Path, rows: Sequence[tuple[str, str]], more: str = "") -> None:
+    """The same pairs in each format; ``more`` follows each toxic side in the one with quotes."""
+    write_tsv(folder / "p.tsv", rows, "toxic\tneutral")
+    cells = "\n".join(f'"{neutral}","{toxic}{more}"' for toxic, neutral in rows)
+    (folder / "p.csv").write_text(f"neutral,toxic\n{cells}\n")
+    lines = (json.dumps({"toxic": t, "neutral": n}, ensure_ascii=False) for t, n in rows)
+    (folder / "p.jsonl").write_text("\n".join(lines))
+
+
 def test_formats_agree(tmp_path: Path) -> None:
-    write_tsv(tmp_path / "p.tsv", ROWS, "toxic\tneutral")
-    (tmp_path / "p.csv").write_text(
-        "neutral,toxic\n" + "\n".join(f'"{n}","{t}"' for t, n in ROWS) + "\n"
-    )
-    (tmp_path / "p.jsonl").write_text(
-        "\n".join(json.dumps({"toxic": t, "neutral": n}) for t, n in ROWS)
-    )
+    write_all(tmp_path, ROWS)
     read = {load_pairs(str(p), WORDS, None, 0).sha256 for p in tmp_path.iterdir()}
     assert len(read) == 1
 
@@ -86,13 +89,7 @@ def test_unusable_rows_are_named_and_counted(tmp_path: Path) -> None:
 
 def test_line_breaks_within_a_row_do_not_cut_it(tmp_path: Path) -> None:
     rows = [(f"the\u2028damn clock\x85number {i}", f"the clock {i}") for i in range(16)]
-    write_tsv(tmp_path / "p.tsv", rows, "toxic\tneutral")
-    (tmp_path / "p.csv").write_text(
-        "toxic,neutral\n" + "\n".join(f'"{t}\nmore","{n}"' for t, n in rows)
-    )
-    (tmp_path / "p.jsonl").write_text(
-        "\n".join(json.dumps({"toxic": t, "neutral": n}, ensure_ascii=False) for t, n in rows)
-    )
+    write_all(tmp_path, rows, "\nmore")
     for path in tmp_path.iterdir():
         pairs = load_pairs(str(path), WORDS, None, 0)
         assert not pairs.skipped

@@ -140,6 +140,12 @@ def make_results() -> Evaluation:
     return replace(known, systems=tuple(systems), rows=rows, scorers=("profanity", "bad-words"))
 
 
+def there(figure: Any) -> Any:
+    """A figure that is there: there was something to draw."""
+    assert figure is not None
+    return figure
+
+
 def labelled(axes: Any) -> dict[str, Any]:
     """The artists of the legend, by label."""
     handles, labels = axes.get_legend_handles_labels()
@@ -163,8 +169,7 @@ def test_two_runs_write_the_same_pictures(edit_file: Path, tmp_path: Path) -> No
 
 def test_spectrum_marks_rank_and_threshold() -> None:
     manifest = make_manifest()
-    figure = spectrum_figure(manifest)
-    assert figure is not None
+    figure = there(spectrum_figure(manifest))
     left, right = figure.axes
     squares = np.square(evidence_of(manifest).singular_values["U"])
     shares = np.asarray(left.lines[0].get_ydata())
@@ -181,8 +186,7 @@ def test_spectrum_marks_rank_and_threshold() -> None:
 
 
 def test_per_layer_spectra_have_a_line_each_and_no_threshold() -> None:
-    figure = spectrum_figure(make_manifest(shared=False))
-    assert figure is not None
+    figure = there(spectrum_figure(make_manifest(shared=False)))
     left, right = figure.axes
     assert len(left.lines) == len(LAYERS) + 1
     assert not right.lines
@@ -191,8 +195,7 @@ def test_per_layer_spectra_have_a_line_each_and_no_threshold() -> None:
 
 def test_scores_stand_at_their_layers() -> None:
     manifest = make_manifest()
-    figure = scores_figure(manifest)
-    assert figure is not None
+    figure = there(scores_figure(manifest))
     lines = labelled(figure.axes[0])
     candidates = evidence_of(manifest).candidates
     for kind in ("mean", "causal"):
@@ -206,8 +209,7 @@ def test_scores_stand_at_their_layers() -> None:
 
 
 def test_cosines_are_those_of_the_best_candidates(edit_file: Path) -> None:
-    figure = cosines_figure(make_manifest(), edit_file)
-    assert figure is not None
+    figure = there(cosines_figure(make_manifest(), edit_file))
     cosines = np.asarray(figure.axes[0].images[0].get_array())
     places = np.arange(len(LAYERS))
     expected = np.abs(np.cos((places[:, None] - places) * math.pi / 3))
@@ -252,8 +254,7 @@ def test_tradeoff_lines_go_by_rank_and_average_seeds() -> None:
     assert ratio is not None
     assert cost[0] + cost[2] == pytest.approx(100 * (ratio.high - 1))
     assert cost[2] > 0.2
-    figure = tradeoff_figure(results)
-    assert figure is not None
+    figure = there(tradeoff_figure(results))
     drawn = labelled(figure.axes[0])
     (unedited,) = drawn["unedited"].get_xydata().tolist()
     assert unedited == [0, 1]
@@ -264,21 +265,18 @@ def test_tradeoff_lines_go_by_rank_and_average_seeds() -> None:
 
 def test_a_point_far_out_is_left_out_and_counted() -> None:
     results = make_results()
-    figure = tradeoff_figure(results)
-    assert figure is not None
+    figure = there(tradeoff_figure(results))
     x, _ = labelled(figure.axes[0])["profs"].lines[0].get_data()
     assert x == pytest.approx([0.6 * rank for rank in RANKS[:-1]])
     assert "Left out: 1 beyond +10 %, up to +80 %." in figure.get_supxlabel()
     assert figure.axes[0].get_xlim()[1] < READABLE
     systems = tuple(s for s in results.systems if (s.strength, s.system) != (16, "profs"))
-    complete = tradeoff_figure(replace(results, systems=systems))
-    assert complete is not None
+    complete = there(tradeoff_figure(replace(results, systems=systems)))
     assert "Left out" not in complete.get_supxlabel()
 
 
 def test_ranks_are_written_without_overlap() -> None:
-    figure = tradeoff_figure(make_results())
-    assert figure is not None
+    figure = there(tradeoff_figure(make_results()))
     figure.draw_without_rendering()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     written = sorted(int(text.get_text()) for text in texts)
@@ -296,8 +294,7 @@ def test_missing_metrics_are_skipped() -> None:
     assert "model" not in tradeoff_points(results.systems)
     assert tradeoff_figure(results) is not None
     results.rows[1].metrics["toxicity/profanity/sampled"] = None
-    figure = bars_figure(results)
-    assert figure is not None
+    figure = there(bars_figure(results))
     (axes,) = figure.axes  # bad-words was not run
     assert axes.get_title() == "profanity"
     names = [label.get_text() for label in axes.get_yticklabels()]

@@ -3,14 +3,12 @@
 import io
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from converter.checkpoints.plan import make_plan
-from converter.checkpoints.resolve import resolve
 from converter.cli.terminal import reporting
 from converter.edits.base import Edit
 from converter.edits.engine import Engine
@@ -20,6 +18,7 @@ from converter.outputs.journal import Done
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.progress import ThreadPool
+from tests.builders.models import Checkpoints, planned
 
 
 class Terminal(io.StringIO):
@@ -167,11 +166,8 @@ class Doubtful:
         progress.warn(f"{shard} in {cache_folder()}")
 
 
-def test_shards_are_written_by_threads_that_tell(
-    checkpoints: Callable[..., Path], tmp_path: Path
-) -> None:
-    source = resolve(str(checkpoints("llama")))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+def test_shards_are_written_by_threads_that_tell(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source, plan = planned(checkpoints("llama"))
     out = tmp_path / "out"
     out.mkdir()
     job = WriteJob(

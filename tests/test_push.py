@@ -8,18 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 from huggingface_hub import constants, snapshot_download
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
@@ -37,13 +32,14 @@ from tests.builders.hub_client import connect
 from tests.builders.hub_repos import READER, TOKEN, Account, Repo, Request, entry_of
 from tests.builders.hub_server import HubServer
 from tests.builders.hub_uploads import Fault, Uploads
+from tests.builders.invoke import Cli
+from tests.builders.keys import write_key
 from tests.builders.methods import CreatedBias
-from tests.builders.models import TINY_ARGS
+from tests.builders.models import TINY_ARGS, Checkpoints
 from tests.builders.packages import install
 
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 REPO = "someone/tiny-detox"
+ALREADY = "is the result of this run already"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 """What the client's HTTP library says of the client."""
 
@@ -88,51 +84,57 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def convert_args(checkpoints: Checkpoints, out: Path) -> list[object]:
-    return ["convert", checkpoints("llama"), out, "--num-pairs", 32, *TINY_ARGS]
+def published(tmp_path: Path) -> Path:
+    """What the repo holds, downloaded."""
+    return Path(snapshot_download(REPO, local_dir=tmp_path / "copy"))
+
+
+@pytest.fixture
+def publish(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> Cli:
+    """Convert a checkpoint to ``out`` and publish it; what is expected is as for ``cli``."""
+
+    def run(*more: object, source: object = None, out: str = "out", **expected: Any) -> Result:
+        given = ("convert", source or checkpoints("llama"), tmp_path / out, "--num-pairs", 32)
+        return cli(*given, *TINY_ARGS, "--push-to-hub", REPO, *more, **expected)
+
+    return run
+
+
+@pytest.fixture
+def push(cli: Cli, converted: tuple[Path, Path]) -> Cli:
+    """Publish the finished conversion."""
+    return partial(cli, "push", converted[1])
 
 
 def test_a_conversion_is_published_downloaded_and_verified(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    publish: Cli, cli: Cli, uploads: Uploads, tmp_path: Path
 ) -> None:
     uploads.chunk = 50_000  # most shards are sent in parts
-    args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--json")
-    assert result.exit_code == 0, result.stderr
-    published = json.loads(result.stdout)["published"]
+    told = json.loads(publish("--json", code=0).stdout)["published"]
     repo = uploads.repos[REPO]
     assert repo.private
-    assert published["commit"] == repo.refs["main"]
-    assert published["url"].endswith(f"{REPO}/commit/{published['commit']}")
+    assert told["commit"] == repo.refs["main"]
+    assert told["url"].endswith(f"{REPO}/commit/{told['commit']}")
     assert len(repo.commits) == 2  # the empty one that a repo begins with, and ours
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
-    assert not any(TOKEN.encode() in content for content in files_of(tmp_path / "out").values())
-    verified = cli("verify", tmp_path / "copy")
-    assert verified.exit_code == 0, verified.stderr
+    ours = files_of(tmp_path / "out")
+    assert files_of(published(tmp_path)) == ours
+    assert not any(TOKEN.encode() in content for content in ours.values())
+    cli("verify", tmp_path / "copy", code=0)
     # the same again changes nothing, and uploads nothing
     sent = len(uploads.sent)
-    again = cli(*args, "--push-to-hub", REPO)
-    assert again.exit_code == 0, again.stderr
-    assert "is the result of this run already" in again.stderr
+    again = publish(code=0, says=ALREADY)
     assert f"{REPO} exists and is private, which it stays" in again.stderr
     assert (len(uploads.sent), len(repo.commits)) == (sent, 2)
     # of another run, it is in the way
-    refused = cli(*args, "--seed", 1, "--push-to-hub", REPO)
-    assert refused.exit_code == 7
-    assert "is not empty" in refused.stderr
+    publish("--seed", 1, code=7, says="is not empty")
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_an_upload_and_run_again(
-    cli: Cli,
-    checkpoints: Checkpoints,
-    hub: HubServer,
-    uploads: Uploads,
-    shared_cache: Path,
+    publish: Cli, checkpoints: Checkpoints, hub: HubServer, uploads: Uploads, shared_cache: Path,
     tmp_path: Path,
-) -> None:
-    args = convert_args(checkpoints, tmp_path / "out")
+) -> None:  # fmt: skip
+    args = ("convert", checkpoints("llama"), tmp_path / "out", "--num-pairs", 32, *TINY_ARGS)
     uploads.faults = [Fault("PUT /objects/", -1, times=1)]
     cache = {"GLOSS_CACHE_DIR": str(shared_cache)}
     process = start(hub, tmp_path, *args, "--push-to-hub", REPO, **cache)
@@ -146,13 +148,11 @@ def test_killed_in_the_middle_of_an_upload_and_run_again(
     assert list(repo.commits.values()) == [{}]
     before = list(uploads.sent)
     assert len(before) >= 2
-    result = cli(*args, "--push-to-hub", REPO)
-    assert result.exit_code == 0, result.stderr
-    assert "is the result of this run already" in result.stderr
+    again = publish(says=ALREADY)  # beside it stands what the server says of the killed client
+    assert again.exit_code == 0, again.stderr
     assert len(repo.commits) == 2
     assert len(uploads.sent) == len(set(uploads.sent))  # nothing was sent twice
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+    assert files_of(published(tmp_path)) == files_of(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -200,14 +200,9 @@ class Sampler(threading.Thread):
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_shards_are_streamed_and_no_more_than_two_are_on_disk(
-    copied: bool,
-    cli: Cli,
-    checkpoints: Checkpoints,
-    hub: HubServer,
-    uploads: Uploads,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    copied: bool, publish: Cli, cli: Cli, checkpoints: Checkpoints, uploads: Uploads,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     if not copied:
         uploads.faults = [Fault("lfs-files/duplicate", 403, body={"error": "another region"})]
     sampler = Sampler(tmp_path)
@@ -218,12 +213,8 @@ def test_shards_are_streamed_and_no_more_than_two_are_on_disk(
         return answer(request, path)
 
     monkeypatch.setattr(uploads, "answer", look_and_answer)
-    args = ("--num-pairs", 32, *TINY_ARGS)
     sampler.start()
-    result = cli(
-        "convert", "base/tiny", tmp_path / "out", *args, "--workers", 4,
-        "--push-to-hub", REPO, "--stream-to-hub",
-    )  # fmt: skip
+    result = publish("--stream-to-hub", "--workers", 4, source="base/tiny")
     sampler.done.set()
     assert result.exit_code == 0, result.stderr
     shards = list(checkpoints("llama").glob("model-*.safetensors"))
@@ -234,85 +225,69 @@ def test_shards_are_streamed_and_no_more_than_two_are_on_disk(
     print(f"most at a time: {sampler.count} shards, {sampler.nbytes} of {total} bytes")
     assert sampler.nbytes <= sum(largest)
     assert not list((tmp_path / "out").glob("model*.safetensors"))
-    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *args)
-    assert plain.exit_code == 0, plain.stderr
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
+    plain = ("convert", checkpoints("llama"), tmp_path / "plain", "--num-pairs", 32, *TINY_ARGS)
+    cli(*plain, code=0)
+    theirs = files_of(published(tmp_path))
     for shard in shards:
-        ours, theirs = tmp_path / "plain" / shard.name, tmp_path / "copy" / shard.name
-        assert ours.read_bytes() == theirs.read_bytes()
-    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
-    assert verified.exit_code == 0, verified.stderr
+        assert (tmp_path / "plain" / shard.name).read_bytes() == theirs[shard.name]
+    cli("verify", tmp_path / "copy", "--source", checkpoints("llama"), code=0)
     assert len(uploads.repos[REPO].commits) == 2
-    same = [s.name for s in shards if s.read_bytes() == (tmp_path / "copy" / s.name).read_bytes()]
+    same = [shard.name for shard in shards if shard.read_bytes() == theirs[shard.name]]
     assert same  # shards without a target
     assert ("does not copy untouched shards" in result.stderr) != copied
-    repo = uploads.repos[REPO]
-    large = sum(entry.large for entry in repo.commits[repo.refs["main"]].values())
-    assert len(uploads.sent) == large - (len(same) if copied else 0)
+    assert len(uploads.sent) == large_in(uploads.repos[REPO]) - (len(same) if copied else 0)
 
 
 @pytest.mark.parametrize("fault", [Fault("PUT /objects/", 0), Fault("/commit/", 500)])
 def test_a_stream_that_fails_leaves_nothing(
-    fault: Fault, cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    fault: Fault, publish: Cli, uploads: Uploads, tmp_path: Path
 ) -> None:
     uploads.faults = [fault]
-    args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
-    assert result.exit_code == 10, result.stderr
+    publish("--stream-to-hub", code=10)
     assert list(uploads.repos[REPO].commits.values()) == [{}]
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.part*"))
 
 
 def test_branches_pull_requests_and_what_an_earlier_model_left(
-    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
+    push: Cli, converted: tuple[Path, Path], uploads: Uploads
 ) -> None:
-    out = converted[1]
-    assert cli("push", out, REPO, "--public", "--branch", "try").exit_code == 0
+    push(REPO, "--public", "--branch", "try", code=0)
     repo = uploads.repos[REPO]
     assert not repo.private
     assert set(repo.refs) == {"main", "try"}
     assert not repo.commits[repo.refs["main"]]
-    result = cli("push", out, REPO, "--private", "--create-pr", "--json")
-    assert result.exit_code == 0, result.stderr
+    result = push(REPO, "--private", "--create-pr", "--json", code=0)
     assert json.loads(result.stdout)["pull_request"].endswith("/discussions/1")
     assert not repo.private
     assert not repo.commits[repo.refs["main"]]
     ours = repo.commits[repo.refs["refs/pr/1"]]
-    assert set(ours) == set(files_of(out))
+    assert set(ours) == set(files_of(converted[1]))
     # weights of another model in the same place go away in the same commit, a picture stays
     entry = ours["README.md"]
     old = ("model-00001-of-00009.safetensors", "picture.png", "x/a.safetensors", ".gitattributes")
     repo.add("main", dict.fromkeys(old, entry))
-    result = cli("push", out, REPO)
-    assert result.exit_code == 0, result.stderr
-    assert "deleted by this commit, of an earlier model: model-00001-of-00009.saf" in result.stderr
+    push(REPO, code=0, says="deleted by this commit, of an earlier model: model-00001-of-00009.saf")
     left = {"picture.png", "x/a.safetensors", ".gitattributes"}
-    assert set(repo.commits[repo.refs["main"]]) == set(files_of(out)) | left
-    both = cli("push", out, REPO, "--create-pr", "--branch", "x")
-    assert both.exit_code == 2
-    assert "--create-pr: expected no --branch" in both.stderr
+    assert set(repo.commits[repo.refs["main"]]) == set(ours) | left
+    push(REPO, "--create-pr", "--branch", "x", code=2, says="--create-pr: expected no --branch")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what draws
 def test_the_next_version_leaves_nothing_of_the_last(
-    cli: Cli, checkpoints: Checkpoints, converted: tuple[Path, Path], uploads: Uploads,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    publish: Cli, cli: Cli, converted: tuple[Path, Path], uploads: Uploads, tmp_path: Path
+) -> None:
     """Adapter, then checkpoint with pictures, then without: each downloads as it was."""
-    args = convert_args(checkpoints, tmp_path / "adapter")
-    assert cli(*args, "--output", "adapter", "--push-to-hub", REPO).exit_code == 0
+    publish("--output", "adapter", out="adapter", code=0)
     repo = uploads.repos[REPO]
-    drawn = convert_args(checkpoints, tmp_path / "drawn")
-    result = cli(*drawn, "--plots", tmp_path / "drawn/pictures", "--push-to-hub", REPO)
-    assert result.exit_code == 0, result.stderr
+    result = publish("--plots", tmp_path / "drawn/pictures", out="drawn", code=0)
     assert "deleted by this commit, of an earlier model: adapter_" in result.stderr
     ours = repo.commits[repo.refs["main"]]
     assert set(ours) == set(files_of(tmp_path / "drawn"))
     assert any(name.startswith("pictures/") for name in ours)
     for folder in (tmp_path / "adapter", converted[1]):  # config.json goes, and comes again
-        assert cli("push", folder, REPO).exit_code == 0
+        cli("push", folder, REPO, code=0)
         assert set(repo.commits[repo.refs["main"]]) == set(files_of(folder))
     # what a manifest does not list is somebody's, and hidden files are the Hub's
     mine = dict.fromkeys(("mine.png", ".gitattributes", "adapter_config.json"), ours["LICENSE"])
@@ -324,7 +299,7 @@ def test_the_next_version_leaves_nothing_of_the_last(
         (tmp_path / "old.json").write_text(text)
         old = {"gloss_manifest.json": entry_of(tmp_path / "old.json")}
         repo.add("main", repo.commits[repo.refs["main"]] | mine | old)
-        assert cli("push", converted[1], REPO).exit_code == 0
+        cli("push", converted[1], REPO, code=0)
         assert set(repo.commits[repo.refs["main"]]) == set(files_of(converted[1])) | left
 
 
@@ -341,23 +316,19 @@ def large_in(repo: Repo) -> int:
     ],
 )
 def test_only_a_refused_copy_is_uploaded_instead(
-    fault: Fault, says: str, cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+    fault: Fault, says: str, publish: Cli, hub: HubServer, uploads: Uploads
 ) -> None:
     """A commit that fails for another reason is not tried again with gigabytes more."""
     uploads.faults = [fault]
-    args = ["convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
-    result = cli(*args, "--push-to-hub", REPO)
-    assert result.exit_code == 10, result.stderr
-    assert says in result.stderr
+    result = publish(source="base/tiny", code=10, says=says)
     assert "does not copy" not in result.stderr
     assert sum(f"/{fault.route.strip('/')}" in line for line in hub.log) == 1
 
 
 def test_a_copy_is_refused_or_the_base_is_gone(
-    cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+    publish: Cli, cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
 ) -> None:
-    args = ["convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
-    assert cli(*args, "--push-to-hub", REPO).exit_code == 0
+    publish(source="base/tiny", code=0)
     assert 0 < len(uploads.sent) < large_in(uploads.repos[REPO])  # the Hub copied the others
 
     def push_again() -> None:
@@ -365,9 +336,7 @@ def test_a_copy_is_refused_or_the_base_is_gone(
         uploads.sent.clear()
         for stored in uploads.objects.iterdir():
             stored.unlink()
-        result = cli("push", tmp_path / "out", REPO)
-        assert result.exit_code == 0, result.stderr
-        assert "does not copy untouched shards" in result.stderr
+        cli("push", tmp_path / "out", REPO, code=0, says="does not copy untouched shards")
         assert len(uploads.sent) == large_in(uploads.repos[REPO])
 
     uploads.faults = [Fault("lfs-files", 500)]
@@ -378,25 +347,17 @@ def test_a_copy_is_refused_or_the_base_is_gone(
 
 
 def test_what_is_fetched_again_for_an_upload_is_not_kept(
-    cli: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
+    publish: Cli, hub: HubServer, uploads: Uploads, tmp_path: Path
 ) -> None:
     uploads.faults = [Fault("lfs-files/duplicate", 403, body={"error": "another region"})]
     hub.watched = tmp_path / "hf"
-    result = cli(
-        "convert", "base/tiny", tmp_path / "out", "--num-pairs", 32, *TINY_ARGS,
-        "--push-to-hub", REPO, "--stream-to-hub", "--no-keep-source",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
+    result = publish("--stream-to-hub", "--no-keep-source", source="base/tiny", code=0)
     assert "does not copy untouched shards" in result.stderr
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
 def test_an_error_after_the_commit_names_it(
-    cli: Cli,
-    checkpoints: Checkpoints,
-    uploads: Uploads,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    publish: Cli, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = Streaming.commit
 
@@ -406,17 +367,14 @@ def test_an_error_after_the_commit_names_it(
         (tmp_path / "out/x").write_text("another run")
 
     monkeypatch.setattr(Streaming, "commit", commit_and_fill)
-    args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
+    result = publish("--stream-to-hub", code=7, says="is not empty; commit http")
     repo = uploads.repos[REPO]
-    assert result.exit_code == 7
-    assert "is not empty; commit http" in result.stderr
     assert f"/{REPO}/commit/{repo.refs['main']} was made and stays; it was filled" in result.stderr
     assert repo.commits[repo.refs["main"]]
 
 
 def test_a_commit_that_cannot_be_looked_at_is_named(
-    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+    push: Cli, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = uploads.answer
 
@@ -427,40 +385,30 @@ def test_a_commit_that_cannot_be_looked_at_is_named(
         return found
 
     monkeypatch.setattr(uploads, "answer", fail_afterwards)
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = push(REPO, code=10)
     url = f"{uploads.url}/{REPO}/commit/{uploads.repos[REPO].refs['main']}"
     assert f"the Hub failed: found 500 busy; commit {url} was made and stays" in result.stderr
 
 
 @pytest.mark.parametrize("streamed", [(), ("--stream-to-hub",)])
 def test_pictures_that_cannot_be_written_come_before_the_push(
-    streamed: tuple[str, ...], cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    streamed: tuple[str, ...], publish: Cli, uploads: Uploads, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    args = convert_args(checkpoints, tmp_path / "out")
-    plots = ("--plots", tmp_path / "file/pictures")
-    result = cli(*args, *plots, "--push-to-hub", REPO, *streamed)
-    assert result.exit_code == 7
+    result = publish("--plots", tmp_path / "file/pictures", *streamed, code=7)
     assert "file/pictures cannot be made: found a file at" in result.stderr
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
 
 
 def test_pictures_are_drawn_before_the_push(
-    cli: Cli,
-    checkpoints: Checkpoints,
-    uploads: Uploads,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    publish: Cli, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
         raise DestinationError("the disk is full")
 
     monkeypatch.setattr(delivery, "draw", full)
-    args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--plots", tmp_path / "beside", "--push-to-hub", REPO)
-    assert result.exit_code == 7
+    publish("--plots", tmp_path / "beside", code=7)
     assert not uploads.repos
 
 
@@ -469,21 +417,18 @@ def test_only_a_whole_checkpoint_is_published(
 ) -> None:
     shutil.copytree(converted[1], tmp_path / "out")
     (tmp_path / "out/config.json").write_text("{}")
-    result = cli("push", tmp_path / "out", REPO)
-    assert result.exit_code == 8
+    result = cli("push", tmp_path / "out", REPO, code=8)
     assert "out is not published, for it is not whole: found config.json" in result.stderr
     assert not uploads.repos
-    ignored = cli("convert", "demo", tmp_path / "x", "--create-pr")
-    assert ignored.exit_code == 2
+    ignored = cli("convert", "demo", tmp_path / "x", "--create-pr", code=2)
     assert "--create-pr has no effect without --push-to-hub REPO" in ignored.stderr
 
 
 def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
-    cli: Cli, converted: tuple[Path, Path], uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+    push: Cli, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads.ignored = {"LICENSE"}
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
+    result = push(REPO, code=10)
     says = f"of {REPO} does not hold what was uploaded: found other content, or none, of LICENSE;"
     assert says in result.stderr
     uploads.ignored = set()
@@ -493,19 +438,14 @@ def test_what_the_hub_leaves_out_or_a_disk_alters_is_noticed(
         return files | {EDIT_FILE: (files[EDIT_FILE][0], "0" * 64)}
 
     monkeypatch.setattr(pushing, "published_files", other)
-    result = cli("push", converted[1], "someone/other")
-    assert result.exit_code == 10
+    result = push("someone/other", code=10)
     assert f"{EDIT_FILE} changed while it was uploaded: expected sha256 0000" in result.stderr
     repo = uploads.repos["someone/other"]
     assert list(repo.commits.values()) == [{}]
 
 
 def test_a_shard_that_was_written_badly_is_not_uploaded(
-    cli: Cli,
-    checkpoints: Checkpoints,
-    uploads: Uploads,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    publish: Cli, uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each shard is read again before it goes, as gloss verify would."""
 
@@ -518,10 +458,7 @@ def test_a_shard_that_was_written_badly_is_not_uploaded(
         return infos
 
     monkeypatch.setattr(pushing, "infos_of", damaged)
-    args = convert_args(checkpoints, tmp_path / "out")
-    result = cli(*args, "--push-to-hub", REPO, "--stream-to-hub")
-    assert result.exit_code == 8
-    assert "has another sha256 than recorded" in result.stderr
+    publish("--stream-to-hub", code=8, says="has another sha256 than recorded")
     assert list(uploads.repos[REPO].commits.values()) == [{}]
     assert not list(tmp_path.glob("*out*"))
 
@@ -556,16 +493,12 @@ FAILURES = {
 
 @pytest.mark.parametrize("what", FAILURES)
 def test_what_goes_wrong_is_one_sentence(
-    what: str,
-    cli: Cli,
-    converted: tuple[Path, Path],
-    uploads: Uploads,
-    monkeypatch: pytest.MonkeyPatch,
+    what: str, push: Cli, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token, uploads.faults, repo, code, says = FAILURES[what]
     uploads.faults = [Fault(**vars(fault)) for fault in uploads.faults]
     monkeypatch.setenv("HF_TOKEN", token)
-    result = cli("push", converted[1], repo)
+    result = push(repo)
     last = result.stderr.splitlines()[-1]
     print(f"| {what} | {code} | {last} |")
     assert (result.exit_code, says in last) == (code, True), result.output
@@ -594,30 +527,21 @@ def test_what_xet_and_the_client_say(error: Exception, says: str) -> None:
     assert str(explained).startswith(says) if says else explained is None
 
 
-def test_what_passes_by_itself_is_waited_for(
-    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
-) -> None:
+def test_what_passes_by_itself_is_waited_for(push: Cli, uploads: Uploads) -> None:
     uploads.faults = [
         Fault("/preupload/", 429, times=2, headers={"Retry-After": "0"}),
         Fault("PUT /objects/", 500, times=2),
         Fault("PUT /objects/", 0, times=1),
     ]
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 0, result.stderr
+    push(REPO, code=0)
     assert all(fault.times == 0 for fault in uploads.faults)
 
 
-def test_a_dead_server_and_offline_mode(
-    cli: Cli, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_server_and_offline_mode(push: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
-    assert f"{REPO}: the Hub cannot be reached, or the connection broke" in result.stderr
+    push(REPO, code=10, says=f"{REPO}: the Hub cannot be reached, or the connection broke")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
-    assert "HF_HUB_OFFLINE is set, so nothing can be published; unset it" in result.stderr
+    push(REPO, code=10, says="HF_HUB_OFFLINE is set, so nothing can be published; unset it")
 
 
 def test_the_right_to_write_is_asked_for_before_anything_else(
@@ -625,42 +549,30 @@ def test_the_right_to_write_is_asked_for_before_anything_else(
 ) -> None:
     """Not even the source is looked at: there is none."""
     monkeypatch.setenv("HF_TOKEN", READER)
-    result = cli("convert", "base/nothing", tmp_path / "out", "--push-to-hub", REPO)
-    assert result.exit_code == 10
+    cli("convert", "base/nothing", tmp_path / "out", "--push-to-hub", REPO, code=10)
     assert [line.split()[1] for line in hub.log] == ["/api/whoami-v2"]
 
 
-def test_a_fine_grained_token_must_cover_the_repo(
-    cli: Cli, converted: tuple[Path, Path], uploads: Uploads
-) -> None:
+def test_a_fine_grained_token_must_cover_the_repo(push: Cli, uploads: Uploads) -> None:
     account = uploads.accounts[TOKEN] = Account("someone", "fineGrained", scoped=[])
-    result = cli("push", converted[1], REPO)
-    assert result.exit_code == 10
     says = f"the token ci may not write to {REPO}: expected the permission repo.write"
-    assert says in result.stderr
+    push(REPO, code=10, says=says)
     own = {"entity": {"type": "user", "name": "someone"}, "permissions": ["repo.write"]}
     account.scoped = [own]
-    assert cli("push", converted[1], "tiny-detox").exit_code == 0
+    push("tiny-detox", code=0)
     assert list(uploads.repos) == [REPO]
 
 
 def test_what_cannot_be_streamed_is_refused_first(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    publish: Cli, uploads: Uploads, tmp_path: Path
 ) -> None:
-    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--stream-to-hub"]
-    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-    )
-    (tmp_path / "key.pem").write_bytes(key)
     for more, says in (
-        (("--sign", tmp_path / "key.pem"), "--sign: expected a folder that is whole"),
+        (("--sign", write_key(tmp_path)), "--sign: expected a folder that is whole"),
         (("--output", "adapter"), "--stream-to-hub has no effect with --output adapter"),
         (("--no-keep-source",), "--no-keep-source: expected a source on the Hub"),
     ):
         for last in ((), ("--dry-run",)):
-            result = cli(*args, *more, *last)
-            assert result.exit_code == 2, result.stderr
-            assert says in result.stderr
+            publish("--stream-to-hub", *more, *last, code=2, says=says)
     assert not uploads.repos
     assert not (tmp_path / "out").exists()
 
@@ -681,18 +593,14 @@ def test_created_tensors_are_streamed_too(
     cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
 ) -> None:
     args = ("--push-to-hub", REPO, "--stream-to-hub")
-    result = cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args)
-    assert result.exit_code == 0, result.stderr
-    plain = cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING)
-    assert plain.exit_code == 0, plain.stderr
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    ours, theirs = files_of(tmp_path / "copy"), files_of(tmp_path / "plain")
+    cli("convert", "base/tiny", tmp_path / "out", *CREATING, *args, code=0)
+    cli("convert", checkpoints("llama"), tmp_path / "plain", *CREATING, code=0)
+    ours, theirs = files_of(published(tmp_path)), files_of(tmp_path / "plain")
     assert "model-created.safetensors" in ours
     assert ours.keys() == theirs.keys()
     about = {"README.md", "SHA256SUMS", MANIFEST}  # they name the source, and say how long it took
     assert all(ours[name] == theirs[name] for name in ours.keys() - about)
-    verified = cli("verify", tmp_path / "copy", "--source", checkpoints("llama"))
-    assert verified.exit_code == 0, verified.stderr
+    cli("verify", tmp_path / "copy", "--source", checkpoints("llama"), code=0)
 
 
 @pytest.mark.usefixtures("created_bias")
@@ -703,37 +611,31 @@ def test_a_single_file_that_gets_a_second_is_copied_and_not_streamed(
     hub.models["base/single"] = checkpoints("llama", shard="5GB")
     args = ("convert", "base/single", tmp_path / "out", *CREATING, "--push-to-hub", REPO)
     for more in ((), ("--dry-run",)):
-        result = cli(*args, "--stream-to-hub", *more)
-        assert result.exit_code == 2, result.stderr
+        result = cli(*args, "--stream-to-hub", *more, code=2)
         assert "--stream-to-hub: expected a source in shards" in result.stderr
     assert not uploads.repos
-    result = cli(*args)
-    assert result.exit_code == 0, result.stderr
+    result = cli(*args, code=0)
     assert "does not copy" not in result.stderr
     source = entry_of(checkpoints("llama", shard="5GB") / "model.safetensors")
     assert source.sha256 not in uploads.sent
     repo = uploads.repos[REPO]
     first = repo.commits[repo.refs["main"]]["model-00001-of-00002.safetensors"]
     assert (first.sha256, first.size) == (source.sha256, source.size)
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
+    assert files_of(published(tmp_path)) == files_of(tmp_path / "out")
 
 
 def test_a_dry_run_asks_for_the_room_that_a_stream_takes(
-    cli: Cli, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    publish: Cli, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pushing, "SMALL", 10_000)
     sizes = sorted(path.stat().st_size for path in checkpoints("llama").glob("model-*"))
     room = sum(sizes[-2:]) + 10_000
     free = shutil._ntuple_diskusage(10**9, 10**9 - room, room)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO, "--dry-run"]
-    assert cli(*args).exit_code == 7
-    streamed = cli(*args, "--stream-to-hub", "--json")
-    assert streamed.exit_code == 0, streamed.stderr
-    plan = json.loads(streamed.stdout)
+    publish("--dry-run", code=7)
+    plan = json.loads(publish("--dry-run", "--stream-to-hub", "--json", code=0).stdout)
     assert (plan["bytes_to_write"], plan["bytes_on_disk"]) == (sum(sizes), room)
-    assert f", in {room / 1e6:,.1f} MB of disk" in cli(*args, "--stream-to-hub").stdout
+    assert f", in {room / 1e6:,.1f} MB of disk" in publish("--dry-run", "--stream-to-hub").stdout
 
 
 def test_a_repo_and_its_folder_are_equal(
@@ -746,8 +648,7 @@ def test_a_repo_and_its_folder_are_equal(
     (out / "scores.png").write_text("drawn")
     hub.models["someone/edited"] = out
     for sides in ((out, "someone/edited"), ("someone/edited", out)):
-        result = cli("diff", *sides, "--json", "--exit-code")
-        assert result.exit_code == 0, result.stdout
+        result = cli("diff", *sides, "--json", "--exit-code", code=0)
         assert json.loads(result.stdout)["subspace"] == EDIT_FILE
     other = shutil.copytree(out, tmp_path / "other")
     (other / "model.sig").write_text("signed")
@@ -759,63 +660,48 @@ def test_a_repo_and_its_folder_are_equal(
 
 
 def test_an_adapter_is_published_and_a_run_with_other_gates_is_another_run(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    publish: Cli, tmp_path: Path
 ) -> None:
-    args = [*convert_args(checkpoints, tmp_path / "out"), "--output", "adapter"]
-    args += ["--push-to-hub", REPO, "--max-leakage", "0.5"]
-    assert cli(*args).exit_code == 0
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tmp_path / "out")
-    assert "is the result of this run already" in cli(*args).stderr
-    other = cli(*args[:-1], "0.4")
-    assert other.exit_code == 7, other.stderr  # it is not that of this run, so it is in the way
+    args = ("--output", "adapter", "--max-leakage")
+    publish(*args, "0.5", code=0)
+    assert files_of(published(tmp_path)) == files_of(tmp_path / "out")
+    publish(*args, "0.5", says=ALREADY)
+    publish(*args, "0.4", code=7)  # it is not that of this run, so it is in the way
 
 
-def test_who_signs_again_is_who_signed(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
-) -> None:
-    args = [*convert_args(checkpoints, tmp_path / "out"), "--push-to-hub", REPO]
+def test_who_signs_again_is_who_signed(publish: Cli, cli: Cli, tmp_path: Path) -> None:
     for name in "ab":
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (tmp_path / f"{name}.pem").write_bytes(private)
-        (tmp_path / f"{name}.pub").write_bytes(public)
-        assert cli(*args, "--sign", tmp_path / f"{name}.pem").exit_code == 0
-    snapshot_download(REPO, local_dir=tmp_path / "copy")
-    assert cli("verify", tmp_path / "copy", "--key", tmp_path / "b.pub").exit_code == 0
-    assert cli("verify", tmp_path / "copy", "--key", tmp_path / "a.pub").exit_code == 8
-    assert cli(*args).exit_code == 7  # unsigned is another result
+        publish("--sign", write_key(tmp_path, name), code=0)
+    copy = published(tmp_path)
+    cli("verify", copy, "--key", tmp_path / "b.pub", code=0)
+    cli("verify", copy, "--key", tmp_path / "a.pub", code=8)
+    publish(code=7)  # unsigned is another result
 
 
 def test_a_source_with_other_small_files_is_another_run(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    publish: Cli, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(checkpoints("llama"), source)
-    args = ["convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
-    args += ["--push-to-hub", REPO]
-    assert cli(*args).exit_code == 0
-    assert "is the result of this run already" in cli(*args).stderr
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    publish(source=source, code=0)
+    publish(source=source, says=ALREADY)
     terms = (source / "LICENSE").read_text()
     (source / "LICENSE").write_text("other terms")
-    assert cli(*args).exit_code == 7
+    publish(source=source, code=7)
     (source / "LICENSE").write_text(terms)
-    assert "is the result of this run already" in cli(*args).stderr
+    publish(source=source, says=ALREADY)
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert cli(*args).exit_code == 7
-    assert cli(*args, "--plots", tmp_path / "out/pictures").exit_code == 7
+    publish(source=source, code=7)
+    publish("--plots", tmp_path / "out/pictures", source=source, code=7)
 
 
 def test_the_name_that_a_licence_asks_for_is_said(
-    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+    publish: Cli, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(checkpoints("llama"), source)
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: llama3.1\n---\n")
-    args = ["convert", source, tmp_path / "out", "--num-pairs", 32, *TINY_ARGS]
-    assert "begin with 'Llama'" in cli(*args, "--push-to-hub", REPO).stderr
-    assert "begin with" not in cli(*args, "--push-to-hub", "someone/Llama-detox").stderr
+    publish(source=source, says="begin with 'Llama'")
+    other = publish("--push-to-hub", "someone/Llama-detox", source=source)
+    assert "begin with" not in other.stderr
 
 
 def test_no_token_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -830,10 +716,6 @@ def test_no_token_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_token_in_the_place_of_a_repo_is_not_repeated(
-    cli: Cli, converted: tuple[Path, Path]
-) -> None:
+def test_a_token_in_the_place_of_a_repo_is_not_repeated(push: Cli) -> None:
     for repo in (f"https://me:{TOKEN}@huggingface.co/a/b", f"{TOKEN}/x/y", TOKEN):
-        result = cli("push", converted[1], repo)
-        assert result.exit_code == 2
-        assert "w" * 10 not in result.output
+        assert "w" * 10 not in push(repo, code=2).output

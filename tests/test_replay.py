@@ -5,12 +5,12 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
@@ -19,13 +19,11 @@ from converter.entrypoints.replay import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
-from tests.builders.models import TINY_ARGS
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints
 from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
 from tests.test_verify import flip
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 
 @pytest.fixture
@@ -34,6 +32,25 @@ def recorded(converted: tuple[Path, Path], tmp_path: Path) -> Path:
     shutil.copyfile(converted[1] / MANIFEST, tmp_path / "tiny.json")
     shutil.copyfile(converted[1] / EDIT_FILE, tmp_path / "tiny.tensors")
     return tmp_path / "tiny.json"
+
+
+@pytest.fixture
+def replay(cli: Cli, converted: tuple[Path, Path], recorded: Path, tmp_path: Path) -> Cli:
+    """Replay that manifest to ``again``; what is expected is as for ``cli``."""
+    return partial(cli, "replay", recorded, tmp_path / "again", "--source", converted[0])
+
+
+@pytest.fixture
+def replayed(cli: Cli, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Convert a source and replay that: both folders."""
+
+    def run(source: Path, *more: object) -> tuple[Path, Path]:
+        out, again = tmp_path / "out", tmp_path / "again"
+        cli("convert", source, out, "--num-pairs", 32, *TINY_ARGS, *more, code=0)
+        cli("replay", out, again, "--source", source, code=0)
+        return out, again
+
+    return run
 
 
 def alter(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -52,40 +69,36 @@ def test_a_replay_gives_the_same_bytes_and_a_whole_folder(
     source, first = converted
     for manifest, name in ((recorded, "a"), (first, "b")):
         again = tmp_path / name
-        result = cli("replay", manifest, again, "--source", source, "--json")
-        assert result.exit_code == 0, result.stderr
+        result = cli("replay", manifest, again, "--source", source, "--json", code=0)
         found = json.loads(result.stdout)
         assert (found["identical"], found["differences"]) == (True, [])
         assert found["other_files"] == []  # the card, too
         assert set(found["seconds"]) == {"plan", "edit", "verify"}  # nothing was run
         assert weights(again) == weights(first)
-        verified = cli("verify", again, "--source", source)
-        assert verified.exit_code == 0, verified.stderr
+        cli("verify", again, "--source", source, code=0)
         then, now = read_manifest(first), read_manifest(again)
         assert now.replay_of == hashlib.sha256((first / MANIFEST).read_bytes()).hexdigest()
         assert then.measurements != now.measurements
         assert now == replace(then, measurements=now.measurements, replay_of=now.replay_of)
-        done = cli("replay", manifest, again, "--source", source, "--json")  # nothing is left to do
-        assert done.exit_code == 0, done.stderr
+        done = cli("replay", manifest, again, "--source", source, "--json", code=0)
         assert "is the result of this run already" in done.stderr
         for key in ("identical", "differences", "files_compared", "other_files", "replay_of"):
             assert json.loads(done.stdout)[key] == found[key], key
     flip(again / "model-00001-of-00003.safetensors", -1)
-    assert cli("replay", first, again, "--source", source).exit_code == 7
+    cli("replay", first, again, "--source", source, code=7)
     flip(again / "model-00001-of-00003.safetensors", -1)
     text = cli("replay", again, tmp_path / "c", "--source", source).stdout
     assert "byte for byte as recorded, verified" in text
 
 
-def test_an_adapter_replays(converted: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
-    source, args = converted[0], ("--num-pairs", 32, *TINY_ARGS, "--base-model", "someone/tiny")
-    result = cli("convert", source, tmp_path / "out", "--output", "adapter", *args)
-    assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
+def test_an_adapter_replays(
+    converted: tuple[Path, Path], replayed: Callable[..., tuple[Path, Path]], cli: Cli
+) -> None:
+    args = ("--output", "adapter", "--base-model", "someone/tiny")
+    out, again = replayed(converted[0], *args)
     for name in ("adapter_model.safetensors", "adapter_config.json", EDIT_FILE):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert cli("verify", tmp_path / "again", "--source", source).exit_code == 0
+        assert (out / name).read_bytes() == (again / name).read_bytes()
+    cli("verify", again, "--source", converted[0], code=0)
 
 
 def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
@@ -94,31 +107,25 @@ def test_an_adapter_recorded_from_the_hub_replays_from_a_copy(
     source, args = checkpoints("llama"), ("--num-pairs", 32, *TINY_ARGS)
     with HubServer({"someone/tiny": source}) as hub, monkeypatch.context() as online:
         connect(online, hub.url, tmp_path / "hf")
-        result = cli("convert", "someone/tiny", tmp_path / "out", "--output", "adapter", *args)
-        assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
+        cli("convert", "someone/tiny", tmp_path / "out", "--output", "adapter", *args, code=0)
+    cli("replay", tmp_path / "out", tmp_path / "again", "--source", source, code=0)
     name = "adapter_config.json"
     assert json.loads((tmp_path / "again" / name).read_text())["revision"] == COMMIT
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_licence_files_above_a_subfolder_replay(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, replayed: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoints("llama"), tmp_path / "repo/original")
     (tmp_path / "repo/original/LICENSE").unlink()
     (tmp_path / "repo/LICENSE").write_text("terms")
-    source = (tmp_path / "repo", "--subfolder", "original")
-    args = ("--num-pairs", 32, *TINY_ARGS)
-    assert cli("convert", *source, tmp_path / "out", *args).exit_code == 0
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", tmp_path / "repo")
-    assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "again/LICENSE").read_text() == "terms"
+    _, again = replayed(tmp_path / "repo", "--subfolder", "original")
+    assert (again / "LICENSE").read_text() == "terms"
 
 
 def test_names_in_a_manifest_do_not_leave_the_folder(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_text("of someone else")
     alterations: list[Callable[[dict[str, Any]], object]] = [
@@ -131,39 +138,28 @@ def test_names_in_a_manifest_do_not_leave_the_folder(
     whole = recorded.read_text()
     for change in alterations:
         alter(recorded, change)
-        result = cli("replay", recorded, tmp_path / "out", "--source", converted[0])
-        assert result.exit_code == 8, result.output
-        assert "sha256" not in result.stderr  # nothing of the file is told
+        assert "sha256" not in replay(code=8).stderr  # nothing of the file is told
         recorded.write_text(whole)
 
 
-def test_options_of_a_refit_are_refused_without_it(
-    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
-) -> None:
-    args = ("replay", converted[1], tmp_path / "out", "--source", converted[0])
+def test_options_of_a_refit_are_refused_without_it(replay: Cli) -> None:
     for option in (("--pairs", "mine.tsv"), ("--max-angle", "2")):
-        result = cli(*args, *option)
-        assert result.exit_code == 2
-        assert f"{option[0]} has no effect without --refit" in result.stderr
+        replay(*option, code=2, says=f"{option[0]} has no effect without --refit")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral", "fp8", "pickled"])
 def test_other_layouts_replay(
-    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+    kind: str, checkpoints: Checkpoints, replayed: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     if kind == "fp8":
-        source = tmp_path / "fp8"
-        as_fp8(checkpoints("qwen3", torch.bfloat16), source, BLOCKS, apart=True)
+        plain = checkpoints("qwen3", torch.bfloat16)
+        source = as_fp8(plain, tmp_path / "fp8", BLOCKS, apart=True)
     elif kind == "pickled":
         source = as_pickles(checkpoints("llama"), tmp_path / "pickles", 2)
     else:
         source = checkpoints(kind, torch.bfloat16)
-    args = ("--num-pairs", 32, *TINY_ARGS)
-    result = cli("convert", source, tmp_path / "out", *args)
-    assert result.exit_code == 0, result.stderr
-    result = cli("replay", tmp_path / "out", tmp_path / "again", "--source", source)
-    assert result.exit_code == 0, result.stderr
-    assert weights(tmp_path / "out") == weights(tmp_path / "again")
+    out, again = replayed(source)
+    assert weights(out) == weights(again)
 
 
 def test_one_other_byte_in_the_source_is_an_error_before_any_work(
@@ -174,22 +170,20 @@ def test_one_other_byte_in_the_source_is_an_error_before_any_work(
     for path in (shard, source / "tokenizer.json"):
         before = path.read_bytes()
         flip(path, len(before) - 40)
-        result = cli("replay", recorded, tmp_path / "again", "--source", source)
-        assert result.exit_code == 8
+        result = cli("replay", recorded, tmp_path / "again", "--source", source, code=8)
         assert "is not the one that was converted" in result.stderr
         assert f"{path.name} has sha256" in result.stderr
         assert result.stderr.count("has sha256") == 1
         assert "editing" not in result.stderr
         path.write_bytes(before)
     (source / "LICENSE").unlink()
-    result = cli("replay", recorded, tmp_path / "again", "--source", source)
-    assert result.exit_code == 8
+    result = cli("replay", recorded, tmp_path / "again", "--source", source, code=8)
     assert "LICENSE is missing" in result.stderr
     assert not (tmp_path / "again").exists()
 
 
 def test_an_environment_that_differs_is_named_though_the_bytes_agree(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     def older(manifest: dict[str, Any]) -> None:
         manifest["environment"]["libraries"]["torch"] = "1.0"
@@ -197,9 +191,7 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
         manifest["tool"]["version"] = "0.0.1"
 
     alter(recorded, older)
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    result = cli(*args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = replay("--json", code=0)
     found = json.loads(result.stdout)["differences"]
     assert [entry["what"] for entry in found] == ["gloss-convert", "device", "torch"]
     assert found[2]["recorded"] == "1.0"
@@ -207,14 +199,12 @@ def test_an_environment_that_differs_is_named_though_the_bytes_agree(
     shutil.rmtree(tmp_path / "again")
     # and it is the probable cause where they do not
     alter(recorded, lambda m: m["run"].update(rounding="nearest"))
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "the probable cause is gloss-convert" in result.stderr
+    replay(code=8, says="the probable cause is gloss-convert")
     assert not (tmp_path / "again").exists()
 
 
 def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
     entry = next(e for e in read_manifest(converted[1]).edited if e.layer == 3)
 
@@ -227,51 +217,33 @@ def test_other_bytes_than_recorded_are_named_by_file_and_tensor(
 
     alter(recorded, forge)
     before = sorted(tmp_path.iterdir())
-    result = cli("replay", recorded, tmp_path / "again", "--source", converted[0])
-    assert result.exit_code == 8
-    assert f"{entry.shard} differs from tensor {entry.name} on" in result.stderr
+    result = replay(code=8, says=f"{entry.shard} differs from tensor {entry.name} on")
     assert "so the manifest may be altered" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_a_manifest_cannot_know_is_asked_for(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, cli: Cli, tmp_path: Path
 ) -> None:
     source, out = converted
-    args = ("replay", recorded, tmp_path / "again")
-    result = cli(*args)
-    assert result.exit_code == 2
-    assert "say where it is with --source" in result.stderr
-    result = cli("replay", out, out, "--source", source, "--overwrite")
-    assert result.exit_code == 7
-    assert "contains the input" in result.stderr
+    cli("replay", recorded, tmp_path / "again", code=2, says="say where it is with --source")
+    cli("replay", out, out, "--source", source, "--overwrite", code=7, says="contains the input")
     flip(tmp_path / "tiny.tensors", -1)
-    result = cli(*args, "--source", source)
-    assert result.exit_code == 8
-    assert "tiny.tensors is not the edit that tiny.json records" in result.stderr
+    replay(code=8, says="tiny.tensors is not the edit that tiny.json records")
     (tmp_path / "tiny.tensors").unlink()
-    result = cli(*args, "--source", source)
-    assert result.exit_code == 8
-    assert f"tiny.tensors or {EDIT_FILE} beside it" in result.stderr
+    replay(code=8, says=f"tiny.tensors or {EDIT_FILE} beside it")
 
 
-def test_a_manifest_alone_does_not_make_code_run(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_manifest_alone_does_not_make_code_run(recorded: Path, replay: Cli) -> None:
     alter(recorded, lambda m: m["run"].update(trust_remote_code=True))
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0])
-    result = cli(*args)
-    assert result.exit_code == 2
-    assert "executed code of its source" in result.stderr
-    assert cli(*args, "--trust-remote-code").exit_code == 0
+    replay(code=2, says="executed code of its source")
+    replay("--trust-remote-code", code=0)
 
 
 def test_a_refit_finds_the_recorded_edit(
-    converted: tuple[Path, Path], recorded: Path, cli: Cli, tmp_path: Path
+    converted: tuple[Path, Path], recorded: Path, replay: Cli, tmp_path: Path
 ) -> None:
-    args = ("replay", recorded, tmp_path / "again", "--source", converted[0], "--refit")
-    result = cli(*args, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = replay("--refit", "--json", code=0)
     (angles,) = json.loads(result.stdout)["angles"].values()
     assert len(angles) == 4
     assert angles[-1] < 1e-3
@@ -287,14 +259,11 @@ def test_a_refit_finds_the_recorded_edit(
     digest = hashlib.sha256(stored.read_bytes()).hexdigest()
     alter(recorded, lambda m: m["files"][EDIT_FILE].update(sha256=digest))
     shutil.rmtree(tmp_path / "again")
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "expected an angle of at most 1 degrees, found 2.000" in result.stderr
+    replay("--refit", code=8, says="expected an angle of at most 1 degrees, found 2.000")
     assert not (tmp_path / "again").exists()
     alter(recorded, lambda m: m["pairs"].update(sha256="0" * 64))
-    result = cli(*args)
-    assert result.exit_code == 8
-    assert "not the texts of the recorded fit, by their sha256: pairs" in result.stderr
+    says = "not the texts of the recorded fit, by their sha256: pairs"
+    replay("--refit", code=8, says=says)
 
 
 def test_principal_angles_are_known_ones() -> None:
@@ -319,8 +288,7 @@ def test_a_repo_is_read_at_the_recorded_commit(
 
         def run(home: str, *args: object) -> dict[str, Any]:
             connect(monkeypatch, server.url, tmp_path / home)
-            done = cli(*args, "--cache-dir", tmp_path / "cache", "--json")
-            assert done.exit_code == 0, done.stderr
+            done = cli(*args, "--cache-dir", tmp_path / "cache", "--json", code=0)
             found: dict[str, Any] = json.loads(done.stdout)
             return found
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ from converter.outputs.checkpoint import write as checkpoint
 from converter.outputs.claim import Claim, claimed
 from converter.runtime import progress
 from tests.builders.errors import refused
-from tests.builders.models import TINY_ARGS, make_checkpoint, tiny_args
+from tests.builders.invoke import Cli
+from tests.builders.models import TINY_ARGS, Checkpoints, make_checkpoint, tiny_args
+from tests.test_formats import as_pickles
 from tests.test_quantization import BLOCKS, as_fp8
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 MEASURED = ("README.md", "SHA256SUMS", "gloss_manifest.json")
 """They hold seconds, or the sha256 of what does."""
@@ -36,7 +34,8 @@ MEASURED = ("README.md", "SHA256SUMS", "gloss_manifest.json")
 class Rewrites:
     """Notes which shards are written; the one named ``fails`` is half written, and then no more."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cli = cli
         self.names: list[str] = []
         self.fails: str | None = None
         rewrite = shard_files.rewrite
@@ -50,15 +49,16 @@ class Rewrites:
 
         monkeypatch.setattr(checkpoint, "rewrite", note)
 
-    def run(self, cli: Cli, *args: object, fails: str | None = None) -> Result:
+    def run(self, *args: object, fails: str | None = None, **expected: Any) -> Result:
+        """A conversion; what is expected is as for ``cli``."""
         self.names.clear()
         self.fails = fails
-        return cli("convert", *args, "--workers", 1)
+        return self.cli("convert", *args, "--workers", 1, **expected)
 
 
 @pytest.fixture
-def rewrites(monkeypatch: pytest.MonkeyPatch) -> Rewrites:
-    return Rewrites(monkeypatch)
+def rewrites(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Rewrites:
+    return Rewrites(cli, monkeypatch)
 
 
 def shards_of(folder: Path) -> list[str]:
@@ -80,14 +80,12 @@ def test_finished_shards_are_kept_and_not_written_again(
 ) -> None:
     source, out = checkpoints("llama"), tmp_path / "out"
     shards = shards_of(source)
-    assert cli("convert", source, tmp_path / "whole", *TINY_ARGS).exit_code == 0
-    failed = rewrites.run(cli, source, out, *TINY_ARGS, fails=shards[3])
-    assert failed.exit_code == 7
+    cli("convert", source, tmp_path / "whole", *TINY_ARGS, code=0)
+    failed = rewrites.run(source, out, *TINY_ARGS, fails=shards[3], code=7)
     assert "finished shards kept in .out.part for the next run: 3" in failed.stderr
     assert not out.exists()
     places = {name: (tmp_path / ".out.part/new" / name).stat().st_ino for name in shards[:3]}
-    again = rewrites.run(cli, source, out, *TINY_ARGS)
-    assert again.exit_code == 0, again.stderr
+    again = rewrites.run(source, out, *TINY_ARGS, code=0)
     assert f"3 of {len(shards)} shards are finished already" in again.stderr
     assert rewrites.names == shards[3:]
     assert {name: (out / name).stat().st_ino for name in shards[:3]} == places
@@ -102,7 +100,7 @@ def test_what_is_not_certain_is_written_again(
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(checkpoints("llama"), source)
     shards = shards_of(source)
-    assert rewrites.run(cli, source, out, *TINY_ARGS, fails=shards[2]).exit_code == 7
+    rewrites.run(source, out, *TINY_ARGS, fails=shards[2], code=7)
     holder, args, again = tmp_path / ".out.part", TINY_ARGS, shards[1:]
     second, journal = holder / "new" / shards[1], holder / "journal.jsonl"
     if what == "bytes":
@@ -125,10 +123,9 @@ def test_what_is_not_certain_is_written_again(
         again = shards  # for the activations are others, and the subspace with them
     else:
         args, again = tiny_args(rank=3), shards
-    result = rewrites.run(cli, source, out, *args)
-    assert result.exit_code == 0, result.stderr
+    rewrites.run(source, out, *args, code=0)
     assert rewrites.names == again
-    assert cli("convert", source, tmp_path / "whole", *args).exit_code == 0
+    cli("convert", source, tmp_path / "whole", *args, code=0)
     assert content(out) == content(tmp_path / "whole")
 
 
@@ -139,14 +136,14 @@ def test_a_source_that_changes_between_two_runs_is_noticed_without_a_forward_pas
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     shards, before = shards_of(source), set(shared_cache.glob("activations/*"))
     args = (*TINY_ARGS, "--seed", 91)
-    assert cli("convert", source, tmp_path / "whole", *args).exit_code == 0
+    cli("convert", source, tmp_path / "whole", *args, code=0)
     (kept,) = set(shared_cache.glob("activations/*")) - before
     args = (*args, "--activations", kept)
-    assert rewrites.run(cli, source, tmp_path / "out", *args, fails=shards[2]).exit_code == 7
+    rewrites.run(source, tmp_path / "out", *args, fails=shards[2], code=7)
     data = bytearray((source / shards[1]).read_bytes())
     data[-1] ^= 1
     (source / shards[1]).write_bytes(data)
-    result = rewrites.run(cli, source, tmp_path / "out", *args)
+    result = rewrites.run(source, tmp_path / "out", *args)
     assert rewrites.names == shards[1:]
     assert result.exit_code == 4
     assert f"{shards[1]} is not the file that the activations were taken from" in result.stderr
@@ -160,53 +157,35 @@ def test_shards_that_need_each_other_count_together(
     source = as_fp8(plain, tmp_path / "fp8", BLOCKS, apart=True)
     shards = shards_of(source)
     args = (source, tmp_path / "out", *TINY_ARGS)
-    assert rewrites.run(cli, *args, fails=shards[-1]).exit_code == 7
+    rewrites.run(*args, fails=shards[-1], code=7)
     assert len(rewrites.names) == len(shards) - 1
-    again = rewrites.run(cli, *args)
-    assert again.exit_code == 0, again.stderr
+    rewrites.run(*args, code=0)
     assert 1 < len(rewrites.names) <= len(shards)
-    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 def test_shards_made_from_another_format_are_gone_on_with(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
 ) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(checkpoints("llama"), source)
-    from safetensors.torch import load_file
-
-    weights: dict[str, Any] = {}
-    for name in shards_of(source):
-        weights |= load_file(source / name)
-        (source / name).unlink()
-    names = sorted(weights)
-    halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
-    for file, part in halves.items():
-        torch.save({name: weights[name] for name in part}, source / file)
-    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
-    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (source / "model.safetensors.index.json").unlink()
+    source = as_pickles(checkpoints("llama"), tmp_path / "source", 2)
     args = (source, tmp_path / "out", *TINY_ARGS)
-    first, second = "model-1.safetensors", "model-2.safetensors"
-    assert rewrites.run(cli, *args, fails=second).exit_code == 7
-    again = rewrites.run(cli, *args)
-    assert again.exit_code == 0, again.stderr
+    first, second = (f"model-{number:05d}-of-00002.safetensors" for number in (1, 2))
+    rewrites.run(*args, fails=second, code=7)
+    rewrites.run(*args, code=0)
     assert rewrites.names == [second]
     assert first in shards_of(tmp_path / "out")
-    assert cli("verify", tmp_path / "out", "--source", source).exit_code == 0
+    cli("verify", tmp_path / "out", "--source", source, code=0)
 
 
 def test_the_same_run_again_finds_its_result(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+    checkpoints: Checkpoints, tmp_path: Path, rewrites: Rewrites
 ) -> None:
     args = (checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
-    assert rewrites.run(cli, *args).exit_code == 0
+    rewrites.run(*args, code=0)
     (tmp_path / ".out.part/new").mkdir(parents=True)  # killed before it was deleted
     (tmp_path / ".out.part/lock").touch()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
-    again = rewrites.run(cli, *args)
-    assert again.exit_code == 0
-    assert "is the result of this run already" in again.stderr
+    rewrites.run(*args, code=0, says="is the result of this run already")
     assert rewrites.names == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -214,7 +193,7 @@ def test_the_same_run_again_finds_its_result(
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_same_run_again_finds_its_result_in_a_mount_point(
-    killed: bool, checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites,
+    killed: bool, checkpoints: Checkpoints, tmp_path: Path, rewrites: Rewrites,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Also if a run was killed when all files were in their place, and this was not yet noted."""
@@ -224,11 +203,10 @@ def test_the_same_run_again_finds_its_result_in_a_mount_point(
     with monkeypatch.context() as patch:
         if killed:
             patch.setattr(Claim, "discard", lambda claim: None)
-        assert rewrites.run(cli, *args).exit_code == 0
+        rewrites.run(*args, code=0)
     before = content(out)
     assert (out / ".out.part/filling").exists() == killed
-    again = rewrites.run(cli, *args)
-    assert again.exit_code == 0, again.output
+    again = rewrites.run(*args, code=0)
     assert ("is the result of this run already" in again.stderr) == (not killed)
     assert rewrites.names == []
     assert content(out) == before
@@ -263,7 +241,7 @@ def test_a_second_run_is_told_who_holds_the_destination(
     assert f"process {process.pid} on " in refused.stderr
     assert not out.exists()
     assert (tmp_path / ".out.part").is_dir()
-    assert cli(*args).exit_code == 0
+    cli(*args, code=0)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -322,7 +300,7 @@ def test_what_another_run_left_counts_as_free(
     (tmp_path / ".out.part/new").mkdir(parents=True)
     (tmp_path / ".out.part/new/stale").write_bytes(bytes(needed))
     (tmp_path / ".out.part/lock").touch()
-    assert cli(*args).exit_code == 0
+    cli(*args, code=0)
 
 
 STOP = """
@@ -364,13 +342,13 @@ def test_a_step_that_takes_long_does_not_keep_a_run_alive(
 
 
 def test_planted_checkpoints_of_one_file_are_written_anew(
-    cli: Cli, tmp_path: Path, rewrites: Rewrites
+    tmp_path: Path, rewrites: Rewrites
 ) -> None:
     source = make_checkpoint(tmp_path / "source", shard="5GB")
     args = (source, tmp_path / "out", *TINY_ARGS)
-    assert rewrites.run(cli, *args, fails="model.safetensors").exit_code == 7
+    rewrites.run(*args, fails="model.safetensors", code=7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    assert rewrites.run(cli, *args).exit_code == 0
+    rewrites.run(*args, code=0)
 
 
 def test_the_cache_loses_what_killed_processes_left_there(tmp_path: Path) -> None:

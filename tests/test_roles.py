@@ -21,9 +21,7 @@ from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
 from converter.errors import CheckpointError, OptionError
 from tests.builders.errors import refused
-from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, load
-
-Checkpoints = Callable[..., Path]
+from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, Checkpoints, load
 
 MIXTURES = {kind for kind in TINY_MODELS if architectures()[kind].experts.weight}
 UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}
@@ -123,6 +121,15 @@ def test_the_head_is_in_no_layer(checkpoints: Checkpoints) -> None:
     assert (head.info.name, head.layer, head.expert) == ("lm_head.weight", LAYERS, None)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_biases_of_each_layer_have_a_role_of_their_own(
+    kind: str, checkpoints: Checkpoints
+) -> None:
+    biases = planned(checkpoints(kind)).biases("down_proj")
+    found = [(bias.layer, bias.recorded_role, bias.axis) for bias in biases]
+    assert found == [(layer, "down_proj_bias", 0) for layer in range(LAYERS)]
+
+
 def test_parts_of_a_fused_matrix_are_its_rows(checkpoints: Checkpoints) -> None:
     plan = planned(checkpoints("phi3"))
     gate, up = plan.weights("gate_proj", [2])[0], plan.weights("up_proj", [2])[0]
@@ -189,8 +196,9 @@ CONFIG = {
           "found": "[32, 48]"}),
         ("o_proj", "model.layers.5.self_attn.o_proj.weight", {"shape": (HIDDEN, 24)},
          {"expected": "shape [32, 32]", "found": "[32, 24]"}),
-        ("up_proj", "model.layers.5.mlp.up_proj.weight", {"dtype": "U8"},
-         {"what": "tensor ... cannot be edited", "found": "U8"}),
+        ("up_proj", "model.layers.5.mlp.up_proj.weight", {"dtype": "F8_E4M3"},
+         {"what": "tensor ... cannot be edited", "expected": "dtype F16, BF16, F32, F64",
+          "found": "F8_E4M3"}),
         ("up_proj", "model.layers.5.mlp.up_proj.bias", {"shape": (HIDDEN,)},
          {"expected": "shape [48]", "found": "[32]"}),
         ("lm_head", "lm_head.weight", {"shape": (399, HIDDEN)}, {"expected": "shape [400, 32]"}),

@@ -5,40 +5,26 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 
 from converter.checkpoints.names import SIGNATURE
 from converter.entrypoints.verify import verify
 from converter.errors import OptionError
 from converter.release.signing import load_public_key, load_signer
 from tests.builders.errors import refused
+from tests.builders.keys import write_key as write_key
 from tests.builders.models import TINY_ARGS
 from tests.test_verify import flip
 
 pytest.importorskip("model_signing")
 
 from cryptography.hazmat.primitives import serialization as keys
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-Cli = Callable[..., Result]
-
-
-def write_key(
-    folder: Path, name: str = "key", curve: str = "SECP256R1", password: str = ""
-) -> Path:
-    """A private key and, beside it, its public one, named ``.pub``."""
-    key = ec.generate_private_key(getattr(ec, curve)())
-    hidden = keys.BestAvailableEncryption(password.encode()) if password else keys.NoEncryption()
-    pem = keys.Encoding.PEM
-    path = folder / f"{name}.pem"
-    path.write_bytes(key.private_bytes(pem, keys.PrivateFormat.PKCS8, hidden))
-    public = key.public_key().public_bytes(pem, keys.PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(public)
-    return path
+from tests.builders.invoke import Cli
+from tests.builders.models import Checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -74,23 +60,19 @@ def test_what_a_run_has_in_a_mount_point_is_not_signed(
 
 
 def test_a_conversion_is_signed_and_the_signature_checked(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = cli("convert", checkpoints("llama"), out, *TINY_ARGS, "--sign", key)
-    assert result.exit_code == 0, result.stderr
+    result = cli("convert", checkpoints("llama"), out, *TINY_ARGS, "--sign", key, code=0)
     fingerprint = hashlib.sha256(key.with_suffix(".pub").read_bytes()).hexdigest()
     assert fingerprint in result.stderr
     assert SIGNATURE not in (out / "SHA256SUMS").read_text()
 
-    result = cli("verify", out, "--key", key.with_suffix(".pub"))
-    assert result.exit_code == 0, result.stderr
+    result = cli("verify", out, "--key", key.with_suffix(".pub"), code=0)
     assert f"signed by the key with sha256 {fingerprint}" in result.stdout
     result = cli("verify", out, "--key", key.with_suffix(".pub"), "--json")
     assert json.loads(result.stdout)["key_sha256"] == fingerprint
-    result = cli("verify", out)
-    assert result.exit_code == 0, result.stderr
-    assert "model.sig was not checked; give --key" in result.stderr
+    cli("verify", out, code=0, says="model.sig was not checked; give --key")
 
     secret = key.read_text().splitlines()[1].encode()
     for path in out.rglob("*"):
@@ -141,8 +123,7 @@ def test_a_signature_of_nobody_of_another_or_damaged(
     out: Path, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     other = write_key(tmp_path, "other").with_suffix(".pub")
-    result = cli("verify", out, "--key", other)
-    assert result.exit_code == 8
+    result = cli("verify", out, "--key", other, code=8)
     assert "error: model.sig is not a signature of this key: Key mismatch" in result.stderr
     public = load_public_key(key.with_suffix(".pub"))
     bundle = json.loads((out / SIGNATURE).read_text())
@@ -155,8 +136,7 @@ def test_a_signature_of_nobody_of_another_or_damaged(
         (problem,) = public.check(out)
         assert problem.startswith("model.sig is not a signature of this key: ")
     (out / SIGNATURE).unlink()
-    result = cli("verify", out, "--key", key.with_suffix(".pub"))
-    assert result.exit_code == 8
+    result = cli("verify", out, "--key", key.with_suffix(".pub"), code=8)
     assert "error: model.sig is missing; the folder is not signed" in result.stderr
 
 
@@ -192,7 +172,7 @@ def statement(out: Path) -> str:
 
 
 def test_what_is_no_key_is_said_before_any_work(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     pem = keys.Encoding.PEM, keys.PrivateFormat.PKCS8, keys.NoEncryption()
     wrong = {
@@ -215,9 +195,7 @@ def test_what_is_no_key_is_said_before_any_work(
         (key.with_suffix(".pub"), "--sign key.pub cannot be read: expected a private key"),
         (curve, "found secp256k1"),
     ):
-        result = cli("convert", source, out, *TINY_ARGS, "--sign", path)
-        assert result.exit_code == 2, path
-        assert says in result.stderr
+        result = cli("convert", source, out, *TINY_ARGS, "--sign", path, code=2, says=says)
         assert "reading the headers" not in result.stderr
         assert not out.exists()
     for path, says in (
@@ -225,13 +203,11 @@ def test_what_is_no_key_is_said_before_any_work(
         (key, "expected a public key in PEM, "),
         (curve.with_suffix(".pub"), "found secp256k1"),
     ):
-        result = cli("verify", tmp_path, "--key", path)
-        assert result.exit_code == 2, path
-        assert says.rstrip(", ") in result.stderr
+        cli("verify", tmp_path, "--key", path, code=2, says=says.rstrip(", "))
 
 
 def test_a_key_is_not_published_and_not_deleted(
-    checkpoints: Callable[..., Path], key: Path, cli: Cli, tmp_path: Path
+    checkpoints: Checkpoints, key: Path, cli: Cli, tmp_path: Path
 ) -> None:
     source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
     shutil.copy(key, source / "mine.pem")
@@ -241,11 +217,10 @@ def test_a_key_is_not_published_and_not_deleted(
         assert result.exit_code == 2
         assert f"--sign {name} lies in the source folder; what is there is copied" in result.stderr
     out = tmp_path / "full"
-    assert cli("convert", checkpoints("llama"), out, *TINY_ARGS).exit_code == 0
+    cli("convert", checkpoints("llama"), out, *TINY_ARGS, code=0)
     shutil.copy(key, out / "mine.pem")
     args = ("--overwrite", "--sign", out / "mine.pem")
-    result = cli("convert", checkpoints("llama"), out, *TINY_ARGS, *args)
-    assert result.exit_code == 7
+    result = cli("convert", checkpoints("llama"), out, *TINY_ARGS, *args, code=7)
     assert "contains the input mine.pem" in result.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.resolve import resolve
 from converter.hub.repos import is_inside
 from converter.outputs.record_checks import is_plain
+from tests.builders.models import Checkpoints
 
 BESIDE = (
     ".cache/huggingface/download/config.json.metadata", ".git/config", ".gitattributes",
@@ -32,7 +32,7 @@ SNAPSHOT = "models--someone--tiny/snapshots/c0ffee"
 
 
 @pytest.fixture
-def folder(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
+def folder(checkpoints: Checkpoints, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoints("llama"), tmp_path / "tiny")
 
 
@@ -47,7 +47,7 @@ def as_snapshot(folder: Path, cache: Path) -> Path:
     return snapshot
 
 
-def test_what_lies_beside_a_model_is_left_where_it_is(folder: Path, tmp_path: Path) -> None:
+def test_what_lies_beside_a_model_is_left_where_it_is(folder: Path) -> None:
     before = resolve(str(folder)).companions
     for name in (*BESIDE, *NAMES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def test_the_cache_of_the_hubs_client_is_read_as_a_folder(folder: Path, tmp_path
     assert resolve(str(folder)).headers()
 
 
-def test_a_config_may_hold_what_those_of_large_models_hold(folder: Path, tmp_path: Path) -> None:
+def test_a_config_may_hold_what_those_of_large_models_hold(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {
         "attn_implementation": "flash_attention_2", "auto_map": {"AutoConfig": "a/b--x.Y"},

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.names import EDIT_FILE
-from converter.checkpoints.plan import Plan, make_plan
-from converter.checkpoints.resolve import resolve
+from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
@@ -41,19 +39,19 @@ from converter.recipe import Settings, parse_size
 from converter.runtime import memory, progress
 from tests.builders.edits import removal
 from tests.builders.errors import refused
+from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
     OTHER_LAYOUTS,
-    TINY_ARGS,
     TINY_MODELS,
+    Checkpoints,
+    planned,
     tiny_tokenizer,
 )
+from tests.test_formats import as_pickles
 from tests.test_plan import VARIANTS
 from tests.test_quantization import BLOCKS, as_fp8
-
-Checkpoints = Callable[..., Path]
-Cli = Callable[..., Result]
 
 TEXTS = [
     "the river rises in a range of low hills",
@@ -75,8 +73,7 @@ class Opened:
 
     @classmethod
     def of(cls, folder: Path) -> "Opened":
-        source = resolve(str(folder))
-        return cls(source, make_plan(source.config, source.weight_map, source.headers()))
+        return cls(*planned(folder))
 
     def resident(self) -> LanguageModel:
         return models.load_language_model(
@@ -135,7 +132,7 @@ ROUNDING = 1e-5
 
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS | OTHER_LAYOUTS))
 def test_in_every_architecture_streaming_gives_the_same(
-    kind: str, checkpoints: Checkpoints, tmp_path: Path
+    kind: str, checkpoints: Checkpoints
 ) -> None:
     """Activations of FFNs and of layers, log-probabilities with and without an edit, gradients.
 
@@ -262,7 +259,7 @@ class Reads:
     "kind", ["llama", "llama-tied", "mixtral", "gpt2", "gemma3", "deepseek_v3"]
 )
 def test_every_byte_is_read_once_in_a_pass_and_one_layer_is_in_memory(
-    kind: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Opened.of(checkpoints(kind))
     model = opened.streamed()
@@ -305,9 +302,7 @@ def test_every_byte_is_read_once_in_a_pass_and_one_layer_is_in_memory(
     assert all(p.is_meta for p in model.module.parameters())
 
 
-def test_a_pass_that_fails_leaves_nothing_in_memory(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
+def test_a_pass_that_fails_leaves_nothing_in_memory(checkpoints: Checkpoints) -> None:
     opened = Opened.of(checkpoints("llama"))
     model = opened.streamed()
     encode = Encoder(model.tokenizer, model.module)
@@ -351,10 +346,7 @@ def test_progress_ends_at_the_number_of_texts(
 def test_a_missing_tensor_is_an_error_of_the_checkpoint(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    for path in checkpoints("llama", torch.float32, "1GB").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(checkpoints("llama", torch.float32, "1GB"), tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -408,20 +400,17 @@ def test_fp8_is_streamed_as_the_numbers_that_it_stands_for(
 
 
 def test_pickles_are_streamed(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    folder = shutil.copytree(checkpoints("llama", torch.float32, "1GB"), tmp_path / "source")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    opened = Opened.of(folder)
+    opened = Opened.of(as_pickles(checkpoints("llama"), tmp_path / "source", 1))
     assert opened.source.virtual_shards is not None
     same(opened)
 
 
-def test_a_layer_that_does_not_fit_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_layer_that_does_not_fit_is_refused(checkpoints: Checkpoints) -> None:
     with refused(SourceError, what="not even one layer of the model fits ..."):
         Opened.of(checkpoints("llama")).streamed(1000)
 
 
-def test_the_same_holds_in_bfloat16(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_same_holds_in_bfloat16(checkpoints: Checkpoints) -> None:
     opened = Opened.of(checkpoints("llama", torch.bfloat16))
     opened.dtype = torch.bfloat16
     whole, streamed = opened.resident(), opened.streamed()
@@ -446,7 +435,7 @@ def test_positions_with_logits_are_few_where_the_vocabulary_is_large() -> None:
 
 
 def test_auto_streams_what_does_not_fit(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Opened.of(checkpoints("llama")).plan
     needed = plan.num_parameters * 4 + mode.margin(plan, torch.float32)
@@ -522,29 +511,13 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "0", "1e9", "4GBB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 apples", "much", "0", "1e9", "4GBB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with refused(OptionError, what="--memory-limit", expected="a size such as 4GB or 512MB"):
         Settings(memory_limit=text)  # type: ignore[arg-type]
 
 
 # whole runs
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "gemma3"])
-def test_a_streamed_conversion_gives_the_same_subspace(
-    kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
-) -> None:
-    bases = []
-    for way in ("resident", "streamed"):
-        args = ("--num-pairs", 64, "--forward", way, *TINY_ARGS)
-        result = cli("convert", checkpoints(kind), tmp_path / way, *args)
-        assert result.exit_code == 0, result.stderr
-        bases.append(load_bases(tmp_path / way / EDIT_FILE))
-    assert bases[0].keys() == bases[1].keys()
-    for name, U in bases[0].items():
-        V = bases[1][name]
-        assert float((U @ U.T - V @ V.T).abs().max()) < 1e-4
 
 
 @pytest.mark.slow
@@ -566,7 +539,7 @@ def test_a_conversion_can_be_streamed_from_its_texts_to_its_guard(
         assert manifests[way]["forward"]["mode"] == way
         assert manifests[way]["run"]["forward"] == way
         assert manifests[way]["activations"]["inputs"]["forward"] == way
-        assert cli("verify", out, "--source", planted).exit_code == 0
+        cli("verify", out, "--source", planted, code=0)
     assert bases["resident"].keys() == bases["streamed"].keys()
     for name, U in bases["resident"].items():
         # the model has one toxic direction; the others are noise, which rounding turns
@@ -595,23 +568,15 @@ def test_writing_needs_the_whole_model(
     source = checkpoints("llama")
     what = "an evaluation writes continuations, for which the whole model must be in memory"
     for command in (("evaluate", source), ("convert", source, tmp_path / "out", "--evaluate")):
-        result = cli(*command, "--forward", "streamed")
-        assert result.exit_code == 2
+        result = cli(*command, "--forward", "streamed", code=2)
         assert result.stderr.count("\n") <= 2
         assert f"{what}: found --forward streamed; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "30MB")
-        assert result.exit_code == 3
-        assert f"{what}: found" in result.stderr
+        result = cli(*command, "--memory-limit", "30MB", code=3, says=f"{what}: found")
         assert "do not fit in memory comfortably; give --forward resident" in result.stderr
-        result = cli(*command, "--memory-limit", "much")
-        assert result.exit_code == 2
-        assert "--memory-limit: expected a size such as 4GB or 512MB, found 'much'" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_says_how_the_model_would_be_run(
-    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_plan_says_how_the_model_would_be_run(checkpoints: Checkpoints, cli: Cli) -> None:
     shown = cli("plan", checkpoints("llama"), "--memory-limit", "30MB")
     assert (
         "forward pass streamed: 0.0 GB of weights do not fit in memory comfortably" in shown.stdout

@@ -10,10 +10,9 @@ from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions
-from converter.hub.publication import Publication, PublicationOptions
 from converter.manifest import ForwardRecord, GuardRecord, Manifest
 from converter.option import Option, Options, declared_options
-from converter.recipe import Recipe, Settings
+from converter.recipe import Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
 
 if TYPE_CHECKING:

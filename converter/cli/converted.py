@@ -9,10 +9,15 @@ from converter.cli.convert import Destination, Overwrite, published_text
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
 from converter.errors import OptionError, VerificationError
-from converter.hub.publication import Publication, PublicationOptions
 from converter.option import Option, Options
-from converter.recipe import Settings, Subfolder, TrustRemoteCode
-from converter.release.local_inputs import LocalInputs
+from converter.recipe import (
+    LocalInputs,
+    Publication,
+    PublicationOptions,
+    Settings,
+    Subfolder,
+    TrustRemoteCode,
+)
 from converter.runtime import progress
 from converter.text import one_line
 

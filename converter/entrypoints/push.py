@@ -22,11 +22,11 @@ from converter.edits.base import Edit
 from converter.entrypoints.upload import Copyable, Files, Published, Upload, changed
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, VerificationError
-from converter.hub.publication import Publication
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
 from converter.outputs.claim import JOURNAL
 from converter.outputs.journal import Done, Receiver, keep_only
+from converter.recipe import Publication
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress

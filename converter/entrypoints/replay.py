@@ -41,8 +41,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
-from converter.recipe import Recipe, Settings
-from converter.release.local_inputs import LocalInputs
+from converter.recipe import LocalInputs, Recipe, Settings
 from converter.release.manifest import environment, file_list
 from converter.release.recording import NAMED, Recording, check_source, differences, recipe_of
 from converter.runtime import progress

@@ -25,8 +25,8 @@ from huggingface_hub.hf_api import RepoFile
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MANIFEST, SIGNATURE
 from converter.errors import CheckpointError, ConverterError, PublishError
-from converter.hub.publication import Publication
 from converter.hub.publishing import open_repo, plain_refusals, refuses_copies
+from converter.recipe import Publication
 from converter.runtime import progress
 from converter.text import redacted
 from converter.version import __version__

@@ -22,8 +22,8 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from converter.errors import ConverterError, OptionError, PublishError, is_out_of_memory
 from converter.hub.limits import NETWORK_ERRORS
-from converter.hub.publication import Publication
 from converter.hub.repos import check_repo_id
+from converter.recipe import Publication
 from converter.runtime import progress
 from converter.text import redact_log, redacted
 

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCardData
 
 from converter.checkpoints.names import papers
 from converter.checkpoints.source import Source
-from converter.hub.publication import Publication
+from converter.recipe import Publication
 from converter.runtime import progress
 from converter.text import code, escaped
 

@@ -16,8 +16,7 @@ from converter.errors import OptionError, VerificationError
 from converter.hub.repos import looks_like_repo
 from converter.manifest import Manifest
 from converter.outputs.record_checks import edit_of, place_of, plain_name
-from converter.recipe import Recipe
-from converter.release.local_inputs import LocalInputs
+from converter.recipe import LocalInputs, Recipe
 from converter.release.manifest import environment, read_manifest_bytes
 from converter.runtime.cache import remembered_digest, sha256_of
 from converter.version import __version__

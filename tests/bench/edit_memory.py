@@ -13,9 +13,6 @@ keeps.
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ import click
 import torch
 from tokenizers import Tokenizer, models
 
-from tests.bench.processes import peak_of
+from tests.bench.processes import apart, peak_of
 from tests.bench.synthetic import Llama, write_llama
+from tests.builders.models import planned
 
 SHARD = 60_000_000
 
@@ -56,25 +54,23 @@ def build_native(folder: Path, layers: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def measure(folder: Path, out: Path) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """Edit all layers of a checkpoint and sample this process's memory meanwhile."""
-    from converter.checkpoints.plan import make_plan
-    from converter.checkpoints.resolve import resolve
     from converter.edits.base import Edit
     from converter.edits.deltas import RemoveSubspace
     from converter.edits.engine import Engine
     from converter.outputs.base import WriteJob
     from converter.outputs.checkpoint.write import write_checkpoint
 
-    source = resolve(str(folder))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(folder)
     hidden = plan.dimensions.hidden_size
     basis = torch.linalg.qr(torch.randn(hidden, 4))[0]
     removal = RemoveSubspace(basis)
     edit = Edit({weight.info.name: removal for weight in plan.targets})
-    job = WriteJob(source=source, plan=plan, edit=edit, folder=out, engine=Engine())
     basis.T @ torch.randn(hidden, 8)  # wake the BLAS threads before the idle reading
-    peak = peak_of(lambda: write_checkpoint(job))
+    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
+        job = WriteJob(source=source, plan=plan, edit=edit, folder=Path(out), engine=Engine())
+        peak = peak_of(lambda: write_checkpoint(job))
     return {
         "gigabytes": plan.nbytes / 1e9,
         "shards": len(source.shards),
@@ -87,14 +83,7 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
 @click.option("--folder", "folders", multiple=True, type=click.Path(path_type=Path))
 @click.option("--layers", multiple=True, type=int, default=[30, 90, 270], show_default=True)
 @click.option("--native", multiple=True, type=int, help="Layers of one in Meta's layout.")
-@click.option("--child", hidden=True, is_flag=True)
-def main(
-    folders: tuple[Path, ...], layers: tuple[int, ...], native: tuple[int, ...], child: bool
-) -> None:
-    if child:
-        with tempfile.TemporaryDirectory(dir=folders[0].parent) as out:
-            click.echo(json.dumps(measure(folders[0], Path(out))))
-        return
+def main(folders: tuple[Path, ...], layers: tuple[int, ...], native: tuple[int, ...]) -> None:
     click.echo("| checkpoint | GB | shards | tensors edited | peak above idle, MB | needed, MB |")
     click.echo("|---|---|---|---|---|---|")
     names: dict[Path | str, Any] = dict.fromkeys(folders)
@@ -105,11 +94,8 @@ def main(
             folder = item if isinstance(item, Path) else Path(temporary)
             if made:
                 made[0](folder, made[1])
-            command = [sys.executable, __file__, "--child", "--folder", str(folder)]
-            r, needed = (
-                json.loads(subprocess.check_output(command, env={**os.environ, **extra}))
-                for extra in ({}, {"MALLOC_MMAP_THRESHOLD_": "262144"})
-            )
+            r = apart(measure, folder)
+            needed = apart(measure, folder, MALLOC_MMAP_THRESHOLD_="262144")
         name = folder.name if isinstance(item, Path) else item
         click.echo(
             f"| {name} | {r['gigabytes']:.2f} | {r['shards']} | {r['edited']} | "

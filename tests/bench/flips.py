@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import torch
@@ -31,7 +32,6 @@ from converter.checkpoints.names import SIGNATURE
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints import verify as verification
 from converter.entrypoints.convert import convert
-from converter.recipe import Recipe
 from converter.release.signing import load_public_key, load_signer
 from converter.runtime.cache import using_cache
 from tests.builders.adversary import (
@@ -48,32 +48,24 @@ from tests.builders.adversary import (
     places,
     put,
 )
-from tests.builders.models import METHOD, TINY, make_checkpoint
+from tests.builders.models import make_checkpoint, tiny_recipe
 from tests.test_signing import write_key
 
-OUTPUTS: tuple[Literal["checkpoint", "adapter"], ...] = "checkpoint", "adapter"
+OUTPUTS = "checkpoint", "adapter"
 
 
 def make(root: Path) -> None:
     """The source and its outputs."""
     source = make_checkpoint(root / "source", "llama", torch.bfloat16)
     for output in OUTPUTS:
-        recipe = Recipe(
-            source=str(source),
-            num_pairs=64,
-            method=METHOD,
-            options=TINY,
-            guard=False,
-            output=output,
-        )
         with using_cache(root / "cache"):
-            convert(recipe, root / output)
+            convert(tiny_recipe(source, num_pairs=64, output=output), root / output)
 
 
 Found = tuple[Counter[str], set[str]]
 
 
-def flip(root: Path, output: str, step: int, every: int, part: int, parts: int) -> Found:
+def flip(root: Path, output: str, every: int, part: int, parts: int, step: int) -> Found:
     """Flip every ``parts``-th byte from ``part`` on; how many of each file, and what was missed."""
     quiet()
     folder = copy_of(root / output, root / f"{output}-{part}")
@@ -159,17 +151,16 @@ def main(step: int, every: int, processes: int) -> None:
         with ProcessPoolExecutor(processes) as pool:
             parts = range(processes)
             for output in OUTPUTS:
-                flips = [
-                    pool.submit(flip, root, output, step, every, part, processes) for part in parts
-                ]
-                forgeries = [
-                    pool.submit(forge, root, output, every, part, processes) for part in parts
-                ]
-                signatures = [
-                    pool.submit(flip_signature, root, output, every, p, processes) for p in parts
-                ]
-                jobs = {"flipped": flips, "signature flipped": signatures, "forged": forgeries}
-                for what, job in jobs.items():
+                jobs: dict[str, Callable[..., Found]] = {
+                    "flipped": partial(flip, step=step),
+                    "forged": forge,
+                    "signature flipped": flip_signature,
+                }
+                submitted = {
+                    what: [pool.submit(job, root, output, every, p, processes) for p in parts]
+                    for what, job in jobs.items()
+                }
+                for what, job in submitted.items():
                     counts: Counter[str] = Counter()
                     for done in job:
                         count, missed = done.result()

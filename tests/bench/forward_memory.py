@@ -8,10 +8,6 @@ the one for moments of gradients. Linux only: it reads RssAnon of /proc, in a pr
 each model and mode. Hidden states have their share of ``--memory-limit``; the rest is in a file.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +17,9 @@ import click
 import torch
 
 from converter.recipe import parse_size
-from tests.bench.processes import peak_of
+from tests.bench.processes import apart, peak_of
 from tests.bench.synthetic import Llama, write_llama
+from tests.builders.models import planned
 
 HIDDEN, FFN, VOCAB, SHARD = 1024, 2816, 16384, 60_000_000
 TEXTS, TOKENS = 32, 24
@@ -41,8 +38,6 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from transformers import LlamaForCausalLM  # noqa: F401 - what is idle has it loaded
 
     from converter.calibration.collect import moments_within
-    from converter.checkpoints.plan import make_plan
-    from converter.checkpoints.resolve import resolve
     from converter.cli.command import quiet_libraries
     from converter.models.batching import Sentence, batches
     from converter.models.loading import load_language_model, stream_language_model
@@ -50,8 +45,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
     from converter.runtime.cache import using_cache
 
     quiet_libraries()
-    source = resolve(str(folder))
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    source, plan = planned(folder)
     draw = torch.Generator().manual_seed(0)
     texts = [
         Sentence(
@@ -89,14 +83,8 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
 @click.option("--layers", multiple=True, type=int, default=[4, 16, 64], show_default=True)
 @click.option("--memory-limit", default="400MB", show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="A picture of the table.")
-@click.option("--child", nargs=2, hidden=True)
-def main(
-    layers: tuple[int, ...], memory_limit: str, plot: Path | None, child: tuple[str, str] | None
-) -> None:
+def main(layers: tuple[int, ...], memory_limit: str, plot: Path | None) -> None:
     limit = parse_size(memory_limit)
-    if child:
-        click.echo(json.dumps(measure(Path(child[0]), child[1], limit)))
-        return
     click.echo(
         "| layers | GB of weights | streamed: activations, MB | gradients, MB "
         "| resident: activations, MB | gradients, MB | seconds, streamed | resident |"
@@ -106,14 +94,9 @@ def main(
     for count in layers:
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder), count)
-            command = [sys.executable, __file__, "--child", folder]
-            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}  # freed is given back
+            freed = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed is given back
             s, r = (
-                json.loads(
-                    subprocess.check_output(
-                        [*command, mode, "--memory-limit", memory_limit], env=env
-                    )
-                )
+                apart(measure, Path(folder), mode, limit, **freed)
                 for mode in ("streamed", "resident")
             )
         rows.append((count, s, r))

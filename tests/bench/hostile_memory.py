@@ -10,13 +10,13 @@ Linux only.
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from converter.checkpoints.layout import MAX_CONFIG, MAX_INDEX, check_config, read_index, read_json
 from converter.checkpoints.safetensors.header import MAX_HEADER, read_header
 from converter.errors import CheckpointError
+from tests.bench.processes import apart
 
 ENTRY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 STEP = 10_000
@@ -35,7 +35,11 @@ def padded(start: bytes, part: Callable[[int], bytes], end: bytes, size: int) ->
     yield end
 
 
-def header(start: bytes, part: Callable[[int], bytes], end: bytes) -> Callable[[Path], None]:
+Write = Callable[[Path], None]
+Part = Callable[[int], bytes]
+
+
+def header(start: bytes, part: Part, end: bytes) -> Write:
     def write(path: Path) -> None:
         with path.open("wb") as file:
             file.write(bytes(8))
@@ -48,9 +52,7 @@ def header(start: bytes, part: Callable[[int], bytes], end: bytes) -> Callable[[
     return write
 
 
-def plain(
-    start: bytes, part: Callable[[int], bytes], end: bytes, size: int
-) -> Callable[[Path], None]:
+def plain(start: bytes, part: Part, end: bytes, size: int) -> Write:
     def write(path: Path) -> None:
         with path.open("wb") as file:
             file.writelines(padded(start, part, end, size))
@@ -106,7 +108,7 @@ def resident(what: str) -> int:
     raise AssertionError(what)
 
 
-def measure(name: str, path: Path, results: Any) -> None:
+def measure(name: str, path: Path) -> tuple[str, int, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
     before, start = resident("VmRSS"), time.process_time()
     try:
@@ -114,21 +116,16 @@ def measure(name: str, path: Path, results: Any) -> None:
         end = "read"
     except CheckpointError:
         end = "refused"
-    results.put((end, resident("VmHWM") - before, time.process_time() - start))
+    return end, resident("VmHWM") - before, time.process_time() - start
 
 
 def main() -> None:
-    context = get_context("spawn")
     print("| file | MB | | peak, MB | times its size | seconds |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, (write, _) in CASES.items():
             path = Path(folder) / "model.safetensors.index.json"
             write(path)
-            results = context.Queue()
-            process = context.Process(target=measure, args=(name, path, results))
-            process.start()
-            end, peak, seconds = results.get()
-            process.join()
+            end, peak, seconds = apart(measure, name, path)
             size = path.stat().st_size
             times = f"{peak / size:.1f}" if size > 1000 else "-"
             figures = f"{size / 1e6:.0f} | {end} | {peak / 1e6:,.0f} | {times} | {seconds:.1f}"

@@ -27,19 +27,13 @@ Linux only, with GNU dd and cp. On a tmpfs, where /tmp may be one, it measures n
 ``--folder``.
 """
 
-import json
 import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
-import transformers
 
 from tests.bench.rounds import EDITED_LEAVES, Checkpoint, Results, Row, run, run_rounds, synthetic
 from tests.bench.synthetic import shard_limit
@@ -161,7 +155,7 @@ def plot_sizes(measured: list[tuple[Checkpoint, Results]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def print_reflink(checkpoint: Checkpoint) -> dict[str, Any]:
+def print_reflink(checkpoint: Checkpoint) -> None:
     """What is written where files can share blocks; folders stay until all have been measured.
 
     Raises:
@@ -175,14 +169,12 @@ def print_reflink(checkpoint: Checkpoint) -> dict[str, Any]:
     click.echo(f"{checkpoint.describe()}.\n")
     click.echo("| | blocks taken / checkpoint | written by the process / checkpoint |")
     click.echo("|---|---|---|")
-    numbers: dict[str, Any] = {}
     for row in (Row(OURS, "ours"), Row("ours, without clones", "ours", {"refused": "clone"})):
         before = _used(folder)
-        taken = run(row, checkpoint, folder / f"out{len(numbers)}")
-        numbers[row.name] = {"blocks": _used(folder) - before, **asdict(taken)}
-        shares = [numbers[row.name][key] / checkpoint.nbytes for key in ("blocks", "written")]
+        taken = run(row, checkpoint, folder / row.name)
+        blocks = _used(folder) - before
+        shares = [nbytes / checkpoint.nbytes for nbytes in (blocks, taken.written)]
         click.echo(f"| {row.name} | {shares[0]:.3f} | {shares[1]:.3f} |")
-    return numbers
 
 
 def _used(folder: Path) -> int:
@@ -190,16 +182,6 @@ def _used(folder: Path) -> int:
     os.sync()
     status = os.statvfs(folder)
     return (status.f_blocks - status.f_bfree) * status.f_frsize
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on, without names."""
-    return {
-        "system": platform.system(),
-        "kernel": platform.release(),
-        "processors": len(os.sched_getaffinity(0)),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-    }
 
 
 @click.command()
@@ -212,7 +194,6 @@ def machine() -> dict[str, Any]:
 @click.option("--one-shard", is_flag=True, help="The same, of one file of --gigabytes.")
 @click.option("--reflink", type=FOLDER, help="Count what is written, in a folder with reflinks.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Of the sizes.")
-@click.option("--json", "raw", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     gigabytes: float,
     shards: int,
@@ -223,34 +204,25 @@ def main(
     one_shard: bool,
     reflink: Path | None,
     plot: Path | None,
-    raw: Path | None,
 ) -> None:
-    numbers: dict[str, Any] = {"machine": machine()}
     if reflink is not None:
         with synthetic(reflink, gigabytes, shards) as checkpoint:
-            numbers["reflink"] = print_reflink(checkpoint)
+            print_reflink(checkpoint)
     elif sizes or one_shard:
         wanted = [(float(size), max(1, round(float(size) * shards / gigabytes)))
                   for size in sizes.split(",") if size]  # fmt: skip
         measured = []
         for size, count in wanted + [(gigabytes, 1)] * one_shard:
             with synthetic(folder, size, count) as checkpoint:
-                results = run_rounds(checkpoint, [*COPIES, Row(OURS, "ours")], rounds)
-                measured.append((checkpoint, results))
+                rows = [*COPIES, Row(OURS, "ours")]
+                measured.append((checkpoint, run_rounds(checkpoint, rows, rounds)))
         print_sizes(measured)
         if plot is not None:
             plot_sizes(measured, plot)
-        numbers["sizes"] = [
-            {"bytes": checkpoint.nbytes, "shards": checkpoint.shards, **asdict(results)}
-            for checkpoint, results in measured
-        ]
     else:
         with synthetic(folder, gigabytes, shards) as checkpoint:
-            results = run_rounds(checkpoint, table_rows(checkpoint, mergekit), rounds)
-            print_table(checkpoint, results)
-        numbers["table"] = {"bytes": checkpoint.nbytes, **asdict(results)}
-    if raw is not None:
-        raw.write_text(json.dumps(numbers, indent=1))
+            rows = table_rows(checkpoint, mergekit)
+            print_table(checkpoint, run_rounds(checkpoint, rows, rounds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tiny models: real architectures with random weights, and a real tokenizer."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.resolve import resolve
+from converter.checkpoints.source import Source
+from converter.recipe import Recipe
 from tests.bench.synthetic import builtin_texts, byte_tokenizer
 
 HIDDEN, FFN, LAYERS = 32, 48, 6
+
+Checkpoints = Callable[..., Path]
+"""The fixture ``checkpoints``: the folder of a tiny model of a kind, a dtype and a shard size."""
 
 
 @cache
@@ -147,6 +155,12 @@ def load(folder: Path) -> Any:
     return auto.from_pretrained(folder).eval()
 
 
+def planned(folder: Path) -> tuple[Source, Plan]:
+    """A folder as a source, and its plan."""
+    source = resolve(str(folder))
+    return source, make_plan(source.config, source.weight_map, source.headers())
+
+
 METHOD = "gloss-paper"
 TINY = {
     "rank": "4",
@@ -169,3 +183,9 @@ def tiny_args(**changes: object) -> list[str]:
 
 
 TINY_ARGS = tiny_args()
+
+
+def tiny_recipe(source: Path, **changes: Any) -> Recipe:
+    """The same as a recipe."""
+    given: dict[str, Any] = {"num_pairs": 32, "method": METHOD, "options": TINY, "guard": False}
+    return Recipe(source=str(source), **given | changes)

@@ -30,6 +30,13 @@ def make_pairs(count: int) -> list[dict[str, str]]:
     return pairs
 
 
+def planted_args(planted: Path, rank: int | None = 1) -> tuple[object, ...]:
+    """Arguments with which a fit finds what is planted; without a rank it is chosen."""
+    pairs = ("--pairs", planted.parent / "pairs.jsonl")
+    chosen = () if rank is None else ("-o", f"rank={rank}")
+    return (*pairs, *chosen, "-o", "protect_shared=1", "-o", "protect_own=1")
+
+
 def make_planted(folder: Path) -> Path:
     """A Llama whose tokens are words and whose layers 2 to 4 write along two planted directions.
 

@@ -2,11 +2,12 @@
 
 import errno
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.faults.scenes import Broken, Scene
+from tests.faults.zygote import Ended
 
 VARIANTS = ("lost", "kept", "zeros", "torn")
 """How the power goes; see ``power``."""
@@ -70,37 +71,56 @@ def points(scene: Scene, kinds: Iterable[str] = ()) -> list[int]:
     return [number for number, (kind, _) in trace if not wanted or kind in wanted]
 
 
-def one(scene: Scene, count: Count, when: str, code: int | None, **asked: Any) -> None:
+def attempt(
+    scene: Scene, count: Count, when: str, run: Callable[[], Ended], *, redoes: bool = True
+) -> None:
     """One run with a fault, the invariants, the next run; what is broken goes into ``count``.
 
     Args:
-        code: minus the signal of a run that is killed; None: an error, or success all the same.
+        run: does the run, and looks at how it ended.
+        redoes: whether the next run may write finished shards again.
     """
     scene.reset()
     count.tried += 1
     try:
-        ended = scene.run(**asked)
-        if code is not None and ended.code != code:
-            raise Broken(f"{scene.name} {when}: ended with {ended.code}: {ended.said[-600:]}")
-        if code is None:
-            check_sentence(ended.code, ended.said, f"{scene.name} {when}")
-        scene.check_untouched(when)
+        ended = run()
+        scene.check_untouched(f"{when} ({ended.said.strip()[-300:]})")
         count.survived += 1
         finished, redone = scene.resume(when)
         count.finished, count.redone = count.finished + finished, count.redone + redone
-        if redone:
+        if redone and not redoes:
             raise Broken(f"{scene.name} {when}: {redone} of {finished} finished shards redone")
         count.resumed += 1
+        count.slowest = max(count.slowest, ended.seconds)
     except Broken as error:
         count.broken.append(str(error))
 
 
-def check_sentence(code: int, said: str, when: str) -> None:
+def one(scene: Scene, count: Count, when: str, code: int | None, **asked: Any) -> None:
+    """One attempt that redoes nothing.
+
+    Args:
+        code: minus the signal of a run that is killed; None: an error, or success all the same.
+    """
+
+    def run() -> Ended:
+        ended = scene.run(**asked)
+        if code is None:
+            check_sentence(ended, f"{scene.name} {when}")
+        elif ended.code != code:
+            raise Broken(f"{scene.name} {when}: ended with {ended.code}: {ended.said[-600:]}")
+        return ended
+
+    attempt(scene, count, when, run, redoes=False)
+
+
+def check_sentence(ended: Ended, when: str) -> None:
     """A run that failed says why in one sentence and no traceback.
 
     Raises:
         Broken: it does not.
     """
+    code, said = ended.code, ended.said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     if code == -signal.SIGABRT or (code == 127 and "cannot allocate memory for thread" in said):
         return  # a library in C has ended the process for want of memory: as good as a kill

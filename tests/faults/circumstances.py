@@ -5,10 +5,11 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.faults.campaign import Count, check_sentence, one, sample
+from tests.faults.campaign import Count, attempt, check_sentence, one, sample
 from tests.faults.scenes import Broken, Scene, stamps
 from tests.faults.zygote import Ended
 
@@ -58,21 +59,16 @@ def lose(scene: Scene, count: Count, action: str, name: str, **at: Any) -> None:
     when = f"{action} {name} {at}"
     if not pristine.exists():
         shutil.copytree(source, pristine)
-    scene.reset()
-    count.tried += 1
-    try:
+
+    def run() -> Ended:
         ended = scene.run(fault=fault)
         shutil.rmtree(source, ignore_errors=True)
         shutil.copytree(pristine, source)
         scene.source = stamps(source)
-        check_sentence(ended.code, ended.said, f"{scene.name} {when}")
-        scene.check_untouched(f"{when} ({ended.said.strip()[-300:]})")
-        count.survived += 1
-        finished, redone = scene.resume(when)
-        count.finished, count.redone = count.finished + finished, count.redone + redone
-        count.resumed += 1
-    except Broken as error:
-        count.broken.append(str(error))
+        check_sentence(ended, f"{scene.name} {when}")
+        return ended
+
+    attempt(scene, count, when, run)
 
 
 def interrupted(
@@ -86,39 +82,26 @@ def interrupted(
             ("read_at", scene.undisturbed.reads),
         ):
             for at in sample(end, size):
-                fault = {"do": "signal", "number": int(number), what: at}
-                _interrupt(scene, count, f"signal {number} {what} {at}", fault, 128 + number)
+                when, asked = f"signal {number} {what} {at}", {what: at}
+                attempt(scene, count, when, partial(_interrupt, scene, when, number, asked))
     return count
 
 
-def _interrupt(scene: Scene, count: Count, when: str, fault: dict[str, Any], code: int) -> None:
-    scene.reset()
-    count.tried += 1
-    try:
-        ended = scene.run(fault=fault)
-        check_stopped(ended, code, f"{scene.name} {when}")
-        scene.check_untouched(when)
-        count.survived += 1
-        finished, redone = scene.resume(when)
-        count.finished, count.redone = count.finished + finished, count.redone + redone
-        count.resumed += 1
-        count.slowest = max(count.slowest, ended.seconds)
-    except Broken as error:
-        count.broken.append(str(error))
-
-
-def check_stopped(ended: Ended, code: int, when: str) -> None:
+def _interrupt(scene: Scene, when: str, number: int, asked: dict[str, int]) -> Ended:
     """A run that was interrupted says so and how to go on, or was over already.
 
     Raises:
         Broken: it does not, or takes longer than a second.
     """
+    ended = scene.run(fault={"do": "signal", "number": int(number), **asked})
+    when = f"{scene.name} {when}"
     if ended.seconds > 1:
         raise Broken(f"{when}: took {ended.seconds:.1f} s to end")
     if "Traceback" in ended.said or "Exception ignored" in ended.said:
         raise Broken(f"{when}: a traceback: {ended.said[-1500:]}")
-    if ended.code != 0 and (ended.code != code or "same command" not in ended.said):
+    if ended.code != 0 and (ended.code != 128 + number or "same command" not in ended.said):
         raise Broken(f"{when}: ended with {ended.code}: {ended.said[-600:]}")
+    return ended
 
 
 def file_sizes(scene: Scene, size: int | None = None) -> Count:
@@ -148,48 +131,38 @@ def no_permission(scene: Scene) -> Count:
         ("a shard that may not be read", scene.root / "source" / SHARD, 4),
         ("a config that may not be read", scene.root / "source" / "config.json", 4),
     ):
-        count.tried += 1
-        scene.reset()
-        mode = path.stat().st_mode & 0o777
-        try:
-            path.chmod(0o555 if path == scene.place else 0)
-            ended = scene.run(powerless=True)
-            path.chmod(mode)
-            check_sentence(ended.code, ended.said, f"{scene.name}: {when}")
-            if ended.code not in (3, 4) and ended.code != code:
-                raise Broken(f"{scene.name}: {when}: exit code {ended.code}: {ended.said}")
-            scene.check_untouched(when)
-            count.survived += 1
-            scene.resume(when)
-            count.resumed += 1
-        except Broken as error:
-            count.broken.append(str(error))
-        finally:
-            path.chmod(mode)
+        attempt(scene, count, when, partial(_forbidden, scene, when, path, code))
     return count
+
+
+def _forbidden(scene: Scene, when: str, path: Path, code: int) -> Ended:
+    mode = path.stat().st_mode & 0o777
+    path.chmod(0o555 if path == scene.place else 0)
+    try:
+        ended = scene.run(powerless=True)
+    finally:
+        path.chmod(mode)
+    check_sentence(ended, f"{scene.name}: {when}")
+    if ended.code not in (3, 4, code):
+        raise Broken(f"{scene.name}: {when}: exit code {ended.code}: {ended.said}")
+    return ended
 
 
 def filled_disk(scene: Scene, size: int | None = None) -> Count:
     """A real disk becomes full before each operation; afterwards there is space again."""
-    count, filler = Count(), scene.place / "filler"
+    count = Count()
     for at in sample(len(scene.undisturbed.trace), size):
         when = f"really full from {at} on"
-        scene.reset()
-        count.tried += 1
-        try:
-            ended = scene.run(
-                fault={"do": "source", "at": at, "action": "fill", "source": str(filler)}
-            )
-            filler.unlink(missing_ok=True)
-            check_sentence(ended.code, ended.said, f"{scene.name} {when}")
-            scene.check_untouched(when)
-            count.survived += 1
-            finished, redone = scene.resume(when)
-            count.finished, count.redone = count.finished + finished, count.redone + redone
-            count.resumed += 1
-        except Broken as error:
-            count.broken.append(str(error))
+        attempt(scene, count, when, partial(_filled, scene, when, at))
     return count
+
+
+def _filled(scene: Scene, when: str, at: int) -> Ended:
+    filler = scene.place / "filler"
+    ended = scene.run(fault={"do": "source", "at": at, "action": "fill", "source": str(filler)})
+    filler.unlink(missing_ok=True)
+    check_sentence(ended, f"{scene.name} {when}")
+    return ended
 
 
 @contextmanager
@@ -201,15 +174,8 @@ def mounted(folder: Path, kind: str, megabytes: int) -> Iterator[None]:
     """
     image = folder.with_name(f"{folder.name}.{kind}")
     if kind == "tmpfs":
-        command = [
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            f"size={megabytes}m,mode=755",
-            "tmpfs",
-            str(folder),
-        ]
+        size = f"size={megabytes}m,mode=755"
+        command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
     else:
         with image.open("wb") as file:
             file.truncate(megabytes << 20)

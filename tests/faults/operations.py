@@ -237,37 +237,29 @@ def _wrap_writes() -> None:
         watching[-1].written.discard(number)
         return _change("close", (place(number),), lambda: plain_close(number))  # type: ignore[no-any-return]
 
-    def write(number: int, data: Any) -> int:
+    def put(number: int, data: Any, do: Callable[[Any], int]) -> int:
         view = memoryview(data).cast("B")
-        done: int = _change(
-            "write", (place(number),), lambda: plain_write(number, data),
-            (len(view), lambda n: plain_write(number, view[:n]), True),
-        )  # fmt: skip
+        half = (len(view), lambda n: do(view[:n]), True)
+        done: int = _change("write", (place(number),), lambda: do(data), half)
         return done
+
+    def write(number: int, data: Any) -> int:
+        return put(number, data, lambda part: plain_write(number, part))
 
     def pwrite(number: int, data: Any, offset: int) -> int:
-        view = memoryview(data).cast("B")
-        done: int = _change(
-            "write", (place(number),), lambda: plain_pwrite(number, data, offset),
-            (len(view), lambda n: plain_pwrite(number, view[:n], offset), True),
-        )  # fmt: skip
-        return done
+        return put(number, data, lambda part: plain_pwrite(number, part, offset))
 
-    plain_copies = {name: getattr(os, name) for name in ("sendfile", "copy_file_range")}
-
-    def sendfile(target: int, *args: Any, **named: Any) -> int:
-        done: int = _change(
-            "copy", (place(target),), lambda: plain_copies["sendfile"](target, *args, **named)
-        )
-        return done
-
-    def copy_file_range(source: int, target: int, *args: Any, **named: Any) -> int:
-        plain = plain_copies["copy_file_range"]
-        done: int = _change("copy", (place(target),), lambda: plain(source, target, *args, **named))
-        return done
-
-    os.sendfile, os.copy_file_range = sendfile, copy_file_range  # type: ignore[assignment]
     os.open, os.close, os.write, os.pwrite = opened, closed, write, pwrite  # type: ignore[assignment]
+
+
+def _wrap_copies(name: str, target: int) -> None:
+    """``target``: which argument the file is that is written to."""
+    plain = getattr(os, name)
+
+    def copied(*args: Any, **named: Any) -> Any:
+        return _change("copy", (place(args[target]),), lambda: plain(*args, **named))
+
+    setattr(os, name, copied)
 
 
 class _Function:
@@ -363,6 +355,8 @@ def install() -> None:
         _wrap_rename(name)
     for name in ON_DESCRIPTORS:
         _wrap_descriptor(name)
+    _wrap_copies("sendfile", 0)
+    _wrap_copies("copy_file_range", 1)
     _wrap_writes()
     _wrap_c()
     io.open = builtins.open = _open

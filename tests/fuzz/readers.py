@@ -7,10 +7,10 @@ A new reader is one function here with ``@reader``, and a folder of seeds in ``c
 import atexit
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
@@ -46,10 +46,9 @@ from converter.outputs.record_checks import (
     edit_of,
     recorded_edit,
 )
-from converter.recipe import Settings
+from converter.recipe import LocalInputs, Settings
 from converter.release.card import make_card
 from converter.release.licences import terms_of
-from converter.release.local_inputs import LocalInputs
 from converter.release.manifest import read_manifest
 from converter.release.recording import differences, read_recording, recipe_of
 from converter.release.verify import check_kept
@@ -106,6 +105,18 @@ def placed(name: str, data: bytes) -> Path:
     path = scratch() / name
     path.write_bytes(data)
     return path
+
+
+def try_all(attempts: Iterable[Callable[[], object]]) -> None:
+    """Make each attempt; the last refusal is that of all."""
+    refused = None
+    for attempt in attempts:
+        try:
+            attempt()
+        except ConverterError as error:
+            refused = error
+    if refused:
+        raise refused
 
 
 @reader("safetensors")
@@ -227,14 +238,7 @@ def activations(data: bytes) -> None:
         Request("ffn", "mean", (0,), True, gradient=True),
         Request("ffn", "mean", (0,), True, True, directions=1, protect_shared=1, per_layer=1),
     )
-    refused = None
-    for request in requests:
-        try:
-            load_activations(path, request, skeleton.D)
-        except ConverterError as error:
-            refused = error
-    if refused:
-        raise refused
+    try_all(partial(load_activations, path, request, skeleton.D) for request in requests)
 
 
 @cache
@@ -357,20 +361,13 @@ def options(data: bytes) -> None:
     method, *lines = data.decode("utf-8", "replace").split("\n")
     sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
     method = METHODS.names()[len(method) % len(METHODS.names())]
-    refused = None
+    attempts: list[Callable[[], object]] = []
     for line in lines[:20]:
         key, _, value = line.partition("=")
-        for attempt in (
-            lambda key=key, value=value: configure(method, {key: value}, sizes),
-            lambda line=line: Settings(memory_limit=line),
-            lambda line=line: parse_layers("layers", line, 4),
-        ):
-            try:
-                attempt()
-            except ConverterError as error:
-                refused = error
-    if refused:
-        raise refused
+        attempts.append(partial(configure, method, {key: value}, sizes))
+        attempts.append(partial(Settings, memory_limit=line))  # type: ignore[arg-type]
+        attempts.append(partial(parse_layers, "layers", line, 4))
+    try_all(attempts)
 
 
 @reader()

@@ -7,6 +7,7 @@ small file could ask for all memory there is: the header is looked through first
 
 import io
 import json
+import math
 import re
 import shutil
 import struct
@@ -18,7 +19,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from converter.checkpoints.formats import version_4
+from converter.checkpoints.formats.meta_small_files import llama3_scaling
 from converter.checkpoints.formats.virtual import making
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder, remembered_digest, replacing
@@ -44,6 +48,9 @@ _LIMITS = (
 )
 """Endings of keys -> the most that such a number can be. Those that begin with general describe the
 file: some have its number of parameters."""
+
+_SCALES = ("freq_base_swa", "scale_linear", "scaling.")
+"""Beginnings of keys that say how positions are scaled, after the architecture and ``rope.``."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
@@ -110,7 +117,6 @@ def load(path: Path) -> tuple[Any, Any]:
     It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
     or ask whether to run code. Raises CheckpointError or SourceError, as ``unpacked``.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     check_header(path)
@@ -144,13 +150,13 @@ def load(path: Path) -> tuple[Any, Any]:
         ) from error
     model, info = loaded
     _check_complete(path, model, info)
+    _read_positions(path, model.config)
     return model, tokenizer
 
 
 def _check_size(path: Path, folder: Path) -> None:
     """Refuse a header that asks for a larger model than the file, which ``folder`` has a link to,
     can hold: it would be made first."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -180,6 +186,64 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
             f"{path.name} has other blocks than its header says",
             expected=f"blk.0 to blk.{layers - 1}", found=f"{len(blocks)} of them",
         )  # fmt: skip
+
+
+def _read_positions(path: Path, config: Any) -> None:
+    """Let a config say how the file scales positions; transformers reads that for few models, and
+    would run the others with positions of their own on long texts."""
+    from gguf import GGUFReader
+
+    reader, parameters = GGUFReader(path), getattr(config, "rope_parameters", None) or {}
+    keys = {key.partition(".rope.")[2]: key for key in reader.fields}
+    said = {k: reader.fields[name].contents() for k, name in keys.items() if k.startswith(_SCALES)}
+    tensors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
+    whole = parameters.get("full_attention", parameters)
+    if whole.get("rope_type") != "default":
+        return  # it has read that, or there are no positions
+    if "sliding_attention" in parameters and (theta := said.pop("freq_base_swa", None)):
+        parameters["sliding_attention"]["rope_theta"] = float(theta)
+    scaling = _scaling(said)
+    if tensors.keys() == {"rope_freqs.weight"} and not scaling:
+        factors = torch.tensor(tensors.pop("rope_freqs.weight")).flatten()
+        scaling = _as_llama3(whole["rope_theta"], factors)
+    if scaling is None or tensors:
+        raise CheckpointError(
+            f"{path.name} scales positions in a way that transformers does not read",
+            expected="a linear scaling, YaRN, or that of Llama 3.1",
+            found=", ".join([*(f"{key} {said[key]}" for key in said), *tensors]) or "another",
+            hint="give the model in safetensors as SOURCE",
+        )  # fmt: skip
+    whole |= scaling
+
+
+def _scaling(said: dict[str, Any]) -> dict[str, Any] | None:
+    """``rope_parameters`` of what a header says; None if they cannot say it."""
+    told = {key.removeprefix("scaling."): value for key, value in said.items()}
+    kind, length = told.pop("type", "linear"), told.pop("original_context_length", 0)
+    factor = float(told.pop("factor", 0) or told.pop("scale_linear", 0))
+    told.pop("finetuned", None)
+    if kind == "none" or (kind in ("linear", "yarn") and factor in (0, 1)):
+        return {}
+    if kind == "linear" and not told:
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and length and not told:
+        length = int(length)
+        return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    return None
+
+
+def _as_llama3(theta: float, factors: torch.Tensor) -> dict[str, Any] | None:
+    """The same of what each frequency is divided by; None if Llama 3.1 has others."""
+    factor = float(factors.max())
+    if bool((factors == 1).all()):
+        return {}
+    scaling = llama3_scaling(factor)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = theta ** (-torch.arange(len(factors)) / len(factors)) / (2 * math.pi)
+    turns *= scaling["original_max_position_embeddings"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    expected = 1 / ((1 - kept) / factor + kept)
+    return scaling if torch.allclose(expected, factors, rtol=1e-3) else None
 
 
 def _incomplete(path: Path, **details: str) -> CheckpointError:

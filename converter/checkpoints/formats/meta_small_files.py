@@ -92,19 +92,13 @@ def read_params(path: Path) -> Params:
 
 def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dict[str, Any]:
     """``config.json``, but for the ids of the tokenizer."""
-    scaling = {
-        # The factor is nowhere in Meta's files. It is 8 in 3.1 and 3.3 (8B and more), and 32 in 3.2
-        # 1B and 3B, by Meta's configs on the Hub and meta-llama/llama-models issues 166 and 241;
-        # Meta's own code has 8 for all, and degrades on long texts there. Only the small ones have
-        # fewer than 4096 dimensions.
-        "factor": 8.0 if params.dim >= 4096 else 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    }
-    rope: dict[str, Any] = scaling if params.scaled else {"rope_type": "default"}
-    rope = rope | {"rope_theta": params.rope_theta}
+    # The factor is nowhere in Meta's files. It is 8 in 3.1 and 3.3 (8B and more), and 32 in 3.2 1B
+    # and 3B, by Meta's configs on the Hub and meta-llama/llama-models issues 166 and 241; Meta's
+    # own code has 8 for all, and degrades on long texts there. Only the small ones have fewer than
+    # 4096 dimensions.
+    factor = 8.0 if params.dim >= 4096 else 32.0
+    rope = llama3_scaling(factor) if params.scaled else {"rope_type": "default"}
+    rope |= {"rope_theta": params.rope_theta}
     stored = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -116,6 +110,14 @@ def config_of(params: Params, vocab: int, dtype: torch.dtype, tied: bool) -> dic
         "initializer_range": 0.02, "rms_norm_eps": params.norm_eps, "use_cache": True,
         **rope_keys(rope), "rope_parameters": rope,
         "tie_word_embeddings": tied, "dtype": stored, "torch_dtype": stored,
+    }  # fmt: skip
+
+
+def llama3_scaling(factor: float) -> dict[str, Any]:
+    """How the positions of Llama 3.1 and later are scaled."""
+    return {
+        "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
     }  # fmt: skip
 
 
