@@ -63,7 +63,8 @@ CONSUMERS = {
     ),
     "llama.cpp": Consumer(
         "llama_cpp",
-        ("xllamacpp==2026.10.11549", TORCH, "transformers==5.23.0", "gguf==0.19.0"),
+        ("xllamacpp==2026.10.11549", TORCH, "transformers==5.23.0", "gguf==0.19.0",
+         "sentencepiece==0.2.3"),
         reads=WITH_ADAPTER,
     ),
     "ctranslate2": Consumer("ctranslate2"),
