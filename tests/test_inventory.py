@@ -317,6 +317,11 @@ def test_an_index_of_other_files_says_which_are_there(source: Path) -> None:
         ("tokenizer.json.aria2", "x", "tokenizer.json.aria2 is an unfinished download"),
         ("head.safetensors", POINTER, "head.safetensors is a pointer of git-lfs..."),
         ("head.safetensors", "", "head.safetensors is empty"),
+        ("generation_config.json", "\ufeff{}", "generation_config.json begins with a byte..."),
+        ("tokenizer.json", "\ufeff{}", "tokenizer.json begins with a byte order mark"),
+        (INDEX, "\ufeff{}", f"{INDEX} begins with a byte order mark"),
+        ("generation_config.json", '{"a": 1', "generation_config.json cannot be read as JSON"),
+        ("preprocessor_config.json", "[]", "preprocessor_config.json is not a JSON object"),
     ],
 )  # fmt: skip
 def test_what_lies_in_the_place_of_a_file_is_refused(
@@ -325,6 +330,12 @@ def test_what_lies_in_the_place_of_a_file_is_refused(
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_text(content)
     with refused(CheckpointError, what=what):
+        resolve(str(source))
+
+
+def test_json_in_another_encoding_is_named(source: Path) -> None:
+    (source / "generation_config.json").write_text("{}", "utf-16")
+    with refused(CheckpointError, found="UTF-16, as its first bytes say", hint="...iconv..."):
         resolve(str(source))
 
 

@@ -4,6 +4,7 @@ transformers builds what a config asks for before it looks at the weights, and s
 read or run something else than the files that are edited.
 """
 
+import codecs
 import json
 import re
 import stat
@@ -22,7 +23,7 @@ from converter.checkpoints.names import (
 from converter.checkpoints.safetensors.header import readable, refuse_placeholder
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
-from converter.runtime.files import start_of
+from converter.runtime.files import AS_UTF8, decode, reason, start_of
 from converter.text import describe_value
 
 MAX_CONFIG = 16_000_000
@@ -42,6 +43,9 @@ _LOADED = TOKENIZER | {
     "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
 """Files beside the weights that we or transformers read whole, whatever their size."""
+
+_LARGE = ("tokenizer.json", "vocab.json", MANIFEST)
+"""Those of them that take a second to parse: who reads them checks them."""
 
 _LIMITS = (
     (re.compile(r"depth|.*layers?|.*experts"), 10_000, "layers or experts"),
@@ -82,6 +86,19 @@ def check_content(name: str, path: Path) -> None:
         start = start_of(path)
     if not name.lower().endswith((".htm", ".html", ".md")) or start.startswith(b"version "):
         refuse_placeholder(start, name, may_be_empty=name not in _LOADED - {CARD})
+    if name in _LOADED and name.endswith(".json"):
+        _refuse_mark(start, name)
+        if name not in _LARGE:
+            read_json(path)
+
+
+def _refuse_mark(start: bytes, name: str) -> None:
+    """Raise CheckpointError if JSON begins with a byte order mark, which transformers refuses."""
+    if start.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(
+            f"{name} begins with a byte order mark", expected="JSON in plain UTF-8",
+            hint="save it as UTF-8 without one, for example with: sed -i '1s/^\\xEF\\xBB\\xBF//'",
+        )  # fmt: skip
 
 
 def _too_large(name: str, size: int, most: int) -> CheckpointError:
@@ -160,13 +177,16 @@ def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) ->
             raise _too_large(path.name, status.st_size, most)
         data = path.read_bytes()
         refuse_placeholder(data, path.name)
-        text = data.decode("utf-8")
+        _refuse_mark(data, path.name)
+        text = decode(data)
         if text.count("[") + text.count("{") > _MAX_PARTS:  # each takes twenty times its two bytes
             raise CheckpointError(f"{path.name} has more than {_MAX_PARTS:,} lists and objects")
         value = json.loads(text, object_pairs_hook=strict_json.unique if unique else None)
     except (OSError, ValueError, RecursionError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{path.name} cannot be read as JSON", found=found) from error
+        hint = AS_UTF8 if isinstance(error, UnicodeError) else None
+        raise CheckpointError(
+            f"{path.name} cannot be read as JSON", found=reason(error), hint=hint
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", found=type(value).__name__)
     return value
@@ -208,6 +228,11 @@ def _check_key(key: str, value: Any) -> None:
             "config.json: transformers_weights names other weights than those that are edited",
             hint="remove it, or the other weights",
         )
+    if key in ("dtype", "torch_dtype") and isinstance(value, str) and value.startswith("torch."):
+        raise CheckpointError(
+            f"config.json: {key}", expected=f"{value.removeprefix('torch.')}", found=value,
+            hint="transformers knows dtypes without the name of the library; correct it",
+        )  # fmt: skip
     names = list(value.values()) if isinstance(value, dict) else [value]  # of each part, or of all
     if key.endswith("attn_implementation"):
         names = [n for n in names if not (isinstance(n, str) and _KNOWN_KERNEL.fullmatch(n))]

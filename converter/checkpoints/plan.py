@@ -254,6 +254,13 @@ def _vocabulary(names: Names) -> dict[str, Place]:
                 expected=f"a last axis of {width}",
                 found=f"shape {list(info.shape)}",
             )
+        if role != "final_norm" and sizes.vocab_size not in (0, info.shape[0]):
+            raise CheckpointError(
+                f"tensor {info.name} ({role}) contradicts config.json",
+                expected=f"{sizes.vocab_size} rows, its vocab_size",
+                found=f"{info.shape[0]}",
+                hint="correct vocab_size: transformers does not load such a checkpoint",
+            )
     return found if sizes.embedding_size == sizes.hidden_size else {}
 
 

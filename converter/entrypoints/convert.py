@@ -181,8 +181,8 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         plan = make_plan(source.config, source.weight_map, source.headers())
         for name in plan.stale:
             progress.warn(
-                f"{name} says that the model is quantized, and none of its tensors is: that is "
-                "not believed, and a checkpoint that is written does not say it"
+                f"{name} names a quantization, but no tensor is quantized; the model is read as it "
+                f"is stored, and the {name} of a checkpoint that is written lacks the key"
             )
         if plan.scheme is None and (named := QUANTIZED & {*source.companions}):
             progress.warn(

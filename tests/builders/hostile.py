@@ -260,6 +260,8 @@ def with_packed(**changes: Any) -> Damage:
 NUMBER = "expected a positive integer"
 
 CONFIGS: dict[str, Case] = {
+    "dtype": (config(dtype="torch.bfloat16"), 4, "config.json: dtype: expected bfloat16, found"),
+    "vocabulary": (config(vocab_size=1 << 20), 4, "expected 1048576 rows, its vocab_size, found"),
     "no layers": (config(num_hidden_layers=0), 4, NUMBER),
     "negative layers": (config(num_hidden_layers=-1), 4, NUMBER),
     "10^9 layers": (config(num_hidden_layers=10**9), 4, "at most 10,000, found 1000000000"),
