@@ -145,9 +145,9 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Options):
-    """How this machine does the work; the bytes of the result do not depend on it.
+    """How this machine does the work; the result does not depend on it, but for rounding.
 
-    But for rounding: ``attention`` and, with ``forward`` auto, ``memory_limit`` say how the model
+    ``attention`` and, with ``forward`` auto, ``memory_limit`` say how the model
     is run. The manifest records among the inputs of the activations what was done.
     """
 

@@ -209,6 +209,23 @@ def test_what_is_left_out_is_named_and_checked(source: Path, cli: Cli, tmp_path:
     assert "new.gguf of the source was left out and is not recorded as such" in said
 
 
+def test_a_copied_file_is_no_link_out_of_the_source(source: Path, tmp_path: Path) -> None:
+    save_file({"private.weight": torch.ones(2)}, tmp_path / "private.safetensors")
+    (source / "draft.safetensors").symlink_to(tmp_path / "private.safetensors")
+    with refused(CheckpointError, what="draft.safetensors is a link that leads out of the source"):
+        resolve(str(source))
+
+
+def test_an_index_that_names_the_single_file_and_others_is_refused(source: Path) -> None:
+    index = source / INDEX
+    places = json.loads(index.read_text())["weight_map"]
+    first = min(places.values())
+    (source / first).rename(source / "model.safetensors")
+    index.write_text(index.read_text().replace(first, "model.safetensors"))
+    with refused(CheckpointError, what="... has two sets...", hint="...rename it, in..."):
+        resolve(str(source))
+
+
 def test_an_adapter_leaves_nothing_out(source: Path, cli: Cli, tmp_path: Path) -> None:
     save(source / "mtp.safetensors", "mtp.fc.weight")
     out = tmp_path / "out"

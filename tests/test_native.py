@@ -45,7 +45,7 @@ from tests.builders.meta import (
     write_mistral,
     write_native,
 )
-from tests.builders.models import tiny_args
+from tests.builders.models import tiny_args, tiny_tokenizer
 
 LLAMA3: dict[str, Any] = {"rope_theta": 500000.0, "n_kv_heads": 2, "ffn_dim_multiplier": 1.3}
 KINDS: dict[str, dict[str, Any]] = {
@@ -183,6 +183,22 @@ def test_mistrals_own_layout_is_that_of_transformers(
     assert found.left_out == ()
     assert [path.name for path in found.originals] == ["consolidated.safetensors", "params.json"]
     assert AutoTokenizer.from_pretrained(folder).is_fast
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_chat_template_beside_the_weights_goes_along(
+    own: bool, cli: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    write_native(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}\n")
+    if own:
+        tiny_tokenizer().save_pretrained(source)
+    options = tiny_args(layers="0-1", rank="2")
+    cli("convert", source, tmp_path / "out", "--num-pairs", 120, *options, code=0)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}\n"
+    if not own:
+        made = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+        assert made["chat_template"] == "{{ messages }}\n"
 
 
 def test_a_mistral_in_its_own_layout_is_converted(

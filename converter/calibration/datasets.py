@@ -62,7 +62,7 @@ def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
 def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
     """Whether data are named by a Hub dataset id rather than by a local file."""
     path = Path(origin)
-    is_repo = path.suffix not in formats and looks_like_repo(origin)
+    is_repo = path.suffix.lower() not in formats and looks_like_repo(origin)
     return is_address(origin) or (is_repo and not path.exists())
 
 
@@ -95,7 +95,7 @@ def locate(
     place = parse_address(origin, "dataset")
     repo = hub.resolve("dataset", place.name)
     known = [PurePosixPath(n) for n in repo.sizes]  # of all, or of a folder, or the file itself
-    names = [str(n) for n in known if n.suffix in formats and n.is_relative_to(place.path)]
+    names = [str(n) for n in known if n.suffix.lower() in formats and n.is_relative_to(place.path)]
     chosen = min(names, key=lambda name: (split not in name, name), default=None)
     if chosen is None and repo.sizes:
         raise DataError(
@@ -106,7 +106,7 @@ def locate(
     folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
     paths = [folder / chosen] if chosen else sorted(folder.rglob("*"))
     inside = (path for path in paths if path.is_relative_to(folder / place.path))
-    data = next((path for path in inside if path.suffix in formats), None)
+    data = next((path for path in inside if path.suffix.lower() in formats), None)
     if data is None:
         raise DataError(f"dataset {origin} has no readable file in the local cache")
     return Origin(repo_id=repo.repo_id, commit=repo.commit, file_sha256=_sha256(data, what)), data

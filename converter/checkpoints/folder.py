@@ -3,8 +3,8 @@
 Small files of a source are copied into what is published. So a link among them must not lead out of
 the source: it could name any file of this machine. It may lead to what the Hub's client keeps, as
 folders that it downloaded to once did: files there have digests for names, which nobody can guess.
-Weights may be linked from elsewhere, as people do to save room: of them only tensors go on. What is
-neither file nor folder is refused: to open a named pipe would wait for ever.
+The model's weights may be linked from elsewhere, as people do to save room: of them only tensors go
+on. What is neither file nor folder is refused: to open a named pipe would wait for ever.
 """
 
 import os

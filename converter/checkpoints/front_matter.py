@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from converter.checkpoints.layout import MAX_CONFIG
 from converter.runtime import progress
-from converter.runtime.files import AS_UTF8, decode, read_file, reason
+from converter.runtime.files import AS_UTF8, decode, reason
 
 _BLOCK = re.compile(r"\s*---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|$)")
 """At the beginning of a card."""
@@ -77,7 +77,7 @@ def read_card(path: Path) -> ModelCardData:
         return ModelCardData()
     found: object = None
     try:
-        text = decode(read_file(path))
+        text = decode(path.read_bytes())
         if block := _BLOCK.match(text.replace("\r\n", "\n").replace("\r", "\n")):
             found = yaml.load(block[1], _Reader)  # noqa: S506 - it makes texts only
     except UnicodeError as error:

@@ -76,7 +76,9 @@ def choose_weights(name: str, folder: Path, known: Set[str]) -> Weights:
         if single in known and files != (single,):
             raise CheckpointError(
                 f"{name} has two sets of weights: {single} and {index}",
-                hint=f"loaders differ in which they take; remove {single}, or {index}",
+                hint=f"transformers takes {single} alone; rename it, in {index}, too"
+                if single in files
+                else f"loaders differ in which they take; remove {single}, or {index}",
             )
         if {*files} - known:
             raise _missing(index, files, known)

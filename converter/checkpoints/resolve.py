@@ -215,6 +215,7 @@ def _read(
         }
     names = translated.weight_map if translated else weights.weight_map
     extras = _extras(folder, weights, sizes, names, known) if listed is sizes else ()
+    check_links(folder, extras)
     above = _papers_above(top, companions)
     card = folder / CARD if top is None or (folder / CARD).is_file() else top / CARD
     for path in (*above, *([card] if card.is_file() else [])):

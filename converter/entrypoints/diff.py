@@ -54,7 +54,7 @@ class _Side:
     def of(cls, name: str) -> "_Side":
         """From headers, small files and extras. Raises SourceError or CheckpointError."""
         source = resolve(name)
-        if repo := source.repo:
+        if (repo := source.repo) and repo.sizes:
             own = (source.inside + name for name in _GENERATED)
             hub.download(repo, [name for name in own if name in repo.sizes])
         made = [name for name in _GENERATED if (source.folder / name).is_file()]

@@ -17,7 +17,7 @@ from converter.manifest import TOOL, Manifest
 from converter.outputs.base import output_of
 from converter.outputs.claim import claimed
 from converter.outputs.destination import interrupted
-from converter.outputs.record_checks import place_of
+from converter.outputs.record_checks import check_left_out, place_of
 from converter.recipe import Recipe, Settings
 from converter.release.licences import fitting_name, terms_of
 from converter.release.manifest import read_manifest
@@ -105,7 +105,7 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     return (
         all(card.get(key) == value for key, value in terms.fields.items())
         and set(output_of(recipe.output).companions(source.small)) <= files.keys()
-        and (not manifest.shards or source.left_out == known.left_out)
+        and (not manifest.shards or not any(check_left_out(manifest, source)))
         and all(_sha256(source, name) == file.sha256 for name, file in files.items())
     )
 

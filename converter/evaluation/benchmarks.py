@@ -73,7 +73,11 @@ def _read(path: Path) -> list[Any]:
     text = read_whole(path, "SafeEdit")
     try:
         lines = [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        rows = (
+            json.loads(text)
+            if path.suffix.lower() == ".json"
+            else [json.loads(line) for line in lines]
+        )
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"SafeEdit file {path.name}", expected="JSON in UTF-8", found=str(error)

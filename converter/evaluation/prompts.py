@@ -72,7 +72,7 @@ def _read(origin: str) -> tuple[Origin, Iterator[str]]:
     # a dataset's .txt is more likely its licence
     formats = (".jsonl",) if is_dataset(name, _FORMATS) else _FORMATS
     described, path = locate(name, "prompts", formats, split="prompts")
-    if path.suffix not in _FORMATS:
+    if path.suffix.lower() not in _FORMATS:
         raise DataError(
             f"prompts file {path.name}",
             expected=" or ".join(_FORMATS),
@@ -80,7 +80,7 @@ def _read(origin: str) -> tuple[Origin, Iterator[str]]:
         )
     # not splitlines(), which also cuts at characters that may stand in a sentence
     lines = read_whole(path, "prompts").split("\n")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         if field:
             raise DataError(f"prompts file {path.name}", expected=f"rows with a field {field}",
                             found="a text file")  # fmt: skip

@@ -10,7 +10,7 @@ not name. llama.cpp and MLX take ``model*.safetensors``. Old versions know old k
 - Small files that we make, rather than copy, say the same to old readers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from converter.checkpoints.formats.version_4 import rope_keys
@@ -37,8 +37,10 @@ def check_readers(
     if INDEX not in damaged:
         yield from _check_shards(folder, manifest)
     originals = manifest.source.originals
-    if weight_files(originals) or any(name.endswith(".gguf") for name in originals):
-        yield from _check_made(folder, damaged)
+    gguf = any(name.lower().endswith(".gguf") for name in originals)
+    whole = gguf or manifest.run.source == "demo"
+    if whole or weight_files(originals):
+        yield from _check_made(folder, {*damaged, *manifest.edit.patches}, tokenizer=whole)
 
 
 def _check_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -59,9 +61,10 @@ def _check_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: readers that look for model*.safetensors leave it out"
 
 
-def _check_made(folder: Path, damaged: Mapping[str, str]) -> Iterator[str]:
-    """Config and tokenizer of a source that had none that transformers reads."""
-    if "config.json" not in damaged:
+def _check_made(folder: Path, other: Set[str], *, tokenizer: bool) -> Iterator[str]:
+    """Config, and where it is ours the tokenizer's, of a source that had none that transformers
+    reads; but for ``other``, files that are damaged or patched."""
+    if "config.json" not in other:
         config = read_json(folder / "config.json")
         try:
             old = {"torch_dtype": config["dtype"]} | rope_keys(config.get("rope_parameters"))
@@ -71,7 +74,7 @@ def _check_made(folder: Path, damaged: Mapping[str, str]) -> Iterator[str]:
             if key not in config or config[key] != old[key]:
                 yield f"config.json: {key} differs from newer keys, which old readers do not know"
     template, name = folder / "chat_template.jinja", "tokenizer_config.json"
-    if template.is_file() and not damaged.keys() & {template.name, name}:
+    if tokenizer and template.is_file() and not other & {template.name, name}:
         said = str(read_json(folder / name).get("chat_template"))
         if said.encode("utf-8", "surrogatepass") != template.read_bytes():
             yield f"{name}: it lacks the text of {template.name}, which old readers do not know"

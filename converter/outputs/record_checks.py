@@ -117,17 +117,18 @@ def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]
     for name in sorted({*copied} - {*manifest.files, *shards}):
         yield f"{name} of the source is missing from the record of what was converted"
     if manifest.shards:
-        yield from _check_left_out(manifest, source)
+        yield from check_left_out(manifest, source)
     for name, file in manifest.source.all_files.items():
         path, recorded = place_of(source, name), (file.sha256, file.nbytes)
         if not path.is_file() or (sha256_of(path), path.stat().st_size) != recorded:
             yield f"{name} of the source is not the file that was converted"
 
 
-def _check_left_out(manifest: Manifest, source: Source) -> Iterator[str]:
+def check_left_out(manifest: Manifest, source: Source) -> Iterator[str]:
     """What was left out of a source is what it has beside the files that were read."""
     recorded, found = {*manifest.source.left_out}, {*source.left_out}
-    for name in sorted(found - recorded):
+    known = source.repo is not None and source.repo.commit == manifest.source.commit
+    for name in sorted(() if known else found - recorded):  # a cache need not have a whole commit
         yield f"{name} of the source was left out and is not recorded as such"
     if source.repo is None or source.repo.sizes:  # offline, what was not fetched is not known
         for name in sorted(recorded - found):

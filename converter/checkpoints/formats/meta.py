@@ -39,7 +39,7 @@ from converter.checkpoints.safetensors.header import read_header
 from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder
 
-_VERSION = 1
+_VERSION = 2
 """Of the small files that a translation writes; to be raised when they change."""
 
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")

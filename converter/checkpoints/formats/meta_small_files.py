@@ -20,9 +20,8 @@ import torch
 
 from converter.checkpoints.formats.version_4 import rope_keys
 from converter.checkpoints.formats.virtual import making
-from converter.checkpoints.layout import read_json
+from converter.checkpoints.layout import check_content, read_json
 from converter.checkpoints.names import MAX_COMPANION
-from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError, SourceError
 from converter.text import describe_value
 
@@ -196,8 +195,8 @@ def small_files(folder: Path) -> dict[str, bytes]:
     for path in sorted(folder.iterdir()):
         fit = not path.name.endswith(_NOT_SMALL) and not path.name.startswith(".")
         if fit and path.is_file() and path.stat().st_size <= MAX_COMPANION:
+            check_content(path.name, path)
             small[path.name] = path.read_bytes()
-            refuse_placeholder(small[path.name], path.name, may_be_empty=True)
             if sum(map(len, small.values())) > _MAX_ALL:
                 raise CheckpointError(
                     f"{folder.name} has too much beside the weights",
@@ -273,6 +272,9 @@ def _convert_tokenizer(folder: Path, config: Mapping[str, Any], scaled: bool) ->
             expected=f"at most {config['vocab_size']} tokens", found=str(core.get_vocab_size()),
         )  # fmt: skip
     (folder / "tokenizer.json").write_text(core.to_str(pretty=True), "utf-8")
+    template = folder / "chat_template.jinja"
+    if template.is_file():  # old versions of transformers know no such file
+        names |= {"chat_template": template.read_bytes().decode()}
     _write_json(folder / "tokenizer_config.json", names | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
