@@ -1,0 +1,184 @@
+"""What transformers knows of a model without its weights. No other module here calls it.
+
+- ``AutoConfig`` and the mappings of its auto classes: which class a config is of.
+- A class built on the meta device shows its modules and parameters and takes no memory.
+- ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``:
+  which weight of a model a tensor of a checkpoint makes; ``revert_weight_conversion``: what the
+  weights of a model are called in a checkpoint, and how they are stored there.
+- ``from_pretrained(None, config=..., state_dict=...)`` loads tensors that are in no file.
+
+``tests/test_doors.py`` fails where another version of transformers does otherwise.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+"""Of transformers, that load a model which continues text."""
+
+_NO_CHOICE = ("quantization_config", "compression_config", "attn_implementation",
+              "_attn_implementation", "experts_implementation")  # fmt: skip
+"""Keys of a config that say how weights are stored or run, and nothing of the model's structure."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetaTensor:
+    """A tensor that transformers is to load onto the meta device."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, place: Any) -> "MetaTensor":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Wherever it is wanted, there is nothing to hold."""
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
+
+
+def version() -> str:
+    """The version of transformers."""
+    import transformers
+
+    return transformers.__version__
+
+
+def knows(model_type: str) -> bool:
+    """Whether transformers has a config class for a ``model_type``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def model_types(auto_class: str) -> dict[str, str]:
+    """``model_type`` -> name of the class that an auto class loads it with."""
+    from transformers.models.auto import modeling_auto
+
+    names = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+             "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+             "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+             "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES"}  # fmt: skip
+    return dict(getattr(modeling_auto, names[auto_class]))
+
+
+def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_code: bool) -> Any:
+    """The config object of a parsed ``config.json``, without what it says of how it is run.
+
+    Args:
+        folder: of the file; code of its own is loaded from there, if it is trusted.
+
+    Raises what transformers raises.
+    """
+    from transformers import AutoConfig
+
+    plain = _without(config, _NO_CHOICE)
+    with _quietly():
+        if trust_remote_code and folder is not None and "auto_map" in config:
+            found: Any = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=True
+            )
+            return found
+        plain.pop("auto_map", None)
+        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+
+
+def _without(value: Any, keys: Iterable[str]) -> Any:
+    if not isinstance(value, dict):
+        return copy.deepcopy(value)
+    return {k: _without(v, keys) for k, v in value.items() if k not in keys}
+
+
+def text_config(config: Any) -> Any:
+    """The config of the language model: the config itself, or a part of it."""
+    return config.get_text_config(decoder=True)
+
+
+def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> type | None:
+    """The class that an auto class would load a model with, or None if it would not."""
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    remote = getattr(config, "auto_map", {}) or {}
+    if trust_remote_code and auto_class in remote:
+        with torch.device("meta"), _quietly():
+            return type(auto.from_config(copy.deepcopy(config), trust_remote_code=True))
+    found = auto._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def on_meta(kind: Any, config: Any) -> Any:
+    """A model of a class without memory for its weights. Raises what transformers raises."""
+    with torch.device("meta"), _quietly():
+        return kind._from_config(copy.deepcopy(config)).eval()
+
+
+def on_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model as ``save_pretrained`` writes them: their names, and their values."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    written: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return written
+
+
+def load(
+    kind: Any, config: Any, tensors: Mapping[str, Tensor | MetaTensor], dtype: torch.dtype
+) -> Any:
+    """A model with the tensors of a checkpoint, as ``from_pretrained`` makes it."""
+    with _quietly():
+        model, info = kind.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype,
+            output_loading_info=True,
+        )  # fmt: skip
+    if wrong := [*info["missing_keys"], *map(str, info["mismatched_keys"])]:
+        raise ValueError(f"transformers does not find {sorted(wrong)[0]} among what it writes")
+    return model.eval().requires_grad_(False)
+
+
+class Renaming:
+    """Which weight of a model each tensor of a checkpoint makes."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.rules: Any = get_model_conversion_mapping(model)
+        self._prefix, self._state = model.base_model_prefix, model.state_dict(keep_vars=True)
+        self._renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+
+    def weight_of(self, name: str) -> str | None:
+        """The weight of the model that a tensor of the checkpoint becomes, or a part of it.
+
+        None if the model has no use for it. A tensor that becomes several weights has the first.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        model = self._prefix, self._state
+        key, _ = rename_source_key(name, self._renamings, self._converters, *model)
+        if key not in self._state and name in self._state:
+            key, _ = rename_source_key(name, [], [], *model)
+        return key if key in self._state else None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers prints, and without a change of the random numbers of others."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,354 @@
+"""A tiny model of the same class: the config of a model with smaller sizes, and random weights.
+
+Sizes are divided, not replaced, so that those that hang together stay consistent: a head's width by
+one number, the count of heads by another, and the width of the model by both.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures.library import MetaTensor, text_config
+
+_VOCABULARY = 512
+_FIRST_WORD, _LAST_WORD = 10, 200
+"""Token ids below and above are special ones."""
+
+_HEAD_WIDTH = 16
+"""A head is made no narrower than half of this."""
+
+_MOST = 60_000_000
+"""Parameters of a tiny model, at most."""
+
+_WIDTHS = r"size|dim|embd|d_model|d_ff|dff|dim_ff|inner|rank|width|lowrank|d_ssm|d_state|d_rel"
+_HEADS = re.compile(r"(\w*_)?(n_)?(heads?|kv_heads|num_query_groups|n_groups|o_groups)")
+_PER_HEAD = re.compile(r"\w*(head_dim|d_head|headdim|d_kv|kv_channels|dim_head|head_size|rotary_dim)")
+_WIDTH = re.compile(rf"(\w*_)?({_WIDTHS})(_mlp|_per_layer_input)?|attention_hidden_size")
+_NO_WIDTH = re.compile(
+    r".*(vocab|kernel|patch|image|window|chunk|block|type_|max_|conv_|group_size|ngram|beam|"
+    r"num_|codebook|segment|multiple|router_).*"
+)
+_POSITIONS = re.compile(r"n_positions|n_ctx|max_position_embeddings|max_seq_len|max_target_\w+")
+_EXPERTS = re.compile(
+    r"(n_routed|num|num_local|moe_num|n|num_moe)_experts|zero_expert_num|num_experts_\w*_layer"
+)
+_CHOSEN = re.compile(r"(num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|experts_per_token)")
+_LAYERS = re.compile(
+    r"(num_hidden|n|num|decoder|num_decoder|encoder|num_encoder|vision)_?(layers?|blocks)|layers|"
+    r"depth"
+)
+_OF_TEXT = re.compile(r"(\w*_)?(out|output|projection|text|language|llm|lm)_?(hidden|proj)?_?"
+                      r"(size|dim|dims|hidden_size)")  # fmt: skip
+"""Keys of other parts of a wrapper that are the width of the language model."""
+
+
+@dataclass(slots=True)
+class Tiny:
+    """A tiny model of the class of a model.
+
+    Attributes:
+        tensors: of its checkpoint, by their names there; those that text does not run through are
+            on the meta device.
+        inputs: keyword arguments of a forward pass over (B, T) tokens.
+        tolerance: relative, of what is computed in the model's dtype.
+        layers: how many decoder layers it has.
+    """
+
+    kind: Any
+    config: Any
+    model: Any
+    tensors: dict[str, Tensor | MetaTensor]
+    dtype: torch.dtype
+    layers: int
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-6 if self.dtype == torch.float64 else 2e-3
+
+    def run(self, model: nn.Module | None = None) -> Tensor:
+        """The logits, (B, T, V)."""
+        with torch.no_grad():
+            found: Tensor = (model or self.model)(**self.inputs).logits
+        return found
+
+    def reloaded(self, tensors: dict[str, Tensor | MetaTensor]) -> Any:
+        """The model with other tensors in its checkpoint."""
+        return library.load(self.kind, self.config, tensors, self.dtype)
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules of a model, among them that of its decoder layers."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    inner = {n for n in lists for other in lists if n.startswith(f"{other}.")}
+    return {n: m for n, m in lists.items() if n not in inner}
+
+
+def signature(block: nn.Module) -> tuple[Any, ...]:
+    """What layers have in common that are built alike: class, names and shapes of parameters."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in block.named_parameters())
+    return (type(block).__name__, *shapes)
+
+
+def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
+    """A tiny model of a class.
+
+    Args:
+        config: of the model.
+        model: with this config, on the meta device.
+
+    Raises:
+        ValueError: no way of shrinking the config gives a model that is built alike and runs.
+    """
+    count = number_of_layers(config)
+    kept = _layers_needed(model, count)
+    first_error: Exception | None = None
+    for layers in dict.fromkeys((kept, count)):
+        for heads in (None, 1):
+            small = _shrunk(config, (count, layers), heads)
+            for dtype in (torch.float64, torch.float32):
+                try:
+                    return _built(kind, small, model, dtype)
+                except Exception as error:  # whatever a class makes of sizes that it does not like
+                    first_error = first_error or error
+    raise ValueError(str(first_error).strip().splitlines()[0] if first_error else "no layers")
+
+
+def number_of_layers(config: Any) -> int:
+    """Of the language model, as its config says; 0 if it does not."""
+    count = getattr(text_config(config), "num_hidden_layers", None)
+    return count if type(count) is int else 0
+
+
+def _layers_needed(model: nn.Module, count: int) -> int:
+    """The number of lowest layers among which every kind of layer is."""
+    needed = min(count, 2)
+    for blocks in block_lists(model).values():
+        if len(blocks) == count:
+            kinds = list(map(signature, blocks))
+            needed = max(needed, 1 + max(kinds.index(kind) for kind in kinds))
+    return needed
+
+
+def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
+    outline = library.on_meta(kind, config)
+    if sum(p.numel() for p in outline.parameters()) > 10 * _MOST:
+        raise ValueError("no way to make it smaller")
+    _check_alike(outline, model)
+    wanted = _run_by_text(outline, config)
+    tensors: dict[str, Tensor | MetaTensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    state = outline.state_dict()
+    real = library.on_disk(outline, {k: v for k, v in state.items() if k in wanted}).keys()
+    for name, tensor in library.on_disk(outline, state).items():
+        if name in real:
+            tensors[name] = _random(tensor, dtype, generator)
+        else:
+            tensors[name] = MetaTensor(dtype, tuple(tensor.shape))
+    tiny = Tiny(kind, config, None, tensors, dtype, number_of_layers(config))
+    tiny.model = tiny.reloaded(tensors)
+    tiny.inputs = _inputs(tiny.model)
+    if not torch.isfinite(tiny.run()).all():
+        raise ValueError("random weights give no finite logits")
+    return tiny
+
+
+def _check_alike(small: nn.Module, model: nn.Module) -> None:
+    """Raise ValueError if a tiny model has not the parameters that the model has, but for sizes."""
+    def names(of: nn.Module) -> set[tuple[str, int]]:
+        return {(re.sub(r"\d+", "N", n), p.ndim) for n, p in of.named_parameters()}
+
+    if differing := names(small) ^ names(model):
+        raise ValueError(f"a smaller model has other parameters: {sorted(differing)[0][0]}")
+
+
+def _run_by_text(model: Any, config: Any) -> set[str]:
+    """Names of the weights that text may run through: the language model's, and small ones."""
+    text = text_config(model.config)
+    inside = [n for n, m in model.named_modules() if getattr(m, "config", None) is text]
+    inside = [n for n in inside if n] or [""]
+    keys = model.state_dict().items()
+    everything = sum(tensor.numel() for _, tensor in keys) <= _MOST
+    return {
+        key
+        for key, tensor in keys
+        if everything
+        or tensor.numel() <= 1 << 20
+        or any(not n or key.startswith(f"{n}.") for n in inside)
+    }
+
+
+def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Values that keep the size of what runs through, and that no two parts of a model share."""
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    if like.ndim < 2:
+        return (0.7 + 0.3 * values).to(dtype)
+    return (values * (0.7 / max(like.shape[-2:]) ** 0.5)).to(dtype)
+
+
+def _inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(_FIRST_WORD, _LAST_WORD, (batch, length), generator=generator)
+    given: dict[str, Any] = {"input_ids": ids}
+    more = {
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(length).expand(batch, length),
+        "use_cache": False,
+    }
+    known = inspect.signature(model.forward).parameters
+    return given | {key: value for key, value in more.items() if key in known}
+
+
+def _shrunk(config: Any, layers: tuple[int, int], heads: int | None) -> Any:
+    """A copy of a config with smaller sizes.
+
+    Args:
+        layers: their number, and how many to keep.
+        heads: what to divide the number of heads by; None for what fits.
+    """
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    text = text_config(config)
+    width = vars(text).get("hidden_size")
+    per_head, fitting = _divisors(text)
+    divide = _Divide(per_head, heads or fitting, layers, getattr(text, "n_group", None) or 1)
+    divide.part(text)
+    for part in _others(config, text):
+        for key, value in list(vars(part).items()):
+            if type(value) is not int:
+                continue
+            new = value
+            if part is not config and _LAYERS.fullmatch(key):
+                new = 1
+            elif value == width and (part is config or _OF_TEXT.fullmatch(key)):
+                new = vars(text)["hidden_size"]
+            elif part is config:
+                new = divide.token(key, value)
+            if new != value:
+                setattr(part, key, new)
+    return config
+
+
+def _others(config: Any, text: Any) -> Iterator[Any]:
+    """The parts of a config that are not the language model's, itself among them."""
+    if config is text:
+        return
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, name, None)
+        if part is not None and not isinstance(part, dict):
+            yield from _others(part, text)
+
+
+def _divisors(text: Any) -> tuple[int, int]:
+    """What the width of a head, and the number of heads, can be divided by."""
+    sizes = {k: v for k, v in vars(text).items() if type(v) is int and v > 1}
+    heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k)}
+    main = next((sizes[k] for k in ("num_attention_heads", "n_head", "num_heads", "n_heads",
+                                    "attention_heads") if k in sizes), 1)  # fmt: skip
+    widths = [v for k, v in sizes.items() if _PER_HEAD.fullmatch(k)]
+    if not widths:
+        hidden = next((sizes[k] for k in ("hidden_size", "n_embd", "d_model") if k in sizes), 1)
+        widths = [hidden // main]
+    per_head = 1
+    while max(widths) // (2 * per_head) >= _HEAD_WIDTH and all(
+        width % (4 * per_head) == 0 and width // (2 * per_head) >= _HEAD_WIDTH // 2
+        for width in widths
+    ):
+        per_head *= 2
+    fitting = (
+        number
+        for number in range(1, main + 1)
+        if main % number == 0
+        and (main // number >= 2 or main == number)
+        and all(other % number == 0 or number % other == 0 for other in heads)
+    )
+    return per_head, max(fitting, default=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Divide:
+    """Divides the sizes in a config.
+
+    Attributes:
+        per_head, heads: what to divide a head's width and the number of heads by.
+        layers: their number, and how many to keep.
+        groups: of experts.
+    """
+
+    per_head: int
+    heads: int
+    layers: tuple[int, int]
+    groups: int
+
+    def part(self, part: Any) -> None:
+        """All sizes of a config, or of a part of one."""
+        for key, value in list(vars(part).items()):
+            if not key.startswith("_") or key == "_per_layer_config":
+                new = self.value(key, value)
+                if new is not value and new != value:
+                    setattr(part, key, new)
+        for name in getattr(part, "sub_configs", None) or {}:
+            inner = getattr(part, name, None)
+            if inner is not None and not isinstance(inner, dict):
+                self.part(inner)
+
+    def value(self, key: str, value: Any) -> Any:
+        """The new value of a key."""
+        whole, kept = self.layers
+        if isinstance(value, dict):
+            items = {k: self.value(k, v) for k, v in value.items()}
+            if all(str(k).isdigit() for k in items):  # by layer
+                items = {k: v for k, v in items.items() if int(k) < kept}
+            return items
+        if isinstance(value, (list, tuple, str)) and len(value) == whole > kept:
+            value = value[:kept]
+        if isinstance(value, (list, tuple)):
+            if key == "mrope_section":
+                return self._sections(list(value))
+            if key in ("short_factor", "long_factor"):
+                return list(value)[: max(len(value) // self.per_head, 1)]
+            return type(value)(self.value(key, item) for item in value) if value else value
+        return self.number(key, value) if type(value) is int else value
+
+    def number(self, key: str, value: int) -> int:
+        """A new size, or the same number if it is none."""
+        if value < 2:
+            return value
+        if _EXPERTS.fullmatch(key):
+            return min(value, 2 * self.groups if self.groups > 1 else 4)
+        if _CHOSEN.fullmatch(key):
+            return min(value, 2)
+        if "vocab" in key or _POSITIONS.fullmatch(key):
+            return min(value, _VOCABULARY)
+        if _LAYERS.fullmatch(key):
+            return self.layers[1] if value == self.layers[0] else value
+        if _HEADS.fullmatch(key):
+            return value // self.heads if value % self.heads == 0 else 1
+        if _PER_HEAD.fullmatch(key):
+            return max(value // self.per_head, 1)
+        if _WIDTH.fullmatch(key) and not _NO_WIDTH.fullmatch(key):
+            divisor = self.per_head * self.heads
+            return max(-(-value // divisor), 2) if divisor > 1 else value
+        return self.token(key, value)
+
+    def token(self, key: str, value: int) -> int:
+        """The id of a special token among those of a smaller vocabulary."""
+        if re.fullmatch(r"\w*(_id|_ids|_token_index|_token)", key) and value >= _FIRST_WORD:
+            return _LAST_WORD + 100 + value % (_VOCABULARY - _LAST_WORD - 100)
+        return min(value, _VOCABULARY) if "vocab" in key else value
+
+    def _sections(self, sections: list[int]) -> list[int]:
+        """Shares of a head's positions in time, height and width, that add up to fewer."""
+        total = sum(sections) // self.per_head
+        third = total // 3
+        return [total - 2 * third, third, third]
