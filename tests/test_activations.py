@@ -19,7 +19,6 @@ from converter.calibration.pairs import Prose, load_pairs, load_prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import Request, load_activations
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.architecture import architectures
 from converter.entrypoints import convert as pipeline
 from converter.errors import DataError, FitError
 from converter.manifest import Origin
@@ -31,7 +30,14 @@ from converter.recipe import Recipe
 from converter.runtime import cache as runtime_cache
 from converter.runtime.cache import remembered_digest, sha256_of, using_cache
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, TINY, Checkpoints, tiny_recipe, tiny_tokenizer
+from tests.builders.models import (
+    HIDDEN,
+    TINY,
+    Checkpoints,
+    architecture_of,
+    tiny_recipe,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +133,7 @@ def test_another_version_or_library_is_another_key(monkeypatch: pytest.MonkeyPat
 
     def key(device: str = "cpu", mode: str = "resident") -> str:
         how: dict[str, Any] = {"device": device, "dtype": "float32", "batch_size": 16, "mode": mode}
-        part, llama = Part(pairs, load_prose("builtin")), architectures()["llama"]
+        part, llama = Part(pairs, load_prose("builtin")), architecture_of("llama")
         return activations.cache_key(extraction.activation_inputs({}, llama, part, request, **how))
 
     first = key()
@@ -146,7 +152,7 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
 ) -> None:
     module = loading.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
     tokenizer, pairs = tiny_tokenizer(), load_pairs("builtin", load_words("builtin"), 16, 0)
-    model = forward.LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
+    model = forward.LanguageModel(module, tokenizer, architecture_of("llama"), "cpu")
     encode = Encoder(tokenizer, module)
     prose = Prose(("A text.",), Origin(name="test"), "")
     other = Prose(("Quite another text, and longer.",), Origin(name="test"), "")
@@ -184,7 +190,7 @@ def test_moments_are_kept_and_every_distinct_word_weighs_the_same(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     module = loading.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
-    model = forward.LanguageModel(module, tiny_tokenizer(), architectures()["llama"], "cpu")
+    model = forward.LanguageModel(module, tiny_tokenizer(), architecture_of("llama"), "cpu")
     pairs, prose = load_pairs("builtin", load_words("builtin"), 40, 0), load_prose("builtin")
     prose = replace(prose, paragraphs=prose.paragraphs[:2])
     request = Request("ffn", "predicting", (2, 3), True, True, directions=5, protect_shared=2)

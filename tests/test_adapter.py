@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.resolve import resolve
@@ -73,7 +72,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 """peft 0.21 asks for a name that transformers 5 deprecates."""
 
 LAYERS = (2, 3, 4)
-MIXTURES = [kind for kind, found in architectures().items() if found.experts.weight]
 LOADED = ["llama", "llama-tied", "gpt2", "gemma2", "gemma3", "gpt_neox", "opt", "falcon", "phi",
           "gptj", "olmo2", "qwen2_vl"]  # fmt: skip
 """Linear and Conv1D, with biases and without, a norm after the FFN, wrappers of images."""
@@ -184,7 +182,7 @@ def test_the_modules_of_an_adapter_are_linear_or_conv1d(kind: str) -> None:
     architecture = architectures()[config.model_type]
     with torch.device("meta"):
         model = getattr(transformers, architecture.auto_class).from_config(config)
-    down_proj = architecture.roles["down_proj"]
+    down_proj = architecture.layer(3).ffns[0].weights[0]
     module = model.get_submodule(down_proj.module.format(layer=3))
     assert isinstance(module, Conv1D if down_proj.output_axis else nn.Linear)
 

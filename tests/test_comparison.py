@@ -10,7 +10,6 @@ from msgspec import convert
 
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.architecture import architectures
 from converter.evaluation.continuations import draw_passages
 from converter.evaluation.results import markdown, summarise
 from converter.evaluation.systems import parse_controls
@@ -117,7 +116,7 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
     words = load_words("builtin")
     module = loading.load_model(planted, torch.float32, "cpu", 0)
     model = forward.LanguageModel(
-        module, loading.load_tokenizer(planted), architectures()["llama"], "cpu"
+        module, loading.load_tokenizer(planted), architecture_of("llama"), "cpu"
     )
     passages = draw_passages(
         model, ["w1 w2 damn"], words, samples=200, max_new_tokens=1, batch_size=50, seed=0

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from converter.calibration.statistics import Activations, save_activations
-from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.safetensors.header import read_header
 from converter.edits.base import Edit
@@ -123,7 +122,7 @@ def save_planted(path: Path) -> tuple[Tensor, Tensor]:
     return d, x
 
 
-@pytest.mark.parametrize("kind", [k for k, a in architectures().items() if a.post_norm])
+@pytest.mark.parametrize("kind", sorted(NORM_AFTER))
 def test_nothing_is_left_along_the_subspace_after_a_norm(
     kind: str, checkpoints: Checkpoints, tmp_path: Path, shared_cache: Path
 ) -> None:

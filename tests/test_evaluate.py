@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from converter.checkpoints.architectures.architecture import architectures
 from converter.errors import ConverterError, DataError, OptionError, SourceError
 from converter.evaluation import scorers
 from converter.evaluation.benchmarks import SETS, defence_rates, load_safeedit, run_tasks
@@ -37,7 +36,7 @@ from converter.runtime import progress
 from tests.builders.errors import refused
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
-from tests.builders.models import Checkpoints, load, tiny_tokenizer
+from tests.builders.models import Checkpoints, architecture_of, load, tiny_tokenizer
 
 PROMPTS = (
     "The river rises in the hills",
@@ -63,7 +62,7 @@ def model(checkpoints: Checkpoints, request: pytest.FixtureRequest) -> Any:
 
 def judge(model: Any) -> LanguageModel:
     """A model of transformers with what belongs to it."""
-    return LanguageModel(model, tiny_tokenizer(), architectures()["llama"], "cpu")
+    return LanguageModel(model, tiny_tokenizer(), architecture_of("llama"), "cpu")
 
 
 def write(model: Any, prompts: Sequence[str], **options: Any) -> list[list[str]]:

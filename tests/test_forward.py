@@ -15,7 +15,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.layout import check_config
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
@@ -37,7 +36,7 @@ from converter.models.resident import LanguageModel, Pool, SecondMoment, run
 from converter.models.transformers_loader import Loading
 from converter.runtime.progress import LOG
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, Checkpoints, tiny_tokenizer
+from tests.builders.models import HIDDEN, Checkpoints, architecture_of, tiny_tokenizer
 
 TEXTS = [
     "the river rises in a range of low hills",
@@ -145,7 +144,7 @@ def test_continuations_go_on_where_the_prompt_ends(checkpoints: Checkpoints) -> 
     said = []
     for parts, settings in WITH_BOS:
         tokenizer = templated(*parts, **settings)
-        model = LanguageModel(module, tokenizer, architectures()["llama"], "cpu")
+        model = LanguageModel(module, tokenizer, architecture_of("llama"), "cpu")
         prompts = [TEXTS[2], f"{BOS}{TEXTS[2]}", TEXTS[0] * 9]
         texts = generate(model, prompts, max_new_tokens=5)
         said.append((texts, conditional_losses(model, prompts, texts).tolist()))
@@ -155,7 +154,7 @@ def test_continuations_go_on_where_the_prompt_ends(checkpoints: Checkpoints) -> 
 
 def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, dict[int, str]]:
     module = load_model(checkpoints(kind), torch.float32, "cpu", 0)
-    model = LanguageModel(module, tiny_tokenizer(), architectures()[kind], "cpu")
+    model = LanguageModel(module, tiny_tokenizer(), architecture_of(kind), "cpu")
     return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
 
 

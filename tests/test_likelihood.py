@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from converter.calibration.collect import causal_moments, moments_within
-from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.plan import Plan
 from converter.models import loading
 from converter.models import resident as forward
@@ -26,13 +25,20 @@ from converter.models.likelihood import (
     word_changes,
 )
 from tests.builders.edits import removal
-from tests.builders.models import HIDDEN, TINY_MODELS, Checkpoints, planned, tiny_tokenizer
+from tests.builders.models import (
+    HIDDEN,
+    TINY_MODELS,
+    Checkpoints,
+    architecture_of,
+    planned,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture
 def model(checkpoints: Checkpoints) -> forward.LanguageModel:
     module = loading.load_model(checkpoints("llama"), torch.float32, "cpu", 0)
-    return forward.LanguageModel(module, tiny_tokenizer(), architectures()["llama"], "cpu")
+    return forward.LanguageModel(module, tiny_tokenizer(), architecture_of("llama"), "cpu")
 
 
 @pytest.fixture
@@ -141,7 +147,7 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
     kind: str, checkpoints: Checkpoints
 ) -> None:
     """Also where logits are scaled or capped, where a norm follows, and where tokens are flat."""
-    architecture = architectures()[kind]
+    architecture = architecture_of(kind)
     auto = architecture.auto_class
     module = loading.load_model(checkpoints(kind), torch.float32, "cpu", 0, auto_class=auto)
     model = forward.LanguageModel(module, tiny_tokenizer(), architecture, "cpu")

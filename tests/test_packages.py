@@ -15,7 +15,7 @@ import torch
 from click.testing import Result
 
 import converter
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank

@@ -22,7 +22,7 @@ from converter.checkpoints.safetensors.header import Header, read_header
 from converter.errors import CheckpointError
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
-from tests.builders.models import HIDDEN, LAYERS, TINY_MODELS, Checkpoints, load
+from tests.builders.models import HIDDEN, LAYERS, TINY_MODELS, Checkpoints, architecture_of, load
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Header]]:
@@ -45,7 +45,7 @@ def renamed(headers: dict[str, Header], rename: Callable[[str], str]) -> dict[st
 
 
 VARIANTS = [
-    (kind, place) for kind in TINY_MODELS for place in range(len(architectures()[kind].variants))
+    (kind, place) for kind in TINY_MODELS for place in range(len(architecture_of(kind).variants))
 ]
 
 
@@ -55,7 +55,7 @@ def test_other_beginnings_of_names_are_found_too(
 ) -> None:
     config, _, headers = parts(checkpoints(kind))
     usual = make_plan(config, None, headers)
-    variant = architectures()[kind].variants[place]
+    variant = architecture_of(kind).variants[place]
 
     def rename(name: str) -> str:
         for ours, theirs in variant.items():
@@ -196,7 +196,7 @@ def test_embeddings_of_another_width_are_not_decoded(checkpoints: Checkpoints) -
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_every_name_of_a_data_file_is_that_of_a_tensor(kind: str, checkpoints: Checkpoints) -> None:
     config, weight_map, headers = parts(checkpoints(kind))
-    architecture = architectures()[kind]
+    architecture = architecture_of(kind)
     plan = make_plan(config, weight_map, headers)
     final = {"final_norm"} if architecture.final_norm else set()
     assert set(plan.vocabulary) == {"embedding", "unembedding"} | final
@@ -211,7 +211,7 @@ def test_what_the_ffn_module_gives_is_what_the_layer_adds(
     kind: str, checkpoints: Checkpoints
 ) -> None:
     """A vector added to one moves the residual stream by a multiple of it, the same everywhere."""
-    architecture, model = architectures()[kind], load(checkpoints(kind))
+    architecture, model = architecture_of(kind), load(checkpoints(kind))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 300, (2, 9), generator=generator)
     d = torch.randn(HIDDEN, generator=generator)

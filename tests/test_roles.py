@@ -21,9 +21,17 @@ from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
 from converter.errors import CheckpointError, OptionError
 from tests.builders.errors import refused
-from tests.builders.models import FFN, HIDDEN, LAYERS, OTHER_LAYOUTS, TINY_MODELS, Checkpoints, load
+from tests.builders.models import (
+    FFN,
+    HIDDEN,
+    LAYERS,
+    OTHER_LAYOUTS,
+    TINY_MODELS,
+    Checkpoints,
+    architecture_of,
+    load,
+)
 
-MIXTURES = {kind for kind in TINY_MODELS if architectures()[kind].experts.weight}
 UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "starcoder2"}
 """Model types whose FFN has two matrices."""
 
@@ -164,7 +172,7 @@ def test_a_role_that_the_checkpoint_lacks_is_refused_by_name(
     kind: str, change: dict[str, Any], role: Any, roles: str, checkpoints: Checkpoints
 ) -> None:
     plan = planned(checkpoints(kind), **change)
-    title = architectures()[kind].title
+    title = architecture_of(kind).title
     for ask in (plan.weights, plan.biases, plan.bias_route):
         what = f"{title}: this checkpoint has no {role}"
         with refused(OptionError, what=what, expected=roles):
@@ -261,7 +269,7 @@ def with_biases(folder: Path, out: Path, value: Callable[[int], Tensor]) -> tupl
 
 def loaded(folder: Path, kind: str) -> Any:
     """The model, all of whose tensors are used and there."""
-    auto = getattr(transformers, architectures()[kind].auto_class)
+    auto = getattr(transformers, architecture_of(kind).auto_class)
     model, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.calibration.collect import causal_moments, moments_within
-from converter.checkpoints.architectures.architecture import architectures
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import TensorInfo
@@ -46,6 +45,7 @@ from tests.builders.models import (
     OTHER_LAYOUTS,
     TINY_MODELS,
     Checkpoints,
+    architecture_of,
     planned,
     tiny_tokenizer,
 )
@@ -374,7 +374,7 @@ def test_other_beginnings_of_names_are_found_too(
     kind: str, place: int, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Where transformers knows them; what it does not load is no matter of streaming."""
-    variant = architectures()[kind].variants[place]
+    variant = architecture_of(kind).variants[place]
     folder = shutil.copytree(checkpoints(kind, torch.float32, "1GB"), tmp_path / "source")
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():

@@ -59,7 +59,7 @@ def activation_inputs(
         "prose": part.prose.sha256,
         **asdict(request),
         "layers": list(request.layers),
-        "module": _module_template(architecture, request),
+        "module": list(_modules(architecture, request).values()),
         "max_tokens": MAX_TOKENS,
         "batch_size": batch_size,
         "device": device.partition(":")[0],
@@ -70,9 +70,11 @@ def activation_inputs(
     }
 
 
-def _module_template(architecture: Architecture, request: Request) -> str:
-    """The name of the modules whose output is wanted, with ``{layer}``."""
-    return architecture.ffn if request.site == "ffn" else architecture.block
+def _modules(architecture: Architecture, request: Request) -> dict[int, tuple[str, ...]]:
+    """The modules whose output is wanted, those of an FFN together; by layer."""
+    if request.site == "ffn":
+        return {layer: architecture.sites(layer) for layer in request.layers}
+    return {layer: (architecture.block.format(layer=layer),) for layer in request.layers}
 
 
 def extract(
@@ -88,8 +90,7 @@ def extract(
         DataError: no pair is left, or the activations are not finite.
         FitError: nothing is left to fit in.
     """
-    template, device = _module_template(model.architecture, request), model.device
-    modules = {layer: template.format(layer=layer) for layer in request.layers}
+    modules, device = _modules(model.architecture, request), model.device
     encode = Encoder(model.tokenizer, model.module)
     mean: Pooling = "last" if request.pooling == "last" else "mean"
     toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]

@@ -6,13 +6,16 @@ written.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.architectures.architecture import Architecture, Role, find_architecture
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Architecture, Dimensions, Role
+from converter.checkpoints.architectures.find import inferred_of
+from converter.checkpoints.architectures.inference import Inferred, spelling
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import Header
+from converter.checkpoints.source import Source
 from converter.checkpoints.weights import (
     Names,
     Place,
@@ -50,14 +53,13 @@ class Plan:
         roles: those that it has weights of.
         vocabulary: ``embedding``, ``unembedding``, ``final_norm`` -> shard and entry; the
             unembedding is the embedding where they are tied; what a checkpoint lacks is absent.
-        post_norms: layer -> shard and entry of the weight of the norm after its FFN; empty if the
-            architecture has none.
+        post_norms: layer -> shard and entry of the weight of the norm after its FFN, of the layers
+            that have one.
         scheme: how weights are stored in FP8, or None if they are not.
         stale: file of the source -> merge patch that drops what the tensors refute.
     """
 
     architecture: Architecture
-    dimensions: Dimensions
     headers: Mapping[str, Header]
     targets: tuple[Weight, ...]
     roles: tuple[Role, ...]
@@ -66,6 +68,11 @@ class Plan:
     scheme: Scheme | None
     names: Names
     stale: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """Sizes of the model."""
+        return self.architecture.sizes
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +117,9 @@ class Plan:
                 found |= {w.info.name: w for w in located if w.info.name in names}
         return found
 
-    def module(self, weight: Weight) -> str:
-        """The module of the transformers class whose output a weight makes.
-
-        All experts of a layer, and what else is a down-projection in a mixture, have the FFN.
-        """
-        return self.architecture.roles[weight.role].module.format(layer=weight.layer)
+    def norm_offset(self, layer: int) -> int:
+        """The norm after the FFN of a layer multiplies by its weight plus this."""
+        return sum(ffn.norm_offset for ffn in self.architecture.layer(layer).ffns)
 
     def bias_route(self, role: Role) -> BiasRoute | None:
         """How a role has or gets biases; None if no way is known.
@@ -128,7 +132,8 @@ class Plan:
             return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {})
         if biases or role not in self.architecture.bias_routes:
             return None
-        spec, route = self.architecture.roles[role], self.architecture.bias_routes[role]
+        route = self.architecture.bias_routes[role]
+        spec = self.architecture.layer(weights[0].layer).roles[role]
         names = {w.layer: self.names.on_disk(spec.bias, w.layer) for w in weights}
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
@@ -146,7 +151,7 @@ class Plan:
         for role in self.architecture.bias_routes:
             route = self.bias_route(role) if role in self.roles else None
             if route is not None:
-                modules = {weight.layer: self.module(weight) for weight in self.weights(role)}
+                modules = {weight.layer: weight.module for weight in self.weights(role)}
                 found |= {name: modules[layer] for layer, name in route.biases.items()}
         return found
 
@@ -167,8 +172,17 @@ class Plan:
         return (weight for layer in chosen for weight in self.names.locate(role, layer))
 
 
+def read_plan(source: Source, trust_remote_code: bool = False) -> Plan:
+    """The plan of a checkpoint; see ``make_plan``. Code of its own runs only if it is trusted."""
+    known = source.config, source.weight_map, source.headers()
+    return make_plan(*known, source.folder if trust_remote_code else None)
+
+
 def make_plan(
-    config: dict[str, Any], weight_map: Mapping[str, str] | None, headers: Mapping[str, Header]
+    config: dict[str, Any],
+    weight_map: Mapping[str, str] | None,
+    headers: Mapping[str, Header],
+    trusted: Path | None = None,
 ) -> Plan:
     """Match a checkpoint's headers with its config, its index and its architecture.
 
@@ -176,6 +190,7 @@ def make_plan(
         config: parsed ``config.json``.
         weight_map: of the index, tensor name -> shard file name, or None for a single file.
         headers: of every shard there is, by file name.
+        trusted: folder with code of the model's own that may run.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
@@ -185,44 +200,59 @@ def make_plan(
     patch = stale_quantization(config, tensors)
     config = merge(config, patch)
     scheme = read_scheme(config)
-    architecture = find_architecture(config)
-    has_experts = bool(architecture.experts.weight)
-    sizes = Dimensions.read(architecture.config, config, has_experts=has_experts)
-    names = Names(tensors, architecture, sizes, scheme)
+    inferred = inferred_of(config, trusted, trusted is not None)
+    architecture = inferred.architecture
+    names = Names(tensors, architecture, scheme, _spelling(inferred, tensors))
     targets: list[Weight] = []
     post_norms = {}
-    for layer in range(sizes.num_hidden_layers):
+    for layer in architecture.sizes.ffn_layers:
         targets.extend(names.locate("down_proj", layer))
-        if architecture.post_norm:
-            shape = (sizes.hidden_size,)
-            post_norms[layer] = names.require(architecture.post_norm, layer, shape=shape)
+        for ffn in architecture.layer(layer).ffns:
+            if ffn.norm:
+                shape = (architecture.sizes.hidden_size,)
+                post_norms[layer] = names.require(ffn.norm, layer, shape=shape)
     _check_all_found(names, targets)
-    roles = tuple(_roles(names, config))
+    roles = tuple(_roles(names))
     vocabulary = _vocabulary(names)
     stale = {"config.json": patch} if patch else {}
     return Plan(
-        architecture, sizes, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names,
-        stale,
-    )  # fmt: skip
+        architecture, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names, stale
+    )
 
 
-def _roles(names: Names, config: Mapping[str, Any]) -> Iterator[Role]:
-    """The roles that a checkpoint has, by its first layer.
+def _spelling(inferred: Inferred, tensors: Mapping[str, Place]) -> Mapping[str, str]:
+    """How a checkpoint's names begin, where not as transformers writes them."""
+    architecture = inferred.architecture
+    layer = architecture.sizes.ffn_layers[0]
+    spec, expert = next(architecture.specs("down_proj", layer))
+    if spec.weight.format(layer=layer, expert=expert) in tensors:
+        return {}
+    return spelling(inferred, tensors.keys())
 
-    One that says that its embeddings are tied has no ``lm_head``, even if it has a tensor of that
-    name: who loads it need not look at it.
+
+def _roles(names: Names) -> Iterator[Role]:
+    """The roles that a checkpoint has, by the first layer that has them.
+
+    One whose embeddings are tied has no ``lm_head``, even if it has a tensor of that name: who
+    loads it need not look at it.
     """
-    inner = config.get(names.architecture.config["within"], config)
-    tied = any(part.get("tie_word_embeddings") is True for part in (config, inner))
-    for role, spec in names.architecture.roles.items():
-        if role == "down_proj" or (names.find(spec.weight) and not (role == "lm_head" and tied)):
+    architecture = names.architecture
+    for role in architecture.roles:
+        if role in ("down_proj", "lm_head"):
+            if role == "down_proj" or (architecture.head and names.find(architecture.head.weight)):
+                yield role
+            continue
+        first = next(
+            n for n in range(len(architecture.layers)) if role in architecture.layer(n).roles
+        )
+        if names.find(architecture.layer(first).roles[role].weight, first):
             yield role
 
 
 def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
     """Raise CheckpointError if a tensor is named like a down-projection and is none by the config:
     it would be left unedited."""
-    architecture, sizes = names.architecture, names.sizes
+    architecture, sizes = names.architecture, names.architecture.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers
     for name, (shard, _) in names.tensors.items():
@@ -239,10 +269,11 @@ def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
 
 def _vocabulary(names: Names) -> dict[str, Place]:
     """What it takes to decode directions; nothing where embeddings have a width of their own."""
-    architecture, sizes = names.architecture, names.sizes
+    architecture, sizes = names.architecture, names.architecture.sizes
+    head = architecture.head
     places = {
         "embedding": (embedding := names.require(architecture.embedding)),
-        "unembedding": names.find(architecture.roles["lm_head"].weight) or embedding,
+        "unembedding": (names.find(head.weight) if head else None) or embedding,
         "final_norm": names.find(architecture.final_norm),
     }
     found = {role: place for role, place in places.items() if place is not None}

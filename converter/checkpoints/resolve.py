@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from converter.checkpoints.architectures.architecture import find_architecture
+from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.folder import check_links, list_files
 from converter.checkpoints.formats import gguf
 from converter.checkpoints.formats import meta as native
@@ -172,17 +172,6 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
     return _read(repo.repo_id, folder, sizes, top if inside else None, **known)
 
 
-def _is_tied(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a model ties its embeddings; where its config does not say, its class does."""
-    said = config.get("tie_word_embeddings")
-    if said is None:
-        from transformers import AutoConfig
-
-        with suppress(Exception):  # a third party's loader, for a default
-            said = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
-    return said is not False
-
-
 def _read(
     name: str,
     folder: Path,
@@ -253,13 +242,9 @@ def _read_config(name: str, folder: Path, companions: Collection[str]) -> dict[s
 
 
 def _read_pickled(folder: Path, weights: Weights, config: dict[str, Any]) -> Translated:
-    return read_pickled(
-        folder,
-        weights.files,
-        weights.weight_map or {},
-        find_architecture(config).roles["lm_head"].weight,
-        lambda: _is_tied(folder, config),
-    )
+    architecture = find_architecture(config)
+    tied = "" if architecture.head else architecture.unembedding
+    return read_pickled(folder, weights.files, weights.weight_map or {}, tied)
 
 
 def _extras(

@@ -10,7 +10,6 @@ from math import prod
 from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Role, WeightSpec
-from converter.checkpoints.architectures.dimensions import Dimensions
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo
 from converter.errors import CheckpointError
 from converter.text import describe_value
@@ -56,6 +55,9 @@ class Weight:
         expert: number of the expert that the tensor belongs to, or None.
         scales: of a weight in FP8, which change with it; else None.
         rows: the part of ``axis`` that is this map's, if the tensor holds several; else None.
+        module: of the transformers class, whose output it makes; all experts of a layer, and what
+            else is a down-projection in a mixture, have the FFN.
+        mixed: whether other weights make that output, too.
     """
 
     info: TensorInfo
@@ -67,6 +69,8 @@ class Weight:
     is_bias: bool = False
     scales: Scales | None = None
     rows: range | None = None
+    module: str = ""
+    mixed: bool = False
 
     @property
     def recorded_role(self) -> str:
@@ -75,40 +79,33 @@ class Weight:
 
 
 class Names:
-    """The tensors of a checkpoint by the names that its architecture's data file has for them.
+    """The tensors of a checkpoint by the names that its architecture has for them.
 
-    Of the beginnings of names that checkpoints of this architecture have, it takes those under
-    which the first layer's down-projection is found. ``tensors`` have their names on disk.
+    ``tensors`` have their names on disk. Where these begin otherwise than transformers writes them,
+    ``spelling`` has the beginning of one for that of the other.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, Place],
         architecture: Architecture,
-        sizes: Dimensions,
         scheme: Scheme | None,
+        spelling: Mapping[str, str] | None = None,
     ) -> None:
         self.tensors, self.scheme = tensors, scheme
-        self.architecture, self.sizes = architecture, sizes
-        self._variant: Mapping[str, str] = {}
-        first, expert = next(architecture.specs("down_proj", 0, sizes))
-        for variant in ({}, *architecture.variants):
-            self._variant = variant
-            if self.find(first.weight, 0, expert):
-                return
-        self._variant = {}
+        self.architecture, self._spelling = architecture, spelling or {}
 
     def on_disk(self, template: str, layer: int = 0, expert: int | None = None) -> str:
-        """A name of the data file as it is on disk."""
+        """A name of the architecture as it is on disk."""
         name = template.format(layer=layer, expert=expert)
-        for ours, theirs in self._variant.items():
+        for ours, theirs in self._spelling.items():
             if name.startswith(ours):
                 return theirs + name[len(ours) :]
         return name
 
     def of_file(self, name: str) -> str:
-        """The reverse: a name on disk as the data file has it, with numbers."""
-        for ours, theirs in self._variant.items():
+        """The reverse: a name on disk as the architecture has it, with numbers."""
+        for ours, theirs in self._spelling.items():
             if name.startswith(theirs):
                 return ours + name[len(theirs) :]
         return name
@@ -148,24 +145,27 @@ class Names:
         Raises CheckpointError if a weight is missing, or one of them contradicts the config in
         shape or cannot be edited by its dtype.
         """
-        for spec, expert in self.architecture.specs(role, layer, self.sizes):
+        for spec, expert in self.architecture.specs(role, layer):
             weight = self._weight(role, spec, layer, expert)
             yield weight
             if place := self.find(spec.bias, layer, expert):
                 yield self._bias(weight, place)
 
     def _weight(self, role: Role, spec: WeightSpec, layer: int, expert: int | None) -> Weight:
-        shape = [getattr(self.sizes, name) for name in spec.shape]
-        (place, parts), length = spec.part, shape[spec.output_axis]
-        shape[spec.output_axis] *= parts
-        shard, info = self.require(spec.weight, layer, expert, shape=tuple(shape))
+        place, parts = spec.part
+        length = spec.shape[spec.output_axis] // parts
+        shard, info = self.require(spec.weight, layer, expert, shape=spec.shape)
         scales = None
         if self.scheme and info.dtype == FP8:
             scales = scales_of(self.scheme, info, self.tensors)
         else:
             _check_dtype(info)
         rows = range(place * length, (place + 1) * length) if parts > 1 else None
-        return Weight(info, shard, role, layer, spec.output_axis, expert, False, scales, rows)
+        module = spec.module.format(layer=layer)
+        return Weight(
+            info, shard, role, layer, spec.output_axis, expert, False, scales, rows, module,
+            spec.mixed,
+        )  # fmt: skip
 
     def _bias(self, weight: Weight, place: Place) -> Weight:
         """The bias of a weight; those of experts in one tensor are in one tensor, too."""
@@ -175,7 +175,7 @@ class Names:
         _check_dtype(info)
         return Weight(
             info, shard, weight.role, weight.layer, len(experts), weight.expert, True,
-            rows=weight.rows,
+            rows=weight.rows, module=weight.module, mixed=weight.mixed,
         )  # fmt: skip
 
 

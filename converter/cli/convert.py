@@ -170,8 +170,9 @@ def _plan_text(plan: dict[str, Any]) -> str:
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     sizes, experts = plan["dimensions"], ""
     if count := sizes["num_experts"]:
-        shared = " and shared ones" if sizes["shared_expert_intermediate_size"] else ""
-        experts = f", {count} experts{shared} in {len(sizes['sparse_layers'])} layers"
+        experts = f", {count} experts in {len(sizes['sparse_layers'])} layers"
+    if left := sizes["num_hidden_layers"] - len(sizes["ffn_layers"]):
+        experts += f", {left} layers without an FFN"
     lines = [
         f"{plan['source']}: {plan['architecture']}, "
         f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "

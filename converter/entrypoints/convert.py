@@ -10,7 +10,7 @@ from msgspec import structs
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.names import EDIT_FILE, QUANTIZED
-from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
@@ -178,7 +178,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
             commit = source.base_commit if recipe.base_model == source.base else None
             source = replace(source, base=recipe.base_model, base_commit=commit)
         _warn_of_language(recipe, source)
-        plan = make_plan(source.config, source.weight_map, source.headers())
+        plan = read_plan(source)
         for name in plan.stale:
             progress.warn(
                 f"{name} names a quantization, but no tensor is quantized; the model is read as it "

@@ -15,7 +15,7 @@ from msgspec import structs
 from torch import Tensor
 
 from converter.checkpoints.names import EDIT_FILE
-from converter.checkpoints.plan import make_plan
+from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
@@ -100,7 +100,7 @@ def replay(
     with progress.stage("plan", title):
         source = _as_recorded(recording, recipe, resolve(recipe.source, recipe.subfolder))
         check_source(recording, source)
-        plan = make_plan(source.config, source.weight_map, source.headers())
+        plan = read_plan(source)
         edit = recording.edit(plan)
         check_edit(edit, plan, source)
     if not overwrite and max_angle is None and (before := _replayed_before(recording, destination)):

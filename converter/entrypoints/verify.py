@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from converter.checkpoints.names import INDEX, MANIFEST
-from converter.checkpoints.plan import make_plan
+from converter.checkpoints.plan import read_plan
 from converter.checkpoints.source import Source
 from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
@@ -92,7 +92,7 @@ def _check_method(
     if manifest.shards:
         plan = plan_of(folder, manifest, edited=False)
     elif source:
-        plan = make_plan(source.config, source.weight_map, source.headers())
+        plan = read_plan(source)
     else:
         return
     yield from check_method(manifest, plan, implied)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from converter.calibration.datasets import read_whole
-from converter.checkpoints.plan import make_plan
+from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
 from converter.evaluation.benchmarks import load_safeedit, measure_ability, measure_safeedit
@@ -109,7 +109,7 @@ def load_whole(
 ) -> LanguageModel:
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
     source = resolve(name)
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    plan = read_plan(source)
     dtype = dtype or choose_dtype("auto", plan, device)
     tokenizer = load_tokenizer(source.folder)
     return load_language_model(source, plan, tokenizer, dtype, device, how)

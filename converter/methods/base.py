@@ -18,7 +18,7 @@ from torch import Tensor
 
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import FAULT, Edit, Footprint

@@ -14,7 +14,7 @@ from converter.calibration.linear_algebra import (
     top_right_singular_vectors,
 )
 from converter.calibration.statistics import Request, Site
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.methods.base import Proposal, Workbench
 from converter.methods.gloss import GlobalRemoval
 from converter.methods.subspace import Removal, Subspace, candidates_of, rank_within

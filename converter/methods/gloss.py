@@ -23,7 +23,7 @@ from torch import Tensor
 
 from converter.calibration.linear_algebra import shared_directions, turned
 from converter.calibration.statistics import Moments, Request, Site
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.methods.base import Layers, Proposal, Workbench
 from converter.methods.subspace import (
     Removal,

@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 import msgspec
 
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
 from converter.methods.base import METHODS, Layers, Method
@@ -42,12 +42,14 @@ def configure(
         raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = dict(kind.defaults(dimensions))  # type: ignore[attr-defined]
+    for key in values.keys() & {k for k, hint in hints.items() if hint == Layers}:
+        values[key] = with_ffn(key, values[key], dimensions)
     others = {key: text for key, text in (implied or {}).items() if key in fields}
     for key, text in {**others, **options}.items():
         if key not in fields:
             raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
         try:
-            values[key] = _parse(key, text, hints[key], dimensions.num_hidden_layers)
+            values[key] = _parse(key, text, hints[key], dimensions)
         except TypeError as error:
             raise METHODS.fault(name, f"its option {key} is of a type that has no text") from error
         least, names = fields[key].metadata.get("min"), fields[key].metadata.get("names")
@@ -67,10 +69,10 @@ def configure(
     return cast(Method, method)
 
 
-def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
+def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
     """A value as typed. Raises OptionError, and TypeError if the type has no text."""
     if hint == Layers:
-        return parse_layers(key, text, num_layers)
+        return with_ffn(key, parse_layers(key, text, dimensions.num_hidden_layers), dimensions)
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
         return None
@@ -92,6 +94,18 @@ def _parse(key: str, text: str, hint: Any, num_layers: int) -> Any:
             pass
         expected += known or [{int: "a whole number", float: "a number"}[kind]]
     raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
+
+
+def with_ffn(key: str, layers: Layers, dimensions: Dimensions) -> Layers:
+    """Those of some layers that have an FFN. Raises OptionError if none has."""
+    found = tuple(layer for layer in layers if layer in dimensions.ffn_layers)
+    if layers and not found:
+        raise OptionError(
+            f"-o {key}", expected=f"a layer with a feed-forward network: "
+            f"{', '.join(map(str, dimensions.ffn_layers))}",
+            found=", ".join(map(str, layers)),
+        )  # fmt: skip
+    return found
 
 
 def parse_layers(key: str, text: str, num_layers: int) -> Layers:

@@ -83,7 +83,7 @@ class Bench:
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
         vocabulary = Vocabulary(plan, source, tokenizer)
         gains = {
-            layer: source.read(shard, info).float() + plan.architecture.norm_offset
+            layer: source.read(shard, info).float() + plan.norm_offset(layer)
             for layer, (shard, info) in plan.post_norms.items()
         }
         how = Loading(settings.attention, recipe.trust_remote_code, recipe.device == "map")

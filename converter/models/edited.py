@@ -83,9 +83,8 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
     """
     changes: dict[str, _ModuleEdit] = {}
     for name, weight in plan.find(edit.tensors).items():
-        delta, change = edit.tensors[name], changes.setdefault(plan.module(weight), _ModuleEdit())
-        is_expert = weight.role == "down_proj" and bool(plan.architecture.experts.weight)
-        if is_expert and delta.protects is None:  # the module is the FFN; its input is another
+        delta, change = edit.tensors[name], changes.setdefault(weight.module, _ModuleEdit())
+        if weight.mixed and delta.protects is None:  # the module is the FFN; its input is another
             raise OptionError(
                 f"the edit of tensor {name}",
                 expected="a subspace taken out, in a mixture of experts",

@@ -55,29 +55,46 @@ def by_position(x: Tensor, batch: Batch) -> Tensor:
     return x.detach().float().view(*batch.ids.shape, -1)
 
 
-def showing(show: Show, number: int, batch: Batch, layer: int, *, stop: bool) -> Hook:
-    """A hook that shows a module's output, and may end the run."""
+Modules = Mapping[int, tuple[str, ...]]
+"""Layer -> the modules whose outputs are wanted, their sum if there are several."""
+
+
+def showing(
+    show: Show, number: int, batch: Batch, layer: int, names: tuple[str, ...], *, stop: bool
+) -> dict[str, Hook]:
+    """Hooks that show what modules give together, and may end the run."""
+    seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        show(number, layer, by_position(first_of(output), batch))
-        if stop:
-            raise StopForward
+        seen.append(by_position(first_of(output), batch))
+        if len(seen) == len(names):
+            show(number, layer, sum(seen[1:], seen[0]))
+            if stop:
+                raise StopForward
 
-    return hook
+    return dict.fromkeys(names, hook)
 
 
-def keeping(outputs: dict[int, Tensor], layer: int) -> Hook:
+def keeping(outputs: dict[str, Tensor], name: str) -> Hook:
     """A hook that keeps a module's output, with respect to which there is to be a gradient."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         first = first_of(output)
         if not first.requires_grad:  # the graph starts here; layers below need none
             first = first.detach().requires_grad_()
-        outputs[layer] = first
+        outputs[name] = first
         copy = first.clone()  # some models add to it in place
         return (copy, *output[1:]) if isinstance(output, tuple) else copy
 
     return hook
+
+
+def together(
+    names: tuple[str, ...], outputs: Mapping[str, Tensor], slopes: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What modules give together, and a gradient with respect to it, which each of them has."""
+    first, *rest = names
+    return sum((outputs[name] for name in rest), outputs[first]), slopes[first]
 
 
 @contextmanager

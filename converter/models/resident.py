@@ -19,6 +19,8 @@ from converter.checkpoints.safetensors.header import FLOATS
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
+    Hook,
+    Modules,
     Show,
     StopForward,
     by_position,
@@ -29,6 +31,7 @@ from converter.models.hooks import (
     memory_errors,
     only_chosen,
     showing,
+    together,
 )
 from converter.runtime import progress
 
@@ -49,12 +52,11 @@ class Model(Protocol):
     @property
     def device(self) -> str: ...
 
-    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
+    def visit(self, modules: Modules, batched: Sequence[Batch], show: Show) -> None:
         """Run batches up to the last module of interest and show each one's output.
 
         Args:
-            modules: layer -> name of the module whose output is wanted; a tuple's first element
-                counts.
+            modules: by layer, those whose output is wanted; a tuple's first element counts.
             show: called once for each batch and layer.
         """
 
@@ -62,7 +64,7 @@ class Model(Protocol):
         """The number of each batch and its logits, (B, T, V), one batch after the other."""
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch]
+        self, modules: Modules, batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """What tokens owe to what modules give.
 
@@ -81,14 +83,13 @@ class LanguageModel:
     architecture: Architecture
     device: str
 
-    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
+    def visit(self, modules: Modules, batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not run."""
         last = max(modules)
         for number, batch in enumerate(batched):
-            hooks = {
-                name: showing(show, number, batch, layer, stop=layer == last)
-                for layer, name in modules.items()
-            }
+            hooks: dict[str, Hook] = {}
+            for layer, names in modules.items():
+                hooks |= showing(show, number, batch, layer, names, stop=layer == last)
             with torch.inference_mode(), hooked(self.module, hooks), suppress(StopForward):
                 call(self.module, batch)
             progress.advance(len(batch.rows))
@@ -100,16 +101,19 @@ class LanguageModel:
             progress.advance(len(batch.rows))
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch]
+        self, modules: Modules, batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. The memory is that of a forward pass whose activations are kept."""
         for number, batch in enumerate(batched):
-            outputs: dict[int, Tensor] = {}
-            hooks = {name: keeping(outputs, layer) for layer, name in modules.items()}
+            outputs: dict[str, Tensor] = {}
+            every = [name for names in modules.values() for name in names]
+            hooks = {name: keeping(outputs, name) for name in every}
             with torch.enable_grad(), hooked(self.module, hooks), only_chosen(self.module, batch):
                 chosen = log_probability(call(self.module, batch).logits, batch)
             found = torch.autograd.grad(chosen, list(outputs.values()))
-            for (layer, f), g in zip(outputs.items(), found, strict=True):
+            slopes = dict(zip(outputs, found, strict=True))
+            for layer, names in modules.items():
+                f, g = together(names, outputs, slopes)
                 yield number, layer, by_position(f, batch), by_position(g, batch)
             progress.advance(len(batch.rows))
 
@@ -182,7 +186,7 @@ Group = tuple[Sequence[Batch], Sequence[Sink]]
 """Batches, and what to do with their activations."""
 
 
-def run(model: Model, modules: Mapping[int, str], groups: Sequence[Group]) -> None:
+def run(model: Model, modules: Modules, groups: Sequence[Group]) -> None:
     """Run all batches of all groups and show every layer's activations to the group's sinks.
 
     All groups go through the model together, which reads a streamed one once.

@@ -24,6 +24,7 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
 from converter.models.hooks import (
     Hook,
+    Modules,
     Show,
     StopForward,
     by_position,
@@ -34,6 +35,7 @@ from converter.models.hooks import (
     log_probability,
     only_chosen,
     showing,
+    together,
 )
 from converter.models.streamed_memory import HiddenStates, Weights
 from converter.runtime import progress
@@ -123,7 +125,7 @@ class StreamedModel:
 
         module.forward = forward
 
-    def visit(self, modules: Mapping[int, str], batched: Sequence[Batch], show: Show) -> None:
+    def visit(self, modules: Modules, batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not read."""
         last = max(modules)
 
@@ -131,7 +133,7 @@ class StreamedModel:
             if layer not in modules:
                 return {}
             stop = layer == last
-            return {modules[layer]: showing(show, number, batched[number], layer, stop=stop)}
+            return showing(show, number, batched[number], layer, modules[layer], stop=stop)
 
         with self._pass(batched, last + 1) as states:
             self._upwards(batched, states, range(last + 1), hooks=hooks)
@@ -148,7 +150,7 @@ class StreamedModel:
                 self._step(number)
 
     def gradients(
-        self, modules: Mapping[int, str], batched: Sequence[Batch]
+        self, modules: Modules, batched: Sequence[Batch]
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. Layers come in descending order.
 
@@ -162,8 +164,8 @@ class StreamedModel:
             for layer in reversed(range(first, end)):
                 with self._layer(layer, layer - 1 if layer > first else None):
                     for number, batch in enumerate(batched):
-                        place, name = (layer, number), modules.get(layer)
-                        found = self._back(place, batch, states, name, further=layer > first)
+                        place, names = (layer, number), modules.get(layer, ())
+                        found = self._back(place, batch, states, names, further=layer > first)
                         for f, g in found:
                             yield number, layer, by_position(f, batch), by_position(g, batch)
                         self._step(number)
@@ -241,7 +243,7 @@ class StreamedModel:
         place: tuple[int, int],
         batch: Batch,
         states: HiddenStates,
-        name: str | None,
+        names: tuple[str, ...],
         *,
         further: bool,
     ) -> Iterable[tuple[Tensor, Tensor]]:
@@ -251,11 +253,12 @@ class StreamedModel:
         place of that.
 
         Returns:
-            what the module of a name gives, if there is one, and the gradient with respect to it.
+            what the modules of some names give together, if there are any, and the gradient with
+            respect to it.
         """
         layer, number = place
-        outputs: dict[int, Tensor] = {}
-        hooks = {} if name is None else {name: keeping(outputs, layer)}
+        outputs: dict[str, Tensor] = {}
+        hooks = {name: keeping(outputs, name) for name in names}
         given = states.get(place, self.device).clone()
         with torch.enable_grad():
             given.requires_grad_(further)
@@ -267,7 +270,8 @@ class StreamedModel:
         states.drop(above)
         if further:
             states.put(place, found[-1])
-        return zip(outputs.values(), found, strict=False)
+        slopes = dict(zip(outputs, found, strict=False))
+        return [together(names, outputs, slopes)] if names else []
 
     @contextmanager
     def _layer(self, layer: int, following: int | None) -> Iterator[None]:

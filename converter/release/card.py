@@ -16,7 +16,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from converter.checkpoints.architectures.architecture import find_architecture
+from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source

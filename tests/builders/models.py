@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from converter.checkpoints.architectures.architecture import architectures
+from converter.checkpoints.architectures.architecture import Architecture
+from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
@@ -18,6 +19,13 @@ from converter.recipe import Recipe
 from tests.bench.synthetic import builtin_texts, byte_tokenizer
 
 HIDDEN, FFN, LAYERS = 32, 48, 6
+
+MIXTURES = {"deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe",
+            "qwen3_moe"}  # fmt: skip
+"""Model types with experts."""
+
+NORM_AFTER = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"}
+"""Model types with a norm between the FFN and the residual stream."""
 
 Checkpoints = Callable[..., Path]
 """The fixture ``checkpoints``: the folder of a tiny model of a kind, a dtype and a shard size."""
@@ -126,16 +134,24 @@ def tiny_config(kind: str) -> PreTrainedConfig:
     return AutoConfig.for_model(kind, text_config=sizes, vision_config=VISION[kind])
 
 
+@cache
+def architecture_of(kind: str) -> Architecture:
+    """The description of the tiny model of a kind."""
+    return find_architecture(tiny_config(kind).to_dict())
+
+
 def make_checkpoint(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "60KB"
 ) -> Path:
     """Save a random tiny model with its tokenizer, a licence and a card."""
     torch.manual_seed(0)
     config = tiny_config(kind)
-    auto = getattr(transformers, architectures()[config.model_type].auto_class)
+    architecture = find_architecture(config.to_dict())
+    auto = getattr(transformers, architecture.auto_class)
     model: Any = auto.from_config(config)
     model = model.to(dtype)
-    after = architectures()[config.model_type].post_norm.partition("{layer}")[2]
+    norms = [ffn.norm for kind in architecture.kinds for ffn in kind.ffns]
+    after = norms[0].partition("{layer}")[2]
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, which would hide what an edit does to them
             torch.nn.init.normal_(parameter, std=0.1)
@@ -150,8 +166,8 @@ def make_checkpoint(
 
 def load(folder: Path) -> Any:
     """The causal language model of a folder, ready to run."""
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    auto = getattr(transformers, architectures()[kind].auto_class)
+    architecture = find_architecture(json.loads((folder / "config.json").read_text()))
+    auto = getattr(transformers, architecture.auto_class)
     return auto.from_pretrained(folder).eval()
 
 

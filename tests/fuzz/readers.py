@@ -20,7 +20,7 @@ from msgspec import structs
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import Request, load_activations, read_inputs
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.dimensions import Dimensions
+from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.formats import meta_small_files as native_small
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.gguf import check_header

@@ -85,6 +85,15 @@ def find_ffns(layer: Layer) -> list[Ffn]:
     return found
 
 
+def is_ffn(layer: Layer, module: str) -> bool:
+    """Whether a module is an FFN, or the second of two linear maps that are one."""
+    if layer.is_position_wise(module) and not layer.is_affine(module):
+        return True
+    return module in layer.linear_maps() and any(
+        _feeds(layer, one, module) for one in layer.linear_maps()
+    )
+
+
 def examine(layer: Layer, module: str) -> Ffn:
     """An FFN by its module.
 
@@ -246,19 +255,18 @@ def _second_of_two(layer: Layer) -> str | None:
     Of an FFN that is no module of its own.
     """
     maps = layer.linear_maps()
-    for second in maps:
-        call = layer.only_call(second)
-        assert call is not None and call.given is not None and call.state is not None
-        if call.given.shape[-1] != layer.width:
-            continue
-        for one in maps:
-            other = layer.only_call(one)
-            assert other is not None and other.given is not None and other.state is not None
-            same = other.given.shape == call.state.shape
-            if one != second and same and other.state.shape[-1] == layer.width:
-                if _hangs_on(layer, second, one):
-                    return second
-    return None
+    found = (second for second in maps if any(_feeds(layer, one, second) for one in maps))
+    return next(found, None)
+
+
+def _feeds(layer: Layer, one: str, second: str) -> bool:
+    """Whether two linear maps are an FFN: the first reads the stream, the second hangs on it."""
+    call, other = layer.only_call(second), layer.only_call(one)
+    assert call is not None and call.given is not None and call.state is not None
+    assert other is not None and other.given is not None and other.state is not None
+    same = one != second and other.given.shape == call.state.shape
+    width = call.given.shape[-1] == other.state.shape[-1] == layer.width
+    return same and width and _hangs_on(layer, second, one)
 
 
 def _hangs_on(layer: Layer, second: str, one: str) -> bool:

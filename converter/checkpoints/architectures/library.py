@@ -100,6 +100,25 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def changed(config: Any, key: str, value: Any) -> Any:
+    """A copy of a config with another value in the language model's part of it."""
+    config = copy.deepcopy(config)
+    setattr(text_config(config), key, value)
+    return config
+
+
+def patch(config: Any, key: str, value: Any) -> dict[str, Any]:
+    """The same as a merge patch of ``config.json``."""
+    text = text_config(config)
+    if text is config:
+        return {key: value}
+    for name in getattr(config, "sub_configs", None) or {}:
+        part = getattr(config, name, None)
+        if part is not None and text_config(part) is text:
+            return {name: patch(part, key, value)}
+    return {key: value}
+
+
 def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> type | None:
     """The class that an auto class would load a model with, or None if it would not."""
     import transformers

@@ -29,7 +29,9 @@ _MOST = 60_000_000
 
 _WIDTHS = r"size|dim|embd|d_model|d_ff|dff|dim_ff|inner|rank|width|lowrank|d_ssm|d_state|d_rel"
 _HEADS = re.compile(r"(\w*_)?(n_)?(heads?|kv_heads|num_query_groups|n_groups|o_groups)")
-_PER_HEAD = re.compile(r"\w*(head_dim|d_head|headdim|d_kv|kv_channels|dim_head|head_size|rotary_dim)")
+_PER_HEAD = re.compile(
+    r"\w*(head_dim|d_head|headdim|d_kv|kv_channels|dim_head|head_size|rotary_dim)"
+)
 _WIDTH = re.compile(rf"(\w*_)?({_WIDTHS})(_mlp|_per_layer_input)?|attention_hidden_size")
 _NO_WIDTH = re.compile(
     r".*(vocab|kernel|patch|image|window|chunk|block|type_|max_|conv_|group_size|ngram|beam|"
@@ -162,6 +164,7 @@ def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
 
 def _check_alike(small: nn.Module, model: nn.Module) -> None:
     """Raise ValueError if a tiny model has not the parameters that the model has, but for sizes."""
+
     def names(of: nn.Module) -> set[tuple[str, int]]:
         return {(re.sub(r"\d+", "N", n), p.ndim) for n, p in of.named_parameters()}
 

@@ -26,16 +26,15 @@ def read_pickled(
     folder: Path,
     files: Iterable[str],
     weight_map: Mapping[str, str],
-    unembedding: str,
-    tied: Callable[[], bool],
+    tied: str,
 ) -> Translated:
     """The tensors of some files of a folder, each file a shard named like safetensors.
 
     Args:
         folder, files: where they are, and their names.
         weight_map: tensor name -> file name of the index; empty if there is none.
-        unembedding: the name that is left out of two for the same numbers, if the model ties them.
-        tied: whether it does; asked only if a file has two names for the same numbers.
+        tied: the name that is left out of two for the same numbers: the unembedding's, if the model
+            ties its embeddings; else empty.
 
     Raises:
         CheckpointError: a file cannot be read without executing what it holds, is truncated, holds
@@ -60,8 +59,8 @@ def read_pickled(
                 )  # fmt: skip
         kept = list(tensors)
         groups = _same_numbers(tensors)
-        if len(groups) < len(kept) and tied():
-            kept = [next((n for n in g if n != unembedding), g[0]) for g in groups]
+        if len(groups) < len(kept) and tied:
+            kept = [next((n for n in g if n != tied), g[0]) for g in groups]
         # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
         serial |= not mapped

@@ -24,7 +24,7 @@ class Adapter:
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
         """A LoRA adds a matrix of low rank to the weight of one Linear or Conv1D, and no more."""
-        if plan.architecture.experts.weight:
+        if plan.architecture.is_mixture:
             raise OptionError(
                 "--output adapter",
                 expected="one feed-forward network in each layer",

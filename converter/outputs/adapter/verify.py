@@ -16,7 +16,7 @@ from torch import Tensor
 from converter.checkpoints.architectures.architecture import Role
 from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import MANIFEST
-from converter.checkpoints.plan import make_plan
+from converter.checkpoints.plan import read_plan
 from converter.checkpoints.source import Source
 from converter.edits.deltas import Delta
 from converter.edits.edit_file import load_edit_tensors
@@ -162,7 +162,7 @@ def _check_source(
     manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Mapping[str, Delta], source: Source
 ) -> Iterator[str]:
     """Each weight of the source again, and each A that depends on it."""
-    plan = make_plan(source.config, source.weight_map, source.headers())
+    plan = read_plan(source)
     weights = plan.find(deltas)
     with progress.bar("compare", len(manifest.edited), "tensor"):
         for entry in manifest.edited:
@@ -172,7 +172,7 @@ def _check_source(
             if weight is None or not is_recorded(weight, entry):
                 yield f"the source {source.name} has no such weight: {name}"
                 continue
-            if plan.module(weight) != lora.module:
+            if weight.module != lora.module:
                 yield f"{name} of the source is not module {lora.module}"
             delta = deltas[name]
             P, norm, digest = coordinates(source, weight, delta, "cpu")

@@ -79,7 +79,7 @@ def write_adapter(job: WriteJob) -> Written:
     order = sorted(job.weights, key=lambda weight: (weight.shard, weight.info.start))
     names = stored_names(edit, {weight.info.name: weight.layer for weight in order})
     listed = sorted(order, key=lambda weight: (weight.layer, weight.info.name))  # as records are
-    ranks = {plan.module(w): rank_of(edit.tensors[w.info.name]) for w in listed}
+    ranks = {w.module: rank_of(edit.tensors[w.info.name]) for w in listed}
     if max(ranks.values()) > _SERVED_RANK:
         progress.warn(
             f"the adapter has rank {max(ranks.values())}; serving engines take {_SERVED_RANK} "
@@ -95,7 +95,7 @@ def write_adapter(job: WriteJob) -> Written:
         for weight in _as_fetched(source, order, job.keep_source):
             name = weight.info.name
             one = WeightEdit(weight, edit.tensors[name], names[name], job.engine)
-            A, B, record = _factors(source, plan.module(weight), one)
+            A, B, record = _factors(source, weight.module, one)
             file.write(to_bytes(A))
             file.write(to_bytes(B))
             edits.append(record)
@@ -241,7 +241,7 @@ def _header(plan: Plan, order: Sequence[Weight], ranks: Mapping[str, int]) -> by
     """Of a safetensors file with A and B of each weight, in this order."""
     recipes = []
     for weight in order:
-        module, shape = plan.module(weight), weight.info.shape
+        module, shape = weight.module, weight.info.shape
         rank, height = ranks[module], shape[weight.axis]
         shapes = (rank, prod(shape) // height), (height, rank)
         for name, size in zip(tensor_names(module), shapes, strict=True):

@@ -136,9 +136,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
     same = config.get("model_type") == plan.architecture.model_type
     if same:
         new = make_plan(dict(config), None, plan.headers)
-        was, now = (
-            (p.dimensions, p.scheme, p.roles, p.vocabulary, p.architecture) for p in (plan, new)
-        )
+        was, now = ((p.dimensions, p.scheme, p.roles, p.vocabulary, p.targets) for p in (plan, new))
         same = was == now and not new.stale
     if not same:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from converter.checkpoints.layout import read_index, read_json
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.patch import merge
-from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.plan import Plan, make_plan, read_plan
 from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import (
     BITS,
@@ -295,7 +295,7 @@ def _check_texts(
     folder: Path, manifest: Manifest, source: Source, shards: Shards, damaged: Mapping[str, str]
 ) -> Iterator[str]:
     """Patched files and the index must follow from those of the source."""
-    edit, plan = manifest.edit, make_plan(source.config, source.weight_map, source.headers())
+    edit, plan = manifest.edit, read_plan(source)
     created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in edit.created}
     try:
         texts = {name: patched_text(name, patch, source) for name, patch in edit.patches.items()}

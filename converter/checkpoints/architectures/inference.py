@@ -1,0 +1,527 @@
+"""Describe a model by its config alone, without a list of the models that there are.
+
+The class of transformers is built on the meta device, for the real sizes, and as a tiny model with
+random weights, on which ``ffn`` finds what each kind of layer has. What weights are called in a
+checkpoint, and along which axis they are stored there, is seen by having transformers write them:
+all zeros but for one weight, whose values are the number of the output that they belong to.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures.architecture import (
+    Architecture,
+    BiasSpec,
+    Dimensions,
+    FfnSpec,
+    LayerSpec,
+    Role,
+    WeightSpec,
+)
+from converter.checkpoints.architectures.experiments import Call, Layer, record
+from converter.checkpoints.architectures.ffn import (
+    Ffn,
+    Map,
+    examine,
+    find_ffns,
+    find_o_proj,
+    output_axis,
+)
+from converter.checkpoints.architectures.tiny import (
+    Tiny,
+    block_lists,
+    make_tiny,
+    number_of_layers,
+    signature,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a data file says where inference does not see it; empty for what inference is to find.
+
+    Attributes:
+        blocks: name of the list of decoder layers in the class.
+        ffns: names of the FFNs within a layer; a layer has those of them that it has.
+    """
+
+    blocks: str = ""
+    ffns: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Inferred:
+    """A description, and what it was made from.
+
+    Attributes:
+        model: of the real sizes, on the meta device.
+        layers: of the tiny model, in order; None for one that text does not run through.
+    """
+
+    architecture: Architecture
+    model: Any
+    tiny: Tiny
+    layers: list[Layer | None]
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A weight as a tiny model's checkpoint has it.
+
+    Attributes:
+        names: of the tensors, in order; several if each expert has its own.
+        axis: over the outputs.
+        part: see ``WeightSpec``.
+    """
+
+    names: list[str]
+    axis: int
+    part: tuple[int, int]
+
+
+def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> Inferred:
+    """Describe a model.
+
+    Args:
+        kind: class of transformers.
+        config: its config.
+        auto_class: that loads it.
+
+    Raises:
+        ValueError: something cannot be described, and what.
+    """
+    model = library.on_meta(kind, config)
+    tiny = make_tiny(kind, config, model)
+    place, blocks, calls = decoder_layers(tiny, hints.blocks)
+    real = model.get_submodule(place)
+    layers = [Layer(b, calls[b][0], tiny.tolerance) if calls[b] else None for b in blocks]
+    described = _Describe(model, tiny, place)
+    kinds: dict[tuple[Any, ...], int] = {}
+    specs: list[LayerSpec] = []
+    numbers: list[int] = []
+    for number, block in enumerate(real):
+        key = signature(block)
+        if key not in kinds:
+            kinds[key] = len(specs)
+            layer = layers[number] if number < len(layers) else None
+            specs.append(described.layer(number, layer, hints.ffns) if layer else _NOTHING)
+        numbers.append(kinds[key])
+    if not any(spec.ffns for spec in specs):
+        raise ValueError("no layer has a feed-forward network")
+    _check_not_shared(real, place, described.written)
+    final_norm, offset = described.final_norm(blocks[-1], calls)
+    embedding = model.get_input_embeddings().weight
+    architecture = Architecture(
+        title=kind.__name__,
+        model_type=config.model_type,
+        auto_class=auto_class,
+        sizes=_sizes(config, model, specs, numbers),
+        kinds=tuple(specs),
+        layers=tuple(numbers),
+        head=described.head(),
+        embedding=described.name_of(_key(model, embedding)),
+        unembedding=described.name_of(f"{_name(model, model.get_output_embeddings())}.weight"),
+        final_norm=final_norm,
+        norm_offset=offset,
+        block=f"{place}.{{layer}}",
+        bias_routes=_bias_routes(kind, tiny, place, specs),
+    )
+    return Inferred(architecture, model, tiny, layers)
+
+
+_NOTHING = LayerSpec((), {})
+
+
+def decoder_layers(
+    tiny: Tiny, name: str = ""
+) -> tuple[str, list[nn.Module], dict[nn.Module, list[Call]]]:
+    """The decoder layers of a tiny model, by the name of their list, and their calls.
+
+    Raises ValueError if text does not run once through the layers of just one list.
+    """
+    lists = block_lists(tiny.model)
+    if name:
+        lists = {name: tiny.model.get_submodule(name)}
+    calls = record(chain.from_iterable(lists.values()), tiny.run)
+
+    def runs(blocks: nn.ModuleList) -> bool:
+        called = [calls[block] for block in blocks if calls[block]]
+        return bool(called) and all(
+            len(each) == 1 and each[0].state is not None and each[0].given is not None
+            for each in called
+        )
+
+    running = {name: blocks for name, blocks in lists.items() if runs(blocks)}
+    whole = {n: blocks for n, blocks in running.items() if len(blocks) == tiny.layers}
+    if len(whole or running) != 1:
+        found = ", ".join(whole or running) or "none"
+        raise ValueError(
+            f"text does not run through one list of layers, each once; lists that it does: {found}"
+        )
+    place, found_blocks = next(iter((whole or running).items()))
+    return place, list(found_blocks), calls
+
+
+class _Describe:
+    """Makes descriptions of layers.
+
+    Attributes:
+        written: names within a layer of the weights that write into the residual stream.
+    """
+
+    def __init__(self, model: Any, tiny: Tiny, place: str) -> None:
+        self.model, self.tiny, self.place = model, tiny, place
+        self.written: set[str] = set()
+        self._state = tiny.model.state_dict()
+        self._shapes: dict[int, dict[str, Tensor]] = {}
+
+    def layer(self, number: int, layer: Layer, hinted: Sequence[str]) -> LayerSpec:
+        """A layer of the tiny model, as the description of its kind."""
+        try:
+            if hinted:
+                found = [examine(layer, name) for name in hinted if name in layer.modules]
+            else:
+                found = find_ffns(layer)
+        except ValueError as error:
+            raise ValueError(f"in layer {number}, {error}") from error
+        if len(found) > 1 and any(ffn.norm for ffn in found):
+            raise ValueError(
+                f"in layer {number}, {' and '.join(f.module for f in found)} are feed-forward "
+                "networks with norms of their own"
+            )
+        roles: dict[Role, WeightSpec] = {}
+        one = found[0] if len(found) == 1 else None
+        maps: dict[Role, Map | None] = {
+            "gate_proj": one.gate if one else None,
+            "up_proj": one.up if one else None,
+            "o_proj": find_o_proj(layer, found),
+        }
+        for role, map in maps.items():
+            if map is not None and (spec := self._map(number, map)):
+                roles[role] = spec
+        return LayerSpec(tuple(self._ffn(number, layer, ffn) for ffn in found), roles)
+
+    def _ffn(self, number: int, layer: Layer, ffn: Ffn) -> FfnSpec:
+        block = f"{self.place}.{{layer}}"
+        weights = []
+        for name, axis in ffn.weights:
+            inside = _joined(ffn.module, name)
+            self.written.add(inside)
+            own = inside.removesuffix(".weight")
+            parameter = layer.modules[ffn.module].get_parameter(name)
+            mixed = len(ffn.weights) > 1 or parameter.ndim > 2
+            stem = name.removesuffix("weight")
+            bias = next((b for b in ffn.biases if b.startswith(stem)), "")
+            module = ffn.module if mixed or own not in layer.modules else own
+            weights.append(
+                self._spec(number, inside, axis, f"{block}.{module}", mixed=mixed,
+                           bias=_joined(ffn.module, bias) if bias else "")
+            )  # fmt: skip
+        norm = self.name_of(self._within(number, ffn.norm.weight), number) if ffn.norm else ""
+        offset = ffn.norm.offset if ffn.norm else 0
+        return FfnSpec(f"{block}.{ffn.module}", f"{block}.{ffn.site}", norm, offset, tuple(weights))
+
+    def _map(self, number: int, map: Map) -> WeightSpec | None:
+        try:
+            return self._spec(
+                number, map.weight, map.axis, f"{self.place}.{{layer}}.{map.module}", part=map.part
+            )
+        except ValueError:  # another map's rows are between its own, or it is cut into pieces
+            return None
+
+    def _spec(
+        self,
+        number: int,
+        inside: str,
+        axis: int,
+        module: str,
+        *,
+        mixed: bool = False,
+        part: tuple[int, int] = (0, 1),
+        bias: str = "",
+    ) -> WeightSpec:
+        """A weight by its name within a layer and its output axis in the model."""
+        stored = self._stored(self._within(number, inside), axis, part)
+        template, experts = _template(stored.names, number)
+        shape, count = self._shape(number, template)
+        own_bias = bias or f"{inside.removesuffix('weight')}bias"
+        key = self._within(number, own_bias)
+        if inside.endswith("weight") and not bias and key not in self._state:
+            named = f"{template.removesuffix('.weight')}.bias"
+        elif key in self._state:
+            named, _ = _template(self._stored(key, -1, part).names, number)
+        else:
+            named = f"{template.removesuffix('.weight')}.bias"
+        return WeightSpec(
+            template, named, shape, stored.axis, module, mixed, stored.part, count if experts else 0
+        )
+
+    def head(self) -> WeightSpec | None:
+        """The unembedding; None if it is the embedding."""
+        model = self.model
+        module, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if module is None:
+            raise ValueError("no head that makes logits")
+        if module.weight is embedding.weight:
+            return None
+        name = _name(model, module)
+        axis = output_axis(self.tiny.model.get_submodule(name))
+        if axis is None:
+            raise ValueError(f"{name} is no linear map that makes logits")
+        stored = self._stored(f"{name}.weight", axis)
+        shape = tuple(
+            library.on_disk(model, {f"{name}.weight": module.weight})[stored.names[0]].shape
+        )
+        disk = stored.names[0]
+        return WeightSpec(disk, f"{disk.removesuffix('.weight')}.bias", shape, stored.axis, name)
+
+    def final_norm(self, last: nn.Module, calls: Mapping[nn.Module, list[Call]]) -> tuple[str, int]:
+        """Disk name of the weight of the norm that is given what the last layer gives, and what
+        the norm adds to it; an empty name if there is no such weight."""
+        given = calls[last][0].given if calls[last] else None
+        model = self.tiny.model
+        others = {n: m for n, m in model.named_modules() if n and not n.startswith(self.place)}
+        for name, module in others.items():
+            parameters = dict(module.named_parameters())
+            if not parameters or any(p.ndim > 1 or p.is_meta for p in parameters.values()):
+                continue
+            seen = record([module], self.tiny.run)[module]
+            state = seen[0].state if len(seen) == 1 else None
+            weight = parameters.get("weight")
+            if state is None or given is None or weight is None:
+                continue
+            if state.numel() == given.numel() and torch.equal(state.flatten(), given.flatten()):
+                return self.name_of(f"{name}.weight"), _offset(module, state)
+        return "", 0
+
+    def name_of(self, key: str, number: int | None = None) -> str:
+        """The disk name of a weight of the model; as a template if it is in a layer."""
+        state = {key: self._state[key]}
+        name = next(iter(library.on_disk(self.tiny.model, state)))
+        return name if number is None else _template([name], number)[0]
+
+    def _within(self, number: int, name: str) -> str:
+        return f"{self.place}.{number}.{name}"
+
+    def _stored(self, key: str, axis: int, part: tuple[int, int] = (0, 1)) -> _Stored:
+        """How a weight of the tiny model is stored.
+
+        Raises ValueError if a tensor does not hold a contiguous run of outputs of it.
+        """
+        weight = self._state[key]
+        prefix = key.rpartition(".")[0]
+        if key.startswith(f"{self.place}."):
+            prefix = ".".join(key.split(".")[: self.place.count(".") + 2])
+        near = {
+            k: torch.zeros(t.shape) for k, t in self._state.items() if k.startswith(f"{prefix}.")
+        }
+        size = weight.shape[axis]
+        along = [1] * weight.ndim
+        along[axis] = size
+        own = size // part[1]
+        numbers = torch.arange(1.0, size + 1)
+        inside = (numbers > own * part[0]) & (numbers <= own * (part[0] + 1))
+        numbers = torch.where(inside, numbers - own * part[0], 0)
+        near[key] = numbers.reshape(along).expand(weight.shape).clone()
+        found: dict[str, tuple[int, tuple[int, int]]] = {}
+        for name, tensor in library.on_disk(self.tiny.model, near).items():
+            if tensor.any():
+                found[name] = _numbered(name, tensor, own)
+        if not found or len(set(found.values())) != 1:
+            raise ValueError(f"{key} is stored in a way that is not known")
+        return _Stored(sorted(found, key=_by_number), *next(iter(found.values())))
+
+    def _shape(self, number: int, template: str) -> tuple[tuple[int, ...], int]:
+        """The shape of a tensor of the real model in a layer, and how many experts have one."""
+        if number not in self._shapes:
+            start = f"{self.place}.{number}."
+            state = {k: t for k, t in self.model.state_dict().items() if k.startswith(start)}
+            self._shapes[number] = library.on_disk(self.model, state)
+        pattern = re.compile(
+            re.escape(template.replace("{layer}", str(number))).replace(r"\{expert\}", r"\d+")
+        )
+        shapes = [tuple(t.shape) for n, t in self._shapes[number].items() if pattern.fullmatch(n)]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"the model has no tensor {template.format(layer=number, expert='*')}")
+        return shapes[0], len(shapes)
+
+
+def _numbered(name: str, tensor: Tensor, outputs: int) -> tuple[int, tuple[int, int]]:
+    """The axis of a tensor that runs over numbered outputs, and which part of it they are."""
+    for axis, size in enumerate(tensor.shape):
+        rows = tensor.movedim(axis, 0).reshape(size, -1)
+        first = rows[:, 0]
+        if size % outputs or not torch.equal(rows, first[:, None].expand_as(rows)):
+            continue
+        numbers = torch.arange(1.0, outputs + 1)
+        for place, chunk in enumerate(first.split(outputs)):
+            if torch.equal(chunk, numbers) and first.count_nonzero() == outputs:
+                return axis, (place, size // outputs)
+    raise ValueError(f"{name} does not hold the outputs in order")
+
+
+def _template(names: Sequence[str], number: int) -> tuple[str, bool]:
+    """Disk names of one weight in a layer with ``{layer}``, and with ``{expert}`` if several."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        places = [i for i, part in enumerate(parts) if part.isdigit()]
+        if not places or int(parts[places[0]]) != number:
+            raise ValueError(f"the name {name} does not begin with the number of its layer")
+        parts[places[0]] = "{layer}"
+        if len(names) > 1:
+            differing = [i for i in places[1:] if len({n.split(".")[i] for n in names}) > 1]
+            if len(differing) != 1:
+                raise ValueError(f"the names {', '.join(names[:2])} differ in more than a number")
+            parts[differing[0]] = "{expert}"
+        found.add(".".join(parts))
+    if len(found) != 1:
+        raise ValueError(f"the names {', '.join(names[:2])} differ in more than a number")
+    return found.pop(), len(names) > 1
+
+
+def _by_number(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}" if name else module
+
+
+def _name(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+def _key(model: nn.Module, weight: Tensor) -> str:
+    return next(name for name, other in model.named_parameters() if other is weight)
+
+
+def _offset(norm: nn.Module, state: Tensor) -> int:
+    """What a norm adds to its weight: with a weight of zeros, it gives nothing or its input."""
+    weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+        given = norm(state)
+        if isinstance(bias, Tensor):
+            given = given - bias
+        weight.copy_(old)
+    return int(given.abs().max() > 1e-6)
+
+
+def _check_not_shared(blocks: Any, place: str, written: set[str]) -> None:
+    """Raise ValueError if two layers have a weight of their FFNs together."""
+    seen: dict[int, str] = {}
+    for number, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            key = f"{place}.{number}.{name}"
+            if name in written and (other := seen.setdefault(id(parameter), key)) != key:
+                raise ValueError(f"{other} and {key} are one tensor, which two layers share")
+
+
+def _sizes(
+    config: Any, model: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]
+) -> Dimensions:
+    text = library.text_config(config)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    downs = [[w for ffn in spec.ffns for w in ffn.weights] for spec in specs]
+    mixtures = [any(w.experts or len(w.shape) > 2 for w in weights) for weights in downs]
+    spec = next(w for weights in downs for w in weights)
+    inner = (w.shape[-1 if w.output_axis != len(w.shape) - 1 else -2] for w in chain(*downs))
+    experts = {
+        weight.experts or weight.shape[0]
+        for weights in downs
+        for weight in weights
+        if weight.experts or len(weight.shape) > 2
+    }
+    unused = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+    said = (getattr(text, key, None) for key in unused)
+    return Dimensions(
+        num_hidden_layers=len(numbers),
+        hidden_size=spec.shape[spec.output_axis],
+        intermediate_size=max(inner),
+        embedding_size=embedding.shape[1],
+        vocab_size=head.weight.shape[0] if head is not None else embedding.shape[0],
+        num_experts=max(experts, default=0),
+        sparse_layers=tuple(n for n, kind in enumerate(numbers) if mixtures[kind]),
+        ffn_layers=tuple(n for n, kind in enumerate(numbers) if specs[kind].ffns),
+        unused_layers=max((n for n in said if type(n) is int), default=0),
+    )
+
+
+_BIAS = "attention_bias"
+"""The key of a config that gives attention biases, in classes that look at it."""
+
+
+def _bias_routes(
+    kind: Any, tiny: Tiny, place: str, specs: Sequence[LayerSpec]
+) -> dict[Role, BiasSpec]:
+    """How ``o_proj`` gets biases: by a key of the config, in classes that look at it."""
+    config = tiny.config
+    text = library.text_config(config)
+    if getattr(text, _BIAS, None) is not False or not all("o_proj" in s.roles for s in specs):
+        return {}
+    with_bias = library.changed(config, _BIAS, True)
+    try:
+        after = set(library.on_meta(kind, with_bias).state_dict())
+    except Exception:  # a class that refuses it
+        return {}
+    before = set(tiny.model.state_dict())
+    added = after - before
+    names = {f"{spec.roles['o_proj'].module.format(layer=0)}.bias" for spec in specs[:1]}
+    first = {key for key in added if key.startswith(f"{place}.0.")}
+    above = {key.removesuffix(".bias").rpartition(".")[0] for key in first}
+    if before - after or not names <= first or len(above) != 1:
+        return {}
+    zeros = sorted(key.removesuffix(".bias").rpartition(".")[2] for key in first - names)
+    order = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj"))}
+    zeros.sort(key=lambda name: (order.get(name, len(order)), name))
+    return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros))}
+
+
+def spelling(inferred: Inferred, names: Sequence[str]) -> dict[str, str]:
+    """Beginnings of disk names as ``save_pretrained`` writes them -> as a checkpoint has them.
+
+    For checkpoints with names that transformers reads, and does not write.
+    """
+    renaming = library.Renaming(inferred.model)
+    there: dict[str, str] = {}
+    for name in names:
+        if (key := renaming.weight_of(name)) is not None:
+            there.setdefault(key, name)
+    found: dict[str, str] = {}
+    for ours in _anchors(inferred.architecture):
+        key = renaming.weight_of(ours)
+        theirs = there.get(key) if key else None
+        if theirs and theirs != ours:
+            one, other = ours.split("."), theirs.split(".")
+            while one and other and one[-1] == other[-1]:
+                one.pop()
+                other.pop()
+            found[_joined_all(one)] = _joined_all(other)
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def _joined_all(parts: Sequence[str]) -> str:
+    return "".join(f"{part}." for part in parts)
+
+
+def _anchors(architecture: Architecture) -> Iterator[str]:
+    """A disk name of each kind: those that may begin differently."""
+    layer = architecture.sizes.ffn_layers[0]
+    for spec, expert in architecture.specs("down_proj", layer):
+        yield spec.weight.format(layer=layer, expert=expert)
+        break
+    yield architecture.embedding
+    if architecture.head:
+        yield architecture.head.weight
+    if architecture.final_norm:
+        yield architecture.final_norm

@@ -1,0 +1,182 @@
+"""Prove a description of an architecture on a tiny model, before it is used.
+
+Theorem, of which each sentence is tried: a vector added to what a site gives moves the residual
+stream by a multiple of it, at each position; so what has no component along U there adds none to
+the stream. What the FFN gives at a position hangs on that position alone. With the named tensors of
+the checkpoint projected along their axes, and loaded again by transformers, the model computes what
+it computes with the outputs of its FFNs projected; behind a norm, along diag(g) U.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures.architecture import Architecture, FfnSpec, WeightSpec
+from converter.checkpoints.architectures.experiments import Layer, first_tensor, related
+from converter.checkpoints.architectures.ffn import find_ffns, is_ffn
+from converter.checkpoints.architectures.inference import Inferred
+
+_RANK = 2
+"""Directions that are taken out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was tried.
+
+    Attributes:
+        layers: of the tiny model.
+        tensors: how many of its checkpoint were projected.
+        error: the largest difference of the logits from those of projected outputs, over the
+            largest that projecting makes.
+        left: the largest component along U of what a site gives, over the largest that it gives.
+    """
+
+    layers: int
+    tensors: int
+    error: float
+    left: float
+
+
+def prove(inferred: Inferred) -> Proof:
+    """Prove a description.
+
+    Raises:
+        ValueError: a sentence of the theorem is not true, and which.
+    """
+    architecture, tiny = inferred.architecture, inferred.tiny
+    for number, layer in enumerate(inferred.layers):
+        ffns = architecture.layer(number).ffns
+        if layer is not None:
+            _check_layer(number, layer, [_inside(architecture, ffn) for ffn in ffns])
+        elif ffns:
+            raise ValueError(f"text does not run through layer {number}")
+    width = next(layer.width for layer in inferred.layers if layer)
+    generator = torch.Generator().manual_seed(13)
+    U = torch.linalg.qr(torch.randn((width, _RANK), generator=generator, dtype=torch.float64))[0]
+    U = U.to(tiny.dtype)
+    bases = {
+        (number, ffn): _before(U, ffn, number, tiny.tensors)
+        for number in range(len(inferred.layers))
+        for ffn in architecture.layer(number).ffns
+    }
+    tensors, changed = dict(tiny.tensors), 0
+    for (number, ffn), basis in bases.items():
+        for spec in ffn.weights:
+            for name, axis in _named(spec, number, tensors):
+                tensors[name] = _projected(tensors[name], axis, basis)
+                changed += 1
+    edited = tiny.reloaded(tensors)
+    _check_round_trip(edited, tensors)
+    plain = tiny.run()
+    with ExitStack() as stack:
+        for (number, ffn), basis in bases.items():
+            module = tiny.model.get_submodule(ffn.module.format(layer=number))
+            stack.callback(module.register_forward_hook(_projecting(basis)).remove)
+        wanted = tiny.run()
+    sites: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for number, ffn in bases:
+            name = ffn.site.format(layer=number)
+            hook = _keeping(sites, name)
+            stack.callback(edited.get_submodule(name).register_forward_hook(hook).remove)
+        found = tiny.run(edited)
+    effect = float((wanted - plain).abs().max())
+    error = float((found - wanted).abs().max()) / effect if effect else float("inf")
+    left = max(float((f @ U).abs().max() / f.abs().max()) for f in sites.values())
+    if not error <= tiny.tolerance:
+        raise ValueError(
+            "projecting the named tensors does not project what the feed-forward networks give: "
+            f"logits differ by {error:.1e} of what the projection changes"
+        )
+    if not left <= tiny.tolerance:
+        raise ValueError(
+            "a norm after the feed-forward network turns what it gives: "
+            f"{left:.1e} of it is left along the directions that were taken out"
+        )
+    return Proof(len(inferred.layers), changed, error, left)
+
+
+def _inside(architecture: Architecture, ffn: FfnSpec) -> tuple[str, str]:
+    """The module and the site of an FFN, within the layer."""
+    start = f"{architecture.block}."
+    return ffn.module.removeprefix(start), ffn.site.removeprefix(start)
+
+
+def _check_layer(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None:
+    """Raise ValueError if the FFNs of a layer are not what it has."""
+    for module, site in ffns:
+        if module not in layer.modules or site not in layer.modules:
+            raise ValueError(f"layer {number} has no module {module}")
+        if not layer.writes(site):
+            raise ValueError(
+                f"a vector added to what {site} gives in layer {number} does not move the residual "
+                "stream by a multiple of it"
+            )
+        if not is_ffn(layer, module):
+            raise ValueError(f"{module} of layer {number} is no feed-forward network")
+    for found in find_ffns(layer):
+        if not any(related(found.module, module) for module, _ in ffns):
+            raise ValueError(
+                f"layer {number} has a feed-forward network {found.module} that is not described"
+            )
+
+
+def _before(U: Tensor, ffn: FfnSpec, number: int, tensors: Mapping[str, Any]) -> Tensor:
+    """The basis of what the down-projections give, for U (D, R) of what the site gives."""
+    if not ffn.norm:
+        return U
+    gain = tensors[ffn.norm.format(layer=number)].to(U.dtype) + ffn.norm_offset
+    basis: Tensor = torch.linalg.qr(gain[:, None] * U)[0]
+    return basis
+
+
+def _named(spec: WeightSpec, number: int, tensors: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Names and output axes of the tensors of a weight in a layer, and of its bias."""
+    for template in (spec.weight, spec.bias):
+        name = re.escape(template.replace("{layer}", str(number))).replace(r"\{expert\}", r"\d+")
+        pattern = re.compile(name)
+        for found in [n for n in tensors if pattern.fullmatch(n)]:
+            yield found, spec.output_axis if template == spec.weight else -1
+
+
+def _projected(tensor: Any, axis: int, basis: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.shape[axis] != len(basis):
+        raise ValueError(f"axis {axis} of a down-projection is not that of its outputs")
+    moved = tensor.movedim(axis, -1)
+    return (moved - (moved @ basis) @ basis.T).movedim(-1, axis).contiguous()
+
+
+def _check_round_trip(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError if transformers does not write what it read."""
+    written = library.on_disk(model, model.state_dict())
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and name not in written:
+            raise ValueError(f"transformers reads the tensor {name}, and does not write it")
+
+
+def _projecting(basis: Tensor) -> Any:
+    def project(x: Tensor) -> Tensor:
+        return x - (x @ basis) @ basis.T
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (project(output[0]), *output[1:])
+        return project(output)
+
+    return hook
+
+
+def _keeping(found: dict[str, Tensor], name: str) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        given = first_tensor(output)
+        assert given is not None
+        found[name] = given.clone()
+
+    return hook
