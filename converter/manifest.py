@@ -92,6 +92,30 @@ class SourceRecord(Record, kw_only=True):
         return self.files | self.originals
 
 
+class ArchitectureRecord(Record, kw_only=True):
+    """How the model was described, and what was proved of that on a tiny model of its class.
+
+    The tensors of the tiny model's checkpoint were projected as the edited ones are, and its logits
+    compared with those of a model whose FFN outputs are projected.
+
+    Attributes:
+        name: of the class of transformers.
+        described_by: ``inference``, or the name of a data file.
+        transformers: its version.
+        layers_without_ffn: which were left alone.
+        proved_layers, proved_tensors: of the tiny model.
+        tolerance: relative, of the logits, and of what was left along the directions taken out.
+    """
+
+    name: str
+    described_by: str
+    transformers: str
+    layers_without_ffn: tuple[int, ...] = ()
+    proved_layers: int
+    proved_tensors: int
+    tolerance: float
+
+
 class MethodRecord(Record, kw_only=True):
     """The method.
 
@@ -654,6 +678,7 @@ class Manifest(Record, kw_only=True):
     tool: Tool
     run: Annotated[Recipe, Meta(extra_json_schema={"unevaluatedProperties": False})]
     source: SourceRecord
+    architecture: ArchitectureRecord
     method: MethodRecord
     pairs: PairsRecord
     neutral: TextRecord

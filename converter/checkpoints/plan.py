@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.checkpoints.architectures.architecture import Architecture, Dimensions, Role
-from converter.checkpoints.architectures.find import inferred_of
-from converter.checkpoints.architectures.inference import Inferred, spelling
+from converter.checkpoints.architectures.find import find_architecture, find_spelling
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import Header
@@ -57,6 +56,7 @@ class Plan:
             that have one.
         scheme: how weights are stored in FP8, or None if they are not.
         stale: file of the source -> merge patch that drops what the tensors refute.
+        folder: of the config, if it is in one.
     """
 
     architecture: Architecture
@@ -68,6 +68,7 @@ class Plan:
     scheme: Scheme | None
     names: Names
     stale: Mapping[str, Mapping[str, Any]]
+    folder: Path | None = None
 
     @property
     def dimensions(self) -> Dimensions:
@@ -172,17 +173,16 @@ class Plan:
         return (weight for layer in chosen for weight in self.names.locate(role, layer))
 
 
-def read_plan(source: Source, trust_remote_code: bool = False) -> Plan:
-    """The plan of a checkpoint; see ``make_plan``. Code of its own runs only if it is trusted."""
-    known = source.config, source.weight_map, source.headers()
-    return make_plan(*known, source.folder if trust_remote_code else None)
+def read_plan(source: Source) -> Plan:
+    """The plan of a checkpoint; see ``make_plan``."""
+    return make_plan(source.config, source.weight_map, source.headers(), source.folder)
 
 
 def make_plan(
     config: dict[str, Any],
     weight_map: Mapping[str, str] | None,
     headers: Mapping[str, Header],
-    trusted: Path | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Match a checkpoint's headers with its config, its index and its architecture.
 
@@ -190,7 +190,7 @@ def make_plan(
         config: parsed ``config.json``.
         weight_map: of the index, tensor name -> shard file name, or None for a single file.
         headers: of every shard there is, by file name.
-        trusted: folder with code of the model's own that may run.
+        folder: of the config, for code of the model's own; see ``find.allow_own_code``.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
@@ -200,9 +200,12 @@ def make_plan(
     patch = stale_quantization(config, tensors)
     config = merge(config, patch)
     scheme = read_scheme(config)
-    inferred = inferred_of(config, trusted, trusted is not None)
-    architecture = inferred.architecture
-    names = Names(tensors, architecture, scheme, _spelling(inferred, tensors))
+    architecture = find_architecture(config, folder)
+    layer = architecture.sizes.ffn_layers[0]
+    spec, expert = next(architecture.specs("down_proj", layer))
+    usual = spec.weight.format(layer=layer, expert=expert) in tensors
+    spelling = {} if usual else find_spelling(config, architecture, [*tensors], folder)
+    names = Names(tensors, architecture, scheme, spelling)
     targets: list[Weight] = []
     post_norms = {}
     for layer in architecture.sizes.ffn_layers:
@@ -216,18 +219,9 @@ def make_plan(
     vocabulary = _vocabulary(names)
     stale = {"config.json": patch} if patch else {}
     return Plan(
-        architecture, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names, stale
-    )
-
-
-def _spelling(inferred: Inferred, tensors: Mapping[str, Place]) -> Mapping[str, str]:
-    """How a checkpoint's names begin, where not as transformers writes them."""
-    architecture = inferred.architecture
-    layer = architecture.sizes.ffn_layers[0]
-    spec, expert = next(architecture.specs("down_proj", layer))
-    if spec.weight.format(layer=layer, expert=expert) in tensors:
-        return {}
-    return spelling(inferred, tensors.keys())
+        architecture, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names, stale,
+        folder,
+    )  # fmt: skip
 
 
 def _roles(names: Names) -> Iterator[Role]:

@@ -1,9 +1,10 @@
-"""The program ``gloss`` and its commands; the two that print what there is are here."""
+"""The program ``gloss`` and its commands; the one that prints all options is here."""
 
 from typing import Any
 
 import click
 
+from converter.cli.architectures import architectures_command
 from converter.cli.command import Command
 from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
@@ -23,6 +24,7 @@ _COMMANDS = (
     replay_command,
     diff_command,
     evaluate_command,
+    architectures_command,
 )
 
 
@@ -41,14 +43,6 @@ def gloss() -> None:
 for each in _COMMANDS:
     gloss.add_command(each)
 click.version_option(__version__, prog_name="gloss-convert")(convert_command)
-
-
-@gloss.command("architectures", cls=Command)
-def _architectures() -> None:
-    """Print which models are supported, as a Markdown table."""
-    from converter.checkpoints.architectures.architecture import architecture_table
-
-    echo(architecture_table())
 
 
 @gloss.command("options", cls=Command)

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
+from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
@@ -167,6 +168,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
     """All that is known without a weight. Raises SourceError, CheckpointError or OptionError."""
     if recipe.base_model is not None:
         repo_named("--base-model", recipe.base_model)
+    allow_own_code(recipe.trust_remote_code)
     with progress.stage("plan", f"reading the headers of {recipe.source}"):
         source = resolve(recipe.source, recipe.subfolder)
         if recipe.base_model is not None:
@@ -189,6 +191,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
                 f"{', '.join(sorted(named))}: names a quantization that no tensor has, and is "
                 "copied as it is; readers such as vLLM may believe it, so delete it"
             )
+        _tell_of_layers(plan)
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
@@ -196,6 +199,19 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         footprint.check_shared()
         output.check(plan, footprint)
         return source, plan, method
+
+
+def _tell_of_layers(plan: Plan) -> None:
+    """Say which layers have no FFN, and which a checkpoint has beside the model's."""
+    sizes = plan.dimensions
+    if left := sizes.without_ffn:
+        named = few([str(layer) for layer in left])
+        progress.note(f"  layers without a feed-forward network, left alone: {named}")
+    if sizes.unused_layers:
+        progress.note(
+            f"  layers after the last, for predicting several tokens at once: up to "
+            f"{sizes.unused_layers}, copied as they are"
+        )
 
 
 def _warn_of_language(recipe: Recipe, source: Source) -> None:

@@ -63,7 +63,7 @@ class _Side:
         headers = source.headers()
         targets: dict[str, Weight] = {}
         with suppress(ConverterError):  # an architecture that cannot be edited can be compared
-            plan = make_plan(source.config, source.weight_map, headers)
+            plan = make_plan(source.config, source.weight_map, headers, source.folder)
             targets = {target.info.name: target for target in plan.targets}
         return cls(
             source=source,

@@ -14,6 +14,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
@@ -92,6 +93,7 @@ def replay(
         ConverterError: another of its children; the destination is as it was.
     """
     recipe = recipe_of(recording, given, refit=max_angle is not None)
+    allow_own_code(recipe.trust_remote_code)
     device = _device_like(recording, recipe)
     found = differences(recording, device)
     for entry in found:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.source import Source
@@ -65,12 +66,14 @@ def verify(
     damaged |= dict.fromkeys(gone, "is elsewhere")
     problems += check_sums(folder, manifest, digest, {} if seen is None else seen)
     problems += check_records(manifest, output)
+    trusted = trust_remote_code and not problems
+    allow_own_code(trusted)
     try:
         problems.extend(output.verify(folder, manifest, damaged, source))
         problems.extend(check_readers(folder, manifest, output, damaged))
         problems.extend(_check_method(folder, manifest, damaged, source, output.implied))
         if "config.json" in manifest.files:
-            problems.extend(_check_loading(folder, trust_remote_code and not problems))
+            problems.extend(_check_loading(folder, trusted and not problems))
     except (ConverterError, OSError) as error:
         problems.append(str(error))
     return problems

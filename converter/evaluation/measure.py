@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from converter.calibration.datasets import read_whole
+from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
@@ -108,6 +109,7 @@ def load_whole(
     name: str, device: str, dtype: torch.dtype | None = None, how: Loading = Loading()
 ) -> LanguageModel:
     """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
+    allow_own_code(how.trust_remote_code)
     source = resolve(name)
     plan = read_plan(source)
     dtype = dtype or choose_dtype("auto", plan, device)

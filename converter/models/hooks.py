@@ -3,6 +3,7 @@
 Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.errors import SourceError, is_out_of_memory
+from converter.errors import ConverterError, SourceError, is_out_of_memory
 from converter.models.batching import Batch
 
 Show = Callable[[int, int, Tensor], None]
@@ -19,13 +20,23 @@ model's device."""
 
 
 def call(module: nn.Module, batch: Batch) -> Any:
-    """What a model of transformers gives for a batch."""
-    return module(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    )
+    """What a model of transformers gives for a batch. Some classes count positions themselves.
+
+    Raises SourceError if it cannot be run.
+    """
+    given = {"attention_mask": batch.mask, "position_ids": batch.positions, "use_cache": False}
+    known = inspect.signature(type(module).forward).parameters
+    taken = {key: value for key, value in given.items() if key in known}
+    try:
+        return module(input_ids=batch.ids, **taken)
+    except Exception as error:  # a third party's model: of any kind
+        if isinstance(error, (StopForward, ConverterError)) or is_out_of_memory(error):
+            raise
+        raise SourceError(
+            f"{type(module).__name__} cannot be run on this machine",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            hint="check that the source generates text with transformers",
+        ) from error
 
 
 class StopForward(Exception):  # noqa: N818 - it is not an error

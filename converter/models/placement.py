@@ -70,6 +70,13 @@ def choose_forward(
     budget = min(available, limit or available)
     if asked == "streamed" and spread:
         raise OptionError("--forward streamed", expected="one device", found="--device map")
+    streams = plan.architecture.proof is None or plan.architecture.proof.streams
+    if asked == "streamed" and not streams:
+        raise OptionError(
+            "--forward streamed", expected="layers that pass on hidden states and nothing else",
+            found=f"{plan.architecture.title}, whose layers use what others leave behind",
+            hint="give --forward resident, or --device map",
+        )  # fmt: skip
     if asked != "auto":
         return Forward(asked, _ASKED, budget)
     if spread:
@@ -81,6 +88,8 @@ def choose_forward(
     size = f"{weights / 1e9:.1f} GB of weights"
     if fits:
         return Forward("resident", f"{size} fit in memory", budget)
+    if not streams:
+        return Forward("resident", f"{size}, and layers that cannot be run one by one", budget)
     return Forward("streamed", f"{size} do not fit in memory comfortably", budget)
 
 

@@ -123,7 +123,7 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
         argument += f" --subfolder {shlex.quote(subfolder)}"
     return {
         "output": manifest.run.output,
-        "auto_class": find_architecture(source.config).auto_class,
+        "auto_class": find_architecture(source.config, source.folder).auto_class,
         "base": f"[{base}]({_HUB}/{base})" if base else escaped(source.name),
         "base_id": base,
         "base_page": f"{_HUB}/{base}" if base else None,

@@ -18,6 +18,7 @@ from msgspec import ValidationError
 
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import Activations, cache_key
+from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SUMS
 from converter.checkpoints.source import Source
 from converter.errors import CheckpointError, OptionError, VerificationError
@@ -26,6 +27,7 @@ from converter.manifest import (
     SCHEMA_VERSION,
     TOOL,
     ActivationsRecord,
+    ArchitectureRecord,
     EditRecord,
     Environment,
     FileRecord,
@@ -73,6 +75,7 @@ def make_manifest(
             extras=source.extras if written.shards else (),
             left_out=source.left_out if written.shards else (),
         ),
+        architecture=_architecture_record(bench.plan.architecture),
         method=MethodRecord(
             name=recipe.method,
             title=method.title,
@@ -111,6 +114,20 @@ def make_manifest(
         gates=(),
         files={},
         measurements=measurements(),
+    )
+
+
+def _architecture_record(architecture: Architecture) -> ArchitectureRecord:
+    proof, sizes = architecture.proof, architecture.sizes
+    assert proof is not None
+    return ArchitectureRecord(
+        name=architecture.title,
+        described_by=proof.described_by,
+        transformers=proof.transformers,
+        layers_without_ffn=sizes.without_ffn,
+        proved_layers=proof.layers,
+        proved_tensors=proof.tensors,
+        tolerance=proof.tolerance,
     )
 
 

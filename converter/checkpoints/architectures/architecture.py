@@ -41,6 +41,11 @@ class Dimensions:
     ffn_layers: tuple[int, ...] = ()
     unused_layers: int = 0
 
+    @property
+    def without_ffn(self) -> tuple[int, ...]:
+        """The layers that have no FFN."""
+        return tuple(n for n in range(self.num_hidden_layers) if n not in self.ffn_layers)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
@@ -113,6 +118,33 @@ class BiasSpec:
     zeros: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was proved of a description, on a tiny model; see ``proof``.
+
+    Attributes:
+        described_by: ``inference``, or the name of a data file.
+        transformers: its version.
+        layers, tensors: of the tiny model, and how many of its checkpoint were projected.
+        tolerance: relative, of logits and of what is left along the directions taken out.
+        error: the largest difference of the logits from those of projected outputs, over the
+            largest that projecting makes.
+        left: the largest component along these directions of what a site gives, over the largest
+            that it gives.
+        streams: whether layers pass on hidden states and nothing else, so that they can be run one
+            after the other.
+    """
+
+    described_by: str
+    transformers: str
+    layers: int
+    tensors: int
+    tolerance: float
+    error: float
+    left: float
+    streams: bool
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model, without its weights.
@@ -127,7 +159,7 @@ class Architecture:
         norm_offset: the final norm multiplies by its weight plus this.
         block: name of a decoder layer in the class, with ``{layer}``.
         bias_routes: of roles whose biases can be added.
-        evidence: how the description came about and what was proved of it, for the manifest.
+        proof: of the description; None before it.
     """
 
     title: str
@@ -143,7 +175,7 @@ class Architecture:
     norm_offset: int
     block: str
     bias_routes: Mapping[Role, BiasSpec] = field(default_factory=dict)
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    proof: Proof | None = None
 
     def layer(self, number: int) -> LayerSpec:
         """How a layer is built."""

@@ -8,7 +8,9 @@ networks within a layer. The proof is the same.
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +18,8 @@ from typing import Any
 
 from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import Architecture
-from converter.checkpoints.architectures.inference import Hints, Inferred, infer
-from converter.checkpoints.architectures.proof import Proof, prove
+from converter.checkpoints.architectures.inference import Hints, infer, spelling
+from converter.checkpoints.architectures.proof import prove
 from converter.errors import CheckpointError
 from converter.text import describe_value
 
@@ -37,46 +39,59 @@ _OTHER_KINDS = (
 """Names of classes -> what they are, of those that do not continue text."""
 
 
-def find_architecture(
-    config: Mapping[str, Any], folder: Path | None = None, trust_remote_code: bool = False
-) -> Architecture:
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+def allow_own_code(trusted: bool) -> None:
+    """From now on in this context, let code that comes with a checkpoint build its model, or not.
+
+    Every entry point that plans says so before it does.
+    """
+    _trusted.set(trusted)
+
+
+_ENCODER_DECODER = "an encoder-decoder, of which only the decoder makes text"
+
+
+def find_architecture(config: Mapping[str, Any], folder: Path | None = None) -> Architecture:
     """Describe a model by its parsed ``config.json``, and prove the description.
 
     Args:
         config: of the checkpoint.
-        folder: of the file, for code of its own.
-        trust_remote_code: whether that may run.
+        folder: of the file, for code of its own; see ``allow_own_code``.
 
     Raises:
         CheckpointError: the model does not continue text, transformers does not know it, or the
             description cannot be made or proved.
     """
-    return inferred_of(config, folder, trust_remote_code).architecture
+    own = _trusted.get() and folder is not None and "auto_map" in config
+    return _proved(json.dumps(config, sort_keys=True, default=str), str(folder) if own else None)
 
 
-def inferred_of(
-    config: Mapping[str, Any], folder: Path | None = None, trust_remote_code: bool = False
-) -> Inferred:
-    """The same with what the description was made from. Raises as ``find_architecture``."""
-    own = trust_remote_code and "auto_map" in config
-    text = json.dumps(config, sort_keys=True, default=str)
-    return _proved(text, str(folder) if own and folder else None)
+def find_spelling(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    names: Sequence[str],
+    folder: Path | None = None,
+) -> dict[str, str]:
+    """How a checkpoint's names begin where they begin otherwise than transformers writes them.
+
+    See ``inference.spelling``.
+    """
+    read, trusted = _read(config, folder if _trusted.get() else None)
+    kind, _ = _class_of(config, read, trusted)
+    return spelling(library.on_meta(kind, read), architecture, names)
 
 
-@lru_cache(maxsize=64)
-def _proved(text: str, folder: str | None) -> Inferred:
+@lru_cache(maxsize=256)
+def _proved(text: str, folder: str | None) -> Architecture:
     config = json.loads(text)
-    trusted = folder is not None
-    _check_type(config, trusted)
-    try:
-        read = library.read_config(config, Path(folder) if folder else None, trusted)
-    except Exception as error:  # whatever a config class makes of values that it does not like
-        raise _unusable(config, error) from error
+    read, trusted = _read(config, Path(folder) if folder else None)
     kind, auto_class = _class_of(config, read, trusted)
     hints, by = hints_of(config["model_type"])
     try:
         inferred = infer(kind, read, auto_class, hints)
-        proof = prove(inferred)
+        return replace(inferred.architecture, proof=prove(inferred, by))
     except Exception as error:  # ours are ValueErrors; a class may raise anything
         raise CheckpointError(
             f"the architecture of {kind.__name__} is not known",
@@ -85,19 +100,16 @@ def _proved(text: str, folder: str | None) -> Inferred:
             hint="gloss architectures --infer SOURCE prints a draft of the data file that would "
             "settle it",
         ) from error
-    object.__setattr__(inferred.architecture, "evidence", _evidence(by, proof))
-    return inferred
 
 
-def _evidence(by: str, proof: Proof) -> dict[str, Any]:
-    return {
-        "described_by": by,
-        "transformers": library.version(),
-        "proved_layers": proof.layers,
-        "proved_tensors": proof.tensors,
-        "largest_error": proof.error,
-        "largest_left": proof.left,
-    }
+def _read(config: Mapping[str, Any], folder: Path | None) -> tuple[Any, bool]:
+    """The config object, and whether code of its own may run."""
+    trusted = folder is not None and "auto_map" in config
+    _check_type(config, trusted)
+    try:
+        return library.read_config(config, folder, trusted), trusted
+    except Exception as error:  # whatever a config class makes of values that it does not like
+        raise _unusable(config, error) from error
 
 
 @cache
@@ -145,9 +157,11 @@ def _check_type(config: Mapping[str, Any], trusted: bool) -> None:
             else "upgrade transformers, or check the name",
         )
     if config.get("is_encoder_decoder") is True:
-        raise _not_text(model_type, "an encoder-decoder, of which only the decoder makes text")
+        raise _not_text(f"a model of type {describe_value(model_type)}", _ENCODER_DECODER)
     named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    name = library.model_types(library.AUTO_CLASSES[0]).get(model_type, "")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        name = named[0]
     for pattern, what in _OTHER_KINDS:
         if re.search(pattern, name):
             raise _not_text(name, what)
@@ -178,29 +192,19 @@ def _class_of(config: Mapping[str, Any], read: Any, trusted: bool) -> tuple[Any,
     wrapper = library.text_config(read) is not read
     order = library.AUTO_CLASSES[1:] + library.AUTO_CLASSES[:1] if wrapper else library.AUTO_CLASSES
     found = {auto: library.class_of(read, auto, trusted) for auto in order}
-    for auto, kind in found.items():
-        if kind is not None and kind.__name__ in names:
-            return kind, auto
-    for auto, kind in found.items():
-        if kind is not None:
-            if re.search(_OTHER_KINDS[0][0] + "|Diffusion", kind.__name__):
-                what = _OTHER_KINDS[2 if "Diffusion" in kind.__name__ else 0][1]
-                raise _not_text(kind.__name__, what)
-            masked = config["model_type"] in library.model_types("AutoModelForMaskedLM")
-            if masked and not getattr(read, "is_decoder", False):
-                raise _not_text(kind.__name__, "an encoder, which does not continue text")
-            if getattr(read, "is_encoder_decoder", False):
-                raise _not_text(
-                    kind.__name__, "an encoder-decoder, of which only the decoder makes text"
-                )
-            return kind, auto
-    model_type = config["model_type"]
-    encoder = model_type in library.model_types("AutoModelForMaskedLM")
-    raise _not_text(
-        f"model_type {describe_value(model_type)}",
-        "an encoder, which does not continue text" if encoder
-        else "no language model that transformers can have continue text",
-    )  # fmt: skip
+    known = [(kind, auto) for auto, kind in found.items() if kind is not None]
+    known.sort(key=lambda each: each[0].__name__ not in names)
+    encoder = config["model_type"] in library.model_types("AutoModelForMaskedLM")
+    what = ""
+    if getattr(read, "is_encoder_decoder", False):
+        what = _ENCODER_DECODER
+    elif encoder and not getattr(read, "is_decoder", False):
+        what = "an encoder, which does not continue text"
+    elif not known:
+        what = "no language model that transformers can have continue text"
+    if what:
+        raise _not_text(f"a model of type {describe_value(config['model_type'])}", what)
+    return known[0]
 
 
 def _unusable(config: Mapping[str, Any], error: Exception) -> CheckpointError:
@@ -213,5 +217,7 @@ def _unusable(config: Mapping[str, Any], error: Exception) -> CheckpointError:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:  # of a check that only says what follows
+        lines = lines[1:]
     text = " ".join(lines[0].split())[:300]
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

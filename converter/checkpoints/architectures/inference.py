@@ -8,7 +8,7 @@ all zeros but for one weight, whose values are the number of the output that the
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -38,7 +38,6 @@ from converter.checkpoints.architectures.tiny import (
     Tiny,
     block_lists,
     make_tiny,
-    number_of_layers,
     signature,
 )
 
@@ -361,7 +360,7 @@ def _numbered(name: str, tensor: Tensor, outputs: int) -> tuple[int, tuple[int, 
         if size % outputs or not torch.equal(rows, first[:, None].expand_as(rows)):
             continue
         numbers = torch.arange(1.0, outputs + 1)
-        for place, chunk in enumerate(first.split(outputs)):
+        for place, chunk in enumerate(torch.split(first, outputs)):
             if torch.equal(chunk, numbers) and first.count_nonzero() == outputs:
                 return axis, (place, size // outputs)
     raise ValueError(f"{name} does not hold the outputs in order")
@@ -487,18 +486,22 @@ def _bias_routes(
     return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros))}
 
 
-def spelling(inferred: Inferred, names: Sequence[str]) -> dict[str, str]:
+def spelling(model: Any, architecture: Architecture, names: Sequence[str]) -> dict[str, str]:
     """Beginnings of disk names as ``save_pretrained`` writes them -> as a checkpoint has them.
 
     For checkpoints with names that transformers reads, and does not write.
+
+    Args:
+        model: of the real sizes, on the meta device.
+        names: of all tensors of the checkpoint.
     """
-    renaming = library.Renaming(inferred.model)
+    renaming = library.Renaming(model)
     there: dict[str, str] = {}
     for name in names:
         if (key := renaming.weight_of(name)) is not None:
             there.setdefault(key, name)
     found: dict[str, str] = {}
-    for ours in _anchors(inferred.architecture):
+    for ours in _anchors(architecture):
         key = renaming.weight_of(ours)
         theirs = there.get(key) if key else None
         if theirs and theirs != ours:

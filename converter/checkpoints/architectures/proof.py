@@ -8,44 +8,35 @@ it computes with the outputs of its FFNs projected; behind a norm, along diag(g)
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from converter.checkpoints.architectures import library
-from converter.checkpoints.architectures.architecture import Architecture, FfnSpec, WeightSpec
+from converter.checkpoints.architectures.architecture import (
+    Architecture,
+    FfnSpec,
+    Proof,
+    WeightSpec,
+)
 from converter.checkpoints.architectures.experiments import Layer, first_tensor, related
 from converter.checkpoints.architectures.ffn import find_ffns, is_ffn
 from converter.checkpoints.architectures.inference import Inferred
+from converter.checkpoints.architectures.tiny import Tiny
 
 _RANK = 2
 """Directions that are taken out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What was tried.
-
-    Attributes:
-        layers: of the tiny model.
-        tensors: how many of its checkpoint were projected.
-        error: the largest difference of the logits from those of projected outputs, over the
-            largest that projecting makes.
-        left: the largest component along U of what a site gives, over the largest that it gives.
-    """
-
-    layers: int
-    tensors: int
-    error: float
-    left: float
-
-
-def prove(inferred: Inferred) -> Proof:
+def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
     """Prove a description.
+
+    Args:
+        described_by: what it was made by.
 
     Raises:
         ValueError: a sentence of the theorem is not true, and which.
@@ -100,7 +91,58 @@ def prove(inferred: Inferred) -> Proof:
             "a norm after the feed-forward network turns what it gives: "
             f"{left:.1e} of it is left along the directions that were taken out"
         )
-    return Proof(len(inferred.layers), changed, error, left)
+    return Proof(
+        described_by, library.version(), len(inferred.layers), changed, tiny.tolerance, error, left,
+        _streams(inferred),
+    )  # fmt: skip
+
+
+def _streams(inferred: Inferred) -> bool:
+    """Whether each layer gives the same when no other one runs."""
+    blocks = [layer.block for layer in inferred.layers if layer]
+    try:
+        for layer in filter(None, inferred.layers):
+            found = _alone(inferred.tiny, layer, blocks)
+            if not torch.equal(found, layer.given):
+                return False
+    except Exception:  # a class may want whatever other layers leave behind
+        return False
+    return len(blocks) == len(inferred.layers)
+
+
+def _alone(tiny: Tiny, layer: Layer, blocks: Sequence[nn.Module]) -> Tensor:
+    """What a layer gives if it is given what it was given, and all others give that back."""
+    state = layer.call.state
+    seen: list[Tensor] = []
+    wrapped = {block: block.forward for block in blocks}
+
+    def stand_in(block: nn.Module) -> Any:
+        length = len(layer.call.output) if isinstance(layer.call.output, tuple) else 0
+
+        @wraps(wrapped[block])
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if block is layer.block:
+                if args:
+                    output = wrapped[block](state, *args[1:], **kwargs)
+                else:
+                    output = wrapped[block](**kwargs | {"hidden_states": state})
+                given = first_tensor(output)
+                assert given is not None
+                seen.append(given)
+                return output
+            first = args[0] if args else kwargs["hidden_states"]
+            return (first, *[None] * (length - 1)) if length else first
+
+        return forward
+
+    try:
+        for block in blocks:
+            block.forward = stand_in(block)
+        tiny.run()
+    finally:
+        for block, forward in wrapped.items():
+            block.forward = forward
+    return seen[0]
 
 
 def _inside(architecture: Architecture, ffn: FfnSpec) -> tuple[str, str]:

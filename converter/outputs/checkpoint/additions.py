@@ -135,7 +135,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
     """A patched config must still be that of the same weights, stored and tied in the same way."""
     same = config.get("model_type") == plan.architecture.model_type
     if same:
-        new = make_plan(dict(config), None, plan.headers)
+        new = make_plan(dict(config), None, plan.headers, plan.folder)
         was, now = ((p.dimensions, p.scheme, p.roles, p.vocabulary, p.targets) for p in (plan, new))
         same = was == now and not new.stale
     if not same:

@@ -145,7 +145,7 @@ def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
         created = {tensor.name: tensor.shard for tensor in manifest.edit.created}
         headers = {n: header for n, header in headers.items() if n not in created.values()}
         weight_map = weight_map and {n: s for n, s in weight_map.items() if n not in created}
-    return make_plan(read_json(folder / "config.json"), weight_map, headers)
+    return make_plan(read_json(folder / "config.json"), weight_map, headers, folder)
 
 
 def _is_same(weight: Weight, tensor: EditedTensor) -> bool:
