@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,24 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 
 _KNOWN_KERNEL = re.compile(r"(paged\|)?kernels-community/[^/]+")
 """Attention that many configs name; no model is run with it here."""
+
+
+_OTHER_KINDS = {
+    "model_index.json": "a diffusion pipeline",
+    "modules.json": "a model of sentence embeddings",
+}
+"""Files of what is no language model -> what they make it."""
+
+
+def check_kind(name: str, files: Collection[str]) -> None:
+    """Raise CheckpointError if the files of a source are those of something else than a model that
+    continues text."""
+    for file, what in _OTHER_KINDS.items():
+        if file in files:
+            raise CheckpointError(
+                f"{name} is {what}, as its {file} says",
+                expected="a language model that continues text",
+            )
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:

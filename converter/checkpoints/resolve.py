@@ -28,6 +28,7 @@ from converter.checkpoints.layout import (
     MAX_CONFIG,
     check_config,
     check_content,
+    check_kind,
     check_sizes,
     drawn_before,
     read_json,
@@ -147,6 +148,7 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
         sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
         if not sizes:
             raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
+        check_kind(repo.repo_id, sizes)
         check_sizes(sizes)
         indexes = [inside + index for _, index in WEIGHTS.values() if index in sizes]
         folder = hub.download(repo, indexes) / inside if indexes else Path()
@@ -159,7 +161,9 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
         folder = top / inside
         if weights.format != "safetensors":
             if weights.format == "pickled":
-                find_architecture(read_json(folder / "config.json"))  # before gigabytes are fetched
+                find_architecture(
+                    read_json(folder / "config.json"), folder
+                )  # before gigabytes are fetched
             files = [inside + name for name in weights.files]
             check_space(repo, files, folder, repo.repo_id)
             hub.download(repo, files)
@@ -179,6 +183,7 @@ def _read(
     **known: Any,
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
+    check_kind(name, sizes)
     check_sizes(sizes)
     weights, listed = choose_weights(name, folder, sizes.keys()), sizes
     translated = None
@@ -241,7 +246,7 @@ def _read_config(name: str, folder: Path, companions: Collection[str]) -> dict[s
 
 
 def _read_pickled(folder: Path, weights: Weights, config: dict[str, Any]) -> Translated:
-    architecture = find_architecture(config)
+    architecture = find_architecture(config, folder)
     tied = "" if architecture.head else architecture.unembedding
     return read_pickled(folder, weights.files, weights.weight_map or {}, tied)
 
