@@ -15,6 +15,7 @@ from converter.outputs.readers import check_readers
 from converter.outputs.record_checks import recorded_edit
 from converter.release.manifest import read_manifest_bytes
 from converter.release.verify import (
+    check_architecture,
     check_files,
     check_kept,
     check_method,
@@ -98,6 +99,7 @@ def _check_method(
         plan = read_plan(source)
     else:
         return
+    yield from check_architecture(manifest, plan)
     yield from check_method(manifest, plan, implied)
 
 

@@ -65,6 +65,8 @@ class StreamedModel:
         self.architecture, self.device = architecture, device
         self.module: Any = weights.module
         self._held, self._folder = held, folder
+        for part in [m for m in self.module.modules() if hasattr(m, "get_input_embeddings")]:
+            _say_device(part, device)
         self._blocks = list(blocks)
         self._now = -1  # the layer that is run
         self._given: Tensor | None = None  # what it is given instead of its input
@@ -118,7 +120,7 @@ class StreamedModel:
                 ids, weight = args[0], module.weight
                 assert isinstance(weight, Tensor)
                 shape = (*ids.shape, weight.shape[1])
-                return torch.zeros(shape, dtype=weight.dtype, device=ids.device)
+                return torch.zeros(shape, dtype=weight.dtype, device=self.device)
             for part in parts:
                 self.weights.load(part)
             return run(*args, **kwargs)
@@ -189,6 +191,8 @@ class StreamedModel:
         """
         first = len(self._blocks) if first is None else first
         for layer in layers:
+            for part in self._embedding if layer == 0 else ():  # some models ask where it is
+                self.weights.load(part)
             with self._layer(layer, layer + 1 if layer + 1 in layers else None):
                 for number, batch in enumerate(batched):
                     given = (max(layer, first), number)
@@ -309,3 +313,10 @@ class StreamedModel:
         before, self._done = self._done, self._done + self._rows[number]
         if count := self._done // self._steps - before // self._steps:
             progress.advance(count)
+
+
+def _say_device(model: nn.Module, device: str) -> None:
+    """Have a model of transformers say that it is on a device, which it takes from its weights."""
+    kind = type(model)
+    known = {"device": torch.device(device), "__module__": kind.__module__}
+    model.__class__ = type(kind.__name__, (kind,), known)

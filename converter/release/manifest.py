@@ -75,7 +75,7 @@ def make_manifest(
             extras=source.extras if written.shards else (),
             left_out=source.left_out if written.shards else (),
         ),
-        architecture=_architecture_record(bench.plan.architecture),
+        architecture=architecture_record(bench.plan.architecture),
         method=MethodRecord(
             name=recipe.method,
             title=method.title,
@@ -117,7 +117,8 @@ def make_manifest(
     )
 
 
-def _architecture_record(architecture: Architecture) -> ArchitectureRecord:
+def architecture_record(architecture: Architecture) -> ArchitectureRecord:
+    """How a model was described, for the manifest."""
     proof, sizes = architecture.proof, architecture.sizes
     assert proof is not None
     return ArchitectureRecord(

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from msgspec import structs
 from torch import Tensor
 
 from converter.calibration.statistics import cache_key
@@ -42,7 +43,7 @@ from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
 from converter.outputs.record_checks import is_addable, is_plain
 from converter.release.licences import NOTICE
-from converter.release.manifest import hash_line, sums_text
+from converter.release.manifest import architecture_record, hash_line, sums_text
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 from converter.text import one_line
@@ -245,6 +246,18 @@ def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str
     kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
     for name in check_evidence(manifest.subspace, kept) if manifest.subspace else ():
         yield f"{manifest.edit.file}: {name} is not as recorded"
+
+
+def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
+    """What the manifest says of the model must be what its config says.
+
+    Another version of transformers may prove it in another way.
+    """
+    told, found = manifest.architecture, architecture_record(plan.architecture)
+    if told.transformers != found.transformers:
+        told = structs.replace(found, name=told.name, layers_without_ffn=told.layers_without_ffn)
+    if told != found:
+        yield f"{MANIFEST}: the architecture is not what config.json makes it"
 
 
 def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:

@@ -90,8 +90,12 @@ def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_cod
 
 
 def _without(value: Any, keys: Iterable[str]) -> Any:
+    if isinstance(value, list):
+        return [_without(item, keys) for item in value]
     if not isinstance(value, dict):
-        return copy.deepcopy(value)
+        return value
+    if value.keys() == {"__float__"}:  # how transformers writes what JSON has not
+        return float(value["__float__"])
     return {k: _without(v, keys) for k, v in value.items() if k not in keys}
 
 

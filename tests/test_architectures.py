@@ -1,0 +1,303 @@
+"""Architectures that no file describes: inferred, proved, and converted as a user would.
+
+``make architectures`` runs this for every class of the installed transformers that is proved; here
+is a sample, of which each stands for a way of being built.
+"""
+
+import os
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures.architecture import FfnSpec, LayerSpec
+from converter.checkpoints.architectures.find import data_files, find_architecture
+from converter.checkpoints.architectures.inference import Inferred, infer
+from converter.checkpoints.architectures.proof import prove
+from converter.checkpoints.architectures.tiny import make_tiny
+from converter.checkpoints.names import EDIT_FILE
+from converter.edits.edit_file import load_bases
+from converter.entrypoints.architectures import examples
+from converter.entrypoints.convert import convert
+from converter.entrypoints.verify import verify
+from converter.errors import CheckpointError
+from converter.models import loading as models
+from converter.models.likelihood import log_probabilities
+from converter.recipe import Recipe
+from converter.release.manifest import read_manifest
+from tests.builders.errors import refused
+from tests.builders.invoke import Cli
+from tests.builders.models import NORM_AFTER, TINY_MODELS, planned, tiny_config, tiny_tokenizer
+
+EVERY = bool(os.environ.get("GLOSS_EVERY_ARCHITECTURE"))
+
+SAMPLE = ["apertus", "bloom", "deepseek_v4", "falcon_h1", "glm4_moe", "granitemoehybrid", "lfm2",
+          "llama4_text", "nemotron_h", "openai-gpt", "qwen3_next", "xglm"]  # fmt: skip
+"""Dense, in one module or none; experts, in one tensor or each in its own, with a shared one; norms
+before and after; hyper-connections; hybrids with attention, state spaces and convolutions."""
+
+
+def config_of(model_type: str) -> dict[str, Any]:
+    """A config of a type, as near to the default one as can be built."""
+    return {"model_type": model_type, **examples().get(model_type, {})}
+
+
+def proved_types() -> list[str]:
+    """All types of causal language models that are proved, or the sample."""
+    return sorted(library.model_types("AutoModelForCausalLM")) if EVERY else SAMPLE
+
+
+def save_tiny(model_type: str, folder: Path) -> Path:
+    """A tiny checkpoint of a type, as ``save_pretrained`` writes it."""
+    config = library.read_config(config_of(model_type), None, False)
+    kind = library.class_of(config, "AutoModelForCausalLM")
+    tiny = make_tiny(kind, config, library.on_meta(kind, config))
+    model = tiny.model.float()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """The plan and the model of a folder."""
+    source, plan = planned(folder)
+    model = models.load_language_model(source, plan, tiny_tokenizer(), torch.float32, "cpu")
+    return plan, model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Of a few texts."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 200, (2, 12), generator=generator)
+    found: Tensor = model.module(input_ids=ids, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("model_type", proved_types())
+def test_a_converted_checkpoint_computes_what_projected_ffns_give(
+    model_type: str, tmp_path: Path, shared_cache: Path
+) -> None:
+    """Through files as transformers writes them; and streamed as in memory, bit for bit."""
+    if EVERY:
+        try:
+            find_architecture(config_of(model_type))
+        except CheckpointError as error:
+            pytest.skip(str(error))
+    source, out = save_tiny(model_type, tmp_path / "source"), tmp_path / "out"
+    plan, model = loaded(source)
+    layers = ",".join(map(str, plan.dimensions.ffn_layers))
+    options = {"rank": "2", "layers": layers, "protect_shared": "0"}
+    given: dict[str, Any] = {"method": "random", "options": options, "num_pairs": 32}
+    convert(Recipe(source=str(source), guard=False, **given), out)
+    assert verify(out) == []
+    manifest, bases = read_manifest(out), load_bases(out / EDIT_FILE)
+    assert {entry.name for entry in manifest.edited if entry.role == "down_proj"} == {
+        weight.info.name for weight in plan.weights("down_proj")
+    }
+    of_layer = {entry.layer: bases[entry.tensors["U"]] for entry in manifest.edited}
+    plain, written = logits(model), logits(loaded(out)[1])
+    with ExitStack() as stack:
+        for layer, basis in of_layer.items():
+            for ffn in plan.architecture.layer(layer).ffns:
+                module = model.module.get_submodule(ffn.module.format(layer=layer))
+                handle = module.register_forward_hook(projecting(basis))
+                stack.callback(handle.remove)
+        wanted = logits(model)
+    effect = (wanted - plain).abs().max()
+    assert effect > 0
+    assert (written - wanted).abs().max() < 1e-3 * effect
+    check_streamed(source, model)
+
+
+def projecting(basis: Tensor) -> Any:
+    def project(x: Tensor) -> Tensor:
+        return x - (x @ basis) @ basis.T
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (project(output[0]), *output[1:])
+        return project(output)
+
+    return hook
+
+
+def check_streamed(folder: Path, resident: Any) -> None:
+    """The same log-probabilities a layer at a time, where the description says that this can be."""
+    source, plan = planned(folder)
+    assert plan.architecture.proof is not None
+    if not plan.architecture.proof.streams:
+        return
+    from converter.models.batching import Encoder
+
+    streamed = models.stream_language_model(
+        source, plan, tiny_tokenizer(), torch.float32, "cpu", 10**9
+    )
+    values = []
+    for model in (resident, streamed):
+        encode = Encoder(model.tokenizer, model.module)
+        texts = [encode(text, "mean", ()) for text in ("you idiot, get out", "a cup of tea")]
+        (found,) = log_probabilities(model, [texts])
+        values.append(torch.cat([torch.from_numpy(each) for each in found]))
+    assert torch.equal(*values)
+
+
+def inferred(kind: str) -> Inferred:
+    config = library.read_config(tiny_config(kind).to_dict(), None, False)
+    auto = find_architecture(tiny_config(kind).to_dict()).auto_class
+    return infer(library.class_of(config, auto), config, auto)
+
+
+def changed(found: Inferred, change: Any) -> Inferred:
+    """The same with another FFN in every layer."""
+    kinds = tuple(
+        LayerSpec(tuple(map(change, kind.ffns)), kind.roles) for kind in found.architecture.kinds
+    )
+    return replace(found, architecture=replace(found.architecture, kinds=kinds))
+
+
+def other_module(ffn: FfnSpec, old: str, new: str) -> FfnSpec:
+    return replace(ffn, module=ffn.module.replace(old, new), site=ffn.site.replace(old, new))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe", "gemma2", "opt", "deepseek_v3"])
+def test_what_is_inferred_is_proved(kind: str) -> None:
+    proof = prove(inferred(kind))
+    assert proof.error < 1e-6
+    assert proof.left < 1e-6
+    assert proof.streams
+
+
+WRONG = {
+    "attention for the FFN": (
+        "llama", lambda ffn: other_module(ffn, ".mlp", ".self_attn"), "no feed-forward network"),
+    "the norm before it": (
+        "llama", lambda ffn: other_module(ffn, ".mlp", ".input_layernorm"), "does not move"),
+    "a part of it": (
+        "llama", lambda ffn: other_module(ffn, ".mlp", ".mlp.up_proj"), "does not move"),
+    "the axis of its inputs": (
+        "llama",
+        lambda ffn: replace(ffn, weights=(replace(ffn.weights[0], output_axis=1),)),
+        "is not that of its outputs"),
+    "no shared expert": (
+        "qwen2_moe", lambda ffn: replace(ffn, weights=ffn.weights[:1]),
+        "does not project what the feed-forward networks give"),
+    "no experts": (
+        "qwen2_moe", lambda ffn: replace(ffn, weights=ffn.weights[-1:]),
+        "does not project what the feed-forward networks give"),
+    "a norm that is not seen": (
+        "gemma2", lambda ffn: replace(ffn, norm=""), "turns what it gives"),
+    "a norm with another offset": (
+        "gemma2", lambda ffn: replace(ffn, norm_offset=0), "turns what it gives"),
+    "before the norm": (
+        "gemma2", lambda ffn: replace(ffn, site=ffn.module), "does not move"),
+    "no bias": (
+        "gpt2",
+        lambda ffn: replace(ffn, weights=(replace(ffn.weights[0], bias="nonesuch"),)),
+        "does not project what the feed-forward networks give"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", sorted(WRONG))
+def test_the_proof_catches_a_wrong_description(wrong: str) -> None:
+    kind, change, said = WRONG[wrong]
+    with pytest.raises(ValueError, match=said):
+        prove(changed(inferred(kind), change))
+
+
+def test_the_proof_catches_a_layer_whose_ffn_is_not_described() -> None:
+    found = inferred("llama")
+    kinds = (LayerSpec((), {}), *found.architecture.kinds)
+    without = replace(found.architecture, kinds=kinds, layers=(0, *[1] * 5))
+    with pytest.raises(ValueError, match="layer 0 has a feed-forward network mlp that is not"):
+        prove(replace(found, architecture=without))
+
+
+def test_a_new_model_is_converted_as_any_other(cli: Cli, tmp_path: Path) -> None:
+    """A type that no file knows: planned, converted, verified, loaded, and it generates."""
+    assert "apertus" not in {*TINY_MODELS, *data_files()}
+    source, out = save_tiny("apertus", tmp_path / "source"), tmp_path / "out"
+    assert "ApertusForCausalLM, 2 layers" in cli("plan", source).stdout
+    cli("convert", source, out, "--no-guard", "-o", "rank=2", "--num-pairs", "32")
+    manifest = read_manifest(out)
+    assert manifest.architecture.name == "ApertusForCausalLM"
+    assert manifest.architecture.described_by == "inference"
+    assert manifest.architecture.proved_layers == 2
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(out)
+        ids = model.generate(torch.tensor([[11, 12, 13]]), max_new_tokens=5, do_sample=False)
+    assert ids.shape == (1, 8)
+
+
+def test_layers_without_an_ffn_are_left_alone_and_said(cli: Cli, tmp_path: Path) -> None:
+    source = save_tiny("nemotron_h", tmp_path / "source")
+    result = cli("plan", source)
+    assert "layers without a feed-forward network, left alone: " in result.stderr
+    plan = planned(source)[1]
+    assert plan.dimensions.without_ffn
+    assert {target.layer for target in plan.targets} == set(plan.dimensions.ffn_layers)
+
+
+OTHERS = {
+    "an encoder, which": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "an encoder, which does": {"model_type": "roberta"},
+    "an encoder-decoder, of": {"model_type": "t5", "is_encoder_decoder": True},
+    "an encoder-decoder, of which": {"model_type": "bart"},
+    "a model without a head": {"model_type": "qwen3", "architectures": ["Qwen3Model"]},
+    "a classifier or reward model": {
+        "model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    "a draft or assistant model": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]},
+    "a draft or assistant": {"model_type": "gemma4_assistant"},
+    "a diffusion model": {
+        "model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"]},
+    "no language model": {"model_type": "clip"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", sorted(OTHERS))
+def test_a_model_of_another_kind_is_refused_by_what_it_is(what: str) -> None:
+    with refused(
+        CheckpointError, what=f"... is {what}...", expected="a language model that continues text"
+    ):
+        find_architecture(OTHERS[what])
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [("model_index.json", "a diffusion pipeline"), ("modules.json", "a model of sentence ...")],
+)
+def test_a_folder_of_another_kind_is_refused_by_its_files(
+    file: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text("{}")
+    with refused(CheckpointError, what=f"... is {what}, as its {file} says"):
+        planned(tmp_path)
+
+
+def test_a_model_that_transformers_does_not_know_yet() -> None:
+    config = {"model_type": "nonesuch", "transformers_version": "99.1.0"}
+    with refused(
+        CheckpointError, what="config.json: model_type",
+        expected=f"one that transformers {library.version()} knows", found="'nonesuch'",
+        hint="it was saved with transformers 99.1.0, the first that is known to have it",
+    ):  # fmt: skip
+        find_architecture(config)
+
+
+def test_the_norms_after_ffns_are_those_that_are_there() -> None:
+    found = {
+        kind
+        for kind in TINY_MODELS
+        if any(f.norm for k in find_architecture(tiny_config(kind).to_dict()).kinds for f in k.ffns)
+    }
+    assert found == NORM_AFTER
