@@ -79,7 +79,7 @@ def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_cod
     from transformers import AutoConfig
 
     plain = _without(config, _NO_CHOICE)
-    with _quietly():
+    with quietly():
         if trust_remote_code and folder is not None and "auto_map" in config:
             found: Any = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=True
@@ -97,7 +97,16 @@ def _without(value: Any, keys: Iterable[str]) -> Any:
 
 def text_config(config: Any) -> Any:
     """The config of the language model: the config itself, or a part of it."""
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    return config if type(found) is type(config) else found
+
+
+def own_config(kind: Any, config: Any) -> Any:
+    """What an auto class builds a class of: the config, or if it is a wrapper's and the class that
+    of its language model, the language model's."""
+    text = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    of_text = text is not None and getattr(kind, "config_class", None) is text
+    return config.get_text_config() if of_text else config
 
 
 def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> type | None:
@@ -107,16 +116,19 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
     auto = getattr(transformers, auto_class)
     remote = getattr(config, "auto_map", {}) or {}
     if trust_remote_code and auto_class in remote:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             return type(auto.from_config(copy.deepcopy(config), trust_remote_code=True))
     found = auto._model_mapping.get(type(config), None)
-    return found[0] if isinstance(found, tuple) else found
+    if not isinstance(found, (list, tuple)):
+        return found
+    named = getattr(config, "architectures", None) or ()
+    return next((kind for kind in found if kind.__name__ in named), found[0])
 
 
 def on_meta(kind: Any, config: Any) -> Any:
     """A model of a class without memory for its weights. Raises what transformers raises."""
-    with torch.device("meta"), _quietly():
-        return kind._from_config(copy.deepcopy(config)).eval()
+    with torch.device("meta"), quietly():
+        return kind._from_config(copy.deepcopy(own_config(kind, config))).eval()
 
 
 def on_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,10 +143,10 @@ def load(
     kind: Any, config: Any, tensors: Mapping[str, Tensor | MetaTensor], dtype: torch.dtype
 ) -> Any:
     """A model with the tensors of a checkpoint, as ``from_pretrained`` makes it."""
-    with _quietly():
+    with quietly():
         model, info = kind.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype,
-            output_loading_info=True,
+            None, config=copy.deepcopy(own_config(kind, config)), state_dict=dict(tensors),
+            dtype=dtype, output_loading_info=True,
         )  # fmt: skip
     if wrong := [*info["missing_keys"], *map(str, info["mismatched_keys"])]:
         raise ValueError(f"transformers does not find {sorted(wrong)[0]} among what it writes")
@@ -168,7 +180,7 @@ class Renaming:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what transformers prints, and without a change of the random numbers of others."""
     from transformers.utils import logging
 

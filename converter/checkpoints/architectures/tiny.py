@@ -7,7 +7,7 @@ one number, the count of heads by another, and the width of the model by both.
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,16 @@ _HEAD_WIDTH = 16
 """A head is made no narrower than half of this."""
 
 _MOST = 60_000_000
-"""Parameters of a tiny model, at most."""
+"""Parameters of a tiny model that are not on the meta device, at most."""
+
+_LARGE = 1 << 20
+"""Parameters of a weight of a wrapper, at least, for it to be none of its language model's."""
 
 _WIDTHS = r"size|dim|embd|d_model|d_ff|dff|dim_ff|inner|rank|width|lowrank|d_ssm|d_state|d_rel"
 _HEADS = re.compile(r"(\w*_)?(n_)?(heads?|kv_heads|num_query_groups|n_groups|o_groups)")
-_PER_HEAD = re.compile(r"\w*(head_dim|d_head|headdim|d_kv|kv_channels|dim_head|head_size|rotary_dim)")
+_PER_HEAD = re.compile(
+    r"\w*(head_dim|d_head|headdim|d_kv|kv_channels|dim_head|head_size|rotary_dim)"
+)
 _WIDTH = re.compile(rf"(\w*_)?({_WIDTHS})(_mlp|_per_layer_input)?|attention_hidden_size")
 _NO_WIDTH = re.compile(
     r".*(vocab|kernel|patch|image|window|chunk|block|type_|max_|conv_|group_size|ngram|beam|"
@@ -75,7 +80,7 @@ class Tiny:
 
     def run(self, model: nn.Module | None = None) -> Tensor:
         """The logits, (B, T, V)."""
-        with torch.no_grad():
+        with torch.no_grad(), library.quietly():
             found: Tensor = (model or self.model)(**self.inputs).logits
         return found
 
@@ -107,18 +112,26 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
     Raises:
         ValueError: no way of shrinking the config gives a model that is built alike and runs.
     """
-    count = number_of_layers(config)
-    kept = _layers_needed(model, count)
+    config = library.own_config(kind, config)
     first_error: Exception | None = None
-    for layers in dict.fromkeys((kept, count)):
-        for heads in (None, 1):
-            small = _shrunk(config, (count, layers), heads)
-            for dtype in (torch.float64, torch.float32):
-                try:
-                    return _built(kind, small, model, dtype)
-                except Exception as error:  # whatever a class makes of sizes that it does not like
-                    first_error = first_error or error
+    for small in _attempts(config, model):
+        try:
+            outline = library.on_meta(kind, small)
+            _check_alike(outline, model)
+            return _built(kind, small, outline)
+        except Exception as error:  # whatever a class makes of sizes that it does not like
+            first_error = first_error or error
     raise ValueError(str(first_error).strip().splitlines()[0] if first_error else "no layers")
+
+
+def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
+    """Smaller configs: of few layers and heads, then of more."""
+    count = number_of_layers(config)
+    sections = _sections_of(model)
+    for layers in dict.fromkeys((_layers_needed(model, count), count)):
+        _, fitting = _divisors(text_config(config))
+        for heads in dict.fromkeys((fitting, 1)):
+            yield _shrunk(config, (count, layers), heads, sections)
 
 
 def number_of_layers(config: Any) -> int:
@@ -137,15 +150,28 @@ def _layers_needed(model: nn.Module, count: int) -> int:
     return needed
 
 
-def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
-    outline = library.on_meta(kind, config)
-    if sum(p.numel() for p in outline.parameters()) > 10 * _MOST:
+def _built(kind: Any, config: Any, outline: Any) -> Tiny:
+    """The model of an outline, in the widest dtype, and with the fewest weights, that it runs in.
+
+    Only what has to do with them, dtypes or weights on the meta device, has it built again.
+    """
+    wanted = _run_by_text(outline)
+    try:
+        return _filled(kind, config, outline, wanted, torch.float64)
+    except Exception as error:
+        if re.search(r"\bmeta\b", str(error)):
+            return _filled(kind, config, outline, set(outline.state_dict()), torch.float64)
+        if re.search(r"dtype|double|float", str(error), re.IGNORECASE):
+            return _filled(kind, config, outline, wanted, torch.float32)
+        raise
+
+
+def _filled(kind: Any, config: Any, outline: Any, wanted: set[str], dtype: torch.dtype) -> Tiny:
+    state = outline.state_dict()
+    if sum(state[name].numel() for name in wanted) > _MOST:
         raise ValueError("no way to make it smaller")
-    _check_alike(outline, model)
-    wanted = _run_by_text(outline, config)
     tensors: dict[str, Tensor | MetaTensor] = {}
     generator = torch.Generator().manual_seed(0)
-    state = outline.state_dict()
     real = library.on_disk(outline, {k: v for k, v in state.items() if k in wanted}).keys()
     for name, tensor in library.on_disk(outline, state).items():
         if name in real:
@@ -161,28 +187,49 @@ def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
 
 
 def _check_alike(small: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if a tiny model has not the parameters that the model has, but for sizes."""
+    """Raise ValueError if what text runs through has other parameters than in the model."""
+
     def names(of: nn.Module) -> set[tuple[str, int]]:
-        return {(re.sub(r"\d+", "N", n), p.ndim) for n, p in of.named_parameters()}
+        towers = _towers(of)
+        return {
+            (re.sub(r"\d+", "N", name), p.ndim)
+            for name, p in of.named_parameters()
+            if not name.startswith(towers)
+        }
 
     if differing := names(small) ^ names(model):
         raise ValueError(f"a smaller model has other parameters: {sorted(differing)[0][0]}")
 
 
-def _run_by_text(model: Any, config: Any) -> set[str]:
-    """Names of the weights that text may run through: the language model's, and small ones."""
-    text = text_config(model.config)
-    inside = [n for n, m in model.named_modules() if getattr(m, "config", None) is text]
-    inside = [n for n in inside if n] or [""]
-    keys = model.state_dict().items()
-    everything = sum(tensor.numel() for _, tensor in keys) <= _MOST
+def _run_by_text(model: Any) -> set[str]:
+    """Names of the weights that text may run through: all but those of other parts, and large ones
+    that are in no part."""
+    inside, towers = _language_models(model), _towers(model)
     return {
         key
-        for key, tensor in keys
-        if everything
-        or tensor.numel() <= 1 << 20
-        or any(not n or key.startswith(f"{n}.") for n in inside)
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(towers) and (key.startswith(inside) or tensor.numel() <= _LARGE)
     }
+
+
+def _language_models(model: Any) -> tuple[str, ...]:
+    """Beginnings of names of the weights in modules that have the language model's config."""
+    text = text_config(model.config)
+    found = [n for n, m in model.named_modules() if getattr(m, "config", None) is text]
+    return tuple(f"{n}." if n else "" for n in found) or ("",)
+
+
+def _towers(model: Any) -> tuple[str, ...]:
+    """Beginnings of names of the weights in modules that have a config of another part."""
+    text, inside = text_config(model.config), _language_models(model)
+    configs = {n: m.config for n, m in model.named_modules() if hasattr(m, "config")}
+    return tuple(
+        f"{name}."
+        for name, config in configs.items()
+        if hasattr(config, "get_text_config")
+        and text_config(config) is not text
+        and not f"{name}.".startswith(inside)
+    )
 
 
 def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -208,34 +255,49 @@ def _inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Tens
     return given | {key: value for key, value in more.items() if key in known}
 
 
-def _shrunk(config: Any, layers: tuple[int, int], heads: int | None) -> Any:
-    """A copy of a config with smaller sizes.
+def _shrunk(
+    config: Any, layers: tuple[int, int], heads: int, sections: Sequence[int] | None
+) -> Any:
+    """A copy of a config with smaller sizes. Parts that are not the language model keep theirs.
 
     Args:
         layers: their number, and how many to keep.
-        heads: what to divide the number of heads by; None for what fits.
+        heads: what to divide the number of heads by.
+        sections: of a rotary embedding, that the model has though its config may not say so.
     """
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
     text = text_config(config)
     width = vars(text).get("hidden_size")
-    per_head, fitting = _divisors(text)
-    divide = _Divide(per_head, heads or fitting, layers, getattr(text, "n_group", None) or 1)
+    rope = getattr(text, "rope_parameters", None)
+    if sections and isinstance(rope, dict):
+        for by_kind in [v for v in rope.values() if isinstance(v, dict)] or [rope]:
+            by_kind.setdefault("mrope_section", list(sections))
+    per_head, _ = _divisors(text)
+    divide = _Divide(per_head, heads, layers, getattr(text, "n_group", None) or 1)
     divide.part(text)
     for part in _others(config, text):
         for key, value in list(vars(part).items()):
             if type(value) is not int:
                 continue
             new = value
-            if part is not config and _LAYERS.fullmatch(key):
-                new = 1
-            elif value == width and (part is config or _OF_TEXT.fullmatch(key)):
+            if value == width and (part is config or _OF_TEXT.fullmatch(key)):
                 new = vars(text)["hidden_size"]
             elif part is config:
                 new = divide.token(key, value)
             if new != value:
                 setattr(part, key, new)
     return config
+
+
+def _sections_of(model: nn.Module) -> Sequence[int] | None:
+    """Shares of a head in time, height and width, if a module of the model has them."""
+    for module in model.modules():
+        found = getattr(module, "mrope_section", None)
+        found = next(iter(found.values()), None) if isinstance(found, dict) else found
+        if isinstance(found, (list, tuple)):
+            return found
+    return None
 
 
 def _others(config: Any, text: Any) -> Iterator[Any]:
@@ -259,10 +321,15 @@ def _divisors(text: Any) -> tuple[int, int]:
     if not widths:
         hidden = next((sizes[k] for k in ("hidden_size", "n_embd", "d_model") if k in sizes), 1)
         widths = [hidden // main]
+    rotated = [int(width * _rotated_share(text)) for width in widths]
     per_head = 1
-    while max(widths) // (2 * per_head) >= _HEAD_WIDTH and all(
-        width % (4 * per_head) == 0 and width // (2 * per_head) >= _HEAD_WIDTH // 2
-        for width in widths
+    while (
+        max(widths) // (2 * per_head) >= _HEAD_WIDTH
+        and all(
+            width % (4 * per_head) == 0 and width // (2 * per_head) >= _HEAD_WIDTH // 2
+            for width in widths
+        )
+        and all(width % (4 * per_head) == 0 for width in rotated)
     ):
         per_head *= 2
     fitting = (
@@ -273,6 +340,13 @@ def _divisors(text: Any) -> tuple[int, int]:
         and all(other % number == 0 or number % other == 0 for other in heads)
     )
     return per_head, max(fitting, default=1)
+
+
+def _rotated_share(text: Any) -> float:
+    """Of a head, that a rotary embedding turns."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    found = rope.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1
+    return float(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +422,8 @@ class _Divide:
         return min(value, _VOCABULARY) if "vocab" in key else value
 
     def _sections(self, sections: list[int]) -> list[int]:
-        """Shares of a head's positions in time, height and width, that add up to fewer."""
-        total = sum(sections) // self.per_head
-        third = total // 3
-        return [total - 2 * third, third, third]
+        """Shares of half a head in time, height and width. Those that are equal stay so."""
+        found = [section // self.per_head for section in sections]
+        odd = min(range(len(sections)), key=lambda i: sections.count(sections[i]))
+        found[odd] += sum(sections) // self.per_head - sum(found)
+        return found
