@@ -130,7 +130,7 @@ def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
     sections = _sections_of(model)
     for layers in dict.fromkeys((_layers_needed(model, count), count)):
         _, fitting = _divisors(text_config(config))
-        for heads in dict.fromkeys((fitting, 1)):
+        for heads in dict.fromkeys((fitting, max(fitting // 4, 1), 1)):
             yield _shrunk(config, (count, layers), heads, sections)
 
 
@@ -268,6 +268,9 @@ def _shrunk(
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
     text = text_config(config)
+    for part in (text, *_others(config, text)):
+        if getattr(part, "use_cache", False):
+            part.use_cache = False  # not every forward pass has the argument
     width = vars(text).get("hidden_size")
     rope = getattr(text, "rope_parameters", None)
     if sections and isinstance(rope, dict):
