@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Of transformers, that load a model which continues text."""
@@ -123,6 +123,13 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
         return found
     named = getattr(config, "architectures", None) or ()
     return next((kind for kind in found if kind.__name__ in named), found[0])
+
+
+def is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, and no part of one."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 def on_meta(kind: Any, config: Any) -> Any:

@@ -121,7 +121,8 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
             return _built(kind, small, outline)
         except Exception as error:  # whatever a class makes of sizes that it does not like
             first_error = first_error or error
-    raise ValueError(str(first_error).strip().splitlines()[0] if first_error else "no layers")
+    reason = str(first_error).strip().splitlines()[0] if first_error else "no layers"
+    raise ValueError(reason) from first_error
 
 
 def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
@@ -136,7 +137,8 @@ def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
 
 def number_of_layers(config: Any) -> int:
     """Of the language model, as its config says; 0 if it does not."""
-    count = getattr(text_config(config), "num_hidden_layers", None)
+    text = text_config(config) if hasattr(config, "get_text_config") else None
+    count = getattr(text, "num_hidden_layers", None)
     return count if type(count) is int else 0
 
 
@@ -220,15 +222,15 @@ def _language_models(model: Any) -> tuple[str, ...]:
 
 
 def _towers(model: Any) -> tuple[str, ...]:
-    """Beginnings of names of the weights in modules that have a config of another part."""
+    """Beginnings of names of the weights in other models, or outside of the language model in
+    modules that have a config of another part."""
     text, inside = text_config(model.config), _language_models(model)
-    configs = {n: m.config for n, m in model.named_modules() if hasattr(m, "config")}
     return tuple(
         f"{name}."
-        for name, config in configs.items()
-        if hasattr(config, "get_text_config")
+        for name, module in model.named_modules()
+        if hasattr(config := getattr(module, "config", None), "get_text_config")
         and text_config(config) is not text
-        and not f"{name}.".startswith(inside)
+        and (library.is_model(module) or not name.startswith(inside))
     )
 
 
@@ -376,7 +378,7 @@ class _Divide:
                     setattr(part, key, new)
         for name in getattr(part, "sub_configs", None) or {}:
             inner = getattr(part, name, None)
-            if inner is not None and not isinstance(inner, dict):
+            if inner is not None and not number_of_layers(inner):
                 self.part(inner)
 
     def value(self, key: str, value: Any) -> Any:
@@ -387,7 +389,8 @@ class _Divide:
             if all(str(k).isdigit() for k in items):  # by layer
                 items = {k: v for k, v in items.items() if int(k) < kept}
             return items
-        if isinstance(value, (list, tuple, str)) and len(value) == whole > kept:
+        by_layer = isinstance(value, (list, tuple)) or (isinstance(value, str) and "pattern" in str(key))
+        if by_layer and len(value) == whole > kept:
             value = value[:kept]
         if isinstance(value, (list, tuple)):
             if key == "mrope_section":
