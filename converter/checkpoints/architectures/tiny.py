@@ -319,7 +319,9 @@ def _others(config: Any, text: Any) -> Iterator[Any]:
 def _divisors(text: Any) -> tuple[int, int]:
     """What the width of a head, and the number of heads, can be divided by."""
     sizes = {k: v for k, v in vars(text).items() if type(v) is int and v > 1}
-    heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k)}
+    heads = {
+        v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)
+    }
     main = next((sizes[k] for k in ("num_attention_heads", "n_head", "num_heads", "n_heads",
                                     "attention_heads") if k in sizes), 1)  # fmt: skip
     widths = [v for k, v in sizes.items() if _PER_HEAD.fullmatch(k)]
@@ -341,7 +343,7 @@ def _divisors(text: Any) -> tuple[int, int]:
         number
         for number in range(1, main + 1)
         if main % number == 0
-        and (main // number >= 2 or main == number)
+        and (main // number >= 2 or main == 1)
         and all(other % number == 0 or number % other == 0 for other in heads)
     )
     return per_head, max(fitting, default=1)
@@ -412,10 +414,10 @@ class _Divide:
             return min(value, _VOCABULARY)
         if _LAYERS.fullmatch(key):
             return self.layers[1] if value == self.layers[0] else value
-        if _HEADS.fullmatch(key):
-            return value // self.heads if value % self.heads == 0 else 1
         if _PER_HEAD.fullmatch(key):
             return max(value // self.per_head, 1)
+        if _HEADS.fullmatch(key):
+            return value // self.heads if value % self.heads == 0 else 1
         if _WIDTH.fullmatch(key) and not _NO_WIDTH.fullmatch(key):
             divisor = self.per_head * self.heads
             return max(-(-value // divisor), 2) if divisor > 1 else value
