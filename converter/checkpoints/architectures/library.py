@@ -11,6 +11,8 @@
 """
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +54,9 @@ def version() -> str:
 
 def knows(model_type: str) -> bool:
     """Whether transformers has a config class for a ``model_type``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+    )
 
     return model_type in CONFIG_MAPPING_NAMES
 
@@ -119,10 +123,9 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
         with torch.device("meta"), quietly():
             return type(auto.from_config(copy.deepcopy(config), trust_remote_code=True))
     found = auto._model_mapping.get(type(config), None)
-    if not isinstance(found, (list, tuple)):
-        return found
+    kinds: list[type | None] = list(found) if isinstance(found, (list, tuple)) else [found]
     named = getattr(config, "architectures", None) or ()
-    return next((kind for kind in found if kind.__name__ in named), found[0])
+    return next((kind for kind in kinds if kind and kind.__name__ in named), kinds[0])
 
 
 def is_model(module: nn.Module) -> bool:
@@ -188,16 +191,25 @@ class Renaming:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what transformers prints, and without a change of the random numbers of others."""
-    from transformers.utils import logging
+    """Without a look at the network, without what transformers prints, and without a change of the
+    random numbers of others."""
+    from huggingface_hub import constants
+    from transformers.utils import logging as transformers_logging
 
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    level, shown = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    offline = constants.HF_HUB_OFFLINE
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    constants.HF_HUB_OFFLINE = True
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        constants.HF_HUB_OFFLINE = offline
+        transformers_logging.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -112,33 +112,48 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
     Raises:
         ValueError: no way of shrinking the config gives a model that is built alike and runs.
     """
+    _check_takes_text(kind)
     config = library.own_config(kind, config)
-    first_error: Exception | None = None
+    errors: list[Exception] = []
     for small in _attempts(config, model):
         try:
             outline = library.on_meta(kind, small)
             _check_alike(outline, model)
             return _built(kind, small, outline)
         except Exception as error:  # whatever a class makes of sizes that it does not like
-            first_error = first_error or error
-    reason = str(first_error).strip().splitlines()[0] if first_error else "no layers"
-    raise ValueError(reason) from first_error
+            errors.append(error)
+        if len(errors) == 2 and str(errors[0]) == str(errors[1]):
+            break  # it has nothing to do with sizes
+    reason = str(errors[0]).strip().splitlines()[0] if errors else "it has no layers"
+    raise ValueError(reason) from next(iter(errors), None)
+
+
+def _check_takes_text(kind: Any) -> None:
+    """Raise ValueError if token ids are not enough to run a model of a class."""
+    if kind.forward is nn.Module.forward:
+        raise ValueError(f"{kind.__name__} has no forward pass of its own")
+    for name, parameter in list(inspect.signature(kind.forward).parameters.items())[1:]:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name != "input_ids":
+            raise ValueError(f"{kind.__name__} does not run without {name}")
 
 
 def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
-    """Smaller configs: of few layers and heads, then of more."""
+    """Smaller configs. The second has other numbers of both layers and heads than the first."""
     count = number_of_layers(config)
+    kept = _layers_needed(model, count)
+    more = min(3 * kept, count)
     sections = _sections_of(model)
-    for layers in dict.fromkeys((_layers_needed(model, count), count)):
-        _, fitting = _divisors(text_config(config))
-        for heads in dict.fromkeys((fitting, max(fitting // 4, 1), 1)):
-            yield _shrunk(config, (count, layers), heads, sections)
+    _, heads = _divisors(text_config(config))
+    fewer = max(heads // 2, 1)
+    tried = ((kept, heads), (more, fewer), (kept, 1), (count, heads), (count, 1))
+    for layers, divisor in dict.fromkeys(tried):
+        yield _shrunk(config, (count, layers), divisor, sections)
 
 
 def number_of_layers(config: Any) -> int:
     """Of the language model, as its config says; 0 if it does not."""
-    text = text_config(config) if hasattr(config, "get_text_config") else None
-    count = getattr(text, "num_hidden_layers", None)
+    count = getattr(text_config(config), "num_hidden_layers", None)
     return count if type(count) is int else 0
 
 
@@ -184,7 +199,7 @@ def _filled(kind: Any, config: Any, outline: Any, wanted: set[str], dtype: torch
     tiny.model = tiny.reloaded(tensors)
     tiny.inputs = _inputs(tiny.model)
     if not torch.isfinite(tiny.run()).all():
-        raise ValueError("random weights give no finite logits")
+        raise ValueError(f"random weights give no finite logits in {dtype}")
     return tiny
 
 
@@ -205,9 +220,10 @@ def _check_alike(small: nn.Module, model: nn.Module) -> None:
 
 def _run_by_text(model: Any) -> set[str]:
     """Names of the weights that text may run through: all but those of other parts, and large ones
-    that are in no part."""
+    that are in no part. The first one says on what device a model is."""
     inside, towers = _language_models(model), _towers(model)
-    return {
+    first, _ = next(model.named_parameters())
+    return {first} | {
         key
         for key, tensor in model.state_dict().items()
         if not key.startswith(towers) and (key.startswith(inside) or tensor.numel() <= _LARGE)
@@ -241,7 +257,8 @@ def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     if like.ndim < 2:
         return (0.7 + 0.3 * values).to(dtype)
-    return (values * (0.7 / max(like.shape[-2:]) ** 0.5)).to(dtype)
+    scale: float = 0.7 / max(like.shape[-2:]) ** 0.5
+    return (values * scale).to(dtype)
 
 
 def _inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
@@ -319,14 +336,11 @@ def _others(config: Any, text: Any) -> Iterator[Any]:
 def _divisors(text: Any) -> tuple[int, int]:
     """What the width of a head, and the number of heads, can be divided by."""
     sizes = {k: v for k, v in vars(text).items() if type(v) is int and v > 1}
-    heads = {
-        v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)
-    }
-    main = next((sizes[k] for k in ("num_attention_heads", "n_head", "num_heads", "n_heads",
-                                    "attention_heads") if k in sizes), 1)  # fmt: skip
+    heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)}
+    main = _first(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
     widths = [v for k, v in sizes.items() if _PER_HEAD.fullmatch(k)]
     if not widths:
-        hidden = next((sizes[k] for k in ("hidden_size", "n_embd", "d_model") if k in sizes), 1)
+        hidden = _first(text, "hidden_size", "n_embd", "d_model")
         widths = [hidden // main]
     rotated = [int(width * _rotated_share(text)) for width in widths]
     per_head = 1
@@ -339,14 +353,18 @@ def _divisors(text: Any) -> tuple[int, int]:
         and all(width % (4 * per_head) == 0 for width in rotated)
     ):
         per_head *= 2
-    fitting = (
+    fitting = [
         number
-        for number in range(1, main + 1)
-        if main % number == 0
-        and (main // number >= 2 or main == 1)
-        and all(other % number == 0 or number % other == 0 for other in heads)
-    )
-    return per_head, max(fitting, default=1)
+        for number in range(2, main + 1)
+        if main % number == 0 and all(other % number == 0 or number % other == 0 for other in heads)
+    ]
+    return per_head, max((n for n in fitting if n < main), default=max(fitting, default=1))
+
+
+def _first(part: Any, *keys: str) -> int:
+    """The first of a config's numbers that it has; 1 if it has none."""
+    found = (getattr(part, key, None) for key in keys)
+    return next((number for number in found if type(number) is int), 1)
 
 
 def _rotated_share(text: Any) -> float:
@@ -380,7 +398,7 @@ class _Divide:
                     setattr(part, key, new)
         for name in getattr(part, "sub_configs", None) or {}:
             inner = getattr(part, name, None)
-            if inner is not None and not number_of_layers(inner):
+            if inner is not None and not isinstance(inner, dict):
                 self.part(inner)
 
     def value(self, key: str, value: Any) -> Any:
@@ -391,7 +409,9 @@ class _Divide:
             if all(str(k).isdigit() for k in items):  # by layer
                 items = {k: v for k, v in items.items() if int(k) < kept}
             return items
-        by_layer = isinstance(value, (list, tuple)) or (isinstance(value, str) and "pattern" in str(key))
+        by_layer = isinstance(value, (list, tuple)) or (
+            isinstance(value, str) and "pattern" in str(key)
+        )
         if by_layer and len(value) == whole > kept:
             value = value[:kept]
         if isinstance(value, (list, tuple)):
