@@ -363,7 +363,8 @@ def _divisors(text: Any) -> tuple[int, int]:
 
 def _first(part: Any, *keys: str) -> int:
     """The first of a config's numbers that it has; 1 if it has none."""
-    found = (getattr(part, key, None) for key in keys)
+    own_names = getattr(part, "attribute_map", {})
+    found = (vars(part).get(own_names.get(key, key)) for key in keys)
     return next((number for number in found if type(number) is int), 1)
 
 
