@@ -406,7 +406,8 @@ class _Divide:
         """The new value of a key."""
         whole, kept = self.layers
         if isinstance(value, dict):
-            items = {k: self.value(k, v) for k, v in value.items()}
+            ids = "vocab" in str(key) and all(type(v) is int for v in value.values())
+            items = {k: self.value("_id" if ids else k, v) for k, v in value.items()}
             if all(str(k).isdigit() for k in items):  # by layer
                 items = {k: v for k, v in items.items() if int(k) < kept}
             return items
