@@ -11,6 +11,8 @@
 """
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Of transformers, that load a model which continues text."""
@@ -52,7 +54,9 @@ def version() -> str:
 
 def knows(model_type: str) -> bool:
     """Whether transformers has a config class for a ``model_type``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+    )
 
     return model_type in CONFIG_MAPPING_NAMES
 
@@ -79,7 +83,7 @@ def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_cod
     from transformers import AutoConfig
 
     plain = _without(config, _NO_CHOICE)
-    with _quietly():
+    with quietly():
         if trust_remote_code and folder is not None and "auto_map" in config:
             found: Any = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=True
@@ -101,7 +105,16 @@ def _without(value: Any, keys: Iterable[str]) -> Any:
 
 def text_config(config: Any) -> Any:
     """The config of the language model: the config itself, or a part of it."""
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    return config if type(found) is type(config) else found
+
+
+def own_config(kind: Any, config: Any) -> Any:
+    """What an auto class builds a class of: the config, or if it is a wrapper's and the class that
+    of its language model, the language model's."""
+    text = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    of_text = text is not None and getattr(kind, "config_class", None) is text
+    return config.get_text_config() if of_text else config
 
 
 def changed(config: Any, key: str, value: Any) -> Any:
@@ -130,16 +143,25 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
     auto = getattr(transformers, auto_class)
     remote = getattr(config, "auto_map", {}) or {}
     if trust_remote_code and auto_class in remote:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             return type(auto.from_config(copy.deepcopy(config), trust_remote_code=True))
     found = auto._model_mapping.get(type(config), None)
-    return found[0] if isinstance(found, tuple) else found
+    kinds: list[type | None] = list(found) if isinstance(found, (list, tuple)) else [found]
+    named = getattr(config, "architectures", None) or ()
+    return next((kind for kind in kinds if kind and kind.__name__ in named), kinds[0])
+
+
+def is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, and no part of one."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 def on_meta(kind: Any, config: Any) -> Any:
     """A model of a class without memory for its weights. Raises what transformers raises."""
-    with torch.device("meta"), _quietly():
-        return kind._from_config(copy.deepcopy(config)).eval()
+    with torch.device("meta"), quietly():
+        return kind._from_config(copy.deepcopy(own_config(kind, config))).eval()
 
 
 def on_disk(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,10 +176,10 @@ def load(
     kind: Any, config: Any, tensors: Mapping[str, Tensor | MetaTensor], dtype: torch.dtype
 ) -> Any:
     """A model with the tensors of a checkpoint, as ``from_pretrained`` makes it."""
-    with _quietly():
+    with quietly():
         model, info = kind.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=dict(tensors), dtype=dtype,
-            output_loading_info=True,
+            None, config=copy.deepcopy(own_config(kind, config)), state_dict=dict(tensors),
+            dtype=dtype, output_loading_info=True,
         )  # fmt: skip
     if wrong := [*info["missing_keys"], *map(str, info["mismatched_keys"])]:
         raise ValueError(f"transformers does not find {sorted(wrong)[0]} among what it writes")
@@ -191,17 +213,26 @@ class Renaming:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what transformers prints, and without a change of the random numbers of others."""
-    from transformers.utils import logging
+def quietly() -> Iterator[None]:
+    """Without a look at the network, without what transformers prints, and without a change of the
+    random numbers of others."""
+    from huggingface_hub import constants
+    from transformers.utils import logging as transformers_logging
 
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    level, shown = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    offline = constants.HF_HUB_OFFLINE
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    constants.HF_HUB_OFFLINE = True
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        constants.HF_HUB_OFFLINE = offline
+        transformers_logging.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ one number, the count of heads by another, and the width of the model by both.
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,10 @@ _HEAD_WIDTH = 16
 """A head is made no narrower than half of this."""
 
 _MOST = 60_000_000
-"""Parameters of a tiny model, at most."""
+"""Parameters of a tiny model that are not on the meta device, at most."""
+
+_LARGE = 1 << 20
+"""Parameters of a weight of a wrapper, at least, for it to be none of its language model's."""
 
 _WIDTHS = r"size|dim|embd|d_model|d_ff|dff|dim_ff|inner|rank|width|lowrank|d_ssm|d_state|d_rel"
 _HEADS = re.compile(r"(\w*_)?(n_)?(heads?|kv_heads|num_query_groups|n_groups|o_groups)")
@@ -77,7 +80,7 @@ class Tiny:
 
     def run(self, model: nn.Module | None = None) -> Tensor:
         """The logits, (B, T, V)."""
-        with torch.no_grad():
+        with torch.no_grad(), library.quietly():
             found: Tensor = (model or self.model)(**self.inputs).logits
         return found
 
@@ -109,18 +112,43 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
     Raises:
         ValueError: no way of shrinking the config gives a model that is built alike and runs.
     """
+    _check_takes_text(kind)
+    config = library.own_config(kind, config)
+    errors: list[Exception] = []
+    for small in _attempts(config, model):
+        try:
+            outline = library.on_meta(kind, small)
+            _check_alike(outline, model)
+            return _built(kind, small, outline)
+        except Exception as error:  # whatever a class makes of sizes that it does not like
+            errors.append(error)
+        if len(errors) == 2 and str(errors[0]) == str(errors[1]):
+            break  # it has nothing to do with sizes
+    reason = str(errors[0]).strip().splitlines()[0] if errors else "it has no layers"
+    raise ValueError(reason) from next(iter(errors), None)
+
+
+def _check_takes_text(kind: Any) -> None:
+    """Raise ValueError if token ids are not enough to run a model of a class."""
+    if kind.forward is nn.Module.forward:
+        raise ValueError(f"{kind.__name__} has no forward pass of its own")
+    for name, parameter in list(inspect.signature(kind.forward).parameters.items())[1:]:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name != "input_ids":
+            raise ValueError(f"{kind.__name__} does not run without {name}")
+
+
+def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
+    """Smaller configs. The second has other numbers of both layers and heads than the first."""
     count = number_of_layers(config)
     kept = _layers_needed(model, count)
-    first_error: Exception | None = None
-    for layers in dict.fromkeys((kept, count)):
-        for heads in (None, 1):
-            small = _shrunk(config, (count, layers), heads)
-            for dtype in (torch.float64, torch.float32):
-                try:
-                    return _built(kind, small, model, dtype)
-                except Exception as error:  # whatever a class makes of sizes that it does not like
-                    first_error = first_error or error
-    raise ValueError(str(first_error).strip().splitlines()[0] if first_error else "no layers")
+    more = min(3 * kept, count)
+    sections = _sections_of(model)
+    _, heads = _divisors(text_config(config))
+    fewer = max(heads // 2, 1)
+    tried = ((kept, heads), (more, fewer), (kept, 1), (count, heads), (count, 1))
+    for layers, divisor in dict.fromkeys(tried):
+        yield _shrunk(config, (count, layers), divisor, sections)
 
 
 def number_of_layers(config: Any) -> int:
@@ -139,15 +167,28 @@ def _layers_needed(model: nn.Module, count: int) -> int:
     return needed
 
 
-def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
-    outline = library.on_meta(kind, config)
-    if sum(p.numel() for p in outline.parameters()) > 10 * _MOST:
+def _built(kind: Any, config: Any, outline: Any) -> Tiny:
+    """The model of an outline, in the widest dtype, and with the fewest weights, that it runs in.
+
+    Only what has to do with them, dtypes or weights on the meta device, has it built again.
+    """
+    wanted = _run_by_text(outline)
+    try:
+        return _filled(kind, config, outline, wanted, torch.float64)
+    except Exception as error:
+        if re.search(r"\bmeta\b", str(error)):
+            return _filled(kind, config, outline, set(outline.state_dict()), torch.float64)
+        if re.search(r"dtype|double|float", str(error), re.IGNORECASE):
+            return _filled(kind, config, outline, wanted, torch.float32)
+        raise
+
+
+def _filled(kind: Any, config: Any, outline: Any, wanted: set[str], dtype: torch.dtype) -> Tiny:
+    state = outline.state_dict()
+    if sum(state[name].numel() for name in wanted) > _MOST:
         raise ValueError("no way to make it smaller")
-    _check_alike(outline, model)
-    wanted = _run_by_text(outline, config)
     tensors: dict[str, Tensor | MetaTensor] = {}
     generator = torch.Generator().manual_seed(0)
-    state = outline.state_dict()
     real = library.on_disk(outline, {k: v for k, v in state.items() if k in wanted}).keys()
     for name, tensor in library.on_disk(outline, state).items():
         if name in real:
@@ -158,34 +199,55 @@ def _built(kind: Any, config: Any, model: Any, dtype: torch.dtype) -> Tiny:
     tiny.model = tiny.reloaded(tensors)
     tiny.inputs = _inputs(tiny.model)
     if not torch.isfinite(tiny.run()).all():
-        raise ValueError("random weights give no finite logits")
+        raise ValueError(f"random weights give no finite logits in {dtype}")
     return tiny
 
 
 def _check_alike(small: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if a tiny model has not the parameters that the model has, but for sizes."""
+    """Raise ValueError if what text runs through has other parameters than in the model."""
 
     def names(of: nn.Module) -> set[tuple[str, int]]:
-        return {(re.sub(r"\d+", "N", n), p.ndim) for n, p in of.named_parameters()}
+        towers = _towers(of)
+        return {
+            (re.sub(r"\d+", "N", name), p.ndim)
+            for name, p in of.named_parameters()
+            if not name.startswith(towers)
+        }
 
     if differing := names(small) ^ names(model):
         raise ValueError(f"a smaller model has other parameters: {sorted(differing)[0][0]}")
 
 
-def _run_by_text(model: Any, config: Any) -> set[str]:
-    """Names of the weights that text may run through: the language model's, and small ones."""
-    text = text_config(model.config)
-    inside = [n for n, m in model.named_modules() if getattr(m, "config", None) is text]
-    inside = [n for n in inside if n] or [""]
-    keys = model.state_dict().items()
-    everything = sum(tensor.numel() for _, tensor in keys) <= _MOST
-    return {
+def _run_by_text(model: Any) -> set[str]:
+    """Names of the weights that text may run through: all but those of other parts, and large ones
+    that are in no part. The first one says on what device a model is."""
+    inside, towers = _language_models(model), _towers(model)
+    first, _ = next(model.named_parameters())
+    return {first} | {
         key
-        for key, tensor in keys
-        if everything
-        or tensor.numel() <= 1 << 20
-        or any(not n or key.startswith(f"{n}.") for n in inside)
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(towers) and (key.startswith(inside) or tensor.numel() <= _LARGE)
     }
+
+
+def _language_models(model: Any) -> tuple[str, ...]:
+    """Beginnings of names of the weights in modules that have the language model's config."""
+    text = text_config(model.config)
+    found = [n for n, m in model.named_modules() if getattr(m, "config", None) is text]
+    return tuple(f"{n}." if n else "" for n in found) or ("",)
+
+
+def _towers(model: Any) -> tuple[str, ...]:
+    """Beginnings of names of the weights in other models, or outside of the language model in
+    modules that have a config of another part."""
+    text, inside = text_config(model.config), _language_models(model)
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if hasattr(config := getattr(module, "config", None), "get_text_config")
+        and text_config(config) is not text
+        and (library.is_model(module) or not name.startswith(inside))
+    )
 
 
 def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -195,7 +257,8 @@ def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     if like.ndim < 2:
         return (0.7 + 0.3 * values).to(dtype)
-    return (values * (0.7 / max(like.shape[-2:]) ** 0.5)).to(dtype)
+    scale: float = 0.7 / max(like.shape[-2:]) ** 0.5
+    return (values * scale).to(dtype)
 
 
 def _inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Tensor]:
@@ -211,34 +274,52 @@ def _inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Tens
     return given | {key: value for key, value in more.items() if key in known}
 
 
-def _shrunk(config: Any, layers: tuple[int, int], heads: int | None) -> Any:
-    """A copy of a config with smaller sizes.
+def _shrunk(
+    config: Any, layers: tuple[int, int], heads: int, sections: Sequence[int] | None
+) -> Any:
+    """A copy of a config with smaller sizes. Parts that are not the language model keep theirs.
 
     Args:
         layers: their number, and how many to keep.
-        heads: what to divide the number of heads by; None for what fits.
+        heads: what to divide the number of heads by.
+        sections: of a rotary embedding, that the model has though its config may not say so.
     """
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
     text = text_config(config)
+    for part in (text, *_others(config, text)):
+        if getattr(part, "use_cache", False):
+            part.use_cache = False  # not every forward pass has the argument
     width = vars(text).get("hidden_size")
-    per_head, fitting = _divisors(text)
-    divide = _Divide(per_head, heads or fitting, layers, getattr(text, "n_group", None) or 1)
+    rope = getattr(text, "rope_parameters", None)
+    if sections and isinstance(rope, dict):
+        for by_kind in [v for v in rope.values() if isinstance(v, dict)] or [rope]:
+            by_kind.setdefault("mrope_section", list(sections))
+    per_head, _ = _divisors(text)
+    divide = _Divide(per_head, heads, layers, getattr(text, "n_group", None) or 1)
     divide.part(text)
     for part in _others(config, text):
         for key, value in list(vars(part).items()):
             if type(value) is not int:
                 continue
             new = value
-            if part is not config and _LAYERS.fullmatch(key):
-                new = 1
-            elif value == width and (part is config or _OF_TEXT.fullmatch(key)):
+            if value == width and (part is config or _OF_TEXT.fullmatch(key)):
                 new = vars(text)["hidden_size"]
             elif part is config:
                 new = divide.token(key, value)
             if new != value:
                 setattr(part, key, new)
     return config
+
+
+def _sections_of(model: nn.Module) -> Sequence[int] | None:
+    """Shares of a head in time, height and width, if a module of the model has them."""
+    for module in model.modules():
+        found = getattr(module, "mrope_section", None)
+        found = next(iter(found.values()), None) if isinstance(found, dict) else found
+        if isinstance(found, (list, tuple)):
+            return found
+    return None
 
 
 def _others(config: Any, text: Any) -> Iterator[Any]:
@@ -255,27 +336,43 @@ def _others(config: Any, text: Any) -> Iterator[Any]:
 def _divisors(text: Any) -> tuple[int, int]:
     """What the width of a head, and the number of heads, can be divided by."""
     sizes = {k: v for k, v in vars(text).items() if type(v) is int and v > 1}
-    heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k)}
-    main = next((sizes[k] for k in ("num_attention_heads", "n_head", "num_heads", "n_heads",
-                                    "attention_heads") if k in sizes), 1)  # fmt: skip
+    heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)}
+    main = _first(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
     widths = [v for k, v in sizes.items() if _PER_HEAD.fullmatch(k)]
     if not widths:
-        hidden = next((sizes[k] for k in ("hidden_size", "n_embd", "d_model") if k in sizes), 1)
+        hidden = _first(text, "hidden_size", "n_embd", "d_model")
         widths = [hidden // main]
+    rotated = [int(width * _rotated_share(text)) for width in widths]
     per_head = 1
-    while max(widths) // (2 * per_head) >= _HEAD_WIDTH and all(
-        width % (4 * per_head) == 0 and width // (2 * per_head) >= _HEAD_WIDTH // 2
-        for width in widths
+    while (
+        max(widths) // (2 * per_head) >= _HEAD_WIDTH
+        and all(
+            width % (4 * per_head) == 0 and width // (2 * per_head) >= _HEAD_WIDTH // 2
+            for width in widths
+        )
+        and all(width % (4 * per_head) == 0 for width in rotated)
     ):
         per_head *= 2
-    fitting = (
+    fitting = [
         number
-        for number in range(1, main + 1)
-        if main % number == 0
-        and (main // number >= 2 or main == number)
-        and all(other % number == 0 or number % other == 0 for other in heads)
-    )
-    return per_head, max(fitting, default=1)
+        for number in range(2, main + 1)
+        if main % number == 0 and all(other % number == 0 or number % other == 0 for other in heads)
+    ]
+    return per_head, max((n for n in fitting if n < main), default=max(fitting, default=1))
+
+
+def _first(part: Any, *keys: str) -> int:
+    """The first of a config's numbers that it has; 1 if it has none."""
+    own_names = getattr(part, "attribute_map", {})
+    found = (vars(part).get(own_names.get(key, key)) for key in keys)
+    return next((number for number in found if type(number) is int), 1)
+
+
+def _rotated_share(text: Any) -> float:
+    """Of a head, that a rotary embedding turns."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    found = rope.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1
+    return float(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,11 +406,15 @@ class _Divide:
         """The new value of a key."""
         whole, kept = self.layers
         if isinstance(value, dict):
-            items = {k: self.value(k, v) for k, v in value.items()}
+            ids = "vocab" in str(key) and all(type(v) is int for v in value.values())
+            items = {k: self.value("_id" if ids else k, v) for k, v in value.items()}
             if all(str(k).isdigit() for k in items):  # by layer
                 items = {k: v for k, v in items.items() if int(k) < kept}
             return items
-        if isinstance(value, (list, tuple, str)) and len(value) == whole > kept:
+        by_layer = isinstance(value, (list, tuple)) or (
+            isinstance(value, str) and "pattern" in str(key)
+        )
+        if by_layer and len(value) == whole > kept:
             value = value[:kept]
         if isinstance(value, (list, tuple)):
             if key == "mrope_section":
@@ -335,10 +436,10 @@ class _Divide:
             return min(value, _VOCABULARY)
         if _LAYERS.fullmatch(key):
             return self.layers[1] if value == self.layers[0] else value
-        if _HEADS.fullmatch(key):
-            return value // self.heads if value % self.heads == 0 else 1
         if _PER_HEAD.fullmatch(key):
             return max(value // self.per_head, 1)
+        if _HEADS.fullmatch(key):
+            return value // self.heads if value % self.heads == 0 else 1
         if _WIDTH.fullmatch(key) and not _NO_WIDTH.fullmatch(key):
             divisor = self.per_head * self.heads
             return max(-(-value // divisor), 2) if divisor > 1 else value
@@ -351,7 +452,8 @@ class _Divide:
         return min(value, _VOCABULARY) if "vocab" in key else value
 
     def _sections(self, sections: list[int]) -> list[int]:
-        """Shares of a head's positions in time, height and width, that add up to fewer."""
-        total = sum(sections) // self.per_head
-        third = total // 3
-        return [total - 2 * third, third, third]
+        """Shares of half a head in time, height and width. Those that are equal stay so."""
+        found = [section // self.per_head for section in sections]
+        odd = min(range(len(sections)), key=lambda i: sections.count(sections[i]))
+        found[odd] += sum(sections) // self.per_head - sum(found)
+        return found
