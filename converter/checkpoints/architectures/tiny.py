@@ -24,6 +24,9 @@ _FIRST_WORD, _LAST_WORD = 10, 200
 _HEAD_WIDTH = 16
 """A head is made no narrower than half of this."""
 
+_LEAST = 16
+"""The model is made no narrower than this, and nothing in it than half of it."""
+
 _MOST = 60_000_000
 """Parameters of a tiny model that are not on the meta device, at most."""
 
@@ -339,9 +342,9 @@ def _divisors(text: Any) -> tuple[int, int]:
     heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)}
     main = _first(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
     widths = [v for k, v in sizes.items() if _PER_HEAD.fullmatch(k)]
-    if not widths:
-        hidden = _first(text, "hidden_size", "n_embd", "d_model")
-        widths = [hidden // main]
+    hidden = _first(text, "hidden_size", "n_embd", "d_model")
+    most = max(hidden // _LEAST, 1)
+    widths = widths or [hidden // main]
     rotated = [int(width * _rotated_share(text)) for width in widths]
     per_head = 1
     while (
@@ -351,11 +354,12 @@ def _divisors(text: Any) -> tuple[int, int]:
             for width in widths
         )
         and all(width % (4 * per_head) == 0 for width in rotated)
+        and 2 * per_head <= most
     ):
         per_head *= 2
     fitting = [
         number
-        for number in range(2, main + 1)
+        for number in range(2, min(main, most // per_head) + 1)
         if main % number == 0 and all(other % number == 0 or number % other == 0 for other in heads)
     ]
     return per_head, max((n for n in fitting if n < main), default=max(fitting, default=1))
@@ -442,7 +446,7 @@ class _Divide:
             return value // self.heads if value % self.heads == 0 else 1
         if _WIDTH.fullmatch(key) and not _NO_WIDTH.fullmatch(key):
             divisor = self.per_head * self.heads
-            return max(-(-value // divisor), 2) if divisor > 1 else value
+            return max(-(-value // divisor), min(value, _LEAST // 2)) if divisor > 1 else value
         return self.token(key, value)
 
     def token(self, key: str, value: int) -> int:
