@@ -31,9 +31,16 @@ class Call:
     output: Any
 
     @property
+    def key(self) -> str | None:
+        """The name under which hidden states are given, if by name: else of the first tensor."""
+        if self.args or "hidden_states" in self.kwargs:
+            return None if self.args else "hidden_states"
+        return next((key for key, value in self.kwargs.items() if isinstance(value, Tensor)), None)
+
+    @property
     def state(self) -> Tensor | None:
-        """The first tensor that it was given, or the one called ``hidden_states``."""
-        found: Any = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        """The hidden states that it was given: the first tensor."""
+        found: Any = self.args[0] if self.args else self.kwargs.get(self.key or "")
         return found if isinstance(found, Tensor) else None
 
     @property
@@ -46,8 +53,8 @@ class Call:
         args, kwargs = _copied(self.args), _copied(self.kwargs)
         if state is not None and args:
             args = (state, *args[1:])
-        elif state is not None:
-            kwargs["hidden_states"] = state
+        elif state is not None and self.key:
+            kwargs[self.key] = state
         with torch.no_grad():
             found = first_tensor(module(*args, **kwargs))
         assert found is not None
@@ -120,7 +127,7 @@ def decoder_layers(tiny: Tiny) -> tuple[str, list[nn.Module], dict[nn.Module, li
             "and a decoder, or of parts of layers: no one of them is the decoder layers"
         )
     ((name, blocks),) = chosen.items()
-    _check_unshared(name, list(blocks))
+    check_unshared(name, list(blocks))
     return name, list(blocks), {block: calls[block] for block in blocks}
 
 
@@ -137,7 +144,7 @@ def _are_layers(blocks: Iterable[nn.Module], calls: Mapping[nn.Module, list[Call
     )
 
 
-def _check_unshared(name: str, blocks: list[nn.Module]) -> None:
+def check_unshared(name: str, blocks: list[nn.Module]) -> None:
     """Raise ValueError if two layers have a weight in common."""
     owners: dict[nn.Parameter, int] = {}
     for index, block in enumerate(blocks):
@@ -411,7 +418,7 @@ class Layer:
         found: list[Tensor | None] = []
 
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(Call(args, kwargs, None).state)
+            found.append(_copied(Call(args, kwargs, None).state))
 
         hook = self.modules[name].register_forward_pre_hook(see, with_kwargs=True)
         return self._seen(hook, found, changes, state)
@@ -428,7 +435,7 @@ class Layer:
         found: list[Tensor | None] = []
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(first_tensor(output))
+            found.append(_copied(first_tensor(output)))  # before the layer changes it
 
         hook = self.modules[name].register_forward_hook(see)
         return self._seen(hook, found, changes, state)
@@ -447,7 +454,7 @@ class Layer:
             hook.remove()
         seen = found[-1]
         assert seen is not None
-        return seen.clone()
+        return seen
 
     def _giving(self, given: Mapping[str, Tensor]) -> dict[nn.Module, Change]:
         """Changes that have modules give tensors, whatever else they give beside them."""

@@ -84,9 +84,40 @@ def find_ffns(layer: Layer) -> list[Ffn]:
             problems[name] = error
     for name, problem in problems.items():
         inside = [ffn.module for ffn in found if related(name, ffn.module)]
-        if not inside or (layer.is_through(name) and not layer.is_affine(name, inside)):
+        if inside and layer.is_through(name):
+            whole = _is_affine_without(layer, name, inside)
+        else:
+            whole = bool(inside) or (bool(found) and _prepares(layer, name))
+        if not whole:
             raise problem
     return found
+
+
+def _is_affine_without(layer: Layer, name: str, inside: list[str]) -> bool:
+    """Whether modules are all of a module that is not linear, whatever experts it chooses."""
+    with _changed(_without_preference(layer)):
+        return layer.is_affine(name, inside)
+
+
+def _prepares(layer: Layer, name: str) -> bool:
+    """Whether what a module gives is only for attention or an FFN to read, as of a gated norm.
+
+    These are not linear, and do not give the residual stream itself.
+    """
+    if layer.moves(name):
+        return False
+    fed: list[str] = []
+    for other in layer.modules:
+        inside = any(other.startswith(f"{outer}.") for outer in fed)
+        if layer.has_matrices(other) and not related(name, other) and not inside:
+            if not layer.feeds(name, other):
+                continue
+            fed.append(other)
+            given = layer.calls[layer.modules[other]][-1].given
+            linear = layer.is_through(other) and layer.is_affine(other)
+            if linear or (given is not None and torch.equal(given, layer.given)):
+                return False
+    return bool(fed)
 
 
 def examine(layer: Layer, module: str) -> Ffn:
@@ -112,7 +143,7 @@ def examine(layer: Layer, module: str) -> Ffn:
         raise ValueError(f"{module} is a linear map but for norms: it has no activation function")
     outer = module.rpartition(".")[0]
     while outer:
-        if layer.is_position_wise(outer) and not layer.is_affine(outer, [module]):
+        if layer.is_position_wise(outer) and not _is_affine_without(layer, outer, [module]):
             raise ValueError(f"{module} is not all of the FFN {outer}, which is not linear without")
         outer = outer.rpartition(".")[0]
     return _examine(layer, module)
@@ -415,15 +446,17 @@ def _gate_and_up(layer: Layer, module: str, down: str) -> tuple[Map | None, Map 
 def _is_linear_in(
     layer: Layer, name: str, other: str, before: Tensor, part: tuple[int, int]
 ) -> bool | None:
-    """Whether what a module is given doubles with what another gives; None if it stays."""
-    doubled = layer.alone(other)[2].clone()
-    chunk = doubled.chunk(part[1], -1)[part[0]]
-    chunk.mul_(2)
-    after = layer.fed(name, {other: doubled})
-    if after.shape != before.shape or torch.equal(after, before):
-        return None
-    moved = (after - 2 * before).abs().max()
-    return bool(moved <= layer.tolerance * before.abs().max())
+    """Whether what a module is given is a multiple of what another gives; None if it stays."""
+    linear = True
+    for factor in (2, -1):  # ReLU doubles, too
+        given = layer.alone(other)[2].clone()
+        given.chunk(part[1], -1)[part[0]].mul_(factor)
+        after = layer.fed(name, {other: given})
+        if after.shape != before.shape or torch.equal(after, before):
+            return None
+        moved = (after - factor * before).abs().max()
+        linear = linear and bool(moved <= layer.tolerance * before.abs().max())
+    return linear
 
 
 def output_axis(module: nn.Module) -> int | None:
