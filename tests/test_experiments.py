@@ -212,7 +212,7 @@ class _InPlace(nn.Module):
         self.attention, self.mlp = _Attention(), _Mlp()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        found: Tensor = self.mlp(hidden_states)
+        found = cast(Tensor, self.mlp(hidden_states))
         found += self.attention(hidden_states)
         return hidden_states + found
 
@@ -227,8 +227,8 @@ class _Block(nn.Module):
         self.scale = nn.Parameter(torch.ones(8)) if more.get("scale") else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states + self.attention(hidden_states)
-        added = self.after(self.mlp(x))
+        x: Tensor = hidden_states + self.attention(hidden_states)
+        added: Tensor = self.after(self.mlp(x))
         return x + (added if self.scale is None else self.scale * added)
 
 
@@ -371,11 +371,86 @@ def test_a_norm_with_a_gate_before_attention_is_no_ffn() -> None:
             self.norm = _GatedNorm()
 
         def forward(self, hidden_states: Tensor) -> Tensor:
-            x = hidden_states + self.attention(self.norm(hidden_states))
+            x: Tensor = hidden_states + self.attention(self.norm(hidden_states))
+            return x + cast(Tensor, self.mlp(x))
+
+    assert [ffn.module for ffn in find_ffns(_layer(Flat()))] == ["mlp"]
+
+
+class _Streams(nn.Module):
+    """Four residual streams that an FFN reads and writes; one of them perhaps by channels."""
+
+    def __init__(self, by_channels: bool) -> None:
+        super().__init__()
+        self.read, self.mlp, self.gains = nn.Linear(8, 1), _Mlp(), nn.Parameter(torch.ones(8))
+        self.by_channels = by_channels
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shares = self.read(hidden_states).softmax(-2)
+        written: Tensor = shares * self.mlp((shares * hidden_states).sum(-2)).unsqueeze(-2)
+        if self.by_channels:
+            written = torch.cat([written[..., :3, :], written[..., 3:, :] * self.gains], -2)
+        return hidden_states + written
+
+
+def test_every_residual_stream_must_get_a_multiple() -> None:
+    def layer(by_channels: bool) -> Layer:
+        block = _Streams(by_channels).double().requires_grad_(False)
+        _randomize(block)
+        state = torch.randn(2, 5, 4, 8).double()
+        (call,) = record([block], lambda: block(state))[block]
+        return Layer(block, call, 1e-6)
+
+    assert [ffn.module for ffn in find_ffns(layer(False))] == ["mlp"]
+    with pytest.raises(ValueError, match="each channel is multiplied by another number"):
+        find_ffns(layer(True))
+
+
+@pytest.mark.parametrize("ffn_first", [False, True])
+def test_norms_of_the_residual_stream_itself(ffn_first: bool) -> None:
+    class PostNorm(_Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.end = nn.LayerNorm(8), nn.LayerNorm(8)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            parts = (self.mlp, self.attention) if ffn_first else (self.attention, self.mlp)
+            x = self.norm(hidden_states + parts[0](hidden_states))
+            found: Tensor = self.end(x + parts[1](x))
+            return found
+
+    layer = _layer(PostNorm())
+    if ffn_first:
+        with pytest.raises(ValueError, match="mixed with others, on the way"):
+            find_ffns(layer)
+    else:
+        assert [(ffn.module, ffn.norm) for ffn in find_ffns(layer)] == [("mlp", None)]
+
+
+def test_a_layer_without_an_ffn() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.attention = nn.RMSNorm(8), _Attention()
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            found: Tensor = hidden_states + self.attention(self.norm(hidden_states))
+            return found
+
+    assert find_ffns(_layer(Alone())) == []
+
+
+def test_an_ffn_that_runs_twice_is_not_called_none() -> None:
+    class Twice(_Block):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            x = super().forward(hidden_states)
             found: Tensor = x + self.mlp(x)
             return found
 
-    assert [ffn.module for ffn in find_ffns(_layer(Flat()))] == ["mlp"]
+    with pytest.raises(
+        ValueError, match="no FFN is found, and the layer is not linear but for att"
+    ):
+        find_ffns(_layer(Twice()))
 
 
 def test_a_low_rank_map_with_a_norm_is_no_ffn() -> None:

@@ -368,21 +368,44 @@ class Layer:
 
         Norms in it multiply by what they did, and modules in ``silent`` give zeros.
         """
-        (call, state, _), module = self.alone(name), self.modules[name]
+        call, state, _ = self.alone(name)
+        changes = {self.modules[other]: _silent for other in silent}
+        inside = [other for other in self.modules if other.startswith(f"{name}.")]
+        return self._is_affine(self.modules[name], call, state, changes, inside)
+
+    def is_affine_but_for(self, names: Iterable[str]) -> bool:
+        """Whether the layer is a linear map, and perhaps adds a vector, if modules give what they
+        gave, and norms multiply by what they did."""
+        changes = {
+            self.modules[name]: _giving(
+                [call.output for call in self.calls[self.modules[name]]] * 4
+            )
+            for name in names
+        }
+        assert self.call.state is not None
+        return self._is_affine(self.block, self.call, self.call.state, changes, self.modules)
+
+    def _is_affine(
+        self,
+        module: nn.Module,
+        call: Call,
+        state: Tensor,
+        changes: Mapping[nn.Module, Change],
+        inside: Iterable[str],
+    ) -> bool:
         with ExitStack() as stack:
-            for other in self.modules:
-                if other in silent:
-                    hook = _hook(lambda output: _replaced(output, torch.zeros_like))
-                    stack.callback(self.modules[other].register_forward_hook(hook).remove)
-                elif other.startswith(f"{name}.") and self.is_norm(other):
-                    hook = _keeping_factor(self.calls[self.modules[other]][0])
-                    stack.callback(self.modules[other].register_forward_hook(hook).remove)
+            for other, change in changes.items():
+                stack.callback(other.register_forward_hook(_hook(change)).remove)
+            for name in inside:
+                if self.modules[name] not in changes and self.is_norm(name):
+                    hook = _keeping_factor(self.calls[self.modules[name]][0])
+                    stack.callback(self.modules[name].register_forward_hook(hook).remove)
             nothing = call.again(module, torch.zeros_like(state))
             one = call.again(module, state) - nothing
-            other = call.again(module, state.flip(0, -1)) - nothing
+            other_one = call.again(module, state.flip(0, -1)) - nothing
             both = call.again(module, state + state.flip(0, -1)) - nothing
         largest = max(float(both.abs().max()), self.noise(nothing))
-        return bool((both - one - other).abs().max() <= self.tolerance * largest)
+        return bool((both - one - other_one).abs().max() <= self.tolerance * largest)
 
     def is_norm(self, name: str) -> bool:
         """Whether a module without matrices gives the same if what it is given is scaled."""
@@ -512,6 +535,11 @@ def _giving(outputs: list[Any]) -> Change:
     """Give what was given, in the same order."""
     left: Iterator[Any] = iter(outputs)
     return lambda output: next(left, outputs[-1])
+
+
+def _silent(output: Any) -> Any:
+    """Zeros in place of the first tensor."""
+    return _replaced(output, torch.zeros_like)
 
 
 def _replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

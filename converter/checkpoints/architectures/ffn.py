@@ -90,7 +90,20 @@ def find_ffns(layer: Layer) -> list[Ffn]:
             whole = bool(inside) or (bool(found) and _prepares(layer, name))
         if not whole:
             raise problem
+    if not found:
+        _check_that_there_is_none(layer)
     return found
+
+
+def _check_that_there_is_none(layer: Layer) -> None:
+    """Raise ValueError if a layer is not linear but for norms and what mixes positions."""
+    mixers: list[str] = []
+    for name in layer.modules:
+        if not any(name.startswith(f"{outer}.") for outer in mixers) and layer.mixes(name):
+            mixers.append(name)
+    if not layer.is_affine_but_for(mixers):
+        known = " and ".join(mixers) or "norms"
+        raise ValueError(f"no FFN is found, and the layer is not linear but for {known}")
 
 
 def _is_affine_without(layer: Layer, name: str, inside: list[str]) -> bool:
