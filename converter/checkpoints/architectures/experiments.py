@@ -1,17 +1,22 @@
-"""Experiments on one decoder layer: what a module does, found by changing what it is given or gives.
+"""Experiments on a decoder layer: change what modules are given or give, and see what follows.
 
 Nothing here reads a name. A decoder layer is called again and again with what a forward pass called
 it with. Shapes: B texts, T tokens, D hidden size; "a position" is one of the B T of them. Adding a
-vector at the first position shows whether positions are mixed, since all later ones see it.
+vector at one position shows whether positions are mixed, since others see it then.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from converter.checkpoints.architectures.tiny import Tiny, block_lists
 
 Change = Callable[[Any], Any]
 """Makes something else of what a module gives."""
@@ -19,16 +24,23 @@ Change = Callable[[Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: what it was given, and what it gave."""
+    """One call of a module: what it was given, before it ran, and what it gave."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
 
     @property
+    def key(self) -> str | None:
+        """The name under which hidden states are given, if by name: else of the first tensor."""
+        if self.args or "hidden_states" in self.kwargs:
+            return None if self.args else "hidden_states"
+        return next((key for key, value in self.kwargs.items() if isinstance(value, Tensor)), None)
+
+    @property
     def state(self) -> Tensor | None:
-        """The first tensor that it was given, or the one called ``hidden_states``."""
-        found = self.args[0] if self.args else self.kwargs.get("hidden_states")
+        """The hidden states that it was given: the first tensor."""
+        found: Any = self.args[0] if self.args else self.kwargs.get(self.key or "")
         return found if isinstance(found, Tensor) else None
 
     @property
@@ -38,11 +50,11 @@ class Call:
 
     def again(self, module: nn.Module, state: Tensor | None = None) -> Tensor:
         """What the module gives if it is called in the same way, with another state."""
-        args, kwargs = self.args, dict(self.kwargs)
+        args, kwargs = _copied(self.args), _copied(self.kwargs)
         if state is not None and args:
             args = (state, *args[1:])
-        elif state is not None:
-            kwargs["hidden_states"] = state
+        elif state is not None and self.key:
+            kwargs[self.key] = state
         with torch.no_grad():
             found = first_tensor(module(*args, **kwargs))
         assert found is not None
@@ -59,25 +71,95 @@ def first_tensor(output: Any) -> Tensor | None:
 def record(modules: Iterable[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, list[Call]]:
     """The calls of modules while something runs."""
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+    given: dict[nn.Module, list[Any]] = {module: [] for module in calls}
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module].append(Call(_copied(args), _copied(kwargs), _copied(output)))
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given[module].append((_copied(args), _copied(kwargs)))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        args, kwargs = given[module].pop()
+        calls[module].append(Call(args, kwargs, _copied(output)))
 
     with ExitStack() as stack, torch.no_grad():
         for module in calls:
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
         run()
     return calls
 
 
 def _copied(value: Any) -> Any:
-    """Tensors apart from those that code may change in place."""
+    """What code may change in place, apart: tensors, and caches of keys and values."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (tuple, list):
         return type(value)(map(_copied, value))
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+    if type(value) is dict:
+        return {k: _copied(v) for k, v in value.items()}
+    return copy.deepcopy(value) if hasattr(value, "update") else value
+
+
+def decoder_layers(
+    tiny: Tiny, name: str = ""
+) -> tuple[str, list[nn.Module], dict[nn.Module, list[Call]]]:
+    """The decoder layers of a tiny model: the name of their list, themselves, and their calls.
+
+    Those that text does not run through have no calls.
+
+    Args:
+        name: of the list, if it is known.
+
+    Raises:
+        ValueError: there is not just one such list, or layers run several times, or share weights.
+    """
+    lists = {n: blocks for n, blocks in block_lists(tiny.model).items() if name in ("", n)}
+    calls = record([block for blocks in lists.values() for block in blocks], tiny.run)
+    found = {name: blocks for name, blocks in lists.items() if _are_layers(blocks, calls)}
+    exact = {name: blocks for name, blocks in found.items() if len(blocks) == tiny.layers}
+    longest = max(map(len, found.values()), default=0)
+    chosen = exact or {name: blocks for name, blocks in found.items() if len(blocks) == longest}
+    if not chosen:
+        raise ValueError("no list of modules is one of layers that give hidden states")
+    for each, blocks in chosen.items():
+        if any(len(calls[block]) > 1 for block in blocks):
+            raise ValueError(
+                f"the layers in {each} run several times in one pass: no one residual stream runs "
+                "through them in order"
+            )
+    if len(chosen) > 1:
+        raise ValueError(
+            f"text runs through several lists of layers, {' and '.join(chosen)}, as of an encoder "
+            "and a decoder, or of parts of layers: no one of them is the decoder layers"
+        )
+    ((found_name, blocks),) = chosen.items()
+    check_unshared(found_name, list(blocks))
+    return found_name, list(blocks), {block: calls[block] for block in blocks}
+
+
+def _are_layers(blocks: Iterable[nn.Module], calls: Mapping[nn.Module, list[Call]]) -> bool:
+    """Whether text runs through modules that are given hidden states, and give them."""
+    ran = [call for block in blocks for call in calls[block]]
+    return bool(ran) and all(
+        call.state is not None
+        and call.given is not None
+        and call.state.is_floating_point()
+        and call.state.ndim > 2
+        and call.state.shape == call.given.shape
+        for call in ran
+    )
+
+
+def check_unshared(name: str, blocks: list[nn.Module]) -> None:
+    """Raise ValueError if two layers have a weight in common."""
+    owners: dict[nn.Parameter, int] = {}
+    for index, block in enumerate(blocks):
+        for key, parameter in block.named_parameters():
+            first = owners.setdefault(parameter, index)
+            if first != index and parameter.ndim > 1:
+                raise ValueError(
+                    f"layers {first} and {index} of {name} have one {key} in common: what is "
+                    "changed of one changes the other"
+                )
 
 
 class Layer:
@@ -87,6 +169,7 @@ class Layer:
         modules: those in it, by name.
         calls: of each, in one pass.
         width: D.
+        positions: (B, T).
     """
 
     def __init__(self, block: nn.Module, call: Call, tolerance: float) -> None:
@@ -94,9 +177,19 @@ class Layer:
         self.modules = {name: module for name, module in block.named_modules() if name}
         self.calls = record(self.modules.values(), lambda: call.again(block))
         state, given = call.state, call.given
-        assert state is not None and given is not None
+        assert state is not None
+        assert given is not None
         self.width, self.given = state.shape[-1], given
+        self._alone: dict[str, bool] = {}
+        self.positions = self._positions(state)
         self._end = self._norm_at_end()
+
+    def _positions(self, state: Tensor) -> torch.Size:
+        """The first axes of most hidden states; the layer may be given several residual streams."""
+        calls = [call.state for calls in self.calls.values() for call in calls]
+        states = [state, *(s for s in calls if s is not None and s.shape[-1] == self.width)]
+        counts = Counter(s.shape[:2] for s in states if s.ndim == 3)
+        return counts.most_common(1)[0][0] if counts else state.shape[:2]
 
     def only_call(self, name: str) -> Call | None:
         """The call of a module that is called once, and is given and gives tensors."""
@@ -104,15 +197,32 @@ class Layer:
         once = len(calls) == 1 and calls[0].state is not None and calls[0].given is not None
         return calls[0] if once else None
 
+    def alone(self, name: str) -> tuple[Call, Tensor, Tensor]:
+        """The only call of a module, and the tensors that it was given and gave.
+
+        Raises ValueError if it was not called just once, or was given or gives none.
+        """
+        call = self.only_call(name)
+        if call is None or call.state is None or call.given is None:
+            raise ValueError(f"{name} is not called once, with one tensor, and gives one")
+        return call, call.state, call.given
+
     def has_matrices(self, name: str) -> bool:
         """Whether there is a weight of two or more axes in a module."""
         return any(p.ndim > 1 for p in self.modules[name].parameters())
+
+    def states(self, seed: int, count: int) -> list[Tensor]:
+        """Random ones that the layer can be given."""
+        generator, like = torch.Generator().manual_seed(seed), self.call.state
+        assert like is not None
+        return [torch.randn(like.shape, generator=generator).to(like.dtype) for _ in range(count)]
 
     def vectors(self, seed: int) -> Tensor:
         """A random unit vector, (D,)."""
         generator = torch.Generator().manual_seed(seed)
         found = torch.randn(self.width, generator=generator, dtype=torch.float64)
-        return (found / found.norm()).to(self.given.dtype)
+        unit: Tensor = found / found.norm()
+        return unit.to(self.given.dtype)
 
     def shift(self, name: str, vector: Tensor) -> Tensor:
         """How the residual stream moves, (..., D), when a vector is added to what a module gives.
@@ -145,34 +255,174 @@ class Layer:
     def moves(self, name: str) -> bool:
         """Whether what a module gives reaches the residual stream at all, other than by modules
         with matrices."""
-        call = self.only_call(name)
-        given = call.given if call else None
-        if given is None or given.shape[-1] != self.width:
+        if not self.gives_width(name):
             return False
         return bool(self.shift(name, self.vectors(2)).abs().max() > 1e-9)
 
-    def is_position_wise(self, name: str) -> bool:
-        """Whether what a module gives at a position hangs on what it is given there alone."""
+    def gives_width(self, name: str) -> bool:
+        """Whether a module is called once and gives (..., D)."""
         call = self.only_call(name)
-        if call is None or call.state is None or call.given is None:
-            return False
-        state, before = call.state, call.given
-        if not state.shape[-1] == before.shape[-1] == self.width or state.numel() != before.numel():
-            return False
-        shift = torch.zeros_like(state).reshape(-1, self.width)
-        shift[0] = self.vectors(3) * self.width**0.5
-        after = call.again(self.modules[name], state + shift.reshape(state.shape))
-        moved = (after - before).reshape(-1, self.width).abs().amax(-1)
-        return bool(moved[0] > 0) and bool(moved[1:].max() <= self._noise(before))
+        return call is not None and call.given is not None and call.given.shape[-1] == self.width
 
-    def is_affine(self, name: str) -> bool:
-        """Whether a module is a linear map, and perhaps adds a vector."""
-        call = self.only_call(name)
-        assert call is not None and call.state is not None
-        nothing = call.again(self.modules[name], torch.zeros_like(call.state))
-        once = call.again(self.modules[name], call.state) - nothing
-        twice = call.again(self.modules[name], 2 * call.state) - nothing
-        return bool((twice - 2 * once).abs().max() <= self.tolerance * twice.abs().max())
+    def reached_by(self, name: str) -> bool:
+        """Whether what the layer gives hangs in any way on what a module gives."""
+        if not self.gives_width(name):
+            return False
+        vector = self.vectors(2)
+        changes = {self.modules[name]: lambda output: _replaced(output, lambda x: x + vector)}
+        return bool((self._run(changes) - self.given).abs().max() > self.noise(self.given))
+
+    def moves_within(self, name: str, outer: str) -> bool:
+        """Whether what a module gives reaches what one around it gives, other than by modules with
+        matrices."""
+        _, _, given = self.alone(outer)
+        vector = self.vectors(2)
+        changes = self._pinned(name)
+        changes[self.modules[name]] = lambda output: _replaced(output, lambda x: x + vector)
+        after = self._given_by(outer, changes)
+        return bool((after - given).abs().max() > self.noise(given))
+
+    def feeds(self, name: str, other: str) -> bool:
+        """Whether what a module gives reaches another one, not by others with matrices."""
+        calls = self.calls[self.modules[other]]
+        before = calls[-1].state if calls else None
+        if before is None:
+            return False
+        vector, changes = self.vectors(2), self._pinned(name)
+        changes[self.modules[name]] = lambda output: _replaced(output, lambda x: x + vector)
+        return not torch.equal(self._fed(other, changes), before)
+
+    def mixer_around(self, name: str) -> str | None:
+        """The innermost module around one that mixes positions."""
+        outer = name.rpartition(".")[0]
+        while outer:
+            if self.mixes(outer):
+                return outer
+            outer = outer.rpartition(".")[0]
+        return None
+
+    def mixes(self, name: str) -> bool:
+        """Whether a module is given and gives (..., D), and mixes positions."""
+        return self.is_through(name) and not self.is_position_wise(name)
+
+    def is_position_wise(self, name: str) -> bool:
+        """Whether what a module gives at a position hangs on what it is given there alone.
+
+        Attention may look at one position alone, so that another one vanishes. It is tried with
+        small states, for which it looks at all of them, and with small and large shifts.
+        """
+        if name not in self._alone:
+            self._alone[name] = self.is_through(name) and self._found_alone(name)
+        return self._alone[name]
+
+    def is_through(self, name: str) -> bool:
+        """Whether a module is called once, and is given and gives D numbers for each position."""
+        if not self.only_call(name):
+            return False
+        _, state, given = self.alone(name)
+        return state.shape[-1] == given.shape[-1] == self.width and state.numel() == given.numel()
+
+    def _found_alone(self, name: str) -> bool:
+        (call, given, _), module = self.alone(name), self.modules[name]
+        generator = torch.Generator().manual_seed(4)
+        noise = torch.randn(given.shape, generator=generator, dtype=torch.float64)
+        moves = False
+        for state in (given, 0.1 * noise.to(given.dtype)):
+            before = call.again(module, state)
+            for position, size in product((0, -1), (0.1, 1.0, 30.0)):
+                shift = torch.zeros_like(state).reshape(-1, self.width)
+                shift[position] = self.vectors(3) * size * self.width**0.5
+                after = call.again(module, state + shift.reshape(state.shape))
+                moved = (after - before).reshape(-1, self.width).abs().amax(-1)
+                moves = moves or bool(moved[position] > 0)
+                moved[position] = 0
+                if moved.max() > max(self.noise(before), self.noise(after)):
+                    return False
+        return moves and self._is_same_everywhere(name)
+
+    def _is_same_everywhere(self, name: str) -> bool:
+        """Whether a module treats all positions alike: if they are given in another order, what it
+        gives is in that order. Attention to what another layer left, or to an encoder, does not."""
+        call, _, given = self.alone(name)
+        after = self.reordered(call).again(self.modules[name]).reshape(given.shape)
+        moved = (after - self.reorder(given)).abs().max()
+        return bool(moved <= self.tolerance * given.abs().max())
+
+    def reordered(self, call: Call) -> Call:
+        """A call with the positions in another order."""
+
+        def reorder(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.reorder(value)
+            if type(value) in (tuple, list):
+                return type(value)(map(reorder, value))
+            return {k: reorder(v) for k, v in value.items()} if type(value) is dict else value
+
+        return Call(reorder(call.args), reorder(call.kwargs), None)
+
+    def reorder(self, tensor: Tensor) -> Tensor:
+        """A tensor of which the first axis, or the first two, run over positions, in another order
+        of them; or the same tensor."""
+        order = torch.randperm(self.positions.numel(), generator=torch.Generator().manual_seed(6))
+        if tensor.shape[:2] == self.positions:
+            return tensor.flatten(0, 1)[order].reshape(tensor.shape)
+        return tensor[order] if tensor.ndim and len(tensor) == len(order) else tensor
+
+    def is_affine(self, name: str, silent: Iterable[str] = ()) -> bool:
+        """Whether a module is a linear map, and perhaps adds a vector.
+
+        Norms in it multiply by what they did, and modules in ``silent`` give zeros.
+        """
+        call, state, _ = self.alone(name)
+        changes = {self.modules[other]: _silent for other in silent}
+        inside = [other for other in self.modules if other.startswith(f"{name}.")]
+        return self._is_affine(self.modules[name], call, state, changes, inside)
+
+    def is_affine_but_for(self, names: Iterable[str]) -> bool:
+        """Whether the layer is a linear map, and perhaps adds a vector, if modules give what they
+        gave, and norms multiply by what they did."""
+        changes = {
+            self.modules[name]: _giving(
+                [call.output for call in self.calls[self.modules[name]]] * 4
+            )
+            for name in names
+        }
+        assert self.call.state is not None
+        return self._is_affine(self.block, self.call, self.call.state, changes, self.modules)
+
+    def _is_affine(
+        self,
+        module: nn.Module,
+        call: Call,
+        state: Tensor,
+        changes: Mapping[nn.Module, Change],
+        inside: Iterable[str],
+    ) -> bool:
+        with ExitStack() as stack:
+            for other, change in changes.items():
+                stack.callback(other.register_forward_hook(_hook(change)).remove)
+            for name in inside:
+                if self.modules[name] not in changes and self.is_norm(name):
+                    hook = _keeping_factor(self.calls[self.modules[name]][0])
+                    stack.callback(self.modules[name].register_forward_hook(hook).remove)
+            nothing = call.again(module, torch.zeros_like(state))
+            one = call.again(module, state) - nothing
+            other_one = call.again(module, state.flip(0, -1)) - nothing
+            both = call.again(module, state + state.flip(0, -1)) - nothing
+        largest = max(float(both.abs().max()), self.noise(nothing))
+        return bool((both - one - other_one).abs().max() <= self.tolerance * largest)
+
+    def is_norm(self, name: str) -> bool:
+        """Whether a module without matrices gives the same if what it is given is scaled."""
+        call, module = self.only_call(name), self.modules[name]
+        if call is None or self.has_matrices(name) or len(call.args) + len(call.kwargs) != 1:
+            return False
+        state, given = call.state, call.given
+        if state is None or given is None or state.shape != given.shape or not state.any():
+            return False
+        state = state / state.pow(2).mean().sqrt()
+        once, thrice = call.again(module, state), call.again(module, 3 * state)
+        return bool((once - thrice).abs().max() <= 1e-3 * once.abs().max())
 
     def linear_maps(self, inside: str = "") -> list[str]:
         """Modules with one matrix and none in them, that are called once."""
@@ -186,21 +436,63 @@ class Layer:
             and self.only_call(name)
         ]
 
-    def fed(self, name: str, changes: Mapping[str, Change], state: Tensor | None = None) -> Tensor:
+    def fed(self, name: str, given: Mapping[str, Tensor], state: Tensor | None = None) -> Tensor:
         """What a module is given when others give something else, or the layer is given it."""
-        found: list[Tensor] = []
+        return self._fed(name, self._giving(given), state)
 
-        def see(module: nn.Module, args: Any) -> None:
-            found.append(args[0].clone())
+    def _fed(
+        self, name: str, changes: Mapping[nn.Module, Change], state: Tensor | None = None
+    ) -> Tensor:
+        found: list[Tensor | None] = []
 
-        handle = self.modules[name].register_forward_pre_hook(see)
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(_copied(Call(args, kwargs, None).state))
+
+        hook = self.modules[name].register_forward_pre_hook(see, with_kwargs=True)
+        return self._seen(hook, found, changes, state)
+
+    def given_by(
+        self, name: str, given: Mapping[str, Tensor] | None = None, state: Tensor | None = None
+    ) -> Tensor:
+        """What a module gives when others give something else, or the layer is given it."""
+        return self._given_by(name, self._giving(given or {}), state)
+
+    def _given_by(
+        self, name: str, changes: Mapping[nn.Module, Change], state: Tensor | None = None
+    ) -> Tensor:
+        found: list[Tensor | None] = []
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(_copied(first_tensor(output)))  # before the layer changes it
+
+        hook = self.modules[name].register_forward_hook(see)
+        return self._seen(hook, found, changes, state)
+
+    def _seen(
+        self,
+        hook: Any,
+        found: list[Tensor | None],
+        changes: Mapping[nn.Module, Change],
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """What a hook saw last."""
         try:
-            self._run({self.modules[n]: change for n, change in changes.items()}, state)
+            self._run(changes, state)
         finally:
-            handle.remove()
-        return found[-1]
+            hook.remove()
+        seen = found[-1]
+        assert seen is not None
+        return seen
 
-    def _noise(self, values: Tensor) -> float:
+    def _giving(self, given: Mapping[str, Tensor]) -> dict[nn.Module, Change]:
+        """Changes that have modules give tensors, whatever else they give beside them."""
+
+        def change(tensor: Tensor) -> Change:
+            return lambda output: _replaced(output, lambda _: tensor)
+
+        return {self.modules[name]: change(tensor) for name, tensor in given.items()}
+
+    def noise(self, values: Tensor) -> float:
         """The most by which rounding changes values."""
         return 1e3 * torch.finfo(values.dtype).eps * float(values.abs().max())
 
@@ -221,14 +513,12 @@ class Layer:
         }
 
     def _norm_at_end(self) -> nn.Module | None:
-        """The module without matrices that gives what the layer gives, if it has weights."""
+        """The norm that gives what the layer gives."""
         for name, module in self.modules.items():
-            calls = self.calls[module]
-            if calls and not self.has_matrices(name) and any(True for _ in module.parameters()):
-                given = calls[-1].given
-                if given is not None and given.shape == self.given.shape:
-                    if torch.equal(given, self.given):
-                        return module
+            if self.is_norm(name):
+                given = self.calls[module][0].given
+                if given is not None and torch.equal(given, self.given):
+                    return cast(nn.Module, module)
         return None
 
 
@@ -252,11 +542,25 @@ def _giving(outputs: list[Any]) -> Change:
     return lambda output: next(left, outputs[-1])
 
 
+def _silent(output: Any) -> Any:
+    """Zeros in place of the first tensor."""
+    return _replaced(output, torch.zeros_like)
+
+
 def _replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same output with another first tensor."""
     if isinstance(output, (tuple, list)):
         return type(output)((_replaced(output[0], change), *output[1:]))
     return change(output)
+
+
+def _keeping_factor(call: Call) -> Any:
+    """A hook: a module multiplies each number by what it once did."""
+    state, given = call.state, call.given
+    assert state is not None
+    assert given is not None
+    factor = given / torch.where(state == 0, torch.ones_like(state), state)
+    return lambda module, args, output: (args[0] if args else output) * factor
 
 
 def _hook(change: Change) -> Any:

@@ -7,7 +7,8 @@ be added along one axis, times anything along the others, so that all that chang
 output is a multiple of u; projecting all of them projects the output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,44 +70,108 @@ def find_ffns(layer: Layer) -> list[Ffn]:
             as a multiple, or no set of weights makes it.
     """
     found: list[Ffn] = []
-    problems: list[str] = []
+    problems: dict[str, ValueError] = {}
     for name in layer.modules:
-        if any(related(name, ffn.module) for ffn in found) or not layer.has_matrices(name):
-            continue
-        if layer.is_position_wise(name) and not layer.is_affine(name) and _has_part_in(layer, name):
+        if not any(related(name, ffn.module) for ffn in found) and _is_like_ffn(layer, name):
             try:
-                found.append(examine(layer, name))
-            except ValueError as error:  # a module in it may be one
-                problems.append(str(error))
-    if not found and (flat := _second_of_two(layer)):
-        found.append(examine(layer, flat))
-    if problems and not found:
-        raise ValueError(problems[-1])
+                found.append(_examine(layer, name))
+            except ValueError as error:  # modules in it may be FFNs
+                problems[name] = error
+    for name in [] if found else _flat(layer):
+        try:
+            found.append(_examine(layer, name))
+        except ValueError as error:
+            problems[name] = error
+    for name, problem in problems.items():
+        inside = [ffn.module for ffn in found if related(name, ffn.module)]
+        if inside and layer.is_through(name):
+            whole = _is_affine_without(layer, name, inside)
+        else:
+            whole = bool(inside) or (bool(found) and _prepares(layer, name))
+        if not whole:
+            raise problem
+    if not found:
+        _check_that_there_is_none(layer)
     return found
 
 
-def is_ffn(layer: Layer, module: str) -> bool:
-    """Whether a module is an FFN, or the second of two linear maps that are one."""
-    if layer.is_position_wise(module) and not layer.is_affine(module):
-        return True
-    return module in layer.linear_maps() and any(
-        _feeds(layer, one, module) for one in layer.linear_maps()
-    )
+def _check_that_there_is_none(layer: Layer) -> None:
+    """Raise ValueError if a layer is not linear but for norms and what mixes positions."""
+    mixers: list[str] = []
+    for name in layer.modules:
+        if not any(name.startswith(f"{outer}.") for outer in mixers) and layer.mixes(name):
+            mixers.append(name)
+    if not layer.is_affine_but_for(mixers):
+        known = " and ".join(mixers) or "norms"
+        raise ValueError(f"no FFN is found, and the layer is not linear but for {known}")
+
+
+def _is_affine_without(layer: Layer, name: str, inside: list[str]) -> bool:
+    """Whether modules are all of a module that is not linear, whatever experts it chooses."""
+    with _changed(_without_preference(layer)):
+        return layer.is_affine(name, inside)
+
+
+def _prepares(layer: Layer, name: str) -> bool:
+    """Whether what a module gives is only for attention or an FFN to read, as of a gated norm.
+
+    These are not linear, and do not give the residual stream itself.
+    """
+    if layer.moves(name):
+        return False
+    fed: list[str] = []
+    for other in layer.modules:
+        inside = any(other.startswith(f"{outer}.") for outer in fed)
+        if layer.has_matrices(other) and not related(name, other) and not inside:
+            if not layer.feeds(name, other):
+                continue
+            fed.append(other)
+            given = layer.calls[layer.modules[other]][-1].given
+            linear = layer.is_through(other) and layer.is_affine(other)
+            if linear or (given is not None and torch.equal(given, layer.given)):
+                return False
+    return bool(fed)
 
 
 def examine(layer: Layer, module: str) -> Ffn:
     """An FFN by its module.
 
     Raises:
-        ValueError: it does not do what an FFN does; what it does instead.
+        ValueError: it is not one, or not a whole one, or its output does not reach the residual
+            stream; what it does instead.
     """
-    if not layer.only_call(module):
-        raise ValueError(f"{module} is not called once, with one tensor, and gives one")
+    if module not in layer.modules:
+        raise ValueError(f"there is no {module} in the layer")
+    layer.alone(module)
+    if not layer.has_matrices(module):
+        raise ValueError(f"{module} has no matrices")
+    if module in layer.linear_maps():
+        if module not in _flat(layer):
+            raise ValueError(f"{module} is a linear map, and not the second one of an FFN")
+    elif layer.mixes(module):
+        raise ValueError(f"{module} mixes positions, as attention does, and an FFN does not")
+    elif not layer.is_position_wise(module):
+        raise ValueError(f"{module} does not give a hidden state for each one that it is given")
+    elif layer.is_affine(module):
+        raise ValueError(f"{module} is a linear map but for norms: it has no activation function")
+    outer = module.rpartition(".")[0]
+    while outer:
+        if layer.is_position_wise(outer) and not _is_affine_without(layer, outer, [module]):
+            raise ValueError(f"{module} is not all of the FFN {outer}, which is not linear without")
+        outer = outer.rpartition(".")[0]
+    return _examine(layer, module)
+
+
+def _examine(layer: Layer, module: str) -> Ffn:
+    """An FFN by its module, which is like one."""
     site, norm = _site(layer, module)
     writing = _writing(layer, module)
     weights = tuple((name, axis) for name, axis, axes in writing if axes > 1)
     if not weights:
-        raise ValueError(f"no weight of {module} writes what it gives")
+        inner = [name for name in layer.modules if name.startswith(f"{module}.")]
+        norms = [name for name in inner if layer.is_norm(name)]
+        between = f": {norms[-1]}, which is in it, comes after them" if norms else ""
+        raise ValueError(f"no weight of {module} writes what it gives{between}")
     check_projection(layer, module, {name: axis for name, axis, _ in writing})
     # the bias of experts has an axis for them
     ndim = max(dict(layer.modules[module].named_parameters())[name].ndim for name, _ in weights)
@@ -123,54 +188,108 @@ def _is_bias(name: str, stems: set[str]) -> bool:
     return name.endswith("bias") and any(name.startswith(stem) for stem in stems)
 
 
-def _has_part_in(layer: Layer, name: str) -> bool:
-    """Whether what a module gives, or what a norm makes of it, reaches the residual stream."""
-    return layer.moves(name) or bool(_norms_of(layer, name))
+def _is_like_ffn(layer: Layer, name: str) -> bool:
+    """Whether a module treats positions apart, is not linear but for norms, and has a part in what
+    the layer gives, and not only within attention."""
+    if not layer.has_matrices(name) or not layer.is_position_wise(name) or layer.is_affine(name):
+        return False
+    outer = layer.mixer_around(name)
+    return layer.moves_within(name, outer) if outer else layer.reached_by(name)
 
 
-def _norms_of(layer: Layer, module: str) -> list[str]:
-    """Modules without matrices that are given a multiple of what a module gives, and write."""
-    call = layer.only_call(module)
-    given = call.given if call else None
-    if given is None:
-        return []
+def _site(layer: Layer, module: str) -> tuple[str, Norm | None]:
+    """Where what a module gives reaches the residual stream, and the norm on its way.
+
+    Raises ValueError if something else is on its way; what.
+    """
+    if layer.writes(module):
+        return module, None
+    after = _given_multiples(layer, module)
+    for name in after:
+        if layer.writes(name):
+            if is_multiple_everywhere(layer, name):
+                return name, None
+            if norm := norm_of(layer, name):
+                return name, norm
+            raise ValueError(
+                f"between {module} and the residual stream is {name}, which {_what(layer, name)}"
+            )
+    raise ValueError(
+        f"what {module} gives does not reach the residual stream as a multiple of it: "
+        f"{_obstacle(layer, module, after)}"
+    )
+
+
+def _given_multiples(layer: Layer, module: str) -> list[str]:
+    """Modules without matrices that are given a multiple of what a module gives."""
+    _, _, given = layer.alone(module)
     found = []
     for name in layer.modules:
-        if related(name, module) or layer.has_matrices(name):
+        if related(name, module) or layer.has_matrices(name) or not layer.only_call(name):
             continue
-        other = layer.only_call(name)
-        state = other.state if other else None
-        if state is None or state.numel() != given.numel():
+        _, state, _ = layer.alone(name)
+        if state.numel() != given.numel():
             continue
         x, y = given.flatten(), state.flatten()
         rest = y - x * (x @ y) / (x @ x)
-        if rest.abs().max() <= layer.tolerance * y.abs().max() and layer.writes(name):
+        if rest.abs().max() <= layer.tolerance * y.abs().max():
             found.append(name)
     return found
 
 
-def _site(layer: Layer, module: str) -> tuple[str, Norm | None]:
-    """Where what a module gives reaches the residual stream, and the norm on its way."""
-    if layer.writes(module):
-        return module, None
-    for name in _norms_of(layer, module):
-        if norm := norm_of(layer, name):
-            return name, norm
-        raise ValueError(
-            f"between {module} and the residual stream is {name}, which is no norm that divides "
-            "each position by one number and multiplies each channel by a weight"
-        )
-    raise ValueError(
-        f"what {module} gives does not reach the residual stream as a multiple of it: something "
-        "else than a norm comes between"
+def _obstacle(layer: Layer, module: str, after: list[str]) -> str:
+    """What is between what a module gives and the residual stream."""
+    if layer.moves(module):
+        if weight := _scale(layer, module):
+            return f"{weight} multiplies each channel by another number, outside of any module"
+        if norms := [name for name in after if layer.is_norm(name)]:
+            return f"{norms[0]} and something else come between"
+        return "each channel is multiplied by another number, or mixed with others, on the way"
+    for name in layer.modules:
+        if layer.has_matrices(name) and not related(name, module) and layer.feeds(module, name):
+            return f"it goes through {name}, which {_what(layer, name)}"
+    return "something that is no norm, and has no matrices, comes between"
+
+
+def _what(layer: Layer, name: str) -> str:
+    """What a module is that is no norm."""
+    if layer.mixes(name):
+        return "mixes positions"
+    if layer.has_matrices(name):
+        return "has matrices"
+    call, state, given = layer.alone(name)
+    if layer.is_norm(name) and layer.width == state.shape[-1]:
+        moved = call.again(layer.modules[name], state + state.abs().max()) - given
+        if moved.abs().max() <= 1e-3 * given.abs().max():
+            return "subtracts the mean of each position, as LayerNorm does"
+    return (
+        "is no norm that divides each position by one number and multiplies each channel by a "
+        "weight"
     )
+
+
+def _scale(layer: Layer, module: str) -> str | None:
+    """The parameter by which each channel of what a module gives is multiplied on its way."""
+    vector = layer.vectors(2) * layer.width**0.5
+    ratio = layer.shift(module, vector) / vector
+    for name, parameter in layer.block.named_parameters():
+        if parameter.shape == (layer.width,) and is_multiple(ratio, parameter, layer.tolerance):
+            return name
+    return None
+
+
+def is_multiple_everywhere(layer: Layer, name: str) -> bool:
+    """Whether a module gives a multiple of what it is given, another one for each position."""
+    _, state, given = layer.alone(name)
+    x, y = state.reshape(-1, layer.width), given.reshape(-1, layer.width)
+    along = (x * y).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True)
+    return bool((y - along * x).abs().max() <= 1e-4 * y.abs().max())
 
 
 def norm_of(layer: Layer, name: str) -> Norm | None:
     """A module as a norm that multiplies by its weight, or its weight + 1; None if it is none."""
-    call = layer.only_call(name)
-    assert call is not None and call.state is not None and call.given is not None
-    x, y = call.state.reshape(-1, layer.width), call.given.reshape(-1, layer.width)
+    _, state, given = layer.alone(name)
+    x, y = state.reshape(-1, layer.width), given.reshape(-1, layer.width)
     for key, weight in layer.modules[name].named_parameters():
         for offset in (0, 1) if weight.shape == (layer.width,) else ():
             ratio = y / (x * (weight + offset))
@@ -182,11 +301,11 @@ def norm_of(layer: Layer, name: str) -> Norm | None:
 
 def _writing(layer: Layer, module: str) -> list[tuple[str, int, int]]:
     """Parameters of a module that write: name, output axis, and number of axes."""
-    call, within = layer.only_call(module), layer.modules[module]
-    assert call is not None and call.state is not None
+    within, u = layer.modules[module], layer.vectors(7)
     generator = torch.Generator().manual_seed(7)
-    state = torch.randn(call.state.shape, generator=generator).to(call.state.dtype)
-    before, u = call.again(within, state), layer.vectors(7)
+    (state,) = layer.states(7, 1)
+    with _changed(_without_preference(layer)):
+        before = layer.given_by(module, state=state)
     found = []
     for name, parameter in within.named_parameters():
         for axis, size in enumerate(parameter.shape):
@@ -196,8 +315,9 @@ def _writing(layer: Layer, module: str) -> list[tuple[str, int, int]]:
             along[axis] = size
             other = [1 if i == axis else n for i, n in enumerate(parameter.shape)]
             values = torch.randn(other, generator=generator).to(parameter.dtype)
-            with _changed(parameter, parameter + u.reshape(along) * values):
-                moved = call.again(within, state) - before
+            changed = {parameter: parameter + u.reshape(along) * values}
+            with _changed(_without_preference(layer) | changed):
+                moved = layer.given_by(module, state=state) - before
             if is_multiple(moved, u, layer.tolerance):
                 found.append((name, axis, parameter.ndim))
                 break
@@ -205,102 +325,126 @@ def _writing(layer: Layer, module: str) -> list[tuple[str, int, int]]:
 
 
 def check_projection(layer: Layer, module: str, axes: Mapping[str, int]) -> None:
-    """Raise ValueError if projecting parameters does not project what a module gives."""
-    call, within = layer.only_call(module), layer.modules[module]
-    assert call is not None and call.state is not None
-    generator = torch.Generator().manual_seed(9)
-    state = torch.randn(call.state.shape, generator=generator).to(call.state.dtype)
-    u = layer.vectors(9)
-    before = call.again(within, state)
-    wanted = before - (before @ u).unsqueeze(-1) * u
-    parameters = dict(within.named_parameters())
-    old = {name: parameters[name].detach().clone() for name in axes}
+    """Raise ValueError if projecting parameters does not project what a module gives.
+
+    The layer is given several states, and no expert is preferred by a bias, so that all of them
+    run.
+    """
+    u, parameters = layer.vectors(9), dict(layer.modules[module].named_parameters())
+    projected = {}
+    for name, axis in axes.items():
+        weight = parameters[name].movedim(axis, -1)
+        new = weight - (weight @ u).unsqueeze(-1) * u
+        projected[parameters[name]] = new.movedim(-1, axis)
+    with _changed(_without_preference(layer)):
+        for state in layer.states(9, 8):
+            before = layer.given_by(module, state=state)
+            wanted = before - (before @ u).unsqueeze(-1) * u
+            with _changed(projected):
+                found = layer.given_by(module, state=state)
+            if (found - wanted).abs().max() > layer.tolerance * before.abs().max():
+                raise ValueError(
+                    f"projecting {', '.join(axes)} does not project what {module} gives: something "
+                    "else adds to it, as experts do that give what they are given"
+                )
+
+
+def _without_preference(layer: Layer) -> dict[Tensor, Tensor]:
+    """Vectors of the layer, such as biases of a router, that are not of width D: their means."""
+    return {
+        vector: vector.mean().expand_as(vector)
+        for vector in (*layer.block.parameters(), *layer.block.buffers())
+        if vector.ndim == 1 and len(vector) != layer.width and vector.is_floating_point()
+    }
+
+
+@contextmanager
+def _changed(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """While this lasts, parameters have other values."""
+    old = {parameter: parameter.detach().clone() for parameter in values}
     try:
         with torch.no_grad():
-            for name, axis in axes.items():
-                weight = parameters[name].movedim(axis, -1)
-                new = weight - (weight @ u).unsqueeze(-1) * u
-                parameters[name].copy_(new.movedim(-1, axis))
-        found = call.again(within, state)
+            for parameter, value in values.items():
+                parameter.copy_(value)
+        yield
     finally:
         with torch.no_grad():
-            for name, value in old.items():
-                parameters[name].copy_(value)
-    if (found - wanted).abs().max() > layer.tolerance * wanted.abs().max():
-        raise ValueError(
-            f"projecting {', '.join(axes)} does not project what {module} gives: something else "
-            "adds to it"
-        )
+            for parameter, value in old.items():
+                parameter.copy_(value)
 
 
-class _changed:
-    """While this lasts, a parameter has other values."""
+def _flat(layer: Layer) -> list[str]:
+    """Linear maps that give what an FFN does that is no module of its own.
 
-    def __init__(self, parameter: Tensor, values: Tensor) -> None:
-        self.parameter, self.values = parameter, values
-
-    def __enter__(self) -> None:
-        self.old = self.parameter.detach().clone()
-        with torch.no_grad():
-            self.parameter.copy_(self.values)
-
-    def __exit__(self, *reason: object) -> None:
-        with torch.no_grad():
-            self.parameter.copy_(self.old)
-
-
-def _second_of_two(layer: Layer) -> str | None:
-    """A linear map that hangs on another one alone, and on that position by position.
-
-    Of an FFN that is no module of its own.
+    Each hangs on other linear maps alone, on these position by position, and not linearly.
     """
-    maps = layer.linear_maps()
-    found = (second for second in maps if any(_feeds(layer, one, second) for one in maps))
-    return next(found, None)
+    found = []
+    for name in layer.linear_maps():
+        if layer.gives_width(name) and (first := _before(layer, name)):
+            around = layer.mixer_around(name)
+            if _hangs_on(layer, name, first) and not (around and _mixed_after(layer, name, around)):
+                found.append(name)
+    return found
 
 
-def _feeds(layer: Layer, one: str, second: str) -> bool:
-    """Whether two linear maps are an FFN: the first reads the stream, the second hangs on it."""
-    call, other = layer.only_call(second), layer.only_call(one)
-    assert call is not None and call.given is not None and call.state is not None
-    assert other is not None and other.given is not None and other.state is not None
-    same = one != second and other.given.shape == call.state.shape
-    width = call.given.shape[-1] == other.state.shape[-1] == layer.width
-    return same and width and _hangs_on(layer, second, one)
-
-
-def _hangs_on(layer: Layer, second: str, one: str) -> bool:
-    """Whether a module is given a function, position by position, of what one other gives."""
-    call, other, state = layer.only_call(second), layer.only_call(one), layer.call.state
-    assert call is not None and call.state is not None and state is not None
-    assert other is not None and other.given is not None
-    output, given = other.output, other.given
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(state.shape, generator=generator).to(state.dtype)
-    cut = layer.fed(second, {one: lambda _: output}, state + noise)
-    if not torch.equal(cut, call.state):
-        return False
+def _mixed_after(layer: Layer, name: str, outer: str) -> bool:
+    """Whether what a module gives at one position changes what one around it gives at others."""
+    _, _, given = layer.alone(name)
     shifted = given.clone()
-    shifted.reshape(-1, given.shape[-1])[0] += 1
-    moved = (layer.fed(second, {one: lambda _: shifted}) - call.state).reshape(-1, cut.shape[-1])
-    size = moved.abs().amax(-1)
-    return bool(size[0] > 0 and size[1:].max() == 0)
+    shifted.reshape(-1, layer.width)[0] += layer.vectors(5)
+    moved = layer.given_by(outer, {name: shifted}) - layer.alone(outer)[2]
+    return bool(moved.reshape(-1, layer.width)[1:].abs().max() > layer.noise(given))
+
+
+def _before(layer: Layer, name: str) -> list[str]:
+    """Linear maps on which, position by position, hangs what a module is given."""
+    _, state, _ = layer.alone(name)
+    found = []
+    for other in layer.linear_maps():
+        _, _, given = layer.alone(other)
+        rows = given.numel() // given.shape[-1]
+        if other == name or rows != state.numel() // state.shape[-1]:
+            continue
+        shifted = given.clone()
+        shifted.reshape(rows, -1)[0] += 1
+        size = (layer.fed(name, {other: shifted}) - state).reshape(rows, -1).abs().amax(-1)
+        if size[0] > 0 and size[1:].max() == 0:
+            found.append(other)
+    return found
+
+
+def _hangs_on(layer: Layer, name: str, first: list[str]) -> bool:
+    """Whether what a module is given hangs on what others give alone, and not linearly."""
+    _, state, _ = layer.alone(name)
+    outer = layer.call.state
+    assert outer is not None
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(outer.shape, generator=generator).to(outer.dtype)
+    given = {other: layer.alone(other)[2] for other in first}
+    if not torch.equal(layer.fed(name, given, outer + noise), state):
+        return False
+    reordered = layer.fed(name, {other: layer.reorder(x) for other, x in given.items()})
+    if (reordered - layer.reorder(state)).abs().max() > layer.noise(state):
+        return False
+    nothing, once, opposite = (
+        layer.fed(name, {other: factor * x for other, x in given.items()}) for factor in (0, 1, -1)
+    )
+    curved = (once + opposite - 2 * nothing).abs().max()
+    return bool(curved > layer.tolerance * (once - nothing).abs().max())
 
 
 def _gate_and_up(layer: Layer, module: str, down: str) -> tuple[Map | None, Map | None]:
     """The maps before the down-projection: it is linear in what ``up`` gives, not ``gate``."""
     within = f"{module}." if down != "weight" else ""
     name = within + down.removesuffix(".weight") if within else module
-    call = layer.only_call(name) if name in layer.modules else None
-    if call is None or call.state is None:
+    if name not in layer.modules or not layer.only_call(name):
         return None, None
-    before, size = call.state, call.state.shape[-1]
-    inside = layer.linear_maps(module if within else "")
+    _, before, _ = layer.alone(name)
+    size = before.shape[-1]
     found: dict[bool, Map] = {}
-    for other in inside:
-        known = layer.only_call(other)
-        given = known.given if known else None
-        if other == name or given is None or given.shape[-1] not in (size, 2 * size):
+    for other in layer.linear_maps(module if within else ""):
+        _, _, given = layer.alone(other)
+        if other == name or given.shape[-1] not in (size, 2 * size):
             continue
         parts = given.shape[-1] // size
         for part in range(parts):
@@ -315,23 +459,24 @@ def _gate_and_up(layer: Layer, module: str, down: str) -> tuple[Map | None, Map 
 def _is_linear_in(
     layer: Layer, name: str, other: str, before: Tensor, part: tuple[int, int]
 ) -> bool | None:
-    """Whether what a module is given doubles with what another gives; None if it stays."""
-    call = layer.only_call(other)
-    assert call is not None and call.given is not None
-    doubled = call.given.clone()
-    chunk = doubled.chunk(part[1], -1)[part[0]]
-    chunk.mul_(2)
-    after = layer.fed(name, {other: lambda _: doubled})
-    if after.shape != before.shape or torch.equal(after, before):
-        return None
-    moved = (after - 2 * before).abs().max()
-    return bool(moved <= layer.tolerance * before.abs().max())
+    """Whether what a module is given is a multiple of what another gives; None if it stays."""
+    linear = True
+    for factor in (2, -1):  # ReLU doubles, too
+        given = layer.alone(other)[2].clone()
+        given.chunk(part[1], -1)[part[0]].mul_(factor)
+        after = layer.fed(name, {other: given})
+        if after.shape != before.shape or torch.equal(after, before):
+            return None
+        moved = (after - factor * before).abs().max()
+        linear = linear and bool(moved <= layer.tolerance * before.abs().max())
+    return linear
 
 
 def output_axis(module: nn.Module) -> int | None:
     """The axis of a linear map's weight that runs over its outputs; None if it is no such map."""
     weight = module.weight
-    assert isinstance(weight, Tensor) and weight.ndim == 2
+    assert isinstance(weight, Tensor)
+    assert weight.ndim == 2
     generator = torch.Generator().manual_seed(11)
     for axis in (0, 1):
         outputs, inputs = weight.shape[axis], weight.shape[1 - axis]
@@ -342,7 +487,7 @@ def output_axis(module: nn.Module) -> int | None:
         try:
             with torch.no_grad():
                 before = module(x)
-                with _changed(weight, weight + added):
+                with _changed({weight: weight + added}):
                     moved = module(x) - before
         except RuntimeError:
             continue
@@ -366,9 +511,9 @@ def find_o_proj(layer: Layer, ffns: list[Ffn]) -> Map | None:
             outer = layer.only_call(above)
             outer_call = outer or next(iter(layer.calls[layer.modules[above]]), None)
             given = outer_call.given if outer_call else None
-            if given is not None and given.numel() == call.given.numel():
-                if torch.equal(given.flatten(), call.given.flatten()):
-                    found.add(name)
+            same = given is not None and given.numel() == call.given.numel()
+            if given is not None and same and torch.equal(given.flatten(), call.given.flatten()):
+                found.add(name)
             above = above.rpartition(".")[0]
     if len(found) != 1:
         return None

@@ -25,7 +25,13 @@ from converter.checkpoints.architectures.architecture import (
     Role,
     WeightSpec,
 )
-from converter.checkpoints.architectures.experiments import Call, Layer, record
+from converter.checkpoints.architectures.experiments import (
+    Call,
+    Layer,
+    check_unshared,
+    decoder_layers,
+    record,
+)
 from converter.checkpoints.architectures.ffn import (
     Ffn,
     Map,
@@ -36,7 +42,6 @@ from converter.checkpoints.architectures.ffn import (
 )
 from converter.checkpoints.architectures.tiny import (
     Tiny,
-    block_lists,
     make_tiny,
     signature,
 )
@@ -100,6 +105,7 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
     tiny = make_tiny(kind, config, model)
     place, blocks, calls = decoder_layers(tiny, hints.blocks)
     real = model.get_submodule(place)
+    check_unshared(place, list(real))
     layers = [Layer(b, calls[b][0], tiny.tolerance) if calls[b] else None for b in blocks]
     described = _Describe(model, tiny, place)
     kinds: dict[tuple[Any, ...], int] = {}
@@ -114,7 +120,6 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         numbers.append(kinds[key])
     if not any(spec.ffns for spec in specs):
         raise ValueError("no layer has a feed-forward network")
-    _check_not_shared(real, place, described.written)
     final_norm, offset = described.final_norm(blocks[-1], calls)
     embedding = model.get_input_embeddings().weight
     architecture = Architecture(
@@ -138,46 +143,11 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
 _NOTHING = LayerSpec((), {})
 
 
-def decoder_layers(
-    tiny: Tiny, name: str = ""
-) -> tuple[str, list[nn.Module], dict[nn.Module, list[Call]]]:
-    """The decoder layers of a tiny model, by the name of their list, and their calls.
-
-    Raises ValueError if text does not run once through the layers of just one list.
-    """
-    lists = block_lists(tiny.model)
-    if name:
-        lists = {name: tiny.model.get_submodule(name)}
-    calls = record(chain.from_iterable(lists.values()), tiny.run)
-
-    def runs(blocks: nn.ModuleList) -> bool:
-        called = [calls[block] for block in blocks if calls[block]]
-        return bool(called) and all(
-            len(each) == 1 and each[0].state is not None and each[0].given is not None
-            for each in called
-        )
-
-    running = {name: blocks for name, blocks in lists.items() if runs(blocks)}
-    whole = {n: blocks for n, blocks in running.items() if len(blocks) == tiny.layers}
-    if len(whole or running) != 1:
-        found = ", ".join(whole or running) or "none"
-        raise ValueError(
-            f"text does not run through one list of layers, each once; lists that it does: {found}"
-        )
-    place, found_blocks = next(iter((whole or running).items()))
-    return place, list(found_blocks), calls
-
-
 class _Describe:
-    """Makes descriptions of layers.
-
-    Attributes:
-        written: names within a layer of the weights that write into the residual stream.
-    """
+    """Makes descriptions of layers."""
 
     def __init__(self, model: Any, tiny: Tiny, place: str) -> None:
         self.model, self.tiny, self.place = model, tiny, place
-        self.written: set[str] = set()
         self._state = tiny.model.state_dict()
         self._shapes: dict[int, dict[str, Tensor]] = {}
 
@@ -212,7 +182,6 @@ class _Describe:
         weights = []
         for name, axis in ffn.weights:
             inside = _joined(ffn.module, name)
-            self.written.add(inside)
             own = inside.removesuffix(".weight")
             parameter = layer.modules[ffn.module].get_parameter(name)
             mixed = len(ffn.weights) > 1 or parameter.ndim > 2
@@ -413,16 +382,6 @@ def _offset(norm: nn.Module, state: Tensor) -> int:
             given = given - bias
         weight.copy_(old)
     return int(given.abs().max() > 1e-6)
-
-
-def _check_not_shared(blocks: Any, place: str, written: set[str]) -> None:
-    """Raise ValueError if two layers have a weight of their FFNs together."""
-    seen: dict[int, str] = {}
-    for number, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            key = f"{place}.{number}.{name}"
-            if name in written and (other := seen.setdefault(id(parameter), key)) != key:
-                raise ValueError(f"{other} and {key} are one tensor, which two layers share")
 
 
 def _sizes(

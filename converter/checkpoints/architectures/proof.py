@@ -24,7 +24,7 @@ from converter.checkpoints.architectures.architecture import (
     WeightSpec,
 )
 from converter.checkpoints.architectures.experiments import Layer, first_tensor, related
-from converter.checkpoints.architectures.ffn import find_ffns, is_ffn
+from converter.checkpoints.architectures.ffn import examine, find_ffns
 from converter.checkpoints.architectures.inference import Inferred
 from converter.checkpoints.architectures.tiny import Tiny
 
@@ -161,8 +161,10 @@ def _check_layer(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None
                 f"a vector added to what {site} gives in layer {number} does not move the residual "
                 "stream by a multiple of it"
             )
-        if not is_ffn(layer, module):
-            raise ValueError(f"{module} of layer {number} is no feed-forward network")
+        try:
+            examine(layer, module)
+        except ValueError as error:
+            raise ValueError(f"in layer {number}, {error}") from error
     for found in find_ffns(layer):
         if not any(related(found.module, module) for module, _ in ffns):
             raise ValueError(
