@@ -34,6 +34,7 @@ from converter.release.manifest import read_manifest
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import NORM_AFTER, TINY_MODELS, planned, tiny_config, tiny_tokenizer
+from tests.builders.own_code import make_own_code
 
 EVERY = bool(os.environ.get("GLOSS_EVERY_ARCHITECTURE"))
 
@@ -176,7 +177,7 @@ def test_what_is_inferred_is_proved(kind: str) -> None:
 
 WRONG = {
     "attention for the FFN": (
-        "llama", lambda ffn: other_module(ffn, ".mlp", ".self_attn"), "no feed-forward network"),
+        "llama", lambda ffn: other_module(ffn, ".mlp", ".self_attn"), "self_attn mixes positions"),
     "the norm before it": (
         "llama", lambda ffn: other_module(ffn, ".mlp", ".input_layernorm"), "does not move"),
     "a part of it": (
@@ -224,7 +225,7 @@ def test_a_new_model_is_converted_as_any_other(cli: Cli, tmp_path: Path) -> None
     assert "apertus" not in {*TINY_MODELS, *data_files()}
     source, out = save_tiny("apertus", tmp_path / "source"), tmp_path / "out"
     assert "ApertusForCausalLM, 2 layers" in cli("plan", source).stdout
-    cli("convert", source, out, "--no-guard", "-o", "rank=2", "--num-pairs", "32")
+    cli("convert", source, out, "--no-guard", "-o", "rank=2", "--num-pairs", 32, code=0)
     manifest = read_manifest(out)
     assert manifest.architecture.name == "ApertusForCausalLM"
     assert manifest.architecture.described_by == "inference"
@@ -245,6 +246,23 @@ def test_layers_without_an_ffn_are_left_alone_and_said(cli: Cli, tmp_path: Path)
     plan = planned(source)[1]
     assert plan.dimensions.without_ffn
     assert {target.layer for target in plan.targets} == set(plan.dimensions.ffn_layers)
+
+
+def test_code_of_its_own_runs_only_if_it_is_trusted(cli: Cli, tmp_path: Path) -> None:
+    source, out = make_own_code(tmp_path / "source"), tmp_path / "out"
+    with refused(
+        CheckpointError, what="config.json: model_type 'own_lm' is code of its own",
+        hint="read the code; if you trust it, give --trust-remote-code",
+    ):  # fmt: skip
+        planned(source)
+    trusted = "--trust-remote-code"
+    given = (trusted, "--no-guard", "-o", "rank=2", "--num-pairs", 32)
+    cli("convert", source, out, *given, code=0)
+    assert read_manifest(out).architecture.name == "OwnForCausalLM"
+    cli("verify", out, code=8, says="is code of its own")
+    cli("verify", out, trusted, "--source", source, code=0)
+    draft = cli("architectures", "--infer", source, trusted, code=0).stdout
+    assert 'blocks = "model.layers"\nffns = ["mlp"]' in draft
 
 
 OTHERS = {

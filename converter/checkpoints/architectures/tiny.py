@@ -43,6 +43,9 @@ _NO_WIDTH = re.compile(
     r".*(vocab|kernel|patch|image|window|chunk|block|type_|max_|conv_|group_size|ngram|beam|"
     r"num_|codebook|segment|multiple|router_).*"
 )
+_FREE = re.compile(r"intermediate|ffn|expert")
+"""Keys of widths on which no other hangs: kernels for experts want multiples of 8."""
+
 _POSITIONS = re.compile(r"n_positions|n_ctx|max_position_embeddings|max_seq_len|max_target_\w+")
 _EXPERTS = re.compile(
     r"(n_routed|num|num_local|moe_num|n|num_moe)_experts|zero_expert_num|num_experts_\w*_layer"
@@ -446,7 +449,9 @@ class _Divide:
             return value // self.heads if value % self.heads == 0 else 1
         if _WIDTH.fullmatch(key) and not _NO_WIDTH.fullmatch(key):
             divisor = self.per_head * self.heads
-            return max(-(-value // divisor), min(value, _LEAST // 2)) if divisor > 1 else value
+            divided = max(-(-value // divisor), min(value, _LEAST // 2)) if divisor > 1 else value
+            free = divisor > 1 and (_FREE.search(key) or value % divisor)
+            return -(-divided // 8) * 8 if free and value % 8 == 0 else divided
         return self.token(key, value)
 
     def token(self, key: str, value: int) -> int:
