@@ -36,7 +36,7 @@ def architectures_command(asked: _ArchitecturesOptions) -> Answer:
     one checkpoint, whose weights are not read.
     """
     from converter.checkpoints.architectures import library
-    from converter.entrypoints.architectures import TABLE, draft, try_all
+    from converter.entrypoints.architectures import draft, table, try_all
 
     quiet_libraries()
     if asked.infer is not None:
@@ -49,6 +49,4 @@ def architectures_command(asked: _ArchitecturesOptions) -> Answer:
             found=", ".join(unknown),
         )  # fmt: skip
     tried = list(try_all(only))
-    return Answer(
-        [each.record() for each in tried], "\n".join([TABLE, *(each.row for each in tried)])
-    )
+    return Answer([each.record() for each in tried], table(tried))

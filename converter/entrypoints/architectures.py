@@ -1,7 +1,7 @@
 """Which models of this transformers can be edited, tried one by one; a draft of a data file."""
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.architectures.find import allow_own_code, find_architecture
+from converter.checkpoints.architectures.inference import NO_FFN
 from converter.checkpoints.layout import MAX_CONFIG, check_config, read_json
 from converter.errors import CheckpointError
 from converter.hub import repos as hub
@@ -37,12 +38,14 @@ class Tried:
     @property
     def row(self) -> str:
         """The row of a Markdown table."""
+        start = f"| `{self.model_type}` | {self.title} |"
         if self.architecture is None:
-            return f"| `{self.model_type}` | {self.title} | no: {self.reason} |"
+            result = "no FFN" if self.reason == NO_FFN else "refused"
+            return f"{start} {result} | {self.reason if result == 'refused' else ''} |"
         without, count = self.architecture.sizes.without_ffn, len(self.architecture.layers)
-        some = f" ({count - len(without)} of {count} layers)" if without else ""
+        some = f", {count - len(without)} of {count} layers" if without else ""
         weights = "<br>".join(f"`{name}`" for name in self.architecture.down_projections())
-        return f"| `{self.model_type}` | {self.title} | {weights}{some} |"
+        return f"{start} proved{some} | {weights} |"
 
     def record(self) -> dict[str, Any]:
         """The same for programs."""
@@ -58,8 +61,19 @@ class Tried:
         }
 
 
-TABLE = "| `model_type` | class | down-projections |\n|---|---|---|"
-"""The head of the table."""
+_HEAD = "| `model_type` | class | result | down-projections, or why not |\n|---|---|---|---|"
+
+
+def table(tried: Sequence[Tried]) -> str:
+    """A Markdown table of classes, and how many of them are proved."""
+    counts = []
+    for auto_class in library.AUTO_CLASSES:
+        named = set(library.model_types(auto_class).items())
+        those = [each for each in tried if (each.model_type, each.title) in named]
+        proved = sum(each.architecture is not None for each in those)
+        counts.append(f"{proved} of {len(those)} that {auto_class} loads")
+    rows = "\n".join([_HEAD, *(each.row for each in tried)])
+    return f"{rows}\n\nProved with transformers {library.version()}: {', '.join(counts)}."
 
 
 def examples() -> Mapping[str, Mapping[str, Any]]:

@@ -192,7 +192,7 @@ class Architecture:
         found: list[Role] = ["down_proj"]
         for role in ("gate_proj", "up_proj", "o_proj"):
             if any(role in kind.roles for kind in self.kinds):
-                found.append(role)  # noqa: PERF401 - typed
+                found.append(role)
         return (*found, "lm_head") if self.head else tuple(found)
 
     def specs(self, role: Role, layer: int) -> Iterator[tuple[WeightSpec, int | None]]:

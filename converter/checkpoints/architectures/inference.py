@@ -119,7 +119,7 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
             specs.append(described.layer(number, layer, hints.ffns) if layer else _NOTHING)
         numbers.append(kinds[key])
     if not any(spec.ffns for spec in specs):
-        raise ValueError("no layer has a feed-forward network")
+        raise ValueError(NO_FFN)
     final_norm, offset = described.final_norm(blocks[-1], calls)
     embedding = model.get_input_embeddings().weight
     architecture = Architecture(
@@ -139,6 +139,9 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
     )
     return Inferred(architecture, model, tiny, layers)
 
+
+NO_FFN = "no layer has a feed-forward network"
+"""Why a model of state spaces alone cannot be edited."""
 
 _NOTHING = LayerSpec((), {})
 
@@ -192,6 +195,13 @@ class _Describe:
                 self._spec(number, inside, axis, f"{block}.{module}", mixed=mixed,
                            bias=_joined(ffn.module, bias) if bias else "")
             )  # fmt: skip
+        stems = [name.removesuffix("weight") for name, _ in ffn.weights]
+        for bias in ffn.biases:
+            if not any(bias.startswith(stem) for stem in stems):
+                raise ValueError(
+                    f"in layer {number}, {_joined(ffn.module, bias)} is added to what the "
+                    "down-projections give, and is the bias of none of them"
+                )
         norm = self.name_of(self._within(number, ffn.norm.weight), number) if ffn.norm else ""
         offset = ffn.norm.offset if ffn.norm else 0
         return FfnSpec(f"{block}.{ffn.module}", f"{block}.{ffn.site}", norm, offset, tuple(weights))
