@@ -252,6 +252,7 @@ def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
     for name, (shard, _) in names.tensors.items():
         layer = architecture.find_layer(names.of_file(name))
         unused = layer is not None and end <= layer < end + sizes.unused_layers
+        unused = unused or layer in sizes.idle_layers
         if layer is not None and name not in found and not unused:
             experts = f" and {sizes.num_experts} experts" if sizes.num_experts else ""
             raise CheckpointError(

@@ -111,7 +111,7 @@ def try_one(model_type: str, auto_class: str, title: str) -> Tried:
 
 
 def draft(source: str, subfolder: str = "", *, trust_remote_code: bool = False) -> str:
-    """A data file for the model of a source, as TOML: what was inferred, or what is to be filled in.
+    """A data file for the model of a source: what was inferred, or what is to be filled in.
 
     Raises:
         SourceError, CheckpointError: the source has no config that can be read.

@@ -206,7 +206,8 @@ def _tell_of_layers(plan: Plan) -> None:
     sizes = plan.dimensions
     if left := sizes.without_ffn:
         named = few([str(layer) for layer in left])
-        progress.note(f"  layers without a feed-forward network, left alone: {named}")
+        idle = ", or which text alone does not run through" if sizes.idle_layers else ""
+        progress.note(f"  layers without a feed-forward network{idle}, left alone: {named}")
     if sizes.unused_layers:
         progress.note(
             f"  layers after the last, for predicting several tokens at once: up to "

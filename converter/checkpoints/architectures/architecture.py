@@ -27,6 +27,7 @@ class Dimensions:
         num_experts: of a mixture, without those that every token goes through.
         sparse_layers: those with experts.
         ffn_layers: those with an FFN; others are left alone.
+        idle_layers: those that text alone does not run through; left alone, too.
         unused_layers: layers that a checkpoint may have after the last, for speculative decoding;
             the model does not run through them, and they are left alone.
     """
@@ -39,6 +40,7 @@ class Dimensions:
     num_experts: int = 0
     sparse_layers: tuple[int, ...] = ()
     ffn_layers: tuple[int, ...] = ()
+    idle_layers: tuple[int, ...] = ()
     unused_layers: int = 0
 
     @property
@@ -99,10 +101,16 @@ class FfnSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """How layers of one kind are built; ``roles`` are those but ``down_proj`` and ``lm_head``."""
+    """How layers of one kind are built.
+
+    Attributes:
+        roles: those but ``down_proj`` and ``lm_head``.
+        runs: whether text alone runs through them; else nothing is known of them.
+    """
 
     ffns: tuple[FfnSpec, ...]
     roles: Mapping[Role, WeightSpec]
+    runs: bool = True
 
 
 @dataclass(frozen=True, slots=True)

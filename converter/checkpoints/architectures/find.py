@@ -18,8 +18,9 @@ from typing import Any
 
 from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import Architecture
-from converter.checkpoints.architectures.inference import Hints, infer, spelling
+from converter.checkpoints.architectures.inference import Hints, infer
 from converter.checkpoints.architectures.proof import prove
+from converter.checkpoints.architectures.stored import spelling
 from converter.errors import CheckpointError
 from converter.text import describe_value
 
@@ -76,7 +77,7 @@ def find_spelling(
 ) -> dict[str, str]:
     """How a checkpoint's names begin where they begin otherwise than transformers writes them.
 
-    See ``inference.spelling``.
+    See ``stored.spelling``.
     """
     read, trusted = _read(config, folder if _trusted.get() else None)
     kind, _ = _class_of(config, read, trusted)

@@ -1,13 +1,11 @@
 """Describe a model by its config alone, without a list of the models that there are.
 
 The class of transformers is built on the meta device, for the real sizes, and as a tiny model with
-random weights, on which ``ffn`` finds what each kind of layer has. What weights are called in a
-checkpoint, and along which axis they are stored there, is seen by having transformers write them:
-all zeros but for one weight, whose values are the number of the output that they belong to.
+random weights, on which ``ffn`` finds what each kind of layer has, and ``stored`` how transformers
+stores it.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -40,6 +38,7 @@ from converter.checkpoints.architectures.ffn import (
     find_o_proj,
     output_axis,
 )
+from converter.checkpoints.architectures.stored import Storage
 from converter.checkpoints.architectures.tiny import (
     Tiny,
     make_tiny,
@@ -75,21 +74,6 @@ class Inferred:
     layers: list[Layer | None]
 
 
-@dataclass(slots=True)
-class _Stored:
-    """A weight as a tiny model's checkpoint has it.
-
-    Attributes:
-        names: of the tensors, in order; several if each expert has its own.
-        axis: over the outputs.
-        part: see ``WeightSpec``.
-    """
-
-    names: list[str]
-    axis: int
-    part: tuple[int, int]
-
-
 def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> Inferred:
     """Describe a model.
 
@@ -115,8 +99,10 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         key = signature(block)
         if key not in kinds:
             kinds[key] = len(specs)
-            layer = layers[number] if number < len(layers) else None
-            specs.append(described.layer(number, layer, hints.ffns) if layer else _NOTHING)
+            if number >= len(layers):
+                raise ValueError(f"no tiny model has a layer that is built like layer {number}")
+            layer = layers[number]
+            specs.append(described.layer(number, layer, hints.ffns) if layer else IDLE)
         numbers.append(kinds[key])
     if not any(spec.ffns for spec in specs):
         raise ValueError(NO_FFN)
@@ -130,8 +116,10 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         kinds=tuple(specs),
         layers=tuple(numbers),
         head=described.head(),
-        embedding=described.name_of(_key(model, embedding)),
-        unembedding=described.name_of(f"{_name(model, model.get_output_embeddings())}.weight"),
+        embedding=described.storage.name_of(_key(model, embedding)),
+        unembedding=described.storage.name_of(
+            f"{_name(model, model.get_output_embeddings())}.weight"
+        ),
         final_norm=final_norm,
         norm_offset=offset,
         block=f"{place}.{{layer}}",
@@ -143,7 +131,8 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
 NO_FFN = "no layer has a feed-forward network"
 """Why a model of state spaces alone cannot be edited."""
 
-_NOTHING = LayerSpec((), {})
+IDLE = LayerSpec((), {}, runs=False)
+"""A layer that text alone does not run through."""
 
 
 class _Describe:
@@ -151,8 +140,7 @@ class _Describe:
 
     def __init__(self, model: Any, tiny: Tiny, place: str) -> None:
         self.model, self.tiny, self.place = model, tiny, place
-        self._state = tiny.model.state_dict()
-        self._shapes: dict[int, dict[str, Tensor]] = {}
+        self.storage = Storage(model, tiny, place)
 
     def layer(self, number: int, layer: Layer, hinted: Sequence[str]) -> LayerSpec:
         """A layer of the tiny model, as the description of its kind."""
@@ -175,8 +163,8 @@ class _Describe:
             "up_proj": one.up if one else None,
             "o_proj": find_o_proj(layer, found),
         }
-        for role, map in maps.items():
-            if map is not None and (spec := self._map(number, map)):
+        for role, found_map in maps.items():
+            if found_map is not None and (spec := self._map(number, found_map)):
                 roles[role] = spec
         return LayerSpec(tuple(self._ffn(number, layer, ffn) for ffn in found), roles)
 
@@ -192,7 +180,7 @@ class _Describe:
             bias = next((b for b in ffn.biases if b.startswith(stem)), "")
             module = ffn.module if mixed or own not in layer.modules else own
             weights.append(
-                self._spec(number, inside, axis, f"{block}.{module}", mixed=mixed,
+                self.storage.of_layer(number, inside, axis, f"{block}.{module}", mixed=mixed,
                            bias=_joined(ffn.module, bias) if bias else "")
             )  # fmt: skip
         stems = [name.removesuffix("weight") for name, _ in ffn.weights]
@@ -202,44 +190,21 @@ class _Describe:
                     f"in layer {number}, {_joined(ffn.module, bias)} is added to what the "
                     "down-projections give, and is the bias of none of them"
                 )
-        norm = self.name_of(self._within(number, ffn.norm.weight), number) if ffn.norm else ""
+        norm = (
+            self.storage.name_of(self.storage.within(number, ffn.norm.weight), number)
+            if ffn.norm
+            else ""
+        )
         offset = ffn.norm.offset if ffn.norm else 0
         return FfnSpec(f"{block}.{ffn.module}", f"{block}.{ffn.site}", norm, offset, tuple(weights))
 
-    def _map(self, number: int, map: Map) -> WeightSpec | None:
+    def _map(self, number: int, of: Map) -> WeightSpec | None:
         try:
-            return self._spec(
-                number, map.weight, map.axis, f"{self.place}.{{layer}}.{map.module}", part=map.part
+            return self.storage.of_layer(
+                number, of.weight, of.axis, f"{self.place}.{{layer}}.{of.module}", part=of.part
             )
         except ValueError:  # another map's rows are between its own, or it is cut into pieces
             return None
-
-    def _spec(
-        self,
-        number: int,
-        inside: str,
-        axis: int,
-        module: str,
-        *,
-        mixed: bool = False,
-        part: tuple[int, int] = (0, 1),
-        bias: str = "",
-    ) -> WeightSpec:
-        """A weight by its name within a layer and its output axis in the model."""
-        stored = self._stored(self._within(number, inside), axis, part)
-        template, experts = _template(stored.names, number)
-        shape, count = self._shape(number, template)
-        own_bias = bias or f"{inside.removesuffix('weight')}bias"
-        key = self._within(number, own_bias)
-        if inside.endswith("weight") and not bias and key not in self._state:
-            named = f"{template.removesuffix('.weight')}.bias"
-        elif key in self._state:
-            named, _ = _template(self._stored(key, -1, part).names, number)
-        else:
-            named = f"{template.removesuffix('.weight')}.bias"
-        return WeightSpec(
-            template, named, shape, stored.axis, module, mixed, stored.part, count if experts else 0
-        )
 
     def head(self) -> WeightSpec | None:
         """The unembedding; None if it is the embedding."""
@@ -253,12 +218,7 @@ class _Describe:
         axis = output_axis(self.tiny.model.get_submodule(name))
         if axis is None:
             raise ValueError(f"{name} is no linear map that makes logits")
-        stored = self._stored(f"{name}.weight", axis)
-        shape = tuple(
-            library.on_disk(model, {f"{name}.weight": module.weight})[stored.names[0]].shape
-        )
-        disk = stored.names[0]
-        return WeightSpec(disk, f"{disk.removesuffix('.weight')}.bias", shape, stored.axis, name)
+        return self.storage.of_model(name, axis)
 
     def final_norm(self, last: nn.Module, calls: Mapping[nn.Module, list[Call]]) -> tuple[str, int]:
         """Disk name of the weight of the norm that is given what the last layer gives, and what
@@ -276,97 +236,8 @@ class _Describe:
             if state is None or given is None or weight is None:
                 continue
             if state.numel() == given.numel() and torch.equal(state.flatten(), given.flatten()):
-                return self.name_of(f"{name}.weight"), _offset(module, state)
+                return self.storage.name_of(f"{name}.weight"), _offset(module, state)
         return "", 0
-
-    def name_of(self, key: str, number: int | None = None) -> str:
-        """The disk name of a weight of the model; as a template if it is in a layer."""
-        state = {key: self._state[key]}
-        name = next(iter(library.on_disk(self.tiny.model, state)))
-        return name if number is None else _template([name], number)[0]
-
-    def _within(self, number: int, name: str) -> str:
-        return f"{self.place}.{number}.{name}"
-
-    def _stored(self, key: str, axis: int, part: tuple[int, int] = (0, 1)) -> _Stored:
-        """How a weight of the tiny model is stored.
-
-        Raises ValueError if a tensor does not hold a contiguous run of outputs of it.
-        """
-        weight = self._state[key]
-        prefix = key.rpartition(".")[0]
-        if key.startswith(f"{self.place}."):
-            prefix = ".".join(key.split(".")[: self.place.count(".") + 2])
-        near = {
-            k: torch.zeros(t.shape) for k, t in self._state.items() if k.startswith(f"{prefix}.")
-        }
-        size = weight.shape[axis]
-        along = [1] * weight.ndim
-        along[axis] = size
-        own = size // part[1]
-        numbers = torch.arange(1.0, size + 1)
-        inside = (numbers > own * part[0]) & (numbers <= own * (part[0] + 1))
-        numbers = torch.where(inside, numbers - own * part[0], 0)
-        near[key] = numbers.reshape(along).expand(weight.shape).clone()
-        found: dict[str, tuple[int, tuple[int, int]]] = {}
-        for name, tensor in library.on_disk(self.tiny.model, near).items():
-            if tensor.any():
-                found[name] = _numbered(name, tensor, own)
-        if not found or len(set(found.values())) != 1:
-            raise ValueError(f"{key} is stored in a way that is not known")
-        return _Stored(sorted(found, key=_by_number), *next(iter(found.values())))
-
-    def _shape(self, number: int, template: str) -> tuple[tuple[int, ...], int]:
-        """The shape of a tensor of the real model in a layer, and how many experts have one."""
-        if number not in self._shapes:
-            start = f"{self.place}.{number}."
-            state = {k: t for k, t in self.model.state_dict().items() if k.startswith(start)}
-            self._shapes[number] = library.on_disk(self.model, state)
-        pattern = re.compile(
-            re.escape(template.replace("{layer}", str(number))).replace(r"\{expert\}", r"\d+")
-        )
-        shapes = [tuple(t.shape) for n, t in self._shapes[number].items() if pattern.fullmatch(n)]
-        if len(set(shapes)) != 1:
-            raise ValueError(f"the model has no tensor {template.format(layer=number, expert='*')}")
-        return shapes[0], len(shapes)
-
-
-def _numbered(name: str, tensor: Tensor, outputs: int) -> tuple[int, tuple[int, int]]:
-    """The axis of a tensor that runs over numbered outputs, and which part of it they are."""
-    for axis, size in enumerate(tensor.shape):
-        rows = tensor.movedim(axis, 0).reshape(size, -1)
-        first = rows[:, 0]
-        if size % outputs or not torch.equal(rows, first[:, None].expand_as(rows)):
-            continue
-        numbers = torch.arange(1.0, outputs + 1)
-        for place, chunk in enumerate(torch.split(first, outputs)):
-            if torch.equal(chunk, numbers) and first.count_nonzero() == outputs:
-                return axis, (place, size // outputs)
-    raise ValueError(f"{name} does not hold the outputs in order")
-
-
-def _template(names: Sequence[str], number: int) -> tuple[str, bool]:
-    """Disk names of one weight in a layer with ``{layer}``, and with ``{expert}`` if several."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        places = [i for i, part in enumerate(parts) if part.isdigit()]
-        if not places or int(parts[places[0]]) != number:
-            raise ValueError(f"the name {name} does not begin with the number of its layer")
-        parts[places[0]] = "{layer}"
-        if len(names) > 1:
-            differing = [i for i in places[1:] if len({n.split(".")[i] for n in names}) > 1]
-            if len(differing) != 1:
-                raise ValueError(f"the names {', '.join(names[:2])} differ in more than a number")
-            parts[differing[0]] = "{expert}"
-        found.add(".".join(parts))
-    if len(found) != 1:
-        raise ValueError(f"the names {', '.join(names[:2])} differ in more than a number")
-    return found.pop(), len(names) > 1
-
-
-def _by_number(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
 def _joined(module: str, name: str) -> str:
@@ -374,7 +245,8 @@ def _joined(module: str, name: str) -> str:
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+    names = (name for name, other in model.named_modules() if other is module)
+    return next(names)
 
 
 def _key(model: nn.Module, weight: Tensor) -> str:
@@ -421,6 +293,7 @@ def _sizes(
         num_experts=max(experts, default=0),
         sparse_layers=tuple(n for n, kind in enumerate(numbers) if mixtures[kind]),
         ffn_layers=tuple(n for n, kind in enumerate(numbers) if specs[kind].ffns),
+        idle_layers=tuple(n for n, kind in enumerate(numbers) if not specs[kind].runs),
         unused_layers=max((n for n in said if type(n) is int), default=0),
     )
 
@@ -453,47 +326,3 @@ def _bias_routes(
     order = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj"))}
     zeros.sort(key=lambda name: (order.get(name, len(order)), name))
     return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros))}
-
-
-def spelling(model: Any, architecture: Architecture, names: Sequence[str]) -> dict[str, str]:
-    """Beginnings of disk names as ``save_pretrained`` writes them -> as a checkpoint has them.
-
-    For checkpoints with names that transformers reads, and does not write.
-
-    Args:
-        model: of the real sizes, on the meta device.
-        names: of all tensors of the checkpoint.
-    """
-    renaming = library.Renaming(model)
-    there: dict[str, str] = {}
-    for name in names:
-        if (key := renaming.weight_of(name)) is not None:
-            there.setdefault(key, name)
-    found: dict[str, str] = {}
-    for ours in _anchors(architecture):
-        key = renaming.weight_of(ours)
-        theirs = there.get(key) if key else None
-        if theirs and theirs != ours:
-            one, other = ours.split("."), theirs.split(".")
-            while one and other and one[-1] == other[-1]:
-                one.pop()
-                other.pop()
-            found[_joined_all(one)] = _joined_all(other)
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
-
-
-def _joined_all(parts: Sequence[str]) -> str:
-    return "".join(f"{part}." for part in parts)
-
-
-def _anchors(architecture: Architecture) -> Iterator[str]:
-    """A disk name of each kind: those that may begin differently."""
-    layer = architecture.sizes.ffn_layers[0]
-    for spec, expert in architecture.specs("down_proj", layer):
-        yield spec.weight.format(layer=layer, expert=expert)
-        break
-    yield architecture.embedding
-    if architecture.head:
-        yield architecture.head.weight
-    if architecture.final_norm:
-        yield architecture.final_norm
