@@ -4,26 +4,31 @@
 is a sample, of which each stands for a way of being built.
 """
 
+import json
 import os
+import tomllib
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import FfnSpec, LayerSpec
 from converter.checkpoints.architectures.find import data_files, find_architecture
-from converter.checkpoints.architectures.inference import Inferred, infer
+from converter.checkpoints.architectures.inference import Hints, Inferred, infer
+from converter.checkpoints.architectures.library import MetaTensor
 from converter.checkpoints.architectures.proof import prove
 from converter.checkpoints.architectures.tiny import make_tiny
 from converter.checkpoints.names import EDIT_FILE
 from converter.edits.edit_file import load_bases
-from converter.entrypoints.architectures import examples
+from converter.entrypoints.architectures import examples, try_all, try_one
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError
@@ -38,6 +43,10 @@ from tests.builders.own_code import make_own_code
 
 EVERY = bool(os.environ.get("GLOSS_EVERY_ARCHITECTURE"))
 
+CAUSAL = "AutoModelForCausalLM"
+MOST = 30_000_000
+"""Parameters of towers that are written to a file."""
+
 SAMPLE = ["apertus", "bloom", "deepseek_v4", "falcon_h1", "glm4_moe", "granitemoehybrid", "lfm2",
           "llama4_text", "nemotron_h", "openai-gpt", "qwen3_next", "xglm"]  # fmt: skip
 """Dense, in one module or none; experts, in one tensor or each in its own, with a shared one; norms
@@ -49,19 +58,40 @@ def config_of(model_type: str) -> dict[str, Any]:
     return {"model_type": model_type, **examples().get(model_type, {})}
 
 
-def proved_types() -> list[str]:
-    """All types of causal language models that are proved, or the sample."""
-    return sorted(library.model_types("AutoModelForCausalLM")) if EVERY else SAMPLE
+def cases() -> list[tuple[str, str]]:
+    """Model types and auto classes: all of them, or the sample."""
+    if not EVERY:
+        return [(model_type, CAUSAL) for model_type in SAMPLE]
+    found = {
+        (model_type, title): auto_class
+        for auto_class in reversed(library.AUTO_CLASSES)
+        for model_type, title in library.model_types(auto_class).items()
+    }
+    return sorted((model_type, auto) for (model_type, _), auto in found.items())
 
 
-def save_tiny(model_type: str, folder: Path) -> Path:
-    """A tiny checkpoint of a type, as ``save_pretrained`` writes it."""
+def save_tiny(model_type: str, folder: Path, auto_class: str = CAUSAL) -> Path:
+    """A tiny checkpoint of a type, as ``save_pretrained`` writes it.
+
+    Of a wrapper, whose towers are not shrunk, by the same names, and zeros for the towers.
+    """
     config = library.read_config(config_of(model_type), None, False)
-    kind = library.class_of(config, "AutoModelForCausalLM")
+    kind: Any = library.class_of(config, auto_class)
     tiny = make_tiny(kind, config, library.on_meta(kind, config))
-    model = tiny.model.float()
-    model.save_pretrained(folder, max_shard_size="200KB")
     tiny_tokenizer().save_pretrained(folder)
+    towers = [each for each in tiny.tensors.values() if isinstance(each, MetaTensor)]
+    if not towers:
+        model = tiny.model.float()
+        model.save_pretrained(folder, max_shard_size="200KB")
+        return folder
+    if sum(map(prod, (each.shape for each in towers))) > MOST:
+        pytest.skip(f"the towers of {model_type} have more than {MOST:,} parameters")
+    tensors = {
+        name: torch.zeros(each.shape) if isinstance(each, MetaTensor) else each.float()
+        for name, each in tiny.tensors.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    tiny.model.config.save_pretrained(folder)
     return folder
 
 
@@ -81,17 +111,18 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("model_type", proved_types())
+@pytest.mark.parametrize(("model_type", "auto_class"), cases())
 def test_a_converted_checkpoint_computes_what_projected_ffns_give(
-    model_type: str, tmp_path: Path, shared_cache: Path
+    model_type: str, auto_class: str, tmp_path: Path, shared_cache: Path
 ) -> None:
     """Through files as transformers writes them; and streamed as in memory, bit for bit."""
     if EVERY:
-        try:
-            find_architecture(config_of(model_type))
-        except CheckpointError as error:
-            pytest.skip(str(error))
-    source, out = save_tiny(model_type, tmp_path / "source"), tmp_path / "out"
+        title = library.model_types(auto_class)[model_type]
+        if reason := try_one(model_type, auto_class, title).reason:
+            pytest.skip(reason)
+    source, out = save_tiny(model_type, tmp_path / "source", auto_class), tmp_path / "out"
+    if (saved := json.loads((source / "config.json").read_text())["model_type"]) != model_type:
+        pytest.skip(f"a checkpoint of this class says that it is of type {saved}")
     plan, model = loaded(source)
     layers = ",".join(map(str, plan.dimensions.ffn_layers))
     options = {"rank": "2", "layers": layers, "protect_shared": "0"}
@@ -218,6 +249,43 @@ def test_the_proof_catches_a_layer_whose_ffn_is_not_described() -> None:
     without = replace(found.architecture, kinds=kinds, layers=(0, *[1] * 5))
     with pytest.raises(ValueError, match="layer 0 has a feed-forward network mlp that is not"):
         prove(replace(found, architecture=without))
+
+
+def test_a_data_file_says_what_inference_finds_or_is_refused() -> None:
+    config = library.read_config(tiny_config("llama").to_dict(), None, False)
+    kind = library.class_of(config, "AutoModelForCausalLM")
+    said = infer(kind, config, "AutoModelForCausalLM", Hints("model.layers", ("mlp",)))
+    assert said.architecture == inferred("llama").architecture
+    assert prove(said, "llama.toml").described_by == "llama.toml"
+    for hints, problem in (
+        (Hints(ffns=("self_attn",)), "in layer 0, self_attn mixes positions"),
+        (Hints(ffns=("mlp.up_proj",)), "in layer 0, mlp.up_proj is a linear map"),
+        (Hints(ffns=("nonesuch",)), "no layer has a feed-forward network"),
+        (Hints(blocks="model.nonesuch"), "no list of modules is one of layers"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            infer(kind, config, "AutoModelForCausalLM", hints)
+
+
+def test_a_draft_is_what_was_inferred_or_why_not(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("gemma2")))
+    draft = cli("architectures", "--infer", tmp_path, code=0).stdout
+    assert tomllib.loads(draft) == {
+        "model_type": "gemma2", "blocks": "model.layers", "ffns": ["mlp"],
+    }  # fmt: skip
+    assert "behind the norm model.layers.{layer}.post_feedforward_layernorm.weight + 1" in draft
+    (tmp_path / "config.json").write_text(json.dumps(config_of("rwkv")))
+    draft = cli("architectures", "--infer", tmp_path, code=0).stdout
+    assert "# the architecture of RwkvForCausalLM is not known: " in draft
+    assert tomllib.loads(draft).keys() == {"model_type", "blocks", "ffns"}
+
+
+def test_the_page_of_models_is_what_the_command_prints() -> None:
+    """Of the sample, and of one that is refused and one without an FFN; the command tries all."""
+    page = Path(library.__file__).with_name("README.md").read_text()
+    for model_type in (*SAMPLE, "bert", "mamba"):
+        for tried in try_all((model_type,)):
+            assert tried.row in page, "put what 'gloss architectures' prints into the page"
 
 
 def test_a_new_model_is_converted_as_any_other(cli: Cli, tmp_path: Path) -> None:

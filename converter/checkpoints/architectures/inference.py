@@ -245,8 +245,8 @@ def _joined(module: str, name: str) -> str:
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
-    names = (name for name, other in model.named_modules() if other is module)
-    return next(names)
+    found: str = next(name for name, other in model.named_modules() if other is module)
+    return found
 
 
 def _key(model: nn.Module, weight: Tensor) -> str:

@@ -451,7 +451,7 @@ class _Divide:
             divisor = self.per_head * self.heads
             divided = max(-(-value // divisor), min(value, _LEAST // 2)) if divisor > 1 else value
             free = divisor > 1 and (_FREE.search(key) or value % divisor)
-            return -(-divided // 8) * 8 if free and value % 8 == 0 else divided
+            return -(-divided // 8) * 8 if free else divided
         return self.token(key, value)
 
     def token(self, key: str, value: int) -> int:
