@@ -31,6 +31,7 @@ from converter.models.batching import (
     first_token,
     prepare,
 )
+from converter.models.hooks import Modules
 from converter.models.loading import load_language_model, load_model, stream_language_model
 from converter.models.resident import LanguageModel, Pool, SecondMoment, run
 from converter.models.transformers_loader import Loading
@@ -152,14 +153,14 @@ def test_continuations_go_on_where_the_prompt_ends(checkpoints: Checkpoints) -> 
     assert all(each == said[0] for each in said)
 
 
-def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, dict[int, str]]:
+def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, Modules]:
     module = load_model(checkpoints(kind), torch.float32, "cpu", 0)
     model = LanguageModel(module, tiny_tokenizer(), architecture_of(kind), "cpu")
-    return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
+    return model, {layer: (MODULES[kind].format(layer),) for layer in (1, 4)}
 
 
 def pooled(
-    model: LanguageModel, modules: dict[int, str], sentences: list[Sentence], size: int, side: str
+    model: LanguageModel, modules: Modules, sentences: list[Sentence], size: int, side: str
 ) -> Tensor:
     pool = Pool(len(sentences))
     batched = batches(sentences, size, "cpu", side)  # type: ignore[arg-type]
@@ -188,7 +189,7 @@ def test_the_pool_is_the_mean_of_the_module_over_real_tokens(checkpoints: Checkp
     model, modules = load(checkpoints, "llama")
     coded = encoder(TEXTS[0], "mean", [])
     seen: list[Tensor] = []
-    handle = model.module.get_submodule(modules[4]).register_forward_hook(
+    handle = model.module.get_submodule(modules[4][0]).register_forward_hook(
         lambda module, args, output: seen.append(output.detach())
     )
     model.module(input_ids=torch.tensor([coded.ids]))

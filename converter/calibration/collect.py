@@ -25,7 +25,7 @@ from converter.models.batching import (
     logit_positions,
     token_batches,
 )
-from converter.models.hooks import memory_errors
+from converter.models.hooks import Modules, memory_errors
 from converter.models.resident import Group, Model, Pool, SecondMoment, run
 
 EXTRACTION_VERSION = 1
@@ -163,7 +163,7 @@ def _directions(
 
 def _moments(
     model: Model,
-    modules: Mapping[int, str],
+    modules: Modules,
     encode: Encoder,
     pairs: Sequence[Pair],
     coded: Sequence[Sentence],
@@ -191,7 +191,7 @@ def _moments(
 
 
 def causal_moments(
-    model: Model, modules: Mapping[int, str], sentences: Sequence[Sentence]
+    model: Model, modules: Modules, sentences: Sequence[Sentence]
 ) -> Iterator[tuple[int, Tensor]]:
     """How much chosen tokens owe, to first order, to each direction of what a layer writes.
 
@@ -205,7 +205,7 @@ def causal_moments(
 
     Args:
         model: not edited; its weights must not require gradients.
-        modules: layer -> module whose output is f.
+        modules: layer -> those whose output is f, together if there are several.
         sentences: a positive weight marks a position whose next token is chosen.
 
     Yields:
@@ -232,7 +232,7 @@ def causal_moments(
 
 def moments_within(
     model: Model,
-    modules: Mapping[int, str],
+    modules: Modules,
     texts: Sequence[tuple[Sequence[Sentence], int | None]],
     directions: Tensor,
 ) -> list[Tensor]:
@@ -284,7 +284,7 @@ def _pieces(x: Tensor, positions: int) -> Tensor:
 
 
 def _gradients(
-    model: Model, modules: Mapping[int, str], batched: Sequence[Batch]
+    model: Model, modules: Modules, batched: Sequence[Batch]
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """``Model.gradients``, where memory may run out. Raises SourceError."""
     most = max((len(batch.rows) for batch in batched), default=0)

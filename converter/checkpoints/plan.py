@@ -138,7 +138,7 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                shape = (0, self.dimensions.hidden_size)
+                shape = (-1, self.dimensions.hidden_size)
                 _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
@@ -227,7 +227,7 @@ def _spelling(inferred: Inferred, tensors: Mapping[str, Place]) -> Mapping[str, 
     spec, expert = next(architecture.specs("down_proj", layer))
     if spec.weight.format(layer=layer, expert=expert) in tensors:
         return {}
-    return spelling(inferred, tensors.keys())
+    return spelling(inferred, list(tensors))
 
 
 def _roles(names: Names) -> Iterator[Role]:

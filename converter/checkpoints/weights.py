@@ -122,7 +122,7 @@ class Names:
         *,
         shape: tuple[int, ...] | None = None,
     ) -> Place:
-        """A tensor that must be there, of this shape; 0 is a size that is not known.
+        """A tensor that must be there, of this shape; -1 is a size that is not known.
 
         Raises CheckpointError.
         """
@@ -180,14 +180,14 @@ class Names:
 
 
 def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError if a tensor has another shape; 0 is a size that is not known."""
+    """Raise CheckpointError if a tensor has another shape; -1 is a size that is not known."""
     fits = len(info.shape) == len(shape) and all(
-        wanted in (0, found) for wanted, found in zip(shape, info.shape, strict=True)
+        wanted in (-1, found) for wanted, found in zip(shape, info.shape, strict=True)
     )
     if not fits:
         raise CheckpointError(
             f"tensor {info.name} contradicts config.json",
-            expected=f"shape [{', '.join(str(size or 'any') for size in shape)}]",
+            expected=f"shape [{', '.join('any' if size < 0 else str(size) for size in shape)}]",
             found=f"{list(info.shape)}",
         )
 

@@ -5,7 +5,7 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentenc
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
