@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from math import prod
@@ -17,7 +18,8 @@ from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
-from converter.errors import CheckpointError
+from converter.errors import CheckpointError, SourceError
+from converter.models.loading import load_language_model, stream_language_model
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import (
@@ -30,6 +32,8 @@ from tests.builders.models import (
     Checkpoints,
     architecture_of,
     load,
+    planned,
+    tiny_tokenizer,
 )
 
 
@@ -145,11 +149,10 @@ def test_an_expert_of_another_name_is_missed(
             "mixtral", {"num_local_experts": 3},
             {"expected": "no tensor model.layers.0.block_sparse_moe.experts.3.w2.weight with ..."},
         ),
-        pytest.param(
-            "qwen2_moe", {"shared_expert_intermediate_size": 0},
+        (
+            "qwen2_moe", {"shared_expert_intermediate_size": 24},
             {"what": "tensor model.layers.0.mlp.shared_expert.down_proj.weight contradicts ...",
-             "expected": "shape [32, 0]", "found": "[32, 40]"},
-            marks=pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning"),
+             "expected": "shape [32, 24]", "found": "[32, 40]"},
         ),
         (
             "qwen3_moe", {"decoder_sparse_step": 1},
@@ -169,7 +172,6 @@ def test_an_expert_of_another_name_is_missed(
             {"what": "config.json is not what transformers expects of 'qwen2_moe'",
              "found": "...'num_experts'..."},
         ),
-        ("qwen3_moe", {"num_hidden_layers": 10**10}, {"expected": "at most 10,000"}),
     ],
 )  # fmt: skip
 def test_a_config_that_implies_other_experts_is_refused(
@@ -178,6 +180,32 @@ def test_a_config_that_implies_other_experts_is_refused(
     config, weight_map, headers = parts(checkpoints(kind))
     with refused(CheckpointError, **fields):
         make_plan({**config, **change}, weight_map, headers)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_without_the_shared_experts_of_its_checkpoint_is_not_loaded(
+    streamed: bool, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Theirs have no elements then, so the plan does not look for them."""
+    folder = shutil.copytree(checkpoints("qwen2_moe"), tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    config["shared_expert_intermediate_size"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    source, plan = planned(folder)
+    given = (source, plan, tiny_tokenizer(), torch.float32, "cpu")
+    with refused(SourceError, what="transformers cannot load the model"):
+        stream_language_model(*given, 10**9) if streamed else load_language_model(*given)
+
+
+def test_layers_are_counted_before_a_model_is_built(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**10}))
+    with refused(CheckpointError, expected="layers or experts, at most 10,000"):
+        planned(folder)
 
 
 def test_names_with_endless_numbers_are_no_layers(checkpoints: Checkpoints) -> None:
