@@ -222,6 +222,20 @@ def test_each_of_the_two_methods_of_gloss_refuses_the_options_of_the_other() -> 
             configure(name, {key: "3"}, DIMENSIONS)
 
 
+def test_layers_without_a_feed_forward_network_are_left_out() -> None:
+    sizes = replace(DIMENSIONS, ffn_layers=(1, 2, 4))
+    some: Any = configure("gloss-paper", {"layers": "0-2,5"}, sizes)
+    assert some.layers == (1, 2)
+    whole: Any = configure("gloss-paper", {}, DIMENSIONS)
+    default: Any = configure("gloss-paper", {}, sizes)
+    assert default.layers == tuple(n for n in whole.layers if n in sizes.ffn_layers)
+    with refused(
+        OptionError, what="-o layers",
+        expected="a layer with a feed-forward network: 1, 2, 4", found="3, 5",
+    ):  # fmt: skip
+        configure("gloss-paper", {"layers": "3,5"}, sizes)
+
+
 def test_a_random_subspace_spares_what_is_protected_and_follows_its_draw() -> None:
     seen = planted(massive=True)
     first, again = (bases(fit("random", seen, rank=3, draw=1))[2] for _ in range(2))
