@@ -7,7 +7,6 @@ user's cache; from there on it is a folder like any other.
 
 import importlib.util
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
