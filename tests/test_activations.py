@@ -164,7 +164,7 @@ def test_the_toxic_side_is_pooled_as_asked_and_the_neutral_side_over_its_tokens(
         pool = forward.Pool(1)
         name = "model.layers.3.mlp" if site == "ffn" else "model.layers.3"
         batched = batches([encode(text, pooling, spans)], 1, "cpu")
-        forward.run(model, {3: name}, [(batched, [pool])])
+        forward.run(model, {3: (name,)}, [(batched, [pool])])
         return pool.pooled[3][0]
 
     pair = pairs.pairs[7]

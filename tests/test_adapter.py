@@ -52,11 +52,13 @@ from tests.builders.meta import write_native
 from tests.builders.models import (
     FFN,
     HIDDEN,
+    MIXTURES,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
     TINY_MODELS,
     Checkpoints,
+    architecture_of,
     load,
     planned,
     tiny_config,
@@ -178,10 +180,9 @@ def test_an_adapter_on_the_source_is_the_edited_checkpoint(
 
 @pytest.mark.parametrize("kind", sorted({*TINY_MODELS, *OTHER_LAYOUTS} - {*MIXTURES}))
 def test_the_modules_of_an_adapter_are_linear_or_conv1d(kind: str) -> None:
-    config = tiny_config(kind)
-    architecture = architectures()[config.model_type]
+    architecture = architecture_of(kind)
     with torch.device("meta"):
-        model = getattr(transformers, architecture.auto_class).from_config(config)
+        model = getattr(transformers, architecture.auto_class).from_config(tiny_config(kind))
     down_proj = architecture.layer(3).ffns[0].weights[0]
     module = model.get_submodule(down_proj.module.format(layer=3))
     assert isinstance(module, Conv1D if down_proj.output_axis else nn.Linear)
@@ -198,7 +199,7 @@ def adapt(cli: Cli, checkpoints: Checkpoints, tmp_path: Path) -> Cli:
     return run
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", sorted(MIXTURES))
 def test_mixtures_of_experts_are_refused_before_anything_is_computed(
     kind: str, checkpoints: Checkpoints, cli: Cli, adapt: Cli
 ) -> None:

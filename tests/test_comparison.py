@@ -19,6 +19,7 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
 from tests.builders.invoke import Cli
+from tests.builders.models import architecture_of
 from tests.builders.planted import planted_args
 
 

@@ -35,6 +35,7 @@ from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
+    NORM_AFTER,
     OTHER_LAYOUTS,
     TINY,
     TINY_ARGS,
@@ -90,7 +91,6 @@ def test_editing_weights_is_projecting_ffn_outputs(
     original = load(source)
     plain = original(ids).logits
     _, plan = planned(source)
-    architecture = plan.architecture
 
     with edited(original, plan, removal(plan, U)):
         hooked = original(ids).logits
@@ -98,12 +98,13 @@ def test_editing_weights_is_projecting_ffn_outputs(
     result = load(out)
     added: list[Tensor] = []
     for layer in layers:
-        result.get_submodule(architecture.ffn.format(layer=layer)).register_forward_hook(
+        (site,) = plan.architecture.sites(layer)
+        result.get_submodule(site).register_forward_hook(
             lambda module, args, f: added.append((f[0] if isinstance(f, tuple) else f).clone())
         )
     written = result(ids).logits
     assert torch.allclose(written, hooked, atol=2e-6)
-    if not architecture.post_norm:  # see the test of those below
+    if not plan.post_norms:  # see the test of those below
         for f, basis in zip(added, U.values(), strict=True):
             assert (f @ basis).abs().amax() < 1e-5 * f.abs().amax()
     assert (plain - hooked).abs().amax() > 50 * (written - hooked).abs().amax()
@@ -140,7 +141,7 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
         """The largest component along u of what layers 2 to 4 add to the residual stream."""
         found: list[float] = []
         handles = [
-            model.get_submodule(architecture.ffn.format(layer=n)).register_forward_hook(
+            model.get_submodule(plan.architecture.sites(n)[0]).register_forward_hook(
                 lambda module, args, f: found.append(float((f.detach() @ u).abs().max()))
             )
             for n in (2, 3, 4)
@@ -151,7 +152,6 @@ def test_nothing_is_left_along_the_subspace_after_a_norm(
         return max(found)
 
     _, plan = planned(source)
-    architecture = plan.architecture
     original = load(source)
     whole = along(original)
     naive = removal(plan, dict.fromkeys((2, 3, 4), u[:, None]))

@@ -31,12 +31,13 @@ from converter.models.batching import (
     first_token,
     prepare,
 )
+from converter.models.hooks import Modules
 from converter.models.loading import load_language_model, load_model, stream_language_model
-from converter.models.resident import LanguageModel, Pool, SecondMoment, run
+from converter.models.resident import LanguageModel, Model, Pool, SecondMoment, run
 from converter.models.transformers_loader import Loading
 from converter.runtime.progress import LOG
 from tests.builders.errors import refused
-from tests.builders.models import HIDDEN, Checkpoints, architecture_of, tiny_tokenizer
+from tests.builders.models import HIDDEN, Checkpoints, architecture_of, planned, tiny_tokenizer
 
 TEXTS = [
     "the river rises in a range of low hills",
@@ -152,14 +153,14 @@ def test_continuations_go_on_where_the_prompt_ends(checkpoints: Checkpoints) -> 
     assert all(each == said[0] for each in said)
 
 
-def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, dict[int, str]]:
+def load(checkpoints: Checkpoints, kind: str) -> tuple[LanguageModel, Modules]:
     module = load_model(checkpoints(kind), torch.float32, "cpu", 0)
     model = LanguageModel(module, tiny_tokenizer(), architecture_of(kind), "cpu")
-    return model, {layer: MODULES[kind].format(layer) for layer in (1, 4)}
+    return model, {layer: (MODULES[kind].format(layer),) for layer in (1, 4)}
 
 
 def pooled(
-    model: LanguageModel, modules: dict[int, str], sentences: list[Sentence], size: int, side: str
+    model: LanguageModel, modules: Modules, sentences: list[Sentence], size: int, side: str
 ) -> Tensor:
     pool = Pool(len(sentences))
     batched = batches(sentences, size, "cpu", side)  # type: ignore[arg-type]
@@ -188,13 +189,30 @@ def test_the_pool_is_the_mean_of_the_module_over_real_tokens(checkpoints: Checkp
     model, modules = load(checkpoints, "llama")
     coded = encoder(TEXTS[0], "mean", [])
     seen: list[Tensor] = []
-    handle = model.module.get_submodule(modules[4]).register_forward_hook(
+    handle = model.module.get_submodule(modules[4][0]).register_forward_hook(
         lambda module, args, output: seen.append(output.detach())
     )
     model.module(input_ids=torch.tensor([coded.ids]))
     handle.remove()
     expected = seen[0][0, 1:].mean(0)  # without the first position
     assert torch.allclose(pooled(model, modules, [coded], 1, "right")[1, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_modules_of_one_layer_are_seen_together(streamed: bool, checkpoints: Checkpoints) -> None:
+    given = (*planned(checkpoints("llama")), tiny_tokenizer(), torch.float32, "cpu")
+    model: Model = stream_language_model(*given, 10**9) if streamed else load_language_model(*given)
+    batched = batches([encoder(TEXTS[0], "mean", [])], 1, "cpu")
+
+    def seen(*names: str) -> Tensor:
+        shown: list[Tensor] = []
+        model.visit({3: names}, batched, lambda number, layer, f: shown.append(f))
+        (only,) = shown
+        return only
+
+    mlp, attention = "model.layers.3.mlp", "model.layers.3.self_attn"
+    assert torch.allclose(seen(mlp, attention), seen(mlp) + seen(attention), atol=1e-6)
+    assert float(seen(attention).norm()) > 0
 
 
 def test_the_model_is_not_run_past_the_last_layer_of_interest(checkpoints: Checkpoints) -> None:

@@ -122,7 +122,7 @@ def test_the_causal_moment_is_the_derivative_along_a_removal(
     sentence, (_, wordplaces) = encode(text, "predicting", spans), encode.words(text, spans)
     n = sum(w > 0 for w in sentence.weights)
     assert n == sum(len(word) for word in wordplaces)
-    modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
+    modules = {layer: (f"model.layers.{layer}.mlp",) for layer in (1, 3)}
     moments = dict(causal_moments(model, modules, [sentence]))
     s = 0.02
 
@@ -154,8 +154,8 @@ def test_in_every_architecture_a_moment_is_the_derivative_along_what_the_ffn_add
     encode = Encoder(model.tokenizer, module)
     sentences = [encode.predicted("you stupid idiot, get out"), encode.predicted("a cup of tea")]
     n = sum(len(s.ids) - 1 for s in sentences)
-    name = architecture.ffn.format(layer=3)
-    A = dict(causal_moments(model, {3: name}, sentences))[3].double()
+    (name,) = architecture.sites(3)
+    A = dict(causal_moments(model, {3: (name,)}, sentences))[3].double()
     u = torch.linalg.eigh(A).eigenvectors[:, -1].float()
 
     def log_p(share: float) -> float:
@@ -186,7 +186,7 @@ def test_moments_of_sentences_and_of_their_pieces_add_up_to_the_causal_moment(
     texts = ("a cup of tea", "you stupid idiot, get out of my kitchen, now", "the cat sat down")
     sentences = [encode.predicted(text) for text in texts]
     count = sum(len(s.ids) - 1 for s in sentences)
-    modules = {layer: f"model.layers.{layer}.mlp" for layer in (1, 3)}
+    modules = {layer: (f"model.layers.{layer}.mlp",) for layer in (1, 3)}
     V = torch.linalg.qr(torch.randn(HIDDEN, 3))[0]
     A = torch.stack([A for _, A in causal_moments(model, modules, sentences)]).sum(0)
     whole, pieces = moments_within(model, modules, [(sentences, None), (sentences, 4)], V)

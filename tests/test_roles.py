@@ -1,4 +1,4 @@
-"""Weights by role: the names and axes in the data files are those of transformers' own modules."""
+"""Weights by role: their names and axes are those of transformers' own modules."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.checkpoints.architectures.architecture import architectures, parse_architecture
+from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, read_header
 from converter.checkpoints.weights import Weight
@@ -25,6 +25,7 @@ from tests.builders.models import (
     FFN,
     HIDDEN,
     LAYERS,
+    MIXTURES,
     OTHER_LAYOUTS,
     TINY_MODELS,
     Checkpoints,
@@ -38,8 +39,19 @@ UNGATED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "opt", "phi", "s
 BIASED = {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "opt", "phi", "starcoder2"}
 """Model types whose tiny model has biases of o_proj."""
 
-ROUTES = {"gemma", "granite", "llama", "olmo", "qwen3"}
-"""Model types that get biases of o_proj by their config."""
+ROUTES = {
+    **dict.fromkeys(
+        ("cohere", "gemma", "gemma2", "gemma3", "gemma3_text", "granite", "granitemoe", "llama",
+         "llama-tied", "olmo", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe", "smollm3"),
+        ("q_proj", "k_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_a_proj_with_mqa", "q_a_proj")),
+}  # fmt: skip
+"""Kinds that get biases of o_proj by their config -> the maps beside it that then have one, too."""
+
+DENSE = {"qwen2_moe": (3,), "qwen3_moe": (0, 2, 4), "deepseek_v2": (0, 1, 2),
+         "deepseek_v3": (0, 1, 2)}  # fmt: skip
+"""Mixtures with layers that are none, and these: they have gates as any other model."""
 
 IDS = torch.arange(2, 20).view(2, 9)
 
@@ -82,16 +94,16 @@ def test_every_weight_is_what_its_module_multiplies_by(kind: str, checkpoints: C
     plan, model = planned(folder), load(folder)
     weights = [w for role in plan.roles for w in plan.weights(role)]
     biases = {(w.role, w.layer): w for role in plan.roles for w in plan.biases(role)}
-    modules = {plan.module(w): model.get_submodule(plan.module(w)) for w in weights}
+    modules = {w.module: model.get_submodule(w.module) for w in weights}
     linear = {name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     flows = seen(model, linear)
     for weight in weights:
-        name = plan.module(weight)
-        if name not in linear:  # in a mixture: experts share parameters, so their module is the FFN
+        name = weight.module
+        assert weight.mixed == (name not in linear)
+        if weight.mixed:  # experts share parameters, so their module is the FFN
             assert (weight.role, kind in MIXTURES) == ("down_proj", True)
-            assert modules[name] is model.get_submodule(
-                plan.architecture.ffn.format(layer=weight.layer)
-            )
+            assert weight.layer not in DENSE.get(kind, ())
+            assert plan.architecture.sites(weight.layer) == (name,)
             continue
         assert weight.axis == isinstance(modules[name], Conv1D)
         x, y = flows[name]
@@ -107,7 +119,7 @@ def test_every_weight_is_what_its_module_multiplies_by(kind: str, checkpoints: C
 def test_the_roles_are_those_of_the_model(kind: str, checkpoints: Checkpoints) -> None:
     plan = planned(checkpoints(kind))
     expected = {"down_proj", "o_proj"}
-    if kind not in MIXTURES:
+    if kind not in MIXTURES or kind in DENSE:
         expected |= {"up_proj"} if kind in UNGATED else {"gate_proj", "up_proj"}
     if any("lm_head" in n or "embed_out" in n for h in plan.headers.values() for n in h.tensors):
         expected.add("lm_head")
@@ -115,8 +127,11 @@ def test_the_roles_are_those_of_the_model(kind: str, checkpoints: Checkpoints) -
     for role in plan.roles:
         if role in ("down_proj", "lm_head"):
             continue
-        weights = plan.weights(role, [4, 1])
-        assert [w.layer for w in weights] == [1, 4]
+        layers = range(LAYERS) if role == "o_proj" else DENSE.get(kind, range(LAYERS))
+        weights = plan.weights(role)
+        assert [w.layer for w in weights] == list(layers)
+        some = plan.weights(role, [4, 1])
+        assert some == tuple(w for w in weights if w.layer in (1, 4))
         inputs, outputs = (HIDDEN, FFN) if role != "o_proj" else (None, HIDDEN)
         for weight in weights:
             assert weight.info.shape[weight.axis] == outputs * (2 if weight.rows else 1)
@@ -234,14 +249,23 @@ def test_rows_are_those_of_the_vocabulary(name: str, checkpoints: Checkpoints) -
         altered(planned(checkpoints()), name, {"shape": (399, HIDDEN)})
 
 
-def test_a_size_that_the_config_does_not_say_is_not_checked(checkpoints: Checkpoints) -> None:
-    """As in Gemma-3's, which leaves the number of heads to its class."""
+def test_a_size_that_the_config_does_not_say_is_the_default_of_its_class(
+    checkpoints: Checkpoints,
+) -> None:
+    """As in Gemma-3's, which leaves the number of heads to its class: it is 8."""
     folder = checkpoints("gemma3_text")
-    plan = planned(folder, num_attention_heads=None, head_dim=None, vocab_size=None)
-    assert (plan.dimensions.attention_size, plan.dimensions.vocab_size) == (0, 0)
+    config = json.loads((folder / "config.json").read_text())
+    headers = planned(folder).headers
+    del config["num_attention_heads"]
+    plan = make_plan({**config, "head_dim": 4}, None, headers)
     assert plan.weights("o_proj") == planned(folder).weights("o_proj")
+    with refused(CheckpointError, expected="shape [32, 64]", found="[32, 32]"):
+        make_plan(config, None, headers).weights("o_proj")
     with refused(CheckpointError, expected="shape [32, 16]", found="[32, 32]"):
         planned(folder, head_dim=4).weights("o_proj")
+    del config["vocab_size"]
+    with refused(CheckpointError, expected="262208 rows, its vocab_size", found="400"):
+        make_plan({**config, "head_dim": 4}, None, headers)
 
 
 def with_biases(folder: Path, out: Path, value: Callable[[int], Tensor]) -> tuple[Path, Plan]:
@@ -262,8 +286,8 @@ def with_biases(folder: Path, out: Path, value: Callable[[int], Tensor]) -> tupl
     index = json.loads((out / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(tensors, "model-biases.safetensors")
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((out / "config.json").read_text()) | route.config
-    (out / "config.json").write_text(json.dumps(config))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(merge(config, route.config)))
     return out, plan
 
 
@@ -286,8 +310,10 @@ def test_zero_biases_change_no_logit(kind: str, checkpoints: Checkpoints, tmp_pa
     route, again = plan.bias_route("o_proj"), planned(out).bias_route("o_proj")
     assert route is not None
     assert again is not None
-    assert (len(route.created), set(route.biases)) == (4 * LAYERS, set(range(LAYERS)))
-    assert set(route.biases.values()) < set(route.created)
+    assert set(route.biases) == set(range(LAYERS))
+    start = {layer: name.removesuffix("o_proj.bias") for layer, name in route.biases.items()}
+    zeros = {f"{s}{name}.bias" for s in start.values() for name in ROUTES[kind]}
+    assert set(route.created) == zeros | set(route.biases.values())
     assert (again.biases, again.config, again.created) == (route.biases, {}, {})
 
 
@@ -297,7 +323,7 @@ def test_a_bias_moves_what_o_proj_gives_by_itself(
 ) -> None:
     vectors = torch.randn(LAYERS, HIDDEN, generator=torch.Generator().manual_seed(0))
     out, plan = with_biases(checkpoints(kind), tmp_path / "out", vectors.__getitem__)
-    names = {w.layer: plan.module(w) for w in plan.weights("o_proj")}
+    names = {w.layer: w.module for w in plan.weights("o_proj")}
     model = loaded(out, kind)
     flows = seen(model, set(names.values()))
     for weight in plan.weights("o_proj"):
@@ -319,14 +345,15 @@ def test_biases_that_the_config_does_not_announce_are_dropped(
 
 
 def test_routes_are_those_that_are_tried_here() -> None:
-    assert {kind for kind, found in architectures().items() if found.bias_routes} == ROUTES
+    kinds = {*TINY_MODELS, *OTHER_LAYOUTS}
+    assert {kind for kind in kinds if architecture_of(kind).bias_routes} == ROUTES.keys()
 
 
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_a_model_has_biases_or_a_route_to_them_or_none(kind: str, checkpoints: Checkpoints) -> None:
     plan = planned(checkpoints(kind))
     route = plan.bias_route("o_proj")
-    assert (route is None) == (kind not in ROUTES | BIASED)
+    assert (route is None) == (kind not in ROUTES.keys() | BIASED)
     if kind in BIASED:
         assert route is not None
         assert (route.config, route.created) == ({}, {})
@@ -347,12 +374,3 @@ def test_a_checkpoint_with_some_of_the_biases_has_no_route(
         some = dataclasses.replace(header, tensors=entries)
         plan = make_plan(CONFIG, None, {**whole.headers, "some": some})
         assert plan.bias_route("o_proj") is None
-
-
-def test_a_file_takes_no_route_from_the_one_that_it_is_like() -> None:
-    text = 'title = "A"\nmodel_type = "a"\nlike = "llama"\n'
-    assert not parse_architecture(text, "x").bias_routes
-    for table in ("[bias_routes.k_proj]\nconfig = {}\nzeros = []\n",
-                  "[bias_routes.o_proj]\nconfig = {}\nzero = []\n"):  # fmt: skip
-        with pytest.raises(ValueError, match=r"\[bias_routes\]: unknown or missing keys"):
-            parse_architecture(text + table, "x")

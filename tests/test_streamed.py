@@ -45,7 +45,6 @@ from tests.builders.models import (
     OTHER_LAYOUTS,
     TINY_MODELS,
     Checkpoints,
-    architecture_of,
     planned,
     tiny_tokenizer,
 )
@@ -85,13 +84,15 @@ class Opened:
             self.source, self.plan, tiny_tokenizer(), self.dtype, "cpu", budget
         )
 
-    def modules(self, site: str = "ffn", layers: Any = ALL) -> dict[int, str]:
-        template = getattr(self.plan.architecture, site)
-        return {layer: template.format(layer=layer) for layer in layers}
+    def modules(self, site: str = "ffn", layers: Any = ALL) -> dict[int, tuple[str, ...]]:
+        architecture = self.plan.architecture
+        if site == "ffn":
+            return {layer: architecture.sites(layer) for layer in layers}
+        return {layer: (architecture.block.format(layer=layer),) for layer in layers}
 
 
 def activations(
-    model: Model, modules: dict[int, str], size: int = 3
+    model: Model, modules: dict[int, tuple[str, ...]], size: int = 3
 ) -> dict[tuple[int, int], Tensor]:
     """(layer, text) -> activations of its tokens."""
     encode = Encoder(model.tokenizer, model.module)
@@ -369,12 +370,11 @@ def same(opened: Opened) -> None:
     assert max(difference(a[n], b[n]) for n in b) < ROUNDING
 
 
-@pytest.mark.parametrize(("kind", "place"), VARIANTS)
+@pytest.mark.parametrize(("kind", "variant"), VARIANTS)
 def test_other_beginnings_of_names_are_found_too(
-    kind: str, place: int, checkpoints: Checkpoints, tmp_path: Path
+    kind: str, variant: dict[str, str], checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """Where transformers knows them; what it does not load is no matter of streaming."""
-    variant = architecture_of(kind).variants[place]
     folder = shutil.copytree(checkpoints(kind, torch.float32, "1GB"), tmp_path / "source")
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,6 +221,20 @@ def test_each_of_the_two_methods_of_gloss_refuses_the_options_of_the_other() -> 
     ):  # fmt: skip
         with refused(OptionError, what=f"-o {key}: method {name}", found=key):
             configure(name, {key: "3"}, DIMENSIONS)
+
+
+def test_layers_without_a_feed_forward_network_are_left_out() -> None:
+    sizes = replace(DIMENSIONS, ffn_layers=(1, 2, 4))
+    some: Any = configure("gloss-paper", {"layers": "0-2,5"}, sizes)
+    assert some.layers == (1, 2)
+    whole: Any = configure("gloss-paper", {}, DIMENSIONS)
+    default: Any = configure("gloss-paper", {}, sizes)
+    assert default.layers == tuple(n for n in whole.layers if n in sizes.ffn_layers)
+    with refused(
+        OptionError, what="-o layers",
+        expected="a layer with a feed-forward network: 1, 2, 4", found="3, 5",
+    ):  # fmt: skip
+        configure("gloss-paper", {"layers": "3,5"}, sizes)
 
 
 def test_a_random_subspace_spares_what_is_protected_and_follows_its_draw() -> None:

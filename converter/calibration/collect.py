@@ -205,7 +205,7 @@ def causal_moments(
 
     Args:
         model: not edited; its weights must not require gradients.
-        modules: layer -> module whose output is f.
+        modules: layer -> those whose output is f, together if there are several.
         sentences: a positive weight marks a position whose next token is chosen.
 
     Yields:

@@ -13,13 +13,14 @@ from converter.checkpoints.architectures.architecture import Architecture, Dimen
 from converter.checkpoints.architectures.find import find_architecture, find_spelling
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
-from converter.checkpoints.safetensors.header import Header
+from converter.checkpoints.safetensors.header import FLOATS, Header
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import (
     Names,
     Place,
     Scheme,
     Weight,
+    check_shape,
     read_scheme,
     stale_quantization,
 )
@@ -139,7 +140,7 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
-                shape = (0, self.dimensions.hidden_size)
+                shape = (-1, self.dimensions.hidden_size)
                 _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
                     return None
@@ -245,12 +246,15 @@ def _roles(names: Names) -> Iterator[Role]:
 
 def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
     """Raise CheckpointError if a tensor is named like a down-projection and is none by the config:
-    it would be left unedited."""
+    it would be left unedited; or if it has not the shape that the config implies."""
     architecture, sizes = names.architecture, names.architecture.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers
-    for name, (shard, _) in names.tensors.items():
-        layer = architecture.find_layer(names.of_file(name))
+    for name, (shard, info) in names.tensors.items():
+        ours = names.of_file(name)
+        if info.dtype in FLOATS and (shape := architecture.shape_of(ours)) is not None:
+            check_shape(info, shape)
+        layer = architecture.find_layer(ours)
         unused = layer is not None and end <= layer < end + sizes.unused_layers
         unused = unused or layer in sizes.idle_layers
         if layer is not None and name not in found and not unused:

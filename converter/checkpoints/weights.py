@@ -122,13 +122,13 @@ class Names:
         *,
         shape: tuple[int, ...] | None = None,
     ) -> Place:
-        """A tensor that must be there, of this shape; 0 is a size that is not known.
+        """A tensor that must be there, of this shape; -1 is a size that is not known.
 
         Raises CheckpointError.
         """
         if place := self.find(template, layer, expert):
             if shape is not None:
-                _check_shape(place[1], shape)
+                check_shape(place[1], shape)
             return place
         name = self.on_disk(template, layer, expert)
         if name.replace(".weight", ".qweight") in self.tensors:
@@ -171,7 +171,7 @@ class Names:
         """The bias of a weight; those of experts in one tensor are in one tensor, too."""
         shard, info = place
         shape, experts = weight.info.shape, weight.info.shape[:-2]
-        _check_shape(info, (*experts, shape[weight.axis]))
+        check_shape(info, (*experts, shape[weight.axis]))
         _check_dtype(info)
         return Weight(
             info, shard, weight.role, weight.layer, len(experts), weight.expert, True,
@@ -179,15 +179,15 @@ class Names:
         )  # fmt: skip
 
 
-def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError if a tensor has another shape; 0 is a size that is not known."""
+def check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError if a tensor has another shape; -1 is a size that is not known."""
     fits = len(info.shape) == len(shape) and all(
-        wanted in (0, found) for wanted, found in zip(shape, info.shape, strict=True)
+        wanted in (-1, found) for wanted, found in zip(shape, info.shape, strict=True)
     )
     if not fits:
         raise CheckpointError(
             f"tensor {info.name} contradicts config.json",
-            expected=f"shape [{', '.join(str(size or 'any') for size in shape)}]",
+            expected=f"shape [{', '.join('any' if size < 0 else str(size) for size in shape)}]",
             found=f"{list(info.shape)}",
         )
 

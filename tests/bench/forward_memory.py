@@ -54,7 +54,7 @@ def measure(folder: Path, mode: str, limit: int) -> dict[str, Any]:
         for _ in range(TEXTS)
     ]
     layers = plan.dimensions.num_hidden_layers
-    modules = {n: plan.architecture.ffn.format(layer=n) for n in range(layers // 4, layers)}
+    modules = {n: plan.architecture.sites(n) for n in range(layers // 4, layers)}
     directions = torch.linalg.qr(torch.randn(HIDDEN, 32, generator=draw))[0]
 
     def model() -> Model:

@@ -95,8 +95,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
 }
-"""``model_type`` -> what its tiny model's config has besides the sizes that all share. One line for
-each data file."""
+"""``model_type`` -> what its tiny model's config has besides the sizes that all share."""
 
 
 OTHER_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {

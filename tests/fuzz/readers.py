@@ -25,7 +25,7 @@ from converter.checkpoints.formats import meta_small_files as native_small
 from converter.checkpoints.formats import pickle_files as pickled
 from converter.checkpoints.formats.gguf import check_header
 from converter.checkpoints.front_matter import read_card
-from converter.checkpoints.layout import read_index, read_json
+from converter.checkpoints.layout import check_config, read_index, read_json
 from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SIGNATURE
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.safetensors.header import DTYPES, parse_header, read_header
@@ -151,7 +151,9 @@ def config(data: bytes) -> None:
     weight_map = given.get("weight_map")
     if weight_map is not None:
         weight_map = read_index(placed(INDEX, json.dumps({"weight_map": weight_map}).encode()))
-    plan = make_plan(as_object(given.get("config")), weight_map, headers)
+    stated = as_object(given.get("config"))
+    check_config(stated)  # as whoever reads the file does, before a model is built of it
+    plan = make_plan(stated, weight_map, headers)
     for role in plan.roles:
         plan.bias_route(role)
 
@@ -360,7 +362,7 @@ def signature(data: bytes) -> None:
 def options(data: bytes) -> None:
     """Options: the first line is a method, the others ``key=value``, a size, or layers."""
     method, *lines = data.decode("utf-8", "replace").split("\n")
-    sizes = Dimensions(num_hidden_layers=4, hidden_size=8, intermediate_size=8)
+    sizes = Dimensions(4, 8, 8, 8, 16, ffn_layers=(0, 1, 2, 3))
     method = METHODS.names()[len(method) % len(METHODS.names())]
     attempts: list[Callable[[], object]] = []
     for line in lines[:20]:

@@ -106,11 +106,13 @@ class LayerSpec:
     Attributes:
         roles: those but ``down_proj`` and ``lm_head``.
         runs: whether text alone runs through them; else nothing is known of them.
+        shapes: of all tensors of such a layer, by disk name with ``{layer}``.
     """
 
     ffns: tuple[FfnSpec, ...]
     roles: Mapping[Role, WeightSpec]
     runs: bool = True
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +234,24 @@ class Architecture:
                 if name not in names:
                     raise ValueError(f"{type(model).__name__} has no {name}")
 
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor of a layer by its disk name; None if there is none of that name."""
+        start = self._start
+        number, dot, rest = name.removeprefix(start).partition(".")
+        known = name.startswith(start) and number.isdecimal() and len(number) < 10 and dot
+        if not known or int(number) >= len(self.layers):
+            return None
+        return self.layer(int(number)).shapes.get(f"{start}{{layer}}.{rest}")
+
     def find_layer(self, name: str) -> int | None:
         """The layer whose down-projection has this name; None if it is another tensor."""
         found = self._pattern.fullmatch(name)
         return int(next(g for g in found.groups() if g is not None)) if found else None
+
+    @cached_property
+    def _start(self) -> str:
+        """How the disk names of a layer's tensors begin, before its number."""
+        return self.down_projections()[0].partition("{layer}")[0]
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

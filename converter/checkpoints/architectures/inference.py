@@ -166,7 +166,8 @@ class _Describe:
         for role, found_map in maps.items():
             if found_map is not None and (spec := self._map(number, found_map)):
                 roles[role] = spec
-        return LayerSpec(tuple(self._ffn(number, layer, ffn) for ffn in found), roles)
+        ffns = tuple(self._ffn(number, layer, ffn) for ffn in found)
+        return LayerSpec(ffns, roles, shapes=self.storage.shapes(number))
 
     def _ffn(self, number: int, layer: Layer, ffn: Ffn) -> FfnSpec:
         block = f"{self.place}.{{layer}}"
@@ -308,14 +309,14 @@ def _bias_routes(
     """How ``o_proj`` gets biases: by a key of the config, in classes that look at it."""
     config = tiny.config
     text = library.text_config(config)
-    if getattr(text, _BIAS, None) is not False or not all("o_proj" in s.roles for s in specs):
+    said = getattr(text, _BIAS, None)
+    if type(said) is not bool or not all("o_proj" in spec.roles for spec in specs):
         return {}
-    with_bias = library.changed(config, _BIAS, True)
     try:
-        after = set(library.on_meta(kind, with_bias).state_dict())
+        other = set(library.on_meta(kind, library.changed(config, _BIAS, not said)).state_dict())
     except Exception:  # a class that refuses it
         return {}
-    before = set(tiny.model.state_dict())
+    before, after = (set(tiny.model.state_dict()), other)[:: -1 if said else 1]
     added = after - before
     names = {f"{spec.roles['o_proj'].module.format(layer=0)}.bias" for spec in specs[:1]}
     first = {key for key in added if key.startswith(f"{place}.0.")}

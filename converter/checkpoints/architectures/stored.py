@@ -44,7 +44,7 @@ class Storage:
     def __init__(self, model: Any, tiny: Tiny, place: str) -> None:
         self.model, self.tiny, self.place = model, tiny, place
         self._state = tiny.model.state_dict()
-        self._shapes: dict[int, dict[str, Tensor]] = {}
+        self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def of_layer(
         self,
@@ -127,16 +127,22 @@ class Storage:
             raise ValueError(f"{key} is stored in a way that is not known")
         return _Stored(sorted(found, key=_by_number), *next(iter(found.values())))
 
-    def _shape(self, number: int, template: str) -> tuple[tuple[int, ...], int]:
-        """The shape of a tensor of the real model in a layer, and how many experts have one."""
+    def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors of the real model in a layer, by disk name with ``{layer}``."""
         if number not in self._shapes:
             start = f"{self.place}.{number}."
             state = {k: t for k, t in self.model.state_dict().items() if k.startswith(start)}
-            self._shapes[number] = library.on_disk(self.model, state)
-        pattern = re.compile(
-            re.escape(template.replace("{layer}", str(number))).replace(r"\{expert\}", r"\d+")
-        )
-        shapes = [tuple(t.shape) for n, t in self._shapes[number].items() if pattern.fullmatch(n)]
+            written = library.on_disk(self.model, state).items()
+            numbered = ((_numbered_once(name, number), tensor) for name, tensor in written)
+            self._shapes[number] = {
+                name: tuple(tensor.shape) for name, tensor in numbered if name is not None
+            }
+        return self._shapes[number]
+
+    def _shape(self, number: int, template: str) -> tuple[tuple[int, ...], int]:
+        """The shape of a tensor of the real model in a layer, and how many experts have one."""
+        pattern = re.compile(re.escape(template).replace(r"\{expert\}", r"\d+"))
+        shapes = [shape for name, shape in self.shapes(number).items() if pattern.fullmatch(name)]
         if len(set(shapes)) != 1:
             raise ValueError(f"the model has no tensor {template.format(layer=number, expert='*')}")
         return shapes[0], len(shapes)
@@ -174,6 +180,14 @@ def _template(names: Sequence[str], number: int) -> tuple[str, bool]:
     if len(found) != 1:
         raise ValueError(f"the names {', '.join(names[:2])} differ in more than a number")
     return found.pop(), len(names) > 1
+
+
+def _numbered_once(name: str, number: int) -> str | None:
+    """A disk name with ``{layer}`` for its first number; None if that is another one."""
+    start, dot, rest = name.partition(f".{number}.")
+    if not dot or any(part.isdigit() for part in start.split(".")):
+        return None
+    return f"{start}.{{layer}}.{rest}"
 
 
 def _by_number(name: str) -> list[Any]:

@@ -440,7 +440,7 @@ class _Divide:
         if _CHOSEN.fullmatch(key):
             return min(value, 2)
         if "vocab" in key or _POSITIONS.fullmatch(key):
-            return min(value, _VOCABULARY)
+            return _VOCABULARY if "vocab" in key else min(value, _VOCABULARY)
         if _LAYERS.fullmatch(key):
             return self.layers[1] if value == self.layers[0] else value
         if _PER_HEAD.fullmatch(key):
@@ -458,7 +458,7 @@ class _Divide:
         """The id of a special token among those of a smaller vocabulary."""
         if re.fullmatch(r"\w*(_id|_ids|_token_index|_token)", key) and value >= _FIRST_WORD:
             return _LAST_WORD + 100 + value % (_VOCABULARY - _LAST_WORD - 100)
-        return min(value, _VOCABULARY) if "vocab" in key else value
+        return _VOCABULARY if "vocab" in key else value
 
     def _sections(self, sections: list[int]) -> list[int]:
         """Shares of half a head in time, height and width. Those that are equal stay so."""
