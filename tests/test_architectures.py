@@ -302,7 +302,7 @@ def test_a_new_model_is_converted_as_any_other(cli: Cli, tmp_path: Path) -> None
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(out)
+        model: Any = AutoModelForCausalLM.from_pretrained(out)
         ids = model.generate(torch.tensor([[11, 12, 13]]), max_new_tokens=5, do_sample=False)
     assert ids.shape == (1, 8)
 
@@ -333,7 +333,7 @@ def test_code_of_its_own_runs_only_if_it_is_trusted(cli: Cli, tmp_path: Path) ->
     assert 'blocks = "model.layers"\nffns = ["mlp"]' in draft
 
 
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "an encoder, which": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     "an encoder, which does": {"model_type": "roberta"},
     "an encoder-decoder, of": {"model_type": "t5", "is_encoder_decoder": True},

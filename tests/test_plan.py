@@ -21,7 +21,6 @@ from converter.checkpoints.weights import Weight
 from converter.errors import CheckpointError, SourceError
 from converter.models.loading import load_language_model, stream_language_model
 from tests.builders.errors import refused
-from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
@@ -372,20 +371,15 @@ def test_an_unknown_model_type_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("kind", [*TINY_MODELS, *OTHER_LAYOUTS])
 def test_no_tiny_model_needs_a_data_file_and_each_is_proved(kind: str) -> None:
-    evidence = architecture_of(kind).evidence
-    assert evidence["described_by"] == "inference"
-    assert (evidence["proved_layers"] > 0, evidence["proved_tensors"] > 0) == (True, True)
+    proof = architecture_of(kind).proof
+    assert proof is not None
+    assert proof.described_by == "inference"
+    assert proof.layers > 0
+    assert proof.tensors > 0
 
 
 def test_what_people_had_written_has_a_line_for_each_tiny_model() -> None:
     assert list(WRITTEN) == sorted({*TINY_MODELS, *OTHER_LAYOUTS})
-
-
-def test_the_readme_has_the_table_that_the_command_prints(cli: Cli) -> None:
-    table = cli("architectures").stdout
-    assert all(f"| `{name}` |" in table for name in TINY_MODELS)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert table in readme, "put what 'gloss architectures' prints into README.md"
 
 
 def test_a_tensor_in_two_files_is_refused(checkpoints: Checkpoints) -> None:
