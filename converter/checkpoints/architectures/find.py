@@ -51,6 +51,9 @@ def allow_own_code(trusted: bool) -> None:
     _trusted.set(trusted)
 
 
+_MAX_LAYERS = 10_000
+"""The deepest models have a few hundred."""
+
 _ENCODER_DECODER = "an encoder-decoder, of which only the decoder makes text"
 
 
@@ -108,9 +111,16 @@ def _read(config: Mapping[str, Any], folder: Path | None) -> tuple[Any, bool]:
     trusted = folder is not None and "auto_map" in config
     _check_type(config, trusted)
     try:
-        return library.read_config(config, folder, trusted), trusted
+        read = library.read_config(config, folder, trusted)
     except Exception as error:  # whatever a config class makes of values that it does not like
         raise _unusable(config, error) from error
+    count = getattr(library.text_config(read), "num_hidden_layers", 1)
+    if type(count) is int and not 0 < count <= _MAX_LAYERS:
+        raise CheckpointError(
+            "config.json: the number of layers", expected=f"from 1 to {_MAX_LAYERS:,}",
+            found=f"{count:,}",
+        )  # fmt: skip
+    return read, trusted
 
 
 @cache

@@ -48,10 +48,7 @@ def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
             _check_layer(number, layer, [_inside(architecture, ffn) for ffn in ffns])
         elif ffns:
             raise ValueError(f"text does not run through layer {number}")
-    width = next(layer.width for layer in inferred.layers if layer)
-    generator = torch.Generator().manual_seed(13)
-    U = torch.linalg.qr(torch.randn((width, _RANK), generator=generator, dtype=torch.float64))[0]
-    U = U.to(tiny.dtype)
+    U = _directions(next(layer.width for layer in inferred.layers if layer)).to(tiny.dtype)
     bases = {
         (number, ffn): _before(U, ffn, number, tiny.tensors)
         for number in range(len(inferred.layers))
@@ -65,22 +62,7 @@ def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
                 changed += 1
     edited = tiny.reloaded(tensors)
     _check_round_trip(edited, tensors)
-    plain = tiny.run()
-    with ExitStack() as stack:
-        for (number, ffn), basis in bases.items():
-            module = tiny.model.get_submodule(ffn.module.format(layer=number))
-            stack.callback(module.register_forward_hook(_projecting(basis)).remove)
-        wanted = tiny.run()
-    sites: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for number, ffn in bases:
-            name = ffn.site.format(layer=number)
-            hook = _keeping(sites, name)
-            stack.callback(edited.get_submodule(name).register_forward_hook(hook).remove)
-        found = tiny.run(edited)
-    effect = float((wanted - plain).abs().max())
-    error = float((found - wanted).abs().max()) / effect if effect else float("inf")
-    left = max(float((f @ U).abs().max() / f.abs().max()) for f in sites.values())
+    error, left = _compared(tiny, edited, bases, U)
     if not error <= tiny.tolerance:
         raise ValueError(
             "projecting the named tensors does not project what the feed-forward networks give: "
@@ -95,6 +77,39 @@ def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
         described_by, library.version(), len(inferred.layers), changed, tiny.tolerance, error, left,
         _streams(inferred),
     )  # fmt: skip
+
+
+def _directions(width: int) -> Tensor:
+    """U (D, R) float64, orthonormal columns."""
+    generator = torch.Generator().manual_seed(13)
+    drawn = torch.randn((width, _RANK), generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn)[0]
+
+
+def _compared(
+    tiny: Tiny, edited: nn.Module, bases: Mapping[tuple[int, FfnSpec], Tensor], U: Tensor
+) -> tuple[float, float]:
+    """``Proof.error`` and ``Proof.left`` of a model with projected tensors.
+
+    Args:
+        bases: of what an FFN gives, to be projected out of it in the tiny model by hooks.
+        U: of what reaches the residual stream.
+    """
+    plain, sites = tiny.run(), dict[str, Tensor]()
+    with ExitStack() as stack:
+        for (number, ffn), basis in bases.items():
+            module = tiny.model.get_submodule(ffn.module.format(layer=number))
+            stack.callback(module.register_forward_hook(_projecting(basis)).remove)
+        wanted = tiny.run()
+    with ExitStack() as stack:
+        for number, ffn in bases:
+            name = ffn.site.format(layer=number)
+            hook = _keeping(sites, name)
+            stack.callback(edited.get_submodule(name).register_forward_hook(hook).remove)
+        found = tiny.run(edited)
+    effect = float((wanted - plain).abs().max())
+    error = float((found - wanted).abs().max()) / effect if effect else float("inf")
+    return error, max(float((f @ U).abs().max() / f.abs().max()) for f in sites.values())
 
 
 def _streams(inferred: Inferred) -> bool:
