@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -180,11 +181,25 @@ def _check_layer(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None
             examine(layer, module)
         except ValueError as error:
             raise ValueError(f"in layer {number}, {error}") from error
+    _check_together(number, layer, ffns)
     for found in find_ffns(layer):
         if not any(related(found.module, module) for module, _ in ffns):
             raise ValueError(
                 f"layer {number} has a feed-forward network {found.module} that is not described"
             )
+
+
+def _check_together(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None:
+    """Raise ValueError if FFNs of a layer do not add to the stream in the same way, side by side:
+    activations are their sum, which a gradient must not tell apart."""
+    vector = layer.vectors(3)
+    shifts = [layer.shift(site, vector) for _, site in ffns]
+    for (one, site), (other, _) in permutations(ffns, 2):
+        if layer.feeds(site, other):
+            raise ValueError(f"in layer {number}, {other} reads what {one} has written")
+    for shift in shifts[1:]:
+        if (shift - shifts[0]).abs().max() > layer.tolerance * shifts[0].abs().max():
+            raise ValueError(f"in layer {number}, feed-forward networks are weighted differently")
 
 
 def _before(U: Tensor, ffn: FfnSpec, number: int, tensors: Mapping[str, Any]) -> Tensor:
