@@ -84,7 +84,8 @@ def _directions(width: int) -> Tensor:
     """U (D, R) float64, orthonormal columns."""
     generator = torch.Generator().manual_seed(13)
     drawn = torch.randn((width, _RANK), generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0]
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis
 
 
 def _compared(
