@@ -21,12 +21,12 @@ from tokenizers import models
 from torch import Tensor
 
 import converter
+from converter.checkpoints.architectures.library import MetaTensor
 from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.hub import limits
 from converter.models.transformers_loader import (
     LazyTensor,
     Loading,
-    MetaTensor,
     PartLoader,
     from_tensors,
 )
@@ -36,9 +36,14 @@ from tests.builders.models import Checkpoints
 DOORS = {
     "checkpoints/formats/meta_small_files.py": {"transformers.convert_slow_tokenizer"},
     "hub/limits.py": {"httpx2"},
-    "models/transformers_loader.py": {
+    "checkpoints/architectures/library.py": {
         "transformers.conversion_mapping", "transformers.core_model_loading",
-        "transformers.modeling_utils", "_attn_implementation", "_get_dtype_plan",
+        "transformers.models.auto", "transformers.models.auto.configuration_auto",
+        "_experts_implementation", "_from_config", "_model_mapping",
+    },
+    "models/transformers_loader.py": {
+        "transformers.core_model_loading", "transformers.modeling_utils", "_attn_implementation",
+        "_get_dtype_plan",
     },
 }  # fmt: skip
 """Module -> what it alone knows of other libraries: their modules, and names with an underscore."""

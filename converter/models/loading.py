@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from converter.checkpoints.architectures.library import MetaTensor
 from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
@@ -22,7 +23,6 @@ from converter.models.streamed_memory import Weights
 from converter.models.transformers_loader import (
     LazyTensor,
     Loading,
-    MetaTensor,
     from_files,
     from_tensors,
 )

@@ -1,9 +1,8 @@
-"""How transformers loads a model, where that is not documented. No other module knows it.
+"""How transformers loads a model, where that is not documented.
 
+What a model is without its weights, ``checkpoints.architectures.library`` knows.
 - ``from_pretrained(None, config=..., state_dict=...)`` takes for a tensor whatever can be sliced,
   and slices it when its turn comes: ``LazyTensor``, ``MetaTensor``.
-- ``conversion_mapping.get_model_conversion_mapping``, ``core_model_loading.rename_source_key`` and
-  the classes of its rules: which weight of a model a tensor of the checkpoint makes.
 - ``core_model_loading.convert_and_load_state_dict_in_model`` with a ``LoadStateDictConfig`` loads
   some of a model's weights, in one thread if HF_DEACTIVATE_ASYNC_LOAD is set.
 - ``_get_dtype_plan`` and ``base_model_prefix`` of a model.
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.checkpoints.architectures.library import MetaTensor, Renaming
 from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.errors import OptionError
 from converter.runtime import progress
@@ -35,21 +35,6 @@ class LazyTensor:
 
     def __getitem__(self, place: Any) -> Tensor:
         return self.tensor.make()[place]
-
-
-@dataclass(frozen=True, slots=True)
-class MetaTensor:
-    """A tensor that transformers is to load onto the meta device."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __getitem__(self, place: Any) -> "MetaTensor":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Wherever it is wanted, there is nothing to hold."""
-        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,33 +138,19 @@ class PartLoader:
     """
 
     def __init__(self, module: Any, dtype: torch.dtype, device: str) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.modeling_utils import LoadStateDictConfig
 
-        rules: Any = get_model_conversion_mapping(module)
-        self._module, self._state = module, module.state_dict(keep_vars=True)
-        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._module, self._renaming = module, Renaming(module)
         self._settings = LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=module._get_dtype_plan(dtype),
-            weight_mapping=rules,
+            weight_mapping=self._renaming.rules,
             device_map={"": device},
         )
 
     def weight_of(self, name: str) -> str | None:
-        """The weight of the model that a tensor of the checkpoint becomes, or a part of it.
-
-        None if the model has no use for it. A tensor that becomes several weights has the first.
-        """
-        from transformers.core_model_loading import rename_source_key
-
-        model = self._module.base_model_prefix, self._state
-        key, _ = rename_source_key(name, self._renamings, self._converters, *model)
-        if key not in self._state and name in self._state:
-            key, _ = rename_source_key(name, [], [], *model)
-        return key if key in self._state else None
+        """See ``Renaming``."""
+        return self._renaming.weight_of(name)
 
     def load(self, tensors: dict[str, Any]) -> list[str]:
         """Load the weights that are made from tensors of the checkpoint, one after the other.

@@ -257,8 +257,8 @@ def with_packed(**changes: Any) -> Damage:
     return damage
 
 
-NO_LAYER = "text does not run through one list of layers"
-LAYERS = "Validation error for field 'num_hidden_layers'"
+NO_LAYER = "config.json: the number of layers: expected from 1 to 10,000, found"
+LAYERS = "Field 'num_hidden_layers' expected int"
 
 CONFIGS: dict[str, Case] = {
     "dtype": (config(dtype="torch.bfloat16"), 4, "config.json: dtype: expected bfloat16, found"),

@@ -107,6 +107,10 @@ def manifest() -> dict[str, Any]:
             "guard_draws": 1, "force": False, "mask": True, "base_model": None, "subfolder": "",
             "trust_remote_code": False,
         },
+        "architecture": {
+            "name": "LlamaForCausalLM", "described_by": "inference", "transformers": "0",
+            "proved_layers": 2, "proved_tensors": 2, "tolerance": 1e-6,
+        },
         "source": {
             "name": "tiny", "repo_id": None, "revision": None, "commit": None,
             "files": {

@@ -136,6 +136,11 @@ def patch(config: Any, key: str, value: Any) -> dict[str, Any]:
     return {key: value}
 
 
+def run_experts_plainly(config: Any) -> None:
+    """Have experts computed one after the other, in any dtype and of any size."""
+    config._experts_implementation = "eager"
+
+
 def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> type | None:
     """The class that an auto class would load a model with, or None if it would not."""
     import transformers

@@ -291,7 +291,7 @@ def _shrunk(
         sections: of a rotary embedding, that the model has though its config may not say so.
     """
     config = copy.deepcopy(config)
-    config._experts_implementation = "eager"
+    library.run_experts_plainly(config)
     text = text_config(config)
     for part in (text, *_others(config, text)):
         if getattr(part, "use_cache", False):
