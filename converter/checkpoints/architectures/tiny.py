@@ -104,9 +104,10 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def signature(block: nn.Module) -> tuple[Any, ...]:
     """What layers have in common that are built alike: classes of modules, names and shapes of
-    parameters."""
+    parameters and buffers."""
     kinds = sorted((name, type(module).__name__) for name, module in block.named_modules())
     shapes = sorted((name, tuple(p.shape)) for name, p in block.named_parameters())
+    shapes += sorted((name, tuple(b.shape)) for name, b in block.named_buffers())
     return (*kinds, *shapes)
 
 
