@@ -333,6 +333,82 @@ def test_code_of_its_own_runs_only_if_it_is_trusted(cli: Cli, tmp_path: Path) ->
     assert 'blocks = "model.layers"\nffns = ["mlp"]' in draft
 
 
+_EXPERTS = """
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .configuration_own import OwnConfig
+
+
+class Experts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False)
+        self.experts = nn.ModuleList([LlamaMLP(config) for _ in range(config.n_routed_experts)])
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        full = torch.zeros_like(self.gate(x)).scatter(-1, chosen, weights)
+        return sum(full[..., n, None] * expert(x) for n, expert in enumerate(self.experts))
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Experts(config)
+"""
+
+_BEFORE = """
+from torch import nn
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .configuration_own import OwnConfig
+
+
+class OwnModel(LlamaModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = nn.ModuleList([LlamaMLP(config)])
+
+    def forward(self, input_ids=None, inputs_embeds=None, **more):
+        x = self.embed_tokens(input_ids)
+        return super().forward(inputs_embeds=x + self.first[0](x), **more)
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = OwnModel(config)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (_EXPERTS, "a smaller model has other parameters in model.layers.0: mlp.experts."),
+        (_BEFORE, "model.first.0 is like a feed-forward network, and in none of the layers"),
+    ],
+)
+def test_what_a_tiny_model_or_its_layers_do_not_have_is_not_passed_over(
+    code: str, reason: str, cli: Cli, tmp_path: Path
+) -> None:
+    """Experts that are modules of their own are fewer in a tiny model; and an FFN may be outside
+    of the layers."""
+    source = make_own_code(tmp_path / f"source{len(code)}")  # its name is that of the module, too
+    (source / "modeling_own.py").write_text(code)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_routed_experts": 16}))
+    cli("plan", source, "--trust-remote-code", code=4, says=reason)
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "an encoder, which": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     "an encoder, which does": {"model_type": "roberta"},

@@ -16,7 +16,12 @@ from converter.checkpoints.architectures.experiments import (
     decoder_layers,
     record,
 )
-from converter.checkpoints.architectures.ffn import check_projection, examine, find_ffns
+from converter.checkpoints.architectures.ffn import (
+    check_complete,
+    check_projection,
+    examine,
+    find_ffns,
+)
 from converter.checkpoints.architectures.tiny import Tiny
 
 _SMALL = {
@@ -451,6 +456,51 @@ def test_an_ffn_that_runs_twice_is_not_called_none() -> None:
         ValueError, match="no FFN is found, and the layer is not linear but for att"
     ):
         find_ffns(_layer(Twice()))
+
+
+class _WithAnother(_Block):
+    """A block with an FFN, and one more that is run ``times`` times, or is no module."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+        if times:
+            self.other = _Mlp()
+        else:
+            self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = super().forward(hidden_states)
+        for _ in range(self.times):
+            x = x + self.other(x)
+        return x if self.times else x + self.fc2(functional.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_an_ffn_beside_another_is_not_passed_over(times: int) -> None:
+    layer = _layer(_WithAnother(times))
+    with pytest.raises(ValueError, match="beside mlp and attention something is not linear"):
+        check_complete(layer, find_ffns(layer))
+
+
+def test_a_module_around_attention_and_an_ffn_is_no_attention() -> None:
+    class Twice(_Block):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            x = super().forward(hidden_states)
+            found: Tensor = x + self.mlp(x)
+            return found
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Twice()
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            found: Tensor = self.inner(hidden_states)
+            return found
+
+    with pytest.raises(ValueError, match=r"the layer is not linear but for inner\.attention"):
+        find_ffns(_layer(Around()))
 
 
 def test_a_low_rank_map_with_a_norm_is_no_ffn() -> None:

@@ -191,6 +191,19 @@ def test_shared_experts_that_the_config_has_without_elements_are_refused(
         make_plan({**config, "shared_expert_intermediate_size": 0}, weight_map, headers)
 
 
+def test_a_weight_by_two_names_is_refused(checkpoints: Checkpoints) -> None:
+    """transformers would load the one without "model.", and the other would be edited."""
+    config, weight_map, headers = parts(checkpoints("llama"))
+    name = "model.layers.2.mlp.down_proj.weight"
+    header = headers[weight_map[name]]
+    other = dataclasses.replace(header.tensors[name], name=name.removeprefix("model."))
+    changed = dataclasses.replace(header, tensors={**header.tensors, other.name: other})
+    with refused(
+        CheckpointError, what=f"the checkpoint has a weight by two names, {other.name} and {name}"
+    ):
+        make_plan(config, None, {**headers, weight_map[name]: changed})
+
+
 def test_layers_are_counted_before_a_model_is_built(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.architectures.architecture import Architecture, Dimensions, Role
-from converter.checkpoints.architectures.find import find_architecture, find_spelling
+from converter.checkpoints.architectures.architecture import (
+    Architecture,
+    Dimensions,
+    Role,
+    WeightSpec,
+)
+from converter.checkpoints.architectures.find import (
+    find_architecture,
+    find_renaming,
+    find_spelling,
+)
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import FLOATS, Header
@@ -216,6 +225,7 @@ def make_plan(
                 shape = (architecture.sizes.hidden_size,)
                 post_norms[layer] = names.require(ffn.norm, layer, shape=shape)
     _check_all_found(names, targets)
+    _check_no_other_names(names, config, folder)
     roles = tuple(_roles(names))
     vocabulary = _vocabulary(names)
     stale = {"config.json": patch} if patch else {}
@@ -264,6 +274,41 @@ def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
                 expected=f"no tensor {name} with {end} layers{experts}",
                 found=f"it in {shard}",
             )
+
+
+def _check_no_other_names(names: Names, config: Mapping[str, Any], folder: Path | None) -> None:
+    """Raise CheckpointError if the weight of a down-projection, its bias or the norm after it is
+    there by another name, too: transformers may load that one, which would not be edited."""
+    architecture = names.architecture
+    others = [
+        name
+        for name in names.tensors
+        if architecture.shape_of(names.of_file(name)) is None
+        and any(part.isdecimal() for part in name.split("."))
+    ]
+    if not others:
+        return
+    weight_of = find_renaming(config, folder).weight_of
+    kept: dict[str, str] = {}
+    for layer in architecture.sizes.ffn_layers:
+        for ffn in architecture.layer(layer).ffns:
+            for template in (*_templates(ffn.weights), ffn.norm):
+                name = template.format(layer=layer, expert=0)
+                if template and (key := weight_of(name)) is not None:
+                    kept[key] = names.on_disk(template, layer, 0)
+    for name in others:
+        if (key := weight_of(name)) in kept:
+            raise CheckpointError(
+                f"the checkpoint has a weight by two names, {name} and {kept[key]}",
+                expected="one of them: transformers loads either, and one only would be edited",
+                hint="load the model with transformers, and save it again with save_pretrained",
+            )
+
+
+def _templates(weights: Iterable[WeightSpec]) -> Iterator[str]:
+    for spec in weights:
+        yield spec.weight
+        yield spec.bias
 
 
 def _vocabulary(names: Names) -> dict[str, Place]:

@@ -8,7 +8,7 @@ vector at one position shows whether positions are mixed, since others see it th
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -545,6 +545,16 @@ def _giving(outputs: list[Any]) -> Change:
 def _silent(output: Any) -> Any:
     """Zeros in place of the first tensor."""
     return _replaced(output, torch.zeros_like)
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """While this lasts, the first tensor that a module gives is zeros."""
+    handle = module.register_forward_hook(_hook(_silent))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

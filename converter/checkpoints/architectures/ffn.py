@@ -7,7 +7,7 @@ be added along one axis, times anything along the others, so that all that chang
 output is a multiple of u; projecting all of them projects the output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -95,12 +95,40 @@ def find_ffns(layer: Layer) -> list[Ffn]:
     return found
 
 
-def _check_that_there_is_none(layer: Layer) -> None:
-    """Raise ValueError if a layer is not linear but for norms and what mixes positions."""
-    mixers: list[str] = []
+def check_complete(layer: Layer, ffns: Sequence[Ffn]) -> None:
+    """Raise ValueError if a layer is not linear but for its FFNs, norms and what mixes positions:
+    something else in it is like an FFN, as one that runs twice or that is no module."""
+    known = [ffn.module for ffn in ffns]
     for name in layer.modules:
-        if not any(name.startswith(f"{outer}.") for outer in mixers) and layer.mixes(name):
-            mixers.append(name)
+        if any(related(name, other) for other in known):
+            continue
+        if layer.mixes(name) or _gives_factors(layer, name):
+            known.append(name)
+    if not layer.is_affine_but_for(known):
+        raise ValueError(
+            f"beside {' and '.join(known)} something is not linear, and may be a feed-forward "
+            "network, too"
+        )
+
+
+def _gives_factors(layer: Layer, name: str) -> bool:
+    """Whether a module with matrices, and more than a linear map, gives fewer numbers for each
+    position than a hidden state has, as those by which hyper-connections mix streams."""
+    call = layer.only_call(name)
+    if call is None or name in layer.linear_maps() or not layer.has_matrices(name):
+        return False
+    given = call.given
+    return given is not None and given.numel() < layer.positions.numel() * layer.width
+
+
+def _check_that_there_is_none(layer: Layer) -> None:
+    """Raise ValueError if a layer is not linear but for norms and what mixes positions.
+
+    Of modules in one another that mix positions, the innermost do, and what is around them need
+    not be attention: it may have an FFN.
+    """
+    mixing = [name for name in layer.modules if layer.mixes(name)]
+    mixers = [n for n in mixing if not any(other.startswith(f"{n}.") for other in mixing)]
     if not layer.is_affine_but_for(mixers):
         known = " and ".join(mixers) or "norms"
         raise ValueError(f"no FFN is found, and the layer is not linear but for {known}")

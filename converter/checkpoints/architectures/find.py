@@ -87,6 +87,13 @@ def find_spelling(
     return spelling(library.on_meta(kind, read), architecture, names)
 
 
+def find_renaming(config: Mapping[str, Any], folder: Path | None = None) -> library.Renaming:
+    """Which weight of its model each tensor of a checkpoint makes."""
+    read, trusted = _read(config, folder if _trusted.get() else None)
+    kind, _ = _class_of(config, read, trusted)
+    return library.Renaming(library.on_meta(kind, read))
+
+
 @lru_cache(maxsize=256)
 def _proved(text: str, folder: str | None) -> Architecture:
     config = json.loads(text)

@@ -29,10 +29,12 @@ from converter.checkpoints.architectures.experiments import (
     check_unshared,
     decoder_layers,
     record,
+    silenced,
 )
 from converter.checkpoints.architectures.ffn import (
     Ffn,
     Map,
+    check_complete,
     examine,
     find_ffns,
     find_o_proj,
@@ -106,6 +108,8 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         numbers.append(kinds[key])
     if not any(spec.ffns for spec in specs):
         raise ValueError(NO_FFN)
+    if not hints.ffns:
+        _check_outside(tiny, place)
     final_norm, offset = described.final_norm(blocks[-1], calls)
     embedding = model.get_input_embeddings().weight
     architecture = Architecture(
@@ -126,6 +130,49 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         bias_routes=_bias_routes(kind, tiny, place, specs),
     )
     return Inferred(architecture, model, tiny, layers)
+
+
+class _Around(nn.Module):
+    """A module as the only one of another."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def _check_outside(tiny: Tiny, place: str) -> None:
+    """Raise ValueError if a module outside of the layers is like an FFN.
+
+    It is given hidden states by text, treats positions apart, is not linear but for norms, and
+    without what it gives, logits hang on the text: it adds to hidden states. A part of a head that
+    all goes through does not.
+    """
+    modules = {
+        module: name
+        for name, module in tiny.model.named_modules()
+        if not place.startswith(name) and not name.startswith(f"{place}.") and name
+        and any(p.ndim > 1 for p in module.parameters())
+        and not any(p.is_meta for p in module.parameters())
+    }  # fmt: skip
+    for module, calls in record(modules, tiny.run).items():
+        for call in calls[:1]:
+            state, given = call.state, call.given
+            if state is None or given is None or state.shape != given.shape:
+                continue
+            if not state.is_floating_point() or state.ndim < 2:
+                continue
+            layer = Layer(_Around(module), call, tiny.tolerance)
+            if not layer.is_position_wise("inner") or layer.is_affine("inner"):
+                continue
+            with silenced(module):
+                one, other = tiny.run()[:2]
+            if (one - other).abs().max() > layer.noise(one):
+                raise ValueError(
+                    f"{modules[module]} is like a feed-forward network, and in none of the layers"
+                )
 
 
 NO_FFN = "no layer has a feed-forward network"
@@ -149,6 +196,8 @@ class _Describe:
                 found = [examine(layer, name) for name in hinted if name in layer.modules]
             else:
                 found = find_ffns(layer)
+                if found:
+                    check_complete(layer, found)
         except ValueError as error:
             raise ValueError(f"in layer {number}, {error}") from error
         if len(found) > 1 and any(ffn.norm for ffn in found):

@@ -103,9 +103,12 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:
-    """What layers have in common that are built alike: class, names and shapes of parameters."""
+    """What layers have in common that are built alike: classes of modules, names and shapes of
+    parameters and buffers."""
+    kinds = sorted((name, type(module).__name__) for name, module in block.named_modules())
     shapes = sorted((name, tuple(p.shape)) for name, p in block.named_parameters())
-    return (type(block).__name__, *shapes)
+    shapes += sorted((name, tuple(b.shape)) for name, b in block.named_buffers())
+    return (*kinds, *shapes)
 
 
 def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
@@ -222,6 +225,23 @@ def _check_alike(small: nn.Module, model: nn.Module) -> None:
 
     if differing := names(small) ^ names(model):
         raise ValueError(f"a smaller model has other parameters: {sorted(differing)[0][0]}")
+    smaller = block_lists(small)
+    for name, blocks in block_lists(model).items():
+        others = smaller.get(name, ())
+        kinds = {signature(block): number for number, block in reversed(list(enumerate(blocks)))}
+        for number in sorted(kinds.values()):  # the first layer of each kind
+            if number < len(others):
+                _check_same_parameters(f"{name}.{number}", others[number], blocks[number])
+
+
+def _check_same_parameters(name: str, small: nn.Module, block: nn.Module) -> None:
+    """Raise ValueError if a layer of a smaller model lacks a parameter, as of an expert that has a
+    module of its own, or has another: what is found in one would not be all that is in the other.
+    """
+    one, other = ({(n, p.ndim) for n, p in b.named_parameters()} for b in (small, block))
+    if differing := one ^ other:
+        key = min(n for n, _ in differing)
+        raise ValueError(f"a smaller model has other parameters in {name}: {key}")
 
 
 def _run_by_text(model: Any) -> set[str]:
