@@ -103,6 +103,7 @@ class ArchitectureRecord(Record, kw_only=True):
         described_by: ``inference``, or the name of a data file.
         transformers: its version.
         layers_without_ffn: which were left alone.
+        left_alone: what else writes into the residual stream, and was left alone, in words.
         proved_layers, proved_tensors: of the tiny model.
         tolerance: relative, of the logits, and of what was left along the directions taken out.
     """
@@ -111,6 +112,7 @@ class ArchitectureRecord(Record, kw_only=True):
     described_by: str
     transformers: str
     layers_without_ffn: tuple[int, ...] = ()
+    left_alone: str = ""
     proved_layers: int
     proved_tensors: int
     tolerance: float

@@ -208,6 +208,8 @@ def _tell_of_layers(plan: Plan) -> None:
         named = few([str(layer) for layer in left])
         idle = ", or which text alone does not run through" if sizes.idle_layers else ""
         progress.note(f"  layers without a feed-forward network{idle}, left alone: {named}")
+    if also := plan.architecture.left_alone:
+        progress.note(f"  not edited, though they write into the residual stream: {also}")
     if sizes.unused_layers:
         progress.note(
             f"  layers after the last, for predicting several tokens at once: up to "

@@ -126,6 +126,7 @@ def architecture_record(architecture: Architecture) -> ArchitectureRecord:
         described_by=proof.described_by,
         transformers=proof.transformers,
         layers_without_ffn=sizes.without_ffn,
+        left_alone=architecture.left_alone,
         proved_layers=proof.layers,
         proved_tensors=proof.tensors,
         tolerance=proof.tolerance,

@@ -255,7 +255,12 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
     """
     told, found = manifest.architecture, architecture_record(plan.architecture)
     if told.transformers != found.transformers:
-        told = structs.replace(found, name=told.name, layers_without_ffn=told.layers_without_ffn)
+        told = structs.replace(
+            found,
+            name=told.name,
+            layers_without_ffn=told.layers_without_ffn,
+            left_alone=told.left_alone,
+        )
     if told != found:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 

@@ -169,6 +169,7 @@ class Architecture:
         norm_offset: the final norm multiplies by its weight plus this.
         block: name of a decoder layer in the class, with ``{layer}``.
         bias_routes: of roles whose biases can be added.
+        left_alone: what else writes into the residual stream, and stays as it is, in words.
         proof: of the description; None before it.
     """
 
@@ -185,6 +186,7 @@ class Architecture:
     norm_offset: int
     block: str
     bias_routes: Mapping[Role, BiasSpec] = field(default_factory=dict)
+    left_alone: str = ""
     proof: Proof | None = None
 
     def layer(self, number: int) -> LayerSpec:

@@ -68,8 +68,14 @@ def find_architecture(config: Mapping[str, Any], folder: Path | None = None) -> 
         CheckpointError: the model does not continue text, transformers does not know it, or the
             description cannot be made or proved.
     """
-    own = _trusted.get() and folder is not None and "auto_map" in config
+    own = _trusted.get() and folder is not None and _brings_a_model(config)
     return _proved(json.dumps(config, sort_keys=True, default=str), str(folder) if own else None)
+
+
+def _brings_a_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config names code of its own for a model, and not for its config alone."""
+    named = config.get("auto_map")
+    return isinstance(named, dict) and any(auto in named for auto in library.AUTO_CLASSES)
 
 
 def find_spelling(
@@ -82,7 +88,8 @@ def find_spelling(
 
     See ``stored.spelling``.
     """
-    read, trusted = _read(config, folder if _trusted.get() else None)
+    own = _trusted.get() and _brings_a_model(config)
+    read, trusted = _read(config, folder if own else None)
     kind, _ = _class_of(config, read, trusted)
     return spelling(library.on_meta(kind, read), architecture, names)
 
@@ -115,7 +122,7 @@ def _proved(text: str, folder: str | None) -> Architecture:
 
 def _read(config: Mapping[str, Any], folder: Path | None) -> tuple[Any, bool]:
     """The config object, and whether code of its own may run."""
-    trusted = folder is not None and "auto_map" in config
+    trusted = folder is not None
     _check_type(config, trusted)
     try:
         read = library.read_config(config, folder, trusted)
@@ -137,9 +144,11 @@ def data_files() -> dict[str, Hints]:
     for entry in sorted(_FOLDER.iterdir(), key=str):
         if entry.name.endswith(".toml") and entry.name != "examples.toml":
             data = tomllib.loads(entry.read_text("utf-8"))
-            if unknown := set(data) - {"model_type", "blocks", "ffns"}:
+            if unknown := set(data) - {"model_type", "blocks", "ffns", "left_alone"}:
                 raise ValueError(f"{entry.name}: unknown keys {sorted(unknown)}")
-            found[data["model_type"]] = Hints(data.get("blocks", ""), tuple(data.get("ffns", ())))
+            found[data["model_type"]] = Hints(
+                data.get("blocks", ""), tuple(data.get("ffns", ())), data.get("left_alone", "")
+            )
     return found
 
 

@@ -55,10 +55,12 @@ class Hints:
     Attributes:
         blocks: name of the list of decoder layers in the class.
         ffns: names of the FFNs within a layer; a layer has those of them that it has.
+        left_alone: what else writes into the residual stream, and stays as it is, in words.
     """
 
     blocks: str = ""
     ffns: tuple[str, ...] = ()
+    left_alone: str = ""
 
 
 @dataclass(slots=True)
@@ -128,6 +130,7 @@ def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> In
         norm_offset=offset,
         block=f"{place}.{{layer}}",
         bias_routes=_bias_routes(kind, tiny, place, specs),
+        left_alone=hints.left_alone,
     )
     return Inferred(architecture, model, tiny, layers)
 
