@@ -463,3 +463,23 @@ def test_the_norms_after_ffns_are_those_that_are_there() -> None:
         if any(f.norm for k in find_architecture(tiny_config(kind).to_dict()).kinds for f in k.ffns)
     }
     assert found == NORM_AFTER
+
+
+def test_layers_that_use_the_embedding_are_not_streamed() -> None:
+    """A streamed model's embedding gives zeros to all layers but the first: Gemma 4 computes what
+    each layer is given besides from it."""
+    proof = find_architecture(config_of("gemma4_text")).proof
+    assert proof is not None
+    assert not proof.streams
+
+
+@pytest.mark.parametrize("architectures", [3, True, {"a": 1}, "LlamaForCausalLM", [3]])
+def test_odd_names_of_classes_are_passed_over(architectures: Any) -> None:
+    config = {**tiny_config("llama").to_dict(), "architectures": architectures}
+    assert find_architecture(config).title == "LlamaForCausalLM"
+
+
+def test_labels_are_not_counted() -> None:
+    """transformers makes a name of each: 10^9 of them would take all memory."""
+    config = {**tiny_config("llama").to_dict(), "num_labels": 10**9}
+    assert find_architecture(config).title == "LlamaForCausalLM"

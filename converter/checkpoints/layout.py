@@ -49,6 +49,7 @@ _LARGE = ("tokenizer.json", "vocab.json", MANIFEST)
 
 _LIMITS = (
     (re.compile(r"depth|.*layers?|.*experts"), 10_000, "layers or experts"),
+    (re.compile("num_labels"), 100_000, "labels of a classifier"),
     (re.compile(r"(.*_)?(vocab|hidden|intermediate|ffn|embedding|state|kernel|patch|image)_size|"
                 r".*(_dim|_heads?|_positions|_embeddings|_rank)|n_(embd|inner|ctx)"),
      1 << 24, "a size of a model"),

@@ -287,6 +287,7 @@ CONFIGS: dict[str, Case] = {
     "huge heads": (config(head_dim=10**12), 4, "at most 16,777,216"),
     "huge vocabulary": (config(vocab_size=10**12), 4, "at most 16,777,216"),
     "10^9 layers of a tower": (config(vision_config={"depth": 10**9}), 4, "at most 10,000"),
+    "10^9 labels": (config(num_labels=10**9), 4, "at most 100,000"),
     "10^9 experts deep down": (config(a=[{"b": {"num_experts": 10**9}}]), 4, "at most 10,000"),
     "unknown model": (config(model_type="nonesuch"), 4, "upgrade transformers, or check the name"),
     "model as a list": (config(model_type=["llama"]), 4, "found a list of 1"),

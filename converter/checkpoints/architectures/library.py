@@ -26,8 +26,10 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 """Of transformers, that load a model which continues text."""
 
 _NO_CHOICE = ("quantization_config", "compression_config", "attn_implementation",
-              "_attn_implementation", "experts_implementation")  # fmt: skip
-"""Keys of a config that say how weights are stored or run, and nothing of the model's structure."""
+              "_attn_implementation", "experts_implementation", "_experts_implementation",
+              "num_labels", "id2label", "label2id")  # fmt: skip
+"""Keys of a config that say how weights are stored or run, or are of a classifier, and nothing of
+the structure of a model that continues text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
             return type(auto.from_config(copy.deepcopy(config), trust_remote_code=True))
     found = auto._model_mapping.get(type(config), None)
     kinds: list[type | None] = list(found) if isinstance(found, (list, tuple)) else [found]
-    named = getattr(config, "architectures", None) or ()
+    said = getattr(config, "architectures", None)
+    named = said if isinstance(said, (list, tuple)) else ()
     return next((kind for kind in kinds if kind and kind.__name__ in named), kinds[0])
 
 

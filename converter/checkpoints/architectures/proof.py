@@ -118,8 +118,10 @@ def _streams(inferred: Inferred) -> bool:
     """Whether each layer gives the same when no other one runs."""
     blocks = [layer.block for layer in inferred.layers if layer]
     try:
-        for layer in filter(None, inferred.layers):
-            found = _alone(inferred.tiny, layer, blocks)
+        for number, layer in enumerate(inferred.layers):
+            if layer is None:
+                continue
+            found = _alone(inferred.tiny, layer, blocks, embeds=number == 0)
             if not torch.equal(found, layer.given):
                 return False
     except Exception:  # a class may want whatever other layers leave behind
@@ -127,11 +129,17 @@ def _streams(inferred: Inferred) -> bool:
     return len(blocks) == len(inferred.layers)
 
 
-def _alone(tiny: Tiny, layer: Layer, blocks: Sequence[nn.Module]) -> Tensor:
-    """What a layer gives if it is given what it was given, and all others give that back."""
+def _alone(tiny: Tiny, layer: Layer, blocks: Sequence[nn.Module], *, embeds: bool) -> Tensor:
+    """What a layer gives if it is given what it was given, and all others give that back.
+
+    Args:
+        embeds: whether the embedding gives what it does, or zeros, as it does for a layer that is
+            streamed and not the first.
+    """
     state = layer.call.state
     seen: list[Tensor] = []
-    wrapped = {block: block.forward for block in blocks}
+    wrapped: dict[nn.Module, Any] = {block: block.forward for block in blocks}
+    embedding = tiny.model.get_input_embeddings()
 
     def stand_in(block: nn.Module) -> Any:
         length = len(layer.call.output) if isinstance(layer.call.output, tuple) else 0
@@ -152,13 +160,19 @@ def _alone(tiny: Tiny, layer: Layer, blocks: Sequence[nn.Module]) -> Tensor:
 
         return forward
 
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(wrapped[embedding](*args, **kwargs))
+
     try:
         for block in blocks:
             block.forward = stand_in(block)
+        if not embeds:
+            wrapped[embedding] = embedding.forward
+            embedding.forward = zeros
         tiny.run()
     finally:
-        for block, forward in wrapped.items():
-            block.forward = forward
+        for module, forward in wrapped.items():
+            module.forward = forward
     return seen[0]
 
 
