@@ -210,6 +210,7 @@ def make_plan(
     patch = stale_quantization(config, tensors)
     config = merge(config, patch)
     scheme = read_scheme(config)
+    _check_depth(config, tensors)
     architecture = find_architecture(config, folder)
     layer = architecture.sizes.ffn_layers[0]
     spec, expert = next(architecture.specs("down_proj", layer))
@@ -233,6 +234,18 @@ def make_plan(
         architecture, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names, stale,
         folder,
     )  # fmt: skip
+
+
+def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
+    """Raise CheckpointError if a config has more layers than there are tensors, before a model of
+    so many is built."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        count = part.get("num_hidden_layers")
+        if type(count) is int and count > max(len(tensors), 1):
+            raise CheckpointError(
+                "config.json: num_hidden_layers", found=f"{count:,}",
+                expected=f"no more than the {len(tensors):,} tensors of the checkpoint",
+            )  # fmt: skip
 
 
 def _roles(names: Names) -> Iterator[Role]:

@@ -74,7 +74,7 @@ def choose_forward(
     if asked == "streamed" and not streams:
         raise OptionError(
             "--forward streamed", expected="layers that pass on hidden states and nothing else",
-            found=f"{plan.architecture.title}, whose layers use what others leave behind or the embedding",
+            found=f"{plan.architecture.title}, whose layers use the embedding or one another",
             hint="give --forward resident, or --device map",
         )  # fmt: skip
     if asked != "auto":

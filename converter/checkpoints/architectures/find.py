@@ -18,9 +18,10 @@ from typing import Any
 
 from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import Architecture
-from converter.checkpoints.architectures.inference import Hints, infer
+from converter.checkpoints.architectures.inference import NO_FFN, Hints, infer
 from converter.checkpoints.architectures.proof import prove
 from converter.checkpoints.architectures.stored import spelling
+from converter.checkpoints.architectures.tiny import Unshrinkable
 from converter.errors import CheckpointError
 from converter.text import describe_value
 
@@ -50,6 +51,8 @@ def allow_own_code(trusted: bool) -> None:
     """
     _trusted.set(trusted)
 
+
+_DRAFT = "gloss architectures --infer SOURCE prints a draft of the data file that would settle it"
 
 _MAX_LAYERS = 10_000
 """The deepest models have a few hundred."""
@@ -108,15 +111,25 @@ def _proved(text: str, folder: str | None) -> Architecture:
     kind, auto_class = _class_of(config, read, trusted)
     hints, by = hints_of(config["model_type"])
     try:
-        inferred = infer(kind, read, auto_class, hints)
+        model = library.on_meta(kind, read)
+    except Exception as error:  # whatever a class makes of a config
+        raise CheckpointError(
+            f"{kind.__name__} cannot be built from config.json",
+            found=_first_line(error),
+            hint="install the package that it asks for"
+            if isinstance(error, ImportError)
+            else "check that the source loads with from_pretrained",
+        ) from error
+    try:
+        inferred = infer(kind, read, auto_class, hints, model)
         return replace(inferred.architecture, proof=prove(inferred, by))
     except Exception as error:  # ours are ValueErrors; a class may raise anything
+        settled = not isinstance(error, Unshrinkable) and str(error) != NO_FFN
         raise CheckpointError(
             f"the architecture of {kind.__name__} is not known",
             expected="a feed-forward network in its layers that can be found and proved",
             found=_first_line(error),
-            hint="gloss architectures --infer SOURCE prints a draft of the data file that would "
-            "settle it",
+            hint=_DRAFT if settled else None,
         ) from error
 
 
@@ -244,7 +257,9 @@ def _unusable(config: Mapping[str, Any], error: Exception) -> CheckpointError:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].endswith(":") and len(lines) > 1:  # of a check that only says what follows
+    if (
+        "alidation" in lines[0] and lines[0].endswith(":") and len(lines) > 1
+    ):  # of a check that only says what follows
         lines = lines[1:]
     text = " ".join(lines[0].split())[:300]
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

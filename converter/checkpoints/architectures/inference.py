@@ -78,18 +78,21 @@ class Inferred:
     layers: list[Layer | None]
 
 
-def infer(kind: Any, config: Any, auto_class: str, hints: Hints = Hints()) -> Inferred:
+def infer(
+    kind: Any, config: Any, auto_class: str, hints: Hints = Hints(), model: Any = None
+) -> Inferred:
     """Describe a model.
 
     Args:
         kind: class of transformers.
         config: its config.
         auto_class: that loads it.
+        model: of the class, on the meta device, if there is one already.
 
     Raises:
         ValueError: something cannot be described, and what.
     """
-    model = library.on_meta(kind, config)
+    model = model or library.on_meta(kind, config)
     tiny = make_tiny(kind, config, model)
     place, blocks, calls = decoder_layers(tiny, hints.blocks)
     real = model.get_submodule(place)

@@ -27,7 +27,7 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 
 _NO_CHOICE = ("quantization_config", "compression_config", "attn_implementation",
               "_attn_implementation", "experts_implementation", "_experts_implementation",
-              "num_labels", "id2label", "label2id")  # fmt: skip
+              "num_labels", "id2label", "label2id", "dtype", "torch_dtype")  # fmt: skip
 """Keys of a config that say how weights are stored or run, or are of a classifier, and nothing of
 the structure of a model that continues text."""
 
