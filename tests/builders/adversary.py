@@ -16,7 +16,8 @@ from converter.runtime.cache import sha256_of
 Place = tuple[str | int, ...]
 
 CLAIMS = (
-    "architecture.transformers", "environment.", "forward", "measurements.", "method.evidence.candidates.#.index",
+    "architecture.transformers", "environment.", "forward", "measurements.",
+    "method.evidence.candidates.#.index",
     "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
     "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
     "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",

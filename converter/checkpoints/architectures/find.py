@@ -21,7 +21,7 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.architectures.inference import NO_FFN, Hints, infer
 from converter.checkpoints.architectures.proof import prove
 from converter.checkpoints.architectures.stored import spelling
-from converter.checkpoints.architectures.tiny import Unshrinkable
+from converter.checkpoints.architectures.tiny import NoTinyModelError
 from converter.errors import CheckpointError
 from converter.text import describe_value
 
@@ -124,7 +124,7 @@ def _proved(text: str, folder: str | None) -> Architecture:
         inferred = infer(kind, read, auto_class, hints, model)
         return replace(inferred.architecture, proof=prove(inferred, by))
     except Exception as error:  # ours are ValueErrors; a class may raise anything
-        settled = not isinstance(error, Unshrinkable) and str(error) != NO_FFN
+        settled = not isinstance(error, NoTinyModelError) and str(error) != NO_FFN
         raise CheckpointError(
             f"the architecture of {kind.__name__} is not known",
             expected="a feed-forward network in its layers that can be found and proved",

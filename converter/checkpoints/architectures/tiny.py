@@ -60,7 +60,7 @@ _OF_TEXT = re.compile(r"(\w*_)?(out|output|projection|text|language|llm|lm)_?(hi
 """Keys of other parts of a wrapper that are the width of the language model."""
 
 
-class Unshrinkable(ValueError):
+class NoTinyModelError(ValueError):
     """No tiny model of a class runs on text alone; why."""
 
 
@@ -138,17 +138,17 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
         if len(errors) == 2 and str(errors[0]) == str(errors[1]):
             break  # it has nothing to do with sizes
     reason = str(errors[0]).strip().splitlines()[0] if errors else "it has no layers"
-    raise Unshrinkable(reason) from next(iter(errors), None)
+    raise NoTinyModelError(reason) from next(iter(errors), None)
 
 
 def _check_takes_text(kind: Any) -> None:
     """Raise ValueError if token ids are not enough to run a model of a class."""
     if kind.forward is nn.Module.forward:
-        raise Unshrinkable(f"{kind.__name__} has no forward pass of its own")
+        raise NoTinyModelError(f"{kind.__name__} has no forward pass of its own")
     for name, parameter in list(inspect.signature(kind.forward).parameters.items())[1:]:
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and name != "input_ids":
-            raise Unshrinkable(f"{kind.__name__} does not run without {name}")
+            raise NoTinyModelError(f"{kind.__name__} does not run without {name}")
 
 
 def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
