@@ -149,6 +149,8 @@ class Plan:
         created = {names[w.layer]: w.info.shape[w.axis : w.axis + 1] for w in weights}
         for weight in weights:
             for other in map(spec.beside, route.zeros):
+                if not self.names.find(f"{other}.weight", weight.layer):
+                    continue  # a layer that shares the keys and values of another has no such map
                 shape = (-1, self.dimensions.hidden_size)
                 _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
@@ -335,17 +337,18 @@ def _vocabulary(names: Names) -> dict[str, Place]:
     }
     found = {role: place for role, place in places.items() if place is not None}
     for role, (_, info) in found.items():
-        width = sizes.hidden_size if role == "final_norm" else sizes.embedding_size
+        rows, width = head.shape if head and role == "unembedding" else architecture.embedding_shape
+        width = sizes.hidden_size if role == "final_norm" else width
         if info.shape[-1:] != (width,) or len(info.shape) > 2:
             raise CheckpointError(
                 f"tensor {info.name} ({role}) contradicts config.json",
                 expected=f"a last axis of {width}",
                 found=f"shape {list(info.shape)}",
             )
-        if role != "final_norm" and sizes.vocab_size not in (0, info.shape[0]):
+        if role != "final_norm" and info.shape[0] != rows:
             raise CheckpointError(
                 f"tensor {info.name} ({role}) contradicts config.json",
-                expected=f"{sizes.vocab_size} rows, its vocab_size",
+                expected=f"{rows} rows, its vocab_size",
                 found=f"{info.shape[0]}",
                 hint="correct vocab_size: transformers does not load such a checkpoint",
             )

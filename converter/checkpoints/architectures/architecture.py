@@ -166,6 +166,7 @@ class Architecture:
         head: the unembedding, or None if it is the embedding.
         embedding, unembedding, final_norm: disk names; the norm's is empty if it has no weight, and
             a checkpoint with tied embeddings need not have the unembedding.
+        embedding_shape: of the embedding.
         norm_offset: the final norm multiplies by its weight plus this.
         block: name of a decoder layer in the class, with ``{layer}``.
         bias_routes: of roles whose biases can be added.
@@ -182,6 +183,7 @@ class Architecture:
     head: WeightSpec | None
     embedding: str
     unembedding: str
+    embedding_shape: tuple[int, ...]
     final_norm: str
     norm_offset: int
     block: str

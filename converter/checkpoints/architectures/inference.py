@@ -129,6 +129,7 @@ def infer(
         unembedding=described.storage.name_of(
             f"{_name(model, model.get_output_embeddings())}.weight"
         ),
+        embedding_shape=tuple(embedding.shape),
         final_norm=final_norm,
         norm_offset=offset,
         block=f"{place}.{{layer}}",
