@@ -190,7 +190,8 @@ def check_streamed(folder: Path, resident: Any) -> None:
         texts = [encode(text, "mean", ()) for text in ("you idiot, get out", "a cup of tea")]
         (found,) = log_probabilities(model, [texts])
         values.append(torch.cat([torch.from_numpy(each) for each in found]))
-    assert torch.allclose(*values, atol=1e-5)  # rounding: where a tensor begins in memory counts
+    one, other = values
+    assert torch.allclose(one, other, atol=1e-5)  # rounding: where a tensor begins in memory counts
 
 
 def inferred(kind: str) -> Inferred:
