@@ -29,8 +29,8 @@ def call(module: nn.Module, batch: Batch) -> Any:
     taken = {key: value for key, value in given.items() if key in known}
     try:
         return module(input_ids=batch.ids, **taken)
-    except Exception as error:  # a third party's model: of any kind
-        if isinstance(error, (StopForward, ConverterError)) or is_out_of_memory(error):
+    except RuntimeError as error:  # what PyTorch raises; what a hook raises is its own
+        if isinstance(error, ConverterError) or is_out_of_memory(error):
             raise
         raise SourceError(
             f"{type(module).__name__} cannot be run on this machine",
