@@ -18,8 +18,8 @@ from converter.checkpoints.architectures.architecture import (
 from converter.checkpoints.architectures.find import (
     find_architecture,
     find_renaming,
-    find_spelling,
 )
+from converter.checkpoints.architectures.stored import spelling
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import FLOATS, Header
@@ -217,8 +217,8 @@ def make_plan(
     layer = architecture.sizes.ffn_layers[0]
     spec, expert = next(architecture.specs("down_proj", layer))
     usual = spec.weight.format(layer=layer, expert=expert) in tensors
-    spelling = {} if usual else find_spelling(config, architecture, [*tensors], folder)
-    names = Names(tensors, architecture, scheme, spelling)
+    other = {} if usual else spelling(find_renaming(config, folder), architecture, tensors)
+    names = Names(tensors, architecture, scheme, other)
     targets: list[Weight] = []
     post_norms = {}
     for layer in architecture.sizes.ffn_layers:
@@ -352,7 +352,7 @@ def _vocabulary(names: Names) -> dict[str, Place]:
                 found=f"{info.shape[0]}",
                 hint="correct vocab_size: transformers does not load such a checkpoint",
             )
-    return found if sizes.embedding_size == sizes.hidden_size else {}
+    return found if architecture.embedding_shape[-1] == sizes.hidden_size else {}
 
 
 def locate_tensors(

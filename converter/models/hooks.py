@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.errors import ConverterError, SourceError, is_out_of_memory
+from converter.errors import SourceError, is_out_of_memory
 from converter.models.batching import Batch
 
 Show = Callable[[int, int, Tensor], None]
@@ -30,7 +30,7 @@ def call(module: nn.Module, batch: Batch) -> Any:
     try:
         return module(input_ids=batch.ids, **taken)
     except RuntimeError as error:  # what PyTorch raises; what a hook raises is its own
-        if isinstance(error, ConverterError) or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise SourceError(
             f"{type(module).__name__} cannot be run on this machine",

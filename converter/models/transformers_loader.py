@@ -1,6 +1,5 @@
 """How transformers loads a model, where that is not documented.
 
-What a model is without its weights, ``checkpoints.architectures.library`` knows.
 - ``from_pretrained(None, config=..., state_dict=...)`` takes for a tensor whatever can be sliced,
   and slices it when its turn comes: ``LazyTensor``, ``MetaTensor``.
 - ``core_model_loading.convert_and_load_state_dict_in_model`` with a ``LoadStateDictConfig`` loads
@@ -8,6 +7,7 @@ What a model is without its weights, ``checkpoints.architectures.library`` knows
 - ``_get_dtype_plan`` and ``base_model_prefix`` of a model.
 - ``_attn_implementation`` of a config, which sets that of its parts, too; None for the default.
 
+What a model is without its weights, ``checkpoints.architectures.library`` knows.
 ``tests/test_doors.py`` fails where another version of transformers does otherwise.
 """
 

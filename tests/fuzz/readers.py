@@ -362,7 +362,7 @@ def signature(data: bytes) -> None:
 def options(data: bytes) -> None:
     """Options: the first line is a method, the others ``key=value``, a size, or layers."""
     method, *lines = data.decode("utf-8", "replace").split("\n")
-    sizes = Dimensions(4, 8, 8, 8, 16, ffn_layers=(0, 1, 2, 3))
+    sizes = Dimensions(4, 8, 8, ffn_layers=(0, 1, 2, 3))
     method = METHODS.names()[len(method) % len(METHODS.names())]
     attempts: list[Callable[[], object]] = []
     for line in lines[:20]:

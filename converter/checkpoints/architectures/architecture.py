@@ -23,7 +23,6 @@ class Dimensions:
 
     Attributes:
         intermediate_size: of the widest FFN, or of its experts if it has nothing else.
-        embedding_size: of the embedding's rows.
         num_experts: of a mixture, without those that every token goes through.
         sparse_layers: those with experts.
         ffn_layers: those with an FFN; others are left alone.
@@ -35,8 +34,6 @@ class Dimensions:
     num_hidden_layers: int
     hidden_size: int
     intermediate_size: int
-    embedding_size: int
-    vocab_size: int
     num_experts: int = 0
     sparse_layers: tuple[int, ...] = ()
     ffn_layers: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ networks within a layer. The proof is the same.
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -20,7 +20,6 @@ from converter.checkpoints.architectures import library
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.architectures.inference import NO_FFN, Hints, infer
 from converter.checkpoints.architectures.proof import prove
-from converter.checkpoints.architectures.stored import spelling
 from converter.checkpoints.architectures.tiny import NoTinyModelError
 from converter.errors import CheckpointError
 from converter.text import describe_value
@@ -71,37 +70,22 @@ def find_architecture(config: Mapping[str, Any], folder: Path | None = None) -> 
         CheckpointError: the model does not continue text, transformers does not know it, or the
             description cannot be made or proved.
     """
-    own = _trusted.get() and folder is not None and _brings_a_model(config)
-    return _proved(json.dumps(config, sort_keys=True, default=str), str(folder) if own else None)
-
-
-def _brings_a_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config names code of its own for a model, and not for its config alone."""
-    named = config.get("auto_map")
-    return isinstance(named, dict) and any(auto in named for auto in library.AUTO_CLASSES)
-
-
-def find_spelling(
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    names: Sequence[str],
-    folder: Path | None = None,
-) -> dict[str, str]:
-    """How a checkpoint's names begin where they begin otherwise than transformers writes them.
-
-    See ``stored.spelling``.
-    """
-    own = _trusted.get() and _brings_a_model(config)
-    read, trusted = _read(config, folder if own else None)
-    kind, _ = _class_of(config, read, trusted)
-    return spelling(library.on_meta(kind, read), architecture, names)
+    own = _with_own_code(config, folder)
+    return _proved(json.dumps(config, sort_keys=True, default=str), str(own) if own else None)
 
 
 def find_renaming(config: Mapping[str, Any], folder: Path | None = None) -> library.Renaming:
-    """Which weight of its model each tensor of a checkpoint makes."""
-    read, trusted = _read(config, folder if _trusted.get() else None)
+    """Which weight of its model each tensor of a checkpoint makes. As ``find_architecture``."""
+    read, trusted = _read(config, _with_own_code(config, folder))
     kind, _ = _class_of(config, read, trusted)
     return library.Renaming(library.on_meta(kind, read))
+
+
+def _with_own_code(config: Mapping[str, Any], folder: Path | None) -> Path | None:
+    """The folder, if code in it may run and is that of a model, and not of a config alone."""
+    named = config.get("auto_map")
+    brings = isinstance(named, dict) and any(auto in named for auto in library.AUTO_CLASSES)
+    return folder if brings and _trusted.get() else None
 
 
 @lru_cache(maxsize=256)
@@ -256,10 +240,9 @@ def _unusable(config: Mapping[str, Any], error: Exception) -> CheckpointError:
 
 
 def _first_line(error: Exception) -> str:
+    """What an error says, in a line; of a config's check, that after the one that names it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if (
-        "alidation" in lines[0] and lines[0].endswith(":") and len(lines) > 1
-    ):  # of a check that only says what follows
+    if re.search(r"[Vv]alidation.*:$", lines[0]) and len(lines) > 1:
         lines = lines[1:]
     text = " ".join(lines[0].split())[:300]
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -68,12 +68,10 @@ class Inferred:
     """A description, and what it was made from.
 
     Attributes:
-        model: of the real sizes, on the meta device.
         layers: of the tiny model, in order; None for one that text does not run through.
     """
 
     architecture: Architecture
-    model: Any
     tiny: Tiny
     layers: list[Layer | None]
 
@@ -121,7 +119,7 @@ def infer(
         title=kind.__name__,
         model_type=config.model_type,
         auto_class=auto_class,
-        sizes=_sizes(config, model, specs, numbers),
+        sizes=_sizes(config, specs, numbers),
         kinds=tuple(specs),
         layers=tuple(numbers),
         head=described.head(),
@@ -136,7 +134,7 @@ def infer(
         bias_routes=_bias_routes(kind, tiny, place, specs),
         left_alone=hints.left_alone,
     )
-    return Inferred(architecture, model, tiny, layers)
+    return Inferred(architecture, tiny, layers)
 
 
 class _Around(nn.Module):
@@ -323,12 +321,8 @@ def _offset(norm: nn.Module, state: Tensor) -> int:
     return int(given.abs().max() > 1e-6)
 
 
-def _sizes(
-    config: Any, model: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]
-) -> Dimensions:
+def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> Dimensions:
     text = library.text_config(config)
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
     downs = [[w for ffn in spec.ffns for w in ffn.weights] for spec in specs]
     mixtures = [any(w.experts or len(w.shape) > 2 for w in weights) for weights in downs]
     spec = next(w for weights in downs for w in weights)
@@ -345,8 +339,6 @@ def _sizes(
         num_hidden_layers=len(numbers),
         hidden_size=spec.shape[spec.output_axis],
         intermediate_size=max(inner),
-        embedding_size=embedding.shape[1],
-        vocab_size=head.weight.shape[0] if head is not None else embedding.shape[0],
         num_experts=max(experts, default=0),
         sparse_layers=tuple(n for n, kind in enumerate(numbers) if mixtures[kind]),
         ffn_layers=tuple(n for n, kind in enumerate(numbers) if specs[kind].ffns),

@@ -5,7 +5,7 @@ the number of the output that they belong to.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,16 +194,17 @@ def _by_number(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
-def spelling(model: Any, architecture: Architecture, names: Sequence[str]) -> dict[str, str]:
+def spelling(
+    renaming: library.Renaming, architecture: Architecture, names: Iterable[str]
+) -> dict[str, str]:
     """Beginnings of disk names as ``save_pretrained`` writes them -> as a checkpoint has them.
 
     For checkpoints with names that transformers reads, and does not write.
 
     Args:
-        model: of the real sizes, on the meta device.
+        renaming: of the model.
         names: of all tensors of the checkpoint.
     """
-    renaming = library.Renaming(model)
     there: dict[str, str] = {}
     for name in names:
         if (key := renaming.weight_of(name)) is not None:
