@@ -182,10 +182,12 @@ class Vocabulary:
             logits = E (g * u)     E: (V, D) unembedding, g: (D,) of the final norm
 
         A tuple for each of the directions (C, D), the largest logit first; empty ones if the
-        checkpoint's unembedding is missing or not stored as plain numbers.
+        checkpoint's unembedding is missing, not stored as plain numbers, or of another width, as
+        where the head reads more than one hidden state.
         """
         place = self.plan.vocabulary.get("unembedding")
-        if place is None or place[1].dtype not in FLOATS:
+        width = directions.shape[1]
+        if place is None or place[1].dtype not in FLOATS or place[1].shape[1] != width:
             return [()] * len(directions)
         shard, info = place
         directions = directions.float()

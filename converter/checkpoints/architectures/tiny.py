@@ -424,10 +424,12 @@ class _Divide:
     def part(self, part: Any) -> None:
         """All sizes of a config, or of a part of one."""
         for key, value in list(vars(part).items()):
-            if not key.startswith("_") or key == "_per_layer_config":
+            if not key.startswith("_"):
                 new = self.value(key, value)
                 if new is not value and new != value:
                     setattr(part, key, new)
+        if getattr(part, "is_heterogeneous", False):
+            part.per_layer_config = self.value("", part.to_dict()["per_layer_config"])
         for name in getattr(part, "sub_configs", None) or {}:
             inner = getattr(part, name, None)
             if inner is not None and not isinstance(inner, dict):
