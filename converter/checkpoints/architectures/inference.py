@@ -114,7 +114,7 @@ def infer(
     if not hints.ffns:
         _check_outside(tiny, place)
     final_norm, offset = described.final_norm(blocks[-1], calls)
-    embedding = model.get_input_embeddings().weight
+    embedding = described.storage.tensor_of(_key(model, model.get_input_embeddings().weight))
     architecture = Architecture(
         title=kind.__name__,
         model_type=config.model_type,
@@ -123,11 +123,11 @@ def infer(
         kinds=tuple(specs),
         layers=tuple(numbers),
         head=described.head(),
-        embedding=described.storage.name_of(_key(model, embedding)),
+        embedding=embedding[0],
         unembedding=described.storage.name_of(
             f"{_name(model, model.get_output_embeddings())}.weight"
         ),
-        embedding_shape=tuple(embedding.shape),
+        embedding_shape=embedding[1],
         final_norm=final_norm,
         norm_offset=offset,
         block=f"{place}.{{layer}}",

@@ -82,12 +82,15 @@ class Storage:
 
     def of_model(self, name: str, axis: int) -> WeightSpec:
         """The weight of a linear map outside of the layers, by the map's name and output axis."""
-        key = f"{name}.weight"
-        stored = self._stored(key, axis)
-        disk = stored.names[0]
-        shape = library.on_disk(self.model, {key: self.model.get_parameter(key)})[disk].shape
+        disk, shape = self.tensor_of(f"{name}.weight")
         bias = f"{disk.removesuffix('.weight')}.bias"
-        return WeightSpec(disk, bias, tuple(shape), stored.axis, name)
+        return WeightSpec(disk, bias, shape, self._stored(f"{name}.weight", axis).axis, name)
+
+    def tensor_of(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """The disk name and shape of a weight of the real model; of the first part, if several."""
+        written = library.on_disk(self.model, {key: self.model.get_parameter(key)})
+        name, tensor = next(iter(written.items()))
+        return name, tuple(tensor.shape)
 
     def name_of(self, key: str, number: int | None = None) -> str:
         """The disk name of a weight of the model; as a template if it is in a layer."""
