@@ -327,17 +327,20 @@ class Measured(Record, kw_only=True):
         perplexity_ratio: after over before, on neutral text.
         toxic_change: mean change of a toxic word's log-probability, in nats.
         teacher_forced: mean of p_after / p_before of toxic words, each capped at e.
+        context_ratio: perplexity after over before of the other words of toxic text; None if there
+            are too few of them, or it was made before they were looked at.
     """
 
     perplexity_ratio: Estimate
     toxic_change: Estimate
     teacher_forced: Estimate
+    context_ratio: Estimate | None = None
 
     @property
     def finite(self) -> bool:
-        """Whether all of them are numbers."""
-        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced)
-        return all(part.finite for part in parts)
+        """Whether all of them that were measured are numbers."""
+        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced, self.context_ratio)
+        return all(part is None or part.finite for part in parts)
 
 
 Strength = int | float
@@ -351,6 +354,7 @@ class Trial(Record, kw_only=True):
     perplexity_ratio: Estimate
     toxic_change: Estimate
     teacher_forced: Estimate
+    context_ratio: Estimate | None = None
 
 
 class Choice(Record, kw_only=True):
@@ -383,6 +387,9 @@ class GuardRecord(Record, kw_only=True):
             tr(U^T M U) / tr M with the neutral second moment M, the largest if each layer has its
             own. None if it is unknown.
         reasons: why it refuses; not empty only if ``force`` wrote the edit all the same.
+        context_tokens: that the perplexity ratios of the other words of toxic text are of; 0 if
+            they were not measured.
+        context_limit: the largest of these ratios.
     """
 
     budget: float
@@ -395,6 +402,8 @@ class GuardRecord(Record, kw_only=True):
     controls: Annotated[tuple[Measured, ...], Meta(min_length=1)]
     neutral_energy: float | None
     reasons: tuple[str, ...]
+    context_tokens: Count = 0
+    context_limit: float | None = None
 
 
 class Requantized(Record, kw_only=True):

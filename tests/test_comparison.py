@@ -10,6 +10,7 @@ from msgspec import convert
 
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
+from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.continuations import draw_passages
 from converter.evaluation.results import markdown, summarise
 from converter.evaluation.systems import parse_controls
@@ -59,7 +60,8 @@ def test_controls_stand_beside_the_edit(
         ("random", 1), ("profs@perplexity", 1), ("random@perplexity", 1),
     ]  # fmt: skip
     unedited, gloss, random, *_ = (s["metrics"] for s in results["systems"])
-    assert unedited["teacher_forced"]["value"] == 1
+    assert unedited["teacher_forced"]["value"] == unedited["context_ratio"]["value"] == 1
+    assert "| words beside |" in converted.stdout
     assert gloss["teacher_forced"]["high"] < 0.8 < random["teacher_forced"]["low"]
     way = "toxicity/bad-words/sampled"
     assert gloss[way]["value"] < unedited[way]["value"]
@@ -126,9 +128,19 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
     for sentence, inside in zip(passages.sentences, passages.words, strict=True):
         assert inside == [(len(sentence.ids) - 1,)]
         assert model.tokenizer.decode([sentence.ids[-1]]).strip() in words
+        assert not any(sentence.weights)  # there is no other word in the continuation
     halved = [[x - 0.6931471805599453 for x in values] for values in passages.before]
     changes = word_changes(passages.before, halved, passages.words)  # type: ignore[arg-type]
     assert teacher_forced(changes).value == pytest.approx(0.5)
+
+
+def test_the_words_beside_are_those_of_the_continuation(planted: Path) -> None:
+    words, tokenizer = load_words("builtin"), loading.load_tokenizer(planted)
+    sentence, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, None)
+    assert found == [(2,), (5,)]
+    assert [i + 1 for i, weight in enumerate(sentence.weights) if weight] == [3, 4, 6]
+    cut, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, 4)
+    assert (found, cut.weights) == ([(2,)], [1.0, 0.0, 1.0, 0.0])
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:

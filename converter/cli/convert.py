@@ -309,10 +309,16 @@ def _effect(guard: GuardRecord | None) -> str:
         values: list[float] = [getattr(control, name).value for control in controls]
         return sum(values) / len(values)
 
-    ratio, words = edit.perplexity_ratio, edit.teacher_forced
+    ratio, words, beside = edit.perplexity_ratio, edit.teacher_forced, ""
+    if (context := edit.context_ratio) is not None:
+        beside = (
+            f"\n  words beside  perplexity x {context.value:.4f} +- {context.error:.4f}, "
+            f"{guard.context_tokens:,} other held-out tokens of toxic text "
+            f"(controls: x {mean('context_ratio'):.4f})"
+        )
     return f"""\
   perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
 held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (controls: x {mean("perplexity_ratio"):.4f})
   toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
-held-out words (controls: x {mean("teacher_forced"):.3f})"""
+held-out words (controls: x {mean("teacher_forced"):.3f}){beside}"""

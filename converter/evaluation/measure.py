@@ -39,6 +39,7 @@ from converter.models.likelihood import (
     perplexity_estimate,
     perplexity_ratio,
     teacher_forced,
+    weighed,
     word_changes,
 )
 from converter.models.loading import load_language_model, load_tokenizer
@@ -147,6 +148,9 @@ def measure(
         (after,) = log_probabilities(model, [passages.sentences])
         changes = word_changes(passages.before, after, passages.words)
         metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
+        others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
+        if any(map(len, others)):
+            metrics["context_ratio"] = around(perplexity_ratio(others, kept, passages.prompts))
     if battery.prompts is not None:
         if asked.greedy:
             metrics |= _generation(model, battery, battery.prompts.texts, "greedy", 0)

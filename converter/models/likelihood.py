@@ -87,6 +87,14 @@ def perplexity_ratio(
     return _exponential(_ratio(losses, np.array([len(x) for x in before]), groups))
 
 
+def weighed(values: LogProbabilities, sentences: Sequence[Sentence]) -> LogProbabilities:
+    """Of each sentence only the values of the tokens after positions of positive weight."""
+    return [
+        x[np.array(sentence.weights[: len(x)]) > 0]
+        for x, sentence in zip(values, sentences, strict=True)
+    ]
+
+
 def word_changes(
     before: LogProbabilities, after: LogProbabilities, words: Words
 ) -> list[list[float]]:

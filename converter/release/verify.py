@@ -34,7 +34,7 @@ from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
-from converter.evaluation.gates import DROP, LEAKAGE, passes
+from converter.evaluation.gates import DROP, INFORMAL, LEAKAGE, passes
 from converter.manifest import FileRecord, Manifest
 from converter.methods.base import METHODS, footprint_of
 from converter.methods.options import configure
@@ -228,6 +228,11 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         budget = run.max_perplexity_ratio
         yield "the guard's budget is not that of the run", guard.budget == budget
         yield "the guard refused, and nothing was forced", run.force or not guard.reasons
+        measured = {each.context_ratio is not None for each in (guard.edit, *guard.controls)}
+        yield (
+            "the guard's measurements are not of the same texts",
+            measured == {guard.context_tokens > 0},
+        )
         draws = len(guard.controls)
         yield "the guard's controls are not those asked for", draws == run.guard_draws
     for gate in manifest.gates:
@@ -239,6 +244,10 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if gate.gate == DROP and gate.by == "guard":
             drop = 1 - guard.edit.teacher_forced.value if guard else None
             yield "the guard has not measured what the gate says", gate.measured == drop
+        if gate.gate == INFORMAL and gate.by == "guard":
+            context = guard.edit.context_ratio if guard else None
+            ratio = context.value if context else None
+            yield "the guard has not measured what the gate says", gate.measured == ratio
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
