@@ -137,6 +137,17 @@ class MethodRecord(Record, kw_only=True):
     strength: str
     evidence: dict[str, Any]
 
+    @property
+    def subspace(self) -> "SubspaceEvidence | None":
+        """How a subspace was found; None of other methods.
+
+        Raises:
+            msgspec.ValidationError: it is not what the method says that it keeps.
+        """
+        if "candidates" not in self.evidence:
+            return None
+        return msgspec.convert(self.evidence, SubspaceEvidence)
+
 
 class Origin(Record, kw_only=True):
     """Where a text or a scorer came from: a name, or a repo on the Hub at a commit.
@@ -368,6 +379,19 @@ class Choice(Record, kw_only=True):
     strength: Strength
     automatic: bool
     tried: tuple[Trial, ...]
+
+
+class StepRecord(Record, kw_only=True):
+    """One of several methods that edit together, fitted to what the former ones left.
+
+    Attributes:
+        choice: of its strength, by what all so far do together.
+        activations: None if it needed none.
+    """
+
+    method: MethodRecord
+    choice: Choice
+    activations: ActivationsRecord | None
 
 
 class GuardRecord(Record, kw_only=True):
@@ -683,6 +707,8 @@ class Manifest(Record, kw_only=True):
         evaluation: None if nothing was evaluated.
         files: every file of the folder but this one, the card and SHA256SUMS.
         replay_of: sha256 of the manifest that this one replays. What was measured then is kept.
+        steps: of several methods each by itself, in order; empty of a single one. ``choice`` is
+            then that of the last.
     """
 
     schema_version: Literal[1]
@@ -708,6 +734,7 @@ class Manifest(Record, kw_only=True):
     files: dict[str, FileRecord]
     measurements: Measurements
     replay_of: Sha256 | None = None
+    steps: tuple[StepRecord, ...] = ()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -721,9 +748,13 @@ class Manifest(Record, kw_only=True):
         Raises:
             msgspec.ValidationError: it is not what the method says that it keeps.
         """
-        if "candidates" not in self.method.evidence:
-            return None
-        return msgspec.convert(self.method.evidence, SubspaceEvidence)
+        return self.method.subspace
+
+    @property
+    def methods(self) -> list[tuple[MethodRecord, Choice]]:
+        """Each method and the choice of its strength, in order."""
+        alone = [(self.method, self.choice)]
+        return [(step.method, step.choice) for step in self.steps] or alone
 
     @property
     def layers(self) -> list[int]:
@@ -743,7 +774,7 @@ class Manifest(Record, kw_only=True):
             msgspec.ValidationError: naming the place, such as ``$.edited[3].norm``.
         """
         manifest = msgspec.convert(value, cls, dec_hook=_from_json)
-        _ = manifest.subspace  # it must be readable, too
+        _ = [method.subspace for method, _ in manifest.methods]  # they must be readable, too
         for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
             raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
         return manifest

@@ -225,6 +225,10 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         manifest.method.strength: manifest.choice.strength,
         "strength": manifest.choice.strength,
         "strength_name": manifest.method.strength,
+        "strengths": {
+            (f"{method.name}." if manifest.steps else "") + method.strength: choice.strength
+            for method, choice in manifest.methods
+        },
         "layers": manifest.layers,
         "pairs": manifest.pairs.count,
         "rows_skipped": manifest.pairs.skipped,
@@ -259,7 +263,7 @@ def _result_text(result: dict[str, Any]) -> str:
     table = f"\n\n{markdown(result['evaluation'])}" if result["evaluation"] else ""
     return f"""\
 {result["source"]} -> {result["destination"]}
-  method        {result["method"]}, {result["strength_name"]} {result["strength"]:g}\
+  method        {result["method"]}, {_strengths(result["strengths"])}\
 {_layers(result["layers"])}
   pairs         {result["pairs"]} fitted on ({sum(result["rows_skipped"].values())} rows not \
 usable){chosen}
@@ -269,6 +273,11 @@ usable){chosen}
   forward pass  {_forward(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}{table}"""
+
+
+def _strengths(strengths: dict[str, float]) -> str:
+    """What each strength is, such as ``rank 2``."""
+    return ", ".join(f"{name} {value:g}" for name, value in strengths.items())
 
 
 def _layers(layers: list[int]) -> str:

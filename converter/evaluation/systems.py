@@ -4,7 +4,7 @@ Controls never touch a weight: each is a projection that runs through hooks on t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from converter.calibration.pairs import load_pairs, load_prose
@@ -16,6 +16,7 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
+from converter.methods.together import options_of
 from converter.methods.workbench import Bench
 from converter.runtime import progress
 
@@ -143,7 +144,7 @@ class Fits:
                             f"{control} has no {method.strength} {strength:g}, and is left out"
                         )
                         continue
-                    options = asdict(method)  # type: ignore[call-overload]
+                    options = options_of(method)
                     system = System(
                         control, seed, strength, proposal.edit(strength),
                         *edited_layers(method, self.bench.plan), options,

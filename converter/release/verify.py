@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from msgspec import structs
@@ -39,6 +38,7 @@ from converter.manifest import FileRecord, Manifest
 from converter.methods.base import METHODS, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
+from converter.methods.together import SEPARATOR, options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
 from converter.outputs.record_checks import is_addable, is_plain
@@ -161,8 +161,9 @@ def check_sums(
 def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
     """Copies, the key of the activations, the rank, guard and gates."""
     seen = manifest.activations
-    if seen and (cache_key(seen.inputs) if seen.inputs else None) != seen.key:
-        yield f"{MANIFEST}: the key of the activations is not that of their inputs"
+    for record in (seen, *(step.activations for step in manifest.steps)):
+        if record and (cache_key(record.inputs) if record.inputs else None) != record.key:
+            yield f"{MANIFEST}: the key of the activations is not that of their inputs"
     yield from _check_origins(manifest, output)
     for what, holds in _claims(manifest):
         if not holds:
@@ -222,7 +223,12 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     if manifest.subspace is not None:
         same = choice.strength == manifest.edit.rank
         yield "the choice and the edit have different ranks", same
-    yield "the choice of the strength contradicts itself", choice.automatic == bool(choice.tried)
+    for _, each in manifest.methods:
+        yield "the choice of the strength contradicts itself", each.automatic == bool(each.tried)
+    if steps := manifest.steps:
+        names = SEPARATOR.join(step.method.name for step in steps)
+        last = steps[-1].choice == choice
+        yield "the steps and the method disagree", (names, last) == (method.name, True)
     yield "the guard's record contradicts --no-guard", (guard is not None) == run.guard
     if guard is not None:
         budget = run.max_perplexity_ratio
@@ -253,8 +259,11 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
     """The evidence of a subspace in the manifest must be that of the edit's file, ``stored``."""
     kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
-    for name in check_evidence(manifest.subspace, kept) if manifest.subspace else ():
-        yield f"{manifest.edit.file}: {name} is not as recorded"
+    for method, _ in manifest.methods:
+        own = f"{method.name}." if manifest.steps else ""
+        theirs = {n.removeprefix(own): t for n, t in kept.items() if n.startswith(own)}
+        for name in check_evidence(method.subspace, theirs) if method.subspace else ():
+            yield f"{manifest.edit.file}: {own}{name} is not as recorded"
 
 
 def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
@@ -283,24 +292,33 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         implied: other defaults of the method's options with this output.
     """
     run, method = manifest.run, manifest.method
-    if run.method not in METHODS.names() or manifest.tool.version != __version__:
+    names = run.method.split(SEPARATOR)
+    if not {*names} <= {*METHODS.names()} or manifest.tool.version != __version__:
         return  # other versions have other options
-    package = METHODS.package(run.method)
-    if package is not None and package != method.package:
-        return
+    packages = {name: METHODS.package(name) for name in names}
+    for told, _ in manifest.methods:
+        package = packages.get(told.name)
+        if package is not None and package != told.package:
+            return
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
         footprint = footprint_of(expected, plan)
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
-    options = asdict(expected)  # type: ignore[call-overload]
-    for key in sorted({*options, *method.options}):
-        if options.get(key) != method.options.get(key):
-            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    told = (expected.title, expected.paper, expected.strength, package)
-    if (method.title, method.paper, method.strength, method.package) != told:
-        yield f"{MANIFEST}: the method has another title, paper or package"
+    parts = parts_of(run.method, expected)
+    known = [(method, expected), *((s.method, parts.get(s.method.name)) for s in manifest.steps)]
+    for record, made in known:
+        options = options_of(made) if made else {}
+        for key in sorted({*options, *record.options}):
+            if options.get(key) != record.options.get(key):
+                yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
+        package = METHODS.package(record.name)
+        claimed = (record.title, record.paper, record.strength, record.package)
+        if made and claimed != (made.title, made.paper, made.strength, package):
+            yield f"{MANIFEST}: the method has another title, paper or package"
+    if [step.method.name for step in manifest.steps] != (list(parts) if len(parts) > 1 else []):
+        yield f"{MANIFEST}: the steps are not those of the method"
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
     for name in sorted(asked ^ edited if manifest.subspace else edited - asked):
