@@ -574,6 +574,7 @@ class EvaluationSettings(Record, kw_only=True):
     """What has to be known to measure the same again.
 
     Attributes:
+        controls: systems beside the unedited model and the edited one, as typed.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.

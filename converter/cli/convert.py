@@ -35,10 +35,10 @@ class _DeliveryOptions(Options):
     evaluate: Annotated[bool, Option(
         "Measure more than the guard does, before anything is written; see gloss evaluate.",
     )] = False
-    controls: Annotated[str, Option(
-        "Methods that --evaluate fits and measures beside the edit.",
-        flag="--control", metavar="NAMES", example="random,profs",
-    )] = "random"
+    systems: Annotated[tuple[str, ...], Option(
+        "System that --evaluate measures beside the edit; see gloss evaluate.",
+        flag="--system", metavar="NAME", example="profs",
+    )] = ("random",)
     plots: Annotated[Path | None, Option(
         "Folder for pictures. Inside DESTINATION they belong to the result, and its card shows "
         "them.",
@@ -76,7 +76,7 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
         names = (*declared_options(PublicationOptions), "stream_to_hub")
         refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
     if asked and not asked.evaluate:
-        names = (*declared_options(EvaluationOptions), "controls")
+        names = (*declared_options(EvaluationOptions), "systems")
         refuse_typed(names, "without --evaluate", "add --evaluate")
 
 
@@ -133,7 +133,7 @@ def convert_command(
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
-        measures = evaluation_of(evaluation, asked.controls, recipe, settings)
+        measures = evaluation_of(evaluation, asked.systems, recipe, settings)
         delivery = replace(delivery, evaluation=measures)
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:

@@ -5,7 +5,7 @@ because no tensor is changed by two of them; only biases that two of them create
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ def share_out(
         owners = [
             name
             for name in known
-            if key in known[name] and (not dot or owner.replace("_", "-") == name.replace("_", "-"))
+            if key in known[name] and (not dot or _plain(owner) == _plain(name))
         ]
         if len(owners) != 1:
             every = (f"{name}.{each}" for name in known for each in sorted(known[name]))
@@ -119,6 +119,40 @@ def share_out(
             )  # fmt: skip
         shared[owners[0]][key] = text
     return shared
+
+
+def typed_for(
+    name: str, options: Mapping[str, str], method: str, others: Sequence[str] = ()
+) -> dict[str, str]:
+    """Which typed options are those of one of several systems.
+
+    Args:
+        name: of its method, or methods.
+        options: ``METHOD.KEY`` -> value, for whatever system has that method, or ``KEY`` -> value,
+            for ``method``.
+        others: methods that options may be of beside these.
+
+    Raises:
+        OptionError: an option is of a method that is not among them.
+    """
+    own, found = [_plain(part) for part in name.split(SEPARATOR)], {}
+    known = {_plain(part) for each in (name, method, *others) for part in each.split(SEPARATOR)}
+    for typed, text in options.items():
+        owner, dot, key = typed.rpartition(".")
+        if dot and _plain(owner) not in known:
+            raise OptionError(
+                f"-o {typed}", expected=f"an option of {' or '.join(sorted(known))}", found=typed
+            )
+        if _plain(owner) in own:
+            found[typed if len(own) > 1 else key] = text
+        elif not dot and name == method:
+            found[key] = text
+    return found
+
+
+def _plain(name: str) -> str:
+    """A method's name as it stands in options, whose dashes are underscores."""
+    return name.replace("-", "_")
 
 
 def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
