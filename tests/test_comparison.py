@@ -121,6 +121,10 @@ def test_systems_of_all_kinds_stand_in_one_table(
     assert ratio["lora"] == ratio["recorded.json"]  # both through hooks, and the same edit
     assert ratio["out"] == pytest.approx(ratio["lora"], abs=1e-6)
     assert abs(ratio["out"] - 1) > 1e-5
+    moved = {n: s["metrics"]["divergence"]["value"] for n, s in list(systems.items())[1:]}
+    assert moved["lora"] == moved["recorded.json"] > 0
+    assert moved["out"] == pytest.approx(moved["lora"], abs=1e-5)
+    assert "divergence" not in systems["unedited"]["metrics"]
     assert systems["random"]["strength"] == 2
     assert systems["random"]["layers"] == [3]
     both = systems["profs+random"]

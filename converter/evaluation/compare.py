@@ -1,15 +1,16 @@
 """Evaluate a model and other systems, what they were made from, on the same prompts and text."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from converter.evaluation.continuations import Passages, draw_passages
-from converter.evaluation.measure import WINDOW, Battery, measure
+from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
 from converter.evaluation.systems import Comparison, Fits, System, check_names
@@ -35,7 +36,7 @@ def evaluate(
     battery: Battery,
     comparison: Comparison,
     given: Sequence[System] = (),
-    partial: Path | None = None,
+    kept: Path | None = None,
 ) -> Evaluation:
     """Measure the unedited model, systems that are there, and those that are fitted beside.
 
@@ -43,7 +44,7 @@ def evaluate(
         bench: the unedited model, and what others need to be fitted.
         comparison: what is fitted.
         given: systems that need no fit; controls are matched to the first.
-        partial: a file that is written anew after every system, since an evaluation can be long.
+        kept: a file that is written anew after every system, since an evaluation can be long.
 
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
@@ -63,11 +64,14 @@ def evaluate(
     text: LogProbabilities | None = None
     for system in chain([System(UNEDITED)], given, fits.systems(first)):
         subject = system.load() if system.load else base
-        hooks: AbstractContextManager[None] = nullcontext()
+        hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         if system.edit is not None and not system.load:
-            hooks = edited(base.module, bench.plan, system.edit)
-        with progress.stage("measure", f"measuring {system.title}"), hooks:
-            metrics, values = measure(subject, battery, passages, text)
+            hooks = partial(edited, base.module, bench.plan, system.edit)
+        with progress.stage("measure", f"measuring {system.title}"):
+            with hooks():
+                metrics, values = measure(subject, battery, passages, text)
+            if text is not None:
+                metrics["divergence"] = divergence(base, subject, hooks, battery)
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,
@@ -80,8 +84,8 @@ def evaluate(
         )
         systems = (*results.systems, measured)
         results = replace(results, systems=systems, rows=summarise(systems))
-        if partial is not None:
-            partial.write_text(to_text(results), "utf-8")
+        if kept is not None:
+            kept.write_text(to_text(results), "utf-8")
     return results
 
 

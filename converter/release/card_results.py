@@ -124,6 +124,8 @@ def _evaluation_text(results: Evaluation) -> str:
         if asked.toxic_words
         else ""
     )
+    if any("divergence" in row.metrics for row in results.rows):
+        on[-1] += ", and there *KL*, how far the next token's distribution moves, in nats"
     if any("context_ratio" in row.metrics for row in results.rows):
         words += " *words beside* are the other words of these continuations, and their perplexity."
     return (
