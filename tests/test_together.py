@@ -89,6 +89,8 @@ def test_two_methods_write_what_each_writes(
     card = (out / CARD).read_text("utf-8")
     assert "| scale of rank-one | 0.05 |" in card
     assert "| scale of rows | 0.03 |" in card
+    assert "- rank-one\n- rows\n" in card.partition("# ")[0]
+    assert "a method of the tests, then a method of the tests changed it" in card
 
 
 def test_it_is_replayed_and_a_false_word_is_found(
@@ -262,6 +264,12 @@ def test_what_cannot_be_together_is_refused_before_any_work(
     args = ("convert", checkpoints("llama"), tmp_path / "out", "--method", method, *typed)
     result = cli(*args, "--dry-run", code=2, says=says)
     assert result.stderr.count("error: ") == 1
+
+
+def test_a_plan_says_what_becomes_of_each_strength(checkpoints: Checkpoints, cli: Cli) -> None:
+    args = ("--method", "gloss+rows", "-o", "rows.scale=0.5", "-o", "gloss.layers=1")
+    said = cli("plan", checkpoints("llama"), *args, code=0).stdout
+    assert "method gloss+rows, gloss.rank chosen by the budget, rows.scale 0.5, layers" in said
 
 
 def test_given_activations_are_of_one_method(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -165,8 +165,8 @@ def plan_command(recipe: Recipe, settings: Settings) -> Answer:
 
 def _plan_text(plan: dict[str, Any]) -> str:
     """The result of ``describe_plan`` for people."""
-    options = plan["method"]["options"]
-    strength = options.get(plan["method"]["strength"])
+    strengths = plan["method"]["strengths"].items()
+    chosen = [f"{key} {'chosen by the budget' if x is None else x}" for key, x in strengths]
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     sizes, experts = plan["dimensions"], ""
     if count := sizes["num_experts"]:
@@ -178,9 +178,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "
         f"FFN {sizes['intermediate_size']}{experts}",
         *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
-        f"method {plan['method']['name']}, {plan['method']['strength']} "
-        f"{'chosen by the budget' if strength is None else strength}"
-        + _layers(plan["edited_layers"]),
+        f"method {plan['method']['name']}, {', '.join(chosen)}" + _layers(plan["edited_layers"]),
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
             f"{entry['edited']} edited"

@@ -40,8 +40,7 @@ class Together:
     @property
     def strength(self) -> str:
         """That of the last, whose choice sees the whole."""
-        name, part = list(self.parts.items())[-1]
-        return f"{name}.{part.strength}"
+        return strengths_of(self)[-1]
 
     def footprint(self, plan: Plan) -> Footprint:
         """What any of them changes.
@@ -75,6 +74,13 @@ class Together:
 def parts_of(name: str, method: Method | Together) -> Mapping[str, Method]:
     """Name -> method of each part, in order; a single method is the only part of itself."""
     return method.parts if isinstance(method, Together) else {name: method}
+
+
+def strengths_of(method: Method | Together) -> list[str]:
+    """The option, by its name in ``options_of``, that sets the strength of each part."""
+    if isinstance(method, Together):
+        return [f"{name}.{part.strength}" for name, part in method.parts.items()]
+    return [method.strength]
 
 
 def options_of(method: Method | Together) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def front_matter(
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*_TAGS, manifest.method.name],
+        tags=[*_TAGS, *(method.name for method, _ in manifest.methods)],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
@@ -240,12 +240,11 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
     kept = [c for c in candidates if c.kept and any(c.tokens)]
     best = sorted(kept, key=lambda c: -c.score)[:_SHOWN]
     number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
-    name, _, rest = manifest.method.title.partition(", ")
     listed = manifest.word_list.origin.title
     english = "builtin" in (manifest.pairs.origin.name, manifest.run.word_list)
     rank, bases = manifest.edit.rank, {tuple(t.tensors.values()) for t in manifest.edited}
     return {
-        "method": escaped(f"{name} ({rest})" if rest else name),
+        "method": ", then ".join(_short(method.title) for method, _ in manifest.methods),
         "control": any(c.kind == "random" for c in candidates),
         "subspace": subspace is not None,
         "dimensions": f"{rank} dimension{'' if rank == 1 else 's'}",
@@ -271,6 +270,12 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "data": f"{_data_link(manifest)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
+
+
+def _short(title: str) -> str:
+    """The title of a method within a sentence: ``GloSS (global toxic subspace suppression)``."""
+    name, _, rest = title.partition(", ")
+    return escaped(f"{name} ({rest})" if rest else name)
 
 
 def compress(numbers: list[int]) -> str:

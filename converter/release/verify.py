@@ -34,8 +34,8 @@ from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
 from converter.evaluation.gates import DROP, INFORMAL, LEAKAGE, passes
-from converter.manifest import FileRecord, Manifest
-from converter.methods.base import METHODS, footprint_of
+from converter.manifest import FileRecord, Manifest, MethodRecord
+from converter.methods.base import METHODS, Method, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
 from converter.methods.together import SEPARATOR, options_of, parts_of
@@ -283,6 +283,17 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 
 
+def _check_options(told: MethodRecord, made: Method) -> Iterator[str]:
+    """What a manifest says of a method must be what the method says of itself."""
+    options = options_of(made)
+    for key in sorted({*options, *told.options}):
+        if options.get(key) != told.options.get(key):
+            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
+    claimed = (told.title, told.paper, told.strength, told.package)
+    if claimed != (made.title, made.paper, made.strength, METHODS.package(told.name)):
+        yield f"{MANIFEST}: the method has another title, paper or package"
+
+
 def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
     """What the manifest says of the method and its edit must follow from the run.
 
@@ -291,7 +302,7 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         plan: of the source, or of the output, which has the same tensors.
         implied: other defaults of the method's options with this output.
     """
-    run, method = manifest.run, manifest.method
+    run = manifest.run
     names = run.method.split(SEPARATOR)
     if not {*names} <= {*METHODS.names()} or manifest.tool.version != __version__:
         return  # other versions have other options
@@ -306,22 +317,17 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
+    yield from _check_options(manifest.method, expected)
     parts = parts_of(run.method, expected)
-    known = [(method, expected), *((s.method, parts.get(s.method.name)) for s in manifest.steps)]
-    for record, made in known:
-        options = options_of(made) if made else {}
-        for key in sorted({*options, *record.options}):
-            if options.get(key) != record.options.get(key):
-                yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-        package = METHODS.package(record.name)
-        claimed = (record.title, record.paper, record.strength, record.package)
-        if made and claimed != (made.title, made.paper, made.strength, package):
-            yield f"{MANIFEST}: the method has another title, paper or package"
     if [step.method.name for step in manifest.steps] != (list(parts) if len(parts) > 1 else []):
         yield f"{MANIFEST}: the steps are not those of the method"
+        return
+    for step in manifest.steps:
+        yield from _check_options(step.method, parts[step.method.name])
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
-    for name in sorted(asked ^ edited if manifest.subspace else edited - asked):
+    whole = all(method.subspace is not None for method, _ in manifest.methods)
+    for name in sorted(asked ^ edited if whole else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
     edit = manifest.edit
     for what, found, possible in (
