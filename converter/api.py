@@ -20,7 +20,7 @@ from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import Comparison, parse_controls
+from converter.evaluation.systems import Comparison, parse_systems
 from converter.manifest import Evaluation, Manifest
 from converter.option import at_home
 from converter.outputs.record_checks import edit_of
@@ -127,7 +127,7 @@ def evaluate(
     asked: EvaluationOptions = EvaluationOptions(),
     settings: Settings = Settings(),
     *,
-    controls: Sequence[str] = (),
+    systems: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     ranks: Sequence[int] = (),
 ) -> Evaluation:
@@ -138,7 +138,7 @@ def evaluate(
         edited: folder or repo of what ``convert`` made from it.
         asked: what is measured: prompts, scorers, samples, text.
         settings: as for ``convert``.
-        controls: methods to fit and measure beside, such as ``random``.
+        systems: what is measured beside: methods to fit, such as ``random``, and places of others.
         seeds: of the pairs that these are fitted on, one at least.
         ranks: to measure of each, from 1; empty to choose one.
 
@@ -148,8 +148,7 @@ def evaluate(
     Raises:
         ConverterError: one of its children says what is wrong.
     """
-    fitted = parse_controls(",".join(controls))
-    comparison = Comparison(fitted, tuple(seeds), tuple(ranks))
+    comparison = Comparison(parse_systems(systems), tuple(seeds), tuple(ranks))
     made = None if edited is None else _text(edited)
     return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 

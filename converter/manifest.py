@@ -137,6 +137,17 @@ class MethodRecord(Record, kw_only=True):
     strength: str
     evidence: dict[str, Any]
 
+    @property
+    def subspace(self) -> "SubspaceEvidence | None":
+        """How a subspace was found; None of other methods.
+
+        Raises:
+            msgspec.ValidationError: it is not what the method says that it keeps.
+        """
+        if "candidates" not in self.evidence:
+            return None
+        return msgspec.convert(self.evidence, SubspaceEvidence)
+
 
 class Origin(Record, kw_only=True):
     """Where a text or a scorer came from: a name, or a repo on the Hub at a commit.
@@ -327,17 +338,20 @@ class Measured(Record, kw_only=True):
         perplexity_ratio: after over before, on neutral text.
         toxic_change: mean change of a toxic word's log-probability, in nats.
         teacher_forced: mean of p_after / p_before of toxic words, each capped at e.
+        context_ratio: perplexity after over before of the other words of toxic text; None if there
+            are too few of them, or it was made before they were looked at.
     """
 
     perplexity_ratio: Estimate
     toxic_change: Estimate
     teacher_forced: Estimate
+    context_ratio: Estimate | None = None
 
     @property
     def finite(self) -> bool:
-        """Whether all of them are numbers."""
-        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced)
-        return all(part.finite for part in parts)
+        """Whether all of them that were measured are numbers."""
+        parts = (self.perplexity_ratio, self.toxic_change, self.teacher_forced, self.context_ratio)
+        return all(part is None or part.finite for part in parts)
 
 
 Strength = int | float
@@ -351,6 +365,7 @@ class Trial(Record, kw_only=True):
     perplexity_ratio: Estimate
     toxic_change: Estimate
     teacher_forced: Estimate
+    context_ratio: Estimate | None = None
 
 
 class Choice(Record, kw_only=True):
@@ -364,6 +379,19 @@ class Choice(Record, kw_only=True):
     strength: Strength
     automatic: bool
     tried: tuple[Trial, ...]
+
+
+class StepRecord(Record, kw_only=True):
+    """One of several methods that edit together, fitted to what the former ones left.
+
+    Attributes:
+        choice: of its strength, by what all so far do together.
+        activations: None if it needed none.
+    """
+
+    method: MethodRecord
+    choice: Choice
+    activations: ActivationsRecord | None
 
 
 class GuardRecord(Record, kw_only=True):
@@ -383,6 +411,9 @@ class GuardRecord(Record, kw_only=True):
             tr(U^T M U) / tr M with the neutral second moment M, the largest if each layer has its
             own. None if it is unknown.
         reasons: why it refuses; not empty only if ``force`` wrote the edit all the same.
+        context_tokens: that the perplexity ratios of the other words of toxic text are of; 0 if
+            they were not measured.
+        context_limit: the largest of these ratios.
     """
 
     budget: float
@@ -395,6 +426,8 @@ class GuardRecord(Record, kw_only=True):
     controls: Annotated[tuple[Measured, ...], Meta(min_length=1)]
     neutral_energy: float | None
     reasons: tuple[str, ...]
+    context_tokens: Count = 0
+    context_limit: float | None = None
 
 
 class Requantized(Record, kw_only=True):
@@ -541,6 +574,7 @@ class EvaluationSettings(Record, kw_only=True):
     """What has to be known to measure the same again.
 
     Attributes:
+        controls: systems beside the unedited model and the edited one, as typed.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.
@@ -674,6 +708,8 @@ class Manifest(Record, kw_only=True):
         evaluation: None if nothing was evaluated.
         files: every file of the folder but this one, the card and SHA256SUMS.
         replay_of: sha256 of the manifest that this one replays. What was measured then is kept.
+        steps: of several methods each by itself, in order; empty of a single one. ``choice`` is
+            then that of the last.
     """
 
     schema_version: Literal[1]
@@ -699,6 +735,7 @@ class Manifest(Record, kw_only=True):
     files: dict[str, FileRecord]
     measurements: Measurements
     replay_of: Sha256 | None = None
+    steps: tuple[StepRecord, ...] = ()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -712,9 +749,13 @@ class Manifest(Record, kw_only=True):
         Raises:
             msgspec.ValidationError: it is not what the method says that it keeps.
         """
-        if "candidates" not in self.method.evidence:
-            return None
-        return msgspec.convert(self.method.evidence, SubspaceEvidence)
+        return self.method.subspace
+
+    @property
+    def methods(self) -> list[tuple[MethodRecord, Choice]]:
+        """Each method and the choice of its strength, in order."""
+        alone = [(self.method, self.choice)]
+        return [(step.method, step.choice) for step in self.steps] or alone
 
     @property
     def layers(self) -> list[int]:
@@ -734,7 +775,7 @@ class Manifest(Record, kw_only=True):
             msgspec.ValidationError: naming the place, such as ``$.edited[3].norm``.
         """
         manifest = msgspec.convert(value, cls, dec_hook=_from_json)
-        _ = manifest.subspace  # it must be readable, too
+        _ = [method.subspace for method, _ in manifest.methods]  # they must be readable, too
         for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
             raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
         return manifest

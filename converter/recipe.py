@@ -39,10 +39,12 @@ class Recipe(Options):
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
-        "Method that makes the edit: gloss, gloss-paper, profs or random.", example="profs",
+        "Method that makes the edit: gloss, gloss-paper, profs or random; several, one after the "
+        "other, with + between them.", example="profs",
     )] = "gloss"
     options: Annotated[dict[str, str], Option(
-        "Options of the method.", flag="-o", metavar="KEY=VALUE", example="rank=4",
+        "Options of the method; with several methods METHOD.KEY=VALUE where more than one has it.",
+        flag="-o", metavar="KEY=VALUE", example="rank=4",
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
         "Pairs of toxic and neutral sentences: builtin (English), a .jsonl, .tsv or .csv file, or "

@@ -112,8 +112,8 @@ def test_a_notebook_goes_through_all_of_it(
 def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
     with refused(converter.SourceError, what=f"{tmp_path / 'nothing'} does not exist"):
         converter.convert(str(tmp_path / "nothing"), tmp_path / "out")
-    with refused(converter.OptionError, what="--control", found="nothing"):
-        converter.evaluate(recipe, controls=["nothing"])
+    with refused(converter.OptionError, what="--system", found="nothing"):
+        converter.evaluate(recipe, systems=["nothing"])
     with refused(converter.VerificationError, what="there is no manifest gloss_manifest.json"):
         converter.load_edit(tmp_path)
     assert not list(tmp_path.iterdir())

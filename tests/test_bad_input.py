@@ -187,7 +187,7 @@ def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert f"--method: expected {methods}, found magic" in refused(source, 2, "--method", "magic")
     outputs = "adapter or checkpoint, found both"
     assert f"--output: expected {outputs}" in refused(source, 2, "--output", "both")
-    for option, value in (("--control", "profs"), ("--scorer", "detoxify"), ("--passages", 2)):
+    for option, value in (("--system", "profs"), ("--scorer", "detoxify"), ("--passages", 2)):
         for more in ((), ("--dry-run",)):
             says = refused(source, 2, option, value, *more)
             assert f"{option} has no effect without --evaluate; add --evaluate" in says

@@ -462,6 +462,14 @@ def test_the_guards_numbers_stand_beside_the_control(card_with: CardWith) -> Non
     assert "toxic words are **0.100 +- 0.010 times** as probable" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
+    assert "other words" not in text  # of a manifest of before
+    beside = [
+        replace(m, context_ratio=Estimate(value=v, error=0.01))
+        for m, v in ((one, 1.07), (other, 1))
+    ]
+    guard = replace(guard, edit=beside[0], controls=(beside[1],), context_tokens=1234)
+    row = "other words of toxic text, 1,234 tokens | x 1 | x 1.070 +- 0.010 | x 1.000 |"
+    assert row in card_with(guard=guard).text
     text = card_with(guard=replace(guard, reasons=("it does nothing",))).text
     assert "**The guard refused this edit: it does nothing.**" in text
     assert "as probable as before" not in text

@@ -10,16 +10,18 @@ from msgspec import convert
 
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
+from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.continuations import draw_passages
 from converter.evaluation.results import markdown, summarise
-from converter.evaluation.systems import parse_controls
+from converter.evaluation.systems import parse_systems
 from converter.manifest import Evaluation, Interval, SystemRecord
 from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
 from tests.builders.invoke import Cli
-from tests.builders.models import architecture_of
+from tests.builders.models import Checkpoints, architecture_of
 from tests.builders.planted import planted_args
 
 
@@ -46,8 +48,9 @@ def test_controls_stand_beside_the_edit(
     assert markdown(convert(results, Evaluation)) in (out / "README.md").read_text()
     cli("verify", out, code=0)
 
-    controls = "random,profs@perplexity,random@perplexity"
-    args = ("--base", planted, "--control", controls, *planted_args(planted), *texts, "--json")
+    asked = ("random", "profs@perplexity", "random@perplexity")
+    beside = [word for name in asked for word in ("--system", name)]
+    args = ("--base", planted, *beside, *planted_args(planted), *texts, "--json")
     found = cli("evaluate", out, *args, "--results", tmp_path / "results.json", "--seeds", 2)
     assert found.exit_code == 0, found.stderr
     results = json.loads(found.stdout)
@@ -59,7 +62,8 @@ def test_controls_stand_beside_the_edit(
         ("random", 1), ("profs@perplexity", 1), ("random@perplexity", 1),
     ]  # fmt: skip
     unedited, gloss, random, *_ = (s["metrics"] for s in results["systems"])
-    assert unedited["teacher_forced"]["value"] == 1
+    assert unedited["teacher_forced"]["value"] == unedited["context_ratio"]["value"] == 1
+    assert "| words beside |" in converted.stdout
     assert gloss["teacher_forced"]["high"] < 0.8 < random["teacher_forced"]["low"]
     way = "toxicity/bad-words/sampled"
     assert gloss[way]["value"] < unedited[way]["value"]
@@ -76,7 +80,8 @@ def test_controls_stand_beside_the_edit(
 
 
 def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cli: Cli) -> None:
-    args = ("--control", "profs,random", "--ranks", "1,2", "--no-greedy", "--samples", 0, "--json")
+    beside = ("--system", "profs", "--system", "random")
+    args = (*beside, "--ranks", "1,2", "--no-greedy", "--samples", 0, "--json")
     found = cli("evaluate", planted, *planted_args(planted), *texts[:-2], *args, code=0)
     results = json.loads(found.stdout)
     rows = [(row["system"], row["strength"]) for row in results["rows"]]
@@ -84,6 +89,54 @@ def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cl
     assert "toxicity/bad-words/greedy" not in results["rows"][0]["metrics"]
     results["scorers"] = ["bad-words"]
     assert "not measured" in markdown(convert(results, Evaluation))
+
+
+def test_systems_of_all_kinds_stand_in_one_table(
+    planted: Path, texts: tuple[str, ...], cli: Cli, tmp_path: Path
+) -> None:
+    """A model that was written, an adapter, a manifest and methods, one of them two together."""
+    few = (*planted_args(planted, rank=None), "--num-pairs", 100)
+    for name, more in (("out", ()), ("lora", ("--output", "adapter"))):
+        rank = ("-o", "rank=1", "-o", "bias=keep", "--no-guard")
+        cli("convert", planted, tmp_path / name, *few, *rank, *more, code=0)
+    kept = tmp_path / "recorded.json"
+    kept.write_bytes((tmp_path / "out" / MANIFEST).read_bytes())
+    kept.with_suffix(".tensors").write_bytes((tmp_path / "out" / EDIT_FILE).read_bytes())
+    names = [tmp_path / "out", tmp_path / "lora", kept, "random", "profs+random"]
+    args = [word for name in names for word in ("--system", name)]
+    args += ["-o", "gloss.rank=1", "-o", "random.rank=2", "-o", "profs.rank=1"]
+    args += ["-o", "profs.layers=2", "--prompts", "none", "--seeds", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        found = cli("evaluate", planted, *few, *texts[2:4], *args, code=2)
+        assert "which both profs and random change" in found.stderr
+        assert "measuring" not in found.stderr
+        args += ["-o", "random.layers=3"]
+        found = cli("evaluate", planted, *few, *texts[2:4], *args, "--json", code=0)
+    results = json.loads(found.stdout)
+    systems = {each["system"]: each for each in results["systems"]}
+    assert list(systems) == ["unedited", "out", "lora", "recorded.json", "random", "profs+random"]
+    assert results["settings"]["controls"] == list(systems)[1:]
+    ratio = {n: s["metrics"]["perplexity_ratio"]["value"] for n, s in list(systems.items())[1:]}
+    assert ratio["lora"] == ratio["recorded.json"]  # both through hooks, and the same edit
+    assert ratio["out"] == pytest.approx(ratio["lora"], abs=1e-6)
+    assert abs(ratio["out"] - 1) > 1e-5
+    moved = {n: s["metrics"]["divergence"]["value"] for n, s in list(systems.items())[1:]}
+    assert moved["lora"] == moved["recorded.json"] > 0
+    assert moved["out"] == pytest.approx(moved["lora"], abs=1e-5)
+    assert "divergence" not in systems["unedited"]["metrics"]
+    assert systems["random"]["strength"] == 2
+    assert systems["random"]["layers"] == [3]
+    both = systems["profs+random"]
+    assert both["layers"] == [2, 3]
+    assert (both["options"]["profs.rank"], both["options"]["random.rank"]) == (1, 2)
+
+
+def test_what_was_made_from_another_model_is_refused(
+    planted: Path, checkpoints: Checkpoints, cli: Cli
+) -> None:
+    args = ("--system", checkpoints("llama"), "--prompts", "none")
+    cli("evaluate", planted, *args, code=2, says="have different tokenizers")
 
 
 def test_safeedit_counts_what_the_judge_calls_unsafe(
@@ -126,9 +179,19 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
     for sentence, inside in zip(passages.sentences, passages.words, strict=True):
         assert inside == [(len(sentence.ids) - 1,)]
         assert model.tokenizer.decode([sentence.ids[-1]]).strip() in words
+        assert not any(sentence.weights)  # there is no other word in the continuation
     halved = [[x - 0.6931471805599453 for x in values] for values in passages.before]
     changes = word_changes(passages.before, halved, passages.words)  # type: ignore[arg-type]
     assert teacher_forced(changes).value == pytest.approx(0.5)
+
+
+def test_the_words_beside_are_those_of_the_continuation(planted: Path) -> None:
+    words, tokenizer = load_words("builtin"), loading.load_tokenizer(planted)
+    sentence, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, None)
+    assert found == [(2,), (5,)]
+    assert [i + 1 for i, weight in enumerate(sentence.weights) if weight] == [3, 4, 6]
+    cut, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, 4)
+    assert (found, cut.weights) == ([(2,)], [1.0, 0.0, 1.0, 0.0])
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
@@ -151,9 +214,18 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (("--control", "magic"), 2, "expected gloss, gloss-paper, profs, random, found magic"),
+        (
+            ("--system", "magic"),
+            2,
+            "expected gloss, gloss-paper, profs, random, a folder, a manifest",
+        ),
+        (("--system", "gloss+magic"), 2, "or a repo id, found gloss+magic"),
+        (("--system", "gloss+profs@perplexity"), 2, "expected a single method before @perplexity"),
+        (("--system", "profs", "--system", "profs"), 2, "expected systems of different names"),
+        (("--system", "profs", "-o", "random.rank=1"), 2, "expected an option of gloss or profs"),
+        (("--system", "profs", "-o", "profs.magic=1"), 2, "-o magic: method profs"),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
-        (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
+        (("--system", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
         (("--ranks", "x"), 2, "--ranks: expected numbers such as 1,2,4, found x"),
         (("--scorer", "magic"), 2, "--scorer"),
@@ -161,4 +233,4 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--text", tmp_path / "short.txt", "--prompts", "none"), 5, "is too short"),
     ):
         cli("evaluate", planted, *args, code=code, says=says)
-    assert parse_controls("") == ()
+    assert parse_systems(()) == ()

@@ -26,12 +26,13 @@ from tests.builders.planted import planted_args
 from tests.fuzz import skeleton
 
 
-def guard(teacher_forced: float) -> GuardRecord:
+def guard(teacher_forced: float, context: float | None = None) -> GuardRecord:
     """A guard that measured this."""
     known = Manifest.from_json(skeleton.manifest()).guard
     assert known is not None
-    estimate = Estimate(value=teacher_forced, error=0.0)
-    return replace(known, edit=replace(known.edit, teacher_forced=estimate))
+    words = Estimate(value=teacher_forced, error=0.0)
+    beside = None if context is None else Estimate(value=context, error=0.0)
+    return replace(known, edit=replace(known.edit, teacher_forced=words, context_ratio=beside))
 
 
 GUARD = guard(0.6)
@@ -69,6 +70,22 @@ def test_a_gate_is_judged_by_every_measurement_there_is() -> None:
         ratio.check_effect(GUARD, results(perplexity_ratio=1.06))
 
 
+def test_the_gate_of_informal_text_is_judged_by_guard_and_evaluation() -> None:
+    gates = Gates(max_informal_perplexity_ratio=1.1)
+    evaluated = results(teacher_forced=0.6, context_ratio=1.07)
+    found = gates.check_effect(guard(0.6, 1.05), evaluated)
+    assert [(gate.by, gate.measured) for gate in found] == [("guard", 1.05), ("evaluation", 1.07)]
+    name = "a gate is closed: --max-informal-perplexity-ratio asks for at most 1.1"
+    with refused(GateError, what=f"{name}, guard has 1.2"):
+        gates.check_effect(guard(0.6, 1.2), None)
+    with refused(GateError, what=f"{name}, evaluation has 1.3"):
+        gates.check_effect(guard(0.6, 1.0), results(teacher_forced=0.6, context_ratio=1.3))
+    with refused(GateError, what=f"{name}, guard has no number"):
+        gates.check_effect(guard(0.6), None)
+    with refused(OptionError, what="--max-informal-perplexity-ratio has no measurement"):
+        gates.check_effect(None, None)
+
+
 def test_what_is_not_a_number_passes_no_gate_and_what_was_not_measured_is_an_error() -> None:
     ratio = Gates(max_evaluated_perplexity_ratio=1.05)
     with refused(GateError, what="... asks for at most 1.05, evaluation has no number"):
@@ -86,7 +103,9 @@ def test_a_gate_without_a_measurement_is_refused_before_any_work(
 ) -> None:
     args = ("convert", checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
     text = ("--evaluate", "--prompts", "none", "--min-toxicity-drop", 0.5)
-    for more in (("--min-toxicity-drop", 0.5), ("--max-evaluated-perplexity-ratio", 1.1), text):
+    informal = ("--max-informal-perplexity-ratio", 1.1)
+    ratio = ("--max-evaluated-perplexity-ratio", 1.1)
+    for more in (("--min-toxicity-drop", 0.5), ratio, informal, text):
         for last in ((), ("--dry-run",)):
             result = cli(*args, *more, *last, code=2, says="has no measurement")
             assert "reading the headers" not in result.stderr

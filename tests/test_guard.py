@@ -1,6 +1,7 @@
 """The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ from converter.manifest import Estimate, Measured, Origin
 from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy
 from converter.methods.workbench import Bench
+from converter.models.edited import edited
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.edits import removal
@@ -73,25 +75,30 @@ def test_too_few_pairs_for_three_parts_are_refused() -> None:
         split(Pairs(rows, TEST, ""), Prose(("a b", "c d", "e f"), TEST, ""), 0)
 
 
-def measured(ratio: float, change: float, error: float = 0.0) -> Measured:
+def measured(
+    ratio: float, change: float, error: float = 0.0, context: float | None = None
+) -> Measured:
     estimate = Estimate(value=change, error=error)
     return Measured(
         perplexity_ratio=Estimate(value=ratio, error=error),
         toxic_change=estimate,
         teacher_forced=estimate,
+        context_ratio=None if context is None else Estimate(value=context, error=error),
     )
 
 
 class Scale:
     """Stands in for a probe: perplexity and toxic words follow the rank."""
 
-    def __init__(self, ratios: dict[int, float]) -> None:
+    def __init__(self, ratios: dict[int, float], context: dict[int, float] | None = None) -> None:
         self.ratios = ratios
+        self.context = context or {}
         self.asked: list[int] = []
 
     def measure(self, edit: Edit) -> Measured:
         self.asked.append(edit.rank)
-        return measured(self.ratios[edit.rank], -float(edit.rank), 0.001)
+        context = self.context.get(edit.rank)
+        return measured(self.ratios[edit.rank], -float(edit.rank), 0.001, context)
 
 
 def by_rank(*ranks: int) -> Proposal:
@@ -137,6 +144,20 @@ def test_the_rank_is_the_largest_within_the_budget_with_its_error(budget: float,
         choose_strength(cast(Probe, probe), proposal, 1.01)
 
 
+def test_the_rank_keeps_within_what_the_guard_refuses_of_other_words_too() -> None:
+    """On prose every rank costs nothing, and yet 4 is the first to be over 1.25 less an error."""
+    ranks = (1, 2, 3, 4, 6, 8)
+    probe = Scale(dict.fromkeys(ranks, 1.0), {r: 1.01 + 0.0598 * r for r in ranks})
+    assert choose_strength(cast(Probe, probe), by_rank(*ranks), 1.03).strength == 3
+    probe = Scale(dict.fromkeys(ranks, 1.0), dict.fromkeys(ranks, 1.3))
+    with refused(
+        GuardError,
+        expected="a perplexity ratio of at most 1.25 on the other words of held-out toxic text",
+        found="1.3000 with a standard error of 0.0010",
+    ):
+        choose_strength(cast(Probe, probe), by_rank(*ranks), 1.03)
+
+
 @pytest.mark.parametrize(
     ("ratio", "rank"), [(1.0, 1), (1.02, 2), (1.0251, 3), (1.049, 4), (1.051, 6), (2.0, 8)]
 )
@@ -161,6 +182,9 @@ def test_the_rank_of_a_perplexity_is_the_nearest(ratio: float, rank: int) -> Non
         (measured(1.0, -1.0), [3.0, -3.0], None, "two standard errors (6.000) more are needed"),
         (measured(1.0, -1.0, 0.5), [-0.2], None, "two standard errors (1.414) more are needed"),
         (measured(1.0, -1.0), [0.0], 0.11, "11% of what neutral text writes"),
+        (measured(1.0, -1.0, context=1.1), [0.0], None, None),
+        (measured(1.0, -1.0, context=1.251), [0.0], None, "toxic text is 1.251 times what it was"),
+        (measured(1.0, -1.0, context=float("nan")), [0.0], None, "toxic text is nan times"),
     ],
 )
 def test_the_guard_refuses_for_a_reason(
@@ -179,6 +203,9 @@ def test_a_doubtful_pass_is_said() -> None:
     assert "but not by its standard error" in judge(
         measured(1.025, -1, 0.01), [measured(1, 0)], None, 1.03,
     )[1][0]  # fmt: skip
+    context = judge(measured(1, -1, context=1.2), [measured(1, 0)], None, 1.03)
+    assert context[0] == []
+    assert "other words of toxic text is 1.200 times what it was" in context[1][0]
     assert "5.0% of what neutral" in judge(measured(1, -1), [measured(1, 0)], 0.05, 1.03)[1][0]
     assert neutral_energy(torch.eye(4)[:, :1], torch.diag(torch.tensor([1.0, 3, 0, 0]))) == 0.25
 
@@ -196,6 +223,10 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["reasons"] == []
     assert guard["edit"]["teacher_forced"]["value"] < 0.6  # half of the words follow a curse
     assert guard["edit"]["perplexity_ratio"]["value"] < 1.03
+    assert guard["edit"]["context_ratio"]["value"] < 1.1
+    assert guard["context_tokens"] > 100
+    told = cli("convert", planted, tmp_path / "b", *args[:-1], code=0).stdout
+    assert "words beside  perplexity x " in told
 
     recipe = Recipe(source=str(planted), pairs=str(planted.parent / "pairs.jsonl"))
     source, plan, _ = prepare(recipe)
@@ -210,6 +241,39 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
         assert found.controls == tuple(probe.measure(proposal.control(1, s)) for s in (0, 1))
     broken = removal(plan, dict.fromkeys(WRITING, MASSIVE[:, None]))
     assert probe.measure(broken).perplexity_ratio.value > 1.5
+
+
+def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:
+    """The ratio from log-probabilities of the bare model, word by word: words are tokens here."""
+    recipe = Recipe(source=str(planted), pairs=str(planted.parent / "pairs.jsonl"), num_pairs=64)
+    source, plan, _ = prepare(recipe)
+    bench = Bench.of(recipe, source, plan, WORDS, "cpu")
+    part = split(load_pairs(recipe.pairs, WORDS, 64, 0), load_prose("builtin"), 0).report
+    short = Prose(part.prose.paragraphs[:2], TEST, "")
+    probe = probe_of(bench, replace(part, prose=short))
+    edit = removal(plan, dict.fromkeys(WRITING, MASSIVE[:, None]))
+    assert probe.context_tokens == 3 * len(part.pairs.pairs)  # of five words two are toxic
+    model = bench.load_resident()
+
+    def losses() -> Tensor:
+        found = []
+        for pair in part.pairs.pairs:
+            ids = torch.tensor([[0, *model.tokenizer(pair.toxic)["input_ids"]]])
+            with torch.inference_mode():
+                scores = model.module(input_ids=ids).logits[0].log_softmax(1)
+            said = [a for a, _ in pair.spans]
+            starts = [a for a, _ in model.tokenizer.backend_tokenizer.encode(pair.toxic).offsets]
+            found += [-scores[i, ids[0, i + 1]] for i, a in enumerate(starts) if a not in said]
+        return torch.stack(found)
+
+    before = losses()
+    with edited(model.module, plan, edit):
+        after = losses()
+    assert len(before) == probe.context_tokens
+    ratio = probe.measure(edit).context_ratio
+    assert ratio is not None
+    assert ratio.value == pytest.approx(float((after - before).mean().exp()), rel=1e-4)
+    assert ratio.value > 1.1
 
 
 def proposed(bench: Bench, direction: Tensor) -> Proposal:

@@ -347,7 +347,7 @@ def test_a_footprint_that_the_model_lacks_is_refused_from_the_headers(
 def test_a_method_of_a_package_can_be_a_control(source: Path, cli: Cli) -> None:
     small = ["--num-pairs", 64, "--scorer", "bad-words", "--num-prompts", 2, "--max-new-tokens", 2]
     for more in ([], ["--method", "rank-one"]):
-        result = cli("evaluate", source, *more, "--control", "rank-one", *small, code=0)
+        result = cli("evaluate", source, *more, "--system", "rank-one", *small, code=0)
         assert "| rank-one |" in result.stdout
 
 

@@ -1,12 +1,15 @@
 """Teacher-forced numbers: what they are, by definition and on tiny models."""
 
 import math
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
 from converter.calibration.collect import causal_moments, moments_within
 from converter.checkpoints.plan import Plan
@@ -16,6 +19,7 @@ from converter.models.batching import Encoder, Sentence
 from converter.models.edited import edited
 from converter.models.likelihood import (
     Words,
+    divergences,
     log_probabilities,
     mean_change,
     perplexity,
@@ -110,6 +114,27 @@ def test_words_are_counted_one_by_one_and_their_gain_is_capped() -> None:
     assert np.allclose(changes[1], [gained])
     assert mean_change(changes).value == pytest.approx((2 * halved + gained) / 3)
     assert teacher_forced(changes).value == pytest.approx((0.5 + 0.5 + math.e) / 3)
+
+
+def test_the_divergence_is_that_of_the_distributions(
+    model: forward.LanguageModel, plan: Plan
+) -> None:
+    """Against what PyTorch makes of a categorical distribution; 0 of a model from itself."""
+    encode = Encoder(model.tokenizer, model.module)
+    texts = ("you stupid idiot, get out of my kitchen", "a river", "one more sentence than two")
+    sentences = [encode(text, "mean", ()) for text in texts]
+    edit = removal(plan, dict.fromkeys((0, 1, 2), torch.eye(HIDDEN)[:, :16]))
+    found = divergences(model, model, partial(edited, model.module, plan, edit), sentences)
+    for values, sentence in zip(found, sentences, strict=True):
+        ids = torch.tensor([sentence.ids])
+        with torch.inference_mode():
+            p = Categorical(logits=model.module(input_ids=ids).logits[0, :-1])
+            with edited(model.module, plan, edit):
+                q = Categorical(logits=model.module(input_ids=ids).logits[0, :-1])
+        assert values == pytest.approx(kl_divergence(p, q).numpy(), abs=2e-6)
+        assert values.max() > 1e-4
+    for values in divergences(model, model, nullcontext, sentences):
+        assert abs(values).max() == 0
 
 
 def test_the_causal_moment_is_the_derivative_along_a_removal(

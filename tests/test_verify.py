@@ -13,6 +13,7 @@ from converter.entrypoints.verify import verify
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import forged, load_manifest, put, reseal
 from tests.builders.invoke import Cli
+from tests.fuzz import skeleton
 
 
 @pytest.fixture
@@ -37,6 +38,34 @@ def test_what_was_converted_verifies(converted: tuple[Path, Path], cli: Cli) -> 
         "destination": str(out),
         "source": str(source),
     }
+
+
+def test_what_the_guard_says_of_other_words_must_fit_together(tmp_path: Path) -> None:
+    """All of its measurements are of them or none is, and a gate has the guard's number."""
+    skeleton.write_output(tmp_path)
+    known = verify(tmp_path)  # it has no tokenizer
+    number = {"value": 1.05, "error": 0.01}
+    manifest = load_manifest(tmp_path)
+    guard = manifest["guard"]
+    guard["edit"] = {**guard["edit"], "context_ratio": number}
+
+    def says() -> str:
+        put(tmp_path, manifest)
+        return "; ".join(problem for problem in verify(tmp_path) if problem not in known)
+
+    false = "the guard's measurements are not of the same texts"
+    assert false in says()
+    guard["context_tokens"] = 7
+    assert false in says()
+    guard["controls"] = [{**control, "context_ratio": number} for control in guard["controls"]]
+    assert says() == ""
+    gate = {"gate": "--max-informal-perplexity-ratio", "by": "guard", "limit": 1.1}
+    manifest["gates"] = [{**gate, "measured": 1.05}]
+    assert says() == ""
+    manifest["gates"] = [{**gate, "measured": 1.04}]
+    assert "the guard has not measured what the gate says" in says()
+    manifest["gates"] = [{**gate, "measured": 1.2}]
+    assert "--max-informal-perplexity-ratio 1.1 was not passed" in says()
 
 
 def test_a_weight_that_was_not_edited_is_not_orthogonal(

@@ -35,10 +35,10 @@ class _DeliveryOptions(Options):
     evaluate: Annotated[bool, Option(
         "Measure more than the guard does, before anything is written; see gloss evaluate.",
     )] = False
-    controls: Annotated[str, Option(
-        "Methods that --evaluate fits and measures beside the edit.",
-        flag="--control", metavar="NAMES", example="random,profs",
-    )] = "random"
+    systems: Annotated[tuple[str, ...], Option(
+        "System that --evaluate measures beside the edit; see gloss evaluate.",
+        flag="--system", metavar="NAME", example="profs",
+    )] = ("random",)
     plots: Annotated[Path | None, Option(
         "Folder for pictures. Inside DESTINATION they belong to the result, and its card shows "
         "them.",
@@ -76,7 +76,7 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
         names = (*declared_options(PublicationOptions), "stream_to_hub")
         refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
     if asked and not asked.evaluate:
-        names = (*declared_options(EvaluationOptions), "controls")
+        names = (*declared_options(EvaluationOptions), "systems")
         refuse_typed(names, "without --evaluate", "add --evaluate")
 
 
@@ -133,7 +133,7 @@ def convert_command(
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
-        measures = evaluation_of(evaluation, asked.controls, recipe, settings)
+        measures = evaluation_of(evaluation, asked.systems, recipe, settings)
         delivery = replace(delivery, evaluation=measures)
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:
@@ -165,8 +165,8 @@ def plan_command(recipe: Recipe, settings: Settings) -> Answer:
 
 def _plan_text(plan: dict[str, Any]) -> str:
     """The result of ``describe_plan`` for people."""
-    options = plan["method"]["options"]
-    strength = options.get(plan["method"]["strength"])
+    strengths = plan["method"]["strengths"].items()
+    chosen = [f"{key} {'chosen by the budget' if x is None else x}" for key, x in strengths]
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     sizes, experts = plan["dimensions"], ""
     if count := sizes["num_experts"]:
@@ -178,9 +178,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "
         f"FFN {sizes['intermediate_size']}{experts}",
         *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
-        f"method {plan['method']['name']}, {plan['method']['strength']} "
-        f"{'chosen by the budget' if strength is None else strength}"
-        + _layers(plan["edited_layers"]),
+        f"method {plan['method']['name']}, {', '.join(chosen)}" + _layers(plan["edited_layers"]),
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
             f"{entry['edited']} edited"
@@ -225,6 +223,10 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         manifest.method.strength: manifest.choice.strength,
         "strength": manifest.choice.strength,
         "strength_name": manifest.method.strength,
+        "strengths": {
+            (f"{method.name}." if manifest.steps else "") + method.strength: choice.strength
+            for method, choice in manifest.methods
+        },
         "layers": manifest.layers,
         "pairs": manifest.pairs.count,
         "rows_skipped": manifest.pairs.skipped,
@@ -259,7 +261,7 @@ def _result_text(result: dict[str, Any]) -> str:
     table = f"\n\n{markdown(result['evaluation'])}" if result["evaluation"] else ""
     return f"""\
 {result["source"]} -> {result["destination"]}
-  method        {result["method"]}, {result["strength_name"]} {result["strength"]:g}\
+  method        {result["method"]}, {_strengths(result["strengths"])}\
 {_layers(result["layers"])}
   pairs         {result["pairs"]} fitted on ({sum(result["rows_skipped"].values())} rows not \
 usable){chosen}
@@ -269,6 +271,11 @@ usable){chosen}
   forward pass  {_forward(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}{table}"""
+
+
+def _strengths(strengths: dict[str, float]) -> str:
+    """What each strength is, such as ``rank 2``."""
+    return ", ".join(f"{name} {value:g}" for name, value in strengths.items())
 
 
 def _layers(layers: list[int]) -> str:
@@ -309,10 +316,16 @@ def _effect(guard: GuardRecord | None) -> str:
         values: list[float] = [getattr(control, name).value for control in controls]
         return sum(values) / len(values)
 
-    ratio, words = edit.perplexity_ratio, edit.teacher_forced
+    ratio, words, beside = edit.perplexity_ratio, edit.teacher_forced, ""
+    if (context := edit.context_ratio) is not None:
+        beside = (
+            f"\n  words beside  perplexity x {context.value:.4f} +- {context.error:.4f}, "
+            f"{guard.context_tokens:,} other held-out tokens of toxic text "
+            f"(controls: x {mean('context_ratio'):.4f})"
+        )
     return f"""\
   perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
 held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (controls: x {mean("perplexity_ratio"):.4f})
   toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
-held-out words (controls: x {mean("teacher_forced"):.3f})"""
+held-out words (controls: x {mean("teacher_forced"):.3f}){beside}"""

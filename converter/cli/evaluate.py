@@ -24,15 +24,17 @@ class _ComparisonOptions(Options):
         "Model that SOURCE was made from: a folder, a Hub repo id, or demo.",
         example="demo", place=True,
     )] = None
-    controls: Annotated[str, Option(
-        "Methods to fit and measure beside.",
-        flag="--control", metavar="NAMES", example="random,profs,random@perplexity",
-    )] = ""
+    systems: Annotated[tuple[str, ...], Option(
+        "System to measure beside: a method to fit, several with + between them, a control "
+        "(random, profs), or a folder, an adapter, a manifest or a repo id of what was made from "
+        "the same model. A method that ends in @perplexity costs as much as the first system.",
+        flag="--system", metavar="NAME", example="random@perplexity",
+    )] = ()
     seeds: Annotated[int, Option(
-        "Number of draws of the pairs to fit each control on.", example="3", least=1,
+        "Number of draws of the pairs to fit each system on.", example="3", least=1,
     )] = 1
     ranks: Annotated[str, Option(
-        "Ranks to measure of each control.",
+        "Ranks to measure of each system that is fitted.",
         by_default="one is chosen", metavar="NUMBERS", example="1,2,4",
     )] = ""
     results: Annotated[Path | None, Option(
@@ -54,16 +56,16 @@ class _ComparisonOptions(Options):
 def evaluate_command(
     recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
 ) -> Answer:
-    """Measure perplexity and toxicity of SOURCE, of what it was made from, and of controls.
+    """Measure perplexity and toxicity of SOURCE, of what it was made from, and of other systems.
 
-    Controls are fitted on --pairs and run through hooks on the unedited model, which is --base, or
-    SOURCE if there is none.
+    Methods are fitted on --pairs and run through hooks on the unedited model, which is --base, or
+    SOURCE if there is none. -o METHOD.KEY=VALUE is an option of one of several methods.
     """
     from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.results import markdown
-    from converter.evaluation.systems import Comparison, parse_controls
+    from converter.evaluation.systems import Comparison, parse_systems
 
     quiet_libraries()
     if comparison.plots is not None:
@@ -74,14 +76,14 @@ def evaluate_command(
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
         Comparison(
-            parse_controls(comparison.controls),
+            parse_systems(comparison.systems),
             [recipe.seed + i for i in range(comparison.seeds)],
             _numbers(comparison.ranks),
         ),
         asked,
         settings,
         edited=recipe.source if base else None,
-        partial=results,
+        results=results,
     )
     if comparison.plots is not None:
         for path in plot_evaluation(found, comparison.plots):

@@ -74,6 +74,32 @@ class Edit:
         both = {name: _joined(patch, self.patches.get(name, {})) for name, patch in patches.items()}
         return replace(self, patches={**self.patches, **both})
 
+    def then(self, later: "Edit") -> "Edit":
+        """Both; tensors that both create add up.
+
+        Raises:
+            FitError: both change one tensor or one file, and it matters which comes first.
+        """
+        for what, one, other in (
+            ("tensor", self.tensors, later.tensors), ("file", self.files, later.files)
+        ):  # fmt: skip
+            if both := sorted(one.keys() & other.keys()):
+                raise FitError(f"two methods change the {what} {both[0]}", hint=FAULT)
+        patches = dict(self.patches)
+        for name, patch in later.patches.items():
+            before = patches.get(name, {})
+            patches[name] = _joined(before, patch)
+            if name in self.patches and patches[name] != _joined(patch, before):
+                raise FitError(f"two methods change {name} in different ways", hint=FAULT)
+        common = self.created.keys() & later.created.keys()
+        sums = {name: self.created[name] + later.created[name] for name in common}
+        return Edit(
+            {**self.tensors, **later.tensors},
+            {**self.created, **later.created, **sums},
+            patches,
+            {**self.files, **later.files},
+        )
+
     def check(self, plan: Plan) -> None:
         """Refuse changes that do not fit a checkpoint, before anything is written.
 

@@ -57,6 +57,13 @@ class Delta(ABC):
             out: where to write the result; it is returned. Not ``W`` itself.
         """
 
+    def whole(self, W: Tensor) -> Tensor:
+        """All of W' for all of W (O, I), in its dtype, computed in float64."""
+        mine, wide = self.to(str(W.device), torch.float64), W.double()
+        P = None if mine.protects is None else mine.protects.T @ wide
+        rows, columns = (slice(0, size) for size in W.shape)
+        return mine.exact(wide, rows, columns, P, torch.empty_like(wide)).to(W)
+
     @abstractmethod
     def shift(self, x: Tensor, y: Tensor) -> Tensor:
         """What an edited weight adds to y = x W^T.

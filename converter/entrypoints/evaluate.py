@@ -1,11 +1,14 @@
-"""Measure a model, what it was made from, and controls; or an edit before it is written."""
+"""Measure a model, what it was made from, and other systems; or an edit before it is written."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.resolve import resolve
+from converter.edits.base import Edit
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
@@ -13,15 +16,18 @@ from converter.evaluation.compare import evaluate
 from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import Comparison, System, edited_layers, parse_controls
+from converter.evaluation.systems import Comparison, System, edited_layers, parse_systems
 from converter.hub.addresses import settled
-from converter.manifest import EDITED, Evaluation
+from converter.manifest import EDITED, Evaluation, Manifest
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
+from converter.models.loading import load_tokenizer
 from converter.models.resident import LanguageModel, choose_device
+from converter.outputs.base import output_of
 from converter.outputs.record_checks import edit_of, recorded_edit
-from converter.recipe import Recipe, Settings
+from converter.recipe import Recipe, Settings, without_folders
 from converter.release.manifest import read_manifest
+from converter.release.recording import read_recording
 
 
 def evaluate_model(
@@ -30,17 +36,18 @@ def evaluate_model(
     asked: EvaluationOptions,
     settings: Settings,
     edited: str | None,
-    partial: Path | None = None,
+    results: Path | None = None,
 ) -> Evaluation:
-    """Measure the source of a recipe, controls that are fitted on it, and what was made from it.
+    """Measure the source of a recipe, what was made from it, and what is fitted on it.
 
     Args:
-        recipe: of the fits; its source is the unedited model.
-        comparison: what is fitted and measured beside.
+        recipe: of the fits; its source is the unedited model. Options of a method that is not its
+            own have that method's name before them.
+        comparison: what is measured beside.
         asked: what is measured.
         settings: how this machine does it.
         edited: a model that was made from the source.
-        partial: a file that is written anew after every system.
+        results: a file that is written anew after every system.
 
     Raises:
         ConverterError: one of its children says what is wrong.
@@ -50,49 +57,73 @@ def evaluate_model(
     recipe = settled(recipe)
     device = choose_device(recipe.device)
     battery = load_battery(asked, device, recipe.seed, settings.attention)
-    source, plan, _ = prepare(recipe)
+    own = replace(recipe, options=comparison.typed(recipe.method, recipe))
+    source, plan, _ = prepare(own)
     words = load_words(recipe.word_list)
     bench = Bench.of(recipe, source, plan, words, device, settings)
     bench.forward.need_resident()
-    model = reference = None
-    if edited:
-        model, reference = _load_edited(edited, bench)
-    return evaluate(bench, battery, comparison, model, reference, partial)
+    given = [_made(edited, EDITED, bench)] if edited else []
+    given += _others(comparison, bench)
+    return evaluate(bench, battery, comparison, given, results)
 
 
-def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
-    """An edited model, and its edit if its manifest says what it is."""
-    model = load_whole(name, bench.device, bench.dtype, replace(bench.how, trust_remote_code=False))
-    if model.tokenizer.get_vocab() != bench.vocabulary.tokenizer.get_vocab():
+def _others(comparison: Comparison, bench: Bench) -> list[System]:
+    """The systems that are in folders, manifests and repos, by the names of these."""
+    return [_made(place, without_folders(place), bench) for place in comparison.places]
+
+
+def _made(place: str, name: str, bench: Bench) -> System:
+    """A model that was made from the unedited one, with its weights; an adapter, or a manifest by
+    itself, is what it says, through hooks.
+
+    Raises:
+        ConverterError: one of its children; it was made from another model.
+    """
+    path, recording = Path(place), None
+    is_folder = (path / MANIFEST).is_file()
+    if (is_folder and not output_of(read_manifest(path).run.output).has_shards) or (
+        path.is_file() and path.suffix == Path(MANIFEST).suffix
+    ):
+        recording = read_recording(path)
+    if recording is not None:
+        return _recorded(name, recording.manifest, recording.edit(bench.plan), None)
+    how, folder = replace(bench.how, trust_remote_code=False), resolve(place).folder
+    if load_tokenizer(folder).get_vocab() != bench.vocabulary.tokenizer.get_vocab():
         raise OptionError(
-            f"{name} and --base have different tokenizers",
+            f"{place} and --base have different tokenizers",
             hint="give the model that SOURCE was made from as --base",
         )
-    folder = resolve(name).folder
+    load = partial(load_whole, place, bench.device, bench.dtype, how)
     if not (folder / MANIFEST).is_file():
-        return model, System(EDITED)
+        return System(name, load=load)
     manifest = read_manifest(folder)
-    edit = edit_of(manifest, recorded_edit(folder, manifest))
+    return _recorded(name, manifest, edit_of(manifest, recorded_edit(folder, manifest)), load)
+
+
+def _recorded(
+    name: str, manifest: Manifest, edit: Edit, load: Callable[[], LanguageModel] | None
+) -> System:
+    """What a manifest says of its edit."""
     bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
-    strength, layers = manifest.choice.strength, tuple(manifest.layers)
-    return model, System(EDITED, None, strength, edit, layers, bias)
+    layers = tuple(manifest.layers)
+    return System(name, None, manifest.choice.strength, edit, load, layers, bias)
 
 
 def evaluation_of(
-    asked: EvaluationOptions, controls: str, recipe: Recipe, settings: Settings
+    asked: EvaluationOptions, systems: Sequence[str], recipe: Recipe, settings: Settings
 ) -> Evaluate:
     """What a conversion that evaluates does between the fit and the writing.
 
     What is named is loaded now, so that whatever is missing is missed at once.
     """
-    names = parse_controls(controls)
+    names = parse_systems(systems)
     battery = load_battery(asked, choose_device(recipe.device), recipe.seed, settings.attention)
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength
         comparison = Comparison(names, [seed], ())
         layers, bias = edited_layers(method, bench.plan)
-        reference = System(EDITED, seed, strength, fitted.edit, layers, bias)
-        return evaluate(bench, battery, comparison, None, reference)
+        edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias)
+        return evaluate(bench, battery, comparison, [edit, *_others(comparison, bench)])
 
     return run

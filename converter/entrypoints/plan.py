@@ -13,6 +13,7 @@ from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
 from converter.hub.addresses import settled
 from converter.methods.base import footprint_of
+from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
@@ -54,7 +55,8 @@ def describe_plan(
         "method": {
             "name": recipe.method,
             "strength": method.strength,
-            "options": asdict(method),  # type: ignore[call-overload]
+            "strengths": {key: options_of(method).get(key) for key in strengths_of(method)},
+            "options": options_of(method),
         },
         "shards": {
             name: {"bytes": header.size, "tensors": len(header.tensors), "edited": edited[name]}

@@ -1,17 +1,19 @@
-"""Evaluate a model, what it was made from, and controls, on the same prompts and text."""
+"""Evaluate a model and other systems, what they were made from, on the same prompts and text."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from converter.evaluation.continuations import Passages, draw_passages
-from converter.evaluation.measure import WINDOW, Battery, measure
+from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
-from converter.evaluation.systems import Comparison, Fits, System
+from converter.evaluation.systems import Comparison, Fits, System, check_names
 from converter.manifest import (
     TOOL,
     UNEDITED,
@@ -33,22 +35,23 @@ def evaluate(
     bench: Bench,
     battery: Battery,
     comparison: Comparison,
-    model: LanguageModel | None = None,
-    reference: System | None = None,
-    partial: Path | None = None,
+    given: Sequence[System] = (),
+    kept: Path | None = None,
 ) -> Evaluation:
-    """Measure the unedited model, an edited one if there is one, and controls.
+    """Measure the unedited model, systems that are there, and those that are fitted beside.
 
     Args:
-        bench: the unedited model, and what controls need to be fitted.
-        model: the edited model, with its weights, if it has been written.
-        reference: the edit, to which controls are matched; without ``model`` it is measured
-            through hooks. None to measure controls only.
-        partial: a file that is written anew after every system, since an evaluation can be long.
+        bench: the unedited model, and what others need to be fitted.
+        comparison: what is fitted.
+        given: systems that need no fit; controls are matched to the first.
+        kept: a file that is written anew after every system, since an evaluation can be long.
 
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
+    check_names([UNEDITED, *(system.name for system in given), *comparison.methods])
+    fits, first = Fits(bench, comparison), given[0] if given else None
+    fits.check(first)
     base = bench.load_resident()
     passages = _passages(base, bench, battery)
     results = Evaluation(
@@ -59,16 +62,16 @@ def evaluate(
         rows=(),
     )
     text: LogProbabilities | None = None
-    controls = Fits(bench, comparison).systems(reference)
-    for system in chain([System(UNEDITED)], [reference] if reference else [], controls):
-        subject = base
-        hooks: AbstractContextManager[None] = nullcontext()
-        if system is reference and model is not None:
-            subject = model
-        elif system.edit is not None:
-            hooks = edited(base.module, bench.plan, system.edit)
-        with progress.stage("measure", f"measuring {system.title}"), hooks:
-            metrics, values = measure(subject, battery, passages, text)
+    for system in chain([System(UNEDITED)], given, fits.systems(first)):
+        subject = system.load() if system.load else base
+        hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+        if system.edit is not None and not system.load:
+            hooks = partial(edited, base.module, bench.plan, system.edit)
+        with progress.stage("measure", f"measuring {system.title}"):
+            with hooks():
+                metrics, values = measure(subject, battery, passages, text)
+            if text is not None:
+                metrics["divergence"] = divergence(base, subject, hooks, battery)
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,
@@ -81,8 +84,8 @@ def evaluate(
         )
         systems = (*results.systems, measured)
         results = replace(results, systems=systems, rows=summarise(systems))
-        if partial is not None:
-            partial.write_text(to_text(results), "utf-8")
+        if kept is not None:
+            kept.write_text(to_text(results), "utf-8")
     return results
 
 
@@ -111,7 +114,7 @@ def _settings(
     prompts, text = battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
-        controls=tuple(comparison.controls),
+        controls=tuple(map(without_folders, comparison.systems)),
         ranks=tuple(comparison.ranks),
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),

@@ -21,6 +21,7 @@ from converter.models.batching import (
     encode,
     first_token,
     num_positions,
+    outside,
 )
 from converter.models.likelihood import LogProbabilities, Words, log_probabilities
 from converter.models.resident import LanguageModel, Model
@@ -165,7 +166,8 @@ class Passages:
     They are the fixed sequences of the teacher-forced estimate.
 
     Attributes:
-        sentences: prompt and continuation, after what the tokenizer puts before a text.
+        sentences: prompt and continuation, after what the tokenizer puts before a text; with weight
+            on the positions that predict a token of the continuation that is in no listed word.
         words: places of the tokens of each word of the word list in each continuation.
         prompts: the place of each one's prompt; continuations of one prompt are one sampling unit.
         before: log-probabilities under the unedited model.
@@ -218,17 +220,19 @@ def draw_passages(
 def _listed_words(
     tokenizer: Any, prompt: str, continuation: str, words: WordList, positions: int | None
 ) -> tuple[Sentence, list[tuple[int, ...]]]:
-    """Prompt and continuation as one sentence, and where its listed words are.
+    """Prompt and continuation as one sentence, and where the continuation's listed words are.
 
     What does not fit the model's positions is cut on the left.
     """
     coded = encode(tokenizer, prompt + continuation, beginning(tokenizer))
     cut = max(len(coded.ids) - positions, 0) if positions else 0
-    found = []
-    for start, end in words.spans(continuation):
-        a, b = start + len(prompt), end + len(prompt)
-        found.append(tuple(i - cut for i, (s, e) in enumerate(coded.offsets) if s < b and e > a))
-    return Sentence(coded.ids[cut:]), [word for word in found if word and word[0] > 0]
+    spans = [(a + len(prompt), b + len(prompt)) for a, b in words.spans(continuation)]
+    found = [
+        tuple(i - cut for i, (s, e) in enumerate(coded.offsets) if s < b and e > a)
+        for a, b in spans
+    ]
+    others = outside(coded, [(0, len(prompt)), *spans], 1)
+    return Sentence(coded.ids[cut:], others[cut:]), [w for w in found if w and w[0] > 0]
 
 
 def conditional_losses(

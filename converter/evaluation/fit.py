@@ -4,19 +4,52 @@ One model is loaded at most, when it is first needed, and never written to: ever
 runs through hooks.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import Edit
-from converter.errors import DataError, GuardError
+from converter.errors import DataError, GuardError, OptionError
 from converter.evaluation.guard import examine
-from converter.evaluation.heldout import choose_strength, probe_of
+from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal
+from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
+from converter.recipe import Recipe
 from converter.runtime import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One method, fitted to the model as the former ones left it.
+
+    Attributes:
+        name, method: which.
+        activations: that it has seen; None if it needed none.
+        proposal: its edits and controls on top of those of the former methods.
+        choice: of its strength, by what all so far do together.
+    """
+
+    name: str
+    method: Method
+    activations: Activations | None
+    proposal: Proposal
+    choice: Choice
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        """That the method keeps."""
+        return self.proposal.evidence
+
+    @property
+    def edit(self) -> Edit:
+        """Of all so far, with the chosen strength."""
+        return self.proposal.edit(self.choice.strength)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +58,30 @@ class Fitted:
 
     Attributes:
         parts: the texts, split.
-        activations: that the method has seen; None if it needed none.
-        proposal: of the method.
-        edit: of the chosen strength.
-        choice: how that came about.
+        steps: the methods, in order; mostly one.
+        edit: of all of them, of the chosen strengths.
         guard: what it measured; None if it was switched off.
     """
 
     parts: Parts
-    activations: Activations | None
-    proposal: Proposal
+    steps: tuple[Step, ...]
     edit: Edit
-    choice: Choice
     guard: GuardRecord | None
+
+    @property
+    def proposal(self) -> Proposal:
+        """Of the last method, on top of the others."""
+        return self.steps[-1].proposal
+
+    @property
+    def choice(self) -> Choice:
+        """Of its strength."""
+        return self.steps[-1].choice
+
+    @property
+    def activations(self) -> Activations | None:
+        """Those that were seen first, of the unedited model; None if none were."""
+        return next((step.activations for step in self.steps if step.activations), None)
 
 
 def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
@@ -51,28 +95,63 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
-    proposal = bench.fit(method, parts.fit)
-    if (
-        recipe.activations is not None
-        and not parts.fit.pairs.pairs
-        and (recipe.guard or proposal.is_free)
-    ):
-        raise DataError(
-            f"{recipe.activations.name} does not say which pairs it was made from",
-            hint=f"nothing is then known to be held out; give both -o {method.strength} and "
-            "--no-guard",
-        )
-    choice = Choice(strength=proposal.strengths[-1], automatic=False, tried=())
-    if proposal.is_free:
-        with progress.stage("choose", f"choosing the {method.strength} on held-out text"):
-            probe = probe_of(bench, parts.choose)
-            choice = choose_strength(probe, proposal, recipe.max_perplexity_ratio)
-    found = None
+    probe = cache(lambda: probe_of(bench, parts.choose))
+    steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
+    last, found = steps[-1], None
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            found = _guard(bench, proposal, choice.strength, parts.report)
-    edit = proposal.edit(choice.strength)
-    return Fitted(parts, bench.seen, proposal, edit, choice, found)
+            found = _guard(bench, last.proposal, last.choice.strength, parts.report)
+    return Fitted(parts, steps, last.edit, found)
+
+
+def fit_steps(
+    bench: Bench, name: str, method: Method, part: Part, probe: Callable[[], Probe]
+) -> tuple[Step, ...]:
+    """Fit a method to some texts and choose its strength; several, one after the other.
+
+    What n methods together may cost is shared out: with the i-th, the edit keeps within i / n of
+    the perplexity budget.
+
+    Args:
+        name, method: as ``configure`` takes and gives them.
+        probe: gives the text on which a strength is chosen, if one is to be.
+
+    Raises:
+        ConverterError: one of its children; a GuardError if no strength is within the budget.
+    """
+    recipe, steps = bench.recipe, list[Step]()
+    methods = parts_of(name, method)
+    if recipe.activations is not None and len(methods) > 1:
+        raise OptionError("--activations", expected="a single method", found=name)
+    try:
+        for number, (each, one) in enumerate(methods.items(), 1):
+            bench.former = steps[-1].edit if steps else None
+            proposal, seen = bench.fit(one, part), bench.seen
+            if len(methods) > 1:
+                tensors = {f"{each}.{key}": tensor for key, tensor in proposal.tensors.items()}
+                proposal = replace(proposal, tensors=tensors)
+            if steps:
+                proposal = after(steps[-1].proposal, steps[-1].choice.strength, proposal)
+            _check_texts(recipe, part, proposal, one.strength)
+            budget = 1 + (recipe.max_perplexity_ratio - 1) * number / len(methods)
+            choice = Choice(strength=proposal.strengths[-1], automatic=False, tried=())
+            if proposal.is_free:
+                with progress.stage("choose", f"choosing the {one.strength} on held-out text"):
+                    choice = choose_strength(probe(), proposal, budget)
+            steps.append(Step(each, one, seen, proposal, choice))
+    finally:
+        bench.former = None
+    return tuple(steps)
+
+
+def _check_texts(recipe: Recipe, part: Part, proposal: Proposal, strength: str) -> None:
+    """Raise DataError if it is not known which texts a fit has not seen, and some are needed."""
+    needed = recipe.guard or proposal.is_free
+    if recipe.activations is not None and not part.pairs.pairs and needed:
+        raise DataError(
+            f"{recipe.activations.name} does not say which pairs it was made from",
+            hint=f"nothing is then known to be held out; give both -o {strength} and --no-guard",
+        )
 
 
 def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:

@@ -11,7 +11,15 @@ from math import isnan, nan
 from typing import Annotated
 
 from converter.errors import GateError, OptionError
-from converter.manifest import EDITED, EditedTensor, Evaluation, GateRecord, GuardRecord, Metric
+from converter.manifest import (
+    EDITED,
+    EditedTensor,
+    Estimate,
+    Evaluation,
+    GateRecord,
+    GuardRecord,
+    Metric,
+)
 from converter.option import Option, Options, declared_options
 
 
@@ -19,8 +27,8 @@ from converter.option import Option, Options, declared_options
 class Gates(Options):
     """Limits that a result has to keep, beyond those of the guard.
 
-    None where there is none. Toxic words are judged by each teacher-forced measurement that there
-    is: the guard's, and that of the evaluation.
+    None where there is none. Toxic words and the others of their texts are judged by each
+    teacher-forced measurement that there is: the guard's, and that of the evaluation.
     """
 
     # fmt: off
@@ -37,6 +45,10 @@ class Gates(Options):
         "Gate: largest perplexity on the --text of --evaluate, after over before.",
         example="1.05", metavar="RATIO", least=0,
     )] = None
+    max_informal_perplexity_ratio: Annotated[float | None, Option(
+        "Gate: largest perplexity of the other words of toxic text, after over before.",
+        example="1.15", metavar="RATIO", least=0,
+    )] = None
     # fmt: on
 
     @property
@@ -49,16 +61,17 @@ class Gates(Options):
         """Make sure that every gate will have its measurement.
 
         Args:
-            words: whether the probability of toxic words will be measured at all.
+            words: whether the probability of toxic words, and that of the others beside them, will
+                be measured at all.
             ratio: whether the evaluation will measure perplexity.
 
         Raises:
             OptionError: a gate would have nothing to judge by.
         """
-        if self.min_toxicity_drop is not None and not words:
-            raise OptionError(
-                f"{DROP} has no measurement", expected="the guard, or --evaluate with --passages"
-            )
+        for gate in (DROP, INFORMAL):
+            if gate in self.limits and not words:
+                judges = "the guard, or --evaluate with --passages"
+                raise OptionError(f"{gate} has no measurement", expected=judges)
         if self.max_evaluated_perplexity_ratio is not None and not ratio:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
@@ -94,6 +107,15 @@ class Gates(Options):
             if "teacher_forced" in metrics:
                 drop = 1 - _value(metrics["teacher_forced"])
                 records.append(GateRecord(gate=DROP, by="evaluation", limit=least, measured=drop))
+        if (most := self.max_informal_perplexity_ratio) is not None:
+            beside: dict[str, Estimate | Metric] = {}
+            if guard is not None:
+                beside["guard"] = guard.edit.context_ratio
+            if "teacher_forced" in metrics:
+                beside["evaluation"] = metrics.get("context_ratio")
+            for by, found in beside.items():
+                ratio = nan if found is None else found.value
+                records.append(GateRecord(gate=INFORMAL, by=by, limit=most, measured=ratio))
         if (most := self.max_evaluated_perplexity_ratio) is not None:
             ratio = _value(metrics["perplexity_ratio"])
             records.append(GateRecord(gate=RATIO, by="evaluation", limit=most, measured=ratio))
@@ -111,7 +133,7 @@ class Gates(Options):
         )
 
 
-DROP, LEAKAGE, RATIO = (gate.flag for gate in declared_options(Gates).values())
+DROP, LEAKAGE, RATIO, INFORMAL = (gate.flag for gate in declared_options(Gates).values())
 """Names of the gates in their records."""
 
 

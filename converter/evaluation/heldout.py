@@ -8,7 +8,7 @@ from converter.calibration.split import Part
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import DataError, GuardError
-from converter.manifest import Choice, Measured, Trial
+from converter.manifest import Choice, Estimate, Measured, Trial
 from converter.methods.base import Proposal
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
@@ -20,6 +20,7 @@ from converter.models.likelihood import (
     perplexity,
     perplexity_ratio,
     teacher_forced,
+    weighed,
     word_changes,
 )
 from converter.models.resident import Model
@@ -28,15 +29,19 @@ from converter.runtime import progress
 _LEAST_GROUPS = 5
 """Sentences, or frames that they are made from, without which a standard error is a guess."""
 
+MOST_CONTEXT = 1.25
+"""The largest perplexity ratio of the other words of toxic text. An edit may make a model that is
+as good as ever on prose unable to read informal text, and a budget on prose does not see that."""
+
 
 class Probe:
     """The held-out part of the texts, and how probable the unedited model finds it.
 
     Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
-    the neutral side lacks.
+    the neutral side lacks, and the context is all other words of these toxic sides.
 
     Attributes:
-        neutral_tokens, toxic_words: how many are scored.
+        neutral_tokens, toxic_words, context_tokens: how many are scored.
         perplexity: of the unedited model on the neutral text.
 
     Raises:
@@ -56,6 +61,9 @@ class Probe:
         self._toxic_groups = [g for g, (_, words) in zip(groups, coded, strict=True) if words]
         self.neutral_tokens = sum(len(s.ids) - 1 for s in self._neutral)
         self.toxic_words = sum(len(words) for words in self._words)
+        others = [sum(w > 0 for w in sentence.weights) for sentence in self._toxic]
+        known = {g for g, count in zip(self._toxic_groups, others, strict=True) if count}
+        self.context_tokens = sum(others) if len(known) >= _LEAST_GROUPS else 0
         if len(set(self._toxic_groups)) < _LEAST_GROUPS:
             raise DataError(
                 "too few toxic sentences are left to measure the edit on",
@@ -78,7 +86,15 @@ class Probe:
             perplexity_ratio=perplexity_ratio(self._before[0], neutral, self._neutral_groups),
             toxic_change=mean_change(changes, self._toxic_groups),
             teacher_forced=teacher_forced(changes, self._toxic_groups),
+            context_ratio=self._context_ratio(toxic),
         )
+
+    def _context_ratio(self, after: LogProbabilities) -> Estimate | None:
+        """That of the other words of toxic sides, if there are enough of them."""
+        if not self.context_tokens:
+            return None
+        before = weighed(self._before[1], self._toxic)
+        return perplexity_ratio(before, weighed(after, self._toxic), self._toxic_groups)
 
 
 def probe_of(bench: Bench, part: Part) -> Probe:
@@ -92,30 +108,41 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
     """The strength that makes toxic words least probable among those within the budget.
 
     A strength is within the budget if its perplexity ratio plus one standard error is: measured on
-    a few thousand tokens, the best of several looks better than it is. Perplexity grows with the
+    a few thousand tokens, the best of several looks better than it is. That of the other words of
+    toxic text has to keep within what the guard refuses in the same way. Perplexity grows with the
     strength, so the largest within the budget is found by bisection.
 
     Raises:
         GuardError: even the least is over the budget.
     """
 
-    def is_within(found: Measured) -> bool:
-        ratio = found.perplexity_ratio
-        return ratio.value + ratio.error <= budget
-
-    tried = _bisect(probe, proposal, is_within)
-    within = [strength for strength, found in tried.items() if is_within(found)]
+    tried = _bisect(probe, proposal, lambda found: not _excess(found, budget))
+    within = [strength for strength, found in tried.items() if not _excess(found, budget)]
     if not within:
-        ratio = tried[min(tried)].perplexity_ratio
+        text, most, ratio = _excess(tried[min(tried)], budget)[0]
         raise GuardError(
             "not even the weakest edit keeps within the perplexity budget",
-            expected=f"a perplexity ratio of at most {budget:g} on held-out neutral text",
+            expected=f"a perplexity ratio of at most {most:g} on {text}",
             found=f"{ratio.value:.4f} with a standard error of {ratio.error:.4f}",
-            hint="raise --max-perplexity-ratio, edit fewer layers, or give more pairs",
+            hint=("raise --max-perplexity-ratio, " if most == budget else "")
+            + "edit fewer layers, or give more pairs",
         )
     best = min(within, key=lambda strength: tried[strength].toxic_change.value)
     trials = (Trial(strength=each, **asdict(tried[each])) for each in sorted(tried))
     return Choice(strength=best, automatic=True, tried=tuple(trials))
+
+
+def _excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
+    """The limits that an edit does not keep by a standard error: on which text, limit, ratio."""
+    limits = (
+        ("held-out neutral text", budget, found.perplexity_ratio),
+        ("the other words of held-out toxic text", MOST_CONTEXT, found.context_ratio),
+    )
+    return [
+        (text, most, ratio)
+        for text, most, ratio in limits
+        if ratio is not None and not ratio.value + ratio.error <= most
+    ]
 
 
 def nearest_strength(probe: Probe, proposal: Proposal, ratio: float) -> float:

@@ -6,6 +6,7 @@ low and high are the value. A metric that was not measured, or is not a number, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,13 @@ from converter.manifest import Interval, Metric
 from converter.models.batching import Sentence, beginning, encode
 from converter.models.likelihood import (
     LogProbabilities,
+    divergences,
     log_probabilities,
+    mean_change,
     perplexity_estimate,
     perplexity_ratio,
     teacher_forced,
+    weighed,
     word_changes,
 )
 from converter.models.loading import load_language_model, load_tokenizer
@@ -147,6 +151,9 @@ def measure(
         (after,) = log_probabilities(model, [passages.sentences])
         changes = word_changes(passages.before, after, passages.words)
         metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
+        others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
+        if any(map(len, others)):
+            metrics["context_ratio"] = around(perplexity_ratio(others, kept, passages.prompts))
     if battery.prompts is not None:
         if asked.greedy:
             metrics |= _generation(model, battery, battery.prompts.texts, "greedy", 0)
@@ -158,6 +165,26 @@ def measure(
     if battery.tasks:
         metrics |= measure_ability(model, battery.tasks, asked.ability_limit, batch_size)
     return metrics, now
+
+
+def divergence(
+    base: LanguageModel,
+    model: LanguageModel,
+    hooks: Callable[[], AbstractContextManager[None]],
+    battery: Battery,
+) -> Metric:
+    """The mean KL divergence of a model from the unedited one on the perplexity text.
+
+    In nats a token; None without a text, or if the models have another number of tokens.
+
+    Args:
+        hooks: see ``likelihood.divergences``.
+    """
+    sizes = {m.module.get_input_embeddings().weight.shape[0] for m in (base, model)}  # type: ignore[operator]
+    if battery.text is None or len(sizes) > 1:
+        return None
+    windows = _windows(base, battery.text, battery.asked.text_tokens)
+    return around(mean_change([v.tolist() for v in divergences(base, model, hooks, windows)]))
 
 
 def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:

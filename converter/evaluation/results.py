@@ -63,14 +63,21 @@ def average(values: Sequence[Metric]) -> Metric:
 def markdown(results: Evaluation) -> str:
     """One row for each system, seeds averaged, with intervals of 95 % in brackets.
 
+    ``KL`` is the divergence from the unedited model on the perplexity text, in nats a token.
     Toxicities are means of scores between 0 and 1; ``toxic words`` is the teacher-forced estimate,
-    the probability of toxic words relative to the unedited model.
+    the probability of toxic words relative to the unedited model, and ``words beside`` what becomes
+    of the perplexity of the other words of the same continuations.
     """
     columns = [("perplexity", "perplexity_ratio"), ("toxic words", "teacher_forced")]
     for scorer in results.scorers:
         for way in ("greedy", "sampled"):
             columns.append((f"{scorer}, {way}", f"toxicity/{scorer}/{way}"))
     known = dict.fromkeys(key for row in results.rows for key in row.metrics)
+    if "divergence" in known:
+        columns.insert(1, ("KL", "divergence"))
+    if "context_ratio" in known:
+        place = columns.index(("toxic words", "teacher_forced")) + 1
+        columns.insert(place, ("words beside", "context_ratio"))
     columns += [(key, key) for key in known if key.startswith(("safeedit/", "ability/"))]
     lines = [
         "| model | strength | seeds | " + " | ".join(escaped(name) for name, _ in columns) + " |",

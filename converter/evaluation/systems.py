@@ -1,26 +1,34 @@
-"""What an evaluation compares: the unedited model, the edited one, and controls fitted beside it.
+"""What an evaluation compares: systems, each of them the unedited model or what becomes of it.
 
-Controls never touch a weight: each is a projection that runs through hooks on the unedited model.
+A system is the unedited model, one that has been written, a recorded edit, or a method that is
+fitted beside. All but written ones run through hooks on the unedited model. Two methods are
+controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from converter.calibration.pairs import load_pairs, load_prose
-from converter.calibration.split import split
+from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
+from converter.evaluation.fit import fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
+from converter.methods.together import SEPARATOR, options_of, typed_for
 from converter.methods.workbench import Bench
+from converter.models.resident import LanguageModel
+from converter.recipe import Recipe
 from converter.runtime import progress
 
 _AT_PERPLEXITY = "@perplexity"
-"""After a control's name: its rank is the one whose perplexity comes nearest to the reference's."""
+"""After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
 
 _DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
@@ -36,7 +44,8 @@ class System:
         name: for tables.
         seed: of its pairs; None if nothing was fitted.
         strength: None for the unedited model.
-        edit: through hooks on the unedited model; None for none.
+        edit: through hooks on the unedited model; None for none, or if it is not known.
+        load: gives a model that has been written, to be measured with its own weights; or None.
         layers: that it edits.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
@@ -46,6 +55,7 @@ class System:
     seed: int | None = None
     strength: float | None = None
     edit: Edit | None = None
+    load: Callable[[], LanguageModel] | None = None
     layers: tuple[int, ...] = ()
     bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -62,8 +72,8 @@ class Comparison:
     """What to compare.
 
     Attributes:
-        controls: methods to fit beside; see ``parse_controls``. ``random`` has the rank of the
-            reference, if that takes a subspace out.
+        systems: methods to fit and places to look for others; see ``parse_systems``. ``random``
+            has the rank of the first system, if that takes a subspace out.
         seeds: of draws and splits of the pairs.
         ranks: to measure of each; empty to choose one under the budget.
 
@@ -71,7 +81,7 @@ class Comparison:
         OptionError: seeds or ranks are no whole numbers, there is no seed, or a rank is below 1.
     """
 
-    controls: Sequence[str]
+    systems: Sequence[str]
     seeds: Sequence[int]
     ranks: Sequence[int]
 
@@ -81,26 +91,55 @@ class Comparison:
         if any(type(rank) is not int or rank < 1 for rank in self.ranks):
             raise OptionError("--ranks", expected="whole numbers from 1", found=str(self.ranks))
 
+    @property
+    def methods(self) -> list[str]:
+        """The systems that are methods."""
+        return [system for system in self.systems if _is_method(system)]
 
-def _name(control: str) -> str:
-    """The method of a control."""
-    return control.removesuffix(_AT_PERPLEXITY)
+    def typed(self, name: str, recipe: Recipe) -> dict[str, str]:
+        """The options that were typed for a method. Raises OptionError; see ``typed_for``."""
+        return typed_for(name, recipe.options, recipe.method, [*map(_name, self.methods)])
+
+    @property
+    def places(self) -> list[str]:
+        """The others: folders, manifests, repos."""
+        return [system for system in self.systems if not _is_method(system)]
 
 
-def parse_controls(text: str) -> tuple[str, ...]:
-    """``random,profs,random@perplexity`` -> its parts.
+def _name(system: str) -> str:
+    """The method of a system, or several with ``+``."""
+    return system.removesuffix(_AT_PERPLEXITY)
+
+
+def _is_method(system: str) -> bool:
+    return {*_name(system).split(SEPARATOR)} <= {*METHODS.names()}
+
+
+def parse_systems(systems: Sequence[str]) -> tuple[str, ...]:
+    """Systems as typed: ``gloss``, ``gloss+profs``, ``random@perplexity``, a path or a repo id.
 
     Raises:
-        OptionError: one of them is not a method.
+        OptionError: one of them is neither a method nor a place, or is given twice.
     """
-    controls = tuple(part.strip() for part in text.split(",") if part.strip())
-    for control in controls:
-        if _name(control) not in METHODS.names():
+    for system in systems:
+        if not _is_method(system) and "/" not in system and not Path(system).exists():
             raise OptionError(
-                "--control", expected=", ".join(METHODS.names()), found=control,
-                hint=f"each may be followed by {_AT_PERPLEXITY}",
+                "--system", found=system,
+                expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
+                hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}",
             )  # fmt: skip
-    return controls
+        if system.endswith(_AT_PERPLEXITY) and SEPARATOR in system:
+            raise OptionError(
+                "--system", expected=f"a single method before {_AT_PERPLEXITY}", found=system
+            )
+    return tuple(check_names(systems))
+
+
+def check_names(names: Sequence[str]) -> Sequence[str]:
+    """The names of systems. Raises OptionError if two are the same, whose rows would be one."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise OptionError("--system", expected="systems of different names", found=twice[0])
+    return names
 
 
 def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
@@ -112,55 +151,73 @@ def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
 
 @dataclass(frozen=True, slots=True)
 class Fits:
-    """Fits controls beside the unedited model of ``bench``, for one seed after another."""
+    """Fits methods beside the unedited model of ``bench``, for one seed after another."""
 
     bench: Bench
     comparison: Comparison
 
+    def check(self, reference: System | None) -> None:
+        """Refuse from the headers what could not be fitted. Raises OptionError; see ``systems``."""
+        for name in self.comparison.methods:
+            method = self._method(name, self.comparison.seeds[0], reference)
+            footprint_of(method, self.bench.plan).check_shared()
+
     def systems(self, reference: System | None) -> Iterator[System]:
-        """The controls, fitted on pairs drawn and split with each seed.
+        """Those that are fitted, on pairs drawn and split with each seed.
 
         Args:
-            reference: the edited model, if there is one; else the first control is the reference.
+            reference: the first system, which controls are matched to; without one it is the first
+                that is fitted.
         """
         recipe = self.bench.recipe
         for seed in self.comparison.seeds:
             pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
             parts = split(pairs, load_prose(recipe.neutral), seed)
-            probe: Probe | None = None
+            probe = cache(partial(probe_of, self.bench, parts.choose))
             first = reference
-            for control in self.comparison.controls:
-                method = self._method(control, seed, first)
-                proposal = self.bench.fit(method, parts.fit)
-                wanted = first.edit if first else None
-                strengths = self._given(control, proposal, wanted)
-                if not strengths:
-                    probe = probe or probe_of(self.bench, parts.choose)
-                    strengths = (self._choose(control, probe, proposal, wanted),)
-                for strength in strengths:
-                    if strength > proposal.strengths[-1]:
-                        progress.warn(
-                            f"{control} has no {method.strength} {strength:g}, and is left out"
-                        )
-                        continue
-                    options = asdict(method)  # type: ignore[call-overload]
+            for name in self.comparison.methods:
+                method = self._method(name, seed, first)
+                for strength, edit in self._edits(name, method, parts.fit, probe, first):
                     system = System(
-                        control, seed, strength, proposal.edit(strength),
-                        *edited_layers(method, self.bench.plan), options,
+                        name, seed, strength, edit, None,
+                        *edited_layers(method, self.bench.plan), options_of(method),
                     )  # fmt: skip
                     first = first or system
                     yield system
 
-    def _method(self, control: str, seed: int, first: System | None) -> Method:
-        """A control with the layers and the biases of the reference."""
-        name, recipe, dimensions = _name(control), self.bench.recipe, self.bench.plan.dimensions
-        free = {"rank": "auto"}
-        if name == recipe.method and name not in ("random", "profs"):  # what is typed is its own
-            return configure(name, recipe.options, dimensions, free)
+    def _edits(
+        self, name: str, method: Method, part: Part, probe: Callable[[], Probe],
+        first: System | None,
+    ) -> Iterator[tuple[float, Edit]]:  # fmt: skip
+        """The strengths of a system that are measured, and their edits."""
+        if SEPARATOR in name:  # their strengths are chosen in turn
+            try:
+                last = fit_steps(self.bench, name, method, part, probe)[-1]
+            except GuardError as error:
+                progress.warn(f"{name}: {error.what}; it is left out")
+            else:
+                yield last.choice.strength, last.edit
+            return
+        proposal = self.bench.fit(method, part)
+        wanted = first.edit if first else None
+        strengths = self._given(name, method, proposal, wanted)
+        for strength in strengths or (self._choose(name, probe(), proposal, wanted),):
+            if strength > proposal.strengths[-1]:
+                progress.warn(f"{name} has no {method.strength} {strength:g}, and is left out")
+            else:
+                yield strength, proposal.edit(strength)
+
+    def _method(self, system: str, seed: int, first: System | None) -> Method:
+        """The method of a system; a control has the layers and the biases of the reference."""
+        name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
+        free, typed = {"rank": "auto"}, self.comparison.typed(name, recipe)
+        if name not in ("random", "profs"):
+            return configure(name, typed, dimensions, free)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
         else:
-            reference = configure(recipe.method, recipe.options, dimensions, free)
+            asked = self.comparison.typed(recipe.method, recipe)
+            reference = configure(recipe.method, asked, dimensions, free)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
@@ -168,34 +225,36 @@ class Fits:
         if name == "random":
             most = max(rank, MAX_RANK, *self.comparison.ranks)
             options |= {"draw": str(seed), "rank": str(most)}
-        elif name == "profs":
+        else:
             options |= _DATA_FIXES
-        return configure(name, {}, dimensions, options)  # as far as it has them
+        return configure(name, typed, dimensions, options)
 
-    def _given(self, control: str, proposal: Proposal, wanted: Edit | None) -> Sequence[float]:
+    def _given(
+        self, system: str, method: Method, proposal: Proposal, wanted: Edit | None
+    ) -> Sequence[float]:
         """The strengths that need no choice."""
-        if control.endswith(_AT_PERPLEXITY):
+        if system.endswith(_AT_PERPLEXITY):
             return ()
-        if self.comparison.ranks:
+        if self.comparison.ranks and method.strength == "rank":
             return self.comparison.ranks
-        if control == "random":
+        if system == "random" and "rank" not in self.comparison.typed(system, self.bench.recipe):
             return (wanted.rank,) if wanted and wanted.rank else ()
         return () if proposal.is_free else (proposal.strengths[-1],)
 
-    def _choose(self, control: str, probe: Probe, proposal: Proposal, wanted: Edit | None) -> float:
+    def _choose(self, system: str, probe: Probe, proposal: Proposal, wanted: Edit | None) -> float:
         """The strength under the budget, or what comes nearest to the reference's ratio."""
-        if not control.endswith(_AT_PERPLEXITY):
+        if not system.endswith(_AT_PERPLEXITY):
             try:
                 budget = self.bench.recipe.max_perplexity_ratio
                 return choose_strength(probe, proposal, budget).strength
             except GuardError as error:
                 least = proposal.strengths[0]
-                progress.warn(f"{control}: {error.what}; strength {least:g} is measured")
+                progress.warn(f"{system}: {error.what}; strength {least:g} is measured")
                 return least
         if wanted is None:
             raise OptionError(
-                f"--control {control}",
-                expected="an edit before it to match: another control, or a SOURCE with a manifest",
+                f"--system {system}",
+                expected="an edit before it to match: another system, or a SOURCE with a manifest",
                 found="none",
             )
         ratio = probe.measure(wanted).perplexity_ratio.value

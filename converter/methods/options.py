@@ -12,6 +12,7 @@ from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
 from converter.methods.base import METHODS, Layers, Method
+from converter.methods.together import SEPARATOR, Together, share_out
 from converter.runtime import strict_json
 
 
@@ -24,24 +25,29 @@ def configure(
     """A method with its options: as typed, or by default, which may depend on the dimensions.
 
     Args:
-        name, dimensions: of the method, of the model.
-        options: key -> value, as typed.
+        name, dimensions: of the method, of the model. Several methods have ``+`` between them.
+        options: key -> value, as typed; of several methods, see ``share_out``.
         implied: other defaults, of those options that the method has.
 
     Raises:
         OptionError: an unknown method, or a class that is none; an unknown option, a value out of
             range, or none of an option that needs one.
     """
-    kind = METHODS.load(name)
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        raise METHODS.fault(name, "it is not a dataclass")
-    METHODS.check(name, kind)
+    if SEPARATOR in name:
+        kinds = {each: _load(each) for each in name.split(SEPARATOR)}
+        if len(kinds) <= name.count(SEPARATOR):
+            raise OptionError("--method", expected="different methods", found=name)
+        known = {each: {field.name for field in dataclasses.fields(k)} for each, k in kinds.items()}
+        shared = share_out(known, options)
+        parts = {each: configure(each, shared[each], dimensions, implied) for each in kinds}
+        return cast(Method, Together(parts))
+    kind = _load(name)
     try:
         hints = get_type_hints(kind)
     except Exception as error:  # a third party's annotations: of any kind
         raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = dict(kind.defaults(dimensions))  # type: ignore[attr-defined]
+    values = dict(kind.defaults(dimensions))
     for key in values.keys() & {k for k, hint in hints.items() if hint == Layers}:
         values[key] = with_ffn(key, values[key], dimensions)
     others = {key: text for key, text in (implied or {}).items() if key in fields}
@@ -67,6 +73,15 @@ def configure(
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
     return cast(Method, method)
+
+
+def _load(name: str) -> Any:
+    """The class of a method. Raises OptionError."""
+    kind = METHODS.load(name)
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        raise METHODS.fault(name, "it is not a dataclass")
+    METHODS.check(name, kind)
+    return kind
 
 
 def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:

@@ -1,6 +1,7 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +21,12 @@ from converter.calibration.word_list import Vocabulary, WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit
 from converter.edits.storage import dequantize
 from converter.errors import DataError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
+from converter.models.edited import edited
 from converter.models.loading import (
     load_language_model,
     load_tokenizer,
@@ -47,6 +50,7 @@ class Bench:
     Attributes:
         part: the texts that the current fit may see.
         seen: the activations that it has asked for last.
+        former: what methods before this one have changed, which a fit has to see.
     """
 
     recipe: Recipe
@@ -63,6 +67,7 @@ class Bench:
     has_run: bool = False
     part: Part = _NO_TEXTS
     seen: Activations | None = None
+    former: Edit | None = None
 
     @classmethod
     def of(
@@ -114,6 +119,13 @@ class Bench:
         assert isinstance(model, LanguageModel)
         return model
 
+    @contextmanager
+    def running(self) -> Iterator[Model]:
+        """The model as former methods left it, for a fit: through hooks while this lasts."""
+        model = self.load()
+        with edited(model.module, self.plan, self.former or Edit()):
+            yield model
+
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
         self.model = None
@@ -148,6 +160,8 @@ class Bench:
             batch_size=batch_size,
             mode=self.forward.mode,
         )
+        if self.former is not None:
+            inputs["former"] = self.former.digest()
         if self.how.attention != "auto":
             inputs["attention"] = self.how.attention
         path = cache_folder() / "activations" / f"{cache_key(inputs)}.safetensors"
@@ -163,10 +177,8 @@ class Bench:
         moments = request.directions > 0
         total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
         total += len(part.prose.paragraphs) * (request.second_moment + moments)
-        with progress.bar("forward", total, "text"):
-            seen, dropped = extract(
-                self.load(), request, part.pairs, part.prose, batch_size=batch_size
-            )
+        with progress.bar("forward", total, "text"), self.running() as model:
+            seen, dropped = extract(model, request, part.pairs, part.prose, batch_size=batch_size)
         if dropped:
             progress.warn(
                 f"{dropped} pairs have no token that predicts a toxic one and were left out"
@@ -177,11 +189,13 @@ class Bench:
         return seen
 
     def weight(self, weight: Weight) -> Tensor:
-        """See ``Workbench``."""
+        """See ``Workbench``; as former methods left it."""
         stored, scales = self.source.read(weight.shard, weight.info), weight.scales
         if scales is not None:
             stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
-        return stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
+        W = stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
+        delta = self.former.tensors.get(weight.info.name) if self.former else None
+        return W if delta is None else delta.whole(W)
 
     def decode(self, directions: Tensor, count: int) -> list[tuple[str, ...]]:
         """See ``Vocabulary.decode``."""

@@ -83,6 +83,18 @@ def encode(tokenizer: Any, text: str, begin: Sequence[int]) -> Coded:
     return Coded(ids, offsets, len(begin))
 
 
+def outside(coded: Coded, spans: Sequence[tuple[int, int]], first: int) -> list[float]:
+    """Weight 1 for each position that predicts a token outside of all character ranges, else 0.
+
+    Args:
+        spans: begin and end of each range; one character of a token in it is enough.
+        first: place of the first token that may be predicted.
+    """
+    tokens = enumerate(coded.offsets)
+    clear = [i >= first and not any(a < e and b > s for s, e in spans) for i, (a, b) in tokens]
+    return [*map(float, clear[1:]), 0.0]
+
+
 def beginning(tokenizer: Any, *, needed: bool = False) -> list[int]:
     """The special tokens that a tokenizer puts before a text, each of them once.
 
@@ -193,8 +205,9 @@ class Encoder:
         """Encode a sentence, and find the tokens of each span.
 
         Returns:
-            the sentence, without weights, and for each span that begins after the first token the
-            places of its tokens in the ids.
+            the sentence, with weight 1 on every position that predicts a token outside of all
+            spans, and for each span that begins after the first token the places of its tokens in
+            the ids.
         """
         coded = self._encode(text)
         places = (
@@ -202,7 +215,7 @@ class Encoder:
             for start, end in spans
         )
         found = [word for word in places if word and word[0] > coded.start]
-        return Sentence(coded.ids, start=coded.start), found
+        return Sentence(coded.ids, outside(coded, spans, coded.start), coded.start), found
 
     def _encode(self, text: str) -> Coded:
         """A text as the model can read it."""

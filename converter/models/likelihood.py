@@ -4,7 +4,8 @@ Everything here is teacher-forced: the tokens are fixed, so two models are compa
 text, token by token, and a few thousand tokens tell them apart where generation needs many more.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from math import exp
 
 import numpy as np
@@ -63,6 +64,45 @@ def log_probabilities(model: Model, texts: Sequence[Sequence[Sentence]]) -> list
     return list(found)
 
 
+@torch.inference_mode()
+def divergences(
+    before: Model,
+    after: Model,
+    hooks: Callable[[], AbstractContextManager[None]],
+    sentences: Sequence[Sentence],
+) -> list[NDArray[np.float64]]:
+    """How far the next token's distribution moves at every position of some text, in nats.
+
+        KL(before || after) = sum over tokens v of  p(v) (log p(v) - log q(v))
+
+    Args:
+        before: the unedited model; what it gives is p.
+        after: the edited one, whose q is over the same tokens; it may be the same model.
+        hooks: while what it gives lasts, ``after`` is edited, and ``before`` is not asked.
+        sentences: their weights are not used.
+
+    Returns:
+        for each sentence of T tokens (T - 1,) values, none for the last position.
+
+    Raises:
+        SourceError: memory ran out.
+    """
+    found = [np.empty(0)] * len(sentences)
+    with memory_errors("text for the divergence", hint="give --device cpu"):
+        for batch in token_batches(sentences, logit_positions(before.module), before.device):
+            ((_, p),) = before.logits([batch])
+            with hooks():
+                ((_, q),) = after.logits([batch])
+            lengths = batch.mask.sum(1).tolist()
+            for row, length, old, new in zip(batch.rows, lengths, p, q, strict=True):
+                log_p, log_q = (x[: length - 1].float().log_softmax(1) for x in (old, new.to(old)))
+                values = torch.nn.functional.kl_div(
+                    log_q, log_p, reduction="none", log_target=True
+                ).sum(1)
+                found[row] = values.double().cpu().numpy()
+    return found
+
+
 def perplexity(values: LogProbabilities) -> float:
     """exp of the mean negative log-probability of a token; every token counts the same."""
     return exp(-sum(x.sum() for x in values) / sum(len(x) for x in values))
@@ -85,6 +125,14 @@ def perplexity_ratio(
     """
     losses = np.array([(a - b).sum() for a, b in zip(before, after, strict=True)])
     return _exponential(_ratio(losses, np.array([len(x) for x in before]), groups))
+
+
+def weighed(values: LogProbabilities, sentences: Sequence[Sentence]) -> LogProbabilities:
+    """Of each sentence only the values of the tokens after positions of positive weight."""
+    return [
+        x[np.array(sentence.weights[: len(x)]) > 0]
+        for x, sentence in zip(values, sentences, strict=True)
+    ]
 
 
 def word_changes(

@@ -20,7 +20,7 @@ from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
-from converter.manifest import Manifest
+from converter.manifest import Choice, Manifest
 from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, fitting_name
@@ -97,7 +97,7 @@ def front_matter(
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*_TAGS, manifest.method.name],
+        tags=[*_TAGS, *(method.name for method, _ in manifest.methods)],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
@@ -156,10 +156,11 @@ def pinned(source: Source, manifest: Manifest) -> str:
 
 def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """The rows of the table that says what was done to the base at this place."""
-    edited, subspace, method = manifest.edited, manifest.subspace, manifest.method
+    edited = manifest.edited
     changes = [100 * entry.relative_change for entry in edited]
     yield "base", place
-    yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
+    for method, _ in manifest.methods:
+        yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
     if edited:
         layers = compress(manifest.layers)
         names = _roles_text({entry.role for entry in edited})
@@ -170,10 +171,13 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "changed file", code(name)
     for name in manifest.edit.files:
         yield "added file", code(name)
-    strength = f"{manifest.choice.strength:g}"
-    if subspace is not None:
-        strength += f" of {subspace.hidden_size} dimensions"
-    yield escaped(method.strength), strength + _chosen_text(manifest)
+    for number, (method, choice) in enumerate(manifest.methods, 1):
+        budget = 1 + (manifest.run.max_perplexity_ratio - 1) * number / len(manifest.methods)
+        strength = f"{choice.strength:g}"
+        if method.subspace is not None:
+            strength += f" of {method.subspace.hidden_size} dimensions"
+        own = f"{method.strength} of {method.name}" if manifest.steps else method.strength
+        yield escaped(own), strength + _chosen_text(choice, budget)
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
@@ -182,16 +186,15 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "fitted on", f"{count} from {_data_link(manifest)}"
 
 
-def _chosen_text(manifest: Manifest) -> str:
-    """How the strength was chosen; nothing if it was given."""
-    if not manifest.choice.automatic:
+def _chosen_text(choice: Choice, budget: float) -> str:
+    """How a strength was chosen; nothing if it was given."""
+    if not choice.automatic:
         return ""
-    tried = [trial.strength for trial in manifest.choice.tried]
+    tried = [trial.strength for trial in choice.tried]
     whole = [int(each) for each in tried if each == int(each)]
     listed = compress(whole) if len(whole) == len(tried) else ", ".join(f"{n:g}" for n in tried)
     return (
-        f"; of {listed} the most effective on held-out text within a perplexity ratio of "
-        f"{manifest.run.max_perplexity_ratio:g}"
+        f"; of {listed} the most effective on held-out text within a perplexity ratio of {budget:g}"
     )
 
 
@@ -237,12 +240,11 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
     kept = [c for c in candidates if c.kept and any(c.tokens)]
     best = sorted(kept, key=lambda c: -c.score)[:_SHOWN]
     number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
-    name, _, rest = manifest.method.title.partition(", ")
     listed = manifest.word_list.origin.title
     english = "builtin" in (manifest.pairs.origin.name, manifest.run.word_list)
     rank, bases = manifest.edit.rank, {tuple(t.tensors.values()) for t in manifest.edited}
     return {
-        "method": escaped(f"{name} ({rest})" if rest else name),
+        "method": ", then ".join(_short(method.title) for method, _ in manifest.methods),
         "control": any(c.kind == "random" for c in candidates),
         "subspace": subspace is not None,
         "dimensions": f"{rank} dimension{'' if rank == 1 else 's'}",
@@ -268,6 +270,12 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "data": f"{_data_link(manifest)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
+
+
+def _short(title: str) -> str:
+    """The title of a method within a sentence: ``GloSS (global toxic subspace suppression)``."""
+    name, _, rest = title.partition(", ")
+    return escaped(f"{name} ({rest})" if rest else name)
 
 
 def compress(numbers: list[int]) -> str:

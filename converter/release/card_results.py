@@ -85,6 +85,12 @@ def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
         return sum(values) / len(values)
 
     after = before * edit.perplexity_ratio.value
+    beside = ""
+    if edit.context_ratio is not None:
+        beside = (
+            f"\n| perplexity of the other words of toxic text, {guard.context_tokens:,} tokens "
+            f"| x 1 | x {_number(edit.context_ratio)} | x {mean('context_ratio'):.3f} |"
+        )
     drawn = f" (the mean of {len(controls)})" if len(controls) > 1 else ""
     return f"""\
 On held-out text, which neither the fit nor the choice of the strength has seen:
@@ -94,7 +100,7 @@ On held-out text, which neither the fit nor the choice of the strength has seen:
 | perplexity, {guard.neutral_tokens:,} neutral tokens | {before:.2f} | {after:.2f} \
 (x {_number(edit.perplexity_ratio)}) | x {mean("perplexity_ratio"):.3f} |
 | probability of toxic words, {guard.toxic_words:,} of them | x 1 \
-| x {_number(edit.teacher_forced)} | x {mean("teacher_forced"):.3f} |
+| x {_number(edit.teacher_forced)} | x {mean("teacher_forced"):.3f} |{beside}
 
 The +- are standard errors. {control.capitalize()} {how}:
 what it does, any edit of this size does{drawn}. The toxic words are of the same kind as
@@ -118,6 +124,10 @@ def _evaluation_text(results: Evaluation) -> str:
         if asked.toxic_words
         else ""
     )
+    if any("divergence" in row.metrics for row in results.rows):
+        on[-1] += ", and there *KL*, how far the next token's distribution moves, in nats"
+    if any("context_ratio" in row.metrics for row in results.rows):
+        words += " *words beside* are the other words of these continuations, and their perplexity."
     return (
         f"{'; '.join(on) or 'Benchmarks'}. Toxicities are mean scores between 0 and 1; in "
         f"brackets, intervals of 95 %.{words}\n\n{markdown(results)}"
@@ -174,6 +184,7 @@ _NAMES = {
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity, after over before",
     "teacher_forced": "probability of toxic words, after over before",
+    "context_ratio": "perplexity of words beside toxic ones, after over before",
     "toxicity": "mean toxicity",
     "emt": "expected maximum toxicity",
     "tp": "toxicity probability",

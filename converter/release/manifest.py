@@ -8,7 +8,6 @@ user name.
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SUMS
 from converter.checkpoints.source import Source
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.evaluation.fit import Fitted
+from converter.evaluation.fit import Fitted, Step
 from converter.manifest import (
     SCHEMA_VERSION,
     TOOL,
@@ -36,10 +35,12 @@ from converter.manifest import (
     MethodRecord,
     PairsRecord,
     SourceRecord,
+    StepRecord,
     TextRecord,
     to_text,
 )
 from converter.methods.base import METHODS, Method
+from converter.methods.together import options_of
 from converter.methods.workbench import Bench
 from converter.outputs.base import OUTPUTS, WriteJob, Written, file_entry
 from converter.runtime import progress, strict_json
@@ -61,6 +62,7 @@ def make_manifest(
     recipe, source, words = bench.recipe, bench.source, bench.words
     repo, seen = source.repo, fitted.activations
     ran = bench.has_run or recipe.activations is None  # or has run before
+    several = len(fitted.steps) > 1
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool=TOOL,
@@ -76,15 +78,7 @@ def make_manifest(
             left_out=source.left_out if written.shards else (),
         ),
         architecture=architecture_record(bench.plan.architecture),
-        method=MethodRecord(
-            name=recipe.method,
-            title=method.title,
-            paper=method.paper,
-            options=asdict(method),  # type: ignore[call-overload]
-            package=METHODS.package(recipe.method),
-            strength=method.strength,
-            evidence=dict(fitted.proposal.evidence),
-        ),
+        method=_method_record(recipe.method, method, {} if several else fitted.steps[0].evidence),
         pairs=PairsRecord(
             origin=pairs.origin,
             sha256=pairs.sha256,
@@ -114,6 +108,29 @@ def make_manifest(
         gates=(),
         files={},
         measurements=measurements(),
+        steps=tuple(map(_step_record, fitted.steps)) if several else (),
+    )
+
+
+def _method_record(name: str, method: Method, evidence: Mapping[str, Any]) -> MethodRecord:
+    """What the manifest says of a method, or of several together."""
+    return MethodRecord(
+        name=name,
+        title=method.title,
+        paper=method.paper,
+        options=options_of(method),
+        package=METHODS.package(name),
+        strength=method.strength,
+        evidence=dict(evidence),
+    )
+
+
+def _step_record(step: Step) -> StepRecord:
+    """What it says of one of several."""
+    return StepRecord(
+        method=_method_record(step.name, step.method, step.evidence),
+        choice=step.choice,
+        activations=_activations_record(step.activations.inputs) if step.activations else None,
     )
 
 

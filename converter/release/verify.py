@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from msgspec import structs
@@ -34,11 +33,12 @@ from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
-from converter.evaluation.gates import DROP, LEAKAGE, passes
-from converter.manifest import FileRecord, Manifest
-from converter.methods.base import METHODS, footprint_of
+from converter.evaluation.gates import DROP, INFORMAL, LEAKAGE, passes
+from converter.manifest import FileRecord, Manifest, MethodRecord
+from converter.methods.base import METHODS, Method, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
+from converter.methods.together import SEPARATOR, options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
 from converter.outputs.record_checks import is_addable, is_plain
@@ -161,8 +161,9 @@ def check_sums(
 def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
     """Copies, the key of the activations, the rank, guard and gates."""
     seen = manifest.activations
-    if seen and (cache_key(seen.inputs) if seen.inputs else None) != seen.key:
-        yield f"{MANIFEST}: the key of the activations is not that of their inputs"
+    for record in (seen, *(step.activations for step in manifest.steps)):
+        if record and (cache_key(record.inputs) if record.inputs else None) != record.key:
+            yield f"{MANIFEST}: the key of the activations is not that of their inputs"
     yield from _check_origins(manifest, output)
     for what, holds in _claims(manifest):
         if not holds:
@@ -222,12 +223,22 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     if manifest.subspace is not None:
         same = choice.strength == manifest.edit.rank
         yield "the choice and the edit have different ranks", same
-    yield "the choice of the strength contradicts itself", choice.automatic == bool(choice.tried)
+    for _, each in manifest.methods:
+        yield "the choice of the strength contradicts itself", each.automatic == bool(each.tried)
+    if steps := manifest.steps:
+        names = SEPARATOR.join(step.method.name for step in steps)
+        last = steps[-1].choice == choice
+        yield "the steps and the method disagree", (names, last) == (method.name, True)
     yield "the guard's record contradicts --no-guard", (guard is not None) == run.guard
     if guard is not None:
         budget = run.max_perplexity_ratio
         yield "the guard's budget is not that of the run", guard.budget == budget
         yield "the guard refused, and nothing was forced", run.force or not guard.reasons
+        measured = {each.context_ratio is not None for each in (guard.edit, *guard.controls)}
+        yield (
+            "the guard's measurements are not of the same texts",
+            measured == {guard.context_tokens > 0},
+        )
         draws = len(guard.controls)
         yield "the guard's controls are not those asked for", draws == run.guard_draws
     for gate in manifest.gates:
@@ -239,13 +250,20 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if gate.gate == DROP and gate.by == "guard":
             drop = 1 - guard.edit.teacher_forced.value if guard else None
             yield "the guard has not measured what the gate says", gate.measured == drop
+        if gate.gate == INFORMAL and gate.by == "guard":
+            context = guard.edit.context_ratio if guard else None
+            ratio = context.value if context else None
+            yield "the guard has not measured what the gate says", gate.measured == ratio
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
     """The evidence of a subspace in the manifest must be that of the edit's file, ``stored``."""
     kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
-    for name in check_evidence(manifest.subspace, kept) if manifest.subspace else ():
-        yield f"{manifest.edit.file}: {name} is not as recorded"
+    for method, _ in manifest.methods:
+        own = f"{method.name}." if manifest.steps else ""
+        theirs = {n.removeprefix(own): t for n, t in kept.items() if n.startswith(own)}
+        for name in check_evidence(method.subspace, theirs) if method.subspace else ():
+            yield f"{manifest.edit.file}: {own}{name} is not as recorded"
 
 
 def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
@@ -265,6 +283,17 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 
 
+def _check_options(told: MethodRecord, made: Method) -> Iterator[str]:
+    """What a manifest says of a method must be what the method says of itself."""
+    options = options_of(made)
+    for key in sorted({*options, *told.options}):
+        if options.get(key) != told.options.get(key):
+            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
+    claimed = (told.title, told.paper, told.strength, told.package)
+    if claimed != (made.title, made.paper, made.strength, METHODS.package(told.name)):
+        yield f"{MANIFEST}: the method has another title, paper or package"
+
+
 def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
     """What the manifest says of the method and its edit must follow from the run.
 
@@ -273,28 +302,32 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         plan: of the source, or of the output, which has the same tensors.
         implied: other defaults of the method's options with this output.
     """
-    run, method = manifest.run, manifest.method
-    if run.method not in METHODS.names() or manifest.tool.version != __version__:
+    run = manifest.run
+    names = run.method.split(SEPARATOR)
+    if not {*names} <= {*METHODS.names()} or manifest.tool.version != __version__:
         return  # other versions have other options
-    package = METHODS.package(run.method)
-    if package is not None and package != method.package:
-        return
+    packages = {name: METHODS.package(name) for name in names}
+    for told, _ in manifest.methods:
+        package = packages.get(told.name)
+        if package is not None and package != told.package:
+            return
     try:
         expected = configure(run.method, run.options, plan.dimensions, implied)
         footprint = footprint_of(expected, plan)
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
-    options = asdict(expected)  # type: ignore[call-overload]
-    for key in sorted({*options, *method.options}):
-        if options.get(key) != method.options.get(key):
-            yield f"{MANIFEST}: the method's {key} is not what the run's options make it"
-    told = (expected.title, expected.paper, expected.strength, package)
-    if (method.title, method.paper, method.strength, method.package) != told:
-        yield f"{MANIFEST}: the method has another title, paper or package"
+    yield from _check_options(manifest.method, expected)
+    parts = parts_of(run.method, expected)
+    if [step.method.name for step in manifest.steps] != (list(parts) if len(parts) > 1 else []):
+        yield f"{MANIFEST}: the steps are not those of the method"
+        return
+    for step in manifest.steps:
+        yield from _check_options(step.method, parts[step.method.name])
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
-    for name in sorted(asked ^ edited if manifest.subspace else edited - asked):
+    whole = all(method.subspace is not None for method, _ in manifest.methods)
+    for name in sorted(asked ^ edited if whole else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
     edit = manifest.edit
     for what, found, possible in (

@@ -1,0 +1,181 @@
+"""Several methods, one after the other: ``gloss+profs``.
+
+Each is fitted to the model as the former ones left it, and their edits become one. That is exact,
+because no tensor is changed by two of them; only biases that two of them create add up.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from converter.checkpoints.plan import Plan
+from converter.edits.base import Footprint
+from converter.errors import OptionError
+from converter.methods.base import Method, Proposal, footprint_of
+
+SEPARATOR = "+"
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """A ``Method`` as far as the headers go; ``evaluation.fit`` fits its parts in turn.
+
+    Attributes:
+        parts: name -> method, in the order in which they edit.
+    """
+
+    parts: Mapping[str, Method]
+
+    @property
+    def title(self) -> str:
+        """Their titles."""
+        return "; then ".join(part.title for part in self.parts.values())
+
+    @property
+    def paper(self) -> str:
+        """Their papers."""
+        return " ".join(dict.fromkeys(part.paper for part in self.parts.values()))
+
+    @property
+    def strength(self) -> str:
+        """That of the last, whose choice sees the whole."""
+        return strengths_of(self)[-1]
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """What any of them changes.
+
+        Raises:
+            OptionError: two of them change the same tensor, or add the same file.
+        """
+        owners: dict[str, str] = {}
+        found = {name: footprint_of(part, plan) for name, part in self.parts.items()}
+        for name, each in found.items():
+            for what in (*(weight.info.name for weight in each.weights), *each.files):
+                if owners.setdefault(what, name) != name:
+                    raise OptionError(
+                        f"--method {SEPARATOR.join(self.parts)}",
+                        expected="methods that change different tensors",
+                        found=f"{what}, which both {owners[what]} and {name} change",
+                        hint="give them different layers, such as -o "
+                        f"{owners[what]}.layers=0-5 -o {name}.layers=6-11, where they have that",
+                    )
+        every = found.values()
+        return Footprint(
+            weights=tuple(weight for each in every for weight in each.weights),
+            kinds=tuple(dict.fromkeys(kind for each in every for kind in each.kinds)),
+            rank=max(each.rank for each in every),
+            created={name: shape for each in every for name, shape in each.created.items()},
+            patches=tuple(dict.fromkeys(patch for each in every for patch in each.patches)),
+            files=tuple(path for each in every for path in each.files),
+        )
+
+
+def parts_of(name: str, method: Method | Together) -> Mapping[str, Method]:
+    """Name -> method of each part, in order; a single method is the only part of itself."""
+    return method.parts if isinstance(method, Together) else {name: method}
+
+
+def strengths_of(method: Method | Together) -> list[str]:
+    """The option, by its name in ``options_of``, that sets the strength of each part."""
+    if isinstance(method, Together):
+        return [f"{name}.{part.strength}" for name, part in method.parts.items()]
+    return [method.strength]
+
+
+def options_of(method: Method | Together) -> dict[str, Any]:
+    """Every option of a method, defaults resolved; of several, with the method's name before it."""
+    if isinstance(method, Together):
+        return {
+            f"{name}.{key}": value
+            for name, part in method.parts.items()
+            for key, value in options_of(part).items()
+        }
+    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
+
+
+def share_out(
+    known: Mapping[str, set[str]], options: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Which of several methods each typed option is for.
+
+    Args:
+        known: method -> the options that it has.
+        options: ``METHOD.KEY`` or ``KEY`` -> value, as typed.
+
+    Returns:
+        method -> key -> value.
+
+    Raises:
+        OptionError: no method has an option, or several do and it does not say whose it is.
+    """
+    shared: dict[str, dict[str, str]] = {name: {} for name in known}
+    for typed, text in options.items():
+        owner, dot, key = typed.rpartition(".")
+        owners = [
+            name
+            for name in known
+            if key in known[name] and (not dot or _plain(owner) == _plain(name))
+        ]
+        if len(owners) != 1:
+            every = (f"{name}.{each}" for name in known for each in sorted(known[name]))
+            raise OptionError(
+                f"-o {typed}: method {SEPARATOR.join(known)}",
+                expected=" or ".join([f"{name}.{key}" for name in owners] or every), found=typed,
+            )  # fmt: skip
+        shared[owners[0]][key] = text
+    return shared
+
+
+def typed_for(
+    name: str, options: Mapping[str, str], method: str, others: Sequence[str] = ()
+) -> dict[str, str]:
+    """Which typed options are those of one of several systems.
+
+    Args:
+        name: of its method, or methods.
+        options: ``METHOD.KEY`` -> value, for whatever system has that method, or ``KEY`` -> value,
+            for ``method``.
+        others: methods that options may be of beside these.
+
+    Raises:
+        OptionError: an option is of a method that is not among them.
+    """
+    own, found = [_plain(part) for part in name.split(SEPARATOR)], {}
+    known = {_plain(part) for each in (name, method, *others) for part in each.split(SEPARATOR)}
+    for typed, text in options.items():
+        owner, dot, key = typed.rpartition(".")
+        if dot and _plain(owner) not in known:
+            raise OptionError(
+                f"-o {typed}", expected=f"an option of {' or '.join(sorted(known))}", found=typed
+            )
+        if _plain(owner) in own:
+            found[typed if len(own) > 1 else key] = text
+        elif not dot and name == method:
+            found[key] = text
+    return found
+
+
+def _plain(name: str) -> str:
+    """A method's name as it stands in options, whose dashes are underscores."""
+    return name.replace("-", "_")
+
+
+def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
+    """What a method proposes on top of the edit that a former one made with a strength.
+
+    Its controls are the controls of both, of one seed.
+    """
+    edit = former.edit(strength)
+
+    def energy(own: float) -> float | None:
+        known = (former.neutral_energy(strength), later.neutral_energy(own))
+        return max((share for share in known if share is not None), default=None)
+
+    return dataclasses.replace(
+        later,
+        edit=lambda own: edit.then(later.edit(own)),
+        control=lambda own, seed: former.control(strength, seed).then(later.control(own, seed)),
+        tensors={**former.tensors, **later.tensors},
+        neutral_energy=energy,
+    )
