@@ -1,6 +1,7 @@
 """Model Surgery: what is planted is found, and what is written is what the formula says."""
 
 import json
+import weakref
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
@@ -119,7 +120,17 @@ def test_cosines_are_those_of_float64_and_of_no_row_that_is_zero() -> None:
     matrices = [torch.randn(n, HIDDEN, generator=drawn) for n in (1500, 3)]
     matrices[1][1] = 0
     v = torch.randn(HIDDEN, generator=drawn).double()
-    cosines, lengths = compare(iter(matrices), v)
+    held: list[weakref.ref[Tensor]] = []
+
+    def read(weight: Any) -> Tensor:
+        assert not any(matrix() is not None for matrix in held)  # one at a time
+        matrix: Tensor = matrices[weight].clone()
+        held.append(weakref.ref(matrix))
+        return matrix
+
+    weights: Any = [0, 1]
+    cosines, lengths = compare(read, weights, v)
+    assert len(held) == 2
     whole = torch.cat(matrices).double()
     torch.testing.assert_close(lengths, whole.square().sum(1).sqrt(), rtol=1e-12, atol=0)
     expected = (whole * v).sum(1) / (whole.square().sum(1) * v.square().sum()).sqrt()

@@ -16,7 +16,7 @@ encoder puts before a text is not in the mean. The paper has a = ``alpha`` = 1, 
 without the lengths of v and of the rows; here a is chosen, in units of the median row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import inf
@@ -133,46 +133,38 @@ class ModelSurgery:
         end = bench.plan.dimensions.num_hidden_layers
         seen = bench.activations(Request("final", "mean", (end,), second_moment=False))
         v = fit_probe(seen.toxic[end], seen.neutral[end])[0] / 2
-        gates = bench.plan.weights("gate_proj")
-        cosines, lengths = compare(map(bench.weight, gates), v)
-        median, length = float(lengths.median()), float(v.norm())
+        weights = bench.plan.weights("gate_proj")
+        cosines, lengths = compare(bench.weight, weights, v)
+        median, length, unit = float(lengths.median()), float(v.norm()), v / v.norm()
         if not 0 < median < inf:
             raise FitError(
                 "the gate rows of the model", expected="finite numbers, most of them not all zero",
                 found=f"a median length of {median}",
             )  # fmt: skip
-        heights = [_height(gate) for gate in gates]
-        count = self._count(seen.width)
-        if self.rows == "cosine":
-            chosen = cosines.argsort(stable=True)[:count].sort().values
-        else:
+        gates, count = _Gates(weights, median), self._count(len(v))
+        chosen = cosines.argsort(stable=True)[:count].sort().values
+        if self.rows == "random":
             chosen = _drawn_rows(len(cosines), count, self.draw)
-
-        def edit(rows: Tensor, unit: Tensor, scale: float) -> Edit:
-            added = (scale * median * unit).float()
-            parts = zip(gates, _split(rows, heights), strict=True)
-            return Edit({g.info.name: AddToRows(part, added) for g, part in parts if len(part)})
 
         def control(scale: float, seed: int) -> Edit:
             if self.rows == "cosine" and seed % 2 == 0:
-                return edit(_drawn_rows(len(cosines), count, seed), v / length, scale)
+                return gates.edit(_drawn_rows(len(cosines), count, seed), unit, scale)
             drawn = torch.Generator().manual_seed(seed)
             other = torch.randn(len(v), generator=drawn, dtype=torch.float64)
-            return edit(chosen, other / other.norm(), scale)
+            return gates.edit(chosen, other / other.norm(), scale)
 
         scale = self.scale if self.alpha is None else self.alpha * length / median
-        changed = zip(gates, _split(chosen, heights), strict=True)
         evidence = {
             "probe_length": length,
             "probe_accuracy": held_accuracy(seen.toxic[end], seen.neutral[end]),
             "median_row": median,
             "largest_cosine": float(cosines[chosen].max()),
-            "rows_of_layers": {str(gate.layer): len(part) for gate, part in changed},
+            "rows_of_layers": {str(gate.layer): len(rows) for gate, rows in gates.split(chosen)},
         }
         return Proposal(
             _SCALES if scale is None else (scale,),
             scale is None,
-            lambda scale: edit(chosen, v / length, scale),
+            lambda scale: gates.edit(chosen, unit, scale),
             control,
             evidence,
             {"probe": v.float()},
@@ -181,6 +173,27 @@ class ModelSurgery:
     def _count(self, width: int) -> int:
         """K, for a hidden size."""
         return self.count or _ROWS_OF_WIDTH * width
+
+
+@dataclass(frozen=True, slots=True)
+class _Gates:
+    """The gate rows of a model, counted through in order of layer and row; their median length."""
+
+    weights: Sequence[Weight]
+    median: float
+
+    def split(self, rows: Tensor) -> list[tuple[Weight, Tensor]]:
+        """Each projection, and which of some ascending rows it has, counted from its first."""
+        starts = list(accumulate(map(_height, self.weights), initial=0))
+        cuts = torch.searchsorted(rows, torch.tensor(starts)).tolist()
+        parts = zip(self.weights, pairwise(cuts), starts, strict=False)
+        return [(weight, rows[a:b] - start) for weight, (a, b), start in parts]
+
+    def edit(self, rows: Tensor, unit: Tensor, scale: float) -> Edit:
+        """A unit vector (D,) added to some ascending rows, as long as ``scale`` median ones."""
+        added = (scale * self.median * unit).float()
+        parts = self.split(rows)
+        return Edit({w.info.name: AddToRows(part, added) for w, part in parts if len(part)})
 
 
 def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
@@ -250,23 +263,31 @@ def held_accuracy(toxic: Tensor, neutral: Tensor) -> float | None:
     return float(torch.cat(right).double().mean())
 
 
-def compare(matrices: Iterator[Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(g, v) and |g| of the rows g of some matrices (O, D), one matrix in memory at a time.
+def compare(
+    read: Callable[[Weight], Tensor], weights: Sequence[Weight], v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """cos(g, v) and |g| of the rows g of some weights, one of which is in memory at a time.
 
     Args:
-        matrices: of any dtype.
+        read: gives a weight (O, D), of any dtype.
+        weights: to read, in order.
         v: (D,) float64, not zero.
 
     Returns:
-        both (R,) float64, in order of matrix and row; the cosine of a row of zeros is 0.
+        both (R,) float64, in order of weight and row; the cosine of a row of zeros is 0.
     """
-    parts = []
-    for matrix in matrices:
-        for start in range(0, len(matrix), _BLOCK):
-            rows = matrix[start : start + _BLOCK].double()
-            parts.append(torch.stack([rows @ v, rows.norm(dim=1)]))
+    parts: list[Tensor] = []
+    for weight in weights:
+        parts += _products(read(weight), v)  # no name holds the last one while this is read
     along, lengths = torch.cat(parts, 1)
     return along / (lengths * v.norm()).clamp(min=torch.finfo(v.dtype).tiny), lengths
+
+
+def _products(matrix: Tensor, v: Tensor) -> Iterator[Tensor]:
+    """g^T v and |g| of the rows g of a matrix (O, D), as (2, n) of some rows after the other."""
+    for start in range(0, len(matrix), _BLOCK):
+        rows = matrix[start : start + _BLOCK].double()
+        yield torch.stack([rows @ v, rows.norm(dim=1)])
 
 
 def _height(gate: Weight) -> int:
@@ -278,10 +299,3 @@ def _drawn_rows(total: int, count: int, seed: int) -> Tensor:
     """``count`` of ``total`` rows, ascending."""
     drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return drawn[:count].sort().values
-
-
-def _split(rows: Tensor, heights: Sequence[int]) -> list[Tensor]:
-    """Ascending rows of all matrices as the rows of each, counted from its first."""
-    starts = torch.tensor(list(accumulate(heights, initial=0)))
-    cuts = torch.searchsorted(rows, starts).tolist()
-    return [rows[a:b] - start for (a, b), start in zip(pairwise(cuts), starts, strict=False)]
