@@ -39,8 +39,8 @@ class Recipe(Options):
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
-        "Method that makes the edit: gloss, gloss-paper, profs or random; several, one after the "
-        "other, with + between them.", example="profs",
+        "Method that makes the edit, as gloss methods lists them; several, one after the other, "
+        "with + between them.", example="profs",
     )] = "gloss"
     options: Annotated[dict[str, str], Option(
         "Options of the method; with several methods METHOD.KEY=VALUE where more than one has it.",

@@ -16,6 +16,7 @@ from converter.evaluation.continuations import draw_passages
 from converter.evaluation.results import markdown, summarise
 from converter.evaluation.systems import parse_systems
 from converter.manifest import Evaluation, Interval, SystemRecord
+from converter.methods.base import METHODS
 from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
@@ -217,7 +218,7 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (
             ("--system", "magic"),
             2,
-            "expected gloss, gloss-paper, profs, random, a folder, a manifest",
+            f"expected {', '.join(METHODS.names())}, a folder, a manifest",
         ),
         (("--system", "gloss+magic"), 2, "or a repo id, found gloss+magic"),
         (("--system", "gloss+profs@perplexity"), 2, "expected a single method before @perplexity"),

@@ -45,6 +45,7 @@ REQUESTS = {
     ),
     "residual": Request("residual", "last", (0, 2), second_moment=False, gradient=True),
     "mean": Request("ffn", "mean", (2,), second_moment=True),
+    "final": Request("final", "mean", (3,), second_moment=False),
 }
 
 
@@ -165,5 +166,9 @@ RECORDED: dict[str, dict[str, tuple[float, float]]] = {
         "toxic.2": (7.319435, 2.205149),
         "neutral.2": (7.369259, 1.343658),
         "second_moment": (0.4617967, -0.01615108),
+    },
+    "final": {
+        "toxic.3": (5.560961, -1.441807),
+        "neutral.3": (6.005143, -2.996388),
     },
 }

@@ -88,6 +88,8 @@ class Opened:
         architecture = self.plan.architecture
         if site == "ffn":
             return {layer: architecture.sites(layer) for layer in layers}
+        if site == "final":
+            return {LAYERS: ()}
         return {layer: (architecture.block.format(layer=layer),) for layer in layers}
 
 
@@ -135,16 +137,17 @@ ROUNDING = 1e-5
 def test_in_every_architecture_streaming_gives_the_same(
     kind: str, checkpoints: Checkpoints
 ) -> None:
-    """Activations of FFNs and of layers, log-probabilities with and without an edit, gradients.
+    """Activations of FFNs, of layers and before the head, log-probabilities with and without an
+    edit, gradients.
 
     ``pytest -rP`` shows the largest difference of each architecture.
     """
     opened = Opened.of(checkpoints(kind))
     whole, streamed = opened.resident(), opened.streamed()
     differences: dict[str, float] = {}
-    for site in ("ffn", "block"):
+    for site, seen in {"ffn": ALL, "block": ALL, "final": [LAYERS]}.items():
         a, b = (activations(m, opened.modules(site)) for m in (streamed, whole))
-        assert a.keys() == b.keys() == {(n, i) for n in ALL for i in range(len(TEXTS))}
+        assert a.keys() == b.keys() == {(n, i) for n in seen for i in range(len(TEXTS))}
         differences[site] = max(difference(a[key], b[key]) for key in b)
     plain = [log_p(m) for m in (streamed, whole)]
     differences["log p"] = float((plain[0] - plain[1]).abs().max())

@@ -74,6 +74,8 @@ def _modules(architecture: Architecture, request: Request) -> dict[int, tuple[st
     """The modules whose output is wanted, those of an FFN together; by layer."""
     if request.site == "ffn":
         return {layer: architecture.sites(layer) for layer in request.layers}
+    if request.site == "final":
+        return dict.fromkeys(request.layers, ())
     return {layer: (architecture.block.format(layer=layer),) for layer in request.layers}
 
 

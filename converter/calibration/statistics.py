@@ -26,6 +26,7 @@ from converter.runtime import progress, strict_json
 from converter.runtime.cache import replacing, sha256_of
 
 Site = Literal["ffn", "residual"]
+"""Where the activations of a layer are taken."""
 
 TEXTS = ("pairs", "prose")
 """The kinds of neutral text whose moments are taken apart, so that each can count the same."""
@@ -36,8 +37,9 @@ class Request:
     """What a method wants to see.
 
     Attributes:
-        site: ``ffn``, what the FFN adds to the residual stream, or ``residual``, the stream after
-            the layer.
+        site: ``ffn``, what the FFN adds to the residual stream; ``residual``, the stream after
+            the layer; or ``final``, what the head is given after the last norm, as of a layer whose
+            number is the number of layers, and without gradients.
         pooling: of the toxic side: ``predicting``, the mean over the positions that predict a
             token of a toxic span; ``mean`` over all tokens; ``last``. The neutral side is the mean
             over its tokens, or its last.
@@ -51,7 +53,7 @@ class Request:
             instead of its causal moment, which is (D, D).
     """
 
-    site: Site
+    site: Site | Literal["final"]
     pooling: Pooling
     layers: tuple[int, ...]
     second_moment: bool

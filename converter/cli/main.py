@@ -10,6 +10,7 @@ from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
 from converter.cli.evaluate import evaluate_command
+from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
 from converter.cli.terminal import echo, printing
 from converter.option import Declared
@@ -25,6 +26,7 @@ _COMMANDS = (
     diff_command,
     evaluate_command,
     architectures_command,
+    methods_command,
 )
 
 

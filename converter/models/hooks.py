@@ -67,7 +67,8 @@ def by_position(x: Tensor, batch: Batch) -> Tensor:
 
 
 Modules = Mapping[int, tuple[str, ...]]
-"""Layer -> the modules whose outputs are wanted, their sum if there are several."""
+"""Layer -> the modules whose outputs are wanted, their sum if there are several. The number of
+layers, with no modules, stands for what the head is given; see ``showing_head``."""
 
 
 def showing(
@@ -84,6 +85,21 @@ def showing(
                 raise StopForward
 
     return dict.fromkeys(names, hook)
+
+
+@contextmanager
+def showing_head(model: Any, show: Show, number: int, batch: Batch, layer: int) -> Iterator[None]:
+    """While this lasts, show what the head is given, as a layer's; no logits are computed.
+
+    The head raises StopForward in place of running.
+    """
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        show(number, layer, by_position(args[0], batch))
+        raise StopForward
+
+    with model.get_output_embeddings().register_forward_pre_hook(hook):
+        yield
 
 
 def keeping(outputs: dict[str, Tensor], name: str) -> Hook:

@@ -6,7 +6,7 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentenc
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from converter.models.hooks import (
     memory_errors,
     only_chosen,
     showing,
+    showing_head,
     together,
 )
 from converter.runtime import progress
@@ -56,7 +57,8 @@ class Model(Protocol):
         """Run batches up to the last module of interest and show each one's output.
 
         Args:
-            modules: by layer, those whose output is wanted; a tuple's first element counts.
+            modules: by layer, those whose output is wanted; a tuple's first element counts. See
+                ``Modules`` for what the head is given.
             show: called once for each batch and layer.
         """
 
@@ -85,12 +87,14 @@ class LanguageModel:
 
     def visit(self, modules: Modules, batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not run."""
-        last = max(modules)
+        last, end = max(modules), self.architecture.sizes.num_hidden_layers
         for number, batch in enumerate(batched):
             hooks: dict[str, Hook] = {}
             for layer, names in modules.items():
                 hooks |= showing(show, number, batch, layer, names, stop=layer == last)
-            with torch.inference_mode(), hooked(self.module, hooks), suppress(StopForward):
+            given = (self.module, show, number, batch, end)
+            head = showing_head(*given) if last == end else nullcontext()
+            with torch.inference_mode(), hooked(self.module, hooks), head, suppress(StopForward):
                 call(self.module, batch)
             progress.advance(len(batch.rows))
 

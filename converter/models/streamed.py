@@ -35,6 +35,7 @@ from converter.models.hooks import (
     log_probability,
     only_chosen,
     showing,
+    showing_head,
     together,
 )
 from converter.models.streamed_memory import HiddenStates, Weights
@@ -129,7 +130,7 @@ class StreamedModel:
 
     def visit(self, modules: Modules, batched: Sequence[Batch], show: Show) -> None:
         """See ``Model``; the layers above the last one of interest are not read."""
-        last = max(modules)
+        last, end = max(modules), len(self._blocks)
 
         def hooks(layer: int, number: int) -> dict[str, Hook]:
             if layer not in modules:
@@ -138,7 +139,13 @@ class StreamedModel:
             return showing(show, number, batched[number], layer, modules[layer], stop=stop)
 
         with self._pass(batched, last + 1) as states:
-            self._upwards(batched, states, range(last + 1), hooks=hooks)
+            self._upwards(batched, states, range(min(last + 1, end)), hooks=hooks)
+            for number, batch in enumerate(batched if last == end else ()):
+                state = states.get((end, number), self.device)
+                head = showing_head(self.module, show, number, batch, end)
+                with torch.no_grad(), head, suppress(StopForward):
+                    self._top(batch, state)
+                self._step(number)
 
     def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""

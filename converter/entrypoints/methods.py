@@ -1,0 +1,155 @@
+"""Which methods there are, and what each of them needs, changes and can be written as.
+
+Nothing of this is said by a method: it is asked for its footprint on a small Llama that is nothing
+but headers, and its fit is run up to the first thing that it asks for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from converter.calibration.statistics import Request
+from converter.checkpoints.architectures.find import find_architecture
+from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.safetensors.header import Header, TensorInfo
+from converter.edits.base import Footprint
+from converter.errors import OptionError
+from converter.methods.base import METHODS, Method, footprint_of
+from converter.methods.options import configure
+from converter.outputs.base import OUTPUTS, output_of
+from converter.runtime.registry import telling_packages
+
+_LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "vocab_size": 256,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A method with its default options, on a Llama.
+
+    Attributes:
+        name: for ``--method``.
+        title, paper, strength: see ``Method``.
+        edit: kinds of its changes, and what else it changes or adds.
+        outputs: that can hold its edit.
+        needs: what its fit asks for first: ``pairs``, also with ``gradients``, or another part of
+            the workbench.
+        package: that brings it, with its version; None for our own.
+        fault: why nothing more is known of it, else empty.
+    """
+
+    name: str
+    title: str = ""
+    paper: str = ""
+    strength: str = ""
+    edit: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    package: str | None = None
+    fault: str = ""
+
+    @property
+    def row(self) -> str:
+        """The row of a Markdown table."""
+        if self.fault:
+            return f"| `{self.name}` | {self.fault.replace('|', '/')} | | | | |"
+        cells = (", ".join(each) for each in (self.edit, self.outputs, self.needs))
+        title = f"[{self.title}]({self.paper})"
+        return f"| `{self.name}` | {title} | `{self.strength}` | {' | '.join(cells)} |"
+
+
+def table(methods: list[Described]) -> str:
+    """A Markdown table of methods."""
+    head = "| `--method` | title and paper | strength | edit | `--output` | needs |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *(each.row for each in methods)])
+
+
+def describe_methods() -> list[Described]:
+    """All methods, in alphabetical order; a package that is broken is one with a fault."""
+    plan, found = _headers(), []
+    for name in METHODS.names():
+        try:
+            with telling_packages():
+                found.append(_described(name, plan))
+        except OptionError as error:
+            found.append(Described(name=name, fault=str(error)))
+    return found
+
+
+def _described(name: str, plan: Plan) -> Described:
+    method = configure(name, {}, plan.dimensions)
+    footprint = footprint_of(method, plan)
+    return Described(
+        name=name,
+        title=method.title,
+        paper=method.paper,
+        strength=method.strength,
+        edit=tuple(_changes(footprint)),
+        outputs=tuple(each for each in OUTPUTS.names() if _holds(each, name, plan)),
+        needs=_needs(method, plan),
+        package=METHODS.package(name),
+    )
+
+
+def _changes(footprint: Footprint) -> Iterator[str]:
+    yield from (kind.kind for kind in footprint.kinds)
+    if footprint.created:
+        yield "new tensors"
+    yield from (f"a patch of {name}" for name in footprint.patches)
+    if footprint.files:
+        yield "new files"
+
+
+def _holds(output: str, name: str, plan: Plan) -> bool:
+    """Whether an output can hold the edit of a method, whose defaults may depend on it."""
+    made = output_of(output)
+    method = configure(name, {}, plan.dimensions, made.implied)
+    try:
+        made.check(plan, footprint_of(method, plan))
+    except OptionError:
+        return False
+    return True
+
+
+class _HasAsked(Exception):  # noqa: N818 - it is not an error
+    """A fit has asked for something; what it does with it is not wanted."""
+
+
+@dataclass
+class _Listener:
+    """In the place of a ``Workbench``: ends the fit at the first thing that is no header."""
+
+    plan: Plan
+
+    def activations(self, request: Request) -> NoReturn:
+        raise _HasAsked("pairs", *["gradients"] * request.gradient)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _HasAsked(name.replace("_", " "))
+
+
+def _needs(method: Method, plan: Plan) -> tuple[str, ...]:
+    listener: Any = _Listener(plan)
+    try:
+        method.fit(listener)
+    except _HasAsked as asked:
+        return asked.args
+    return ()
+
+
+def _headers() -> Plan:
+    """The plan of a small Llama without weights."""
+    found = find_architecture(_LLAMA)
+    assert found.head is not None
+    shapes = {
+        found.embedding: found.embedding_shape,
+        found.head.weight: found.head.shape,
+        found.final_norm: (found.sizes.hidden_size,),
+    }
+    for layer in range(found.sizes.num_hidden_layers):
+        named = found.layer(layer).shapes.items()
+        shapes |= {name.format(layer=layer): shape for name, shape in named}
+    infos = {name: TensorInfo(name, "BF16", shape, 0, 0) for name, shape in shapes.items()}
+    return make_plan(_LLAMA, None, {"model.safetensors": Header(0, 0, infos)})

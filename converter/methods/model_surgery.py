@@ -1,0 +1,301 @@
+"""Model Surgery: what a probe takes for toxic is added to the gate rows that point away from it.
+
+    p(toxic | x) = softmax(W x + c)    W (2, D), c (2,); v = W[toxic]
+    chosen       = the K rows g of all gate projections with the smallest cos(g, v)
+    g'           = g + a v             for g chosen
+
+arXiv 2407.08770. x (D,) is the mean, over the tokens of a sentence, of what the head is given: the
+hidden states after the final norm. Letters: N pairs, D hidden size, R gate rows of the whole model.
+All of it is float64.
+
+**Where this is not the letter.** The paper trains W with Adam (1e-4, 20 epochs, batches of 32) from
+a random initialisation, most of which is still there in v at the end, so that v is another one
+with every seed. Here W starts at zero and goes to the minimum of a convex loss (``fit_probe``), so
+that v is a function of the sentences alone. Then ``W[toxic] = -W[neutral]``. The token that the
+encoder puts before a text is not in the mean. The paper has a = ``alpha`` = 1, which says nothing
+without the lengths of v and of the rows; here a is chosen, in units of the median row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from converter.calibration.statistics import Request
+from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, Footprint
+from converter.edits.deltas import AddToRows
+from converter.errors import FitError, OptionError
+from converter.methods.base import Proposal, Workbench
+
+_SCALES = (0.125, 0.25, 0.5, 1.0)
+"""Among which the length of what is added to a row is chosen, in median rows."""
+
+_ROWS_OF_WIDTH = 4
+"""K / D by default: 5 % of the rows of a model of 135M parameters, as of one of 7B."""
+
+_RIDGE = 1.0
+"""Weight of the probe's penalty, in units of the mean variance of its inputs."""
+
+_HELD = 5
+"""One pair in so many is held out when the probe's accuracy is measured."""
+
+_STEPS, _TOLERANCE = 50, 1e-9
+"""Newton's steps at most, and which step, relative to the probe, is the last: its square is left.
+With this penalty a few steps are enough."""
+
+_BLOCK = 1024
+"""Gate rows that are float64 at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSurgery:
+    """Model Surgery; see the module.
+
+    The guard compares with two kinds of controls in turn, by the parity of their seeds. Even: v is
+    added to rows drawn at random, so that the choice of the rows must be worth something. Odd: a
+    random vector as long as v is added to the same rows, so that v must be. With ``rows=random``
+    nothing is claimed of the rows, and all controls are of the second kind.
+
+    Attributes:
+        scale: length of what is added to a row, over the median length of all gate rows; by default
+            the most effective of a few within the perplexity budget.
+        alpha: the paper's a in place of ``scale``; it depends on the length of v, and so on how the
+            probe was trained.
+        rows: ``cosine``, those that point away from v, as in the paper; or ``random``.
+        count: K, rows changed; by default 4 D.
+        draw: seed of random rows.
+    """
+
+    title: ClassVar[str] = "Model Surgery, a toxicity probe added to gate rows"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2407.08770"
+    strength: ClassVar[str] = "scale"
+
+    scale: float | None = field(default=None, metadata={"min": 0})
+    alpha: float | None = field(default=None, metadata={"min": 0})
+    rows: Literal["cosine", "random"] = "cosine"
+    count: int | None = field(default=None, metadata={"min": 1})
+    draw: int = field(default=0, metadata={"min": 0})
+
+    @classmethod
+    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
+        """None depends on the model."""
+        return {}
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """The gate projections of all layers; which of them have chosen rows, only the fit knows.
+
+        Raises:
+            OptionError: FFNs without a gate, or experts; fewer rows than are to change; two
+                strengths.
+        """
+        if self.scale is not None and self.alpha is not None:
+            raise OptionError(
+                "-o scale and -o alpha", expected="one of them", found="both: each is the strength"
+            )
+        gates = plan.weights("gate_proj")
+        if plan.architecture.is_mixture:
+            raise OptionError(
+                "--method model-surgery",
+                expected="a model without experts",
+                found=plan.architecture.title,
+                hint="the paper has no rule for the gates of experts; choose another method",
+            )
+        width, total = plan.dimensions.hidden_size, sum(map(_height, gates))
+        head = plan.architecture.head
+        given = (head.shape if head else plan.architecture.embedding_shape)[-1]
+        if given != width:
+            raise OptionError(
+                "--method model-surgery",
+                expected=f"a head that is given vectors of {width:,}, as the gates are",
+                found=f"{given:,}",
+            )
+        if self._count(width) > total:
+            raise OptionError(
+                "-o count",
+                expected=f"at most {total:,}, the gate rows of the model",
+                found=f"{self._count(width):,}",
+            )
+        return Footprint(gates, (AddToRows,))
+
+    def fit(self, bench: Workbench) -> Proposal:
+        """Fit the probe, and compare it with all gate rows, one projection after the other.
+
+        Raises:
+            FitError: the sides have the same mean, or the gate rows are no finite numbers, or zero.
+        """
+        end = bench.plan.dimensions.num_hidden_layers
+        seen = bench.activations(Request("final", "mean", (end,), second_moment=False))
+        v = fit_probe(seen.toxic[end], seen.neutral[end])[0] / 2
+        weights = bench.plan.weights("gate_proj")
+        cosines, lengths = compare(bench.weight, weights, v)
+        median, length, unit = float(lengths.median()), float(v.norm()), v / v.norm()
+        if not 0 < median < inf:
+            raise FitError(
+                "the gate rows of the model", expected="finite numbers, most of them not all zero",
+                found=f"a median length of {median}",
+            )  # fmt: skip
+        gates, count = _Gates(weights, median), self._count(len(v))
+        chosen = cosines.argsort(stable=True)[:count].sort().values
+        if self.rows == "random":
+            chosen = _drawn_rows(len(cosines), count, self.draw)
+
+        def control(scale: float, seed: int) -> Edit:
+            if self.rows == "cosine" and seed % 2 == 0:
+                return gates.edit(_drawn_rows(len(cosines), count, seed), unit, scale)
+            drawn = torch.Generator().manual_seed(seed)
+            other = torch.randn(len(v), generator=drawn, dtype=torch.float64)
+            return gates.edit(chosen, other / other.norm(), scale)
+
+        scale = self.scale if self.alpha is None else self.alpha * length / median
+        evidence = {
+            "probe_length": length,
+            "probe_accuracy": held_accuracy(seen.toxic[end], seen.neutral[end]),
+            "median_row": median,
+            "largest_cosine": float(cosines[chosen].max()),
+            "rows_of_layers": {str(gate.layer): len(rows) for gate, rows in gates.split(chosen)},
+        }
+        return Proposal(
+            _SCALES if scale is None else (scale,),
+            scale is None,
+            lambda scale: gates.edit(chosen, unit, scale),
+            control,
+            evidence,
+            {"probe": v.float()},
+        )
+
+    def _count(self, width: int) -> int:
+        """K, for a hidden size."""
+        return self.count or _ROWS_OF_WIDTH * width
+
+
+@dataclass(frozen=True, slots=True)
+class _Gates:
+    """The gate rows of a model, counted through in order of layer and row; their median length."""
+
+    weights: Sequence[Weight]
+    median: float
+
+    def split(self, rows: Tensor) -> list[tuple[Weight, Tensor]]:
+        """Each projection, and which of some ascending rows it has, counted from its first."""
+        starts = list(accumulate(map(_height, self.weights), initial=0))
+        cuts = torch.searchsorted(rows, torch.tensor(starts)).tolist()
+        parts = zip(self.weights, pairwise(cuts), starts, strict=False)
+        return [(weight, rows[a:b] - start) for weight, (a, b), start in parts]
+
+    def edit(self, rows: Tensor, unit: Tensor, scale: float) -> Edit:
+        """A unit vector (D,) added to some ascending rows, as long as ``scale`` median ones."""
+        added = (scale * self.median * unit).float()
+        parts = self.split(rows)
+        return Edit({w.info.name: AddToRows(part, added) for w, part in parts if len(part)})
+
+
+def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
+    """The direction w and the constant c that tell toxic sentences from neutral ones best.
+
+        mean of log(1 + exp(-y (w^T x + c)))  +  r / 2 |w|^2    y = 1 of toxic ones, -1 of neutral
+
+    r is ``_RIDGE`` times the mean variance of x's elements, so that w turns with x and does not
+    depend on its unit otherwise. This is softmax regression from zero, with w = 2 W[toxic], and it
+    is strictly convex: Newton's method finds the one minimum to the rounding error of float64,
+    whatever the order of additions.
+
+    Args:
+        toxic, neutral: (N, D), of any dtype.
+
+    Returns:
+        w (D,) float64, and c.
+
+    Raises:
+        FitError: both sides have the same mean, so that w is zero; or Newton's method fails.
+    """
+    x = torch.cat([toxic, neutral]).double()
+    mean = x.mean(0)
+    x = x - mean
+    if not (toxic.double().mean(0) - neutral.double().mean(0)).any():
+        raise FitError("the toxic and the neutral side have the same mean", hint="check the pairs")
+    ridge = _RIDGE * float(x.square().mean())
+    y = torch.cat([x.new_ones(len(toxic)), -x.new_ones(len(neutral))])
+    # w is a sum of sentences: fewer unknowns where these are fewer than D
+    basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1]).double()
+    signed = y[:, None] * torch.cat([x @ basis, torch.ones_like(x[:, :1])], 1)
+    found = _minimum(signed, ridge)
+    w = basis @ found[:-1]
+    return w, float(found[-1] - mean @ w)
+
+
+def _minimum(signed: Tensor, ridge: float) -> Tensor:
+    """The minimum t (k,) of ``mean of log(1 + exp(-signed t)) + ridge / 2 |t|^2``, by Newton.
+
+    ``signed`` is (n, k); the last element of t bears no penalty. Raises FitError.
+    """
+    penalty = torch.full_like(signed[0], ridge)
+    penalty[-1] = 0
+    t: Tensor = torch.zeros_like(penalty)
+    for _ in range(_STEPS):
+        wrong = torch.sigmoid(-(signed @ t))
+        slope = penalty * t - signed.T @ wrong / len(signed)
+        bend = (signed.T * (wrong * (1 - wrong))) @ signed / len(signed) + penalty.diag()
+        step: Tensor = torch.linalg.solve(bend, slope)
+        t = t - step
+        if float(step.norm()) <= _TOLERANCE * float(t.norm()):
+            return t
+    raise FitError(f"the probe is not found in {_STEPS} steps", hint="check the pairs")
+
+
+def held_accuracy(toxic: Tensor, neutral: Tensor) -> float | None:
+    """Of the probe that is fitted without every fifth pair, on both sides of these.
+
+    None if there are fewer than five. Pairs that resemble each other may be on both sides of the
+    cut.
+    """
+    held = torch.arange(len(toxic)) % _HELD == _HELD - 1
+    if not held.any():
+        return None
+    w, c = fit_probe(toxic[~held], neutral[~held])
+    right = [toxic[held].double() @ w + c > 0, neutral[held].double() @ w + c < 0]
+    return float(torch.cat(right).double().mean())
+
+
+def compare(
+    read: Callable[[Weight], Tensor], weights: Sequence[Weight], v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """cos(g, v) and |g| of the rows g of some weights, one of which is in memory at a time.
+
+    Args:
+        read: gives a weight (O, D), of any dtype.
+        weights: to read, in order.
+        v: (D,) float64, not zero.
+
+    Returns:
+        both (R,) float64, in order of weight and row; the cosine of a row of zeros is 0.
+    """
+    parts: list[Tensor] = []
+    for weight in weights:
+        parts += _products(read(weight), v)  # no name holds the last one while this is read
+    along, lengths = torch.cat(parts, 1)
+    return along / (lengths * v.norm()).clamp(min=torch.finfo(v.dtype).tiny), lengths
+
+
+def _products(matrix: Tensor, v: Tensor) -> Iterator[Tensor]:
+    """g^T v and |g| of the rows g of a matrix (O, D), as (2, n) of some rows after the other."""
+    for start in range(0, len(matrix), _BLOCK):
+        rows = matrix[start : start + _BLOCK].double()
+        yield torch.stack([rows @ v, rows.norm(dim=1)])
+
+
+def _height(gate: Weight) -> int:
+    """O, the rows of a gate projection (O, D), however it is stored."""
+    return gate.info.shape[gate.axis]
+
+
+def _drawn_rows(total: int, count: int, seed: int) -> Tensor:
+    """``count`` of ``total`` rows, ascending."""
+    drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return drawn[:count].sort().values
