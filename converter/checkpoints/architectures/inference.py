@@ -221,7 +221,9 @@ class _Describe:
             if found_map is not None and (spec := self._map(number, found_map)):
                 roles[role] = spec
         ffns = tuple(self._ffn(number, layer, ffn) for ffn in found)
-        return LayerSpec(ffns, roles, shapes=self.storage.shapes(number))
+        o_proj = maps["o_proj"] if "o_proj" in roles else None
+        writes = o_proj is not None and layer.writes(o_proj.module)
+        return LayerSpec(ffns, roles, o_writes=writes, shapes=self.storage.shapes(number))
 
     def _ffn(self, number: int, layer: Layer, ffn: Ffn) -> FfnSpec:
         block = f"{self.place}.{{layer}}"
@@ -335,6 +337,7 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
     }
     unused = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     said = (getattr(text, key, None) for key in unused)
+    heads = getattr(text, "num_attention_heads", 0)
     return Dimensions(
         num_hidden_layers=len(numbers),
         hidden_size=spec.shape[spec.output_axis],
@@ -344,6 +347,7 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
         ffn_layers=tuple(n for n, kind in enumerate(numbers) if specs[kind].ffns),
         idle_layers=tuple(n for n, kind in enumerate(numbers) if not specs[kind].runs),
         unused_layers=max((n for n in said if type(n) is int), default=0),
+        attention_heads=heads if type(heads) is int else 0,
     )
 
 
