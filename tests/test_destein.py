@@ -15,6 +15,8 @@ import converter
 from converter.calibration.collect import extract
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.statistics import Activations, Request
+from converter.checkpoints.architectures import relabelling
+from converter.checkpoints.architectures.find import find_architecture
 from converter.edits.base import Edit
 from converter.errors import FitError, OptionError
 from converter.manifest import Origin
@@ -32,7 +34,15 @@ from converter.runtime.cache import sha256_of
 from tests.builders.adversary import copy_of, load_manifest, put, record
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
-from tests.builders.models import HIDDEN, LAYERS, Checkpoints, load, planned, tiny_tokenizer
+from tests.builders.models import (
+    HIDDEN,
+    LAYERS,
+    Checkpoints,
+    load,
+    planned,
+    tiny_config,
+    tiny_tokenizer,
+)
 from tests.test_subspace import Desk
 
 HEADS, N = 4, 40
@@ -131,6 +141,26 @@ def test_a_negative_alpha_and_for_pairs_swapped_sides_turn_the_vector_round(
         assert all(torch.equal(plus[n], -other[n]) for n in (1, 2, 3, 4))
 
 
+def test_the_options_say_what_is_asked_of_the_model(checkpoints: Checkpoints) -> None:
+    _, plan = planned(checkpoints("llama"))
+
+    def asked(seen: Activations, **options: str) -> Request:
+        desk = Desk(seen, plan=plan)
+        configure("destein", {"layers": "1-4", **options}, plan.dimensions).fit(desk)
+        (request,) = desk.asked
+        return request
+
+    paper = asked(planted())
+    assert (paper.site, paper.pooling, paper.layers) == ("attention", "last8", (1, 2, 3, 4))
+    assert (paper.chunks, paper.slopes, paper.second_moment) == (HEADS, False, False)
+    assert all("What follows is" in prompt for prompt in paper.prompts)
+    assert len({*paper.prompts}) == 2
+    bare = asked(planted(), prompt="none", pooling="mean")
+    assert bare == replace(paper, prompts=("", ""), pooling="mean")
+    causal = asked(planted_slopes(), direction="causal")
+    assert causal == replace(paper, prompts=("", ""), pooling="predicting", slopes=True)
+
+
 def test_strengths_are_a_grid_or_the_one_that_is_typed(fit: Fit) -> None:
     free, typed = fit(planted()), fit(planted(), alpha=0.03)
     assert free.is_free
@@ -217,6 +247,7 @@ REFUSED = {
     "gpt_oss": "GptOssForCausalLM, a mixture of experts",
     "deepseek_v3": "DeepseekV3ForCausalLM, a mixture of experts",
     "phi3": "Phi3ForCausalLM, which has and gets none",
+    "mistral": "MistralForCausalLM, which has and gets none",  # its attention looks at a window
 }
 
 
@@ -262,7 +293,7 @@ def adding(vector: Tensor) -> Callable[..., Any]:
     return lambda module, args, output: output + vector
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "granite", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "granite", "opt", "mistral-full"])
 def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path]
 ) -> None:
@@ -346,6 +377,61 @@ def test_a_flipped_bit_of_the_edit_and_a_config_that_is_not_told_are_found(
     put(out, manifest)
     says = "config.json: does not say what the recorded patch makes of it"
     cli("verify", out, code=8, says=says)
+
+
+def qwen2(checkpoints: Checkpoints, folder: Path, tokenizer: str) -> Path:
+    """A Qwen2 whose tokenizer says that it is of this class."""
+    copy_of(checkpoints("qwen2"), folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tokenizer_class": tokenizer}))
+    return folder
+
+
+DESTEIN = ("--method", "destein", "-o", "alpha=0.2", "-o", "layers=1-3", "--no-guard",
+           "--num-pairs", 64)  # fmt: skip
+
+
+def test_qwen2_becomes_a_llama_that_computes_the_same(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    source, out = qwen2(checkpoints, tmp_path / "source", "Qwen2Tokenizer"), tmp_path / "out"
+    cli("convert", source, out, *DESTEIN, code=0)
+    cli("verify", out, "--source", source, code=0)
+    before, after, steps = load(source), load(out), steps_of(out)
+    assert type(after).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        for layer, vector in steps.items():
+            module = before.model.layers[layer].self_attn.o_proj
+            module.register_forward_hook(adding(vector))
+        torch.testing.assert_close(after(TOKENS).logits, before(TOKENS).logits)
+    for path in source.glob("*.safetensors"):
+        assert sha256_of(out / path.name) == sha256_of(path)
+
+
+def test_a_label_by_which_the_tokenizer_is_read_in_another_way_is_refused(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """transformers chooses the tokenizer's class by the label; another splits text otherwise."""
+    source = qwen2(checkpoints, tmp_path / "source", "TokenizersBackend")
+    says = "the tokenizer of a model that becomes one of type llama"
+    cli("convert", source, tmp_path / "out", *DESTEIN, code=4, says=says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_is_not_believed_but_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each config is one that nothing else has been proved of."""
+    config = tiny_config("mistral-full").to_dict()
+    known = find_architecture(config | {"max_position_embeddings": 500}).bias_routes
+    assert known["o_proj"].config["model_type"] == "llama"
+    with_window = config | {"max_position_embeddings": 501, "sliding_window": 500}
+    assert not find_architecture(with_window).bias_routes
+    assert not find_architecture(config | {"max_position_embeddings": 502, "odd": 1}).bias_routes
+    plain = relabelling._patch
+    monkeypatch.setattr(
+        relabelling, "_patch", lambda config: (plain(config) or {}) | {"rms_norm_eps": 0.5}
+    )
+    assert not find_architecture(config | {"max_position_embeddings": 503}).bias_routes
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -47,6 +47,8 @@ ROUTES = {
          "smollm3"),
         ("q_proj", "k_proj", "v_proj"),
     ),
+    "mistral-full": ("q_proj", "k_proj", "v_proj"),
+    "qwen2": (),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_a_proj_with_mqa", "q_a_proj")),
 }  # fmt: skip
 """Kinds that get biases of o_proj by their config -> the maps beside it that then have one, too."""

@@ -139,8 +139,10 @@ class Plan:
     def bias_route(self, role: Role) -> BiasRoute | None:
         """How a role has or gets biases; None if no way is known.
 
-        There is none either if some layers have a bias and others not, or if maps have one that are
-        to get it: such a checkpoint is not what its class makes of it. Raises as ``weights``.
+        There is none either if some layers have a bias and others not, or if maps have one that the
+        config does not tell of: such a checkpoint is not what its class makes of it.
+
+        Raises as ``weights``.
         """
         weights, biases = self.weights(role), self.biases(role)
         dtype = FLOATS.get(weights[0].info.dtype, torch.bfloat16)
@@ -159,7 +161,9 @@ class Plan:
                 shape = (-1, self.dimensions.hidden_size)
                 _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
-                    return None
+                    if not route.told:
+                        return None
+                    continue
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
         return BiasRoute(names, route.config, created, dtype)
 

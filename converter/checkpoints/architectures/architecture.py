@@ -123,10 +123,12 @@ class BiasSpec:
     Attributes:
         config: merge patch of ``config.json``.
         zeros: names of the maps beside the role's that have a bias, too, because of it.
+        told: whether the config says so already, so that the biases that are there are read.
     """
 
     config: Mapping[str, Any]
     zeros: tuple[str, ...]
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

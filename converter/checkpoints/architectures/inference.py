@@ -40,6 +40,7 @@ from converter.checkpoints.architectures.ffn import (
     find_o_proj,
     output_axis,
 )
+from converter.checkpoints.architectures.relabelling import relabelled
 from converter.checkpoints.architectures.stored import Storage
 from converter.checkpoints.architectures.tiny import (
     Tiny,
@@ -131,7 +132,7 @@ def infer(
         final_norm=final_norm,
         norm_offset=offset,
         block=f"{place}.{{layer}}",
-        bias_routes=_bias_routes(kind, tiny, place, specs),
+        bias_routes=_bias_routes(kind, tiny, place, specs) or relabelled(config, tiny, specs),
         left_alone=hints.left_alone,
     )
     return Inferred(architecture, tiny, layers)
@@ -378,4 +379,4 @@ def _bias_routes(
     zeros = sorted(key.removesuffix(".bias").rpartition(".")[2] for key in first - names)
     order = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj"))}
     zeros.sort(key=lambda name: (order.get(name, len(order)), name))
-    return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros))}
+    return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros), said)}
