@@ -46,6 +46,12 @@ REQUESTS = {
     "residual": Request("residual", "last", (0, 2), second_moment=False, gradient=True),
     "mean": Request("ffn", "mean", (2,), second_moment=True),
     "final": Request("final", "mean", (3,), second_moment=False),
+    "attention": Request(
+        "attention", "last8", (0, 2), second_moment=False, prompts=("w1 w2 ", "w3 "), chunks=4
+    ),
+    "slopes": Request(
+        "attention", "predicting", (0, 2), second_moment=False, chunks=2, slopes=True
+    ),
 }
 
 
@@ -161,6 +167,22 @@ RECORDED: dict[str, dict[str, tuple[float, float]]] = {
         "neutral.2": (21.51955, 3.605281),
         "causal.0": (2.596271, -0.8319254),
         "causal.2": (1.961508, -0.8273673),
+    },
+    "attention": {
+        "toxic.0": (7.720825, -0.5670289),
+        "toxic.2": (7.040936, -1.434554),
+        "neutral.0": (7.495609, 1.490249),
+        "neutral.2": (5.331268, -2.039915),
+        "norms.0": (4.154865, 0.743938),
+        "norms.2": (2.743517, -0.04156775),
+    },
+    "slopes": {
+        "toxic.0": (3.999366, -2.960439),
+        "toxic.2": (1.087076, 0.3822932),
+        "neutral.0": (7.845914, -4.190527),
+        "neutral.2": (2.495599, 2.084108),
+        "norms.0": (4.224711, 4.652923),
+        "norms.2": (2.764888, 3.016087),
     },
     "mean": {
         "toxic.2": (7.319435, 2.205149),

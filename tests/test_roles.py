@@ -26,6 +26,7 @@ from tests.builders.models import (
     HIDDEN,
     LAYERS,
     MIXTURES,
+    NORM_AFTER,
     OTHER_LAYOUTS,
     TINY_MODELS,
     Checkpoints,
@@ -46,6 +47,8 @@ ROUTES = {
          "smollm3"),
         ("q_proj", "k_proj", "v_proj"),
     ),
+    "mistral-full": ("q_proj", "k_proj", "v_proj"),
+    "qwen2": (),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_a_proj_with_mqa", "q_a_proj")),
 }  # fmt: skip
 """Kinds that get biases of o_proj by their config -> the maps beside it that then have one, too."""
@@ -363,6 +366,12 @@ def test_a_model_has_biases_or_a_route_to_them_or_none(kind: str, checkpoints: C
         assert route is not None
         assert (route.config, route.created) == ({}, {})
         assert list(route.biases.values()) == [b.info.name for b in plan.biases("o_proj")]
+
+
+def test_attention_writes_into_the_stream_unless_a_norm_comes_between() -> None:
+    kinds = {*TINY_MODELS, *OTHER_LAYOUTS}
+    behind = {kind for kind in kinds if not all(k.o_writes for k in architecture_of(kind).kinds)}
+    assert behind == NORM_AFTER | {"opt-350m"}  # whose norms come after both
 
 
 def test_a_checkpoint_with_some_of_the_biases_has_no_route(

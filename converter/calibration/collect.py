@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converter.calibration.gradients import gradients, slopes
 from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.split import Part
@@ -16,8 +17,8 @@ from converter.calibration.statistics import TEXTS, Activations, Moments, Reques
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.errors import DataError, FitError
 from converter.models.batching import (
+    LAST,
     MAX_TOKENS,
-    Batch,
     Encoder,
     Pooling,
     Sentence,
@@ -25,8 +26,8 @@ from converter.models.batching import (
     logit_positions,
     token_batches,
 )
-from converter.models.hooks import Modules, memory_errors
-from converter.models.resident import Group, Model, Pool, SecondMoment, run
+from converter.models.hooks import Modules
+from converter.models.resident import ChunkNorms, Group, Model, Pool, SecondMoment, run
 
 EXTRACTION_VERSION = 1
 """Raised by whoever changes the numbers that are extracted, so that no cache holds the old ones.
@@ -76,6 +77,9 @@ def _modules(architecture: Architecture, request: Request) -> dict[int, tuple[st
         return {layer: architecture.sites(layer) for layer in request.layers}
     if request.site == "final":
         return dict.fromkeys(request.layers, ())
+    if request.site == "attention":
+        outputs = {n: architecture.layer(n).roles["o_proj"].module for n in request.layers}
+        return {layer: (name.format(layer=layer),) for layer, name in outputs.items()}
     return {layer: (architecture.block.format(layer=layer),) for layer in request.layers}
 
 
@@ -92,31 +96,25 @@ def extract(
         DataError: no pair is left, or the activations are not finite.
         FitError: nothing is left to fit in.
     """
-    modules, device = _modules(model.architecture, request), model.device
+    modules = _modules(model.architecture, request)
     encode = Encoder(model.tokenizer, model.module)
-    mean: Pooling = "last" if request.pooling == "last" else "mean"
-    toxic = [encode(p.toxic, request.pooling, p.spans) for p in pairs.pairs]
-    neutral = [encode(p.neutral, mean, ()) for p in pairs.pairs]
+    mean: Pooling = request.pooling if request.pooling in LAST else "mean"
+    said = [_prompted(pair, request.prompts) for pair in pairs.pairs]
+    toxic = [encode(p.toxic, request.pooling, p.spans) for p in said]
+    plain = [encode(p.neutral, mean, ()) for p in said]
+    neutral = [encode.predicted(p.neutral) for p in said] if request.slopes else plain
     kept = [i for i, s in enumerate(toxic) if any(s.weights) and any(neutral[i].weights)]
-    spans = [encode(p.toxic, "predicting", p.spans) for p in pairs.pairs]
+    spans = [encode(p.toxic, "predicting", p.spans) for p in said]
     if not kept or (request.gradient and not any(any(s.weights) for s in spans)):
         raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
-    sides = [batches([side[i] for i in kept], batch_size, device) for side in (toxic, neutral)]
-    pools, moment = [Pool(len(kept)), Pool(len(kept))], SecondMoment()
-    groups: list[Group] = [(side, [pool]) for side, pool in zip(sides, pools, strict=True)]
-    if request.second_moment:
-        groups[1] = (sides[1], [pools[1], moment.group(sides[1])])
-        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
-        texts = batches(coded, batch_size, device)
-        groups.append((texts, [moment.group(texts)]))
-    run(model, modules, groups)
-    second = moment.result() if request.second_moment else None
-    seen = Activations(pools[0].pooled, pools[1].pooled, second, {})
+    both = [[side[i] for i in kept] for side in (toxic, neutral)]
+    coded = [encode(text, "mean", ()) for text in prose.paragraphs]
+    seen = _passed(model, modules, request, both, coded, batch_size)
     found = causal_moments(model, modules, spans) if request.gradient else iter(())
     if request.directions:
-        shared = shared_directions(second, request.protect_shared, seen.width)
+        shared = shared_directions(seen.second_moment, request.protect_shared, seen.width)
         V, leading = _directions(found, shared, request)
-        moments = _moments(model, modules, encode, pairs.pairs, spans, prose, V)
+        moments = _moments(model, modules, encode, said, spans, prose, V)
         seen = replace(seen, leading=leading, moments=moments)
     else:
         seen = replace(seen, causal=dict(sorted(found)))
@@ -126,6 +124,47 @@ def extract(
             hint="try --forward-dtype float32, and check the source's weights",
         )
     return seen, len(pairs.pairs) - len(kept)
+
+
+def _passed(
+    model: Model,
+    modules: Modules,
+    request: Request,
+    sides: Sequence[Sequence[Sentence]],
+    prose: Sequence[Sentence],
+    batch_size: int,
+) -> Activations:
+    """What one forward pass gives over the two sides of pairs and prose, or one with gradients."""
+    pools, groups = [Pool(len(side)) for side in sides], list[Group]()
+    batched = [batches(side, batch_size, model.device) for side in sides]
+    texts = batches(prose, batch_size, model.device)
+    moment, norms = SecondMoment(), ChunkNorms(request.chunks)
+    if request.slopes:
+        pools = slopes(model, modules, sides)
+    else:
+        groups = [(side, [pool]) for side, pool in zip(batched, pools, strict=True)]
+    if request.second_moment:
+        groups[1] = (batched[1], [pools[1], moment.group(batched[1])])
+        groups.append((texts, [moment.group(texts)]))
+    if request.chunks:
+        groups.append((texts, [norms]))
+    if groups:
+        run(model, modules, groups)
+    second = moment.result() if request.second_moment else None
+    return Activations(pools[0].pooled, pools[1].pooled, second, {}, norms=norms.result())
+
+
+def _prompted(pair: Pair, prompts: tuple[str, str]) -> Pair:
+    """A pair with a prompt before either side, without the spaces and stops around the sides."""
+    if not any(prompts):
+        return pair
+    toxic, neutral = (
+        prompt + text.strip(" .")
+        for prompt, text in zip(prompts, (pair.toxic, pair.neutral), strict=True)
+    )
+    moved = len(prompts[0]) - len(pair.toxic) + len(pair.toxic.lstrip(" ."))
+    spans = tuple((start + moved, end + moved) for start, end in pair.spans)
+    return replace(pair, toxic=toxic, neutral=neutral, spans=spans)
 
 
 def _directions(
@@ -221,7 +260,7 @@ def causal_moments(
     seen = Counter[int]()
     count = sum(w > 0 for s in sentences for w in s.weights)
     batched = token_batches(sentences, logit_positions(model.module), model.device)
-    for number, layer, f, g in _gradients(model, modules, batched):
+    for number, layer, f, g in gradients(model, modules, batched):
         content = batched[number].content.to(f.device)
         if layer not in sums:
             sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
@@ -262,7 +301,7 @@ def moments_within(
         for batch in token_batches(sentences, positions, model.device)
     ]
     sums: dict[int, Tensor] = {}
-    found = _gradients(model, modules, [batch for _, _, batch in batched])
+    found = gradients(model, modules, [batch for _, _, batch in batched])
     for number, _, f, g in found:
         _, piece, batch = batched[number]
         V, content = directions.to(f), batch.content.to(f.device)[..., None]
@@ -283,16 +322,3 @@ def _pieces(x: Tensor, positions: int) -> Tensor:
     """(B, T, K) cut into pieces of so many positions, the last one padded: (-1, positions, K)."""
     rest = (0, 0, 0, -x.shape[1] % positions)
     return nn.functional.pad(x, rest).view(-1, positions, x.shape[2])
-
-
-def _gradients(
-    model: Model, modules: Modules, batched: Sequence[Batch]
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """``Model.gradients``, where memory may run out. Raises SourceError."""
-    most = max((len(batch.rows) for batch in batched), default=0)
-    with memory_errors(
-        f"gradients of {most} sentences",
-        hint="do without gradients: -o basis=candidates "
-        "-o candidates=mean+svd -o ranking=mean-difference",
-    ):
-        yield from model.gradients(modules, batched)

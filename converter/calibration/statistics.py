@@ -37,12 +37,13 @@ class Request:
     """What a method wants to see.
 
     Attributes:
-        site: ``ffn``, what the FFN adds to the residual stream; ``residual``, the stream after
-            the layer; or ``final``, what the head is given after the last norm, as of a layer whose
-            number is the number of layers, and without gradients.
+        site: ``ffn``, what the FFN adds to the residual stream; ``residual``, the stream after the
+            layer; ``attention``, what ``o_proj`` gives; or ``final``, what the head is given after
+            the last norm, as of a layer whose number is the number of layers, and without
+            gradients.
         pooling: of the toxic side: ``predicting``, the mean over the positions that predict a
-            token of a toxic span; ``mean`` over all tokens; ``last``. The neutral side is the mean
-            over its tokens, or its last.
+            token of a toxic span; ``mean`` over all tokens; ``last``; ``last8``, the mean over the
+            last 8. The neutral side is the mean over its tokens, or over as many at its end.
         layers: from 0.
         second_moment: whether neutral tokens' second moment is wanted.
         gradient: whether the causal moments of the toxic side are wanted; needs a backward pass.
@@ -51,9 +52,16 @@ class Request:
             leading eigenvectors of the second moment.
         per_layer: with ``directions``, how many leading causal directions of each layer are kept,
             instead of its causal moment, which is (D, D).
+        prompts: what is put before each toxic and each neutral text, which then lose the spaces and
+            stops around them; empty for the texts as they are.
+        chunks: C, into how many equal chunks what is seen is cut, for the mean norm of each over
+            the tokens of neutral prose; 0 if these are not wanted.
+        slopes: whether gradients are wanted in place of pooled activations, see
+            ``collect.slopes``: of the toxic words (pooling ``predicting``), and of all tokens of
+            the neutral side. There is no second moment then.
     """
 
-    site: Site | Literal["final"]
+    site: Site | Literal["attention", "final"]
     pooling: Pooling
     layers: tuple[int, ...]
     second_moment: bool
@@ -61,6 +69,9 @@ class Request:
     directions: int = 0
     protect_shared: int = 0
     per_layer: int = 0
+    prompts: tuple[str, str] = ("", "")
+    chunks: int = 0
+    slopes: bool = False
 
     @property
     def causal(self) -> bool:
@@ -124,6 +135,8 @@ class Activations:
             float32: the first eigenvectors of A_l outside of what is protected in all layers, and
             their eigenvalues. Empty if not wanted.
         moments: of single words and pieces of neutral text. None if not wanted.
+        norms: layer -> (C,) float32, the mean norm of each chunk over tokens of neutral prose.
+            Empty if not wanted.
     """
 
     toxic: Mapping[int, Tensor]
@@ -133,6 +146,7 @@ class Activations:
     causal: Mapping[int, Tensor] = field(default_factory=dict)
     leading: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Moments | None = None
+    norms: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -141,7 +155,10 @@ class Activations:
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that they have in a file: ``toxic.L`` and the like."""
-        sides = {"toxic": self.toxic, "neutral": self.neutral, "causal": self.causal}
+        sides = {
+            "toxic": self.toxic, "neutral": self.neutral, "causal": self.causal,
+            "norms": self.norms,
+        }  # fmt: skip
         named = {f"{side}.{n}": x for side, layers in sides.items() for n, x in layers.items()}
         for layer, (rows, values) in self.leading.items():
             named |= {f"leading.{layer}": rows, f"worth.{layer}": values}
@@ -183,7 +200,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
     """
     what = f"activations {path.name}"
     inputs = read_inputs(path)
-    sides = ["toxic", "neutral"] + ["causal"] * request.causal
+    sides = ["toxic", "neutral"] + ["causal"] * request.causal + ["norms"] * (request.chunks > 0)
     sides += ["leading", "worth"] * (request.directions > 0)
     wanted = [f"{side}.{n}" for side in sides for n in request.layers]
     wanted += ["second_moment"] * request.second_moment
@@ -195,19 +212,23 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         tensors = {name: file.get_tensor(name) for name in wanted}
         digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
     only = ("directions", "protect_shared", "per_layer") if request.directions else ()
-    for key in ("site", "pooling", *only):
-        if inputs.get(key, getattr(request, key)) != getattr(request, key):
+    for key in ("site", "pooling", "prompts", "slopes", *only):
+        asked = getattr(request, key)
+        found = inputs.get(key, asked)
+        if (tuple(found) if isinstance(found, list) else found) != asked:
             raise DataError(
                 f"{what} were taken with another {key}",
-                expected=str(getattr(request, key)),
-                found=str(inputs[key]),
-                hint=f"give -o {key}={inputs[key]} or other activations",
+                expected=str(asked),
+                found=str(found),
+                hint=f"give -o {key}={found} or other activations",
             )
     for name, tensor in tensors.items():
         if digests and (not isinstance(digests, dict) or digests.get(name) != _digest(tensor)):
             raise DataError(f"{what}: {name} is damaged", hint="take them again")
     for name, tensor in tensors.items():
         shape = _shape(name, tensors, _length(tensors[wanted[0]]), hidden_size)
+        if name.startswith("norms."):
+            shape = [request.chunks]
         if list(tensor.shape) != shape:
             raise DataError(
                 f"{what}: {name}", expected=f"shape {shape}", found=f"{list(tensor.shape)}"
@@ -227,6 +248,7 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         of("causal"),
         {n: (rows, worth[n]) for n, rows in of("leading").items()},
         Moments.of(tensors) if request.directions else None,
+        of("norms"),
     )
 
 

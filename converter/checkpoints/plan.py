@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from converter.checkpoints.architectures.architecture import (
     Architecture,
     Dimensions,
@@ -45,11 +47,13 @@ class BiasRoute:
         config: keys to set in ``config.json``; empty if the checkpoint has the biases.
         created: name -> shape of every tensor that the checkpoint must get: the biases, and others
             that the same keys imply, which must be zero; empty if it has them.
+        dtype: for these: that of the role's weights, or bfloat16 where they are stored in less.
     """
 
     biases: Mapping[int, str]
     config: Mapping[str, Any]
     created: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +139,15 @@ class Plan:
     def bias_route(self, role: Role) -> BiasRoute | None:
         """How a role has or gets biases; None if no way is known.
 
-        There is none either if some layers have a bias and others not, or if maps have one that are
-        to get it: such a checkpoint is not what its class makes of it. Raises as ``weights``.
+        There is none either if some layers have a bias and others not, or if maps have one that the
+        config does not tell of: such a checkpoint is not what its class makes of it.
+
+        Raises as ``weights``.
         """
         weights, biases = self.weights(role), self.biases(role)
+        dtype = FLOATS.get(weights[0].info.dtype, torch.bfloat16)
         if len(biases) == len(weights):
-            return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {})
+            return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {}, dtype)
         if biases or role not in self.architecture.bias_routes:
             return None
         route = self.architecture.bias_routes[role]
@@ -154,9 +161,11 @@ class Plan:
                 shape = (-1, self.dimensions.hidden_size)
                 _, info = self.names.require(f"{other}.weight", weight.layer, shape=shape)
                 if self.names.find(f"{other}.bias", weight.layer):
-                    return None
+                    if not route.told:
+                        return None
+                    continue
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
-        return BiasRoute(names, route.config, created)
+        return BiasRoute(names, route.config, created, dtype)
 
     def bias_modules(self) -> dict[str, str]:
         """Name of each bias that the checkpoint could get -> the module that it would belong to."""

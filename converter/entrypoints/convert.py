@@ -26,6 +26,7 @@ from converter.manifest import Manifest
 from converter.methods.base import Method, footprint_of
 from converter.methods.options import configure
 from converter.methods.workbench import Bench
+from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry, output_of
 from converter.outputs.checkpoint.additions import Shards, check_edit
@@ -89,6 +90,7 @@ def convert(
             fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
         edit = fitted.edit
         check_edit(edit, plan, source)
+        check_relabelled(source, edit, recipe.trust_remote_code)
         with claim.staged(delivery.overwrite) as folder:
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
                 job = WriteJob(

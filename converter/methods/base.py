@@ -34,6 +34,7 @@ METHODS = Registry(
     {
         "gloss": "converter.methods.gloss:Method",
         "gloss-paper": "converter.methods.gloss_paper:Method",
+        "destein": "converter.methods.destein:Method",
         "model-surgery": "converter.methods.model_surgery:ModelSurgery",
         "profs": "converter.methods.baselines:Profs",
         "random": "converter.methods.baselines:RandomSubspace",

@@ -176,7 +176,8 @@ class Bench:
         progress.note("  cache miss, running the model")
         moments = request.directions > 0
         total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
-        total += len(part.prose.paragraphs) * (request.second_moment + moments)
+        prose = request.second_moment + moments + (request.chunks > 0)
+        total += len(part.prose.paragraphs) * prose
         with progress.bar("forward", total, "text"), self.running() as model:
             seen, dropped = extract(model, request, part.pairs, part.prose, batch_size=batch_size)
         if dropped:

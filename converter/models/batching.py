@@ -6,7 +6,7 @@ Every text that a model reads goes through ``encode``.
 Shapes: B sentences in a batch, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -26,7 +26,10 @@ BATCH_TOKENS = 1024
 LOGITS_BYTES = BATCH_TOKENS * 49152 * 4
 """Bytes of the float32 logits of a batch, 0.2 GB: fewer positions where the vocabulary is large."""
 
-Pooling = Literal["predicting", "mean", "last"]
+Pooling = Literal["predicting", "mean", "last", "last8"]
+
+LAST: Mapping[str, int] = {"last": 1, "last8": 8}
+"""How many tokens at the end of a text are pooled, or all, if it has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +186,8 @@ class Encoder:
         """
         coded = self._encode(text)
         chosen = list(range(coded.start, len(coded.ids)))
-        if pooling == "last":
-            chosen = chosen[-1:]
+        if pooling in LAST:
+            chosen = chosen[-LAST[pooling] :]
         elif pooling == "predicting":
             inside = [any(start < b and end > a for a, b in spans) for start, end in coded.offsets]
             chosen = [i for i in chosen[:-1] if inside[i + 1]]

@@ -7,13 +7,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from converter.checkpoints.architectures.library import MetaTensor
+from converter.checkpoints.architectures.library import MetaTensor, read_config
 from converter.checkpoints.formats.virtual import VirtualTensor
+from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
+from converter.edits.base import Edit
 from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.batching import LOGITS_BYTES, prepare
@@ -147,10 +149,10 @@ def stream_language_model(
     return StreamedModel(weights, tokenizer, architecture, blocks, device, held, cache_folder())
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, config: Any = None) -> Any:
     """Load a fast tokenizer, prepared for all who use it; see ``batching.prepare``.
 
-    Code that comes with it is run only if it is trusted.
+    Code that comes with it is run only if it is trusted. A config takes the place of the folder's.
 
     Raises:
         SourceError: transformers cannot load it, or it cannot map tokens to characters.
@@ -159,7 +161,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, config=config
         )
     except Exception as error:  # whatever a third party's loader makes of a stranger's files
         raise _unusable("tokenizer", error) from error
@@ -167,6 +169,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
     prepare(tokenizer)
     return tokenizer
+
+
+def check_relabelled(source: Source, edit: Edit, trust_remote_code: bool) -> None:
+    """Refuse another label that makes transformers read the same tokenizer in another way.
+
+    It chooses the tokenizer's class by the label, too.
+
+    Raises:
+        CheckpointError: texts would be other tokens.
+    """
+    patch = edit.patches.get("config.json", {})
+    if "model_type" not in patch:
+        return
+    config = read_config(merge(source.config, patch), None, False)
+    given = source.folder, trust_remote_code
+    before, after = (load_tokenizer(*given, config=each) for each in (None, config))
+    if before.backend_tokenizer.to_str() != after.backend_tokenizer.to_str():
+        raise CheckpointError(
+            f"the tokenizer of a model that becomes one of type {config.model_type}",
+            expected="one that splits text in the same way",
+            found=f"a {type(after).__name__} in place of a {type(before).__name__}",
+            hint="nothing was written; choose --method gloss, which changes no type",
+        )
 
 
 def _loaded(load: Callable[..., Any], *args: Any, **settings: Any) -> nn.Module:

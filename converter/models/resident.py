@@ -181,6 +181,32 @@ class SecondMoment:
         return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
 
 
+class ChunkNorms:
+    """A sink for how large each of C equal chunks of what a layer gives is, on average.
+
+        n_c = mean over tokens of  ||f_c||
+
+    Attributes:
+        sums: layer -> (C,) float64 on the CPU, over the content tokens that were seen.
+        tokens: how many these are, by layer.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self.chunks = chunks
+        self.sums: dict[int, Tensor] = {}
+        self.tokens = Counter[int]()
+
+    def __call__(self, batch: Batch, layer: int, f: Tensor) -> None:
+        rows = f[batch.content.to(f.device)]
+        sizes = rows.reshape(len(rows), self.chunks, -1).norm(dim=-1).double().sum(0).cpu()
+        self.sums[layer] = self.sums.get(layer, 0) + sizes
+        self.tokens[layer] += len(rows)
+
+    def result(self) -> dict[int, Tensor]:
+        """n, (C,) float32, of each layer."""
+        return {n: (x / max(self.tokens[n], 1)).float() for n, x in self.sums.items()}
+
+
 def _normalised(moment: Tensor) -> Tensor:
     """M_l / tr M_l; a layer that writes nothing has no directions."""
     return moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)

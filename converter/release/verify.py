@@ -279,6 +279,8 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
             layers_without_ffn=told.layers_without_ffn,
             left_alone=told.left_alone,
         )
+    if "model_type" in manifest.edit.patches.get("config.json", {}):  # a model by another label
+        told = structs.replace(told, name=found.name)
     if told != found:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 

@@ -101,6 +101,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
 OTHER_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral-full": ("mistral", {"sliding_window": None}),
     "opt-350m": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
 }
 """Models of the same ``model_type`` as another and built otherwise."""

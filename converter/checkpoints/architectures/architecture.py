@@ -24,6 +24,7 @@ class Dimensions:
     Attributes:
         intermediate_size: of the widest FFN, or of its experts if it has nothing else.
         num_experts: of a mixture, without those that every token goes through.
+        attention_heads: by the config; 0 if it does not say one number.
         sparse_layers: those with experts.
         ffn_layers: those with an FFN; others are left alone.
         idle_layers: those that text alone does not run through; left alone, too.
@@ -39,6 +40,7 @@ class Dimensions:
     ffn_layers: tuple[int, ...] = ()
     idle_layers: tuple[int, ...] = ()
     unused_layers: int = 0
+    attention_heads: int = 0
 
     @property
     def without_ffn(self) -> tuple[int, ...]:
@@ -103,12 +105,14 @@ class LayerSpec:
     Attributes:
         roles: those but ``down_proj`` and ``lm_head``.
         runs: whether text alone runs through them; else nothing is known of them.
+        o_writes: whether what ``o_proj`` gives reaches the residual stream as a multiple of it.
         shapes: of all tensors of such a layer, by disk name with ``{layer}``.
     """
 
     ffns: tuple[FfnSpec, ...]
     roles: Mapping[Role, WeightSpec]
     runs: bool = True
+    o_writes: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -119,10 +123,12 @@ class BiasSpec:
     Attributes:
         config: merge patch of ``config.json``.
         zeros: names of the maps beside the role's that have a bias, too, because of it.
+        told: whether the config says so already, so that the biases that are there are read.
     """
 
     config: Mapping[str, Any]
     zeros: tuple[str, ...]
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

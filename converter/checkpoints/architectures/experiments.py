@@ -550,9 +550,9 @@ def is_multiple(shift: Tensor, vector: Tensor, tolerance: float) -> bool:
 
 
 def _giving(outputs: list[Any]) -> Change:
-    """Give what was given, in the same order."""
+    """Give what was given, in the same order; copies, which a layer may add to in place."""
     left: Iterator[Any] = iter(outputs)
-    return lambda output: next(left, outputs[-1])
+    return lambda output: _copied(next(left, outputs[-1]))
 
 
 def _silent(output: Any) -> Any:

@@ -40,6 +40,7 @@ from converter.checkpoints.architectures.ffn import (
     find_o_proj,
     output_axis,
 )
+from converter.checkpoints.architectures.relabelling import relabelled
 from converter.checkpoints.architectures.stored import Storage
 from converter.checkpoints.architectures.tiny import (
     Tiny,
@@ -131,7 +132,7 @@ def infer(
         final_norm=final_norm,
         norm_offset=offset,
         block=f"{place}.{{layer}}",
-        bias_routes=_bias_routes(kind, tiny, place, specs),
+        bias_routes=_bias_routes(kind, tiny, place, specs) or relabelled(config, tiny, specs),
         left_alone=hints.left_alone,
     )
     return Inferred(architecture, tiny, layers)
@@ -221,7 +222,9 @@ class _Describe:
             if found_map is not None and (spec := self._map(number, found_map)):
                 roles[role] = spec
         ffns = tuple(self._ffn(number, layer, ffn) for ffn in found)
-        return LayerSpec(ffns, roles, shapes=self.storage.shapes(number))
+        o_proj = maps["o_proj"] if "o_proj" in roles else None
+        writes = o_proj is not None and layer.writes(o_proj.module)
+        return LayerSpec(ffns, roles, o_writes=writes, shapes=self.storage.shapes(number))
 
     def _ffn(self, number: int, layer: Layer, ffn: Ffn) -> FfnSpec:
         block = f"{self.place}.{{layer}}"
@@ -335,6 +338,7 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
     }
     unused = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     said = (getattr(text, key, None) for key in unused)
+    heads = getattr(text, "num_attention_heads", 0)
     return Dimensions(
         num_hidden_layers=len(numbers),
         hidden_size=spec.shape[spec.output_axis],
@@ -344,6 +348,7 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
         ffn_layers=tuple(n for n, kind in enumerate(numbers) if specs[kind].ffns),
         idle_layers=tuple(n for n, kind in enumerate(numbers) if not specs[kind].runs),
         unused_layers=max((n for n in said if type(n) is int), default=0),
+        attention_heads=heads if type(heads) is int else 0,
     )
 
 
@@ -374,4 +379,4 @@ def _bias_routes(
     zeros = sorted(key.removesuffix(".bias").rpartition(".")[2] for key in first - names)
     order = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj"))}
     zeros.sort(key=lambda name: (order.get(name, len(order)), name))
-    return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros))}
+    return {"o_proj": BiasSpec(library.patch(config, _BIAS, True), tuple(zeros), said)}

@@ -6,6 +6,7 @@ from pathlib import Path
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.edits.base import Footprint
+from converter.edits.deltas import RemoveSubspace
 from converter.errors import OptionError
 from converter.manifest import Manifest
 from converter.outputs.adapter.verify import check_adapter
@@ -32,7 +33,8 @@ class Adapter:
                 "parameters in memory that a LoRA of this kind cannot name",
                 hint="use --output checkpoint",
             )
-        if any(weight.is_bias for weight in footprint.weights):
+        biases = [f"the bias {w.info.name}" for w in footprint.weights if w.is_bias][:1]
+        if biases and RemoveSubspace in footprint.kinds:
             raise OptionError(
                 "-o bias=project",
                 expected="bias=keep with --output adapter, since a LoRA changes no bias",
@@ -40,6 +42,7 @@ class Adapter:
                 hint="leave the option out, or use --output checkpoint",
             )
         others = [kind.kind for kind in footprint.kinds if kind not in LOW_RANK]
+        others += biases
         others += [f"the new tensor {name}" for name in sorted(footprint.created)[:1]]
         others += [f"the file {name}" for name in (*footprint.patches, *footprint.files)]
         if others:

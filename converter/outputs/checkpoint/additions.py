@@ -133,7 +133,9 @@ def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
 
 def _check_config(config: Mapping[str, object], plan: Plan) -> None:
     """A patched config must still be that of the same weights, stored and tied in the same way."""
-    same = config.get("model_type") == plan.architecture.model_type
+    routes = plan.architecture.bias_routes.values()
+    labels = {plan.architecture.model_type, *(route.config.get("model_type") for route in routes)}
+    same = config.get("model_type") in labels
     if same:
         new = make_plan(dict(config), None, plan.headers, plan.folder)
         was, now = ((p.dimensions, p.scheme, p.roles, p.vocabulary, p.targets) for p in (plan, new))
