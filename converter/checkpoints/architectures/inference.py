@@ -46,6 +46,7 @@ from converter.checkpoints.architectures.tiny import (
     make_tiny,
     signature,
 )
+from converter.checkpoints.architectures.untying import find_untying
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def infer(
         norm_offset=offset,
         block=f"{place}.{{layer}}",
         bias_routes=_bias_routes(kind, tiny, place, specs),
+        untying=find_untying(kind, tiny.config),
         left_alone=hints.left_alone,
     )
     return Inferred(architecture, tiny, layers)
