@@ -4,7 +4,7 @@ Two of them, one trained on neutral and one on toxic sides, tell where a text go
 from where it does not: what both know of the corpus is in neither's favour. Nothing else is read in
 training, so perplexity on prose can be measured on any prose.
 
-Shapes: D is the width of what a head is given, V the vocabulary, T the content tokens of all pairs.
+Shapes: D is the width of what a head is given, T the content tokens that are compared.
 """
 
 import copy
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from converter.calibration.pairs import Pairs
 from converter.errors import DataError, FitError
-from converter.models.batching import Batch, Encoder, Sentence, logit_positions, token_batches
+from converter.models.batching import (
+    BATCH_TOKENS,
+    Batch,
+    Encoder,
+    Sentence,
+    logit_positions,
+    token_batches,
+)
 from converter.models.hooks import (
     StopForward,
     by_position,
@@ -31,11 +38,15 @@ from converter.models.hooks import (
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
 
-_STEP = 512
-"""Positions in a step of training, padding included, where the vocabulary is not large."""
+_STEP = 128
+"""Positions in a step of training, padding included: few, since a text is read a few times only,
+and it is the number of steps that counts."""
 
 _CLIP = 1.0
 """Largest norm of a step's gradient."""
+
+_COMPARED = 400
+"""Pairs that the calibration models are compared on, at most: some 10,000 tokens."""
 
 _LAST = 0.1
 """Share of the steps over which the loss at the end is averaged."""
@@ -59,7 +70,7 @@ class Training:
 @dataclass(frozen=True, slots=True)
 class Contrast:
     """What a model's head is given, h, and how that of its calibration models differs on the way
-    from toxic to neutral, d = t_neutral - t_toxic; sums over the content tokens of the pairs.
+    from toxic to neutral, d = t_neutral - t_toxic; sums over the content tokens of some pairs.
 
     Attributes:
         gram: sum of h h^T, (D, D) float64.
@@ -78,7 +89,7 @@ class Contrast:
 
 
 def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) -> Contrast:
-    """Train a calibration model on each side of the pairs, and compare them on both.
+    """Train a calibration model on each side of the pairs, and compare them on both sides of some.
 
     The memory is that of two times the first layers, the embedding and the head in float32, and of
     AdamW's two moments of the layers. Equal inputs give equal bytes on one machine.
@@ -109,8 +120,10 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
         width: int = twins[0].get_output_embeddings().weight.shape[1]
         gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
         square, tokens = 0.0, 0
-        batched = token_batches([*sides["neutral"], *sides["toxic"]], _STEP, model.device)
-        with progress.bar("compare", 2 * len(pairs.pairs), "text"), torch.inference_mode():
+        step = -(-len(pairs.pairs) // _COMPARED)
+        some = [text for sentences in sides.values() for text in sentences[::step]]
+        batched = token_batches(some, BATCH_TOKENS, model.device)
+        with progress.bar("compare", len(some), "text"), torch.inference_mode():
             for batch in batched:
                 h, neutral, toxic = (_given_to_head(m, batch) for m in (model.module, *twins))
                 d = neutral - toxic
