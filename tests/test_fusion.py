@@ -321,6 +321,16 @@ def test_where_the_head_is_the_embedding_it_becomes_a_weight_of_its_own(
     assert [*load_file(out / "model-created.safetensors")] == ["lm_head.weight"]
 
 
+def test_a_card_says_what_a_head_of_its_own_costs(
+    written: Callable[[str], tuple[Path, Path]],
+) -> None:
+    tied, own = ((written(kind)[1] / "README.md").read_text() for kind in HEADS[::-1])
+    assert "takes the same time, and 0.026 MB more memory: names" in tied
+    assert "| created | the tensor `lm_head.weight` that the base lacks, in `model-c" in tied
+    assert "takes the same time and memory: names" in own
+    assert "| edited | 1 tensor: the output embedding |" in own
+
+
 @pytest.mark.parametrize("kind", ["llama-tied", "gemma3", "gpt2", "opt-350m"])
 def test_the_route_to_a_head_is_the_same_before_and_after(
     kind: str, checkpoints: Checkpoints

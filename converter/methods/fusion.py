@@ -54,7 +54,7 @@ class Method:
         rate: at which they learn.
     """
 
-    title: ClassVar[str] = "output-layer fusion, folded into the head"
+    title: ClassVar[str] = "Output-layer fusion, folded into the head"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
 
