@@ -3,6 +3,7 @@ written, where the head is a weight of its own and where it is the embedding."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import make_plan
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
-from converter.errors import CheckpointError, FitError, OptionError
+from converter.errors import CheckpointError, FitError, OptionError, SourceError
 from converter.evaluation.heldout import Probe
 from converter.methods.base import Proposal
 from converter.methods.options import configure
@@ -382,6 +383,19 @@ def test_a_streamed_model_is_refused_by_name(
     given = ("--method", "fusion", "--num-pairs", 32, "--forward", "streamed", "--no-guard")
     cli("convert", checkpoints("llama"), tmp_path / "out", *given, code=2, says=says)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_here_is_refused_before_it_is(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(checkpoints("llama"))
+    count = sum(p.numel() for p in load(checkpoints("llama")).parameters())
+    monkeypatch.setattr(calibration_models, "free_memory", lambda device: 4 * count)
+    with pytest.raises(SourceError, match="do not fit in the memory of the cpu"):
+        bench.contrast(TRAINING)
+    bench.how = replace(bench.how, spread=True)
+    with pytest.raises(OptionError, match="on one device: found --device map"):
+        bench.contrast(TRAINING)
 
 
 def test_prose_has_no_part_in_the_fit(checkpoints: Checkpoints, tmp_path: Path) -> None:

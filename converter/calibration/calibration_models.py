@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.calibration.pairs import Pairs
-from converter.errors import DataError, FitError
+from converter.errors import DataError, FitError, SourceError
 from converter.models.batching import (
     BATCH_TOKENS,
     Batch,
@@ -37,6 +37,7 @@ from converter.models.hooks import (
 )
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
+from converter.runtime.memory import free_memory
 
 _STEP = 128
 """Positions in a step of training, padding included: few, since a text is read a few times only,
@@ -103,11 +104,12 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
     Raises:
         DataError: no sentence has two tokens.
         FitError: the loss is not a number in the end.
-        SourceError: the model's first layers cannot be run alone, or memory ran out.
+        SourceError: the model's first layers cannot be run alone, or there is too little memory.
     """
     encode = Encoder(model.tokenizer, model.module)
     texts = {"neutral": [p.neutral for p in pairs.pairs], "toxic": [p.toxic for p in pairs.pairs]}
     sides = {side: [encode.predicted(text) for text in texts[side]] for side in texts}
+    _check_memory(model, training.depth)
     twins: list[Any] = []
     losses = {}
     hint = "give --device cpu, or lower -o depth"
@@ -134,15 +136,36 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
     return Contrast(gram, cross, square, tokens, losses)
 
 
+def _check_memory(model: LanguageModel, depth: int) -> None:
+    """Refuse what does not fit: two copies in float32, a gradient and two moments of one."""
+    with _shortened(model, depth) as module:
+        every = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in _trainable(module))
+    needed, free = 4 * (2 * every + 3 * trained), free_memory(model.device)
+    if needed > free:
+        raise SourceError(
+            f"the calibration models do not fit in the memory of the {model.device}",
+            expected=f"{needed / 1e9:.1f} GB or more available", found=f"{free / 1e9:.1f} GB",
+            hint="lower -o depth, or choose another method",
+        )  # fmt: skip
+
+
 def _first_layers(model: LanguageModel, depth: int) -> nn.Module:
     """A copy of a model in float32 that ends after some layers; the rest is never copied."""
+    with _shortened(model, depth) as module:
+        return copy.deepcopy(module).float()
+
+
+@contextmanager
+def _shortened(model: LanguageModel, depth: int) -> Iterator[nn.Module]:
+    """While this lasts, the model has its first layers only."""
     place = model.architecture.block.rpartition(".")[0]
     owner = model.module.get_submodule(place.rpartition(".")[0])
     name = place.rpartition(".")[2]
     layers: Any = getattr(owner, name)
     setattr(owner, name, layers[:depth])
     try:
-        return copy.deepcopy(model.module).float()
+        yield model.module
     finally:
         setattr(owner, name, layers)
 
@@ -166,21 +189,24 @@ def _train(
     """Train a model to predict the content tokens of sentences; its losses, as in ``Contrast``."""
     batched = token_batches(sentences, min(_STEP, logit_positions(module)), device)
     order = _order([int((b.weights > 0).sum()) for b in batched], training.tokens, seed)
-    losses = []
-    with _trained(module) as parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.0)
-        for step, (number, count) in enumerate(order):
-            batch = batched[number]
-            with torch.enable_grad(), only_chosen(module, batch):
-                loss = -log_probability(call(module, batch).logits, batch) / count
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, _CLIP)
-            for group in optimizer.param_groups:
-                group["lr"] = training.rate * (1 - step / len(order))
-            optimizer.step()
-            losses.append(loss.item())
-            progress.advance(count)
+    losses, parameters = [], _trainable(module)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.0)
+    for step, (number, count) in enumerate(order):
+        batch = batched[number]
+        with torch.enable_grad(), only_chosen(module, batch):
+            loss = -log_probability(call(module, batch).logits, batch) / count
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate * (1 - step / len(order))
+        optimizer.step()
+        losses.append(loss.item())
+        progress.advance(count)
+    module.requires_grad_(False)
+    module.zero_grad()  # gradients take memory, too
     end = losses[-max(int(_LAST * len(losses)), 1) :]
     last = sum(end) / len(end)
     if not isfinite(last):
@@ -207,15 +233,8 @@ def _order(sizes: Sequence[int], tokens: int, seed: int) -> list[tuple[int, int]
     return order
 
 
-@contextmanager
-def _trained(module: Any) -> Iterator[list[nn.Parameter]]:
-    """While this lasts, all weights but embeddings and head can be trained: those."""
+def _trainable(module: Any) -> list[nn.Parameter]:
+    """All weights of a model but those of embeddings and the head."""
     frozen = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     kept = {id(p) for m in (*frozen, module.get_output_embeddings()) for p in m.parameters()}
-    parameters = [p for p in module.parameters() if id(p) not in kept]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    yield parameters
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
+    return [p for p in module.parameters() if id(p) not in kept]

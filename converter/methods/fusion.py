@@ -23,6 +23,9 @@ _SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
 _PENALTY = 30.0
 """Tokens of mean energy that the ridge regression adds to each direction."""
 
+_RATE, _WIDTH = 5e-3, 576
+"""The rate that worked, and the hidden size where it did."""
+
 _ROWS = 4096
 """Rows of the head that are computed on at a time."""
 
@@ -51,7 +54,7 @@ class Method:
         rank: R; nothing is cut off if it is the width of the head or more.
         depth: layers of the calibration models, or all that there are.
         tokens: that each of them is trained to predict.
-        rate: at which they learn.
+        rate: at which they learn at first.
     """
 
     title: ClassVar[str] = "Output-layer fusion, folded into the head"
@@ -61,13 +64,13 @@ class Method:
     scale: float | None = field(default=None, metadata={"min": 0})
     rank: int = field(default=32, metadata={"min": 1})
     depth: int = field(default=3, metadata={"min": 1})
-    tokens: int = field(default=100_000, metadata={"min": 1})
-    rate: float = field(default=1e-3, metadata={"min": 0})
+    tokens: int = field(default=7_000, metadata={"min": 1})
+    rate: float = field(metadata={"min": 0})
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """No option depends on the model."""
-        return {}
+        """A step of AdamW changes what a map gives by its width times the rate, so it falls."""
+        return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
 
     def footprint(self, plan: Plan) -> Footprint:
         """The head; or a new one and the key of the config that says so.
