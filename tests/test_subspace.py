@@ -11,6 +11,7 @@ from msgspec import convert
 from safetensors.torch import load_file
 from torch import Tensor
 
+from converter.calibration.calibration_models import Contrast, Training
 from converter.calibration.linear_algebra import (
     eigen_directions,
     extend,
@@ -117,6 +118,9 @@ class Desk:
     def activations(self, request: Request) -> Activations:
         self.asked.append(request)
         return self.seen
+
+    def contrast(self, training: Training) -> Contrast:
+        raise AssertionError("no method of a subspace trains a model")
 
     def weight(self, weight: Weight) -> Tensor:
         raise AssertionError("no method of a subspace looks at weights")

@@ -42,6 +42,22 @@ def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
     return vectors.flip(1)[:, :count]
 
 
+def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+    """B (D, K) that makes ``|X B - Y|^2 + penalty |B|^2`` least, from X^T X and X^T Y.
+
+    Args:
+        gram: X^T X, (D, D).
+        cross: X^T Y, (D, K).
+        penalty: over 0, unless X^T X is invertible.
+
+    Returns:
+        float64.
+    """
+    added = penalty * torch.eye(len(gram), dtype=torch.float64)
+    solution: Tensor = torch.linalg.solve(gram.double() + added, cross.double())
+    return solution
+
+
 def random_basis(width: int, rank: int, seed: int, spared: Tensor) -> Tensor:
     """A uniformly random subspace, as a control for fitted ones; the same on every device.
 

@@ -57,6 +57,23 @@ class BiasRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRoute:
+    """How a model whose head is its embedding gets one of its own.
+
+    Attributes:
+        embedding: (V, D), as the map that makes the logits.
+        dtype: that it is stored in.
+        name: of the tensor to create, of the same shape.
+        config: keys to set in ``config.json``.
+    """
+
+    embedding: Weight
+    dtype: torch.dtype
+    name: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The structure of a source checkpoint.
 
@@ -166,6 +183,22 @@ class Plan:
                     continue
                 created[self.names.on_disk(f"{other}.bias", weight.layer)] = info.shape[:1]
         return BiasRoute(names, route.config, created, dtype)
+
+    def head_route(self) -> HeadRoute | None:
+        """How the head becomes a weight of its own; None if it is one, or if no way is known.
+
+        There is none either if the checkpoint has a tensor of that name, which nobody looks at.
+        Raises CheckpointError.
+        """
+        architecture, spec = self.architecture, self.architecture.untying
+        name = self.names.on_disk(architecture.unembedding)
+        shape = architecture.embedding_shape
+        shard, info = self.names.require(architecture.embedding, shape=shape)
+        if spec is None or name in self.names.tensors or info.dtype not in FLOATS:
+            return None
+        layer, module = self.dimensions.num_hidden_layers, spec.module
+        embedding = Weight(info, shard, "lm_head", layer, 0, module=module)
+        return HeadRoute(embedding, FLOATS[info.dtype], name, spec.config)
 
     def bias_modules(self) -> dict[str, str]:
         """Name of each bias that the checkpoint could get -> the module that it would belong to."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import msgspec
 from torch import Tensor
 
+from converter.calibration.calibration_models import Contrast, Training
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.architecture import Dimensions
@@ -32,6 +33,7 @@ METHODS = Registry(
     "gloss_convert.methods",
     "--method",
     {
+        "fusion": "converter.methods.fusion:Method",
         "gloss": "converter.methods.gloss:Method",
         "gloss-paper": "converter.methods.gloss_paper:Method",
         "destein": "converter.methods.destein:Method",
@@ -63,6 +65,12 @@ class Workbench(Protocol):
 
     def activations(self, request: Request) -> Activations:
         """What the model makes of the texts, from a forward pass or a cache."""
+
+    def contrast(self, training: Training) -> Contrast:
+        """What two calibration models, trained on either side of the pairs, make of them.
+
+        Raises OptionError or SourceError if the model is not in memory as a whole.
+        """
 
     def weight(self, weight: Weight) -> Tensor:
         """W (O, I) float32, read from its shard, however it is stored; a bias is (O, 1)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from converter.calibration.calibration_models import Contrast, Training, contrast
 from converter.calibration.collect import activation_inputs, extract
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
@@ -23,7 +24,7 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
 from converter.edits.storage import dequantize
-from converter.errors import DataError
+from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
 from converter.models.edited import edited
@@ -188,6 +189,15 @@ class Bench:
         save_activations(seen, path)
         progress.note(f"  kept in {path}")
         return seen
+
+    def contrast(self, training: Training) -> Contrast:
+        """See ``Workbench``."""
+        what = "calibration models are trained, for which"
+        if self.how.spread:
+            raise OptionError(f"{what} the model must be on one device", found="--device map")
+        self.forward.need_resident(what, "give --forward resident, or choose another method")
+        with progress.stage("calibrate", "training calibration models"):
+            return contrast(self.load_resident(), self.part.pairs, training, self.recipe.seed)
 
     def weight(self, weight: Weight) -> Tensor:
         """See ``Workbench``; as former methods left it."""

@@ -22,18 +22,20 @@ class _ModuleEdit:
     Attributes:
         weight, bias: of its weight and of its bias; None if they stay as they are.
         created: (O,) a bias that it lacks.
+        own: (O, I) a weight of its own, in place of one that it shares.
     """
 
     weight: Delta | None = None
     bias: Delta | None = None
     created: Tensor | None = None
+    own: Tensor | None = None
 
     def applied(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """What a module that makes y (..., O) of x (..., I) would give with the edit in it.
 
         Its bias (O,) is part of y, if it has one.
         """
-        new = y
+        new = y if self.own is None else nn.functional.linear(x, self.own.to(x), bias)
         together = bias is None or _same_subspace(self.weight, self.bias)
         if self.weight is not None:
             new = new + self.weight.shift(x, y if together or bias is None else y - bias)
@@ -79,7 +81,7 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
         OptionError: a change whose effect on a running model is not known: experts of one module
             that change in different ways, or in another way than by a subspace that is taken out,
             a tensor that belongs to no known weight, or a patch of the config that does more than
-            to tell of created biases.
+            to tell of created biases or of a created head.
     """
     changes: dict[str, _ModuleEdit] = {}
     for name, weight in plan.find(edit.tensors).items():
@@ -102,27 +104,35 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
             change.weight = delta
     _check_patch(plan, edit)
     biases = plan.bias_modules() if edit.created else {}
+    head = plan.head_route() if edit.created else None
     for name, tensor in edit.created.items():
         if name in biases:
             changes.setdefault(biases[name], _ModuleEdit()).created = tensor
+        elif head is not None and name == head.name:
+            changes.setdefault(head.embedding.module, _ModuleEdit()).own = tensor
         elif bool(tensor.any()):
             raise OptionError(
-                f"the tensor {name} that the edit creates", expected="a bias of a known weight",
+                f"the tensor {name} that the edit creates",
+                expected="a bias of a known weight, or a head of its own",
                 found="one whose effect on the model cannot be examined",
             )  # fmt: skip
     return changes
 
 
 def _check_patch(plan: Plan, edit: Edit) -> None:
-    """A config may say that there are biases, which the edit creates; hooks show nothing else."""
+    """A config may say that there are biases, or a head, which the edit creates; hooks show nothing
+    else."""
     said: Any = {}
     for role in plan.architecture.bias_routes if edit.created else ():
         route = plan.bias_route(role) if role in plan.roles else None
         if route is not None and route.created and route.created.keys() <= edit.created.keys():
             said = merge(said, route.config)
+    head = plan.head_route() if edit.created else None
+    if head is not None and head.name in edit.created:
+        said = merge(said, head.config)
     if merge(said, edit.patches.get("config.json", {})) != said:
         raise OptionError(
             "the patch of config.json that the edit makes",
-            expected="nothing but the biases that it creates",
+            expected="nothing but the biases or the head that it creates",
             found="one whose effect on the model cannot be examined",
         )

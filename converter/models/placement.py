@@ -17,6 +17,10 @@ from converter.runtime.memory import address_space, available_memory, free_memor
 Mode = Literal["resident", "streamed"]
 
 
+_WHY = "an evaluation writes continuations, for which"
+_HINT = "give --forward resident or --device map, or do without the evaluation"
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     """How the model is run, and why.
@@ -34,12 +38,17 @@ class Forward:
         """For the manifest."""
         return ForwardRecord(mode=self.mode, reason=self.reason)
 
-    def need_resident(self) -> None:
-        """Raise what is wrong if continuations are to be written, each token a pass by itself."""
+    def need_resident(self, why: str = _WHY, hint: str = _HINT) -> None:
+        """Raise what is wrong if the whole model must be in memory.
+
+        Args:
+            why: the beginning of the sentence; by default for continuations, of which each token is
+                a pass by itself.
+            hint: what to do about it.
+        """
         if self.mode == "resident":
             return
-        what = "an evaluation writes continuations, for which the whole model must be in memory"
-        hint = "give --forward resident or --device map, or do without the evaluation"
+        what = f"{why} the whole model must be in memory"
         if self.reason == _ASKED:
             raise OptionError(what, found="--forward streamed", hint=hint)
         raise SourceError(what, found=self.reason, hint=hint)

@@ -162,11 +162,15 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
     for method, _ in manifest.methods:
         yield "method", f"{escaped(method.title)} ({paper_link(method.paper)})"
     if edited:
-        layers = compress(manifest.layers)
-        names = _roles_text({entry.role for entry in edited})
-        yield "edited", f"{len(edited)} tensors: the {names} of layers {layers}, counted from 0"
+        layers = compress(list({entry.layer for entry in edited if entry.role != "lm_head"}))
+        where = f" of layers {layers}, counted from 0" if layers else ""
+        count = f"{len(edited)} tensor{'' if len(edited) == 1 else 's'}"
+        yield "edited", f"{count}: the {_roles_text({entry.role for entry in edited})}{where}"
     if created := manifest.edit.created:
-        yield "created", f"{len(created)} tensors that the base lacks, in {code(created[0].shard)}"
+        what = (
+            f"{len(created)} tensors" if len(created) > 1 else f"the tensor {code(created[0].name)}"
+        )
+        yield "created", f"{what} that the base lacks, in {code(created[0].shard)}"
     for name in manifest.edit.patches:
         yield "changed file", code(name)
     for name in manifest.edit.files:
@@ -251,6 +255,7 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "where": "the same for all edited layers" if len(bases) == 1 else "for each layer its own",
         "formulas": [FORMULAS.get(kind, "") for kind in sorted({t.kind for t in manifest.edited})],
         "changed": bool(manifest.edit.patches or manifest.edit.created),
+        "created": _created_size(manifest),
         "mask": manifest.run.mask,
         "candidates": (
             "The subspace was sought in all fitted layers together; to show what there is, these "
@@ -276,6 +281,12 @@ def _short(title: str) -> str:
     """The title of a method within a sentence: ``GloSS (global toxic subspace suppression)``."""
     name, _, rest = title.partition(", ")
     return escaped(f"{name} ({rest})" if rest else name)
+
+
+def _created_size(manifest: Manifest) -> str:
+    """Megabytes of the created tensors; empty if there are none."""
+    shards = {tensor.shard for tensor in manifest.edit.created}
+    return f"{sum(manifest.files[name].nbytes for name in shards) / 1e6:.2g}" if shards else ""
 
 
 def compress(numbers: list[int]) -> str:

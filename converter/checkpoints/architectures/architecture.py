@@ -132,6 +132,19 @@ class BiasSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """How a model gets a head of its own where the head is the embedding.
+
+    Attributes:
+        config: merge patch of ``config.json``.
+        module: of the class of transformers, that makes the logits.
+    """
+
+    config: Mapping[str, Any]
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """What was proved of a description, on a tiny model; see ``proof``.
 
@@ -173,6 +186,7 @@ class Architecture:
         norm_offset: the final norm multiplies by its weight plus this.
         block: name of a decoder layer in the class, with ``{layer}``.
         bias_routes: of roles whose biases can be added.
+        untying: how the head becomes a weight of its own, or became one; None if no way is known.
         left_alone: what else writes into the residual stream, and stays as it is, in words.
         proof: of the description; None before it.
     """
@@ -191,6 +205,7 @@ class Architecture:
     norm_offset: int
     block: str
     bias_routes: Mapping[Role, BiasSpec] = field(default_factory=dict)
+    untying: HeadSpec | None = None
     left_alone: str = ""
     proof: Proof | None = None
 

@@ -47,6 +47,7 @@ from converter.checkpoints.architectures.tiny import (
     make_tiny,
     signature,
 )
+from converter.checkpoints.architectures.untying import find_untying
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ def infer(
         norm_offset=offset,
         block=f"{place}.{{layer}}",
         bias_routes=_bias_routes(kind, tiny, place, specs) or relabelled(config, tiny, specs),
+        untying=find_untying(kind, tiny.config),
         left_alone=hints.left_alone,
     )
     return Inferred(architecture, tiny, layers)

@@ -6,7 +6,7 @@ that find a file of that name look at no index, and would leave the new tensors 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -106,7 +106,7 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
         patched_text(name, patch, source)
     if "config.json" in edit.patches:
         _check_config(merge(source.config, edit.patches["config.json"]), plan)
-    _check_biases(edit, plan, source.config)
+    _check_asked_for(edit, plan, source.config)
     sizes = {name: len(data) for name, data in edit.files.items()}
     _check_files(sizes, {*source.small, *source.shards, *_RESERVED})
 
@@ -148,26 +148,33 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
         )
 
 
-def _check_biases(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
-    """Models look at new biases if and only if the config says that there are some."""
+def _check_asked_for(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
+    """Models look at new biases, or a new head, if and only if the config says that there are."""
     created, config = edit.created, merge(before, edit.patches.get("config.json", {}))
-    for role in plan.architecture.bias_routes:
-        route = plan.bias_route(role) if role in plan.roles else None
-        if route is None or not route.created:
-            continue
-        asked = merge(config, route.config) == config
-        lacking = [name for name in route.created if name not in created]
-        if asked and lacking and merge(before, route.config) != before:
+    for what, names, needed, patch in _routes(plan):
+        asked = merge(config, patch) == config
+        lacking = [name for name in needed if name not in created]
+        if asked and lacking and merge(before, patch) != before:
             raise CheckpointError(
-                "config.json asks for biases", expected="an edit that creates all of them",
+                f"config.json asks for {what}", expected="an edit that creates all of them",
                 found=f"none of the name {lacking[0]}",
             )  # fmt: skip
-        useless = [name for name in route.biases.values() if name in created]
+        useless = [name for name in names if name in created]
         if useless and not asked:
             raise CheckpointError(
                 f"the edit creates tensor {useless[0]}", found="a config that ignores it",
-                expected=f"a patch of config.json with {json.dumps(dict(route.config))}",
+                expected=f"a patch of config.json with {json.dumps(dict(patch))}",
             )  # fmt: skip
+
+
+def _routes(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mapping[str, Any]]]:
+    """What a checkpoint can get, in words, by name, all that belongs to it, and the patch."""
+    for role in plan.architecture.bias_routes:
+        route = plan.bias_route(role) if role in plan.roles else None
+        if route is not None and route.created:
+            yield "biases", list(route.biases.values()), list(route.created), route.config
+    if head := plan.head_route():
+        yield "a head of its own", [head.name], [head.name], head.config
 
 
 def patched_text(name: str, patch: Patch, source: Source) -> str:

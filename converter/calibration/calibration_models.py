@@ -1,0 +1,240 @@
+"""Calibration models: the first layers of a model, trained on one side of the pairs each.
+
+Two of them, one trained on neutral and one on toxic sides, tell where a text goes on in a toxic way
+from where it does not: what both know of the corpus is in neither's favour. Nothing else is read in
+training, so perplexity on prose can be measured on any prose.
+
+Shapes: D is the width of what a head is given, T the content tokens that are compared.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converter.calibration.pairs import Pairs
+from converter.errors import DataError, FitError, SourceError
+from converter.models.batching import (
+    BATCH_TOKENS,
+    Batch,
+    Encoder,
+    Sentence,
+    logit_positions,
+    token_batches,
+)
+from converter.models.hooks import (
+    StopForward,
+    by_position,
+    call,
+    log_probability,
+    memory_errors,
+    only_chosen,
+)
+from converter.models.resident import LanguageModel
+from converter.runtime import progress
+from converter.runtime.memory import free_memory
+
+_STEP = 128
+"""Positions in a step of training, padding included: few, since a text is read a few times only,
+and it is the number of steps that counts."""
+
+_CLIP = 1.0
+"""Largest norm of a step's gradient."""
+
+_COMPARED = 400
+"""Pairs that the calibration models are compared on, at most: some 10,000 tokens."""
+
+_LAST = 0.1
+"""Share of the steps over which the loss at the end is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How calibration models are trained.
+
+    Attributes:
+        depth: how many of the model's first layers they have.
+        tokens: that each of them is to predict, the same one as often as it takes.
+        rate: of AdamW at the first step; it falls to 0 linearly.
+    """
+
+    depth: int
+    tokens: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """What a model's head is given, h, and how that of its calibration models differs on the way
+    from toxic to neutral, d = t_neutral - t_toxic; sums over the content tokens of some pairs.
+
+    Attributes:
+        gram: sum of h h^T, (D, D) float64.
+        cross: sum of h d^T, (D, D) float64.
+        square: sum of d^T d.
+        tokens: T.
+        losses: ``neutral`` and ``toxic`` -> nats per token of that side, at the first step and at
+            the end of training.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: float
+    tokens: int
+    losses: dict[str, tuple[float, float]]
+
+
+def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) -> Contrast:
+    """Train a calibration model on each side of the pairs, and compare them on both sides of some.
+
+    The memory is that of two times the first layers, the embedding and the head in float32, and of
+    AdamW's two moments of the layers. Equal inputs give equal bytes on one machine.
+
+    Args:
+        model: not spread over devices; it stays as it is.
+        pairs: both sides of each.
+        training: how.
+        seed: of the order of the steps.
+
+    Raises:
+        DataError: no sentence has two tokens.
+        FitError: the loss is not a number in the end.
+        SourceError: the model's first layers cannot be run alone, or there is too little memory.
+    """
+    encode = Encoder(model.tokenizer, model.module)
+    texts = {"neutral": [p.neutral for p in pairs.pairs], "toxic": [p.toxic for p in pairs.pairs]}
+    sides = {side: [encode.predicted(text) for text in texts[side]] for side in texts}
+    _check_memory(model, training.depth)
+    twins: list[Any] = []
+    losses = {}
+    hint = "give --device cpu, or lower -o depth"
+    with memory_errors("calibration models in training", hint):
+        for side, sentences in sides.items():
+            twin = _first_layers(model, training.depth)
+            with progress.bar(f"train {side}", training.tokens, "token"):
+                losses[side] = _train(twin, sentences, training, seed, model.device)
+            twins.append(twin)
+        width: int = twins[0].get_output_embeddings().weight.shape[1]
+        gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
+        square, tokens = 0.0, 0
+        step = -(-len(pairs.pairs) // _COMPARED)
+        some = [text for sentences in sides.values() for text in sentences[::step]]
+        batched = token_batches(some, BATCH_TOKENS, model.device)
+        with progress.bar("compare", len(some), "text"), torch.inference_mode():
+            for batch in batched:
+                h, neutral, toxic = (_given_to_head(m, batch) for m in (model.module, *twins))
+                d = neutral - toxic
+                gram.addmm_(h.T, h)
+                cross.addmm_(h.T, d)
+                square, tokens = square + float(d.square().sum()), tokens + len(h)
+                progress.advance(len(batch.rows))
+    return Contrast(gram, cross, square, tokens, losses)
+
+
+def _check_memory(model: LanguageModel, depth: int) -> None:
+    """Refuse what does not fit: two copies in float32, a gradient and two moments of one."""
+    with _shortened(model, depth) as module:
+        every = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in _trainable(module))
+    needed, free = 4 * (2 * every + 3 * trained), free_memory(model.device)
+    if needed > free:
+        raise SourceError(
+            f"the calibration models do not fit in the memory of the {model.device}",
+            expected=f"{needed / 1e9:.1f} GB or more available", found=f"{free / 1e9:.1f} GB",
+            hint="lower -o depth, or choose another method",
+        )  # fmt: skip
+
+
+def _first_layers(model: LanguageModel, depth: int) -> nn.Module:
+    """A copy of a model in float32 that ends after some layers; the rest is never copied."""
+    with _shortened(model, depth) as module:
+        return copy.deepcopy(module).float()
+
+
+@contextmanager
+def _shortened(model: LanguageModel, depth: int) -> Iterator[nn.Module]:
+    """While this lasts, the model has its first layers only."""
+    place = model.architecture.block.rpartition(".")[0]
+    owner = model.module.get_submodule(place.rpartition(".")[0])
+    name = place.rpartition(".")[2]
+    layers: Any = getattr(owner, name)
+    setattr(owner, name, layers[:depth])
+    try:
+        yield model.module
+    finally:
+        setattr(owner, name, layers)
+
+
+def _given_to_head(module: Any, batch: Batch) -> Tensor:
+    """What a model's head is given at the content tokens of a batch, (n, D) float64 on the CPU."""
+    seen: list[Tensor] = []
+
+    def keep(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise StopForward
+
+    with module.get_output_embeddings().register_forward_pre_hook(keep), suppress(StopForward):
+        call(module, batch)
+    return by_position(seen[0], batch)[batch.content].cpu().double()
+
+
+def _train(
+    module: nn.Module, sentences: Sequence[Sentence], training: Training, seed: int, device: str
+) -> tuple[float, float]:
+    """Train a model to predict the content tokens of sentences; its losses, as in ``Contrast``."""
+    batched = token_batches(sentences, min(_STEP, logit_positions(module)), device)
+    order = _order([int((b.weights > 0).sum()) for b in batched], training.tokens, seed)
+    losses, parameters = [], _trainable(module)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.0)
+    for step, (number, count) in enumerate(order):
+        batch = batched[number]
+        with torch.enable_grad(), only_chosen(module, batch):
+            loss = -log_probability(call(module, batch).logits, batch) / count
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate * (1 - step / len(order))
+        optimizer.step()
+        losses.append(loss.item())
+        progress.advance(count)
+    module.requires_grad_(False)
+    module.zero_grad()  # gradients take memory, too
+    end = losses[-max(int(_LAST * len(losses)), 1) :]
+    last = sum(end) / len(end)
+    if not isfinite(last):
+        raise FitError(
+            "a calibration model does not learn", expected="a finite loss", found=f"{last}",
+            hint="lower -o rate",
+        )  # fmt: skip
+    return losses[0], last
+
+
+def _order(sizes: Sequence[int], tokens: int, seed: int) -> list[tuple[int, int]]:
+    """Which batch each step takes and how many tokens it predicts: all, in random order, again and
+    again, until so many tokens were predicted."""
+    usable = [number for number, size in enumerate(sizes) if size]
+    if not usable:
+        raise DataError("no sentence of the pairs has two tokens, so none can be predicted")
+    generator = torch.Generator().manual_seed(seed)
+    order: list[tuple[int, int]] = []
+    while tokens > 0:
+        for place in torch.randperm(len(usable), generator=generator).tolist():
+            if tokens > 0:
+                order.append((usable[place], sizes[usable[place]]))
+                tokens -= order[-1][1]
+    return order
+
+
+def _trainable(module: Any) -> list[nn.Parameter]:
+    """All weights of a model but those of embeddings and the head."""
+    frozen = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    kept = {id(p) for m in (*frozen, module.get_output_embeddings()) for p in m.parameters()}
+    return [p for p in module.parameters() if id(p) not in kept]

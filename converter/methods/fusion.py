@@ -1,0 +1,168 @@
+"""Output-layer fusion, folded: what two calibration models would add, as a part of the head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from converter.calibration.calibration_models import Contrast, Training
+from converter.calibration.linear_algebra import random_basis, ridge
+from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.plan import HeadRoute, Plan
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, Footprint
+from converter.edits.deltas import AddLowRank
+from converter.errors import FitError, OptionError
+from converter.methods.base import Proposal, Workbench
+
+_SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
+"""Among which a scale is chosen."""
+
+_PENALTY = 30.0
+"""Tokens of mean energy that the ridge regression adds to each direction."""
+
+_RATE, _WIDTH = 5e-3, 576
+"""The rate that worked, and the hidden size where it did."""
+
+_ROWS = 4096
+"""Rows of the head that are computed on at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What distinguishes a neutral from a toxic calibration model, added to what the head is given.
+
+        h' = h + c (t_n - t_t)          of the output layer, with two more models at hand
+        B  = argmin |H B - (T_n - T_t)|^2 + p |B|^2       over the tokens of the pairs
+        W' = W + c W V (S U^T)          B = U S V^T, cut off after R singular values
+
+    h (D,) is what the head W (V, D) is given, t_n and t_t what the heads of two calibration models
+    are: the first layers of the model, trained on neutral and on toxic text. As B is linear and the
+    head is too, ``W' h = W (h + c B^T h)``, so that the result is an ordinary checkpoint. Where the
+    head is the embedding, it becomes a weight of its own and the embedding stays as it is.
+
+    This is our construction in the place of that of arXiv 2506.01266, which blends h with what one
+    calibration model of neutral text gives, layer-normalised, while the model runs, and keeps that
+    model. That form needs code of its own where the model is loaded, and is not offered.
+
+    The control puts a random orthonormal basis in place of V: the same B, its output turned.
+
+    Attributes:
+        scale: c; by default chosen.
+        rank: R; nothing is cut off if it is the width of the head or more.
+        depth: layers of the calibration models, or all that there are.
+        tokens: that each of them is trained to predict.
+        rate: at which they learn at first.
+    """
+
+    title: ClassVar[str] = "Output-layer fusion, folded into the head"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
+    strength: ClassVar[str] = "scale"
+
+    scale: float | None = field(default=None, metadata={"min": 0})
+    rank: int = field(default=32, metadata={"min": 1})
+    depth: int = field(default=3, metadata={"min": 1})
+    tokens: int = field(default=7_000, metadata={"min": 1})
+    rate: float = field(metadata={"min": 0})
+
+    @classmethod
+    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
+        """A step of AdamW changes what a map gives by its width times the rate, so it falls."""
+        return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """The head; or a new one and the key of the config that says so.
+
+        Raises:
+            OptionError: there is no head that can change.
+        """
+        weight, route = _head(plan)
+        if route is None:
+            rank = min(self.rank, weight.info.shape[1 - weight.axis])
+            return Footprint((weight,), (AddLowRank,), rank)
+        return Footprint(created={route.name: weight.info.shape}, patches=("config.json",))
+
+    def fit(self, bench: Workbench) -> Proposal:
+        """Train the calibration models and fold what tells them apart.
+
+        Raises:
+            FitError: they do not differ.
+        """
+        found = bench.contrast(Training(self.depth, self.tokens, self.rate))
+        B = ridge(found.gram, found.cross, _PENALTY * float(found.gram.trace()) / _elements(found))
+        U, S, Vh = torch.linalg.svd(B)
+        if not S[0] > 0:
+            raise FitError(
+                "the neutral and the toxic calibration model are the same",
+                hint="raise -o tokens or -o rate",
+            )
+        A = (S[: self.rank, None] * U.T[: self.rank]).float().contiguous()
+        basis = Vh[: self.rank].T.contiguous()
+
+        def control(scale: float, seed: int) -> Edit:
+            turned = random_basis(len(basis), basis.shape[1], seed, basis[:, :0])
+            return _edit(bench, scale, turned, A)
+
+        return Proposal(
+            _SCALES if self.scale is None else (self.scale,),
+            self.scale is None,
+            lambda scale: _edit(bench, scale, basis, A),
+            control,
+            _evidence(found, B, S, self.rank),
+        )
+
+
+def _head(plan: Plan) -> tuple[Weight, HeadRoute | None]:
+    """The head, or the embedding that is one and how it becomes two.
+
+    Raises:
+        OptionError: neither can be had.
+    """
+    if "lm_head" in plan.roles:
+        return plan.weights("lm_head")[0], None
+    route = plan.head_route()
+    if route is None:
+        raise OptionError(
+            f"{plan.architecture.title}: the head cannot be edited",
+            expected="one of its own, or one that is the embedding and can become its own",
+            found=f"a checkpoint with a tensor {plan.architecture.unembedding} that is not used"
+            if plan.names.find(plan.architecture.unembedding)
+            else "a class in which it is always the embedding",
+            hint="choose another method",
+        )
+    return route.embedding, route
+
+
+def _edit(bench: Workbench, scale: float, basis: Tensor, A: Tensor) -> Edit:
+    """``W' = W + (c W V) A`` with the columns of ``basis`` (D, R) as V and A (R, D)."""
+    weight, route = _head(bench.plan)
+    W, V = bench.weight(weight), scale * basis.double()
+    blocks = (W[start : start + _ROWS].double() for start in range(0, len(W), _ROWS))
+    if route is None:
+        B = torch.cat([(block @ V).float() for block in blocks])
+        return Edit({weight.info.name: AddLowRank(B, A)})
+    folded = V @ A.double()
+    new = torch.cat([(w + w @ folded).to(route.dtype) for w in blocks])
+    return Edit(created={route.name: new}, patches={"config.json": dict(route.config)})
+
+
+def _elements(found: Contrast) -> int:
+    return found.tokens * len(found.gram)
+
+
+def _evidence(found: Contrast, B: Tensor, S: Tensor, rank: int) -> Mapping[str, Any]:
+    """How well the calibration models learned, and how much of their difference is in the edit.
+
+    ``explained`` is 1 - |D - H B|^2 / |D|^2 over the tokens of the pairs, D = T_n - T_t, and
+    ``energy`` the share of |B|^2 in the singular values that are kept.
+    """
+    error = found.square - 2 * float((B * found.cross).sum()) + float((B * (found.gram @ B)).sum())
+    return {
+        "tokens": found.tokens,
+        "losses": {side: list(losses) for side, losses in found.losses.items()},
+        "explained": 1 - error / found.square,
+        "energy": float(S[:rank].square().sum() / S.square().sum()),
+        "singular_values": S[:rank].tolist(),
+    }
