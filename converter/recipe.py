@@ -39,7 +39,7 @@ class Recipe(Options):
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
-        "Method that makes the edit: gloss, gloss-paper, profs or random.", example="profs",
+        "Method that makes the edit: gloss, gloss-paper, profs, dinm or random.", example="profs",
     )] = "gloss"
     options: Annotated[dict[str, str], Option(
         "Options of the method.", flag="-o", metavar="KEY=VALUE", example="rank=4",

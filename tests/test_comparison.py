@@ -151,7 +151,11 @@ def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
 def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     for args, code, says in (
-        (("--control", "magic"), 2, "expected gloss, gloss-paper, profs, random, found magic"),
+        (
+            ("--control", "magic"),
+            2,
+            "expected gloss, gloss-paper, profs, dinm, random, found magic",
+        ),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.plan import Plan
-from converter.checkpoints.safetensors.header import DTYPES, to_bytes
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
 from converter.edits.deltas import (
     KINDS,
@@ -136,7 +136,7 @@ def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]
         known.add((id(delta), height, width))
     if delta.protects is None and _is_shared(weight):
         return "one that shares its tensor with others"
-    return misfit_of(delta, DTYPES.get(weight.info.dtype))
+    return misfit_of(delta, weight.dtype)
 
 
 def _check_table(what: str, table: Any, fits: Callable[[Any], bool], wanted: str) -> None:
