@@ -13,6 +13,7 @@ from converter.edits.base import Edit
 from converter.edits.deltas import AddBits
 from converter.edits.rounding_bounds import sha256_undone
 from converter.errors import CheckpointError
+from converter.models.edited import edited as edits
 from converter.outputs.base import sha256_of_tensor
 from converter.release.manifest import read_manifest
 from tests.builders.adversary import copy_of, reseal
@@ -23,6 +24,7 @@ from tests.builders.models import Checkpoints, planned, tiny_recipe
 from tests.builders.packages import install
 from tests.test_edit import D, F, edited, stored, target
 from tests.test_quantization import BLOCKS, as_fp8
+from tests.test_streamed import Opened, difference, log_p
 
 EVERY = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).short()
 """All patterns of 16 bits."""
@@ -92,6 +94,21 @@ def out(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     converter.convert(recipe, tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_hooks_of_a_streamed_model_know_its_weight(kind: str, checkpoints: Checkpoints) -> None:
+    opened = Opened.of(checkpoints(kind))
+    (weight,) = opened.plan.weights("down_proj", [2])
+    W = opened.source.read(weight.shard, weight.info).movedim(weight.axis, 0)
+    edit = Edit({weight.info.name: AddBits.between(W, W + 0.1 * torch.randn(W.shape))})
+    found = list[Tensor]()
+    for model in (opened.resident(), opened.streamed()):
+        before = log_p(model)
+        with edits(model.module, opened.plan, edit):
+            found += [before, log_p(model)]
+    assert difference(found[3], found[1]) < 1e-5
+    assert difference(found[1], found[0]) > 1e-4
 
 
 SAYS = "taking that back gives a tensor of another sha256"

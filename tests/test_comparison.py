@@ -154,7 +154,7 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (
             ("--control", "magic"),
             2,
-            "expected gloss, gloss-paper, profs, dinm, random, found magic",
+            "expected dinm, gloss, gloss-paper, profs, random, found magic",
         ),
         (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
         (("--control", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),

@@ -360,8 +360,11 @@ def test_a_replay_gives_the_same_bytes(
 ) -> None:
     out, again = written("llama"), tmp_path / "again"
     source = checkpoints("llama", torch.bfloat16)
-    result = cli("replay", out, again, "--source", source, "--json", code=0)
-    assert json.loads(result.stdout)["identical"] is True
+    result = cli("replay", out, again, "--source", source, "--refit", "--json", code=0)
+    said = json.loads(result.stdout)
+    assert said["identical"] is True
+    assert set(said["angles"]) == {"d", "like"}
+    assert said["angles"]["d"][0] == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])

@@ -1,7 +1,6 @@
 """DINM: one down-projection is trained until the model answers an attack with a refusal."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import isfinite
@@ -14,13 +13,12 @@ from converter.calibration.instances import Instance, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.plan import Plan
-from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddBits
 from converter.errors import FitError, OptionError
 from converter.methods.base import Aim, Proposal, Workbench
 from converter.methods.dialogue import Dialogue, Dialogues
-from converter.methods.dinm_layer import distances
+from converter.methods.dinm_layer import distances, weights_of
 from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
 from converter.models.resident import Model
 from converter.runtime import progress
@@ -33,8 +31,6 @@ _SPARED = 4
 
 _KEPT = 0.5
 """Share of what an answer gained that has to be left after rounding; less is warned of."""
-
-_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +86,7 @@ class Method:
             OptionError: an option is out of range, or one of the layers has no such weight.
         """
         self._check_options()
-        weights = _weights_of(plan, self._layers(plan))
+        weights = weights_of(plan, self._layers(plan))
         return Footprint(tuple(weights.values()), (AddBits,))
 
     def fit(self, bench: Workbench) -> Proposal:
@@ -114,7 +110,7 @@ class Method:
             self.parity == "yes",
         )  # fmt: skip
         layer, evidence = self._choose(model, bench.plan, chosen)
-        weight = _weights_of(bench.plan, [layer])[layer]
+        weight = weights_of(bench.plan, [layer])[layer]
         stored = bench.weight(weight).to(weight.dtype)
 
         def train(texts: Texts, schedule: Schedule) -> Training:
@@ -253,38 +249,6 @@ def numbers_of(text: str, count: int) -> list[int]:
             expected=f"numbers from 0 to {count - 1}, such as 0 or 0,5,7-9",
         )  # fmt: skip
     return sorted(found)
-
-
-def _weights_of(plan: Plan, layers: Sequence[int]) -> dict[int, Weight]:
-    """Layer -> its down-projection.
-
-    Raises:
-        OptionError: one has several, or one that cannot be trained by itself.
-    """
-    users = Counter(weight.info.name for weight in plan.targets)
-    by_layer: dict[int, list[Weight]] = {layer: [] for layer in layers}
-    for weight in plan.weights("down_proj", layers):
-        by_layer[weight.layer].append(weight)
-    for layer, weights in by_layer.items():
-        if found := _obstacle(weights, users):
-            raise OptionError(
-                f"--method dinm, layer {layer}", found=found,
-                expected="one down-projection in 16 or 32 bits with a tensor of its own",
-                hint="choose another -o layer if the model has one, or another method",
-            )  # fmt: skip
-    return {layer: weights[0] for layer, weights in by_layer.items()}
-
-
-def _obstacle(weights: Sequence[Weight], users: Mapping[str, int]) -> str | None:
-    """Why the down-projections of a layer cannot be trained, or None; ``users`` of each tensor."""
-    weight = weights[0]
-    if len(weights) > 1 or weight.mixed or weight.expert is not None or len(weight.info.shape) > 2:
-        return "a mixture of experts or several networks, so that no one weight makes its output"
-    if weight.scales is not None:
-        return "one in FP8, whose steps are larger than the edit"
-    if weight.rows is not None or users[weight.info.name] > 1:
-        return "one that shares its tensor with others"
-    return None if weight.info.dtype in _DTYPES else f"dtype {weight.info.dtype}"
 
 
 def _value(delta: AddBits, stored: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Which layer DINM edits, by the rule of its authors, which locates nothing.
+"""Which layer DINM edits: one that has a weight to train, by the rule of its authors.
+
+The rule locates nothing.
 
     layer = argmax over l < L - 1 of  || H_l(safe) - H_l(unsafe) ||_F      H_l: what layer l gives
 
@@ -7,14 +9,21 @@ harmless texts, too. The last layer is left out: the authors compare what it giv
 norm with others that have not been through it.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
+from converter.errors import OptionError
 from converter.models.batching import Sentence, batches, beginning, encode
 from converter.models.hooks import memory_errors
 from converter.models.resident import Model
+
+_DTYPES = ("BF16", "F16", "F32")
+"""Of weights that can be trained: float32 holds their numbers."""
 
 Pair = tuple[str, str]
 
@@ -40,3 +49,35 @@ def distances(model: Model, layers: Sequence[int], pairs: Sequence[Pair]) -> lis
     with memory_errors("a pair of answers", hint="give --device cpu, or -o layer"):
         model.visit(modules, batched, show)
     return found
+
+
+def weights_of(plan: Plan, layers: Sequence[int]) -> dict[int, Weight]:
+    """Layer -> its down-projection.
+
+    Raises:
+        OptionError: one has several, or one that cannot be trained by itself.
+    """
+    users = Counter(weight.info.name for weight in plan.targets)
+    by_layer: dict[int, list[Weight]] = {layer: [] for layer in layers}
+    for weight in plan.weights("down_proj", layers):
+        by_layer[weight.layer].append(weight)
+    for layer, weights in by_layer.items():
+        if found := _obstacle(weights, users):
+            raise OptionError(
+                f"--method dinm, layer {layer}", found=found,
+                expected="one down-projection in 16 or 32 bits with a tensor of its own",
+                hint="choose another -o layer if the model has one, or another method",
+            )  # fmt: skip
+    return {layer: weights[0] for layer, weights in by_layer.items()}
+
+
+def _obstacle(weights: Sequence[Weight], users: Mapping[str, int]) -> str | None:
+    """Why the down-projections of a layer cannot be trained, or None; ``users`` of each tensor."""
+    weight = weights[0]
+    if len(weights) > 1 or weight.mixed or weight.expert is not None or len(weight.info.shape) > 2:
+        return "a mixture of experts or several networks, so that no one weight makes its output"
+    if weight.scales is not None:
+        return "one in FP8, whose steps are larger than the edit"
+    if weight.rows is not None or users[weight.info.name] > 1:
+        return "one that shares its tensor with others"
+    return None if weight.info.dtype in _DTYPES else f"dtype {weight.info.dtype}"
