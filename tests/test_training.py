@@ -13,7 +13,7 @@ from converter.models.batching import Encoder, Sentence
 from converter.models.resident import Model
 from converter.models.training import TrainedMap
 from tests.builders.models import Checkpoints
-from tests.test_streamed import TEXTS, Opened, difference
+from tests.test_streamed import TEXTS, Opened, difference, log_p
 
 LAYER = 2
 KINDS = ["llama", "gpt2", "gemma2", "gpt_neox", "falcon", "opt"]
@@ -141,3 +141,28 @@ def test_layers_below_are_run_once_and_the_model_is_as_it_was(checkpoints: Check
     trained.gradient(partial(loss_of, sentences))
     assert set(ran) == set(names[LAYER:])
     assert torch.equal(model.module(input_ids=ids).logits, before)
+
+
+def test_a_step_of_a_streamed_model_reads_the_layers_above_only(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer of the weight stays in memory until another pass."""
+    opened = Opened.of(checkpoints("llama"))
+    weight, model = down_proj(opened), opened.streamed()
+    sentences, read = texts(model), list[str]()
+    trained = TrainedMap(model, weight, matrix(opened.source, weight), sentences)
+    trained.gradient(partial(loss_of, sentences))
+    load = model.weights.load
+
+    def noted(part: str) -> None:
+        if part not in model.weights.loaded:
+            read.append(part)
+        load(part)
+
+    monkeypatch.setattr(model.weights, "load", noted)
+    trained.gradient(partial(loss_of, sentences))
+    above = [f"model.layers.{n}" for n in range(LAYER + 1, 6)]
+    assert [name for name in read if name.startswith("model.layers")] == above + above[::-1]
+    assert model.weights.loaded == {f"model.layers.{LAYER}"}
+    log_p(model)
+    assert not model.weights.loaded

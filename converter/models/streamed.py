@@ -85,7 +85,7 @@ class StreamedModel:
         names = {module: name for name, module in self.module.named_modules()}
         self._embedding = weights.parts_of(names[self.module.get_input_embeddings()])
         self._head = weights.parts_of(names[self.module.get_output_embeddings()])
-        self._head_needs_embedding = False
+        self._head_needs_embedding, self._kept = False, frozenset[str]()
         self._rows, self._steps, self._done = list[int](), 1, 0  # for the count of sentences
 
     def _stand_in(self, number: int, block: nn.Module) -> None:
@@ -161,12 +161,16 @@ class StreamedModel:
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. Layers come in descending order.
 
+        With ``entered`` the lowest of these layers stays in memory until the next pass without it,
+        so that step after step reads those above only.
+
         A pass up keeps what every layer from the first one of interest on is given; a pass down
         runs each layer again from that, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
         start = 0 if entered is None else first
-        with self._pass(batched, 2 * end + 1 - first - start, head=True) as states:
+        kept = frozenset({self._blocks[first]} if entered else ())
+        with self._pass(batched, 2 * end + 1 - first - start, head=True, kept=kept) as states:
             for number, state in enumerate(entered.states if entered and start else ()):
                 states.put((first, number), state)
             self._upwards(batched, states, range(start, end), first)
@@ -303,13 +307,19 @@ class StreamedModel:
         try:
             yield
         finally:
-            self.weights.drop(self._blocks[layer])
+            if self._blocks[layer] not in self._kept:
+                self.weights.drop(self._blocks[layer])
 
     @contextmanager
     def _pass(
-        self, batched: Sequence[Batch], steps: int, *, head: bool = False
+        self,
+        batched: Sequence[Batch],
+        steps: int,
+        *,
+        head: bool = False,
+        kept: frozenset[str] = frozenset(),
     ) -> Iterator[HiddenStates]:
-        """A pass over the weights, all of which are let go at its end.
+        """A pass over the weights, all of which are let go at its end, but for layers to be kept.
 
         Args:
             steps: that each batch takes, not one after the other: its sentences count as done only
@@ -317,13 +327,13 @@ class StreamedModel:
             head: whether it goes to the end, where the head may share the embedding's weight.
         """
         self._rows, self._steps, self._done = [len(batch.rows) for batch in batched], steps, 0
-        self._head_needs_embedding = head and bool(self._embedding & self._head)
+        self._head_needs_embedding, self._kept = head and bool(self._embedding & self._head), kept
         try:
             with HiddenStates(self._held, self._folder) as states:
                 yield states
         finally:
             self._given = self._entered = None
-            self.weights.drop_all()
+            self.weights.drop_all(but=kept)
 
     def _step(self, number: int) -> None:
         """One step of a batch is done."""
