@@ -1,6 +1,8 @@
 """DINM: what is trained, on which tokens, and what becomes of it."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import pairwise
@@ -113,10 +115,24 @@ def test_evidence_tells_of_the_written_change(source: Path) -> None:
     proposal = fit(source, steps=3)
     delta, evidence = change(source, delta_of(proposal)), proposal.evidence
     assert evidence["rank"] == int(torch.linalg.matrix_rank(delta.float()))
-    assert evidence["largest_change"] == float(delta.abs().max())
+    assert evidence["largest_change"] == pytest.approx(float(delta.abs().max()), rel=1e-6)
+    assert evidence["relative_change"] > 0.1
     assert 0.9 * RATE < evidence["largest_change"] <= 3.2 * 3 * RATE, "bounds of Adam"
     assert proposal.strengths == (3,)
     assert not proposal.is_free
+
+
+def test_the_model_can_be_let_go_while_its_edit_is_written(source: Path) -> None:
+    """What a proposal holds is as large as one weight; a control loads the model again."""
+    bench = bench_of(source)
+    proposal = Method(layer=3, steps=1).fit(bench)
+    module: Any = bench.load()
+    left = weakref.ref(module.module)
+    del module
+    bench.unload()
+    gc.collect()
+    assert left() is None
+    assert proposal.control(1.0, 1).tensors.keys() == proposal.edit(1.0).tensors.keys()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -1,9 +1,8 @@
 """DINM: one down-projection is trained until the model answers an attack with a refusal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import isfinite
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,11 +12,12 @@ from converter.calibration.instances import Instance, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddBits
 from converter.errors import FitError, OptionError
 from converter.methods.base import Aim, Proposal, Workbench
-from converter.methods.dialogue import Dialogue, Dialogues
+from converter.methods.dialogue import Dialogues
 from converter.methods.dinm_layer import distances, weights_of
 from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
 from converter.models.resident import Model
@@ -104,39 +104,37 @@ class Method:
                 "-o parity=yes", expected="one -o instance: the authors' code mixes up several",
                 found=str(len(chosen)),
             )  # fmt: skip
-        model = bench.load()
-        write = Dialogues(
-            model, self._suffix(model), self.end == "yes" and self.parity == "no",
-            self.parity == "yes",
-        )  # fmt: skip
-        layer, evidence = self._choose(model, bench.plan, chosen)
+        layer, evidence = self._choose(bench, chosen)
         weight = weights_of(bench.plan, [layer])[layer]
         stored = bench.weight(weight).to(weight.dtype)
-
-        def train(texts: Texts, schedule: Schedule) -> Training:
-            return Training(model, weight, stored.float(), texts, schedule)
-
-        training = train(_lesson(write, chosen, known, self.contrast > 0), self._schedule())
+        training = self._train(bench, weight, stored, _lesson(chosen, known, self.contrast > 0))
         if not training.steps:
             raise FitError("there is nothing to learn: the loss is below what ends the training")
-        delta = AddBits.between(stored, training.result)
-        change = _value(delta, stored) - stored.double()
-        evidence |= self._measured(training, _value(delta, stored), stored)
+        delta, suffix = AddBits.between(stored, training.result), training.suffix
+        evidence |= self._measured(training, delta, stored)
+        norm = evidence["relative_change"] * _norm(stored.float())
 
         @cache
         def placebo() -> AddBits:
-            schedule, texts = self._placebo(write, chosen, known)
-            return AddBits.between(stored, train(texts, schedule).result)
+            """Trained when it is asked for, on the model that the bench then has."""
+            texts = _placebo(chosen, known)
+            return AddBits.between(stored, self._train(bench, weight, stored, texts).result)
 
         def control(strength: float, seed: int) -> Edit:
-            found = placebo() if seed % 2 else _random(stored, float(change.norm()), seed)
-            return Edit({weight.info.name: found})
+            return Edit({weight.info.name: placebo() if seed % 2 else _random(stored, norm, seed)})
 
         return Proposal(
             (training.steps,), False, lambda strength: Edit({weight.info.name: delta}), control,
-            {"layer": layer, "suffix": write.suffix, **evidence},
-            lesson=Lesson(tuple(chosen), write.suffix),
+            {"layer": layer, "suffix": suffix, **evidence},
+            lesson=Lesson(tuple(chosen), suffix),
         )  # fmt: skip
+
+    def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:
+        model, parity = bench.load(), self.parity == "yes"
+        write = Dialogues(model, self._suffix(model), self.end == "yes" and not parity, parity)
+        kl: Constraint = "value" if parity else self.kl
+        schedule = Schedule(self.steps, self.learning_rate, self.c_edit, kl, self.contrast)
+        return Training(write, weight, stored.float(), texts, schedule)
 
     def _check_options(self) -> None:
         suffix = self.suffix is None or (self.suffix.strip() and self.suffix.isprintable())
@@ -149,10 +147,6 @@ class Method:
                 raise OptionError(f"-o {name}", expected=expected, found=f"{getattr(self, name)!r}")
         if self.parity == "yes" and (self.kl == "off" or self.contrast):
             raise OptionError("-o parity=yes", expected="the authors' loss", found="kl or contrast")
-
-    def _schedule(self) -> Schedule:
-        kl: Constraint = "value" if self.parity == "yes" else self.kl
-        return Schedule(self.steps, self.learning_rate, self.c_edit, kl, self.contrast)
 
     def _suffix(self, model: Model) -> str:
         """S, or nothing."""
@@ -177,15 +171,13 @@ class Method:
             )  # fmt: skip
         return found
 
-    def _choose(
-        self, model: Model, plan: Plan, chosen: Sequence[Instance]
-    ) -> tuple[int, dict[str, Any]]:
+    def _choose(self, bench: Workbench, chosen: Sequence[Instance]) -> tuple[int, dict[str, Any]]:
         """The layer, and the distances that it was chosen by, if it was not given."""
-        layers = self._layers(plan)
+        layers = self._layers(bench.plan)
         if self.layer is not None:
             return self.layer, {}
         pairs = [(instance.safe, instance.unsafe) for instance in chosen]
-        *found, control = distances(model, layers, [*pairs, chosen[0].general])
+        *found, control = distances(bench.load(), layers, [*pairs, chosen[0].general])
         means = [sum(column) / len(found) for column in zip(*found, strict=True)]
         layer, other = (layers[values.index(max(values))] for values in (means, control))
         progress.note(
@@ -199,10 +191,12 @@ class Method:
             "control_layer": other,
         }  # fmt: skip
 
-    def _measured(self, training: Training, new: Tensor, stored: Tensor) -> dict[str, Any]:
-        """What the evidence has of a training, whose weight is ``new`` after rounding."""
-        curves = training.curves
-        nll, kl = training.measured(new.float())
+    def _measured(self, training: Training, delta: AddBits, stored: Tensor) -> dict[str, Any]:
+        """What the evidence has of a training. Raises FitError if the weight is not finite."""
+        curves, new = training.curves, delta.after(stored).float()
+        if not bool(new.isfinite().all()):
+            raise FitError("the trained weight is too large for its dtype")
+        nll, kl = training.measured(new)
         gained, left = curves.nll[0] - curves.nll[-1], curves.nll[0] - nll
         if not left >= _KEPT * gained:
             progress.warn(
@@ -210,24 +204,15 @@ class Method:
                 f"answer's log-probability per token rises by {left:.3f} nats instead of "
                 f"{gained:.3f}; give a larger -o learning_rate"
             )
-        change = new - stored.double()
+        change = new - stored.float()
         return {
             "steps": training.steps, "nll": curves.nll, "kl": curves.kl,
             **({"spared": curves.spared} if self.contrast else {}),
             "rounded": {"nll": nll, "kl": kl},
-            "relative_change": float(change.norm() / (stored.double().norm() or 1.0)),
+            "relative_change": _norm(change) / (_norm(stored.float()) or 1.0),
             "largest_change": float(change.abs().max()),
             "rank": numerical_rank(change),
         }  # fmt: skip
-
-    def _placebo(
-        self, write: Dialogues, chosen: Sequence[Instance], known: Sequence[Instance]
-    ) -> tuple[Schedule, Texts]:
-        """The same training with harmless questions and answers in the place of the attacks."""
-        own = {instance.general: None for instance in chosen}
-        others = [each.general for each in known if each.general not in own][: len(own)]
-        texts = Texts(_written(write, list(own)), _written(write, others))
-        return self._schedule(), texts
 
 
 def numbers_of(text: str, count: int) -> list[int]:
@@ -251,33 +236,29 @@ def numbers_of(text: str, count: int) -> list[int]:
     return sorted(found)
 
 
-def _value(delta: AddBits, stored: Tensor) -> Tensor:
-    """W' (O, I) float64. Raises FitError if it is not finite."""
-    new = delta.after(stored).double()
-    if not isfinite(float(new.abs().max())):
-        raise FitError("the trained weight is too large for its dtype")
-    return new
+def _norm(x: Tensor) -> float:
+    """Frobenius, summed in float64."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 def _random(stored: Tensor, norm: float, seed: int) -> AddBits:
     """A Gaussian update of some norm."""
     drawn = torch.randn(stored.shape, generator=torch.Generator().manual_seed(seed))
-    return AddBits.between(stored, stored.float() + drawn * (norm / float(drawn.norm())))
+    return AddBits.between(stored, stored.float() + drawn * (norm / _norm(drawn)))
 
 
-def _lesson(
-    write: Dialogues, chosen: Sequence[Instance], known: Sequence[Instance], spare: bool
-) -> Texts:
-    """The texts of a training."""
-    generals = list(dict.fromkeys(instance.general for instance in chosen))
-    questions = list(dict.fromkeys(each.general[0] for each in (*chosen, *known)))
-    spared = [(q, each.safe) for each in chosen for q in questions[:_SPARED]] if spare else []
-    edits = [(instance.prompt, instance.safe) for instance in chosen]
-    return Texts(*(_written(write, texts) for texts in (edits, generals, spared)))
+def _lesson(chosen: Sequence[Instance], known: Sequence[Instance], spare: bool) -> Texts:
+    """What is learnt, and what is held."""
+    questions = list(dict.fromkeys(each.general[0] for each in (*chosen, *known)))[:_SPARED]
+    return Texts(
+        [(instance.prompt, instance.safe) for instance in chosen],
+        list(dict.fromkeys(instance.general for instance in chosen)),
+        [(question, each.safe) for each in chosen for question in questions] if spare else [],
+    )
 
 
-_Write = Callable[[str, str], Dialogue]
-
-
-def _written(write: _Write, texts: Sequence[tuple[str, str]]) -> list[Dialogue]:
-    return [write(prompt, answer) for prompt, answer in texts]
+def _placebo(chosen: Sequence[Instance], known: Sequence[Instance]) -> Texts:
+    """The same with harmless questions and answers in the place of the attacks."""
+    own = list(dict.fromkeys(instance.general for instance in chosen))
+    others = dict.fromkeys(each.general for each in known if each.general not in own)
+    return Texts(own, list(others)[: len(own)])

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from converter.checkpoints.weights import Weight
 from converter.errors import FitError
-from converter.methods.dialogue import Dialogue
-from converter.models.resident import Model
+from converter.methods.dialogue import Dialogues
 from converter.models.training import TrainedMap
 from converter.runtime import progress
 
@@ -43,11 +42,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What it is trained on: edits are learnt, the others are held."""
+    """Prompts and answers that it is trained on: edits are learnt, the others are held."""
 
-    edits: Sequence[Dialogue]
-    generals: Sequence[Dialogue]
-    spared: Sequence[Dialogue] = ()
+    edits: Sequence[tuple[str, str]]
+    generals: Sequence[tuple[str, str]]
+    spared: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(slots=True)
@@ -69,24 +68,28 @@ class Training:
     """One weight in training.
 
     Args:
+        write: makes dialogues of the texts, for the model that runs.
         W: (O, I) float32, where it begins; it stays as it is.
 
     Attributes:
+        suffix: that the prompts have.
         curves: what was measured.
         steps: that were taken.
     """
 
     def __init__(
-        self, model: Model, weight: Weight, W: Tensor, texts: Texts, schedule: Schedule
+        self, write: Dialogues, weight: Weight, W: Tensor, texts: Texts, schedule: Schedule
     ) -> None:
         self._schedule, self._texts = schedule, texts
-        self._dialogues = [*texts.edits, *texts.generals, *texts.spared]
+        given = [*texts.edits, *texts.generals, *texts.spared]
+        self._dialogues = [write(prompt, answer) for prompt, answer in given]
+        self.suffix = write.suffix
         self._base: dict[int, Tensor] = {}  # of the unedited model: log p, of all tokens or some
         self.curves, self.steps = Curves(), 0
         passes = 1 + schedule.steps + 2
         with progress.bar("train", passes * len(self._dialogues), "text"):
             sentences = [dialogue.sentence for dialogue in self._dialogues]
-            self._map = TrainedMap(model, weight, W.clone(), sentences)
+            self._map = TrainedMap(write.model, weight, W.clone(), sentences)
             self._run()
 
     @property
