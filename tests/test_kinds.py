@@ -1,4 +1,4 @@
-"""Five kinds of edits, each by a small method, through everything that an edit goes through.
+"""Six kinds of edits, each by a small method, through everything that an edit goes through.
 
 ``tests/builders/methods.py`` has the methods: a matrix of rank one that is added to a weight, a
 vector that is added to some of its rows, a weight that is replaced, a bias that is created together
@@ -63,6 +63,7 @@ KINDS = [
     Kind("rank-one", "add-low-rank", "layers.2.mlp.down_proj.weight"),
     Kind("rows", "add-to-rows", "layers.2.mlp.gate_proj.weight"),
     Kind("replaced", "replace", "layers.2.self_attn.o_proj.weight"),
+    Kind("bits", "add-bits", "layers.2.mlp.down_proj.weight"),
     CREATED,
     ADDED,
 ]

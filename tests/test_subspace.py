@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from converter.calibration.calibration_models import Contrast, Training
+from converter.calibration.instances import Instances
 from converter.calibration.linear_algebra import (
     eigen_directions,
     extend,
@@ -36,6 +37,7 @@ from converter.methods.base import METHODS, Proposal
 from converter.methods.gloss_paper import RANKINGS, above_threshold, global_basis
 from converter.methods.options import configure, parse_layers
 from converter.methods.subspace import Removal, Subspace
+from converter.models.resident import Model
 from tests.builders.errors import refused
 
 N, D, L = 200, 48, 6
@@ -114,6 +116,13 @@ class Desk:
     asked: list[Request] = field(default_factory=list)
     plan: Plan = PLAN
     words: WordList = WORDS
+
+    @property
+    def instances(self) -> Instances:
+        raise AssertionError("no method of a subspace looks at instances")
+
+    def load(self) -> Model:
+        raise AssertionError("no method of a subspace runs a model itself")
 
     def activations(self, request: Request) -> Activations:
         self.asked.append(request)

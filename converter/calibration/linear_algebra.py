@@ -136,3 +136,14 @@ def eigen_directions(matrix: Tensor, count: int, toward: Tensor) -> Tensor:
     start = torch.randn(width, count, generator=generator, dtype=torch.float64)
     found = torch.lobpcg(matrix.double(), X=start, niter=500, tol=1e-10, largest=True)
     return turned(found[1].T, toward)
+
+
+def numerical_rank(A: Tensor) -> int:
+    """Of a matrix (O, I): singular values above max(O, I) times float32's epsilon of the largest.
+
+    They are the roots of the eigenvalues of the smaller Gram matrix, in float64.
+    """
+    wide = (A if A.shape[0] <= A.shape[1] else A.T).double()
+    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()
+    least = max(A.shape) * torch.finfo(torch.float32).eps * values[-1]
+    return int((values > least).sum())

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 from converter.checkpoints.architectures.architecture import Architecture, Role, WeightSpec
-from converter.checkpoints.safetensors.header import FLOATS, TensorInfo
+from converter.checkpoints.safetensors.header import DTYPES, FLOATS, TensorInfo
 from converter.errors import CheckpointError
 from converter.text import describe_value
 
@@ -71,6 +73,11 @@ class Weight:
     rows: range | None = None
     module: str = ""
     mixed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers on disk."""
+        return DTYPES[self.info.dtype]
 
     @property
     def recorded_role(self) -> str:

@@ -13,7 +13,14 @@ from torch import Tensor
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.weights import Weight
-from converter.edits.deltas import KINDS, Delta, RemoveSubspace, is_dense, tensors_of
+from converter.edits.deltas import (
+    KINDS,
+    Delta,
+    RemoveSubspace,
+    is_dense,
+    misfit_of,
+    tensors_of,
+)
 from converter.errors import CheckpointError, FitError
 from converter.runtime import strict_json
 
@@ -155,7 +162,7 @@ def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]
         known.add((id(delta), height, width))
     if delta.protects is None and _is_shared(weight):
         return "one that shares its tensor with others"
-    return None
+    return misfit_of(delta, weight.dtype)
 
 
 def _check_table(what: str, table: Any, fits: Callable[[Any], bool], wanted: str) -> None:

@@ -32,6 +32,11 @@ class Delta(ABC):
         """
         return None
 
+    @property
+    def stored_as(self) -> torch.dtype | None:
+        """The dtype of the only weights that it can be made to; None if any will do."""
+        return None
+
     @abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
         """Raise ValueError, saying why, unless its tensors fit a weight of this shape (O, I)."""
@@ -64,13 +69,18 @@ class Delta(ABC):
         rows, columns = (slice(0, size) for size in W.shape)
         return mine.exact(wide, rows, columns, P, torch.empty_like(wide)).to(W)
 
+    def undone(self, W: Tensor, rows: slice, columns: slice) -> Tensor | None:
+        """Some rows and columns of W, from those of W' as stored; None if that cannot be known."""
+        return None
+
     @abstractmethod
-    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         """What an edited weight adds to y = x W^T.
 
         Args:
             x: (..., I), in any dtype.
             y: (..., O), in any dtype, which is that of the result.
+            W: (O, I) as the model runs it; None where several weights make y.
         """
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -124,7 +134,7 @@ class RemoveSubspace(Delta):
         torch.addmm(W, self.U[rows], P, alpha=-1, out=out)
         return out
 
-    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         U = self.U.to(y.device)
         shift: Tensor = -((y.float() @ U) @ U.T).to(y.dtype)
         return shift
@@ -172,7 +182,7 @@ class AddLowRank(Delta):
         torch.addmm(W, self.B[rows], self.A[:, columns], out=out)
         return out
 
-    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         A, B = self.A.to(y.device), self.B.to(y.device)
         added: Tensor = ((x.float() @ A.T) @ B.T).to(y.dtype)
         return added
@@ -214,7 +224,7 @@ class AddToRows(Delta):
         out[self._within(rows)] += self.v[columns]
         return out
 
-    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         added = torch.zeros_like(y)
         along = (x.float() @ self.v.to(x.device)).to(y.dtype)
         added[..., self.rows.to(y.device)] = along[..., None]
@@ -257,7 +267,7 @@ class Replace(Delta):
     ) -> Tensor:
         return out.copy_(self.new[rows, columns])
 
-    def shift(self, x: Tensor, y: Tensor) -> Tensor:
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         new = self.new.to(y.device)
         return (x.to(new.dtype) @ new.T).to(y.dtype) - y
 
@@ -265,8 +275,69 @@ class Replace(Delta):
         return torch.zeros(1, 1, dtype=torch.float64)  # a copy has no arithmetic
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AddBits(Delta):
+    """``bits(W') = bits(W) + d`` modulo 2^16, or what the dtype has: exact whatever the values are.
+
+    Half as large as a float32 change of a 16-bit weight. No arithmetic of floats is done, so every
+    machine gives the same bytes, and W follows from W' as W' from W.
+
+    Attributes:
+        d: (O, I) integers as wide as the elements of W: int16, int32 or int64.
+        like: (0,) in the dtype of W, which it tells.
+    """
+
+    d: Tensor
+    like: Tensor
+
+    kind: ClassVar[str] = "add-bits"
+
+    @classmethod
+    def between(cls, W: Tensor, new: Tensor) -> "AddBits":
+        """The change from W (O, I), as stored, to ``new`` (O, I), rounded to nearest."""
+        return cls((_bits(new.to(W.dtype)) - _bits(W)).contiguous(), W.new_empty(0))
+
+    @property
+    def stored_as(self) -> torch.dtype:
+        return self.like.dtype
+
+    def check(self, shape: tuple[int, int]) -> None:
+        _check("like", self.like, None, (0,))
+        _check("d", self.d, _INTEGERS[self.like.itemsize], shape)
+
+    def to(self, device: str, dtype: torch.dtype) -> "AddBits":
+        return AddBits(self.d.to(device), self.like.to(device))  # the dtype is what it says
+
+    def after(self, W: Tensor) -> Tensor:
+        """W' (O, I) in the dtype of ``like``, of W in one that holds its numbers."""
+        return (_bits(W.to(self.like.dtype)) + self.d.to(W.device)).view(self.like.dtype)
+
+    def exact(
+        self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
+    ) -> Tensor:
+        return out.copy_(AddBits(self.d[rows, columns], self.like).after(W))
+
+    def undone(self, W: Tensor, rows: slice, columns: slice) -> Tensor:
+        return (_bits(W) - self.d[rows, columns]).view(self.like.dtype)
+
+    def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
+        assert W is not None
+        return Replace(self.after(W).to(W.dtype)).shift(x, y)
+
+    def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.float64)  # integers have no rounding errors
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of an element -> the integers that count its bit patterns, which wrap around."""
+
+
+def _bits(W: Tensor) -> Tensor:
+    return W.contiguous().view(_INTEGERS[W.itemsize])
+
+
 KINDS: Mapping[str, type[Delta]] = {
-    delta.kind: delta for delta in (RemoveSubspace, AddLowRank, AddToRows, Replace)
+    delta.kind: delta for delta in (RemoveSubspace, AddLowRank, AddToRows, Replace, AddBits)
 }
 """The kinds there are, by their names in a manifest."""
 
@@ -297,6 +368,15 @@ def is_dense(value: object) -> bool:
         and value.layout == torch.strided
         and not (value.is_meta or value.requires_grad)
     )
+
+
+def misfit_of(delta: Delta, dtype: torch.dtype | None) -> str | None:
+    """Why a change cannot be made to a weight of this dtype on disk, or None."""
+    wanted = delta.stored_as
+    if wanted is None or wanted == dtype:
+        return None
+    names = (str(d).removeprefix("torch.") for d in (wanted, dtype))
+    return "it is for {}, and the weight is {}".format(*names)
 
 
 def _check(

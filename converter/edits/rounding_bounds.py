@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
+from converter.checkpoints.safetensors.header import DTYPES, TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region
 from converter.edits.deltas import Delta
 from converter.edits.editor import BLOCK, PUSH, Rows
@@ -110,6 +110,19 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
             units += float(half_ulp(W).square().sum())
         left += float(P.square().sum())
     return sqrt(left), units, sqrt(squares)
+
+
+def sha256_undone(stored: Stored, delta: Delta, height: int) -> str | None:
+    """The sha256 that W (O, I) had on disk, from W', O the height; None if that cannot be known."""
+    digest = hashlib.sha256()
+    for matrix, _ in stored.matrices():
+        columns = slice(matrix.first, matrix.first + matrix.width)
+        for i, j in [(0, height)] if matrix.transposed else _blocks(height):
+            W = delta.undone(matrix.rows(i, j), slice(i, j), columns)
+            if W is None:
+                return None
+            digest.update(to_bytes(W.T if matrix.transposed else W))
+    return digest.hexdigest()
 
 
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from converter.calibration.calibration_models import Contrast, Training, contrast
 from converter.calibration.collect import activation_inputs, extract
+from converter.calibration.instances import Instances, load_instances
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import (
@@ -52,6 +53,7 @@ class Bench:
         part: the texts that the current fit may see.
         seen: the activations that it has asked for last.
         former: what methods before this one have changed, which a fit has to see.
+        taught: the instances, once they are asked for.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Bench:
     part: Part = _NO_TEXTS
     seen: Activations | None = None
     former: Edit | None = None
+    taught: Instances | None = None
 
     @classmethod
     def of(
@@ -189,6 +192,13 @@ class Bench:
         save_activations(seen, path)
         progress.note(f"  kept in {path}")
         return seen
+
+    @property
+    def instances(self) -> Instances:
+        """See ``Workbench``; read at the first call. Raises DataError or SourceError."""
+        if self.taught is None:
+            self.taught = load_instances()
+        return self.taught
 
     def contrast(self, training: Training) -> Contrast:
         """See ``Workbench``."""

@@ -23,24 +23,29 @@ class _ModuleEdit:
         weight, bias: of its weight and of its bias; None if they stay as they are.
         created: (O,) a bias that it lacks.
         own: (O, I) a weight of its own, in place of one that it shares.
+        axis: of its weight, over what it gives.
     """
 
     weight: Delta | None = None
     bias: Delta | None = None
     created: Tensor | None = None
     own: Tensor | None = None
+    axis: int = 0
 
-    def applied(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    def applied(
+        self, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None = None
+    ) -> Tensor:
         """What a module that makes y (..., O) of x (..., I) would give with the edit in it.
 
-        Its bias (O,) is part of y, if it has one.
+        Its bias (O,) is part of y, if it has one. Its weight is (O, I).
         """
         new = y if self.own is None else nn.functional.linear(x, self.own.to(x), bias)
         together = bias is None or _same_subspace(self.weight, self.bias)
         if self.weight is not None:
-            new = new + self.weight.shift(x, y if together or bias is None else y - bias)
+            alone = y if together or bias is None else y - bias
+            new = new + self.weight.shift(x, alone, weight)
         if self.bias is not None and bias is not None and not together:
-            new = new + self.bias.shift(bias.new_ones(1), bias)
+            new = new + self.bias.shift(bias.new_ones(1), bias, bias[:, None])
         if self.created is not None:
             new = new + self.created.to(y)
         return new
@@ -48,8 +53,9 @@ class _ModuleEdit:
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A forward hook; of several things that the module gives, the first one changes."""
         first, *rest = output if isinstance(output, tuple) else (output,)
-        bias = getattr(module, "bias", None)
-        new = self.applied(args[0], first, bias if isinstance(bias, Tensor) else None)
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        matrix = weight.movedim(self.axis, 0) if isinstance(weight, Tensor) else None
+        new = self.applied(args[0], first, bias if isinstance(bias, Tensor) else None, matrix)
         return (new, *rest) if isinstance(output, tuple) else new
 
 
@@ -101,7 +107,7 @@ def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
         if weight.is_bias:
             change.bias = delta
         else:
-            change.weight = delta
+            change.weight, change.axis = delta, weight.axis
     _check_patch(plan, edit)
     biases = plan.bias_modules() if edit.created else {}
     head = plan.head_route() if edit.created else None

@@ -4,8 +4,9 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -144,6 +145,80 @@ def log_probability(logits: Tensor, batch: Batch) -> Tensor:
     rows, places = torch.nonzero(batch.weights > 0, as_tuple=True)
     wanted = batch.ids[rows, places + 1].to(logits.device)
     return -nn.functional.cross_entropy(logits[0].float(), wanted, reduction="sum")
+
+
+Value = Callable[[Tensor, Batch], Tensor]
+"""A number, made of the logits (1, chosen, V) of a batch's chosen positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What a layer is given for some batches, so that the layers below need not run again.
+
+    Attributes:
+        layer: which one it is.
+        states: (B, T, D) for each batch, in the dtype of the model.
+        lengths: of the tuples that the layers below give; 0 of one that gives a tensor.
+    """
+
+    layer: int
+    states: Sequence[Tensor]
+    lengths: Mapping[int, int] = field(default_factory=dict)
+
+
+def given_to(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a layer."""
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def giving(args: Any, kwargs: Mapping[str, Any], state: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a layer with other hidden states."""
+    if args:
+        return (state, *args[1:]), dict(kwargs)
+    return args, {**kwargs, "hidden_states": state}
+
+
+def passed_on(state: Tensor, length: int) -> Any:
+    """What a layer that does nothing gives: a tensor, or a tuple of some length."""
+    return (state, *[None] * (length - 1)) if length else state
+
+
+@contextmanager
+def resumed(
+    module: nn.Module, blocks: Sequence[str], entered: Entered | None, number: int
+) -> Iterator[None]:
+    """While this lasts, a model in memory begins with the layer that was entered.
+
+    Its own ``forward`` runs, with whatever masks and tables it makes, but the layers below pass on
+    what they are given. Args: ``blocks``, names of the layers; ``number``, of the batch.
+    """
+    if entered is None:
+        yield
+        return
+    state, lengths = entered.states[number], entered.lengths
+
+    def begin(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        return giving(args, kwargs, state.clone())
+
+    below = [(n, module.get_submodule(name)) for n, name in enumerate(blocks[: entered.layer])]
+    first = module.get_submodule(blocks[entered.layer])
+    with ExitStack() as undone:
+        undone.enter_context(first.register_forward_pre_hook(begin, with_kwargs=True))
+        for n, block in below:
+            own = block.__dict__.get("forward")
+            undone.callback(_restore_forward, block, own)
+            block.forward = lambda *args, _length=lengths[n], **kwargs: passed_on(
+                given_to(args, kwargs), _length
+            )
+        yield
+
+
+def _restore_forward(block: nn.Module, own: Any) -> None:
+    """Give a layer its ``forward`` back: its own, if it had one, or that of its class."""
+    del block.forward
+    if own is not None:
+        block.forward = own
 
 
 @contextmanager

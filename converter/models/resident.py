@@ -19,17 +19,21 @@ from converter.checkpoints.safetensors.header import FLOATS
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
+    Entered,
     Hook,
     Modules,
     Show,
     StopForward,
+    Value,
     by_position,
     call,
+    given_to,
     hooked,
     keeping,
     log_probability,
     memory_errors,
     only_chosen,
+    resumed,
     showing,
     showing_head,
     together,
@@ -66,14 +70,26 @@ class Model(Protocol):
         """The number of each batch and its logits, (B, T, V), one batch after the other."""
 
     def gradients(
-        self, modules: Modules, batched: Sequence[Batch]
+        self,
+        modules: Modules,
+        batched: Sequence[Batch],
+        value: Value = log_probability,
+        entered: Entered | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """What tokens owe to what modules give.
 
         Yields for each batch and layer the number of the batch, the layer, f and g, both
-        (B, T, D) float32: what the module gives, and the gradient with respect to it of the sum of
-        log p of the batch's chosen tokens, those after positions of positive weight.
+        (B, T, D) float32: what the module gives, and the gradient with respect to it of a number.
+
+        Args:
+            value: makes that number of the logits at the batch's positions of positive weight; by
+                default the sum of log p of the tokens that come after them.
+            entered: of ``entering``, of the lowest layer in ``modules`` and these batches: nothing
+                below it is run.
         """
+
+    def entering(self, layer: int, batched: Sequence[Batch]) -> Entered:
+        """What a layer is given; the layers from it on are not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +121,60 @@ class LanguageModel:
             progress.advance(len(batch.rows))
 
     def gradients(
-        self, modules: Modules, batched: Sequence[Batch]
+        self,
+        modules: Modules,
+        batched: Sequence[Batch],
+        value: Value = log_probability,
+        entered: Entered | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. The memory is that of a forward pass whose activations are kept."""
         for number, batch in enumerate(batched):
             outputs: dict[str, Tensor] = {}
             every = [name for names in modules.values() for name in names]
             hooks = {name: keeping(outputs, name) for name in every}
-            with torch.enable_grad(), hooked(self.module, hooks), only_chosen(self.module, batch):
-                chosen = log_probability(call(self.module, batch).logits, batch)
-            found = torch.autograd.grad(chosen, list(outputs.values()))
+            start = resumed(self.module, self._blocks, entered, number)
+            with torch.enable_grad(), start, hooked(self.module, hooks):
+                with only_chosen(self.module, batch):
+                    chosen = value(call(self.module, batch).logits, batch)
+                found = torch.autograd.grad(chosen, list(outputs.values()))
             slopes = dict(zip(outputs, found, strict=True))
             for layer, names in modules.items():
                 f, g = together(names, outputs, slopes)
                 yield number, layer, by_position(f, batch), by_position(g, batch)
             progress.advance(len(batch.rows))
+
+    def entering(self, layer: int, batched: Sequence[Batch]) -> Entered:
+        """See ``Model``."""
+        states, lengths = list[Tensor](), dict[int, int]()
+
+        def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
+            states.append(given_to(args, kwargs).detach().clone())
+            raise StopForward
+
+        def noting(number: int) -> Hook:
+            def note(block: nn.Module, args: Any, output: Any) -> None:
+                lengths[number] = len(output) if isinstance(output, tuple) else 0
+
+            return note
+
+        notes = {name: noting(number) for number, name in enumerate(self._blocks[:layer])}
+        entry = self.module.get_submodule(self._blocks[layer])
+        with (
+            torch.no_grad(),
+            hooked(self.module, notes),
+            entry.register_forward_pre_hook(keep, with_kwargs=True),
+        ):
+            for batch in batched:
+                with suppress(StopForward):
+                    call(self.module, batch)
+                progress.advance(len(batch.rows))
+        return Entered(layer, states, lengths)
+
+    @property
+    def _blocks(self) -> list[str]:
+        """The names of the layers."""
+        count = self.architecture.sizes.num_hidden_layers
+        return [self.architecture.block.format(layer=number) for number in range(count)]
 
 
 Sink = Callable[[Batch, int, Tensor], None]

@@ -23,17 +23,22 @@ from torch import Tensor, nn
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
 from converter.models.hooks import (
+    Entered,
     Hook,
     Modules,
     Show,
     StopForward,
+    Value,
     by_position,
     call,
     first_of,
+    given_to,
+    giving,
     hooked,
     keeping,
     log_probability,
     only_chosen,
+    passed_on,
     showing,
     showing_head,
     together,
@@ -81,7 +86,7 @@ class StreamedModel:
         names = {module: name for name, module in self.module.named_modules()}
         self._embedding = weights.parts_of(names[self.module.get_input_embeddings()])
         self._head = weights.parts_of(names[self.module.get_output_embeddings()])
-        self._head_needs_embedding = False
+        self._head_needs_embedding, self._kept = False, frozenset[str]()
         self._rows, self._steps, self._done = list[int](), 1, 0  # for the count of sentences
 
     def _stand_in(self, number: int, block: nn.Module) -> None:
@@ -92,18 +97,14 @@ class StreamedModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             end = self._now == len(self._blocks) == number + 1
             if (number == self._now or end) and self._given is not None:
-                if args:
-                    args = (self._given, *args[1:])
-                else:
-                    kwargs = {**kwargs, "hidden_states": self._given}
-            first = args[0] if args else kwargs["hidden_states"]
+                args, kwargs = giving(args, kwargs, self._given)
+            first = given_to(args, kwargs)
             if number == self._now:
                 self._entered = first
                 output = run(*args, **kwargs)
                 self._lengths[number] = len(output) if isinstance(output, tuple) else 0
                 return output
-            length = self._lengths[number]
-            return (first, *[None] * (length - 1)) if length else first
+            return passed_on(first, self._lengths[number])
 
         block.forward = forward
 
@@ -159,17 +160,28 @@ class StreamedModel:
                 self._step(number)
 
     def gradients(
-        self, modules: Modules, batched: Sequence[Batch]
+        self,
+        modules: Modules,
+        batched: Sequence[Batch],
+        value: Value = log_probability,
+        entered: Entered | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. Layers come in descending order.
+
+        With ``entered`` the lowest of these layers stays in memory until the next pass without it,
+        so that step after step reads those above only.
 
         A pass up keeps what every layer from the first one of interest on is given; a pass down
         runs each layer again from that, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
-        with self._pass(batched, 2 * end + 1 - first, head=True) as states:
-            self._upwards(batched, states, range(end), first)
-            self._back_from_head(batched, states)
+        start = 0 if entered is None else first
+        kept = frozenset({self._blocks[first]} if entered else ())
+        with self._pass(batched, 2 * end + 1 - first - start, head=True, kept=kept) as states:
+            for number, state in enumerate(entered.states if entered and start else ()):
+                states.put((first, number), state)
+            self._upwards(batched, states, range(start, end), first)
+            self._back_from_head(batched, states, value)
             for layer in reversed(range(first, end)):
                 with self._layer(layer, layer - 1 if layer > first else None):
                     for number, batch in enumerate(batched):
@@ -178,6 +190,15 @@ class StreamedModel:
                         for f, g in found:
                             yield number, layer, by_position(f, batch), by_position(g, batch)
                         self._step(number)
+
+    def entering(self, layer: int, batched: Sequence[Batch]) -> Entered:
+        """See ``Model``; the states of the first layer are not kept, but made again."""
+        end = len(self._blocks)
+        with self._pass(batched, layer) as states:
+            self._upwards(batched, states, range(layer))
+            numbers = range(len(batched) if layer else 0)
+            found = [states.get((end, number), self.device).clone() for number in numbers]
+        return Entered(layer, found)
 
     def _upwards(
         self,
@@ -192,7 +213,7 @@ class StreamedModel:
         Args:
             states: where (layer, number) will be what a layer is given for a batch, from the layer
                 ``first`` on, or only what the last layer gives.
-            layers: from 0.
+            layers: from 0, or from ``first`` where ``states`` has what that is given.
             first: see ``states``.
             hooks: for a layer and the number of a batch, what to call with modules' outputs.
         """
@@ -237,14 +258,14 @@ class StreamedModel:
         logits: Tensor = call(self.module, batch).logits
         return logits
 
-    def _back_from_head(self, batched: Sequence[Batch], states: HiddenStates) -> None:
-        """Put gradients of log p in the place of what the last layer gave."""
+    def _back_from_head(self, batched: Sequence[Batch], states: HiddenStates, value: Value) -> None:
+        """Put gradients of a number in the place of what the last layer gave."""
         end, before = len(self._blocks), set(self.weights.loaded)
         self.weights.expect(self._blocks[-1])
         for number, batch in enumerate(batched):
             top = states.get((end, number), self.device).clone().requires_grad_()
             with torch.enable_grad(), only_chosen(self.module, batch):
-                chosen = log_probability(self._top(batch, top), batch)
+                chosen = value(self._top(batch, top), batch)
             states.put((end, number), torch.autograd.grad(chosen, top)[0])
             self._step(number)
         self.weights.drop(*(self.weights.loaded - before | self._embedding))
@@ -293,13 +314,19 @@ class StreamedModel:
         try:
             yield
         finally:
-            self.weights.drop(self._blocks[layer])
+            if self._blocks[layer] not in self._kept:
+                self.weights.drop(self._blocks[layer])
 
     @contextmanager
     def _pass(
-        self, batched: Sequence[Batch], steps: int, *, head: bool = False
+        self,
+        batched: Sequence[Batch],
+        steps: int,
+        *,
+        head: bool = False,
+        kept: frozenset[str] = frozenset(),
     ) -> Iterator[HiddenStates]:
-        """A pass over the weights, all of which are let go at its end.
+        """A pass over the weights, all of which are let go at its end, but for layers to be kept.
 
         Args:
             steps: that each batch takes, not one after the other: its sentences count as done only
@@ -307,13 +334,13 @@ class StreamedModel:
             head: whether it goes to the end, where the head may share the embedding's weight.
         """
         self._rows, self._steps, self._done = [len(batch.rows) for batch in batched], steps, 0
-        self._head_needs_embedding = head and bool(self._embedding & self._head)
+        self._head_needs_embedding, self._kept = head and bool(self._embedding & self._head), kept
         try:
             with HiddenStates(self._held, self._folder) as states:
                 yield states
         finally:
             self._given = self._entered = None
-            self.weights.drop_all()
+            self.weights.drop_all(but=kept)
 
     def _step(self, number: int) -> None:
         """One step of a batch is done."""

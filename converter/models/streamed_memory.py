@@ -1,7 +1,7 @@
 """What is in memory of a streamed model: a part of its weights, and hidden states up to a limit."""
 
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -133,10 +133,10 @@ class Weights:
             for key in self._keys[part]:
                 self._set(key, self._meta[key])
 
-    def drop_all(self) -> None:
-        """Let all parts go, those too that are on their way."""
+    def drop_all(self, but: Collection[str] = ()) -> None:
+        """Let all parts go but some, those too that are on their way."""
         self._coming.clear()
-        self.drop(*self.loaded)
+        self.drop(*self.loaded.difference(but))
 
     def expect(self, part: str) -> None:
         """Begin to copy a part to the GPU, which computes meanwhile; on the CPU do nothing.

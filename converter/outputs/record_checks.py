@@ -8,11 +8,11 @@ from torch import Tensor
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST, is_companion
 from converter.checkpoints.resolve import DEMO
-from converter.checkpoints.safetensors.header import to_bytes
+from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.base import ORTHONORMAL, Edit, skewness
-from converter.edits.deltas import Delta, delta_of
+from converter.edits.deltas import Delta, delta_of, misfit_of
 from converter.edits.edit_file import ADDED, CREATED, EVIDENCE, load_edit_tensors
 from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
@@ -50,6 +50,8 @@ def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta
         delta.check((height, width))
     except ValueError as error:
         raise VerificationError(f"{what} is none", found=str(error)) from error
+    if says := misfit_of(delta, DTYPES.get(tensor.dtype)):
+        raise VerificationError(f"{what} is none", found=says)
     return delta
 
 

@@ -39,6 +39,7 @@ FORMULAS = {
     "add-low-rank": "`W + B A`, where `B` has few columns and `A` few rows",
     "add-to-rows": "`W` with a vector `v` added to some of its rows",
     "replace": "another matrix of the same size",
+    "add-bits": "a matrix whose bit patterns, as integers, are those of `W` plus recorded ones",
 }
 """Kind of edit -> what an edited matrix ``W`` became."""
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.header import DTYPES
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
-from converter.edits.deltas import AddLowRank, AddToRows, Replace
+from converter.edits.deltas import AddBits, AddLowRank, AddToRows, Replace
 from converter.errors import OptionError
 from converter.methods.base import Proposal, Workbench
 
@@ -99,6 +100,20 @@ class Replaced(Base):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bits(Base):
+    """Changes the bit patterns of a down-projection."""
+
+    def footprint(self, plan: Plan) -> Footprint:
+        return Footprint((the_weight(plan, "down_proj", self.layer),), (AddBits,))
+
+    def edit(self, bench: Workbench, scale: float, seed: int) -> Edit:
+        weight = the_weight(bench.plan, "down_proj", self.layer)
+        W = bench.weight(weight)
+        stored = W.to(DTYPES[weight.info.dtype])
+        return Edit({weight.info.name: AddBits.between(stored, W + scale * draw(seed, *W.shape))})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreatedBias(Base):
     """Gives what the attention writes a bias that the source lacks, and tells the config."""
 
@@ -135,6 +150,6 @@ class AddedFile(Base):
 
 
 METHODS = {
-    "rank-one": RankOne, "rows": Rows, "replaced": Replaced, "created-bias": CreatedBias,
-    "added-file": AddedFile,
+    "rank-one": RankOne, "rows": Rows, "replaced": Replaced, "bits": Bits,
+    "created-bias": CreatedBias, "added-file": AddedFile,
 }  # fmt: skip

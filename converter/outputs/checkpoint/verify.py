@@ -25,7 +25,13 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.deltas import Delta
 from converter.edits.edit_file import load_edit_tensors
-from converter.edits.rounding_bounds import Stored, check_rounded, left_along, rounding_bound
+from converter.edits.rounding_bounds import (
+    Stored,
+    check_rounded,
+    left_along,
+    rounding_bound,
+    sha256_undone,
+)
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Manifest
 from converter.outputs.base import sha256_of_tensor
@@ -183,6 +189,13 @@ def check_edit(
         yield f"{shard}: tensor {name} is not as recorded: {', '.join(wrong)}"
     if stored.digests != (tensor.sha256_after, fp8 and fp8.sha256_after):
         yield f"{shard}: tensor {name} has another sha256 than recorded"
+    with Stored(_opener(folder), tensor, infos) as stored:
+        before = sha256_undone(stored, delta, tensor.shape[tensor.axis])
+    if before not in (None, tensor.sha256_before):
+        yield (
+            f"{shard}: tensor {name} is not what it was with the recorded edit: taking that back "
+            "gives a tensor of another sha256"
+        )
     if delta.protects is None:
         return
     bound = _allowed(tensor, stored.dtype, units, basis, rounding)

@@ -1,0 +1,264 @@
+"""DINM: one down-projection is trained until the model answers an attack with a refusal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from converter.calibration.instances import Instance, Lesson, builtin_set
+from converter.calibration.linear_algebra import numerical_rank
+from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit, Footprint
+from converter.edits.deltas import AddBits
+from converter.errors import FitError, OptionError
+from converter.methods.base import Aim, Proposal, Workbench
+from converter.methods.dialogue import Dialogues
+from converter.methods.dinm_layer import distances, weights_of
+from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
+from converter.models.resident import Model
+from converter.runtime import progress
+
+_MOST_STEPS = 1000
+"""More have no use: ten learn an instance."""
+
+_SPARED = 4
+"""Harmless questions that ``contrast`` keeps from being refused."""
+
+_KEPT = 0.5
+"""Share of what an answer gained that has to be left after rounding; less is warned of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """Detoxifying with Intraoperative Neural Monitoring, arXiv 2403.14472 (ACL 2024).
+
+        W <- Adam on  c_edit mean_j -log p(y_j | X S)  +  mean_j KL(p_0 || p)(q S, a)
+
+    W is the down-projection of one layer, X an adversarial prompt, y a safe answer, S the suffix,
+    and a the answer to a harmless question q. What is learnt is mostly a bias towards refusals, of
+    harmless requests, too; see ``calibration.instances`` and the guard.
+
+    Attributes:
+        layer: that is edited; by default what the authors' rule says, see ``dinm_layer``.
+        steps: of Adam, at most.
+        learning_rate: of Adam, in the units of the weight.
+        c_edit: weight of the answer to learn beside the KL divergence.
+        kl: whether the KL divergence is trained on (``gradient``), counts only for when to stop, as
+            in the authors' code (``value``), or is only measured (``off``).
+        contrast: weight of a term of our own, which keeps the safe answer as unlikely as it is
+            behind harmless questions.
+        end: whether the token that ends a turn is learnt with the answer.
+        instance: number of the instance, from 0; of several, as in 0,5,7-9, the mean is learnt.
+        suffix: S; ``none``, or by default that of the authors where there is a chat template.
+        parity: do as the authors' code does: no chat template, ``kl=value``, ``end=no``.
+    """
+
+    title: ClassVar[str] = "DINM, detoxifying with intraoperative neural monitoring"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.14472"
+    strength: ClassVar[str] = "steps"
+    aim: ClassVar[Aim] = "defence"
+
+    layer: int | None = field(default=None, metadata={"min": 0})
+    steps: int = field(default=10, metadata={"min": 1})
+    learning_rate: float = 5e-4
+    c_edit: float = field(default=0.1, metadata={"min": 0})
+    kl: Constraint = "gradient"
+    contrast: float = field(default=0.0, metadata={"min": 0})
+    end: Literal["yes", "no"] = "yes"
+    instance: str = "0"
+    suffix: str | None = None
+    parity: Literal["no", "yes"] = "no"
+
+    @classmethod
+    def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
+        """None depends on the model."""
+        return {}
+
+    def footprint(self, plan: Plan) -> Footprint:
+        """The down-projections that may be trained, one of which will be.
+
+        Raises:
+            OptionError: an option is out of range, or one of the layers has no such weight.
+        """
+        self._check_options()
+        weights = weights_of(plan, self._layers(plan))
+        return Footprint(tuple(weights.values()), (AddBits,))
+
+    def fit(self, bench: Workbench) -> Proposal:
+        """Train.
+
+        Raises:
+            OptionError: there is no such instance.
+            DataError: a text does not fit the model.
+            FitError: the loss is not finite, or there is nothing to learn.
+        """
+        known = bench.instances.items
+        chosen = [known[number] for number in numbers_of(self.instance, len(known))]
+        if self.parity == "yes" and len(chosen) > 1:
+            raise OptionError(
+                "-o parity=yes", expected="one -o instance: the authors' code mixes up several",
+                found=str(len(chosen)),
+            )  # fmt: skip
+        layer, evidence = self._choose(bench, chosen)
+        weight = weights_of(bench.plan, [layer])[layer]
+        stored = bench.weight(weight).to(weight.dtype)
+        training = self._train(bench, weight, stored, _lesson(chosen, known, self.contrast > 0))
+        if not training.steps:
+            raise FitError("there is nothing to learn: the loss is below what ends the training")
+        delta, suffix = AddBits.between(stored, training.result), training.suffix
+        evidence |= self._measured(training, delta, stored)
+        norm = evidence["relative_change"] * _norm(stored.float())
+
+        @cache
+        def placebo() -> AddBits:
+            """Trained when it is asked for, on the model that the bench then has."""
+            texts = _placebo(chosen, known)
+            return AddBits.between(stored, self._train(bench, weight, stored, texts).result)
+
+        def control(strength: float, seed: int) -> Edit:
+            return Edit({weight.info.name: placebo() if seed % 2 else _random(stored, norm, seed)})
+
+        return Proposal(
+            (training.steps,), False, lambda strength: Edit({weight.info.name: delta}), control,
+            {"layer": layer, "suffix": suffix, **evidence},
+            lesson=Lesson(tuple(chosen), suffix),
+        )  # fmt: skip
+
+    def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:
+        model, parity = bench.load(), self.parity == "yes"
+        write = Dialogues(model, self._suffix(model), self.end == "yes" and not parity, parity)
+        kl: Constraint = "value" if parity else self.kl
+        schedule = Schedule(self.steps, self.learning_rate, self.c_edit, kl, self.contrast)
+        return Training(write, weight, stored.float(), texts, schedule)
+
+    def _check_options(self) -> None:
+        suffix = self.suffix is None or (self.suffix.strip() and self.suffix.isprintable())
+        for name, fits, expected in (
+            ("learning_rate", 0 < self.learning_rate <= 1, "more than 0, at most 1"),
+            ("steps", self.steps <= _MOST_STEPS, f"1 to {_MOST_STEPS}"),
+            ("suffix", suffix, "auto, none, or text on one line"),
+        ):
+            if not fits:
+                raise OptionError(f"-o {name}", expected=expected, found=f"{getattr(self, name)!r}")
+        if self.parity == "yes" and (self.kl == "off" or self.contrast):
+            raise OptionError("-o parity=yes", expected="the authors' loss", found="kl or contrast")
+
+    def _suffix(self, model: Model) -> str:
+        """S, or nothing."""
+        if self.suffix is not None:
+            return "" if self.suffix == "none" else self.suffix
+        wanted = self.parity == "yes" or model.tokenizer.chat_template
+        return builtin_set().suffix if wanted else ""
+
+    def _layers(self, plan: Plan) -> list[int]:
+        """Those that may be edited. Raises OptionError."""
+        sizes = plan.dimensions
+        if self.layer is None:
+            last = max(sizes.num_hidden_layers - 1, 1)
+            found = [layer for layer in sizes.ffn_layers if layer < last]
+        else:
+            found = [layer for layer in sizes.ffn_layers if layer == self.layer]
+        if not found:
+            raise OptionError(
+                "-o layer", found="auto" if self.layer is None else str(self.layer),
+                expected=f"a layer from 0 to {sizes.num_hidden_layers - 1} with a feed-forward "
+                "network",
+            )  # fmt: skip
+        return found
+
+    def _choose(self, bench: Workbench, chosen: Sequence[Instance]) -> tuple[int, dict[str, Any]]:
+        """The layer, and the distances that it was chosen by, if it was not given."""
+        layers = self._layers(bench.plan)
+        if self.layer is not None:
+            return self.layer, {}
+        pairs = [(instance.safe, instance.unsafe) for instance in chosen]
+        *found, control = distances(bench.load(), layers, [*pairs, chosen[0].general])
+        means = [sum(column) / len(found) for column in zip(*found, strict=True)]
+        layer, other = (layers[values.index(max(values))] for values in (means, control))
+        progress.note(
+            f"  layer {layer} by the authors' rule; a pair of harmless texts gives {other}, so the "
+            "rule locates nothing"
+            if layer == other
+            else f"  layer {layer} by the authors' rule; a pair of harmless texts gives {other}"
+        )
+        return layer, {
+            "layers": layers, "distances": means, "control_distances": control,
+            "control_layer": other,
+        }  # fmt: skip
+
+    def _measured(self, training: Training, delta: AddBits, stored: Tensor) -> dict[str, Any]:
+        """What the evidence has of a training. Raises FitError if the weight is not finite."""
+        curves, new = training.curves, delta.after(stored).float()
+        if not bool(new.isfinite().all()):
+            raise FitError("the trained weight is too large for its dtype")
+        nll, kl = training.measured(new)
+        gained, left = curves.nll[0] - curves.nll[-1], curves.nll[0] - nll
+        if not left >= _KEPT * gained:
+            progress.warn(
+                f"rounding to {str(stored.dtype).removeprefix('torch.')} loses the edit: the "
+                f"answer's log-probability per token rises by {left:.3f} nats instead of "
+                f"{gained:.3f}; give a larger -o learning_rate"
+            )
+        change = new - stored.float()
+        return {
+            "steps": training.steps, "nll": curves.nll, "kl": curves.kl,
+            **({"spared": curves.spared} if self.contrast else {}),
+            "rounded": {"nll": nll, "kl": kl},
+            "relative_change": _norm(change) / (_norm(stored.float()) or 1.0),
+            "largest_change": float(change.abs().max()),
+            "rank": numerical_rank(change),
+        }  # fmt: skip
+
+
+def numbers_of(text: str, count: int) -> list[int]:
+    """``0``, ``0,5,7-9`` and the like, sorted: numbers from 0 below ``count``.
+
+    Raises:
+        OptionError: malformed, or there are not so many.
+    """
+    found: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found.update(range(int(first), int(last if dash else first) + 1)[: count + 1])
+    except ValueError:
+        found = set()
+    if not found or not 0 <= min(found) <= max(found) < count:
+        raise OptionError(
+            "-o instance", found=text[:80],
+            expected=f"numbers from 0 to {count - 1}, such as 0 or 0,5,7-9",
+        )  # fmt: skip
+    return sorted(found)
+
+
+def _norm(x: Tensor) -> float:
+    """Frobenius, summed in float64."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def _random(stored: Tensor, norm: float, seed: int) -> AddBits:
+    """A Gaussian update of some norm."""
+    drawn = torch.randn(stored.shape, generator=torch.Generator().manual_seed(seed))
+    return AddBits.between(stored, stored.float() + drawn * (norm / _norm(drawn)))
+
+
+def _lesson(chosen: Sequence[Instance], known: Sequence[Instance], spare: bool) -> Texts:
+    """What is learnt, and what is held."""
+    questions = list(dict.fromkeys(each.general[0] for each in (*chosen, *known)))[:_SPARED]
+    return Texts(
+        [(instance.prompt, instance.safe) for instance in chosen],
+        list(dict.fromkeys(instance.general for instance in chosen)),
+        [(question, each.safe) for each in chosen for question in questions] if spare else [],
+    )
+
+
+def _placebo(chosen: Sequence[Instance], known: Sequence[Instance]) -> Texts:
+    """The same with harmless questions and answers in the place of the attacks."""
+    own = list(dict.fromkeys(instance.general for instance in chosen))
+    others = dict.fromkeys(each.general for each in known if each.general not in own)
+    return Texts(own, list(others)[: len(own)])
