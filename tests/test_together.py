@@ -174,8 +174,9 @@ def test_a_fit_sees_activations_gradients_and_weights_as_they_were_left(
         pairs, prose, _ = load_texts(recipe)
         short = replace(prose, paragraphs=prose.paragraphs[:2])
         bench.part, bench.former = Part(pairs, short), former
-        seen.append(bench.activations(request).tensors())
-        read.append(bench.weight(the_weight(plan, "down_proj", 1)))
+        with bench.as_left():
+            seen.append(bench.activations(request).tensors())
+            read.append(bench.weight(the_weight(plan, "down_proj", 1)))
     hooked, written, before = seen
     assert "causal.3" in hooked
     for name, tensor in written.items():

@@ -120,20 +120,22 @@ class Bench:
         return model
 
     @contextmanager
-    def running(self) -> Iterator[Model]:
-        """The model as former methods left it, for a fit: through hooks while this lasts."""
-        model = self.load()
-        with edited(model.module, self.plan, self.former or Edit()):
-            yield model
+    def as_left(self) -> Iterator[None]:
+        """While this lasts, the model computes as former methods left it, through hooks."""
+        if self.former is None:
+            yield
+        else:
+            with edited(self.load().module, self.plan, self.former):
+                yield
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
         self.model = None
 
     def fit(self, method: Method, part: Part) -> Proposal:
-        """Fit a method to some texts."""
+        """Fit a method to some texts, and to the model as former ones left it."""
         self.part, self.seen = part, None
-        with progress.stage("fit", f"fitting {method.title}"):
+        with progress.stage("fit", f"fitting {method.title}"), self.as_left():
             return proposal_of(method, self)
 
     def activations(self, request: Request) -> Activations:
@@ -177,8 +179,10 @@ class Bench:
         moments = request.directions > 0
         total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
         total += len(part.prose.paragraphs) * (request.second_moment + moments)
-        with progress.bar("forward", total, "text"), self.running() as model:
-            seen, dropped = extract(model, request, part.pairs, part.prose, batch_size=batch_size)
+        with progress.bar("forward", total, "text"):
+            seen, dropped = extract(
+                self.load(), request, part.pairs, part.prose, batch_size=batch_size
+            )
         if dropped:
             progress.warn(
                 f"{dropped} pairs have no token that predicts a toxic one and were left out"
