@@ -1,8 +1,10 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +138,21 @@ class Bench:
         """Fit a method to some texts, and to the model as former ones left it."""
         self.part, self.seen = part, None
         with progress.stage("fit", f"fitting {method.title}"), self.as_left():
-            return proposal_of(method, self)
+            found = proposal_of(method, self)
+        as_now = partial(self._as_left_by, self.former)
+        return replace(found, edit=as_now(found.edit), control=as_now(found.control))
+
+    def _as_left_by(self, former: Edit | None, make: Callable[..., Edit]) -> Callable[..., Edit]:
+        """``make``, for which weights are as ``former`` left them, whenever it is called."""
+
+        def made(*given: Any) -> Edit:
+            now, self.former = self.former, former
+            try:
+                return make(*given)
+            finally:
+                self.former = now
+
+        return made
 
     def activations(self, request: Request) -> Activations:
         """From the file that was given, from the cache, or from a forward pass."""
