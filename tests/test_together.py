@@ -93,6 +93,21 @@ def test_two_methods_write_what_each_writes(
     assert "a method of the tests, then a method of the tests changed it" in card
 
 
+def test_an_edit_reads_weights_as_its_own_fit_has_found_them(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """A method may read a weight when its edit is asked for, after its own change is in place."""
+    source, name = checkpoints("llama", torch.bfloat16), "model.layers.2.self_attn.o_proj.weight"
+    recipe = tiny_recipe(source, num_pairs=64, method="replaced", options={"scale": "0.5"})
+    converter.convert(recipe, tmp_path / "alone")
+    alone = weights(tmp_path / "alone")[name]
+    for method in ("replaced+rows", "rows+replaced"):
+        options = {"replaced.scale": "0.5", "rows.scale": "0.1"}
+        recipe = tiny_recipe(source, num_pairs=64, method=method, options=options)
+        converter.convert(recipe, tmp_path / method)
+        assert torch.equal(weights(tmp_path / method)[name], alone)
+
+
 def test_it_is_replayed_and_a_false_word_is_found(
     both: tuple[Path, Path, Manifest], cli: Cli, tmp_path: Path
 ) -> None:
@@ -174,8 +189,9 @@ def test_a_fit_sees_activations_gradients_and_weights_as_they_were_left(
         pairs, prose, _ = load_texts(recipe)
         short = replace(prose, paragraphs=prose.paragraphs[:2])
         bench.part, bench.former = Part(pairs, short), former
-        seen.append(bench.activations(request).tensors())
-        read.append(bench.weight(the_weight(plan, "down_proj", 1)))
+        with bench.as_left():
+            seen.append(bench.activations(request).tensors())
+            read.append(bench.weight(the_weight(plan, "down_proj", 1)))
     hooked, written, before = seen
     assert "causal.3" in hooked
     for name, tensor in written.items():

@@ -1,8 +1,10 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,21 +126,37 @@ class Bench:
         return model
 
     @contextmanager
-    def running(self) -> Iterator[Model]:
-        """The model as former methods left it, for a fit: through hooks while this lasts."""
-        model = self.load()
-        with edited(model.module, self.plan, self.former or Edit()):
-            yield model
+    def as_left(self) -> Iterator[None]:
+        """While this lasts, the model computes as former methods left it, through hooks."""
+        if self.former is None:
+            yield
+        else:
+            with edited(self.load().module, self.plan, self.former):
+                yield
 
     def unload(self) -> None:
         """Let the model go; the edit of the files does not need it."""
         self.model = None
 
     def fit(self, method: Method, part: Part) -> Proposal:
-        """Fit a method to some texts."""
+        """Fit a method to some texts, and to the model as former ones left it."""
         self.part, self.seen = part, None
-        with progress.stage("fit", f"fitting {method.title}"):
-            return proposal_of(method, self)
+        with progress.stage("fit", f"fitting {method.title}"), self.as_left():
+            found = proposal_of(method, self)
+        as_now = partial(self._as_left_by, self.former)
+        return replace(found, edit=as_now(found.edit), control=as_now(found.control))
+
+    def _as_left_by(self, former: Edit | None, make: Callable[..., Edit]) -> Callable[..., Edit]:
+        """``make``, for which weights are as ``former`` left them, whenever it is called."""
+
+        def made(*given: Any) -> Edit:
+            now, self.former = self.former, former
+            try:
+                return make(*given)
+            finally:
+                self.former = now
+
+        return made
 
     def activations(self, request: Request) -> Activations:
         """From the file that was given, from the cache, or from a forward pass."""
@@ -182,8 +200,10 @@ class Bench:
         total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
         prose = request.second_moment + moments + (request.chunks > 0)
         total += len(part.prose.paragraphs) * prose
-        with progress.bar("forward", total, "text"), self.running() as model:
-            seen, dropped = extract(model, request, part.pairs, part.prose, batch_size=batch_size)
+        with progress.bar("forward", total, "text"):
+            seen, dropped = extract(
+                self.load(), request, part.pairs, part.prose, batch_size=batch_size
+            )
         if dropped:
             progress.warn(
                 f"{dropped} pairs have no token that predicts a toxic one and were left out"
