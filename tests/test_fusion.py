@@ -173,9 +173,12 @@ def test_every_token_is_predicted_as_often_as_the_budget_says() -> None:
     assert 25 <= total < 25 + 5
 
 
-def test_a_model_that_does_not_learn_is_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(FitError, match="lower -o rate"):
-        fitted(checkpoints("llama"), rate="1e30")
+@pytest.mark.parametrize(("rate", "says"), [("1e30", "lower -o rate"), ("0", "are the same")])
+def test_calibration_models_that_learn_nothing_are_refused(
+    rate: str, says: str, checkpoints: Checkpoints
+) -> None:
+    with pytest.raises(FitError, match=says):
+        fitted(checkpoints("llama"), rate=rate)
 
 
 @pytest.mark.parametrize("kind", HEADS)
