@@ -666,6 +666,7 @@ class Manifest(Record, kw_only=True):
         run: the conversion as asked for; paths are cut down to file names.
         neutral: ordinary prose.
         word_list: of offensive words.
+        instances: of harmful requests; None of methods that need none.
         guard: None if it was switched off.
         output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
@@ -685,6 +686,7 @@ class Manifest(Record, kw_only=True):
     pairs: PairsRecord
     neutral: TextRecord
     word_list: TextRecord
+    instances: TextRecord | None = None
     split: SplitRecord
     activations: ActivationsRecord | None
     edit: EditRecord

@@ -11,6 +11,7 @@ from msgspec import convert
 from safetensors.torch import load_file
 from torch import Tensor
 
+from converter.calibration.instances import Instances
 from converter.calibration.linear_algebra import (
     eigen_directions,
     extend,
@@ -113,6 +114,10 @@ class Desk:
     asked: list[Request] = field(default_factory=list)
     plan: Plan = PLAN
     words: WordList = WORDS
+
+    @property
+    def instances(self) -> Instances:
+        raise AssertionError("no method of a subspace looks at instances")
 
     def activations(self, request: Request) -> Activations:
         self.asked.append(request)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from converter.calibration.instances import load_instances
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.architectures.find import allow_own_code
@@ -128,9 +129,16 @@ def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
     return pairs, prose, words
 
 
-def other_texts(manifest: Manifest, pairs: Pairs, prose: Prose, words: WordList) -> list[str]:
-    """Which texts are not those that a manifest records, by their sha256."""
+def other_texts(
+    manifest: Manifest, recipe: Recipe, pairs: Pairs, prose: Prose, words: WordList
+) -> list[str]:
+    """Which texts are not those that a manifest records, by their sha256.
+
+    Raises DataError or SourceError.
+    """
     found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
+    if manifest.instances is not None:
+        found["instances"] = load_instances(recipe.instances).sha256
     return [name for name in found if found[name] != getattr(manifest, name).sha256]
 
 
@@ -282,7 +290,9 @@ def _tell_of_others(source: Source) -> None:
 
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
-    texts = (recipe.pairs, recipe.neutral, recipe.word_list, recipe.activations)
+    texts = (
+        recipe.pairs, recipe.instances, recipe.neutral, recipe.word_list, recipe.activations,
+    )  # fmt: skip
     named = [Path(place) for place in texts if place]
     key = [signer.path] if signer else []
     return [*source.files, *(path for path in named if path.is_file()), *key]

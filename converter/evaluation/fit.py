@@ -14,7 +14,7 @@ from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
-from converter.methods.base import Method, Proposal
+from converter.methods.base import Method, Proposal, aim_of
 from converter.methods.workbench import Bench
 from converter.runtime import progress
 
@@ -47,6 +47,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
     recipe = bench.recipe
+    if aim_of(method) == "defence":
+        _ = bench.instances  # what is wrong with them is said before a model is loaded
     parts = split(pairs, prose, recipe.seed)
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))

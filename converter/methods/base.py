@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 from torch import Tensor
 
+from converter.calibration.instances import Instances, Lesson
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.architecture import Dimensions
@@ -43,6 +44,10 @@ METHODS = Registry(
 
 Layers = tuple[int, ...]
 
+Aim = Literal["toxicity", "defence"]
+"""What an edit is for, and examined for: toxic words become less probable, or answers to harmful
+requests become refusals."""
+
 
 class Workbench(Protocol):
     """What a method may use of a model and of the texts that it is fitted to."""
@@ -54,6 +59,10 @@ class Workbench(Protocol):
     @property
     def words(self) -> WordList:
         """The offensive words."""
+
+    @property
+    def instances(self) -> Instances:
+        """Harmful requests with a safe and an unsafe answer; for the aim ``defence``."""
 
     @property
     def gains(self) -> Mapping[int, Tensor]:
@@ -91,6 +100,8 @@ class Proposal:
         tensors: the same in the edit's file.
         neutral_energy: share of what neutral text writes that the edit of a strength takes away,
             or None if that is not known.
+        lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
+            keeps them out of what it measures on.
 
     Raises:
         FitError: a part of it is of another type, or cannot be kept.
@@ -103,6 +114,7 @@ class Proposal:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
+    lesson: Lesson | None = None
 
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
@@ -154,6 +166,7 @@ class Method(Protocol):
         paper: URL of its description.
         strength: what its strengths are called, such as ``rank``: the name of the option that sets
             one.
+        aim: an ``Aim``, which may be left out: ``toxicity``.
     """
 
     title: ClassVar[str]
@@ -173,6 +186,17 @@ class Method(Protocol):
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit to what the bench gives; nothing is written. Raises FitError."""
+
+
+def aim_of(method: Method) -> Aim:
+    """What the edits of a method are for. Raises FitError if it says something else."""
+    aim: Aim = getattr(method, "aim", "toxicity")
+    if aim not in get_args(Aim):
+        raise FitError(
+            f"the aim of {method.title}", hint=FAULT,
+            expected=" or ".join(get_args(Aim)), found=str(aim),
+        )  # fmt: skip
+    return aim
 
 
 def footprint_of(method: Method, plan: Plan) -> Footprint:

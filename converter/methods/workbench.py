@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from converter.calibration.collect import activation_inputs, extract
+from converter.calibration.instances import Instances, load_instances
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
 from converter.calibration.statistics import (
@@ -47,6 +48,7 @@ class Bench:
     Attributes:
         part: the texts that the current fit may see.
         seen: the activations that it has asked for last.
+        taught: the instances, once they are asked for.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class Bench:
     has_run: bool = False
     part: Part = _NO_TEXTS
     seen: Activations | None = None
+    taught: Instances | None = None
 
     @classmethod
     def of(
@@ -175,6 +178,13 @@ class Bench:
         save_activations(seen, path)
         progress.note(f"  kept in {path}")
         return seen
+
+    @property
+    def instances(self) -> Instances:
+        """See ``Workbench``; read at the first call. Raises DataError or SourceError."""
+        if self.taught is None:
+            self.taught = load_instances(self.recipe.instances)
+        return self.taught
 
     def weight(self, weight: Weight) -> Tensor:
         """See ``Workbench``."""
