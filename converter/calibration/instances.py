@@ -80,7 +80,8 @@ class DefenceSet:
 
     Attributes:
         suffix: S, what is put behind a user's message, after a space.
-        refusals: short ones, to measure by.
+        refusals: short ones in the usual words, to measure by.
+        rewordings: refusals in words that no safe answer begins with.
         safe, unsafe: answers, with ``{topic}`` in them.
         attacks: name -> text with ``{question}`` in it.
         questions: category, question and topic.
@@ -91,6 +92,7 @@ class DefenceSet:
     version: int
     suffix: str
     refusals: tuple[str, ...]
+    rewordings: tuple[str, ...]
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
     attacks: Mapping[str, str]
@@ -124,6 +126,7 @@ def builtin_set() -> DefenceSet:
         version=data["version"],
         suffix=data["suffix"],
         refusals=tuple(data["refusals"]),
+        rewordings=tuple(data["rewordings"]),
         safe=tuple(data["safe"]),
         unsafe=tuple(data["unsafe"]),
         attacks=data["attacks"],
