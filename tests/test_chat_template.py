@@ -63,7 +63,10 @@ TURNS = [
     {"role": "user", "content": "Three "},
 ]
 WITH_SYSTEM = [{"role": "system", "content": "Be kind."}, *TURNS]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "One"}]}, {"role": "tool"}]
+PARTS: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "One"}]},
+    {"role": "tool"},
+]
 
 Messages = list[dict[str, Any]]
 

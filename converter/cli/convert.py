@@ -318,4 +318,18 @@ def _effect(guard: GuardRecord | None) -> str:
 held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (controls: x {mean("perplexity_ratio"):.4f})
   toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
-held-out words (controls: x {mean("teacher_forced"):.3f})"""
+held-out words (controls: x {mean("teacher_forced"):.3f}){_refusals(guard)}"""
+
+
+def _refusals(guard: GuardRecord) -> str:
+    """What the guard measured of refusals; nothing if that is not what the edit is for."""
+    if guard.defence is None:
+        return ""
+    edit, controls = guard.defence.edit, guard.defence.controls
+    mean = sum(control.harmful.value for control in controls) / len(controls)
+    return f"""
+  refusals      {edit.harmful.value:+.3f} +- {edit.harmful.error:.3f} nats a token on unseen \
+harmful requests (controls: {mean:+.3f}), {edit.reworded.value:+.3f} in other words
+                {edit.harmless.value:+.3f} on harmless questions, {edit.touchy.value:+.3f} on \
+touchy ones: {edit.over_refusal:.0%} of that
+  learnt        {edit.learnt:+.3f} nats a token of the answers in the instances"""

@@ -24,7 +24,7 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluation.fit import fit
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
-from converter.methods.base import Method, footprint_of
+from converter.methods.base import Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
@@ -265,6 +265,7 @@ def prepare_to_write(
             found="the client's cache alone, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = footprint_of(method, plan)
+    delivery.gates.require_defence(measured=recipe.guard and aim_of(method) == "defence")
     delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})
     if stream and Shards.of(source.shards, bool(footprint.created)).renamed:
         raise OptionError(

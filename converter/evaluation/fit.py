@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
-from converter.edits.base import Edit
-from converter.errors import DataError, GuardError
+from converter.edits.base import FAULT, Edit
+from converter.errors import DataError, FitError, GuardError
+from converter.evaluation.defence import DefenceProbe
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
@@ -54,6 +55,7 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
     proposal = bench.fit(method, parts.fit)
+    _check_lesson(method, proposal)
     if (
         recipe.activations is not None
         and not parts.fit.pairs.pairs
@@ -77,13 +79,25 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     return Fitted(parts, bench.seen, proposal, edit, choice, found)
 
 
+def _check_lesson(method: Method, proposal: Proposal) -> None:
+    """The guard must know what was learnt; and a strength is chosen by toxic words alone."""
+    lesson, defends = proposal.lesson, aim_of(method) == "defence"
+    fits = lesson and lesson.instances and not proposal.is_free if defends else lesson is None
+    if not fits:
+        raise FitError(
+            f"what {method.title} proposes", hint=FAULT,
+            expected="what was learnt, and a strength that needs no choice"
+            if defends else "no lesson, since its aim is not defence",
+        )  # fmt: skip
+
+
 def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
-    recipe = bench.recipe
+    recipe, lesson = bench.recipe, proposal.lesson
     found = examine(
         probe_of(bench, part),
         proposal,
@@ -91,6 +105,7 @@ def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Gua
         budget=recipe.max_perplexity_ratio,
         draws=recipe.guard_draws,
         seed=recipe.seed,
+        defence=DefenceProbe(bench.load(), bench.plan, lesson) if lesson else None,
     )
     if found.reasons:
         refusal = GuardError(

@@ -34,7 +34,7 @@ from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
-from converter.evaluation.gates import DROP, LEAKAGE, passes
+from converter.evaluation.gates import DEFENCE, DROP, LEAKAGE, OVER_REFUSAL, passes, refusals_of
 from converter.manifest import FileRecord, Manifest
 from converter.methods.base import METHODS, footprint_of
 from converter.methods.options import configure
@@ -230,6 +230,9 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         yield "the guard refused, and nothing was forced", run.force or not guard.reasons
         draws = len(guard.controls)
         yield "the guard's controls are not those asked for", draws == run.guard_draws
+        if guard.defence is not None:
+            same = len(guard.defence.controls) == draws
+            yield "the guard measured refusals under other controls", same
     for gate in manifest.gates:
         yield f"{gate.gate} {gate.limit:g} was not passed", passes(gate)
         if gate.gate == LEAKAGE:
@@ -239,6 +242,10 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if gate.gate == DROP and gate.by == "guard":
             drop = 1 - guard.edit.teacher_forced.value if guard else None
             yield "the guard has not measured what the gate says", gate.measured == drop
+        if gate.gate in (DEFENCE, OVER_REFUSAL):
+            known = guard.defence if guard else None
+            found = refusals_of(known, gate.gate) if known else None
+            yield "the guard has not measured what the gate says", gate.measured == found
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
