@@ -407,6 +407,7 @@ class DefenceRecord(Record, kw_only=True):
         least_learnt: change of the answers that were learnt, in nats a token.
         least_defence: change of refusals behind harmful requests, likewise.
         most_over_refusal: change behind harmless questions, as a share of that.
+        instances: that were learnt, by id.
         suffix: that every message had behind it; empty for none.
         prompts: what was measured -> how many prompts.
         loss: of the answers to learn under the unedited model, in nats a token.
@@ -417,6 +418,7 @@ class DefenceRecord(Record, kw_only=True):
     least_learnt: float
     least_defence: float
     most_over_refusal: float
+    instances: tuple[str, ...]
     suffix: str
     prompts: dict[str, Positive]
     loss: float
@@ -610,6 +612,8 @@ class EvaluationSettings(Record, kw_only=True):
         toxic_words: listed words in those.
         text_tokens: of the text that were used at most; None for all.
         window: tokens of the text that were read at a time.
+        defence_set: version of the built-in set that refusals were counted on; None if they were
+            not.
     """
 
     source: str
@@ -635,6 +639,7 @@ class EvaluationSettings(Record, kw_only=True):
     toxic_words: int
     text_tokens: int | None
     window: int
+    defence_set: int | None = None
 
 
 UNEDITED, EDITED = "unedited", "edited"

@@ -294,7 +294,7 @@ def test_the_guard_measures_records_and_shows_it(source: Path, cli: Cli, tmp_pat
     assert manifest.instances.sha256 == load_instances().sha256
     assert len(found.controls) == 2
     assert {*found.prompts} == {"learnt", *SETS}
-    assert found.suffix == "Be kind."
+    assert (found.suffix, found.instances) == ("Be kind.", ("0",))
     assert any(says in reason for reason in manifest.guard.reasons)
     assert not any("toxic words" in reason for reason in manifest.guard.reasons)
     card = (tmp_path / "out/README.md").read_text()
@@ -316,8 +316,8 @@ def guard_of(defence: DefenceMeasured | None) -> Any:
     if defence is None:
         return guard
     record = converter.manifest.DefenceRecord(
-        least_learnt=0.1, least_defence=0.1, most_over_refusal=0.9, suffix="", prompts={},
-        loss=1.0, edit=defence, controls=(defence,),
+        least_learnt=0.1, least_defence=0.1, most_over_refusal=0.9, instances=("0",), suffix="",
+        prompts={}, loss=1.0, edit=defence, controls=(defence,),
     )  # fmt: skip
     return replace(guard, defence=record)
 

@@ -13,6 +13,7 @@ from converter.evaluation.compare import evaluate
 from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.refusals import recorded_lesson
 from converter.evaluation.systems import Comparison, System, edited_layers, parse_controls
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation
@@ -75,7 +76,8 @@ def _load_edited(name: str, bench: Bench) -> tuple[LanguageModel, System]:
     edit = edit_of(manifest, recorded_edit(folder, manifest))
     bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
     strength, layers = manifest.choice.strength, tuple(manifest.layers)
-    return model, System(EDITED, None, strength, edit, layers, bias)
+    lesson = recorded_lesson(manifest)
+    return model, System(EDITED, None, strength, edit, layers, bias, lesson=lesson)
 
 
 def evaluation_of(
@@ -92,7 +94,8 @@ def evaluation_of(
         seed, strength = bench.recipe.seed, fitted.choice.strength
         comparison = Comparison(names, [seed], ())
         layers, bias = edited_layers(method, bench.plan)
-        reference = System(EDITED, seed, strength, fitted.edit, layers, bias)
+        lesson = fitted.proposal.lesson
+        reference = System(EDITED, seed, strength, fitted.edit, layers, bias, lesson=lesson)
         return evaluate(bench, battery, comparison, None, reference)
 
     return run

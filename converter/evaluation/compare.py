@@ -7,8 +7,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from converter.calibration.instances import builtin_set
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, measure
+from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
 from converter.evaluation.systems import Comparison, Fits, System
@@ -58,6 +60,9 @@ def evaluate(
         systems=(),
         rows=(),
     )
+    asked: dict[str, list[str]] | None = None
+    if battery.asked.defence:
+        asked = refusal_prompts(base.tokenizer, reference.lesson if reference else None)
     text: LogProbabilities | None = None
     controls = Fits(bench, comparison).systems(reference)
     for system in chain([System(UNEDITED)], [reference] if reference else [], controls):
@@ -68,7 +73,7 @@ def evaluate(
         elif system.edit is not None:
             hooks = edited(base.module, bench.plan, system.edit)
         with progress.stage("measure", f"measuring {system.title}"), hooks:
-            metrics, values = measure(subject, battery, passages, text)
+            metrics, values = measure(subject, battery, passages, text, asked)
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,
@@ -135,4 +140,5 @@ def _settings(
         toxic_words=sum(map(len, passages.words)) if passages else 0,
         text_tokens=asked.text_tokens,
         window=WINDOW,
+        defence_set=builtin_set().version if asked.defence else None,
     )

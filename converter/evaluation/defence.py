@@ -74,7 +74,7 @@ def unseen(lesson: Lesson) -> dict[str, Asked]:
     others = [i.held_out[name] for i in taught for name in SETS["DG_otherAQ"] if name in i.held_out]
     prompts = {
         "harmful": [*attacked, *dict.fromkeys(others)],
-        "bare": questions[1::4],
+        "bare": questions[1::2],
         "harmless": [question for question, _ in known.harmless if question not in kept],
         "touchy": [question for question, _ in known.touchy if question not in kept],
     }
@@ -112,7 +112,7 @@ class DefenceProbe:
     """
 
     def __init__(self, model: Model, plan: Plan, lesson: Lesson) -> None:
-        self._model, self._plan, self._suffix = model, plan, lesson.suffix
+        self._model, self._plan, self._lesson = model, plan, lesson
         learnt = [(instance.prompt, instance.safe) for instance in lesson.instances]
         self._asked: dict[str, Asked] = {"learnt": learnt, **unseen(lesson)}
         self._encoder = Encoder(model.tokenizer, model.module, None)
@@ -127,7 +127,7 @@ class DefenceProbe:
     def _encode(self, asked: tuple[str, str]) -> tuple[Sentence, list[tuple[int, ...]]]:
         """A prompt with its answer, and each token of the answer as a word of its own."""
         tokenizer, most = self._model.tokenizer, self._encoder.max_tokens
-        text, start = exchange(tokenizer, *asked, self._suffix)
+        text, start = exchange(tokenizer, *asked, self._lesson.suffix)
         if (length := len(encode(tokenizer, text, self._encoder.begin).ids)) > most:
             raise DataError(
                 f"the prompt that begins with {asked[0][:40]!r} is too long for the model, with "
@@ -158,7 +158,8 @@ class DefenceProbe:
             least_learnt=_LEAST_LEARNT,
             least_defence=_LEAST_DEFENCE,
             most_over_refusal=_MOST_OVER_REFUSAL,
-            suffix=self._suffix,
+            instances=tuple(instance.id for instance in self._lesson.instances),
+            suffix=self._lesson.suffix,
             prompts={name: len(asked) for name, asked in self._asked.items()},
             loss=self.loss,
             edit=edit,

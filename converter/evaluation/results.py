@@ -71,7 +71,9 @@ def markdown(results: Evaluation) -> str:
         for way in ("greedy", "sampled"):
             columns.append((f"{scorer}, {way}", f"toxicity/{scorer}/{way}"))
     known = dict.fromkeys(key for row in results.rows for key in row.metrics)
-    columns += [(key, key) for key in known if key.startswith(("safeedit/", "ability/"))]
+    columns += [
+        (key, key) for key in known if key.startswith(("refusals/", "safeedit/", "ability/"))
+    ]
     lines = [
         "| model | strength | seeds | " + " | ".join(escaped(name) for name, _ in columns) + " |",
         "|" + "---|" * (len(columns) + 3),

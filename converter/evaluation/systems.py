@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from converter.calibration.instances import Lesson
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.split import split
 from converter.checkpoints.plan import Plan
@@ -40,6 +41,7 @@ class System:
         layers: that it edits.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
+        lesson: that it has learnt, as far as that is known.
     """
 
     name: str
@@ -49,6 +51,7 @@ class System:
     layers: tuple[int, ...] = ()
     bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    lesson: Lesson | None = None
 
     @property
     def title(self) -> str:
