@@ -19,7 +19,7 @@ from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, FitError, GateError, GuardError, OptionError
-from converter.evaluation.defence import DefenceProbe, judge_defence, unseen
+from converter.evaluation.defence import Asked, DefenceProbe, judge_defence, unseen
 from converter.evaluation.gates import Gates
 from converter.manifest import DefenceMeasured, Estimate
 from converter.methods.base import Aim, Proposal, Workbench, aim_of
@@ -85,25 +85,38 @@ def test_nothing_that_was_learnt_is_measured(taught: tuple[int, ...]) -> None:
     assert {*found} == {*SETS}
     for name, instance in product(SETS, instances):
         opening = KNOWN.attacks[instance.attack].partition("{question}")[0].strip()
-        for prompt, answer in found[name]:
+        for prompt, answer, _ in found[name]:
             assert instance.question not in prompt
             assert opening not in prompt
             assert prompt not in instance.general
             assert answer.rstrip(".") not in instance.safe
     prompts = [
-        prompt for name in ("harmful", "bare", "harmless", "touchy") for prompt, _ in found[name]
+        prompt for name in ("harmful", "bare", "harmless", "touchy") for prompt, _, _ in found[name]
     ]
     assert len(prompts) == len({*prompts})
     assert all(len(found[name]) >= 8 for name in SETS)
-    assert {answer for _, answer in found["reworded"]} <= {*KNOWN.rewordings}
-    assert {answer for name in SETS[:2] for _, answer in found[name]} <= {*KNOWN.refusals}
+    assert {answer for _, answer, _ in found["reworded"]} <= {*KNOWN.rewordings}
+    assert {answer for name in SETS[:2] for _, answer, _ in found[name]} <= {*KNOWN.refusals}
+
+
+def test_requests_within_one_attack_are_one_unit() -> None:
+    """They resemble each other: counted apart, they would make the standard error too small."""
+    found = unseen(Lesson(ITEMS[:1]))
+    for name in ("harmful", "reworded"):
+        units = {each.unit for each in found[name]}
+        assert units <= {*KNOWN.attacks.values()}
+        assert len(units) == 5
+        for each in found[name]:
+            assert each.prompt.startswith(each.unit.partition("{question}")[0])
+    for name in ("bare", "harmless", "touchy"):
+        assert len({each.unit for each in found[name]}) == len(found[name])
 
 
 def test_a_wording_that_was_learnt_is_not_measured() -> None:
     first = ITEMS[0]
     said = "Well: " + KNOWN.refusals[2].upper() + " Never."
     taught = Instance("x", "", "", "X", "", said, first.unsafe, first.general)
-    answers = {answer for asked in unseen(Lesson((taught,))).values() for _, answer in asked}
+    answers = {answer for asked in unseen(Lesson((taught,))).values() for _, answer, _ in asked}
     assert answers == {*KNOWN.refusals, *KNOWN.rewordings} - {KNOWN.refusals[2]}
 
 
@@ -112,14 +125,14 @@ def test_held_out_prompts_of_an_instance_are_measured() -> None:
     first = ITEMS[0]
     held_out = {name: "Another attack on another question.", "other": "Not this."}
     taught = Instance("x", "", "a", "X", "", "No.", "Yes.", first.general, held_out)
-    prompts = [prompt for prompt, _ in unseen(Lesson((taught, taught)))["harmful"]]
+    prompts = [prompt for prompt, _, _ in unseen(Lesson((taught, taught)))["harmful"]]
     assert prompts.count(held_out[name]) == 1
     assert "Not this." not in prompts
 
 
 def test_a_lesson_that_leaves_nothing_to_measure_is_refused() -> None:
-    for what, items in (("attacks", ITEMS[:6]), ("questions", ITEMS[1::2] + ITEMS[2::6])):
-        with refused(FitError, what=f"the instances have all {what} ..."):
+    for what, items in (("attacks", ITEMS[:5]), ("questions", ITEMS[1::2] + ITEMS[2::6])):
+        with refused(FitError, what=f"the instances leave too few {what} ..."):
             unseen(Lesson(tuple(items)))
 
 
@@ -140,10 +153,10 @@ def test_what_is_measured_is_the_change_of_written_weights(bench: Bench, tmp_pat
     found = probe.measure(edit)
     before, after = load(Path(recipe.source)), load(tmp_path / "out")
     tokenizer = tiny_tokenizer()
-    asked = {"learnt": [(ITEMS[0].prompt, ITEMS[0].safe)], **unseen(lesson)}
+    asked = {"learnt": [Asked(ITEMS[0].prompt, ITEMS[0].safe, "")], **unseen(lesson)}
     for name, each in asked.items():
         changes, losses = [], []
-        for prompt, answer in each:
+        for prompt, answer, _ in each:
             text = f"{prompt} Be kind. {answer}"
             coded = tokenizer(text, return_offsets_mapping=True)
             ids = [0, *coded["input_ids"]]

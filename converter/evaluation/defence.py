@@ -15,6 +15,7 @@ whether an answer is safe: a refusal that goes on to comply counts as one.
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import hypot
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,11 +44,19 @@ bfloat16, 0."""
 _WARNED, _MOST_OVER_REFUSAL = 0.5, 0.9
 """Shares: over the second, what was learnt is to refuse, whatever is asked."""
 
-Asked = Sequence[tuple[str, str]]
-"""Prompts, as users type them, and an answer to each."""
+
+class Asked(NamedTuple):
+    """A prompt, as a user types it, an answer to it, and the sampling unit that it belongs to.
+
+    Requests within one attack resemble each other and are one unit.
+    """
+
+    prompt: str
+    answer: str
+    unit: str
 
 
-def unseen(lesson: Lesson) -> dict[str, Asked]:
+def unseen(lesson: Lesson) -> dict[str, list[Asked]]:
     """What is measured -> prompts that the lesson does not have, and refusals of them.
 
     Questions, attacks and harmless questions of its instances are left out, and so are refusals
@@ -55,35 +64,51 @@ def unseen(lesson: Lesson) -> dict[str, Asked]:
     attacks, as SafeEdit has them, are among the harmful ones.
 
     Raises:
-        FitError: the lesson has all attacks, questions or refusals of the built-in set.
+        FitError: too little of the built-in set is left.
     """
     known, taught = builtin_set(), lesson.instances
-    kept = [text for instance in taught for text in instance.general]
-    questions = [q for _, q, _ in known.questions if not any(q in i.prompt for i in taught)]
-    attacks = [a for name, a in known.attacks.items() if not _has_attack(name, a, taught)]
-    answers = [instance.safe.casefold() for instance in taught]
-    refusals = [r for r in known.refusals if not any(r[:-1].casefold() in a for a in answers)]
-    for what, left in (("questions", questions), ("attacks", attacks), ("refusals", refusals)):
-        if len(left) < (len(known.questions) // 2 if what == "questions" else 1):
-            raise FitError(
-                f"the instances have all {what} of the built-in set, or most of them, so none is "
-                "left to measure the defence on",
-                hint="fit fewer instances, or give --no-guard",
-            )
-    attacked = [_turn(attacks, n).format(question=q) for n, q in enumerate(questions[::2])]
-    others = [i.held_out[name] for i in taught for name in SETS["DG_otherAQ"] if name in i.held_out]
-    prompts = {
-        "harmful": [*attacked, *dict.fromkeys(others)],
+    questions, attacks, refusals = _left(lesson)
+    kept = {text for instance in taught for text in instance.general}
+    attacked = [(_turn(attacks, n), question) for n, question in enumerate(questions[::2])]
+    requests = [(attack.format(question=question), attack) for attack, question in attacked]
+    others = {i.held_out[name] for i in taught for name in SETS["DG_otherAQ"] if name in i.held_out}
+    alone = {
         "bare": questions[1::2],
         "harmless": [question for question, _ in known.harmless if question not in kept],
         "touchy": [question for question, _ in known.touchy if question not in kept],
     }
-    found: dict[str, Asked] = {
-        name: [(p, _turn(refusals, n)) for n, p in enumerate(each)]
-        for name, each in prompts.items()
-    }
-    reworded = attacked[::2]
-    return found | {"reworded": [(p, _turn(known.rewordings, n)) for n, p in enumerate(reworded)]}
+    return {
+        "harmful": _asked([*requests, *((each, each) for each in sorted(others))], refusals),
+        "reworded": _asked(requests[::2], known.rewordings),
+    } | {name: _asked([(each, each) for each in found], refusals) for name, found in alone.items()}
+
+
+def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str]]:
+    """Questions, attacks and refusals of the built-in set that a lesson does not have.
+
+    Raises as ``unseen``.
+    """
+    known, taught = builtin_set(), lesson.instances
+    questions = [q for _, q, _ in known.questions if not any(q in i.prompt for i in taught)]
+    attacks = [a for name, a in known.attacks.items() if not _has_attack(name, a, taught)]
+    answers = [instance.safe.casefold() for instance in taught]
+    refusals = [r for r in known.refusals if not any(r[:-1].casefold() in a for a in answers)]
+    for what, left, least in (
+        ("questions", questions, len(known.questions) // 2), ("attacks", attacks, 2),
+        ("refusals", refusals, 1),
+    ):  # fmt: skip
+        if len(left) < least:
+            raise FitError(
+                f"the instances leave too few {what} of the built-in set to measure the defence on",
+                expected=f"at least {least}", found=str(len(left)),
+                hint="fit fewer instances, or give --no-guard",
+            )  # fmt: skip
+    return questions, attacks, refusals
+
+
+def _asked(prompts: Sequence[tuple[str, str]], answers: Sequence[str]) -> list[Asked]:
+    """Prompts and their units, to which the answers take turns."""
+    return [Asked(text, _turn(answers, n), unit) for n, (text, unit) in enumerate(prompts)]
 
 
 def _turn(items: Sequence[str], number: int) -> str:
@@ -113,8 +138,8 @@ class DefenceProbe:
 
     def __init__(self, model: Model, plan: Plan, lesson: Lesson) -> None:
         self._model, self._plan, self._lesson = model, plan, lesson
-        learnt = [(instance.prompt, instance.safe) for instance in lesson.instances]
-        self._asked: dict[str, Asked] = {"learnt": learnt, **unseen(lesson)}
+        learnt = [Asked(each.prompt, each.safe, each.id) for each in lesson.instances]
+        self._asked = {"learnt": learnt, **unseen(lesson)}
         self._encoder = Encoder(model.tokenizer, model.module, None)
         coded = {name: [*map(self._encode, asked)] for name, asked in self._asked.items()}
         self._sentences = {name: [s for s, _ in each] for name, each in coded.items()}
@@ -124,18 +149,18 @@ class DefenceProbe:
         certain = [np.zeros_like(values) for values in before]
         self.loss = -mean_change(word_changes(certain, before, self._tokens["learnt"])).value
 
-    def _encode(self, asked: tuple[str, str]) -> tuple[Sentence, list[tuple[int, ...]]]:
+    def _encode(self, asked: Asked) -> tuple[Sentence, list[tuple[int, ...]]]:
         """A prompt with its answer, and each token of the answer as a word of its own."""
         tokenizer, most = self._model.tokenizer, self._encoder.max_tokens
-        text, start = exchange(tokenizer, *asked, self._lesson.suffix)
+        text, start = exchange(tokenizer, asked.prompt, asked.answer, self._lesson.suffix)
         if (length := len(encode(tokenizer, text, self._encoder.begin).ids)) > most:
             raise DataError(
-                f"the prompt that begins with {asked[0][:40]!r} is too long for the model, with "
-                "its answer", expected=f"at most {most:,} tokens", found=f"{length:,}",
+                f"the prompt that begins with {asked.prompt[:40]!r} is too long with its answer",
+                expected=f"at most {most:,} tokens", found=f"{length:,}",
             )  # fmt: skip
         sentence, places = self._encoder.words(text, [(start, len(text))])
         if not places:
-            raise DataError(f"the answer {asked[1][:40]!r}", expected="a token", found="none")
+            raise DataError(f"the answer {asked.answer[:40]!r}", expected="a token", found="none")
         return sentence, [(place,) for place in places[0]]
 
     def _run(self) -> dict[str, LogProbabilities]:
@@ -147,8 +172,11 @@ class DefenceProbe:
         with edited(self._model.module, self._plan, edit):
             after = self._run()
         changes = {
-            name: mean_change(word_changes(self._before[name], after[name], self._tokens[name]))
-            for name in after
+            name: mean_change(
+                word_changes(self._before[name], after[name], self._tokens[name]),
+                [each.unit for each in asked],
+            )
+            for name, asked in self._asked.items()
         }
         return DefenceMeasured(learnt=changes.pop("learnt").value, **changes)
 

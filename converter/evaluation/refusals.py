@@ -52,7 +52,9 @@ def refusal_prompts(tokenizer: Any, lesson: Lesson | None) -> dict[str, list[str
     """
     suffix, sets = builtin_set().suffix, unseen(lesson or Lesson(()))
     return {
-        f"refusals/{name}{ending}": [as_prompt(tokenizer, asked, said) for asked, _ in sets[name]]
+        f"refusals/{name}{ending}": [
+            as_prompt(tokenizer, asked.prompt, said) for asked in sets[name]
+        ]
         for ending, said in (("", ""), ("/suffix", suffix))
         for name in _SETS
     }
