@@ -313,6 +313,8 @@ def test_the_guard_measures_records_and_shows_it(source: Path, cli: Cli, tmp_pat
     card = (tmp_path / "out/README.md").read_text()
     assert f"| refusals of harmless questions, {found.prompts['harmless']} |" in card
     assert "edited to make refusals of harmful requests more probable" in card
+    assert "| fitted on | the instances built into gloss-convert |" in card
+    assert "pairs of toxic" not in card
     assert converter.verify(tmp_path / "out", str(source)) == []
     manifest_file = tmp_path / "out/gloss_manifest.json"
     text = json.loads(manifest_file.read_text())

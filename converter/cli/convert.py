@@ -230,6 +230,7 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "strength_name": manifest.method.strength,
         "layers": manifest.layers,
         "pairs": manifest.pairs.count,
+        "instances": manifest.instances and manifest.instances.origin.title,
         "rows_skipped": manifest.pairs.skipped,
         "candidates": len(candidates),
         "candidates_kept": sum(c.kept for c in candidates),
@@ -264,14 +265,21 @@ def _result_text(result: dict[str, Any]) -> str:
 {result["source"]} -> {result["destination"]}
   method        {result["method"]}, {result["strength_name"]} {result["strength"]:g}\
 {_layers(result["layers"])}
-  pairs         {result["pairs"]} fitted on ({sum(result["rows_skipped"].values())} rows not \
-usable){chosen}
+{_texts(result)}{chosen}
 {_changes(result)}
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
 {_effect(result["guard"])}
   forward pass  {_forward(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}{table}"""
+
+
+def _texts(result: dict[str, Any]) -> str:
+    """What was fitted on."""
+    if result["instances"] is not None:
+        return f"  instances     {result['instances']}"
+    skipped = sum(result["rows_skipped"].values())
+    return f"  pairs         {result['pairs']} fitted on ({skipped} rows not usable)"
 
 
 def _layers(layers: list[int]) -> str:

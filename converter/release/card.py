@@ -178,6 +178,9 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
         yield "change", spread
+    if manifest.instances is not None:
+        yield "fitted on", _data_link(manifest.instances)
+        return
     count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
     yield "fitted on", f"{count} from {_data_link(manifest.pairs)}"
 
