@@ -408,3 +408,26 @@ def test_instances_that_cannot_be_read_are_missed_at_once(
             tiny_recipe(source, method="toy", options={}, guard=True, num_pairs=64),
             tmp_path / "out",
         )
+
+
+def test_a_refit_asks_for_the_recorded_instances(source: Path, cli: Cli, tmp_path: Path) -> None:
+    entry = {
+        "adversarial prompt": "X", "safe generation": "No.", "unsafe generation": "Yes.",
+    }  # fmt: skip
+    for name, more in (("a.json", {}), ("b.json", {"question": "Why?"})):
+        (tmp_path / name).write_text(json.dumps([entry | more]))
+    out, args = tmp_path / "out", ("--method", "toy", "--num-pairs", 64, "--no-guard")
+    cli("convert", source, out, *args, "--instances", tmp_path / "a.json", code=0)
+    manifest = read_manifest(out)
+    assert (manifest.run.instances, manifest.guard) == ("a.json", None)
+    assert manifest.instances is not None
+    assert manifest.instances.origin.name == "a.json"
+    again = ("replay", out, tmp_path / "again", "--source", source, "--refit")
+    cli(*again, code=2, says="say where it is with --instances")
+    cli(*again, "--instances", tmp_path / "b.json", code=8, says="by their sha256: instances")
+    cli(*again, "--instances", tmp_path / "a.json", code=0)
+    # the same command finds its result, unless the instances have changed since
+    same = ("convert", source, out, *args, "--instances", tmp_path / "a.json")
+    cli(*same, code=0, says="is the result of this run already")
+    (tmp_path / "a.json").write_text((tmp_path / "b.json").read_text())
+    cli(*same, code=7)

@@ -9,6 +9,8 @@ import pytest
 from converter.calibration.instances import Instances, builtin_set, load_instances
 from converter.errors import DataError
 from tests.builders.errors import refused
+from tests.builders.hub_client import connect
+from tests.builders.hub_server import COMMIT, HubServer
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints
 
@@ -151,3 +153,17 @@ def test_instances_of_a_method_that_needs_none_are_refused(
     args = ("convert", checkpoints("llama"), tmp_path / "out", *TINY_ARGS)
     says = "--instances has no effect with --method gloss-paper"
     cli(*args, "--instances", "x.json", code=2, says=says)
+
+
+def test_a_dataset_of_the_hub_gives_its_test_file_at_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, entries in {"train": [], "test": [ENTRY], "val": [ENTRY, ENTRY]}.items():
+        (data / f"SafeEdit_{name}.json").write_text(json.dumps(entries))
+    with HubServer(datasets={"someone/edits": data}) as hub:
+        connect(monkeypatch, hub.url, tmp_path / "hf")
+        found = load_instances("someone/edits")
+    assert (found.origin.repo_id, found.origin.commit) == ("someone/edits", COMMIT)
+    assert found.items == read(tmp_path, ENTRY).items
