@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import converter
-from converter.checkpoints.chat_template import suffix_patches, template_files, templates_in
+from converter.checkpoints.chat_template import (
+    puts_suffix,
+    suffix_patches,
+    template_files,
+    templates_in,
+)
 from converter.edits.base import Edit, Footprint
 from converter.errors import CheckpointError, OptionError
 from converter.methods.base import Workbench
@@ -108,6 +113,7 @@ printable = st.text(st.characters(exclude_categories=("C", "Z")) | st.just(" "),
 suffixes = printable.map(str.strip).filter(lambda s: s and s.isprintable())
 
 
+@settings(deadline=None, max_examples=60)
 @given(suffixes, st.text(" \n\t", max_size=4), st.sampled_from(sorted(TEMPLATES)))
 def test_whatever_the_suffix_is_and_however_the_template_begins(
     suffix: str, space: str, template: str
@@ -170,6 +176,17 @@ def test_every_place_is_found_and_changed(tmp_path: Path) -> None:
     assert patches["processor_config.json"] == {"chat_template": renamed}
     for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
         assert f"{patches[name]}{found[name]}" == with_suffix(str(PLACES[name]), S)
+
+
+def test_a_patch_is_known_by_its_suffix(tmp_path: Path) -> None:
+    patches = suffix_patches(templates_in(put(tmp_path, PLACES)), 'a "quoted" \\ S')
+    for patch in patches.values():
+        assert puts_suffix(patch, 'a "quoted" \\ S')
+        for other in ("", "a", 'a "quoted"', 'a "quoted" \\ S too'):
+            assert not puts_suffix(patch, other)
+    assert puts_suffix({"another": "key"}, "")
+    for odd in (3, [3], [{"name": "x"}], {"x": 3}, None):
+        assert not puts_suffix({"chat_template": odd}, "S")
 
 
 def test_no_template_is_no_patch(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,12 +11,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from msgspec.structs import replace
+from transformers import AutoTokenizer
 
 import converter
 from converter.calibration.instances import Instance, Lesson, builtin_set, load_instances
 from converter.calibration.word_list import load_words
+from converter.checkpoints.chat_template import suffix_patches, template_files
 from converter.checkpoints.plan import Plan
-from converter.edits.base import Edit
+from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, FitError, GateError, GuardError, OptionError
@@ -27,6 +30,7 @@ from converter.methods.workbench import Bench
 from converter.models.chat import as_prompt, exchange
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
+from tests.builders.adversary import copy_of, load_manifest, put
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.methods import RankOne, draw, the_weight
@@ -45,11 +49,16 @@ class Toy(RankOne):
     aim: ClassVar[Aim] = "defence"
     suffix: str = "Be kind."
 
+    def footprint(self, plan: Plan) -> Footprint:
+        weights = RankOne.footprint(self, plan)
+        return changed(weights, patches=template_files(plan.templates))
+
     def fit(self, bench: Workbench) -> Proposal:
+        patches = suffix_patches(bench.plan.templates, self.suffix)
         return Proposal(
             (self.scale or 0.05,),
             False,
-            lambda scale: self.edit(bench, scale, 0),
+            lambda scale: changed(self.edit(bench, scale, 0), patches=patches),
             lambda scale, seed: self.edit(bench, scale, seed + 1),
             lesson=Lesson(bench.instances.items[:1], self.suffix),
         )
@@ -323,6 +332,24 @@ def test_the_guard_measures_records_and_shows_it(source: Path, cli: Cli, tmp_pat
     assert any("other controls" in said for said in converter.verify(tmp_path / "out"))
 
 
+def test_a_template_is_written_with_the_suffix_that_was_measured(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """With the template, and found without the source if the record says another suffix."""
+    own, out = copy_of(source, tmp_path / "own"), tmp_path / "out"
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    args = ("--method", "toy", "--num-pairs", 64, "--guard-draws", 1, "--force")
+    cli("convert", own, out, *args, "--max-perplexity-ratio", 9, code=0)
+    assert converter.verify(out, str(own)) == []
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert as_prompt(tokenizer, "Hi.") == "<user>Hi. Be kind.\n<model>"
+    manifest = load_manifest(out)
+    manifest["guard"]["defence"]["suffix"] = "Be rude."
+    put(out, manifest)
+    says = "chat_template.jinja gets another suffix than the guard measured with"
+    cli("verify", out, code=8, says=says)
+
+
 def guard_of(defence: DefenceMeasured | None) -> Any:
     from tests.fuzz import skeleton
 
@@ -381,8 +408,6 @@ def test_a_proposal_that_does_not_fit_its_aim_is_refused(
 
     def fit(self: Toy, bench: Workbench) -> Proposal:
         proposal = own(self, bench)
-        from dataclasses import replace as changed
-
         return changed(proposal, **change(proposal))
 
     monkeypatch.setattr(Toy, "fit", fit)

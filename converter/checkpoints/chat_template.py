@@ -164,6 +164,22 @@ def _preamble(name: str, template: str, suffix: str) -> str:
             f"the chat template in {name} has a suffix of gloss-convert already",
             hint="give the model that it was made from, or -o suffix=none",
         )
+    return _begun(suffix) + ("%}\n" if template[:1].isspace() else "-%}")
+
+
+def _begun(suffix: str) -> str:
+    """The preamble but for its end, with S as a string of Jinja."""
     escaped = suffix.replace("\\", "\\\\").replace('"', '\\"')
-    begun = _PREAMBLE.replace("SUFFIX", f'" {escaped}"')
-    return begun + ("%}\n" if template[:1].isspace() else "-%}")
+    return _PREAMBLE.replace("SUFFIX", f'" {escaped}"')
+
+
+def puts_suffix(patch: Mapping[str, Any] | str, suffix: str) -> bool:
+    """Whether a patch has every template that it changes put this suffix, and no other."""
+    value = patch if isinstance(patch, str) else patch.get(_KEY, {})
+    if isinstance(value, str):
+        return bool(suffix) and value.startswith(_begun(suffix))
+    if isinstance(value, list) and all(map(_is_named, value)):
+        value = dict(enumerate(entry["template"] for entry in value))
+    return isinstance(value, Mapping) and all(
+        isinstance(text, str) and puts_suffix(text, suffix) for text in value.values()
+    )

@@ -16,6 +16,7 @@ from msgspec import structs
 from torch import Tensor
 
 from converter.calibration.statistics import cache_key
+from converter.checkpoints.chat_template import is_template_file, puts_suffix
 from converter.checkpoints.names import (
     BOOKKEEPING,
     CARD,
@@ -233,6 +234,9 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if guard.defence is not None:
             same = len(guard.defence.controls) == draws
             yield "the guard measured refusals under other controls", same
+            for name, patch in manifest.edit.patches.items():
+                same = not is_template_file(name) or puts_suffix(patch, guard.defence.suffix)
+                yield f"{name} gets another suffix than the guard measured with", same
     for gate in manifest.gates:
         yield f"{gate.gate} {gate.limit:g} was not passed", passes(gate)
         if gate.gate == LEAKAGE:
