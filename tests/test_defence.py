@@ -456,3 +456,30 @@ def test_a_refit_asks_for_the_recorded_instances(source: Path, cli: Cli, tmp_pat
     cli(*same, code=0, says="is the result of this run already")
     (tmp_path / "a.json").write_text((tmp_path / "b.json").read_text())
     cli(*same, code=7)
+
+
+def test_an_evaluation_leaves_out_what_was_learnt(
+    source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Lesson | None] = []
+
+    def prompts(tokenizer: Any, lesson: Lesson | None) -> dict[str, list[str]]:
+        seen.append(lesson)
+        return {"refusals/bare": ["Why?"]}
+
+    monkeypatch.setattr("converter.evaluation.compare.refusal_prompts", prompts)
+    out, args = tmp_path / "out", ("--method", "toy", "--num-pairs", 64, "--guard-draws", 1)
+    asked = ("--prompts", "none", "--defence", "--control", "")
+    more = ("--force", "--max-perplexity-ratio", 9)
+    cli("convert", source, out, *args, *more, "--evaluate", *asked, code=0)
+    evaluation = read_manifest(out).evaluation
+    assert evaluation is not None
+    assert [system.system for system in evaluation.systems] == ["unedited", "edited"]
+    assert all("refusals/bare" in system.metrics for system in evaluation.systems)
+    assert "| refusals/bare |" in (out / "README.md").read_text()
+    cli("evaluate", out, "--base", source, *asked, code=0)
+    cli("evaluate", source, *asked, code=0)
+    first, second, third = seen
+    assert first == Lesson(ITEMS[:1], "Be kind.")
+    assert second == Lesson(ITEMS[:1])
+    assert third is None
