@@ -7,7 +7,7 @@ JSON schema all follow from the fields below, which is why they are in one file.
 
 import json
 from dataclasses import fields
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, dataclass_transform
 
@@ -394,13 +394,73 @@ class StepRecord(Record, kw_only=True):
     activations: ActivationsRecord | None
 
 
+class DefenceMeasured(Record, kw_only=True):
+    """What an edit does to refusals: changes of their log-probability, in nats a token.
+
+    Attributes:
+        learnt: of the safe answers that the fit has seen, behind their own prompts.
+        harmful: of refusals in the usual words behind harmful requests, of which neither question
+            nor attack was seen.
+        bare: the same without an attack.
+        reworded: of refusals in words that no safe answer begins with, behind such requests.
+        harmless: of refusals behind harmless questions.
+        touchy: behind harmless questions with words that sound harmful.
+    """
+
+    learnt: float
+    harmful: Estimate
+    bare: Estimate
+    reworded: Estimate
+    harmless: Estimate
+    touchy: Estimate
+
+    @property
+    def over_refusal(self) -> float:
+        """The change behind harmless questions as a share of that behind harmful requests."""
+        if not self.harmful.value:
+            return nan
+        return (self.harmless.value + self.touchy.value) / 2 / self.harmful.value
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers."""
+        parts = (self.harmful, self.bare, self.reworded, self.harmless, self.touchy)
+        return isfinite(self.learnt) and all(part.finite for part in parts)
+
+
+class DefenceRecord(Record, kw_only=True):
+    """What the guard measured of an edit that is to make a model refuse harmful requests.
+
+    Attributes:
+        least_learnt: change of the answers that were learnt, in nats a token.
+        least_defence: change of refusals behind harmful requests, likewise.
+        most_over_refusal: change behind harmless questions, as a share of that.
+        instances: that were learnt, by id.
+        suffix: that every message had behind it; empty for none.
+        prompts: what was measured -> how many prompts.
+        loss: of the answers to learn under the unedited model, in nats a token.
+        edit: what the edit does.
+        controls: what each control does.
+    """
+
+    least_learnt: float
+    least_defence: float
+    most_over_refusal: float
+    instances: tuple[str, ...]
+    suffix: str
+    prompts: dict[str, Positive]
+    loss: float
+    edit: DefenceMeasured
+    controls: Annotated[tuple[DefenceMeasured, ...], Meta(min_length=1)]
+
+
 class GuardRecord(Record, kw_only=True):
     """What the guard measured, on the part that nothing was tuned on.
 
     Attributes:
         budget: the largest perplexity ratio.
         margin: times the drop of the controls that the edit's must be.
-        least_drop: of log p of toxic words, in nats.
+        least_drop: of log p of toxic words, in nats. Neither is asked of an edit for defence.
         neutral_tokens: that the perplexities are of.
         toxic_words: that the probabilities are of.
         perplexity: of the unedited model.
@@ -414,6 +474,7 @@ class GuardRecord(Record, kw_only=True):
         context_tokens: that the perplexity ratios of the other words of toxic text are of; 0 if
             they were not measured.
         context_limit: the largest of these ratios.
+        defence: of an edit that is for defence, which is judged by it in place of toxic words.
     """
 
     budget: float
@@ -428,6 +489,7 @@ class GuardRecord(Record, kw_only=True):
     reasons: tuple[str, ...]
     context_tokens: Count = 0
     context_limit: float | None = None
+    defence: DefenceRecord | None = None
 
 
 class Requantized(Record, kw_only=True):
@@ -584,6 +646,8 @@ class EvaluationSettings(Record, kw_only=True):
         toxic_words: listed words in those.
         text_tokens: of the text that were used at most; None for all.
         window: tokens of the text that were read at a time.
+        defence_set: version of the built-in set that refusals were counted on; None if they were
+            not.
     """
 
     source: str
@@ -609,6 +673,7 @@ class EvaluationSettings(Record, kw_only=True):
     toxic_words: int
     text_tokens: int | None
     window: int
+    defence_set: int | None = None
 
 
 UNEDITED, EDITED = "unedited", "edited"
@@ -700,6 +765,7 @@ class Manifest(Record, kw_only=True):
         run: the conversion as asked for; paths are cut down to file names.
         neutral: ordinary prose.
         word_list: of offensive words.
+        instances: of harmful requests; None of methods that need none.
         guard: None if it was switched off.
         output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
@@ -721,6 +787,7 @@ class Manifest(Record, kw_only=True):
     pairs: PairsRecord
     neutral: TextRecord
     word_list: TextRecord
+    instances: TextRecord | None = None
     split: SplitRecord
     activations: ActivationsRecord | None
     edit: EditRecord

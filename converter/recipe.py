@@ -51,6 +51,12 @@ class Recipe(Options):
         "a Hub dataset id with an optional @revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
+    instances: Annotated[str, Option(
+        "Harmful requests with a safe and an unsafe answer, for methods that defend against them: "
+        "builtin (English), a .json or .jsonl file in the format of SafeEdit, or a Hub dataset id "
+        "with an optional @revision, or its address.",
+        example="zjunlp/SafeEdit", place=True,
+    )] = "builtin"
     num_pairs: Annotated[int | None, Option(
         "Number of pairs to draw, held-out pairs included.",
         by_default="all usable, at most 2000", example="1000", least=1,
@@ -234,6 +240,10 @@ class LocalInputs(Options):
     )] = None
     pairs: Annotated[str | None, Option(
         "With --refit: place of the recorded file of pairs.", example="pairs.tsv", place=True,
+    )] = None
+    instances: Annotated[str | None, Option(
+        "With --refit: place of the recorded file of instances.", example="instances.json",
+        place=True,
     )] = None
     neutral: Annotated[str | None, Option(
         "With --refit: place of the recorded neutral text.", example="prose.txt", place=True,

@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "method": "profs",
     "options": {"rank": "4", "layers": "10-24", "cost": "1.5", "alpha": "1.50", "bias": "keep"},
     "pairs": 'a "quoted" \\ path.tsv',
+    "instances": "someone/instances@v1",
     "num_pairs": 7,
     "seed": -(1 << 63),
     "neutral": "ordentliche Prosa \N{GRINNING FACE}.txt",

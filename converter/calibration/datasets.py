@@ -137,6 +137,34 @@ def read_whole(path: Path, what: str) -> str:
         return decode(read_file(path))
 
 
+def read_entries(path: Path, what: str) -> list[Any]:
+    """The values in a ``.jsonl`` file, one a line, or in the list that another file of JSON holds.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON, or holds something else than a list.
+    """
+    file = f"{what} file {path.name}"
+    if path.suffix.lower() != ".jsonl":
+        entries = _parsed(read_whole(path, what), file)
+        if not isinstance(entries, list):
+            raise DataError(file, expected="a list", found=type(entries).__name__)
+        return entries
+    with _reading(file):
+        lines = list(text_lines(path, "\n"))
+    if None in lines:
+        place = f"{file}, line {lines.index(None) + 1}"
+        raise DataError(place, found=f"more than {MAX_LINE:,} characters")
+    numbered = ((n, line) for n, line in enumerate(lines, 1) if line and line.strip())
+    return [_parsed(line, f"{file}, line {number}") for number, line in numbered]
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(place, expected="JSON in UTF-8", found=str(error)) from error
+
+
 def read_given(origin: str, what: str) -> str:
     """The text of a file that the user names. Raises DataError."""
     with _reading(f"{what} {origin}"):

@@ -2,13 +2,27 @@
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
+from converter.calibration.datasets import locate, read_entries
+from converter.errors import DataError
 from converter.manifest import Origin
+
+FORMATS = (".json", ".jsonl")
+"""Endings of files in the format of SafeEdit."""
+
+_OTHERS = "generalization test"
+"""The field of SafeEdit with prompts that an edit has not seen."""
+
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters but for white space, and halves of a pair: what no tokenizer should get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,8 @@ class DefenceSet:
 
     Attributes:
         suffix: S, what is put behind a user's message, after a space.
-        refusals: short ones, to measure by.
+        refusals: short ones in the usual words, to measure by.
+        rewordings: refusals in words that no safe answer begins with.
         safe, unsafe: answers, with ``{topic}`` in them.
         attacks: name -> text with ``{question}`` in it.
         questions: category, question and topic.
@@ -77,6 +92,7 @@ class DefenceSet:
     version: int
     suffix: str
     refusals: tuple[str, ...]
+    rewordings: tuple[str, ...]
     safe: tuple[str, ...]
     unsafe: tuple[str, ...]
     attacks: Mapping[str, str]
@@ -110,6 +126,7 @@ def builtin_set() -> DefenceSet:
         version=data["version"],
         suffix=data["suffix"],
         refusals=tuple(data["refusals"]),
+        rewordings=tuple(data["rewordings"]),
         safe=tuple(data["safe"]),
         unsafe=tuple(data["unsafe"]),
         attacks=data["attacks"],
@@ -124,9 +141,97 @@ def builtin_set() -> DefenceSet:
 
 
 def load_instances(origin: str | None = None) -> Instances:
-    """The built-in instances."""
-    items = tuple(builtin_set().instances())
-    described = Origin(name="builtin", version=builtin_set().version)
+    """Read the instances of a run.
+
+    Args:
+        origin: ``builtin`` or None; or, in the format of SafeEdit, a ``.json`` file with a list, a
+            ``.jsonl`` file with an object a line, or a Hub dataset, of which a file with ``test``
+            in its name is read: its authors edit with that part. Fields that are not needed are not
+            looked at, and what may be missing is taken from the built-in set or is empty.
+
+    Raises:
+        DataError: the file is missing, malformed or empty, or an instance cannot be used; the
+            message has its place in the file, from 0.
+        SourceError: the Hub cannot be read.
+    """
+    if origin in (None, "builtin"):
+        items = tuple(builtin_set().instances())
+        described = Origin(name="builtin", version=builtin_set().version)
+    else:
+        described, path = locate(str(origin), "instances", FORMATS, split="test")
+        items = tuple(_read(path))
     lines = (json.dumps(astuple(item), ensure_ascii=False, sort_keys=True) for item in items)
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return Instances(items, described, digest)
+
+
+def _read(path: Path) -> Iterator[Instance]:
+    entries = read_entries(path, "instances")
+    if not entries:
+        raise DataError(f"instances file {path.name}", expected="one at least", found="none")
+    for number, entry in enumerate(entries):
+        yield _instance(entry, number, f"instances file {path.name}, instance {number}")
+
+
+def _instance(entry: Any, number: int, what: str) -> Instance:
+    """An instance of SafeEdit's format. Raises DataError."""
+    if not isinstance(entry, dict):
+        raise DataError(what, expected="an object", found=type(entry).__name__)
+    prompt, safe, unsafe = (
+        _text(entry, name, what)
+        for name in ("adversarial prompt", "safe generation", "unsafe generation")
+    )
+    if safe.strip() == unsafe.strip():
+        raise DataError(f"{what}: the safe and the unsafe generation are the same")
+    general = builtin_set().harmless[number % len(builtin_set().harmless)]
+    if (known := entry.get("knowledge constrain")) is not None:
+        if not isinstance(known, dict):
+            raise DataError(
+                f"{what}: knowledge constrain", found=type(known).__name__,
+                expected="an object with the fields prompt and answer",
+            )  # fmt: skip
+        general = _text(known, "prompt", what), _text(known, "answer", what)
+    if general[0].strip() == prompt.strip():
+        raise DataError(
+            f"{what}: the adversarial prompt and that of knowledge constrain are the same",
+            hint="give a harmless prompt, whose answer is to stay as it is",
+        )
+    others = entry.get(_OTHERS) or {}
+    if not isinstance(others, dict):
+        raise DataError(f"{what}: {_OTHERS}", expected="an object", found=type(others).__name__)
+    return Instance(
+        id=str(entry.get("id", number))[:80],
+        category=_optional(entry, "unsafety category", what),
+        attack=_optional(entry, "attack name", what),
+        prompt=prompt,
+        question=_optional(entry, "question", what),
+        safe=safe,
+        unsafe=unsafe,
+        general=general,
+        held_out={
+            name: text
+            for name, text in sorted(others.items())
+            if isinstance(text, str) and text.strip() and not _NO_TEXT.search(text)
+        },
+    )
+
+
+def _optional(entry: Mapping[str, Any], name: str, what: str) -> str:
+    return _text(entry, name, what) if entry.get(name) else ""
+
+
+def _text(entry: Mapping[str, Any], name: str, what: str) -> str:
+    """A text that is not blank and that a tokenizer takes. Raises DataError."""
+    value = entry.get(name)
+    found = None
+    if name not in entry:
+        found = f"the fields {', '.join(map(str, entry))}"[:200] if entry else "no field"
+    elif not isinstance(value, str):
+        found = type(value).__name__
+    elif not value.strip():
+        found = "a blank text"
+    elif odd := _NO_TEXT.search(value):
+        found = f"the character {odd[0]!a} at place {odd.start()}"
+    if found is not None or not isinstance(value, str):
+        raise DataError(f"{what}: {name}", expected="a text", found=found)
+    return value

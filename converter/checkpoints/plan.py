@@ -22,6 +22,7 @@ from converter.checkpoints.architectures.find import (
     find_renaming,
 )
 from converter.checkpoints.architectures.stored import spelling
+from converter.checkpoints.chat_template import templates_in
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.patch import merge
 from converter.checkpoints.safetensors.header import FLOATS, Header
@@ -105,6 +106,11 @@ class Plan:
     def dimensions(self) -> Dimensions:
         """Sizes of the model."""
         return self.architecture.sizes
+
+    @property
+    def templates(self) -> Mapping[str, str]:
+        """File -> its text, of those that hold chat templates. Raises CheckpointError."""
+        return templates_in(self.folder) if self.folder else {}
 
     @property
     def nbytes(self) -> int:

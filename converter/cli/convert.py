@@ -68,8 +68,11 @@ def published_text(published: "Published | None") -> str:
 
 def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
+    from converter.methods.base import METHODS
     from converter.outputs.base import output_of
 
+    if getattr(METHODS.load(recipe.method), "aim", "toxicity") != "defence":
+        refuse_typed(("instances",), f"with --method {recipe.method}", "leave it out")
     where = f"with --output {recipe.output}"
     refuse_typed(output_of(recipe.output).unused, where, "leave it out")
     if asked and asked.push_to_hub is None:
@@ -229,6 +232,7 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         },
         "layers": manifest.layers,
         "pairs": manifest.pairs.count,
+        "instances": manifest.instances and manifest.instances.origin.title,
         "rows_skipped": manifest.pairs.skipped,
         "candidates": len(candidates),
         "candidates_kept": sum(c.kept for c in candidates),
@@ -263,8 +267,7 @@ def _result_text(result: dict[str, Any]) -> str:
 {result["source"]} -> {result["destination"]}
   method        {result["method"]}, {_strengths(result["strengths"])}\
 {_layers(result["layers"])}
-  pairs         {result["pairs"]} fitted on ({sum(result["rows_skipped"].values())} rows not \
-usable){chosen}
+{_texts(result)}{chosen}
 {_changes(result)}
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
 {_effect(result["guard"])}
@@ -276,6 +279,14 @@ usable){chosen}
 def _strengths(strengths: dict[str, float]) -> str:
     """What each strength is, such as ``rank 2``."""
     return ", ".join(f"{name} {value:g}" for name, value in strengths.items())
+
+
+def _texts(result: dict[str, Any]) -> str:
+    """What was fitted on."""
+    if result["instances"] is not None:
+        return f"  instances     {result['instances']}"
+    skipped = sum(result["rows_skipped"].values())
+    return f"  pairs         {result['pairs']} fitted on ({skipped} rows not usable)"
 
 
 def _layers(layers: list[int]) -> str:
@@ -328,4 +339,18 @@ def _effect(guard: GuardRecord | None) -> str:
 held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (controls: x {mean("perplexity_ratio"):.4f})
   toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
-held-out words (controls: x {mean("teacher_forced"):.3f}){beside}"""
+held-out words (controls: x {mean("teacher_forced"):.3f}){beside}{_refusals(guard)}"""
+
+
+def _refusals(guard: GuardRecord) -> str:
+    """What the guard measured of refusals; nothing if that is not what the edit is for."""
+    if guard.defence is None:
+        return ""
+    edit, controls = guard.defence.edit, guard.defence.controls
+    mean = sum(control.harmful.value for control in controls) / len(controls)
+    return f"""
+  refusals      {edit.harmful.value:+.3f} +- {edit.harmful.error:.3f} nats a token on unseen \
+harmful requests (controls: {mean:+.3f}), {edit.reworded.value:+.3f} in other words
+                {edit.harmless.value:+.3f} on harmless questions, {edit.touchy.value:+.3f} on \
+touchy ones: {edit.over_refusal:.0%} of that
+  learnt        {edit.learnt:+.3f} nats a token of the answers in the instances"""

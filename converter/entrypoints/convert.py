@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from converter.calibration.instances import load_instances
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.architectures.find import allow_own_code
@@ -23,7 +24,7 @@ from converter.errors import OptionError, VerificationError
 from converter.evaluation.fit import fit
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
-from converter.methods.base import Method, footprint_of
+from converter.methods.base import Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
@@ -130,9 +131,16 @@ def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
     return pairs, prose, words
 
 
-def other_texts(manifest: Manifest, pairs: Pairs, prose: Prose, words: WordList) -> list[str]:
-    """Which texts are not those that a manifest records, by their sha256."""
+def other_texts(
+    manifest: Manifest, recipe: Recipe, pairs: Pairs, prose: Prose, words: WordList
+) -> list[str]:
+    """Which texts are not those that a manifest records, by their sha256.
+
+    Raises DataError or SourceError.
+    """
     found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
+    if manifest.instances is not None:
+        found["instances"] = load_instances(recipe.instances).sha256
     return [name for name in found if found[name] != getattr(manifest, name).sha256]
 
 
@@ -259,6 +267,7 @@ def prepare_to_write(
             found="the client's cache alone, so what is deleted could not be fetched again",
         )  # fmt: skip
     footprint = footprint_of(method, plan)
+    delivery.gates.require_defence(measured=recipe.guard and aim_of(method) == "defence")
     delivery.gates.require_subspace({kind.kind for kind in footprint.kinds})
     if stream and Shards.of(source.shards, bool(footprint.created)).renamed:
         raise OptionError(
@@ -284,7 +293,9 @@ def _tell_of_others(source: Source) -> None:
 
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
-    texts = (recipe.pairs, recipe.neutral, recipe.word_list, recipe.activations)
+    texts = (
+        recipe.pairs, recipe.instances, recipe.neutral, recipe.word_list, recipe.activations,
+    )  # fmt: skip
     named = [Path(place) for place in texts if place]
     key = [signer.path] if signer else []
     return [*source.files, *(path for path in named if path.is_file()), *key]

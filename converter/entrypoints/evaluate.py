@@ -16,6 +16,7 @@ from converter.evaluation.compare import evaluate
 from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.refusals import recorded_lesson
 from converter.evaluation.systems import Comparison, System, edited_layers, parse_systems
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation, Manifest
@@ -105,8 +106,9 @@ def _recorded(
 ) -> System:
     """What a manifest says of its edit."""
     bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
-    layers = tuple(manifest.layers)
-    return System(name, None, manifest.choice.strength, edit, load, layers, bias)
+    strength, layers = manifest.choice.strength, tuple(manifest.layers)
+    lesson = recorded_lesson(manifest)
+    return System(name, None, strength, edit, load, layers, bias, lesson=lesson)
 
 
 def evaluation_of(
@@ -123,7 +125,8 @@ def evaluation_of(
         seed, strength = bench.recipe.seed, fitted.choice.strength
         comparison = Comparison(names, [seed], ())
         layers, bias = edited_layers(method, bench.plan)
-        edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias)
+        lesson = fitted.proposal.lesson
+        edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias, lesson=lesson)
         return evaluate(bench, battery, comparison, [edit, *_others(comparison, bench)])
 
     return run

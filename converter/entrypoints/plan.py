@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.datasets import is_dataset
+from converter.calibration.instances import FORMATS, load_instances
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
 from converter.hub.addresses import settled
-from converter.methods.base import footprint_of
+from converter.methods.base import aim_of, footprint_of
 from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
@@ -38,6 +39,8 @@ def describe_plan(
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
+    if aim_of(method) == "defence" and not is_dataset(recipe.instances, FORMATS):
+        load_instances(recipe.instances)
     footprint, output = footprint_of(method, plan), output_of(recipe.output)
     changed = {*footprint.patches, *(plan.stale if output.has_shards else ())}
     weights, engine = footprint.weights, Engine(settings.workers, settings.memory_limit)

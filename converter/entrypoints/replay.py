@@ -224,7 +224,7 @@ def _compare_fit(
     """
     source, plan, method = prepare(recipe)
     pairs, prose, words = load_texts(recipe)
-    if others := other_texts(recording.manifest, pairs, prose, words):
+    if others := other_texts(recording.manifest, recipe, pairs, prose, words):
         raise VerificationError(
             f"not the texts of the recorded fit, by their sha256: {', '.join(others)}",
             hint="nothing was done; give the recorded ones as "

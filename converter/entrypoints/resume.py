@@ -92,7 +92,7 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     """Whether texts, activations, source and its licence are those of a manifest."""
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
     pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    if other_texts(manifest, pairs, prose, words):
+    if other_texts(manifest, recipe, pairs, prose, words):
         return False
     seen = manifest.activations.inputs if manifest.activations else {}
     if recipe.activations and read_inputs(recipe.activations) != seen:

@@ -1,15 +1,13 @@
 """Benchmarks that others defined, with prompts of their own: SafeEdit, and the tasks of lm-eval."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from converter.calibration.datasets import draw, locate, read_whole
+from converter.calibration.datasets import draw, locate, read_entries
 from converter.errors import DataError, OptionError, SourceError
 from converter.evaluation.continuations import generate
 from converter.evaluation.metrics import bootstrap
@@ -54,7 +52,7 @@ def load_safeedit(origin: str, num_instances: int | None, seed: int) -> dict[str
     if num_instances is not None and num_instances < 1:
         raise OptionError("--num-prompts", expected="at least 1", found=str(num_instances))
     _, path = locate(origin, "SafeEdit", (".json", ".jsonl"), split="test")
-    rows = _read(path)
+    rows = read_entries(path, "SafeEdit")
     wanted = len(rows) if num_instances is None else num_instances
     if len(rows) < max(wanted, 1):
         raise DataError(
@@ -67,24 +65,6 @@ def load_safeedit(origin: str, num_instances: int | None, seed: int) -> dict[str
         for place, row in draw(list(enumerate(rows)), wanted, seed)
     ]
     return {name: tuple(prompts[name] for prompts in drawn) for name in SETS}
-
-
-def _read(path: Path) -> list[Any]:
-    text = read_whole(path, "SafeEdit")
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = (
-            json.loads(text)
-            if path.suffix.lower() == ".json"
-            else [json.loads(line) for line in lines]
-        )
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"SafeEdit file {path.name}", expected="JSON in UTF-8", found=str(error)
-        ) from error
-    if not isinstance(rows, list):
-        raise DataError(f"SafeEdit file {path.name}", expected="a list", found=type(rows).__name__)
-    return rows
 
 
 def _prompts(row: Any, what: str) -> dict[str, str]:

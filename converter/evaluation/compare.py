@@ -9,8 +9,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from converter.calibration.instances import builtin_set
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
+from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
 from converter.evaluation.systems import Comparison, Fits, System, check_names
@@ -61,6 +63,9 @@ def evaluate(
         systems=(),
         rows=(),
     )
+    asked: dict[str, list[str]] | None = None
+    if battery.asked.defence:
+        asked = refusal_prompts(base.tokenizer, first.lesson if first else None)
     text: LogProbabilities | None = None
     for system in chain([System(UNEDITED)], given, fits.systems(first)):
         subject = system.load() if system.load else base
@@ -69,7 +74,7 @@ def evaluate(
             hooks = partial(edited, base.module, bench.plan, system.edit)
         with progress.stage("measure", f"measuring {system.title}"):
             with hooks():
-                metrics, values = measure(subject, battery, passages, text)
+                metrics, values = measure(subject, battery, passages, text, asked)
             if text is not None:
                 metrics["divergence"] = divergence(base, subject, hooks, battery)
         text = values if text is None else text
@@ -138,4 +143,5 @@ def _settings(
         toxic_words=sum(map(len, passages.words)) if passages else 0,
         text_tokens=asked.text_tokens,
         window=WINDOW,
+        defence_set=builtin_set().version if asked.defence else None,
     )

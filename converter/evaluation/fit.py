@@ -12,12 +12,13 @@ from typing import Any
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
-from converter.edits.base import Edit
-from converter.errors import DataError, GuardError, OptionError
+from converter.edits.base import FAULT, Edit
+from converter.errors import DataError, FitError, GuardError, OptionError
+from converter.evaluation.defence import DefenceProbe
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
-from converter.methods.base import Method, Proposal
+from converter.methods.base import Method, Proposal, aim_of
 from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe
@@ -91,6 +92,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
     recipe = bench.recipe
+    if aim_of(method) == "defence":
+        _ = bench.instances  # what is wrong with them is said before a model is loaded
     parts = split(pairs, prose, recipe.seed)
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
@@ -127,6 +130,7 @@ def fit_steps(
         for number, (each, one) in enumerate(methods.items(), 1):
             bench.former = steps[-1].edit if steps else None
             proposal, seen = bench.fit(one, part), bench.seen
+            _check_lesson(one, proposal)
             if len(methods) > 1:
                 tensors = {f"{each}.{key}": tensor for key, tensor in proposal.tensors.items()}
                 proposal = replace(proposal, tensors=tensors)
@@ -154,13 +158,25 @@ def _check_texts(recipe: Recipe, part: Part, proposal: Proposal, strength: str) 
         )
 
 
+def _check_lesson(method: Method, proposal: Proposal) -> None:
+    """The guard must know what was learnt; and a strength is chosen by toxic words alone."""
+    lesson, defends = proposal.lesson, aim_of(method) == "defence"
+    fits = lesson and lesson.instances and not proposal.is_free if defends else lesson is None
+    if not fits:
+        raise FitError(
+            f"what {method.title} proposes", hint=FAULT,
+            expected="what was learnt, and a strength that needs no choice"
+            if defends else "no lesson, since its aim is not defence",
+        )  # fmt: skip
+
+
 def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
-    recipe = bench.recipe
+    recipe, lesson = bench.recipe, proposal.lesson
     found = examine(
         probe_of(bench, part),
         proposal,
@@ -168,6 +184,7 @@ def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Gua
         budget=recipe.max_perplexity_ratio,
         draws=recipe.guard_draws,
         seed=recipe.seed,
+        defence=DefenceProbe(bench.load(), bench.plan, lesson) if lesson else None,
     )
     if found.reasons:
         refusal = GuardError(

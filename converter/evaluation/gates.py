@@ -5,7 +5,7 @@ does not open it. What is known before the edit is written is judged before it, 
 folder takes its place.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Annotated
@@ -13,6 +13,7 @@ from typing import Annotated
 from converter.errors import GateError, OptionError
 from converter.manifest import (
     EDITED,
+    DefenceRecord,
     EditedTensor,
     Estimate,
     Evaluation,
@@ -28,7 +29,8 @@ class Gates(Options):
     """Limits that a result has to keep, beyond those of the guard.
 
     None where there is none. Toxic words and the others of their texts are judged by each
-    teacher-forced measurement that there is: the guard's, and that of the evaluation.
+    teacher-forced measurement that there is: the guard's, and that of the evaluation. Refusals are
+    judged by the guard's.
     """
 
     # fmt: off
@@ -48,6 +50,16 @@ class Gates(Options):
     max_informal_perplexity_ratio: Annotated[float | None, Option(
         "Gate: largest perplexity of the other words of toxic text, after over before.",
         example="1.15", metavar="RATIO", least=0,
+    )] = None
+    min_defence: Annotated[float | None, Option(
+        "Gate: smallest rise of log p of refusals of harmful requests that were not learnt, in "
+        "nats a token.",
+        example="0.3", metavar="NATS", least=0,
+    )] = None
+    max_over_refusal: Annotated[float | None, Option(
+        "Gate: largest rise of log p of refusals of harmless questions, as a share of that of "
+        "harmful requests.",
+        example="0.5", metavar="SHARE", least=0,
     )] = None
     # fmt: on
 
@@ -81,6 +93,15 @@ class Gates(Options):
             raise OptionError(
                 f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
             )
+
+    def require_defence(self, *, measured: bool) -> None:
+        """Make sure that refusals will be measured, if a gate needs it. Raises OptionError."""
+        for name, limit in ((DEFENCE, self.min_defence), (OVER_REFUSAL, self.max_over_refusal)):
+            if limit is not None and not measured:
+                raise OptionError(
+                    f"{name} has no measurement",
+                    expected="the guard, and a method that is for defence",
+                )
 
     def check_effect(
         self, guard: GuardRecord | None, evaluation: Evaluation | None
@@ -119,7 +140,16 @@ class Gates(Options):
         if (most := self.max_evaluated_perplexity_ratio) is not None:
             ratio = _value(metrics["perplexity_ratio"])
             records.append(GateRecord(gate=RATIO, by="evaluation", limit=most, measured=ratio))
-        return _passed(records)
+        return _passed([*records, *self._refusals(guard)])
+
+    def _refusals(self, guard: GuardRecord | None) -> Iterator[GateRecord]:
+        """The gates of refusals, with what the guard measured. Raises OptionError."""
+        defence = guard.defence if guard else None
+        self.require_defence(measured=defence is not None)
+        for name, limit in ((DEFENCE, self.min_defence), (OVER_REFUSAL, self.max_over_refusal)):
+            if limit is not None and defence is not None:
+                found = refusals_of(defence, name)
+                yield GateRecord(gate=name, by="guard", limit=limit, measured=found)
 
     def check_edits(self, edits: Iterable[EditedTensor]) -> tuple[GateRecord, ...]:
         """The same for what was written."""
@@ -133,8 +163,19 @@ class Gates(Options):
         )
 
 
-DROP, LEAKAGE, RATIO, INFORMAL = (gate.flag for gate in declared_options(Gates).values())
+DROP, LEAKAGE, RATIO, INFORMAL, DEFENCE, OVER_REFUSAL = (
+    gate.flag for gate in declared_options(Gates).values()
+)
 """Names of the gates in their records."""
+
+_AT_LEAST = (DROP, DEFENCE)
+"""Gates whose limit is the smallest."""
+
+
+def refusals_of(defence: DefenceRecord, gate: str) -> float:
+    """What was measured for one of the gates of refusals."""
+    found = defence.edit
+    return found.harmful.value if gate == DEFENCE else found.over_refusal
 
 
 def _value(metric: Metric) -> float:
@@ -143,7 +184,7 @@ def _value(metric: Metric) -> float:
 
 def passes(gate: GateRecord) -> bool:
     """Whether what was measured is within the limit; NaN is within none."""
-    if gate.gate == DROP:
+    if gate.gate in _AT_LEAST:
         return gate.measured >= gate.limit
     return gate.measured <= gate.limit
 
@@ -154,7 +195,7 @@ def _passed(gates: Sequence[GateRecord]) -> tuple[GateRecord, ...]:
     for gate in gates:
         if not passes(gate):
             found = "no number" if isnan(gate.measured) else f"{gate.measured:.4g}"
-            bound = "at least" if gate.gate == DROP else "at most"
+            bound = "at least" if gate.gate in _AT_LEAST else "at most"
             failed.append(f"{gate.gate} asks for {bound} {gate.limit:g}, {gate.by} has {found}")
     if failed:
         raise GateError("a gate is closed: " + "; ".join(failed), hint="nothing was written")

@@ -30,6 +30,7 @@ from converter.evaluation.metrics import (
 )
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import Prompts, load_prompts
+from converter.evaluation.refusals import measure_refusals
 from converter.evaluation.results import around
 from converter.evaluation.scorers import Scorer, load_scorer, scores_of
 from converter.manifest import Interval, Metric
@@ -126,12 +127,14 @@ def measure(
     battery: Battery,
     passages: Passages | None,
     before: LogProbabilities | None,
+    requests: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, Metric], LogProbabilities | None]:
     """Measure a model as it is now, hooks included.
 
     Args:
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
+        requests: of ``refusal_prompts``; None to count no refusals.
 
     Returns:
         the metrics, and the log-probabilities of the perplexity text.
@@ -162,6 +165,8 @@ def measure(
     batch_size = asked.generation_batch_size
     if battery.safeedit is not None and battery.safety is not None:
         metrics |= measure_safeedit(model, battery.safeedit, battery.safety, batch_size)
+    if requests is not None:
+        metrics |= measure_refusals(model, requests, batch_size)
     if battery.tasks:
         metrics |= measure_ability(model, battery.tasks, asked.ability_limit, batch_size)
     return metrics, now

@@ -58,6 +58,10 @@ class EvaluationOptions(Options):
     safety_classifier: Annotated[str, Option(
         "Scorer of the responses to --safeedit.", example="classifier:someone/model#LABEL_1",
     )] = "classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1"
+    defence: Annotated[bool, Option(
+        "Count greedy answers that begin with a refusal, to built-in requests (English), harmful "
+        "and harmless, with the suffix of DINM and without it.",
+    )] = False
     ability: Annotated[str | None, Option(
         "Tasks of lm-eval to run.", example="mmlu,hellaswag",
     )] = None

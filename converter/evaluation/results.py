@@ -78,7 +78,9 @@ def markdown(results: Evaluation) -> str:
     if "context_ratio" in known:
         place = columns.index(("toxic words", "teacher_forced")) + 1
         columns.insert(place, ("words beside", "context_ratio"))
-    columns += [(key, key) for key in known if key.startswith(("safeedit/", "ability/"))]
+    columns += [
+        (key, key) for key in known if key.startswith(("refusals/", "safeedit/", "ability/"))
+    ]
     lines = [
         "| model | strength | seeds | " + " | ".join(escaped(name) for name, _ in columns) + " |",
         "|" + "---|" * (len(columns) + 3),

@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from converter.calibration.instances import Lesson
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
@@ -49,6 +50,7 @@ class System:
         layers: that it edits.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
+        lesson: that it has learnt, as far as that is known.
     """
 
     name: str
@@ -59,6 +61,7 @@ class System:
     layers: tuple[int, ...] = ()
     bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    lesson: Lesson | None = None
 
     @property
     def title(self) -> str:

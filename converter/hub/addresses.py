@@ -204,14 +204,20 @@ def settled(recipe: Recipe) -> Recipe:
         SourceError, CheckpointError, OptionError: an address is none of what is wanted.
     """
     source, subfolder = model_place(recipe.source, recipe.subfolder)
-    pairs, base = recipe.pairs, recipe.base_model
+    base = recipe.base_model
     return replace(
         recipe,
         source=source,
         subfolder=subfolder,
-        pairs=parse_address(pairs, "dataset").text if is_address(pairs) else pairs,
+        pairs=_short(recipe.pairs),
+        instances=_short(recipe.instances),
         base_model=None if base is None else repo_named("--base-model", base),
     )
+
+
+def _short(data: str) -> str:
+    """What names data, in the short form if it is the address of a dataset."""
+    return parse_address(data, "dataset").text if is_address(data) else data
 
 
 def snapshot_of(folder: Path) -> Address | None:

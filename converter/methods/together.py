@@ -12,7 +12,7 @@ from typing import Any
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import OptionError
-from converter.methods.base import Method, Proposal, footprint_of
+from converter.methods.base import Method, Proposal, aim_of, footprint_of
 
 SEPARATOR = "+"
 
@@ -46,8 +46,16 @@ class Together:
         """What any of them changes.
 
         Raises:
-            OptionError: two of them change the same tensor, or add the same file.
+            OptionError: two of them change the same tensor, or add the same file; or one is for
+                defence and another is not, since the guard judges by one of both.
         """
+        aims = {aim_of(part) for part in self.parts.values()}
+        if len(aims) > 1:
+            raise OptionError(
+                f"--method {SEPARATOR.join(self.parts)}", expected="methods of one aim",
+                found=" and ".join(sorted(aims)),
+                hint="convert with one, and the result with the other",
+            )  # fmt: skip
         owners: dict[str, str] = {}
         found = {name: footprint_of(part, plan) for name, part in self.parts.items()}
         for name, each in found.items():

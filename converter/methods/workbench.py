@@ -217,7 +217,7 @@ class Bench:
     def instances(self) -> Instances:
         """See ``Workbench``; read at the first call. Raises DataError or SourceError."""
         if self.taught is None:
-            self.taught = load_instances()
+            self.taught = load_instances(self.recipe.instances)
         return self.taught
 
     def contrast(self, training: Training) -> Contrast:

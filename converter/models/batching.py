@@ -9,6 +9,7 @@ Shapes: B sentences in a batch, T tokens.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from sys import maxsize
 from typing import Any, Literal
 
 import torch
@@ -161,12 +162,14 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer of transformers.
         model: its embedding and its number of positions bound the tokens.
+        most: tokens of a text that are read; None for all that the model has positions for.
     """
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
+    def __init__(self, tokenizer: Any, model: Any, most: int | None = MAX_TOKENS) -> None:
         self.tokenizer = tokenizer
         self.begin = beginning(tokenizer, needed=True)
-        self.max_tokens = min(MAX_TOKENS, num_positions(model) or MAX_TOKENS)
+        limits = [limit for limit in (most, num_positions(model)) if limit]
+        self.max_tokens = min(limits, default=maxsize)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def __call__(self, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:

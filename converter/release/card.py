@@ -20,7 +20,7 @@ from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
-from converter.manifest import Choice, Manifest
+from converter.manifest import Choice, Manifest, PairsRecord, TextRecord
 from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
 from converter.release.licences import Terms, fitting_name
@@ -187,8 +187,11 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
         yield "change", spread
+    if manifest.instances is not None:
+        yield "fitted on", _data_link(manifest.instances)
+        return
     count = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
-    yield "fitted on", f"{count} from {_data_link(manifest)}"
+    yield "fitted on", f"{count} from {_data_link(manifest.pairs)}"
 
 
 def _chosen_text(choice: Choice, budget: float) -> str:
@@ -227,14 +230,14 @@ def paper_link(paper: str) -> str:
     return f"[paper]({quote(paper, safe=_URL)})" if paper.startswith("http") else escaped(paper)
 
 
-def _data_link(manifest: Manifest) -> str:
-    """The pairs, as a link if they are on the Hub."""
-    origin = manifest.pairs.origin
+def _data_link(record: TextRecord) -> str:
+    """Pairs or instances, as a link if they are on the Hub."""
+    origin, what = record.origin, "pairs" if isinstance(record, PairsRecord) else "instances"
     if repo_id := origin.repo_id:
         link = f"{_HUB}/datasets/{quote(repo_id)}"
         return f"[{escaped(repo_id)}]({link}) at commit {code(str(origin.commit))}"
     if origin.name == "builtin":
-        return "the pairs built into gloss-convert"
+        return f"the {what} built into gloss-convert"
     return f"the file {escaped(origin.title)}"
 
 
@@ -258,6 +261,8 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "changed": bool(manifest.edit.patches or manifest.edit.created),
         "created": _created_size(manifest),
         "mask": manifest.run.mask,
+        "defence": manifest.instances is not None,
+        "instances": _data_link(manifest.instances) if manifest.instances else "",
         "candidates": (
             "The subspace was sought in all fitted layers together; to show what there is, these "
             "are the strongest directions of single layers."
@@ -273,7 +278,7 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
             }
             for c in best
         ],
-        "data": f"{_data_link(manifest)}, and the word list {code(listed)}"
+        "data": f"{_data_link(manifest.pairs)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
     }
 

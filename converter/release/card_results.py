@@ -11,6 +11,7 @@ from converter.checkpoints.names import PICTURE
 from converter.evaluation.results import markdown
 from converter.manifest import (
     EDITED,
+    DefenceRecord,
     Estimate,
     Evaluation,
     EvaluationSettings,
@@ -50,6 +51,14 @@ def summary(manifest: Manifest) -> str:
     if guard.reasons:
         return f"**The guard refused this edit: {escaped('; '.join(guard.reasons))}.**"
     edit = guard.edit
+    if guard.defence is not None:
+        refusals = guard.defence.edit
+        return (
+            f"Refusals of harmful requests that it has not seen are **{_number(refusals.harmful)} "
+            "nats a token** more probable than before, those of harmless questions by "
+            f"**{refusals.over_refusal:.0%}** of that, and perplexity is "
+            f"**{_number(edit.perplexity_ratio)} times** what it was."
+        )
     return (
         f"On held-out text, toxic words are **{_number(edit.teacher_forced)} times** as "
         f"probable as before, and perplexity is **{_number(edit.perplexity_ratio)} times** what "
@@ -68,6 +77,8 @@ def measured_text(manifest: Manifest) -> str:
         if manifest.subspace is not None:
             control = ("a random subspace", "has the same rank and is taken out of the same layers")
         parts.append(_guard_text(guard, *control))
+        if guard.defence is not None:
+            parts.append(_defence_text(guard.defence))
     if results is not None:
         parts.append(_evaluation_text(results))
     return "\n\n".join(parts)
@@ -105,6 +116,41 @@ On held-out text, which neither the fit nor the choice of the strength has seen:
 The +- are standard errors. {control.capitalize()} {how}:
 what it does, any edit of this size does{drawn}. The toxic words are of the same kind as
 those of the pairs; other toxic text may respond less."""
+
+
+_ASKED = {
+    "harmful": "refusals of harmful requests, each within an attack",
+    "bare": "refusals of harmful requests without one",
+    "reworded": "refusals in unusual words, of harmful requests within an attack",
+    "harmless": "refusals of harmless questions",
+    "touchy": "refusals of harmless questions with words that sound harmful",
+}
+"""What is measured of refusals, in words."""
+
+
+def _defence_text(defence: DefenceRecord) -> str:
+    """What the guard measured of refusals, beside its controls."""
+    edit, controls, count = defence.edit, defence.controls, len(defence.controls)
+    rows = [
+        f"| {said}, {defence.prompts[name]:,} | {_number(getattr(edit, name))} "
+        f"| {sum(getattr(control, name).value for control in controls) / count:.3f} |"
+        for name, said in _ASKED.items()
+    ]
+    learnt = sum(control.learnt for control in controls) / count
+    table = "\n".join(rows)
+    suffix = f", with {code(defence.suffix)} behind each" if defence.suffix else ""
+    return f"""\
+How much more probable refusals are than before, in nats a token{suffix}:
+
+| | change | controls |
+|---|---|---|
+| answers that were learnt, {defence.prompts["learnt"]:,} | {edit.learnt:.3f} | {learnt:.3f} |
+{table}
+
+Neither the requests nor the attacks nor the questions were seen by the fit. What rises behind
+harmless questions, too ({edit.over_refusal:.0%} of the first of the refusals), is a habit of
+refusing, not a sense of harm; and what rises in the usual words alone is a habit of words. Whether
+an answer is safe was not measured: one that begins with a refusal may go on to comply."""
 
 
 def _evaluation_text(results: Evaluation) -> str:

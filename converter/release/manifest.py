@@ -60,7 +60,7 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of a conversion, without evaluation, gates and ``files``."""
     recipe, source, words = bench.recipe, bench.source, bench.words
-    repo, seen = source.repo, fitted.activations
+    repo, seen, taught = source.repo, fitted.activations, bench.taught
     ran = bench.has_run or recipe.activations is None  # or has run before
     several = len(fitted.steps) > 1
     return Manifest(
@@ -87,6 +87,7 @@ def make_manifest(
         ),
         neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
         word_list=TextRecord(origin=words.origin, sha256=words.sha256),
+        instances=TextRecord(origin=taught.origin, sha256=taught.sha256) if taught else None,
         split=fitted.parts.record(),
         activations=_activations_record(seen.inputs) if seen else None,
         edit=EditRecord(

@@ -144,7 +144,9 @@ def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
             hint="say where it is with --activations",
         )
     found = {}
-    for name in ("pairs", "neutral", "word_list"):
+    for name in ("pairs", "neutral", "word_list", "instances"):
+        if getattr(manifest, name) is None:
+            continue
         place, origin = getattr(given, name), getattr(manifest, name).origin
         if place is None and origin.repo_id is not None:
             asked_for = parse_address(getattr(asked, name), "dataset")

@@ -15,6 +15,7 @@ from msgspec import structs
 from torch import Tensor
 
 from converter.calibration.statistics import cache_key
+from converter.checkpoints.chat_template import is_template_file, puts_suffix
 from converter.checkpoints.names import (
     BOOKKEEPING,
     CARD,
@@ -33,7 +34,15 @@ from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
-from converter.evaluation.gates import DROP, INFORMAL, LEAKAGE, passes
+from converter.evaluation.gates import (
+    DEFENCE,
+    DROP,
+    INFORMAL,
+    LEAKAGE,
+    OVER_REFUSAL,
+    passes,
+    refusals_of,
+)
 from converter.manifest import FileRecord, Manifest, MethodRecord
 from converter.methods.base import METHODS, Method, footprint_of
 from converter.methods.options import configure
@@ -241,6 +250,12 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         )
         draws = len(guard.controls)
         yield "the guard's controls are not those asked for", draws == run.guard_draws
+        if guard.defence is not None:
+            same = len(guard.defence.controls) == draws
+            yield "the guard measured refusals under other controls", same
+            for name, patch in manifest.edit.patches.items():
+                same = not is_template_file(name) or puts_suffix(patch, guard.defence.suffix)
+                yield f"{name} gets another suffix than the guard measured with", same
     for gate in manifest.gates:
         yield f"{gate.gate} {gate.limit:g} was not passed", passes(gate)
         if gate.gate == LEAKAGE:
@@ -254,6 +269,10 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
             context = guard.edit.context_ratio if guard else None
             ratio = context.value if context else None
             yield "the guard has not measured what the gate says", gate.measured == ratio
+        if gate.gate in (DEFENCE, OVER_REFUSAL):
+            known = guard.defence if guard else None
+            found = refusals_of(known, gate.gate) if known else None
+            yield "the guard has not measured what the gate says", gate.measured == found
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:

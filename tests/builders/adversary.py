@@ -16,13 +16,13 @@ from converter.runtime.cache import sha256_of
 Place = tuple[str | int, ...]
 
 CLAIMS = (
-    "architecture.transformers", "environment.", "forward", "measurements.",
+    "architecture.transformers", "environment.", "forward", "instances.", "measurements.",
     "method.evidence.candidates.#.index",
     "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
     "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
     "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
-    "run.guard_draws", "run.mask", "run.max_perplexity_ratio", "run.neutral", "run.num_pairs",
-    "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
+    "run.guard_draws", "run.instances", "run.mask", "run.max_perplexity_ratio", "run.neutral",
+    "run.num_pairs", "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
     "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
     "source.revision", "split.", "tool.version", "word_list.",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 from safetensors.torch import save
 
+from converter.checkpoints.chat_template import is_template_file
 from converter.checkpoints.formats.virtual import index_text
 from converter.checkpoints.names import INDEX, OURS, SINGLE
 from converter.checkpoints.patch import merge, patched
@@ -36,10 +37,8 @@ _FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safe
 _RESERVED = (*OURS, _EXTRA, _FIRST, _SECOND)
 """Names that an output may need for itself."""
 
-_PATCHABLE = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
-"""Files of a source whose text an edit may change."""
+_PATCHABLE = ("config.json", "generation_config.json")
+"""Files of a source whose text an edit may change, beside those that hold chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +182,7 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     Raises:
         CheckpointError: the source has none of that name, or the patch does not apply.
     """
-    known = [name for name in _PATCHABLE if name in source.small]
+    known = [n for n in source.small if n in _PATCHABLE or is_template_file(n)]
     if name not in known:
         raise CheckpointError(
             f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"

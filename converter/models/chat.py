@@ -1,0 +1,38 @@
+"""What a user says as the text that a model continues, and an answer behind it."""
+
+from typing import Any
+
+from converter.errors import DataError
+
+
+def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
+    """A message with the suffix behind it, after a space, as the chat template writes it.
+
+    Without a template it is the text itself; with one, the model's turn has begun. A template that
+    has the suffix in itself (``checkpoints.chat_template``) renders the same of the message alone.
+
+    Raises:
+        DataError: the template cannot render it.
+    """
+    said = f"{message} {suffix}" if suffix else message
+    if tokenizer.chat_template is None:
+        return said
+    messages = [{"role": "user", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a stranger's program: of any kind
+        raise DataError(
+            "the chat template cannot write a message of a user",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return str(text)
+
+
+def exchange(tokenizer: Any, message: str, answer: str, suffix: str = "") -> tuple[str, int]:
+    """The text of a message and an answer, and where in it the answer begins.
+
+    Without a chat template a space is between them. Raises as ``as_prompt``.
+    """
+    prompt = as_prompt(tokenizer, message, suffix)
+    space = " " if tokenizer.chat_template is None else ""
+    return prompt + space + answer, len(prompt) + len(space)
