@@ -17,8 +17,8 @@ def gradients(
     most = max((len(batch.rows) for batch in batched), default=0)
     with memory_errors(
         f"gradients of {most} sentences",
-        hint="do without gradients: -o basis=candidates "
-        "-o candidates=mean+svd -o ranking=mean-difference",
+        hint="do without gradients: --method gloss-paper -o candidates=mean+svd "
+        "-o ranking=mean-difference, or --method destein",
     ):
         yield from model.gradients(modules, batched)
 
