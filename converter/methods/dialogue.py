@@ -10,6 +10,7 @@ from typing import Any
 
 from converter.errors import DataError
 from converter.models.batching import Sentence, beginning, encode, num_positions
+from converter.models.chat import as_dialogue, as_prompt
 from converter.models.resident import Model
 
 _PROBE = "gloss"
@@ -73,7 +74,7 @@ class Dialogues:
         tokenizer = self.model.tokenizer
         end = [end_of_turn(tokenizer)] if self.end else []
         if tokenizer.chat_template:
-            start = encode(tokenizer, rendered(tokenizer, prompt), begin).ids
+            start = encode(tokenizer, as_prompt(tokenizer, prompt), begin).ids
         else:
             start, answer = encode(tokenizer, prompt, begin).ids, f" {answer}"
         own = encode(tokenizer, answer, ()).ids
@@ -98,32 +99,12 @@ class Dialogues:
             )  # fmt: skip
 
 
-def rendered(tokenizer: Any, prompt: str, answer: str | None = None) -> str:
-    """What the chat template makes of a prompt, up to where the answer begins, or with an answer.
-
-    Raises DataError if it refuses.
-    """
-    messages = [{"role": "user", "content": prompt}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=answer is None, tokenize=False
-        )
-    except Exception as error:  # a template is a program of its author
-        raise DataError(
-            "the chat template of the source cannot be used", expected="a text for one message",
-            found=f"{type(error).__name__}: {error}", hint="give -o parity=yes to use none",
-        ) from error  # fmt: skip
-    return str(text)
-
-
 def end_of_turn(tokenizer: Any) -> int | None:
     """The token that ends an answer: what the chat template puts behind it, or else EOS."""
     eos: int | None = tokenizer.eos_token_id
     if not tokenizer.chat_template:
         return eos
-    behind = rendered(tokenizer, _PROBE, _PROBE).rpartition(_PROBE)[2].lstrip()
+    behind = as_dialogue(tokenizer, _PROBE, _PROBE).rpartition(_PROBE)[2].lstrip()
     ids = encode(tokenizer, behind, ()).ids if behind else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids[0] if ids and ids[0] in special else eos

@@ -11,6 +11,7 @@ from torch import Tensor
 from converter.calibration.instances import Instance, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.chat_template import suffix_patches, template_files
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
@@ -20,7 +21,6 @@ from converter.methods.base import Aim, Proposal, Workbench
 from converter.methods.dialogue import Dialogues
 from converter.methods.dinm_layer import distances, weights_of
 from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
-from converter.models.resident import Model
 from converter.runtime import progress
 
 _MOST_STEPS = 1000
@@ -80,14 +80,16 @@ class Method:
         return {}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The down-projections that may be trained, one of which will be.
+        """The down-projections that may be trained, one of which will be, and chat templates.
 
         Raises:
             OptionError: an option is out of range, or one of the layers has no such weight.
+            CheckpointError: a chat template is in a place where no suffix can be put.
         """
         self._check_options()
         weights = weights_of(plan, self._layers(plan))
-        return Footprint(tuple(weights.values()), (AddBits,))
+        files = template_files(plan.templates) if self._suffix(plan) else ()
+        return Footprint(tuple(weights.values()), (AddBits,), patches=files)
 
     def fit(self, bench: Workbench) -> Proposal:
         """Train.
@@ -111,6 +113,7 @@ class Method:
         if not training.steps:
             raise FitError("there is nothing to learn: the loss is below what ends the training")
         delta, suffix = AddBits.between(stored, training.result), training.suffix
+        patches = suffix_patches(bench.plan.templates, suffix) if suffix else {}
         evidence |= self._measured(training, delta, stored)
         norm = evidence["relative_change"] * _norm(stored.float())
 
@@ -124,14 +127,15 @@ class Method:
             return Edit({weight.info.name: placebo() if seed % 2 else _random(stored, norm, seed)})
 
         return Proposal(
-            (training.steps,), False, lambda strength: Edit({weight.info.name: delta}), control,
+            (training.steps,), False,
+            lambda strength: Edit({weight.info.name: delta}, patches=patches), control,
             {"layer": layer, "suffix": suffix, **evidence},
             lesson=Lesson(tuple(chosen), suffix),
         )  # fmt: skip
 
     def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:
         model, parity = bench.load(), self.parity == "yes"
-        write = Dialogues(model, self._suffix(model), self.end == "yes" and not parity, parity)
+        write = Dialogues(model, self._suffix(bench.plan), self.end == "yes" and not parity, parity)
         kl: Constraint = "value" if parity else self.kl
         schedule = Schedule(self.steps, self.learning_rate, self.c_edit, kl, self.contrast)
         return Training(write, weight, stored.float(), texts, schedule)
@@ -148,12 +152,11 @@ class Method:
         if self.parity == "yes" and (self.kl == "off" or self.contrast):
             raise OptionError("-o parity=yes", expected="the authors' loss", found="kl or contrast")
 
-    def _suffix(self, model: Model) -> str:
+    def _suffix(self, plan: Plan) -> str:
         """S, or nothing."""
         if self.suffix is not None:
             return "" if self.suffix == "none" else self.suffix
-        wanted = self.parity == "yes" or model.tokenizer.chat_template
-        return builtin_set().suffix if wanted else ""
+        return builtin_set().suffix if self.parity == "yes" or plan.templates else ""
 
     def _layers(self, plan: Plan) -> list[int]:
         """Those that may be edited. Raises OptionError."""

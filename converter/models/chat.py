@@ -17,15 +17,25 @@ def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
     said = f"{message} {suffix}" if suffix else message
     if tokenizer.chat_template is None:
         return said
-    messages = [{"role": "user", "content": said}]
+    return _rendered(tokenizer, [{"role": "user", "content": said}], begins=True)
+
+
+def as_dialogue(tokenizer: Any, message: str, answer: str) -> str:
+    """A message and an answer as the chat template writes them. Raises DataError if it cannot."""
+    said = {"role": "user", "content": message}, {"role": "assistant", "content": answer}
+    return _rendered(tokenizer, list(said), begins=False)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, begins: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begins)
+        )
     except Exception as error:  # a stranger's program: of any kind
         raise DataError(
             "the chat template cannot write a message of a user",
             found=f"{type(error).__name__}: {error}",
         ) from error
-    return str(text)
 
 
 def exchange(tokenizer: Any, message: str, answer: str, suffix: str = "") -> tuple[str, int]:

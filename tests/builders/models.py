@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.architectures.find import find_architecture
-from converter.checkpoints.plan import Plan, make_plan
+from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
 from converter.recipe import Recipe
@@ -174,7 +174,7 @@ def load(folder: Path) -> Any:
 def planned(folder: Path) -> tuple[Source, Plan]:
     """A folder as a source, and its plan."""
     source = resolve(str(folder))
-    return source, make_plan(source.config, source.weight_map, source.headers())
+    return source, read_plan(source)
 
 
 METHOD = "gloss-paper"
