@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from converter.calibration.calibration_models import Training
 from converter.calibration.statistics import Request
 from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.plan import Plan, make_plan
@@ -34,8 +35,8 @@ class Described:
         title, paper, strength: see ``Method``.
         edit: kinds of its changes, and what else it changes or adds.
         outputs: that can hold its edit.
-        needs: what its fit asks for first: ``pairs``, also with ``gradients``, or another part of
-            the workbench.
+        needs: what its fit asks for first: ``pairs``, also with ``gradients``, or with ``training``
+            of small models on them; or another part of the workbench.
         package: that brings it, with its version; None for our own.
         fault: why nothing more is known of it, else empty.
     """
@@ -125,6 +126,9 @@ class _Listener:
 
     def activations(self, request: Request) -> NoReturn:
         raise _HasAsked("pairs", *["gradients"] * request.gradient)
+
+    def contrast(self, training: Training) -> NoReturn:
+        raise _HasAsked("pairs", "training")
 
     def __getattr__(self, name: str) -> NoReturn:
         raise _HasAsked(name.replace("_", " "))
