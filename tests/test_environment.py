@@ -26,7 +26,7 @@ def test_every_option_has_a_variable_named_like_it() -> None:
                 flag = flags[0] if flags else "--options"
                 assert option.envvar == "GLOSS_" + flag[2:].replace("-", "_").upper()
     assert {option.envvar for option in convert_command.params} >= {
-        "GLOSS_BATCH_SIZE", "GLOSS_JSON", "GLOSS_OPTIONS", "GLOSS_GUARD", "GLOSS_CONTROL",
+        "GLOSS_BATCH_SIZE", "GLOSS_JSON", "GLOSS_OPTIONS", "GLOSS_GUARD", "GLOSS_SYSTEM",
         "GLOSS_MAX_PERPLEXITY_RATIO", "GLOSS_CACHE_DIR",
     }  # fmt: skip
 

@@ -213,14 +213,14 @@ class Fits:
     def _method(self, system: str, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers and the biases of the reference."""
         name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
-        free, typed = {"rank": "auto"}, self.comparison.typed(name, recipe)
+        typed = self.comparison.typed(name, recipe)
         if name not in ("random", "profs"):
-            return configure(name, typed, dimensions, free)
+            return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
         else:
             asked = self.comparison.typed(recipe.method, recipe)
-            reference = configure(recipe.method, asked, dimensions, free)
+            reference = configure(recipe.method, asked, dimensions)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:

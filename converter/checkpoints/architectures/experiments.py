@@ -133,20 +133,19 @@ def decoder_layers(
         )
     ((found_name, blocks),) = chosen.items()
     check_unshared(found_name, list(blocks))
-    for call in (call for block in blocks for call in calls[block]):
-        _check_positions(call, tiny.inputs["input_ids"].shape)
     return found_name, list(blocks), {block: calls[block] for block in blocks}
 
 
-def _check_positions(call: Call, shape: tuple[int, ...]) -> None:
-    """Raise ValueError if hidden states have other positions than the tokens, (B, T)."""
-    assert call.state is not None
-    places = call.state.shape[:-1]
-    if shape[1] not in places and places.numel() != shape[0] * shape[1]:
-        raise ValueError(
-            f"the model puts positions of its own beside the {shape[1]} tokens of a text: its "
-            f"hidden states are {list(call.state.shape)}"
-        )
+def check_positions(calls: Iterable[Call], shape: tuple[int, ...]) -> None:
+    """Raise ValueError if layers are given other positions than those of the tokens, (B, T)."""
+    for call in calls:
+        assert call.state is not None
+        places = call.state.shape[:-1]
+        if shape[1] not in places and places.numel() != shape[0] * shape[1]:
+            raise ValueError(
+                f"the model puts positions of its own beside the {shape[1]} tokens of a text: its "
+                f"hidden states are {list(call.state.shape)}"
+            )
 
 
 def _are_layers(blocks: Iterable[nn.Module], calls: Mapping[nn.Module, list[Call]]) -> bool:

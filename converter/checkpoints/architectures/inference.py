@@ -26,6 +26,7 @@ from converter.checkpoints.architectures.architecture import (
 from converter.checkpoints.architectures.experiments import (
     Call,
     Layer,
+    check_positions,
     check_unshared,
     decoder_layers,
     record,
@@ -95,6 +96,7 @@ def infer(
     model = model or library.on_meta(kind, config)
     tiny = make_tiny(kind, config, model)
     place, blocks, calls = decoder_layers(tiny, hints.blocks)
+    check_positions((c for block in blocks for c in calls[block]), tiny.inputs["input_ids"].shape)
     real = model.get_submodule(place)
     check_unshared(place, list(real))
     layers = [Layer(b, calls[b][0], tiny.tolerance) if calls[b] else None for b in blocks]
