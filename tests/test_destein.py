@@ -415,6 +415,7 @@ def test_a_label_by_which_the_tokenizer_is_read_in_another_way_is_refused(
     """transformers chooses the tokenizer's class by the label; another splits text otherwise."""
     source = qwen2(checkpoints, tmp_path / "source", "TokenizersBackend")
     says = "the tokenizer of a model that becomes one of type llama"
+    cli("plan", source, *DESTEIN[:6], code=4, says=says)
     cli("convert", source, tmp_path / "out", *DESTEIN, code=4, says=says)
     assert not (tmp_path / "out").exists()
 

@@ -36,7 +36,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from tests.builders.adversary import copy_of
+from tests.builders.adversary import copy_of, load_manifest, put, record
 from tests.builders.invoke import Cli
 from tests.builders.models import Checkpoints, load, planned
 
@@ -306,6 +306,21 @@ def test_a_flipped_bit_of_the_head_is_found(
         data[-1] ^= 1
         shard.write_bytes(data)
         cli("verify", copied, "--source", source, code=8, says=shard.name)
+
+
+def test_a_head_that_the_config_ignores_is_found(
+    written: Callable[[str], tuple[Path, Path]], cli: Cli, tmp_path: Path
+) -> None:
+    """All agrees with the source and with itself, and transformers would use the embedding."""
+    source, out = written("llama-tied")
+    copied = copy_of(out, tmp_path / "copied")
+    (copied / "config.json").write_bytes((source / "config.json").read_bytes())
+    manifest = load_manifest(copied)
+    del manifest["edit"]["patches"]["config.json"]
+    record(copied, manifest, "config.json")
+    put(copied, manifest)
+    says = "a model with it ignores the created tensor lm_head.weight"
+    cli("verify", copied, "--source", source, code=8, says=says)
 
 
 def test_where_the_head_is_the_embedding_it_becomes_a_weight_of_its_own(
