@@ -19,7 +19,8 @@ from converter.calibration import calibration_models
 from converter.calibration.calibration_models import Contrast, Training, contrast
 from converter.calibration.linear_algebra import ridge
 from converter.calibration.pairs import load_pairs, load_prose
-from converter.calibration.split import Part
+from converter.calibration.split import Part, split
+from converter.calibration.statistics import Activations, save_activations
 from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import make_plan
 from converter.edits.base import Edit
@@ -324,9 +325,11 @@ def test_a_head_that_the_config_ignores_is_found(
 
 
 def test_where_the_head_is_the_embedding_it_becomes_a_weight_of_its_own(
-    written: Callable[[str], tuple[Path, Path]],
+    written: Callable[[str], tuple[Path, Path]], cli: Cli
 ) -> None:
     source, out = written("llama-tied")
+    said = cli("diff", source, out, code=0).stdout
+    assert said.rstrip().endswith(f"between {source.name} and out; only in one of them: 1")
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, out))
     assert before["tie_word_embeddings"] is True
     assert after == before | {"tie_word_embeddings": False}
@@ -414,6 +417,20 @@ def test_what_cannot_be_trained_here_is_refused_before_it_is(
     bench.how = replace(bench.how, spread=True)
     with pytest.raises(OptionError, match="on one device: found --device map"):
         bench.contrast(TRAINING)
+
+
+def test_a_file_of_activations_that_it_would_not_read_is_refused(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """Or the manifest would say that the edit was fitted to them."""
+    path, texts = tmp_path / "a.safetensors", load_pairs("builtin", load_words("builtin"), 32, 0)
+    part = split(texts, load_prose("builtin"), 0).fit
+    inputs = {"pairs": part.pairs.sha256, "prose": part.prose.sha256}
+    save_activations(Activations({0: torch.zeros(1, 1)}, {}, None, inputs), path)
+    args = ("--method", "fusion", "-o", "tokens=100", "-o", "scale=0.5", "--num-pairs", 32)
+    says = "--activations: expected a method that is fitted to activations, found fusion"
+    source, out = checkpoints("llama"), tmp_path / "out"
+    cli("convert", source, out, *args, "--no-guard", "--activations", path, code=2, says=says)
 
 
 def test_prose_has_no_part_in_the_fit(checkpoints: Checkpoints, tmp_path: Path) -> None:
