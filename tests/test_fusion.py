@@ -25,7 +25,9 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import make_plan
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
+from converter.entrypoints import replay as replaying
 from converter.errors import CheckpointError, FitError, OptionError, SourceError
+from converter.evaluation.fit import fit
 from converter.evaluation.heldout import Probe
 from converter.methods.base import Proposal
 from converter.methods.options import configure
@@ -307,6 +309,27 @@ def test_a_flipped_bit_of_the_head_is_found(
         data[-1] ^= 1
         shard.write_bytes(data)
         cli("verify", copied, "--source", source, code=8, says=shard.name)
+
+
+def test_a_refit_compares_what_was_added_to_the_embedding(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that are the embedding and a little of anything are almost parallel."""
+    source, out = checkpoints("llama-tied"), tmp_path / "out"
+    given: dict[str, Any] = {"method": "fusion", "num_pairs": 32, "guard": False}
+    converter.convert(Recipe(source=str(source), options=SMALL | {"scale": "0.05"}, **given), out)
+    args = ("replay", out, tmp_path / "again", "--source", source, "--refit")
+    cli(*args, code=0)
+
+    def other(*given: Any) -> Any:
+        found, W = fit(*given), load(source).lm_head.weight.detach()
+        drawn = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+        head = W + 1e-3 * W.norm() / drawn.norm() * drawn
+        return replace(found, edit=replace(found.edit, created={"lm_head.weight": head}))
+
+    monkeypatch.setattr(replaying, "fit", other)
+    says = "the refitted created.lm_head.weight is not the recorded one"
+    cli(*args, "--overwrite", code=8, says=says)
 
 
 def test_a_head_that_the_config_ignores_is_found(
