@@ -14,11 +14,16 @@ from torch import Tensor, nn
 import converter
 from converter.calibration.collect import extract
 from converter.calibration.pairs import Pair, Pairs, Prose
-from converter.calibration.statistics import Activations, Request
+from converter.calibration.statistics import (
+    Activations,
+    Request,
+    load_activations,
+    save_activations,
+)
 from converter.checkpoints.architectures import relabelling
 from converter.checkpoints.architectures.find import find_architecture
 from converter.edits.base import Edit
-from converter.errors import FitError, OptionError
+from converter.errors import DataError, FitError, OptionError
 from converter.manifest import Origin
 from converter.methods.base import Proposal
 from converter.methods.destein import Method
@@ -407,6 +412,9 @@ def test_qwen2_becomes_a_llama_that_computes_the_same(
         torch.testing.assert_close(after(TOKENS).logits, before(TOKENS).logits)
     for path in source.glob("*.safetensors"):
         assert sha256_of(out / path.name) == sha256_of(path)
+    assert (
+        "| changed file | `config.json`, now of type `llama` |" in (out / "README.md").read_text()
+    )
 
 
 def test_a_label_by_which_the_tokenizer_is_read_in_another_way_is_refused(
@@ -415,6 +423,7 @@ def test_a_label_by_which_the_tokenizer_is_read_in_another_way_is_refused(
     """transformers chooses the tokenizer's class by the label; another splits text otherwise."""
     source = qwen2(checkpoints, tmp_path / "source", "TokenizersBackend")
     says = "the tokenizer of a model that becomes one of type llama"
+    cli("plan", source, *DESTEIN[:6], code=4, says=says)
     cli("convert", source, tmp_path / "out", *DESTEIN, code=4, says=says)
     assert not (tmp_path / "out").exists()
 
@@ -561,6 +570,16 @@ def test_a_streamed_model_gives_the_same(
     for name, tensor in one.items():
         assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-5), name
         assert tensor.any()
+
+
+def test_pooled_activations_are_no_gradients(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    found = seen(opened(checkpoints("llama")), OUTPUTS)
+    path = tmp_path / "a.safetensors"
+    save_activations(replace(found, inputs={"slopes": False, "prompts": [*OUTPUTS.prompts]}), path)
+    hint = "give other activations"
+    for asked in (replace(OUTPUTS, slopes=True), replace(OUTPUTS, prompts=("", "other"))):
+        with refused(DataError, what="... were taken with another ...", hint=hint):
+            load_activations(path, asked, HIDDEN)
 
 
 def test_a_cached_fit_reads_what_a_pass_has_kept(

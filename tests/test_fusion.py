@@ -19,12 +19,15 @@ from converter.calibration import calibration_models
 from converter.calibration.calibration_models import Contrast, Training, contrast
 from converter.calibration.linear_algebra import ridge
 from converter.calibration.pairs import load_pairs, load_prose
-from converter.calibration.split import Part
+from converter.calibration.split import Part, split
+from converter.calibration.statistics import Activations, save_activations
 from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import make_plan
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank
+from converter.entrypoints import replay as replaying
 from converter.errors import CheckpointError, FitError, OptionError, SourceError
+from converter.evaluation.fit import fit
 from converter.evaluation.heldout import Probe
 from converter.methods.base import Proposal
 from converter.methods.options import configure
@@ -36,7 +39,7 @@ from converter.outputs.checkpoint.additions import check_edit
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from tests.builders.adversary import copy_of
+from tests.builders.adversary import copy_of, load_manifest, put, record
 from tests.builders.invoke import Cli
 from tests.builders.models import Checkpoints, load, planned
 
@@ -308,10 +311,48 @@ def test_a_flipped_bit_of_the_head_is_found(
         cli("verify", copied, "--source", source, code=8, says=shard.name)
 
 
+def test_a_refit_compares_what_was_added_to_the_embedding(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that are the embedding and a little of anything are almost parallel."""
+    source, out = checkpoints("llama-tied"), tmp_path / "out"
+    given: dict[str, Any] = {"method": "fusion", "num_pairs": 32, "guard": False}
+    converter.convert(Recipe(source=str(source), options=SMALL | {"scale": "0.05"}, **given), out)
+    args = ("replay", out, tmp_path / "again", "--source", source, "--refit")
+    cli(*args, code=0)
+
+    def other(*given: Any) -> Any:
+        found, W = fit(*given), load(source).lm_head.weight.detach()
+        drawn = torch.randn(W.shape, generator=torch.Generator().manual_seed(0))
+        head = W + 1e-3 * W.norm() / drawn.norm() * drawn
+        return replace(found, edit=replace(found.edit, created={"lm_head.weight": head}))
+
+    monkeypatch.setattr(replaying, "fit", other)
+    says = "the refitted created.lm_head.weight is not the recorded one"
+    cli(*args, "--overwrite", code=8, says=says)
+
+
+def test_a_head_that_the_config_ignores_is_found(
+    written: Callable[[str], tuple[Path, Path]], cli: Cli, tmp_path: Path
+) -> None:
+    """All agrees with the source and with itself, and transformers would use the embedding."""
+    source, out = written("llama-tied")
+    copied = copy_of(out, tmp_path / "copied")
+    (copied / "config.json").write_bytes((source / "config.json").read_bytes())
+    manifest = load_manifest(copied)
+    del manifest["edit"]["patches"]["config.json"]
+    record(copied, manifest, "config.json")
+    put(copied, manifest)
+    says = "a model with it ignores the created tensor lm_head.weight"
+    cli("verify", copied, "--source", source, code=8, says=says)
+
+
 def test_where_the_head_is_the_embedding_it_becomes_a_weight_of_its_own(
-    written: Callable[[str], tuple[Path, Path]],
+    written: Callable[[str], tuple[Path, Path]], cli: Cli
 ) -> None:
     source, out = written("llama-tied")
+    said = cli("diff", source, out, code=0).stdout
+    assert said.rstrip().endswith(f"between {source.name} and out; only in one of them: 1")
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, out))
     assert before["tie_word_embeddings"] is True
     assert after == before | {"tie_word_embeddings": False}
@@ -399,6 +440,20 @@ def test_what_cannot_be_trained_here_is_refused_before_it_is(
     bench.how = replace(bench.how, spread=True)
     with pytest.raises(OptionError, match="on one device: found --device map"):
         bench.contrast(TRAINING)
+
+
+def test_a_file_of_activations_that_it_would_not_read_is_refused(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """Or the manifest would say that the edit was fitted to them."""
+    path, texts = tmp_path / "a.safetensors", load_pairs("builtin", load_words("builtin"), 32, 0)
+    part = split(texts, load_prose("builtin"), 0).fit
+    inputs = {"pairs": part.pairs.sha256, "prose": part.prose.sha256}
+    save_activations(Activations({0: torch.zeros(1, 1)}, {}, None, inputs), path)
+    args = ("--method", "fusion", "-o", "tokens=100", "-o", "scale=0.5", "--num-pairs", 32)
+    says = "--activations: expected a method that is fitted to activations, found fusion"
+    source, out = checkpoints("llama"), tmp_path / "out"
+    cli("convert", source, out, *args, "--no-guard", "--activations", path, code=2, says=says)
 
 
 def test_prose_has_no_part_in_the_fit(checkpoints: Checkpoints, tmp_path: Path) -> None:

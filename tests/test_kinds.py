@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from click.testing import Result
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import converter
@@ -310,6 +311,10 @@ def test_weights_and_biases_of_nothing_but_zeros_can_change(
         if ".2.mlp." in name:
             tensors[name].zero_()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    if scale == "0":  # they stay as they are, which is no edit
+        says = "changes no number of the model"
+        convert(source, "Filled", scale=scale, code=4, says=says)
+        return
     convert(source, "Filled", scale=scale)
     cli("verify", tmp_path / "out", "--source", source, code=0)
 
@@ -533,7 +538,32 @@ def created_twice(folder: Path, manifest: dict[str, Any]) -> None:
     manifest["edit"]["created"].append(manifest["edit"]["created"][0])
 
 
+def no_patch(folder: Path, manifest: dict[str, Any]) -> None:
+    """The config is that of the source again, and nothing says that it was ever another."""
+    del manifest["edit"]["patches"]["config.json"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    record(folder, manifest, "config.json", copied=True)
+
+
+def one_fewer(folder: Path, manifest: dict[str, Any]) -> None:
+    """A bias that the config asks for is nowhere, as if it had never been created."""
+    gone = manifest["edit"]["created"].pop()["name"]
+    for name in ("model-created.safetensors", manifest["edit"]["file"]):
+        with safe_open(folder / name, "pt") as file:
+            told, keys = file.metadata(), set(file.keys())
+            kept = {key: file.get_tensor(key) for key in keys if not key.endswith(gone)}
+        save_file(kept, folder / name, told)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][gone]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    names = "model-created.safetensors", manifest["edit"]["file"], "model.safetensors.index.json"
+    record(folder, manifest, *names)
+
+
 FORGERIES = {
+    "config.json: a model with it ignores the created tensor model.layers.": no_patch,
+    "config.json: asks for biases, and there is no model.layers.": one_fewer,
     "has another sha256 than recorded": other_bytes,
     "tensor hidden is not one that the edit creates": one_more_tensor,
     "config.json: does not say what the recorded patch makes of it": another_patch,
@@ -551,6 +581,17 @@ def test_what_is_forged_and_made_to_agree_is_found_without_the_source(
     FORGERIES[said](out, manifest)
     put(out, manifest)
     cli("verify", out, code=8, says=said)
+
+
+def test_an_edit_that_rounding_undoes_is_refused_and_one_that_it_nearly_does_is_told_of(
+    source: Path, convert: Cli, tmp_path: Path
+) -> None:
+    says = "the edit changes no number of the model"
+    convert(source, "rows", scale="0", code=4, says=says)
+    convert(source, "rows", scale="1e-30", code=4, says=says)
+    assert not (tmp_path / "out").exists()
+    says = "rounding to BF16 left less than it took of the edit of 1 of 1 tensors"
+    convert(source, "rows", scale="1e-6", says=says)
 
 
 def test_a_file_that_is_added_twice_or_is_none_of_a_model(

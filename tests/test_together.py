@@ -23,13 +23,14 @@ from converter.errors import FitError, OptionError
 from converter.evaluation import fit as fitting
 from converter.manifest import Choice, Manifest
 from converter.methods.base import Proposal
-from converter.methods.together import after
+from converter.methods.options import configure
+from converter.methods.together import Together, after
 from converter.methods.workbench import Bench
 from tests.builders.adversary import copy_of, load_manifest, put
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.methods import METHODS, draw, the_weight
-from tests.builders.models import Checkpoints, tiny_recipe
+from tests.builders.models import Checkpoints, planned, tiny_recipe
 from tests.builders.packages import install
 from tests.builders.planted import planted_args
 
@@ -280,6 +281,14 @@ def test_what_cannot_be_together_is_refused_before_any_work(
     args = ("convert", checkpoints("llama"), tmp_path / "out", "--method", method, *typed)
     result = cli(*args, "--dry-run", code=2, says=says)
     assert result.stderr.count("error: ") == 1
+
+
+def test_two_heads_do_not_add_up(checkpoints: Checkpoints) -> None:
+    """Each of them is the embedding and a change."""
+    _, plan = planned(checkpoints("llama-tied"))
+    method = configure("fusion", {}, plan.dimensions)
+    with refused(OptionError, found="lm_head.weight, which both one and other change"):
+        Together({"one": method, "other": method}).footprint(plan)
 
 
 def test_a_plan_says_what_becomes_of_each_strength(checkpoints: Checkpoints, cli: Cli) -> None:

@@ -212,15 +212,17 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         tensors = {name: file.get_tensor(name) for name in wanted}
         digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
     only = ("directions", "protect_shared", "per_layer") if request.directions else ()
-    for key in ("site", "pooling", "prompts", "slopes", *only):
+    for key in ("slopes", "site", "pooling", "prompts", *only):
         asked = getattr(request, key)
         found = inputs.get(key, asked)
         if (tuple(found) if isinstance(found, list) else found) != asked:
+            fixed = key in ("slopes", "prompts") or request.site in ("attention", "final")
+            option = "" if fixed else f"-o {key}={found} or "
             raise DataError(
                 f"{what} were taken with another {key}",
                 expected=str(asked),
                 found=str(found),
-                hint=f"give -o {key}={found} or other activations",
+                hint=f"give {option}other activations",
             )
     for name, tensor in tensors.items():
         if digests and (not isinstance(digests, dict) or digests.get(name) != _digest(tensor)):

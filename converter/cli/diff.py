@@ -80,7 +80,9 @@ def _checkpoints(found: dict[str, Any]) -> Iterator[str]:
         if names := found["files"][kind]:
             yield f"files, {label}: {', '.join(names)}"
     count = found["tensors"]["a"]
-    yield f"{len(changed)} of {count} tensors differ between {found['a']} and {found['b']}"
+    alone = len(found["only_in_a"]) + len(found["only_in_b"])
+    more = f"; only in one of them: {alone}" if alone else ""
+    yield f"{len(changed)} of {count} tensors differ between {found['a']} and {found['b']}{more}"
 
 
 def _measured(entry: dict[str, Any], *, span: bool) -> str:

@@ -15,12 +15,12 @@ from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
-from converter.edits.base import Footprint
+from converter.edits.base import Edit, Footprint
 from converter.edits.edit_file import save_edit
 from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
-from converter.errors import OptionError, VerificationError
+from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import fit
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
@@ -30,7 +30,7 @@ from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry, output_of
-from converter.outputs.checkpoint.additions import Shards, check_edit
+from converter.outputs.checkpoint.additions import Shards, additions_of, check_edit
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
@@ -91,7 +91,8 @@ def convert(
             fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
         edit = fitted.edit
         check_edit(edit, plan, source)
-        check_relabelled(source, edit, recipe.trust_remote_code)
+        patch = edit.patches.get("config.json", {})
+        check_relabelled(source, patch, recipe.trust_remote_code)
         with claim.staged(delivery.overwrite) as folder:
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
                 job = WriteJob(
@@ -102,6 +103,7 @@ def convert(
                     else Journal.of(claim, source, edit, engine),
                 )  # fmt: skip
                 written = output.write(job)
+                _check_changed(written, edit)
                 read = files_read(job, written)
                 if fitted.activations:
                     check_unchanged(source, read, fitted.activations)
@@ -120,6 +122,27 @@ def convert(
     if not keep_source:
         source.drop_originals()
     return manifest
+
+
+def _check_changed(written: Written, edit: Edit) -> None:
+    """Warn if rounding left less of an edit than it took, where no subspace is to be left empty.
+
+    Raises CheckpointError if all edited tensors are what they were: that only looks edited.
+    """
+    created = any(bool(tensor.any()) for tensor in edit.created.values())
+    if written.edits and not created and not any(e.relative_change for e in written.edits):
+        raise CheckpointError(
+            "the edit changes no number of the model", expected="a change that rounding leaves",
+            found=f"{len(written.edits)} tensors as they were",
+            hint="raise the strength",
+        )  # fmt: skip
+    lost = [e for e in written.edits if e.rounding_error > e.relative_change]
+    lost = [e for e in lost if edit.tensors[e.name].protects is None]
+    if lost:
+        progress.warn(
+            f"rounding to {lost[0].dtype} left less than it took of the edit of {len(lost)} of "
+            f"{len(written.edits)} tensors, such as {lost[0].name}; a larger strength would stay"
+        )
 
 
 def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
@@ -208,6 +231,9 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         footprint = footprint_of(method, plan)
         footprint.check_shared()
         output.check(plan, footprint)
+        for _, names, _, patch in additions_of(plan) if footprint.created else ():
+            if footprint.created.keys() & {*names}:
+                check_relabelled(source, patch, recipe.trust_remote_code)
         return source, plan, method
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import EDIT_FILE
-from converter.checkpoints.plan import read_plan
+from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
-from converter.edits.base import Footprint
-from converter.edits.edit_file import EVIDENCE, file_tensors
+from converter.edits.base import Edit, Footprint
+from converter.edits.edit_file import CREATED, EVIDENCE, file_tensors
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import (
     check_whole,
@@ -234,7 +234,8 @@ def _compare_fit(
     edit = fit(bench, method, pairs, prose).edit
     bench.unload()
     layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}
-    angles = _compare_tensors(recording, file_tensors(edit, layers, {}))
+    fitted = file_tensors(edit, layers, {})
+    angles = _compare_tensors(recording, fitted, _embedding_of(source, plan, edit))
     name = max(angles, key=lambda name: angles[name][-1])
     if not angles[name][-1] <= max_angle:
         raise VerificationError(
@@ -247,8 +248,25 @@ def _compare_fit(
     return angles
 
 
-def _compare_tensors(recording: Recording, fitted: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The angles of each tensor of the edit. Raises VerificationError if names or shapes differ."""
+def _embedding_of(source: Source, plan: Plan, edit: Edit) -> dict[str, Tensor]:
+    """What a created head is made of, by its name in an edit's file; empty if none is created.
+
+    Two such heads are almost parallel, whatever was added to the embedding.
+    """
+    route = plan.head_route() if edit.created else None
+    if route is None or route.name not in edit.created:
+        return {}
+    place = route.embedding
+    return {CREATED + route.name: source.read(place.shard, place.info).double()}
+
+
+def _compare_tensors(
+    recording: Recording, fitted: Mapping[str, Tensor], origins: Mapping[str, Tensor]
+) -> dict[str, list[float]]:
+    """The angles of each tensor of the edit, of some without what both have in common.
+
+    Raises VerificationError if names or shapes differ.
+    """
     recorded = {n: t for n, t in recording.stored.items() if not n.startswith(EVIDENCE)}
     for name in sorted({*recorded, *fitted}):
         shapes = [list(known[name].shape) if name in known else [] for known in (recorded, fitted)]
@@ -259,7 +277,13 @@ def _compare_tensors(recording: Recording, fitted: Mapping[str, Tensor]) -> dict
                 found=str(shapes[1]),
                 hint="nothing was written; a rank at the edge of the budget is chosen by little",
             )
-    return {name: _angles(name, recorded[name], fitted[name]).tolist() for name in sorted(fitted)}
+    found = {}
+    for name in sorted(fitted):
+        a, b = recorded[name], fitted[name]
+        if name in origins:
+            a, b = a - origins[name], b - origins[name]
+        found[name] = _angles(name, a, b).tolist()
+    return found
 
 
 def _angles(name: str, a: Tensor, b: Tensor) -> Tensor:

@@ -130,6 +130,10 @@ def fit_steps(
         for number, (each, one) in enumerate(methods.items(), 1):
             bench.former = steps[-1].edit if steps else None
             proposal, seen = bench.fit(one, part), bench.seen
+            if recipe.activations is not None and seen is None:
+                raise OptionError(
+                    "--activations", expected="a method that is fitted to activations", found=each
+                )
             _check_lesson(one, proposal)
             if len(methods) > 1:
                 tensors = {f"{each}.{key}": tensor for key, tensor in proposal.tensors.items()}

@@ -61,7 +61,7 @@ class Method:
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
 
-    scale: float | None = field(default=None, metadata={"min": 0})
+    scale: float | None = field(default=None, metadata={"min": 1e-6})
     rank: int = field(default=32, metadata={"min": 1})
     depth: int = field(default=3, metadata={"min": 1})
     tokens: int = field(default=7_000, metadata={"min": 1})

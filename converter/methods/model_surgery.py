@@ -77,8 +77,8 @@ class ModelSurgery:
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.08770"
     strength: ClassVar[str] = "scale"
 
-    scale: float | None = field(default=None, metadata={"min": 0})
-    alpha: float | None = field(default=None, metadata={"min": 0})
+    scale: float | None = field(default=None, metadata={"min": 1e-6})
+    alpha: float | None = field(default=None, metadata={"min": 1e-6})
     rows: Literal["cosine", "random"] = "cosine"
     count: int | None = field(default=None, metadata={"min": 1})
     draw: int = field(default=0, metadata={"min": 0})

@@ -46,8 +46,9 @@ class Together:
         """What any of them changes.
 
         Raises:
-            OptionError: two of them change the same tensor, or add the same file; or one is for
-                defence and another is not, since the guard judges by one of both.
+            OptionError: two of them change the same tensor, create the same one that is no bias,
+                or add the same file; or one is for defence and another is not, since the guard
+                judges by one of both.
         """
         aims = {aim_of(part) for part in self.parts.values()}
         if len(aims) > 1:
@@ -59,7 +60,8 @@ class Together:
         owners: dict[str, str] = {}
         found = {name: footprint_of(part, plan) for name, part in self.parts.items()}
         for name, each in found.items():
-            for what in (*(weight.info.name for weight in each.weights), *each.files):
+            whole = (created for created, shape in each.created.items() if len(shape) > 1)
+            for what in (*(weight.info.name for weight in each.weights), *each.files, *whole):
                 if owners.setdefault(what, name) != name:
                     raise OptionError(
                         f"--method {SEPARATOR.join(self.parts)}",

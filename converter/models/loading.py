@@ -15,7 +15,6 @@ from converter.checkpoints.safetensors.header import DTYPES, TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
-from converter.edits.base import Edit
 from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.batching import LOGITS_BYTES, prepare
@@ -171,15 +170,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, config: Any = 
     return tokenizer
 
 
-def check_relabelled(source: Source, edit: Edit, trust_remote_code: bool) -> None:
+def check_relabelled(source: Source, patch: Any, trust_remote_code: bool) -> None:
     """Refuse another label that makes transformers read the same tokenizer in another way.
 
-    It chooses the tokenizer's class by the label, too.
+    It chooses the tokenizer's class by the label, too. ``patch`` is that of the config.
 
     Raises:
         CheckpointError: texts would be other tokens.
     """
-    patch = edit.patches.get("config.json", {})
     if "model_type" not in patch:
         return
     config = read_config(merge(source.config, patch), None, False)

@@ -172,8 +172,9 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
             f"{len(created)} tensors" if len(created) > 1 else f"the tensor {code(created[0].name)}"
         )
         yield "created", f"{what} that the base lacks, in {code(created[0].shard)}"
-    for name in manifest.edit.patches:
-        yield "changed file", code(name)
+    for name, patch in manifest.edit.patches.items():
+        label = None if isinstance(patch, str) else patch.get("model_type")
+        yield "changed file", code(name) + (f", now of type {code(str(label))}" if label else "")
     for name in manifest.edit.files:
         yield "added file", code(name)
     for number, (method, choice) in enumerate(manifest.methods, 1):

@@ -150,7 +150,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
 def _check_asked_for(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
     """Models look at new biases, or a new head, if and only if the config says that there are."""
     created, config = edit.created, merge(before, edit.patches.get("config.json", {}))
-    for what, names, needed, patch in _routes(plan):
+    for what, names, needed, patch in additions_of(plan):
         asked = merge(config, patch) == config
         lacking = [name for name in needed if name not in created]
         if asked and lacking and merge(before, patch) != before:
@@ -166,7 +166,7 @@ def _check_asked_for(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
             )  # fmt: skip
 
 
-def _routes(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mapping[str, Any]]]:
+def additions_of(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mapping[str, Any]]]:
     """What a checkpoint can get, in words, by name, all that belongs to it, and the patch."""
     for role in plan.architecture.bias_routes:
         route = plan.bias_route(role) if role in plan.roles else None

@@ -35,7 +35,7 @@ from converter.edits.rounding_bounds import (
 from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Manifest
 from converter.outputs.base import sha256_of_tensor
-from converter.outputs.checkpoint.additions import Shards, index_of, patched_text
+from converter.outputs.checkpoint.additions import Shards, additions_of, index_of, patched_text
 from converter.outputs.record_checks import (
     check_edit_file,
     check_source_files,
@@ -137,6 +137,20 @@ def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
         found = info and (shard, info.dtype, info.shape)
         if found != (created.shard, created.dtype, created.shape):
             yield f"tensor {created.name} is recorded as created and is not there"
+    if manifest.edit.created:
+        yield from _check_asked_for(folder, manifest)
+
+
+def _check_asked_for(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Created tensors must be those that a model with this config looks at, and all of them."""
+    plan, config = plan_of(folder, manifest, edited=False), read_json(folder / "config.json")
+    created = {tensor.name for tensor in manifest.edit.created}
+    for what, names, needed, patch in additions_of(plan):
+        ours = sorted(created & {*names})
+        if ours and merge(config, patch) != config:
+            yield f"config.json: a model with it ignores the created tensor {ours[0]}"
+        elif ours and (lacking := sorted({*needed} - created)):
+            yield f"config.json: asks for {what}, and there is no {lacking[0]}"
 
 
 def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
