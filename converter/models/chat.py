@@ -15,7 +15,7 @@ def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
         DataError: the template cannot render it.
     """
     said = f"{message} {suffix}" if suffix else message
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return said
     return _rendered(tokenizer, [{"role": "user", "content": said}], begins=True)
 
@@ -44,5 +44,5 @@ def exchange(tokenizer: Any, message: str, answer: str, suffix: str = "") -> tup
     Without a chat template a space is between them. Raises as ``as_prompt``.
     """
     prompt = as_prompt(tokenizer, message, suffix)
-    space = " " if tokenizer.chat_template is None else ""
+    space = "" if tokenizer.chat_template else " "
     return prompt + space + answer, len(prompt) + len(space)
