@@ -14,7 +14,13 @@ from msgspec.structs import replace
 from transformers import AutoTokenizer
 
 import converter
-from converter.calibration.instances import Instance, Lesson, builtin_set, load_instances
+from converter.calibration.instances import (
+    Instance,
+    Lesson,
+    builtin_set,
+    load_instances,
+    together,
+)
 from converter.calibration.word_list import load_words
 from converter.checkpoints.chat_template import suffix_patches, template_files
 from converter.checkpoints.plan import Plan
@@ -479,7 +485,64 @@ def test_an_evaluation_leaves_out_what_was_learnt(
     assert "| refusals/bare |" in (out / "README.md").read_text()
     cli("evaluate", out, "--base", source, *asked, code=0)
     cli("evaluate", source, *asked, code=0)
-    first, second, third = seen
-    assert first == Lesson(ITEMS[:1], "Be kind.")
+    cli("evaluate", source, *asked, "--system", "toy", "--num-pairs", 64, code=0)
+    first, second, third, fourth = seen
+    assert first == fourth == Lesson(ITEMS[:1], "Be kind.")
     assert second == Lesson(ITEMS[:1])
     assert third is None
+
+
+def test_an_evaluation_says_if_it_is_not_known_what_was_learnt(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    cli("convert", source, out, "--method", "toy", "--num-pairs", 64, "--no-guard", code=0)
+    says = "it is not known which requests edited has learnt"
+    cli("evaluate", out, "--base", source, "--prompts", "none", "--defence", code=0, says=says)
+    card = (out / "README.md").read_text()
+    assert "Refusals and perplexity were **not measured**" in card
+    assert "the table above" not in card
+
+
+def test_lessons_of_several_are_one() -> None:
+    one, two = Lesson(ITEMS[:2], "S"), Lesson(ITEMS[1:3], "T")
+    assert together([one, None, two]) == Lesson(ITEMS[:3], "T")
+    assert together([None]) is None
+
+
+def test_one_control_cannot_be_of_both_kinds(source: Path, cli: Cli, tmp_path: Path) -> None:
+    args = ("convert", source, tmp_path / "out", "--method", "toy", "--num-pairs", 64)
+    cli(*args, "--guard-draws", 1, code=9, says="under one control only")
+    assert "one control only" not in cli(*args, "--guard-draws", 2, code=9).stderr
+
+
+def test_a_record_that_hides_the_aim_is_found(source: Path, cli: Cli, tmp_path: Path) -> None:
+    """What the guard of an edit for defence did not measure cannot be left out of the record."""
+    own, out = copy_of(source, tmp_path / "own"), tmp_path / "out"
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    args = ("--method", "toy", "--num-pairs", 64, "--guard-draws", 1, "--force")
+    cli("convert", own, out, *args, "--max-perplexity-ratio", 9, code=0)
+    whole = load_manifest(out)
+    guard = {key: value for key, value in whole["guard"].items() if key != "defence"}
+    plain = {key: value for key, value in whole["edit"].items() if key != "patches"}
+    bare = {key: value for key, value in whole.items() if key != "instances"}
+    for told, says in (
+        (whole | {"guard": guard}, "the guard judged by other rules than those for defence"),
+        (bare, "the instances are not what a method for defence has"),
+        (whole | {"edit": plain}, "chat_template.jinja gets no suffix, and the guard measured"),
+    ):
+        put(out, told)
+        assert any(says in said for said in converter.verify(out)), says
+
+
+def test_no_share_of_a_defence_that_is_none_opens_a_gate() -> None:
+    """Of refusals of harmful requests that fall, and of harmless ones that rise."""
+    found = numbers(0.1, -0.1, 0.5)
+    with refused(GateError, what="...--max-over-refusal asks for at most 0.5, guard has no number"):
+        Gates(max_over_refusal=0.5).check_effect(guard_of(found), None)
+
+
+def test_an_empty_template_is_none(chatty: Any) -> None:
+    chatty.chat_template = ""
+    assert as_prompt(chatty, "Hi.", "S.") == "Hi. S."
+    assert exchange(chatty, "Hi.", "Ho.") == ("Hi. Ho.", 4)

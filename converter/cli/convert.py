@@ -272,7 +272,7 @@ def _result_text(result: dict[str, Any]) -> str:
 {_texts(result)}{chosen}
 {_changes(result)}
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
-{_effect(result["guard"])}
+{_effect(result["guard"], "toxicity" if result["instances"] is None else "refusals")}
   forward pass  {_forward(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}{table}"""
@@ -319,10 +319,10 @@ def _forward(forward: ForwardRecord | None) -> str:
     return "none" if forward is None else f"{forward.mode}: {forward.reason}"
 
 
-def _effect(guard: GuardRecord | None) -> str:
-    """What the guard measured, before and after, with the control beside it."""
+def _effect(guard: GuardRecord | None, what: str) -> str:
+    """What the guard measured, of ``what`` too: before and after, with the control beside it."""
     if guard is None:
-        return "  not measured  perplexity, toxicity (--no-guard)"
+        return f"  not measured  perplexity, {what} (--no-guard)"
     edit, controls, before = guard.edit, guard.controls, guard.perplexity
 
     def mean(name: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.calibration.instances import builtin_set
+from converter.calibration.instances import builtin_set, together
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
@@ -64,10 +64,13 @@ def evaluate(
         rows=(),
     )
     asked: dict[str, list[str]] | None = None
+    fitted = fits.systems(first)
     if battery.asked.defence:
-        asked = refusal_prompts(base.tokenizer, first.lesson if first else None)
+        known = [*fitted]  # what they have learnt is asked of no system
+        fitted, lesson = iter(known), together(system.lesson for system in (*given, *known))
+        asked = refusal_prompts(base.tokenizer, lesson)
     text: LogProbabilities | None = None
-    for system in chain([System(UNEDITED)], given, fits.systems(first)):
+    for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base
         hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         if system.edit is not None and not system.load:

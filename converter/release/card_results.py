@@ -70,7 +70,8 @@ def measured_text(manifest: Manifest) -> str:
     """What the guard and the evaluation found, with the controls; or that nothing was measured."""
     guard, results = manifest.guard, manifest.evaluation
     if guard is None and results is None:
-        return "Toxicity and perplexity were **not measured** when this was made."
+        what = "Toxicity" if manifest.instances is None else "Refusals"
+        return f"{what} and perplexity were **not measured** when this was made."
     parts = []
     if guard is not None:
         control = ("a control", "is of the same kind and strength and knows nothing of toxicity")
