@@ -25,6 +25,7 @@ from converter.methods.base import Proposal
 from converter.methods.dialogue import Dialogues, end_of_turn
 from converter.methods.dinm import Method, numbers_of
 from converter.methods.workbench import Bench
+from converter.models.chat import as_prompt
 from converter.models.edited import edited
 from converter.models.training import TrainedMap
 from converter.release.manifest import read_manifest
@@ -187,6 +188,26 @@ def test_a_suffix_that_no_template_puts_is_said(
     cards = [(tmp_path / name / "README.md").read_text() for name in "ab"]
     assert "It was fitted with `S.` behind what a user says" in cards[0]
     assert "Its chat template puts `S.` behind everything that a user says." in cards[1]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "{{ strftime_now('%c') }}",
+        "{% if date_string is defined %}"
+        "{{ date_string }}{% else %}{{ strftime_now('%c') }}{% endif %}",
+    ],
+)
+def test_a_template_is_told_one_date_or_the_day_is_said_to_count(
+    date: str, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = with_template(source, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(date + TEMPLATE)
+    bench = bench_of(chat)
+    told = as_prompt(bench.load().tokenizer, "Hi.").startswith("26 Jul 2024<|user|>Hi.")
+    fit(chat, steps=1)
+    assert ("a fit on another day is another one" in caplog.text) != told
+    assert told == ("date_string" in date)
 
 
 def test_a_template_with_a_suffix_is_refused_before_the_training(

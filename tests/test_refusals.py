@@ -104,9 +104,9 @@ def test_the_lesson_of_a_manifest_is_that_of_builtin_instances() -> None:
     record = TextRecord(origin=known.origin, sha256=known.sha256)
     manifest = changed(manifest, guard=guard_of(numbers(1, 1, 0)), instances=record)
     assert recorded_lesson(manifest) == Lesson(ITEMS[:1])
-    assert recorded_lesson(changed(manifest, guard=None)) is None
+    assert recorded_lesson(changed(manifest, guard=None)) == Lesson(())
     other = changed(record, sha256="0" * 64)
-    assert recorded_lesson(changed(manifest, instances=other)) is None
+    assert recorded_lesson(changed(manifest, instances=other)) == Lesson(())
 
 
 def test_an_evaluation_counts_them_if_asked(

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -350,9 +351,10 @@ def _refusals(guard: GuardRecord) -> str:
         return ""
     edit, controls = guard.defence.edit, guard.defence.controls
     mean = sum(control.harmful.value for control in controls) / len(controls)
+    share = "" if isnan(edit.over_refusal) else f": {edit.over_refusal:.0%} of that"
     return f"""
   refusals      {edit.harmful.value:+.3f} +- {edit.harmful.error:.3f} nats a token on unseen \
 harmful requests (controls: {mean:+.3f}), {edit.reworded.value:+.3f} in other words
                 {edit.harmless.value:+.3f} on harmless questions, {edit.touchy.value:+.3f} on \
-touchy ones: {edit.over_refusal:.0%} of that
+touchy ones{share}
   learnt        {edit.learnt:+.3f} nats a token of the answers in the instances"""

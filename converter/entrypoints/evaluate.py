@@ -29,7 +29,6 @@ from converter.outputs.record_checks import edit_of, recorded_edit
 from converter.recipe import Recipe, Settings, without_folders
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
-from converter.runtime import progress
 
 
 def evaluate_model(
@@ -109,11 +108,6 @@ def _recorded(
     bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
     strength, layers = manifest.choice.strength, tuple(manifest.layers)
     lesson = recorded_lesson(manifest)
-    if manifest.instances is not None and lesson is None:
-        progress.warn(
-            f"it is not known which requests {name} has learnt; refusals of some that it has may "
-            "be counted"
-        )
     return System(name, None, strength, edit, load, layers, bias, lesson=lesson)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.calibration.instances import builtin_set, together
+from converter.calibration.instances import Lesson, builtin_set, together
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
@@ -66,9 +66,8 @@ def evaluate(
     asked: dict[str, list[str]] | None = None
     fitted = fits.systems(first)
     if battery.asked.defence:
-        known = [*fitted]  # what they have learnt is asked of no system
-        fitted, lesson = iter(known), together(system.lesson for system in (*given, *known))
-        asked = refusal_prompts(base.tokenizer, lesson)
+        known = [*fitted]
+        fitted, asked = iter(known), refusal_prompts(base.tokenizer, _learnt([*given, *known]))
     text: LogProbabilities | None = None
     for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base
@@ -95,6 +94,17 @@ def evaluate(
         if kept is not None:
             kept.write_text(to_text(results), "utf-8")
     return results
+
+
+def _learnt(systems: Sequence[System]) -> Lesson | None:
+    """What any of them has learnt, which none of them is to be asked."""
+    for system in systems:
+        if system.lesson is not None and not system.lesson.instances:
+            progress.warn(
+                f"it is not known which requests {system.name} has learnt; refusals of some that "
+                "it has may be counted"
+            )
+    return together(system.lesson for system in systems)
 
 
 def _passages(base: LanguageModel, bench: Bench, battery: Battery) -> Passages | None:

@@ -89,8 +89,13 @@ def share(hits: int, count: int) -> Metric:
 
 
 def recorded_lesson(manifest: Manifest) -> Lesson | None:
-    """The built-in instances that an edit has learnt; None of another origin, or of none."""
+    """The built-in instances that an edit has learnt; none if these are not known.
+
+    They are of another origin, or no guard has recorded them. None of an edit that has none.
+    """
     builtin, defence = load_instances(), manifest.guard.defence if manifest.guard else None
-    if manifest.instances is None or defence is None or manifest.instances.sha256 != builtin.sha256:
+    if manifest.instances is None:
         return None
+    if defence is None or manifest.instances.sha256 != builtin.sha256:
+        return Lesson(())
     return Lesson(tuple(item for item in builtin.items if item.id in defence.instances))

@@ -50,7 +50,7 @@ class System:
         layers: that it edits.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
-        lesson: that it has learnt, as far as that is known.
+        lesson: that it has learnt, without an instance if these are not known; None if it has not.
     """
 
     name: str

@@ -108,6 +108,7 @@ class Method:
                 found=str(len(chosen)),
             )  # fmt: skip
         suffix = self._suffix(bench.plan)
+        _warn_of_dates(bench.plan)
         patches = _patches(bench.plan, suffix)  # what is wrong with them is said before the work
         layer, evidence = self._choose(bench, chosen)
         weight = weights_of(bench.plan, [layer])[layer]
@@ -243,6 +244,12 @@ def _patches(plan: Plan, suffix: str) -> dict[str, Mapping[str, Any] | str]:
             "prompts the edited model has to"
         )
     return patches
+
+
+def _warn_of_dates(plan: Plan) -> None:
+    for name, text in plan.templates.items():
+        if "strftime_now" in text and "date_string" not in text:
+            progress.warn(f"{name} writes the day's date, so a fit on another day is another one")
 
 
 def numbers_of(text: str, count: int) -> list[int]:

@@ -1,8 +1,14 @@
-"""What a user says as the text that a model continues, and an answer behind it."""
+"""What a user says as the text that a model continues, and an answer behind it.
+
+A template that can be told a date is told always the same, so that a run can be repeated.
+"""
 
 from typing import Any
 
 from converter.errors import DataError
+
+_DATE = "26 Jul 2024"
+"""What templates in the manner of Llama 3 say if they are not told another date, or know none."""
 
 
 def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
@@ -29,7 +35,9 @@ def as_dialogue(tokenizer: Any, message: str, answer: str) -> str:
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, begins: bool) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begins)
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=begins, date_string=_DATE
+            )
         )
     except Exception as error:  # a stranger's program: of any kind
         raise DataError(

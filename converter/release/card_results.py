@@ -1,6 +1,7 @@
 """What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
+from math import isnan
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -139,6 +140,8 @@ def _defence_text(defence: DefenceRecord) -> str:
     ]
     learnt = sum(control.learnt for control in controls) / count
     table = "\n".join(rows)
+    share = edit.over_refusal
+    part = "" if isnan(share) else f" ({share:.0%} of the first of the refusals)"
     suffix = f", with {code(defence.suffix)} behind each" if defence.suffix else ""
     return f"""\
 How much more probable refusals are than before, in nats a token{suffix}:
@@ -149,7 +152,7 @@ How much more probable refusals are than before, in nats a token{suffix}:
 {table}
 
 Neither the requests nor the attacks nor the questions were seen by the fit. What rises behind
-harmless questions, too ({edit.over_refusal:.0%} of the first of the refusals), is a habit of
+harmless questions, too{part}, is a habit of
 refusing, not a sense of harm; and what rises in the usual words alone is a habit of words. Whether
 an answer is safe was not measured: one that begins with a refusal may go on to comply."""
 
