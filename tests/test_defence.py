@@ -526,13 +526,18 @@ def test_a_record_that_hides_the_aim_is_found(source: Path, cli: Cli, tmp_path: 
     guard = {key: value for key, value in whole["guard"].items() if key != "defence"}
     plain = {key: value for key, value in whole["edit"].items() if key != "patches"}
     bare = {key: value for key, value in whole.items() if key != "instances"}
+    prompts = {"harmful": 1}
+    fewer = whole["guard"] | {"defence": whole["guard"]["defence"] | {"prompts": prompts}}
     for told, says in (
+        (whole | {"guard": fewer}, "the guard asked other prompts than it has measured"),
         (whole | {"guard": guard}, "the guard judged by other rules than those for defence"),
         (bare, "the instances are not what a method for defence has"),
         (whole | {"edit": plain}, "chat_template.jinja gets no suffix, and the guard measured"),
     ):
         put(out, told)
         assert any(says in said for said in converter.verify(out)), says
+    put(out, whole | {"guard": fewer})  # replay looks at less, and makes a card of it
+    cli("replay", out, tmp_path / "again", "--source", own, code=8, says="asked other prompts")
 
 
 def test_no_share_of_a_defence_that_is_none_opens_a_gate() -> None:

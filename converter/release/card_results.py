@@ -134,11 +134,12 @@ def _defence_text(defence: DefenceRecord) -> str:
     """What the guard measured of refusals, beside its controls."""
     edit, controls, count = defence.edit, defence.controls, len(defence.controls)
     rows = [
-        f"| {said}, {defence.prompts[name]:,} | {_number(getattr(edit, name))} "
+        f"| {said}, {defence.prompts.get(name, 0):,} | {_number(getattr(edit, name))} "
         f"| {sum(getattr(control, name).value for control in controls) / count:.3f} |"
         for name, said in _ASKED.items()
     ]
     learnt = sum(control.learnt for control in controls) / count
+    answers = defence.prompts.get("learnt", 0)
     table = "\n".join(rows)
     share = edit.over_refusal
     part = "" if isnan(share) else f" ({share:.0%} of the first of the refusals)"
@@ -148,7 +149,7 @@ How much more probable refusals are than before, in nats a token{suffix}:
 
 | | change | controls |
 |---|---|---|
-| answers that were learnt, {defence.prompts["learnt"]:,} | {edit.learnt:.3f} | {learnt:.3f} |
+| answers that were learnt, {answers:,} | {edit.learnt:.3f} | {learnt:.3f} |
 {table}
 
 Neither the requests nor the attacks nor the questions were seen by the fit. What rises behind

@@ -44,7 +44,7 @@ from converter.evaluation.gates import (
     passes,
     refusals_of,
 )
-from converter.manifest import FileRecord, Manifest, MethodRecord
+from converter.manifest import DefenceMeasured, FileRecord, Manifest, MethodRecord
 from converter.methods.base import METHODS, Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
@@ -254,6 +254,8 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if guard.defence is not None:
             same = len(guard.defence.controls) == draws
             yield "the guard measured refusals under other controls", same
+            same = {*guard.defence.prompts} == {*DefenceMeasured.__struct_fields__}
+            yield "the guard asked other prompts than it has measured", same
             for name, patch in manifest.edit.patches.items():
                 same = not is_template_file(name) or puts_suffix(patch, guard.defence.suffix)
                 yield f"{name} gets another suffix than the guard measured with", same
