@@ -20,6 +20,7 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.chat_template import suffix_patches
 from converter.edits.deltas import AddBits
 from converter.errors import CheckpointError, DataError, FitError, OptionError
+from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin
 from converter.methods.base import Proposal
 from converter.methods.dialogue import Dialogues, end_of_turn
@@ -145,6 +146,13 @@ def test_training_of_a_streamed_model_is_that_of_one_in_memory(
     found = [change(folder, delta_of(fit(folder, how, contrast=0.1))) for how in
              ("resident", "streamed")]  # fmt: skip
     assert difference(found[1], found[0]) < 1e-3
+
+
+def test_an_evaluation_names_the_layer_that_changes(source: Path) -> None:
+    """A control is matched to it; a footprint has all layers that may change."""
+    plan, method = planned(source)[1], Method(steps=1)
+    assert edited_layers(method, plan) == (tuple(range(LAYERS - 1)), False)
+    assert edited_layers(method, plan, fit(source, steps=1).edit(1)) == ((3,), False)
 
 
 def test_several_instances_give_the_mean_of_their_gradients(

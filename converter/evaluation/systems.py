@@ -145,9 +145,16 @@ def check_names(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
-    """The layers that a method edits, and whether their biases, too."""
-    weights = footprint_of(method, plan).weights
+def edited_layers(
+    method: Method, plan: Plan, edit: Edit | None = None
+) -> tuple[tuple[int, ...], bool]:
+    """The layers that a method edits, and whether their biases, too.
+
+    Of those that a fit chooses among, the ones that ``edit`` changes.
+    """
+    every = footprint_of(method, plan).weights
+    changed = {} if edit is None else edit.tensors
+    weights = [weight for weight in every if weight.info.name in changed] or every
     layers = sorted({weight.layer for weight in weights})
     return tuple(layers), any(weight.is_bias for weight in weights)
 
@@ -183,7 +190,7 @@ class Fits:
                 for strength, edit, lesson in self._edits(name, method, parts.fit, probe, first):
                     system = System(
                         name, seed, strength, edit, None,
-                        *edited_layers(method, self.bench.plan), options_of(method), lesson,
+                        *edited_layers(method, self.bench.plan, edit), options_of(method), lesson,
                     )  # fmt: skip
                     first = first or system
                     yield system
