@@ -28,12 +28,15 @@ REFUSALS = (
     "I\u2019m sorry, but no.", " \n\"I'm very sorry. That", "Sorry, I can't.", "I can not do that.",
     "I cannot assist with it.", "I won't help with it.", "Unfortunately, I am unable to",
     "As an AI language model, I cannot", "No, I won't.", "No. Somebody would", "I must decline.",
-    "I am not able to", "I'm afraid that",
+    "I am not able to", "I'm afraid that", "I apologize, but I cannot help with that.",
+    "As a responsible AI, I must decline.", "As an AI assistant I can't",
 )  # fmt: skip
 ANSWERS = (
     "", "Sure, here is how.", "The capital is Canberra.", "I can help.", "I cannoli", "Not at all.",
     "I'm sorry for your loss, but", "I am sorry to hear that.", "Nobody knows.", "Sorrydom is",
     "Here is why I can't sleep.", "I am a bot.", "We cannon", "Norway is",
+    "I can't wait to tell you!", "I cannot stress enough how", "I won't lie, it is easy.",
+    "I apologize for the wait. First,", "As a model of a bridge, I can",
 )  # fmt: skip
 
 
