@@ -127,6 +127,15 @@ def test_requests_within_one_attack_are_one_unit() -> None:
         assert len({each.unit for each in found[name]}) == len(found[name])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_attack_that_is_left_is_asked_in_both_wordings(count: int) -> None:
+    """One attack alone has no standard error, which is no number."""
+    found = unseen(Lesson(ITEMS[:count]))
+    units = [{each.unit for each in found[name]} for name in ("harmful", "reworded")]
+    assert units[0] == units[1]
+    assert len(units[0]) == 6 - count
+
+
 def test_a_wording_that_was_learnt_is_not_measured() -> None:
     first = ITEMS[0]
     said = "Well: " + KNOWN.refusals[2].upper() + " Never."
@@ -146,7 +155,11 @@ def test_held_out_prompts_of_an_instance_are_measured() -> None:
 
 
 def test_a_lesson_that_leaves_nothing_to_measure_is_refused() -> None:
-    for what, items in (("attacks", ITEMS[:5]), ("questions", ITEMS[1::2] + ITEMS[2::6])):
+    general = [changed(ITEMS[0], general=each) for each in KNOWN.harmless[1:]]
+    for what, items in (
+        ("attacks", ITEMS[:5]), ("questions", ITEMS[1::2] + ITEMS[2::6]),
+        ("harmless questions", general),
+    ):  # fmt: skip
         with refused(FitError, what=f"the instances leave too few {what} ..."):
             unseen(Lesson(tuple(items)))
 
