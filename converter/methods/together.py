@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.calibration.instances import together as lessons_together
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import OptionError
@@ -174,7 +175,7 @@ def _plain(name: str) -> str:
 def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
     """What a method proposes on top of the edit that a former one made with a strength.
 
-    Its controls are the controls of both, of one seed.
+    Its controls are the controls of both, of one seed, and it has taught what both have.
     """
     edit = former.edit(strength)
 
@@ -188,4 +189,5 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         control=lambda own, seed: former.control(strength, seed).then(later.control(own, seed)),
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
+        lesson=lessons_together([former.lesson, later.lesson]),
     )
