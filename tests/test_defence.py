@@ -469,17 +469,19 @@ def test_an_evaluation_leaves_out_what_was_learnt(
 
     monkeypatch.setattr("converter.evaluation.compare.refusal_prompts", prompts)
     out, args = tmp_path / "out", ("--method", "toy", "--num-pairs", 64, "--guard-draws", 1)
-    asked = ("--prompts", "none", "--defence", "--control", "")
+    asked = ("--prompts", "none", "--defence")
     more = ("--force", "--max-perplexity-ratio", 9)
     cli("convert", source, out, *args, *more, "--evaluate", *asked, code=0)
     evaluation = read_manifest(out).evaluation
     assert evaluation is not None
-    assert [system.system for system in evaluation.systems] == ["unedited", "edited"]
+    assert [system.system for system in evaluation.systems] == ["unedited", "edited", "random"]
     assert all("refusals/bare" in system.metrics for system in evaluation.systems)
     assert "| refusals/bare |" in (out / "README.md").read_text()
     cli("evaluate", out, "--base", source, *asked, code=0)
     cli("evaluate", source, *asked, code=0)
-    first, second, third = seen
+    cli("evaluate", source, *asked, "--system", "toy", "--num-pairs", 64, code=0)
+    first, second, third, fourth = seen
+    assert fourth == Lesson(ITEMS[:1], "Be kind.")  # though it is fitted beside
     assert first == Lesson(ITEMS[:1], "Be kind.")
     assert second == Lesson(ITEMS[:1])
     assert third is None

@@ -113,7 +113,7 @@ def test_an_evaluation_counts_them_if_asked(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     base = checkpoints("llama")
-    args = ("evaluate", base, "--control", "", "--prompts", "none", "--defence")
+    args = ("evaluate", base, "--prompts", "none", "--defence")
     out = tmp_path / "results.json"
     said = cli(*args, "--results", out, code=0)
     results = json.loads(out.read_text())

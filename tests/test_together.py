@@ -263,6 +263,10 @@ def test_edits_add_up_where_that_is_exact_and_are_refused_elsewhere() -> None:
         ("gloss+profs", {"rank": "1"}, "expected gloss.rank or profs.rank, found rank"),
         ("gloss+profs", {"gloss.draw": "1"}, "-o gloss.draw: method gloss+profs"),
         ("gloss+profs", {"random.rank": "1"}, "-o random.rank: method gloss+profs"),
+        (
+            "gloss+rows", {"scale": "1", "rows.scale": "2"},
+            "-o rows.scale: expected one value, found 1 and 2",
+        ),
         ("gloss+gloss", {}, "--method: expected different methods, found gloss+gloss"),
         ("gloss+magic", {}, "found magic"),
         ("gloss+", {}, "--method"),

@@ -1,9 +1,9 @@
 """Evaluate a model and other systems, what they were made from, on the same prompts and text."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from converter.manifest import (
     SystemRecord,
     to_text,
 )
+from converter.methods.together import both_lessons
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
 from converter.models.likelihood import LogProbabilities
@@ -63,11 +64,14 @@ def evaluate(
         systems=(),
         rows=(),
     )
+    fitted: Iterable[System] = fits.systems(first)
     asked: dict[str, list[str]] | None = None
-    if battery.asked.defence:
-        asked = refusal_prompts(base.tokenizer, first.lesson if first else None)
+    if battery.asked.defence:  # none is asked what any of them has learnt, so all are fitted now
+        fitted = [*fitted]
+        lessons = (system.lesson for system in (*given, *fitted))
+        asked = refusal_prompts(base.tokenizer, reduce(both_lessons, lessons, None))
     text: LogProbabilities | None = None
-    for system in chain([System(UNEDITED)], given, fits.systems(first)):
+    for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base
         hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         if system.edit is not None and not system.load:

@@ -180,10 +180,10 @@ class Fits:
             first = reference
             for name in self.comparison.methods:
                 method = self._method(name, seed, first)
-                for strength, edit in self._edits(name, method, parts.fit, probe, first):
+                for strength, edit, lesson in self._edits(name, method, parts.fit, probe, first):
                     system = System(
                         name, seed, strength, edit, None,
-                        *edited_layers(method, self.bench.plan), options_of(method),
+                        *edited_layers(method, self.bench.plan), options_of(method), lesson,
                     )  # fmt: skip
                     first = first or system
                     yield system
@@ -191,15 +191,15 @@ class Fits:
     def _edits(
         self, name: str, method: Method, part: Part, probe: Callable[[], Probe],
         first: System | None,
-    ) -> Iterator[tuple[float, Edit]]:  # fmt: skip
-        """The strengths of a system that are measured, and their edits."""
+    ) -> Iterator[tuple[float, Edit, Lesson | None]]:  # fmt: skip
+        """The strengths of a system that are measured, their edits, and what these have learnt."""
         if SEPARATOR in name:  # their strengths are chosen in turn
             try:
                 last = fit_steps(self.bench, name, method, part, probe)[-1]
             except GuardError as error:
                 progress.warn(f"{name}: {error.what}; it is left out")
             else:
-                yield last.choice.strength, last.edit
+                yield last.choice.strength, last.edit, last.proposal.lesson
             return
         proposal = self.bench.fit(method, part)
         wanted = first.edit if first else None
@@ -208,7 +208,7 @@ class Fits:
             if strength > proposal.strengths[-1]:
                 progress.warn(f"{name} has no {method.strength} {strength:g}, and is left out")
             else:
-                yield strength, proposal.edit(strength)
+                yield strength, proposal.edit(strength), proposal.lesson
 
     def _method(self, system: str, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers and the biases of the reference."""

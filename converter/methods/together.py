@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.calibration.instances import Lesson
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import OptionError
-from converter.methods.base import Method, Proposal, aim_of, footprint_of
+from converter.methods.base import Aim, Method, Proposal, aim_of, footprint_of
 
 SEPARATOR = "+"
 
@@ -41,6 +42,11 @@ class Together:
     def strength(self) -> str:
         """That of the last, whose choice sees the whole."""
         return strengths_of(self)[-1]
+
+    @property
+    def aim(self) -> Aim:
+        """That of all of them; of methods of different aims there is no footprint."""
+        return aim_of(next(iter(self.parts.values())))
 
     def footprint(self, plan: Plan) -> Footprint:
         """What any of them changes.
@@ -115,7 +121,8 @@ def share_out(
         method -> key -> value.
 
     Raises:
-        OptionError: no method has an option, or several do and it does not say whose it is.
+        OptionError: no method has an option, or several do and it does not say whose it is; or it
+            has two values.
     """
     shared: dict[str, dict[str, str]] = {name: {} for name in known}
     for typed, text in options.items():
@@ -131,8 +138,15 @@ def share_out(
                 f"-o {typed}: method {SEPARATOR.join(known)}",
                 expected=" or ".join([f"{name}.{key}" for name in owners] or every), found=typed,
             )  # fmt: skip
-        shared[owners[0]][key] = text
+        _set(shared[owners[0]], key, text, f"{owners[0]}.{key}")
     return shared
+
+
+def _set(options: dict[str, str], key: str, text: str, name: str) -> None:
+    """Add an option. Raises OptionError if it is there already, typed in another way."""
+    if key in options:
+        raise OptionError(f"-o {name}", expected="one value", found=f"{options[key]} and {text}")
+    options[key] = text
 
 
 def typed_for(
@@ -147,9 +161,9 @@ def typed_for(
         others: methods that options may be of beside these.
 
     Raises:
-        OptionError: an option is of a method that is not among them.
+        OptionError: an option is of a method that is not among them, or has two values.
     """
-    own, found = [_plain(part) for part in name.split(SEPARATOR)], {}
+    own, found = [_plain(part) for part in name.split(SEPARATOR)], dict[str, str]()
     known = {_plain(part) for each in (name, method, *others) for part in each.split(SEPARATOR)}
     for typed, text in options.items():
         owner, dot, key = typed.rpartition(".")
@@ -158,9 +172,9 @@ def typed_for(
                 f"-o {typed}", expected=f"an option of {' or '.join(sorted(known))}", found=typed
             )
         if _plain(owner) in own:
-            found[typed if len(own) > 1 else key] = text
+            _set(found, typed if len(own) > 1 else key, text, typed)
         elif not dot and name == method:
-            found[key] = text
+            _set(found, key, text, typed)
     return found
 
 
@@ -186,4 +200,13 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         control=lambda own, seed: former.control(strength, seed).then(later.control(own, seed)),
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
+        lesson=both_lessons(former.lesson, later.lesson),
     )
+
+
+def both_lessons(one: Lesson | None, other: Lesson | None) -> Lesson | None:
+    """What was learnt by two edits; None if neither has learnt anything."""
+    if one is None or other is None:
+        return one or other
+    more = (instance for instance in other.instances if instance not in one.instances)
+    return Lesson((*one.instances, *more), other.suffix or one.suffix)
