@@ -132,6 +132,26 @@ def test_it_is_replayed_and_a_false_word_is_found(
         lambda m: m["steps"][1]["choice"].update(strength=1.0)
     )
     assert "another title" in says(lambda m: m["steps"][1]["method"].update(title="mine"))
+    assert "steps and the run have seen other activations" in says(
+        lambda m: m.update(activations={"key": None, "inputs": {}})
+    )
+    assert "evidence beside that of its steps" in says(
+        lambda m: m["method"].update(evidence={"a": 1})
+    )
+
+
+def test_what_shares_a_basis_over_layers_is_replayed_beside_what_has_one_for_each(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """The names in the edit's file do not depend on the order in which its tensors are listed."""
+    source, out = checkpoints("llama", torch.bfloat16), tmp_path / "out"
+    options = {"gloss.layers": "1-2", "profs.layers": "3-4", "gloss.protect_shared": "2"}
+    options |= {"gloss.rank": "2", "profs.rank": "1", "profs.protect_shared": "2"}
+    recipe = tiny_recipe(source, num_pairs=64, method="gloss+profs", options=options)
+    recorded = converter.convert(recipe, out)
+    again = converter.replay(out, tmp_path / "again", source=str(source))
+    assert [each.tensors for each in again.edited] == [each.tensors for each in recorded.edited]
+    assert len({each.tensors["U"] for each in recorded.edited}) == 3
 
 
 def test_the_second_is_fitted_to_what_the_first_left(

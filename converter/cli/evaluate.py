@@ -34,7 +34,7 @@ class _ComparisonOptions(Options):
         "Number of draws of the pairs to fit each system on.", example="3", least=1,
     )] = 1
     ranks: Annotated[str, Option(
-        "Ranks to measure of each system that is fitted.",
+        "Ranks to measure of each system that is fitted and has one.",
         by_default="one is chosen", metavar="NUMBERS", example="1,2,4",
     )] = ""
     results: Annotated[Path | None, Option(

@@ -81,7 +81,7 @@ class Fitted:
 
     @property
     def activations(self) -> Activations | None:
-        """Those that were seen first, of the unedited model; None if none were."""
+        """Those that were seen first; None if none were."""
         return next((step.activations for step in self.steps if step.activations), None)
 
 

@@ -160,10 +160,15 @@ class Fits:
     comparison: Comparison
 
     def check(self, reference: System | None) -> None:
-        """Refuse from the headers what could not be fitted. Raises OptionError; see ``systems``."""
+        """Refuse from the headers what could not be fitted, and say what no rank bears on.
+
+        Raises OptionError; see ``systems``.
+        """
         for name in self.comparison.methods:
             method = self._method(name, self.comparison.seeds[0], reference)
             footprint_of(method, self.bench.plan).check_shared()
+            if self.comparison.ranks and not self._takes_ranks(name, method):
+                progress.warn(f"--ranks does not bear on {name}, which is measured once")
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed.
@@ -213,14 +218,14 @@ class Fits:
     def _method(self, system: str, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers and the biases of the reference."""
         name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
-        free, typed = {"rank": "auto"}, self.comparison.typed(name, recipe)
+        typed = self.comparison.typed(name, recipe)
         if name not in ("random", "profs"):
-            return configure(name, typed, dimensions, free)
+            return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
         else:
             asked = self.comparison.typed(recipe.method, recipe)
-            reference = configure(recipe.method, asked, dimensions, free)
+            reference = configure(recipe.method, asked, dimensions)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
@@ -232,13 +237,18 @@ class Fits:
             options |= _DATA_FIXES
         return configure(name, typed, dimensions, options)
 
+    @staticmethod
+    def _takes_ranks(system: str, method: Method) -> bool:
+        """Whether a system is measured at given ranks; the strengths of several are chosen."""
+        return method.strength == "rank" and not system.endswith(_AT_PERPLEXITY)
+
     def _given(
         self, system: str, method: Method, proposal: Proposal, wanted: Edit | None
     ) -> Sequence[float]:
         """The strengths that need no choice."""
         if system.endswith(_AT_PERPLEXITY):
             return ()
-        if self.comparison.ranks and method.strength == "rank":
+        if self.comparison.ranks and self._takes_ranks(system, method):
             return self.comparison.ranks
         if system == "random" and "rank" not in self.comparison.typed(system, self.bench.recipe):
             return (wanted.rank,) if wanted and wanted.rank else ()
