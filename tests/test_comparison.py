@@ -133,6 +133,13 @@ def test_systems_of_all_kinds_stand_in_one_table(
     assert (both["options"]["profs.rank"], both["options"]["random.rank"]) == (1, 2)
 
 
+def test_options_of_a_fit_are_refused_where_nothing_is_fitted(planted: Path, cli: Cli) -> None:
+    """Who types --method and no --system would take the row of the model for that of the method."""
+    args = ("evaluate", planted, "--prompts", "none")
+    for typed in (("--method", "destein"), ("-o", "rank=1"), ("--ranks", "1"), ("--seeds", 2)):
+        cli(*args, *typed, code=2, says=f"{typed[0]} has no effect without a --system")
+
+
 def test_a_rank_that_is_no_strength_is_left_alone(
     planted: Path, texts: tuple[str, ...], cli: Cli
 ) -> None:

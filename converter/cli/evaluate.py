@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from converter.cli.command import Answer, command, quiet_libraries
+from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.errors import DestinationError, OptionError
@@ -73,13 +73,17 @@ def evaluate_command(
     results, base = comparison.results, comparison.base
     if results is not None and not results.parent.is_dir():
         raise DestinationError(f"the folder of --results {results} does not exist")
+    compared = Comparison(
+        parse_systems(comparison.systems),
+        [recipe.seed + i for i in range(comparison.seeds)],
+        _numbers(comparison.ranks),
+    )
+    if not compared.methods:
+        where = "without a --system that is a method"
+        refuse_typed(("method", "options", "ranks", "seeds"), where, "add --system METHOD")
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
-        Comparison(
-            parse_systems(comparison.systems),
-            [recipe.seed + i for i in range(comparison.seeds)],
-            _numbers(comparison.ranks),
-        ),
+        compared,
         asked,
         settings,
         edited=recipe.source if base else None,
