@@ -19,7 +19,7 @@ from converter.checkpoints.names import CARD
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank, AddToRows
 from converter.entrypoints.convert import load_texts, prepare
-from converter.errors import FitError, OptionError
+from converter.errors import CheckpointError, FitError, OptionError
 from converter.evaluation import fit as fitting
 from converter.manifest import Choice, Manifest
 from converter.methods.base import Proposal
@@ -318,13 +318,19 @@ def test_given_activations_are_of_one_method(checkpoints: Checkpoints, tmp_path:
     recipe = tiny_recipe(checkpoints("llama"), method="rank-one+rows", options={"scale": "1"})
     with pytest.raises(OptionError):
         prepare(recipe)  # whose scale is it?
-    source, plan, method = prepare(
-        tiny_recipe(checkpoints("llama"), method="rank-one+rows", options={})
-    )
-    recipe = tiny_recipe(checkpoints("llama"), method="rank-one+rows", activations=given)
-    bench = Bench.of(recipe, source, plan, WORDS, "cpu")
+    recipe = replace(recipe, options={}, activations=given)
     with refused(OptionError, what="--activations", expected="a single method"):
-        fitting.fit_steps(bench, recipe.method, method, bench.part, lambda: None)  # type: ignore[arg-type, return-value]
+        prepare(recipe)
+
+
+def test_a_tensor_of_several_weights_is_refused_by_the_kind_of_the_method_that_changes_it(
+    checkpoints: Checkpoints,
+) -> None:
+    """That another method takes a subspace out of other tensors does not help."""
+    options = {"profs.layers": "1", "model-surgery.scale": "0.1"}
+    recipe = tiny_recipe(checkpoints("phi3"), method="profs+model-surgery", options=options)
+    with refused(CheckpointError, what="tensor ...gate_up_proj.weight holds several weights..."):
+        prepare(recipe)
 
 
 def test_the_budget_is_shared_out_and_the_sum_is_examined_once(

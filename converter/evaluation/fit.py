@@ -13,7 +13,7 @@ from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import FAULT, Edit
-from converter.errors import DataError, FitError, GuardError, OptionError
+from converter.errors import DataError, FitError, GuardError
 from converter.evaluation.defence import DefenceProbe
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
@@ -124,8 +124,6 @@ def fit_steps(
     """
     recipe, steps = bench.recipe, list[Step]()
     methods = parts_of(name, method)
-    if recipe.activations is not None and len(methods) > 1:
-        raise OptionError("--activations", expected="a single method", found=name)
     try:
         for number, (each, one) in enumerate(methods.items(), 1):
             bench.former = steps[-1].edit if steps else None

@@ -17,6 +17,7 @@ from converter.evaluation.defence import unseen
 from converter.manifest import Interval, Manifest, Metric
 from converter.models.chat import as_prompt
 from converter.models.resident import LanguageModel
+from converter.runtime import progress
 
 _SETS = ("harmful", "bare", "harmless", "touchy")
 """Of ``unseen``: what it is measured on."""
@@ -89,8 +90,17 @@ def share(hits: int, count: int) -> Metric:
 
 
 def recorded_lesson(manifest: Manifest) -> Lesson | None:
-    """The built-in instances that an edit has learnt; None of another origin, or of none."""
+    """The built-in instances that an edit has learnt; None of another origin, or of none.
+
+    Without a guard it is not recorded which they are, and a warning says so.
+    """
     builtin, defence = load_instances(), manifest.guard.defence if manifest.guard else None
-    if manifest.instances is None or defence is None or manifest.instances.sha256 != builtin.sha256:
+    if manifest.instances is None or manifest.instances.sha256 != builtin.sha256:
+        return None
+    if defence is None:
+        progress.warn(
+            "a model made with --no-guard does not record which of the built-in instances it has "
+            "learnt, so --defence may ask it these"
+        )
         return None
     return Lesson(tuple(item for item in builtin.items if item.id in defence.instances))

@@ -22,7 +22,7 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, options_of, typed_for
+from converter.methods.together import SEPARATOR, check_shared, options_of, typed_for
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.recipe import Recipe
@@ -166,7 +166,8 @@ class Fits:
         """
         for name in self.comparison.methods:
             method = self._method(name, self.comparison.seeds[0], reference)
-            footprint_of(method, self.bench.plan).check_shared()
+            footprint_of(method, self.bench.plan)
+            check_shared(_name(name), method, self.bench.plan)
             if self.comparison.ranks and not self._takes_ranks(name, method):
                 progress.warn(f"--ranks does not bear on {name}, which is measured once")
 

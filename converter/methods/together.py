@@ -90,6 +90,17 @@ def parts_of(name: str, method: Method | Together) -> Mapping[str, Method]:
     return method.parts if isinstance(method, Together) else {name: method}
 
 
+def check_shared(name: str, method: Method | Together, plan: Plan) -> None:
+    """Refuse from the headers what could not be changed, each part by its own kinds of changes.
+
+    Raises:
+        CheckpointError: see ``Footprint.check_shared``.
+        OptionError: see ``Method.footprint``.
+    """
+    for part in parts_of(name, method).values():
+        footprint_of(part, plan).check_shared()
+
+
 def strengths_of(method: Method | Together) -> list[str]:
     """The option, by its name in ``options_of``, that sets the strength of each part."""
     if isinstance(method, Together):
