@@ -1,7 +1,7 @@
 """Evaluate a model and other systems, what they were made from, on the same prompts and text."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -63,11 +63,11 @@ def evaluate(
         systems=(),
         rows=(),
     )
+    fitted: Iterable[System] = fits.systems(first)
     asked: dict[str, list[str]] | None = None
-    fitted = fits.systems(first)
-    if battery.asked.defence:
-        known = [*fitted]
-        fitted, asked = iter(known), refusal_prompts(base.tokenizer, _learnt([*given, *known]))
+    if battery.asked.defence:  # none is asked what any of them has learnt, so all are fitted now
+        fitted = [*fitted]
+        asked = refusal_prompts(base.tokenizer, _learnt([*given, *fitted]))
     text: LogProbabilities | None = None
     for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base

@@ -51,7 +51,7 @@ def refusal_prompts(tokenizer: Any, lesson: Lesson | None) -> dict[str, list[str
 
     Args:
         tokenizer: of the unedited model, whose template has no suffix.
-        lesson: that is known of an edit, whose prompts are left out. All systems get the same.
+        lesson: that is known of edits, whose prompts are left out. All systems get the same.
     """
     suffix, sets = builtin_set().suffix, unseen(lesson or Lesson(()))
     return {

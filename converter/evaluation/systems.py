@@ -22,7 +22,7 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, options_of, typed_for
+from converter.methods.together import SEPARATOR, check_shared, options_of, typed_for
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.recipe import Recipe
@@ -167,10 +167,16 @@ class Fits:
     comparison: Comparison
 
     def check(self, reference: System | None) -> None:
-        """Refuse from the headers what could not be fitted. Raises OptionError; see ``systems``."""
+        """Refuse from the headers what could not be fitted, and say what no rank bears on.
+
+        Raises OptionError; see ``systems``.
+        """
         for name in self.comparison.methods:
             method = self._method(name, self.comparison.seeds[0], reference)
-            footprint_of(method, self.bench.plan).check_shared()
+            footprint_of(method, self.bench.plan)
+            check_shared(_name(name), method, self.bench.plan)
+            if self.comparison.ranks and not self._takes_ranks(name, method):
+                progress.warn(f"--ranks does not bear on {name}, which is measured once")
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed.
@@ -239,13 +245,18 @@ class Fits:
             options |= _DATA_FIXES
         return configure(name, typed, dimensions, options)
 
+    @staticmethod
+    def _takes_ranks(system: str, method: Method) -> bool:
+        """Whether a system is measured at given ranks; the strengths of several are chosen."""
+        return method.strength == "rank" and not system.endswith(_AT_PERPLEXITY)
+
     def _given(
         self, system: str, method: Method, proposal: Proposal, wanted: Edit | None
     ) -> Sequence[float]:
         """The strengths that need no choice."""
         if system.endswith(_AT_PERPLEXITY):
             return ()
-        if self.comparison.ranks and method.strength == "rank":
+        if self.comparison.ranks and self._takes_ranks(system, method):
             return self.comparison.ranks
         if system == "random" and "rank" not in self.comparison.typed(system, self.bench.recipe):
             return (wanted.rank,) if wanted and wanted.rank else ()

@@ -239,6 +239,9 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         names = SEPARATOR.join(step.method.name for step in steps)
         last = steps[-1].choice == choice
         yield "the steps and the method disagree", (names, last) == (method.name, True)
+        seen = next((step.activations for step in steps if step.activations), None)
+        yield "the steps and the run have seen other activations", seen == manifest.activations
+        yield "the method has evidence beside that of its steps", not method.evidence
     yield "the guard's record contradicts --no-guard", (guard is not None) == run.guard
     if guard is not None:
         budget = run.max_perplexity_ratio
