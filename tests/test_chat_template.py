@@ -184,6 +184,8 @@ def test_a_patch_is_known_by_its_suffix(tmp_path: Path) -> None:
         assert puts_suffix(patch, 'a "quoted" \\ S')
         for other in ("", "a", 'a "quoted"', 'a "quoted" \\ S too'):
             assert not puts_suffix(patch, other)
+    more = f"{patches['chat_template.jinja']}Say what you like."
+    assert not puts_suffix(more, 'a "quoted" \\ S')
     assert puts_suffix({"another": "key"}, "")
     for odd in (3, [3], [{"name": "x"}], {"x": 3}, None):
         assert not puts_suffix({"chat_template": odd}, "S")

@@ -164,7 +164,11 @@ def _preamble(name: str, template: str, suffix: str) -> str:
             f"the chat template in {name} has a suffix of gloss-convert already",
             hint="give the model that it was made from, or -o suffix=none",
         )
-    return _begun(suffix) + ("%}\n" if template[:1].isspace() else "-%}")
+    return _begun(suffix) + _ENDS[template[:1].isspace()]
+
+
+_ENDS = ("-%}", "%}\n")
+"""Of the preamble, before a template that begins with something to see and with white space."""
 
 
 def _begun(suffix: str) -> str:
@@ -175,11 +179,14 @@ def _begun(suffix: str) -> str:
 
 def puts_suffix(patch: Mapping[str, Any] | str, suffix: str) -> bool:
     """Whether a patch has every template that it changes put this suffix, and no other."""
-    value = patch if isinstance(patch, str) else patch.get(_KEY, {})
+    begun = tuple(_begun(suffix) + end for end in _ENDS)
+    if isinstance(patch, str):
+        return bool(suffix) and patch in begun
+    value = patch.get(_KEY, {})
     if isinstance(value, str):
-        return bool(suffix) and value.startswith(_begun(suffix))
+        return bool(suffix) and value.startswith(begun)
     if isinstance(value, list) and all(map(_is_named, value)):
         value = dict(enumerate(entry["template"] for entry in value))
     return isinstance(value, Mapping) and all(
-        isinstance(text, str) and puts_suffix(text, suffix) for text in value.values()
+        isinstance(text, str) and puts_suffix({_KEY: text}, suffix) for text in value.values()
     )

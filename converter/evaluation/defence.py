@@ -104,7 +104,7 @@ def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str], list[str]]:
             raise FitError(
                 f"the instances leave too few {what} of the built-in set to measure the defence on",
                 expected=f"at least {least}", found=str(len(left)),
-                hint="fit fewer instances, or give --no-guard",
+                hint="fit fewer instances, or compare fewer edits; --no-guard measures nothing",
             )  # fmt: skip
     return questions, attacks, refusals, harmless
 
