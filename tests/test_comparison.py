@@ -161,10 +161,16 @@ def test_a_rank_that_is_no_strength_is_left_alone(
 
 
 def test_what_was_made_from_another_model_is_refused(
-    planted: Path, checkpoints: Checkpoints, cli: Cli
+    planted: Path, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     args = ("--system", checkpoints("llama"), "--prompts", "none")
     cli("evaluate", planted, *args, code=2, says="have different tokenizers")
+    made = ("--method", "random", "-o", "rank=1", "-o", "bias=keep", "--no-guard")
+    for name, more in (("out", ()), ("lora", ("--output", "adapter"))):
+        cli("convert", checkpoints("llama"), tmp_path / name, *made, *more, code=0)
+    beside = ("evaluate", checkpoints("llama-tied"), "--prompts", "none", "--system")
+    cli(*beside, tmp_path / "lora", code=2, says="lora is an edit of other weights than those of")
+    cli(*beside, tmp_path / "out", code=0, says="out was made from other weights than those of")
 
 
 def test_safeedit_counts_what_the_judge_calls_unsafe(

@@ -8,6 +8,7 @@ from pathlib import Path
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.resolve import resolve
+from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
@@ -29,6 +30,7 @@ from converter.outputs.record_checks import edit_of, recorded_edit
 from converter.recipe import Recipe, Settings, without_folders
 from converter.release.manifest import read_manifest
 from converter.release.recording import read_recording
+from converter.runtime import progress
 
 
 def evaluate_model(
@@ -78,7 +80,8 @@ def _made(place: str, name: str, bench: Bench) -> System:
     itself, is what it says, through hooks.
 
     Raises:
-        ConverterError: one of its children; it was made from another model.
+        ConverterError: one of its children; it has another tokenizer, or an edit by itself is one
+            of other weights.
     """
     path, recording = Path(place), None
     is_folder = (path / MANIFEST).is_file()
@@ -87,6 +90,11 @@ def _made(place: str, name: str, bench: Bench) -> System:
     ):
         recording = read_recording(path)
     if recording is not None:
+        if not _is_source_of(recording.manifest, bench.source):
+            raise OptionError(
+                f"{place} is an edit of other weights than those of {bench.source.name}",
+                hint="give the model that it was made from as --base",
+            )
         return _recorded(name, recording.manifest, recording.edit(bench.plan), None)
     how, folder = replace(bench.how, trust_remote_code=False), resolve(place).folder
     if load_tokenizer(folder).get_vocab() != bench.vocabulary.tokenizer.get_vocab():
@@ -98,7 +106,19 @@ def _made(place: str, name: str, bench: Bench) -> System:
     if not (folder / MANIFEST).is_file():
         return System(name, load=load)
     manifest = read_manifest(folder)
+    if not _is_source_of(manifest, bench.source):
+        progress.warn(
+            f"{name} was made from other weights than those of {bench.source.name}, so what is "
+            "measured is not the effect of its edit alone"
+        )
     return _recorded(name, manifest, edit_of(manifest, recorded_edit(folder, manifest)), load)
+
+
+def _is_source_of(manifest: Manifest, source: Source) -> bool:
+    """Whether the weights of a source are those that a manifest's edit was made for."""
+    weights = {*source.shards, *(path.name for path in source.originals)}
+    found = {digest for name, digest in source.digests().items() if name in weights}
+    return found <= {file.sha256 for file in manifest.source.all_files.values()}
 
 
 def _recorded(
