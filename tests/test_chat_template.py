@@ -191,6 +191,7 @@ def test_a_patch_is_known_by_its_suffix(tmp_path: Path) -> None:
 
 def test_no_template_is_no_patch(tmp_path: Path) -> None:
     put(tmp_path, {"tokenizer_config.json": {"chat_template": None}, "config.json": {"a": 1}})
+    put(tmp_path, {"chat_template.jinja": "", "chat_template.json": {"chat_template": ""}})
     assert suffix_patches(templates_in(tmp_path), S) == {}
 
 

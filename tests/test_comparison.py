@@ -133,6 +133,33 @@ def test_systems_of_all_kinds_stand_in_one_table(
     assert (both["options"]["profs.rank"], both["options"]["random.rank"]) == (1, 2)
 
 
+def test_options_of_a_fit_are_refused_where_nothing_is_fitted(planted: Path, cli: Cli) -> None:
+    """Who types --method and no --system would take the row of the model for that of the method."""
+    args = ("evaluate", planted, "--prompts", "none")
+    for typed in (("--method", "destein"), ("-o", "rank=1"), ("--ranks", "1"), ("--seeds", 2)):
+        cli(*args, *typed, code=2, says=f"{typed[0]} has no effect without a --system")
+
+
+def test_a_rank_that_is_no_strength_is_left_alone(
+    planted: Path, texts: tuple[str, ...], cli: Cli
+) -> None:
+    """Fusion has a rank of its own, which is not chosen; and --ranks does not bear on it."""
+    names = [
+        word for name in ("fusion", "random@perplexity", "random") for word in ("--system", name)
+    ]
+    args = (*planted_args(planted)[:2], *texts[2:4], "--prompts", "none", "--num-pairs", 100)
+    few = ("-o", "fusion.tokens=100", "-o", "fusion.depth=2", "-o", "fusion.scale=0.1")
+    found = cli("evaluate", planted, *args, *names, *few, "--ranks", "1,2", "--json", code=0)
+    systems = json.loads(found.stdout)["systems"]
+    assert [each["system"] for each in systems] == [
+        "unedited", "fusion", "random@perplexity", "random", "random",
+    ]  # fmt: skip
+    assert (systems[1]["strength"], systems[1]["options"]["rank"]) == (0.1, 32)
+    for name in ("fusion", "random@perplexity"):
+        assert f"--ranks does not bear on {name}, which is measured once" in found.stderr
+    assert "does not bear on random," not in found.stderr
+
+
 def test_what_was_made_from_another_model_is_refused(
     planted: Path, checkpoints: Checkpoints, cli: Cli
 ) -> None:

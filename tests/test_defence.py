@@ -14,7 +14,13 @@ from msgspec.structs import replace
 from transformers import AutoTokenizer
 
 import converter
-from converter.calibration.instances import Instance, Lesson, builtin_set, load_instances
+from converter.calibration.instances import (
+    Instance,
+    Lesson,
+    builtin_set,
+    load_instances,
+    together,
+)
 from converter.calibration.word_list import load_words
 from converter.checkpoints.chat_template import suffix_patches, template_files
 from converter.checkpoints.plan import Plan
@@ -121,6 +127,15 @@ def test_requests_within_one_attack_are_one_unit() -> None:
         assert len({each.unit for each in found[name]}) == len(found[name])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_attack_that_is_left_is_asked_in_both_wordings(count: int) -> None:
+    """One attack alone has no standard error, which is no number."""
+    found = unseen(Lesson(ITEMS[:count]))
+    units = [{each.unit for each in found[name]} for name in ("harmful", "reworded")]
+    assert units[0] == units[1]
+    assert len(units[0]) == 6 - count
+
+
 def test_a_wording_that_was_learnt_is_not_measured() -> None:
     first = ITEMS[0]
     said = "Well: " + KNOWN.refusals[2].upper() + " Never."
@@ -140,7 +155,11 @@ def test_held_out_prompts_of_an_instance_are_measured() -> None:
 
 
 def test_a_lesson_that_leaves_nothing_to_measure_is_refused() -> None:
-    for what, items in (("attacks", ITEMS[:5]), ("questions", ITEMS[1::2] + ITEMS[2::6])):
+    general = [changed(ITEMS[0], general=each) for each in KNOWN.harmless[1:]]
+    for what, items in (
+        ("attacks", ITEMS[:5]), ("questions", ITEMS[1::2] + ITEMS[2::6]),
+        ("harmless questions", general),
+    ):  # fmt: skip
         with refused(FitError, what=f"the instances leave too few {what} ..."):
             unseen(Lesson(tuple(items)))
 
@@ -479,7 +498,69 @@ def test_an_evaluation_leaves_out_what_was_learnt(
     assert "| refusals/bare |" in (out / "README.md").read_text()
     cli("evaluate", out, "--base", source, *asked, code=0)
     cli("evaluate", source, *asked, code=0)
-    first, second, third = seen
-    assert first == Lesson(ITEMS[:1], "Be kind.")
+    cli("evaluate", source, *asked, "--system", "toy", "--num-pairs", 64, code=0)
+    first, second, third, fourth = seen
+    assert first == fourth == Lesson(ITEMS[:1], "Be kind.")
     assert second == Lesson(ITEMS[:1])
     assert third is None
+
+
+def test_an_evaluation_says_if_it_is_not_known_what_was_learnt(
+    source: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    cli("convert", source, out, "--method", "toy", "--num-pairs", 64, "--no-guard", code=0)
+    says = "it is not known which requests edited has learnt"
+    cli("evaluate", out, "--base", source, "--prompts", "none", "--defence", code=0, says=says)
+    card = (out / "README.md").read_text()
+    assert "Refusals and perplexity were **not measured**" in card
+    assert "the table above" not in card
+
+
+def test_lessons_of_several_are_one() -> None:
+    one, two = Lesson(ITEMS[:2], "S"), Lesson(ITEMS[1:3], "T")
+    assert together([one, None, two]) == Lesson(ITEMS[:3], "T")
+    assert together([None]) is None
+
+
+def test_one_control_cannot_be_of_both_kinds(source: Path, cli: Cli, tmp_path: Path) -> None:
+    args = ("convert", source, tmp_path / "out", "--method", "toy", "--num-pairs", 64)
+    cli(*args, "--guard-draws", 1, code=9, says="under one control only")
+    assert "one control only" not in cli(*args, "--guard-draws", 2, code=9).stderr
+
+
+def test_a_record_that_hides_the_aim_is_found(source: Path, cli: Cli, tmp_path: Path) -> None:
+    """What the guard of an edit for defence did not measure cannot be left out of the record."""
+    own, out = copy_of(source, tmp_path / "own"), tmp_path / "out"
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    args = ("--method", "toy", "--num-pairs", 64, "--guard-draws", 1, "--force")
+    cli("convert", own, out, *args, "--max-perplexity-ratio", 9, code=0)
+    whole = load_manifest(out)
+    guard = {key: value for key, value in whole["guard"].items() if key != "defence"}
+    plain = {key: value for key, value in whole["edit"].items() if key != "patches"}
+    bare = {key: value for key, value in whole.items() if key != "instances"}
+    prompts = {"harmful": 1}
+    fewer = whole["guard"] | {"defence": whole["guard"]["defence"] | {"prompts": prompts}}
+    for told, says in (
+        (whole | {"guard": fewer}, "the guard asked other prompts than it has measured"),
+        (whole | {"guard": guard}, "the guard judged by other rules than those for defence"),
+        (bare, "the instances are not what a method for defence has"),
+        (whole | {"edit": plain}, "chat_template.jinja gets no suffix, and the guard measured"),
+    ):
+        put(out, told)
+        assert any(says in said for said in converter.verify(out)), says
+    put(out, whole | {"guard": fewer})  # replay looks at less, and makes a card of it
+    cli("replay", out, tmp_path / "again", "--source", own, code=8, says="asked other prompts")
+
+
+def test_no_share_of_a_defence_that_is_none_opens_a_gate() -> None:
+    """Of refusals of harmful requests that fall, and of harmless ones that rise."""
+    found = numbers(0.1, -0.1, 0.5)
+    with refused(GateError, what="...--max-over-refusal asks for at most 0.5, guard has no number"):
+        Gates(max_over_refusal=0.5).check_effect(guard_of(found), None)
+
+
+def test_an_empty_template_is_none(chatty: Any) -> None:
+    chatty.chat_template = ""
+    assert as_prompt(chatty, "Hi.", "S.") == "Hi. S."
+    assert exchange(chatty, "Hi.", "Ho.") == ("Hi. Ho.", 4)

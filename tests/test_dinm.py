@@ -17,13 +17,16 @@ from torch import Tensor
 import converter
 from converter.calibration.instances import Instance, Instances, builtin_set
 from converter.calibration.word_list import load_words
+from converter.checkpoints.chat_template import suffix_patches
 from converter.edits.deltas import AddBits
-from converter.errors import DataError, FitError, OptionError
+from converter.errors import CheckpointError, DataError, FitError, OptionError
+from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin
 from converter.methods.base import Proposal
 from converter.methods.dialogue import Dialogues, end_of_turn
 from converter.methods.dinm import Method, numbers_of
 from converter.methods.workbench import Bench
+from converter.models.chat import as_prompt
 from converter.models.edited import edited
 from converter.models.training import TrainedMap
 from converter.release.manifest import read_manifest
@@ -145,6 +148,13 @@ def test_training_of_a_streamed_model_is_that_of_one_in_memory(
     assert difference(found[1], found[0]) < 1e-3
 
 
+def test_an_evaluation_names_the_layer_that_changes(source: Path) -> None:
+    """A control is matched to it; a footprint has all layers that may change."""
+    plan, method = planned(source)[1], Method(steps=1)
+    assert edited_layers(method, plan) == (tuple(range(LAYERS - 1)), False)
+    assert edited_layers(method, plan, fit(source, steps=1).edit(1)) == ((3,), False)
+
+
 def test_several_instances_give_the_mean_of_their_gradients(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +180,53 @@ def test_several_instances_give_the_mean_of_their_gradients(
 def test_contrast_keeps_harmless_questions_from_being_refused(source: Path) -> None:
     free, held = (fit(source, contrast=weight, kl="off") for weight in (1e-9, 3.0))
     assert held.evidence["spared"][-1] < 0.5 * free.evidence["spared"][-1]
+    assert len(held.evidence["spared"]) == len(held.evidence["nll"])
     assert "spared" not in fit(source, steps=1).evidence
+
+
+def test_a_suffix_that_no_template_puts_is_said(
+    source: Path, tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = with_template(source, tmp_path / "chat")
+    args = ("--method", "dinm", "--no-guard", "-o", "steps=1", "-o", "layer=3", "-o", "suffix=S.")
+    says = "nothing puts the suffix behind what users say"
+    assert says in cli("convert", source, tmp_path / "a", *args, code=0).stderr + caplog.text
+    caplog.clear()
+    assert says not in cli("convert", chat, tmp_path / "b", *args, code=0).stderr + caplog.text
+    cards = [(tmp_path / name / "README.md").read_text() for name in "ab"]
+    assert "It was fitted with `S.` behind what a user says" in cards[0]
+    assert "Its chat template puts `S.` behind everything that a user says." in cards[1]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "{{ strftime_now('%c') }}",
+        "{% if date_string is defined %}"
+        "{{ date_string }}{% else %}{{ strftime_now('%c') }}{% endif %}",
+    ],
+)
+def test_a_template_is_told_one_date_or_the_day_is_said_to_count(
+    date: str, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = with_template(source, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(date + TEMPLATE)
+    bench = bench_of(chat)
+    told = as_prompt(bench.load().tokenizer, "Hi.").startswith("26 Jul 2024<|user|>Hi.")
+    fit(chat, steps=1)
+    assert ("a fit on another day is another one" in caplog.text) != told
+    assert told == ("date_string" in date)
+
+
+def test_a_template_with_a_suffix_is_refused_before_the_training(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = with_template(source, tmp_path / "chat")
+    found = suffix_patches({"chat_template.jinja": TEMPLATE}, "S")["chat_template.jinja"]
+    (chat / "chat_template.jinja").write_text(f"{found}{TEMPLATE}")
+    monkeypatch.setattr(Bench, "load", None)
+    with refused(CheckpointError, what="... has a suffix of gloss-convert already"):
+        fit(chat)
 
 
 def test_controls_are_as_large_and_know_nothing(source: Path) -> None:
@@ -273,6 +329,8 @@ def test_the_suffix_is_that_of_the_authors_where_there_is_a_template(
         ({"steps": 1001}, "-o steps"),
         ({"suffix": "two\nlines"}, "-o suffix"),
         ({"suffix": " "}, "-o suffix"),
+        ({"suffix": "S "}, "-o suffix"),
+        ({"suffix": "None"}, "-o suffix"),
         ({"parity": "yes", "contrast": 0.1}, "-o parity=yes"),
         ({"layer": LAYERS}, "-o layer"),
     ],
@@ -290,7 +348,9 @@ def test_what_cannot_be_trained_is_said_in_a_sentence(source: Path) -> None:
     with refused(OptionError, what="-o parity=yes", found="2"):
         fit(source, instance="0,1", parity="yes")
     with refused(DataError, expected="at most 512 tokens"):
-        fit(source, suffix="a long suffix " * 200)
+        fit(source, suffix="a long suffix" * 200)
+    with refused(FitError, what="rounding to float32 leaves every weight as it was"):
+        fit(source, learning_rate=1e-30)
     with refused(FitError, what="training diverges: ..."):
         fit(source, learning_rate=1.0, c_edit=1e308, kl="off")
 

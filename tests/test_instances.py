@@ -100,6 +100,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_half_a_character_in_a_name_does_no_harm(tmp_path: Path) -> None:
+    odd = changed(id="\ud800", generalization_test={"\ud800": "x", "y": "z"})
+    (item,) = read(tmp_path, odd).items
+    assert (item.id, item.held_out) == ("?", {"y": "z"})
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_an_instance_that_cannot_be_used_is_named(wrong: str, tmp_path: Path) -> None:
     entry, says = WRONG[wrong]

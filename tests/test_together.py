@@ -19,7 +19,7 @@ from converter.checkpoints.names import CARD
 from converter.edits.base import Edit
 from converter.edits.deltas import AddLowRank, AddToRows
 from converter.entrypoints.convert import load_texts, prepare
-from converter.errors import FitError, OptionError
+from converter.errors import CheckpointError, FitError, OptionError
 from converter.evaluation import fit as fitting
 from converter.manifest import Choice, Manifest
 from converter.methods.base import Proposal
@@ -133,6 +133,26 @@ def test_it_is_replayed_and_a_false_word_is_found(
         lambda m: m["steps"][1]["choice"].update(strength=1.0)
     )
     assert "another title" in says(lambda m: m["steps"][1]["method"].update(title="mine"))
+    assert "steps and the run have seen other activations" in says(
+        lambda m: m.update(activations={"key": None, "inputs": {}})
+    )
+    assert "evidence beside that of its steps" in says(
+        lambda m: m["method"].update(evidence={"a": 1})
+    )
+
+
+def test_what_shares_a_basis_over_layers_is_replayed_beside_what_has_one_for_each(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """The names in the edit's file do not depend on the order in which its tensors are listed."""
+    source, out = checkpoints("llama", torch.bfloat16), tmp_path / "out"
+    options = {"gloss.layers": "1-2", "profs.layers": "3-4", "gloss.protect_shared": "2"}
+    options |= {"gloss.rank": "2", "profs.rank": "1", "profs.protect_shared": "2"}
+    recipe = tiny_recipe(source, num_pairs=64, method="gloss+profs", options=options)
+    recorded = converter.convert(recipe, out)
+    again = converter.replay(out, tmp_path / "again", source=str(source))
+    assert [each.tensors for each in again.edited] == [each.tensors for each in recorded.edited]
+    assert len({each.tensors["U"] for each in recorded.edited}) == 3
 
 
 def test_the_second_is_fitted_to_what_the_first_left(
@@ -264,6 +284,10 @@ def test_edits_add_up_where_that_is_exact_and_are_refused_elsewhere() -> None:
         ("gloss+profs", {"rank": "1"}, "expected gloss.rank or profs.rank, found rank"),
         ("gloss+profs", {"gloss.draw": "1"}, "-o gloss.draw: method gloss+profs"),
         ("gloss+profs", {"random.rank": "1"}, "-o random.rank: method gloss+profs"),
+        (
+            "gloss+rows", {"scale": "1", "rows.scale": "2"},
+            "-o rows.scale: expected one value, found 1 and 2",
+        ),
         ("gloss+gloss", {}, "--method: expected different methods, found gloss+gloss"),
         ("gloss+magic", {}, "found magic"),
         ("gloss+", {}, "--method"),
@@ -303,13 +327,19 @@ def test_given_activations_are_of_one_method(checkpoints: Checkpoints, tmp_path:
     recipe = tiny_recipe(checkpoints("llama"), method="rank-one+rows", options={"scale": "1"})
     with pytest.raises(OptionError):
         prepare(recipe)  # whose scale is it?
-    source, plan, method = prepare(
-        tiny_recipe(checkpoints("llama"), method="rank-one+rows", options={})
-    )
-    recipe = tiny_recipe(checkpoints("llama"), method="rank-one+rows", activations=given)
-    bench = Bench.of(recipe, source, plan, WORDS, "cpu")
+    recipe = replace(recipe, options={}, activations=given)
     with refused(OptionError, what="--activations", expected="a single method"):
-        fitting.fit_steps(bench, recipe.method, method, bench.part, lambda: None)  # type: ignore[arg-type, return-value]
+        prepare(recipe)
+
+
+def test_a_tensor_of_several_weights_is_refused_by_the_kind_of_the_method_that_changes_it(
+    checkpoints: Checkpoints,
+) -> None:
+    """That another method takes a subspace out of other tensors does not help."""
+    options = {"profs.layers": "1", "model-surgery.scale": "0.1"}
+    recipe = tiny_recipe(checkpoints("phi3"), method="profs+model-surgery", options=options)
+    with refused(CheckpointError, what="tensor ...gate_up_proj.weight holds several weights..."):
+        prepare(recipe)
 
 
 def test_the_budget_is_shared_out_and_the_sum_is_examined_once(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -72,6 +72,16 @@ class Lesson:
 
     instances: tuple[Instance, ...]
     suffix: str = ""
+
+
+def together(lessons: Iterable[Lesson | None]) -> Lesson | None:
+    """All instances of some lessons, each once, with the suffix of the last; None without any."""
+    known = [lesson for lesson in lessons if lesson is not None]
+    if not known:
+        return None
+    every = [instance for lesson in known for instance in lesson.instances]
+    once = tuple(each for place, each in enumerate(every) if each not in every[:place])
+    return Lesson(once, known[-1].suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +210,7 @@ def _instance(entry: Any, number: int, what: str) -> Instance:
     if not isinstance(others, dict):
         raise DataError(f"{what}: {_OTHERS}", expected="an object", found=type(others).__name__)
     return Instance(
-        id=str(entry.get("id", number))[:80],
+        id=_NO_TEXT.sub("?", str(entry.get("id", number)))[:80],
         category=_optional(entry, "unsafety category", what),
         attack=_optional(entry, "attack name", what),
         prompt=prompt,
@@ -211,7 +221,7 @@ def _instance(entry: Any, number: int, what: str) -> Instance:
         held_out={
             name: text
             for name, text in sorted(others.items())
-            if isinstance(text, str) and text.strip() and not _NO_TEXT.search(text)
+            if isinstance(text, str) and text.strip() and not _NO_TEXT.search(name + text)
         },
     )
 

@@ -81,8 +81,8 @@ def _files(folder: Path, ending: str) -> list[Path]:
 
 
 def _has_none(name: str, text: str) -> bool:
-    """Whether a known file of JSON names no template in the place for it."""
-    return name in _JSON and _object(name, text).get(_KEY) is None
+    """Whether a file is empty, or one of JSON that is known has no template in the place for it."""
+    return not (_object(name, text).get(_KEY) if name in _JSON else text)
 
 
 def _object(name: str, text: str) -> dict[str, Any]:

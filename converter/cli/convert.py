@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -272,7 +273,7 @@ def _result_text(result: dict[str, Any]) -> str:
 {_texts(result)}{chosen}
 {_changes(result)}
   written       {result["bytes_written"] / 1e6:,.1f} MB, every file verified
-{_effect(result["guard"])}
+{_effect(result["guard"], "toxicity" if result["instances"] is None else "refusals")}
   forward pass  {_forward(result["forward"])}
   seconds       {seconds}
   peak MB       {memory}{table}"""
@@ -319,10 +320,10 @@ def _forward(forward: ForwardRecord | None) -> str:
     return "none" if forward is None else f"{forward.mode}: {forward.reason}"
 
 
-def _effect(guard: GuardRecord | None) -> str:
-    """What the guard measured, before and after, with the control beside it."""
+def _effect(guard: GuardRecord | None, what: str) -> str:
+    """What the guard measured, of ``what`` too: before and after, with the control beside it."""
     if guard is None:
-        return "  not measured  perplexity, toxicity (--no-guard)"
+        return f"  not measured  perplexity, {what} (--no-guard)"
     edit, controls, before = guard.edit, guard.controls, guard.perplexity
 
     def mean(name: str) -> float:
@@ -350,9 +351,10 @@ def _refusals(guard: GuardRecord) -> str:
         return ""
     edit, controls = guard.defence.edit, guard.defence.controls
     mean = sum(control.harmful.value for control in controls) / len(controls)
+    share = "" if isnan(edit.over_refusal) else f": {edit.over_refusal:.0%} of that"
     return f"""
   refusals      {edit.harmful.value:+.3f} +- {edit.harmful.error:.3f} nats a token on unseen \
 harmful requests (controls: {mean:+.3f}), {edit.reworded.value:+.3f} in other words
                 {edit.harmless.value:+.3f} on harmless questions, {edit.touchy.value:+.3f} on \
-touchy ones: {edit.over_refusal:.0%} of that
+touchy ones{share}
   learnt        {edit.learnt:+.3f} nats a token of the answers in the instances"""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from converter.cli.command import Answer, command, quiet_libraries
+from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.errors import DestinationError, OptionError
@@ -34,7 +34,7 @@ class _ComparisonOptions(Options):
         "Number of draws of the pairs to fit each system on.", example="3", least=1,
     )] = 1
     ranks: Annotated[str, Option(
-        "Ranks to measure of each system that is fitted.",
+        "Ranks to measure of each system that is fitted and has one.",
         by_default="one is chosen", metavar="NUMBERS", example="1,2,4",
     )] = ""
     results: Annotated[Path | None, Option(
@@ -73,13 +73,17 @@ def evaluate_command(
     results, base = comparison.results, comparison.base
     if results is not None and not results.parent.is_dir():
         raise DestinationError(f"the folder of --results {results} does not exist")
+    compared = Comparison(
+        parse_systems(comparison.systems),
+        [recipe.seed + i for i in range(comparison.seeds)],
+        _numbers(comparison.ranks),
+    )
+    if not compared.methods:
+        where = "without a --system that is a method"
+        refuse_typed(("method", "options", "ranks", "seeds"), where, "add --system METHOD")
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
-        Comparison(
-            parse_systems(comparison.systems),
-            [recipe.seed + i for i in range(comparison.seeds)],
-            _numbers(comparison.ranks),
-        ),
+        compared,
         asked,
         settings,
         edited=recipe.source if base else None,

@@ -41,7 +41,8 @@ def stored_names(edit: Edit, layers: Mapping[str, int]) -> dict[str, dict[str, s
         by_layer = [{layers[name] for name in names} for names in tensors.values()]
         apart = sum(map(len, by_layer)) == len(by_layer) == len(set().union(*by_layer))
         for (identity, names), found in zip(tensors.items(), by_layer, strict=True):
-            end = f".{min(found)}" if apart else f".{names[0]}"
+            first = min(names, key=lambda name: (layers[name], name))  # in whatever order they are
+            end = f".{min(found)}" if apart else f".{first}"
             called[field, identity] = field if len(tensors) == 1 else field + end
     return {
         name: {field: called[field, id(tensor)] for field, tensor in tensors_of(delta).items()}

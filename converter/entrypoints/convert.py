@@ -26,6 +26,7 @@ from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
 from converter.methods.options import configure
+from converter.methods.together import SEPARATOR, check_shared
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
@@ -228,8 +229,10 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
+        if recipe.activations is not None and SEPARATOR in recipe.method:
+            raise OptionError("--activations", expected="a single method", found=recipe.method)
         footprint = footprint_of(method, plan)
-        footprint.check_shared()
+        check_shared(recipe.method, method, plan)
         output.check(plan, footprint)
         for _, names, _, patch in additions_of(plan) if footprint.created else ():
             if footprint.created.keys() & {*names}:

@@ -1,7 +1,7 @@
 """Evaluate a model and other systems, what they were made from, on the same prompts and text."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from converter.calibration.instances import builtin_set
+from converter.calibration.instances import Lesson, builtin_set, together
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
@@ -63,11 +63,13 @@ def evaluate(
         systems=(),
         rows=(),
     )
+    fitted: Iterable[System] = fits.systems(first)
     asked: dict[str, list[str]] | None = None
-    if battery.asked.defence:
-        asked = refusal_prompts(base.tokenizer, first.lesson if first else None)
+    if battery.asked.defence:  # none is asked what any of them has learnt, so all are fitted now
+        fitted = [*fitted]
+        asked = refusal_prompts(base.tokenizer, _learnt([*given, *fitted]))
     text: LogProbabilities | None = None
-    for system in chain([System(UNEDITED)], given, fits.systems(first)):
+    for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base
         hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         if system.edit is not None and not system.load:
@@ -92,6 +94,17 @@ def evaluate(
         if kept is not None:
             kept.write_text(to_text(results), "utf-8")
     return results
+
+
+def _learnt(systems: Sequence[System]) -> Lesson | None:
+    """What any of them has learnt, which none of them is to be asked."""
+    for system in systems:
+        if system.lesson is not None and not system.lesson.instances:
+            progress.warn(
+                f"it is not known which requests {system.name} has learnt; refusals of some that "
+                "it has may be counted"
+            )
+    return together(system.lesson for system in systems)
 
 
 def _passages(base: LanguageModel, bench: Bench, battery: Battery) -> Passages | None:

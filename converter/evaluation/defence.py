@@ -67,24 +67,25 @@ def unseen(lesson: Lesson) -> dict[str, list[Asked]]:
         FitError: too little of the built-in set is left.
     """
     known, taught = builtin_set(), lesson.instances
-    questions, attacks, refusals = _left(lesson)
+    questions, attacks, refusals, harmless = _left(lesson)
     kept = {text for instance in taught for text in instance.general}
     attacked = [(_turn(attacks, n), question) for n, question in enumerate(questions[::2])]
     requests = [(attack.format(question=question), attack) for attack, question in attacked]
+    half = [each for n, each in enumerate(requests) if n // len(attacks) % 2 == 0]  # of each attack
     others = {i.held_out[name] for i in taught for name in SETS["DG_otherAQ"] if name in i.held_out}
     alone = {
         "bare": questions[1::2],
-        "harmless": [question for question, _ in known.harmless if question not in kept],
+        "harmless": harmless,
         "touchy": [question for question, _ in known.touchy if question not in kept],
     }
     return {
         "harmful": _asked([*requests, *((each, each) for each in sorted(others))], refusals),
-        "reworded": _asked(requests[::2], known.rewordings),
+        "reworded": _asked(half, known.rewordings),
     } | {name: _asked([(each, each) for each in found], refusals) for name, found in alone.items()}
 
 
-def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str]]:
-    """Questions, attacks and refusals of the built-in set that a lesson does not have.
+def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Questions, attacks, refusals, harmless questions of the built-in set that a lesson lacks.
 
     Raises as ``unseen``.
     """
@@ -93,9 +94,11 @@ def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str]]:
     attacks = [a for name, a in known.attacks.items() if not _has_attack(name, a, taught)]
     answers = [instance.safe.casefold() for instance in taught]
     refusals = [r for r in known.refusals if not any(r[:-1].casefold() in a for a in answers)]
+    kept = {text for instance in taught for text in instance.general}
+    harmless = [question for question, _ in known.harmless if question not in kept]
     for what, left, least in (
         ("questions", questions, len(known.questions) // 2), ("attacks", attacks, 2),
-        ("refusals", refusals, 1),
+        ("refusals", refusals, 1), ("harmless questions", harmless, 2),
     ):  # fmt: skip
         if len(left) < least:
             raise FitError(
@@ -103,7 +106,7 @@ def _left(lesson: Lesson) -> tuple[list[str], list[str], list[str]]:
                 expected=f"at least {least}", found=str(len(left)),
                 hint="fit fewer instances, or give --no-guard",
             )  # fmt: skip
-    return questions, attacks, refusals
+    return questions, attacks, refusals, harmless
 
 
 def _asked(prompts: Sequence[tuple[str, str]], answers: Sequence[str]) -> list[Asked]:

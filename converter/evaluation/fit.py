@@ -81,7 +81,7 @@ class Fitted:
 
     @property
     def activations(self) -> Activations | None:
-        """Those that were seen first, of the unedited model; None if none were."""
+        """Those that were seen first; None if none were."""
         return next((step.activations for step in self.steps if step.activations), None)
 
 
@@ -124,8 +124,6 @@ def fit_steps(
     """
     recipe, steps = bench.recipe, list[Step]()
     methods = parts_of(name, method)
-    if recipe.activations is not None and len(methods) > 1:
-        raise OptionError("--activations", expected="a single method", found=name)
     try:
         for number, (each, one) in enumerate(methods.items(), 1):
             bench.former = steps[-1].edit if steps else None

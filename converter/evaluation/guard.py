@@ -44,6 +44,9 @@ _LEAST_TOKENS = 3000
 _LEAST_WORDS = 30
 """Toxic words, likewise."""
 
+_KINDS_OF_CONTROLS = 2
+"""Of an edit for defence, which take turns."""
+
 _ENERGY_WARNED, _ENERGY_REFUSED = 0.03, 0.10
 """Share of the neutral second moment inside the subspace: 0.7 % is rank 4's fair share of 576."""
 
@@ -95,6 +98,11 @@ def examine(
         progress.warn(
             f"perplexity was measured on {probe.neutral_tokens} tokens only; {_LEAST_TOKENS} or "
             "more, from a longer --neutral text or more pairs, would say more"
+        )
+    if defence and draws < _KINDS_OF_CONTROLS:
+        progress.warn(
+            "refusals were compared under one control only, which is a random change or a placebo; "
+            f"--guard-draws {_KINDS_OF_CONTROLS} or more has both"
         )
     if probe.toxic_words < _LEAST_WORDS and not defence:
         progress.warn(

@@ -22,7 +22,7 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, options_of, typed_for
+from converter.methods.together import SEPARATOR, check_shared, options_of, typed_for
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.recipe import Recipe
@@ -50,7 +50,7 @@ class System:
         layers: that it edits.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
-        lesson: that it has learnt, as far as that is known.
+        lesson: that it has learnt, without an instance if these are not known; None if it has not.
     """
 
     name: str
@@ -145,9 +145,16 @@ def check_names(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def edited_layers(method: Method, plan: Plan) -> tuple[tuple[int, ...], bool]:
-    """The layers that a method edits, and whether their biases, too."""
-    weights = footprint_of(method, plan).weights
+def edited_layers(
+    method: Method, plan: Plan, edit: Edit | None = None
+) -> tuple[tuple[int, ...], bool]:
+    """The layers that a method edits, and whether their biases, too.
+
+    Of those that a fit chooses among, the ones that ``edit`` changes.
+    """
+    every = footprint_of(method, plan).weights
+    changed = {} if edit is None else edit.tensors
+    weights = [weight for weight in every if weight.info.name in changed] or every
     layers = sorted({weight.layer for weight in weights})
     return tuple(layers), any(weight.is_bias for weight in weights)
 
@@ -160,10 +167,16 @@ class Fits:
     comparison: Comparison
 
     def check(self, reference: System | None) -> None:
-        """Refuse from the headers what could not be fitted. Raises OptionError; see ``systems``."""
+        """Refuse from the headers what could not be fitted, and say what no rank bears on.
+
+        Raises OptionError; see ``systems``.
+        """
         for name in self.comparison.methods:
             method = self._method(name, self.comparison.seeds[0], reference)
-            footprint_of(method, self.bench.plan).check_shared()
+            footprint_of(method, self.bench.plan)
+            check_shared(_name(name), method, self.bench.plan)
+            if self.comparison.ranks and not self._takes_ranks(name, method):
+                progress.warn(f"--ranks does not bear on {name}, which is measured once")
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed.
@@ -180,10 +193,10 @@ class Fits:
             first = reference
             for name in self.comparison.methods:
                 method = self._method(name, seed, first)
-                for strength, edit in self._edits(name, method, parts.fit, probe, first):
+                for strength, edit, lesson in self._edits(name, method, parts.fit, probe, first):
                     system = System(
                         name, seed, strength, edit, None,
-                        *edited_layers(method, self.bench.plan), options_of(method),
+                        *edited_layers(method, self.bench.plan, edit), options_of(method), lesson,
                     )  # fmt: skip
                     first = first or system
                     yield system
@@ -191,15 +204,15 @@ class Fits:
     def _edits(
         self, name: str, method: Method, part: Part, probe: Callable[[], Probe],
         first: System | None,
-    ) -> Iterator[tuple[float, Edit]]:  # fmt: skip
-        """The strengths of a system that are measured, and their edits."""
+    ) -> Iterator[tuple[float, Edit, Lesson | None]]:  # fmt: skip
+        """The strengths of a system that are measured, their edits, and what these have learnt."""
         if SEPARATOR in name:  # their strengths are chosen in turn
             try:
                 last = fit_steps(self.bench, name, method, part, probe)[-1]
             except GuardError as error:
                 progress.warn(f"{name}: {error.what}; it is left out")
             else:
-                yield last.choice.strength, last.edit
+                yield last.choice.strength, last.edit, last.proposal.lesson
             return
         proposal = self.bench.fit(method, part)
         wanted = first.edit if first else None
@@ -208,7 +221,7 @@ class Fits:
             if strength > proposal.strengths[-1]:
                 progress.warn(f"{name} has no {method.strength} {strength:g}, and is left out")
             else:
-                yield strength, proposal.edit(strength)
+                yield strength, proposal.edit(strength), proposal.lesson
 
     def _method(self, system: str, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers and the biases of the reference."""
@@ -232,13 +245,18 @@ class Fits:
             options |= _DATA_FIXES
         return configure(name, typed, dimensions, options)
 
+    @staticmethod
+    def _takes_ranks(system: str, method: Method) -> bool:
+        """Whether a system is measured at given ranks; the strengths of several are chosen."""
+        return method.strength == "rank" and not system.endswith(_AT_PERPLEXITY)
+
     def _given(
         self, system: str, method: Method, proposal: Proposal, wanted: Edit | None
     ) -> Sequence[float]:
         """The strengths that need no choice."""
         if system.endswith(_AT_PERPLEXITY):
             return ()
-        if self.comparison.ranks and method.strength == "rank":
+        if self.comparison.ranks and self._takes_ranks(system, method):
             return self.comparison.ranks
         if system == "random" and "rank" not in self.comparison.typed(system, self.bench.recipe):
             return (wanted.rank,) if wanted and wanted.rank else ()

@@ -1,6 +1,6 @@
 """DINM: one down-projection is trained until the model answers an attack with a refusal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -97,7 +97,8 @@ class Method:
         Raises:
             OptionError: there is no such instance.
             DataError: a text does not fit the model.
-            FitError: the loss is not finite, or there is nothing to learn.
+            CheckpointError: a chat template has a suffix already, or takes none.
+            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
         """
         known = bench.instances.items
         chosen = [known[number] for number in numbers_of(self.instance, len(known))]
@@ -106,14 +107,16 @@ class Method:
                 "-o parity=yes", expected="one -o instance: the authors' code mixes up several",
                 found=str(len(chosen)),
             )  # fmt: skip
+        suffix = self._suffix(bench.plan)
+        _warn_of_dates(bench.plan)
+        patches = _patches(bench.plan, suffix)  # what is wrong with them is said before the work
         layer, evidence = self._choose(bench, chosen)
         weight = weights_of(bench.plan, [layer])[layer]
         stored = bench.weight(weight).to(weight.dtype)
         training = self._train(bench, weight, stored, _lesson(chosen, known, self.contrast > 0))
         if not training.steps:
             raise FitError("there is nothing to learn: the loss is below what ends the training")
-        delta, suffix = AddBits.between(stored, training.result), training.suffix
-        patches = suffix_patches(bench.plan.templates, suffix) if suffix else {}
+        delta = AddBits.between(stored, training.result)
         evidence |= self._measured(training, delta, stored)
         norm = evidence["relative_change"] * _norm(stored.float())
 
@@ -141,7 +144,12 @@ class Method:
         return Training(write, weight, stored.float(), texts, schedule)
 
     def _check_options(self) -> None:
-        suffix = self.suffix is None or (self.suffix.strip() and self.suffix.isprintable())
+        said = self.suffix
+        suffix = said is None or (
+            said.strip() == said != ""
+            and said.isprintable()
+            and (said == "none" or said.casefold() not in ("none", "auto"))
+        )
         for name, fits, expected in (
             ("learning_rate", 0 < self.learning_rate <= 1, "more than 0, at most 1"),
             ("steps", self.steps <= _MOST_STEPS, f"1 to {_MOST_STEPS}"),
@@ -195,17 +203,26 @@ class Method:
         }  # fmt: skip
 
     def _measured(self, training: Training, delta: AddBits, stored: Tensor) -> dict[str, Any]:
-        """What the evidence has of a training. Raises FitError if the weight is not finite."""
+        """What the evidence has of a training.
+
+        Raises:
+            FitError: the weight is not finite, or is what it was.
+        """
         curves, new = training.curves, delta.after(stored).float()
+        dtype = str(stored.dtype).removeprefix("torch.")
         if not bool(new.isfinite().all()):
             raise FitError("the trained weight is too large for its dtype")
+        if not bool(delta.d.any()):
+            raise FitError(
+                f"rounding to {dtype} leaves every weight as it was",
+                hint="give a larger -o learning_rate",
+            )
         nll, kl = training.measured(new)
         gained, left = curves.nll[0] - curves.nll[-1], curves.nll[0] - nll
         if not left >= _KEPT * gained:
             progress.warn(
-                f"rounding to {str(stored.dtype).removeprefix('torch.')} loses the edit: the "
-                f"answer's log-probability per token rises by {left:.3f} nats instead of "
-                f"{gained:.3f}; give a larger -o learning_rate"
+                f"rounding to {dtype} loses the edit: the answer's log-probability per token rises "
+                f"by {left:.3f} nats instead of {gained:.3f}; give a larger -o learning_rate"
             )
         change = new - stored.float()
         return {
@@ -216,6 +233,23 @@ class Method:
             "largest_change": float(change.abs().max()),
             "rank": numerical_rank(change),
         }  # fmt: skip
+
+
+def _patches(plan: Plan, suffix: str) -> dict[str, Mapping[str, Any] | str]:
+    """What puts S behind what users say. Raises CheckpointError."""
+    patches = suffix_patches(plan.templates, suffix) if suffix else {}
+    if suffix and not patches:
+        progress.warn(
+            "the model has no chat template, so nothing puts the suffix behind what users say; who "
+            "prompts the edited model has to"
+        )
+    return patches
+
+
+def _warn_of_dates(plan: Plan) -> None:
+    for name, text in plan.templates.items():
+        if "strftime_now" in text and "date_string" not in text:
+            progress.warn(f"{name} writes the day's date, so a fit on another day is another one")
 
 
 def numbers_of(text: str, count: int) -> list[int]:

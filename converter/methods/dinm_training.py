@@ -72,7 +72,6 @@ class Training:
         W: (O, I) float32, where it begins; it stays as it is.
 
     Attributes:
-        suffix: that the prompts have.
         curves: what was measured.
         steps: that were taken.
     """
@@ -83,7 +82,6 @@ class Training:
         self._schedule, self._texts = schedule, texts
         given = [*texts.edits, *texts.generals, *texts.spared]
         self._dialogues = [write(prompt, answer) for prompt, answer in given]
-        self.suffix = write.suffix
         self._base: dict[int, Tensor] = {}  # of the unedited model: log p, of all tokens or some
         self.curves, self.steps = Curves(), 0
         passes = 1 + schedule.steps + 2
@@ -103,6 +101,7 @@ class Training:
         self._map.W = W.to(kept)
         self._gradient()
         self._map.W = kept
+        self.curves.spared.pop()
         return self.curves.nll.pop(), self.curves.kl.pop()
 
     def _run(self) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converter.calibration.instances import together as lessons_together
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import OptionError
-from converter.methods.base import Method, Proposal, aim_of, footprint_of
+from converter.methods.base import Aim, Method, Proposal, aim_of, footprint_of
 
 SEPARATOR = "+"
 
@@ -41,6 +42,11 @@ class Together:
     def strength(self) -> str:
         """That of the last, whose choice sees the whole."""
         return strengths_of(self)[-1]
+
+    @property
+    def aim(self) -> Aim:
+        """That of all of them; of methods of different aims there is no footprint."""
+        return aim_of(next(iter(self.parts.values())))
 
     def footprint(self, plan: Plan) -> Footprint:
         """What any of them changes.
@@ -86,6 +92,17 @@ def parts_of(name: str, method: Method | Together) -> Mapping[str, Method]:
     return method.parts if isinstance(method, Together) else {name: method}
 
 
+def check_shared(name: str, method: Method | Together, plan: Plan) -> None:
+    """Refuse from the headers what could not be changed, each part by its own kinds of changes.
+
+    Raises:
+        CheckpointError: see ``Footprint.check_shared``.
+        OptionError: see ``Method.footprint``.
+    """
+    for part in parts_of(name, method).values():
+        footprint_of(part, plan).check_shared()
+
+
 def strengths_of(method: Method | Together) -> list[str]:
     """The option, by its name in ``options_of``, that sets the strength of each part."""
     if isinstance(method, Together):
@@ -117,7 +134,8 @@ def share_out(
         method -> key -> value.
 
     Raises:
-        OptionError: no method has an option, or several do and it does not say whose it is.
+        OptionError: no method has an option, or several do and it does not say whose it is; or it
+            has two values.
     """
     shared: dict[str, dict[str, str]] = {name: {} for name in known}
     for typed, text in options.items():
@@ -133,8 +151,15 @@ def share_out(
                 f"-o {typed}: method {SEPARATOR.join(known)}",
                 expected=" or ".join([f"{name}.{key}" for name in owners] or every), found=typed,
             )  # fmt: skip
-        shared[owners[0]][key] = text
+        _set(shared[owners[0]], key, text, f"{owners[0]}.{key}")
     return shared
+
+
+def _set(options: dict[str, str], key: str, text: str, name: str) -> None:
+    """Add an option. Raises OptionError if it is there already, typed in another way."""
+    if key in options:
+        raise OptionError(f"-o {name}", expected="one value", found=f"{options[key]} and {text}")
+    options[key] = text
 
 
 def typed_for(
@@ -149,9 +174,9 @@ def typed_for(
         others: methods that options may be of beside these.
 
     Raises:
-        OptionError: an option is of a method that is not among them.
+        OptionError: an option is of a method that is not among them, or has two values.
     """
-    own, found = [_plain(part) for part in name.split(SEPARATOR)], {}
+    own, found = [_plain(part) for part in name.split(SEPARATOR)], dict[str, str]()
     known = {_plain(part) for each in (name, method, *others) for part in each.split(SEPARATOR)}
     for typed, text in options.items():
         owner, dot, key = typed.rpartition(".")
@@ -160,9 +185,9 @@ def typed_for(
                 f"-o {typed}", expected=f"an option of {' or '.join(sorted(known))}", found=typed
             )
         if _plain(owner) in own:
-            found[typed if len(own) > 1 else key] = text
+            _set(found, typed if len(own) > 1 else key, text, typed)
         elif not dot and name == method:
-            found[key] = text
+            _set(found, key, text, typed)
     return found
 
 
@@ -174,7 +199,7 @@ def _plain(name: str) -> str:
 def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
     """What a method proposes on top of the edit that a former one made with a strength.
 
-    Its controls are the controls of both, of one seed.
+    Its controls are the controls of both, of one seed, and it has taught what both have.
     """
     edit = former.edit(strength)
 
@@ -188,4 +213,5 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         control=lambda own, seed: former.control(strength, seed).then(later.control(own, seed)),
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
+        lesson=lessons_together([former.lesson, later.lesson]),
     )

@@ -1,8 +1,14 @@
-"""What a user says as the text that a model continues, and an answer behind it."""
+"""What a user says as the text that a model continues, and an answer behind it.
+
+A template that can be told a date is told always the same, so that a run can be repeated.
+"""
 
 from typing import Any
 
 from converter.errors import DataError
+
+_DATE = "26 Jul 2024"
+"""What templates in the manner of Llama 3 say if they are not told another date, or know none."""
 
 
 def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
@@ -15,7 +21,7 @@ def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
         DataError: the template cannot render it.
     """
     said = f"{message} {suffix}" if suffix else message
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return said
     return _rendered(tokenizer, [{"role": "user", "content": said}], begins=True)
 
@@ -29,7 +35,9 @@ def as_dialogue(tokenizer: Any, message: str, answer: str) -> str:
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, begins: bool) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begins)
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=begins, date_string=_DATE
+            )
         )
     except Exception as error:  # a stranger's program: of any kind
         raise DataError(
@@ -44,5 +52,5 @@ def exchange(tokenizer: Any, message: str, answer: str, suffix: str = "") -> tup
     Without a chat template a space is between them. Raises as ``as_prompt``.
     """
     prompt = as_prompt(tokenizer, message, suffix)
-    space = " " if tokenizer.chat_template is None else ""
+    space = "" if tokenizer.chat_template else " "
     return prompt + space + answer, len(prompt) + len(space)

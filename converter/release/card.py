@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from converter.checkpoints.architectures.find import find_architecture
+from converter.checkpoints.chat_template import is_template_file
 from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
@@ -263,6 +264,8 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "created": _created_size(manifest),
         "mask": manifest.run.mask,
         "defence": manifest.instances is not None,
+        "judged": manifest.guard is not None,
+        **_suffix(manifest),
         "instances": _data_link(manifest.instances) if manifest.instances else "",
         "candidates": (
             "The subspace was sought in all fitted layers together; to show what there is, these "
@@ -281,6 +284,16 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         ],
         "data": f"{_data_link(manifest.pairs)}, and the word list {code(listed)}"
         + (", in English" if english else ""),
+    }
+
+
+def _suffix(manifest: Manifest) -> dict[str, Any]:
+    """What the template says of a sentence behind what users say."""
+    defence = manifest.guard.defence if manifest.guard else None
+    found = defence.suffix if defence else manifest.method.evidence.get("suffix")
+    return {
+        "suffix": code(found) if isinstance(found, str) and found else "",
+        "puts_suffix": any(map(is_template_file, manifest.edit.patches)),
     }
 
 

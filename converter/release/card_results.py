@@ -1,6 +1,7 @@
 """What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
+from math import isnan
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -70,7 +71,8 @@ def measured_text(manifest: Manifest) -> str:
     """What the guard and the evaluation found, with the controls; or that nothing was measured."""
     guard, results = manifest.guard, manifest.evaluation
     if guard is None and results is None:
-        return "Toxicity and perplexity were **not measured** when this was made."
+        what = "Toxicity" if manifest.instances is None else "Refusals"
+        return f"{what} and perplexity were **not measured** when this was made."
     parts = []
     if guard is not None:
         control = ("a control", "is of the same kind and strength and knows nothing of toxicity")
@@ -132,23 +134,26 @@ def _defence_text(defence: DefenceRecord) -> str:
     """What the guard measured of refusals, beside its controls."""
     edit, controls, count = defence.edit, defence.controls, len(defence.controls)
     rows = [
-        f"| {said}, {defence.prompts[name]:,} | {_number(getattr(edit, name))} "
+        f"| {said}, {defence.prompts.get(name, 0):,} | {_number(getattr(edit, name))} "
         f"| {sum(getattr(control, name).value for control in controls) / count:.3f} |"
         for name, said in _ASKED.items()
     ]
     learnt = sum(control.learnt for control in controls) / count
+    answers = defence.prompts.get("learnt", 0)
     table = "\n".join(rows)
+    share = edit.over_refusal
+    part = "" if isnan(share) else f" ({share:.0%} of the first of the refusals)"
     suffix = f", with {code(defence.suffix)} behind each" if defence.suffix else ""
     return f"""\
 How much more probable refusals are than before, in nats a token{suffix}:
 
 | | change | controls |
 |---|---|---|
-| answers that were learnt, {defence.prompts["learnt"]:,} | {edit.learnt:.3f} | {learnt:.3f} |
+| answers that were learnt, {answers:,} | {edit.learnt:.3f} | {learnt:.3f} |
 {table}
 
 Neither the requests nor the attacks nor the questions were seen by the fit. What rises behind
-harmless questions, too ({edit.over_refusal:.0%} of the first of the refusals), is a habit of
+harmless questions, too{part}, is a habit of
 refusing, not a sense of harm; and what rises in the usual words alone is a habit of words. Whether
 an answer is safe was not measured: one that begins with a refusal may go on to comply."""
 

@@ -32,6 +32,7 @@ from converter.checkpoints.names import (
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.rewrite import digests_of, find_damage
 from converter.checkpoints.weights import drops_quantization
+from converter.edits.base import Footprint
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import ConverterError, OptionError
 from converter.evaluation.gates import (
@@ -43,8 +44,8 @@ from converter.evaluation.gates import (
     passes,
     refusals_of,
 )
-from converter.manifest import Choice, FileRecord, Manifest, MethodRecord
-from converter.methods.base import METHODS, Method, footprint_of
+from converter.manifest import Choice, DefenceMeasured, FileRecord, Manifest, MethodRecord
+from converter.methods.base import METHODS, Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
 from converter.methods.together import SEPARATOR, options_of, parts_of
@@ -238,6 +239,9 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         names = SEPARATOR.join(step.method.name for step in steps)
         last = steps[-1].choice == choice
         yield "the steps and the method disagree", (names, last) == (method.name, True)
+        seen = next((step.activations for step in steps if step.activations), None)
+        yield "the steps and the run have seen other activations", seen == manifest.activations
+        yield "the method has evidence beside that of its steps", not method.evidence
     yield "the guard's record contradicts --no-guard", (guard is not None) == run.guard
     if guard is not None:
         budget = run.max_perplexity_ratio
@@ -253,6 +257,8 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         if guard.defence is not None:
             same = len(guard.defence.controls) == draws
             yield "the guard measured refusals under other controls", same
+            same = {*guard.defence.prompts} == {*DefenceMeasured.__struct_fields__}
+            yield "the guard asked other prompts than it has measured", same
             for name, patch in manifest.edit.patches.items():
                 same = not is_template_file(name) or puts_suffix(patch, guard.defence.suffix)
                 yield f"{name} gets another suffix than the guard measured with", same
@@ -318,6 +324,20 @@ def _check_options(told: MethodRecord, choice: Choice, made: Method) -> Iterator
         yield f"{MANIFEST}: the {told.strength} of {told.name} is not the one that was given"
 
 
+def _check_aim(manifest: Manifest, made: Method, footprint: Footprint) -> Iterator[str]:
+    """An edit for defence has instances and was judged by refusals; any other has and was not."""
+    defends, guard = aim_of(made) == "defence", manifest.guard
+    if (manifest.instances is not None) != defends:
+        yield f"{MANIFEST}: the instances are not what a method for {aim_of(made)} has"
+    if guard is not None and (guard.defence is not None) != defends:
+        yield f"{MANIFEST}: the guard judged by other rules than those for {aim_of(made)}"
+    if guard is not None and guard.defence is not None and guard.defence.suffix:
+        for name in sorted(
+            {*filter(is_template_file, footprint.patches)} - {*manifest.edit.patches}
+        ):
+            yield f"{name} gets no suffix, and the guard measured with one"
+
+
 def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
     """What the manifest says of the method and its edit must follow from the run.
 
@@ -342,6 +362,7 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
         yield f"{MANIFEST}: {error}"
         return
     yield from _check_options(manifest.method, manifest.choice, expected)
+    yield from _check_aim(manifest, expected, footprint)
     parts = parts_of(run.method, expected)
     if [step.method.name for step in manifest.steps] != (list(parts) if len(parts) > 1 else []):
         yield f"{MANIFEST}: the steps are not those of the method"
