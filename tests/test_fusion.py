@@ -347,6 +347,17 @@ def test_a_head_that_the_config_ignores_is_found(
     cli("verify", copied, "--source", source, code=8, says=says)
 
 
+def test_a_scale_that_was_not_given_is_found(
+    written: Callable[[str], tuple[Path, Path]], cli: Cli, tmp_path: Path
+) -> None:
+    copied = copy_of(written("llama-tied")[1], tmp_path / "copied")
+    manifest = load_manifest(copied)
+    manifest["choice"]["strength"] = 0.1
+    put(copied, manifest)
+    says = "the scale of fusion is not the one that was given"
+    cli("verify", copied, code=8, says=says)
+
+
 def test_where_the_head_is_the_embedding_it_becomes_a_weight_of_its_own(
     written: Callable[[str], tuple[Path, Path]], cli: Cli
 ) -> None:

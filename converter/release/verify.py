@@ -44,7 +44,7 @@ from converter.evaluation.gates import (
     passes,
     refusals_of,
 )
-from converter.manifest import DefenceMeasured, FileRecord, Manifest, MethodRecord
+from converter.manifest import Choice, DefenceMeasured, FileRecord, Manifest, MethodRecord
 from converter.methods.base import METHODS, Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import check_evidence
@@ -310,7 +310,7 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 
 
-def _check_options(told: MethodRecord, made: Method) -> Iterator[str]:
+def _check_options(told: MethodRecord, choice: Choice, made: Method) -> Iterator[str]:
     """What a manifest says of a method must be what the method says of itself."""
     options = options_of(made)
     for key in sorted({*options, *told.options}):
@@ -319,6 +319,9 @@ def _check_options(told: MethodRecord, made: Method) -> Iterator[str]:
     claimed = (told.title, told.paper, told.strength, told.package)
     if claimed != (made.title, made.paper, made.strength, METHODS.package(told.name)):
         yield f"{MANIFEST}: the method has another title, paper or package"
+    given = getattr(made, told.strength, None)
+    if isinstance(given, float) and choice.strength != given:
+        yield f"{MANIFEST}: the {told.strength} of {told.name} is not the one that was given"
 
 
 def _check_aim(manifest: Manifest, made: Method, footprint: Footprint) -> Iterator[str]:
@@ -358,14 +361,14 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     except OptionError as error:
         yield f"{MANIFEST}: {error}"
         return
-    yield from _check_options(manifest.method, expected)
+    yield from _check_options(manifest.method, manifest.choice, expected)
     yield from _check_aim(manifest, expected, footprint)
     parts = parts_of(run.method, expected)
     if [step.method.name for step in manifest.steps] != (list(parts) if len(parts) > 1 else []):
         yield f"{MANIFEST}: the steps are not those of the method"
         return
     for step in manifest.steps:
-        yield from _check_options(step.method, parts[step.method.name])
+        yield from _check_options(step.method, step.choice, parts[step.method.name])
     asked = {weight.info.name for weight in footprint.weights}
     edited = {entry.name for entry in manifest.edited}
     whole = all(method.subspace is not None for method, _ in manifest.methods)
