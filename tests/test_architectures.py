@@ -335,9 +335,10 @@ def test_a_draft_is_what_was_inferred_or_why_not(cli: Cli, tmp_path: Path) -> No
 
 
 def test_the_page_of_models_is_what_the_command_prints() -> None:
-    """Of the sample, and of one that is refused and one without an FFN; the command tries all."""
+    """Of the sample, of two that are refused, of one whose layers differ in their number of heads,
+    and of one without an FFN; the command tries all."""
     page = Path(library.__file__).with_name("README.md").read_text()
-    for model_type in (*SAMPLE, "bert", "cpmant", "mamba"):
+    for model_type in (*SAMPLE, "bert", "cpmant", "dots3_note_text", "mamba"):
         for tried in try_all((model_type,)):
             assert tried.row in page, "put what 'gloss architectures' prints into the page"
 

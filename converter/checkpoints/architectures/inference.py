@@ -342,7 +342,10 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
     }
     unused = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     said = (getattr(text, key, None) for key in unused)
-    heads = getattr(text, "num_attention_heads", 0)
+    try:
+        heads = getattr(text, "num_attention_heads", 0)
+    except RuntimeError:  # it differs by layer, and transformers gives no one number
+        heads = 0
     return Dimensions(
         num_hidden_layers=len(numbers),
         hidden_size=spec.shape[spec.output_axis],
