@@ -69,12 +69,12 @@ def published_text(published: "Published | None") -> str:
 
 def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
-    from converter.methods.base import METHODS
+    from converter.methods.base import METHODS, aim_of
     from converter.methods.together import SEPARATOR
     from converter.outputs.base import output_of
 
     kinds = map(METHODS.load, recipe.method.split(SEPARATOR))
-    if not any(getattr(kind, "aim", "toxicity") == "defence" for kind in kinds):
+    if not any(aim_of(kind) == "defence" for kind in kinds):
         refuse_typed(("instances",), f"with --method {recipe.method}", "leave it out")
     where = f"with --output {recipe.output}"
     refuse_typed(output_of(recipe.output).unused, where, "leave it out")

@@ -94,23 +94,7 @@ def examine(
     reasons, warnings = judge(found, controls, energy, budget, record)
     for warning in warnings:
         progress.warn(warning)
-    if probe.neutral_tokens < _LEAST_TOKENS:
-        progress.warn(
-            f"perplexity was measured on {probe.neutral_tokens} tokens only; {_LEAST_TOKENS} or "
-            "more, from a longer --neutral text or more pairs, would say more"
-        )
-    if defence and draws < _KINDS_OF_CONTROLS:
-        progress.warn(
-            "refusals were compared under one control only, which is a random change or a placebo; "
-            f"--guard-draws {_KINDS_OF_CONTROLS} or more has both"
-        )
-    if probe.toxic_words < _LEAST_WORDS and not defence:
-        progress.warn(
-            f"the effect was measured on {probe.toxic_words} toxic words only; {_LEAST_WORDS} or "
-            "more, from more pairs, would say more"
-        )
-    if not probe.context_tokens:
-        progress.warn("the other words of toxic text are too few to measure what becomes of them")
+    _warn_of_little(probe, draws, defends=defence is not None)
     return GuardRecord(
         budget=budget,
         margin=_MARGIN,
@@ -126,6 +110,27 @@ def examine(
         context_limit=MOST_CONTEXT,
         defence=record,
     )
+
+
+def _warn_of_little(probe: Probe, draws: int, *, defends: bool) -> None:
+    """Say what was measured on little text, or with few controls."""
+    if probe.neutral_tokens < _LEAST_TOKENS:
+        progress.warn(
+            f"perplexity was measured on {probe.neutral_tokens} tokens only; {_LEAST_TOKENS} or "
+            "more, from a longer --neutral text or more pairs, would say more"
+        )
+    if defends and draws < _KINDS_OF_CONTROLS:
+        progress.warn(
+            "refusals were compared under one control only, which is a random change or a placebo; "
+            f"--guard-draws {_KINDS_OF_CONTROLS} or more has both"
+        )
+    if probe.toxic_words < _LEAST_WORDS and not defends:
+        progress.warn(
+            f"the effect was measured on {probe.toxic_words} toxic words only; {_LEAST_WORDS} or "
+            "more, from more pairs, would say more"
+        )
+    if not probe.context_tokens:
+        progress.warn("the other words of toxic text are too few to measure what becomes of them")
 
 
 def judge(
