@@ -143,7 +143,7 @@ def evaluation_of(
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength
-        comparison = Comparison(names, [seed], ())
+        comparison = Comparison(names, [seed])
         layers, bias = edited_layers(method, bench.plan, fitted.edit)
         lesson = fitted.proposal.lesson
         edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias, lesson=lesson)

@@ -51,7 +51,8 @@ def evaluate(
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
-    check_names([UNEDITED, *(system.name for system in given), *comparison.methods])
+    fitted_names = (system.name for system in comparison.fitted)
+    check_names([UNEDITED, *(system.name for system in given), *fitted_names])
     fits, first = Fits(bench, comparison), given[0] if given else None
     fits.check(first)
     base = bench.load_resident()
@@ -82,7 +83,7 @@ def evaluate(
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,
-            group=system.strength if comparison.ranks else None,
+            group=system.cost,
             seed=system.seed,
             strength=system.strength,
             layers=system.layers,
@@ -132,8 +133,8 @@ def _settings(
     prompts, text = battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
-        controls=tuple(map(without_folders, comparison.systems)),
-        ranks=tuple(comparison.ranks),
+        systems=tuple(without_folders(system.name) for system in comparison.systems),
+        costs=tuple(comparison.costs),
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
         word_list=bench.words.sha256,
