@@ -19,8 +19,8 @@ from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
+from converter.evaluation.comparison import Comparison, parse_systems
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import Comparison, parse_systems
 from converter.manifest import Evaluation, Manifest
 from converter.option import at_home
 from converter.outputs.record_checks import edit_of

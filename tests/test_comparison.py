@@ -10,10 +10,10 @@ from msgspec import convert
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
+from converter.evaluation.comparison import parse_systems
 from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.continuations import draw_passages
 from converter.evaluation.results import summarise
-from converter.evaluation.systems import parse_systems
 from converter.evaluation.tables import at_cost, equal_cost_table, markdown, systems_of
 from converter.manifest import Evaluation, Interval, SystemRecord
 from converter.methods.base import METHODS

@@ -69,8 +69,8 @@ def evaluate_command(
     """
     from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
+    from converter.evaluation.comparison import Comparison, parse_systems
     from converter.evaluation.plots import plot_evaluation
-    from converter.evaluation.systems import Comparison, parse_systems
     from converter.evaluation.tables import markdown
 
     quiet_libraries()

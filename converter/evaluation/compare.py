@@ -10,12 +10,13 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from converter.calibration.instances import Lesson, builtin_set, together
+from converter.evaluation.comparison import Comparison, check_names
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
-from converter.evaluation.systems import Comparison, Fits, System, check_names
+from converter.evaluation.systems import Fits, System
 from converter.manifest import (
     TOOL,
     UNEDITED,
