@@ -163,7 +163,8 @@ def test_the_rank_keeps_within_what_the_guard_refuses_of_other_words_too() -> No
 )
 def test_the_rank_of_a_perplexity_is_the_nearest(ratio: float, rank: int) -> None:
     probe = Scale({r: 1 + 0.01 * r for r in (1, 2, 3, 4, 6, 8)})
-    assert nearest_strength(cast(Probe, probe), by_rank(*probe.ratios), ratio) == rank
+    edit = by_rank(*probe.ratios).edit
+    assert nearest_strength(lambda r: probe.measure(edit(r)), [*probe.ratios], ratio) == rank
     assert len(probe.asked) <= 4
 
 

@@ -259,7 +259,7 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
 
 def _result_text(result: dict[str, Any]) -> str:
     """The same for people."""
-    from converter.evaluation.results import markdown
+    from converter.evaluation.tables import markdown
 
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
     memory = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in result["memory_bytes"].items())

@@ -14,11 +14,12 @@ from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
 from converter.evaluation.compare import evaluate
+from converter.evaluation.comparison import Comparison, parse_systems
 from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.refusals import recorded_lesson
-from converter.evaluation.systems import Comparison, System, edited_layers, parse_systems
+from converter.evaluation.systems import System, edited_layers
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation, Manifest
 from converter.methods.base import Method
@@ -143,7 +144,7 @@ def evaluation_of(
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength
-        comparison = Comparison(names, [seed], ())
+        comparison = Comparison(names, [seed])
         layers, bias = edited_layers(method, bench.plan, fitted.edit)
         lesson = fitted.proposal.lesson
         edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias, lesson=lesson)
