@@ -17,7 +17,7 @@ from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
-from converter.evaluation.fit import fit_steps
+from converter.evaluation.fit import check_instances, fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
@@ -175,6 +175,7 @@ class Fits:
             method = self._method(name, self.comparison.seeds[0], reference)
             footprint_of(method, self.bench.plan)
             check_shared(_name(name), method, self.bench.plan)
+            check_instances(self.bench.recipe, method, examined=False)
             if self.comparison.ranks and not self._takes_ranks(name, method):
                 progress.warn(f"--ranks does not bear on {name}, which is measured once")
 
