@@ -31,7 +31,7 @@ from converter.models.chat import as_prompt
 from converter.models.edited import edited
 from converter.models.training import TrainedMap
 from converter.release.manifest import read_manifest
-from tests.builders.adversary import copy_of
+from tests.builders.adversary import copy_of, load_manifest, put
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import LAYERS, Checkpoints, load, planned, tiny_recipe
@@ -508,6 +508,16 @@ def test_a_replay_gives_the_same_bytes(
     assert said["identical"] is True
     assert set(said["angles"]) == {"d", "like"}
     assert said["angles"]["d"][0] == 0
+
+
+def test_a_record_of_more_tensors_than_the_method_edits_is_found(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = copy_of(written("llama"), tmp_path / "out")
+    told = load_manifest(out)
+    (entry,) = told["edited"]
+    put(out, told | {"edited": [entry, entry | {"name": entry["name"].replace("3", "2")}]})
+    assert any("the method edits 1 of the tensors, not 2" in said for said in converter.verify(out))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
