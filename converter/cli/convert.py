@@ -175,6 +175,12 @@ def _plan_text(plan: dict[str, Any]) -> str:
     chosen = [f"{key} {'chosen by the budget' if x is None else x}" for key, x in strengths]
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     sizes, experts = plan["dimensions"], ""
+    tensors, most = len(plan["edited_tensors"]), plan["edited_at_most"]
+    edited, of, to_edit = "edited", "layers", f"{tensors} tensors to edit"
+    if most < tensors:  # the fit chooses
+        edited, of = "to choose from", "among layers"
+        size = plan["edited_bytes_at_most"] / 1e6
+        to_edit = f"{most} of {tensors} tensors to edit ({size:,.1f} MB), which the fit chooses"
     if count := sizes["num_experts"]:
         experts = f", {count} experts in {len(sizes['sparse_layers'])} layers"
     if left := sizes["num_hidden_layers"] - len(sizes["ffn_layers"]):
@@ -184,10 +190,10 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "
         f"FFN {sizes['intermediate_size']}{experts}",
         *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
-        f"method {plan['method']['name']}, {', '.join(chosen)}" + _layers(plan["edited_layers"]),
+        f"method {plan['method']['name']}, {', '.join(chosen)}{_layers(plan['edited_layers'], of)}",
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
-            f"{entry['edited']} edited"
+            f"{entry['edited']} {edited}"
             for name, entry in plan["shards"].items()
         ),
         f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
@@ -199,7 +205,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
             )
             if plan[key]
         ),
-        f"{len(plan['edited_tensors'])} tensors to edit"
+        to_edit
         + (f", {len(plan['created_tensors'])} to create" if plan["created_tensors"] else "")
         + "".join(f", {name} to change" for name in plan["changed_files"])
         + "".join(f", {name} to add" for name in plan["added_files"])
@@ -292,11 +298,11 @@ def _texts(result: dict[str, Any]) -> str:
     return f"  pairs         {result['pairs']} fitted on ({skipped} rows not usable)"
 
 
-def _layers(layers: list[int]) -> str:
-    """The layers of the edited tensors; nothing if there are none."""
+def _layers(layers: list[int], of: str = "layers") -> str:
+    """The layers of the edited tensors, called ``of``; nothing if there are none."""
     from converter.release.card import compress
 
-    return f", layers {compress(layers)}" if layers else ""
+    return f", {of} {compress(layers)}" if layers else ""
 
 
 def _changes(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.evaluation.fit import fit
+from converter.evaluation.fit import check_instances, fit
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
@@ -278,6 +278,7 @@ def prepare_to_write(
 
     Raises:
         SourceError, CheckpointError, OptionError, DestinationError: it cannot be written, either.
+        DataError, FitError: the instances of a method for defence cannot be used.
     """
     signer, stream = delivery.signer, delivery.stream
     if signer:
@@ -309,6 +310,7 @@ def prepare_to_write(
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)
         check_destination(destination, delivery.overwrite, inputs, room)
+    check_instances(recipe, method, examined=recipe.guard)
     return source, plan, method, room
 
 

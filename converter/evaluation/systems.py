@@ -17,7 +17,7 @@ from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluation.comparison import Comparison, Spec
-from converter.evaluation.fit import fit_steps
+from converter.evaluation.fit import check_instances, fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.manifest import Measured
 from converter.methods.base import Method, Proposal, footprint_of
@@ -99,6 +99,7 @@ class Fits:
             method = self._method(spec, self.comparison.seeds[0], reference)
             footprint_of(method, self.bench.plan)
             check_shared(spec.methods, method, self.bench.plan)
+            check_instances(self.bench.recipe, method, examined=False)
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed, and their controls.

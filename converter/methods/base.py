@@ -17,7 +17,7 @@ import msgspec
 from torch import Tensor
 
 from converter.calibration.calibration_models import Contrast, Training
-from converter.calibration.instances import Instances, Lesson
+from converter.calibration.instances import Instance, Instances, Lesson
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.architecture import Dimensions
@@ -176,6 +176,9 @@ class Method(Protocol):
     number, or ``names``, a function that returns the texts to choose from. An option that neither
     the field nor ``defaults`` gives a value has to be typed.
 
+    One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
+    fit will have seen, or raises OptionError: options are then refused before a model is loaded.
+
     Attributes:
         title: for people.
         paper: URL of its description.
@@ -212,6 +215,15 @@ def aim_of(method: Method) -> Aim:
             expected=" or ".join(get_args(Aim)), found=str(aim),
         )  # fmt: skip
     return aim
+
+
+def learnt_by(method: Method, known: Instances) -> tuple[Instance, ...]:
+    """The instances that a fit of a method for defence will have seen; none if it does not say.
+
+    Raises OptionError if its options ask for some that there are not.
+    """
+    learns = getattr(method, "learns", None)
+    return tuple(learns(known)) if learns else ()
 
 
 def footprint_of(method: Method, plan: Plan) -> Footprint:

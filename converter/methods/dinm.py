@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from converter.calibration.instances import Instance, Lesson, builtin_set
+from converter.calibration.instances import Instance, Instances, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.chat_template import suffix_patches, template_files
@@ -89,24 +89,33 @@ class Method:
         self._check_options()
         weights = weights_of(plan, self._layers(plan))
         files = template_files(plan.templates) if self._suffix(plan) else ()
-        return Footprint(tuple(weights.values()), (AddBits,), patches=files)
+        return Footprint(tuple(weights.values()), (AddBits,), patches=files, chosen=1)
 
-    def fit(self, bench: Workbench) -> Proposal:
-        """Train.
+    def learns(self, known: Instances) -> tuple[Instance, ...]:
+        """The instances that ``instance`` names.
 
         Raises:
-            OptionError: there is no such instance.
-            DataError: a text does not fit the model.
-            CheckpointError: a chat template has a suffix already, or takes none.
-            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
+            OptionError: there is no such instance, or ``parity`` goes with one alone.
         """
-        known = bench.instances.items
-        chosen = [known[number] for number in numbers_of(self.instance, len(known))]
+        count = len(known.items)
+        chosen = tuple(known.items[number] for number in numbers_of(self.instance, count))
         if self.parity == "yes" and len(chosen) > 1:
             raise OptionError(
                 "-o parity=yes", expected="one -o instance: the authors' code mixes up several",
                 found=str(len(chosen)),
             )  # fmt: skip
+        return chosen
+
+    def fit(self, bench: Workbench) -> Proposal:
+        """Train.
+
+        Raises:
+            OptionError: see ``learns``.
+            DataError: a text does not fit the model.
+            CheckpointError: a chat template has a suffix already, or takes none.
+            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
+        """
+        known, chosen = bench.instances.items, self.learns(bench.instances)
         suffix = self._suffix(bench.plan)
         _warn_of_dates(bench.plan)
         patches = _patches(bench.plan, suffix)  # what is wrong with them is said before the work
@@ -133,7 +142,7 @@ class Method:
             (training.steps,), False,
             lambda strength: Edit({weight.info.name: delta}, patches=patches), control,
             {"layer": layer, "suffix": suffix, **evidence},
-            lesson=Lesson(tuple(chosen), suffix),
+            lesson=Lesson(chosen, suffix),
         )  # fmt: skip
 
     def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:

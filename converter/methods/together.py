@@ -84,6 +84,9 @@ class Together:
             created={name: shape for each in every for name, shape in each.created.items()},
             patches=tuple(dict.fromkeys(patch for each in every for patch in each.patches)),
             files=tuple(path for each in every for path in each.files),
+            chosen=None
+            if all(each.chosen is None for each in every)
+            else sum(each.most for each in every),
         )
 
 

@@ -374,6 +374,8 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     whole = all(method.subspace is not None for method, _ in manifest.methods)
     for name in sorted(asked ^ edited if whole else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
+    if len(edited) > footprint.most:
+        yield f"{MANIFEST}: the method edits {footprint.most} of the tensors, not {len(edited)}"
     edit = manifest.edit
     for what, found, possible in (
         ("an edit of kind", {e.kind for e in manifest.edited}, {k.kind for k in footprint.kinds}),
