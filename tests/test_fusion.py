@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -429,6 +429,30 @@ def test_a_tied_checkpoint_with_a_head_that_nobody_reads_is_refused(
     (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     says = "found a checkpoint with a tensor lm_head.weight that is not used"
     cli("plan", source, "--method", "fusion", code=2, says=says)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "says"),
+    [
+        ("qwen2_vl", (False, True), "asks for a head of its own already"),
+        ("qwen2_vl", (False, False), "expected a tensor lm_head.weight, found none"),
+        ("gemma3", (False, True), "expected a tensor language_model.lm_head.weight, found none"),
+        ("qwen2_vl", (True, False), ""),
+    ],
+)
+def test_a_head_that_the_config_contradicts_is_refused_from_the_headers(
+    kind: str, flags: tuple[bool, bool], says: str, checkpoints: Checkpoints, cli: Cli,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A config and its part for text may disagree on whether the head is the embedding."""
+    source = copy_of(checkpoints(kind, torch.float32, "10GB"), tmp_path / "source")
+    shard = source / "model.safetensors"
+    tensors = {name: x for name, x in load_file(shard).items() if "lm_head" not in name}
+    save_file(tensors, shard, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = flags
+    (source / "config.json").write_text(json.dumps(config))
+    cli("plan", source, "--method", "fusion", code=4 if says else 0, says=says)
 
 
 def test_a_streamed_model_is_refused_by_name(
