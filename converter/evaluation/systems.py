@@ -31,6 +31,9 @@ from converter.runtime import progress
 _AT_PERPLEXITY = "@perplexity"
 """After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
 
+CONTROLS = ("random", "profs")
+"""Methods that edit what the first system edits, or what --method would."""
+
 _DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
 positions that predict toxic words and without protection it is far worse, and beating it would say
@@ -101,7 +104,7 @@ class Comparison:
 
     def typed(self, name: str, recipe: Recipe) -> dict[str, str]:
         """The options that were typed for a method. Raises OptionError; see ``typed_for``."""
-        return typed_for(name, recipe.options, recipe.method, [*map(_name, self.methods)])
+        return typed_for(name, recipe.options, recipe.method, [*map(method_name, self.methods)])
 
     @property
     def places(self) -> list[str]:
@@ -109,13 +112,13 @@ class Comparison:
         return [system for system in self.systems if not _is_method(system)]
 
 
-def _name(system: str) -> str:
+def method_name(system: str) -> str:
     """The method of a system, or several with ``+``."""
     return system.removesuffix(_AT_PERPLEXITY)
 
 
 def _is_method(system: str) -> bool:
-    return {*_name(system).split(SEPARATOR)} <= {*METHODS.names()}
+    return {*method_name(system).split(SEPARATOR)} <= {*METHODS.names()}
 
 
 def parse_systems(systems: Sequence[str]) -> tuple[str, ...]:
@@ -174,7 +177,7 @@ class Fits:
         for name in self.comparison.methods:
             method = self._method(name, self.comparison.seeds[0], reference)
             footprint_of(method, self.bench.plan)
-            check_shared(_name(name), method, self.bench.plan)
+            check_shared(method_name(name), method, self.bench.plan)
             if self.comparison.ranks and not self._takes_ranks(name, method):
                 progress.warn(f"--ranks does not bear on {name}, which is measured once")
 
@@ -225,9 +228,10 @@ class Fits:
 
     def _method(self, system: str, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers and the biases of the reference."""
-        name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
+        name, recipe = method_name(system), self.bench.recipe
+        dimensions = self.bench.plan.dimensions
         typed = self.comparison.typed(name, recipe)
-        if name not in ("random", "profs"):
+        if name not in CONTROLS:
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
