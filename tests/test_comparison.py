@@ -151,9 +151,8 @@ def test_an_option_of_a_method_that_is_not_measured_is_refused_by_name(
     ):
         named = [word for name in systems for word in ("--system", name)]
         cli(*args, *named, code=2, says=says)
-    pairs = planted_args(planted)[:2]
-    args = ("evaluate", planted, *pairs, *texts[2:4], "--prompts", "none", "-o", "layers=2")
-    found = cli(*args, "--system", "random", "--ranks", "1", "--json", code=0)
+    asked = (*planted_args(planted)[:2], *texts[2:4], "--prompts", "none", "-o", "layers=2")
+    found = cli("evaluate", planted, *asked, "--system", "random", "--ranks", "1", "--json", code=0)
     assert "layers and biases of controls" in found.stderr
     assert json.loads(found.stdout)["systems"][1]["layers"] == [2]
 

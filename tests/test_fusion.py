@@ -328,7 +328,7 @@ def test_a_refit_compares_what_was_added_to_the_embedding(
         return replace(found, edit=replace(found.edit, created={"lm_head.weight": head}))
 
     monkeypatch.setattr(replaying, "fit", other)
-    says = "the refitted created.lm_head.weight is not the recorded one"
+    says = "the refitted change of lm_head.weight is not the recorded one"
     cli(*args, "--overwrite", code=8, says=says)
 
 

@@ -26,7 +26,7 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
-from converter.edits.storage import dequantize
+from converter.edits.storage import read_weight
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
@@ -231,10 +231,7 @@ class Bench:
 
     def weight(self, weight: Weight) -> Tensor:
         """See ``Workbench``; as former methods left it."""
-        stored, scales = self.source.read(weight.shard, weight.info), weight.scales
-        if scales is not None:
-            stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
-        W = stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
+        W = read_weight(self.source.read, weight)
         delta = self.former.tensors.get(weight.info.name) if self.former else None
         return W if delta is None else delta.whole(W)
 
