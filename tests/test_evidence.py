@@ -112,6 +112,10 @@ def turned(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     tensors["evidence.probe"] = tensors["evidence.probe"].flip(0)
 
 
+def payload(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["evidence.payload"] = torch.zeros(3)
+
+
 def of(place: str, value: Any) -> Callable[..., None]:
     def change(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         *path, last = place.split(".")
@@ -133,6 +137,8 @@ def option(key: str, value: Any) -> Callable[..., None]:
 
 
 LIES: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("destein", payload, "holds a tensor evidence.payload that destein does not keep"),
+    ("both", payload, "holds a tensor evidence.payload that no method keeps"),
     ("destein", halved, "the recorded vectors: expected chunks of their norms"),
     ("destein", of("chunks", 8), "chunks is not what the edit makes it"),
     ("destein", of("layers.1.chunks_left_alone", 3), "layers.#.chunks_left_alone is not what"),
@@ -178,6 +184,17 @@ def test_evidence_that_the_edit_contradicts_is_named(
     put(folder, manifest)
     problems = verify(folder)
     assert any(says in problem for problem in problems), problems
+
+
+def test_a_step_whose_strength_is_not_the_rank_of_its_edit_is_found(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = copy_of(made("both")[1], tmp_path / "out")
+    manifest = load_manifest(folder)
+    manifest["steps"][0]["choice"]["strength"] = 3
+    put(folder, manifest)
+    says = "the rank of profs is recorded as 3, and its edit has 2"
+    assert any(says in problem for problem in verify(folder))
 
 
 def test_what_nothing_proves_is_said_to_be_unproved(

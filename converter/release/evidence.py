@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
@@ -68,6 +68,18 @@ def unchecked_parts(manifest: Manifest) -> dict[str, str]:
     return {place: words for place, words in UNCHECKED.items() if has(place)}
 
 
+class _Kept(dict[str, Tensor]):
+    """Tensors that a method has kept, and which of them were looked at."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+
 class EvidenceCheck:
     """Compares the evidence of the methods of a manifest with its edit.
 
@@ -94,6 +106,9 @@ class EvidenceCheck:
     def problems(self, parts: Mapping[str, Method]) -> Iterator[str]:
         """What contradicts the edit, of each of the methods; ``parts`` are name -> method."""
         footprints = {name: footprint_of(part, self._plan) for name, part in parts.items()}
+        owners = tuple(f"{name}." for name in parts) if self._manifest.steps else ("",)
+        for name in sorted(name for name in self._kept if not name.startswith(owners)):
+            yield f"{EDIT_FILE}: holds a tensor {EVIDENCE}{name} that no method keeps"
         for number, (told, choice) in enumerate(self._manifest.methods):
             if told.name not in parts:
                 return  # that run and method disagree is said elsewhere
@@ -102,6 +117,7 @@ class EvidenceCheck:
                       for n in each.created}  # fmt: skip
             own = f"{told.name}." if self._manifest.steps else ""
             place = f"steps.{number}.method" if self._manifest.steps else "method"
+            kept = {n[len(own) :]: t for n, t in self._kept.items() if n.startswith(own)}
             recorded = Recorded(
                 plan=self._plan,
                 edit=replace(
@@ -112,7 +128,7 @@ class EvidenceCheck:
                 ),
                 strength=choice.strength,
                 evidence=told.evidence,
-                tensors={n[len(own):]: t for n, t in self._kept.items() if n.startswith(own)},
+                tensors=_Kept(kept),
                 weight=self._weight,
             )  # fmt: skip
             shared = bool(theirs & mine.created.keys())  # sums, of which no part is known
@@ -135,6 +151,7 @@ class EvidenceCheck:
             except _MALFORMED:
                 yield f"{MANIFEST}: the evidence of {told.name} is not what that method keeps"
                 return
+            yield from _useless(told, parts[told.name], recorded.tensors)
         strength = implied.get(told.strength, choice.strength)
         if not _same(strength, choice.strength):
             yield (
@@ -153,6 +170,13 @@ class EvidenceCheck:
             name = name.removesuffix(".#")
             words = name.rpartition(".")[2] if "#" in name else name.partition(".")[0]
             self.unchecked[f"{place}.evidence.{name}"] = f"{words} of {told.name}"
+
+
+def _useless(told: MethodRecord, method: Method, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Tensors that a method does not look at when it checks what it keeps; see ``check_kept``."""
+    if isinstance(tensors, _Kept) and told.subspace is None and hasattr(method, "implied"):
+        for name in sorted(tensors.keys() - tensors.seen):
+            yield f"{EDIT_FILE}: holds a tensor {EVIDENCE}{name} that {told.name} does not keep"
 
 
 def differing(implied: Any, told: Any, path: str = "") -> Iterator[str]:
