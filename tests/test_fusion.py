@@ -460,6 +460,7 @@ def test_a_streamed_model_is_refused_by_name(
 ) -> None:
     says = "calibration models are trained, for which the whole model must be in memory"
     given = ("--method", "fusion", "--num-pairs", 32, "--forward", "streamed", "--no-guard")
+    cli("plan", checkpoints("llama"), *given[:-1], code=2, says=says)
     cli("convert", checkpoints("llama"), tmp_path / "out", *given, code=2, says=says)
     assert not (tmp_path / "out").exists()
 

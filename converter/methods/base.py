@@ -203,6 +203,8 @@ class Method(Protocol):
         strength: what its strengths are called, such as ``rank``: the name of the option that sets
             one.
         aim: an ``Aim``, which may be left out: ``toxicity``.
+        contrasts: whether it asks for a ``contrast``, which may be left out: then a plan does not
+            refuse a model that does not fit into memory.
         implied: a function of a ``Recorded``, which may be left out: name -> what the recorded edit
             makes of the strength and of a part of the evidence, which ``gloss verify`` compares.
             It may raise FitError, saying what of the record contradicts the edit.

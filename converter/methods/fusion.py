@@ -65,6 +65,7 @@ class Method:
     title: ClassVar[str] = "Output-layer fusion, folded into the head"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
+    contrasts: ClassVar[bool] = True
 
     scale: float | None = field(default=None, metadata={"min": 1e-6})
     rank: int = field(default=32, metadata={"min": 1})

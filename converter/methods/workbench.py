@@ -47,6 +47,17 @@ _NOWHERE = Origin(name="nowhere")
 _NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
 
 
+def check_contrast(forward: Forward, *, spread: bool) -> None:
+    """Refuse to train calibration models where they cannot be.
+
+    Raises OptionError or SourceError if the model is not in memory as a whole, on one device.
+    """
+    what = "calibration models are trained, for which"
+    if spread:
+        raise OptionError(f"{what} the model must be on one device", found="--device map")
+    forward.need_resident(what, "give --forward resident, or choose another method")
+
+
 @dataclass(slots=True)
 class Bench:
     """The ``Workbench`` of a fetched source; its model is loaded when it is needed.
@@ -222,10 +233,7 @@ class Bench:
 
     def contrast(self, training: Training) -> Contrast:
         """See ``Workbench``."""
-        what = "calibration models are trained, for which"
-        if self.how.spread:
-            raise OptionError(f"{what} the model must be on one device", found="--device map")
-        self.forward.need_resident(what, "give --forward resident, or choose another method")
+        check_contrast(self.forward, spread=self.how.spread)
         with progress.stage("calibrate", "training calibration models"):
             return contrast(self.load_resident(), self.part.pairs, training, self.recipe.seed)
 
