@@ -22,7 +22,7 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
 from tests.builders.invoke import Cli
-from tests.builders.models import Checkpoints, architecture_of
+from tests.builders.models import TINY, TINY_ARGS, Checkpoints, architecture_of
 from tests.builders.planted import planted_args
 
 
@@ -210,6 +210,38 @@ def test_options_of_a_fit_are_refused_where_nothing_is_fitted(planted: Path, cli
         ("--seeds", 2),
     ):
         cli(*args, *typed, code=2, says=f"{typed[0]} has no effect without a --system")
+
+
+def test_an_option_of_a_method_that_is_not_measured_is_refused_by_name(
+    planted: Path, texts: tuple[str, ...], cli: Cli
+) -> None:
+    """It would be ignored. Beside a control it says what that is a control of, and no more."""
+    args = ("evaluate", planted, "--prompts", "none", "-o", "rank=1", "--num-pairs", 100)
+    for systems, says in (
+        (("destein",), "-o rank: expected -o destein.rank, found an option of --method gloss"),
+        (("profs+model-surgery",), "-o rank: expected -o profs.rank or -o model_surgery.rank"),
+    ):
+        named = [word for name in systems for word in ("--system", name)]
+        cli(*args, *named, code=2, says=says)
+    asked = (*planted_args(planted)[:2], *texts[2:4], "--prompts", "none", "-o", "layers=2")
+    found = cli("evaluate", planted, *asked, "--system", "random:rank=1", "--json", code=0)
+    assert "layers and biases of controls" in found.stderr
+    assert json.loads(found.stdout)["systems"][1]["layers"] == [2]
+
+
+def test_options_of_systems_beside_a_conversion_are_theirs_alone(
+    checkpoints: Checkpoints, texts: tuple[str, ...], cli: Cli, tmp_path: Path
+) -> None:
+    args = ("convert", checkpoints("llama"), tmp_path / "out", *TINY_ARGS, "--num-pairs", 64)
+    asked = ("--evaluate", "--prompts", "none", *texts[2:4], "--system", "random")
+    more = ("-o", "random.draw=3", "-o", "random.protect_shared=2")
+    cli(*args, *more, code=2, says="-o random.draw: method gloss-paper")
+    cli(*args, *asked, "-o", "profs.rank=1", code=2, says="an option of gloss_paper or random")
+    cli(*args, *asked, *more, code=0)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["run"]["options"] == TINY
+    assert manifest["evaluation"]["systems"][2]["options"]["draw"] == 3
+    cli("verify", tmp_path / "out", code=0)
 
 
 def test_what_was_made_from_another_model_is_refused(

@@ -110,7 +110,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
     from converter.entrypoints.delivery import Delivery, check_plots, draw
-    from converter.entrypoints.evaluate import evaluation_of
+    from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
@@ -135,11 +135,14 @@ def convert_command(
         signer=signer,
         stream=stream,
     )
+    typed = recipe
+    if asked.evaluate:
+        recipe = own_recipe(typed, asked.systems)
     if asked.dry_run:
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
-        measures = evaluation_of(evaluation, asked.systems, recipe, settings)
+        measures = evaluation_of(evaluation, asked.systems, typed, settings)
         delivery = replace(delivery, evaluation=measures)
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:

@@ -28,6 +28,9 @@ from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
 
+CONTROLS = ("random", "profs")
+"""Methods that edit what the first system edits, or what --method would."""
+
 _DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
 positions that predict toxic words and without protection it is far worse, and beating it would say
@@ -157,7 +160,7 @@ class Fits:
         """The method of a system; a control has the layers and the biases of the reference."""
         name, recipe, dimensions = spec.methods, self.bench.recipe, self.bench.plan.dimensions
         typed = self._typed(spec)
-        if name not in ("random", "profs"):
+        if name not in CONTROLS:
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank

@@ -144,6 +144,27 @@ class Proposal:
         object.__setattr__(self, "evidence", evidence)
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What is recorded of a method's fit, as far as it can be checked without a model.
+
+    Attributes:
+        plan: of the source.
+        edit: of this method alone.
+        strength, evidence: as recorded.
+        tensors: of the edit's file, that the method has kept; by the names of ``Proposal.tensors``.
+        weight: W (O, I) float32 as the method found it, to the rounding of its dtype; None if no
+            weights are at hand, as with an adapter without its source.
+    """
+
+    plan: Plan
+    edit: Edit
+    strength: float
+    evidence: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    weight: Callable[[Weight], Tensor] | None
+
+
 def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
     """Strengths and evidence as they are kept. Raises errors of many kinds if they cannot be."""
     strengths = tuple(map(_number, proposal.strengths))
@@ -185,6 +206,11 @@ class Method(Protocol):
         strength: what its strengths are called, such as ``rank``: the name of the option that sets
             one.
         aim: an ``Aim``, which may be left out: ``toxicity``.
+        contrasts: whether it asks for a ``contrast``, which may be left out: then a plan does not
+            refuse a model that does not fit into memory.
+        implied: a function of a ``Recorded``, which may be left out: name -> what the recorded edit
+            makes of the strength and of a part of the evidence, which ``gloss verify`` compares.
+            It may raise FitError, saying what of the record contradicts the edit.
     """
 
     title: ClassVar[str]

@@ -29,7 +29,7 @@ from converter.checkpoints.plan import BiasRoute, Plan
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.errors import FitError, OptionError
-from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.base import Layers, Proposal, Recorded, Workbench
 from converter.methods.gloss import GlobalRemoval
 from converter.runtime import progress
 
@@ -44,6 +44,9 @@ _ALPHAS = tuple(round(0.005 * 2 ** (step / 2), 4) for step in range(11))
 
 _PLAIN = {"q_proj", "k_proj", "v_proj", "query_key_value"}
 """Maps of attention that get a bias, too, with ``o_proj``; others compress keys and values."""
+
+_ROUNDED = 0.01
+"""A share that rounding to 16 bits explains."""
 
 _NOTHING = 1e-6
 """A share of the numbers that a difference is made of which is rounding error and no difference."""
@@ -132,6 +135,28 @@ class Method:
             lambda alpha: self._edit(bench.plan, steps, alpha), control, evidence, tensors,
         )  # fmt: skip
 
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """Alpha, by the recorded vectors of alpha = 1, and how many of their chunks are 0.
+
+        Raises FitError: the edit is no multiple of these, or they have not the recorded norms.
+        """
+        route, steps = self._route(found.plan), found.tensors["steps"].double()
+        written = torch.stack([_written(found.edit, route.biases[n]) for n in self.layers]).double()
+        alpha = float((written * steps).sum() / steps.square().sum())
+        if not float((written - alpha * steps).norm()) <= _ROUNDED * float(written.norm()):
+            raise FitError("what is added behind the attention", found="other vectors",
+                           expected="a multiple of the recorded ones")  # fmt: skip
+        chunks = self._chunks(found.plan.dimensions)
+        lengths = steps.reshape(len(steps), chunks, -1).norm(dim=2)
+        still, norms = lengths == 0, found.tensors["norms"].double()
+        if not torch.allclose(lengths[~still], norms[~still], rtol=_ROUNDED):
+            raise FitError("the recorded vectors", found="others", expected="chunks of their norms")
+        counts = still.sum(1).tolist()
+        layers = {
+            str(n): {"chunks_left_alone": k} for n, k in zip(self.layers, counts, strict=True)
+        }
+        return {"alpha": alpha, "direction": self.direction, "chunks": chunks, "layers": layers}
+
     def _fitted(self, seen: Activations, layer: int) -> tuple[Tensor, dict[str, float]]:
         """The vector of alpha = 1 of a layer, (D,) float32, and what the record says of it."""
         toxic, neutral = seen.toxic[layer].double(), seen.neutral[layer].double()
@@ -200,6 +225,15 @@ class Method:
         if route.created and spec and not _PLAIN.issuperset(spec.zeros):
             raise _refusal(f"{model.title}, which compresses them", "plain keys and values")
         return route
+
+
+def _written(edit: Edit, name: str) -> Tensor:
+    """What an edit adds to a bias, (D,)."""
+    if name in edit.created:
+        return edit.created[name]
+    delta = edit.tensors[name]
+    assert isinstance(delta, AddLowRank)
+    return (delta.B @ delta.A)[:, 0]
 
 
 def _refusal(found: str, expected: str) -> OptionError:

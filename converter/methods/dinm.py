@@ -11,13 +11,13 @@ from torch import Tensor
 from converter.calibration.instances import Instance, Instances, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
-from converter.checkpoints.chat_template import suffix_patches, template_files
+from converter.checkpoints.chat_template import puts_suffix, suffix_patches, template_files
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddBits
 from converter.errors import FitError, OptionError
-from converter.methods.base import Aim, Proposal, Workbench
+from converter.methods.base import Aim, Proposal, Recorded, Workbench
 from converter.methods.dialogue import Dialogues
 from converter.methods.dinm_layer import distances, weights_of
 from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
@@ -144,6 +144,48 @@ class Method:
             {"layer": layer, "suffix": suffix, **evidence},
             lesson=Lesson(chosen, suffix),
         )  # fmt: skip
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """The layer, the suffix, and the size and rank of the change.
+
+        Raises FitError: a chat template gets another suffix, or the layer is not the one that the
+        recorded distances say.
+        """
+        weights = {
+            w.info.name: w for w in weights_of(found.plan, self._layers(found.plan)).values()
+        }
+        ((name, delta),) = found.edit.tensors.items()
+        weight, suffix, told = weights[name], self._suffix(found.plan), found.evidence
+        for file in template_files(found.plan.templates) if suffix else ():
+            if not puts_suffix(found.edit.patches.get(file, ""), suffix):
+                raise FitError(f"the suffix of {file}", expected=suffix, found="another or none")
+        steps = len(told["nll"]) - 1
+        if len(told["kl"]) != steps + 1 or steps > self.steps:
+            raise FitError("the steps of the training", expected=f"at most {self.steps}, each with "
+                           "both losses", found=str(steps))  # fmt: skip
+        if ("spared" in told) != bool(self.contrast):
+            raise FitError("-o contrast", found=f"{self.contrast:g}", expected="a record of "
+                           "harmless questions, if and only if it is given")  # fmt: skip
+        implied: dict[str, Any] = {"layer": weight.layer, "suffix": suffix, "steps": steps}
+        if self.layer is None:
+            layers = self._layers(found.plan)
+            chosen = {
+                key: layers[told[place].index(max(told[place]))]
+                for key, place in (("layer", "distances"), ("control_layer", "control_distances"))
+            }
+            if chosen["layer"] != weight.layer:
+                raise FitError("the layer", expected=f"{chosen['layer']}, by the distances",
+                               found=str(weight.layer))  # fmt: skip
+            implied |= {"layers": layers, **chosen}
+        if found.weight is not None and isinstance(delta, AddBits):
+            stored = found.weight(weight).to(weight.dtype)
+            change = delta.after(stored).float() - stored.float()
+            implied |= {
+                "relative_change": _norm(change) / (_norm(stored.float()) or 1.0),
+                "largest_change": float(change.abs().max()),
+                "rank": float(numerical_rank(change)),  # of the last digits of a sum
+            }
+        return implied
 
     def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:
         model, parity = bench.load(), self.parity == "yes"

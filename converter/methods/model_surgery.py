@@ -19,7 +19,7 @@ without the lengths of v and of the rows; here a is chosen, in units of the medi
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from math import inf
+from math import inf, isclose
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,7 +32,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddToRows
 from converter.errors import FitError, OptionError
-from converter.methods.base import Proposal, Workbench
+from converter.methods.base import Proposal, Recorded, Workbench
 
 _SCALES = (0.125, 0.25, 0.5, 1.0)
 """Among which the length of what is added to a row is chosen, in median rows."""
@@ -49,6 +49,9 @@ _HELD = 5
 _STEPS, _TOLERANCE = 50, 1e-9
 """Newton's steps at most, and which step, relative to the probe, is the last: its square is left.
 With this penalty a few steps are enough."""
+
+_ROUNDED = 0.01
+"""A share that rounding of weights to 16 bits explains."""
 
 _BLOCK = 1024
 """Gate rows that are float64 at a time."""
@@ -169,6 +172,58 @@ class ModelSurgery:
             evidence,
             {"probe": v.float()},
         )
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """The length of what is added, and where weights are at hand which rows it is added to.
+
+        Raises FitError: it is not along the recorded probe, or other rows are changed than those
+        that the options choose.
+        """
+        gates, v = found.plan.weights("gate_proj"), found.tensors["probe"].double()
+        edits = found.edit.tensors
+        rows, added = [], []
+        for gate, start in zip(gates, accumulate(map(_height, gates), initial=0), strict=False):
+            delta = edits.get(gate.info.name)
+            if isinstance(delta, AddToRows):
+                rows.append(delta.rows + start)
+                added.append(delta.v.double())
+        chosen, length = torch.cat(rows), float(v.norm())
+        lengths = torch.stack(added) @ v / length
+        if not bool((torch.stack(added) - lengths[:, None] * v / length).norm(dim=1).max()
+                    <= _ROUNDED * lengths.min()):  # fmt: skip
+            raise FitError("what is added to the rows", expected="the recorded probe",
+                           found="another direction")  # fmt: skip
+        implied = {
+            "probe_length": length,
+            "rows_of_layers": {
+                str(gate.layer): len(d.rows) if isinstance(d, AddToRows) else 0
+                for gate in gates
+                for d in [edits.get(gate.info.name)]
+            },
+        }  # fmt: skip
+        wanted, median = self._count(len(v)), float(found.evidence["median_row"])
+        if found.weight is not None and not any(gate.scales for gate in gates):  # 8 bits are few
+            cosines, sizes = compare(found.weight, gates, v)
+            median = float(sizes.median())
+            largest = float(cosines[chosen].max())
+            implied |= {"median_row": median, "largest_cosine": largest}
+            least = float(cosines.sort().values[wanted - 1])
+            if self.rows == "cosine" and not largest <= least + _ROUNDED * abs(least):
+                raise FitError("the rows that are changed", found="others",
+                               expected="those that point away from the probe")  # fmt: skip
+        if len(chosen) != wanted or (
+            self.rows == "random"
+            and not torch.equal(chosen, _drawn_rows(sum(map(_height, gates)), wanted, self.draw))
+        ):
+            raise FitError("the rows that are changed", expected="those of count and draw",
+                           found="others")  # fmt: skip
+        scale = float(lengths.mean()) / median
+        if self.alpha is not None and not isclose(
+            scale, self.alpha * length / median, rel_tol=_ROUNDED
+        ):
+            raise FitError("-o alpha", expected=f"{scale * median / length:g}, by the edit",
+                           found=f"{self.alpha:g}")  # fmt: skip
+        return {"scale": scale, **implied}
 
     def _count(self, width: int) -> int:
         """K, for a hidden size."""

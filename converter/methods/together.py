@@ -5,7 +5,7 @@ because no tensor is changed by two of them; only biases that two of them create
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,27 @@ def typed_for(
         elif not dot and name == method:
             _set(found, key, text, typed)
     return found
+
+
+def check_plain(options: Collection[str], method: str, measured: Sequence[str]) -> None:
+    """Refuse options without a method's name that would be those of a method nobody measures.
+
+    Args:
+        options: as typed.
+        method: whose they are.
+        measured: the methods of the systems that are fitted.
+
+    Raises:
+        OptionError: naming one of them.
+    """
+    plain = [typed for typed in options if "." not in typed]
+    if plain and method not in measured:
+        names = dict.fromkeys(part for each in measured for part in each.split(SEPARATOR))
+        raise OptionError(
+            f"-o {plain[0]}", found=f"an option of --method {method}, which is not measured",
+            expected=" or ".join(f"-o {_plain(name)}.{plain[0]}" for name in names)
+            or "a --system that is a method",
+        )  # fmt: skip
 
 
 def _plain(name: str) -> str:
