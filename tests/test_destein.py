@@ -298,7 +298,9 @@ def adding(vector: Tensor) -> Callable[..., Any]:
     return lambda module, args, output: output + vector
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "granite", "opt", "mistral-full"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "falcon", "gptj", "granite", "opt", "mistral-full"]
+)
 def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path]
 ) -> None:
@@ -319,9 +321,13 @@ def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     assert float((hooked - plain).abs().max()) > 1e-3
 
 
-def test_an_existing_bias_is_edited_and_no_other_byte(written: Callable[..., Path]) -> None:
-    manifest = read_manifest(written("gpt2"))
-    names = [f"transformer.h.{n}.attn.c_proj.bias" for n in (1, 2, 3)]
+@pytest.mark.parametrize(("kind", "bias"), [("gpt2", "attn.c_proj"), ("gptj", "mlp.fc_out")])
+def test_an_existing_bias_is_edited_and_no_other_byte(
+    kind: str, bias: str, written: Callable[..., Path]
+) -> None:
+    """In GPT-J that of the FFN, which stands beside an attention that has none."""
+    manifest = read_manifest(written(kind))
+    names = [f"transformer.h.{n}.{bias}.bias" for n in (1, 2, 3)]
     assert [edit.name for edit in manifest.edited] == names
     assert not manifest.edit.created
     assert not manifest.edit.patches
@@ -353,7 +359,7 @@ def test_a_single_file_gets_a_name_that_no_loader_takes_for_the_whole(
     assert torch.allclose(load(out).state_dict()[name], steps_of(out)[2])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
 def test_a_replay_gives_the_same_bytes_without_a_model(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:

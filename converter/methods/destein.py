@@ -92,7 +92,8 @@ class Method:
         route = self._route(plan)
         if route.created:
             return Footprint(created=route.created, patches=("config.json",))
-        return Footprint(plan.biases("o_proj", self.layers), (AddLowRank,), rank=1)
+        biases = plan.find([route.biases[layer] for layer in self.layers])
+        return Footprint(tuple(biases.values()), (AddLowRank,), rank=1)
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit a vector for each layer; see the module's formulas.
