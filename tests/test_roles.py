@@ -376,7 +376,8 @@ def test_a_bias_of_the_ffn_acts_as_one_of_attention_only_where_they_stand_side_b
 ) -> None:
     """Not in a Llama with biases of the FFN, which reads what attention gives; nor in Cohere, which
     stands side by side without biases."""
-    parallel = {kind for kind in TINY_MODELS if all(k.parallel for k in architecture_of(kind).kinds)}
+    kinds = {kind: architecture_of(kind).kinds for kind in TINY_MODELS}
+    parallel = {kind for kind, layers in kinds.items() if all(each.parallel for each in layers)}
     assert parallel == {"falcon", "gpt_neox", "gptj", "phi"}
     plan = planned(checkpoints("gptj"))
     cut = {

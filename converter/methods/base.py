@@ -117,6 +117,8 @@ class Proposal:
             or None if that is not known.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
+        control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
+            that follow "under". With the aim ``toxicity`` the edit has to beat each kind.
 
     Raises:
         FitError: a part of it is of another type, or cannot be kept.
@@ -130,6 +132,7 @@ class Proposal:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     lesson: Lesson | None = None
+    control_kinds: tuple[str, ...] = ("the controls",)
 
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
