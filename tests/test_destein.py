@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import converter
@@ -328,10 +329,16 @@ def adding(vector: Tensor) -> Callable[..., Any]:
 def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path]
 ) -> None:
-    """With hooks of this test, which know nothing of biases, and with those of the guard."""
+    """With hooks of this test, which know nothing of biases, and with those of the guard.
+
+    All tensors are there and used: transformers would load the source, with a notice, if not.
+    """
     source, out = checkpoints(kind), written(kind)
     _, plan = planned(source)
-    before, after, steps = load(source), load(out), steps_of(out)
+    before, steps = load(source), steps_of(out)
+    auto: Any = transformers.AutoModelForCausalLM
+    after, said = auto.from_pretrained(out, output_loading_info=True)
+    assert not any(said[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
     modules = {weight.layer: weight.module for weight in plan.weights("o_proj")}
     with torch.no_grad():
         plain, found = before(TOKENS).logits, after(TOKENS).logits
@@ -473,7 +480,7 @@ def test_a_label_is_not_believed_but_proved(monkeypatch: pytest.MonkeyPatch) -> 
     assert not find_architecture(config | {"max_position_embeddings": 503}).bias_routes
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
 def test_an_adapter_cannot_hold_biases(
     kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
