@@ -480,8 +480,11 @@ def test_an_adapter_cannot_hold_it(source: Path, cli: Cli, tmp_path: Path) -> No
 def test_the_guard_refuses_it_on_a_random_model(source: Path, cli: Cli, tmp_path: Path) -> None:
     args = ("--method", "model-surgery", "-o", "scale=0.5", "--num-pairs", 64)
     cli("convert", source, tmp_path / "out", *args, code=9)
-    cli("convert", source, tmp_path / "out", *args, "--force", code=0)
+    says = "not compared with that under a random vector; --guard-draws 2 or more would"
+    cli(
+        "convert", source, tmp_path / "out", *args, "--force", "--guard-draws", 1, code=0, says=says
+    )
     guard = read_manifest(tmp_path / "out").guard
     assert guard is not None
-    assert len(guard.controls) == 3
+    assert len(guard.controls) == 1
     assert guard.reasons

@@ -177,9 +177,9 @@ class Plan:
             return None
         if role not in self.architecture.bias_routes:
             layers = [weight.layer for weight in weights]
-            beside = self.biases("down_proj", layers) if role == "o_proj" else ()
             parallel = all(self.architecture.layer(layer).parallel for layer in layers)
-            if not parallel or len(beside) != len(weights):
+            beside = self.biases("down_proj", layers) if role == "o_proj" and parallel else ()
+            if len(beside) != len(weights):
                 return None
             return BiasRoute({bias.layer: bias.info.name for bias in beside}, {}, {}, dtype)
         route = self.architecture.bias_routes[role]

@@ -141,7 +141,8 @@ class Proposal:
         except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
             raise FitError(
                 "what the fit proposes", found=str(error), hint=FAULT,
-                expected="ascending finite strengths, evidence as JSON, and plain tensors",
+                expected="ascending finite strengths, evidence as JSON, plain tensors, and kinds "
+                "of controls by name",
             ) from error  # fmt: skip
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "evidence", evidence)
@@ -155,6 +156,9 @@ def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
     evidence = strict_json.plain(dict(proposal.evidence))
     if "candidates" in evidence:
         msgspec.convert(evidence, SubspaceEvidence)
+    kinds = proposal.control_kinds
+    if not isinstance(kinds, tuple) or not kinds or not all(type(kind) is str for kind in kinds):
+        raise ValueError(f"kinds of controls {str(kinds)[:80]}")
     for name, tensor in proposal.tensors.items():
         if not (name.isprintable() and is_dense(tensor)):
             raise ValueError(f"tensor {name}")
