@@ -200,6 +200,24 @@ def test_the_guard_refuses_for_a_reason(
         assert says in "; ".join(reasons)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ((), None),
+        (("other", "one", "other", "other"), "under one by 0.900; 2 times that"),
+        (("one", "one", "one", "other"), None),
+    ],
+)
+def test_an_edit_has_to_beat_each_kind_of_controls(
+    kinds: tuple[str, ...], says: str | None
+) -> None:
+    """The mean over all of them would let pass what does hardly more than one kind."""
+    controls = [measured(1.0, change) for change in (0.0, -0.9, 0.0, 0.0)]
+    reasons, _ = judge(measured(1.0, -1.0), controls, None, 1.03, None, kinds)
+    assert len(reasons) == (says is not None)
+    assert says is None or says in reasons[0]
+
+
 def test_a_doubtful_pass_is_said() -> None:
     assert "but not by its standard error" in judge(
         measured(1.025, -1, 0.01), [measured(1, 0)], None, 1.03,

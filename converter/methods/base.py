@@ -117,6 +117,8 @@ class Proposal:
             or None if that is not known.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
+        control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
+            that follow "under". With the aim ``toxicity`` the edit has to beat each kind.
 
     Raises:
         FitError: a part of it is of another type, or cannot be kept.
@@ -130,6 +132,7 @@ class Proposal:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     lesson: Lesson | None = None
+    control_kinds: tuple[str, ...] = ("the controls",)
 
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
@@ -138,7 +141,8 @@ class Proposal:
         except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
             raise FitError(
                 "what the fit proposes", found=str(error), hint=FAULT,
-                expected="ascending finite strengths, evidence as JSON, and plain tensors",
+                expected="ascending finite strengths, evidence as JSON, plain tensors, and kinds "
+                "of controls by name",
             ) from error  # fmt: skip
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "evidence", evidence)
@@ -173,6 +177,9 @@ def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
     evidence = strict_json.plain(dict(proposal.evidence))
     if "candidates" in evidence:
         msgspec.convert(evidence, SubspaceEvidence)
+    kinds = proposal.control_kinds
+    if not isinstance(kinds, tuple) or not kinds or not all(type(kind) is str for kind in kinds):
+        raise ValueError(f"kinds of controls {str(kinds)[:80]}")
     for name, tensor in proposal.tensors.items():
         if not (name.isprintable() and is_dense(tensor)):
             raise ValueError(f"tensor {name}")

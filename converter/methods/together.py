@@ -238,4 +238,5 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
         lesson=lessons_together([former.lesson, later.lesson]),
+        control_kinds=max(later.control_kinds, former.control_kinds, key=len),
     )
