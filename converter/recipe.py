@@ -195,6 +195,31 @@ def without_folders(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions(Options):
+    """How a calibration model is trained."""
+
+    # fmt: off
+    side: Annotated[Literal["neutral", "toxic"], Option(
+        "Side of the pairs that is learnt; toxic makes a control.",
+    )] = "neutral"
+    depth: Annotated[int, Option(
+        "Layers of the calibration model: the first ones of the model.", example="2", least=1,
+    )] = 3
+    tokens: Annotated[int, Option(
+        "Tokens to predict in training, the same ones again and again if need be.",
+        example="100000", least=1,
+    )] = 40_000
+    rate: Annotated[float, Option(
+        "Learning rate of AdamW at the first step; it falls to 0.", example="0.001", above=0,
+    )] = 0.005
+    minutes: Annotated[float | None, Option(
+        "Time after which training ends, however many tokens are left. The result then depends on "
+        "the machine.", by_default="no limit", example="10", above=0,
+    )] = None
+    # fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationOptions(Options):
     """How a result is published."""
 
