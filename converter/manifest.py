@@ -478,6 +478,7 @@ class GuardRecord(Record, kw_only=True):
             they were not measured.
         context_limit: the largest of these ratios.
         defence: of an edit that is for defence, which is judged by it in place of toxic words.
+        compared: what other edits do that the method names, such as a part of this one by itself.
     """
 
     budget: float
@@ -493,6 +494,7 @@ class GuardRecord(Record, kw_only=True):
     context_tokens: Count = 0
     context_limit: float | None = None
     defence: DefenceRecord | None = None
+    compared: dict[str, Measured] = {}
 
 
 class Requantized(Record, kw_only=True):
@@ -884,6 +886,11 @@ class Manifest(Record, kw_only=True):
         for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
             raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
         return manifest
+
+
+def parse_calibration(value: Any) -> CalibrationRecord:
+    """A record from what its JSON stands for. Raises msgspec.ValidationError."""
+    return msgspec.convert(value, CalibrationRecord)
 
 
 def to_json(record: Record) -> Any:

@@ -83,6 +83,11 @@ class Recipe(Options):
         "File of activations that an earlier run has written; it replaces the forward pass.",
         example="activations.safetensors", place=True, path="file", exists=True,
     )] = None
+    calibration: Annotated[Path | None, Option(
+        "Folder with a calibration model, as gloss calibrate writes it, for --method fusion "
+        "-o form=paper; without one it is trained.",
+        by_default="it is trained", example="./calibration", place=True, path="folder", exists=True,
+    )] = None
     device: Annotated[str, Option(
         "Device that computes: auto, cpu, cuda, cuda:n, or map, which spreads the model over all "
         "GPUs and the memory.",

@@ -8,7 +8,7 @@ Shapes: D is the width of what a head is given, T the content tokens that are co
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -89,6 +89,19 @@ class Calibrated:
     module: Any
     losses: tuple[float, float]
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a method gets of a calibration model.
+
+    Attributes:
+        tensors: name in the model that it is the beginning of -> its own, float32 on the CPU.
+        about: how it came to be, as JSON.
+    """
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

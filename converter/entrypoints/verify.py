@@ -4,11 +4,15 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.library import read_config
+from converter.checkpoints.fusing import is_fused, target_config
+from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.source import Source
 from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
+from converter.models.loading import load_tokenizer
 from converter.outputs.base import output_of
 from converter.outputs.checkpoint.verify import plan_of
 from converter.outputs.readers import check_readers
@@ -107,6 +111,11 @@ def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     """Config and tokenizer load in transformers, without code of the folder unless trusted."""
     from transformers import AutoConfig, AutoTokenizer
 
+    config = read_json(folder / "config.json")
+    if is_fused(config) and not trust_remote_code:  # its class is code, which nobody has trusted
+        read = read_config(target_config(config), None, False)
+        load_tokenizer(folder, config=read)
+        return
     for kind in (AutoConfig, AutoTokenizer):
         try:
             kind.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

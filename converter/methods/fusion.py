@@ -1,8 +1,8 @@
-"""Output-layer fusion, folded: what two calibration models would add, as a part of the head."""
+"""Output-layer fusion: what calibration models add, folded into the head or as the paper has it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.errors import FitError, OptionError
+from converter.methods import fusion_paper
 from converter.methods.base import Proposal, Workbench
 
 _SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -45,22 +46,25 @@ class Method:
 
     This is our construction in the place of that of arXiv 2506.01266, which blends h with what one
     calibration model of neutral text gives, layer-normalised, while the model runs, and keeps that
-    model. That form needs code of its own where the model is loaded, and is not offered.
+    model. That is ``form=paper``, which needs code of its own; see ``methods.fusion_paper``.
 
     The control puts a random orthonormal basis in place of V: the same B, its output turned.
 
     Attributes:
-        scale: c; by default chosen.
-        rank: R; nothing is cut off if it is the width of the head or more.
+        form: ``folded``, or ``paper``.
+        scale: c; by default chosen. With form=paper it is a, .1 by default.
+        rank: R, with form=folded; nothing is cut off if it is the width of the head or more.
         depth: layers of the calibration models, or all that there are.
         tokens: that each of them is trained to predict.
         rate: at which they learn at first.
     """
 
-    title: ClassVar[str] = "Output-layer fusion, folded into the head"
+    title: ClassVar[str] = "Output-layer fusion"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
+    trains: ClassVar[bool] = True
 
+    form: Literal["folded", "paper"] = "folded"
     scale: float | None = field(default=None, metadata={"min": 1e-6})
     rank: int = field(default=32, metadata={"min": 1})
     depth: int = field(default=3, metadata={"min": 1})
@@ -73,11 +77,14 @@ class Method:
         return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The head; or a new one and the key of the config that says so.
+        """The head; or a new one and the key of the config that says so. Of the paper's form, what
+        ``fusion_paper.footprint`` says.
 
         Raises:
             OptionError: there is no head that can change.
         """
+        if self.form == "paper":
+            return fusion_paper.footprint(plan, self._depth(plan), self.scale)
         weight, route = _head(plan)
         if route is None:
             rank = min(self.rank, weight.info.shape[1 - weight.axis])
@@ -90,7 +97,10 @@ class Method:
         Raises:
             FitError: they do not differ.
         """
-        found = bench.contrast(Training(self.depth, self.tokens, self.rate))
+        training = Training(self._depth(bench.plan), self.tokens, self.rate)
+        if self.form == "paper":
+            return fusion_paper.fit(bench, training, self.scale)
+        found = bench.contrast(training)
         B = ridge(found.gram, found.cross, _PENALTY * float(found.gram.trace()) / _elements(found))
         U, S, Vh = torch.linalg.svd(B)
         if not S[0] > 0:
@@ -112,6 +122,9 @@ class Method:
             control,
             _evidence(found, B, S, self.rank),
         )
+
+    def _depth(self, plan: Plan) -> int:
+        return min(self.depth, plan.dimensions.num_hidden_layers)
 
 
 def _head(plan: Plan) -> tuple[Weight, HeadRoute | None]:
