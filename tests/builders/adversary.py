@@ -20,7 +20,7 @@ CLAIMS = (
     "method.evidence.candidates.#.index",
     "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
     "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
-    "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
+    "run.base_model", "run.batch_size", "run.calibration", "run.device", "run.force", "run.forward",
     "run.guard_draws", "run.instances", "run.mask", "run.max_perplexity_ratio", "run.neutral",
     "run.num_pairs", "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
     "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
