@@ -478,6 +478,7 @@ class GuardRecord(Record, kw_only=True):
             they were not measured.
         context_limit: the largest of these ratios.
         defence: of an edit that is for defence, which is judged by it in place of toxic words.
+        compared: what other edits do that the method names, such as a part of this one by itself.
     """
 
     budget: float
@@ -493,6 +494,7 @@ class GuardRecord(Record, kw_only=True):
     context_tokens: Count = 0
     context_limit: float | None = None
     defence: DefenceRecord | None = None
+    compared: dict[str, Measured] = {}
 
 
 class Requantized(Record, kw_only=True):
@@ -763,6 +765,41 @@ class Measurements(Record, kw_only=True):
     peak_memory_bytes: int
 
 
+class CalibrationRecord(Record, kw_only=True):
+    """How a calibration model was trained; no part of a manifest, but a file beside the model.
+
+    Attributes:
+        source: the model whose first layers it begins as.
+        source_files: sha256 of the files that were read of it, the tokenizer's among them.
+        pairs: where they came from; the sha256 is that of those which were trained on.
+        side: of the pairs.
+        count: how many sentences that are.
+        depth: layers.
+        rate: of AdamW at the first step.
+        tokens: that were predicted in training.
+        asked: the same, as asked for; more if the time was over before.
+        minutes: after which training was to end.
+        losses: nats a token, at the first step and at the end.
+        files: of the folder, but for this one.
+    """
+
+    tool: Tool
+    source: str
+    source_files: dict[str, Sha256]
+    pairs: TextRecord
+    side: Literal["neutral", "toxic"]
+    count: Positive
+    seed: int
+    depth: Positive
+    rate: float
+    tokens: Positive
+    asked: Positive
+    minutes: float | None
+    losses: tuple[float, float]
+    environment: Environment
+    files: dict[str, FileRecord]
+
+
 class Manifest(Record, kw_only=True):
     """What gloss-convert read, did and wrote.
 
@@ -851,6 +888,11 @@ class Manifest(Record, kw_only=True):
         for key in sorted(value["run"].keys() - {field.name for field in fields(Recipe)}):
             raise msgspec.ValidationError(f"Object contains unknown field `{key}` - at `$.run`")
         return manifest
+
+
+def parse_calibration(value: Any) -> CalibrationRecord:
+    """A record from what its JSON stands for. Raises msgspec.ValidationError."""
+    return msgspec.convert(value, CalibrationRecord)
 
 
 def to_json(record: Record) -> Any:

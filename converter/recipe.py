@@ -83,6 +83,11 @@ class Recipe(Options):
         "File of activations that an earlier run has written; it replaces the forward pass.",
         example="activations.safetensors", place=True, path="file", exists=True,
     )] = None
+    calibration: Annotated[Path | None, Option(
+        "Folder with a calibration model, as gloss calibrate writes it, for --method fusion "
+        "-o form=paper; without one it is trained.",
+        by_default="it is trained", example="./calibration", place=True, path="folder", exists=True,
+    )] = None
     device: Annotated[str, Option(
         "Device that computes: auto, cpu, cuda, cuda:n, or map, which spreads the model over all "
         "GPUs and the memory.",
@@ -192,6 +197,31 @@ def without_folders(text: str) -> str:
         return text
     name = readable(path.resolve().name)
     return f"./{name}" if name in _WORDS else name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions(Options):
+    """How a calibration model is trained."""
+
+    # fmt: off
+    side: Annotated[Literal["neutral", "toxic"], Option(
+        "Side of the pairs that is learnt; toxic makes a control.",
+    )] = "neutral"
+    depth: Annotated[int, Option(
+        "Layers of the calibration model: the first ones of the model.", example="2", least=1,
+    )] = 3
+    tokens: Annotated[int, Option(
+        "Tokens to predict in training, the same ones again and again if need be.",
+        example="100000", least=1,
+    )] = 40_000
+    rate: Annotated[float, Option(
+        "Learning rate of AdamW at the first step; it falls to 0.", example="0.001", above=0,
+    )] = 0.005
+    minutes: Annotated[float | None, Option(
+        "Time after which training ends, however many tokens are left. The result then depends on "
+        "the machine.", by_default="no limit", example="10", above=0,
+    )] = None
+    # fmt: on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

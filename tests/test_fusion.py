@@ -152,7 +152,9 @@ def test_training_lowers_the_loss_and_leaves_embeddings_and_head(checkpoints: Ch
     encode = Encoder(model.tokenizer, model.module)
     pairs = bench_of(checkpoints("llama")).part.pairs.pairs
     sentences = [encode.predicted(pair.toxic) for pair in pairs]
-    first, last = calibration_models._train(twin, sentences, Training(2, 9000, 3e-2), 0, "cpu")
+    training = Training(2, 9000, 3e-2)
+    (first, last), tokens = calibration_models._train(twin, sentences, training, 0, "cpu")
+    assert 9000 <= tokens < 9200
     assert last < first - 0.2
     before, after = model.module.state_dict(), twin.state_dict()
     same = {name for name in after if torch.equal(before[name], after[name])}

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "neutral": "ordentliche Prosa \N{GRINNING FACE}.txt",
     "word_list": "words\nof\ttwo\x7flines\u202e",
     "output": "adapter",
+    "calibration": Path("some/calibration"),
     "activations": Path("some/activations.safetensors"),
     "device": "cuda:1",
     "forward_dtype": "float16",

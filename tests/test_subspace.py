@@ -1,6 +1,6 @@
 """Theorems about subspaces: planted truth is recovered, protected directions are not touched."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from msgspec import convert
 from safetensors.torch import load_file
 from torch import Tensor
 
-from converter.calibration.calibration_models import Contrast, Training
+from converter.calibration.calibration_models import Calibration, Contrast, Training
 from converter.calibration.instances import Instances
 from converter.calibration.linear_algebra import (
     eigen_directions,
@@ -129,6 +129,9 @@ class Desk:
         return self.seen
 
     def contrast(self, training: Training) -> Contrast:
+        raise AssertionError("no method of a subspace trains a model")
+
+    def calibrate(self, training: Training, names: Collection[str]) -> Mapping[str, Calibration]:
         raise AssertionError("no method of a subspace trains a model")
 
     def weight(self, weight: Weight) -> Tensor:

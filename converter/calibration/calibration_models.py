@@ -8,16 +8,19 @@ Shapes: D is the width of what a head is given, T the content tokens that are co
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from converter.calibration.pairs import Pairs
+from converter.checkpoints.architectures.library import quietly
 from converter.errors import DataError, FitError, SourceError
 from converter.models.batching import (
     BATCH_TOKENS,
@@ -49,6 +52,8 @@ _CLIP = 1.0
 _COMPARED = 400
 """Pairs that the calibration models are compared on, at most: some 10,000 tokens."""
 
+_HINT = "give --device cpu, or lower the depth"
+
 _LAST = 0.1
 """Share of the steps over which the loss at the end is averaged."""
 
@@ -61,11 +66,42 @@ class Training:
         depth: how many of the model's first layers they have.
         tokens: that each of them is to predict, the same one as often as it takes.
         rate: of AdamW at the first step; it falls to 0 linearly.
+        seconds: after which training ends, however many tokens are left; the rate falls with the
+            time, too. What comes out then depends on the machine.
     """
 
     depth: int
     tokens: int
     rate: float
+    seconds: float = inf
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibration model.
+
+    Attributes:
+        module: in float32, in eval mode.
+        losses: nats per token of its side, at the first step and at the end of training.
+        tokens: that it was trained to predict.
+    """
+
+    module: Any
+    losses: tuple[float, float]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a method gets of a calibration model.
+
+    Attributes:
+        tensors: name in the model that it is the beginning of -> its own, float32 on the CPU.
+        about: how it came to be, as JSON.
+    """
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +142,17 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
         FitError: the loss is not a number in the end.
         SourceError: the model's first layers cannot be run alone, or there is too little memory.
     """
-    encode = Encoder(model.tokenizer, model.module)
     texts = {"neutral": [p.neutral for p in pairs.pairs], "toxic": [p.toxic for p in pairs.pairs]}
-    sides = {side: [encode.predicted(text) for text in texts[side]] for side in texts}
-    _check_memory(model, training.depth)
-    twins: list[Any] = []
-    losses = {}
-    hint = "give --device cpu, or lower -o depth"
-    with memory_errors("calibration models in training", hint):
-        for side, sentences in sides.items():
-            twin = _first_layers(model, training.depth)
-            with progress.bar(f"train {side}", training.tokens, "token"):
-                losses[side] = _train(twin, sentences, training, seed, model.device)
-            twins.append(twin)
+    _check_memory(model, training.depth, 2)
+    with memory_errors("calibration models in training", _HINT):
+        made = {side: calibrate(model, texts[side], training, seed, side) for side in texts}
+        twins: list[Any] = [each.module for each in made.values()]
+        encode = Encoder(model.tokenizer, model.module)
         width: int = twins[0].get_output_embeddings().weight.shape[1]
         gram, cross = torch.zeros(2, width, width, dtype=torch.float64)
         square, tokens = 0.0, 0
         step = -(-len(pairs.pairs) // _COMPARED)
-        some = [text for sentences in sides.values() for text in sentences[::step]]
+        some = [encode.predicted(text) for side in texts.values() for text in side[::step]]
         batched = token_batches(some, BATCH_TOKENS, model.device)
         with progress.bar("compare", len(some), "text"), torch.inference_mode():
             for batch in batched:
@@ -133,20 +162,46 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
                 cross.addmm_(h.T, d)
                 square, tokens = square + float(d.square().sum()), tokens + len(h)
                 progress.advance(len(batch.rows))
+    losses = {side: each.losses for side, each in made.items()}
     return Contrast(gram, cross, square, tokens, losses)
 
 
-def _check_memory(model: LanguageModel, depth: int) -> None:
-    """Refuse what does not fit: two copies in float32, a gradient and two moments of one."""
+def calibrate(
+    model: LanguageModel, texts: Sequence[str], training: Training, seed: int, side: str
+) -> Calibrated:
+    """Train a calibration model on some texts. Equal inputs give equal bytes on one machine.
+
+    Args:
+        model: not spread over devices; it stays as it is.
+        texts: sentences.
+        training: how.
+        seed: of the order of the steps.
+        side: what the texts are, for the progress bar.
+
+    Raises:
+        As ``contrast``.
+    """
+    _check_memory(model, training.depth, 1)
+    encode = Encoder(model.tokenizer, model.module)
+    sentences = [encode.predicted(text) for text in texts]
+    with memory_errors("a calibration model in training", _HINT):
+        module = _first_layers(model, training.depth)
+        with progress.bar(f"train {side}", training.tokens, "token"):
+            losses, tokens = _train(module, sentences, training, seed, model.device)
+    return Calibrated(module, losses, tokens)
+
+
+def _check_memory(model: LanguageModel, depth: int, copies: int) -> None:
+    """Refuse what does not fit: copies in float32, a gradient and two moments of one."""
     with _shortened(model, depth) as module:
         every = sum(p.numel() for p in module.parameters())
         trained = sum(p.numel() for p in _trainable(module))
-    needed, free = 4 * (2 * every + 3 * trained), free_memory(model.device)
+    needed, free = 4 * (copies * every + 3 * trained), free_memory(model.device)
     if needed > free:
         raise SourceError(
             f"the calibration models do not fit in the memory of the {model.device}",
             expected=f"{needed / 1e9:.1f} GB or more available", found=f"{free / 1e9:.1f} GB",
-            hint="lower -o depth, or choose another method",
+            hint="lower the depth, or choose another method",
         )  # fmt: skip
 
 
@@ -185,15 +240,23 @@ def _given_to_head(module: Any, batch: Batch) -> Tensor:
 
 def _train(
     module: nn.Module, sentences: Sequence[Sentence], training: Training, seed: int, device: str
-) -> tuple[float, float]:
-    """Train a model to predict the content tokens of sentences; its losses, as in ``Contrast``."""
+) -> tuple[tuple[float, float], int]:
+    """Train a model to predict the content tokens of sentences.
+
+    Returns:
+        its losses, as in ``Calibrated``, and how many tokens were predicted.
+    """
     batched = token_batches(sentences, min(_STEP, logit_positions(module)), device)
     order = _order([int((b.weights > 0).sum()) for b in batched], training.tokens, seed)
-    losses, parameters = [], _trainable(module)
+    losses, parameters, tokens = list[float](), _trainable(module), 0
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.0)
+    begun = monotonic()
     for step, (number, count) in enumerate(order):
+        done = max(step / len(order), (monotonic() - begun) / training.seconds)
+        if done >= 1:
+            break
         batch = batched[number]
         with torch.enable_grad(), only_chosen(module, batch):
             loss = -log_probability(call(module, batch).logits, batch) / count
@@ -201,9 +264,10 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = training.rate * (1 - step / len(order))
+            group["lr"] = training.rate * (1 - done)
         optimizer.step()
         losses.append(loss.item())
+        tokens += count
         progress.advance(count)
     module.requires_grad_(False)
     module.zero_grad()  # gradients take memory, too
@@ -214,7 +278,7 @@ def _train(
             "a calibration model does not learn", expected="a finite loss", found=f"{last}",
             hint="lower -o rate",
         )  # fmt: skip
-    return losses[0], last
+    return (losses[0], last), tokens
 
 
 def _order(sizes: Sequence[int], tokens: int, seed: int) -> list[tuple[int, int]]:
@@ -238,3 +302,16 @@ def _trainable(module: Any) -> list[nn.Parameter]:
     frozen = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     kept = {id(p) for m in (*frozen, module.get_output_embeddings()) for p in m.parameters()}
     return [p for p in module.parameters() if id(p) not in kept]
+
+
+def save(module: Any, depth: int, dtype: torch.dtype, folder: Path) -> None:
+    """Write a calibration model and its config as ``save_pretrained`` does: a model of few layers.
+
+    Raises OSError if the folder cannot be written.
+    """
+    config = module.config
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    with quietly():
+        module.to(dtype).save_pretrained(folder)

@@ -16,6 +16,9 @@ EDIT_FILE = "gloss_edit.tensors"
 """The edit, in the format of safetensors. Readers that take every ``*.safetensors`` of a folder for
 weights of the model (vLLM, where there is no index) must not see it."""
 
+CALIBRATION = "gloss_calibration.json"
+"""How a calibration model was trained, beside it."""
+
 Format = Literal["safetensors", "pickled", "native"]
 
 WEIGHTS: dict[Format, tuple[str, str]] = {

@@ -5,7 +5,7 @@ written.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Plan:
         scheme: how weights are stored in FP8, or None if they are not.
         stale: file of the source -> merge patch that drops what the tensors refute.
         folder: of the config, if it is in one.
+        config: parsed, without what the tensors refute.
     """
 
     architecture: Architecture
@@ -101,6 +102,7 @@ class Plan:
     names: Names
     stale: Mapping[str, Mapping[str, Any]]
     folder: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dimensions(self) -> Dimensions:
@@ -265,6 +267,12 @@ def make_plan(
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
             agree with the files, a down-projection that is missing or has the wrong shape or dtype.
     """
+    if config.get("model_type") == "gloss_fused":
+        raise CheckpointError(
+            "config.json: a model of type gloss_fused", expected="a model that is one",
+            found="one that gloss-convert has fused with a calibration model",
+            hint="convert the model that it was made from",
+        )  # fmt: skip
     tensors = locate_tensors(weight_map, headers)
     patch = stale_quantization(config, tensors)
     config = merge(config, patch)
@@ -291,7 +299,7 @@ def make_plan(
     stale = {"config.json": patch} if patch else {}
     return Plan(
         architecture, headers, tuple(targets), roles, vocabulary, post_norms, scheme, names, stale,
-        folder,
+        folder, config,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from converter.cli.architectures import architectures_command
+from converter.cli.calibrate import calibrate_command
 from converter.cli.command import Command
 from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
@@ -27,6 +28,7 @@ _COMMANDS = (
     evaluate_command,
     architectures_command,
     methods_command,
+    calibrate_command,
 )
 
 

@@ -11,6 +11,7 @@ from converter.calibration.instances import load_instances
 from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
@@ -18,6 +19,7 @@ from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Footprint
 from converter.edits.edit_file import save_edit
 from converter.edits.engine import Engine
+from converter.entrypoints.calibration import check_calibration, check_forward
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
@@ -98,7 +100,8 @@ def convert(
         edit = fitted.edit
         check_edit(edit, plan, source)
         patch = edit.patches.get("config.json", {})
-        check_relabelled(source, patch, recipe.trust_remote_code)
+        if CODE not in edit.files:
+            check_relabelled(source, patch, recipe.trust_remote_code)
         with claim.staged(delivery.overwrite) as folder:
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
                 job = WriteJob(
@@ -241,6 +244,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         check_shared(recipe.method, method, plan)
         output.check(plan, footprint)
         check_additions(footprint.created, plan, source.config)
+        check_calibration(recipe, source, plan, footprint)
         for _, names, _, patch in additions_of(plan) if footprint.created else ():
             if footprint.created.keys() & {*names}:
                 check_relabelled(source, patch, recipe.trust_remote_code)
@@ -308,6 +312,7 @@ def prepare_to_write(
                 hint="give --push-to-hub alone",
             )  # fmt: skip
     source, plan, method = prepare(recipe)
+    check_forward(recipe, settings, plan, method)
     if not settings.keep_source and source.repo is None:
         raise OptionError("--no-keep-source", expected="a source on the Hub", found=recipe.source)
     if not settings.keep_source and source.repo is not None and not source.repo.sizes:

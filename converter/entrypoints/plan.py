@@ -13,8 +13,7 @@ from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
 from converter.hub.addresses import settled
 from converter.methods.base import footprint_of
-from converter.methods.together import options_of, parts_of, strengths_of
-from converter.methods.workbench import check_contrast
+from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
@@ -50,8 +49,6 @@ def describe_plan(
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"
     )
-    if any(getattr(part, "contrasts", False) for part in parts_of(recipe.method, method).values()):
-        check_contrast(forward, spread=recipe.device == "map")
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,

@@ -7,6 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.library import read_config
+from converter.checkpoints.fusing import is_fused, target_config
+from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.safetensors.header import TensorInfo
@@ -18,6 +21,7 @@ from converter.edits.deltas import AddBits
 from converter.edits.storage import read_weight
 from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
+from converter.models.loading import load_tokenizer
 from converter.outputs.base import output_of
 from converter.outputs.checkpoint.verify import plan_of
 from converter.outputs.readers import check_readers
@@ -157,6 +161,11 @@ def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     """Config and tokenizer load in transformers, without code of the folder unless trusted."""
     from transformers import AutoConfig, AutoTokenizer
 
+    config = read_json(folder / "config.json")
+    if is_fused(config) and not trust_remote_code:  # its class is code, which nobody has trusted
+        read = read_config(target_config(config), None, False)
+        load_tokenizer(folder, config=read)
+        return
     for kind in (AutoConfig, AutoTokenizer):
         try:
             kind.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

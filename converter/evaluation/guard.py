@@ -85,9 +85,20 @@ def examine(
 
     found = measured(proposal.edit(strength))
     controls = [measured(proposal.control(strength, seed + draw)) for draw in range(draws)]
+    compared = {name: probe.measure(make(strength)) for name, make in proposal.compared.items()}
+    for name, each in {"the edit": found, **compared}.items() if compared else ():
+        progress.note(
+            f"  {name}: toxic words x {each.teacher_forced.value:.3f}, perplexity "
+            f"x {each.perplexity_ratio.value:.3f}"
+        )
     energy = proposal.neutral_energy(strength)
-    finite = [each.finite for each in (found, *controls)] + [each.finite for each in refusals]
-    if not all(finite):
+    every: tuple[Measured | DefenceMeasured, ...] = (
+        found,
+        *controls,
+        *compared.values(),
+        *refusals,
+    )
+    if not all(each.finite for each in every):
         raise GuardError(
             "an edited model gives NaN or Inf on held-out text",
             hint="nothing was written, and --force does not help; edit less, or use float32",
@@ -118,6 +129,7 @@ def examine(
         context_tokens=probe.context_tokens,
         context_limit=MOST_CONTEXT,
         defence=record,
+        compared=compared,
     )
 
 

@@ -7,7 +7,7 @@ A method says from the headers what it will change (``footprint``), then fits an
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 import msgspec
 from torch import Tensor
 
-from converter.calibration.calibration_models import Contrast, Training
+from converter.calibration.calibration_models import Calibration, Contrast, Training
 from converter.calibration.instances import Instance, Instances, Lesson
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
@@ -86,6 +86,16 @@ class Workbench(Protocol):
         Raises OptionError or SourceError if the model is not in memory as a whole.
         """
 
+    def calibrate(self, training: Training, names: Collection[str]) -> Mapping[str, Calibration]:
+        """A calibration model of the neutral sides, given or trained, and of the toxic ones.
+
+        Args:
+            training: how; of one that is given, only its depth counts.
+            names: of the tensors of the model's that are wanted of each.
+
+        Raises OptionError or SourceError if the model is not in memory as a whole.
+        """
+
     def weight(self, weight: Weight) -> Tensor:
         """W (O, I) float32, read from its shard, however it is stored; a bias is (O, 1)."""
 
@@ -115,6 +125,8 @@ class Proposal:
         tensors: the same in the edit's file.
         neutral_energy: share of what neutral text writes that the edit of a strength takes away,
             or None if that is not known.
+        compared: name -> another edit of a strength, such as a part of this one by itself, that the
+            guard measures beside it and does not judge by.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
         control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
@@ -133,6 +145,7 @@ class Proposal:
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     lesson: Lesson | None = None
     control_kinds: tuple[str, ...] = ("the controls",)
+    compared: Mapping[str, Callable[[float], Edit]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
@@ -213,8 +226,8 @@ class Method(Protocol):
         strength: what its strengths are called, such as ``rank``: the name of the option that sets
             one.
         aim: an ``Aim``, which may be left out: ``toxicity``.
-        contrasts: whether it asks for a ``contrast``, which may be left out: then a plan does not
-            refuse a model that does not fit into memory.
+        trains: whether it trains calibration models, for which the model must be in memory as a
+            whole; may be left out: False.
         implied: a function of a ``Recorded``, which may be left out: name -> what the recorded edit
             makes of the strength and of a part of the evidence, which ``gloss verify`` compares.
             It may raise FitError, saying what of the record contradicts the edit.

@@ -1,9 +1,9 @@
-"""Output-layer fusion, folded: what two calibration models would add, as a part of the head."""
+"""Output-layer fusion: what calibration models add, folded into the head or as the paper has it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.errors import FitError, OptionError
+from converter.methods import fusion_paper
 from converter.methods.base import Proposal, Recorded, Workbench
 
 _SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -50,23 +51,25 @@ class Method:
 
     This is our construction in the place of that of arXiv 2506.01266, which blends h with what one
     calibration model of neutral text gives, layer-normalised, while the model runs, and keeps that
-    model. That form needs code of its own where the model is loaded, and is not offered.
+    model. That is ``form=paper``, which needs code of its own; see ``methods.fusion_paper``.
 
     The control puts a random orthonormal basis in place of V: the same B, its output turned.
 
     Attributes:
-        scale: c; by default chosen.
-        rank: R; nothing is cut off if it is the width of the head or more.
+        form: ``folded``, or ``paper``.
+        scale: c; by default chosen. With form=paper it is a, .1 by default.
+        rank: R, with form=folded; nothing is cut off if it is the width of the head or more.
         depth: layers of the calibration models, or all that there are.
         tokens: that each of them is trained to predict.
         rate: at which they learn at first.
     """
 
-    title: ClassVar[str] = "Output-layer fusion, folded into the head"
+    title: ClassVar[str] = "Output-layer fusion"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
-    contrasts: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
+    form: Literal["folded", "paper"] = "folded"
     scale: float | None = field(default=None, metadata={"min": 1e-6})
     rank: int = field(default=32, metadata={"min": 1})
     depth: int = field(default=3, metadata={"min": 1})
@@ -79,11 +82,14 @@ class Method:
         return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The head; or a new one and the key of the config that says so.
+        """The head; or a new one and the key of the config that says so. Of the paper's form, what
+        ``fusion_paper.footprint`` says.
 
         Raises:
             OptionError: there is no head that can change.
         """
+        if self.form == "paper":
+            return fusion_paper.footprint(plan, self._depth(plan), self.scale)
         weight, route = _head(plan)
         if route is None:
             rank = min(self.rank, weight.info.shape[1 - weight.axis])
@@ -96,7 +102,10 @@ class Method:
         Raises:
             FitError: they do not differ.
         """
-        found = bench.contrast(Training(self.depth, self.tokens, self.rate))
+        training = Training(self._depth(bench.plan), self.tokens, self.rate)
+        if self.form == "paper":
+            return fusion_paper.fit(bench, training, self.scale)
+        found = bench.contrast(training)
         B = ridge(found.gram, found.cross, _PENALTY * float(found.gram.trace()) / _elements(found))
         U, S, Vh = torch.linalg.svd(B)
         if not S[0] > 0:
@@ -119,6 +128,9 @@ class Method:
             _evidence(found, B, S, self.rank),
         )
 
+    def _depth(self, plan: Plan) -> int:
+        return min(self.depth, plan.dimensions.num_hidden_layers)
+
     def implied(self, found: Recorded) -> dict[str, Any]:
         """Singular values and scale, as far as the factors of the change say so.
 
@@ -127,6 +139,8 @@ class Method:
 
         Raises FitError: the rank is another one, or the change is not of that form.
         """
+        if self.form == "paper":
+            return {}
         weight, route = _head(found.plan)
         read = None if weight.scales else found.weight
         implied: dict[str, Any] = {}

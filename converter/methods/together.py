@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.calibration.instances import together as lessons_together
+from converter.checkpoints.fusing import CODE
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.errors import OptionError
@@ -65,6 +66,12 @@ class Together:
             )  # fmt: skip
         owners: dict[str, str] = {}
         found = {name: footprint_of(part, plan) for name, part in self.parts.items()}
+        if fused := [name for name, each in found.items() if CODE in each.files]:
+            raise OptionError(
+                f"--method {SEPARATOR.join(self.parts)}", expected="methods that edit one model",
+                found=f"{fused[0]} with form=paper, which adds another to it",
+                hint="give it alone, or choose form=folded",
+            )  # fmt: skip
         for name, each in found.items():
             whole = (created for created, shape in each.created.items() if len(shape) > 1)
             for what in (*(weight.info.name for weight in each.weights), *each.files, *whole):

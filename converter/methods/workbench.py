@@ -1,6 +1,6 @@
 """A source with everything that fitting a method to it takes; its model is loaded when needed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.calibration.calibration_models import Contrast, Training, contrast
+from converter.calibration.calibration_models import (
+    Calibration,
+    Contrast,
+    Training,
+    calibrate,
+    contrast,
+)
 from converter.calibration.collect import activation_inputs, extract
+from converter.calibration.given import given_calibration
 from converter.calibration.instances import Instances, load_instances
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part
@@ -43,19 +50,12 @@ from converter.recipe import Recipe, Settings
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
+TRAINING = "calibration models are trained, for which"
+TRAINING_HINT = "give --forward resident, or choose another method"
+"""Why the model has to be in memory, and what to do about it."""
+
 _NOWHERE = Origin(name="nowhere")
 _NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
-
-
-def check_contrast(forward: Forward, *, spread: bool) -> None:
-    """Refuse to train calibration models where they cannot be.
-
-    Raises OptionError or SourceError if the model is not in memory as a whole, on one device.
-    """
-    what = "calibration models are trained, for which"
-    if spread:
-        raise OptionError(f"{what} the model must be on one device", found="--device map")
-    forward.need_resident(what, "give --forward resident, or choose another method")
 
 
 @dataclass(slots=True)
@@ -233,9 +233,31 @@ class Bench:
 
     def contrast(self, training: Training) -> Contrast:
         """See ``Workbench``."""
-        check_contrast(self.forward, spread=self.how.spread)
+        self._need_one_device()
         with progress.stage("calibrate", "training calibration models"):
             return contrast(self.load_resident(), self.part.pairs, training, self.recipe.seed)
+
+    def calibrate(self, training: Training, names: Collection[str]) -> Mapping[str, Calibration]:
+        """See ``Workbench``."""
+        self._need_one_device()
+        pairs, found = self.part.pairs, dict[str, Calibration]()
+        for side in ("neutral", "toxic"):
+            if side == "neutral" and self.recipe.calibration is not None:
+                found[side] = given_calibration(self.recipe.calibration, names, pairs)
+                continue
+            texts = [getattr(pair, side) for pair in pairs.pairs]
+            with progress.stage("calibrate", f"training a calibration model of {side} text"):
+                made = calibrate(self.load_resident(), texts, training, self.recipe.seed, side)
+            state = made.module.state_dict()
+            about = {"losses": list(made.losses), "tokens": made.tokens}
+            found[side] = Calibration({name: state[name].cpu() for name in names}, about)
+        return found
+
+    def _need_one_device(self) -> None:
+        """Raise OptionError or SourceError unless the model is in memory, on one device."""
+        if self.how.spread:
+            raise OptionError(f"{TRAINING} the model must be on one device", found="--device map")
+        self.forward.need_resident(TRAINING, TRAINING_HINT)
 
     def weight(self, weight: Weight) -> Tensor:
         """See ``Workbench``; as former methods left it."""

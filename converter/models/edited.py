@@ -11,7 +11,9 @@ from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.edits.deltas import Delta
+from converter.edits.fused import fusion_of
 from converter.errors import OptionError
+from converter.models.fused import blending
 from converter.models.hooks import hooked
 
 
@@ -75,6 +77,10 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
         OptionError: see ``module_edits``.
     """
     edit.check(plan)
+    if fusion := fusion_of(plan, edit):
+        with blending(model, *fusion, edit.created):
+            yield
+        return
     changes = module_edits(plan, edit)
     with hooked(model, {name: change.hook for name, change in changes.items()}):
         yield

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.chat_template import is_template_file
 from converter.checkpoints.front_matter import write_front_matter
+from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
 from converter.manifest import Choice, Manifest, PairsRecord, TextRecord
@@ -91,6 +92,7 @@ def front_matter(
     output = output_of(manifest.run.output)
     dataset = manifest.pairs.origin.repo_id
     results = eval_results(manifest)
+    tags = [*_TAGS, "custom_code"] if CODE in manifest.edit.files else _TAGS
     return ModelCardData(
         **terms.fields,
         base_model=base,
@@ -99,7 +101,7 @@ def front_matter(
         pipeline_tag=source.card.pipeline_tag or "text-generation",
         language=source.card.language,
         datasets=[dataset] if dataset else None,
-        tags=[*_TAGS, *(method.name for method, _ in manifest.methods)],
+        tags=[*tags, *(method.name for method, _ in manifest.methods)],
         model_name=title_of(source, manifest) if results else None,
         eval_results=results or None,
     )
@@ -262,6 +264,7 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
         "formulas": [FORMULAS.get(kind, "") for kind in sorted({t.kind for t in manifest.edited})],
         "changed": bool(manifest.edit.patches or manifest.edit.created),
         "created": _created_size(manifest),
+        "fused": CODE if CODE in manifest.edit.files else "",
         "mask": manifest.run.mask,
         "defence": manifest.instances is not None,
         "judged": manifest.guard is not None,

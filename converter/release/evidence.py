@@ -32,7 +32,8 @@ _MALFORMED = (
 """What happens to who reads evidence that is not what the method keeps."""
 
 _ASKED = (
-    "activations", "base_model", "batch_size", "device", "force", "forward", "forward_dtype",
+    "activations", "base_model", "batch_size", "calibration", "device", "force", "forward",
+    "forward_dtype",
     "guard_draws", "instances", "mask", "max_perplexity_ratio", "neutral", "num_pairs", "pairs",
     "rounding", "seed", "source", "subfolder", "trust_remote_code", "word_list",
 )  # fmt: skip

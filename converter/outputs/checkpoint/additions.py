@@ -23,6 +23,7 @@ from converter.checkpoints.safetensors.header import FLOATS, MAX_NAME, read_head
 from converter.checkpoints.safetensors.rewrite import digests_of
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit, Patch
+from converter.edits.fused import fusion_of
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, FileRecord
 from converter.outputs.base import file_entry, sha256_of_tensor
@@ -103,9 +104,10 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
             raise CheckpointError(f"the edit creates tensor {name}, which holds NaN or Inf")
     for name, patch in edit.patches.items():
         patched_text(name, patch, source)
-    if "config.json" in edit.patches:
-        _check_config(merge(source.config, edit.patches["config.json"]), plan)
-    _check_asked_for(edit, plan, source.config)
+    if fusion_of(plan, edit) is None:
+        if "config.json" in edit.patches:
+            _check_config(merge(source.config, edit.patches["config.json"]), plan)
+        _check_asked_for(edit, plan, source.config)
     sizes = {name: len(data) for name, data in edit.files.items()}
     _check_files(sizes, {*source.small, *source.shards, *_RESERVED})
 

@@ -8,6 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from converter.checkpoints.fusing import (
+    ALIGNMENT,
+    CODE,
+    MODEL_TYPE,
+    fused_shapes,
+    is_fused,
+    target_config,
+)
 from converter.checkpoints.layout import read_index, read_json
 from converter.checkpoints.names import INDEX, MANIFEST
 from converter.checkpoints.patch import merge
@@ -145,6 +153,13 @@ def _check_asked_for(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Created tensors must be those that a model with this config looks at, and all of them."""
     plan, config = plan_of(folder, manifest, edited=False), read_json(folder / "config.json")
     created = {tensor.name for tensor in manifest.edit.created}
+    if is_fused(config) or ALIGNMENT in created:
+        fusion = config.get("fusion")
+        depth = fusion.get("depth") if isinstance(fusion, Mapping) else None
+        whole = type(depth) is int and fused_shapes(plan, depth).keys() == created
+        if not whole or not is_fused(config) or CODE not in manifest.files:
+            yield f"config.json: does not fit the created tensors and files of a {MODEL_TYPE} model"
+        return
     for what, names, needed, patch in additions_of(plan):
         ours = sorted(created & {*names})
         if ours and merge(config, patch) != config:
@@ -165,7 +180,8 @@ def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
         created = {tensor.name: tensor.shard for tensor in manifest.edit.created}
         headers = {n: header for n, header in headers.items() if n not in created.values()}
         weight_map = weight_map and {n: s for n, s in weight_map.items() if n not in created}
-    return make_plan(read_json(folder / "config.json"), weight_map, headers, folder)
+    config = target_config(read_json(folder / "config.json"))
+    return make_plan(config, weight_map, headers, folder)
 
 
 def _is_same(weight: Weight, tensor: EditedTensor) -> bool:
