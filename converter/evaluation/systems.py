@@ -224,20 +224,24 @@ class Fits:
                 yield strength, proposal.edit(strength), proposal.lesson
 
     def _method(self, system: str, seed: int, first: System | None) -> Method:
-        """The method of a system; a control has the layers and the biases of the reference."""
+        """The method of a system; a control has the layers, factors and biases of the reference."""
         name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
         typed = self.comparison.typed(name, recipe)
         if name not in ("random", "profs"):
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
+            factors = first.options.get("factors", ())
         else:
             asked = self.comparison.typed(recipe.method, recipe)
             reference = configure(recipe.method, asked, dimensions)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
+            factors = options_of(reference).get("factors", ())
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
+        if mild := [f"{n}:{factors[n]!r}" for n in layers if n < len(factors) and factors[n] < 1]:
+            options["factors"] = ",".join(mild)
         if name == "random":
             most = max(rank, MAX_RANK, *self.comparison.ranks)
             options |= {"draw": str(seed), "rank": str(most)}

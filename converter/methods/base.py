@@ -50,6 +50,10 @@ METHODS = Registry(
 
 Layers = tuple[int, ...]
 
+Factors = tuple[float, ...]
+"""One for each layer of a model, from 0 to 1: how much of a subspace is taken out of it; empty for
+1 in all of them."""
+
 Aim = Literal["toxicity", "defence"]
 """What an edit is for, and examined for: toxic words become less probable, or answers to harmful
 requests become refusals."""
@@ -115,6 +119,8 @@ class Proposal:
         tensors: the same in the edit's file.
         neutral_energy: share of what neutral text writes that the edit of a strength takes away,
             or None if that is not known.
+        with_factors: the same fit with other ``Factors``, controls included, which costs no pass
+            over texts: what a search varies. None if the method has no factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
 
@@ -129,6 +135,7 @@ class Proposal:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
+    with_factors: "Callable[[Factors], Proposal] | None" = None
     lesson: Lesson | None = None
 
     def __post_init__(self) -> None:
@@ -171,9 +178,10 @@ def _number(value: Any) -> float:
 class Method(Protocol):
     """A method with its options set: a frozen dataclass whose fields are the options.
 
-    An option is ``Layers``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``; None, where it
-    may be that, is typed as ``auto``. The ``metadata`` of its field may have ``min``, the smallest
-    number, or ``names``, a function that returns the texts to choose from. An option that neither
+    An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
+    None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
+    ``min``, the smallest number, or ``names``, a function that returns the texts to choose from;
+    with ``unsaid`` the option is left out of manifests where it is empty. An option that neither
     the field nor ``defaults`` gives a value has to be typed.
 
     Attributes:
@@ -225,7 +233,12 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
     Raises:
         FitError: as the method does, or it gives something else.
     """
-    proposal = _returned(method.fit(bench), Proposal, method)
+    return _checked(_returned(method.fit(bench), Proposal, method), method, bench)
+
+
+def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
+    """See ``proposal_of``."""
+    others = proposal.with_factors
 
     def checked(edit: Any) -> Edit:
         found = _returned(edit, Edit, method)
@@ -244,6 +257,7 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
         edit=lambda strength: checked(proposal.edit(strength)),
         control=lambda strength, seed: checked(proposal.control(strength, seed)),
         neutral_energy=energy,
+        with_factors=others and (lambda factors: _checked(others(factors), method, bench)),
     )
 
 
