@@ -99,7 +99,7 @@ def test_the_record_says_it_and_a_replay_gives_the_same_bytes(
     cli("verify", out, "--source", source, code=0)
     manifest = load_manifest(out)
     assert manifest["method"]["options"]["factors"] == [1.0, 1.0, 0.5, 0.75, 1.0, 1.0]
-    assert "| factors | 0.5 in layers 2, 0.75 in layers 3; 1 in the others" in (
+    assert "| factors | 0.5 in layer 2, 0.75 in layer 3; 1 in the others" in (
         out / "README.md"
     ).read_text("utf-8")
     assert all(entry["measures"]["leakage"] < 0.05 for entry in manifest["edited"])

@@ -80,8 +80,9 @@ def spectrum_figure(manifest: Manifest) -> "Figure | None":
         shares = (100 * np.square(values) / np.square(values).sum())[:_SPECTRUM_LENGTH]
         x = range(1, len(shares) + 1)
         left.plot(x, shares, color=_BLUE, linewidth=linewidth, marker=marker, markersize=3)
-    factors = ", ".join(f"{a:g}" for a in sorted({*manifest.factors.values()}))
-    label = f"rank {strength:g}" + (f"\nfactors {factors}" if factors else "")
+    label = f"rank {strength:g}"
+    if factors := manifest.factors.values():
+        label += f"\nfactors from {min(factors):g} to {max(factors):g}"
     left.axvline(strength + 0.5, label=label, **_BOUNDARY)
     left.set(xlabel="singular value, the largest first", ylabel="share of the sum of squares (%)")
     left.set_ylim(bottom=0)

@@ -240,7 +240,8 @@ class Fits:
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
-        if mild := [f"{n}:{factors[n]!r}" for n in layers if n < len(factors) and factors[n] < 1]:
+        mild = [f"{n}:{factors[n]!r}" for n in layers if n < len(factors) and factors[n] < 1]
+        if mild and "layers" not in typed:
             options["factors"] = ",".join(mild)
         if name == "random":
             most = max(rank, MAX_RANK, *self.comparison.ranks)

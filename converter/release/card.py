@@ -315,11 +315,11 @@ def _created_size(manifest: Manifest) -> str:
 
 
 def factors_text(factors: Mapping[int, float], layers: Sequence[int]) -> str:
-    """Factors of layers in words: ``0.5 in layers 4-8, 0.9 in layers 9; 1 in the others``."""
-    parts = [
-        f"{a:g} in layers {compress([n for n in factors if factors[n] == a])}"
-        for a in dict.fromkeys(factors.values())
-    ]
+    """Factors of layers in words: ``0.5 in layers 4-8, 0.9 in layer 9; 1 in the others``."""
+    parts = []
+    for a in dict.fromkeys(factors.values()):
+        mine = [layer for layer in factors if factors[layer] == a]
+        parts.append(f"{a:g} in layer{'s' if len(mine) > 1 else ''} {compress(mine)}")
     return ", ".join(parts) + ("; 1 in the others" if len(factors) < len(layers) else "")
 
 
