@@ -215,6 +215,10 @@ def another_factor(out: Path, manifest: dict[str, Any]) -> None:
     first_weight(manifest)["measures"]["factor"] = 0.6
 
 
+def no_leakage(out: Path, manifest: dict[str, Any]) -> None:
+    first_weight(manifest)["measures"]["leakage"] = 0.0
+
+
 def another_option(out: Path, manifest: dict[str, Any]) -> None:
     """Other factors than the edit's, wherever the manifest speaks of them."""
     manifest["run"]["options"]["factors"] = "2:0.6,3:0.75"
@@ -237,12 +241,12 @@ def another_edit(out: Path, manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("forge", "without"),
     [(another_factor, True), (another_option, True), (another_edit, True), (taken_out, True),
-     (along_other_columns, False)],
+     (along_other_columns, False), (no_leakage, False)],
 )  # fmt: skip
 def test_forged_factors_are_found(
     forge: Any, without: bool, made: tuple[Path, Path], out: Path
 ) -> None:
-    """That each column has its share, and not only all of them together, the source tells."""
+    """How near each column comes to its share, and not all of them together, the source tells."""
     manifest = load_manifest(out)
     forge(out, manifest)
     put(out, manifest)
