@@ -19,8 +19,8 @@ from converter.entrypoints.plan import describe_plan
 from converter.entrypoints.replay import replay as write_replay
 from converter.entrypoints.resume import convert_once
 from converter.entrypoints.verify import verify as find_problems
+from converter.evaluation.comparison import Comparison, parse_systems
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.systems import Comparison, parse_systems
 from converter.manifest import Evaluation, Manifest
 from converter.option import at_home
 from converter.outputs.record_checks import edit_of
@@ -129,7 +129,8 @@ def evaluate(
     *,
     systems: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
-    ranks: Sequence[int] = (),
+    costs: Sequence[float] = (),
+    controls: bool = False,
 ) -> Evaluation:
     """Measure toxicity and perplexity of a model and of what was made from it: ``gloss evaluate``.
 
@@ -140,7 +141,8 @@ def evaluate(
         settings: as for ``convert``.
         systems: what is measured beside: methods to fit, such as ``random``, and places of others.
         seeds: of the pairs that these are fitted on, one at least.
-        ranks: to measure of each, from 1; empty to choose one.
+        costs: perplexity ratios; each system is measured at strengths that come nearest to them.
+        controls: whether the control of each system that is fitted is measured, too.
 
     Returns:
         metrics of each system, with their intervals of 95 %.
@@ -148,7 +150,7 @@ def evaluate(
     Raises:
         ConverterError: one of its children says what is wrong.
     """
-    comparison = Comparison(parse_systems(systems), tuple(seeds), tuple(ranks))
+    comparison = Comparison(parse_systems(systems), tuple(seeds), tuple(costs), controls)
     made = None if edited is None else _text(edited)
     return evaluate_model(_recipe(recipe), comparison, asked, settings, edited=made)
 

@@ -642,7 +642,8 @@ class EvaluationSettings(Record, kw_only=True):
     """What has to be known to measure the same again.
 
     Attributes:
-        controls: systems beside the unedited model and the edited one, as typed.
+        systems: beside the unedited model and the edited one, as typed.
+        costs: perplexity ratios that strengths were chosen for; empty for one under the budget.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.
@@ -657,8 +658,8 @@ class EvaluationSettings(Record, kw_only=True):
     """
 
     source: str
-    controls: tuple[str, ...]
-    ranks: tuple[int, ...]
+    systems: tuple[str, ...]
+    costs: tuple[float, ...]
     device: str
     dtype: str
     word_list: Sha256
@@ -690,7 +691,8 @@ class SystemRecord(Record, kw_only=True):
     """One system that was measured.
 
     Attributes:
-        group: systems of one name and group are averaged.
+        group: the cost that the strength was chosen for, or None; systems of one name and group
+            are averaged.
         seed: of its pairs; None if nothing was fitted.
         strength: of the edit; None for the unedited model.
         layers: that it edits.
@@ -699,7 +701,7 @@ class SystemRecord(Record, kw_only=True):
     """
 
     system: str
-    group: Strength | None
+    group: float | None
     seed: int | None
     strength: Strength | None
     layers: tuple[int, ...]

@@ -1,7 +1,6 @@
 """``gloss evaluate`` on a model in which the truth is planted."""
 
 import json
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,11 @@ from msgspec import convert
 from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
+from converter.evaluation.comparison import parse_systems
 from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.continuations import draw_passages
-from converter.evaluation.results import markdown, summarise
-from converter.evaluation.systems import parse_systems
+from converter.evaluation.results import summarise
+from converter.evaluation.tables import at_cost, equal_cost_table, markdown, systems_of
 from converter.manifest import Evaluation, Interval, SystemRecord
 from converter.methods.base import METHODS
 from converter.methods.subspace import MAX_RANK
@@ -22,7 +22,7 @@ from converter.models import loading
 from converter.models import resident as forward
 from converter.models.likelihood import teacher_forced, word_changes
 from tests.builders.invoke import Cli
-from tests.builders.models import Checkpoints, architecture_of
+from tests.builders.models import TINY, TINY_ARGS, Checkpoints, architecture_of
 from tests.builders.planted import planted_args
 
 
@@ -80,16 +80,82 @@ def test_controls_stand_beside_the_edit(
     ]  # fmt: skip
 
 
-def test_ranks_are_measured_one_by_one(planted: Path, texts: tuple[str, ...], cli: Cli) -> None:
-    beside = ("--system", "profs", "--system", "random")
-    args = (*beside, "--ranks", "1,2", "--no-greedy", "--samples", 0, "--json")
+def test_a_system_has_options_of_its_own(planted: Path, texts: tuple[str, ...], cli: Cli) -> None:
+    """Two systems of one method; what is typed by -o is for both, and one has its own value."""
+    names = ("profs:rank=1", "profs:rank=2,layers=2,4", "random:rank=2")
+    beside = [word for name in names for word in ("--system", name)]
+    args = (*beside, "-o", "profs.layers=1-3", "--no-greedy", "--samples", 0, "--json")
     found = cli("evaluate", planted, *planted_args(planted), *texts[:-2], *args, code=0)
     results = json.loads(found.stdout)
-    rows = [(row["system"], row["strength"]) for row in results["rows"]]
-    assert rows == [("unedited", ""), *product(("profs", "random"), ("1", "2"))]
+    assert results["settings"]["systems"] == [*names]
+    systems = results["systems"]
+    assert [each["system"] for each in systems] == ["unedited", *names]
+    assert [each["strength"] for each in systems[1:]] == [1, 2, 2]
+    assert [each["layers"] for each in systems[1:3]] == [[1, 2, 3], [2, 4]]
     assert "toxicity/bad-words/greedy" not in results["rows"][0]["metrics"]
     results["scorers"] = ["bad-words"]
     assert "not measured" in markdown(convert(results, Evaluation))
+
+
+def test_systems_are_compared_at_equal_cost(
+    planted: Path, texts: tuple[str, ...], cli: Cli
+) -> None:
+    """Each at the strengths nearest to the costs, with its own control at the same strengths."""
+    names = ("gloss", "destein", "random", "gloss:rank=1")
+    beside = [word for name in names for word in ("--system", name)]
+    args = (*planted_args(planted, rank=None), *texts, *beside, "--no-greedy", "--samples", 0)
+    args = (*args, "--costs", "1.02,1.3", "--controls", "--json")
+    found = cli("evaluate", planted, *args, code=0)
+    results = convert(json.loads(found.stdout), Evaluation)
+    assert results.settings.costs == (1.02, 1.3)
+    measured = systems_of(results.systems)
+    assert list(measured) == [
+        "gloss", "gloss, its control", "destein", "destein, its control", "random",
+        "gloss:rank=1", "gloss:rank=1, its control",
+    ]  # fmt: skip
+    for name in ("gloss", "destein"):
+        strengths = [each.strength or 0 for each in measured[name]]
+        assert strengths == sorted(strengths)
+        assert {each.group for each in measured[name]} <= {1.02, 1.3}
+        assert strengths == [each.strength for each in measured[f"{name}, its control"]]
+    assert [each.group for each in measured["gloss:rank=1"]] == [None]  # typed, so not chosen
+    (weak, *_), (other, *_) = measured["gloss"], measured["gloss, its control"]
+    effect, none = weak.metrics["teacher_forced"], other.metrics["teacher_forced"]
+    assert effect is not None
+    assert none is not None
+    assert effect.value < none.value
+
+
+def test_what_an_edit_does_at_a_cost_is_interpolated_and_never_extrapolated() -> None:
+    def measured(seed: int, cost: float, toxic: float, name: str = "x") -> SystemRecord:
+        metrics = {
+            "perplexity_ratio": Interval.of(cost, cost, cost),
+            "teacher_forced": Interval.of(toxic, toxic - 0.1, toxic + 0.1),
+        }
+        return SystemRecord(
+            system=name, group=None, seed=seed, strength=1, layers=(), options={}, metrics=metrics
+        )
+
+    one = [measured(0, 1.02, 0.6), measured(0, 1.04, 0.4)]
+    for ratio, value in ((1.01, 0.8), (1.02, 0.6), (1.03, 0.5), (1.04, 0.4)):
+        found = at_cost(one, "perplexity_ratio", ratio)
+        assert found is not None
+        assert found.value == pytest.approx(value)
+    assert (found := at_cost(one, "perplexity_ratio", 1.01)) is not None
+    assert found.low == pytest.approx(0.75)  # the unedited model has no error
+    assert at_cost(one, "perplexity_ratio", 1.05) is None
+    assert at_cost(one, "context_ratio", 1.02) is None
+    both = at_cost([*one, measured(1, 1.02, 0.4)], "perplexity_ratio", 1.02)
+    assert both is not None
+    assert both.value == pytest.approx(0.5)
+    beside = measured(0, 1.01, 0.9, "y")
+    table = equal_cost_table((*one, beside))
+    assert table.splitlines()[2].startswith("| model | perplexity x 1.01 | perplexity x 1.02 |")
+    assert table.splitlines()[4].startswith(
+        "| x | 0.800 [0.750, 0.850] | 0.600 [0.500, 0.700] |  |"
+    )
+    assert table.splitlines()[5].startswith("| y | 0.900 [0.800, 1.000] |  |")
+    assert equal_cost_table(one) == ""  # there is nothing to compare with
 
 
 def test_systems_of_all_kinds_stand_in_one_table(
@@ -117,7 +183,7 @@ def test_systems_of_all_kinds_stand_in_one_table(
     results = json.loads(found.stdout)
     systems = {each["system"]: each for each in results["systems"]}
     assert list(systems) == ["unedited", "out", "lora", "recorded.json", "random", "profs+random"]
-    assert results["settings"]["controls"] == list(systems)[1:]
+    assert results["settings"]["systems"] == list(systems)[1:]
     ratio = {n: s["metrics"]["perplexity_ratio"]["value"] for n, s in list(systems.items())[1:]}
     assert ratio["lora"] == ratio["recorded.json"]  # both through hooks, and the same edit
     assert ratio["out"] == pytest.approx(ratio["lora"], abs=1e-6)
@@ -136,28 +202,46 @@ def test_systems_of_all_kinds_stand_in_one_table(
 def test_options_of_a_fit_are_refused_where_nothing_is_fitted(planted: Path, cli: Cli) -> None:
     """Who types --method and no --system would take the row of the model for that of the method."""
     args = ("evaluate", planted, "--prompts", "none")
-    for typed in (("--method", "destein"), ("-o", "rank=1"), ("--ranks", "1"), ("--seeds", 2)):
+    for typed in (
+        ("--method", "destein"),
+        ("-o", "rank=1"),
+        ("--costs", "1.1"),
+        ("--controls",),
+        ("--seeds", 2),
+    ):
         cli(*args, *typed, code=2, says=f"{typed[0]} has no effect without a --system")
 
 
-def test_a_rank_that_is_no_strength_is_left_alone(
+def test_an_option_of_a_method_that_is_not_measured_is_refused_by_name(
     planted: Path, texts: tuple[str, ...], cli: Cli
 ) -> None:
-    """Fusion has a rank of its own, which is not chosen; and --ranks does not bear on it."""
-    names = [
-        word for name in ("fusion", "random@perplexity", "random") for word in ("--system", name)
-    ]
-    args = (*planted_args(planted)[:2], *texts[2:4], "--prompts", "none", "--num-pairs", 100)
-    few = ("-o", "fusion.tokens=100", "-o", "fusion.depth=2", "-o", "fusion.scale=0.1")
-    found = cli("evaluate", planted, *args, *names, *few, "--ranks", "1,2", "--json", code=0)
-    systems = json.loads(found.stdout)["systems"]
-    assert [each["system"] for each in systems] == [
-        "unedited", "fusion", "random@perplexity", "random", "random",
-    ]  # fmt: skip
-    assert (systems[1]["strength"], systems[1]["options"]["rank"]) == (0.1, 32)
-    for name in ("fusion", "random@perplexity"):
-        assert f"--ranks does not bear on {name}, which is measured once" in found.stderr
-    assert "does not bear on random," not in found.stderr
+    """It would be ignored. Beside a control it says what that is a control of, and no more."""
+    args = ("evaluate", planted, "--prompts", "none", "-o", "rank=1", "--num-pairs", 100)
+    for systems, says in (
+        (("destein",), "-o rank: expected -o destein.rank, found an option of --method gloss"),
+        (("profs+model-surgery",), "-o rank: expected -o profs.rank or -o model_surgery.rank"),
+    ):
+        named = [word for name in systems for word in ("--system", name)]
+        cli(*args, *named, code=2, says=says)
+    asked = (*planted_args(planted)[:2], *texts[2:4], "--prompts", "none", "-o", "layers=2")
+    found = cli("evaluate", planted, *asked, "--system", "random:rank=1", "--json", code=0)
+    assert "layers and biases of controls" in found.stderr
+    assert json.loads(found.stdout)["systems"][1]["layers"] == [2]
+
+
+def test_options_of_systems_beside_a_conversion_are_theirs_alone(
+    checkpoints: Checkpoints, texts: tuple[str, ...], cli: Cli, tmp_path: Path
+) -> None:
+    args = ("convert", checkpoints("llama"), tmp_path / "out", *TINY_ARGS, "--num-pairs", 64)
+    asked = ("--evaluate", "--prompts", "none", *texts[2:4], "--system", "random")
+    more = ("-o", "random.draw=3", "-o", "random.protect_shared=2")
+    cli(*args, *more, code=2, says="-o random.draw: method gloss-paper")
+    cli(*args, *asked, "-o", "profs.rank=1", code=2, says="an option of gloss_paper or random")
+    cli(*args, *asked, *more, code=0)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["run"]["options"] == TINY
+    assert manifest["evaluation"]["systems"][2]["options"]["draw"] == 3
+    cli("verify", tmp_path / "out", code=0)
 
 
 def test_what_was_made_from_another_model_is_refused(
@@ -258,10 +342,13 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--system", "profs", "--system", "profs"), 2, "expected systems of different names"),
         (("--system", "profs", "-o", "random.rank=1"), 2, "expected an option of gloss or profs"),
         (("--system", "profs", "-o", "profs.magic=1"), 2, "-o magic: method profs"),
-        (("--ranks", "0,2"), 2, "--ranks: expected numbers such as 1,2,4, found 0,2"),
+        (("--costs", "0.9"), 2, "--costs: expected perplexity ratios above 1, such as 1.01"),
+        (("--system", "gloss:rank"), 2, "expected options behind the colon, each of them once"),
+        (("--system", "gloss:rank=1,rank=2"), 2, "such as rank=2,layers=3-8, found rank=2"),
+        (("--system", "gloss:magic=2"), 2, "-o magic: method gloss"),
         (("--system", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
-        (("--ranks", "x"), 2, "--ranks: expected numbers such as 1,2,4, found x"),
+        (("--costs", "x"), 2, "--costs: expected numbers such as 1.01,1.02,1.05, found x"),
         (("--scorer", "magic"), 2, "--scorer"),
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),
         (("--text", tmp_path / "short.txt", "--prompts", "none"), 5, "is too short"),

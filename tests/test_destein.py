@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import converter
@@ -42,6 +43,7 @@ from tests.builders.invoke import Cli
 from tests.builders.models import (
     HIDDEN,
     LAYERS,
+    NORM_AFTER,
     Checkpoints,
     load,
     planned,
@@ -162,8 +164,16 @@ def test_the_options_say_what_is_asked_of_the_model(checkpoints: Checkpoints) ->
     assert len({*paper.prompts}) == 2
     bare = asked(planted(), prompt="none", pooling="mean")
     assert bare == replace(paper, prompts=("", ""), pooling="mean")
+    assert asked(planted(), prompt="only") == replace(paper, bare=True)
     causal = asked(planted_slopes(), direction="causal")
     assert causal == replace(paper, prompts=("", ""), pooling="predicting", slopes=True)
+
+
+def test_prompts_alone_have_no_toxic_words_to_ask_for(checkpoints: Checkpoints) -> None:
+    _, plan = planned(checkpoints("llama"))
+    for options in ({"direction": "causal"}, {"pooling": "predicting"}):
+        with refused(OptionError, what="-o prompt=only", hint="prompts alone have no toxic words"):
+            configure("destein", {"prompt": "only", **options}, plan.dimensions).footprint(plan)
 
 
 def test_strengths_are_a_grid_or_the_one_that_is_typed(fit: Fit) -> None:
@@ -266,6 +276,19 @@ def test_a_model_in_which_it_would_not_be_exact_is_refused_by_name(
     assert "--method gloss" in str(caught.value)
 
 
+def test_a_norm_behind_the_attention_can_be_gone_through(checkpoints: Checkpoints) -> None:
+    """Where there is a way to a bias before the norm, and this is said."""
+    _, plan = planned(checkpoints("gemma3_text"))
+    through = "-o norm=through to add the vector before the norm"
+    with refused(OptionError, what="--method destein", hint=f"choose {through}, or --method ..."):
+        configure("destein", {}, plan.dimensions).footprint(plan)
+    method = configure("destein", {"norm": "through"}, plan.dimensions)
+    assert "model.layers.2.self_attn.o_proj.bias" in method.footprint(plan).created
+    _, plan = planned(checkpoints("mistral"))
+    with refused(OptionError, what="--method destein", found=REFUSED["mistral"]):
+        configure("destein", {"norm": "through"}, plan.dimensions).footprint(plan)
+
+
 ARGS = {"alpha": "0.2", "layers": "1-3"}
 
 
@@ -279,7 +302,8 @@ def written(
     def get(kind: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
         out = tmp_path_factory.mktemp("destein") / "out"
         recipe = Recipe(
-            source=str(checkpoints(kind, dtype, shard)), method="destein", options=ARGS,
+            source=str(checkpoints(kind, dtype, shard)), method="destein",
+            options=ARGS | ({"norm": "through"} if kind in NORM_AFTER else {}),
             num_pairs=64, guard=False,
         )  # fmt: skip
         converter.convert(recipe, out)
@@ -298,14 +322,23 @@ def adding(vector: Tensor) -> Callable[..., Any]:
     return lambda module, args, output: output + vector
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "granite", "opt", "mistral-full"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "gpt2", "falcon", "gemma3_text", "gptj", "granite", "opt", "olmo2", "mistral-full"],
+)
 def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path]
 ) -> None:
-    """With hooks of this test, which know nothing of biases, and with those of the guard."""
+    """With hooks of this test, which know nothing of biases, and with those of the guard.
+
+    All tensors are there and used: transformers would load the source, with a notice, if not.
+    """
     source, out = checkpoints(kind), written(kind)
     _, plan = planned(source)
-    before, after, steps = load(source), load(out), steps_of(out)
+    before, steps = load(source), steps_of(out)
+    auto: Any = transformers.AutoModelForCausalLM
+    after, said = auto.from_pretrained(out, output_loading_info=True)
+    assert not any(said[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
     modules = {weight.layer: weight.module for weight in plan.weights("o_proj")}
     with torch.no_grad():
         plain, found = before(TOKENS).logits, after(TOKENS).logits
@@ -319,9 +352,13 @@ def test_the_written_model_computes_what_the_vectors_make_of_the_source(
     assert float((hooked - plain).abs().max()) > 1e-3
 
 
-def test_an_existing_bias_is_edited_and_no_other_byte(written: Callable[..., Path]) -> None:
-    manifest = read_manifest(written("gpt2"))
-    names = [f"transformer.h.{n}.attn.c_proj.bias" for n in (1, 2, 3)]
+@pytest.mark.parametrize(("kind", "bias"), [("gpt2", "attn.c_proj"), ("gptj", "mlp.fc_out")])
+def test_an_existing_bias_is_edited_and_no_other_byte(
+    kind: str, bias: str, written: Callable[..., Path]
+) -> None:
+    """In GPT-J that of the FFN, which stands beside an attention that has none."""
+    manifest = read_manifest(written(kind))
+    names = [f"transformer.h.{n}.{bias}.bias" for n in (1, 2, 3)]
     assert [edit.name for edit in manifest.edited] == names
     assert not manifest.edit.created
     assert not manifest.edit.patches
@@ -353,7 +390,7 @@ def test_a_single_file_gets_a_name_that_no_loader_takes_for_the_whole(
     assert torch.allclose(load(out).state_dict()[name], steps_of(out)[2])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
 def test_a_replay_gives_the_same_bytes_without_a_model(
     kind: str, checkpoints: Checkpoints, written: Callable[..., Path], cli: Cli, tmp_path: Path
 ) -> None:
@@ -443,7 +480,7 @@ def test_a_label_is_not_believed_but_proved(monkeypatch: pytest.MonkeyPatch) -> 
     assert not find_architecture(config | {"max_position_embeddings": 503}).bias_routes
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
 def test_an_adapter_cannot_hold_biases(
     kind: str, checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
@@ -512,6 +549,14 @@ def test_attention_outputs_are_pooled_over_the_last_8_tokens_of_prompted_texts(
     tokens = torch.cat([outputs(model, text)[1:] for text in PROSE])  # without BOS
     norms = tokens.reshape(len(tokens), 4, -1).norm(dim=-1).mean(0)
     assert torch.allclose(found.norms[3], norms, rtol=1e-5)
+
+
+def test_prompts_alone_are_pooled_like_texts(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("llama")
+    found, model = seen(opened(folder), replace(OUTPUTS, bare=True)), load(folder)
+    for side, prompt in ((found.toxic, "Bad:"), (found.neutral, "Good, good:")):
+        wanted = outputs(model, prompt)[1:][-8:].mean(0)  # without BOS
+        assert torch.allclose(side[3], wanted.expand(len(PAIRS), -1), atol=1e-5)
 
 
 def test_spans_move_with_the_prompt(checkpoints: Checkpoints) -> None:

@@ -18,6 +18,7 @@ import converter
 from converter.calibration.instances import Instance, Instances, builtin_set
 from converter.calibration.word_list import load_words
 from converter.checkpoints.chat_template import suffix_patches
+from converter.edits.base import Edit
 from converter.edits.deltas import AddBits
 from converter.errors import CheckpointError, DataError, FitError, OptionError
 from converter.evaluation.systems import edited_layers
@@ -30,7 +31,7 @@ from converter.models.chat import as_prompt
 from converter.models.edited import edited
 from converter.models.training import TrainedMap
 from converter.release.manifest import read_manifest
-from tests.builders.adversary import copy_of
+from tests.builders.adversary import copy_of, load_manifest, put
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import LAYERS, Checkpoints, load, planned, tiny_recipe
@@ -261,6 +262,20 @@ def test_rounding_that_loses_the_edit_is_warned_of(
     assert nll[0] - proposal.evidence["rounded"]["nll"] < 0.5 * (nll[0] - nll[-1])
 
 
+def test_a_learning_rate_that_rounding_swallows_is_said_and_refused(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """As 1e-5, the authors' for Mistral, is for SmolLM2."""
+    args = ("convert", checkpoints("llama", torch.bfloat16), tmp_path / "out", "--method", "dinm")
+    options = ("-o", "layer=3", "-o", "steps=2", "--num-pairs", 64, "--max-perplexity-ratio", 9)
+    says = "the answers that were to be learnt rise by "
+    result = cli(*args, *options, "-o", "learning_rate=1e-6", code=9, says=says)
+    assert "rounding to bfloat16 loses the edit: the answer's log-probability" in result.stderr
+    assert not (tmp_path / "out").exists()
+    says = "rounding to bfloat16 leaves every weight as it was; give a larger -o learning_rate"
+    cli(*args, *options, "-o", "learning_rate=1e-12", code=6, says=says)
+
+
 def test_the_rule_gives_the_largest_distance_of_hidden_states(source: Path) -> None:
     """Against transformers; the state after the final norm is left out."""
     evidence = fit(source, layer=None, steps=1).evidence
@@ -355,6 +370,58 @@ def test_what_cannot_be_trained_is_said_in_a_sentence(source: Path) -> None:
         fit(source, learning_rate=1.0, c_edit=1e308, kl="off")
 
 
+def test_a_plan_says_that_the_fit_chooses_one_of_the_tensors(source: Path, cli: Cli) -> None:
+    args = ("plan", source, "--method", "dinm")
+    plan = json.loads(cli(*args, "--json", code=0).stdout)
+    (weight, *_) = planned(source)[1].weights("down_proj", [0])
+    assert len(plan["edited_tensors"]) == LAYERS - 1
+    assert (plan["edited_at_most"], plan["edited_bytes_at_most"]) == (1, weight.info.nbytes)
+    said = cli(*args, code=0).stdout
+    assert f"among layers 0-{LAYERS - 2}" in said
+    assert f"\n1 of {LAYERS - 1} tensors to edit (0.0 MB), which the fit chooses; " in said
+    assert "1 edited" not in said
+    said = cli(*args, "-o", "layer=3", code=0).stdout
+    assert ", layers 3\n" in said
+    assert "\n1 tensors to edit; " in said
+
+
+def test_an_edit_of_more_tensors_than_the_footprint_has_is_refused(source: Path) -> None:
+    plan, proposal = planned(source)[1], fit(source, steps=1)
+    footprint = Method().footprint(plan)
+    footprint.check(proposal.edit(1))
+    two = dict.fromkeys([w.info.name for w in footprint.weights[:2]], delta_of(proposal))
+    with refused(FitError, what="the method changes ... in a way that its footprint does not have"):
+        footprint.check(Edit(two))
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "evaluate", "dry-run"])
+def test_instances_that_there_are_not_are_refused_before_a_model_is_loaded(
+    command: str, source: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bench, "load", None)
+    given: Mapping[str, tuple[Any, ...]] = {
+        "plan": ("plan", source, "--method"),
+        "convert": ("convert", source, tmp_path / "out", "--method"),
+        "dry-run": ("convert", source, tmp_path / "out", "--dry-run", "--method"),
+        "evaluate": ("evaluate", source, "--prompts", "none", "--system"),
+    }
+    args, owner = (*given[command], "dinm"), "dinm." if command == "evaluate" else ""
+    file = tmp_path / "own.jsonl"
+    entry = {"adversarial prompt": "X", "safe generation": "No.", "unsafe generation": "Yes."}
+    file.write_text("\n".join(json.dumps(entry) for _ in range(3)))
+    for typed, more, says in (
+        ("instance=36", (), "expected numbers from 0 to 35"),
+        ("instance=3", ("--instances", file), "expected numbers from 0 to 2"),
+        ("instance=one", (), "expected numbers from 0 to 35"),
+    ):
+        cli(*args, "-o", owner + typed, *more, code=2, says=says)
+    if command != "evaluate":
+        says = "the instances leave too few questions of the built-in set"
+        cli(*args, "-o", "instance=0-35", code=6, says=says)
+        cli(*args, "-o", "instance=0-1", "-o", "parity=yes", code=2, says="-o parity=yes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_numbers_of_instances() -> None:
     assert numbers_of("0,5,7-9", 10) == [0, 5, 7, 8, 9]
     for text in ("", "x", "-1", "10", "3-2", "0-99999999999"):
@@ -439,8 +506,20 @@ def test_a_replay_gives_the_same_bytes(
     result = cli("replay", out, again, "--source", source, "--refit", "--json", code=0)
     said = json.loads(result.stdout)
     assert said["identical"] is True
-    assert set(said["angles"]) == {"d", "like"}
-    assert said["angles"]["d"][0] == 0
+    ((name, alike),) = said["changes"].items()
+    assert name.endswith("down_proj.weight")
+    assert alike == {"kind": "add-bits", "distance": 0, "cosine": 1}
+    assert said["angles"] == {}
+
+
+def test_a_record_of_more_tensors_than_the_method_edits_is_found(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = copy_of(written("llama"), tmp_path / "out")
+    told = load_manifest(out)
+    (entry,) = told["edited"]
+    put(out, told | {"edited": [entry, entry | {"name": entry["name"].replace("3", "2")}]})
+    assert any("the method edits 1 of the tensors, not 2" in said for said in converter.verify(out))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])

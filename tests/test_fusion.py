@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -328,7 +328,7 @@ def test_a_refit_compares_what_was_added_to_the_embedding(
         return replace(found, edit=replace(found.edit, created={"lm_head.weight": head}))
 
     monkeypatch.setattr(replaying, "fit", other)
-    says = "the refitted created.lm_head.weight is not the recorded one"
+    says = "the refitted change of lm_head.weight is not the recorded one"
     cli(*args, "--overwrite", code=8, says=says)
 
 
@@ -431,11 +431,36 @@ def test_a_tied_checkpoint_with_a_head_that_nobody_reads_is_refused(
     cli("plan", source, "--method", "fusion", code=2, says=says)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "says"),
+    [
+        ("qwen2_vl", (False, True), "asks for a head of its own already"),
+        ("qwen2_vl", (False, False), "expected a tensor lm_head.weight, found none"),
+        ("gemma3", (False, True), "expected a tensor language_model.lm_head.weight, found none"),
+        ("qwen2_vl", (True, False), ""),
+    ],
+)
+def test_a_head_that_the_config_contradicts_is_refused_from_the_headers(
+    kind: str, flags: tuple[bool, bool], says: str, checkpoints: Checkpoints, cli: Cli,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """A config and its part for text may disagree on whether the head is the embedding."""
+    source = copy_of(checkpoints(kind, torch.float32, "10GB"), tmp_path / "source")
+    shard = source / "model.safetensors"
+    tensors = {name: x for name, x in load_file(shard).items() if "lm_head" not in name}
+    save_file(tensors, shard, {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"] = flags
+    (source / "config.json").write_text(json.dumps(config))
+    cli("plan", source, "--method", "fusion", code=4 if says else 0, says=says)
+
+
 def test_a_streamed_model_is_refused_by_name(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path
 ) -> None:
     says = "calibration models are trained, for which the whole model must be in memory"
     given = ("--method", "fusion", "--num-pairs", 32, "--forward", "streamed", "--no-guard")
+    cli("plan", checkpoints("llama"), *given[:-1], code=2, says=says)
     cli("convert", checkpoints("llama"), tmp_path / "out", *given, code=2, says=says)
     assert not (tmp_path / "out").exists()
 

@@ -163,7 +163,8 @@ def test_the_rank_keeps_within_what_the_guard_refuses_of_other_words_too() -> No
 )
 def test_the_rank_of_a_perplexity_is_the_nearest(ratio: float, rank: int) -> None:
     probe = Scale({r: 1 + 0.01 * r for r in (1, 2, 3, 4, 6, 8)})
-    assert nearest_strength(cast(Probe, probe), by_rank(*probe.ratios), ratio) == rank
+    edit = by_rank(*probe.ratios).edit
+    assert nearest_strength(lambda r: probe.measure(edit(r)), [*probe.ratios], ratio) == rank
     assert len(probe.asked) <= 4
 
 
@@ -197,6 +198,24 @@ def test_the_guard_refuses_for_a_reason(
         assert warnings == []
     else:
         assert says in "; ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ((), None),
+        (("other", "one", "other", "other"), "under one by 0.900; 2 times that"),
+        (("one", "one", "one", "other"), None),
+    ],
+)
+def test_an_edit_has_to_beat_each_kind_of_controls(
+    kinds: tuple[str, ...], says: str | None
+) -> None:
+    """The mean over all of them would let pass what does hardly more than one kind."""
+    controls = [measured(1.0, change) for change in (0.0, -0.9, 0.0, 0.0)]
+    reasons, _ = judge(measured(1.0, -1.0), controls, None, 1.03, None, kinds)
+    assert len(reasons) == (says is not None)
+    assert says is None or says in reasons[0]
 
 
 def test_a_doubtful_pass_is_said() -> None:

@@ -123,6 +123,12 @@ def test_evidence_that_cannot_be_kept(wrong: str) -> None:
         Proposal((1,), False, nothing, nothing, EVIDENCE[wrong])
 
 
+@pytest.mark.parametrize("kinds", [(), "random rows", (1,), ["random rows"]])
+def test_kinds_of_controls_without_names(kinds: Any) -> None:
+    with pytest.raises(FitError, match="kinds of controls by name"):
+        Proposal((1,), False, nothing, nothing, control_kinds=kinds)
+
+
 @pytest.mark.parametrize("tensors", [{"a": [1]}, {"a\n": torch.ones(1)}, {1: torch.ones(1)}, [1]])
 def test_tensors_that_cannot_be_kept(tensors: Any) -> None:
     with pytest.raises(FitError, match="plain tensors"):

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
-from converter.entrypoints.replay import principal_angles
+from converter.edits.likeness import principal_angles
 from converter.release.manifest import read_manifest
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer

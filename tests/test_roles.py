@@ -57,6 +57,8 @@ DENSE = {"qwen2_moe": (3,), "qwen3_moe": (0, 2, 4), "deepseek_v2": (0, 1, 2),
          "deepseek_v3": (0, 1, 2)}  # fmt: skip
 """Mixtures with layers that are none, and these: they have gates as any other model."""
 
+LAST_BIAS = f"transformer.h.{LAYERS - 1}.mlp.fc_out.bias"
+
 IDS = torch.arange(2, 20).view(2, 9)
 
 
@@ -361,11 +363,31 @@ def test_routes_are_those_that_are_tried_here() -> None:
 def test_a_model_has_biases_or_a_route_to_them_or_none(kind: str, checkpoints: Checkpoints) -> None:
     plan = planned(checkpoints(kind))
     route = plan.bias_route("o_proj")
-    assert (route is None) == (kind not in ROUTES.keys() | BIASED)
-    if kind in BIASED:
+    assert (route is None) == (kind not in ROUTES.keys() | BIASED | {"gptj"})
+    if kind in BIASED | {"gptj"}:
         assert route is not None
         assert (route.config, route.created) == ({}, {})
-        assert list(route.biases.values()) == [b.info.name for b in plan.biases("o_proj")]
+        biases = plan.biases("o_proj" if kind in BIASED else "down_proj")
+        assert list(route.biases.values()) == [b.info.name for b in biases]
+
+
+def test_a_bias_of_the_ffn_acts_as_one_of_attention_only_where_they_stand_side_by_side(
+    checkpoints: Checkpoints,
+) -> None:
+    """Not in a Llama with biases of the FFN, which reads what attention gives; nor in Cohere, which
+    stands side by side without biases."""
+    kinds = {kind: architecture_of(kind).kinds for kind in TINY_MODELS}
+    parallel = {kind for kind, layers in kinds.items() if all(each.parallel for each in layers)}
+    assert parallel == {"falcon", "gpt_neox", "gptj", "phi"}
+    plan = planned(checkpoints("gptj"))
+    cut = {
+        shard: dataclasses.replace(
+            header, tensors={n: t for n, t in header.tensors.items() if n != LAST_BIAS}
+        )
+        for shard, header in plan.headers.items()
+    }
+    config = json.loads((checkpoints("gptj") / "config.json").read_text())
+    assert make_plan(config, None, cut).bias_route("o_proj") is None
 
 
 def test_attention_writes_into_the_stream_unless_a_norm_comes_between() -> None:

@@ -32,7 +32,9 @@ def test_what_was_converted_verifies(converted: tuple[Path, Path], cli: Cli) -> 
     assert verify(out) == []
     assert verify(out, resolve(str(source))) == []
     result = cli("verify", out, "--source", source, "--json", code=0)
-    assert json.loads(result.stdout) == {
+    told = json.loads(result.stdout)
+    assert "pairs" in told.pop("recorded_not_checked")
+    assert told == {
         "verified": True,
         "problems": [],
         "destination": str(out),

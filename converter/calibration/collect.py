@@ -99,7 +99,7 @@ def extract(
     modules = _modules(model.architecture, request)
     encode = Encoder(model.tokenizer, model.module)
     mean: Pooling = request.pooling if request.pooling in LAST else "mean"
-    said = [_prompted(pair, request.prompts) for pair in pairs.pairs]
+    said = [_prompted(pair, request.prompts, bare=request.bare) for pair in pairs.pairs]
     toxic = [encode(p.toxic, request.pooling, p.spans) for p in said]
     plain = [encode(p.neutral, mean, ()) for p in said]
     neutral = [encode.predicted(p.neutral) for p in said] if request.slopes else plain
@@ -154,8 +154,14 @@ def _passed(
     return Activations(pools[0].pooled, pools[1].pooled, second, {}, norms=norms.result())
 
 
-def _prompted(pair: Pair, prompts: tuple[str, str]) -> Pair:
-    """A pair with a prompt before either side, without the spaces and stops around the sides."""
+def _prompted(pair: Pair, prompts: tuple[str, str], *, bare: bool = False) -> Pair:
+    """A pair with a prompt before either side, without the spaces and stops around the sides.
+
+    ``bare`` leaves the sides away.
+    """
+    if bare:
+        toxic, neutral = (prompt.rstrip() for prompt in prompts)
+        return replace(pair, toxic=toxic, neutral=neutral, spans=())
     if not any(prompts):
         return pair
     toxic, neutral = (

@@ -59,6 +59,7 @@ class Request:
         slopes: whether gradients are wanted in place of pooled activations, see
             ``collect.slopes``: of the toxic words (pooling ``predicting``), and of all tokens of
             the neutral side. There is no second moment then.
+        bare: whether the texts are the prompts alone, the same for all pairs.
     """
 
     site: Site | Literal["attention", "final"]
@@ -72,6 +73,7 @@ class Request:
     prompts: tuple[str, str] = ("", "")
     chunks: int = 0
     slopes: bool = False
+    bare: bool = False
 
     @property
     def causal(self) -> bool:
@@ -212,11 +214,11 @@ def load_activations(path: Path, request: Request, hidden_size: int) -> Activati
         tensors = {name: file.get_tensor(name) for name in wanted}
         digests = strict_json.parse((file.metadata() or {}).get("sha256", "{}"))
     only = ("directions", "protect_shared", "per_layer") if request.directions else ()
-    for key in ("slopes", "site", "pooling", "prompts", *only):
+    for key in ("slopes", "site", "pooling", "prompts", "bare", *only):
         asked = getattr(request, key)
         found = inputs.get(key, asked)
         if (tuple(found) if isinstance(found, list) else found) != asked:
-            fixed = key in ("slopes", "prompts") or request.site in ("attention", "final")
+            fixed = key in ("slopes", "prompts", "bare") or request.site in ("attention", "final")
             option = "" if fixed else f"-o {key}={found} or "
             raise DataError(
                 f"{what} were taken with another {key}",

@@ -44,7 +44,7 @@ class BiasRoute:
     """How the weights of a role have or get biases, in every layer.
 
     Attributes:
-        biases: layer -> name of the role's bias.
+        biases: layer -> name of the role's bias, or of another that acts as one.
         config: keys to set in ``config.json``; empty if the checkpoint has the biases.
         created: name -> shape of every tensor that the checkpoint must get: the biases, and others
             that the same keys imply, which must be zero; empty if it has them.
@@ -162,8 +162,10 @@ class Plan:
     def bias_route(self, role: Role) -> BiasRoute | None:
         """How a role has or gets biases; None if no way is known.
 
-        There is none either if some layers have a bias and others not, or if maps have one that the
-        config does not tell of: such a checkpoint is not what its class makes of it.
+        Where attention and FFN stand side by side, the bias of the down-projection acts as one of
+        ``o_proj`` that has none. There is no route if some layers have a bias and others not, or if
+        maps have one that the config does not tell of: such a checkpoint is not what its class
+        makes of it.
 
         Raises as ``weights``.
         """
@@ -171,8 +173,15 @@ class Plan:
         dtype = FLOATS.get(weights[0].info.dtype, torch.bfloat16)
         if len(biases) == len(weights):
             return BiasRoute({bias.layer: bias.info.name for bias in biases}, {}, {}, dtype)
-        if biases or role not in self.architecture.bias_routes:
+        if biases:
             return None
+        if role not in self.architecture.bias_routes:
+            layers = [weight.layer for weight in weights]
+            parallel = all(self.architecture.layer(layer).parallel for layer in layers)
+            beside = self.biases("down_proj", layers) if role == "o_proj" and parallel else ()
+            if len(beside) != len(weights):
+                return None
+            return BiasRoute({bias.layer: bias.info.name for bias in beside}, {}, {}, dtype)
         route = self.architecture.bias_routes[role]
         spec = self.architecture.layer(weights[0].layer).roles[role]
         names = {w.layer: self.names.on_disk(spec.bias, w.layer) for w in weights}

@@ -110,7 +110,7 @@ def convert_command(
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
     from converter.entrypoints.delivery import Delivery, check_plots, draw
-    from converter.entrypoints.evaluate import evaluation_of
+    from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
@@ -135,11 +135,14 @@ def convert_command(
         signer=signer,
         stream=stream,
     )
+    typed = recipe
+    if asked.evaluate:
+        recipe = own_recipe(typed, asked.systems)
     if asked.dry_run:
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
-        measures = evaluation_of(evaluation, asked.systems, recipe, settings)
+        measures = evaluation_of(evaluation, asked.systems, typed, settings)
         delivery = replace(delivery, evaluation=measures)
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:
@@ -175,6 +178,12 @@ def _plan_text(plan: dict[str, Any]) -> str:
     chosen = [f"{key} {'chosen by the budget' if x is None else x}" for key, x in strengths]
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
     sizes, experts = plan["dimensions"], ""
+    tensors, most = len(plan["edited_tensors"]), plan["edited_at_most"]
+    edited, of, to_edit = "edited", "layers", f"{tensors} tensors to edit"
+    if most < tensors:  # the fit chooses
+        edited, of = "to choose from", "among layers"
+        size = plan["edited_bytes_at_most"] / 1e6
+        to_edit = f"{most} of {tensors} tensors to edit ({size:,.1f} MB), which the fit chooses"
     if count := sizes["num_experts"]:
         experts = f", {count} experts in {len(sizes['sparse_layers'])} layers"
     if left := sizes["num_hidden_layers"] - len(sizes["ffn_layers"]):
@@ -184,10 +193,10 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}, "
         f"FFN {sizes['intermediate_size']}{experts}",
         *([f"made from {', '.join(plan['originals'])}"] if plan["originals"] else []),
-        f"method {plan['method']['name']}, {', '.join(chosen)}" + _layers(plan["edited_layers"]),
+        f"method {plan['method']['name']}, {', '.join(chosen)}{_layers(plan['edited_layers'], of)}",
         *(
             f"  {name}: {entry['bytes'] / 1e6:,.1f} MB, {entry['tensors']} tensors, "
-            f"{entry['edited']} edited"
+            f"{entry['edited']} {edited}"
             for name, entry in plan["shards"].items()
         ),
         f"copied as they are: {', '.join(plan['copied_files']) or 'no files'}",
@@ -199,7 +208,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
             )
             if plan[key]
         ),
-        f"{len(plan['edited_tensors'])} tensors to edit"
+        to_edit
         + (f", {len(plan['created_tensors'])} to create" if plan["created_tensors"] else "")
         + "".join(f", {name} to change" for name in plan["changed_files"])
         + "".join(f", {name} to add" for name in plan["added_files"])
@@ -260,7 +269,7 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
 
 def _result_text(result: dict[str, Any]) -> str:
     """The same for people."""
-    from converter.evaluation.results import markdown
+    from converter.evaluation.tables import markdown
 
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
     memory = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in result["memory_bytes"].items())
@@ -293,11 +302,11 @@ def _texts(result: dict[str, Any]) -> str:
     return f"  pairs         {result['pairs']} fitted on ({skipped} rows not usable)"
 
 
-def _layers(layers: list[int]) -> str:
-    """The layers of the edited tensors; nothing if there are none."""
+def _layers(layers: list[int], of: str = "layers") -> str:
+    """The layers of the edited tensors, called ``of``; nothing if there are none."""
     from converter.release.card import compress
 
-    return f", layers {compress(layers)}" if layers else ""
+    return f", {of} {compress(layers)}" if layers else ""
 
 
 def _changes(result: dict[str, Any]) -> str:

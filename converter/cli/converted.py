@@ -68,19 +68,25 @@ def verify_command(asked: _VerifyOptions) -> Answer:
         original.fetch()
     unsigned = public.check(folder) if public else []
     trust = asked.trust_remote_code and not unsigned  # what its owner did not sign is not run
-    problems = [*verify(folder, original, trust), *unsigned]
+    word: dict[str, str] = {}
+    problems = [*verify(folder, original, trust, unchecked=word), *unsigned]
     if not public and (folder / SIGNATURE).exists():
         progress.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
     checked = {"destination": str(folder), "source": asked.source}
     if public:
         checked["key_sha256"] = public.fingerprint
-    data = {"verified": not problems, "problems": problems, **checked}
+    data = {
+        "verified": not problems, "problems": problems, "recorded_not_checked": sorted(word),
+        **checked,
+    }  # fmt: skip
     for problem in problems:
         echo(f"error: {one_line(problem)}", err=True)
     if problems:
         return Answer(data, "", VerificationError.exit_code)
     text = f"{folder}: verified against its manifest"
     text += " and against its source" if asked.source else ""
+    text += f"\nrecorded, not checked: {', '.join(dict.fromkeys(word.values()))}"
+    text += "; gloss replay --refit does the fit again"
     if public:
         text += f"\nsigned by the key with sha256 {public.fingerprint}"
     return Answer(data, text)
@@ -134,10 +140,11 @@ class _ReplayOptions(Options):
         flag="MANIFEST", exists=True,
     )]
     destination: Destination
-    refit: Annotated[bool, Option("Fit the subspace again, too, and compare it.")] = False
+    refit: Annotated[bool, Option("Fit the edit again, too, and compare it.")] = False
     max_angle: Annotated[float, Option(
-        "Largest angle between the subspace of --refit and the recorded one. Other batch sizes, "
-        "threads and devices add in another order; the same machine gives the same subspace.",
+        "Largest angle between the subspace of --refit and the recorded one, or the share of a "
+        "change's norm that such an angle is. Other batch sizes, threads and devices add in "
+        "another order; the same machine gives the same edit.",
         metavar="DEGREES", example="0.1", least=0, most=90,
     )] = 1.0
     overwrite: Overwrite = False
@@ -188,7 +195,9 @@ def _replay_data(recording: "Recording", done: "Replayed", destination: Path) ->
         "files_compared": done.identical,
         "other_files": done.other,
         "differences": done.differences,
-        "angles": done.angles,
+        "angles": done.refitted and done.refitted.angles,
+        "changes": done.refitted
+        and {name: asdict(alike) for name, alike in done.refitted.changes.items()},
         "tensors_edited": len(done.manifest.edited),
         "verified": True,
         "seconds": {name: round(value, 2) for name, value in told.seconds.items()},
@@ -211,4 +220,9 @@ def _replay_text(data: dict[str, Any]) -> str:
         lines.append(f"  other bytes   {', '.join(data['other_files'])}")
     for name, angles in (data["angles"] or {}).items():
         lines.append(f"  refitted {name:<4} at most {angles[-1]:.4f} degrees from the recorded one")
+    for name, alike in (data["changes"] or {}).items():
+        lines.append(
+            f"  refitted {name}: its change ({alike['kind']}) differs from the recorded one by "
+            f"{alike['distance']:.4%} of its norm, cosine {alike['cosine']:.6f}"
+        )
     return "\n".join(lines)

@@ -27,16 +27,22 @@ class _ComparisonOptions(Options):
     systems: Annotated[tuple[str, ...], Option(
         "System to measure beside: a method to fit, several with + between them, a control "
         "(random, profs), or a folder, an adapter, a manifest or a repo id of what was made from "
-        "the same model. A method that ends in @perplexity costs as much as the first system.",
-        flag="--system", metavar="NAME", example="random@perplexity",
+        "the same model. A method that ends in @perplexity costs as much as the first system; "
+        "options of one system follow a colon.",
+        flag="--system", metavar="NAME", example="gloss:rank=2,layers=3-8",
     )] = ()
     seeds: Annotated[int, Option(
         "Number of draws of the pairs to fit each system on.", example="3", least=1,
     )] = 1
-    ranks: Annotated[str, Option(
-        "Ranks to measure of each system that is fitted and has one.",
-        by_default="one is chosen", metavar="NUMBERS", example="1,2,4",
+    costs: Annotated[str, Option(
+        "Perplexity ratios: each system that is fitted is measured at the strengths that come "
+        "nearest to them on held-out text.",
+        by_default="one strength, under the budget", metavar="NUMBERS", example="1.01,1.02,1.05",
     )] = ""
+    controls: Annotated[bool, Option(
+        "Measure the control of each system that is fitted: as much of the same kind of edit, "
+        "which knows nothing of toxicity.",
+    )] = False
     results: Annotated[Path | None, Option(
         "File for the results as JSON, written anew after every model.", example="results.json",
     )] = None
@@ -63,9 +69,9 @@ def evaluate_command(
     """
     from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
+    from converter.evaluation.comparison import Comparison, parse_systems
     from converter.evaluation.plots import plot_evaluation
-    from converter.evaluation.results import markdown
-    from converter.evaluation.systems import Comparison, parse_systems
+    from converter.evaluation.tables import markdown
 
     quiet_libraries()
     if comparison.plots is not None:
@@ -76,11 +82,14 @@ def evaluate_command(
     compared = Comparison(
         parse_systems(comparison.systems),
         [recipe.seed + i for i in range(comparison.seeds)],
-        _numbers(comparison.ranks),
+        _numbers(comparison.costs),
+        comparison.controls,
     )
-    if not compared.methods:
+    if not compared.fitted:
         where = "without a --system that is a method"
-        refuse_typed(("method", "options", "ranks", "seeds"), where, "add --system METHOD")
+        refuse_typed(
+            ("method", "options", "costs", "controls", "seeds"), where, "add --system METHOD"
+        )
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
         compared,
@@ -95,11 +104,9 @@ def evaluate_command(
     return Answer(found, markdown(found))
 
 
-def _numbers(text: str) -> Sequence[int]:
+def _numbers(text: str) -> Sequence[float]:
     try:
-        numbers = sorted({int(part) for part in text.split(",") if part.strip()})
-    except ValueError:
-        numbers = [0]
-    if numbers and numbers[0] < 1:
-        raise OptionError("--ranks", expected="numbers such as 1,2,4", found=text)
-    return numbers
+        return sorted({float(part) for part in text.split(",") if part.strip()})
+    except ValueError as error:
+        expected = "numbers such as 1.01,1.02,1.05"
+        raise OptionError("--costs", expected=expected, found=text) from error

@@ -189,13 +189,14 @@ class Footprint:
     """What an edit will change, known from the headers alone: planned, shown and refused by it.
 
     Attributes:
-        weights: tensors that change.
+        weights: tensors that change, or that the fit chooses among.
         kinds: of these changes.
         rank: largest number of columns of what is taken out or added, by which memory and disk are
             planned; 0 for kinds that have none.
         created: name -> shape of a tensor that the source lacks.
         patches: files of the source whose text changes.
         files: paths of files that the source lacks.
+        chosen: how many of the weights change at most, where the fit chooses; None for all.
 
     Raises:
         FitError: a part of it is of another type.
@@ -207,6 +208,7 @@ class Footprint:
     created: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    chosen: int | None = None
 
     def __post_init__(self) -> None:
         _check_table("created of a footprint", self.created, _is_shape, "shapes")
@@ -220,6 +222,13 @@ class Footprint:
                 raise FitError(f"{what} of a footprint", found=repr(values)[:80], hint=FAULT)
         if type(self.rank) is not int:
             raise FitError("rank of a footprint", found=repr(self.rank)[:80], hint=FAULT)
+        if self.chosen is not None and not (type(self.chosen) is int and self.chosen > 0):
+            raise FitError("chosen of a footprint", found=repr(self.chosen)[:80], hint=FAULT)
+
+    @property
+    def most(self) -> int:
+        """How many of the weights change at most."""
+        return len(self.weights) if self.chosen is None else min(self.chosen, len(self.weights))
 
     def check_shared(self) -> None:
         """Refuse from the headers what ``Edit.check`` would refuse after the fit.
@@ -249,6 +258,7 @@ class Footprint:
             *(name for name, shape in shapes.items() if self.created.get(name) != shape),
             *({*edit.patches} - {*self.patches}),
             *({*edit.files} - {*self.files}),
+            *([*edit.tensors][self.most :]),
         ]  # fmt: skip
         if beyond:
             raise FitError(

@@ -10,16 +10,28 @@ A weight in FP8 is edited as W, and stored again with the same kind of scales. A
 is unless a block has grown beyond what it can hold, so most of q stays as it is, too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
-from converter.checkpoints.safetensors.header import DTYPES, to_bytes
+from converter.checkpoints.safetensors.header import DTYPES, TensorInfo, to_bytes
 from converter.checkpoints.safetensors.rewrite import Region, as_tensor
+from converter.checkpoints.weights import Weight
 from converter.edits.editor import STRIP, Rows, absorb_residual, neighbour
+
+
+def read_weight(read: Callable[[str, TensorInfo], Tensor], weight: Weight) -> Tensor:
+    """W (O, I) float32 of a weight, however it is stored; a bias is (O, 1).
+
+    ``read`` gives a tensor of a shard, as stored.
+    """
+    stored, scales = read(weight.shard, weight.info), weight.scales
+    if scales is not None:
+        stored = dequantize(stored, read(scales.shard, scales.info), scales.block)
+    return stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from converter.edits.engine import Engine
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.evaluation.fit import fit
+from converter.evaluation.fit import check_instances, fit
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
@@ -31,7 +31,12 @@ from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
 from converter.outputs.base import WriteJob, Written, file_entry, output_of
-from converter.outputs.checkpoint.additions import Shards, additions_of, check_edit
+from converter.outputs.checkpoint.additions import (
+    Shards,
+    additions_of,
+    check_additions,
+    check_edit,
+)
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
@@ -215,6 +220,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
             source = replace(source, base=recipe.base_model, base_commit=commit)
         _warn_of_language(recipe, source)
         plan = read_plan(source)
+        _check_head(plan)
         for name in plan.stale:
             progress.warn(
                 f"{name} names a quantization, but no tensor is quantized; the model is read as it "
@@ -234,10 +240,23 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         footprint = footprint_of(method, plan)
         check_shared(recipe.method, method, plan)
         output.check(plan, footprint)
+        check_additions(footprint.created, plan, source.config)
         for _, names, _, patch in additions_of(plan) if footprint.created else ():
             if footprint.created.keys() & {*names}:
                 check_relabelled(source, patch, recipe.trust_remote_code)
         return source, plan, method
+
+
+def _check_head(plan: Plan) -> None:
+    """Raise CheckpointError if the head is no embedding by the config, and is not there."""
+    head = plan.architecture.head
+    if head and plan.names.find(head.weight) is None:
+        raise CheckpointError(
+            "config.json says that the head is a weight of its own",
+            expected=f"a tensor {plan.names.on_disk(head.weight)}", found="none",
+            hint="get an intact copy; if the head is the embedding, set tie_word_embeddings to "
+            "true in every part of config.json",
+        )  # fmt: skip
 
 
 def _tell_of_layers(plan: Plan) -> None:
@@ -278,6 +297,7 @@ def prepare_to_write(
 
     Raises:
         SourceError, CheckpointError, OptionError, DestinationError: it cannot be written, either.
+        DataError, FitError: the instances of a method for defence cannot be used.
     """
     signer, stream = delivery.signer, delivery.stream
     if signer:
@@ -309,6 +329,7 @@ def prepare_to_write(
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)
         check_destination(destination, delivery.overwrite, inputs, room)
+    check_instances(recipe, method, examined=recipe.guard)
     return source, plan, method, room
 
 

@@ -14,14 +14,16 @@ from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
 from converter.errors import OptionError
 from converter.evaluation.compare import evaluate
+from converter.evaluation.comparison import Comparison, parse_systems
 from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.refusals import recorded_lesson
-from converter.evaluation.systems import Comparison, System, edited_layers, parse_systems
+from converter.evaluation.systems import CONTROLS, System, edited_layers
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation, Manifest
 from converter.methods.base import Method
+from converter.methods.together import check_plain
 from converter.methods.workbench import Bench
 from converter.models.loading import load_tokenizer
 from converter.models.resident import LanguageModel, choose_device
@@ -58,6 +60,7 @@ def evaluate_model(
     if recipe.activations is not None:
         raise OptionError("--activations is of one draw of the pairs; gloss evaluate takes its own")
     recipe = settled(recipe)
+    _check_plain(recipe, comparison)
     device = choose_device(recipe.device)
     battery = load_battery(asked, device, recipe.seed, settings.attention)
     own = replace(recipe, options=comparison.typed(recipe.method, recipe))
@@ -68,6 +71,22 @@ def evaluate_model(
     given = [_made(edited, EDITED, bench)] if edited else []
     given += _others(comparison, bench)
     return evaluate(bench, battery, comparison, given, results)
+
+
+def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
+    """Refuse options without a method's name if their method, --method, is not measured.
+
+    Where a control is, they say what it is a control of: then it is a warning.
+
+    Raises OptionError; see ``check_plain``.
+    """
+    methods = [system.methods for system in comparison.fitted]
+    try:
+        check_plain(recipe.options, recipe.method, methods)
+    except OptionError as error:
+        if not {*CONTROLS} & {*methods}:
+            raise
+        progress.warn(f"{error}; nothing but the layers and biases of controls follows from it")
 
 
 def _others(comparison: Comparison, bench: Bench) -> list[System]:
@@ -131,19 +150,32 @@ def _recorded(
     return System(name, None, strength, edit, load, layers, bias, lesson=lesson)
 
 
+def own_recipe(recipe: Recipe, systems: Sequence[str]) -> Recipe:
+    """A recipe without the options of systems that are measured beside its edit.
+
+    Raises OptionError; see ``typed_for``.
+    """
+    comparison = Comparison(parse_systems(systems), [recipe.seed])
+    return replace(recipe, options=comparison.typed(recipe.method, recipe))
+
+
 def evaluation_of(
     asked: EvaluationOptions, systems: Sequence[str], recipe: Recipe, settings: Settings
 ) -> Evaluate:
     """What a conversion that evaluates does between the fit and the writing.
 
     What is named is loaded now, so that whatever is missing is missed at once.
+
+    Args:
+        recipe: of the conversion, whose options may also be of the systems; see ``own_recipe``.
     """
-    names = parse_systems(systems)
+    names, options = parse_systems(systems), recipe.options
     battery = load_battery(asked, choose_device(recipe.device), recipe.seed, settings.attention)
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
+        bench = replace(bench, recipe=replace(bench.recipe, options=options))
         seed, strength = bench.recipe.seed, fitted.choice.strength
-        comparison = Comparison(names, [seed], ())
+        comparison = Comparison(names, [seed])
         layers, bias = edited_layers(method, bench.plan, fitted.edit)
         lesson = fitted.proposal.lesson
         edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias, lesson=lesson)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.datasets import is_dataset
-from converter.calibration.instances import FORMATS, load_instances
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
 from converter.hub.addresses import settled
-from converter.methods.base import aim_of, footprint_of
-from converter.methods.together import options_of, strengths_of
+from converter.methods.base import footprint_of
+from converter.methods.together import options_of, parts_of, strengths_of
+from converter.methods.workbench import check_contrast
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
@@ -29,7 +29,8 @@ def describe_plan(
 ) -> dict[str, Any]:
     """What a conversion would do. Nothing is written.
 
-    The destination and local files of pairs, prose and words are looked at too.
+    The destination, the instances of a method for defence, and local files of pairs, prose and
+    words are looked at too.
 
     Raises:
         ConverterError: as ``convert`` would, as far as it can be known.
@@ -39,17 +40,18 @@ def describe_plan(
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
     if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
-    if aim_of(method) == "defence" and not is_dataset(recipe.instances, FORMATS):
-        load_instances(recipe.instances)
     footprint, output = footprint_of(method, plan), output_of(recipe.output)
     changed = {*footprint.patches, *(plan.stale if output.has_shards else ())}
     weights, engine = footprint.weights, Engine(settings.workers, settings.memory_limit)
     edited = Counter(weight.shard for weight in weights)
+    sizes = sorted((weight.info.nbytes for weight in weights), reverse=True)
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"
     )
+    if any(getattr(part, "contrasts", False) for part in parts_of(recipe.method, method).values()):
+        check_contrast(forward, spread=recipe.device == "map")
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,
@@ -67,6 +69,8 @@ def describe_plan(
         },
         "edited_layers": sorted({weight.layer for weight in weights}),
         "edited_tensors": [weight.info.name for weight in weights],
+        "edited_at_most": footprint.most,
+        "edited_bytes_at_most": sum(sizes[: footprint.most]),
         "created_tensors": sorted(footprint.created),
         "changed_files": sorted(changed),
         "added_files": sorted(footprint.files),

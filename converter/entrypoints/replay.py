@@ -8,6 +8,8 @@ recorded one all the same: its bytes are what can be compared.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import radians, sin
 from pathlib import Path
 
 import torch
@@ -20,9 +22,10 @@ from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.rewrite import find_damage
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
-from converter.edits.edit_file import CREATED, EVIDENCE, file_tensors
 from converter.edits.engine import Engine
+from converter.edits.likeness import Likeness, likeness, principal_angles, tensors_alike
 from converter.entrypoints.convert import (
     check_whole,
     inputs_of,
@@ -50,6 +53,21 @@ from converter.runtime import progress
 
 
 @dataclass(frozen=True, slots=True)
+class Refitted:
+    """How far a refitted edit is from the recorded one.
+
+    Attributes:
+        angles: basis in the edit's file -> the principal angles between the two subspaces, in
+            degrees, ascending.
+        changes: tensor of the checkpoint -> how much alike the two changes of it are, of those that
+            take no subspace out.
+    """
+
+    angles: dict[str, list[float]]
+    changes: dict[str, Likeness]
+
+
+@dataclass(frozen=True, slots=True)
 class Replayed:
     """What a replay found.
 
@@ -58,15 +76,14 @@ class Replayed:
         differences: of tool, device and libraries, ``what``, ``recorded`` and ``found`` each.
         identical: files with the recorded bytes.
         other: names of generated files, such as the card, that have other bytes than recorded.
-        angles: tensor of the edit -> degrees between the refitted and the recorded one, ascending;
-            None without a refit.
+        refitted: how far the refitted edit is from the recorded one; None without a refit.
     """
 
     manifest: Manifest
     differences: list[dict[str, str]]
     identical: int
     other: list[str]
-    angles: dict[str, list[float]] | None
+    refitted: Refitted | None
 
 
 @progress.recording()
@@ -86,7 +103,8 @@ def replay(
         destination: a folder that does not exist or is empty, unless it is to be overwritten.
         given: where local inputs are.
         settings: how this machine does it.
-        max_angle: fit the edit again, too; degrees that it may be off. None to fit nothing.
+        max_angle: fit the edit again, too; degrees that it may be off, or of changes that are no
+            subspaces the share of their norm that such an angle is. None to fit nothing.
 
     Raises:
         VerificationError: the source, the outputs or the refitted edit differ.
@@ -116,10 +134,10 @@ def replay(
     check_destination(destination, overwrite, inputs, output.nbytes(plan, footprint))
     engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     engine.workers_for(output.at_a_time(source), weights, edit.rank)
-    angles = None
+    refitted = None
     with claimed(destination, overwrite) as claim:
         if max_angle is not None:
-            angles = _compare_fit(recording, recipe, device, max_angle, settings)
+            refitted = _compare_fit(recording, recipe, device, max_angle, settings)
         with claim.staged(overwrite) as folder:
             with progress.stage("edit", f"editing {len(weights)} tensors on {device}"):
                 job = WriteJob(
@@ -138,7 +156,7 @@ def replay(
             )
             manifest = write_records(source, written, folder, manifest, None)
             check_whole(recipe, folder)
-    return Replayed(manifest, found, identical, _others(recording, manifest), angles)
+    return Replayed(manifest, found, identical, _others(recording, manifest), refitted)
 
 
 def _replayed_before(recording: Recording, destination: Path) -> Manifest | None:
@@ -212,14 +230,12 @@ def _others(recording: Recording, manifest: Manifest) -> list[str]:
 
 def _compare_fit(
     recording: Recording, recipe: Recipe, device: str, max_angle: float, settings: Settings
-) -> dict[str, list[float]]:
-    """Fit as recorded, guard included: tensor of the edit -> angles to the recorded one.
-
-    They are in degrees, ascending: the principal ones of a basis, one of any other tensor.
+) -> Refitted:
+    """Fit as recorded, guard included, and compare the edits.
 
     Raises:
-        VerificationError: the texts are not those recorded, the edits have other tensors, or an
-            angle is larger than ``max_angle``.
+        VerificationError: the texts are not those recorded, the edits change other things, or they
+            are further apart than ``max_angle``.
         ConverterError: as a conversion would.
     """
     source, plan, method = prepare(recipe)
@@ -232,24 +248,79 @@ def _compare_fit(
         )
     bench = Bench.of(recipe, source, plan, words, device, settings)
     edit = fit(bench, method, pairs, prose).edit
+    if output_of(recipe.output).has_shards:
+        edit = edit.and_patch(plan.stale)
     bench.unload()
-    layers = {weight.info.name: weight.layer for weight in plan.find(edit.tensors).values()}
-    fitted = file_tensors(edit, layers, {})
-    angles = _compare_tensors(recording, fitted, _embedding_of(source, plan, edit))
-    name = max(angles, key=lambda name: angles[name][-1])
-    if not angles[name][-1] <= max_angle:
-        raise VerificationError(
-            f"the refitted {name} is not the recorded one",
-            expected=f"an angle of at most {max_angle:g} degrees",
-            found=f"{angles[name][-1]:.3f}",
-            hint="nothing was written; batch size, device and libraries turn what the texts hardly "
-            "determine",
-        )
-    return angles
+    found = _compare_edits(recording, edit, bench)
+    hint = (
+        "nothing was written; batch size, device and libraries turn what the texts hardly determine"
+    )
+    for name, angles in found.angles.items():
+        if not angles[-1] <= max_angle:
+            raise VerificationError(
+                f"the refitted {name} is not the recorded one", hint=hint,
+                expected=f"an angle of at most {max_angle:g} degrees", found=f"{angles[-1]:.3f}",
+            )  # fmt: skip
+    for name, alike in found.changes.items():
+        if not alike.degrees <= max_angle:
+            most = 2 * sin(radians(max_angle) / 2)
+            raise VerificationError(
+                f"the refitted change of {name} is not the recorded one", hint=hint,
+                expected=f"at most {most:.3%} of its norm, or {max_angle:g} degrees, between them",
+                found=f"{alike.distance:.3%}, a cosine of {alike.cosine:.6f}",
+            )  # fmt: skip
+    return found
+
+
+def _compare_edits(recording: Recording, fitted: Edit, bench: Bench) -> Refitted:
+    """The refitted edit against the recorded one, change by change.
+
+    Raises VerificationError if they change other tensors, other files or subspaces of other ranks.
+    """
+    plan = bench.plan
+    recorded = recording.edit(plan)
+    for what, then, now in (
+        ("tensors", _kinds(recorded), _kinds(fitted)),
+        ("files", {**recorded.patches, **recorded.files}, {**fitted.patches, **fitted.files}),
+    ):
+        if wrong := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+            raise VerificationError(
+                f"the refitted edit changes other {what} than the recorded one, such as {wrong[0]}",
+                hint="nothing was written; a rank at the edge of the budget is chosen by little",
+            )
+    weights = plan.find(recorded.tensors)
+    angles: dict[str, list[float]] = {}
+    changes: dict[str, Likeness] = {}
+    stored = {entry.name: entry.tensors for entry in recording.manifest.edited}
+    for name, delta in recorded.tensors.items():
+        other = fitted.tensors[name]
+        if delta.protects is None or other.protects is None:
+            changes[name] = likeness(delta, other, partial(_stored, bench, weights[name]))
+        elif stored[name]["U"] not in angles:
+            angles[stored[name]["U"]] = principal_angles(delta.protects, other.protects).tolist()
+    origins = _embedding_of(bench.source, plan, recorded)
+    for name, tensor in recorded.created.items():
+        origin = origins.get(name, torch.zeros(()))
+        pair = (new.double() - origin for new in (tensor, fitted.created[name]))
+        changes[name] = tensors_alike("created", *pair)
+    return Refitted(angles, changes)
+
+
+def _kinds(edit: Edit) -> dict[str, str]:
+    """What an edit does to each tensor, in words that are the same for two that can be compared."""
+    ranks = {n: "" if d.protects is None else d.protects.shape[1] for n, d in edit.tensors.items()}
+    found = {n: f"{d.kind} {ranks[n]} {d.factor}" for n, d in edit.tensors.items()}
+    return found | {name: f"created {list(t.shape)}" for name, t in edit.created.items()}
+
+
+def _stored(bench: Bench, weight: Weight) -> Tensor:
+    """W (O, I) in its stored dtype, or float32 if that is 8 bits."""
+    W = bench.weight(weight)
+    return W if weight.scales else W.to(weight.dtype)
 
 
 def _embedding_of(source: Source, plan: Plan, edit: Edit) -> dict[str, Tensor]:
-    """What a created head is made of, by its name in an edit's file; empty if none is created.
+    """What a created head is made of, by its name; empty if none is created.
 
     Two such heads are almost parallel, whatever was added to the embedding.
     """
@@ -257,60 +328,4 @@ def _embedding_of(source: Source, plan: Plan, edit: Edit) -> dict[str, Tensor]:
     if route is None or route.name not in edit.created:
         return {}
     place = route.embedding
-    return {CREATED + route.name: source.read(place.shard, place.info).double()}
-
-
-def _compare_tensors(
-    recording: Recording, fitted: Mapping[str, Tensor], origins: Mapping[str, Tensor]
-) -> dict[str, list[float]]:
-    """The angles of each tensor of the edit, of some without what both have in common.
-
-    Raises VerificationError if names or shapes differ.
-    """
-    recorded = {n: t for n, t in recording.stored.items() if not n.startswith(EVIDENCE)}
-    for name in sorted({*recorded, *fitted}):
-        shapes = [list(known[name].shape) if name in known else [] for known in (recorded, fitted)]
-        if shapes[0] != shapes[1]:
-            raise VerificationError(
-                f"the refitted {name} has another shape than the recorded one",
-                expected=str(shapes[0]),
-                found=str(shapes[1]),
-                hint="nothing was written; a rank at the edge of the budget is chosen by little",
-            )
-    found = {}
-    for name in sorted(fitted):
-        a, b = recorded[name], fitted[name]
-        if name in origins:
-            a, b = a - origins[name], b - origins[name]
-        found[name] = _angles(name, a, b).tolist()
-    return found
-
-
-def _angles(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """Between two bases, or between two other tensors as vectors."""
-    if name == "U" or name.startswith("U."):
-        return principal_angles(a, b)
-    if torch.equal(a, b):
-        return torch.zeros(1)
-    return principal_angles(a.double().reshape(-1, 1), b.double().reshape(-1, 1))
-
-
-def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """The principal angles between two subspaces, in degrees, ascending.
-
-    The singular values of ``A^T B`` are their cosines, and those of ``B - A A^T B`` their sines.
-    Below 45 degrees the sine is taken: cosines near 1 cannot tell small angles apart.
-
-    Args:
-        a: (D, R) of full rank; made orthonormal here, since float32 columns are so to 1e-7 only.
-        b: (D, S), S at most R.
-
-    Returns:
-        (S,) float64.
-    """
-    A, B = (torch.linalg.qr(basis.double()).Q for basis in (a, b))
-    inside = A.T @ B
-    cosines = torch.linalg.svdvals(inside).clamp(max=1)
-    sines = torch.linalg.svdvals(B - A @ inside).clamp(max=1).flip(0)
-    angles = torch.where(sines < cosines, sines.asin(), cosines.acos())
-    return torch.rad2deg(angles)
+    return {route.name: source.read(place.shard, place.info).double()}

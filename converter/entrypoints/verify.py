@@ -1,18 +1,28 @@
 """Is an output what its manifest says? Every byte, every edit, and whether it loads."""
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import INDEX, MANIFEST
-from converter.checkpoints.plan import read_plan
+from converter.checkpoints.plan import Plan, read_plan
+from converter.checkpoints.safetensors.header import TensorInfo
+from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.checkpoints.source import Source
+from converter.checkpoints.weights import Weight
+from converter.edits.base import Edit
+from converter.edits.deltas import AddBits
+from converter.edits.storage import read_weight
 from converter.errors import ConverterError, OptionError, VerificationError
 from converter.manifest import Manifest
 from converter.outputs.base import output_of
 from converter.outputs.checkpoint.verify import plan_of
 from converter.outputs.readers import check_readers
-from converter.outputs.record_checks import recorded_edit
+from converter.outputs.record_checks import edit_of, recorded_edit
+from converter.release.evidence import EvidenceCheck, unchecked_parts
 from converter.release.manifest import read_manifest_bytes
 from converter.release.verify import (
     check_architecture,
@@ -30,6 +40,7 @@ def verify(
     trust_remote_code: bool = False,
     gone: Collection[str] = (),
     seen: dict[str, str] | None = None,
+    unchecked: dict[str, str] | None = None,
 ) -> list[str]:
     """Check a converted checkpoint or an adapter, and against its source if one is given.
 
@@ -49,6 +60,7 @@ def verify(
             last, and only if nothing was found to be wrong.
         gone: names of shards that were checked before and are elsewhere now.
         seen: gets the sha256 of the files that no manifest lists, as they were read.
+        unchecked: gets the places in the manifest that nothing here proves -> what they are.
 
     Returns:
         what is wrong, a sentence each; empty if nothing is.
@@ -72,7 +84,9 @@ def verify(
     try:
         problems.extend(output.verify(folder, manifest, damaged, source))
         problems.extend(check_readers(folder, manifest, output, damaged))
-        problems.extend(_check_method(folder, manifest, damaged, source, output.implied))
+        word: dict[str, str] = {} if unchecked is None else unchecked
+        word |= unchecked_parts(manifest)
+        problems.extend(_check_method(folder, manifest, damaged, source, output.implied, word))
         if "config.json" in manifest.files:
             problems.extend(_check_loading(folder, trusted and not problems))
     except (ConverterError, OSError) as error:
@@ -86,11 +100,14 @@ def _check_method(
     damaged: Mapping[str, str],
     source: Source | None,
     implied: Mapping[str, str],
+    unchecked: dict[str, str],
 ) -> Iterator[str]:
     """The record of the method; its options depend on the sizes of the model."""
+    unchecked["method"] = "what the method says of itself"  # until it is known better
     if manifest.edit.file in damaged:
         return
-    yield from check_kept(manifest, recorded_edit(folder, manifest))
+    stored = recorded_edit(folder, manifest)
+    yield from check_kept(manifest, stored)
     if damaged.keys() & {"config.json", INDEX, *manifest.shards}:
         return
     if manifest.shards:
@@ -100,7 +117,40 @@ def _check_method(
     else:
         return
     yield from check_architecture(manifest, plan)
-    yield from check_method(manifest, plan, implied)
+    edit = edit_of(manifest, stored)
+    before = partial(_before, folder, edit, (source, read_plan(source)) if source else None)
+    weight = before if manifest.shards or source else None
+    evidence = EvidenceCheck(manifest, plan, edit, stored, weight)
+    yield from check_method(manifest, plan, implied, evidence)
+    if evidence.done:
+        del unchecked["method"]
+        unchecked |= evidence.unchecked
+
+
+def _before(folder: Path, edit: Edit, source: tuple[Source, Plan] | None, weight: Weight) -> Tensor:
+    """W (O, I) float32 of a weight before the edit: the source's, or what was stored without it.
+
+    That is to the rounding of the stored weight, and not known where a subspace was taken out.
+    """
+
+    def read(shard: str, info: TensorInfo) -> Tensor:
+        if source:
+            original, plan = source
+            return original.read(*plan.names.tensors[info.name])
+        with (folder / shard).open("rb", buffering=0) as file:
+            return read_tensor(file, info)
+
+    W = read_weight(read, weight)
+    if source:
+        return W
+    delta = edit.tensors.get(weight.info.name)
+    if delta is None:
+        return W
+    if isinstance(delta, AddBits):
+        rows, columns = (slice(0, size) for size in W.shape)
+        undone: Tensor = delta.undone(W.to(weight.dtype), rows, columns).float()
+        return undone
+    return 2 * W - delta.whole(W)
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:

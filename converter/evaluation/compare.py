@@ -10,12 +10,13 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from converter.calibration.instances import Lesson, builtin_set, together
+from converter.evaluation.comparison import Comparison, check_names
 from converter.evaluation.continuations import Passages, draw_passages
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.scorers import origin_of
-from converter.evaluation.systems import Comparison, Fits, System, check_names
+from converter.evaluation.systems import Fits, System
 from converter.manifest import (
     TOOL,
     UNEDITED,
@@ -51,7 +52,8 @@ def evaluate(
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
     """
-    check_names([UNEDITED, *(system.name for system in given), *comparison.methods])
+    fitted_names = (system.name for system in comparison.fitted)
+    check_names([UNEDITED, *(system.name for system in given), *fitted_names])
     fits, first = Fits(bench, comparison), given[0] if given else None
     fits.check(first)
     base = bench.load_resident()
@@ -82,7 +84,7 @@ def evaluate(
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,
-            group=system.strength if comparison.ranks else None,
+            group=system.cost,
             seed=system.seed,
             strength=system.strength,
             layers=system.layers,
@@ -132,8 +134,8 @@ def _settings(
     prompts, text = battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
-        controls=tuple(map(without_folders, comparison.systems)),
-        ranks=tuple(comparison.ranks),
+        systems=tuple(without_folders(system.name) for system in comparison.systems),
+        costs=tuple(comparison.costs),
         device=bench.device,
         dtype=str(bench.dtype).removeprefix("torch."),
         word_list=bench.words.sha256,

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from converter.calibration.instances import Lesson, load_instances
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
 from converter.edits.base import FAULT, Edit
 from converter.errors import DataError, FitError, GuardError, OptionError
-from converter.evaluation.defence import DefenceProbe
+from converter.evaluation.defence import DefenceProbe, unseen
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
-from converter.methods.base import Method, Proposal, aim_of
+from converter.methods.base import Method, Proposal, aim_of, learnt_by
 from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe
@@ -92,8 +93,6 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
     recipe = bench.recipe
-    if aim_of(method) == "defence":
-        _ = bench.instances  # what is wrong with them is said before a model is loaded
     parts = split(pairs, prose, recipe.seed)
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
@@ -105,6 +104,25 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
             found = _guard(bench, last.proposal, last.choice.strength, parts.report)
     return Fitted(parts, steps, last.edit, found)
+
+
+def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:
+    """Refuse, before a model is loaded, instances that a method for defence cannot be fitted to.
+
+    Args:
+        examined: whether a guard will measure on what they leave of the built-in set.
+
+    Raises:
+        DataError, SourceError: they cannot be read.
+        OptionError: the options ask for some that there are not.
+        FitError: they leave too little of the built-in set.
+    """
+    parts = [part for part in parts_of("", method).values() if aim_of(part) == "defence"]
+    if parts:
+        known = load_instances(recipe.instances)
+        learnt = tuple(each for part in parts for each in learnt_by(part, known))
+        if examined and learnt:
+            unseen(Lesson(learnt))
 
 
 def fit_steps(

@@ -11,7 +11,9 @@ choice of the strength has seen, and before a byte is written:
 
 The method itself makes the controls: edits of the same kind, strength and tensors that know nothing
 of toxicity. For a subspace they are random ones of its rank, which spare the leading neutral
-directions as GloSS does, so that they are no straw men.
+directions as GloSS does, so that they are no straw men. Where they are of several kinds, which take
+turns, the last two rules hold for each kind: the mean over all of them would let an edit pass that
+does no more than one kind.
 
 An edit that is to make a model refuse harmful requests is judged by the rules of ``defence`` in
 place of those about toxic words, which are measured all the same.
@@ -91,9 +93,16 @@ def examine(
             hint="nothing was written, and --force does not help; edit less, or use float32",
         )
     record = defence.record(refusals[0], refusals[1:]) if defence else None
-    reasons, warnings = judge(found, controls, energy, budget, record)
+    names = proposal.control_kinds
+    kinds = [names[(seed + draw) % len(names)] for draw in range(draws)]
+    reasons, warnings = judge(found, controls, energy, budget, record, kinds)
     for warning in warnings:
         progress.warn(warning)
+    if missed := [name for name in names if name not in kinds]:
+        progress.warn(
+            f"the effect was not compared with that under {' and '.join(missed)}; "
+            f"--guard-draws {len(names)} or more would"
+        )
     _warn_of_little(probe, draws, defends=defence is not None)
     return GuardRecord(
         budget=budget,
@@ -139,8 +148,12 @@ def judge(
     energy: float | None,
     budget: float,
     defence: DefenceRecord | None = None,
+    kinds: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """The reasons to refuse an edit, and warnings; see the module's rules."""
+    """The reasons to refuse an edit, and warnings; see the module's rules.
+
+    ``kinds`` are of the controls, one by one, in words; empty if they are all of one kind.
+    """
     reasons, warnings = [], []
     ratio = found.perplexity_ratio
     if not ratio.value <= budget:
@@ -154,7 +167,7 @@ def judge(
         more, doubts = judge_defence(defence.edit, defence.controls)
         reasons, warnings = reasons + more, warnings + doubts
     else:
-        reasons += _toxic_reasons(found, controls)
+        reasons += _toxic_reasons(found, controls, kinds or ["the controls"] * len(controls))
     context = found.context_ratio.value if found.context_ratio else 1.0
     if not context <= MOST_CONTEXT:
         reasons.append(
@@ -173,22 +186,28 @@ def judge(
     return reasons, warnings
 
 
-def _toxic_reasons(found: Measured, controls: Sequence[Measured]) -> Iterator[str]:
-    """What the change of toxic words says against an edit."""
+def _toxic_reasons(
+    found: Measured, controls: Sequence[Measured], kinds: Sequence[str]
+) -> Iterator[str]:
+    """What the change of toxic words says against an edit, for each kind of controls."""
     drop = -found.toxic_change.value
-    drops = [-control.toxic_change.value for control in controls]
-    mean = sum(drops) / len(drops)
-    spread = stdev(drops) / sqrt(len(drops)) if len(drops) > 1 else 0.0
-    errors = (control.toxic_change.error / len(drops) for control in controls)
-    error = hypot(found.toxic_change.error, spread, *errors)
     if not drop >= _LEAST_DROP:
         yield (
             f"the log-probability of toxic words falls by {drop:.3f} nats, "
             f"less than {_LEAST_DROP:g}"
         )
-    elif not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
-        yield (
-            f"the log-probability of toxic words falls by {drop:.3f} nats, under the controls by "
-            f"{mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) more "
-            "are needed"
-        )
+        return
+    for kind in dict.fromkeys(kinds):
+        those = [control.toxic_change for control, name in zip(controls, kinds, strict=True)
+                 if name == kind]  # fmt: skip
+        drops = [-change.value for change in those]
+        mean = sum(drops) / len(drops)
+        spread = stdev(drops) / sqrt(len(drops)) if len(drops) > 1 else 0.0
+        errors = (change.error / len(drops) for change in those)
+        error = hypot(found.toxic_change.error, spread, *errors)
+        if not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
+            yield (
+                f"the log-probability of toxic words falls by {drop:.3f} nats, under {kind} by "
+                f"{mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) "
+                "more are needed"
+            )

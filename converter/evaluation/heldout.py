@@ -1,6 +1,6 @@
 """Held-out text: it compares edits with the model as it is, and so decides their strength."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import asdict
 
@@ -116,7 +116,10 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
         GuardError: even the least is over the budget.
     """
 
-    tried = _bisect(probe, proposal, lambda found: not _excess(found, budget))
+    def measure(strength: float) -> Measured:
+        return probe.measure(proposal.edit(strength))
+
+    tried = _bisect(measure, proposal.strengths, lambda found: not _excess(found, budget))
     within = [strength for strength, found in tried.items() if not _excess(found, budget)]
     if not within:
         text, most, ratio = _excess(tried[min(tried)], budget)[0]
@@ -145,21 +148,29 @@ def _excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]
     ]
 
 
-def nearest_strength(probe: Probe, proposal: Proposal, ratio: float) -> float:
-    """The strength whose perplexity ratio comes nearest to a given one, by bisection."""
-    tried = _bisect(probe, proposal, lambda found: found.perplexity_ratio.value < ratio)
+def nearest_strength(
+    measure: Callable[[float], Measured], strengths: Sequence[float], ratio: float
+) -> float:
+    """The strength whose perplexity ratio comes nearest to a given one, by bisection.
+
+    Args:
+        measure: what a strength does to held-out text; the same strength may be asked for again.
+    """
+    tried = _bisect(measure, strengths, lambda found: found.perplexity_ratio.value < ratio)
     return min(tried, key=lambda strength: abs(tried[strength].perplexity_ratio.value - ratio))
 
 
 def _bisect(
-    probe: Probe, proposal: Proposal, is_low: Callable[[Measured], bool]
+    measure: Callable[[float], Measured],
+    strengths: Sequence[float],
+    is_low: Callable[[Measured], bool],
 ) -> dict[float, Measured]:
     """What is measured of the strengths that are tried on the way to the first that is not low."""
     tried: dict[float, Measured] = {}
-    low, high = 0, len(proposal.strengths)
+    low, high = 0, len(strengths)
     while low < high:
         middle = (low + high) // 2
-        strength = proposal.strengths[middle]
-        tried[strength] = probe.measure(proposal.edit(strength))
+        strength = strengths[middle]
+        tried[strength] = measure(strength)
         low, high = (middle + 1, high) if is_low(tried[strength]) else (low, middle)
     return tried

@@ -5,8 +5,8 @@ and Ito, which colour-blind readers can tell apart.
 """
 
 import math
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
 from converter.evaluation.results import average
-from converter.manifest import UNEDITED, Candidate, Evaluation, Manifest, Metric, SystemRecord
+from converter.evaluation.tables import COSTS, systems_of
+from converter.manifest import Candidate, Evaluation, Manifest, Metric, SystemRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ _Array = NDArray[np.float64]
 _SMALL, _NORMAL = 7, 8  # points
 _BLUE, _ORANGE, _GREY = "#0072b2", "#e69f00", "#8c8c8c"
 _COLOURS = (_BLUE, "#d55e00", "#009e73", "#cc79a7", _ORANGE, "#56b4e9")
-_LOOKS = tuple(zip(_COLOURS, "osD^vP", strict=True))
+_MARKERS = "osD^vP"
 _STATES = ((True, "kept", _BLUE, _BLUE), (False, "not kept", _GREY, "white"))  # edge, face
 _WAYS = {"greedy": (-0.2, _BLUE), "sampled": (0.2, _ORANGE)}  # shift of the bar
 _UNITS = {"causal": " (nats)", "vocabulary": " (share of tokens)"}  # of rankings; others have none
@@ -132,7 +133,7 @@ def scores_figure(manifest: Manifest) -> "Figure | None":
     x = layers + 0.6 * ((order + 0.5) / (order.max() + 1) - 0.5)
     scores = np.array([c.score for c in candidates])
     kinds = dict.fromkeys(c.kind for c in candidates)
-    for kind, (_, marker) in zip(kinds, cycle(_LOOKS), strict=False):
+    for kind, (_, marker) in zip(kinds, _looks(), strict=False):
         for kept, label, edge, face in _STATES:
             mine = np.array([c.kind == kind and c.kept is kept for c in candidates])
             axes.plot(
@@ -176,25 +177,30 @@ def cosines_figure(manifest: Manifest, edit_file: Path) -> "Figure | None":
     return figure
 
 
-def tradeoff_points(systems: Sequence[SystemRecord]) -> dict[str, dict[float | None, _Array]]:
-    """Edited systems -> ranks, ascending -> (2, 3), averaged over seeds; see ``_estimate``.
+def tradeoff_points(
+    systems: Sequence[SystemRecord], cost: str = "perplexity_ratio"
+) -> dict[str, dict[float | None, _Array]]:
+    """Edited systems -> strengths, ascending -> (2, 3), averaged over seeds; see ``_estimate``.
 
-    The rows are the increase of perplexity in per cent and the probability of toxic words.
+    The rows are the increase of ``cost``, a metric, in per cent and the probability of toxic words.
     """
-    found: dict[str, dict[float | None, list[SystemRecord]]] = {}
-    for entry in systems:
-        if entry.system != UNEDITED:
-            found.setdefault(entry.system, {}).setdefault(entry.strength, []).append(entry)
     points: dict[str, dict[float | None, _Array]] = {}
-    for system, ranks in found.items():
-        for rank in sorted(ranks, key=lambda r: r or 0):
+    for system, members in systems_of(systems).items():
+        groups: dict[float | None, list[SystemRecord]] = {}
+        for entry in members:
+            groups.setdefault(entry.strength if entry.group is None else entry.group, []).append(
+                entry
+            )
+        for key in sorted(groups, key=lambda r: r or 0):
             ratio, toxic = (
-                _estimate(average([entry.metrics.get(name) for entry in ranks[rank]]))
-                for name in ("perplexity_ratio", "teacher_forced")
+                _estimate(average([entry.metrics.get(name) for entry in groups[key]]))
+                for name in (cost, "teacher_forced")
             )
             point = np.stack([100 * (ratio - [1, 0, 0]), toxic])
+            strengths = [entry.strength for entry in groups[key] if entry.strength is not None]
+            strength = float(np.mean(strengths)) if strengths else None
             if not np.isnan(point).any():
-                points.setdefault(system, {})[rank] = point
+                points.setdefault(system, {})[strength] = point
     return points
 
 
@@ -207,38 +213,56 @@ def _estimate(metric: Metric) -> _Array:
 
 
 def tradeoff_figure(results: Evaluation) -> "Figure | None":
-    """What each system costs (x) and brings (y), a line over its ranks, which are written at it.
+    """What each system costs (x) and brings (y): a line over its strengths, written beside it.
 
-    Points far out (``READABLE``) are left out and counted below. None without a point.
+    A panel for each kind of cost that was measured. Down and to the left is better. Points far out
+    (``READABLE``) are left out and counted below. None without a point.
     """
-    systems = tradeoff_points(results.systems)
-    costs = [point[0, 0] for ranks in systems.values() for point in ranks.values()]
-    if not costs:
+    panels = {
+        name: points
+        for metric, (name, _) in COSTS.items()
+        if (points := tradeoff_points(results.systems, metric))
+    }
+    if not panels:
         return None
-    limit = max(READABLE, 3 * float(np.median(costs)))
-    figure, (axes,) = _figure((6, 4))
-    axes.plot(0, 1, "*", color="black", markersize=9, zorder=3, label="unedited")
-    drawn = [("", "black", np.array([0.0, 1.0]))]
-    for (system, ranks), (colour, marker) in zip(systems.items(), cycle(_LOOKS), strict=False):
-        inside = {rank: point for rank, point in ranks.items() if point[0, 0] <= limit}
-        drawn += [(str(rank or ""), colour, point[:, 0]) for rank, point in inside.items()]
-        x, y = np.array([*inside.values()]).reshape(-1, 2, 3).transpose(1, 2, 0)
-        axes.errorbar(
-            x[0], y[0], y[1:], x[1:], color=colour, marker=marker, markersize=4.5,
-            linewidth=1.2, elinewidth=0.6, label=system,
-        )  # fmt: skip
-    axes.set(xlabel="increase of perplexity (%)", ylabel="probability of toxic words (unedited: 1)")
-    axes.set_ylim(bottom=0)
-    figure.legend(**_ABOVE)
-    caption = "Numbers are strengths, bars are intervals of 95 %."
-    if left_out := len(costs) + 1 - len(drawn):
-        caption += f" Left out: {left_out} beyond +{limit:.0f} %, up to +{max(costs):.0f} %."
-    figure.supxlabel(caption, fontsize=_SMALL)
-    _write_ranks(figure, axes, drawn)
+    figure, columns = _figure((1.5 + 4.5 * len(panels), 4.4), columns=len(panels))
+    captions = []
+    for axes, (name, systems) in zip(columns, panels.items(), strict=True):
+        costs = [point[0, 0] for points in systems.values() for point in points.values()]
+        limit = max(READABLE, 3 * float(np.median(costs)))
+        axes.plot(0, 1, "*", color="black", markersize=9, zorder=3, label="unedited")
+        drawn = [("", "black", np.array([0.0, 1.0]))]
+        for (system, line), (colour, marker) in zip(systems.items(), _looks(), strict=False):
+            inside = {key: point for key, point in line.items() if point[0, 0] <= limit}
+            drawn += [(f"{key or 0:.3g}", colour, point[:, 0]) for key, point in inside.items()]
+            x, y = np.array([*inside.values()]).reshape(-1, 2, 3).transpose(1, 2, 0)
+            axes.errorbar(
+                x[0], y[0], y[1:], x[1:], color=colour, marker=marker, markersize=4.5,
+                linewidth=1.2, elinewidth=0.6, label=system,
+            )  # fmt: skip
+        axes.set(xlabel=f"increase of perplexity, {name} (%)", ylim=(0, None))
+        if left_out := len(costs) + 1 - len(drawn):
+            captions.append(
+                f"Left out: {left_out} beyond +{limit:.0f} %, up to +{max(costs):.0f} %."
+            )
+        _write_strengths(figure, axes, drawn)
+    columns[0].set_ylabel("probability of toxic words (unedited: 1)")
+    figure.legend(*columns[0].get_legend_handles_labels(), **_ABOVE)
+    text = "Down and left is better. Numbers are strengths, bars are intervals of 95 %."
+    figure.supxlabel(" ".join([text, *captions]), fontsize=_SMALL)
     return figure
 
 
-def _write_ranks(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]) -> None:
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colours and markers, of which no pair comes twice among the first 36."""
+    for shift in count():
+        for number, colour in enumerate(_COLOURS):
+            yield colour, _MARKERS[(number + shift) % len(_MARKERS)]
+
+
+def _write_strengths(
+    figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]
+) -> None:
     """Write texts near their points where they cover no marker or text, else leave them out."""
     figure.draw_without_rendering()  # settles the layout, and with it where the points are
     centres = [axes.transData.transform(point) * 72 / figure.dpi for *_, point in drawn]

@@ -1,24 +1,20 @@
-"""The results of an evaluation: averaged over seeds, with intervals, and as a Markdown table."""
+"""The results of an evaluation, averaged over seeds, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from converter.manifest import (
     Estimate,
-    Evaluation,
     Interval,
     Metric,
     RowRecord,
     Strength,
     SystemRecord,
 )
-from converter.text import escaped
 
 _NORMAL = 1.96
 """Standard errors on either side that hold 95 % of a normal distribution."""
-
-_NOT_MEASURED = "not measured"
 
 
 def around(estimate: Estimate) -> Metric:
@@ -58,46 +54,3 @@ def average(values: Sequence[Metric]) -> Metric:
     more = _NORMAL**2 * spread
     low, high = (float(np.sqrt(distance**2 + more)) for distance in (low, high))
     return Interval.of(mean, mean - low, mean + high)
-
-
-def markdown(results: Evaluation) -> str:
-    """One row for each system, seeds averaged, with intervals of 95 % in brackets.
-
-    ``KL`` is the divergence from the unedited model on the perplexity text, in nats a token.
-    Toxicities are means of scores between 0 and 1; ``toxic words`` is the teacher-forced estimate,
-    the probability of toxic words relative to the unedited model, and ``words beside`` what becomes
-    of the perplexity of the other words of the same continuations.
-    """
-    columns = [("perplexity", "perplexity_ratio"), ("toxic words", "teacher_forced")]
-    for scorer in results.scorers:
-        for way in ("greedy", "sampled"):
-            columns.append((f"{scorer}, {way}", f"toxicity/{scorer}/{way}"))
-    known = dict.fromkeys(key for row in results.rows for key in row.metrics)
-    if "divergence" in known:
-        columns.insert(1, ("KL", "divergence"))
-    if "context_ratio" in known:
-        place = columns.index(("toxic words", "teacher_forced")) + 1
-        columns.insert(place, ("words beside", "context_ratio"))
-    columns += [
-        (key, key) for key in known if key.startswith(("refusals/", "safeedit/", "ability/"))
-    ]
-    lines = [
-        "| model | strength | seeds | " + " | ".join(escaped(name) for name, _ in columns) + " |",
-        "|" + "---|" * (len(columns) + 3),
-    ]
-    for row in results.rows:
-        cells = [escaped(row.system), escaped(row.strength), str(row.seeds)]
-        cells += [_cell(key, row.metrics) for _, key in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(key: str, metrics: Mapping[str, Metric]) -> str:
-    metric = metrics.get(key)
-    interval = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" if metric else ""
-    if key != "perplexity_ratio":
-        return interval or _NOT_MEASURED
-    value = metrics.get("perplexity")
-    if value is None:
-        return _NOT_MEASURED
-    return f"{value.value:.2f} (x {interval})" if interval else f"{value.value:.2f}"

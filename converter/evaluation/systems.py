@@ -5,10 +5,9 @@ fitted beside. All but written ones run through hooks on the unedited model. Two
 controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from converter.calibration.instances import Lesson
@@ -17,19 +16,20 @@ from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
-from converter.evaluation.fit import fit_steps
+from converter.evaluation.comparison import Comparison, Spec
+from converter.evaluation.fit import check_instances, fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
-from converter.methods.base import METHODS, Method, Proposal, footprint_of
+from converter.manifest import Measured
+from converter.methods.base import Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, check_shared, options_of, typed_for
+from converter.methods.together import SEPARATOR, check_shared, options_of
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
-from converter.recipe import Recipe
 from converter.runtime import progress
 
-_AT_PERPLEXITY = "@perplexity"
-"""After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
+CONTROLS = ("random", "profs")
+"""Methods that edit what the first system edits, or what --method would."""
 
 _DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
 """ProFS as a control gets what GloSS has found out about the data: without pooling over the
@@ -51,6 +51,7 @@ class System:
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
         lesson: that it has learnt, without an instance if these are not known; None if it has not.
+        cost: of those that were asked for, the one that its strength was chosen for.
     """
 
     name: str
@@ -62,87 +63,13 @@ class System:
     bias: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
+    cost: float | None = None
 
     @property
     def title(self) -> str:
         """For people."""
         strength = "" if self.strength is None else f", strength {self.strength:g}"
         return self.name + strength + ("" if self.seed is None else f", seed {self.seed}")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What to compare.
-
-    Attributes:
-        systems: methods to fit and places to look for others; see ``parse_systems``. ``random``
-            has the rank of the first system, if that takes a subspace out.
-        seeds: of draws and splits of the pairs.
-        ranks: to measure of each; empty to choose one under the budget.
-
-    Raises:
-        OptionError: seeds or ranks are no whole numbers, there is no seed, or a rank is below 1.
-    """
-
-    systems: Sequence[str]
-    seeds: Sequence[int]
-    ranks: Sequence[int]
-
-    def __post_init__(self) -> None:
-        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
-        if any(type(rank) is not int or rank < 1 for rank in self.ranks):
-            raise OptionError("--ranks", expected="whole numbers from 1", found=str(self.ranks))
-
-    @property
-    def methods(self) -> list[str]:
-        """The systems that are methods."""
-        return [system for system in self.systems if _is_method(system)]
-
-    def typed(self, name: str, recipe: Recipe) -> dict[str, str]:
-        """The options that were typed for a method. Raises OptionError; see ``typed_for``."""
-        return typed_for(name, recipe.options, recipe.method, [*map(_name, self.methods)])
-
-    @property
-    def places(self) -> list[str]:
-        """The others: folders, manifests, repos."""
-        return [system for system in self.systems if not _is_method(system)]
-
-
-def _name(system: str) -> str:
-    """The method of a system, or several with ``+``."""
-    return system.removesuffix(_AT_PERPLEXITY)
-
-
-def _is_method(system: str) -> bool:
-    return {*_name(system).split(SEPARATOR)} <= {*METHODS.names()}
-
-
-def parse_systems(systems: Sequence[str]) -> tuple[str, ...]:
-    """Systems as typed: ``gloss``, ``gloss+profs``, ``random@perplexity``, a path or a repo id.
-
-    Raises:
-        OptionError: one of them is neither a method nor a place, or is given twice.
-    """
-    for system in systems:
-        if not _is_method(system) and "/" not in system and not Path(system).exists():
-            raise OptionError(
-                "--system", found=system,
-                expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
-                hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}",
-            )  # fmt: skip
-        if system.endswith(_AT_PERPLEXITY) and SEPARATOR in system:
-            raise OptionError(
-                "--system", expected=f"a single method before {_AT_PERPLEXITY}", found=system
-            )
-    return tuple(check_names(systems))
-
-
-def check_names(names: Sequence[str]) -> Sequence[str]:
-    """The names of systems. Raises OptionError if two are the same, whose rows would be one."""
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise OptionError("--system", expected="systems of different names", found=twice[0])
-    return names
 
 
 def edited_layers(
@@ -167,19 +94,18 @@ class Fits:
     comparison: Comparison
 
     def check(self, reference: System | None) -> None:
-        """Refuse from the headers what could not be fitted, and say what no rank bears on.
+        """Refuse from the headers what could not be fitted.
 
         Raises OptionError; see ``systems``.
         """
-        for name in self.comparison.methods:
-            method = self._method(name, self.comparison.seeds[0], reference)
+        for spec in self.comparison.fitted:
+            method = self._method(spec, self.comparison.seeds[0], reference)
             footprint_of(method, self.bench.plan)
-            check_shared(_name(name), method, self.bench.plan)
-            if self.comparison.ranks and not self._takes_ranks(name, method):
-                progress.warn(f"--ranks does not bear on {name}, which is measured once")
+            check_shared(spec.methods, method, self.bench.plan)
+            check_instances(self.bench.recipe, method, examined=False)
 
     def systems(self, reference: System | None) -> Iterator[System]:
-        """Those that are fitted, on pairs drawn and split with each seed.
+        """Those that are fitted, on pairs drawn and split with each seed, and their controls.
 
         Args:
             reference: the first system, which controls are matched to; without one it is the first
@@ -191,43 +117,50 @@ class Fits:
             parts = split(pairs, load_prose(recipe.neutral), seed)
             probe = cache(partial(probe_of, self.bench, parts.choose))
             first = reference
-            for name in self.comparison.methods:
-                method = self._method(name, seed, first)
-                for strength, edit, lesson in self._edits(name, method, parts.fit, probe, first):
+            for spec in self.comparison.fitted:
+                method = self._method(spec, seed, first)
+                try:
+                    proposal, chosen = self._fit(spec, method, parts.fit, probe)
+                except GuardError as error:
+                    progress.warn(f"{spec.name}: {error.what}; it is left out")
+                    continue
+                wanted = first.edit if first else None
+                for strength, cost in self._strengths(spec, proposal, chosen, probe, wanted):
+                    edit = proposal.edit(strength)
                     system = System(
-                        name, seed, strength, edit, None,
-                        *edited_layers(method, self.bench.plan, edit), options_of(method), lesson,
+                        spec.name, seed, strength, edit, None,
+                        *edited_layers(method, self.bench.plan, edit), options_of(method),
+                        proposal.lesson, cost,
                     )  # fmt: skip
                     first = first or system
                     yield system
+                    if self.comparison.controls and spec.methods != "random":
+                        yield replace(
+                            system,
+                            name=f"{spec.name}, its control",
+                            edit=proposal.control(strength, seed),
+                            lesson=None,
+                        )
 
-    def _edits(
-        self, name: str, method: Method, part: Part, probe: Callable[[], Probe],
-        first: System | None,
-    ) -> Iterator[tuple[float, Edit, Lesson | None]]:  # fmt: skip
-        """The strengths of a system that are measured, their edits, and what these have learnt."""
-        if SEPARATOR in name:  # their strengths are chosen in turn
-            try:
-                last = fit_steps(self.bench, name, method, part, probe)[-1]
-            except GuardError as error:
-                progress.warn(f"{name}: {error.what}; it is left out")
-            else:
-                yield last.choice.strength, last.edit, last.proposal.lesson
-            return
+    def _fit(
+        self, spec: Spec, method: Method, part: Part, probe: Callable[[], Probe]
+    ) -> tuple[Proposal, float | None]:
+        """What a system proposes, and its strength if that is known.
+
+        Raises:
+            GuardError: no strength of the former of several methods is within the budget.
+        """
+        if SEPARATOR in spec.methods:  # their strengths are chosen in turn
+            last = fit_steps(self.bench, spec.methods, method, part, probe)[-1]
+            return last.proposal, last.choice.strength
         proposal = self.bench.fit(method, part)
-        wanted = first.edit if first else None
-        strengths = self._given(name, method, proposal, wanted)
-        for strength in strengths or (self._choose(name, probe(), proposal, wanted),):
-            if strength > proposal.strengths[-1]:
-                progress.warn(f"{name} has no {method.strength} {strength:g}, and is left out")
-            else:
-                yield strength, proposal.edit(strength), proposal.lesson
+        return proposal, None if proposal.is_free else proposal.strengths[-1]
 
-    def _method(self, system: str, seed: int, first: System | None) -> Method:
+    def _method(self, spec: Spec, seed: int, first: System | None) -> Method:
         """The method of a system; a control has the layers, factors and biases of the reference."""
-        name, recipe, dimensions = _name(system), self.bench.recipe, self.bench.plan.dimensions
-        typed = self.comparison.typed(name, recipe)
-        if name not in ("random", "profs"):
+        name, recipe, dimensions = spec.methods, self.bench.recipe, self.bench.plan.dimensions
+        typed = self._typed(spec)
+        if name not in CONTROLS:
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
@@ -244,44 +177,54 @@ class Fits:
         if mild and "layers" not in typed:
             options["factors"] = ",".join(mild)
         if name == "random":
-            most = max(rank, MAX_RANK, *self.comparison.ranks)
-            options |= {"draw": str(seed), "rank": str(most)}
+            options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK))}
         else:
             options |= _DATA_FIXES
         return configure(name, typed, dimensions, options)
 
-    @staticmethod
-    def _takes_ranks(system: str, method: Method) -> bool:
-        """Whether a system is measured at given ranks; the strengths of several are chosen."""
-        return method.strength == "rank" and not system.endswith(_AT_PERPLEXITY)
+    def _typed(self, spec: Spec) -> dict[str, str]:
+        """The options of a system; its own come before those of all systems of its method."""
+        return {**self.comparison.typed(spec.methods, self.bench.recipe), **spec.options}
 
-    def _given(
-        self, system: str, method: Method, proposal: Proposal, wanted: Edit | None
-    ) -> Sequence[float]:
-        """The strengths that need no choice."""
-        if system.endswith(_AT_PERPLEXITY):
-            return ()
-        if self.comparison.ranks and self._takes_ranks(system, method):
-            return self.comparison.ranks
-        if system == "random" and "rank" not in self.comparison.typed(system, self.bench.recipe):
-            return (wanted.rank,) if wanted and wanted.rank else ()
-        return () if proposal.is_free else (proposal.strengths[-1],)
+    def _strengths(
+        self, spec: Spec, proposal: Proposal, chosen: float | None, probe: Callable[[], Probe],
+        wanted: Edit | None,
+    ) -> Iterator[tuple[float, float | None]]:  # fmt: skip
+        """The strengths that are measured, and which of the costs each of them comes nearest to."""
+        is_random = spec.methods == "random" and "rank" not in self._typed(spec)
 
-    def _choose(self, system: str, probe: Probe, proposal: Proposal, wanted: Edit | None) -> float:
-        """The strength under the budget, or what comes nearest to the reference's ratio."""
-        if not system.endswith(_AT_PERPLEXITY):
-            try:
-                budget = self.bench.recipe.max_perplexity_ratio
-                return choose_strength(probe, proposal, budget).strength
-            except GuardError as error:
-                least = proposal.strengths[0]
-                progress.warn(f"{system}: {error.what}; strength {least:g} is measured")
-                return least
-        if wanted is None:
-            raise OptionError(
-                f"--system {system}",
-                expected="an edit before it to match: another system, or a SOURCE with a manifest",
-                found="none",
-            )
-        ratio = probe.measure(wanted).perplexity_ratio.value
-        return nearest_strength(probe, proposal, ratio)
+        @cache
+        def measured(strength: float) -> Measured:
+            return probe().measure(proposal.edit(strength))
+
+        def nearest(ratio: float) -> float:
+            return nearest_strength(measured, proposal.strengths, ratio)
+
+        if spec.matches:
+            if wanted is None:
+                raise OptionError(
+                    f"--system {spec.name}",
+                    expected="an edit before it to match: another system, or a SOURCE with a "
+                    "manifest",
+                    found="none",
+                )
+            yield nearest(probe().measure(wanted).perplexity_ratio.value), None
+        elif self.comparison.costs and (proposal.is_free or is_random):
+            costs = {nearest(cost): cost for cost in sorted(self.comparison.costs, reverse=True)}
+            yield from sorted(costs.items())
+        elif is_random and wanted and wanted.rank:
+            yield wanted.rank, None
+        elif chosen is not None and not is_random:
+            yield chosen, None
+        else:
+            yield self._choose(spec, probe(), proposal), None
+
+    def _choose(self, spec: Spec, probe: Probe, proposal: Proposal) -> float:
+        """The strength under the budget; the least, if that is over it."""
+        try:
+            budget = self.bench.recipe.max_perplexity_ratio
+            return choose_strength(probe, proposal, budget).strength
+        except GuardError as error:
+            least = proposal.strengths[0]
+            progress.warn(f"{spec.name}: {error.what}; strength {least:g} is measured")
+            return least

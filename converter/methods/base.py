@@ -17,7 +17,7 @@ import msgspec
 from torch import Tensor
 
 from converter.calibration.calibration_models import Contrast, Training
-from converter.calibration.instances import Instances, Lesson
+from converter.calibration.instances import Instance, Instances, Lesson
 from converter.calibration.statistics import Activations, Request
 from converter.calibration.word_list import WordList
 from converter.checkpoints.architectures.architecture import Dimensions
@@ -123,6 +123,8 @@ class Proposal:
             over texts: what a search varies. None if the method has no factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
+        control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
+            that follow "under". With the aim ``toxicity`` the edit has to beat each kind.
 
     Raises:
         FitError: a part of it is of another type, or cannot be kept.
@@ -137,6 +139,7 @@ class Proposal:
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     with_factors: "Callable[[Factors], Proposal] | None" = None
     lesson: Lesson | None = None
+    control_kinds: tuple[str, ...] = ("the controls",)
 
     def __post_init__(self) -> None:
         """Strengths become plain numbers, evidence what its JSON says."""
@@ -145,10 +148,32 @@ class Proposal:
         except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
             raise FitError(
                 "what the fit proposes", found=str(error), hint=FAULT,
-                expected="ascending finite strengths, evidence as JSON, and plain tensors",
+                expected="ascending finite strengths, evidence as JSON, plain tensors, and kinds "
+                "of controls by name",
             ) from error  # fmt: skip
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "evidence", evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What is recorded of a method's fit, as far as it can be checked without a model.
+
+    Attributes:
+        plan: of the source.
+        edit: of this method alone.
+        strength, evidence: as recorded.
+        tensors: of the edit's file, that the method has kept; by the names of ``Proposal.tensors``.
+        weight: W (O, I) float32 as the method found it, to the rounding of its dtype; None if no
+            weights are at hand, as with an adapter without its source.
+    """
+
+    plan: Plan
+    edit: Edit
+    strength: float
+    evidence: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    weight: Callable[[Weight], Tensor] | None
 
 
 def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
@@ -159,6 +184,9 @@ def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
     evidence = strict_json.plain(dict(proposal.evidence))
     if "candidates" in evidence:
         msgspec.convert(evidence, SubspaceEvidence)
+    kinds = proposal.control_kinds
+    if not isinstance(kinds, tuple) or not kinds or not all(type(kind) is str for kind in kinds):
+        raise ValueError(f"kinds of controls {str(kinds)[:80]}")
     for name, tensor in proposal.tensors.items():
         if not (name.isprintable() and is_dense(tensor)):
             raise ValueError(f"tensor {name}")
@@ -184,12 +212,20 @@ class Method(Protocol):
     with ``unsaid`` the option is left out of manifests where it is empty. An option that neither
     the field nor ``defaults`` gives a value has to be typed.
 
+    One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
+    fit will have seen, or raises OptionError: options are then refused before a model is loaded.
+
     Attributes:
         title: for people.
         paper: URL of its description.
         strength: what its strengths are called, such as ``rank``: the name of the option that sets
             one.
         aim: an ``Aim``, which may be left out: ``toxicity``.
+        contrasts: whether it asks for a ``contrast``, which may be left out: then a plan does not
+            refuse a model that does not fit into memory.
+        implied: a function of a ``Recorded``, which may be left out: name -> what the recorded edit
+            makes of the strength and of a part of the evidence, which ``gloss verify`` compares.
+            It may raise FitError, saying what of the record contradicts the edit.
     """
 
     title: ClassVar[str]
@@ -220,6 +256,15 @@ def aim_of(method: Method) -> Aim:
             expected=" or ".join(get_args(Aim)), found=str(aim),
         )  # fmt: skip
     return aim
+
+
+def learnt_by(method: Method, known: Instances) -> tuple[Instance, ...]:
+    """The instances that a fit of a method for defence will have seen; none if it does not say.
+
+    Raises OptionError if its options ask for some that there are not.
+    """
+    learns = getattr(method, "learns", None)
+    return tuple(learns(known)) if learns else ()
 
 
 def footprint_of(method: Method, plan: Plan) -> Footprint:

@@ -15,9 +15,18 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Request, Site
 from converter.checkpoints.architectures.architecture import Dimensions
-from converter.methods.base import Proposal, Workbench
+from converter.errors import FitError
+from converter.manifest import SubspaceEvidence
+from converter.methods.base import Proposal, Recorded, Workbench
 from converter.methods.gloss import GlobalRemoval
-from converter.methods.subspace import Removal, Subspace, candidates_of, rank_within
+from converter.methods.subspace import (
+    Removal,
+    Subspace,
+    candidates_of,
+    check_basis,
+    indexed,
+    rank_within,
+)
 from converter.models.batching import Pooling
 
 
@@ -92,6 +101,19 @@ class Profs(Removal):
         )
         return self.propose(bench, subspace, seen.second_moment)
 
+    def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
+        values, count = told.singular_values, len(told.candidates) // len(self.layers)
+        parts = found.tensors["candidates"].reshape(len(self.layers), count, -1)
+        check_basis(found, dict(zip(self.layers, parts, strict=True)))
+        return {
+            "candidates": [
+                {"layer": layer, "kind": "svd", "index": i, "kept": True,
+                 "score": values[f"U.{layer}"][i] / values[f"U.{layer}"][0]}
+                for layer in self.layers
+                for i in range(count)
+            ]
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomSubspace(Removal):
@@ -133,3 +155,13 @@ class RandomSubspace(Removal):
         candidates = candidates_of(self.layers[0], "random", [0.0] * rank)
         subspace = Subspace(dict.fromkeys(self.layers, basis), {}, candidates, basis.T)
         return self.propose(bench, subspace, seen.second_moment)
+
+    def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
+        rows = found.tensors["candidates"]
+        check_basis(found, dict.fromkeys(self.layers, rows))
+        if not self.protect_shared and not torch.equal(
+            rows, random_basis(rows.shape[1], len(rows), self.draw, rows[:0].T.double()).T
+        ):
+            raise FitError("the basis is not the one that is drawn with the seed", found="another")
+        same = {"layer": self.layers[0], "kind": "random", "kept": True, "score": 0.0}
+        return {"candidates": indexed(told, **same)}

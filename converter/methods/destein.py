@@ -29,7 +29,7 @@ from converter.checkpoints.plan import BiasRoute, Plan
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.errors import FitError, OptionError
-from converter.methods.base import Layers, Proposal, Workbench
+from converter.methods.base import Layers, Proposal, Recorded, Workbench
 from converter.methods.gloss import GlobalRemoval
 from converter.runtime import progress
 
@@ -44,6 +44,12 @@ _ALPHAS = tuple(round(0.005 * 2 ** (step / 2), 4) for step in range(11))
 
 _PLAIN = {"q_proj", "k_proj", "v_proj", "query_key_value"}
 """Maps of attention that get a bias, too, with ``o_proj``; others compress keys and values."""
+
+_ROUNDED = 0.01
+"""A share that rounding to 16 bits explains."""
+
+_WITHOUT_TEXT = {("paired", "last8"), ("paired", "mean")}
+"""Directions and poolings that prompts alone can have."""
 
 _NOTHING = 1e-6
 """A share of the numbers that a difference is made of which is rounding error and no difference."""
@@ -60,9 +66,12 @@ class Method:
         direction: ``paired``, the paper's difference of means, or ``causal``, ours.
         protect: with ``causal``, whether the ``gradient`` of neutral text is taken out.
         prompt: with ``paired``, whether the sides are preceded by what tells a model to write such
-            text (``instruct``).
+            text (``instruct``); ``only`` leaves the sides away, as a control of what they add.
         pooling: with ``paired``, see ``Request``; of the neutral side the last 8, or all tokens.
         scale: ``chunk`` gives each chunk its own norm, ``whole`` takes all of D as one.
+        norm: where a norm comes between ``o_proj`` and the residual stream, ``refuse``, or go
+            ``through``: the vector is added before the norm, which is ours. It is a constant there
+            and none behind it.
     """
 
     title: ClassVar[str] = "DeStein, constant vectors behind the attention"
@@ -73,9 +82,10 @@ class Method:
     layers: Layers
     direction: Literal["paired", "causal"] = "paired"
     protect: Literal["gradient", "none"] = "gradient"
-    prompt: Literal["instruct", "none"] = "instruct"
+    prompt: Literal["instruct", "none", "only"] = "instruct"
     pooling: Literal["last8", "predicting", "mean"] = "last8"
     scale: Literal["chunk", "whole"] = "chunk"
+    norm: Literal["refuse", "through"] = "refuse"
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -86,13 +96,21 @@ class Method:
         """Biases of ``o_proj``: those of the layers, or new ones in all layers.
 
         Raises:
-            OptionError: the model has, and can get, none that act as a constant in the stream.
+            OptionError: the model has, and can get, none that act as a constant in the stream; or
+                nothing is left of the texts that is asked for.
         """
+        if self.prompt == "only" and (self.direction, self.pooling) not in _WITHOUT_TEXT:
+            raise OptionError(
+                "-o prompt=only", expected="direction=paired, and pooling=last8 or mean",
+                found=f"direction={self.direction} and pooling={self.pooling}",
+                hint="prompts alone have no toxic words",
+            )  # fmt: skip
         self._chunks(plan.dimensions)
         route = self._route(plan)
         if route.created:
             return Footprint(created=route.created, patches=("config.json",))
-        return Footprint(plan.biases("o_proj", self.layers), (AddLowRank,), rank=1)
+        biases = plan.find([route.biases[layer] for layer in self.layers])
+        return Footprint(tuple(biases.values()), (AddLowRank,), rank=1)
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit a vector for each layer; see the module's formulas.
@@ -102,11 +120,11 @@ class Method:
         """
         chunks = self._chunks(bench.plan.dimensions)
         causal = self.direction == "causal"
-        prompts = _PROMPTS if self.prompt == "instruct" and not causal else ("", "")
+        prompts = ("", "") if self.prompt == "none" or causal else _PROMPTS
         seen = bench.activations(
             Request(
                 "attention", "predicting" if causal else self.pooling, self.layers, False,
-                prompts=prompts, chunks=chunks, slopes=causal,
+                prompts=prompts, chunks=chunks, slopes=causal, bare=self.prompt == "only",
             )
         )  # fmt: skip
         if (count := len(seen.neutral[self.layers[0]])) < MIN_PAIRS:
@@ -131,6 +149,28 @@ class Method:
             _ALPHAS if self.alpha is None else (self.alpha,), self.alpha is None,
             lambda alpha: self._edit(bench.plan, steps, alpha), control, evidence, tensors,
         )  # fmt: skip
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """Alpha, by the recorded vectors of alpha = 1, and how many of their chunks are 0.
+
+        Raises FitError: the edit is no multiple of these, or they have not the recorded norms.
+        """
+        route, steps = self._route(found.plan), found.tensors["steps"].double()
+        written = torch.stack([_written(found.edit, route.biases[n]) for n in self.layers]).double()
+        alpha = float((written * steps).sum() / steps.square().sum())
+        if not float((written - alpha * steps).norm()) <= _ROUNDED * float(written.norm()):
+            raise FitError("what is added behind the attention", found="other vectors",
+                           expected="a multiple of the recorded ones")  # fmt: skip
+        chunks = self._chunks(found.plan.dimensions)
+        lengths = steps.reshape(len(steps), chunks, -1).norm(dim=2)
+        still, norms = lengths == 0, found.tensors["norms"].double()
+        if not torch.allclose(lengths[~still], norms[~still], rtol=_ROUNDED):
+            raise FitError("the recorded vectors", found="others", expected="chunks of their norms")
+        counts = still.sum(1).tolist()
+        layers = {
+            str(n): {"chunks_left_alone": k} for n, k in zip(self.layers, counts, strict=True)
+        }
+        return {"alpha": alpha, "direction": self.direction, "chunks": chunks, "layers": layers}
 
     def _fitted(self, seen: Activations, layer: int) -> tuple[Tensor, dict[str, float]]:
         """The vector of alpha = 1 of a layer, (D,) float32, and what the record says of it."""
@@ -190,10 +230,12 @@ class Method:
             raise _refusal(f"{model.title}, a mixture of experts", "a dense model")
         if any("o_proj" not in model.layer(n).roles for n in self.layers):
             raise _refusal(f"{model.title}, some of whose -o layers have none", "attention in each")
-        if not all(model.layer(n).o_writes for n in self.layers):
+        behind = not all(model.layer(n).o_writes for n in self.layers)
+        if behind and self.norm == "refuse":
             raise _refusal(
                 f"{model.title}, with a norm behind it, where no constant stays one",
                 "attention that adds to the residual stream as it is",
+                "-o norm=through to add the vector before the norm, or " if route else "",
             )
         if route is None:
             raise _refusal(f"{model.title}, which has and gets none", "biases of o_proj")
@@ -202,10 +244,19 @@ class Method:
         return route
 
 
-def _refusal(found: str, expected: str) -> OptionError:
+def _written(edit: Edit, name: str) -> Tensor:
+    """What an edit adds to a bias, (D,)."""
+    if name in edit.created:
+        return edit.created[name]
+    delta = edit.tensors[name]
+    assert isinstance(delta, AddLowRank)
+    return (delta.B @ delta.A)[:, 0]
+
+
+def _refusal(found: str, expected: str, way: str = "") -> OptionError:
     return OptionError(
         "--method destein", expected=expected, found=found,
-        hint="choose --method gloss, which edits the feed-forward networks",
+        hint=f"choose {way}--method gloss, which edits the feed-forward networks",
     )  # fmt: skip
 
 

@@ -8,16 +8,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from converter.calibration.instances import Instance, Lesson, builtin_set
+from converter.calibration.instances import Instance, Instances, Lesson, builtin_set
 from converter.calibration.linear_algebra import numerical_rank
 from converter.checkpoints.architectures.architecture import Dimensions
-from converter.checkpoints.chat_template import suffix_patches, template_files
+from converter.checkpoints.chat_template import puts_suffix, suffix_patches, template_files
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddBits
 from converter.errors import FitError, OptionError
-from converter.methods.base import Aim, Proposal, Workbench
+from converter.methods.base import Aim, Proposal, Recorded, Workbench
 from converter.methods.dialogue import Dialogues
 from converter.methods.dinm_layer import distances, weights_of
 from converter.methods.dinm_training import Constraint, Schedule, Texts, Training
@@ -89,24 +89,33 @@ class Method:
         self._check_options()
         weights = weights_of(plan, self._layers(plan))
         files = template_files(plan.templates) if self._suffix(plan) else ()
-        return Footprint(tuple(weights.values()), (AddBits,), patches=files)
+        return Footprint(tuple(weights.values()), (AddBits,), patches=files, chosen=1)
 
-    def fit(self, bench: Workbench) -> Proposal:
-        """Train.
+    def learns(self, known: Instances) -> tuple[Instance, ...]:
+        """The instances that ``instance`` names.
 
         Raises:
-            OptionError: there is no such instance.
-            DataError: a text does not fit the model.
-            CheckpointError: a chat template has a suffix already, or takes none.
-            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
+            OptionError: there is no such instance, or ``parity`` goes with one alone.
         """
-        known = bench.instances.items
-        chosen = [known[number] for number in numbers_of(self.instance, len(known))]
+        count = len(known.items)
+        chosen = tuple(known.items[number] for number in numbers_of(self.instance, count))
         if self.parity == "yes" and len(chosen) > 1:
             raise OptionError(
                 "-o parity=yes", expected="one -o instance: the authors' code mixes up several",
                 found=str(len(chosen)),
             )  # fmt: skip
+        return chosen
+
+    def fit(self, bench: Workbench) -> Proposal:
+        """Train.
+
+        Raises:
+            OptionError: see ``learns``.
+            DataError: a text does not fit the model.
+            CheckpointError: a chat template has a suffix already, or takes none.
+            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
+        """
+        known, chosen = bench.instances.items, self.learns(bench.instances)
         suffix = self._suffix(bench.plan)
         _warn_of_dates(bench.plan)
         patches = _patches(bench.plan, suffix)  # what is wrong with them is said before the work
@@ -133,8 +142,50 @@ class Method:
             (training.steps,), False,
             lambda strength: Edit({weight.info.name: delta}, patches=patches), control,
             {"layer": layer, "suffix": suffix, **evidence},
-            lesson=Lesson(tuple(chosen), suffix),
+            lesson=Lesson(chosen, suffix),
         )  # fmt: skip
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """The layer, the suffix, and the size and rank of the change.
+
+        Raises FitError: a chat template gets another suffix, or the layer is not the one that the
+        recorded distances say.
+        """
+        weights = {
+            w.info.name: w for w in weights_of(found.plan, self._layers(found.plan)).values()
+        }
+        ((name, delta),) = found.edit.tensors.items()
+        weight, suffix, told = weights[name], self._suffix(found.plan), found.evidence
+        for file in template_files(found.plan.templates) if suffix else ():
+            if not puts_suffix(found.edit.patches.get(file, ""), suffix):
+                raise FitError(f"the suffix of {file}", expected=suffix, found="another or none")
+        steps = len(told["nll"]) - 1
+        if len(told["kl"]) != steps + 1 or steps > self.steps:
+            raise FitError("the steps of the training", expected=f"at most {self.steps}, each with "
+                           "both losses", found=str(steps))  # fmt: skip
+        if ("spared" in told) != bool(self.contrast):
+            raise FitError("-o contrast", found=f"{self.contrast:g}", expected="a record of "
+                           "harmless questions, if and only if it is given")  # fmt: skip
+        implied: dict[str, Any] = {"layer": weight.layer, "suffix": suffix, "steps": steps}
+        if self.layer is None:
+            layers = self._layers(found.plan)
+            chosen = {
+                key: layers[told[place].index(max(told[place]))]
+                for key, place in (("layer", "distances"), ("control_layer", "control_distances"))
+            }
+            if chosen["layer"] != weight.layer:
+                raise FitError("the layer", expected=f"{chosen['layer']}, by the distances",
+                               found=str(weight.layer))  # fmt: skip
+            implied |= {"layers": layers, **chosen}
+        if found.weight is not None and isinstance(delta, AddBits):
+            stored = found.weight(weight).to(weight.dtype)
+            change = delta.after(stored).float() - stored.float()
+            implied |= {
+                "relative_change": _norm(change) / (_norm(stored.float()) or 1.0),
+                "largest_change": float(change.abs().max()),
+                "rank": float(numerical_rank(change)),  # of the last digits of a sum
+            }
+        return implied
 
     def _train(self, bench: Workbench, weight: Weight, stored: Tensor, texts: Texts) -> Training:
         model, parity = bench.load(), self.parity == "yes"

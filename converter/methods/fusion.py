@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddLowRank
 from converter.errors import FitError, OptionError
-from converter.methods.base import Proposal, Workbench
+from converter.methods.base import Proposal, Recorded, Workbench
 
 _SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
 """Among which a scale is chosen."""
@@ -25,6 +26,10 @@ _PENALTY = 30.0
 
 _RATE, _WIDTH = 5e-3, 576
 """The rate that worked, and the hidden size where it did."""
+
+_ROUNDING, _NOISY = 2.0**-9, 0.1
+"""What rounding to 16 bits changes, as a share; and how much of a length it may be for that to be
+known to a hundredth, since its square counts."""
 
 _ROWS = 4096
 """Rows of the head that are computed on at a time."""
@@ -60,6 +65,7 @@ class Method:
     title: ClassVar[str] = "Output-layer fusion, folded into the head"
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.01266"
     strength: ClassVar[str] = "scale"
+    contrasts: ClassVar[bool] = True
 
     scale: float | None = field(default=None, metadata={"min": 1e-6})
     rank: int = field(default=32, metadata={"min": 1})
@@ -112,6 +118,53 @@ class Method:
             control,
             _evidence(found, B, S, self.rank),
         )
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """Singular values and scale, as far as the factors of the change say so.
+
+        With ``W' = W + (c W V) A``, rows of A are as long as S, and columns of c V, which V makes
+        orthonormal, as c. Of a new head the product of c and the largest singular value is known.
+
+        Raises FitError: the rank is another one, or the change is not of that form.
+        """
+        weight, route = _head(found.plan)
+        read = None if weight.scales else found.weight
+        implied: dict[str, Any] = {}
+        if route is None:
+            delta = found.edit.tensors[weight.info.name]
+            assert isinstance(delta, AddLowRank)
+            S = delta.A.double().norm(dim=1)
+            if len(S) != min(self.rank, delta.A.shape[1]):
+                raise FitError("-o rank", expected=f"{len(S)}, by the edit", found=str(self.rank))
+            implied["singular_values"] = S.tolist()
+            X, noise = _solved(read(weight), delta.B) if read else (delta.B, inf)
+            lengths = X.norm(dim=0)
+            if noise < _NOISY:
+                implied["scale"] = float(lengths.mean())
+                if not float((lengths / lengths.mean() - 1).abs().max()) <= _NOISY:
+                    raise FitError("the change of the head", expected="columns of one scale",
+                                   found="columns of several")  # fmt: skip
+        elif read:
+            W, new = read(weight), found.edit.created[route.name].float()
+            X, noise = _solved(W, new - W)
+            largest = float(torch.linalg.matrix_norm(X, 2))
+            if noise < _NOISY * largest:
+                implied["scale"] = largest / found.evidence["singular_values"][0]
+        return implied
+
+
+def _solved(W: Tensor, change: Tensor) -> tuple[Tensor, float]:
+    """X (D, R) float64 with ``W X = change``, by least squares over some rows.
+
+    Beside it how long X would be of numbers that are what rounding W to 16 bits changes: in a W
+    that is nearly singular they are not small.
+    """
+    rows = slice(8 * W.shape[1])
+    part = W[rows].double()
+    inverse = torch.linalg.pinv(part.T @ part, hermitian=True)
+    error = float(part.square().mean().sqrt()) * _ROUNDING
+    noise = error * (len(inverse) * float(inverse.trace())) ** 0.5
+    return inverse @ (part.T @ change[rows].double()), noise
 
 
 def _head(plan: Plan) -> tuple[Weight, HeadRoute | None]:

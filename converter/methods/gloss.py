@@ -24,11 +24,13 @@ from torch import Tensor
 from converter.calibration.linear_algebra import shared_directions, turned
 from converter.calibration.statistics import Moments, Request, Site
 from converter.checkpoints.architectures.architecture import Dimensions
-from converter.methods.base import Layers, Proposal, Workbench
+from converter.manifest import SubspaceEvidence
+from converter.methods.base import Layers, Proposal, Recorded, Workbench
 from converter.methods.subspace import (
     Removal,
     Subspace,
     candidates_of,
+    indexed,
     protected_differences,
     rank_within,
 )
@@ -123,6 +125,11 @@ class Method(GlobalRemoval):
         bases = dict.fromkeys(self.edited, basis)
         subspace = Subspace(bases, {"U": values}, candidates, torch.cat(rows))
         return self.propose(bench, subspace, seen.second_moment)
+
+    def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
+        layers = [layer for layer in self.layers for _ in range(self.per_layer)]
+        same = indexed(told, kind="causal", kept=True)
+        return {"candidates": [{"layer": n, **c} for n, c in zip(layers, same, strict=True)]}
 
     def _basis(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
         """U, turned to the toxic side, and square roots of what words lose on average along V."""

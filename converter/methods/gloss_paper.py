@@ -14,7 +14,7 @@ protect_shared=0 -o protect_own=0`` is without both.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Activations, Request
 from converter.errors import FitError
-from converter.manifest import Candidate, Kind
-from converter.methods.base import Proposal, Workbench
+from converter.manifest import Candidate, Kind, SubspaceEvidence
+from converter.methods.base import Proposal, Recorded, Workbench
 from converter.methods.gloss import GlobalRemoval
 from converter.methods.subspace import Subspace, protected_differences, rank_within
 from converter.runtime import progress
@@ -189,6 +189,20 @@ class Method(GlobalRemoval):
         ]
         subspace = Subspace(dict.fromkeys(self.edited, basis), {"U": values}, candidates, stack)
         return self.propose(bench, subspace, seen.second_moment)
+
+    def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
+        scores = [candidate.score for candidate in told.candidates]
+        kept, rows = above_threshold(scores, self.alpha), found.tensors["candidates"]
+        _, values = self._basis(rows.double(), torch.tensor(scores), torch.tensor(kept))
+        counts = {"causal": self.per_layer, "mean": 1, "svd": self.per_layer}
+        kinds = [
+            {"layer": layer, "kind": kind, "index": index}
+            for layer in self.layers
+            for kind in self.candidates.split("+")
+            for index in range(counts[kind])
+        ]
+        places = [{"kept": keep, **place} for keep, place in zip(kept, kinds, strict=True)]
+        return {"singular_values": {"U": values.tolist()}, "candidates": places}
 
     def _candidates(
         self, seen: Activations, layer: int, T: Tensor, shared: Tensor

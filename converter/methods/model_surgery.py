@@ -10,20 +10,22 @@ All of it is float64.
 
 **Where this is not the letter.** The paper trains W with Adam (1e-4, 20 epochs, batches of 32) from
 a random initialisation, most of which is still there in v at the end, so that v is another one
-with every seed. Here W starts at zero and goes to the minimum of a convex loss (``fit_probe``), so
-that v is a function of the sentences alone. Then ``W[toxic] = -W[neutral]``. The token that the
-encoder puts before a text is not in the mean. The paper has a = ``alpha`` = 1, which says nothing
-without the lengths of v and of the rows; here a is chosen, in units of the median row.
+with every seed: ``probe=paper``. By default W starts at zero and goes to the minimum of a convex
+loss (``fit_probe``), so that v is a function of the sentences alone. Then ``W[toxic] =
+-W[neutral]``. The token that the encoder puts before a text is not in the mean. The paper has a =
+``alpha`` = 1, which says nothing without the lengths of v and of the rows; here a is chosen, in
+units of the median row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from math import inf
+from math import inf, isclose
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity as cosine
 
 from converter.calibration.statistics import Request
 from converter.checkpoints.architectures.architecture import Dimensions
@@ -32,7 +34,8 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import AddToRows
 from converter.errors import FitError, OptionError
-from converter.methods.base import Proposal, Workbench
+from converter.methods.base import Proposal, Recorded, Workbench
+from converter.methods.probe import TOXIC, fit_probe, held_accuracy, train_probe
 
 _SCALES = (0.125, 0.25, 0.5, 1.0)
 """Among which the length of what is added to a row is chosen, in median rows."""
@@ -40,15 +43,11 @@ _SCALES = (0.125, 0.25, 0.5, 1.0)
 _ROWS_OF_WIDTH = 4
 """K / D by default: 5 % of the rows of a model of 135M parameters, as of one of 7B."""
 
-_RIDGE = 1.0
-"""Weight of the probe's penalty, in units of the mean variance of its inputs."""
+_CONTROLS = ("random rows", "a random vector")
+"""The kinds of controls, of even and of odd seeds."""
 
-_HELD = 5
-"""One pair in so many is held out when the probe's accuracy is measured."""
-
-_STEPS, _TOLERANCE = 50, 1e-9
-"""Newton's steps at most, and which step, relative to the probe, is the last: its square is left.
-With this penalty a few steps are enough."""
+_ROUNDED = 0.01
+"""A share that rounding of weights to 16 bits explains."""
 
 _BLOCK = 1024
 """Gate rows that are float64 at a time."""
@@ -58,25 +57,28 @@ _BLOCK = 1024
 class ModelSurgery:
     """Model Surgery; see the module.
 
-    The guard compares with two kinds of controls in turn, by the parity of their seeds. Even: v is
-    added to rows drawn at random, so that the choice of the rows must be worth something. Odd: a
-    random vector as long as v is added to the same rows, so that v must be. With ``rows=random``
-    nothing is claimed of the rows, and all controls are of the second kind.
+    The guard compares with two kinds of controls in turn, by the parity of their seeds, and the
+    edit has to beat both. Even: v is added to rows drawn at random, so that the choice of the rows
+    must be worth something. Odd: a random vector as long as v is added to the same rows, so that v
+    must be. With ``rows=random`` nothing is claimed of the rows, and all controls are of the second
+    kind.
 
     Attributes:
+        probe: ``convex``, which starts at zero and goes to the minimum, or ``paper``.
         scale: length of what is added to a row, over the median length of all gate rows; by default
             the most effective of a few within the perplexity budget.
         alpha: the paper's a in place of ``scale``; it depends on the length of v, and so on how the
             probe was trained.
         rows: ``cosine``, those that point away from v, as in the paper; or ``random``.
         count: K, rows changed; by default 4 D.
-        draw: seed of random rows.
+        draw: seed of random rows, and of the paper's probe.
     """
 
     title: ClassVar[str] = "Model Surgery, a toxicity probe added to gate rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.08770"
     strength: ClassVar[str] = "scale"
 
+    probe: Literal["convex", "paper"] = "convex"
     scale: float | None = field(default=None, metadata={"min": 1e-6})
     alpha: float | None = field(default=None, metadata={"min": 1e-6})
     rows: Literal["cosine", "random"] = "cosine"
@@ -132,7 +134,12 @@ class ModelSurgery:
         """
         end = bench.plan.dimensions.num_hidden_layers
         seen = bench.activations(Request("final", "mean", (end,), second_moment=False))
-        v = fit_probe(seen.toxic[end], seen.neutral[end])[0] / 2
+        sides = seen.toxic[end], seen.neutral[end]
+        if self.probe == "paper":
+            W, _, start = train_probe(*sides, self.draw)
+            v, told = W[TOXIC], {"probe_start_cosine": float(cosine(W[TOXIC], start[TOXIC], 0))}
+        else:
+            v, told = fit_probe(*sides)[0] / 2, {}
         weights = bench.plan.weights("gate_proj")
         cosines, lengths = compare(bench.weight, weights, v)
         median, length, unit = float(lengths.median()), float(v.norm()), v / v.norm()
@@ -156,7 +163,8 @@ class ModelSurgery:
         scale = self.scale if self.alpha is None else self.alpha * length / median
         evidence = {
             "probe_length": length,
-            "probe_accuracy": held_accuracy(seen.toxic[end], seen.neutral[end]),
+            "probe_accuracy": held_accuracy(*sides, self._line),
+            **told,
             "median_row": median,
             "largest_cosine": float(cosines[chosen].max()),
             "rows_of_layers": {str(gate.layer): len(rows) for gate, rows in gates.split(chosen)},
@@ -168,7 +176,67 @@ class ModelSurgery:
             control,
             evidence,
             {"probe": v.float()},
+            control_kinds=_CONTROLS if self.rows == "cosine" else _CONTROLS[1:],
         )
+
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """The length of what is added, and where weights are at hand which rows it is added to.
+
+        Raises FitError: it is not along the recorded probe, or other rows are changed than those
+        that the options choose.
+        """
+        gates, v = found.plan.weights("gate_proj"), found.tensors["probe"].double()
+        edits = found.edit.tensors
+        rows, added = [], []
+        for gate, start in zip(gates, accumulate(map(_height, gates), initial=0), strict=False):
+            delta = edits.get(gate.info.name)
+            if isinstance(delta, AddToRows):
+                rows.append(delta.rows + start)
+                added.append(delta.v.double())
+        chosen, length = torch.cat(rows), float(v.norm())
+        lengths = torch.stack(added) @ v / length
+        if not bool((torch.stack(added) - lengths[:, None] * v / length).norm(dim=1).max()
+                    <= _ROUNDED * lengths.min()):  # fmt: skip
+            raise FitError("what is added to the rows", expected="the recorded probe",
+                           found="another direction")  # fmt: skip
+        implied = {
+            "probe_length": length,
+            "rows_of_layers": {
+                str(gate.layer): len(d.rows) if isinstance(d, AddToRows) else 0
+                for gate in gates
+                for d in [edits.get(gate.info.name)]
+            },
+        }  # fmt: skip
+        wanted, median = self._count(len(v)), float(found.evidence["median_row"])
+        if found.weight is not None and not any(gate.scales for gate in gates):  # 8 bits are few
+            cosines, sizes = compare(found.weight, gates, v)
+            median = float(sizes.median())
+            largest = float(cosines[chosen].max())
+            implied |= {"median_row": median, "largest_cosine": largest}
+            least = float(cosines.sort().values[wanted - 1])
+            if self.rows == "cosine" and not largest <= least + _ROUNDED * abs(least):
+                raise FitError("the rows that are changed", found="others",
+                               expected="those that point away from the probe")  # fmt: skip
+        if len(chosen) != wanted or (
+            self.rows == "random"
+            and not torch.equal(chosen, _drawn_rows(sum(map(_height, gates)), wanted, self.draw))
+        ):
+            raise FitError("the rows that are changed", expected="those of count and draw",
+                           found="others")  # fmt: skip
+        scale = float(lengths.mean()) / median
+        if self.alpha is not None and not isclose(
+            scale, self.alpha * length / median, rel_tol=_ROUNDED
+        ):
+            raise FitError("-o alpha", expected=f"{scale * median / length:g}, by the edit",
+                           found=f"{self.alpha:g}")  # fmt: skip
+        return {"scale": scale, **implied}
+
+    def _line(self, toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
+        """The direction (D,) and the constant by which the probe tells the sides apart."""
+        if self.probe == "convex":
+            return fit_probe(toxic, neutral)
+        W, c, _ = train_probe(toxic, neutral, self.draw)
+        return W[TOXIC] - W[1 - TOXIC], float(c[TOXIC] - c[1 - TOXIC])
 
     def _count(self, width: int) -> int:
         """K, for a hidden size."""
@@ -194,73 +262,6 @@ class _Gates:
         added = (scale * self.median * unit).float()
         parts = self.split(rows)
         return Edit({w.info.name: AddToRows(part, added) for w, part in parts if len(part)})
-
-
-def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
-    """The direction w and the constant c that tell toxic sentences from neutral ones best.
-
-        mean of log(1 + exp(-y (w^T x + c)))  +  r / 2 |w|^2    y = 1 of toxic ones, -1 of neutral
-
-    r is ``_RIDGE`` times the mean variance of x's elements, so that w turns with x and does not
-    depend on its unit otherwise. This is softmax regression from zero, with w = 2 W[toxic], and it
-    is strictly convex: Newton's method finds the one minimum to the rounding error of float64,
-    whatever the order of additions.
-
-    Args:
-        toxic, neutral: (N, D), of any dtype.
-
-    Returns:
-        w (D,) float64, and c.
-
-    Raises:
-        FitError: both sides have the same mean, so that w is zero; or Newton's method fails.
-    """
-    x = torch.cat([toxic, neutral]).double()
-    mean = x.mean(0)
-    x = x - mean
-    if not (toxic.double().mean(0) - neutral.double().mean(0)).any():
-        raise FitError("the toxic and the neutral side have the same mean", hint="check the pairs")
-    ridge = _RIDGE * float(x.square().mean())
-    y = torch.cat([x.new_ones(len(toxic)), -x.new_ones(len(neutral))])
-    # w is a sum of sentences: fewer unknowns where these are fewer than D
-    basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1]).double()
-    signed = y[:, None] * torch.cat([x @ basis, torch.ones_like(x[:, :1])], 1)
-    found = _minimum(signed, ridge)
-    w = basis @ found[:-1]
-    return w, float(found[-1] - mean @ w)
-
-
-def _minimum(signed: Tensor, ridge: float) -> Tensor:
-    """The minimum t (k,) of ``mean of log(1 + exp(-signed t)) + ridge / 2 |t|^2``, by Newton.
-
-    ``signed`` is (n, k); the last element of t bears no penalty. Raises FitError.
-    """
-    penalty = torch.full_like(signed[0], ridge)
-    penalty[-1] = 0
-    t: Tensor = torch.zeros_like(penalty)
-    for _ in range(_STEPS):
-        wrong = torch.sigmoid(-(signed @ t))
-        slope = penalty * t - signed.T @ wrong / len(signed)
-        bend = (signed.T * (wrong * (1 - wrong))) @ signed / len(signed) + penalty.diag()
-        step: Tensor = torch.linalg.solve(bend, slope)
-        t = t - step
-        if float(step.norm()) <= _TOLERANCE * float(t.norm()):
-            return t
-    raise FitError(f"the probe is not found in {_STEPS} steps", hint="check the pairs")
-
-
-def held_accuracy(toxic: Tensor, neutral: Tensor) -> float | None:
-    """Of the probe that is fitted without every fifth pair, on both sides of these.
-
-    None if there are fewer than five. Pairs that resemble each other may be on both sides of the
-    cut.
-    """
-    held = torch.arange(len(toxic)) % _HELD == _HELD - 1
-    if not held.any():
-        return None
-    w, c = fit_probe(toxic[~held], neutral[~held])
-    right = [toxic[held].double() @ w + c > 0, neutral[held].double() @ w + c < 0]
-    return float(torch.cat(right).double().mean())
 
 
 def compare(

@@ -4,10 +4,12 @@ Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candi
 (D, R) with orthonormal columns. Everything is float64: the matrices are small beside the model.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -26,7 +28,7 @@ from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import RemoveSubspace, WeakenSubspace, removal_of
 from converter.errors import FitError, OptionError
 from converter.manifest import Candidate, Kind, SubspaceEvidence, to_json
-from converter.methods.base import Factors, Layers, Proposal, Workbench
+from converter.methods.base import Factors, Layers, Proposal, Recorded, Workbench
 
 MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
@@ -200,6 +202,20 @@ class Removal:
 
         return offer(self.factors)
 
+    def implied(self, found: Recorded) -> dict[str, Any]:
+        """The width, and of the candidates what options and basis say. Raises FitError."""
+        told = msgspec.convert(found.evidence, SubspaceEvidence)
+        decoded = {len(candidate.tokens) for candidate in told.candidates}
+        if not decoded <= {0, min(self.top_tokens, found.plan.architecture.embedding_shape[0])}:
+            raise FitError(
+                "-o top_tokens", expected=f"{max(decoded)}, as recorded", found=f"{self.top_tokens}"
+            )
+        return {"hidden_size": found.plan.dimensions.hidden_size, **self._implied(told, found)}
+
+    def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
+        """The same of one method. Raises FitError."""
+        return {}
+
     def _weights(self, plan: Plan, factors: Factors) -> tuple[Weight, ...]:
         """The down-projections, and their biases if they change, in order of layer."""
         found = plan.weights("down_proj", self.edited)
@@ -238,6 +254,34 @@ class Removal:
 def factor_of(factors: Factors, layer: int) -> float:
     """How much of a subspace is taken out of a layer, from 0 to 1."""
     return factors[layer] if factors else 1.0
+
+
+def indexed(told: SubspaceEvidence, **same: Any) -> list[dict[str, Any]]:
+    """Candidates that are numbered through within their layer and kind, with ``same`` in each."""
+    seen: Counter[tuple[int, str]] = Counter()
+    found = []
+    for candidate in told.candidates:
+        place = candidate.layer, candidate.kind
+        found.append({"index": seen[place], **same})
+        seen[place] += 1
+    return found
+
+
+def check_basis(found: Recorded, rows: Mapping[int, Tensor]) -> None:
+    """Raise FitError unless the basis of each layer begins as its recorded candidates (R, D) do.
+
+    Behind a norm bases are turned by its gains, which are not at hand: then nothing is said.
+    """
+    if found.plan.post_norms:
+        return
+    layers = {weight.info.name: weight.layer for weight in found.plan.targets}
+    for name, delta in found.edit.tensors.items():
+        U, mine = delta.protects, rows[layers[name]]
+        if U is None or not torch.equal(U, mine[: U.shape[1]].T):
+            raise FitError(
+                f"the basis of tensor {name}", expected="the first of the recorded candidates",
+                found="another one",
+            )  # fmt: skip
 
 
 def _tensors(evidence: SubspaceEvidence) -> dict[str, Tensor]:

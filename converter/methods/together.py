@@ -5,7 +5,7 @@ because no tensor is changed by two of them; only biases that two of them create
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,9 @@ class Together:
             created={name: shape for each in every for name, shape in each.created.items()},
             patches=tuple(dict.fromkeys(patch for each in every for patch in each.patches)),
             files=tuple(path for each in every for path in each.files),
+            chosen=None
+            if all(each.chosen is None for each in every)
+            else sum(each.most for each in every),
         )
 
 
@@ -196,6 +199,27 @@ def typed_for(
     return found
 
 
+def check_plain(options: Collection[str], method: str, measured: Sequence[str]) -> None:
+    """Refuse options without a method's name that would be those of a method nobody measures.
+
+    Args:
+        options: as typed.
+        method: whose they are.
+        measured: the methods of the systems that are fitted.
+
+    Raises:
+        OptionError: naming one of them.
+    """
+    plain = [typed for typed in options if "." not in typed]
+    if plain and method not in measured:
+        names = dict.fromkeys(part for each in measured for part in each.split(SEPARATOR))
+        raise OptionError(
+            f"-o {plain[0]}", found=f"an option of --method {method}, which is not measured",
+            expected=" or ".join(f"-o {_plain(name)}.{plain[0]}" for name in names)
+            or "a --system that is a method",
+        )  # fmt: skip
+
+
 def _plain(name: str) -> str:
     """A method's name as it stands in options, whose dashes are underscores."""
     return name.replace("-", "_")
@@ -221,4 +245,5 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         neutral_energy=energy,
         with_factors=others and (lambda factors: after(former, strength, others(factors))),
         lesson=lessons_together([former.lesson, later.lesson]),
+        control_kinds=max(later.control_kinds, former.control_kinds, key=len),
     )

@@ -26,7 +26,7 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
-from converter.edits.storage import dequantize
+from converter.edits.storage import read_weight
 from converter.errors import DataError, OptionError
 from converter.manifest import Origin
 from converter.methods.base import Method, Proposal, proposal_of
@@ -45,6 +45,17 @@ from converter.runtime.cache import cache_folder
 
 _NOWHERE = Origin(name="nowhere")
 _NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
+
+
+def check_contrast(forward: Forward, *, spread: bool) -> None:
+    """Refuse to train calibration models where they cannot be.
+
+    Raises OptionError or SourceError if the model is not in memory as a whole, on one device.
+    """
+    what = "calibration models are trained, for which"
+    if spread:
+        raise OptionError(f"{what} the model must be on one device", found="--device map")
+    forward.need_resident(what, "give --forward resident, or choose another method")
 
 
 @dataclass(slots=True)
@@ -222,19 +233,13 @@ class Bench:
 
     def contrast(self, training: Training) -> Contrast:
         """See ``Workbench``."""
-        what = "calibration models are trained, for which"
-        if self.how.spread:
-            raise OptionError(f"{what} the model must be on one device", found="--device map")
-        self.forward.need_resident(what, "give --forward resident, or choose another method")
+        check_contrast(self.forward, spread=self.how.spread)
         with progress.stage("calibrate", "training calibration models"):
             return contrast(self.load_resident(), self.part.pairs, training, self.recipe.seed)
 
     def weight(self, weight: Weight) -> Tensor:
         """See ``Workbench``; as former methods left it."""
-        stored, scales = self.source.read(weight.shard, weight.info), weight.scales
-        if scales is not None:
-            stored = dequantize(stored, self.source.read(scales.shard, scales.info), scales.block)
-        W = stored.movedim(weight.axis, 0).reshape(weight.info.shape[weight.axis], -1).float()
+        W = read_weight(self.source.read, weight)
         delta = self.former.tensors.get(weight.info.name) if self.former else None
         return W if delta is None else delta.whole(W)
 

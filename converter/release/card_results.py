@@ -9,7 +9,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.names import PICTURE
-from converter.evaluation.results import markdown
+from converter.evaluation.tables import markdown
 from converter.manifest import (
     EDITED,
     DefenceRecord,

@@ -52,6 +52,7 @@ from converter.methods.together import SEPARATOR, options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
 from converter.outputs.record_checks import is_addable, is_plain
+from converter.release.evidence import EvidenceCheck
 from converter.release.licences import NOTICE
 from converter.release.manifest import architecture_record, hash_line, sums_text
 from converter.runtime import progress
@@ -338,13 +339,16 @@ def _check_aim(manifest: Manifest, made: Method, footprint: Footprint) -> Iterat
             yield f"{name} gets no suffix, and the guard measured with one"
 
 
-def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> Iterator[str]:
+def check_method(
+    manifest: Manifest, plan: Plan, implied: Mapping[str, str], evidence: EvidenceCheck
+) -> Iterator[str]:
     """What the manifest says of the method and its edit must follow from the run.
 
     Args:
         manifest: of an output.
         plan: of the source, or of the output, which has the same tensors.
         implied: other defaults of the method's options with this output.
+        evidence: looks at what the methods have kept.
     """
     run = manifest.run
     names = run.method.split(SEPARATOR)
@@ -383,6 +387,8 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     for entry in manifest.edited:
         if entry.measures.get("factor", 1.0) != factors.get(entry.name, 1.0):
             yield f"tensor {entry.name}: its factor is not that of the method's options"
+    if len(edited) > footprint.most:
+        yield f"{MANIFEST}: the method edits {footprint.most} of the tensors, not {len(edited)}"
     edit = manifest.edit
     for what, found, possible in (
         ("an edit of kind", {e.kind for e in manifest.edited}, {k.kind for k in footprint.kinds}),
@@ -396,3 +402,4 @@ def check_method(manifest: Manifest, plan: Plan, implied: Mapping[str, str]) -> 
     ):
         for name in sorted(found - possible):
             yield f"{MANIFEST}: the method makes no such edit: {what} {name}"
+    yield from evidence.problems(parts)

@@ -10,24 +10,15 @@ from typing import Any
 from converter.checkpoints.names import CARD, MANIFEST, SUMS
 from converter.checkpoints.safetensors.header import read_header
 from converter.checkpoints.safetensors.rewrite import digests_of
+from converter.release.evidence import UNCHECKED
 from converter.release.manifest import hash_line, sums_text
 from converter.runtime.cache import sha256_of
 
 Place = tuple[str | int, ...]
 
-CLAIMS = (
-    "architecture.transformers", "environment.", "forward", "instances.", "measurements.",
-    "method.evidence.candidates.#.index",
-    "method.evidence.candidates.#.kept", "method.evidence.candidates.#.kind",
-    "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
-    "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
-    "run.guard_draws", "run.instances", "run.mask", "run.max_perplexity_ratio", "run.neutral",
-    "run.num_pairs", "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
-    "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
-    "source.revision", "split.", "tool.version", "word_list.",
-)  # fmt: skip
+CLAIMS = (*UNCHECKED, "method.evidence.candidates.#.tokens")
 """What a manifest says once only: of texts, names, and what was measured. Nothing in a folder or a
-source contradicts it; a signature says whose word it is."""
+source contradicts it, which ``gloss verify`` says; a signature says whose word it is."""
 
 BEFORE = (
     "edited.#.rounding_error", "edited.#.sha256_before", "edited.#.measures.energy_removed",

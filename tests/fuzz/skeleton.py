@@ -163,7 +163,7 @@ def evaluation() -> dict[str, Any]:
     return {
         "tool": {"name": "gloss-convert", "version": "0.0.1"},
         "settings": {
-            "source": "tiny", "controls": ["random"], "ranks": [1], "device": "cpu",
+            "source": "tiny", "systems": ["random"], "costs": [1.02], "device": "cpu",
             "dtype": "float32", "word_list": ZERO, "neutral": "builtin", "text_sha256": ZERO,
             "pairs": "builtin", "num_pairs": None, "seeds": [0], "options": {"rank": "1"},
             "max_perplexity_ratio": 1.03,

@@ -106,6 +106,8 @@ class LayerSpec:
         roles: those but ``down_proj`` and ``lm_head``.
         runs: whether text alone runs through them; else nothing is known of them.
         o_writes: whether what ``o_proj`` gives reaches the residual stream as a multiple of it.
+        parallel: whether a constant in the bias of the one down-projection acts as if ``o_proj``
+            gave it; see ``ffn.takes_constant``.
         shapes: of all tensors of such a layer, by disk name with ``{layer}``.
     """
 
@@ -113,6 +115,7 @@ class LayerSpec:
     roles: Mapping[Role, WeightSpec]
     runs: bool = True
     o_writes: bool = False
+    parallel: bool = False
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 

@@ -280,9 +280,14 @@ class Layer:
         """Whether what the layer gives hangs in any way on what a module gives."""
         if not self.gives_width(name):
             return False
-        vector = self.vectors(2)
+        moved = self.given_after(name, self.vectors(2)) - self.given
+        return bool(moved.abs().max() > self.noise(self.given))
+
+    def given_after(self, name: str, vector: Tensor) -> Tensor:
+        """What the layer gives when a vector is added to what a module gives, and all that reads
+        it follows."""
         changes = {self.modules[name]: lambda output: _replaced(output, lambda x: x + vector)}
-        return bool((self._run(changes) - self.given).abs().max() > self.noise(self.given))
+        return self._run(changes)
 
     def moves_within(self, name: str, outer: str) -> bool:
         """Whether what a module gives reaches what one around it gives, other than by modules with

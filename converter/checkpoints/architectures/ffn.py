@@ -524,6 +524,26 @@ def output_axis(module: nn.Module) -> int | None:
     return None
 
 
+def takes_constant(layer: Layer, o_proj: Map, ffn: Ffn) -> bool:
+    """Whether a vector added to the bias of an FFN's down-projection, the only one, makes the layer
+    give what it gives with the vector added to what ``o_proj`` gives.
+
+    So it is where attention and FFN read one stream and their outputs are added: the FFN must not
+    read what ``o_proj`` gives.
+    """
+    if len(ffn.weights) != 1 or len(ffn.biases) != 1 or layer.feeds(o_proj.module, ffn.module):
+        return False
+    bias = layer.modules[ffn.module].get_parameter(ffn.biases[0])
+    if bias.shape != (layer.width,):
+        return False
+    vector = layer.vectors(8) * layer.width**0.5
+    wanted = layer.given_after(o_proj.module, vector)
+    with _changed({bias: bias + vector}):
+        found = layer.given_after(o_proj.module, torch.zeros_like(vector))
+    moved = (wanted - layer.given).abs().max()
+    return bool(moved > 0 and (found - wanted).abs().max() <= layer.tolerance * moved)
+
+
 def find_o_proj(layer: Layer, ffns: list[Ffn]) -> Map | None:
     """The linear map that gives what a module that mixes positions gives; None if not just one."""
     found: set[str] = set()

@@ -40,6 +40,7 @@ from converter.checkpoints.architectures.ffn import (
     find_ffns,
     find_o_proj,
     output_axis,
+    takes_constant,
 )
 from converter.checkpoints.architectures.relabelling import relabelled
 from converter.checkpoints.architectures.stored import Storage
@@ -228,7 +229,10 @@ class _Describe:
         ffns = tuple(self._ffn(number, layer, ffn) for ffn in found)
         o_proj = maps["o_proj"] if "o_proj" in roles else None
         writes = o_proj is not None and layer.writes(o_proj.module)
-        return LayerSpec(ffns, roles, o_writes=writes, shapes=self.storage.shapes(number))
+        parallel = one is not None and o_proj is not None and takes_constant(layer, o_proj, one)
+        return LayerSpec(
+            ffns, roles, o_writes=writes, parallel=parallel, shapes=self.storage.shapes(number)
+        )
 
     def _ffn(self, number: int, layer: Layer, ffn: Ffn) -> FfnSpec:
         block = f"{self.place}.{{layer}}"

@@ -6,7 +6,7 @@ that find a file of that name look at no index, and would leave the new tensors 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -174,6 +174,26 @@ def additions_of(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mappin
             yield "biases", list(route.biases.values()), list(route.created), route.config
     if head := plan.head_route():
         yield "a head of its own", [head.name], [head.name], head.config
+
+
+def check_additions(created: Collection[str], plan: Plan, config: Mapping[str, Any]) -> None:
+    """Refuse from the headers new tensors that no patch of ``config.json`` can make a model read.
+
+    A key may have the value that asks for them already, and another place of the config, such as
+    ``text_config``, may overrule it; or the tensors are asked for and are not there.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    for what, names, _, patch in additions_of(plan):
+        if merge(config, patch) == config and not {*names}.isdisjoint(created):
+            raise CheckpointError(
+                f"config.json asks for {what} already: {json.dumps(dict(patch))}",
+                expected="a config that agrees with itself and with the tensors",
+                found=f"no {names[0]}",
+                hint="give the key the same value in every part of config.json, such as "
+                "text_config, or get an intact copy",
+            )
 
 
 def patched_text(name: str, patch: Patch, source: Source) -> str:

@@ -1,0 +1,126 @@
+"""What is typed to say what an evaluation compares."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from converter.errors import OptionError
+from converter.methods.base import METHODS
+from converter.methods.together import SEPARATOR, typed_for
+from converter.recipe import Recipe
+
+_AT_PERPLEXITY = "@perplexity"
+"""After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
+
+_COSTS = "perplexity ratios above 1, such as 1.01,1.02,1.05"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One system as typed, such as ``destein:direction=causal``.
+
+    Attributes:
+        name: as typed; that of its rows.
+        methods: that are fitted, with ``+`` between them; empty for a place to look for a model.
+        options: key -> value, or ``METHOD.KEY`` -> value.
+        matches: whether it is to cost as much as the first system.
+    """
+
+    name: str
+    methods: str
+    options: Mapping[str, str]
+    matches: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        systems: methods to fit and places to look for others; see ``parse_systems``. ``random``
+            has the rank of the first system, if that takes a subspace out.
+        seeds: of draws and splits of the pairs.
+        costs: perplexity ratios; each system is measured at the strengths that come nearest to
+            them. Empty to measure the one that is chosen under the budget.
+        controls: whether the control of every system that is fitted is measured, too.
+
+    Raises:
+        OptionError: seeds are no whole numbers, there is none, or a cost is not above 1.
+    """
+
+    systems: Sequence[Spec]
+    seeds: Sequence[int]
+    costs: Sequence[float] = ()
+    controls: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
+            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
+        if any(type(cost) not in (int, float) or not 1 < cost < inf for cost in self.costs):
+            raise OptionError("--costs", expected=_COSTS, found=str(self.costs))
+
+    @property
+    def fitted(self) -> list[Spec]:
+        """The systems that are methods."""
+        return [system for system in self.systems if system.methods]
+
+    @property
+    def places(self) -> list[str]:
+        """The others: folders, manifests, repos."""
+        return [system.name for system in self.systems if not system.methods]
+
+    def typed(self, name: str, recipe: Recipe) -> dict[str, str]:
+        """The options that were typed for a method. Raises OptionError; see ``typed_for``."""
+        others = [system.methods for system in self.fitted]
+        return typed_for(name, recipe.options, recipe.method, others)
+
+
+def parse_systems(systems: Sequence[str]) -> tuple[Spec, ...]:
+    """Systems as typed: ``gloss``, ``gloss+profs``, ``random@perplexity``, a path or a repo id.
+
+    After a method's name, and a colon, come options that this system alone has:
+    ``destein:direction=causal,layers=3-8``.
+
+    Raises:
+        OptionError: one of them is neither a method nor a place, has something that is no option
+            behind its colon, or is given twice.
+    """
+    found = [_parse(system) for system in systems]
+    check_names([system.name for system in found])
+    return tuple(found)
+
+
+def _parse(text: str) -> Spec:
+    head, colon, tail = text.partition(":")
+    methods = head.removesuffix(_AT_PERPLEXITY)
+    if not {*methods.split(SEPARATOR)} <= {*METHODS.names()}:
+        if "/" in text or Path(text).exists():
+            return Spec(text, "", {}, matches=False)
+        raise OptionError(
+            "--system", found=text,
+            expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
+            hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
+            "follow a colon, such as gloss:rank=2",
+        )  # fmt: skip
+    if methods != head and SEPARATOR in methods:
+        raise OptionError(
+            "--system", expected=f"a single method before {_AT_PERPLEXITY}", found=text
+        )
+    options = dict[str, str]()
+    for typed in re.split(r",(?=[^,=]*=)", tail) if colon else ():  # a value may be 3,5-8
+        key, equals, value = typed.partition("=")
+        if not (key and equals) or key in options:
+            raise OptionError(
+                f"--system {text}", expected="options behind the colon, each of them once, such as "
+                "rank=2,layers=3-8", found=typed,
+            )  # fmt: skip
+        options[key] = value
+    return Spec(text, methods, options, matches=methods != head)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """The names of systems. Raises OptionError if two are the same, whose rows would be one."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise OptionError("--system", expected="systems of different names", found=twice[0])
