@@ -25,10 +25,11 @@ MAX_COUNT = 2**63 - 1
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Norm = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Prefix = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", max_length=16)]
 FileName = Annotated[str, Meta(pattern=r"^[^/\\]+$")]
-OptionValue = str | int | float | bool | tuple[Count, ...] | None
+OptionValue = str | int | float | bool | tuple[Count | Share, ...] | None
 """Of an option of a method."""
 
 
@@ -542,7 +543,9 @@ class EditedTensor(Record, kw_only=True):
         rounding_error: ||W' - exact W'|| / ||W||, what storing the result cost.
         measures: the kind's own numbers. Of ``remove-subspace`` they are ``energy_removed``, which
             is ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace, and
-            ``leakage``, ||U^T W'|| / ||U^T W||, what is left of it after rounding.
+            ``leakage``, ||U^T W'|| / ||U^T W||, what is left of it after rounding. Of
+            ``weaken-subspace`` they are ``factor``, the a of its formula, ``energy_removed``, a
+            (2 - a) times that share, and ``leakage``, ||U^T W' - (1 - a) U^T W|| / ||U^T W||.
         requantized: what became of the scales of a weight in FP8; else None.
         lora: the adapter's part; None in a checkpoint.
     """
@@ -865,6 +868,12 @@ class Manifest(Record, kw_only=True):
         """Each method and the choice of its strength, in order."""
         alone = [(self.method, self.choice)]
         return [(step.method, step.choice) for step in self.steps] or alone
+
+    @property
+    def factors(self) -> dict[int, float]:
+        """Layer -> how much of a subspace was taken out of it, where that is not all."""
+        entries = sorted(self.edited, key=lambda entry: entry.layer)
+        return {e.layer: e.measures["factor"] for e in entries if "factor" in e.measures}
 
     @property
     def layers(self) -> list[int]:

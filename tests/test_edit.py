@@ -20,7 +20,9 @@ from converter.edits.deltas import (
     Delta,
     RemoveSubspace,
     Replace,
+    WeakenSubspace,
     delta_of,
+    removal_of,
     tensors_of,
 )
 from converter.edits.editor import AIM, BLOCK, Editor, Rounding, absorb_residual, inverses
@@ -174,6 +176,28 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_edit(part[0], W, RemoveSubspace(basis()))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "null-space"])
+def test_a_weakened_subspace_keeps_its_share_and_can_be_restored(rounding: Rounding) -> None:
+    """U^T W' is (1 - a) U^T W, column by column; W follows from W' up to its rounding."""
+    torch.manual_seed(3)
+    U, W, a = orthonormal(640, 2), torch.randn(640, F).bfloat16(), 0.7
+    new, record = edited(removal_of(U, a), target(W), W, rounding)
+    P, kept = (U.double().T @ tensor.double() for tensor in (W, new))
+    leakage = float((kept - (1 - a) * P).norm() / P.norm())
+    assert record.measures["leakage"] == pytest.approx(leakage, rel=1e-3)
+    assert leakage < (2e-4 if rounding == "null-space" else 0.01)
+    assert record.measures["factor"] == a
+    along = float(P.norm() / W.double().norm())
+    assert record.relative_change == pytest.approx(a * along, abs=record.rounding_error)
+    assert record.measures["energy_removed"] == pytest.approx((1 - (1 - a) ** 2) * along**2)
+    assert is_edit(new, W, removal_of(U, a), nearest=rounding == "nearest")
+    assert not is_edit(new, W, removal_of(U, 0.72), nearest=rounding == "nearest")
+    restored = new.double() + a / (1 - a) * U.double() @ kept
+    error = float((restored - W.double()).norm() / W.double().norm())
+    assert error == pytest.approx(record.rounding_error, rel=0.1)
+    assert error < torch.finfo(torch.bfloat16).eps
+
+
 def test_the_digests_are_those_of_the_stored_bytes() -> None:
     W = torch.randn(D, F).bfloat16()
     new, record = edited(RemoveSubspace(basis()), target(W), W)
@@ -310,6 +334,7 @@ def test_rows_are_read_twice_and_in_order() -> None:
 
 KINDS: dict[str, Callable[[], Delta]] = {
     "remove-subspace": lambda: RemoveSubspace(basis()),
+    "weaken-subspace": lambda: removal_of(basis(), 0.3),
     "add-low-rank": lambda: AddLowRank(torch.randn(D, 2), torch.randn(2, F)),
     "add-to-rows": lambda: AddToRows(torch.tensor([0, 5, D - 1]), torch.randn(F)),
     "replace": lambda: Replace(torch.randn(D, F)),
@@ -320,7 +345,7 @@ def exactly(delta: Delta, W: Tensor) -> Tensor:
     """W' as the kind's formula has it, in float64 and not rounded."""
     W = W.double()
     if isinstance(delta, RemoveSubspace):
-        return W - delta.U.double() @ (delta.U.double().T @ W)
+        return W - delta.factor * delta.U.double() @ (delta.U.double().T @ W)
     if isinstance(delta, AddLowRank):
         return W + delta.B.double() @ delta.A.double()
     if isinstance(delta, AddToRows):
@@ -376,7 +401,7 @@ def test_a_running_model_is_shifted_as_the_written_weight_would(kind: str) -> No
     torch.testing.assert_close(y + delta.shift(x, y), x @ new.T, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["remove-subspace", "add-low-rank"])
+@pytest.mark.parametrize("kind", ["remove-subspace", "weaken-subspace", "add-low-rank"])
 def test_a_change_of_low_rank_is_given_by_two_factors(kind: str) -> None:
     delta, W = KINDS[kind](), torch.randn(D, F)
     P = None if delta.protects is None else delta.protects.T @ W
@@ -395,10 +420,18 @@ def test_a_delta_is_its_kind_and_its_tensors(kind: str) -> None:
         assert torch.equal(getattr(again, name), tensor)
 
 
+def weaken(*a: float) -> Delta:
+    return WeakenSubspace(basis(), torch.tensor(a, dtype=torch.float64))
+
+
 WRONG: dict[str, tuple[Callable[[], Delta], str]] = {
     "basis too short": (lambda: RemoveSubspace(basis()[1:]), r"U is float32 \[23, 3\]"),
     "basis of another dtype": (lambda: RemoveSubspace(basis().double()), "U is float64"),
     "basis without columns": (lambda: RemoveSubspace(basis()[:, :0]), "U has 0 columns"),
+    "a factor of a whole removal": (lambda: weaken(1.0), "a is 1, not between 0 and 1"),
+    "a factor of no removal": (lambda: weaken(0.0), "a is 0, not between 0 and 1"),
+    "two factors": (lambda: weaken(0.5, 0.5), r"a is float64 \[2\], not float64 \[1\]"),
+    "a factor that is no number": (lambda: weaken(float("nan")), "a holds NaN or Inf"),
     "factors that do not meet": (
         lambda: AddLowRank(torch.ones(D, 2), torch.ones(3, F)), r"A is float32 \[3, 40\]"),
     "a vector of another length": (

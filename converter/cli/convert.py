@@ -246,6 +246,7 @@ def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "pairs": manifest.pairs.count,
         "instances": manifest.instances and manifest.instances.origin.title,
         "rows_skipped": manifest.pairs.skipped,
+        "factors": manifest.factors,
         "candidates": len(candidates),
         "candidates_kept": sum(c.kept for c in candidates),
         "tensors_edited": len(manifest.edited),
@@ -310,13 +311,18 @@ def _layers(layers: list[int], of: str = "layers") -> str:
 
 def _changes(result: dict[str, Any]) -> str:
     """What was changed, and by how much."""
+    from converter.release.card import factors_text
+
     lines = []
     if result["tensors_edited"]:
         lines.append(f"  edited        {result['tensors_edited']} tensors")
     if (change := result["mean_relative_change"]) is not None:
         lines[-1] += f", changed by {change:.2%} of their norm on average"
+    if result["factors"]:
+        lines.append(f"  factors       {factors_text(result['factors'], result['layers'])}")
     if (left := result["max_leakage"]) is not None:
-        lines.append(f"  left along U  at most {left:.2e} of what was there")
+        beside = ", beside what was to stay" if result["factors"] else ""
+        lines.append(f"  left along U  at most {left:.2e} of what was there{beside}")
     if result["tensors_created"]:
         lines.append(f"  created       {result['tensors_created']} tensors")
     if result["files_changed"]:

@@ -204,11 +204,12 @@ def _edit_quantized(
     norms = {"W": _norm(W), "P": _norm(P)}
     if not isfinite(norms["W"]):
         raise damaged(job.weight)
-    exact = work.exact(W, slice(None), slice(None), P, torch.empty_like(W))
-    new, new_scale = quantize(exact, scale.to(device), place.block, U, _FP8_AIM * norms["P"])
+    a = work.factor
+    exact = work.exact(W, slice(None), slice(None), P * a, torch.empty_like(W))
+    new, new_scale = quantize(exact, scale.to(device), place.block, U, _FP8_AIM * a * norms["P"])
     after = dequantize(new, new_scale, place.block)
     norms |= {"change": _norm(after, W), "error": _norm(after, exact)}
-    norms["left"] = _norm(U.T @ after)
+    norms["left"] = _norm(U.T @ after - (1 - a) * P)
     new, new_scale = new.cpu(), new_scale.cpu()
     first, second = ((_sha256(a), _sha256(b)) for a, b in ((q, new), (scale, new_scale)))
     about = Requantized(

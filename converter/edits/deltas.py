@@ -26,11 +26,16 @@ class Delta(ABC):
 
     @property
     def protects(self) -> Tensor | None:
-        """U (O, R), orthonormal columns, if ``W' = W - U (U^T W)``, so that rounding spares U.
+        """U (O, R), orthonormal columns, if ``W' = W - a U (U^T W)``, so that rounding spares U.
 
         None for all other kinds.
         """
         return None
+
+    @property
+    def factor(self) -> float:
+        """a of that formula, 0 < a <= 1."""
+        return 1.0
 
     @property
     def stored_as(self) -> torch.dtype | None:
@@ -58,14 +63,15 @@ class Delta(ABC):
         Args:
             W: these rows and columns, in the dtype of ``to``.
             rows, columns: which they are.
-            P: U^T W (R, columns) of what ``protects`` names; else None.
+            P: a U^T W (R, columns) of what ``protects`` names, which is what is taken out; else
+                None.
             out: where to write the result; it is returned. Not ``W`` itself.
         """
 
     def whole(self, W: Tensor) -> Tensor:
         """All of W' for all of W (O, I), in its dtype, computed in float64."""
         mine, wide = self.to(str(W.device), torch.float64), W.double()
-        P = None if mine.protects is None else mine.protects.T @ wide
+        P = None if mine.protects is None else mine.protects.T @ wide * mine.factor
         rows, columns = (slice(0, size) for size in W.shape)
         return mine.exact(wide, rows, columns, P, torch.empty_like(wide)).to(W)
 
@@ -136,24 +142,65 @@ class RemoveSubspace(Delta):
 
     def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         U = self.U.to(y.device)
-        shift: Tensor = -((y.float() @ U) @ U.T).to(y.dtype)
+        shift: Tensor = ((y.float() @ U) @ U.T * -self.factor).to(y.dtype)
         return shift
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         assert P is not None
-        return -self.U, P
+        return (self.U.double() * -self.factor).to(self.U.dtype), P
 
     def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
         sizes: Tensor = self.U[rows].double().norm(dim=1)
         return sizes[:, None] * norms
 
     def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
-        """``energy_removed``: ||U^T W||^2 / ||W||^2; ``leakage``: ||U^T W'|| / ||U^T W||."""
-        removed = norms["P"]
+        """``energy_removed``: 1 - ||exact W'||^2 / ||W||^2, which is a (2 - a) times the share of W
+        along U; ``leakage``: ||U^T W' - (1 - a) U^T W|| / ||U^T W||."""
+        along, a = norms["P"], self.factor
         return {
-            "energy_removed": (removed / (norms["W"] or 1.0)) ** 2,
-            "leakage": norms["left"] / (removed or 1.0),
+            "energy_removed": a * (2 - a) * (along / (norms["W"] or 1.0)) ** 2,
+            "leakage": norms["left"] / (along or 1.0),
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeakenSubspace(RemoveSubspace):
+    """``W' = W - a U (U^T W)``, 0 < a < 1: what the weight gives along U is 1 - a times as large.
+
+    Unlike a subspace that was taken out, one that was weakened can be restored from W' alone, to
+    its rounding: ``W = W' + a / (1 - a) U (U^T W')``.
+
+    Attributes:
+        a: (1,) float64, the factor.
+    """
+
+    a: Tensor
+
+    kind: ClassVar[str] = "weaken-subspace"
+
+    @property
+    def factor(self) -> float:
+        return float(self.a)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        RemoveSubspace.check(self, shape)
+        _check("a", self.a, torch.float64, (1,))
+        if not 0 < self.factor < 1:
+            raise ValueError(f"a is {self.factor:g}, not between 0 and 1")
+
+    def to(self, device: str, dtype: torch.dtype) -> "WeakenSubspace":
+        return WeakenSubspace(self.U.to(device, dtype), self.a)  # a number, exact in any dtype
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """Those of ``RemoveSubspace``, and ``factor``: a."""
+        return RemoveSubspace.measures(self, norms) | {"factor": self.factor}
+
+
+def removal_of(U: Tensor, a: float) -> RemoveSubspace:
+    """``W' = W - a U (U^T W)`` for U (O, R) float32 with orthonormal columns, 0 < a <= 1."""
+    if a == 1:
+        return RemoveSubspace(U)
+    return WeakenSubspace(U, torch.tensor([a], dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -337,7 +384,8 @@ def _bits(W: Tensor) -> Tensor:
 
 
 KINDS: Mapping[str, type[Delta]] = {
-    delta.kind: delta for delta in (RemoveSubspace, AddLowRank, AddToRows, Replace, AddBits)
+    delta.kind: delta
+    for delta in (RemoveSubspace, WeakenSubspace, AddLowRank, AddToRows, Replace, AddBits)
 }
 """The kinds there are, by their names in a manifest."""
 

@@ -4,7 +4,7 @@
 
 An edit that takes a subspace out passes over the rows of W twice, for P and for W':
 
-    W' = round(W - U P),   P = U^T W        U (O, R) orthonormal, P (R, I)
+    W' = round(W - U P),   P = a U^T W      U (O, R) orthonormal, P (R, I), 0 < a <= 1
 
 Memory is a few (R, I) and one block of rows, whatever O is. All of it is float64, so that two BLAS
 libraries, which add in another order, give the same bytes.
@@ -114,6 +114,8 @@ class Editor:
             return
         before = self.squares["change"].clone()
         P, squares = self._first_pass(rows, width, scratch[0])
+        self.squares["P"] += P.square().sum()
+        P *= self.delta.factor
         left = torch.zeros_like(P)
         limit = PUSH * torch.finfo(self.dtype).eps * squares.div_(len(self.U)).sqrt_()
         for inverse, block in zip(self.inverses, self._blocks(), strict=True):
@@ -122,23 +124,22 @@ class Editor:
                 taken = self._push(inverse @ left, block, limit).add_(P)
             yield self._removed(rows(block.start, block.stop), block, P, taken, left, scratch)
         written = self.U.T @ self.U @ P
-        self.squares["P"] += P.square().sum()
         self.squares["left"] += (left + P - written).square().sum()
         change = self.squares["change"] - before
         self.squares["error"] += change + 2 * (P * left).sum() - (P * written).sum()
 
     def coordinates(self, rows: Rows, width: int) -> Tensor:
-        """P = U^T W of one matrix (O, I), (R, I) float64, for who needs no more; one pass.
+        """U^T W of one matrix (O, I), (R, I) float64, for who needs no more; one pass.
 
         Without a subspace (0, I). Args and Raises: as ``edit``.
         """
         return self._first_pass(rows, width, self._scratch(width, 1)[0])[0]
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norms over all matrices: of W, P, W' - W (``change``) and two more.
+        """Frobenius norms over all matrices: of W, U^T W (``P``), W' - W (``change``) and two more.
 
         ``error`` is that of E = W' - exact(W), which is ``||W' - W||^2 + 2 <P, U^T E> - ||U P||^2``
-        squared where a subspace is taken out, and ``left`` that of U^T W'.
+        squared where a subspace is taken out, and ``left`` that of U^T W' - (1 - a) U^T W.
         """
         sums = {name: float(value) for name, value in self.squares.items()}
         return {name: x if isnan(x) else sqrt(max(x, 0.0)) for name, x in sums.items()}
@@ -153,7 +154,7 @@ class Editor:
         return self.U.new_empty(count, max(min(self.strip, BLOCK * width), BLOCK))
 
     def _first_pass(self, rows: Rows, width: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """P (R, I), and of each column of W the sum of its squares (I,); adds to ``squares``."""
+        """U^T W (R, I), and of each column of W the sum of squares (I,); adds to ``squares``."""
         P = torch.zeros(self.U.shape[1], width, dtype=torch.float64, device=self.U.device)
         squares = torch.zeros(width, dtype=torch.float64, device=self.U.device)
         for block in self._blocks():

@@ -126,14 +126,14 @@ def sha256_undone(stored: Stored, delta: Delta, height: int) -> str | None:
 
 
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
-    """An upper bound on ||U^T W||_F for W (O, I) that is a projection, rounded to nearest.
+    """An upper bound on ||U^T W - (1 - a) U^T W0||_F for the edit W (O, I) of W0, to nearest.
 
-    Let P be the exact projection, so U^T P = 0, and W = P + E. ||U^T W|| = ||U^T E|| <= ||E||,
-    since U has orthonormal columns. E has two parts: the final rounding, at most half a unit in the
-    last place of each element, and the arithmetic before it, whose sums over O products err, were
-    they float32, by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of which is that
-    of the weight before the edit. Rounding errors are not independent of U: corrections smaller
-    than half a unit are lost together.
+    Let P be the exact edit, so U^T P = (1 - a) U^T W0, and W = P + E. What is bounded is ||U^T E||
+    <= ||E||, since U has orthonormal columns. E has two parts: the final rounding, at most half a
+    unit in the last place of each element, and the arithmetic before it, whose sums over O products
+    err, were they float32, by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of
+    which is that of the weight before the edit. Rounding errors are not independent of U:
+    corrections smaller than half a unit are lost together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
@@ -179,7 +179,7 @@ def check_rounded(
             allowed = SLACK * sqrt(height) * _U32 * (W.abs() + terms)
             allowed += half_ulp(found) * (1 + feedback) if step is None else step(i, j)
             allowed += margin * (squares / height).sqrt()
-            exact = work.exact(W, slice(i, j), columns, P, torch.empty_like(W))
+            exact = work.exact(W, slice(i, j), columns, P * work.factor, torch.empty_like(W))
             off = exact.sub_(found.double()).abs_()
             if wrong is None and not bool((off <= allowed).all()):
                 wrong = i, j
@@ -188,5 +188,5 @@ def check_rounded(
             sums["error"] += float(off.square().sum())
         sums["W"] += float(squares.sum())
         sums["P"] += float(P.square().sum())
-        sums["left"] += float(left.square().sum())
+        sums["left"] += float((left - (1 - work.factor) * P).square().sum())
     return wrong, {name: sqrt(value) for name, value in sums.items()}

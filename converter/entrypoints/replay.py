@@ -309,7 +309,7 @@ def _compare_edits(recording: Recording, fitted: Edit, bench: Bench) -> Refitted
 def _kinds(edit: Edit) -> dict[str, str]:
     """What an edit does to each tensor, in words that are the same for two that can be compared."""
     ranks = {n: "" if d.protects is None else d.protects.shape[1] for n, d in edit.tensors.items()}
-    found = {name: f"{delta.kind} {ranks[name]}" for name, delta in edit.tensors.items()}
+    found = {n: f"{d.kind} {ranks[n]} {d.factor}" for n, d in edit.tensors.items()}
     return found | {name: f"created {list(t.shape)}" for name, t in edit.created.items()}
 
 

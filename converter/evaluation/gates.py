@@ -5,7 +5,7 @@ does not open it. What is known before the edit is written is judged before it, 
 folder takes its place.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import Annotated
@@ -87,9 +87,9 @@ class Gates(Options):
         if self.max_evaluated_perplexity_ratio is not None and not ratio:
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
-    def require_subspace(self, kinds: Container[str]) -> None:
+    def require_subspace(self, kinds: Iterable[str]) -> None:
         """Make sure that leakage can be measured of an edit of these kinds. Raises OptionError."""
-        if self.max_leakage is not None and "remove-subspace" not in kinds:
+        if self.max_leakage is not None and _REMOVALS.isdisjoint(kinds):
             raise OptionError(
                 f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
             )
@@ -167,6 +167,9 @@ DROP, LEAKAGE, RATIO, INFORMAL, DEFENCE, OVER_REFUSAL = (
     gate.flag for gate in declared_options(Gates).values()
 )
 """Names of the gates in their records."""
+
+_REMOVALS = {"remove-subspace", "weaken-subspace"}
+"""Kinds of edits that have a leakage."""
 
 _AT_LEAST = (DROP, DEFENCE)
 """Gates whose limit is the smallest."""

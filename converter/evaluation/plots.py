@@ -81,7 +81,10 @@ def spectrum_figure(manifest: Manifest) -> "Figure | None":
         shares = (100 * np.square(values) / np.square(values).sum())[:_SPECTRUM_LENGTH]
         x = range(1, len(shares) + 1)
         left.plot(x, shares, color=_BLUE, linewidth=linewidth, marker=marker, markersize=3)
-    left.axvline(strength + 0.5, label=f"rank {strength:g}", **_BOUNDARY)
+    label = f"rank {strength:g}"
+    if factors := manifest.factors.values():
+        label += f"\nfactors from {min(factors):g} to {max(factors):g}"
+    left.axvline(strength + 0.5, label=label, **_BOUNDARY)
     left.set(xlabel="singular value, the largest first", ylabel="share of the sum of squares (%)")
     left.set_ylim(bottom=0)
     left.locator_params(axis="x", integer=True)

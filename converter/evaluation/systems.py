@@ -157,20 +157,25 @@ class Fits:
         return proposal, None if proposal.is_free else proposal.strengths[-1]
 
     def _method(self, spec: Spec, seed: int, first: System | None) -> Method:
-        """The method of a system; a control has the layers and the biases of the reference."""
+        """The method of a system; a control has the layers, factors and biases of the reference."""
         name, recipe, dimensions = spec.methods, self.bench.recipe, self.bench.plan.dimensions
         typed = self._typed(spec)
         if name not in CONTROLS:
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
+            factors = first.options.get("factors", ())
         else:
             asked = self.comparison.typed(recipe.method, recipe)
             reference = configure(recipe.method, asked, dimensions)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
+            factors = options_of(reference).get("factors", ())
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
+        mild = [f"{n}:{factors[n]!r}" for n in layers if n < len(factors) and factors[n] < 1]
+        if mild and "layers" not in typed:
+            options["factors"] = ",".join(mild)
         if name == "random":
             options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK))}
         else:

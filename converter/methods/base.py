@@ -50,6 +50,10 @@ METHODS = Registry(
 
 Layers = tuple[int, ...]
 
+Factors = tuple[float, ...]
+"""One for each layer of a model, from 0 to 1: how much of a subspace is taken out of it; empty for
+1 in all of them."""
+
 Aim = Literal["toxicity", "defence"]
 """What an edit is for, and examined for: toxic words become less probable, or answers to harmful
 requests become refusals."""
@@ -127,6 +131,8 @@ class Proposal:
             or None if that is not known.
         compared: name -> another edit of a strength, such as a part of this one by itself, that the
             guard measures beside it and does not judge by.
+        with_factors: the same fit with other ``Factors``, controls included, which costs no pass
+            over texts: what a search varies. None if the method has no factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
         control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
@@ -143,6 +149,7 @@ class Proposal:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
+    with_factors: "Callable[[Factors], Proposal] | None" = None
     lesson: Lesson | None = None
     control_kinds: tuple[str, ...] = ("the controls",)
     compared: Mapping[str, Callable[[float], Edit]] = field(default_factory=dict)
@@ -212,9 +219,10 @@ def _number(value: Any) -> float:
 class Method(Protocol):
     """A method with its options set: a frozen dataclass whose fields are the options.
 
-    An option is ``Layers``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``; None, where it
-    may be that, is typed as ``auto``. The ``metadata`` of its field may have ``min``, the smallest
-    number, or ``names``, a function that returns the texts to choose from. An option that neither
+    An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
+    None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
+    ``min``, the smallest number, or ``names``, a function that returns the texts to choose from;
+    with ``unsaid`` the option is left out of manifests where it is empty. An option that neither
     the field nor ``defaults`` gives a value has to be typed.
 
     One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
@@ -283,7 +291,12 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
     Raises:
         FitError: as the method does, or it gives something else.
     """
-    proposal = _returned(method.fit(bench), Proposal, method)
+    return _checked(_returned(method.fit(bench), Proposal, method), method, bench)
+
+
+def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
+    """See ``proposal_of``."""
+    others = proposal.with_factors
 
     def checked(edit: Any) -> Edit:
         found = _returned(edit, Edit, method)
@@ -302,6 +315,7 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
         edit=lambda strength: checked(proposal.edit(strength)),
         control=lambda strength, seed: checked(proposal.control(strength, seed)),
         neutral_energy=energy,
+        with_factors=others and (lambda factors: _checked(others(factors), method, bench)),
     )
 
 

@@ -11,7 +11,7 @@ import msgspec
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
-from converter.methods.base import METHODS, Layers, Method
+from converter.methods.base import METHODS, Factors, Layers, Method
 from converter.methods.together import SEPARATOR, Together, share_out
 from converter.runtime import strict_json
 
@@ -88,6 +88,8 @@ def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
     """A value as typed. Raises OptionError, and TypeError if the type has no text."""
     if hint == Layers:
         return with_ffn(key, parse_layers(key, text, dimensions.num_hidden_layers), dimensions)
+    if hint == Factors:
+        return parse_factors(key, text, dimensions.num_hidden_layers)
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
         return None
@@ -147,3 +149,28 @@ def parse_layers(key: str, text: str, num_layers: int) -> Layers:
             f"-o {key}", expected=f"layers from 0 to {num_layers - 1}", found=text or "nothing"
         )
     return tuple(sorted(layers))
+
+
+def parse_factors(key: str, text: str, num_layers: int) -> Factors:
+    """``0.7`` for all layers, or ``4:0.5,5-12:0.9``; layers that are not named have 1.
+
+    Raises:
+        OptionError: malformed, not from 0 to 1, or a layer that is named twice or not there.
+    """
+    found: dict[int, float] = {}
+    for part in text.split(","):
+        where, colon, number = part.rpartition(":")
+        try:
+            factor = float(number)
+            if not (0 <= factor <= 1 and bool(colon) >= ("," in text)):
+                raise ValueError(part)  # noqa: TRY301 - as malformed as the others
+        except ValueError as error:
+            raise OptionError(
+                f"-o {key}", found=text,
+                expected="a number from 0 to 1, or layers with theirs, such as 4:0.5,5-12:0.9",
+            ) from error  # fmt: skip
+        layers = parse_layers(key, where, num_layers) if colon else range(num_layers)
+        if twice := [layer for layer in layers if layer in found]:
+            raise OptionError(f"-o {key}", expected=f"one number of layer {twice[0]}", found=text)
+        found |= dict.fromkeys(layers, factor)
+    return tuple(found.get(layer, 1.0) for layer in range(num_layers))

@@ -25,10 +25,10 @@ from converter.calibration.statistics import Activations
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
-from converter.edits.deltas import RemoveSubspace
+from converter.edits.deltas import RemoveSubspace, WeakenSubspace, removal_of
 from converter.errors import FitError, OptionError
 from converter.manifest import Candidate, Kind, SubspaceEvidence, to_json
-from converter.methods.base import Layers, Proposal, Recorded, Workbench
+from converter.methods.base import Factors, Layers, Proposal, Recorded, Workbench
 
 MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
@@ -95,6 +95,7 @@ class Removal:
             budget.
         layers: fitted and, unless ``edited`` says otherwise, edited.
         top_tokens: decoded for each direction, for the manifest.
+        factors: how much of the subspace is taken out of each layer; all of it by default.
         bias: ``project`` also edits the bias of an edited projection. With ``keep`` a layer still
             writes a constant along U.
     """
@@ -104,6 +105,7 @@ class Removal:
     rank: int | None = field(default=None, metadata={"min": 1})
     layers: Layers
     top_tokens: int = field(default=10, metadata={"min": 1})
+    factors: Factors = field(default=(), metadata={"unsaid": True})
     bias: Literal["project", "keep"] = "project"
 
     @property
@@ -112,12 +114,14 @@ class Removal:
         return self.layers
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The down-projections of the layers.
+        """The down-projections of the layers whose factor is not 0.
 
         Raises:
-            OptionError: a mixture of experts with biases that are to be kept.
+            OptionError: a mixture of experts with biases that are to be kept; factors of another
+                number of layers, of layers that are not edited, or 0 in all that are.
         """
-        weights = self._weights(plan)
+        self._check_factors(plan, self.factors)
+        weights = self._weights(plan, self.factors)
         sparse = plan.dimensions.sparse_layers
         if self.bias == "keep" and any(bias.layer in sparse for bias in plan.biases("down_proj")):
             raise OptionError(
@@ -127,10 +131,33 @@ class Removal:
                 hint="what a mixture gives holds its biases as the router weighs them, so an edit "
                 "that keeps them could not be examined",
             )
-        return Footprint(weights, (RemoveSubspace,), self.rank or MAX_RANK)
+        kinds = dict.fromkeys(
+            WeakenSubspace if factor_of(self.factors, weight.layer) < 1 else RemoveSubspace
+            for weight in weights
+        )
+        return Footprint(weights, tuple(kinds), self.rank or MAX_RANK)
+
+    def _check_factors(self, plan: Plan, factors: Factors) -> None:
+        """Refuse factors that do not fit the layers. Raises OptionError."""
+        count = plan.dimensions.num_hidden_layers
+        if not factors:
+            return
+        if len(factors) != count or not all(0 <= factor <= 1 for factor in factors):
+            raise OptionError(
+                "-o factors", found=str(list(factors)),
+                expected=f"a number from 0 to 1 for each of {count} layers",
+            )  # fmt: skip
+        others = [n for n in range(count) if n not in self.edited and factors[n] != 1]
+        if others and len({*factors}) > 1:
+            raise OptionError(
+                "-o factors", found=f"one for layer {others[0]}",
+                expected=f"layers that are edited: {', '.join(map(str, self.edited))}",
+            )  # fmt: skip
+        if not any(factors[layer] for layer in self.edited):
+            raise OptionError("-o factors", expected="one that is not 0", found="nothing to edit")
 
     def propose(self, bench: Workbench, subspace: Subspace, moment: Tensor | None) -> Proposal:
-        """Offer a fitted subspace by rank: the first columns of every basis.
+        """Offer a fitted subspace by rank: the first columns of every basis, by the factors.
 
         Args:
             bench: with the model.
@@ -143,25 +170,37 @@ class Removal:
         width, widest = next(iter(bases.values())).shape
         spared = shared_directions(moment, min(_SPARED, width // 8), width)
 
-        def edit(rank: float) -> Edit:
-            return self._edit(bench.plan, {n: U[:, : int(rank)] for n, U in bases.items()})
-
-        def control(rank: float, seed: int) -> Edit:
-            basis = random_basis(width, int(rank), seed, spared)
-            return self._edit(bench.plan, before_norm(dict.fromkeys(self.edited, basis), gains))
-
-        def energy(rank: float) -> float | None:
-            if moment is None:
-                return None
-            backwards = {n: torch.where(g == 0, 0, 1 / g) for n, g in gains.items()}
-            written = before_norm({n: U[:, : int(rank)] for n, U in bases.items()}, backwards)
-            return max(neutral_energy(U, moment) for U in written.values())
-
         ranks = [rank for rank in _RANKS if rank <= widest]
         if self.rank is not None:
             ranks = sorted({*ranks, widest})
         evidence, tensors = self._evidence(bench, subspace, width)
-        return Proposal(ranks, self.rank is None, edit, control, evidence, tensors, energy)
+
+        def offer(factors: Factors) -> Proposal:
+            self._check_factors(bench.plan, factors)
+
+            def edit(rank: float) -> Edit:
+                leading = {n: U[:, : int(rank)] for n, U in bases.items()}
+                return self._edit(bench.plan, leading, factors)
+
+            def control(rank: float, seed: int) -> Edit:
+                drawn = dict.fromkeys(self.edited, random_basis(width, int(rank), seed, spared))
+                return self._edit(bench.plan, before_norm(drawn, gains), factors)
+
+            def energy(rank: float) -> float | None:
+                if moment is None:
+                    return None
+                backwards = {n: torch.where(g == 0, 0, 1 / g) for n, g in gains.items()}
+                written = before_norm({n: U[:, : int(rank)] for n, U in bases.items()}, backwards)
+                shares = {n: factor_of(factors, n) for n in written}
+                return max(
+                    a * (2 - a) * neutral_energy(written[n], moment) for n, a in shares.items()
+                )
+
+            return Proposal(
+                ranks, self.rank is None, edit, control, evidence, tensors, energy, offer
+            )
+
+        return offer(self.factors)
 
     def implied(self, found: Recorded) -> dict[str, Any]:
         """The width, and of the candidates what options and basis say. Raises FitError."""
@@ -177,20 +216,22 @@ class Removal:
         """The same of one method. Raises FitError."""
         return {}
 
-    def _weights(self, plan: Plan) -> tuple[Weight, ...]:
+    def _weights(self, plan: Plan, factors: Factors) -> tuple[Weight, ...]:
         """The down-projections, and their biases if they change, in order of layer."""
         found = plan.weights("down_proj", self.edited)
         if self.bias == "project":
             found += plan.biases("down_proj", self.edited)
-        return tuple(sorted(found, key=lambda weight: weight.layer))
+        left = (weight for weight in found if factor_of(factors, weight.layer))
+        return tuple(sorted(left, key=lambda weight: weight.layer))
 
-    def _edit(self, plan: Plan, bases: Mapping[int, Tensor]) -> Edit:
-        whole: dict[int, RemoveSubspace] = {}  # of bases that layers share
+    def _edit(self, plan: Plan, bases: Mapping[int, Tensor], factors: Factors) -> Edit:
+        shared: dict[int, Tensor] = {}  # of bases that layers share
+        known: dict[tuple[int, float], RemoveSubspace] = {}
         deltas = {}
-        for weight in self._weights(plan):
-            basis = bases[weight.layer]
-            known = whole.setdefault(basis.data_ptr(), RemoveSubspace(basis.contiguous()))
-            deltas[weight.info.name] = known
+        for weight in self._weights(plan, factors):
+            basis, a = bases[weight.layer], factor_of(factors, weight.layer)
+            U, key = shared.setdefault(basis.data_ptr(), basis.contiguous()), (basis.data_ptr(), a)
+            deltas[weight.info.name] = known.setdefault(key, removal_of(U, a))
         return Edit(deltas)
 
     def _evidence(
@@ -208,6 +249,11 @@ class Removal:
         )
         rows = subspace.rows.float().contiguous()
         return to_json(evidence), _tensors(evidence) | {"candidates": rows}
+
+
+def factor_of(factors: Factors, layer: int) -> float:
+    """How much of a subspace is taken out of a layer, from 0 to 1."""
+    return factors[layer] if factors else 1.0
 
 
 def indexed(told: SubspaceEvidence, **same: Any) -> list[dict[str, Any]]:

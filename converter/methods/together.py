@@ -121,14 +121,19 @@ def strengths_of(method: Method | Together) -> list[str]:
 
 
 def options_of(method: Method | Together) -> dict[str, Any]:
-    """Every option of a method, defaults resolved; of several, with the method's name before it."""
+    """The options of a method, defaults resolved; of several, with the method's name before it.
+
+    Those that are ``unsaid`` are there only if they are not empty.
+    """
     if isinstance(method, Together):
         return {
             f"{name}.{key}": value
             for name, part in method.parts.items()
             for key, value in options_of(part).items()
         }
-    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
+    options = dataclasses.asdict(method)  # type: ignore[call-overload]
+    unsaid = {f.name for f in dataclasses.fields(method) if f.metadata.get("unsaid")}  # type: ignore[arg-type]
+    return {k: v for k, v in options.items() if k not in unsaid or v}
 
 
 def share_out(
@@ -230,9 +235,10 @@ def _plain(name: str) -> str:
 def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
     """What a method proposes on top of the edit that a former one made with a strength.
 
-    Its controls are the controls of both, of one seed, and it has taught what both have.
+    Its controls are the controls of both, of one seed, and it has taught what both have. Other
+    factors are those of the later method.
     """
-    edit = former.edit(strength)
+    edit, others = former.edit(strength), later.with_factors
 
     def energy(own: float) -> float | None:
         known = (former.neutral_energy(strength), later.neutral_energy(own))
@@ -244,6 +250,7 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         control=lambda own, seed: former.control(strength, seed).then(later.control(own, seed)),
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
+        with_factors=others and (lambda factors: after(former, strength, others(factors))),
         lesson=lessons_together([former.lesson, later.lesson]),
         control_kinds=max(later.control_kinds, former.control_kinds, key=len),
     )

@@ -62,10 +62,10 @@ class _ModuleEdit:
 
 
 def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
-    """Whether both take out the same subspace, which is then that of the sum of weight and bias."""
+    """Whether both take as much of one subspace out, and so of the sum of weight and bias."""
     if one is None or other is None or one.protects is None:
         return False
-    return one.protects is other.protects
+    return one.protects is other.protects and one.factor == other.factor
 
 
 @contextmanager

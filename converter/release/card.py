@@ -7,7 +7,7 @@ says what the card is of: a ``checkpoint`` or an ``adapter``.
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
@@ -38,6 +38,8 @@ _URL = "/:?&=%#@,;+!$'*~"
 
 FORMULAS = {
     "remove-subspace": "`W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
+    "weaken-subspace": "`W - a U Uᵀ W`, where `U` is an orthonormal basis of a subspace, and `a` "
+    "a factor below 1",
     "add-low-rank": "`W + B A`, where `B` has few columns and `A` few rows",
     "add-to-rows": "`W` with a vector `v` added to some of its rows",
     "replace": "another matrix of the same size",
@@ -187,6 +189,8 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
             strength += f" of {method.subspace.hidden_size} dimensions"
         own = f"{method.strength} of {method.name}" if manifest.steps else method.strength
         yield escaped(own), strength + _chosen_text(choice, budget)
+    if factors := manifest.factors:
+        yield "factors", f"{factors_text(factors, manifest.layers)}: `a` of the formula below"
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)
         spread = f"{mean:.1f} % of a tensor's norm on average, {least:.1f} to {most:.1f} %"
@@ -254,11 +258,12 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
     number = f"the first {len(best)} of {len(kept)}" if len(kept) > len(best) else "all"
     listed = manifest.word_list.origin.title
     english = "builtin" in (manifest.pairs.origin.name, manifest.run.word_list)
-    rank, bases = manifest.edit.rank, {tuple(t.tensors.values()) for t in manifest.edited}
+    rank, bases = manifest.edit.rank, {t.tensors.get("U") for t in manifest.edited}
     return {
         "method": ", then ".join(_short(method.title) for method, _ in manifest.methods),
         "control": any(c.kind == "random" for c in candidates),
         "subspace": subspace is not None,
+        "weakened": bool(manifest.factors),
         "dimensions": f"{rank} dimension{'' if rank == 1 else 's'}",
         "where": "the same for all edited layers" if len(bases) == 1 else "for each layer its own",
         "formulas": [FORMULAS.get(kind, "") for kind in sorted({t.kind for t in manifest.edited})],
@@ -310,6 +315,15 @@ def _created_size(manifest: Manifest) -> str:
     """Megabytes of the created tensors; empty if there are none."""
     shards = {tensor.shard for tensor in manifest.edit.created}
     return f"{sum(manifest.files[name].nbytes for name in shards) / 1e6:.2g}" if shards else ""
+
+
+def factors_text(factors: Mapping[int, float], layers: Sequence[int]) -> str:
+    """Factors of layers in words: ``0.5 in layers 4-8, 0.9 in layer 9; 1 in the others``."""
+    parts = []
+    for a in dict.fromkeys(factors.values()):
+        mine = [layer for layer in factors if factors[layer] == a]
+        parts.append(f"{a:g} in layer{'s' if len(mine) > 1 else ''} {compress(mine)}")
+    return ", ".join(parts) + ("; 1 in the others" if len(factors) < len(layers) else "")
 
 
 def compress(numbers: list[int]) -> str:

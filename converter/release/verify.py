@@ -47,7 +47,7 @@ from converter.evaluation.gates import (
 from converter.manifest import Choice, DefenceMeasured, FileRecord, Manifest, MethodRecord
 from converter.methods.base import METHODS, Method, aim_of, footprint_of
 from converter.methods.options import configure
-from converter.methods.subspace import check_evidence
+from converter.methods.subspace import Removal, check_evidence, factor_of
 from converter.methods.together import SEPARATOR, options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
@@ -378,6 +378,15 @@ def check_method(
     whole = all(method.subspace is not None for method, _ in manifest.methods)
     for name in sorted(asked ^ edited if whole else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
+    factors = {
+        weight.info.name: factor_of(part.factors, weight.layer)
+        for part in parts.values()
+        if isinstance(part, Removal)
+        for weight in footprint_of(part, plan).weights
+    }
+    for entry in manifest.edited:
+        if entry.measures.get("factor", 1.0) != factors.get(entry.name, 1.0):
+            yield f"tensor {entry.name}: its factor is not that of the method's options"
     if len(edited) > footprint.most:
         yield f"{MANIFEST}: the method edits {footprint.most} of the tensors, not {len(edited)}"
     edit = manifest.edit

@@ -37,7 +37,7 @@ from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError, VerificationError
 from converter.manifest import Manifest
 from converter.methods.base import METHODS
-from converter.methods.options import configure, parse_layers
+from converter.methods.options import configure, parse_factors, parse_layers
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.claim import finished_in
 from converter.outputs.journal import Journal
@@ -360,7 +360,7 @@ def signature(data: bytes) -> None:
 
 @reader()
 def options(data: bytes) -> None:
-    """Options: the first line is a method, the others ``key=value``, a size, or layers."""
+    """Options: the first line is a method, the others ``key=value``, a size, layers or factors."""
     method, *lines = data.decode("utf-8", "replace").split("\n")
     sizes = Dimensions(4, 8, 8, ffn_layers=(0, 1, 2, 3))
     method = METHODS.names()[len(method) % len(METHODS.names())]
@@ -370,6 +370,7 @@ def options(data: bytes) -> None:
         attempts.append(partial(configure, method, {key: value}, sizes))
         attempts.append(partial(Settings, memory_limit=line))  # type: ignore[arg-type]
         attempts.append(partial(parse_layers, "layers", line, 4))
+        attempts.append(partial(parse_factors, "factors", line, 4))
     try_all(attempts)
 
 

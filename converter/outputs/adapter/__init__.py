@@ -34,7 +34,7 @@ class Adapter:
                 hint="use --output checkpoint",
             )
         biases = [f"the bias {w.info.name}" for w in footprint.weights if w.is_bias][:1]
-        if biases and RemoveSubspace in footprint.kinds:
+        if biases and any(issubclass(kind, RemoveSubspace) for kind in footprint.kinds):
             raise OptionError(
                 "-o bias=project",
                 expected="bias=keep with --output adapter, since a LoRA changes no bias",

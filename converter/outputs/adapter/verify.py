@@ -1,8 +1,8 @@
 """Is an adapter what its manifest says?
 
-B must be -U of the recorded subspace, bit for bit; A must have the recorded digest and norm, and,
-with the source at hand, be U^T W of its weights to the rounding of float32. The config must say of
-rank, scale and modules what peft needs to make W + B A of them.
+B must be -a U of the recorded subspace and factor, bit for bit; A must have the recorded digest and
+norm, and, with the source at hand, be U^T W of its weights to the rounding of float32. The config
+must say of rank, scale and modules what peft needs to make W + B A of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -144,17 +144,20 @@ def _check_factors(
     if factors is None or not torch.equal(A, factors[1]):
         yield f"{WEIGHTS}: {names[0]} is not that of the edit"
     if delta.protects is not None:
-        yield from _check_removal(entry, names[0], float(A.double().norm()))
+        yield from _check_removal(entry, names[0], float(A.double().norm()), delta.factor)
 
 
-def _check_removal(entry: EditedTensor, name: str, norm: float) -> Iterator[str]:
+def _check_removal(entry: EditedTensor, name: str, norm: float, a: float) -> Iterator[str]:
     """The norms of a record of a subspace that was taken out; ``norm`` is ||A|| = ||U^T W||."""
     energy, leakage = (entry.measures.get(key, nan) for key in ("energy_removed", "leakage"))
-    if not 0 <= energy <= 1 or not isclose(entry.relative_change, sqrt(energy), rel_tol=1e-4):
+    along = sqrt(max(energy, 0) / (a * (2 - a)))
+    if not 0 <= energy <= 1 or not isclose(entry.relative_change, a * along, rel_tol=1e-4):
         yield f"{MANIFEST}: the change of {entry.name} contradicts itself"
     elif not (0 <= leakage <= _LEFT and 0 <= entry.rounding_error <= _LEFT):
         yield f"{MANIFEST}: no adapter leaves so much of {entry.name}"
-    if not isclose(norm, sqrt(max(energy, 0)) * entry.norm, rel_tol=1e-4):
+    if entry.measures.get("factor", 1.0) != a:
+        yield f"{MANIFEST}: the factor of {entry.name} is not that of the edit"
+    if not isclose(norm, along * entry.norm, rel_tol=1e-4):
         yield f"{WEIGHTS}: {name} has another norm than recorded: {norm:.6g}"
 
 

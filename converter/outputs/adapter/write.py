@@ -1,6 +1,6 @@
 """The edit as a LoRA adapter: a few megabytes, loaded on the source, which stays as it is.
 
-    W - U (U^T W) = W + B A        A = U^T W (R, I),  B = -U (O, R)
+    W - a U (U^T W) = W + B A      A = U^T W (R, I),  B = -a U (O, R)
 
 peft computes ``x W^T + (x A^T) B^T`` with the scale ``lora_alpha / r`` = 1, so it is the edit, up
 to the rounding of A to float32. (A Conv1D weight is stored (F, D); A and B are the same for it.)
@@ -30,7 +30,13 @@ from converter.checkpoints.safetensors.rewrite import Region, as_tensor
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.apply import WeightEdit, damaged
-from converter.edits.deltas import AddLowRank, Delta, RemoveSubspace, tensors_of
+from converter.edits.deltas import (
+    AddLowRank,
+    Delta,
+    RemoveSubspace,
+    WeakenSubspace,
+    tensors_of,
+)
 from converter.edits.edit_file import stored_names
 from converter.edits.editor import Editor
 from converter.edits.storage import Matrix, dequantize, matrices
@@ -50,7 +56,7 @@ from converter.runtime import progress
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-LOW_RANK = (RemoveSubspace, AddLowRank)
+LOW_RANK = (RemoveSubspace, WeakenSubspace, AddLowRank)
 """Kinds of edits that a LoRA can hold."""
 
 _SERVED_RANK = 16
@@ -168,15 +174,8 @@ def _factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tens
     found = job.delta.low_rank(P)
     assert found is not None  # by ``Adapter.check``
     B, exact = found
-    A, B, U = exact.float(), B.float().cpu().contiguous(), B.double().cpu()
-    G, E = U.T @ U, A.double() - exact.double()
-    norms = {
-        "W": norm,
-        "P": float(P.norm()),
-        "change": _norm_in(G, A.double()),
-        "error": _norm_in(G, E),
-        "left": float((P - G @ A.double()).norm()) if len(P) else 0.0,
-    }
+    A, B = exact.float(), B.float().cpu().contiguous()
+    norms = _norms(job.delta, P, exact.double(), A.double(), B.double()) | {"W": norm}
     if not isfinite(norms["change"]):
         name = job.weight.info.name
         raise CheckpointError(f"tensor {name} is too large for an adapter in float32")
@@ -184,10 +183,28 @@ def _factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tens
     return A, B, job.record(norms, (digest, None), lora=lora)
 
 
+def _norms(delta: Delta, P: Tensor, exact: Tensor, A: Tensor, B: Tensor) -> dict[str, float]:
+    """Those of ``editor.Editor.norms``, but for that of W, of factors in float64 on the CPU.
+
+    B of a subspace that is weakened is rounded to float32, as A is: B A + a U P is then
+    ``B (A - P) + (B + a U) P``.
+    """
+    G, E = B.T @ B, A - exact
+    norms = {"P": float(P.norm()), "change": _norm_in(G, A), "error": _norm_in(G, E), "left": 0.0}
+    if delta.protects is None:
+        return norms
+    U, a = delta.protects.double().cpu(), delta.factor
+    norms["left"] = float((a * P + U.T @ B @ A).norm())
+    if a < 1:
+        both = torch.cat([B, B + a * U], 1)
+        norms["error"] = _norm_in(both.T @ both, torch.cat([E, P]))
+    return norms
+
+
 def coordinates(
     source: Source, weight: Weight, delta: Delta, device: str
 ) -> tuple[Tensor, float, str]:
-    """P = U^T W (R, I) float64 of what a delta protects, on the CPU; ||W||_F; sha256 of W.
+    """U^T W (R, I) float64 of what a delta protects, on the CPU; ||W||_F; sha256 of W.
 
     R is 0 if it protects nothing.
 

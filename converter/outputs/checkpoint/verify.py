@@ -229,17 +229,32 @@ def check_edit(
     if delta.protects is None:
         return
     bound = _allowed(tensor, stored.dtype, units, basis, rounding)
-    if not left <= bound:
+    along = along_before(tensor, delta)
+    if delta.factor == 1 and not left <= bound:
         yield (
             f"{shard}: tensor {name} is not orthogonal to {', '.join(tensor.tensors.values())}: "
             f"||U^T W|| is {left:.3e}, rounding allows {bound:.3e}"
         )
+    kept = (1 - delta.factor) * along
+    off = max(abs(left - kept), tensor.measures.get("leakage", nan) * along)
+    if delta.factor < 1 and not off <= bound + _SMALL * tensor.norm:
+        yield (
+            f"{shard}: tensor {name} has not {1 - delta.factor:g} of what it had along "
+            f"{tensor.tensors['U']}: ||U^T W|| is {left:.3e}, not {kept:.3e}; it, or the recorded "
+            f"leakage, is off by {off:.3e}, rounding allows {bound:.3e}"
+        )
+
+
+def along_before(tensor: EditedTensor, delta: Delta) -> float:
+    """||U^T W|| before a subspace was taken out or weakened, from the record."""
+    a = delta.factor
+    return sqrt(max(tensor.measures.get("energy_removed", 0.0), 0.0) / (a * (2 - a))) * tensor.norm
 
 
 def _allowed(
     tensor: EditedTensor, dtype: torch.dtype, units: float, basis: Tensor, rounding: str
 ) -> float:
-    """The largest ||U^T W'|| that rounding explains."""
+    """The largest ||U^T W' - (1 - a) U^T W|| that rounding explains."""
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
         return rounding_bound(units, len(basis), tensor.norm)
     noise = _NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
@@ -252,8 +267,10 @@ def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float
     """Which numbers of a record do not fit what is there.
 
     ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
-    out, W = W' + U P - E with U^T W = P and E the rounding error, so ||W - U P||^2 =
-    ||W||^2 - ||P||^2 is ||W'||^2 but for E, and W' - W = E - U P. ``left`` is ||U^T W'||.
+    out, W' = W - a U P + E with U^T W = P and E the rounding error, so ||W - a U P||^2 =
+    ||W||^2 - a (2 - a) ||P||^2 is ||W'||^2 but for E, and W' - W = E - a U P. ``left`` is
+    ||U^T W'||, which is the leakage if a is 1, and else (1 - a) ||P|| but for the leakage: that it
+    is (1 - a) P column by column can be seen with the source only.
     """
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
     energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
@@ -267,12 +284,14 @@ def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float
         if not abs(norm - before) <= change * whole + _CLOSE * max(before, norm):
             yield "its norm, or its change"
         return
-    removed = sqrt(energy) * before
+    along, a = along_before(tensor, delta), delta.factor
     if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
         yield "its norm, or what was removed of it"
-    if not abs(change - sqrt(energy)) <= error + _CLOSE:
+    if not abs(change - a * sqrt(energy / (a * (2 - a)))) <= error + _CLOSE:
         yield "its change"
-    if not isclose(left, leakage * (removed or 1.0), rel_tol=0.01, abs_tol=_TINY * before):
+    if tensor.measures.get("factor", 1.0) != a:
+        yield "its factor"
+    if a == 1 and not isclose(left, leakage * (along or 1.0), rel_tol=0.01, abs_tol=_TINY * before):
         yield "its leakage"
 
 
@@ -373,7 +392,7 @@ def _check_rounded(
         **tensor.measures,
     }  # fmt: skip
     for key in sorted({*found, *recorded}):
-        if key == "leakage":
+        if key == "leakage" and delta.factor == 1:
             continue  # looked at without the source
         ours, theirs = found.get(key, nan), recorded.get(key, nan)
         if not isclose(ours, theirs, rel_tol=0.01, abs_tol=_SMALL):
