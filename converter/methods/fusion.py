@@ -35,6 +35,9 @@ known to a hundredth, since its square counts."""
 _ROWS = 4096
 """Rows of the head that are computed on at a time."""
 
+_SINGULAR = 1e-9
+"""Of the squares of singular values, the share of the largest below which the least is zero."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -153,7 +156,7 @@ class Method:
             implied["singular_values"] = S.tolist()
             X, noise = _solved(read(weight), delta.B) if read else (delta.B, inf)
             lengths = X.norm(dim=0)
-            if noise < _NOISY:
+            if noise < _NOISY * float(lengths.mean()):
                 implied["scale"] = float(lengths.mean())
                 if not float((lengths / lengths.mean() - 1).abs().max()) <= _NOISY:
                     raise FitError("the change of the head", expected="columns of one scale",
@@ -171,11 +174,14 @@ def _solved(W: Tensor, change: Tensor) -> tuple[Tensor, float]:
     """X (D, R) float64 with ``W X = change``, by least squares over some rows.
 
     Beside it how long X would be of numbers that are what rounding W to 16 bits changes: in a W
-    that is nearly singular they are not small.
+    that is nearly singular they are not small, and of one that is singular nothing is known.
     """
     rows = slice(8 * W.shape[1])
     part = W[rows].double()
-    inverse = torch.linalg.pinv(part.T @ part, hermitian=True)
+    values, vectors = torch.linalg.eigh(part.T @ part)
+    if not values[0] > _SINGULAR * values[-1]:
+        return part.new_zeros(part.shape[1], change.shape[1]), inf
+    inverse = vectors / values @ vectors.T
     error = float(part.square().mean().sqrt()) * _ROUNDING
     noise = error * (len(inverse) * float(inverse.trace())) ** 0.5
     return inverse @ (part.T @ change[rows].double()), noise
