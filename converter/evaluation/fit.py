@@ -12,15 +12,17 @@ from typing import Any
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
+from converter.checkpoints.plan import Plan
 from converter.edits.base import FAULT, Edit
 from converter.errors import DataError, FitError, GuardError, OptionError
 from converter.evaluation.defence import DefenceProbe
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
-from converter.methods.base import Method, Proposal, aim_of
+from converter.methods.base import Method, Proposal, aim_of, footprint_of
 from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
+from converter.models.edited import lowest_layer, modules_of
 from converter.recipe import Recipe
 from converter.runtime import progress
 
@@ -98,12 +100,14 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
-    probe = cache(lambda: probe_of(bench, parts.choose))
+    first = _lowest_layer(bench.plan, method)
+    probe = cache(lambda: probe_of(bench, parts.choose, first))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
     last, found = steps[-1], None
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            found = _guard(bench, last.proposal, last.choice.strength, parts.report)
+            report = probe_of(bench, parts.report, first)
+            found = _guard(bench, report, last.proposal, last.choice.strength)
     return Fitted(parts, steps, last.edit, found)
 
 
@@ -172,7 +176,12 @@ def _check_lesson(method: Method, proposal: Proposal) -> None:
         )  # fmt: skip
 
 
-def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
+def _lowest_layer(plan: Plan, method: Method) -> int:
+    """That an edit of the method changes, by its footprint; 0 if that does not say."""
+    return lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
+
+
+def _guard(bench: Bench, probe: Probe, proposal: Proposal, strength: float) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
@@ -180,7 +189,7 @@ def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Gua
     """
     recipe, lesson = bench.recipe, proposal.lesson
     found = examine(
-        probe_of(bench, part),
+        probe,
         proposal,
         strength,
         budget=recipe.max_perplexity_ratio,

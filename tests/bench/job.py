@@ -53,7 +53,8 @@ def plain(source: str, dtype: str) -> Took:
     from converter.recipe import Recipe
 
     folder = resolve(source).folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=getattr(torch, dtype)).eval()
     pairs, prose, _ = load_texts(Recipe(source=source))
     sides = [text for pair in pairs.pairs for text in (pair.toxic, pair.neutral)]
     encode = Encoder(load_tokenizer(folder), model)
