@@ -20,9 +20,10 @@ from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal, aim_of, footprint_of
-from converter.methods.together import after, parts_of
+from converter.methods.together import SEPARATOR, after, parts_of
 from converter.methods.workbench import Bench
 from converter.models.edited import lowest_layer, modules_of
+from converter.models.resident import held_out_dtype
 from converter.recipe import Recipe
 from converter.runtime import progress
 
@@ -100,13 +101,15 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
+    if SEPARATOR not in recipe.method and aim_of(method) != "defence":  # the fit is over by then
+        bench.held_out = held_out_dtype(recipe.forward_dtype, bench.plan, bench.device)
     first = _lowest_layer(bench.plan, method)
-    probe = cache(lambda: probe_of(bench, parts.choose, first))
+    probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
     last, found = steps[-1], None
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            report = probe_of(bench, parts.report, first)
+            report = probe_of(bench, parts.report, first, bench.held_out)
             found = _guard(bench, report, last.proposal, last.choice.strength)
     return Fitted(parts, steps, last.edit, found)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from msgspec.structs import asdict
 
 from converter.calibration.split import Part
@@ -106,11 +107,11 @@ class Probe:
         return perplexity_ratio(before, weighed(after, self._toxic), self._toxic_groups)
 
 
-def probe_of(bench: Bench, part: Part, first: int = 0) -> Probe:
-    """The unedited model's view of a held-out part; see ``Probe``."""
-    count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
+def probe_of(bench: Bench, part: Part, first: int = 0, dtype: torch.dtype | None = None) -> Probe:
+    """The unedited model's view of a held-out part; see ``Probe`` and ``Bench.load``."""
+    count = (len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)) * (2 if first else 1)
     with progress.bar("unedited", count, "text"):
-        return Probe(bench.load(), bench.plan, part, first)
+        return Probe(bench.load(dtype), bench.plan, part, first)
 
 
 def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:

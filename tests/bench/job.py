@@ -41,7 +41,7 @@ class Took:
     said: str = ""
 
 
-def plain(source: str, dtype: str) -> Took:
+def plain(source: str, options: dict[str, Any]) -> Took:
     """One forward pass of transformers over all texts; loading is not counted."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -54,8 +54,8 @@ def plain(source: str, dtype: str) -> Took:
 
     folder = resolve(source).folder
     load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(folder, dtype=getattr(torch, dtype)).eval()
-    pairs, prose, _ = load_texts(Recipe(source=source))
+    model = load(folder, dtype=torch.float32).eval()
+    pairs, prose, _ = load_texts(Recipe(source=source, **options))
     sides = [text for pair in pairs.pairs for text in (pair.toxic, pair.neutral)]
     encode = Encoder(load_tokenizer(folder), model)
     sentences = [encode(text, "mean", ()) for text in (*sides, *prose.paragraphs)]
@@ -128,7 +128,7 @@ def main(
             for way in forward for kind in dtype]  # fmt: skip
     passes, jobs = list[Took](), {name: list[Took]() for name, _ in ways}
     for number in range(rounds):
-        passes.append(in_new_cache(plain, source, "float32"))
+        passes.append(in_new_cache(plain, source, more))
         click.echo(f"round {number + 1}, plain: {_line(passes[-1])}", err=True)
         for name, options in ways:
             jobs[name].append(in_new_cache(job, source, options))
