@@ -89,7 +89,8 @@ class Recipe(Options):
         example="cuda:1",
     )] = "auto"
     forward_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(
-        "Dtype of the forward pass; auto chooses by the stored dtype and the device.",
+        "Dtype of the forward pass; auto chooses by the stored dtype and the device, and measures "
+        "held-out text in bfloat16 where weights are stored in it and the processor multiplies it.",
     )] = "auto"
     forward: Annotated[Literal["auto", "resident", "streamed"], Option(
         "How the model runs: resident, the whole model in memory; streamed, one layer at a time; "
