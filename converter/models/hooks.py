@@ -158,7 +158,8 @@ class Entered:
     Attributes:
         layer: which one it is.
         states: (B, T, D) for each batch, in the dtype of the model.
-        lengths: of the tuples that the layers below give; 0 of one that gives a tensor.
+        lengths: of the tuples that the layers below give; 0 of one that gives a tensor, none of one
+            that text alone does not run through.
     """
 
     layer: int
@@ -208,7 +209,7 @@ def resumed(
         for n, block in below:
             own = block.__dict__.get("forward")
             undone.callback(_restore_forward, block, own)
-            block.forward = lambda *args, _length=lengths[n], **kwargs: passed_on(
+            block.forward = lambda *args, _length=lengths.get(n, 0), **kwargs: passed_on(
                 given_to(args, kwargs), _length
             )
         yield
