@@ -207,9 +207,9 @@ def resumed(
     with ExitStack() as undone:
         undone.enter_context(first.register_forward_pre_hook(begin, with_kwargs=True))
         for n, block in below:
-            own = block.__dict__.get("forward")
+            own, length = block.__dict__.get("forward"), lengths.get(n, 0)
             undone.callback(_restore_forward, block, own)
-            block.forward = lambda *args, _length=lengths.get(n, 0), **kwargs: passed_on(
+            block.forward = lambda *args, _length=length, **kwargs: passed_on(
                 given_to(args, kwargs), _length
             )
         yield
