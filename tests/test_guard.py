@@ -26,7 +26,6 @@ from converter.manifest import Estimate, Measured, Origin
 from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy
 from converter.methods.workbench import Bench
-from converter.models import resident
 from converter.models.edited import edited
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
@@ -248,35 +247,33 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
 
 @pytest.mark.slow
 def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
-    planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    """The same rank and the same bytes, whether the processor multiplies bfloat16 or not."""
+    """The same rank and the same bytes; weights that bfloat16 would round are refused."""
     source = shutil.copytree(planted, tmp_path / "model")
     weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     pairs = ("--pairs", planted.parent / "pairs.jsonl", "-o", "protect_shared=1")
     given = (*pairs, "-o", "protect_own=1", "--guard-draws", 1)
     made = {}
-    for name, known, more in (
-        ("fast", True, ()), ("slow", False, ()), ("asked", True, ("--forward-dtype", "float32")),
-    ):  # fmt: skip
-        monkeypatch.setattr(resident, "_multiplies_bfloat16", lambda known=known: known)
-        cli("convert", source, tmp_path / name, *given, *more, code=0)
+    for name in ("auto", "mixed"):
+        cli("convert", source, tmp_path / name, *given, "--forward-dtype", name, code=0)
         made[name] = read_manifest(tmp_path / name)
     forward = {name: each.forward for name, each in made.items()}
     assert all(each is not None for each in forward.values())
     assert {name: each and each.held_out_dtype for name, each in forward.items()} == {
-        "fast": "bfloat16", "slow": None, "asked": None,
+        "auto": None, "mixed": "bfloat16",
     }  # fmt: skip
     assert len({each.choice.strength for each in made.values()}) == 1
     assert len({each.digests["model.safetensors"] for each in made.values()}) == 1
-    one, other = (made[name].guard for name in ("fast", "slow"))
+    one, other = (made[name].guard for name in ("auto", "mixed"))
     assert one
     assert other
     assert one.reasons == other.reasons == ()
     assert one.edit != other.edit
     assert one.perplexity == pytest.approx(other.perplexity, rel=0.01)
-    assert made["slow"].guard == made["asked"].guard
+    says = "expected weights stored in bfloat16, found F32"
+    cli("convert", planted, tmp_path / "no", *given, "--forward-dtype", "mixed", code=2, says=says)
 
 
 def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:

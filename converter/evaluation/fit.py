@@ -103,6 +103,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         parts = replace(parts, fit=known)
     if SEPARATOR not in recipe.method and aim_of(method) != "defence":  # the fit is over by then
         bench.held_out = held_out_dtype(recipe.forward_dtype, bench.plan, bench.device)
+    elif recipe.forward_dtype == "mixed":
+        progress.warn("--forward-dtype mixed: several methods, and defences, run in float32 alone")
     first = _lowest_layer(bench.plan, method)
     probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)

@@ -332,32 +332,32 @@ def choose_device(device: str) -> str:
 
 
 def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """The dtype in which held-out text is measured: that of the fit, or bfloat16.
+    """The dtype in which held-out text is measured: that of the fit, or with ``mixed`` bfloat16.
 
-    ``auto`` is bfloat16 where the weights are stored in it, so that they are the same numbers, and
-    the CPU multiplies it in hardware: then it takes half the time. What is measured is a difference
-    between an edited and an unedited model, both in this dtype; the edit itself is not touched.
+    What is measured is a difference between an edited and an unedited model, both in this dtype;
+    the edit itself is not touched.
+
+    Raises:
+        OptionError: ``mixed``, and bfloat16 would round the weights.
     """
-    stored = {target.info.dtype for target in plan.targets}
-    if asked == "auto" and device == "cpu" and stored == {"BF16"} and _multiplies_bfloat16():
-        return torch.bfloat16
-    return choose_dtype(asked, plan, device)
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 (AVX-512 BF16)."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    mkldnn: Any = torch.backends.mkldnn
-    return known is not None and bool(known()) and bool(mkldnn.is_available())
+    if asked != "mixed":
+        return choose_dtype(asked, plan, device)
+    if stored := sorted({target.info.dtype for target in plan.targets} - {"BF16"}):
+        raise OptionError(
+            "--forward-dtype mixed", expected="weights stored in bfloat16", found=stored[0],
+            hint="give --forward-dtype float32",
+        )  # fmt: skip
+    return torch.bfloat16
 
 
 def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
     """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype.
 
-    That is the dtype of the down-projections; bfloat16 where they are stored in less.
+    That is the dtype of the down-projections; bfloat16 where they are stored in less. ``mixed`` is
+    float32; see ``held_out_dtype``.
     """
     if asked != "auto":
-        named: torch.dtype = getattr(torch, asked)
+        named: torch.dtype = torch.float32 if asked == "mixed" else getattr(torch, asked)
         return named
     return (
         torch.float32 if device == "cpu" else FLOATS.get(plan.targets[0].info.dtype, torch.bfloat16)
