@@ -589,10 +589,12 @@ class ForwardRecord(Record, kw_only=True):
 
     Attributes:
         mode: the whole model in memory, or a layer at a time.
+        held_out_dtype: in which the edit was measured on held-out text; None if in that of the fit.
     """
 
     mode: Literal["resident", "streamed"]
     reason: str
+    held_out_dtype: str | None = None
 
 
 class Interval(Record, kw_only=True):

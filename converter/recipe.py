@@ -93,8 +93,9 @@ class Recipe(Options):
         "GPUs and the memory.",
         example="cuda:1",
     )] = "auto"
-    forward_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Option(
-        "Dtype of the forward pass; auto chooses by the stored dtype and the device.",
+    forward_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "mixed"], Option(
+        "Dtype of the forward pass; auto chooses by the stored dtype and the device; mixed fits in "
+        "float32 and measures held-out text in bfloat16, faster on processors that multiply it.",
     )] = "auto"
     forward: Annotated[Literal["auto", "resident", "streamed"], Option(
         "How the model runs: resident, the whole model in memory; streamed, one layer at a time; "

@@ -7,6 +7,7 @@ with Meta's forward pass in test_native.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from converter.calibration import gradients
 from converter.calibration.collect import extract
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.statistics import Activations, Request
 from converter.manifest import Origin
+from converter.models import hooks, resident, streamed
+from converter.models.batching import Batch, Pooling
 from converter.models.loading import (
     load_language_model,
     load_tokenizer,
@@ -133,6 +137,38 @@ def test_activations_are_the_recorded_numbers(
             "to change, raise EXTRACTION_VERSION and record these numbers anew; else it is a "
             f"mistake: {found}"
         )
+
+
+@pytest.mark.parametrize("forward", ["resident", "streamed"])
+@pytest.mark.parametrize("pooling", ["predicting", "mean"])
+def test_one_pass_with_gradients_gives_the_bytes_of_three(
+    forward: str, pooling: Pooling, checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Three are run where the disk has no room for what tokens owe to each layer."""
+    request = replace(REQUESTS["moments"], pooling=pooling)
+    calls, runs = list[int](), list[int]()
+    run = hooks.call
+
+    def counted(module: Any, batch: Batch) -> Any:
+        calls.append(batch.ids.numel())
+        return run(module, batch)
+
+    for model in (resident, streamed):
+        monkeypatch.setattr(model, "call", counted)
+    found = []
+    for memory, disk in ((0, gradients._ON_DISK), (gradients._IN_MEMORY, 1 << 40), (0, 0)):
+        monkeypatch.setattr(gradients, "_IN_MEMORY", memory)
+        monkeypatch.setattr(gradients, "_ON_DISK", disk)
+        calls.clear()
+        with using_cache(tmp_path / "cache"):
+            found.append(extracted(checkpoint, forward, request).tensors())
+        runs.append(sum(calls))
+    in_file, in_memory, again = found
+    assert all(torch.equal(in_file[name], in_memory[name]) for name in in_file)
+    assert all(torch.equal(in_file[name], again[name]) for name in in_file)
+    assert runs[0] == runs[1]
+    assert runs[2] > 1.5 * runs[0]
 
 
 TOLERANCE = 1e-4

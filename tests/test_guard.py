@@ -1,12 +1,14 @@
 """The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_prose
@@ -260,6 +262,37 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
         assert found.controls == tuple(probe.measure(proposal.control(1, s)) for s in (0, 1))
     broken = removal(plan, dict.fromkeys(WRITING, MASSIVE[:, None]))
     assert probe.measure(broken).perplexity_ratio.value > 1.5
+
+
+@pytest.mark.slow
+def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
+    planted: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """The same rank and the same bytes; weights that bfloat16 would round are refused."""
+    source = shutil.copytree(planted, tmp_path / "model")
+    weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    pairs = ("--pairs", planted.parent / "pairs.jsonl", "-o", "protect_shared=1")
+    given = (*pairs, "-o", "protect_own=1", "--guard-draws", 1)
+    made = {}
+    for name in ("auto", "mixed"):
+        cli("convert", source, tmp_path / name, *given, "--forward-dtype", name, code=0)
+        made[name] = read_manifest(tmp_path / name)
+    forward = {name: each.forward for name, each in made.items()}
+    assert all(each is not None for each in forward.values())
+    assert {name: each and each.held_out_dtype for name, each in forward.items()} == {
+        "auto": None, "mixed": "bfloat16",
+    }  # fmt: skip
+    assert len({each.choice.strength for each in made.values()}) == 1
+    assert len({each.digests["model.safetensors"] for each in made.values()}) == 1
+    one, other = (made[name].guard for name in ("auto", "mixed"))
+    assert one
+    assert other
+    assert one.reasons == other.reasons == ()
+    assert one.edit != other.edit
+    assert one.perplexity == pytest.approx(other.perplexity, rel=0.01)
+    says = "expected weights stored in bfloat16, found F32"
+    cli("convert", planted, tmp_path / "no", *given, "--forward-dtype", "mixed", code=2, says=says)
 
 
 def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:

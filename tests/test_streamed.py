@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,13 +24,14 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import TensorInfo
 from converter.checkpoints.safetensors.rewrite import read_raw
 from converter.checkpoints.source import Source
+from converter.edits.base import Edit
 from converter.edits.edit_file import load_bases
 from converter.errors import CheckpointError, ConverterError, OptionError, SourceError
 from converter.models import loading as models
 from converter.models import placement as mode
 from converter.models.batching import Encoder, batches, logit_positions
-from converter.models.edited import edited
-from converter.models.likelihood import log_probabilities
+from converter.models.edited import edited, lowest_layer, module_edits
+from converter.models.likelihood import entering, log_probabilities
 from converter.models.placement import choose_forward
 from converter.models.resident import LanguageModel, Model
 from converter.models.streamed import StreamedModel
@@ -345,6 +347,39 @@ def test_progress_ends_at_the_number_of_texts(
         modules = opened.modules(layers=(2, 4))
         dict(causal_moments(model, modules, predicted(model)))
         assert sum(steps) == 4 * len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_layers_below_the_first_edited_one_run_once_for_all_edits(
+    kind: str, way: str, checkpoints: Checkpoints
+) -> None:
+    """To the last bit, and no layer below is called again; unless the edit is in one of them."""
+    opened = Opened.of(checkpoints(kind))
+    model: Model = opened.resident() if way == "resident" else opened.streamed()
+    encode = Encoder(model.tokenizer, model.module)
+    texts = [[encode(text, "mean", ()) for text in some] for some in (TEXTS[:2], TEXTS[2:])]
+    entered = entering(model, texts, 3)
+    assert entered is not None
+    high, low = (
+        removal(opened.plan, dict.fromkeys(layers, torch.eye(HIDDEN)[:, :9]))
+        for layers in ((3, 4), (2,))
+    )
+    below = model.module.get_submodule(opened.plan.weights("down_proj", (2,))[0].module)
+    calls = list[Any]()
+    for edit in (Edit(), high):
+        with edited(model.module, opened.plan, edit):
+            expected = log_probabilities(model, texts)
+            calls.clear()
+            with below.register_forward_hook(lambda *args: calls.append(args)):
+                found = log_probabilities(model, texts, entered)
+        assert not calls
+        for one, other in zip(expected, found, strict=True):
+            assert all(map(np.array_equal, one, other))
+    changed = module_edits(opened.plan, high), module_edits(opened.plan, low)
+    assert [lowest_layer(model.architecture, names) for names in changed] == [3, 2]
+    assert lowest_layer(model.architecture, [*changed[0], "lm_head"]) == 0
+    assert entering(model, texts, 0) is None
 
 
 def test_a_missing_tensor_is_an_error_of_the_checkpoint(

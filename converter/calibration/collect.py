@@ -1,15 +1,16 @@
 """Run the model over the pairs once, and take what a fit needs."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from converter.calibration.gradients import gradients, slopes
+from converter.calibration.gradients import Take, gradients, remembering, slopes
 from converter.calibration.linear_algebra import eigen_directions, remove, shared_directions
 from converter.calibration.pairs import Pair, Pairs, Prose
 from converter.calibration.split import Part
@@ -19,6 +20,7 @@ from converter.errors import DataError, FitError
 from converter.models.batching import (
     LAST,
     MAX_TOKENS,
+    Batch,
     Encoder,
     Pooling,
     Sentence,
@@ -27,9 +29,9 @@ from converter.models.batching import (
     token_batches,
 )
 from converter.models.hooks import Modules
-from converter.models.resident import ChunkNorms, Group, Model, Pool, SecondMoment, run
+from converter.models.resident import ChunkNorms, Group, Model, Pool, SecondMoment, Sink, run
 
-EXTRACTION_VERSION = 1
+EXTRACTION_VERSION = 2
 """Raised by whoever changes the numbers that are extracted, so that no cache holds the old ones.
 
 ``tests/test_extraction.py`` records some of them and fails when they change."""
@@ -108,15 +110,15 @@ def extract(
     if not kept or (request.gradient and not any(any(s.weights) for s in spans)):
         raise DataError("no pair has a position that predicts a toxic token", found="0 of them")
     both = [[side[i] for i in kept] for side in (toxic, neutral)]
-    coded = [encode(text, "mean", ()) for text in prose.paragraphs]
-    seen = _passed(model, modules, request, both, coded, batch_size)
-    found = causal_moments(model, modules, spans) if request.gradient else iter(())
     if request.directions:
-        shared = shared_directions(seen.second_moment, request.protect_shared, seen.width)
-        V, leading = _directions(found, shared, request)
-        moments = _moments(model, modules, encode, said, spans, prose, V)
-        seen = replace(seen, leading=leading, moments=moments)
+        seen = _with_moments(model, modules, request, encode, [said[i] for i in kept], prose, both)
     else:
+        coded = [encode(text, "mean", ()) for text in prose.paragraphs]
+        batched = [batches(part, batch_size, model.device) for part in (*both, coded)]
+        show = partial(run, model, modules)
+        pools = slopes(model, modules, both) if request.slopes else None
+        seen = _passed(request, batched, show, pools)
+        found = causal_moments(model, modules, spans) if request.gradient else iter(())
         seen = replace(seen, causal=dict(sorted(found)))
     if not all(torch.isfinite(tensor).all() for tensor in seen.tensors().values()):
         raise DataError(
@@ -127,31 +129,78 @@ def extract(
 
 
 def _passed(
+    request: Request,
+    batched: Sequence[Sequence[Batch]],
+    show: Callable[[Sequence[Group]], None],
+    slopes: Sequence[Pool] | None = None,
+) -> Activations:
+    """What one pass gives over the two sides of pairs and prose.
+
+    Args:
+        batched: the batches of either side and of prose.
+        show: runs the model; see ``run``.
+        slopes: pools of gradients, which are wanted in place of activations.
+    """
+    pools = slopes or [Pool(sum(len(batch.rows) for batch in side)) for side in batched[:2]]
+    moment, norms = SecondMoment(), ChunkNorms(request.chunks)
+    sinks: list[list[Sink]] = [[], [], []]
+    if not slopes:
+        sinks[0].append(pools[0])
+        sinks[1].append(pools[1])
+    if request.second_moment:
+        sinks[1].append(moment.group(batched[1]))
+        sinks[2].append(moment.group(batched[2]))
+    if request.chunks:
+        sinks[2].append(norms)
+    show(list(zip(batched, sinks, strict=True)))
+    second = moment.result() if request.second_moment else None
+    return Activations(pools[0].pooled, pools[1].pooled, second, {}, norms=norms.result())
+
+
+def _with_moments(
     model: Model,
     modules: Modules,
     request: Request,
+    encode: Encoder,
+    pairs: Sequence[Pair],
+    prose: Prose,
     sides: Sequence[Sequence[Sentence]],
-    prose: Sequence[Sentence],
-    batch_size: int,
 ) -> Activations:
-    """What one forward pass gives over the two sides of pairs and prose, or one with gradients."""
-    pools, groups = [Pool(len(side)) for side in sides], list[Group]()
-    batched = [batches(side, batch_size, model.device) for side in sides]
-    texts = batches(prose, batch_size, model.device)
-    moment, norms = SecondMoment(), ChunkNorms(request.chunks)
-    if request.slopes:
-        pools = slopes(model, modules, sides)
-    else:
-        groups = [(side, [pool]) for side, pool in zip(batched, pools, strict=True)]
-    if request.second_moment:
-        groups[1] = (batched[1], [pools[1], moment.group(batched[1])])
-        groups.append((texts, [moment.group(texts)]))
-    if request.chunks:
-        groups.append((texts, [norms]))
-    if groups:
-        run(model, modules, groups)
-    second = moment.result() if request.second_moment else None
-    return Activations(pools[0].pooled, pools[1].pooled, second, {}, norms=norms.result())
+    """The same with moments in the leading causal directions, which have to be known before.
+
+    The texts go through the model once, with gradients, and f and g of every token are kept; where
+    the disk has no room for them, once without gradients and twice with some.
+
+    Args:
+        pairs: whose two sides are in ``sides`` with their weights in the pools.
+    """
+    paragraphs = [text for text in prose.paragraphs if len(encode.predicted(text).ids) > 1]
+    words = [encode(pair.toxic, "predicting", pair.spans) for pair in pairs]
+    neutral = {
+        "pairs": [encode.predicted(pair.neutral) for pair in pairs],
+        "prose": [encode.predicted(text) for text in paragraphs],
+    }
+    coded = [encode(text, "mean", ()) for text in paragraphs]
+    batched, chosen = (
+        [token_batches(part, logit_positions(model.module), model.device) for part in texts]
+        for texts in ((*sides, coded), (words, *neutral.values()))
+    )
+    every = [batch for part in chosen for batch in part]
+    with remembering(model, modules, every) as remembered:
+        take = remembered or gradients
+
+        def show(groups: Sequence[Group]) -> None:
+            sinks = [(batch, sinks) for batches, sinks in groups for batch in batches]
+            for number, layer, f, _ in take(model, modules, every):
+                batch, shown = sinks[number]
+                for sink in shown:
+                    sink(batch, layer, f)
+
+        seen = _passed(request, batched, show if remembered else partial(run, model, modules))
+        shared = shared_directions(seen.second_moment, request.protect_shared, seen.width)
+        V, leading = _directions(causal_moments(model, modules, words, take), shared, request)
+        moments = _moments(model, modules, pairs, words, neutral, V, take)
+    return replace(seen, leading=leading, moments=moments)
 
 
 def _prompted(pair: Pair, prompts: tuple[str, str], *, bare: bool = False) -> Pair:
@@ -211,11 +260,11 @@ def _directions(
 def _moments(
     model: Model,
     modules: Modules,
-    encode: Encoder,
     pairs: Sequence[Pair],
-    coded: Sequence[Sentence],
-    prose: Prose,
+    words: Sequence[Sentence],
+    neutral: Mapping[str, Sequence[Sentence]],
     V: Tensor,
+    take: Take,
 ) -> Moments:
     """Moments of single words and of pieces of neutral text within the columns of V.
 
@@ -224,21 +273,17 @@ def _moments(
     """
     said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
     occurrences = Counter(word for words in said for word in words)
-    chosen = [i for i, sentence in enumerate(coded) if any(sentence.weights)]
+    chosen = [i for i, sentence in enumerate(words) if any(sentence.weights)]
     weights = [sum(1 / occurrences[word] for word in said[i]) for i in chosen]
-    neutral, tokens = {}, {}
-    for name, whole in zip(TEXTS, ([p.neutral for p in pairs], prose.paragraphs), strict=True):
-        predicted = [encode.predicted(text) for text in whole]
-        neutral[name] = [sentence for sentence in predicted if len(sentence.ids) > 1]
-        tokens[name] = sum(len(sentence.ids) - 1 for sentence in neutral[name])
-    texts = [([coded[i] for i in chosen], None), *((part, _PIECE) for part in neutral.values())]
-    words, *rest = moments_within(model, modules, texts, V)
-    moments = dict(zip(neutral, rest, strict=True))
-    return Moments(V, words, torch.tensor(weights), moments, tokens)
+    tokens = {name: sum(len(s.ids) - 1 for s in neutral[name]) for name in TEXTS}
+    texts = [(words, None), *((neutral[name], _PIECE) for name in TEXTS)]
+    of_words, *rest = moments_within(model, modules, texts, V, take)
+    moments = dict(zip(TEXTS, rest, strict=True))
+    return Moments(V, of_words[chosen], torch.tensor(weights), moments, tokens)
 
 
 def causal_moments(
-    model: Model, modules: Modules, sentences: Sequence[Sentence]
+    model: Model, modules: Modules, sentences: Sequence[Sentence], take: Take = gradients
 ) -> Iterator[tuple[int, Tensor]]:
     """How much chosen tokens owe, to first order, to each direction of what a layer writes.
 
@@ -254,6 +299,7 @@ def causal_moments(
         model: not edited; its weights must not require gradients.
         modules: layer -> those whose output is f, together if there are several.
         sentences: a positive weight marks a position whose next token is chosen.
+        take: gives f and g.
 
     Yields:
         layers and A_l (D, D) float32 on the CPU: each when it is complete, so that those of a
@@ -266,7 +312,7 @@ def causal_moments(
     seen = Counter[int]()
     count = sum(w > 0 for s in sentences for w in s.weights)
     batched = token_batches(sentences, logit_positions(model.module), model.device)
-    for number, layer, f, g in gradients(model, modules, batched):
+    for number, layer, f, g in take(model, modules, batched):
         content = batched[number].content.to(f.device)
         if layer not in sums:
             sums[layer] = torch.zeros(f.shape[-1], f.shape[-1], device=f.device)
@@ -282,6 +328,7 @@ def moments_within(
     modules: Modules,
     texts: Sequence[tuple[Sequence[Sentence], int | None]],
     directions: Tensor,
+    take: Take = gradients,
 ) -> list[Tensor]:
     """The same, of every sentence by itself, summed over layers, and seen in a few directions.
 
@@ -296,6 +343,7 @@ def moments_within(
             are cut into pieces of so many, and each piece has a moment: what the sentence loses if
             nothing is written along U there.
         directions: V (D, K), orthonormal columns.
+        take: gives f and g.
 
     Returns:
         for each text (n, K, K) float32 on the CPU, n sentences or pieces, in their order.
@@ -307,7 +355,7 @@ def moments_within(
         for batch in token_batches(sentences, positions, model.device)
     ]
     sums: dict[int, Tensor] = {}
-    found = gradients(model, modules, [batch for _, _, batch in batched])
+    found = take(model, modules, [batch for _, _, batch in batched])
     for number, _, f, g in found:
         _, piece, batch = batched[number]
         V, content = directions.to(f), batch.content.to(f.device)[..., None]

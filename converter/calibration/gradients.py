@@ -1,18 +1,32 @@
 """What tokens owe to what modules give: gradients of sums of log p, a batch at a time."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import Tensor
 
+from converter.checkpoints.safetensors.header import to_bytes
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
 from converter.models.hooks import Modules, memory_errors
 from converter.models.resident import Model, Pool
+from converter.models.streamed_memory import HiddenStates
+from converter.runtime import progress
+from converter.runtime.cache import cache_folder
+
+_IN_MEMORY, _ON_DISK = 1 << 26, 1 << 34
+"""Bytes of f and g that are kept: in memory, and in all unless the disk has less room."""
+
+Found = Iterator[tuple[int, int, Tensor, Tensor]]
+"""The number of a batch, a layer, f and g; see ``Model.gradients``."""
+
+Take = Callable[[Model, Modules, Sequence[Batch]], Found]
+"""``gradients``, or a ``Remembered``."""
 
 
-def gradients(
-    model: Model, modules: Modules, batched: Sequence[Batch]
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def gradients(model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
     """``Model.gradients``, where memory may run out. Raises SourceError."""
     most = max((len(batch.rows) for batch in batched), default=0)
     with memory_errors(
@@ -21,6 +35,62 @@ def gradients(
         "-o ranking=mean-difference, or --method destein",
     ):
         yield from model.gradients(modules, batched)
+
+
+class Remembered:
+    """``gradients`` of one model and its modules that runs no batch twice.
+
+    What it finds of a batch goes to a file, from where it is read when that batch is asked for
+    again: all of a layer together, so that no more than one layer's sums are needed at a time.
+    """
+
+    def __init__(self, states: HiddenStates) -> None:
+        self._states = states
+        self._layers: dict[bytes, list[int]] = {}
+
+    def __call__(self, model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
+        keys = [_key(batch) for batch in batched]
+        if all(key in self._layers for key in keys):
+            yield from self._read(batched, keys)
+            return
+        layers: dict[bytes, list[int]] = {key: [] for key in keys}
+        for number, layer, f, g in gradients(model, modules, batched):
+            key = keys[number]
+            self._states.put((key, layer, "f"), f)
+            self._states.put((key, layer, "g"), g)
+            layers[key].append(layer)
+            yield number, layer, f, g
+        self._layers |= layers
+
+    def _read(self, batched: Sequence[Batch], keys: Sequence[bytes]) -> Found:
+        order = self._layers[keys[0]] if keys else []
+        for layer in order:
+            for number, (batch, key) in enumerate(zip(batched, keys, strict=True)):
+                device = str(batch.ids.device)
+                f, g = (self._states.get((key, layer, which), device) for which in "fg")
+                yield number, layer, f, g
+                if layer == order[-1]:
+                    progress.advance(len(batch.rows))
+
+
+def _key(batch: Batch) -> bytes:
+    """The same of two batches of the same tokens whose gradients are of the same tokens."""
+    parts = (batch.ids, batch.mask, batch.weights)
+    return hashlib.sha256(b"".join(bytes(to_bytes(x.cpu())) for x in parts)).digest()
+
+
+@contextmanager
+def remembering(model: Model, modules: Modules, batched: Sequence[Batch]) -> Iterator[Take | None]:
+    """A ``Remembered`` for these batches, or None where it would need too much of the disk."""
+    folder, width = cache_folder(), model.architecture.sizes.hidden_size
+    tokens = sum(batch.ids.numel() for batch in batched)
+    nbytes = 2 * 4 * tokens * width * len(modules)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    if nbytes > min(_ON_DISK, shutil.disk_usage(there).free // 2 + _IN_MEMORY):
+        yield None
+        return
+    with HiddenStates(_IN_MEMORY, folder) as states:
+        yield Remembered(states)
 
 
 def slopes(model: Model, modules: Modules, texts: Sequence[Sequence[Sentence]]) -> list[Pool]:

@@ -13,15 +13,18 @@ from converter.calibration.instances import Lesson, load_instances
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.split import Part, Parts, split
 from converter.calibration.statistics import Activations, texts_of_file
+from converter.checkpoints.plan import Plan
 from converter.edits.base import FAULT, Edit
 from converter.errors import DataError, FitError, GuardError, OptionError
 from converter.evaluation.defence import DefenceProbe, unseen
 from converter.evaluation.guard import examine
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.manifest import Choice, GuardRecord
-from converter.methods.base import Method, Proposal, aim_of, learnt_by
-from converter.methods.together import after, parts_of
+from converter.methods.base import Method, Proposal, aim_of, footprint_of, learnt_by
+from converter.methods.together import SEPARATOR, after, parts_of
 from converter.methods.workbench import Bench
+from converter.models.edited import lowest_layer, modules_of
+from converter.models.resident import held_out_dtype
 from converter.recipe import Recipe
 from converter.runtime import progress
 
@@ -97,12 +100,18 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
-    probe = cache(lambda: probe_of(bench, parts.choose))
+    if SEPARATOR not in recipe.method and aim_of(method) != "defence":  # the fit is over by then
+        bench.held_out = held_out_dtype(recipe.forward_dtype, bench.plan, bench.device)
+    elif recipe.forward_dtype == "mixed":
+        progress.warn("--forward-dtype mixed: several methods, and defences, run in float32 alone")
+    first = _lowest_layer(bench.plan, method)
+    probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
     last, found = steps[-1], None
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            found = _guard(bench, last.proposal, last.choice.strength, parts.report)
+            report = probe_of(bench, parts.report, first, bench.held_out)
+            found = _guard(bench, report, last.proposal, last.choice.strength)
     return Fitted(parts, steps, last.edit, found)
 
 
@@ -190,7 +199,12 @@ def _check_lesson(method: Method, proposal: Proposal) -> None:
         )  # fmt: skip
 
 
-def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
+def _lowest_layer(plan: Plan, method: Method) -> int:
+    """That an edit of the method changes, by its footprint; 0 if that does not say."""
+    return lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
+
+
+def _guard(bench: Bench, probe: Probe, proposal: Proposal, strength: float) -> GuardRecord:
     """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
@@ -198,7 +212,7 @@ def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> Gua
     """
     recipe, lesson = bench.recipe, proposal.lesson
     found = examine(
-        probe_of(bench, part),
+        probe,
         proposal,
         strength,
         budget=recipe.max_perplexity_ratio,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from msgspec.structs import asdict
 
 from converter.calibration.split import Part
@@ -12,9 +13,11 @@ from converter.manifest import Choice, Estimate, Measured, Trial
 from converter.methods.base import Proposal
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
-from converter.models.edited import edited
+from converter.models.edited import edited, lowest_layer, module_edits
+from converter.models.hooks import Entered
 from converter.models.likelihood import (
     LogProbabilities,
+    entering,
     log_probabilities,
     mean_change,
     perplexity,
@@ -40,6 +43,10 @@ class Probe:
     Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
     the neutral side lacks, and the context is all other words of these toxic sides.
 
+    Args:
+        first: the lowest layer that an edit will change, as far as is known. Those below it run
+            once, for all edits that do keep to it.
+
     Attributes:
         neutral_tokens, toxic_words, context_tokens: how many are scored.
         perplexity: of the unedited model on the neutral text.
@@ -48,7 +55,7 @@ class Probe:
         DataError: too few toxic sentences to know a standard error.
     """
 
-    def __init__(self, model: Model, plan: Plan, part: Part) -> None:
+    def __init__(self, model: Model, plan: Plan, part: Part, first: int = 0) -> None:
         encode = Encoder(model.tokenizer, model.module)
         self.model, self.plan, pairs = model, plan, part.pairs.pairs
         texts = [*part.prose.paragraphs, *(pair.neutral for pair in pairs)]
@@ -71,16 +78,19 @@ class Probe:
                 found=str(len(set(self._toxic_groups))),
                 hint="give more pairs, or both -o rank and --no-guard",
             )
-        self._before = self._run()
+        self._entered = entering(model, (self._neutral, self._toxic), first)
+        self._before = self._run(self._entered)
         self.perplexity = perplexity(self._before[0])
 
-    def _run(self) -> list[LogProbabilities]:
-        return log_probabilities(self.model, (self._neutral, self._toxic))
+    def _run(self, entered: Entered | None) -> list[LogProbabilities]:
+        return log_probabilities(self.model, (self._neutral, self._toxic), entered)
 
     def measure(self, edit: Edit) -> Measured:
         """Compare an edit with the unedited model, through hooks."""
+        lowest = lowest_layer(self.plan.architecture, module_edits(self.plan, edit))
+        entered = self._entered if self._entered and self._entered.layer <= lowest else None
         with edited(self.model.module, self.plan, edit):
-            neutral, toxic = self._run()
+            neutral, toxic = self._run(entered)
         changes = word_changes(self._before[1], toxic, self._words)
         return Measured(
             perplexity_ratio=perplexity_ratio(self._before[0], neutral, self._neutral_groups),
@@ -97,11 +107,11 @@ class Probe:
         return perplexity_ratio(before, weighed(after, self._toxic), self._toxic_groups)
 
 
-def probe_of(bench: Bench, part: Part) -> Probe:
-    """The unedited model's view of a held-out part."""
-    count = len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)
+def probe_of(bench: Bench, part: Part, first: int = 0, dtype: torch.dtype | None = None) -> Probe:
+    """The unedited model's view of a held-out part; see ``Probe`` and ``Bench.load``."""
+    count = (len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)) * (2 if first else 1)
     with progress.bar("unedited", count, "text"):
-        return Probe(bench.load(), bench.plan, part)
+        return Probe(bench.load(dtype), bench.plan, part, first)
 
 
 def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:

@@ -67,6 +67,8 @@ class Bench:
         seen: the activations that it has asked for last.
         former: what methods before this one have changed, which a fit has to see.
         taught: the instances, once they are asked for.
+        held_out: the dtype in which held-out text is measured; ``dtype`` is that of the fit.
+        loaded: the dtype of ``model``.
     """
 
     recipe: Recipe
@@ -85,6 +87,8 @@ class Bench:
     seen: Activations | None = None
     former: Edit | None = None
     taught: Instances | None = None
+    held_out: torch.dtype = torch.float32
+    loaded: torch.dtype = torch.float32
 
     @classmethod
     def of(
@@ -112,17 +116,26 @@ class Bench:
         forward = choose_forward(
             recipe.forward, plan, dtype, device, settings.memory_limit, spread=how.spread
         )
-        return cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how)
+        bench = cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how)
+        bench.held_out = dtype
+        return bench
 
-    def load(self) -> Model:
-        """The unedited model, loaded at the first call, or made ready to be streamed."""
-        if self.model is None:
+    def load(self, dtype: torch.dtype | None = None) -> Model:
+        """The unedited model, loaded at the first call, or made ready to be streamed.
+
+        Args:
+            dtype: that of the fit by default. There is one model at a time: one in another dtype
+                is let go.
+        """
+        dtype = dtype or self.dtype
+        if self.model is None or self.loaded != dtype:
+            self.model, self.loaded = None, dtype
             if not self.has_run:
                 free = f"{self.forward.budget / 1e9:.1f} GB to plan with"
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
                 progress.note(f"  {how} ({free})")
             self.has_run = True
-            what = (self.source, self.plan, self.vocabulary.tokenizer, self.dtype, self.device)
+            what = (self.source, self.plan, self.vocabulary.tokenizer, dtype, self.device)
             if self.forward.mode == "streamed":
                 self.model = stream_language_model(*what, self.forward.budget, self.how)
             else:

@@ -1,15 +1,17 @@
 """An edit without writing a weight: hooks that change what modules give."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan
-from converter.edits.base import Edit
+from converter.edits.base import Edit, Footprint
 from converter.edits.deltas import Delta
 from converter.edits.fused import fusion_of
 from converter.errors import OptionError
@@ -84,6 +86,20 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     changes = module_edits(plan, edit)
     with hooked(model, {name: change.hook for name, change in changes.items()}):
         yield
+
+
+def lowest_layer(architecture: Architecture, modules: Iterable[str]) -> int:
+    """The lowest layer that has one of the modules in it; 0 if one of them is in none."""
+    block = re.escape(architecture.block).replace(re.escape("{layer}"), r"(\d+)")
+    found = [re.match(rf"{block}(?:\.|$)", name) for name in modules]
+    return min((int(place[1]) if place else 0 for place in found), default=0)
+
+
+def modules_of(plan: Plan, footprint: Footprint) -> list[str]:
+    """The modules whose outputs change, from the headers; "" stands for one not known."""
+    biases = plan.bias_modules() if footprint.created else {}
+    created = [biases.get(name, "") for name in footprint.created]
+    return [weight.module for weight in footprint.weights] + created
 
 
 def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:

@@ -158,7 +158,8 @@ class Entered:
     Attributes:
         layer: which one it is.
         states: (B, T, D) for each batch, in the dtype of the model.
-        lengths: of the tuples that the layers below give; 0 of one that gives a tensor.
+        lengths: of the tuples that the layers below give; 0 of one that gives a tensor, none of one
+            that text alone does not run through.
     """
 
     layer: int
@@ -206,9 +207,9 @@ def resumed(
     with ExitStack() as undone:
         undone.enter_context(first.register_forward_pre_hook(begin, with_kwargs=True))
         for n, block in below:
-            own = block.__dict__.get("forward")
+            own, length = block.__dict__.get("forward"), lengths.get(n, 0)
             undone.callback(_restore_forward, block, own)
-            block.forward = lambda *args, _length=lengths[n], **kwargs: passed_on(
+            block.forward = lambda *args, _length=length, **kwargs: passed_on(
                 given_to(args, kwargs), _length
             )
         yield

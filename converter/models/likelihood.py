@@ -7,14 +7,15 @@ text, token by token, and a few thousand tokens tell them apart where generation
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from math import exp
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from converter.manifest import Estimate
-from converter.models.batching import Sentence, logit_positions, token_batches
-from converter.models.hooks import memory_errors
+from converter.models.batching import Batch, Sentence, logit_positions, token_batches
+from converter.models.hooks import Entered, memory_errors
 from converter.models.resident import Model
 
 LogProbabilities = Sequence[NDArray[np.float64]]
@@ -28,14 +29,38 @@ _Groups = Sequence[Hashable] | None
 """The sampling unit of each sentence; None if each is one of its own."""
 
 
+_HELD = 1 << 29
+"""Bytes that are held of what a layer is given, so that the layers below need not run again."""
+
+
 @torch.inference_mode()
-def log_probabilities(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[LogProbabilities]:
+def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> Entered | None:
+    """What a layer is given for texts, for ``log_probabilities`` to begin there.
+
+    None where nothing is below it, it would be more than ``_HELD`` bytes, or layers pass on more
+    than hidden states. Raises SourceError if memory runs out.
+    """
+    module: Any = model.module
+    proof, embedding = model.architecture.proof, module.get_input_embeddings().weight
+    tokens = sum(len(sentence.ids) for kind in texts for sentence in kind)
+    nbytes = tokens * model.architecture.sizes.hidden_size * embedding.element_size()
+    if layer == 0 or nbytes > _HELD or not (proof is None or proof.streams):
+        return None
+    with memory_errors("held-out text", hint="give --device cpu"):
+        return model.entering(layer, [batch for _, batch in _batched(model, texts)])
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Model, texts: Sequence[Sequence[Sentence]], entered: Entered | None = None
+) -> list[LogProbabilities]:
     """The log-probability of every token after the first, given those before it.
 
     Args:
         model: with the hooks of an edit, or without.
         texts: sentences of several kinds, which go through the model together and are never in one
             batch; their weights are not used.
+        entered: of ``entering`` and these texts, where nothing below that layer has changed.
 
     Returns:
         the values of each kind.
@@ -44,15 +69,11 @@ def log_probabilities(model: Model, texts: Sequence[Sequence[Sentence]]) -> list
         SourceError: memory ran out.
     """
     found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
-    positions = logit_positions(model.module)
-    batched = [
-        (values, batch)
-        for values, kind in zip(found, texts, strict=True)
-        for batch in token_batches(kind, positions, model.device)
-    ]
+    batched = _batched(model, texts)
     with memory_errors("held-out text", hint="give --device cpu"):
-        for number, logits in model.logits([batch for _, batch in batched]):
-            values, batch = batched[number]
+        for number, logits in model.logits([batch for _, batch in batched], entered):
+            kind, batch = batched[number]
+            values = found[kind]
             lengths = batch.mask.sum(1).tolist()
             for row, length, scores, ids in zip(
                 batch.rows, lengths, logits, batch.ids, strict=True
@@ -62,6 +83,16 @@ def log_probabilities(model: Model, texts: Sequence[Sequence[Sentence]]) -> list
                 )
                 values[row] = -loss.double().cpu().numpy()
     return list(found)
+
+
+def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[int, Batch]]:
+    """The number of the kind of each batch, and the batch."""
+    positions = logit_positions(model.module)
+    return [
+        (number, batch)
+        for number, kind in enumerate(texts)
+        for batch in token_batches(kind, positions, model.device)
+    ]
 
 
 @torch.inference_mode()

@@ -34,9 +34,9 @@ class Forward:
     reason: str
     budget: int
 
-    def record(self) -> ForwardRecord:
-        """For the manifest."""
-        return ForwardRecord(mode=self.mode, reason=self.reason)
+    def record(self, held_out_dtype: str | None = None) -> ForwardRecord:
+        """For the manifest, and for a plan, which does not know the dtype."""
+        return ForwardRecord(mode=self.mode, reason=self.reason, held_out_dtype=held_out_dtype)
 
     def need_resident(self, why: str = _WHY, hint: str = _HINT) -> None:
         """Raise what is wrong if the whole model must be in memory.

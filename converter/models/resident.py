@@ -66,8 +66,14 @@ class Model(Protocol):
             show: called once for each batch and layer.
         """
 
-    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
-        """The number of each batch and its logits, (B, T, V), one batch after the other."""
+    def logits(
+        self, batched: Sequence[Batch], entered: Entered | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number of each batch and its logits, (B, T, V), one batch after the other.
+
+        Args:
+            entered: of ``entering`` and these batches: no layer below that one is run.
+        """
 
     def gradients(
         self,
@@ -114,10 +120,14 @@ class LanguageModel:
                 call(self.module, batch)
             progress.advance(len(batch.rows))
 
-    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
+    def logits(
+        self, batched: Sequence[Batch], entered: Entered | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
         for number, batch in enumerate(batched):
-            yield number, call(self.module, batch).logits
+            with resumed(self.module, self._blocks, entered, number):
+                found = call(self.module, batch).logits
+            yield number, found
             progress.advance(len(batch.rows))
 
     def gradients(
@@ -274,12 +284,15 @@ Group = tuple[Sequence[Batch], Sequence[Sink]]
 def run(model: Model, modules: Modules, groups: Sequence[Group]) -> None:
     """Run all batches of all groups and show every layer's activations to the group's sinks.
 
-    All groups go through the model together, which reads a streamed one once.
+    All groups go through the model together, which reads a streamed one once; those without sinks
+    are not run.
 
     Raises:
         SourceError: memory ran out.
     """
-    batched = [(batch, sinks) for batches, sinks in groups for batch in batches]
+    batched = [(batch, sinks) for batches, sinks in groups if sinks for batch in batches]
+    if not batched:
+        return
 
     def show(number: int, layer: int, f: Tensor) -> None:
         batch, sinks = batched[number]
@@ -318,13 +331,33 @@ def choose_device(device: str) -> str:
     return device
 
 
+def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
+    """The dtype in which held-out text is measured: that of the fit, or with ``mixed`` bfloat16.
+
+    What is measured is a difference between an edited and an unedited model, both in this dtype;
+    the edit itself is not touched.
+
+    Raises:
+        OptionError: ``mixed``, and bfloat16 would round the weights.
+    """
+    if asked != "mixed":
+        return choose_dtype(asked, plan, device)
+    if stored := sorted({target.info.dtype for target in plan.targets} - {"BF16"}):
+        raise OptionError(
+            "--forward-dtype mixed", expected="weights stored in bfloat16", found=stored[0],
+            hint="give --forward-dtype float32",
+        )  # fmt: skip
+    return torch.bfloat16
+
+
 def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
     """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype.
 
-    That is the dtype of the down-projections; bfloat16 where they are stored in less.
+    That is the dtype of the down-projections; bfloat16 where they are stored in less. ``mixed`` is
+    float32; see ``held_out_dtype``.
     """
     if asked != "auto":
-        named: torch.dtype = getattr(torch, asked)
+        named: torch.dtype = torch.float32 if asked == "mixed" else getattr(torch, asked)
         return named
     return (
         torch.float32 if device == "cpu" else FLOATS.get(plan.targets[0].info.dtype, torch.bfloat16)

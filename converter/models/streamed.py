@@ -148,11 +148,15 @@ class StreamedModel:
                     self._top(batch, state)
                 self._step(number)
 
-    def logits(self, batched: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
+    def logits(
+        self, batched: Sequence[Batch], entered: Entered | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """See ``Model``."""
-        end = len(self._blocks)
-        with self._pass(batched, end + 1, head=True) as states:
-            self._upwards(batched, states, range(end))
+        end, start = len(self._blocks), 0 if entered is None else entered.layer
+        with self._pass(batched, end + 1 - start, head=True) as states:
+            for number, state in enumerate(entered.states if entered and start else ()):
+                states.put((end, number), state)
+            self._upwards(batched, states, range(start, end))
             for number, batch in enumerate(batched):
                 with torch.no_grad():
                     logits = self._top(batch, states.get((end, number), self.device))

@@ -63,6 +63,7 @@ def make_manifest(
     repo, seen, taught = source.repo, fitted.activations, bench.taught
     ran = bench.has_run or recipe.activations is None  # or has run before
     several = len(fitted.steps) > 1
+    other = str(bench.held_out).removeprefix("torch.") if bench.held_out != bench.dtype else None
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool=TOOL,
@@ -104,7 +105,7 @@ def make_manifest(
         output_package=OUTPUTS.package(recipe.output),
         edited=written.edits,
         environment=environment(bench.device),
-        forward=bench.forward.record() if ran else None,
+        forward=bench.forward.record(other) if ran else None,
         evaluation=None,
         gates=(),
         files={},
