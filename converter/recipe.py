@@ -75,6 +75,11 @@ class Recipe(Options):
         "file with one word or phrase a line.",
         example="words.txt", place=True,
     )] = "builtin"
+    prompts: Annotated[str, Option(
+        "Prompts that the model continues, for the guard and for --evaluate: builtin (English), "
+        "none, a .jsonl or .txt file, or a Hub dataset id.",
+        example="allenai/real-toxicity-prompts#challenging", place=True,
+    )] = "builtin"
     output: Annotated[str, Option(
         "What to write: checkpoint, the whole model, or adapter, a LoRA to load on SOURCE.",
         example="adapter",
@@ -250,6 +255,9 @@ class LocalInputs(Options):
     )] = None
     word_list: Annotated[str | None, Option(
         "With --refit: place of the recorded word list.", example="words.txt", place=True,
+    )] = None
+    prompts: Annotated[str | None, Option(
+        "With --refit: place of the recorded file of prompts.", example="prompts.txt", place=True,
     )] = None
     activations: Annotated[Path | None, Option(
         "With --refit: file of activations that the recorded fit was given.",

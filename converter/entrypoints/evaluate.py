@@ -59,7 +59,7 @@ def evaluate_model(
         raise OptionError("--activations is of one draw of the pairs; gloss evaluate takes its own")
     recipe = settled(recipe)
     device = choose_device(recipe.device)
-    battery = load_battery(asked, device, recipe.seed, settings.attention)
+    battery = load_battery(asked, recipe.prompts, device, recipe.seed, settings.attention)
     own = replace(recipe, options=comparison.typed(recipe.method, recipe))
     source, plan, _ = prepare(own)
     words = load_words(recipe.word_list)
@@ -139,7 +139,8 @@ def evaluation_of(
     What is named is loaded now, so that whatever is missing is missed at once.
     """
     names = parse_systems(systems)
-    battery = load_battery(asked, choose_device(recipe.device), recipe.seed, settings.attention)
+    device = choose_device(recipe.device)
+    battery = load_battery(asked, recipe.prompts, device, recipe.seed, settings.attention)
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         seed, strength = bench.recipe.seed, fitted.choice.strength

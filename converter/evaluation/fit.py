@@ -16,7 +16,9 @@ from converter.edits.base import FAULT, Edit
 from converter.errors import DataError, FitError, GuardError, OptionError
 from converter.evaluation.defence import DefenceProbe
 from converter.evaluation.guard import examine
+from converter.evaluation.headline import Headline, load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
+from converter.evaluation.prompts import Prompts
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal, aim_of
 from converter.methods.together import after, parts_of
@@ -62,12 +64,14 @@ class Fitted:
         steps: the methods, in order; mostly one.
         edit: of all of them, of the chosen strengths.
         guard: what it measured; None if it was switched off.
+        prompts: that it had continued; None if it had none.
     """
 
     parts: Parts
     steps: tuple[Step, ...]
     edit: Edit
     guard: GuardRecord | None
+    prompts: Prompts | None = None
 
     @property
     def proposal(self) -> Proposal:
@@ -94,6 +98,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     recipe = bench.recipe
     if aim_of(method) == "defence":
         _ = bench.instances  # what is wrong with them is said before a model is loaded
+    why = why_nothing_is_drawn(recipe, method, bench.forward.mode)
+    prompts = load_headline_prompts(recipe) if why is None else None
     parts = split(pairs, prose, recipe.seed)
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
@@ -101,10 +107,14 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     probe = cache(lambda: probe_of(bench, parts.choose))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
     last, found = steps[-1], None
+    headline: Headline | str | None = why if aim_of(method) != "defence" else None
+    if prompts is not None:
+        with progress.stage("draw", f"continuing {len(prompts.texts)} prompts, unedited"):
+            headline = Headline(bench, prompts, parts.report.prose)
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
-            found = _guard(bench, last.proposal, last.choice.strength, parts.report)
-    return Fitted(parts, steps, last.edit, found)
+            found = _guard(bench, last, parts.report, headline)
+    return Fitted(parts, steps, last.edit, found, prompts)
 
 
 def fit_steps(
@@ -172,21 +182,22 @@ def _check_lesson(method: Method, proposal: Proposal) -> None:
         )  # fmt: skip
 
 
-def _guard(bench: Bench, proposal: Proposal, strength: float, part: Part) -> GuardRecord:
-    """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
+def _guard(bench: Bench, step: Step, part: Part, headline: Headline | str | None) -> GuardRecord:
+    """Examine the edit of a step and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
-    recipe, lesson = bench.recipe, proposal.lesson
+    recipe, lesson = bench.recipe, step.proposal.lesson
     found = examine(
         probe_of(bench, part),
-        proposal,
-        strength,
+        step.proposal,
+        step.choice.strength,
         budget=recipe.max_perplexity_ratio,
         draws=recipe.guard_draws,
         seed=recipe.seed,
         defence=DefenceProbe(bench.load(), bench.plan, lesson) if lesson else None,
+        headline=headline,
     )
     if found.reasons:
         refusal = GuardError(

@@ -9,6 +9,11 @@ choice of the strength has seen, and before a byte is written:
     the same drop                            >= _MARGIN x the mean drop of the controls
     the same drop less that of the controls  >= 2 standard errors
 
+The toxic words are those of the model's own continuations of prompts that resemble no pair
+(``headline``), and the other words those of both kinds of text. Only where the model says too few
+toxic words, or writes no continuations, are they words of the pairs' own kind, which overstate the
+effect; that is then said.
+
 The method itself makes the controls: edits of the same kind, strength and tensors that know nothing
 of toxicity. For a subspace they are random ones of its rank, which spare the leading neutral
 directions as GloSS does, so that they are no straw men.
@@ -24,8 +29,16 @@ from statistics import stdev
 from converter.edits.base import Edit
 from converter.errors import GuardError
 from converter.evaluation.defence import DefenceProbe, judge_defence
+from converter.evaluation.headline import Headline
 from converter.evaluation.heldout import MOST_CONTEXT, Probe
-from converter.manifest import DefenceMeasured, DefenceRecord, GuardRecord, Measured
+from converter.manifest import (
+    DefenceMeasured,
+    DefenceRecord,
+    GuardRecord,
+    HeadlineRecord,
+    Measured,
+    WordsMeasured,
+)
 from converter.methods.base import Proposal
 from converter.runtime import progress
 
@@ -44,6 +57,12 @@ _LEAST_TOKENS = 3000
 _LEAST_WORDS = 30
 """Toxic words, likewise."""
 
+OF_THE_PAIRS = (
+    "toxic words were measured in sentences of the pairs' own kind only, in which an edit does "
+    "more than elsewhere"
+)
+"""What a fallback means."""
+
 _KINDS_OF_CONTROLS = 2
 """Of an edit for defence, which take turns."""
 
@@ -60,6 +79,7 @@ def examine(
     draws: int,
     seed: int,
     defence: DefenceProbe | None = None,
+    headline: Headline | str | None = None,
 ) -> GuardRecord:
     """Measure an edit and controls of its strength, and judge; warn of what is doubtful.
 
@@ -70,6 +90,7 @@ def examine(
         draws: controls, at least 1.
         seed: of the first of them; the others have those that follow.
         defence: if that is what the edit is for.
+        headline: text of another kind than the pairs'; or why there is none.
 
     Raises:
         GuardError: what was measured is not even a number.
@@ -81,20 +102,27 @@ def examine(
             refusals.append(defence.measure(edit))
         return probe.measure(edit)
 
-    found = measured(proposal.edit(strength))
-    controls = [measured(proposal.control(strength, seed + draw)) for draw in range(draws)]
+    edits = [
+        proposal.edit(strength),
+        *(proposal.control(strength, seed + draw) for draw in range(draws)),
+    ]
+    found, *controls = map(measured, edits)
+    told = headline.measure(edits) if isinstance(headline, Headline) else None
+    fallback = headline.fallback if isinstance(headline, Headline) else headline
     energy = proposal.neutral_energy(strength)
     finite = [each.finite for each in (found, *controls)] + [each.finite for each in refusals]
-    if not all(finite):
+    if not all(finite) or (told and not told.finite):
         raise GuardError(
             "an edited model gives NaN or Inf on held-out text",
             hint="nothing was written, and --force does not help; edit less, or use float32",
         )
     record = defence.record(refusals[0], refusals[1:]) if defence else None
-    reasons, warnings = judge(found, controls, energy, budget, record)
+    reasons, warnings = judge(found, controls, energy, budget, record, told)
     for warning in warnings:
         progress.warn(warning)
-    _warn_of_little(probe, draws, defends=defence is not None)
+    if fallback is not None:
+        progress.warn(f"{OF_THE_PAIRS}: {fallback}")
+    _warn_of_little(probe, draws, defends=defence is not None, told=told)
     return GuardRecord(
         budget=budget,
         margin=_MARGIN,
@@ -109,10 +137,14 @@ def examine(
         context_tokens=probe.context_tokens,
         context_limit=MOST_CONTEXT,
         defence=record,
+        headline=told,
+        fallback=fallback,
     )
 
 
-def _warn_of_little(probe: Probe, draws: int, *, defends: bool) -> None:
+def _warn_of_little(
+    probe: Probe, draws: int, *, defends: bool, told: HeadlineRecord | None
+) -> None:
     """Say what was measured on little text, or with few controls."""
     if probe.neutral_tokens < _LEAST_TOKENS:
         progress.warn(
@@ -124,7 +156,8 @@ def _warn_of_little(probe: Probe, draws: int, *, defends: bool) -> None:
             "refusals were compared under one control only, which is a random change or a placebo; "
             f"--guard-draws {_KINDS_OF_CONTROLS} or more has both"
         )
-    if probe.toxic_words < _LEAST_WORDS and not defends:
+    by_pairs = not defends and (told is None or told.words is None)
+    if probe.toxic_words < _LEAST_WORDS and by_pairs:
         progress.warn(
             f"the effect was measured on {probe.toxic_words} toxic words only; {_LEAST_WORDS} or "
             "more, from more pairs, would say more"
@@ -139,9 +172,11 @@ def judge(
     energy: float | None,
     budget: float,
     defence: DefenceRecord | None = None,
+    headline: HeadlineRecord | None = None,
 ) -> tuple[list[str], list[str]]:
     """The reasons to refuse an edit, and warnings; see the module's rules."""
     reasons, warnings = [], []
+    words = headline.words if headline else None
     ratio = found.perplexity_ratio
     if not ratio.value <= budget:
         reasons.append(f"perplexity on neutral text is {ratio.value:.4g} times what it was")
@@ -153,19 +188,23 @@ def judge(
     if defence is not None:
         more, doubts = judge_defence(defence.edit, defence.controls)
         reasons, warnings = reasons + more, warnings + doubts
+    elif headline is not None and words is not None:
+        where = " in its own continuations"
+        reasons += _toxic_reasons(words, headline.control_words, where)
     else:
         reasons += _toxic_reasons(found, controls)
-    context = found.context_ratio.value if found.context_ratio else 1.0
-    if not context <= MOST_CONTEXT:
-        reasons.append(
-            f"perplexity of the other words of toxic text is {context:.4g} times what it was, more "
-            f"than {MOST_CONTEXT:g}"
-        )
-    elif context > _CONTEXT_WARNED:
-        warnings.append(
-            f"perplexity of the other words of toxic text is {context:.3f} times what it was: the "
-            "model reads informal text less well"
-        )
+    for measured, text in ((words, "toxic continuations"), (found, "toxic text")):
+        context = measured.context_ratio.value if measured and measured.context_ratio else 1.0
+        if not context <= MOST_CONTEXT:
+            reasons.append(
+                f"perplexity of the other words of {text} is {context:.4g} times what it was, more "
+                f"than {MOST_CONTEXT:g}"
+            )
+        elif context > _CONTEXT_WARNED:
+            warnings.append(
+                f"perplexity of the other words of {text} is {context:.3f} times what it was: the "
+                "model reads informal text less well"
+            )
     if energy is not None and energy > _ENERGY_REFUSED:
         reasons.append(f"{energy:.0%} of what neutral text writes is taken away")
     elif energy is not None and energy > _ENERGY_WARNED:
@@ -173,8 +212,12 @@ def judge(
     return reasons, warnings
 
 
-def _toxic_reasons(found: Measured, controls: Sequence[Measured]) -> Iterator[str]:
-    """What the change of toxic words says against an edit."""
+def _toxic_reasons(
+    found: Measured | WordsMeasured,
+    controls: Sequence[Measured | WordsMeasured],
+    where: str = "",
+) -> Iterator[str]:
+    """What the change of toxic words says against an edit; ``where`` they stand."""
     drop = -found.toxic_change.value
     drops = [-control.toxic_change.value for control in controls]
     mean = sum(drops) / len(drops)
@@ -183,12 +226,12 @@ def _toxic_reasons(found: Measured, controls: Sequence[Measured]) -> Iterator[st
     error = hypot(found.toxic_change.error, spread, *errors)
     if not drop >= _LEAST_DROP:
         yield (
-            f"the log-probability of toxic words falls by {drop:.3f} nats, "
+            f"the log-probability of toxic words{where} falls by {drop:.3f} nats, "
             f"less than {_LEAST_DROP:g}"
         )
     elif not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
         yield (
-            f"the log-probability of toxic words falls by {drop:.3f} nats, under the controls by "
-            f"{mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) more "
-            "are needed"
+            f"the log-probability of toxic words{where} falls by {drop:.3f} nats, under the "
+            f"controls by {mean:.3f}; {_MARGIN:g} times that and two standard errors "
+            f"({2 * error:.3f}) more are needed"
         )
