@@ -190,9 +190,13 @@ _WORDS = ("demo", "builtin")
 def without_folders(text: str) -> str:
     """A path cut down to its file name; repo ids and words of ours as they are.
 
-    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it.
+    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it. A
+    ``#FIELD`` after a path stays.
     """
     path = Path(text)
+    place, sign, field = text.partition("#")
+    if place and sign and not path.exists() and Path(place).exists():
+        return without_folders(place) + sign + field
     if text in _WORDS or not (path.is_absolute() or path.exists() or text.startswith((".", "~"))):
         return text
     name = readable(path.resolve().name)

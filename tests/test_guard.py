@@ -226,7 +226,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["edit"]["context_ratio"]["value"] < 1.1
     assert guard["context_tokens"] > 100
     told = cli("convert", planted, tmp_path / "b", *args[:-1], code=0).stdout
-    assert "words beside  perplexity x " in told
+    assert "words beside them: perplexity x " in told
 
     recipe = Recipe(source=str(planted), pairs=str(planted.parent / "pairs.jsonl"))
     source, plan, _ = prepare(recipe)

@@ -20,6 +20,7 @@ from converter.evaluation.gates import Gates
 from converter.evaluation.guard import OF_THE_PAIRS, judge
 from converter.evaluation.headline import passages_of, why_nothing_is_drawn
 from converter.evaluation.prompts import load_prompts
+from converter.hub.addresses import settled
 from converter.manifest import (
     EDITED,
     Estimate,
@@ -42,6 +43,7 @@ from tests.builders.planted import CURSES, planted_args
 from tests.fuzz import skeleton
 
 WORDS = load_words("builtin")
+HUB = "https://huggingface.co"
 
 
 def test_the_builtin_prompts_resemble_no_builtin_pair() -> None:
@@ -316,3 +318,13 @@ def test_a_headline_that_contradicts_itself_is_found() -> None:
     assert "the guard continued other prompts than those recorded" in wrong(
         structs.replace(with_headline(), prompts=None)
     )
+
+
+def test_a_recorded_file_of_prompts_has_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "hard": true}')
+    for field in ("", "#hard"):
+        recipe = Recipe(source="demo", prompts=f"{tmp_path}/p.jsonl{field}")
+        assert recipe.record().prompts == f"p.jsonl{field}"
+    for name in ("someone/prompts#hard", "builtin", "none", "someone/prompts@v1"):
+        assert Recipe(source="demo", prompts=name).record().prompts == name
+    assert settled(Recipe(source="demo", prompts=f"{HUB}/datasets/a/b#hard")).prompts == "a/b#hard"
