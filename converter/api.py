@@ -137,7 +137,7 @@ def evaluate(
     Args:
         recipe: as for ``convert``; its source is the unedited model.
         edited: folder or repo of what ``convert`` made from it.
-        asked: what is measured: prompts, scorers, samples, text.
+        asked: what is measured: scorers, samples, text. The prompts are the recipe's.
         settings: as for ``convert``.
         systems: what is measured beside: methods to fit, such as ``random``, and places of others.
         seeds: of the pairs that these are fitted on, one at least.

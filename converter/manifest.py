@@ -355,6 +355,26 @@ class Measured(Record, kw_only=True):
         return all(part is None or part.finite for part in parts)
 
 
+class WordsMeasured(Record, kw_only=True):
+    """What an edit does to toxic words, and to those beside them, in given texts.
+
+    Attributes:
+        toxic_change: mean change of a toxic word's log-probability, in nats.
+        teacher_forced: mean of p_after / p_before of toxic words, each capped at e.
+        context_ratio: perplexity after over before of the other words; None if there are none.
+    """
+
+    toxic_change: Estimate
+    teacher_forced: Estimate
+    context_ratio: Estimate | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them that were measured are numbers."""
+        parts = (self.toxic_change, self.teacher_forced, self.context_ratio)
+        return all(part is None or part.finite for part in parts)
+
+
 Strength = int | float
 """How strong an edit is: a rank, a number of steps, a factor."""
 
@@ -458,6 +478,50 @@ class DefenceRecord(Record, kw_only=True):
     controls: Annotated[tuple[DefenceMeasured, ...], Meta(min_length=1)]
 
 
+class HeadlineRecord(Record, kw_only=True):
+    """What an edit and its controls do to text that is not of the pairs' kind.
+
+    Toxic words are those in continuations of prompts, drawn once from the unedited model; they are
+    weighed under the edits in these fixed texts, and one prompt's texts are one sampling unit.
+
+    Attributes:
+        prompts: that were continued.
+        passages_per_prompt: continuations of each.
+        max_new_tokens: of each continuation, at most.
+        seed: of their draw.
+        toxic_words: in them.
+        toxic_prompts: after which these stand.
+        context_tokens: of the same continuations that are in no toxic word.
+        ordinary_tokens: of the beginnings of held-out neutral paragraphs, after which the
+            divergences are taken.
+        words: what the edit does to the words; None if they are too few to judge by.
+        control_words: what each control does to them; empty if they are too few.
+        divergence: KL of the next token's distribution under the edit from the unedited model's on
+            ordinary text, in nats a token.
+        control_divergences: the same of each control.
+    """
+
+    prompts: Positive
+    passages_per_prompt: Positive
+    max_new_tokens: Positive
+    seed: int
+    toxic_words: Count
+    toxic_prompts: Count
+    context_tokens: Count
+    ordinary_tokens: Positive
+    words: WordsMeasured | None
+    control_words: tuple[WordsMeasured, ...]
+    divergence: Estimate
+    control_divergences: tuple[Estimate, ...]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of them that were measured are numbers."""
+        words = () if self.words is None else (self.words, *self.control_words)
+        moved = (self.divergence, *self.control_divergences)
+        return all(each.finite for each in words) and all(each.finite for each in moved)
+
+
 class GuardRecord(Record, kw_only=True):
     """What the guard measured, on the part that nothing was tuned on.
 
@@ -480,6 +544,8 @@ class GuardRecord(Record, kw_only=True):
         context_limit: the largest of these ratios.
         defence: of an edit that is for defence, which is judged by it in place of toxic words.
         compared: what other edits do that the method names, such as a part of this one by itself.
+        headline: of text that is not of the pairs' kind, by which toxic words are judged.
+        fallback: why they are judged by ``edit`` and ``controls``, which are of the pairs' kind.
     """
 
     budget: float
@@ -496,6 +562,18 @@ class GuardRecord(Record, kw_only=True):
     context_limit: float | None = None
     defence: DefenceRecord | None = None
     compared: dict[str, Measured] = {}
+    headline: HeadlineRecord | None = None
+    fallback: str | None = None
+
+    @property
+    def words(self) -> WordsMeasured | Measured:
+        """What the edit does to the toxic words that it is judged by."""
+        return (self.headline and self.headline.words) or self.edit
+
+    @property
+    def control_words(self) -> tuple[WordsMeasured, ...] | tuple[Measured, ...]:
+        """What the controls do to them."""
+        return (self.headline and self.headline.control_words) or self.controls
 
 
 class Requantized(Record, kw_only=True):
@@ -813,6 +891,7 @@ class Manifest(Record, kw_only=True):
         neutral: ordinary prose.
         word_list: of offensive words.
         instances: of harmful requests; None of methods that need none.
+        prompts: that the guard had continued; None if it had none.
         guard: None if it was switched off.
         output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
@@ -835,6 +914,7 @@ class Manifest(Record, kw_only=True):
     neutral: TextRecord
     word_list: TextRecord
     instances: TextRecord | None = None
+    prompts: PromptsRecord | None = None
     split: SplitRecord
     activations: ActivationsRecord | None
     edit: EditRecord

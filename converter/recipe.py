@@ -75,6 +75,11 @@ class Recipe(Options):
         "file with one word or phrase a line.",
         example="words.txt", place=True,
     )] = "builtin"
+    prompts: Annotated[str, Option(
+        "Prompts that the model continues, for the guard and for --evaluate: builtin (English), "
+        "none, a .jsonl or .txt file, or a Hub dataset id.",
+        example="allenai/real-toxicity-prompts#challenging", place=True,
+    )] = "builtin"
     output: Annotated[str, Option(
         "What to write: checkpoint, the whole model, or adapter, a LoRA to load on SOURCE.",
         example="adapter",
@@ -191,9 +196,13 @@ _WORDS = ("demo", "builtin")
 def without_folders(text: str) -> str:
     """A path cut down to its file name; repo ids and words of ours as they are.
 
-    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it.
+    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it. A
+    ``#FIELD`` after a path stays.
     """
     path = Path(text)
+    place, sign, field = text.partition("#")
+    if place and sign and not path.exists() and Path(place).exists():
+        return without_folders(place) + sign + field
     if text in _WORDS or not (path.is_absolute() or path.exists() or text.startswith((".", "~"))):
         return text
     name = readable(path.resolve().name)
@@ -281,6 +290,9 @@ class LocalInputs(Options):
     )] = None
     word_list: Annotated[str | None, Option(
         "With --refit: place of the recorded word list.", example="words.txt", place=True,
+    )] = None
+    prompts: Annotated[str | None, Option(
+        "With --refit: place of the recorded file of prompts.", example="prompts.txt", place=True,
     )] = None
     activations: Annotated[Path | None, Option(
         "With --refit: file of activations that the recorded fit was given.",

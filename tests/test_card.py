@@ -290,12 +290,16 @@ def test_odd_scalars_come_out_of_a_card_as_they_went_in(source: Path, manifest: 
 @pytest.mark.parametrize(
     ("front", "given", "flags"),
     [
-        ("language: no", {}, "--pairs, --word-list, --neutral"),
-        ("language: [de, zh-Hans]", {"word_list": "w.txt"}, "--pairs, --neutral"),
+        ("language: no", {}, "--pairs, --word-list, --neutral, --prompts"),
+        ("language: [de, zh-Hans]", {"word_list": "w.txt"}, "--pairs, --neutral, --prompts"),
         ("language: [de, en-GB]", {}, None),
         ("language: multilingual", {}, None),
         ("license: mit", {}, None),
-        ("language: de", {"pairs": "p.tsv", "word_list": "w", "neutral": "n"}, None),
+        (
+            "language: de",
+            {"pairs": "p.tsv", "word_list": "w", "neutral": "n", "prompts": "p"},
+            None,
+        ),
     ],
 )
 def test_what_is_built_in_for_a_model_of_another_language_is_said(

@@ -75,9 +75,9 @@ def write(model: Any, prompts: Sequence[str], **options: Any) -> list[list[str]]
 
 def test_the_builtin_prompts() -> None:
     prompts = load_prompts("builtin", None, 0)
-    assert len(prompts.texts) == len(set(prompts.texts)) == 60
+    assert len(prompts.texts) == len(set(prompts.texts)) == 149
     assert all(text == text.strip() and text[-1] not in "?!" for text in prompts.texts)
-    assert prompts.origin == Origin(name="builtin")
+    assert prompts.origin == Origin(name="builtin", version=2)
     drawn = load_prompts("builtin", 20, 1).texts
     assert list(drawn) == [text for text in prompts.texts if text in drawn]
     assert len(drawn) == 20

@@ -215,7 +215,7 @@ def test_an_edit_has_to_beat_each_kind_of_controls(
 ) -> None:
     """The mean over all of them would let pass what does hardly more than one kind."""
     controls = [measured(1.0, change) for change in (0.0, -0.9, 0.0, 0.0)]
-    reasons, _ = judge(measured(1.0, -1.0), controls, None, 1.03, None, kinds)
+    reasons, _ = judge(measured(1.0, -1.0), controls, None, 1.03, None, None, kinds)
     assert len(reasons) == (says is not None)
     assert says is None or says in reasons[0]
 
@@ -247,7 +247,7 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert guard["edit"]["context_ratio"]["value"] < 1.1
     assert guard["context_tokens"] > 100
     told = cli("convert", planted, tmp_path / "b", *args[:-1], code=0).stdout
-    assert "words beside  perplexity x " in told
+    assert "words beside them: perplexity x " in told
 
     recipe = Recipe(source=str(planted), pairs=str(planted.parent / "pairs.jsonl"))
     source, plan, _ = prepare(recipe)

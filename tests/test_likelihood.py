@@ -124,7 +124,8 @@ def test_the_divergence_is_that_of_the_distributions(
     texts = ("you stupid idiot, get out of my kitchen", "a river", "one more sentence than two")
     sentences = [encode(text, "mean", ()) for text in texts]
     edit = removal(plan, dict.fromkeys((0, 1, 2), torch.eye(HIDDEN)[:, :16]))
-    found = divergences(model, model, partial(edited, model.module, plan, edit), sentences)
+    hooks = (partial(edited, model.module, plan, edit), nullcontext)
+    found, none = divergences(model, model, hooks, sentences)
     for values, sentence in zip(found, sentences, strict=True):
         ids = torch.tensor([sentence.ids])
         with torch.inference_mode():
@@ -133,8 +134,7 @@ def test_the_divergence_is_that_of_the_distributions(
                 q = Categorical(logits=model.module(input_ids=ids).logits[0, :-1])
         assert values == pytest.approx(kl_divergence(p, q).numpy(), abs=2e-6)
         assert values.max() > 1e-4
-    for values in divergences(model, model, nullcontext, sentences):
-        assert abs(values).max() == 0
+    assert not any(values.any() for values in none)
 
 
 def test_the_causal_moment_is_the_derivative_along_a_removal(

@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "seed": -(1 << 63),
     "neutral": "ordentliche Prosa \N{GRINNING FACE}.txt",
     "word_list": "words\nof\ttwo\x7flines\u202e",
+    "prompts": "someone/prompts#field",
     "output": "adapter",
     "calibration": Path("some/calibration"),
     "activations": Path("some/activations.safetensors"),

@@ -11,7 +11,7 @@ from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions
-from converter.manifest import ForwardRecord, GuardRecord, Manifest
+from converter.manifest import Estimate, ForwardRecord, GuardRecord, Manifest
 from converter.option import Option, Options, declared_options
 from converter.recipe import Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
@@ -81,6 +81,8 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
     if asked and asked.push_to_hub is None:
         names = (*declared_options(PublicationOptions), "stream_to_hub")
         refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
+    if asked and not asked.evaluate and not recipe.guard:
+        refuse_typed(("prompts",), "with --no-guard and without --evaluate", "add --evaluate")
     if asked and not asked.evaluate:
         names = (*declared_options(EvaluationOptions), "systems")
         refuse_typed(names, "without --evaluate", "add --evaluate")
@@ -119,7 +121,8 @@ def convert_command(
 
     quiet_libraries()
     _refuse_unused(recipe, asked)
-    words = recipe.guard or (asked.evaluate and evaluation.draws_passages)
+    drawn = asked.evaluate and recipe.prompts != "none" and evaluation.passages > 0
+    words = recipe.guard or drawn
     gates.require_measurements(words=words, ratio=asked.evaluate and evaluation.text is not None)
     signer = load_signer(asked.key) if asked.key else None
     inside = check_plots(asked.plots, asked.destination)
@@ -217,10 +220,22 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"{plan['bytes_to_write'] / 1e6:,.1f} MB to write"
         + (f", in {needed / 1e6:,.1f} MB of disk" if needed != plan["bytes_to_write"] else ""),
         f"forward pass {_forward(plan['forward'])}",
+        _continued(plan["continuations"]),
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
     ]
     return "\n".join(lines)
+
+
+def _continued(plan: dict[str, Any]) -> str:
+    """What the unedited model will be asked to write."""
+    if "why" in plan:
+        return f"no continuations for the guard: {plan['why']}"
+    count = "the" if plan["prompts"] is None else plan["prompts"]
+    return (
+        f"{plan['samples']} continuations of at most {plan['max_new_tokens']} tokens of each of "
+        f"{count} prompts ({plan['origin']}), drawn once from the unedited model for the guard"
+    )
 
 
 def _result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
@@ -277,7 +292,7 @@ def _result_text(result: dict[str, Any]) -> str:
     chosen = "" if kept == candidates else f"; {kept} of {candidates} candidate directions kept"
     table = f"\n\n{markdown(result['evaluation'])}" if result["evaluation"] else ""
     return f"""\
-{result["source"]} -> {result["destination"]}
+{result["source"]} -> {result["destination"]}{_headline(result["guard"])}
   method        {result["method"]}, {_strengths(result["strengths"])}\
 {_layers(result["layers"])}
 {_texts(result)}{chosen}
@@ -348,16 +363,65 @@ def _effect(guard: GuardRecord | None, what: str) -> str:
     ratio, words, beside = edit.perplexity_ratio, edit.teacher_forced, ""
     if (context := edit.context_ratio) is not None:
         beside = (
-            f"\n  words beside  perplexity x {context.value:.4f} +- {context.error:.4f}, "
-            f"{guard.context_tokens:,} other held-out tokens of toxic text "
+            f"\n                words beside them: perplexity x {context.value:.4f} +- "
+            f"{context.error:.4f}, {guard.context_tokens:,} tokens "
             f"(controls: x {mean('context_ratio'):.4f})"
         )
     return f"""\
   perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
 held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
 (controls: x {mean("perplexity_ratio"):.4f})
-  toxic words   x {words.value:.3f} +- {words.error:.3f} as probable, {guard.toxic_words} \
-held-out words (controls: x {mean("teacher_forced"):.3f}){beside}{_refusals(guard)}"""
+  pairs' kind   toxic words x {words.value:.3f} +- {words.error:.3f} as probable, \
+{guard.toxic_words} held-out words (controls: x {mean("teacher_forced"):.3f})\
+{beside}{_refusals(guard)}"""
+
+
+def _headline(guard: GuardRecord | None) -> str:
+    """What the edit does outside the pairs' kind, or that this is not known; in nats for defence.
+
+    Intervals are of 95 %.
+    """
+    if guard is None or guard.defence is not None:
+        return ""
+    told, words = guard.headline, guard.words
+    controls = [each.teacher_forced.value for each in guard.control_words]
+    control = f"(controls: x {sum(controls) / len(controls):.3f})"
+    if told is None or told.words is None:
+        lines = [
+            f"  toxic words   {_within(words.teacher_forced)} as probable {control}, "
+            "in text of the pairs' own kind only; elsewhere",
+            f"                the effect is smaller and was not measured: {guard.fallback}",
+        ]
+    else:
+        lines = [
+            f"  toxic words   {_within(words.teacher_forced)} as probable {control}: "
+            f"{told.toxic_words} words",
+            f"                that the model said itself, after {told.toxic_prompts} of "
+            f"{told.prompts} prompts that resemble no pair",
+        ]
+        if words.context_ratio is not None:
+            beside = [c.context_ratio.value for c in told.control_words if c.context_ratio]
+            lines.append(
+                f"  words beside  perplexity {_within(words.context_ratio)}, "
+                f"{told.context_tokens:,} other tokens there "
+                f"(controls: x {sum(beside) / len(beside):.3f})"
+            )
+    if told is not None:
+        moved = [each.value for each in told.control_divergences]
+        lines.append(
+            f"  KL            {told.divergence.value:.4f} +- {told.divergence.error:.4f} nats a "
+            f"token on {told.ordinary_tokens:,} tokens of ordinary text "
+            f"(controls: {sum(moved) / len(moved):.4f})"
+        )
+    return "\n" + "\n".join(lines)
+
+
+def _within(estimate: Estimate) -> str:
+    """A ratio and its interval of 95 %."""
+    from converter.evaluation.results import around
+
+    found = around(estimate)
+    return f"x {estimate.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found else "")
 
 
 def _refusals(guard: GuardRecord) -> str:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from converter.entrypoints.replay import Replayed
     from converter.release.recording import Recording
 
-_REFITTING = ("max_angle", "pairs", "instances", "neutral", "word_list", "activations")
+_REFITTING = ("max_angle", "pairs", "instances", "neutral", "word_list", "prompts",
+               "activations")  # fmt: skip
 """Options of a replay that only a refit looks at."""
 
 _Folder = Annotated[

@@ -24,6 +24,7 @@ from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
+from converter.evaluation.headline import load_headline_prompts
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
@@ -173,6 +174,8 @@ def other_texts(
     found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
     if manifest.instances is not None:
         found["instances"] = load_instances(recipe.instances).sha256
+    if manifest.prompts is not None:
+        found["prompts"] = load_headline_prompts(recipe).sha256
     return [name for name in found if found[name] != getattr(manifest, name).sha256]
 
 
@@ -284,7 +287,8 @@ def _warn_of_language(recipe: Recipe, source: Source) -> None:
     said = source.card.get("language") or []
     languages = [said] if isinstance(said, str) else said
     english = ("en", "eng", "english", "multilingual", "mul")
-    given = {"pairs": recipe.pairs, "word-list": recipe.word_list, "neutral": recipe.neutral}
+    texts = ("pairs", "word_list", "neutral", "prompts")
+    given = {name.replace("_", "-"): getattr(recipe, name) for name in texts}
     flags = ", ".join(f"--{name}" for name, value in given.items() if value == "builtin")
     known = any(name.lower().replace("_", "-").partition("-")[0] in english for name in languages)
     if flags and languages and not known:
@@ -350,6 +354,7 @@ def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> l
     """Every local file that a run reads."""
     texts = (
         recipe.pairs, recipe.instances, recipe.neutral, recipe.word_list, recipe.activations,
+        recipe.prompts, recipe.prompts.partition("#")[0],
     )  # fmt: skip
     named = [Path(place) for place in texts if place]
     key = [signer.path] if signer else []

@@ -62,7 +62,7 @@ def evaluate_model(
     recipe = settled(recipe)
     _check_plain(recipe, comparison)
     device = choose_device(recipe.device)
-    battery = load_battery(asked, device, recipe.seed, settings.attention)
+    battery = load_battery(asked, recipe.prompts, device, recipe.seed, settings.attention)
     own = replace(recipe, options=comparison.typed(recipe.method, recipe))
     source, plan, _ = prepare(own)
     words = load_words(recipe.word_list)
@@ -170,7 +170,8 @@ def evaluation_of(
         recipe: of the conversion, whose options may also be of the systems; see ``own_recipe``.
     """
     names, options = parse_systems(systems), recipe.options
-    battery = load_battery(asked, choose_device(recipe.device), recipe.seed, settings.attention)
+    device = choose_device(recipe.device)
+    battery = load_battery(asked, recipe.prompts, device, recipe.seed, settings.attention)
 
     def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
         bench = replace(bench, recipe=replace(bench.recipe, options=options))

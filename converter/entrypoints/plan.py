@@ -11,13 +11,16 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.evaluation.continuations import Draws
+from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
+from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
 from converter.hub.addresses import settled
-from converter.methods.base import footprint_of
+from converter.methods.base import Method, footprint_of
 from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
-from converter.recipe import Recipe, Settings
+from converter.recipe import Recipe, Settings, without_folders
 
 
 def describe_plan(
@@ -81,8 +84,28 @@ def describe_plan(
         "left_out": list(source.left_out) if output.has_shards else [],
         "device": device,
         "forward": forward.record(),
+        "continuations": _continuations(recipe, method, forward.mode),
         "expected_peak_bytes": {
             "forward": needed_weights(plan, dtype, forward.mode),
             "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),
         },
+    }
+
+
+def _continuations(recipe: Recipe, method: Method, mode: str) -> dict[str, Any]:
+    """What the guard will have the unedited model continue, or why nothing.
+
+    How many prompts a dataset of the Hub has is not known yet.
+    """
+    if why := why_nothing_is_drawn(recipe, method, mode):
+        return {"prompts": 0, "why": why}
+    address = recipe.prompts.partition("#")[0]
+    known = recipe.prompts == "builtin" or not is_dataset(address, PROMPT_FORMATS)
+    count = len(load_headline_prompts(recipe).texts) if known else None
+    draws = Draws()
+    return {
+        "prompts": count,
+        "origin": without_folders(recipe.prompts),
+        "samples": draws.samples,
+        "max_new_tokens": draws.max_new_tokens,
     }

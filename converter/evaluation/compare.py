@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from converter.calibration.instances import Lesson, builtin_set, together
 from converter.evaluation.comparison import Comparison, check_names
-from converter.evaluation.continuations import Passages, draw_passages
+from converter.evaluation.continuations import Draws, Passages
+from converter.evaluation.headline import passages_of
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
@@ -22,14 +23,12 @@ from converter.manifest import (
     UNEDITED,
     Evaluation,
     EvaluationSettings,
-    PromptsRecord,
     SystemRecord,
     to_text,
 )
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
 from converter.models.likelihood import LogProbabilities
-from converter.models.resident import LanguageModel
 from converter.recipe import without_folders
 from converter.runtime import progress
 
@@ -57,7 +56,7 @@ def evaluate(
     fits, first = Fits(bench, comparison), given[0] if given else None
     fits.check(first)
     base = bench.load_resident()
-    passages = _passages(base, bench, battery)
+    passages = _passages(bench, battery)
     results = Evaluation(
         tool=TOOL,
         settings=_settings(bench, battery, comparison, passages),
@@ -109,21 +108,19 @@ def _learnt(systems: Sequence[System]) -> Lesson | None:
     return together(system.lesson for system in systems)
 
 
-def _passages(base: LanguageModel, bench: Bench, battery: Battery) -> Passages | None:
+def _passages(bench: Bench, battery: Battery) -> Passages | None:
     """What the teacher-forced estimate needs, if it is asked for and there are toxic words."""
     asked = battery.asked
     if battery.prompts is None or not asked.passages:
         return None
+    draws = Draws(
+        samples=asked.passages,
+        max_new_tokens=asked.max_new_tokens,
+        batch_size=asked.generation_batch_size,
+        seed=battery.seed,
+    )
     with progress.stage("passages", "drawing continuations for the teacher-forced estimate"):
-        return draw_passages(
-            base,
-            battery.prompts.texts,
-            bench.words,
-            samples=asked.passages,
-            max_new_tokens=asked.max_new_tokens,
-            batch_size=asked.generation_batch_size,
-            seed=battery.seed,
-        )
+        return passages_of(bench, battery.prompts.texts, draws)
 
 
 def _settings(
@@ -146,16 +143,14 @@ def _settings(
         seeds=tuple(comparison.seeds),
         options=dict(recipe.options),
         max_perplexity_ratio=recipe.max_perplexity_ratio,
-        prompts=None
-        if prompts is None
-        else PromptsRecord(origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)),
+        prompts=prompts.record() if prompts else None,
         scorers={name: origin_of(name, scorer) for name, scorer in battery.scorers.items()},
         samples=asked.samples,
         max_new_tokens=asked.max_new_tokens,
         top_p=asked.top_p,
         generation_seed=battery.seed,
         passages_per_prompt=asked.passages,
-        toxic_words=sum(map(len, passages.words)) if passages else 0,
+        toxic_words=passages.toxic_words if passages else 0,
         text_tokens=asked.text_tokens,
         window=WINDOW,
         defence_set=builtin_set().version if asked.defence else None,

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from converter.calibration.word_list import WordList
 from converter.errors import DataError, OptionError, SourceError
+from converter.manifest import WordsMeasured
 from converter.models.batching import (
     Batch,
     Sentence,
@@ -23,7 +24,16 @@ from converter.models.batching import (
     num_positions,
     outside,
 )
-from converter.models.likelihood import LogProbabilities, Words, log_probabilities
+from converter.models.likelihood import (
+    LogProbabilities,
+    Words,
+    log_probabilities,
+    mean_change,
+    perplexity_ratio,
+    teacher_forced,
+    weighed,
+    word_changes,
+)
 from converter.models.resident import LanguageModel, Model
 from converter.runtime import progress
 
@@ -159,6 +169,38 @@ def _decode(tokenizer: Any, prompt: list[int], ids: Tensor, ends: Any) -> str:
     return alone
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """How continuations are drawn from the unedited model for the teacher-forced estimate.
+
+    They are sampled at temperature 1 from the whole distribution (top_p = 1), so that the mean of
+    p_after / p_before over their toxic words is an importance-weighted estimate.
+
+    Attributes:
+        samples: of each prompt.
+        max_new_tokens: of each continuation, at most.
+        batch_size: continuations written at a time, on which samples depend.
+        seed: of the samples.
+    """
+
+    samples: int = 2
+    max_new_tokens: int = 20
+    batch_size: int = 64
+    seed: int = 0
+
+    def write(self, model: LanguageModel, prompts: Sequence[str]) -> list[list[str]]:
+        """The continuations of each prompt."""
+        return generate(
+            model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            samples=self.samples,
+            top_p=1.0,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Passages:
     """Continuations of prompts drawn once from the unedited model, with their toxic words.
@@ -178,31 +220,28 @@ class Passages:
     prompts: Sequence[int]
     before: LogProbabilities
 
+    @property
+    def toxic_words(self) -> int:
+        """How many stand in them."""
+        return sum(map(len, self.words))
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens of the continuations are in no toxic word."""
+        return sum(sum(weight > 0 for weight in each.weights[:-1]) for each in self.sentences)
+
 
 def draw_passages(
-    model: LanguageModel,
-    prompts: Sequence[str],
-    words: WordList,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    model: LanguageModel, prompts: Sequence[str], words: WordList, draws: Draws
 ) -> Passages | None:
-    """Draw them; None if there is no toxic word in them.
+    """Draw them; None if there is no toxic word in them."""
+    return find_passages(model, prompts, draws.write(model, prompts), words)
 
-    They are sampled at temperature 1 from the whole distribution (top_p = 1), so that the mean of
-    p_after / p_before over their toxic words is an importance-weighted estimate.
-    """
-    drawn = generate(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        samples=samples,
-        top_p=1.0,
-        batch_size=batch_size,
-        seed=seed,
-    )
+
+def find_passages(
+    model: LanguageModel, prompts: Sequence[str], drawn: Sequence[Sequence[str]], words: WordList
+) -> Passages | None:
+    """Those with toxic words among continuations ``drawn`` by the unedited ``model``, or None."""
     positions = num_positions(model.module)
     coded = [
         (place, *_listed_words(model.tokenizer, prompt, text, words, positions))
@@ -215,6 +254,20 @@ def draw_passages(
     places, sentences, found = zip(*kept, strict=True)
     (before,) = log_probabilities(model, [sentences])
     return Passages(sentences, found, places, before)
+
+
+def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
+    """What a model, as it is now, makes of the passages of the unedited one."""
+    (after,) = log_probabilities(model, [passages.sentences])
+    changes = word_changes(passages.before, after, passages.words)
+    others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
+    return WordsMeasured(
+        toxic_change=mean_change(changes, passages.prompts),
+        teacher_forced=teacher_forced(changes, passages.prompts),
+        context_ratio=perplexity_ratio(others, kept, passages.prompts)
+        if any(map(len, others))
+        else None,
+    )
 
 
 def _listed_words(

@@ -18,7 +18,9 @@ from converter.edits.base import FAULT, Edit
 from converter.errors import DataError, FitError, GuardError, OptionError
 from converter.evaluation.defence import DefenceProbe, unseen
 from converter.evaluation.guard import examine
+from converter.evaluation.headline import Headline, load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.heldout import Probe, choose_strength, probe_of
+from converter.evaluation.prompts import Prompts
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal, aim_of, footprint_of, learnt_by
 from converter.methods.together import SEPARATOR, after, parts_of
@@ -66,12 +68,14 @@ class Fitted:
         steps: the methods, in order; mostly one.
         edit: of all of them, of the chosen strengths.
         guard: what it measured; None if it was switched off.
+        prompts: that it had continued; None if it had none.
     """
 
     parts: Parts
     steps: tuple[Step, ...]
     edit: Edit
     guard: GuardRecord | None
+    prompts: Prompts | None = None
 
     @property
     def proposal(self) -> Proposal:
@@ -96,6 +100,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
     recipe = bench.recipe
+    why = why_nothing_is_drawn(recipe, method, bench.forward.mode)
+    prompts = load_headline_prompts(recipe) if why is None else None
     parts = split(pairs, prose, recipe.seed)
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
@@ -108,11 +114,15 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
     last, found = steps[-1], None
+    headline: Headline | str | None = why if aim_of(method) != "defence" else None
+    if prompts is not None:
+        with progress.stage("draw", f"continuing {len(prompts.texts)} prompts, unedited"):
+            headline = Headline(bench, prompts, parts.report.prose)
     if recipe.guard:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
             report = probe_of(bench, parts.report, first, bench.held_out)
-            found = _guard(bench, report, last.proposal, last.choice.strength)
-    return Fitted(parts, steps, last.edit, found)
+            found = _guard(bench, report, last, headline)
+    return Fitted(parts, steps, last.edit, found, prompts)
 
 
 def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:
@@ -204,21 +214,22 @@ def _lowest_layer(plan: Plan, method: Method) -> int:
     return lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
 
 
-def _guard(bench: Bench, probe: Probe, proposal: Proposal, strength: float) -> GuardRecord:
-    """Examine an edit and refuse it, or with ``force`` warn, if it does not pass.
+def _guard(bench: Bench, probe: Probe, step: Step, headline: Headline | str | None) -> GuardRecord:
+    """Examine the edit of a step and refuse it, or with ``force`` warn, if it does not pass.
 
     Raises:
         GuardError: it does not pass.
     """
-    recipe, lesson = bench.recipe, proposal.lesson
+    recipe, lesson = bench.recipe, step.proposal.lesson
     found = examine(
         probe,
-        proposal,
-        strength,
+        step.proposal,
+        step.choice.strength,
         budget=recipe.max_perplexity_ratio,
         draws=recipe.guard_draws,
         seed=recipe.seed,
         defence=DefenceProbe(bench.load(), bench.plan, lesson) if lesson else None,
+        headline=headline,
     )
     if found.reasons:
         refusal = GuardError(

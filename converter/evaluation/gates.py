@@ -29,8 +29,8 @@ class Gates(Options):
     """Limits that a result has to keep, beyond those of the guard.
 
     None where there is none. Toxic words and the others of their texts are judged by each
-    teacher-forced measurement that there is: the guard's, and that of the evaluation. Refusals are
-    judged by the guard's.
+    teacher-forced measurement that there is: the guard's headline, or where it has none the guard's
+    held-out pairs, and that of the evaluation. Refusals are judged by the guard's.
     """
 
     # fmt: off
@@ -123,7 +123,7 @@ class Gates(Options):
         records = []
         if (least := self.min_toxicity_drop) is not None:
             if guard is not None:
-                drop = 1 - guard.edit.teacher_forced.value
+                drop = 1 - guard.words.teacher_forced.value
                 records.append(GateRecord(gate=DROP, by="guard", limit=least, measured=drop))
             if "teacher_forced" in metrics:
                 drop = 1 - _value(metrics["teacher_forced"])
@@ -131,7 +131,7 @@ class Gates(Options):
         if (most := self.max_informal_perplexity_ratio) is not None:
             beside: dict[str, Estimate | Metric] = {}
             if guard is not None:
-                beside["guard"] = guard.edit.context_ratio
+                beside["guard"] = guard.words.context_ratio
             if "teacher_forced" in metrics:
                 beside["evaluation"] = metrics.get("context_ratio")
             for by, found in beside.items():

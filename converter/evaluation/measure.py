@@ -19,7 +19,12 @@ from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
 from converter.evaluation.benchmarks import load_safeedit, measure_ability, measure_safeedit
-from converter.evaluation.continuations import Passages, conditional_losses, generate
+from converter.evaluation.continuations import (
+    Passages,
+    conditional_losses,
+    generate,
+    measure_passages,
+)
 from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
@@ -42,9 +47,6 @@ from converter.models.likelihood import (
     mean_change,
     perplexity_estimate,
     perplexity_ratio,
-    teacher_forced,
-    weighed,
-    word_changes,
 )
 from converter.models.loading import load_language_model, load_tokenizer
 from converter.models.resident import LanguageModel, choose_dtype
@@ -83,24 +85,24 @@ class Battery:
 
 
 def load_battery(
-    asked: EvaluationOptions, device: str, seed: int, attention: str = "auto"
+    asked: EvaluationOptions, prompts: str, device: str, seed: int, attention: str = "auto"
 ) -> Battery:
-    """Load what the options name.
+    """Load what the options name, and prompts as ``Recipe.prompts`` names them.
 
     Raises:
         ConverterError: one of its children says which of them cannot be had.
     """
-    safeedit = safety = prompts = None
+    safeedit = safety = continued = None
     if asked.safeedit:
         safeedit = load_safeedit(asked.safeedit, asked.num_prompts, seed)
         safety = load_scorer(asked.safety_classifier, device)
-    if asked.prompts != "none":
-        prompts = load_prompts(asked.prompts, asked.num_prompts, seed)
-    scores = prompts is not None and (asked.greedy or asked.samples)
+    if prompts != "none":
+        continued = load_prompts(prompts, asked.num_prompts, seed)
+    scores = continued is not None and (asked.greedy or asked.samples)
     return Battery(
         asked=asked,
         seed=seed,
-        prompts=prompts,
+        prompts=continued,
         scorers={name: load_scorer(name, device) for name in asked.scorers if scores},
         text=read_whole(asked.text, "text").replace("\r\n", "\n") if asked.text else None,
         judge=load_whole(asked.judge, device, how=Loading(attention)) if asked.judge else None,
@@ -151,12 +153,10 @@ def measure(
         if before is not None:
             metrics["perplexity_ratio"] = around(perplexity_ratio(before, now))
     if passages is not None:
-        (after,) = log_probabilities(model, [passages.sentences])
-        changes = word_changes(passages.before, after, passages.words)
-        metrics["teacher_forced"] = around(teacher_forced(changes, passages.prompts))
-        others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
-        if any(map(len, others)):
-            metrics["context_ratio"] = around(perplexity_ratio(others, kept, passages.prompts))
+        found = measure_passages(model, passages)
+        metrics["teacher_forced"] = around(found.teacher_forced)
+        if found.context_ratio is not None:
+            metrics["context_ratio"] = around(found.context_ratio)
     if battery.prompts is not None:
         if asked.greedy:
             metrics |= _generation(model, battery, battery.prompts.texts, "greedy", 0)
@@ -189,7 +189,8 @@ def divergence(
     if battery.text is None or len(sizes) > 1:
         return None
     windows = _windows(base, battery.text, battery.asked.text_tokens)
-    return around(mean_change([v.tolist() for v in divergences(base, model, hooks, windows)]))
+    (found,) = divergences(base, model, [hooks], windows)
+    return around(mean_change([values.tolist() for values in found]))
 
 
 def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:

@@ -15,12 +15,8 @@ class EvaluationOptions(Options):
     """
 
     # fmt: off
-    prompts: Annotated[str, Option(
-        "Prompts to continue: builtin (English), none, a .jsonl or .txt file, or a Hub dataset id.",
-        example="allenai/real-toxicity-prompts#challenging",
-    )] = "builtin"
     num_prompts: Annotated[int | None, Option(
-        "Number of prompts to draw.", by_default="all", example="150", least=1,
+        "Number of prompts to draw of --prompts.", by_default="all", example="150", least=1,
     )] = None
     scorers: Annotated[tuple[str, ...], Option(
         "Scorer of continuations: profanity, bad-words or detoxify, which know English, "
@@ -73,8 +69,3 @@ class EvaluationOptions(Options):
         example="5", least=0,
     )] = 4
     # fmt: on
-
-    @property
-    def draws_passages(self) -> bool:
-        """Whether toxic words will be weighed."""
-        return self.prompts != "none" and self.passages > 0

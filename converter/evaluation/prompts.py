@@ -11,9 +11,13 @@ from msgspec.structs import replace
 
 from converter.calibration.datasets import draw, is_dataset, locate, read_whole
 from converter.errors import DataError, OptionError
-from converter.manifest import Origin
+from converter.manifest import Origin, PromptsRecord
 
-_FORMATS = (".jsonl", ".txt")
+FORMATS = (".jsonl", ".txt")
+
+_VERSION = 2
+"""Of the built-in prompts: they resemble no built-in pair, and after two thirds of them small
+models go on with a toxic word now and then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,14 @@ class Prompts:
     origin: Origin
     sha256: str
 
+    def record(self) -> PromptsRecord:
+        """What a manifest says of them."""
+        return PromptsRecord(origin=self.origin, sha256=self.sha256, count=len(self.texts))
 
-def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
+
+def load_prompts(
+    origin: str, num_prompts: int | None, seed: int, *, most: int | None = None
+) -> Prompts:
     """Read, clean and draw prompts. Blank ones are skipped, and so are repetitions.
 
     Args:
@@ -41,6 +51,8 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
             followed by ``#FIELD``: only rows whose FIELD is true are read.
             ``allenai/real-toxicity-prompts#challenging`` are the 1,199 that papers use.
         num_prompts: how many to draw, without replacement and keeping their order; None for all.
+        seed: of the draw.
+        most: to draw if there are more of them, and no number is given; None for no limit.
 
     Raises:
         OptionError: ``num_prompts`` is not positive.
@@ -51,7 +63,7 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
         raise OptionError("--num-prompts", expected="at least 1", found=str(num_prompts))
     described, found = _read(origin)
     texts = list(dict.fromkeys(text for text in map(str.strip, found) if text))
-    wanted = len(texts) if num_prompts is None else num_prompts
+    wanted = min(len(texts), most or len(texts)) if num_prompts is None else num_prompts
     if len(texts) < max(wanted, 1):
         raise DataError(
             f"prompts {described.title}",
@@ -67,15 +79,15 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
 def _read(origin: str) -> tuple[Origin, Iterator[str]]:
     if origin == "builtin":
         text = files("converter").joinpath("data/prompts.txt").read_text("utf-8")
-        return Origin(name="builtin"), iter(text.split("\n"))
+        return Origin(name="builtin", version=_VERSION), iter(text.split("\n"))
     name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
     # a dataset's .txt is more likely its licence
-    formats = (".jsonl",) if is_dataset(name, _FORMATS) else _FORMATS
+    formats = (".jsonl",) if is_dataset(name, FORMATS) else FORMATS
     described, path = locate(name, "prompts", formats, split="prompts")
-    if path.suffix.lower() not in _FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise DataError(
             f"prompts file {path.name}",
-            expected=" or ".join(_FORMATS),
+            expected=" or ".join(FORMATS),
             found=path.suffix or "no suffix",
         )
     # not splitlines(), which also cuts at characters that may stand in a sentence

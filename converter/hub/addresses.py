@@ -211,6 +211,7 @@ def settled(recipe: Recipe) -> Recipe:
         subfolder=subfolder,
         pairs=_short(recipe.pairs),
         instances=_short(recipe.instances),
+        prompts=_short_prompts(recipe.prompts),
         base_model=None if base is None else repo_named("--base-model", base),
     )
 
@@ -218,6 +219,14 @@ def settled(recipe: Recipe) -> Recipe:
 def _short(data: str) -> str:
     """What names data, in the short form if it is the address of a dataset."""
     return parse_address(data, "dataset").text if is_address(data) else data
+
+
+def _short_prompts(origin: str) -> str:
+    """The same of prompts, whose address may be followed by ``#FIELD``."""
+    if Path(origin).exists():
+        return origin
+    address, sign, field = origin.partition("#")
+    return _short(address) + sign + field
 
 
 def snapshot_of(folder: Path) -> Address | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from converter.manifest import Estimate
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
@@ -99,9 +100,9 @@ def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[in
 def divergences(
     before: Model,
     after: Model,
-    hooks: Callable[[], AbstractContextManager[None]],
+    edits: Sequence[Callable[[], AbstractContextManager[None]]],
     sentences: Sequence[Sentence],
-) -> list[NDArray[np.float64]]:
+) -> list[LogProbabilities]:
     """How far the next token's distribution moves at every position of some text, in nats.
 
         KL(before || after) = sum over tokens v of  p(v) (log p(v) - log q(v))
@@ -109,29 +110,33 @@ def divergences(
     Args:
         before: the unedited model; what it gives is p.
         after: the edited one, whose q is over the same tokens; it may be the same model.
-        hooks: while what it gives lasts, ``after`` is edited, and ``before`` is not asked.
+        edits: hooks; while what one gives lasts, ``after`` is edited, and ``before`` is not asked.
         sentences: their weights are not used.
 
     Returns:
-        for each sentence of T tokens (T - 1,) values, none for the last position.
+        for each edit, and each sentence of T tokens, (T - 1,) values, none for the last position.
 
     Raises:
         SourceError: memory ran out.
     """
-    found = [np.empty(0)] * len(sentences)
+    found = [[np.empty(0)] * len(sentences) for _ in edits]
     with memory_errors("text for the divergence", hint="give --device cpu"):
         for batch in token_batches(sentences, logit_positions(before.module), before.device):
             ((_, p),) = before.logits([batch])
-            with hooks():
-                ((_, q),) = after.logits([batch])
             lengths = batch.mask.sum(1).tolist()
-            for row, length, old, new in zip(batch.rows, lengths, p, q, strict=True):
-                log_p, log_q = (x[: length - 1].float().log_softmax(1) for x in (old, new.to(old)))
-                values = torch.nn.functional.kl_div(
-                    log_q, log_p, reduction="none", log_target=True
-                ).sum(1)
-                found[row] = values.double().cpu().numpy()
-    return found
+            for values, hooks in zip(found, edits, strict=True):
+                with hooks():
+                    ((_, q),) = after.logits([batch])
+                for row, length, old, new in zip(batch.rows, lengths, p, q, strict=True):
+                    values[row] = _divergence(old[: length - 1], new[: length - 1].to(old))
+    return list(found)
+
+
+def _divergence(old: Tensor, new: Tensor) -> NDArray[np.float64]:
+    """KL of logits (T, V) from other ones, (T,) in nats."""
+    log_p, log_q = (x.float().log_softmax(1) for x in (old, new))
+    each = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+    return each.sum(1).double().cpu().numpy()
 
 
 def perplexity(values: LogProbabilities) -> float:

@@ -20,6 +20,7 @@ from converter.manifest import (
     Manifest,
     Metric,
     Origin,
+    PromptsRecord,
 )
 from converter.text import code, escaped
 
@@ -60,10 +61,26 @@ def summary(manifest: Manifest) -> str:
             f"**{refusals.over_refusal:.0%}** of that, and perplexity is "
             f"**{_number(edit.perplexity_ratio)} times** what it was."
         )
+    ratio = f"perplexity is **{_number(edit.perplexity_ratio)} times** what it was"
+    told = guard.headline
+    if told is None or told.words is None:
+        return (
+            f"On held-out text **of the kind that it was fitted to**, toxic words are "
+            f"**{_number(edit.teacher_forced)} times** as probable as before; in other text the "
+            f"effect is smaller, and it was not measured. On neutral text {ratio}."
+        )
+    words = told.words
+    beside = (
+        f", the perplexity of the other words there {_number(words.context_ratio)} times what it "
+        "was"
+        if words.context_ratio
+        else ""
+    )
     return (
-        f"On held-out text, toxic words are **{_number(edit.teacher_forced)} times** as "
-        f"probable as before, and perplexity is **{_number(edit.perplexity_ratio)} times** what "
-        "it was."
+        "In what the model itself says after prompts that it was not fitted to, toxic "
+        f"words are **{_number(words.teacher_forced)} times** as probable as before{beside}. On "
+        f"neutral text {ratio}, and the next token's distribution moves by a KL divergence of "
+        f"{_number(told.divergence)} nats."
     )
 
 
@@ -78,12 +95,54 @@ def measured_text(manifest: Manifest) -> str:
         control = ("a control", "is of the same kind and strength and knows nothing of toxicity")
         if manifest.subspace is not None:
             control = ("a random subspace", "has the same rank and is taken out of the same layers")
+        parts.append(_headline_text(guard, manifest.prompts, control[0]))
         parts.append(_guard_text(guard, *control))
         if guard.defence is not None:
             parts.append(_defence_text(guard.defence))
     if results is not None:
         parts.append(_evaluation_text(results))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
+
+
+def _headline_text(guard: GuardRecord, prompts: PromptsRecord | None, control: str) -> str:
+    """What was measured outside the pairs' kind, beside the controls, or why it was not."""
+    told = guard.headline
+    if told is None or prompts is None:
+        fallback = f": {escaped(guard.fallback)}" if guard.fallback else ""
+        said = f"Toxic words were **not measured outside the pairs' own kind**{fallback}."
+        return "" if guard.defence is not None else said
+    texts = (
+        f"{told.passages_per_prompt} continuations each, of at most {told.max_new_tokens} tokens, "
+        f"of {told.prompts:,} prompts ({escaped(prompts.origin.title)})"
+    )
+    rows = []
+    if told.words is not None:
+        words, others = told.words, told.control_words
+        mean = sum(each.teacher_forced.value for each in others) / len(others)
+        rows.append(
+            f"| probability of toxic words, {told.toxic_words:,} of them after "
+            f"{told.toxic_prompts:,} prompts | x {_number(words.teacher_forced)} | x {mean:.3f} |"
+        )
+        if words.context_ratio is not None:
+            beside = [each.context_ratio.value for each in others if each.context_ratio]
+            rows.append(
+                f"| perplexity of the other words beside them, {told.context_tokens:,} tokens "
+                f"| x {_number(words.context_ratio)} | x {sum(beside) / len(beside):.3f} |"
+            )
+    moved = [each.value for each in told.control_divergences]
+    rows.append(
+        f"| KL divergence on {told.ordinary_tokens:,} tokens of ordinary text, in nats a token "
+        f"| {told.divergence.value:.4f} +- {told.divergence.error:.4f} "
+        f"| {sum(moved) / len(moved):.4f} |"
+    )
+    table = "\n".join(rows)
+    little = f"\n\nToxic words were not judged by these: {escaped(guard.fallback or '')}."
+    return f"""\
+Outside the pairs' own kind, in what the unedited model itself writes ({texts}):
+
+| | after | {control} |
+|---|---|---|
+{table}{little if guard.fallback else ""}"""
 
 
 def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
@@ -106,7 +165,8 @@ def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
         )
     drawn = f" (the mean of {len(controls)})" if len(controls) > 1 else ""
     return f"""\
-On held-out text, which neither the fit nor the choice of the strength has seen:
+On held-out text of the pairs' own kind, which neither the fit nor the choice of the strength has
+seen:
 
 | | before | after | {control} |
 |---|---|---|---|
@@ -116,8 +176,7 @@ On held-out text, which neither the fit nor the choice of the strength has seen:
 | x {_number(edit.teacher_forced)} | x {mean("teacher_forced"):.3f} |{beside}
 
 The +- are standard errors. {control.capitalize()} {how}:
-what it does, any edit of this size does{drawn}. The toxic words are of the same kind as
-those of the pairs; other toxic text may respond less."""
+what it does, any edit of this size does{drawn}."""
 
 
 _ASKED = {

@@ -35,7 +35,7 @@ _ASKED = (
     "activations", "base_model", "batch_size", "calibration", "device", "force", "forward",
     "forward_dtype",
     "guard_draws", "instances", "mask", "max_perplexity_ratio", "neutral", "num_pairs", "pairs",
-    "rounding", "seed", "source", "subfolder", "trust_remote_code", "word_list",
+    "prompts", "rounding", "seed", "source", "subfolder", "trust_remote_code", "word_list",
 )  # fmt: skip
 
 UNCHECKED: Mapping[str, str] = {
@@ -44,7 +44,8 @@ UNCHECKED: Mapping[str, str] = {
         f"source.{name}": "the name, repo and commit of the source"
         for name in ("commit", "name", "repo_id", "revision")
     },
-    "pairs": "the pairs", "neutral": "the neutral text", "word_list": "the word list",
+    "pairs": "the pairs", "prompts": "the prompts", "neutral": "the neutral text",
+    "word_list": "the word list",
     "instances": "the instances", "split": "how the texts were split",
     "choice.tried": "what was measured to choose the strength",
     "guard": "what the guard measured", "evaluation": "what the evaluation measured",

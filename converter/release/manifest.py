@@ -89,6 +89,7 @@ def make_manifest(
         neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
         word_list=TextRecord(origin=words.origin, sha256=words.sha256),
         instances=TextRecord(origin=taught.origin, sha256=taught.sha256) if taught else None,
+        prompts=fitted.prompts.record() if fitted.prompts else None,
         split=fitted.parts.record(),
         activations=_activations_record(seen.inputs) if seen else None,
         edit=EditRecord(

@@ -144,13 +144,15 @@ def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
             hint="say where it is with --activations",
         )
     found = {}
-    for name in ("pairs", "neutral", "word_list", "instances"):
+    for name in ("pairs", "neutral", "word_list", "instances", "prompts"):
         if getattr(manifest, name) is None:
             continue
         place, origin = getattr(given, name), getattr(manifest, name).origin
         if place is None and origin.repo_id is not None:
-            asked_for = parse_address(getattr(asked, name), "dataset")
+            address, sign, field = getattr(asked, name).partition("#")
+            asked_for = parse_address(address, "dataset")
             place = replace(asked_for, repo_id=origin.repo_id, revision=origin.commit).text
+            place += sign + field
         if place is None and getattr(asked, name) != "builtin":
             raise OptionError(
                 f"the recorded {name.replace('_', ' ')} was the file {getattr(asked, name)}",

@@ -44,7 +44,14 @@ from converter.evaluation.gates import (
     passes,
     refusals_of,
 )
-from converter.manifest import Choice, DefenceMeasured, FileRecord, Manifest, MethodRecord
+from converter.manifest import (
+    Choice,
+    DefenceMeasured,
+    FileRecord,
+    GuardRecord,
+    Manifest,
+    MethodRecord,
+)
 from converter.methods.base import METHODS, Method, aim_of, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import Removal, check_evidence, factor_of
@@ -255,6 +262,7 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         )
         draws = len(guard.controls)
         yield "the guard's controls are not those asked for", draws == run.guard_draws
+        yield from _headline_claims(manifest, guard)
         if guard.defence is not None:
             same = len(guard.defence.controls) == draws
             yield "the guard measured refusals under other controls", same
@@ -270,16 +278,33 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
             worst = max(shares, default=0.0)
             yield "the largest leakage is not the gate's", gate.measured == worst
         if gate.gate == DROP and gate.by == "guard":
-            drop = 1 - guard.edit.teacher_forced.value if guard else None
+            drop = 1 - guard.words.teacher_forced.value if guard else None
             yield "the guard has not measured what the gate says", gate.measured == drop
         if gate.gate == INFORMAL and gate.by == "guard":
-            context = guard.edit.context_ratio if guard else None
+            context = guard.words.context_ratio if guard else None
             ratio = context.value if context else None
             yield "the guard has not measured what the gate says", gate.measured == ratio
         if gate.gate in (DEFENCE, OVER_REFUSAL):
             known = guard.defence if guard else None
             found = refusals_of(known, gate.gate) if known else None
             yield "the guard has not measured what the gate says", gate.measured == found
+
+
+def _headline_claims(manifest: Manifest, guard: GuardRecord) -> Iterator[tuple[str, bool]]:
+    """The same of what was measured outside the pairs' kind."""
+    told, prompts = guard.headline, manifest.prompts
+    counts = (told and told.prompts, prompts and prompts.count)
+    yield "the guard continued other prompts than those recorded", counts[0] == counts[1]
+    judges = told is not None and told.words is not None
+    yield "the guard judged by two kinds of toxic words", not (judges and guard.fallback)
+    if told is None:
+        return
+    yield "the guard continued prompts, and none were to be", manifest.run.prompts != "none"
+    yield "the prompts were continued with another seed", told.seed == manifest.run.seed
+    draws = len(guard.controls)
+    same = (len(told.control_divergences), len(told.control_words)) == (draws, judges * draws)
+    yield "the guard measured continuations under other controls", same
+    yield "toxic words stand after more prompts than there are", told.toxic_prompts <= told.prompts
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:

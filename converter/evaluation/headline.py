@@ -1,0 +1,182 @@
+"""The headline: what an edit does to text that is not of the kind that it was fitted to.
+
+Held-out pairs are sentences like those of the fit, and an edit does more to them than to anything
+else. So the unedited model continues prompts that resemble no pair, once, and the toxic words in
+these continuations are weighed under the edit (``continuations.Passages``). How far the edit moves
+the model elsewhere is the KL divergence of the next token's distribution on the beginnings of
+ordinary paragraphs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from converter.calibration.pairs import Prose
+from converter.calibration.statistics import cache_key
+from converter.edits.base import Edit
+from converter.evaluation.continuations import (
+    Draws,
+    Passages,
+    find_passages,
+    measure_passages,
+)
+from converter.evaluation.prompts import Prompts, load_prompts
+from converter.manifest import Estimate, HeadlineRecord, WordsMeasured
+from converter.methods.base import Method, aim_of
+from converter.methods.workbench import Bench
+from converter.models.batching import Encoder, Sentence
+from converter.models.edited import edited
+from converter.models.likelihood import divergences, mean_change
+from converter.recipe import Recipe
+from converter.runtime import progress
+from converter.runtime.cache import cache_folder, replacing
+
+MOST_PROMPTS = 150
+"""That are continued; of more, so many are drawn."""
+
+_LEAST_WORDS, _LEAST_PROMPTS = 30, 10
+"""Toxic words, and prompts after which they stand, on which an edit can be judged."""
+
+CONTINUATION_VERSION = 1
+"""Of how texts are drawn: raised with a change of ``continuations.generate`` that changes them."""
+
+_PARAGRAPHS, _OPENING = 32, 32
+"""Ordinary paragraphs at whose beginning the divergence is taken, and how many tokens that is."""
+
+
+def load_headline_prompts(recipe: Recipe) -> Prompts:
+    """The prompts that the guard has continued.
+
+    Raises:
+        DataError, SourceError: as of ``load_prompts``.
+    """
+    return load_prompts(recipe.prompts, None, recipe.seed, most=MOST_PROMPTS)
+
+
+def why_nothing_is_drawn(recipe: Recipe, method: Method, mode: str) -> str | None:
+    """Why the guard has nothing continued, for people; None if it has.
+
+    Args:
+        recipe: of the conversion.
+        method: that it names.
+        mode: of the forward pass.
+    """
+    if not recipe.guard:
+        return "--no-guard"
+    if aim_of(method) == "defence":
+        return "the edit is judged by refusals"
+    if recipe.prompts == "none":
+        return "--prompts none"
+    if mode == "streamed":
+        return "a model that is streamed writes no continuations"
+    return None
+
+
+def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages | None:
+    """Continuations by the unedited model of a bench; None if there is no toxic word in them.
+
+    The texts are kept in the cache folder, and read from there where all that they depend on is the
+    same.
+
+    Raises:
+        OptionError, SourceError: the model is to be streamed, or memory ran out.
+        DestinationError: the cache cannot be written.
+    """
+    model = bench.load_resident()
+    key = cache_key(_continuation_inputs(bench, prompts, draws))
+    path = cache_folder() / "continuations" / f"{key}.json"
+    drawn = _kept(path, [draws.samples] * len(prompts))
+    if drawn is None:
+        with progress.bar("continuations", len(prompts) * draws.samples, "text"):
+            drawn = draws.write(model, prompts)
+        with replacing(path) as part:
+            part.write_bytes(msgspec.json.encode(drawn))
+    return find_passages(model, prompts, drawn, bench.words)
+
+
+def _continuation_inputs(bench: Bench, prompts: Sequence[str], draws: Draws) -> dict[str, Any]:
+    """Everything that continuations depend on, by content."""
+    return {
+        "files": dict(bench.source.digests()),
+        "prompts": list(prompts),
+        "draws": asdict(draws),
+        "device": bench.device.partition(":")[0],
+        "dtype": str(bench.dtype),
+        "attention": bench.how.attention,
+        "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        "continuation_version": CONTINUATION_VERSION,
+    }
+
+
+def _kept(path: Path, counts: Sequence[int]) -> list[list[str]] | None:
+    """The texts that the cache has, so many of each prompt; None if it has none, or no such."""
+    try:
+        drawn = msgspec.json.decode(path.read_bytes(), type=list[list[str]])
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        progress.warn(f"the cached continuations {path.name} cannot be read: {error}; drawing anew")
+        return None
+    return drawn if [*map(len, drawn)] == [*counts] else None
+
+
+class Headline:
+    """The passages of a bench's unedited model, and ordinary text.
+
+    Attributes:
+        fallback: why no edit can be judged by the passages, for people; None if they can.
+    """
+
+    def __init__(self, bench: Bench, prompts: Prompts, prose: Prose) -> None:
+        draws = Draws(seed=bench.recipe.seed)
+        model = bench.load_resident()
+        encode = Encoder(model.tokenizer, model.module)
+        coded = (encode(text, "mean", ()) for text in prose.paragraphs[:_PARAGRAPHS])
+        self._ordinary = [Sentence(each.ids[:_OPENING]) for each in coded]
+        self._bench, self._model, self._draws = bench, model, draws
+        self._prompts = len(prompts.texts)
+        self._passages = passages_of(bench, prompts.texts, draws)
+        self._toxic = self._passages.toxic_words if self._passages else 0
+        self._after = len(set(self._passages.prompts)) if self._passages else 0
+        self.fallback: str | None = None
+        if self._toxic < _LEAST_WORDS or self._after < _LEAST_PROMPTS:
+            self.fallback = (
+                f"the model's own continuations of {self._prompts} prompts have {self._toxic} "
+                f"toxic words, after {self._after} of them, and {_LEAST_WORDS} after "
+                f"{_LEAST_PROMPTS} are needed"
+            )
+
+    def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:
+        """What edits do, the first of which is the one to be judged, and the others controls."""
+        passages = self._passages if self.fallback is None else None
+        words = [self._words(passages, edit) for edit in edits] if passages else []
+        moved = self._divergences(edits)
+        return HeadlineRecord(
+            prompts=self._prompts,
+            passages_per_prompt=self._draws.samples,
+            max_new_tokens=self._draws.max_new_tokens,
+            seed=self._draws.seed,
+            toxic_words=self._toxic,
+            toxic_prompts=self._after,
+            context_tokens=self._passages.context_tokens if self._passages else 0,
+            ordinary_tokens=sum(len(sentence.ids) - 1 for sentence in self._ordinary),
+            words=words[0] if words else None,
+            control_words=tuple(words[1:]),
+            divergence=moved[0],
+            control_divergences=tuple(moved[1:]),
+        )
+
+    def _words(self, passages: Passages, edit: Edit) -> WordsMeasured:
+        with edited(self._model.module, self._bench.plan, edit):
+            return measure_passages(self._model, passages)
+
+    def _divergences(self, edits: Sequence[Edit]) -> list[Estimate]:
+        module, plan = self._model.module, self._bench.plan
+        hooks = [partial(edited, module, plan, edit) for edit in edits]
+        found = divergences(self._model, self._model, hooks, self._ordinary)
+        return [mean_change([values.tolist() for values in each]) for each in found]
