@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from converter.entrypoints.replay import Replayed
     from converter.release.recording import Recording
 
-_REFITTING = ("max_angle", "pairs", "instances", "neutral", "word_list", "activations")
+_REFITTING = (
+    "max_angle",
+    "pairs",
+    "self_prompts",
+    "instances",
+    "neutral",
+    "word_list",
+    "activations",
+)
 """Options of a replay that only a refit looks at."""
 
 _Folder = Annotated[

@@ -12,13 +12,14 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.evaluation.self_pairs import plan_pairs
 from converter.hub.addresses import settled
 from converter.methods.base import aim_of, footprint_of
 from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
-from converter.recipe import Recipe, Settings
+from converter.recipe import SELF, Recipe, Settings
 
 
 def describe_plan(
@@ -37,7 +38,7 @@ def describe_plan(
     recipe = settled(recipe)
     source, plan, method, room = prepare_to_write(recipe, destination, settings, delivery)
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
-    if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
+    if recipe.pairs != SELF and (recipe.pairs == "builtin" or not is_dataset(recipe.pairs)):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     if aim_of(method) == "defence" and not is_dataset(recipe.instances, FORMATS):
         load_instances(recipe.instances)
@@ -80,6 +81,7 @@ def describe_plan(
         "left_out": list(source.left_out) if output.has_shards else [],
         "device": device,
         "forward": forward.record(),
+        "self": plan_pairs(recipe, forward) if recipe.pairs == SELF else None,
         "expected_peak_bytes": {
             "forward": needed_weights(plan, dtype, forward.mode),
             "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),

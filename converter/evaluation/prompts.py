@@ -31,7 +31,9 @@ class Prompts:
     sha256: str
 
 
-def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
+def load_prompts(
+    origin: str, num_prompts: int | None, seed: int, *, builtin: str = "prompts.txt"
+) -> Prompts:
     """Read, clean and draw prompts. Blank ones are skipped, and so are repetitions.
 
     Args:
@@ -41,6 +43,7 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
             followed by ``#FIELD``: only rows whose FIELD is true are read.
             ``allenai/real-toxicity-prompts#challenging`` are the 1,199 that papers use.
         num_prompts: how many to draw, without replacement and keeping their order; None for all.
+        builtin: the file among our data that ``builtin`` stands for.
 
     Raises:
         OptionError: ``num_prompts`` is not positive.
@@ -49,7 +52,7 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
     """
     if num_prompts is not None and num_prompts < 1:
         raise OptionError("--num-prompts", expected="at least 1", found=str(num_prompts))
-    described, found = _read(origin)
+    described, found = _read(origin, builtin)
     texts = list(dict.fromkeys(text for text in map(str.strip, found) if text))
     wanted = len(texts) if num_prompts is None else num_prompts
     if len(texts) < max(wanted, 1):
@@ -64,9 +67,9 @@ def load_prompts(origin: str, num_prompts: int | None, seed: int) -> Prompts:
     return Prompts(chosen, described, digest)
 
 
-def _read(origin: str) -> tuple[Origin, Iterator[str]]:
+def _read(origin: str, builtin: str) -> tuple[Origin, Iterator[str]]:
     if origin == "builtin":
-        text = files("converter").joinpath("data/prompts.txt").read_text("utf-8")
+        text = files("converter").joinpath(f"data/{builtin}").read_text("utf-8")
         return Origin(name="builtin"), iter(text.split("\n"))
     name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
     # a dataset's .txt is more likely its licence

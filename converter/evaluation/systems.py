@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration.instances import Lesson
-from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.pairs import load_prose
 from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
 from converter.evaluation.fit import fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
+from converter.evaluation.self_pairs import pairs_of
 from converter.methods.base import METHODS, Method, Proposal, footprint_of
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
@@ -187,7 +188,7 @@ class Fits:
         """
         recipe = self.bench.recipe
         for seed in self.comparison.seeds:
-            pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
+            pairs = pairs_of(self.bench, seed)
             parts = split(pairs, load_prose(recipe.neutral), seed)
             probe = cache(partial(probe_of, self.bench, parts.choose))
             first = reference

@@ -22,8 +22,9 @@ CLAIMS = (
     "method.evidence.candidates.#.tokens", "neutral.", "pairs.", "run.activations",
     "run.base_model", "run.batch_size", "run.device", "run.force", "run.forward",
     "run.guard_draws", "run.instances", "run.mask", "run.max_perplexity_ratio", "run.neutral",
-    "run.num_pairs", "run.pairs", "run.rounding", "run.seed", "run.source", "run.subfolder",
-    "run.trust_remote_code", "run.word_list", "source.commit", "source.name", "source.repo_id",
+    "run.num_pairs", "run.pairs", "run.rounding", "run.seed", "run.self_prompts",
+    "run.self_scorer", "run.source", "run.subfolder", "run.trust_remote_code", "run.word_list",
+    "source.commit", "source.name", "source.repo_id",
     "source.revision", "split.", "tool.version", "word_list.",
 )  # fmt: skip
 """What a manifest says once only: of texts, names, and what was measured. Nothing in a folder or a
