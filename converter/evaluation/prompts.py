@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from converter.calibration.datasets import draw, is_dataset, locate, read_whole
 from converter.errors import DataError, OptionError
-from converter.manifest import Origin
+from converter.manifest import Origin, PromptsRecord
 
 _FORMATS = (".jsonl", ".txt")
 
@@ -29,6 +29,10 @@ class Prompts:
     texts: tuple[str, ...]
     origin: Origin
     sha256: str
+
+    def record(self) -> PromptsRecord:
+        """What a manifest says of them."""
+        return PromptsRecord(origin=self.origin, sha256=self.sha256, count=len(self.texts))
 
 
 def load_prompts(

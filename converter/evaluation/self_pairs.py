@@ -25,7 +25,7 @@ from converter.errors import DataError, OptionError
 from converter.evaluation.continuations import generate
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.scorers import load_scorer, origin_of, scores_of
-from converter.manifest import DrawnRecord, Manifest, Origin, PromptsRecord
+from converter.manifest import DrawnRecord, Manifest, Origin
 from converter.methods.workbench import Bench
 from converter.models.placement import Forward
 from converter.recipe import SELF, Recipe
@@ -46,6 +46,9 @@ _BATCH = 64
 
 _TOXIC_SCORE = 0.5
 """From which on a scorer is taken to call a text toxic."""
+
+_CUT = "\ufffd"
+"""What a tokenizer makes of a letter that is not whole."""
 
 _VERSION = 1
 """Of the built-in prompts."""
@@ -133,15 +136,11 @@ class _Said:
 
     def pairs(self, words: WordList) -> list[Pair]:
         """Each toxic one with a neutral one, as far as both go."""
-        start = len(self.prompt)
         return [
-            Pair(
-                self.prompt + toxic,
-                self.prompt + neutral,
-                tuple((start + a, start + b) for a, b in words.spans(toxic)),
-                group=self.prompt,
+            Pair(whole, self.prompt + neutral, words.spans(whole), group=self.prompt)
+            for whole, neutral in zip(
+                map(self.prompt.__add__, self.toxic), self.neutral, strict=False
             )
-            for toxic, neutral in zip(self.toxic, self.neutral, strict=False)
         ]
 
 
@@ -180,21 +179,11 @@ def draw_pairs(bench: Bench, seed: int) -> Pairs:
         pairs = [pair for each in said for pair in each.pairs(words)]
     count, toxic = rounds * _SAMPLES * len(said), sum(len(each.toxic) for each in said)
     found = f"{toxic:,} toxic ones among {count:,} continuations of {len(said)} prompts"
-    least = max(recipe.num_pairs or 0, MIN_PAIRS)
-    if len(pairs) < least:
-        raise DataError(
-            f"pairs {SELF}: the model says too little that is toxic",
-            expected=f"at least {least} pairs of a toxic and a neutral continuation",
-            found=f"{len(pairs)} pairs, of {found}"
-            + (f"; {len(listed)} prompts have a listed word and were left out" if listed else ""),
-            hint="give other --self-prompts, a --word-list in their language, a lower --num-pairs, "
-            "or other --pairs",
-        )
+    if len(pairs) < max(recipe.num_pairs or 0, MIN_PAIRS):
+        raise _too_few(recipe, len(pairs), found, len(listed))
     progress.note(f"  {min(len(pairs), wanted)} pairs, of {found}")
     record = DrawnRecord(
-        prompts=PromptsRecord(
-            origin=prompts.origin, sha256=prompts.sha256, count=len(prompts.texts)
-        ),
+        prompts=prompts.record(),
         seed=seed,
         continuations=count,
         toxic=toxic,
@@ -205,6 +194,19 @@ def draw_pairs(bench: Bench, seed: int) -> Pairs:
     return replace(Pairs.of(chosen, Origin(name=SELF), skipped), drawn=record)
 
 
+def _too_few(recipe: Recipe, count: int, found: str, listed: int) -> DataError:
+    """The error of a model whose continuations give ``count`` pairs, which are too few."""
+    return DataError(
+        f"pairs {SELF}: the model says too little that is toxic",
+        expected=f"at least {max(recipe.num_pairs or 0, MIN_PAIRS)} pairs of a toxic and a neutral "
+        "continuation",
+        found=f"{count} pairs, of {found}"
+        + (f"; {listed} prompts have a listed word and were left out" if listed else ""),
+        hint="give other --self-prompts, a --word-list in their language, a lower --num-pairs, or "
+        "other --pairs",
+    )
+
+
 def _sort(
     said: Sequence[_Said],
     drawn: Sequence[Sequence[str]],
@@ -212,9 +214,15 @@ def _sort(
     score: Callable[[list[str]], NDArray[np.float64]] | None,
 ) -> None:
     """Put the continuations of each prompt where they belong. Unreadable ones are left out."""
-    ended = [(place, text.rstrip()) for place, t in zip(said, drawn, strict=True) for text in t]
+    # the last token may be the first bytes of a letter only
+    ended = [
+        (place, text.rstrip(_CUT).rstrip())
+        for place, texts in zip(said, drawn, strict=True)
+        for text in texts
+    ]
     kept = [(place, text) for place, text in ended if text and not NO_TEXT.search(text)]
-    listed = [bool(words.spans(text)) for _, text in kept]
+    # a continuation may go on within a word of the prompt
+    listed = [bool(words.spans(place.prompt + text)) for place, text in kept]
     scores = None if score is None else score([text for _, text in kept])
     toxic = listed if scores is None else list(scores >= _TOXIC_SCORE)
     for (place, text), by_word, by_score in zip(kept, listed, toxic, strict=True):
