@@ -20,10 +20,12 @@ from converter.evaluation.prompts import load_prompts
 from converter.evaluation.self_pairs import load_self_prompts, pairs_of
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe
-from converter.runtime.cache import cache_folder
+from converter.runtime.cache import cache_folder, using_cache
 from tests.builders.errors import refused
 from tests.builders.invoke import invoke
 from tests.builders.planted import CURSES, INSULTS, PLAIN, TOXIC
+
+pytestmark = pytest.mark.usefixtures("cli")  # the cache that tests share
 
 BUILTIN = load_words("builtin")
 FOUND: dict[str, Any] = {"options": {"rank": "1", "protect_shared": "1", "protect_own": "1"}}
@@ -81,17 +83,20 @@ def test_both_sides_go_on_from_one_prompt_and_one_has_listed_words(
     assert record.continuations % (4 * 60) == 0
 
 
-def test_they_are_the_same_for_a_seed_and_kept(planted: Path, prompts: Path) -> None:
-    first = drawn(planted, prompts)
-    bench = bench_of(planted, prompts)
-    assert pairs_of(bench, 0) == first
-    assert not bench.has_run
-    assert drawn(planted, prompts, seed=1).sha256 != first.sha256
-    for path in (cache_folder() / "continuations").iterdir():
-        path.write_text('[["damaged"]]')
-    bench = bench_of(planted, prompts)
-    assert pairs_of(bench, 0) == first
-    assert bench.has_run
+def test_they_are_the_same_for_a_seed_and_kept(
+    planted: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with using_cache(tmp_path):  # whose files are damaged here
+        first = drawn(planted, prompts)
+        bench = bench_of(planted, prompts)
+        assert pairs_of(bench, 0) == first
+        assert not bench.has_run
+        assert drawn(planted, prompts, seed=1).sha256 != first.sha256
+        for path in (cache_folder() / "continuations").iterdir():
+            path.write_text('[["damaged"]]')
+        bench = bench_of(planted, prompts)
+        assert pairs_of(bench, 0) == first
+        assert bench.has_run
 
 
 def test_a_fit_finds_in_them_what_is_planted(planted: Path, prompts: Path) -> None:
