@@ -205,10 +205,12 @@ class PairsRecord(TextRecord, kw_only=True):
     Attributes:
         count: pairs that the fit used.
         skipped: reason -> how many rows of the origin were not usable.
+        drawn: how they were drawn from the model itself; None if they were not.
     """
 
     count: Positive
     skipped: dict[str, int]
+    drawn: "DrawnRecord | None" = None
 
 
 class PartRecord(Record, kw_only=True):
@@ -718,6 +720,24 @@ class PromptsRecord(TextRecord, kw_only=True):
     """
 
     count: Count
+
+
+class DrawnRecord(Record, kw_only=True):
+    """How pairs were drawn from what the model itself says.
+
+    Attributes:
+        prompts: that it continued.
+        seed: of the draw.
+        continuations: that were drawn.
+        toxic: how many of them are.
+        scorer: that had to agree with the word list; None if there was none.
+    """
+
+    prompts: PromptsRecord
+    seed: int
+    continuations: Count
+    toxic: Count
+    scorer: Annotated[ScorerOrigin, NAMED] | None = None
 
 
 class EvaluationSettings(Record, kw_only=True):

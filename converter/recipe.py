@@ -47,10 +47,20 @@ class Recipe(Options):
         flag="-o", metavar="KEY=VALUE", example="rank=4",
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
-        "Pairs of toxic and neutral sentences: builtin (English), a .jsonl, .tsv or .csv file, or "
-        "a Hub dataset id with an optional @revision, or its address.",
+        "Pairs of toxic and neutral sentences: builtin (English), self (drawn from what the model "
+        "itself says), a .jsonl, .tsv or .csv file, or a Hub dataset id with an optional "
+        "@revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
+    self_prompts: Annotated[str, Option(
+        "Prompts that the model continues for --pairs self: builtin (English), a .jsonl or .txt "
+        "file, or a Hub dataset id.",
+        example="prompts.txt", place=True,
+    )] = "builtin"
+    self_scorer: Annotated[str | None, Option(
+        "Scorer that has to agree with the word list about each continuation of --pairs self.",
+        by_default="the word list alone", example="detoxify",
+    )] = None
     instances: Annotated[str, Option(
         "Harmful requests with a safe and an unsafe answer, for methods that defend against them: "
         "builtin (English), a .json or .jsonl file in the format of SafeEdit, or a Hub dataset id "
@@ -59,7 +69,7 @@ class Recipe(Options):
     )] = "builtin"
     num_pairs: Annotated[int | None, Option(
         "Number of pairs to draw, held-out pairs included.",
-        by_default="all usable, at most 2000", example="1000", least=1,
+        by_default="all usable, at most 2000; 400 of self", example="1000", least=1,
     )] = None
     seed: Annotated[int, Option(
         "Seed of every random draw: of the pairs, of their split, of controls.",
@@ -189,7 +199,10 @@ class Settings(Options):
     # fmt: on
 
 
-_WORDS = ("demo", "builtin")
+SELF = "self"
+"""The value of ``pairs`` that has the model itself say them."""
+
+_WORDS = ("demo", "builtin", SELF)
 """Values that stand for something of ours, and never for a path."""
 
 
@@ -280,6 +293,10 @@ class LocalInputs(Options):
     )] = None
     pairs: Annotated[str | None, Option(
         "With --refit: place of the recorded file of pairs.", example="pairs.tsv", place=True,
+    )] = None
+    self_prompts: Annotated[str | None, Option(
+        "With --refit: place of the recorded file of prompts for pairs.", example="prompts.txt",
+        place=True,
     )] = None
     instances: Annotated[str | None, Option(
         "With --refit: place of the recorded file of instances.", example="instances.json",

@@ -28,6 +28,8 @@ OTHER: dict[str, Any] = {
     "method": "profs",
     "options": {"rank": "4", "layers": "10-24", "cost": "1.5", "alpha": "1.50", "bias": "keep"},
     "pairs": 'a "quoted" \\ path.tsv',
+    "self_prompts": "someone/prompts#challenging",
+    "self_scorer": "detoxify:unbiased",
     "instances": "someone/instances@v1",
     "num_pairs": 7,
     "seed": -(1 << 63),
@@ -192,7 +194,7 @@ def test_every_option_of_every_command_is_a_field() -> None:
 
 def test_the_readme_has_the_table_that_the_command_prints(cli: Cli) -> None:
     tables = cli("options").stdout
-    assert "| `--num-pairs 1000` | all usable, at most 2000 | Number of pairs" in tables
+    assert "| `--num-pairs 1000` | all usable, at most 2000; 400 of self | Number of" in tables
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert tables in readme, "put what 'gloss options' prints into README.md"
 

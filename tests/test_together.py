@@ -207,7 +207,7 @@ def test_a_fit_sees_activations_gradients_and_weights_as_they_were_left(
         recipe = tiny_recipe(folder, forward=forward)
         place, plan, _ = prepare(recipe)
         bench = Bench.of(recipe, place, plan, WORDS, "cpu")
-        pairs, prose, _ = load_texts(recipe)
+        pairs, prose = load_texts(bench)
         short = replace(prose, paragraphs=prose.paragraphs[:2])
         bench.part, bench.former = Part(pairs, short), former
         with bench.as_left():

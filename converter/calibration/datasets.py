@@ -245,12 +245,12 @@ def _read_table(lines: Iterable[str | None], kind: str, name: str) -> Iterator[R
         raise DataError(f"pairs file {name} is malformed", found=str(error)) from error
 
 
-_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
 """What no sentence holds: control characters, halves of a pair, and what could not be decoded."""
 
 
 def _row(number: int, toxic: Any, neutral: Any) -> Row:
     texts = isinstance(toxic, str) and isinstance(neutral, str)
-    if not texts or _NO_TEXT.search(toxic + neutral):
+    if not texts or NO_TEXT.search(toxic + neutral):
         return Row(number, problem="unreadable")
     return Row(number, toxic, neutral)

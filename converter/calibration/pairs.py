@@ -21,7 +21,7 @@ from converter.calibration.datasets import (
 )
 from converter.calibration.word_list import WordList, items
 from converter.errors import DataError, OptionError
-from converter.manifest import Origin
+from converter.manifest import DrawnRecord, Origin
 
 MIN_PAIRS = 16
 """Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
@@ -55,13 +55,14 @@ class Pairs:
     """The pairs of one run, in the order they are used.
 
     ``sha256`` is of them as used, spans included; ``skipped``: reason -> the rows, counted from 1,
-    that were not usable.
+    that were not usable. ``drawn`` says how they were drawn from the model, if they were.
     """
 
     pairs: tuple[Pair, ...]
     origin: Origin
     sha256: str
     skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    drawn: DrawnRecord | None = None
 
     @classmethod
     def of(
@@ -122,8 +123,7 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
         described, path = locate(origin, "pairs")
         rows = read_rows(path)
     usable, skipped = _clean(rows, words)
-    if num_pairs is not None and num_pairs < MIN_PAIRS:
-        raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
+    check_num_pairs(num_pairs)
     wanted = min(len(usable), _MAX_PAIRS) if num_pairs is None else num_pairs
     if len(usable) < max(wanted, MIN_PAIRS):
         raise DataError(
@@ -134,6 +134,12 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
         )
     chosen = usable if wanted == len(usable) else draw(usable, wanted, seed)
     return Pairs.of(chosen, described, skipped)
+
+
+def check_num_pairs(num_pairs: int | None) -> None:
+    """Raise OptionError if that many pairs are too few; None is no number."""
+    if num_pairs is not None and num_pairs < MIN_PAIRS:
+        raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
 
 
 _UNLISTED = "without a listed word"

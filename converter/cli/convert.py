@@ -221,6 +221,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
         + (f", in {needed / 1e6:,.1f} MB of disk" if needed != plan["bytes_to_write"] else ""),
         f"forward pass {_forward(plan['forward'])}",
         _continued(plan["continuations"]),
+        *([_self_text(plan["self"])] if plan["self"] else []),
         f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
         f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
     ]
@@ -235,6 +236,17 @@ def _continued(plan: dict[str, Any]) -> str:
     return (
         f"{plan['samples']} continuations of at most {plan['max_new_tokens']} tokens of each of "
         f"{count} prompts ({plan['origin']}), drawn once from the unedited model for the guard"
+    )
+
+
+def _self_text(drawn: dict[str, Any]) -> str:
+    """How pairs will be drawn from the model itself."""
+    count, origin = f"{drawn['prompts']:,}", drawn["prompts_origin"]
+    judges = "the word list" + (f" and {drawn['scorer']}" if drawn["scorer"] else "")
+    return (
+        f"pairs drawn from the model itself: up to {drawn['most_continuations']:,} continuations "
+        f"of {count} prompts ({origin}), until {judges} find{'' if drawn['scorer'] else 's'} "
+        f"{drawn['pairs']:,} pairs"
     )
 
 

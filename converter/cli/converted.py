@@ -25,8 +25,16 @@ if TYPE_CHECKING:
     from converter.entrypoints.replay import Replayed
     from converter.release.recording import Recording
 
-_REFITTING = ("max_angle", "pairs", "instances", "neutral", "word_list", "prompts",
-               "activations")  # fmt: skip
+_REFITTING = (
+    "max_angle",
+    "pairs",
+    "self_prompts",
+    "instances",
+    "neutral",
+    "word_list",
+    "prompts",
+    "activations",
+)
 """Options of a replay that only a refit looks at."""
 
 _Folder = Annotated[

@@ -12,6 +12,7 @@ import torch
 
 from converter.calibration.calibration_models import Training, calibrate, save
 from converter.calibration.split import split
+from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.architectures.library import text_config
 from converter.checkpoints.chat_template import is_template_file
@@ -59,9 +60,9 @@ def write_calibration(
     check_destination(destination, overwrite, inputs_of(recipe, source), plan.nbytes)
     device = choose_device(recipe.device)
     with claimed(destination, overwrite) as claim:
-        pairs, prose, words = load_texts(recipe)
+        bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device)
+        pairs, prose = load_texts(bench)
         part = split(pairs, prose, recipe.seed).fit
-        bench = Bench.of(recipe, source, plan, words, device)
         model = bench.load_resident()
         if text_config(model.module.config) is not model.module.config:
             raise CheckpointError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import structs
 
 from converter.calibration.instances import load_instances
-from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_pairs, load_prose
+from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_prose
 from converter.calibration.word_list import WordList, load_words
 from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.fusing import CODE
@@ -25,6 +25,7 @@ from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
 from converter.evaluation.headline import load_headline_prompts
+from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
@@ -43,7 +44,7 @@ from converter.outputs.checkpoint.additions import (
 from converter.outputs.claim import claimed
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
-from converter.recipe import Recipe, Settings
+from converter.recipe import SELF, Recipe, Settings
 from converter.release.card import make_card, title_of
 from converter.release.licences import terms_of, write_notice
 from converter.release.manifest import (
@@ -87,8 +88,8 @@ def convert(
     engine.workers_for(most, footprint.weights, footprint.rank)  # or it says no now
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, delivery.overwrite) as claim:
-        pairs, prose, words = load_texts(recipe)
-        bench = Bench.of(recipe, source, plan, words, device, settings)
+        bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
+        pairs, prose = load_texts(bench)
         if delivery.evaluation:
             bench.forward.need_resident()
         fitted = fit(bench, method, pairs, prose)
@@ -155,23 +156,27 @@ def _check_changed(written: Written, edit: Edit) -> None:
         )
 
 
-def load_texts(recipe: Recipe) -> tuple[Pairs, Prose, WordList]:
-    """The texts of a fit. Raises DataError or SourceError."""
-    words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
-    pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
+def load_texts(bench: Bench) -> tuple[Pairs, Prose]:
+    """The texts of a fit. Raises as ``pairs_of`` does."""
+    prose, pairs = load_prose(bench.recipe.neutral), pairs_of(bench, bench.recipe.seed)
     if pairs.skipped:
         progress.note(f"  pairs skipped: {describe_skipped(pairs.skipped)}")
-    return pairs, prose, words
+    return pairs, prose
 
 
 def other_texts(
-    manifest: Manifest, recipe: Recipe, pairs: Pairs, prose: Prose, words: WordList
+    manifest: Manifest, recipe: Recipe, pairs: Pairs | None, prose: Prose, words: WordList
 ) -> list[str]:
     """Which texts are not those that a manifest records, by their sha256.
 
-    Raises DataError or SourceError.
+    ``pairs`` are None if the model would have to draw them: then the record of the draw counts.
+    Raises DataError, SourceError or OptionError.
     """
-    found = {"pairs": pairs.sha256, "neutral": prose.sha256, "word_list": words.sha256}
+    found = {"neutral": prose.sha256, "word_list": words.sha256}
+    if pairs is not None:
+        found["pairs"] = pairs.sha256
+    elif not is_same_draw(manifest, recipe):
+        found["pairs"] = ""
     if manifest.instances is not None:
         found["instances"] = load_instances(recipe.instances).sha256
     if manifest.prompts is not None:
@@ -241,6 +246,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
+        check_options(recipe)
         if recipe.activations is not None and SEPARATOR in recipe.method:
             raise OptionError("--activations", expected="a single method", found=recipe.method)
         footprint = footprint_of(method, plan)
@@ -289,6 +295,8 @@ def _warn_of_language(recipe: Recipe, source: Source) -> None:
     english = ("en", "eng", "english", "multilingual", "mul")
     texts = ("pairs", "word_list", "neutral", "prompts")
     given = {name.replace("_", "-"): getattr(recipe, name) for name in texts}
+    if recipe.pairs == SELF:
+        given["self-prompts"] = recipe.self_prompts
     flags = ", ".join(f"--{name}" for name, value in given.items() if value == "builtin")
     known = any(name.lower().replace("_", "-").partition("-")[0] in english for name in languages)
     if flags and languages and not known:
@@ -353,8 +361,8 @@ def _tell_of_others(source: Source) -> None:
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
     texts = (
-        recipe.pairs, recipe.instances, recipe.neutral, recipe.word_list, recipe.activations,
-        recipe.prompts, recipe.prompts.partition("#")[0],
+        recipe.pairs, recipe.self_prompts, recipe.instances, recipe.neutral, recipe.word_list,
+        recipe.activations, recipe.prompts, recipe.prompts.partition("#")[0],
     )  # fmt: skip
     named = [Path(place) for place in texts if place]
     key = [signer.path] if signer else []

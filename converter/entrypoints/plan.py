@@ -14,13 +14,14 @@ from converter.entrypoints.delivery import Delivery
 from converter.evaluation.continuations import Draws
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
+from converter.evaluation.self_pairs import plan_pairs
 from converter.hub.addresses import settled
 from converter.methods.base import Method, footprint_of
 from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
-from converter.recipe import Recipe, Settings, without_folders
+from converter.recipe import SELF, Recipe, Settings, without_folders
 
 
 def describe_plan(
@@ -40,7 +41,7 @@ def describe_plan(
     recipe = settled(recipe)
     source, plan, method, room = prepare_to_write(recipe, destination, settings, delivery)
     words, _ = load_words(recipe.word_list), load_prose(recipe.neutral)
-    if recipe.pairs == "builtin" or not is_dataset(recipe.pairs):
+    if recipe.pairs != SELF and (recipe.pairs == "builtin" or not is_dataset(recipe.pairs)):
         load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     footprint, output = footprint_of(method, plan), output_of(recipe.output)
     changed = {*footprint.patches, *(plan.stale if output.has_shards else ())}
@@ -85,6 +86,7 @@ def describe_plan(
         "device": device,
         "forward": forward.record(),
         "continuations": _continuations(recipe, method, forward.mode),
+        "self": plan_pairs(recipe, forward) if recipe.pairs == SELF else None,
         "expected_peak_bytes": {
             "forward": needed_weights(plan, dtype, forward.mode),
             "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),

@@ -16,6 +16,7 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from converter.calibration.word_list import load_words
 from converter.checkpoints.architectures.find import allow_own_code
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan, read_plan
@@ -239,14 +240,14 @@ def _compare_fit(
         ConverterError: as a conversion would.
     """
     source, plan, method = prepare(recipe)
-    pairs, prose, words = load_texts(recipe)
-    if others := other_texts(recording.manifest, recipe, pairs, prose, words):
+    bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
+    pairs, prose = load_texts(bench)
+    if others := other_texts(recording.manifest, recipe, pairs, prose, bench.words):
         raise VerificationError(
             f"not the texts of the recorded fit, by their sha256: {', '.join(others)}",
             hint="nothing was done; give the recorded ones as "
             + ", ".join("--" + name.replace("_", "-") for name in others),
         )
-    bench = Bench.of(recipe, source, plan, words, device, settings)
     edit = fit(bench, method, pairs, prose).edit
     if output_of(recipe.output).has_shards:
         edit = edit.and_patch(plan.stale)

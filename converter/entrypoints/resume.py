@@ -18,7 +18,7 @@ from converter.outputs.base import output_of
 from converter.outputs.claim import claimed
 from converter.outputs.destination import interrupted
 from converter.outputs.record_checks import check_left_out, place_of
-from converter.recipe import Recipe, Settings
+from converter.recipe import SELF, Recipe, Settings
 from converter.release.licences import fitting_name, terms_of
 from converter.release.manifest import read_manifest
 from converter.release.signing import Signer
@@ -91,7 +91,9 @@ def made_before(destination: Path) -> Manifest | None:
 def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
     """Whether texts, activations, source and its licence are those of a manifest."""
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
-    pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
+    pairs = None
+    if recipe.pairs != SELF:
+        pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     if other_texts(manifest, recipe, pairs, prose, words):
         return False
     seen = manifest.activations.inputs if manifest.activations else {}

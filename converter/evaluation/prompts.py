@@ -40,7 +40,12 @@ class Prompts:
 
 
 def load_prompts(
-    origin: str, num_prompts: int | None, seed: int, *, most: int | None = None
+    origin: str,
+    num_prompts: int | None,
+    seed: int,
+    *,
+    builtin: str = "prompts.txt",
+    most: int | None = None,
 ) -> Prompts:
     """Read, clean and draw prompts. Blank ones are skipped, and so are repetitions.
 
@@ -53,6 +58,7 @@ def load_prompts(
         num_prompts: how many to draw, without replacement and keeping their order; None for all.
         seed: of the draw.
         most: to draw if there are more of them, and no number is given; None for no limit.
+        builtin: the file among our data that ``builtin`` stands for.
 
     Raises:
         OptionError: ``num_prompts`` is not positive.
@@ -61,7 +67,7 @@ def load_prompts(
     """
     if num_prompts is not None and num_prompts < 1:
         raise OptionError("--num-prompts", expected="at least 1", found=str(num_prompts))
-    described, found = _read(origin)
+    described, found = _read(origin, builtin)
     texts = list(dict.fromkeys(text for text in map(str.strip, found) if text))
     wanted = min(len(texts), most or len(texts)) if num_prompts is None else num_prompts
     if len(texts) < max(wanted, 1):
@@ -76,9 +82,9 @@ def load_prompts(
     return Prompts(chosen, described, digest)
 
 
-def _read(origin: str) -> tuple[Origin, Iterator[str]]:
+def _read(origin: str, builtin: str) -> tuple[Origin, Iterator[str]]:
     if origin == "builtin":
-        text = files("converter").joinpath("data/prompts.txt").read_text("utf-8")
+        text = files("converter").joinpath(f"data/{builtin}").read_text("utf-8")
         return Origin(name="builtin", version=_VERSION), iter(text.split("\n"))
     name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
     # a dataset's .txt is more likely its licence

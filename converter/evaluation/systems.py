@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 from converter.calibration.instances import Lesson
-from converter.calibration.pairs import load_pairs, load_prose
+from converter.calibration.pairs import load_prose
 from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
@@ -19,6 +19,7 @@ from converter.errors import GuardError, OptionError
 from converter.evaluation.comparison import Comparison, Spec
 from converter.evaluation.fit import check_instances, fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
+from converter.evaluation.self_pairs import pairs_of
 from converter.manifest import Measured
 from converter.methods.base import Method, Proposal, footprint_of
 from converter.methods.options import configure
@@ -113,7 +114,7 @@ class Fits:
         """
         recipe = self.bench.recipe
         for seed in self.comparison.seeds:
-            pairs = load_pairs(recipe.pairs, self.bench.words, recipe.num_pairs, seed)
+            pairs = pairs_of(self.bench, seed)
             parts = split(pairs, load_prose(recipe.neutral), seed)
             probe = cache(partial(probe_of, self.bench, parts.choose))
             first = reference

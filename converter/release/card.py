@@ -244,6 +244,8 @@ def _data_link(record: TextRecord) -> str:
     if repo_id := origin.repo_id:
         link = f"{_HUB}/datasets/{quote(repo_id)}"
         return f"[{escaped(repo_id)}]({link}) at commit {code(str(origin.commit))}"
+    if isinstance(record, PairsRecord) and (drawn := record.drawn):
+        return f"what the model itself said after {drawn.prompts.count:,} prompts"
     if origin.name == "builtin":
         return f"the {what} built into gloss-convert"
     return f"the file {escaped(origin.title)}"

@@ -33,9 +33,9 @@ _MALFORMED = (
 
 _ASKED = (
     "activations", "base_model", "batch_size", "calibration", "device", "force", "forward",
-    "forward_dtype",
-    "guard_draws", "instances", "mask", "max_perplexity_ratio", "neutral", "num_pairs", "pairs",
-    "prompts", "rounding", "seed", "source", "subfolder", "trust_remote_code", "word_list",
+    "forward_dtype", "guard_draws", "instances", "mask", "max_perplexity_ratio", "neutral",
+    "num_pairs", "pairs", "prompts", "rounding", "seed", "self_prompts", "self_scorer", "source",
+    "subfolder", "trust_remote_code", "word_list",
 )  # fmt: skip
 
 UNCHECKED: Mapping[str, str] = {

@@ -85,6 +85,7 @@ def make_manifest(
             sha256=pairs.sha256,
             count=len(seen.toxic[min(seen.toxic)] if seen else fitted.parts.fit.pairs.pairs),
             skipped={reason: len(rows) for reason, rows in pairs.skipped.items()},
+            drawn=pairs.drawn,
         ),
         neutral=TextRecord(origin=prose.origin, sha256=prose.sha256),
         word_list=TextRecord(origin=words.origin, sha256=words.sha256),

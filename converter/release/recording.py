@@ -14,9 +14,9 @@ from converter.edits.base import Edit
 from converter.edits.edit_file import load_edit_tensors
 from converter.errors import OptionError, VerificationError
 from converter.hub.addresses import looks_like_repo, parse_address
-from converter.manifest import Manifest
+from converter.manifest import Manifest, TextRecord
 from converter.outputs.record_checks import edit_of, place_of, plain_name
-from converter.recipe import LocalInputs, Recipe
+from converter.recipe import SELF, LocalInputs, Recipe
 from converter.release.manifest import environment, read_manifest_bytes
 from converter.runtime.cache import remembered_digest, sha256_of
 from converter.version import __version__
@@ -143,22 +143,26 @@ def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
             f"the recorded fit took its activations from {asked.activations}",
             hint="say where it is with --activations",
         )
+    names = ("pairs", "neutral", "word_list", "instances", "prompts")
+    records: dict[str, TextRecord | None] = {name: getattr(manifest, name) for name in names}
+    if drawn := manifest.pairs.drawn:
+        records["self_prompts"] = drawn.prompts
     found = {}
-    for name in ("pairs", "neutral", "word_list", "instances", "prompts"):
-        if getattr(manifest, name) is None:
+    for name, record in records.items():
+        if record is None:
             continue
-        place, origin = getattr(given, name), getattr(manifest, name).origin
+        place, origin, said = getattr(given, name), record.origin, getattr(asked, name)
         if place is None and origin.repo_id is not None:
-            address, sign, field = getattr(asked, name).partition("#")
+            address, sign, kept = said.partition("#")
             asked_for = parse_address(address, "dataset")
             place = replace(asked_for, repo_id=origin.repo_id, revision=origin.commit).text
-            place += sign + field
-        if place is None and getattr(asked, name) != "builtin":
+            place += sign + kept
+        if place is None and said not in ("builtin", SELF):
             raise OptionError(
-                f"the recorded {name.replace('_', ' ')} was the file {getattr(asked, name)}",
+                f"the recorded {name.replace('_', ' ')} was the file {said}",
                 hint=f"say where it is with --{name.replace('_', '-')}",
             )
-        found[name] = place or "builtin"
+        found[name] = place or said
     return found
 
 

@@ -46,8 +46,9 @@ def plain(source: str, options: dict[str, Any]) -> Took:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from converter.calibration.pairs import load_pairs, load_prose
+    from converter.calibration.word_list import load_words
     from converter.checkpoints.resolve import resolve
-    from converter.entrypoints.convert import load_texts
     from converter.models.batching import Encoder, token_batches
     from converter.models.loading import load_tokenizer
     from converter.recipe import Recipe
@@ -55,7 +56,9 @@ def plain(source: str, options: dict[str, Any]) -> Took:
     folder = resolve(source).folder
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=torch.float32).eval()
-    pairs, prose, _ = load_texts(Recipe(source=source, **options))
+    recipe = Recipe(source=source, **options)
+    words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
+    pairs = load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     sides = [text for pair in pairs.pairs for text in (pair.toxic, pair.neutral)]
     encode = Encoder(load_tokenizer(folder), model)
     sentences = [encode(text, "mean", ()) for text in (*sides, *prose.paragraphs)]

@@ -100,7 +100,8 @@ def manifest() -> dict[str, Any]:
         "tool": {"name": "gloss-convert", "version": "0.0.1"},
         "run": {
             "source": "tiny", "method": "gloss", "options": {}, "pairs": "builtin",
-            "instances": "builtin", "prompts": "builtin",
+            "self_prompts": "builtin", "self_scorer": None, "instances": "builtin",
+            "prompts": "builtin",
             "num_pairs": None, "seed": 0, "neutral": "builtin", "word_list": "builtin",
             "output": "checkpoint", "activations": None, "calibration": None,
             "device": "auto",
