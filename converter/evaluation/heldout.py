@@ -13,7 +13,7 @@ from converter.manifest import Choice, Estimate, Measured, Trial
 from converter.methods.base import Proposal
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
-from converter.models.edited import edited, lowest_layer, module_edits
+from converter.models.edited import edited, lowest_edited
 from converter.models.hooks import Entered
 from converter.models.likelihood import (
     LogProbabilities,
@@ -87,7 +87,7 @@ class Probe:
 
     def measure(self, edit: Edit) -> Measured:
         """Compare an edit with the unedited model, through hooks."""
-        lowest = lowest_layer(self.plan.architecture, module_edits(self.plan, edit))
+        lowest = lowest_edited(self.plan, edit)
         entered = self._entered if self._entered and self._entered.layer <= lowest else None
         with edited(self.model.module, self.plan, edit):
             neutral, toxic = self._run(entered)

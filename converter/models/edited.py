@@ -95,6 +95,11 @@ def lowest_layer(architecture: Architecture, modules: Iterable[str]) -> int:
     return min((int(place[1]) if place else 0 for place in found), default=0)
 
 
+def lowest_edited(plan: Plan, edit: Edit) -> int:
+    """The lowest layer that an edit changes; 0 if that is not known. Raises as ``edited``."""
+    return 0 if fusion_of(plan, edit) else lowest_layer(plan.architecture, module_edits(plan, edit))
+
+
 def modules_of(plan: Plan, footprint: Footprint) -> list[str]:
     """The modules whose outputs change, from the headers; "" stands for one not known."""
     biases = plan.bias_modules() if footprint.created else {}

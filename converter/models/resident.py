@@ -214,7 +214,8 @@ class SecondMoment:
 
     Uncentred; every token counts the same within its group, and every group the same. Memory is
     one (D, D) float32 accumulator per layer, a small part of the model's own; where all batches of
-    a layer come together, one in all.
+    a layer come together, one in all. The mean is taken in float64, in which layers may come in any
+    order: a streamed model with gradients gives the last one first.
     """
 
     def __init__(self) -> None:
@@ -234,7 +235,7 @@ class SecondMoment:
             self.moments[layer].addmm_(rows.T, rows, alpha=1.0 / tokens)
             self._seen[layer] += 1
             if self._seen[layer] == self._batches and len(self.moments) == 1:
-                self._sum = self._sum + _normalised(self.moments.pop(layer))
+                self._sum = self._sum + _normalised(self.moments.pop(layer)).double()
                 self._done += 1
 
         return add
@@ -242,8 +243,10 @@ class SecondMoment:
     def result(self) -> Tensor:
         """M, (D, D) float32 on the CPU, once all groups have been seen."""
         if isinstance(self._sum, Tensor):
-            return (self._sum / self._done).cpu()
-        return torch.stack([_normalised(m) for m in self.moments.values()]).mean(0).cpu()
+            return (self._sum / self._done).float().cpu()
+        total = sum(_normalised(m).double() for m in self.moments.values())
+        assert isinstance(total, Tensor)
+        return (total / len(self.moments)).float().cpu()
 
 
 class ChunkNorms:
