@@ -244,8 +244,8 @@ def _toxic_reasons(
     kinds: Sequence[str],
     where: str = "",
 ) -> Iterator[str]:
-    """What the change of toxic words says against an edit, for each kind of controls; ``where``
-    they stand."""
+    """What the change of toxic words, ``where`` they stand, says against an edit, for each kind of
+    controls."""
     drop = -found.toxic_change.value
     if not drop >= _LEAST_DROP:
         yield (
@@ -263,7 +263,7 @@ def _toxic_reasons(
         error = hypot(found.toxic_change.error, spread, *errors)
         if not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
             yield (
-                f"the log-probability of toxic words falls by {drop:.3f} nats, under {kind} by "
-                f"{mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) "
+                f"the log-probability of toxic words{where} falls by {drop:.3f} nats, under "
+                f"{kind} by {mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) "
                 "more are needed"
             )
