@@ -264,6 +264,6 @@ def _toxic_reasons(
         if not (drop >= _MARGIN * mean and drop - mean >= 2 * error):
             yield (
                 f"the log-probability of toxic words{where} falls by {drop:.3f} nats, under "
-                f"{kind} by {mean:.3f}; {_MARGIN:g} times that and two standard errors ({2 * error:.3f}) "
-                "more are needed"
+                f"{kind} by {mean:.3f}; {_MARGIN:g} times that and two standard errors "
+                f"({2 * error:.3f}) more are needed"
             )
