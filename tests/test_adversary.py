@@ -410,7 +410,7 @@ FORGERS: dict[str, tuple[Callable[[Path], object], bool, bool]] = {
     "a larger effect": (lambda f: claimed(f, energy_removed=0.9), True, True),
     "a smaller change": (lambda f: claimed(f, relative_change=1e-6), True, True),
     "another norm": (lambda f: claimed(f, norm=1e9), True, True),
-    "fewer edits than there were": (fewer_edits, False, True),
+    "fewer edits than there were": (fewer_edits, True, True),
     "a basis that is not orthonormal": (scaled_basis, True, True),
     "an empty basis": (empty_basis, True, True),
     "a weight passed off as scales": (exempted, True, True),

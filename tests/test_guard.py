@@ -268,12 +268,15 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
 def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
     planted: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    """The same rank and the same bytes; weights that bfloat16 would round are refused."""
+    """The same bytes at a given rank; weights that bfloat16 would round are refused.
+
+    Of ranks that do as much, which is chosen may differ: this model has one toxic direction.
+    """
     source = shutil.copytree(planted, tmp_path / "model")
     weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     pairs = ("--pairs", planted.parent / "pairs.jsonl", "-o", "protect_shared=1")
-    given = (*pairs, "-o", "protect_own=1", "--guard-draws", 1)
+    given = (*pairs, "-o", "protect_own=1", "-o", "rank=1", "--guard-draws", 1)
     made = {}
     for name in ("auto", "mixed"):
         cli("convert", source, tmp_path / name, *given, "--forward-dtype", name, code=0)
@@ -283,7 +286,6 @@ def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
     assert {name: each and each.held_out_dtype for name, each in forward.items()} == {
         "auto": None, "mixed": "bfloat16",
     }  # fmt: skip
-    assert len({each.choice.strength for each in made.values()}) == 1
     assert len({each.digests["model.safetensors"] for each in made.values()}) == 1
     one, other = (made[name].guard for name in ("auto", "mixed"))
     assert one

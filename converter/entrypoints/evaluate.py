@@ -76,11 +76,14 @@ def evaluate_model(
 def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
     """Refuse options without a method's name if their method, --method, is not measured.
 
-    Where a control is, they say what it is a control of: then it is a warning.
+    Where a control is, they say what it is a control of: then it is a warning. Where nothing is
+    fitted, they are those of a conversion, whose recipe this is.
 
     Raises OptionError; see ``check_plain``.
     """
     methods = [system.methods for system in comparison.fitted]
+    if not methods:
+        return
     try:
         check_plain(recipe.options, recipe.method, methods)
     except OptionError as error:

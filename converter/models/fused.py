@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicLayer
 
 from converter.checkpoints.fusing import ALIGNMENT, CALIBRATION
 
