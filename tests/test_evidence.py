@@ -211,6 +211,23 @@ def test_what_destein_really_did_is_believed(checkpoints: Checkpoints, tmp_path:
         assert verify(out) == verify(out, resolve(str(source))) == []
 
 
+def test_a_large_scale_on_a_head_that_is_nearly_singular_is_not_checked(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """The rounding of a head that has grown says little of the one before."""
+    source, out = copy_of(checkpoints("llama", torch.bfloat16), tmp_path / "source"), tmp_path / "o"
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "lm_head.weight" in tensors:
+            U, S, V = torch.linalg.svd(tensors["lm_head.weight"].float(), full_matrices=False)
+            flat = (U * S[0] * torch.logspace(0, -2, len(S))) @ V
+            tensors["lm_head.weight"] = flat.bfloat16().contiguous()
+            save_file(tensors, path, {"format": "pt"})
+    options = {**FUSION, "scale": "50"}
+    convert(tiny_recipe(source, num_pairs=64, method="fusion", options=options), out)
+    assert verify(out) == verify(out, resolve(str(source))) == []
+
+
 def test_cosines_near_zero_are_known_to_the_rounding_of_edited_rows(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
