@@ -186,6 +186,58 @@ def test_evidence_that_the_edit_contradicts_is_named(
     assert any(says in problem for problem in problems), problems
 
 
+def silent(source: Path, folder: Path, *parts: str) -> Path:
+    """A copy whose layer 3 writes nothing by some projections, as a block that is put in."""
+    copy_of(source, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if ".3." in name and any(part in name for part in parts):
+                tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def test_what_destein_really_did_is_believed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Bits that float16 has not, and heads that write nothing and get no vector."""
+    half = checkpoints("llama", torch.float16)
+    still = silent(checkpoints("llama"), tmp_path / "still", "o_proj")
+    for source, options in (
+        (half, {"alpha": "0.0001"}),
+        (still, {"alpha": "0.05", "direction": "causal"}),
+    ):
+        out = tmp_path / options["alpha"]
+        convert(tiny_recipe(source, num_pairs=64, method="destein", options=options), out)
+        assert verify(out) == verify(out, resolve(str(source))) == []
+
+
+def test_a_large_scale_on_a_head_that_is_nearly_singular_is_not_checked(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """The rounding of a head that has grown says little of the one before."""
+    source, out = copy_of(checkpoints("llama", torch.bfloat16), tmp_path / "source"), tmp_path / "o"
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "lm_head.weight" in tensors:
+            U, S, V = torch.linalg.svd(tensors["lm_head.weight"].float(), full_matrices=False)
+            flat = (U * S[0] * torch.logspace(0, -2, len(S))) @ V
+            tensors["lm_head.weight"] = flat.bfloat16().contiguous()
+            save_file(tensors, path, {"format": "pt"})
+    options = {**FUSION, "scale": "50"}
+    convert(tiny_recipe(source, num_pairs=64, method="fusion", options=options), out)
+    assert verify(out) == verify(out, resolve(str(source))) == []
+
+
+def test_cosines_near_zero_are_known_to_the_rounding_of_edited_rows(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Half of the rows are chosen, so that the largest cosine of these is next to nothing."""
+    source, out = checkpoints("llama", torch.bfloat16), tmp_path / "out"
+    options = {"count": "143", "scale": "1"}
+    convert(tiny_recipe(source, num_pairs=64, method="model-surgery", options=options), out)
+    assert verify(out) == verify(out, resolve(str(source))) == []
+
+
 def test_a_step_whose_strength_is_not_the_rank_of_its_edit_is_found(
     made: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

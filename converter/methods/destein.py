@@ -155,10 +155,16 @@ class Method:
 
         Raises FitError: the edit is no multiple of these, or they have not the recorded norms.
         """
-        route, steps = self._route(found.plan), found.tensors["steps"].double()
-        written = torch.stack([_written(found.edit, route.biases[n]) for n in self.layers]).double()
+        route, kept = self._route(found.plan), found.tensors["steps"]
+        names, steps = [route.biases[n] for n in self.layers], kept.double()
+        written = torch.stack([_written(found.edit, name) for name in names])
+        again = self._edit(found.plan, dict(zip(self.layers, kept, strict=True)), found.strength)
+        exact = torch.equal(written, torch.stack([_written(again, name) for name in names]))
+        written = written.double()
         alpha = float((written * steps).sum() / steps.square().sum())
-        if not float((written - alpha * steps).norm()) <= _ROUNDED * float(written.norm()):
+        if exact:  # whatever was lost to rounding, as of a small alpha in float16
+            alpha = found.strength
+        elif not float((written - alpha * steps).norm()) <= _ROUNDED * float(written.norm()):
             raise FitError("what is added behind the attention", found="other vectors",
                            expected="a multiple of the recorded ones")  # fmt: skip
         chunks = self._chunks(found.plan.dimensions)
@@ -182,6 +188,7 @@ class Method:
         sizes = parts.norm(dim=1)
         whole = toxic.mean(0).reshape(parts.shape).norm(dim=1)
         tells = sizes > _NOTHING * (norms if self.direction == "paired" else whole)
+        tells &= norms > 0  # heads that write nothing, as in blocks put in to be trained
         scales = torch.where(tells, norms / torch.where(tells, sizes, 1.0), 0.0)
         numbers = {
             "z_norm": float(z.norm()),

@@ -156,8 +156,9 @@ class Method:
             implied["singular_values"] = S.tolist()
             X, noise = _solved(read(weight), delta.B) if read else (delta.B, inf)
             lengths = X.norm(dim=0)
-            if noise < _NOISY * float(lengths.mean()):
-                implied["scale"] = float(lengths.mean())
+            c = float(lengths.mean())
+            if noise < _NOISY * min(c, 1 / (1 + c * float(S[0]))):  # W' may be larger than W
+                implied["scale"] = c
                 if not float((lengths / lengths.mean() - 1).abs().max()) <= _NOISY:
                     raise FitError("the change of the head", expected="columns of one scale",
                                    found="columns of several")  # fmt: skip

@@ -182,6 +182,9 @@ class ModelSurgery:
     def implied(self, found: Recorded) -> dict[str, Any]:
         """The length of what is added, and where weights are at hand which rows it is added to.
 
+        Without the source, rows are the edited ones less what was added, and rounding leaves of a
+        cosine an error in proportion to their length over sqrt(D): near 0 that is no small share.
+
         Raises FitError: it is not along the recorded probe, or other rows are changed than those
         that the options choose.
         """
@@ -211,10 +214,12 @@ class ModelSurgery:
         if found.weight is not None and not any(gate.scales for gate in gates):  # 8 bits are few
             cosines, sizes = compare(found.weight, gates, v)
             median = float(sizes.median())
-            largest = float(cosines[chosen].max())
-            implied |= {"median_row": median, "largest_cosine": largest}
+            noise = _ROUNDED * (1 + float(lengths.mean()) / median) / len(v) ** 0.5
+            largest, told = float(cosines[chosen].max()), found.evidence["largest_cosine"]
+            known = told if abs(largest - told) <= noise else largest
+            implied |= {"median_row": median, "largest_cosine": known}
             least = float(cosines.sort().values[wanted - 1])
-            if self.rows == "cosine" and not largest <= least + _ROUNDED * abs(least):
+            if self.rows == "cosine" and not largest <= least + max(noise, _ROUNDED * abs(least)):
                 raise FitError("the rows that are changed", found="others",
                                expected="those that point away from the probe")  # fmt: skip
         if len(chosen) != wanted or (
