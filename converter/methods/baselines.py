@@ -159,9 +159,8 @@ class RandomSubspace(Removal):
     def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
         rows = found.tensors["candidates"]
         check_basis(found, dict.fromkeys(self.layers, rows))
-        if not self.protect_shared and not torch.equal(
-            rows, random_basis(rows.shape[1], len(rows), self.draw, rows[:0].T.double()).T
-        ):
+        drawn = random_basis(rows.shape[1], len(rows), self.draw, rows[:0].T.double()).T
+        if not self.protect_shared and not torch.allclose(rows, drawn, atol=1e-5):
             raise FitError("the basis is not the one that is drawn with the seed", found="another")
         same = {"layer": self.layers[0], "kind": "random", "kept": True, "score": 0.0}
         return {"candidates": indexed(told, **same)}
