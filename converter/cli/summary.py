@@ -4,6 +4,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from converter.evaluation.results import around
 from converter.manifest import Estimate, ForwardRecord, GuardRecord, Manifest
 from converter.runtime import progress
 
@@ -37,6 +38,7 @@ def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "tensors_edited": len(manifest.edited),
         "tensors_created": len(manifest.edit.created),
         "files_changed": [*manifest.edit.patches, *manifest.edit.files],
+        "headline": _headline_data(manifest.guard),
         "guard": manifest.guard,
         "choice": manifest.choice,
         "evaluation": manifest.evaluation,
@@ -130,20 +132,41 @@ def _effect(guard: GuardRecord | None, what: str) -> str:
         values: list[float] = [getattr(control, name).value for control in controls]
         return sum(values) / len(values)
 
-    ratio, words, beside = edit.perplexity_ratio, edit.teacher_forced, ""
+    ratio, words = edit.perplexity_ratio, edit.teacher_forced
+    lines = [
+        f"  perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} "
+        f"held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} "
+        f"(controls: x {mean('perplexity_ratio'):.4f})"
+    ]
+    if guard.words is not edit or guard.defence is not None:  # or the headline has said it
+        lines.append(
+            f"  pairs' kind   toxic words x {words.value:.3f} +- {words.error:.3f} as probable, "
+            f"{guard.toxic_words} held-out words (controls: x {mean('teacher_forced'):.3f})"
+        )
     if (context := edit.context_ratio) is not None:
-        beside = (
-            f"\n                words beside them: perplexity x {context.value:.4f} +- "
+        label = " " * 14 if len(lines) > 1 else "  pairs' kind "
+        lines.append(
+            f"{label}  words beside them: perplexity x {context.value:.4f} +- "
             f"{context.error:.4f}, {guard.context_tokens:,} tokens "
             f"(controls: x {mean('context_ratio'):.4f})"
         )
-    return f"""\
-  perplexity    {before:.2f} -> {before * ratio.value:.2f} on {guard.neutral_tokens:,} \
-held-out neutral tokens: x {ratio.value:.4f} +- {ratio.error:.4f} \
-(controls: x {mean("perplexity_ratio"):.4f})
-  pairs' kind   toxic words x {words.value:.3f} +- {words.error:.3f} as probable, \
-{guard.toxic_words} held-out words (controls: x {mean("teacher_forced"):.3f})\
-{beside}{_refusals(guard)}"""
+    return "\n".join(lines) + _refusals(guard)
+
+
+def _headline_data(guard: GuardRecord | None) -> dict[str, Any] | None:
+    """The headline as data, with an interval of 95 %; None where none is told."""
+    if guard is None or guard.defence is not None:
+        return None
+    told, words = guard.headline, guard.words
+    controls = [each.teacher_forced.value for each in guard.control_words]
+    own = told is not None and told.words is not None
+    return {
+        "toxic_words": around(words.teacher_forced),
+        "controls": sum(controls) / len(controls),
+        "words": told.toxic_words if told is not None and own else guard.toxic_words,
+        "pairs_kind_only": not own,
+        "fallback": guard.fallback,
+    }
 
 
 def _headline(guard: GuardRecord | None) -> str:
@@ -158,9 +181,10 @@ def _headline(guard: GuardRecord | None) -> str:
     control = f"(controls: x {sum(controls) / len(controls):.3f})"
     if told is None or told.words is None:
         lines = [
-            f"  toxic words   {_within(words.teacher_forced)} as probable {control}, "
-            "in text of the pairs' own kind only; elsewhere",
-            f"                the effect is smaller and was not measured: {guard.fallback}",
+            f"  toxic words   {_within(words.teacher_forced)} as probable {control}: "
+            f"{guard.toxic_words} held-out words",
+            "                of the pairs' own kind only; elsewhere the effect is mostly smaller, "
+            f"and was not measured: {guard.fallback}",
         ]
     else:
         lines = [
@@ -188,8 +212,6 @@ def _headline(guard: GuardRecord | None) -> str:
 
 def _within(estimate: Estimate) -> str:
     """A ratio and its interval of 95 %."""
-    from converter.evaluation.results import around
-
     found = around(estimate)
     return f"x {estimate.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found else "")
 
