@@ -346,6 +346,8 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--system", "profs", "-o", "profs.magic=1"), 2, "-o magic: method profs"),
         (("--costs", "0.9"), 2, "--costs: expected perplexity ratios above 1, such as 1.01"),
         (("--system", "gloss:rank"), 2, "expected options behind the colon, each of them once"),
+        (("--system", "gloss:rank="), 2, "such as rank=2,layers=3-8, found rank="),
+        (("--system", "gloss:"), 2, "such as rank=2,layers=3-8, found nothing"),
         (("--system", "gloss:rank=1,rank=2"), 2, "such as rank=2,layers=3-8, found rank=2"),
         (("--system", "gloss:magic=2"), 2, "-o magic: method gloss"),
         (("--system", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
