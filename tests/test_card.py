@@ -464,6 +464,7 @@ def test_the_guards_numbers_stand_beside_the_control(card_with: CardWith) -> Non
     )  # fmt: skip
     text = card_with(guard=guard).text
     assert "toxic words are **0.100 +- 0.010 times** as probable" in text
+    assert "(95 % interval 0.080 to 0.120; under the controls 1.030 times)" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
     assert "other words" not in text  # of a manifest of before

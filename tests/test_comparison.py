@@ -108,6 +108,8 @@ def test_systems_are_compared_at_equal_cost(
     found = cli("evaluate", planted, *args, code=0)
     results = convert(json.loads(found.stdout), Evaluation)
     assert results.settings.costs == (1.02, 1.3)
+    assert found.stderr.count("so --costs does not apply to it") == 1
+    assert "--system gloss:rank=1: its strength is given by its options" in found.stderr
     measured = systems_of(results.systems)
     assert list(measured) == [
         "gloss", "gloss, its control", "destein", "destein, its control", "random",
@@ -344,10 +346,13 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--system", "profs", "-o", "profs.magic=1"), 2, "-o magic: method profs"),
         (("--costs", "0.9"), 2, "--costs: expected perplexity ratios above 1, such as 1.01"),
         (("--system", "gloss:rank"), 2, "expected options behind the colon, each of them once"),
+        (("--system", "gloss:rank="), 2, "such as rank=2,layers=3-8, found rank="),
+        (("--system", "gloss:"), 2, "such as rank=2,layers=3-8, found nothing"),
         (("--system", "gloss:rank=1,rank=2"), 2, "such as rank=2,layers=3-8, found rank=2"),
         (("--system", "gloss:magic=2"), 2, "-o magic: method gloss"),
         (("--system", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
+        (("--costs", "1.02,,1.05"), 2, "--costs: expected numbers such as 1.01,1.02,1.05, found"),
         (("--costs", "x"), 2, "--costs: expected numbers such as 1.01,1.02,1.05, found x"),
         (("--scorer", "magic"), 2, "--scorer"),
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),

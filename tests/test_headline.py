@@ -11,6 +11,7 @@ from msgspec import structs
 from converter.calibration.pairs import load_pairs
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import CARD
+from converter.cli.summary import result_data
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.plan import describe_plan
 from converter.errors import GateError, OptionError
@@ -138,8 +139,13 @@ def test_too_few_toxic_words_are_said_and_the_pairs_kind_judges(
     assert guard.fallback is not None
     assert guard.words == guard.edit
     assert manifest.gates[0].measured == 1 - guard.edit.teacher_forced.value
-    assert "and 30 after 10 are needed" in guard.fallback
-    assert "of the pairs' own kind only" in told.stdout.splitlines()[1]
+    assert "at least 30 words after at least 10 prompts are needed" in guard.fallback
+    assert "of the pairs' own kind only" in told.stdout.splitlines()[2]
+    # every number is printed once, the headline's with its interval
+    value = guard.edit.teacher_forced.value
+    assert told.stdout.splitlines()[1].startswith(f"  toxic words   x {value:.3f} [")
+    assert told.stdout.count(f"x {value:.3f}") == 1
+    assert told.stdout.count(f"{guard.toxic_words} held-out words") == 1
     assert f"warning: {OF_THE_PAIRS}" in told.stderr
     assert "**of the kind that it was fitted to**" in (tmp_path / "out" / CARD).read_text()
 
@@ -157,6 +163,8 @@ def test_what_is_streamed_or_not_to_be_continued_says_so(
         assert manifest.guard is not None
         assert (manifest.guard.headline, manifest.guard.fallback) == (None, why)
         assert manifest.prompts is None
+        assert told.stdout.count("toxic words   x") == 1
+        assert "pairs' kind   words beside them: perplexity x" in told.stdout
         assert f"{OF_THE_PAIRS}: {why}" in told.stderr
         card = (tmp_path / "out" / CARD).read_text()
         assert "**not measured outside the pairs' own kind**" in card
@@ -297,6 +305,20 @@ def test_a_gate_is_judged_by_the_headline() -> None:
         Gates(min_toxicity_drop=0.4).check_effect(guard, None)
     (gate,) = Gates(max_informal_perplexity_ratio=1.1).check_effect(guard, None)
     assert gate.measured == 1.0
+
+
+def test_terminal_and_json_tell_the_same_headline() -> None:
+    """Of the model's own continuations if it is judged by these, and else of the pairs' kind."""
+    for manifest, own in ((with_headline(), True), (with_headline(headline=None), False)):
+        guard = manifest.guard
+        assert guard is not None
+        value = 0.7 if own else guard.edit.teacher_forced.value
+        found = result_data(manifest, Path("out"))["headline"]
+        assert found["toxic_words"].value == value
+        assert found["pairs_kind_only"] is not own
+        assert found["words"] == (99 if own else guard.toxic_words)
+    unguarded = structs.replace(with_headline(), guard=None)
+    assert result_data(unguarded, Path("out"))["headline"] is None
 
 
 def test_a_headline_that_contradicts_itself_is_found() -> None:

@@ -12,9 +12,10 @@ from converter.calibration.split import split
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import MANIFEST
 from converter.edits.deltas import RemoveSubspace
-from converter.entrypoints.convert import prepare
+from converter.entrypoints.convert import convert, inputs_of, prepare
 from converter.entrypoints.plan import describe_plan
 from converter.errors import DataError, OptionError
+from converter.evaluation import self_pairs
 from converter.evaluation.fit import fit_steps
 from converter.evaluation.prompts import load_prompts
 from converter.evaluation.self_pairs import load_self_prompts, pairs_of
@@ -163,6 +164,13 @@ def test_what_cannot_be_drawn_is_refused(planted: Path, prompts: Path, tmp_path:
     for option in options:
         with refused(OptionError, expected="--pairs self", found="--pairs builtin"):
             prepare(Recipe(source=str(planted), **option))
+    missing = Recipe(source=str(planted), pairs="self", prompts=str(tmp_path / "no.txt"))
+    with pytest.MonkeyPatch.context() as patch, refused(DataError, what="... does not exist"):
+        patch.setattr(self_pairs, "draw_pairs", None)  # the prompts are read before that
+        convert(missing, tmp_path / "out")
+    with_field = Recipe(source="demo", pairs="self", self_prompts=f"{listed}#hard")
+    source, _, _ = prepare(Recipe(source=str(planted)))
+    assert listed in inputs_of(with_field, source)  # a file that no output may replace
     with refused(OptionError, what="--num-pairs", expected="at least 16", found="3"):
         describe_plan(Recipe(source=str(planted), pairs="self", num_pairs=3))
 

@@ -82,6 +82,8 @@ def locate(
         SourceError: the Hub cannot be read.
     """
     path = Path(origin)
+    if not origin:
+        raise DataError(what, expected="a file or a Hub dataset id", found="no name")
     if path.is_dir():
         hint = "give a file in it"
         if looks_like_repo(origin):

@@ -106,7 +106,7 @@ def evaluate_command(
 
 def _numbers(text: str) -> Sequence[float]:
     try:
-        return sorted({float(part) for part in text.split(",") if part.strip()})
+        return sorted({float(part) for part in text.split(",")}) if text else []
     except ValueError as error:
         expected = "numbers such as 1.01,1.02,1.05"
         raise OptionError("--costs", expected=expected, found=text) from error

@@ -24,7 +24,7 @@ from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
-from converter.evaluation.headline import load_headline_prompts
+from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
@@ -89,6 +89,8 @@ def convert(
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, delivery.overwrite) as claim:
         bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
+        if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
+            load_headline_prompts(recipe)  # or it says no before the model draws pairs
         pairs, prose = load_texts(bench)
         if delivery.evaluation:
             bench.forward.need_resident()
@@ -361,8 +363,9 @@ def _tell_of_others(source: Source) -> None:
 def inputs_of(recipe: Recipe, source: Source, signer: Signer | None = None) -> list[Path]:
     """Every local file that a run reads."""
     texts = (
-        recipe.pairs, recipe.self_prompts, recipe.instances, recipe.neutral, recipe.word_list,
-        recipe.activations, recipe.prompts, recipe.prompts.partition("#")[0],
+        recipe.pairs, recipe.instances, recipe.neutral, recipe.word_list, recipe.activations,
+        *(place for name in (recipe.prompts, recipe.self_prompts)
+          for place in (name, name.partition("#")[0])),
     )  # fmt: skip
     named = [Path(place) for place in texts if place]
     key = [signer.path] if signer else []

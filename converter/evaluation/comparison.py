@@ -110,11 +110,11 @@ def _parse(text: str) -> Spec:
         )
     options = dict[str, str]()
     for typed in re.split(r",(?=[^,=]*=)", tail) if colon else ():  # a value may be 3,5-8
-        key, equals, value = typed.partition("=")
-        if not (key and equals) or key in options:
+        key, _, value = typed.partition("=")
+        if not (key and value) or key in options:
             raise OptionError(
                 f"--system {text}", expected="options behind the colon, each of them once, such as "
-                "rank=2,layers=3-8", found=typed,
+                "rank=2,layers=3-8", found=typed or "nothing",
             )  # fmt: skip
         options[key] = value
     return Spec(text, methods, options, matches=methods != head)

@@ -147,8 +147,8 @@ class Headline:
         if self._toxic < _LEAST_WORDS or self._after < _LEAST_PROMPTS:
             self.fallback = (
                 f"the model's own continuations of {self._prompts} prompts have {self._toxic} "
-                f"toxic words, after {self._after} of them, and {_LEAST_WORDS} after "
-                f"{_LEAST_PROMPTS} are needed"
+                f"toxic words, after {self._after} of the prompts; at least {_LEAST_WORDS} words "
+                f"after at least {_LEAST_PROMPTS} prompts are needed"
             )
 
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:

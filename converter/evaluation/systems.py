@@ -201,6 +201,11 @@ class Fits:
         def nearest(ratio: float) -> float:
             return nearest_strength(measured, proposal.strengths, ratio)
 
+        if self.comparison.costs and not (proposal.is_free or is_random or spec.matches):
+            progress.warn(
+                f"--system {spec.name}: its strength is given by its options, so --costs does not "
+                "apply to it"
+            )
         if spec.matches:
             if wanted is None:
                 raise OptionError(

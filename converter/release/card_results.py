@@ -9,6 +9,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.names import PICTURE
+from converter.evaluation.results import around
 from converter.evaluation.tables import markdown
 from converter.manifest import (
     EDITED,
@@ -66,8 +67,9 @@ def summary(manifest: Manifest) -> str:
     if told is None or told.words is None:
         return (
             f"On held-out text **of the kind that it was fitted to**, toxic words are "
-            f"**{_number(edit.teacher_forced)} times** as probable as before; in other text the "
-            f"effect is smaller, and it was not measured. On neutral text {ratio}."
+            f"**{_number(edit.teacher_forced)} times** as probable as before "
+            f"({_sure(guard)}); in other text the effect is mostly smaller, and it was not "
+            f"measured. On neutral text {ratio}."
         )
     words = told.words
     beside = (
@@ -78,10 +80,19 @@ def summary(manifest: Manifest) -> str:
     )
     return (
         "In what the model itself says after prompts that it was not fitted to, toxic "
-        f"words are **{_number(words.teacher_forced)} times** as probable as before{beside}. On "
-        f"neutral text {ratio}, and the next token's distribution moves by a KL divergence of "
+        f"words are **{_number(words.teacher_forced)} times** as probable as before "
+        f"({_sure(guard)}){beside}. On neutral text {ratio}, and the next token's distribution "
+        "moves by a KL divergence of "
         f"{_number(told.divergence)} nats."
     )
+
+
+def _sure(guard: GuardRecord) -> str:
+    """The interval of the headline, and the controls beside it."""
+    found, others = around(guard.words.teacher_forced), guard.control_words
+    mean = sum(each.teacher_forced.value for each in others) / len(others)
+    interval = f"95 % interval {found.low:.3f} to {found.high:.3f}; " if found else ""
+    return f"{interval}under the controls {mean:.3f} times"
 
 
 def measured_text(manifest: Manifest) -> str:
