@@ -239,6 +239,9 @@ def test_options_of_systems_beside_a_conversion_are_theirs_alone(
     more = ("-o", "random.draw=3", "-o", "random.protect_shared=2")
     cli(*args, *more, code=2, says="-o random.draw: method gloss-paper")
     cli(*args, *asked, "-o", "profs.rank=1", code=2, says="an option of gloss_paper or random")
+    for system, says in (("profs:rank=x", "-o rank"), ("profs:magic=1", "-o magic: method profs")):
+        found = cli(*args, *asked, "--system", system, code=2, says=says)
+        assert "fitting" not in found.stderr
     cli(*args, *asked, *more, code=0)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["run"]["options"] == TINY

@@ -91,11 +91,12 @@ def convert(
         bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
         if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
             load_headline_prompts(recipe)  # or it says no before the model draws pairs
-        pairs, prose = load_texts(bench)
         if delivery.evaluation:
             bench.forward.need_resident()
+        measure = delivery.evaluation(bench) if delivery.evaluation else None
+        pairs, prose = load_texts(bench)
         fitted = fit(bench, method, pairs, prose)
-        results = delivery.evaluation(bench, fitted, method) if delivery.evaluation else None
+        results = measure(fitted, method) if measure else None
         bench.unload()
         passed = delivery.gates.check_effect(fitted.guard, results)
         footprint.check(fitted.edit)

@@ -18,7 +18,7 @@ from converter.outputs.destination import check_folder
 from converter.release.signing import Signer
 from converter.runtime import progress
 
-Evaluate = Callable[[Bench, Fitted, Method], Evaluation]
+Evaluate = Callable[[Bench], Callable[[Fitted, Method], Evaluation]]
 """Measures an edit before it is written; the results."""
 
 Pictures = Callable[[Manifest, Path], list[Path]]

@@ -19,7 +19,7 @@ from converter.evaluation.fit import Fitted
 from converter.evaluation.measure import load_battery, load_whole
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.refusals import recorded_lesson
-from converter.evaluation.systems import CONTROLS, System, edited_layers
+from converter.evaluation.systems import CONTROLS, Fits, System, edited_layers
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation, Manifest
 from converter.methods.base import Method
@@ -167,7 +167,8 @@ def evaluation_of(
 ) -> Evaluate:
     """What a conversion that evaluates does between the fit and the writing.
 
-    What is named is loaded now, so that whatever is missing is missed at once.
+    What is named is loaded now, so that whatever is missing is missed at once, and systems that
+    could not be fitted are refused when it is given the bench, before its model is loaded.
 
     Args:
         recipe: of the conversion, whose options may also be of the systems; see ``own_recipe``.
@@ -176,13 +177,19 @@ def evaluation_of(
     device = choose_device(recipe.device)
     battery = load_battery(asked, recipe.prompts, device, recipe.seed, settings.attention)
 
-    def run(bench: Bench, fitted: Fitted, method: Method) -> Evaluation:
-        bench = replace(bench, recipe=replace(bench.recipe, options=options))
-        seed, strength = bench.recipe.seed, fitted.choice.strength
-        comparison = Comparison(names, [seed])
-        layers, bias = edited_layers(method, bench.plan, fitted.edit)
-        lesson = fitted.proposal.lesson
-        edit = System(EDITED, seed, strength, fitted.edit, None, layers, bias, lesson=lesson)
-        return evaluate(bench, battery, comparison, [edit, *_others(comparison, bench)])
+    comparison = Comparison(names, [recipe.seed])
 
-    return run
+    def prepared(bench: Bench) -> Callable[[Fitted, Method], Evaluation]:
+        def run(fitted: Fitted, method: Method) -> Evaluation:
+            own = replace(bench, recipe=replace(bench.recipe, options=options))
+            strength, lesson = fitted.choice.strength, fitted.proposal.lesson
+            layers, bias = edited_layers(method, bench.plan, fitted.edit)
+            edit = System(
+                EDITED, recipe.seed, strength, fitted.edit, None, layers, bias, lesson=lesson
+            )
+            return evaluate(own, battery, comparison, [edit, *_others(comparison, own)])
+
+        Fits(replace(bench, recipe=replace(bench.recipe, options=options)), comparison).check(None)
+        return run
+
+    return prepared
