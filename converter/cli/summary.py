@@ -4,7 +4,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from converter.evaluation.results import around
 from converter.manifest import Estimate, ForwardRecord, GuardRecord, Manifest
 from converter.runtime import progress
 
@@ -155,6 +154,8 @@ def _effect(guard: GuardRecord | None, what: str) -> str:
 
 def _headline_data(guard: GuardRecord | None) -> dict[str, Any] | None:
     """The headline as data, with an interval of 95 %; None where none is told."""
+    from converter.evaluation.results import around  # it needs numpy
+
     if guard is None or guard.defence is not None:
         return None
     told, words = guard.headline, guard.words
@@ -212,6 +213,8 @@ def _headline(guard: GuardRecord | None) -> str:
 
 def _within(estimate: Estimate) -> str:
     """A ratio and its interval of 95 %."""
+    from converter.evaluation.results import around  # it needs numpy
+
     found = around(estimate)
     return f"x {estimate.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if found else "")
 
