@@ -109,12 +109,7 @@ def examine(
         *(proposal.control(strength, seed + draw) for draw in range(draws)),
     ]
     found, *controls = map(measured, edits)
-    compared = {name: probe.measure(make(strength)) for name, make in proposal.compared.items()}
-    for name, each in {"the edit": found, **compared}.items() if compared else ():
-        progress.note(
-            f"  {name}: toxic words x {each.teacher_forced.value:.3f}, perplexity "
-            f"x {each.perplexity_ratio.value:.3f}"
-        )
+    compared = _compared(probe, proposal, strength, found)
     told = headline.measure(edits) if isinstance(headline, Headline) else None
     fallback = headline.fallback if isinstance(headline, Headline) else headline
     energy = proposal.neutral_energy(strength)
@@ -161,6 +156,19 @@ def examine(
         headline=told,
         fallback=fallback,
     )
+
+
+def _compared(
+    probe: Probe, proposal: Proposal, strength: float, found: Measured
+) -> dict[str, Measured]:
+    """What the other edits do that the method names, told beside what the edit does."""
+    compared = {name: probe.measure(make(strength)) for name, make in proposal.compared.items()}
+    for name, each in {"the edit": found, **compared}.items() if compared else ():
+        progress.note(
+            f"  {name}: toxic words x {each.teacher_forced.value:.3f}, perplexity "
+            f"x {each.perplexity_ratio.value:.3f}"
+        )
+    return compared
 
 
 def _warn_of_little(

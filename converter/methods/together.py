@@ -212,7 +212,7 @@ def check_plain(options: Collection[str], method: str, measured: Sequence[str]) 
     Args:
         options: as typed.
         method: whose they are.
-        measured: the methods of the systems that are fitted.
+        measured: the methods of the systems that are fitted, one at least.
 
     Raises:
         OptionError: naming one of them.
@@ -222,8 +222,7 @@ def check_plain(options: Collection[str], method: str, measured: Sequence[str]) 
         names = dict.fromkeys(part for each in measured for part in each.split(SEPARATOR))
         raise OptionError(
             f"-o {plain[0]}", found=f"an option of --method {method}, which is not measured",
-            expected=" or ".join(f"-o {_plain(name)}.{plain[0]}" for name in names)
-            or "a --system that is a method",
+            expected=" or ".join(f"-o {_plain(name)}.{plain[0]}" for name in names),
         )  # fmt: skip
 
 
