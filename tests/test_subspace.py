@@ -503,8 +503,8 @@ def test_layer_lists_are_read() -> None:
     ("options", "what", "expected"),
     [
         ({"rnak": "4"}, "-o rnak: method gloss-paper", "rank, layers, ..."),
-        ({"rank": "four"}, "-o rank", "a whole number"),
-        ({"rank": "0"}, "-o rank", "at least 1"),
+        ({"rank": "four"}, "-o rank", "a whole number of 64 bits"),
+        ({"rank": "0"}, "-o rank", "1 to 32, the hidden size, or auto"),
         ({"alpha": "x"}, "-o alpha", "a number"),
         ({"alpha": "-inf"}, "-o alpha", "a number"),
         ({"site": "attention"}, "-o site", "ffn or residual"),
