@@ -30,9 +30,9 @@ def options_of_methods() -> list[tuple[str, str, Any]]:
     ]
 
 
-def numbers() -> list[tuple[str, str, type]]:
+def numbers() -> list[tuple[str, str, Any]]:
     """Those whose values are numbers, and of which type."""
-    found = []
+    found: list[tuple[str, str, Any]] = []
     for name, key, hint in options_of_methods():
         found += [(name, key, kind) for kind in (int, float) if hint in (kind, kind | None)]
     return found
@@ -63,11 +63,11 @@ def test_a_value_is_accepted_or_refused_by_the_name_of_its_option(
             accepted(name, key, text, *llama)
         except OptionError as error:
             refusals[text] = error
-    for text, error in refusals.items():
-        assert error.what.startswith(f"-o {key}") or f" and -o {key}" in error.what, error
-        assert error.expected, error
-        assert error.found is not None, error
-        assert text in error.found, error
+    for text, refusal in refusals.items():
+        assert refusal.what.startswith(f"-o {key}") or f" and -o {key}" in refusal.what
+        assert refusal.expected, text
+        assert refusal.found is not None, text
+        assert text in refusal.found
     if hint is not str and key != "suffix":
         assert refusals.keys() >= {"", "text", "nan", "inf", "-inf", "1e400", "0x10", *HUGE}
 

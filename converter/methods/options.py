@@ -109,7 +109,7 @@ def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
         if not known and kind not in (int, float):
             raise TypeError(kind)
         try:
-            value = kind(text) if not known else inf
+            value: Any = inf if known else kind(text)
             if isfinite(value) and not (kind is int and value.bit_length() > _BITS):
                 return value
         except (ValueError, OverflowError):
