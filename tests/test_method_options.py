@@ -102,7 +102,7 @@ def test_a_number_far_out_of_range_is_refused_from_the_headers(
         ("gloss", {"protect_shared": "32"}, "-o rank and -o protect_shared", "at most 32 ..."),
         ("gloss", {"protect_own": "28"}, "-o per_layer and -o protect_own", "at most 31 ..."),
         ("gloss", {"per_layer": "17"}, "-o per_layer and -o protect_shared", "at most 32 ..."),
-        ("gloss", {"top_tokens": "401"}, "-o top_tokens", "1 to 400, the tokens of the model"),
+        ("gloss", {"top_tokens": "1001"}, "-o top_tokens", "1 to 1,000"),
         ("gloss", {"layers": "4-6"}, "-o layers", "layers from 0 to 5"),
         (
             "gloss-paper",

@@ -337,11 +337,10 @@ def test_massive_activations_are_taken_unless_one_of_two_protections_spares_them
 
 def test_protection_that_leaves_nothing_is_an_error() -> None:
     for name in ("gloss", "gloss-paper"):
-        for count in (D, 10**9):
-            with refused(
-                FitError, what="... leaves nothing of what tells the two sides apart in layer ..."
-            ):
-                fit(name, with_moments(planted()), protect_shared=count)
+        with refused(
+            FitError, what="... leaves nothing of what tells the two sides apart in layer ..."
+        ):
+            fit(name, with_moments(planted()), protect_shared=D)
 
 
 def test_no_basis_touches_what_is_protected() -> None:
@@ -504,7 +503,7 @@ def test_layer_lists_are_read() -> None:
     [
         ({"rnak": "4"}, "-o rnak: method gloss-paper", "rank, layers, ..."),
         ({"rank": "four"}, "-o rank", "a whole number of 64 bits"),
-        ({"rank": "0"}, "-o rank", "1 to 32, the hidden size, or auto"),
+        ({"rank": "0"}, "-o rank", "1 to 48, the hidden size, or auto"),
         ({"alpha": "x"}, "-o alpha", "a number"),
         ({"alpha": "-inf"}, "-o alpha", "a number"),
         ({"site": "attention"}, "-o site", "ffn or residual"),

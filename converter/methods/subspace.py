@@ -94,7 +94,7 @@ class Removal:
         rank: R, dimensions removed; by default the most effective number within the perplexity
             budget.
         layers: fitted and, unless ``edited`` says otherwise, edited.
-        top_tokens: decoded for each direction, for the manifest.
+        top_tokens: decoded for each direction, for the manifest; no more of them than there are.
         factors: how much of the subspace is taken out of each layer; all of it by default.
         bias: ``project`` also edits the bias of an edited projection. With ``keep`` a layer still
             writes a constant along U.
@@ -104,7 +104,7 @@ class Removal:
 
     rank: int | None = field(default=None, metadata={"min": 1, "max": "hidden_size"})
     layers: Layers
-    top_tokens: int = field(default=10, metadata={"min": 1})
+    top_tokens: int = field(default=10, metadata={"min": 1, "max": 1000})
     factors: Factors = field(default=(), metadata={"unsaid": True})
     bias: Literal["project", "keep"] = "project"
 
@@ -119,9 +119,8 @@ class Removal:
         Raises:
             OptionError: a mixture of experts with biases that are to be kept; factors of another
                 number of layers, of layers that are not edited, or 0 in all that are; more
-                directions or tokens than the model has room for.
+                directions than the model has room for.
         """
-        self._check_tokens(plan)
         self._check_sizes(plan)
         self._check_factors(plan, self.factors)
         weights = self._weights(plan, self.factors)
@@ -142,15 +141,6 @@ class Removal:
 
     def _check_sizes(self, plan: Plan) -> None:
         """Refuse directions that no fit to this model can find. Raises OptionError."""
-
-    def _check_tokens(self, plan: Plan) -> None:
-        """Refuse to decode more tokens than there are. Raises OptionError."""
-        tokens = plan.architecture.embedding_shape[0]
-        if self.top_tokens > tokens:
-            raise OptionError(
-                "-o top_tokens", expected=f"1 to {tokens:,}, the tokens of the model",
-                found=str(self.top_tokens),
-            )  # fmt: skip
 
     def _check_factors(self, plan: Plan, factors: Factors) -> None:
         """Refuse factors that do not fit the layers. Raises OptionError."""
