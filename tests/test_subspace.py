@@ -462,7 +462,7 @@ def test_default_layers_are_those_of_the_documentation() -> None:
 
     for name in ("gloss", "gloss-paper", "random"):
         assert edited(name, plan_of(30, 576, 1536)) == tuple(range(7, 27))
-        assert edited(name, plan_of(1, 8, 8)) == (0,)
+        assert edited(name, plan_of(1, 24, 8)) == (0,)
     assert edited("profs", plan_of(24, 1024, 4096)) == tuple(range(10, 24))
 
 
