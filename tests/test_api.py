@@ -119,7 +119,9 @@ def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("numbers", [{"seeds": ()}, {"seeds": [0.5]}, {"costs": [1]}])
+@pytest.mark.parametrize(
+    "numbers", [{"seeds": ()}, {"seeds": [0.5]}, {"seeds": [-1]}, {"costs": [1]}]
+)
 def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, Any]) -> None:
     with refused(converter.OptionError, what=f"--{next(iter(numbers))}"):
         converter.evaluate("demo", **numbers)

@@ -271,7 +271,8 @@ def make_plan(
         raise CheckpointError(
             "config.json: a model of type gloss_fused", expected="a model that is one",
             found="one that gloss-convert has fused with a calibration model",
-            hint="convert the model that it was made from",
+            hint="convert the model that it was made from; gloss evaluate measures this one with "
+            "--base MODEL, that model",
         )  # fmt: skip
     tensors = locate_tensors(weight_map, headers)
     patch = stale_quantization(config, tensors)

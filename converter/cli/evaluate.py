@@ -1,6 +1,5 @@
 """The command ``gloss evaluate``."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.errors import DestinationError, OptionError
+from converter.errors import DestinationError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
@@ -69,7 +68,7 @@ def evaluate_command(
     """
     from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
-    from converter.evaluation.comparison import Comparison, parse_systems
+    from converter.evaluation.comparison import Comparison, parse_costs, parse_systems
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.tables import markdown
 
@@ -82,7 +81,7 @@ def evaluate_command(
     compared = Comparison(
         parse_systems(comparison.systems),
         [recipe.seed + i for i in range(comparison.seeds)],
-        _numbers(comparison.costs),
+        parse_costs(comparison.costs),
         comparison.controls,
     )
     if not compared.fitted:
@@ -102,11 +101,3 @@ def evaluate_command(
         for path in plot_evaluation(found, comparison.plots):
             progress.note(f"  drawn: {path}")
     return Answer(found, markdown(found))
-
-
-def _numbers(text: str) -> Sequence[float]:
-    try:
-        return sorted({float(part) for part in text.split(",")}) if text else []
-    except ValueError as error:
-        expected = "numbers such as 1.01,1.02,1.05"
-        raise OptionError("--costs", expected=expected, found=text) from error

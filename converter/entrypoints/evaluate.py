@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from converter.calibration.word_list import load_words
+from converter.checkpoints.fusing import CODE, is_fused
 from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.source import Source
@@ -98,16 +99,16 @@ def _others(comparison: Comparison, bench: Bench) -> list[System]:
 
 
 def _made(place: str, name: str, bench: Bench) -> System:
-    """A model that was made from the unedited one, with its weights; an adapter, or a manifest by
-    itself, is what it says, through hooks.
+    """A model that was made from the unedited one, with its weights; an adapter, a manifest by
+    itself, or a folder with a fused model is what its manifest says, through hooks.
 
     Raises:
-        ConverterError: one of its children; it has another tokenizer, or an edit by itself is one
-            of other weights.
+        ConverterError: one of its children; it has another tokenizer, an edit by itself is one
+            of other weights, or a fused model has no manifest in a folder.
     """
     path, recording = Path(place), None
     is_folder = (path / MANIFEST).is_file()
-    if (is_folder and not output_of(read_manifest(path).run.output).has_shards) or (
+    if (is_folder and _is_hooked(read_manifest(path))) or (
         path.is_file() and path.suffix == Path(MANIFEST).suffix
     ):
         recording = read_recording(path)
@@ -118,7 +119,14 @@ def _made(place: str, name: str, bench: Bench) -> System:
                 hint="give the model that it was made from as --base",
             )
         return _recorded(name, recording.manifest, recording.edit(bench.plan), None)
-    how, folder = replace(bench.how, trust_remote_code=False), resolve(place).folder
+    how, source = replace(bench.how, trust_remote_code=False), resolve(place)
+    folder = source.folder
+    if is_fused(source.config):
+        raise OptionError(
+            f"{place} is fused with a calibration model",
+            expected=f"a local folder with {MANIFEST}", found="none",
+            hint="give the whole folder, as gloss-convert wrote it",
+        )  # fmt: skip
     if load_tokenizer(folder).get_vocab() != bench.vocabulary.tokenizer.get_vocab():
         raise OptionError(
             f"{place} and --base have different tokenizers",
@@ -134,6 +142,11 @@ def _made(place: str, name: str, bench: Bench) -> System:
             "measured is not the effect of its edit alone"
         )
     return _recorded(name, manifest, edit_of(manifest, recorded_edit(folder, manifest)), load)
+
+
+def _is_hooked(manifest: Manifest) -> bool:
+    """Whether a recorded model runs through hooks: an adapter, or one that has code of its own."""
+    return not output_of(manifest.run.output).has_shards or CODE in manifest.edit.files
 
 
 def _is_source_of(manifest: Manifest, source: Source) -> bool:

@@ -5,7 +5,9 @@ fitted beside. All but written ones run through hooks on the unedited model. Two
 controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -87,6 +89,21 @@ def edited_layers(
     return tuple(layers), any(weight.is_bias for weight in weights)
 
 
+@contextmanager
+def _naming(spec: Spec) -> Iterator[None]:
+    """What is wrong with an option behind a system's colon is said of that system."""
+    try:
+        yield
+    except OptionError as error:
+        behind = {f"-o {key.rpartition('.')[2]}" for key in spec.options}
+        named = re.findall(r"-o \w+", error.what)
+        if not behind.intersection(named):
+            raise
+        what = f"--system {spec.name}: {error.what.replace('-o ', '')}"
+        told = {"expected": error.expected, "found": error.found, "hint": error.hint}
+        raise OptionError(what, **told) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Fits:
     """Fits methods beside the unedited model of ``bench``, for one seed after another."""
@@ -100,10 +117,11 @@ class Fits:
         Raises OptionError; see ``systems``.
         """
         for spec in self.comparison.fitted:
-            method = self._method(spec, self.comparison.seeds[0], reference)
-            footprint_of(method, self.bench.plan)
-            check_shared(spec.methods, method, self.bench.plan)
-            check_instances(self.bench.recipe, method, examined=False)
+            with _naming(spec):
+                method = self._method(spec, self.comparison.seeds[0], reference)
+                footprint_of(method, self.bench.plan)
+                check_shared(spec.methods, method, self.bench.plan)
+                check_instances(self.bench.recipe, method, examined=False)
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed, and their controls.

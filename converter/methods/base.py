@@ -221,9 +221,11 @@ class Method(Protocol):
 
     An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
     None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
-    ``min``, the smallest number, or ``names``, a function that returns the texts to choose from;
-    with ``unsaid`` the option is left out of manifests where it is empty. An option that neither
-    the field nor ``defaults`` gives a value has to be typed.
+    ``min``, the smallest number, ``above``, which every number must be larger than, ``max``, the
+    largest number or ``hidden_size`` or ``num_hidden_layers`` for that of the model, to which a
+    default is cut down, or ``names``, a function that returns the texts to choose from; with
+    ``unsaid`` the option is left out of manifests where it is empty. An option that neither the
+    field nor ``defaults`` gives a value has to be typed.
 
     One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
     fit will have seen, or raises OptionError: options are then refused before a model is loaded.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -12,8 +12,12 @@ from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
 from converter.methods.base import METHODS, Factors, Layers, Method
+from converter.methods.bounds import bounds_of, defaults_cut_down
 from converter.methods.together import SEPARATOR, Together, share_out
 from converter.runtime import strict_json
+
+_BITS = 63
+"""Of a whole number beside its sign: a manifest holds no longer one."""
 
 
 def configure(
@@ -47,7 +51,7 @@ def configure(
     except Exception as error:  # a third party's annotations: of any kind
         raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = dict(kind.defaults(dimensions))
+    values = {**defaults_cut_down(fields.values(), dimensions), **kind.defaults(dimensions)}
     for key in values.keys() & {k for k, hint in hints.items() if hint == Layers}:
         values[key] = with_ffn(key, values[key], dimensions)
     others = {key: text for key, text in (implied or {}).items() if key in fields}
@@ -58,10 +62,10 @@ def configure(
             values[key] = _parse(key, text, hints[key], dimensions)
         except TypeError as error:
             raise METHODS.fault(name, f"its option {key} is of a type that has no text") from error
-        least, names = fields[key].metadata.get("min"), fields[key].metadata.get("names")
-        if least is not None and values[key] is not None and values[key] < least:
-            raise OptionError(f"-o {key}", expected=f"at least {least}", found=text)
-        if names is not None and values[key] not in names():
+        bounds = bounds_of(fields[key], hints[key], dimensions)
+        if bounds and not bounds.hold(values[key]):
+            raise OptionError(f"-o {key}", expected=bounds.words, found=text)
+        if (names := fields[key].metadata.get("names")) and values[key] not in names():
             raise OptionError(f"-o {key}", expected=" or ".join(names()), found=text)
     for key, option in fields.items():
         if key not in values and option.default is option.default_factory is dataclasses.MISSING:
@@ -105,11 +109,12 @@ def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
         if not known and kind not in (int, float):
             raise TypeError(kind)
         try:
-            if not known and isfinite(value := kind(text)):
+            value: Any = inf if known else kind(text)
+            if isfinite(value) and not (kind is int and value.bit_length() > _BITS):
                 return value
         except (ValueError, OverflowError):
             pass
-        expected += known or [{int: "a whole number", float: "a number"}[kind]]
+        expected += known or [{int: "a whole number of 64 bits", float: "a number"}[kind]]
     raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
 
 
