@@ -134,9 +134,7 @@ def test_a_page_is_the_same_bytes_again(
     assert "<mark>" in (tmp_path / "a.html").read_text()
 
 
-HOSTILE = (
-    "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | **b** \u202egnp.e\x1b[2J\n"
-)
+HOSTILE = "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | **b** \u202egnp.e\x1b[2J\n"
 ABOUT = About(
     base="<b>one</b>", edited="two|<i>", how="x", seed=0, max_new_tokens=8, top_p=0.9,
     chat=False, masked=True,
@@ -159,7 +157,7 @@ def test_text_of_strangers_is_no_markup() -> None:
     assert "\x1b" not in text
     assert "\u202e" not in text
     (policy,) = [a["content"] for _, a in page.tags if "http-equiv" in a]
-    (style,) = [data for tag, data in page.data if tag == "style"]
+    style = next(data for tag, data in page.data if tag == "style")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy == (
         f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -188,8 +186,8 @@ def test_words_that_the_other_text_lacks_are_marked() -> None:
 def test_stars_are_in_words_that_a_prompt_begins_too(tmp_path: Path) -> None:
     builtin = load_words("builtin")
     lists = masks(builtin, mask=True)
-    assert masked("tard, you idiot shit", lists, "you bas") == "****, you i**** s***"
-    assert masked("tard", lists, "mus") == "tard"
+    assert masked("hole, this is shit", lists, "you ass") == "****, this is s***"
+    assert masked("hole", lists, "one loop") == "hole"
     assert masked("ass", lists, "cl") == "a**"
     assert masks(builtin, mask=False) == ()
     (tmp_path / "words.txt").write_text("blume\n")

@@ -60,10 +60,8 @@ class Two:
             OptionError, DataError, SourceError: see ``generate`` and ``as_prompt``.
         """
         bench, words = self.bench, self.bench.words
-        with progress.stage("before", f"{bench.source.name} continues {len(prompts)} prompts"):
-            before = self._texts(bench.load_resident(), prompts)
-        with progress.stage("after", f"{self.system.name} continues the same"):
-            after = self._after(prompts)
+        before = self._texts(bench.load_resident(), prompts)
+        after = self._after(prompts)
         lists = masks(words, mask=bench.recipe.mask)
         return side_by_side(prompts, (before, after), words, self.scorers, lists)
 
@@ -144,7 +142,7 @@ def two_models(
         chat = interactive and has_template
     system = made(place, without_folders(place), bench)
     hooked = _is_shown(bench, system)
-    if hooked:
+    if hooked and system.load is not None:
         progress.note(
             f"  {system.name} is the edit of its manifest, in hooks on {source.name}; whether its "
             "own weights are that, gloss verify says"
@@ -178,4 +176,9 @@ def compare(two: Two, recipe: Recipe, asked: SampleOptions) -> list[Sample]:
     if recipe.prompts == "none":
         raise OptionError("--prompts", expected="prompts to continue", found="none")
     most = None if asked.num_prompts else _PROMPTS
-    return two.say(load_prompts(recipe.prompts, asked.num_prompts, recipe.seed, most=most).texts)
+    prompts = load_prompts(recipe.prompts, asked.num_prompts, recipe.seed, most=most).texts
+    about = two.about
+    with progress.stage(
+        "compare", f"{about.base} and {about.edited} continue {len(prompts)} prompts"
+    ):
+        return two.say(prompts)

@@ -199,14 +199,15 @@ def samples_of(bench: Bench, method: Method, fitted: Fitted) -> tuple[SampleReco
     """
     recipe = bench.recipe
     why = why_no_samples(recipe, method, bench.forward.mode)
-    if why is None:
-        try:
-            with progress.stage("samples", "continuing three prompts, before and after the edit"):
-                return tuple(_samples(bench, fitted))
-        except Exception as error:  # the edit is good; of whatever kind a model's own code raises
-            why = f"{type(error).__name__}: {error}"
-    progress.note(f"  no samples: {why}")
-    return ()
+    if why is not None:
+        progress.note(f"  no samples: {why}")
+        return ()
+    try:
+        with progress.stage("samples", "continuing three prompts, before and after the edit"):
+            return tuple(_samples(bench, fitted))
+    except Exception as error:  # the edit is good, whatever the code of a model raises here
+        progress.warn(f"no samples: {type(error).__name__}: {error}")
+        return ()
 
 
 def _samples(bench: Bench, fitted: Fitted) -> Iterator[SampleRecord]:
