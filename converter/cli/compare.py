@@ -9,6 +9,8 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 from unicodedata import east_asian_width
 
+import click
+
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
@@ -130,8 +132,7 @@ def _check_output(path: Path | None) -> None:
 
 
 def _in_json() -> bool:
-    import click
-
+    """Whether the current command prints JSON, all of it at its end."""
     return bool(click.get_current_context().params.get("json"))
 
 
