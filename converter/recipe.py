@@ -139,7 +139,7 @@ class Recipe(Options):
     )] = 3
     force: Annotated[bool, Option("Write the edit even if the guard refuses it.")] = False
     mask: Annotated[bool, Option(
-        "Star out offensive words in the card and in the manifest.",
+        "Star out offensive words in the card, in the manifest and in what a model says.",
     )] = True
     base_model: Annotated[str | None, Option(
         "Hub repo id that the card and an adapter name as the base of a local SOURCE.",

@@ -317,10 +317,10 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
 def test_the_words_beside_are_those_of_the_continuation(planted: Path) -> None:
     words, tokenizer = load_words("builtin"), loading.load_tokenizer(planted)
     sentence, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, None)
-    assert found == [(2,), (5,)]
+    assert found == {(1, 6): (2,), (13, 17): (5,)}
     assert [i + 1 for i, weight in enumerate(sentence.weights) if weight] == [3, 4, 6]
     cut, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, 4)
-    assert (found, cut.weights) == ([(2,)], [1.0, 0.0, 1.0, 0.0])
+    assert (found, cut.weights) == ({(13, 17): (2,)}, [1.0, 0.0, 1.0, 0.0])
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:

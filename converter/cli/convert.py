@@ -80,7 +80,7 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
     if asked and asked.push_to_hub is None:
         names = (*declared_options(PublicationOptions), "stream_to_hub")
         refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
-    if asked and not asked.evaluate and not recipe.guard:
+    if asked and not asked.evaluate and not recipe.guard and recipe.prompts != "none":
         refuse_typed(("prompts",), "with --no-guard and without --evaluate", "add --evaluate")
     if asked and not asked.evaluate:
         names = (*declared_options(EvaluationOptions), "systems")

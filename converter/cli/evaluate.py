@@ -1,5 +1,6 @@
 """The command ``gloss evaluate``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.errors import DestinationError
+from converter.errors import DestinationError, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
@@ -45,6 +46,11 @@ class _ComparisonOptions(Options):
     results: Annotated[Path | None, Option(
         "File for the results as JSON, written anew after every model.", example="results.json",
     )] = None
+    continuations: Annotated[Path | None, Option(
+        "File for what the numbers are made of, as lines of JSON: every continuation with its "
+        "scores, every toxic word with its log-probabilities; masked, but with --no-mask.",
+        example="continuations.jsonl",
+    )] = None
     plots: Annotated[Path | None, Option(
         "Folder for pictures.", example="./pictures", path="folder",
     )] = None
@@ -75,9 +81,8 @@ def evaluate_command(
     quiet_libraries()
     if comparison.plots is not None:
         require_matplotlib()
-    results, base = comparison.results, comparison.base
-    if results is not None and not results.parent.is_dir():
-        raise DestinationError(f"the folder of --results {results} does not exist")
+    base = comparison.base
+    _check_folders({"--results": comparison.results, "--continuations": comparison.continuations})
     compared = Comparison(
         parse_systems(comparison.systems),
         [recipe.seed + i for i in range(comparison.seeds)],
@@ -95,9 +100,20 @@ def evaluate_command(
         asked,
         settings,
         edited=recipe.source if base else None,
-        results=results,
+        results=comparison.results,
+        continuations=comparison.continuations,
     )
     if comparison.plots is not None:
         for path in plot_evaluation(found, comparison.plots):
             progress.note(f"  drawn: {path}")
     return Answer(found, markdown(found))
+
+
+def _check_folders(files: Mapping[str, Path | None]) -> None:
+    """Raise DestinationError at once if a file is to be written where there is no folder."""
+    for option, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise DestinationError(f"the folder of {option} {path} does not exist")
+    given = [path.resolve() for path in files.values() if path is not None]
+    if len(given) > len({*given}):
+        raise OptionError(" and ".join(files), expected="different files", found="the same")

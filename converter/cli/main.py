@@ -7,6 +7,7 @@ import click
 from converter.cli.architectures import architectures_command
 from converter.cli.calibrate import calibrate_command
 from converter.cli.command import Command
+from converter.cli.compare import compare_command
 from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
@@ -26,6 +27,7 @@ _COMMANDS = (
     replay_command,
     diff_command,
     evaluate_command,
+    compare_command,
     architectures_command,
     methods_command,
     calibrate_command,

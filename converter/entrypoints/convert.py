@@ -25,6 +25,7 @@ from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
+from converter.evaluation.samples import samples_of
 from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
@@ -97,8 +98,9 @@ def convert(
         pairs, prose = load_texts(bench)
         fitted = fit(bench, method, pairs, prose)
         results = measure(fitted, method) if measure else None
-        bench.unload()
         passed = delivery.gates.check_effect(fitted.guard, results)
+        samples = samples_of(bench, method, fitted)
+        bench.unload()
         footprint.check(fitted.edit)
         if output.has_shards:
             fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
@@ -125,7 +127,7 @@ def convert(
                 layers = {tensor.name: tensor.layer for tensor in written.edits}
                 save_edit(folder / EDIT_FILE, edit, layers, fitted.proposal.tensors)
             manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
-            manifest = structs.replace(manifest, evaluation=results, gates=passed)
+            manifest = structs.replace(manifest, evaluation=results, gates=passed, samples=samples)
             manifest = write_records(source, written, folder, manifest, delivery.pictures)
             check_whole(recipe, folder, stream.gone if stream else ())
             if delivery.signer:

@@ -69,6 +69,7 @@ class Fitted:
         edit: of all of them, of the chosen strengths.
         guard: what it measured; None if it was switched off.
         prompts: that it had continued; None if it had none.
+        said: places of the prompts after which the unedited model then said a listed word.
     """
 
     parts: Parts
@@ -76,6 +77,7 @@ class Fitted:
     edit: Edit
     guard: GuardRecord | None
     prompts: Prompts | None = None
+    said: tuple[int, ...] = ()
 
     @property
     def proposal(self) -> Proposal:
@@ -122,7 +124,8 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
             report = probe_of(bench, parts.report, first, bench.held_out)
             found = _guard(bench, report, last, headline)
-    return Fitted(parts, steps, last.edit, found, prompts)
+    said = headline.said if isinstance(headline, Headline) else ()
+    return Fitted(parts, steps, last.edit, found, prompts, said)
 
 
 def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:

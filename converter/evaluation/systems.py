@@ -55,6 +55,8 @@ class System:
         options: of its method, defaults resolved.
         lesson: that it has learnt, without an instance if these are not known; None if it has not.
         cost: of those that were asked for, the one that its strength was chosen for.
+        suffix: that its chat template puts behind what a user says.
+        is_of_unedited: whether the edit is one of the unedited model's own weights.
     """
 
     name: str
@@ -67,6 +69,8 @@ class System:
     options: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
     cost: float | None = None
+    suffix: str = ""
+    is_of_unedited: bool = True
 
     @property
     def title(self) -> str:
