@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoints.intact import readable, refuse_placeholder
 from converter.checkpoints.names import (
     CARD,
     MANIFEST,
@@ -20,7 +21,6 @@ from converter.checkpoints.names import (
     TOKENIZER,
     UNFINISHED,
 )
-from converter.checkpoints.safetensors.header import readable, refuse_placeholder
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
 from converter.runtime.files import AS_UTF8, decode, reason, start_of

@@ -68,8 +68,8 @@ def published_text(published: "Published | None") -> str:
 
 def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
-    from converter.methods.base import METHODS, aim_of
-    from converter.methods.together import SEPARATOR
+    from converter.methods.base import aim_of
+    from converter.methods.known import METHODS, SEPARATOR
     from converter.outputs.base import output_of
 
     kinds = map(METHODS.load, recipe.method.split(SEPARATOR))

@@ -29,8 +29,9 @@ from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_o
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
+from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
-from converter.methods.together import SEPARATOR, check_shared
+from converter.methods.together import check_shared
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device

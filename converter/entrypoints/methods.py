@@ -15,7 +15,8 @@ from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, TensorInfo
 from converter.edits.base import Footprint
 from converter.errors import OptionError
-from converter.methods.base import METHODS, Method, footprint_of
+from converter.methods.base import Method, footprint_of
+from converter.methods.known import METHODS
 from converter.methods.options import configure
 from converter.outputs.base import OUTPUTS, output_of
 from converter.runtime.registry import telling_packages

@@ -7,8 +7,8 @@ from math import inf
 from pathlib import Path
 
 from converter.errors import OptionError
-from converter.methods.base import METHODS
-from converter.methods.together import SEPARATOR, typed_for
+from converter.methods.known import METHODS, SEPARATOR
+from converter.methods.typed import typed_for
 from converter.recipe import Recipe
 
 _AT_PERPLEXITY = "@perplexity"

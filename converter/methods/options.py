@@ -4,16 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from math import isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
-from converter.methods.base import METHODS, Factors, Layers, Method
-from converter.methods.together import SEPARATOR, Together, share_out
+from converter.methods.known import METHODS, SEPARATOR, Factors, Layers
+from converter.methods.typed import share_out
 from converter.runtime import strict_json
+
+if TYPE_CHECKING:
+    from converter.methods.base import Method
 
 
 def configure(
@@ -21,7 +24,7 @@ def configure(
     options: Mapping[str, str],
     dimensions: Dimensions,
     implied: Mapping[str, str] | None = None,
-) -> Method:
+) -> "Method":
     """A method with its options: as typed, or by default, which may depend on the dimensions.
 
     Args:
@@ -40,7 +43,9 @@ def configure(
         known = {each: {field.name for field in dataclasses.fields(k)} for each, k in kinds.items()}
         shared = share_out(known, options)
         parts = {each: configure(each, shared[each], dimensions, implied) for each in kinds}
-        return cast(Method, Together(parts))
+        from converter.methods.together import Together  # torch, which what is typed can do without
+
+        return cast("Method", Together(parts))
     kind = _load(name)
     try:
         hints = get_type_hints(kind)
@@ -72,7 +77,7 @@ def configure(
         msgspec.convert(options, dict[str, OptionValue])
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
-    return cast(Method, method)
+    return cast("Method", method)
 
 
 def _load(name: str) -> Any:

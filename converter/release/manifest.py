@@ -39,7 +39,8 @@ from converter.manifest import (
     TextRecord,
     to_text,
 )
-from converter.methods.base import METHODS, Method
+from converter.methods.base import Method
+from converter.methods.known import METHODS
 from converter.methods.together import options_of
 from converter.methods.workbench import Bench
 from converter.outputs.base import OUTPUTS, WriteJob, Written, file_entry
