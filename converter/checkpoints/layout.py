@@ -72,7 +72,7 @@ _OTHER_KINDS = {
 """Files of what is no language model -> what they make it."""
 
 
-def check_kind(name: str, files: Collection[str]) -> None:
+def refuse_other_kinds(name: str, files: Collection[str]) -> None:
     """Raise CheckpointError if the files of a source are those of something else than a model that
     continues text."""
     for file, what in _OTHER_KINDS.items():

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.errors import DestinationError, OptionError
+from converter.errors import DestinationError, Faults, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
+
+if TYPE_CHECKING:
+    from converter.evaluation.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +55,56 @@ class _ComparisonOptions(Options):
     # fmt: on
 
 
+def _look(
+    *,
+    recipe: Recipe,
+    comparison: _ComparisonOptions,
+    asked: EvaluationOptions,
+    settings: Settings,
+    faults: Faults,
+) -> None:
+    """Find all that is wrong with an evaluation before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    whole = replace(recipe, source=comparison.base or recipe.source, method="gloss", options={})
+    first_look.look_at_recipe(whole, settings, faults)
+    first_look.look_at_plots(comparison.plots, None, faults)
+    first_look.look_at_evaluation(asked, recipe.prompts, faults)
+    with faults:
+        results = comparison.results
+        if results is not None and not results.parent.is_dir():
+            raise DestinationError(f"the folder of --results {results} does not exist")
+    with faults:
+        compared = _compared(recipe, comparison)
+        first_look.look_at_systems(compared, None, faults)
+        if not compared.fitted:
+            names = ("method", "options", "costs", "controls", "seeds")
+            where = "without a --system that is a method"
+            refuse_typed(names, where, "add --system METHOD")
+            return
+        first_look.look_at_method(recipe.method, {}, None, faults)
+
+
+def _compared(recipe: Recipe, asked: _ComparisonOptions) -> "Comparison":
+    """What is compared. Raises OptionError."""
+    from converter.evaluation.comparison import Comparison, parse_systems
+
+    seeds = [recipe.seed + i for i in range(asked.seeds)]
+    systems, costs = parse_systems(asked.systems), _numbers(asked.costs)
+    return Comparison(systems, seeds, costs, asked.controls)
+
+
 @command(
     "evaluate",
     recipe=RecipePart(without=("output",)),
     comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
     settings=Part(Settings, without=("workers", "keep_source")),
+    look=_look,
+    examples=(
+        "gloss evaluate ./out --base demo",
+        "gloss evaluate demo --system gloss --system profs --system random@perplexity",
+    ),
 )
 def evaluate_command(
     recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
@@ -67,36 +114,19 @@ def evaluate_command(
     Methods are fitted on --pairs and run through hooks on the unedited model, which is --base, or
     SOURCE if there is none. -o METHOD.KEY=VALUE is an option of one of several methods.
     """
-    from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
-    from converter.evaluation.comparison import Comparison, parse_systems
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.tables import markdown
 
     quiet_libraries()
-    if comparison.plots is not None:
-        require_matplotlib()
-    results, base = comparison.results, comparison.base
-    if results is not None and not results.parent.is_dir():
-        raise DestinationError(f"the folder of --results {results} does not exist")
-    compared = Comparison(
-        parse_systems(comparison.systems),
-        [recipe.seed + i for i in range(comparison.seeds)],
-        _numbers(comparison.costs),
-        comparison.controls,
-    )
-    if not compared.fitted:
-        where = "without a --system that is a method"
-        refuse_typed(
-            ("method", "options", "costs", "controls", "seeds"), where, "add --system METHOD"
-        )
+    base = comparison.base
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
-        compared,
+        _compared(recipe, comparison),
         asked,
         settings,
         edited=recipe.source if base else None,
-        results=results,
+        results=comparison.results,
     )
     if comparison.plots is not None:
         for path in plot_evaluation(found, comparison.plots):

@@ -14,6 +14,7 @@ from converter.manifest import OptionValue
 from converter.methods.known import METHODS, SEPARATOR, Factors, Layers
 from converter.methods.typed import share_out
 from converter.runtime import strict_json
+from converter.text import did_you_mean
 
 if TYPE_CHECKING:
     from converter.methods.base import Method
@@ -58,7 +59,10 @@ def configure(
     others = {key: text for key, text in (implied or {}).items() if key in fields}
     for key, text in {**others, **options}.items():
         if key not in fields:
-            raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
+            raise OptionError(
+                f"-o {key}: method {name}", expected=", ".join(fields), found=key,
+                hint=did_you_mean(key, fields),
+            )  # fmt: skip
         try:
             values[key] = _parse(key, text, hints[key], dimensions)
         except TypeError as error:
@@ -90,11 +94,19 @@ def _load(name: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
-    """A value as typed. Raises OptionError, and TypeError if the type has no text."""
+    """A value as typed. Raises as ``parse_value``."""
     if hint == Layers:
         return with_ffn(key, parse_layers(key, text, dimensions.num_hidden_layers), dimensions)
     if hint == Factors:
         return parse_factors(key, text, dimensions.num_hidden_layers)
+    return parse_value(key, text, hint)
+
+
+def parse_value(key: str, text: str, hint: Any) -> Any:
+    """A value that does not depend on the model, as typed.
+
+    Raises OptionError, and TypeError if the type has no text.
+    """
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
         return None
