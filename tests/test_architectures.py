@@ -477,7 +477,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a draft or assistant": {"model_type": "gemma4_assistant"},
     "a diffusion model": {
         "model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"]},
-    "no language model": {"model_type": "clip"},
+    "a model of images": {"model_type": "clip"},
+    "a model of speech": {"model_type": "whisper", "is_encoder_decoder": True},
+    "no language model": {"model_type": "decision_transformer"},
 }  # fmt: skip
 
 

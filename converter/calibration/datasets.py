@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from converter.errors import DataError
-from converter.hub import repos as hub
 from converter.hub.addresses import is_address, looks_like_repo, parse_address
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
@@ -94,6 +93,8 @@ def locate(
         if not path.is_file():
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")
         return Origin(name=readable(path.name), file_sha256=_sha256(path, what)), path
+    from converter.hub import repos as hub  # half a second, which local files need not take
+
     place = parse_address(origin, "dataset")
     repo = hub.resolve("dataset", place.name)
     known = [PurePosixPath(n) for n in repo.sizes]  # of all, or of a folder, or the file itself

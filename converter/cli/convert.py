@@ -122,7 +122,14 @@ def _look(
     from converter.entrypoints import first_look
     from converter.evaluation.comparison import Comparison, parse_systems
 
-    first_look.look_at_recipe(recipe, settings, faults)
+    own = recipe
+    if asked.evaluate:
+        with faults:
+            compared = Comparison(parse_systems(asked.systems), [recipe.seed])
+            own = replace(recipe, options=compared.typed(recipe.method, recipe))
+            first_look.look_at_systems(compared, recipe, faults)
+        first_look.look_at_evaluation(evaluation, recipe.prompts, faults)
+    first_look.look_at_recipe(own, settings, faults)
     _look_at_unused(recipe, faults, asked)
     first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
     first_look.look_at_plots(asked.plots, asked.destination, faults)
@@ -132,11 +139,6 @@ def _look(
             words=recipe.guard or _draws(recipe, asked, evaluation),
             ratio=asked.evaluate and evaluation.text is not None,
         )
-    if asked.evaluate:
-        first_look.look_at_evaluation(evaluation, recipe.prompts, faults)
-        with faults:
-            compared = Comparison(parse_systems(asked.systems), [recipe.seed])
-            first_look.look_at_systems(compared, None, faults)
     if asked.push_to_hub is not None:
         from converter.hub.publishing import check_named
 

@@ -76,7 +76,7 @@ def _look(
             raise DestinationError(f"the folder of --results {results} does not exist")
     with faults:
         compared = _compared(recipe, comparison)
-        first_look.look_at_systems(compared, None, faults)
+        first_look.look_at_systems(compared, recipe, faults)
         if not compared.fitted:
             names = ("method", "options", "costs", "controls", "seeds")
             where = "without a --system that is a method"

@@ -106,7 +106,7 @@ class RecipePart(Part):
         found = self.values(values)
         if "source" not in found:
             faults_of(click.get_current_context()).settle()
-            missing = "Missing argument 'SOURCE', which no --recipe and no --like names either."
+            missing = "Missing argument 'SOURCE', which no --recipe or --like names."
             raise click.UsageError(missing)
         return Recipe(**found)
 

@@ -25,15 +25,14 @@ from converter.checkpoints.layout import (
     read_json,
     refuse_other_kinds,
 )
-from converter.checkpoints.names import MANIFEST, TOKENIZER, is_native
+from converter.checkpoints.names import ELSEWHERE, MANIFEST, TOKENIZER, is_native
 from converter.errors import CheckpointError, DestinationError, Faults, OptionError, SourceError
 from converter.evaluation.comparison import Comparison, Spec
+from converter.evaluation.known import SCORERS, check_scorer
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
 from converter.evaluation.prompts import load_prompts
-from converter.evaluation.scorers import SCORERS, check_scorer
-from converter.hub import repos as hub
-from converter.hub.addresses import model_place, repo_named
+from converter.hub.addresses import model_place, parse_address, repo_named
 from converter.methods.known import METHODS, SEPARATOR, MethodOption, described
 from converter.methods.options import parse_factors, parse_layers, parse_value
 from converter.methods.typed import share_out
@@ -123,7 +122,7 @@ def _check_option(names: Sequence[str], typed: str, text: str, layers: int | Non
     """Raise OptionError if none of some methods has an option, or its value is none."""
     known = {name: described()[name].options for name in names}
     every = {key for options in known.values() for key in options}
-    key = typed.rpartition(".")[2]
+    key = typed.rpartition(".")[2] if len(names) > 1 else typed
     if key not in every:
         raise OptionError(
             f"-o {typed}: method {SEPARATOR.join(names)}", expected=", ".join(sorted(every)),
@@ -249,12 +248,17 @@ def _look_at_folder(
     check_sizes(sizes)
     if is_native(sizes.keys()):
         return
+    if ELSEWHERE in sizes:  # an adapter, which needs no more to be refused
+        choose_weights(name, place, sizes.keys())
     with faults:
         choose_weights(name, place, sizes.keys())
     _look_at_config(name, sizes.keys(), place / "config.json", faults, found)
 
 
 def _look_at_repo(source: str, subfolder: str, faults: Faults, found: list[int | None]) -> None:
+    parse_address(source, "model")  # refuses what is no name of a repo
+    from converter.hub import repos as hub  # half a second, which others need not take
+
     repo = hub.resolve("model", source)
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
     sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
@@ -352,10 +356,12 @@ def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -
             need("--ability", "lm_eval")
 
 
-def look_at_systems(compared: Comparison, layers: int | None, faults: Faults) -> None:
+def look_at_systems(compared: Comparison, recipe: Recipe, faults: Faults) -> None:
     """Look at the methods that are fitted beside each other, and the places of other systems."""
     for spec in compared.fitted:
-        look_at_method(spec.methods, spec.options, layers, faults)
+        with faults:
+            typed = compared.typed(spec.methods, recipe)
+            look_at_method(spec.methods, {**typed, **spec.options}, None, faults)
     for spec in _missing(compared.systems):
         with faults:
             raise SourceError(f"--system {spec.name} does not exist", hint="check the path")

@@ -10,6 +10,7 @@ from converter.errors import OptionError
 from converter.methods.known import METHODS, SEPARATOR
 from converter.methods.typed import typed_for
 from converter.recipe import Recipe
+from converter.text import did_you_mean
 
 _AT_PERPLEXITY = "@perplexity"
 """After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
@@ -101,7 +102,8 @@ def _parse(text: str) -> Spec:
         raise OptionError(
             "--system", found=text,
             expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
-            hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
+            hint=did_you_mean(methods, METHODS.names())
+            or f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
             "follow a colon, such as gloss:rank=2",
         )  # fmt: skip
     if methods != head and SEPARATOR in methods:

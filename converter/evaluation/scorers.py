@@ -4,7 +4,6 @@ A new one is a function ``load(argument, device)`` that returns a ``Scorer``, an
 ``SCORERS``, or a package with an entry point; see ``runtime.registry``.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,22 +14,8 @@ from numpy.typing import NDArray
 
 from converter.calibration.word_list import load_words
 from converter.errors import OptionError, SourceError
+from converter.evaluation.known import SCORERS
 from converter.manifest import ScorerOrigin
-from converter.runtime.extras import need
-from converter.runtime.registry import Registry
-
-SCORERS = Registry(
-    "gloss_convert.scorers",
-    "--scorer",
-    {
-        "bad-words": "converter.evaluation.scorers:_load_bad_words",
-        "classifier": "converter.evaluation.classifier:load",
-        "detoxify": "converter.evaluation.scorers:_load_detoxify",
-        "profanity": "converter.evaluation.scorers:_load_profanity",
-    },
-    ("title", "paper", "origin", "score"),
-)
-"""Name -> a function ``load(argument, device) -> Scorer``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +45,6 @@ class Scorer:
         if written:
             scores[written] = self.predict([texts[i] for i in written])
         return scores
-
-
-_NEEDS = {"detoxify": "detoxify", "profanity": "profanity_check"}
-"""Name of a scorer -> the module that it is of."""
-
-
-def check_scorer(spec: str, option: str) -> None:
-    """Refuse a scorer that cannot be loaded, as far as that shows without loading it.
-
-    Args:
-        spec: as for ``load_scorer``.
-        option: that it was given with.
-
-    Raises:
-        OptionError: there is no such scorer, or its package is not installed.
-        DataError: its word list cannot be read.
-    """
-    name, _, argument = spec.partition(":")
-    dataclasses.replace(SCORERS, option=option).need(name)
-    if name in _NEEDS:
-        need(f"{option} {name}", _NEEDS[name])
-    if name == "bad-words" and argument:
-        load_words(argument)
 
 
 def load_scorer(spec: str, device: str) -> Scorer:

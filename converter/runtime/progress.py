@@ -3,8 +3,8 @@
 Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; seconds and
 tracebacks are of level DEBUG. Without a handler nothing is printed. The current ``Progress`` keeps
 warnings, seconds and memory, and says whether bars are shown. Without one, everything here works
-and nothing is kept or shown. A thread has the ``Progress`` of whoever gave it work only if it is one
-of a ``ThreadPool``.
+and nothing is kept or shown. A thread has the ``Progress`` of whoever gave it work only if it is
+one of a ``ThreadPool``.
 """
 
 import logging

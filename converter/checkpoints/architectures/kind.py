@@ -4,7 +4,7 @@ Other kinds than language models are named for what they are.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -80,29 +80,42 @@ def check_kind(config: Mapping[str, Any], trusted: bool) -> None:
     if not trusted and not known_models.knows(model_type):
         raise _unknown(config, model_type)
     title = f"a model of type {describe_value(model_type)}"
-    lists = known_models.lists_of(model_type)
-    of_speech = any("SPEECH_SEQ" in name for name in lists)
-    if config.get("is_encoder_decoder") is True and not of_speech:
-        raise not_text(title, ENCODER_DECODER)
-    text = [known_models.model_types(auto) for auto in AUTO_CLASSES]
-    named = config.get("architectures")
-    name = text[0].get(model_type, "")
-    if isinstance(named, list) and named and isinstance(named[0], str):
-        name = named[0]
-    if of_speech or not (trusted or any(model_type in types for types in text)):
-        for pattern, what in _BY_LIST:
-            if any(re.search(pattern, each) for each in lists):
-                raise not_text(title, what)
-        if any("SEQ_TO_SEQ" in each for each in lists):
-            raise not_text(title, ENCODER_DECODER)
-    for pattern, what in _BY_CLASS:
-        if re.search(pattern, name):
-            raise not_text(name, what)
+    for name, what in _other_kinds(config, model_type, title, trusted):
+        raise not_text(name, what)
     if model_type in _STATE_SPACE and not trusted:
         raise CheckpointError(
             f"{title} is a state space model, which has no feed-forward network to edit",
             expected="a model whose layers have one, as transformers have",
         )
+
+
+def _other_kinds(
+    config: Mapping[str, Any], model_type: str, title: str, trusted: bool
+) -> Iterator[tuple[str, str]]:
+    """What is no language model, and what it is, the most telling first; nothing of one that is."""
+    lists = known_models.lists_of(model_type)
+    of_speech = any("SPEECH_SEQ" in name for name in lists)
+    if config.get("is_encoder_decoder") is True and not of_speech:
+        yield title, ENCODER_DECODER
+    known = trusted or known_models.continues_text(model_type)
+    for pattern, what in _BY_LIST if of_speech or not known else ():
+        if any(re.search(pattern, each) for each in lists):
+            yield title, what
+    named = config.get("architectures")
+    name = known_models.model_types(AUTO_CLASSES[0]).get(model_type, "")
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        name = named[0]
+    for pattern, what in _BY_CLASS:
+        if re.search(pattern, name):
+            yield name, what
+    both = any("SEQ_TO_SEQ" in each for each in lists)
+    encodes = "MODEL_FOR_MASKED_LM_MAPPING_NAMES" in lists and config.get("is_decoder") is not True
+    if both and not known:
+        yield title, ENCODER_DECODER
+    if encodes and not (both or trusted):
+        yield title, ENCODER
+    if not known:
+        yield title, NO_LANGUAGE_MODEL
 
 
 def _unknown(config: Mapping[str, Any], model_type: str) -> CheckpointError:

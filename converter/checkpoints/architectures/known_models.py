@@ -5,6 +5,7 @@ of types and classes for each auto class. ``tests/test_doors.py`` compares with 
 """
 
 import ast
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version as version_of
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from pathlib import Path
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """Of transformers, that load a model which continues text."""
 
-_LISTS = {
+LISTS = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
@@ -40,7 +41,14 @@ def config_types() -> dict[str, str]:
 
 def model_types(auto_class: str) -> dict[str, str]:
     """``model_type`` -> name of the class that an auto class loads it with."""
-    return dict(_read("modeling_auto.py")[_LISTS[auto_class]])
+    return dict(_read("modeling_auto.py")[LISTS[auto_class]])
+
+
+def continues_text(model_type: str) -> bool:
+    """Whether an auto class of language models knows the config class of a ``model_type``."""
+    configs = config_types()
+    known = {configs.get(each) for auto in AUTO_CLASSES for each in model_types(auto)}
+    return configs.get(model_type) in known - {None}
 
 
 def lists_of(model_type: str) -> set[str]:
@@ -74,19 +82,20 @@ def _read(name: str) -> dict[str, dict[str, str]]:
 def _entries(value: ast.expr, known: dict[str, dict[str, str]]) -> dict[str, str]:
     """What an expression adds: pairs of texts, a dict of them, or another list."""
     if isinstance(value, ast.Dict):
-        pairs = list(zip(value.keys, value.values, strict=True))
-        return {
-            key.value: item.value
-            for key, item in pairs
-            if isinstance(key, ast.Constant) and isinstance(item, ast.Constant)
-        }
+        pairs = (_texts([key, item]) for key, item in zip(value.keys, value.values, strict=True))
+        return dict(filter(None, pairs))
     found: dict[str, str] = {}
     for part in value.elts if isinstance(value, ast.List) else ():
         if isinstance(part, ast.Tuple):
-            texts = [item.value for item in part.elts if isinstance(item, ast.Constant)]
-            found |= {texts[0]: texts[1]} if len(texts) == 2 else {}  # a few name several classes
+            found |= dict(filter(None, [_texts(part.elts)]))  # a few have several classes
         elif isinstance(part, ast.Starred):
             names = (node.id for node in ast.walk(part) if isinstance(node, ast.Name))
             for name in names:
                 found |= known.get(name, {})
     return found
+
+
+def _texts(parts: Sequence[ast.expr | None]) -> tuple[str, str] | None:
+    """Two texts that are written down, or None."""
+    texts = [str(part.value) for part in parts if isinstance(part, ast.Constant)]
+    return (texts[0], texts[1]) if len(texts) == len(parts) == 2 else None
