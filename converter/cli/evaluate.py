@@ -68,6 +68,8 @@ def _look(
 
     whole = replace(recipe, source=comparison.base or recipe.source, method="gloss", options={})
     first_look.look_at_recipe(whole, settings, faults)
+    if comparison.base:
+        first_look.look_at_place("", recipe.source, faults)
     first_look.look_at_plots(comparison.plots, None, faults)
     first_look.look_at_evaluation(asked, recipe.prompts, faults)
     with faults:

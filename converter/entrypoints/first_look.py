@@ -5,7 +5,7 @@ imported here imports them, and everything that is wrong is found in one go. Wha
 again where it is used, with what is known there.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from converter.checkpoints.layout import (
 )
 from converter.checkpoints.names import ELSEWHERE, MANIFEST, TOKENIZER, is_native
 from converter.errors import CheckpointError, DestinationError, Faults, OptionError, SourceError
-from converter.evaluation.comparison import Comparison, Spec
+from converter.evaluation.comparison import Comparison
 from converter.evaluation.known import SCORERS, check_scorer
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
@@ -356,20 +356,18 @@ def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -
             need("--ability", "lm_eval")
 
 
+def look_at_place(what: str, place: str, faults: Faults) -> None:
+    """Look whether a model is there that is named by a path, by how it is written."""
+    with faults:
+        if place.startswith(("/", ".", "~")) and not Path(place).exists():
+            raise SourceError(f"{what}{place} does not exist", hint="check the path")
+
+
 def look_at_systems(compared: Comparison, recipe: Recipe, faults: Faults) -> None:
     """Look at the methods that are fitted beside each other, and the places of other systems."""
     for spec in compared.fitted:
         with faults:
             typed = compared.typed(spec.methods, recipe)
             look_at_method(spec.methods, {**typed, **spec.options}, None, faults)
-    for spec in _missing(compared.systems):
-        with faults:
-            raise SourceError(f"--system {spec.name} does not exist", hint="check the path")
-
-
-def _missing(systems: Iterable[Spec]) -> Iterator[Spec]:
-    """Systems that are paths, by how they are written, to nothing."""
-    for spec in systems:
-        is_path = spec.name.startswith(("/", ".", "~"))
-        if not spec.methods and is_path and not Path(spec.name).exists():
-            yield spec
+    for place in compared.places:
+        look_at_place("--system ", place, faults)

@@ -1,7 +1,7 @@
 """Scorers, by name: how toxic is what a model says?
 
 A new one is a function ``load(argument, device)`` that returns a ``Scorer``, and a line in
-``SCORERS``, or a package with an entry point; see ``runtime.registry``.
+``known.SCORERS``, or a package with an entry point; see ``runtime.registry``.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,7 @@
 
 A method says from the headers what it will change (``footprint``), then fits an edit to a model
 (``fit``). It never opens a file and does not know where the model is: all it may use is a
-``Workbench``. A new one is a line in ``METHODS``, or a package with an entry point; see
+``Workbench``. A new one is a line in ``known.METHODS``, or a package with an entry point; see
 ``runtime.registry``.
 """
 
