@@ -12,14 +12,13 @@ from converter.cli.command import Console
 from converter.cli.help import GROUPS
 from converter.cli.main import gloss
 from converter.cli.recipe import recorded_recipe
-from converter.entrypoints.methods import known_methods
 from converter.errors import ConverterError, DataError, Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions
 from converter.methods.known import described
 from converter.option import declared_options
 from converter.recipe import PublicationOptions, Recipe, Settings
-from tests.builders.invoke import Cli
+from tests.builders.invoke import invoke
 from tests.builders.mistakes import MISTAKES, Mistake, make_places
 
 
@@ -120,6 +119,8 @@ def test_faults_are_told_together_each_once_and_others_are_raised() -> None:
 
 
 def test_what_is_known_of_methods_is_what_their_classes_say() -> None:
+    from converter.entrypoints.methods import known_methods
+
     said = "python -m converter.entrypoints.methods > converter/data/methods.json"
     assert described() == known_methods(), said
     unexplained = [
@@ -131,19 +132,19 @@ def test_what_is_known_of_methods_is_what_their_classes_say() -> None:
     assert unexplained == []
 
 
-def test_the_options_of_a_method_are_printed(cli: Cli) -> None:
-    text = cli("methods", "destein", code=0).stdout
+def test_the_options_of_a_method_are_printed() -> None:
+    text = invoke("methods", "destein", code=0).stdout
     assert "destein: DeStein, constant vectors behind the attention" in text
     assert "| `direction` | paired, causal | paired | paired, the paper's difference" in text
     assert "| `layers` | layers, such as 10-24 or 3,5,8 | by the model |" in text
     assert "| `alpha` | a number from 1e-06, or auto | auto |" in text
-    data = json.loads(cli("methods", "gloss", "--json", code=0).stdout)
+    data = json.loads(invoke("methods", "gloss", "--json", code=0).stdout)
     assert data["options"]["bias"]["choices"] == ["project", "keep"]
 
 
-def test_help_shows_examples_first_and_every_option_in_a_group(cli: Cli) -> None:
-    text = cli("convert", "-h", code=0).stdout
-    assert text == cli("convert", "--help", code=0).stdout
+def test_help_shows_examples_first_and_every_option_in_a_group() -> None:
+    text = invoke("convert", "-h", code=0).stdout
+    assert text == invoke("convert", "--help", code=0).stdout
     places = [text.index(f"\n{title}:\n") for title in ("Examples", *GROUPS, "Others")]
     assert places == sorted(places)
     named = {name for names in GROUPS.values() for name in names}
@@ -152,23 +153,24 @@ def test_help_shows_examples_first_and_every_option_in_a_group(cli: Cli) -> None
     assert known - named == {"source", "json", "quiet", "verbose", "log_file"}
 
 
-def test_the_recipe_of_an_earlier_manifest_is_taken(
-    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
-) -> None:
-    source, made = converted
-    recipe = tmp_path / "run.toml"
-    recipe.write_text("seed = 5\n[options]\nrank = 1\n")
-    like = recorded_recipe(made)
-    assert like == recorded_recipe(made / "gloss_manifest.json")
-    assert like["source"] == source.name
-    typed = ("--like", made, "--recipe", recipe, "--num-pairs", 50, "-o", "bias=keep", "--json")
-    result = cli("recipe", source, *typed, code=0)
-    found = json.loads(result.stdout)
-    assert found["source"] == str(source)
-    assert found["seed"] == 5
-    assert found["num_pairs"] == 50
-    assert found["options"] == {**like.get("options", {}), "rank": "1", "bias": "keep"}
-    assert "gloss_manifest.json" not in result.stdout
+def test_the_recipe_of_an_earlier_manifest_is_taken(tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
+    data = json.loads(recorded.read_text())
+    data["run"] |= {"seed": 4, "guard_draws": 7, "options": {"rank": "2", "bias": "keep"}}
+    made, recipe = tmp_path / "made", tmp_path / "run.toml"
+    made.mkdir()
+    (made / "gloss_manifest.json").write_text(json.dumps(data))
+    recipe.write_text("seed = 5\n[options]\nrank = 3\n")
+    expected = {"source": "demo", "seed": 4, "guard_draws": 7, "options": data["run"]["options"]}
+    assert recorded_recipe(made) == recorded_recipe(made / "gloss_manifest.json") == expected
+    typed = ("--like", made, "--recipe", recipe, "--num-pairs", 50, "-o", "layers=2-3", "--json")
+    result = invoke("recipe", "other", *typed, code=0)
+    assert json.loads(result.stdout) == {
+        "source": "other", "seed": 5, "guard_draws": 7, "num_pairs": 50,
+        "options": {"rank": "3", "bias": "keep", "layers": "2-3"},
+    }  # fmt: skip
+    said = "gloss_manifest.json and run.toml are overruled by what was typed: source, options\n"
+    assert said.replace("gloss_manifest.json", "made") in result.stderr
 
 
 def test_what_is_told_is_kept_in_a_file(places: Path, tmp_path: Path) -> None:
@@ -189,15 +191,15 @@ def test_what_is_told_is_kept_in_a_file(places: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_installed_by_one_command(
-    shell: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HOME", "ZDOTDIR", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    printed = cli("completion", shell, code=0).stdout
+    printed = invoke("completion", shell, code=0).stdout
     assert "_GLOSS_COMPLETE" in printed
     assert "_GLOSS_CONVERT_COMPLETE" in printed
     for _ in range(2):  # the second time nothing is added
-        written = json.loads(cli("completion", shell, "--install", "--json", code=0).stdout)
+        written = json.loads(invoke("completion", shell, "--install", "--json", code=0).stdout)
         texts = [Path(place).read_text() for place in written["written"]]
         assert sum(text.count("_GLOSS_CONVERT_COMPLETE") for text in texts) == printed.count(
             "_GLOSS_CONVERT_COMPLETE"

@@ -29,7 +29,6 @@ from converter.option import PREFIX, Option, Options, declared_options
 from converter.runtime import progress
 from converter.runtime.cache import find_folders
 from converter.runtime.registry import telling_packages
-from converter.text import did_you_mean
 
 _EXIT_CODES = """
 \b
@@ -191,17 +190,25 @@ class Command(click.Command):
         for name in sorted(set(os.environ) - self.known):
             if not name.startswith(PREFIX):
                 continue
-            said, hint = f"{name} is not the variable of any option", did_you_mean(name, self.known)
-            gate = get_close_matches(name, {each.variable for each in _GATES} & own, 1, 0.8)
+            said = f"{name} is not the variable of any option"
+            near = get_close_matches(_plain(name), map(_plain, self.known), 1)
+            gates = [_plain(each.variable) for each in _GATES if each.variable in own]
+            gate = get_close_matches(_plain(name), gates, 1, 0.8)
             if gate:  # which would stay open
-                error = OptionError(said, hint=f"did you mean {gate[0]}?")
+                error = OptionError(said, hint=f"did you mean {PREFIX}{gate[0]}?")
                 faults_of(ctx).found.append(error)
             else:
-                echo(f"warning: {said}" + (f"; {hint}" if hint else ""), err=True)
+                hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+                echo(f"warning: {said}{hint}", err=True)
         return super().invoke(ctx)
 
 
 _GATES = tuple(declared_options(Gates).values())
+
+
+def _plain(variable: str) -> str:
+    """The name of a variable without what all of them begin with."""
+    return variable.removeprefix(PREFIX)
 
 
 def _of_a_method(command: click.Command, name: str, typed: list[str]) -> str | None:

@@ -92,8 +92,10 @@ class RecipePart(Part):
                 found = _over(found, {k: v for k, v in known.items() if k in names})
         every = _over(found, typed)
         if other := [key for key in typed if key in found and found[key] != every[key]]:
-            read_from = " and ".join(path.name for path in places if path)
-            progress.note(f"{read_from} is overruled by what was typed: {', '.join(other)}")
+            read_from = [path.name for path in places if path]
+            are = "is" if len(read_from) == 1 else "are"
+            files = " and ".join(read_from)
+            progress.note(f"{files} {are} overruled by what was typed: {', '.join(other)}")
         return every
 
     def make(self, values: Mapping[str, Any]) -> Any:

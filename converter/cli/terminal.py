@@ -137,10 +137,11 @@ class _Writer(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         time = datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "seconds")
+        told = "".join(f"{time} {_harmless(line)}\n" for line in _lines(record))
         with suppress(OSError, ValueError):
-            for line in _lines(record):
-                self.stream.write(f"{time} {_harmless(line)}\n")
-            self.stream.flush()
+            if self.stream:
+                self.stream.write(told)
+                self.stream.flush()
 
 
 def _lines(record: logging.LogRecord) -> list[str]:
