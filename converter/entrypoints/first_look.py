@@ -157,17 +157,20 @@ def check_value(key: str, text: str, option: MethodOption, layers: int | None) -
 
 def look_at_texts(recipe: Recipe, faults: Faults) -> None:
     """Look at the files of texts that a recipe names; what is on the Hub is not asked for."""
+    local = recipe.pairs != SELF and not is_dataset(recipe.pairs, PAIR_FORMATS)
+    reads = local and (recipe.pairs != "builtin" or recipe.num_pairs is not None)
     words = None
     with faults:
-        words = load_words(recipe.word_list)
+        if reads or recipe.word_list != "builtin":
+            words = load_words(recipe.word_list)
     with faults:
-        load_prose(recipe.neutral)
+        if recipe.neutral != "builtin":
+            load_prose(recipe.neutral)
     with faults:
         check_drawn(recipe)
     with faults:
         check_num_pairs(recipe.num_pairs)
-        local = recipe.pairs != SELF and not is_dataset(recipe.pairs, PAIR_FORMATS)
-        if words is not None and local:
+        if words is not None and reads:
             load_pairs(recipe.pairs, words, recipe.num_pairs, recipe.seed)
     with faults:
         if recipe.prompts not in ("none", "builtin"):
