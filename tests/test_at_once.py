@@ -200,7 +200,7 @@ def test_completion_is_installed_by_one_command(
     assert "_GLOSS_CONVERT_COMPLETE" in printed
     for _ in range(2):  # the second time nothing is added
         written = json.loads(invoke("completion", shell, "--install", "--json", code=0).stdout)
-        texts = [Path(place).read_text() for place in written["written"]]
+        texts = [Path(place).read_text("utf-8") for place in written["written"]]
         assert sum(text.count("_GLOSS_CONVERT_COMPLETE") for text in texts) == printed.count(
             "_GLOSS_CONVERT_COMPLETE"
         )

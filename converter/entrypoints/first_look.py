@@ -32,7 +32,7 @@ from converter.evaluation.known import SCORERS, check_scorer
 from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
 from converter.evaluation.prompts import load_prompts
-from converter.hub.addresses import model_place, parse_address, repo_named
+from converter.hub.addresses import model_place, parse_address, repo_named, snapshot_of
 from converter.methods.known import METHODS, SEPARATOR, MethodOption, described
 from converter.methods.options import parse_factors, parse_layers, parse_value
 from converter.methods.typed import share_out
@@ -40,7 +40,7 @@ from converter.outputs.destination import check_destination, check_folder
 from converter.outputs.known import OUTPUTS
 from converter.recipe import SELF, Recipe, Settings
 from converter.runtime.extras import need
-from converter.text import did_you_mean
+from converter.text import did_you_mean, readable
 
 _MANY = 10_000
 """Layers, where it is not known how many a model has."""
@@ -213,9 +213,8 @@ def look_at_source(recipe: Recipe, faults: Faults) -> int | None:
                     hint="give the folder that it is in",
                 )
             need(f"the GGUF file {path.name}", "gguf")
-            need(f"the GGUF file {path.name}", "accelerate")
             return None
-        if _is_folder(path):
+        if path.is_dir():
             if not (path / subfolder).is_dir():
                 raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
             top = path if subfolder else None
@@ -232,10 +231,6 @@ def _is_file(path: Path) -> bool:
         raise SourceError(f"{str(path)[:80]} cannot be read", found=error.strerror) from error
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir()
-
-
 def _look_at_folder(
     source: str, place: Path, top: Path | None, faults: Faults, found: list[int | None]
 ) -> None:
@@ -244,7 +239,8 @@ def _look_at_folder(
         sizes = list_files(place, top)
     except OSError as error:
         raise SourceError(f"{source[:80]} cannot be read", found=error.strerror) from error
-    name = place.resolve().name
+    kept = snapshot_of(place)
+    name = kept.repo_id if kept else readable(place.resolve().name)
     if not sizes:
         return  # ``resolve`` says what an empty folder may be
     refuse_other_kinds(name, sizes)
