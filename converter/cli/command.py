@@ -175,7 +175,7 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if said := _of_a_method(self, error.option_name, typed):
-                error.message, error.possibilities = said, None
+                raise click.UsageError(said, ctx) from error
             raise
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
