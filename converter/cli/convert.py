@@ -129,7 +129,8 @@ def _look(
             own = replace(recipe, options=compared.typed(recipe.method, recipe))
             first_look.look_at_systems(compared, recipe, faults)
         first_look.look_at_evaluation(evaluation, recipe.prompts, faults)
-    first_look.look_at_recipe(own, settings, faults)
+    asks = asked.push_to_hub is None  # the rights to write come before a source that is there
+    first_look.look_at_recipe(own, settings, faults, asks_hub=asks)
     _look_at_unused(recipe, faults, asked)
     first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
     first_look.look_at_plots(asked.plots, asked.destination, faults)
@@ -187,22 +188,24 @@ def convert_command(
     consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
+    repo = stream = None
+    if asked.push_to_hub is not None:  # the Hub is asked before torch is loaded
+        from converter.hub.publishing import check_rights
+
+        repo = check_rights(_publication(asked, publication), "--push-to-hub")
     from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
-    from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()
     _refuse_unused(recipe)
     signer = load_signer(asked.key) if asked.key else None
     inside = check_plots(asked.plots, asked.destination)
-    repo = stream = None
-    if asked.push_to_hub is not None:
-        repo = check_rights(_publication(asked, publication), "--push-to-hub")
-        stream = Streaming(repo) if asked.stream_to_hub else None
+    if repo and asked.stream_to_hub:
+        stream = Streaming(repo)
     delivery = Delivery(
         overwrite=asked.overwrite,
         gates=gates,

@@ -46,9 +46,17 @@ _MANY = 10_000
 """Layers, where it is not known how many a model has."""
 
 
-def look_at_recipe(recipe: Recipe, settings: Settings, faults: Faults) -> None:
-    """Look at all that a recipe names: method and options, source, texts, device, packages."""
-    layers = look_at_source(recipe, faults)
+def look_at_recipe(
+    recipe: Recipe, settings: Settings, faults: Faults, *, asks_hub: bool = True
+) -> None:
+    """Look at all that a recipe names: method and options, source, texts, device, packages.
+
+    Args:
+        recipe, settings: as asked for.
+        faults: gets what is wrong.
+        asks_hub: whether a source on the Hub is looked at.
+    """
+    layers = look_at_source(recipe, faults, asks_hub=asks_hub)
     with faults:
         OUTPUTS.need(recipe.output)
     look_at_method(recipe.method, recipe.options, layers, faults)
@@ -190,7 +198,7 @@ def _look_at_prompts(origin: str) -> None:
         load_prompts(origin, None, 0)
 
 
-def look_at_source(recipe: Recipe, faults: Faults) -> int | None:
+def look_at_source(recipe: Recipe, faults: Faults, *, asks_hub: bool = True) -> int | None:
     """Look at the names and the config of a source, not at its weights.
 
     Returns:
@@ -220,7 +228,9 @@ def look_at_source(recipe: Recipe, faults: Faults) -> int | None:
             top = path if subfolder else None
             _look_at_folder(recipe.source, path / subfolder, top, faults, found)
         else:
-            _look_at_repo(source, subfolder, faults, found)
+            parse_address(source, "model")  # refuses what is no name of a repo
+            if asks_hub:
+                _look_at_repo(source, subfolder, faults, found)
     return found[0]
 
 
@@ -255,7 +265,6 @@ def _look_at_folder(
 
 
 def _look_at_repo(source: str, subfolder: str, faults: Faults, found: list[int | None]) -> None:
-    parse_address(source, "model")  # refuses what is no name of a repo
     from converter.hub import repos as hub  # half a second, which others need not take
 
     repo = hub.resolve("model", source)
