@@ -196,8 +196,9 @@ def test_the_lists_of_models_read_from_files_are_those_of_transformers() -> None
     from transformers.models.auto import configuration_auto, modeling_auto
 
     auto: Any = modeling_auto
+    configs: Any = configuration_auto
     with door("transformers", "checkpoints/architectures/known_models.py"):
-        assert known_models.config_types() == dict(configuration_auto.CONFIG_MAPPING_NAMES)
+        assert known_models.config_types() == dict(configs.CONFIG_MAPPING_NAMES)
         for auto_class, name in known_models.LISTS.items():
             assert known_models.model_types(auto_class) == dict(getattr(auto, name))
             assert known_models.knows(next(iter(known_models.model_types(auto_class))))
