@@ -188,7 +188,9 @@ def look_at_texts(recipe: Recipe, faults: Faults) -> None:
             _look_at_prompts(recipe.self_prompts)
     with faults:
         given = recipe.instances
-        if given != "builtin" and not is_dataset(given, INSTANCE_FORMATS):
+        known = [described().get(name) for name in recipe.method.split(SEPARATOR)]
+        wanted = given != "builtin" and any(not each or each.aim == "defence" for each in known)
+        if wanted and not is_dataset(given, INSTANCE_FORMATS):
             load_instances(given)
 
 
