@@ -5,6 +5,7 @@ imported here imports them, and everything that is wrong is found in one go. Wha
 again where it is used, with what is known there.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def look_at_recipe(
                 "--calibration", expected="--method fusion -o form=paper", found=recipe.method
             )
     with faults:
-        if not settings.keep_source and Path(recipe.source).exists():
+        if not settings.keep_source and os.path.exists(recipe.source):  # noqa: PTH110
             raise OptionError(
                 "--no-keep-source", expected="a source on the Hub", found=recipe.source
             )
@@ -195,7 +196,8 @@ def look_at_texts(recipe: Recipe, faults: Faults) -> None:
 
 
 def _look_at_prompts(origin: str) -> None:
-    place = origin if Path(origin).exists() else origin.partition("#")[0]
+    there = os.path.exists(origin)  # noqa: PTH110
+    place = origin if there else origin.partition("#")[0]
     if not is_dataset(place, PROMPT_FORMATS):
         load_prompts(origin, None, 0)
 
@@ -312,11 +314,11 @@ def _layers(config: Mapping[str, Any]) -> int | None:
 
 def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faults: Faults) -> None:
     """Look whether a folder can be written; not at one that may hold the result already."""
-    source = Path(recipe.source)
+    there = os.path.exists(recipe.source)  # noqa: PTH110 - pathlib's raises if the name is too long
+    inputs = [Path(recipe.source)] if there else []
     with faults:
         try:
             done = (destination / MANIFEST).is_file()
-            inputs = [source] if source.exists() else []
         except OSError as error:
             raise DestinationError(
                 f"destination {str(destination)[:80]} cannot be reached", found=error.strerror
@@ -369,7 +371,7 @@ def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -
 def look_at_place(what: str, place: str, faults: Faults) -> None:
     """Look whether a model is there that is named by a path, by how it is written."""
     with faults:
-        if place.startswith(("/", ".", "~")) and not Path(place).exists():
+        if place.startswith(("/", ".", "~")) and not os.path.exists(place):  # noqa: PTH110
             raise SourceError(f"{what}{place} does not exist", hint="check the path")
 
 
