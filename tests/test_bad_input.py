@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.methods import gloss_paper
-from converter.methods.base import METHODS
+from converter.methods.known import METHODS
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints, tiny_args
 from tests.test_convert import UNPROTECTED, save_planted

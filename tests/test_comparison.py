@@ -16,7 +16,7 @@ from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.results import summarise
 from converter.evaluation.tables import at_cost, equal_cost_table, markdown, systems_of
 from converter.manifest import Evaluation, Interval, SystemRecord
-from converter.methods.base import METHODS
+from converter.methods.known import METHODS
 from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward

@@ -33,8 +33,9 @@ from converter.edits.edit_file import EVIDENCE, load_bases, save_edit, stored_na
 from converter.errors import FitError, OptionError
 from converter.evaluation.systems import edited_layers
 from converter.manifest import Origin, SubspaceEvidence
-from converter.methods.base import METHODS, Proposal
+from converter.methods.base import Proposal
 from converter.methods.gloss_paper import RANKINGS, above_threshold, global_basis
+from converter.methods.known import METHODS
 from converter.methods.options import configure, parse_layers
 from converter.methods.subspace import Removal, Subspace
 from converter.models.resident import Model

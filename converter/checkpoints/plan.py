@@ -261,7 +261,7 @@ def make_plan(
         config: parsed ``config.json``.
         weight_map: of the index, tensor name -> shard file name, or None for a single file.
         headers: of every shard there is, by file name.
-        folder: of the config, for code of the model's own; see ``find.allow_own_code``.
+        folder: of the config, for code of the model's own; see ``kind.allow_own_code``.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints.made import made

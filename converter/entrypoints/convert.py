@@ -8,9 +8,15 @@ from pathlib import Path
 from msgspec import structs
 
 from converter.calibration.instances import load_instances
-from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_prose
+from converter.calibration.pairs import (
+    Pairs,
+    Prose,
+    check_drawn,
+    describe_skipped,
+    load_prose,
+)
 from converter.calibration.word_list import WordList, load_words
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, read_plan
@@ -26,12 +32,13 @@ from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.samples import samples_of
-from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_of
+from converter.evaluation.self_pairs import is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
+from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
-from converter.methods.together import SEPARATOR, check_shared
+from converter.methods.together import check_shared
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
@@ -251,7 +258,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
-        check_options(recipe)
+        check_drawn(recipe)
         if recipe.activations is not None and SEPARATOR in recipe.method:
             raise OptionError("--activations", expected="a single method", found=recipe.method)
         footprint = footprint_of(method, plan)

@@ -18,7 +18,7 @@ from converter.evaluation.systems import CONTROLS, Fits, System, edited_layers
 from converter.hub.addresses import settled
 from converter.manifest import EDITED, Evaluation
 from converter.methods.base import Method
-from converter.methods.together import check_plain
+from converter.methods.typed import check_plain
 from converter.methods.workbench import Bench
 from converter.models.resident import choose_device
 from converter.recipe import Recipe, Settings, without_folders

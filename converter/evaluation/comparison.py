@@ -7,9 +7,10 @@ from math import inf
 from pathlib import Path
 
 from converter.errors import OptionError
-from converter.methods.base import METHODS
-from converter.methods.together import SEPARATOR, typed_for
+from converter.methods.known import METHODS, SEPARATOR
+from converter.methods.typed import typed_for
 from converter.recipe import LARGEST_SEED, Recipe
+from converter.text import did_you_mean
 
 _AT_PERPLEXITY = "@perplexity"
 """After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
@@ -106,7 +107,8 @@ def _parse(text: str) -> Spec:
         raise OptionError(
             "--system", found=text,
             expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
-            hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
+            hint=did_you_mean(methods, METHODS.names())
+            or f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
             "follow a colon, such as gloss:rank=2",
         )  # fmt: skip
     if methods != head and SEPARATOR in methods:

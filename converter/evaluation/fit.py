@@ -23,7 +23,8 @@ from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.evaluation.prompts import Prompts
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal, aim_of, footprint_of, learnt_by
-from converter.methods.together import SEPARATOR, after, parts_of
+from converter.methods.known import SEPARATOR
+from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
 from converter.models.edited import lowest_layer, modules_of
 from converter.models.resident import held_out_dtype

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from converter.calibration.datasets import read_whole
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError

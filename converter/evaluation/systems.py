@@ -24,9 +24,10 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.evaluation.self_pairs import pairs_of
 from converter.manifest import Measured
 from converter.methods.base import Method, Proposal, footprint_of
+from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, check_shared, options_of
+from converter.methods.together import check_shared, options_of
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.runtime import progress

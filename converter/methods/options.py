@@ -4,17 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from math import inf, isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
-from converter.methods.base import METHODS, Factors, Layers, Method
 from converter.methods.bounds import bounds_of, defaults_cut_down
-from converter.methods.together import SEPARATOR, Together, share_out
+from converter.methods.known import METHODS, SEPARATOR, Factors, Layers
+from converter.methods.typed import share_out
 from converter.runtime import strict_json
+from converter.text import did_you_mean
+
+if TYPE_CHECKING:
+    from converter.methods.base import Method
 
 _BITS = 63
 """Of a whole number beside its sign: a manifest holds no longer one."""
@@ -25,7 +29,7 @@ def configure(
     options: Mapping[str, str],
     dimensions: Dimensions,
     implied: Mapping[str, str] | None = None,
-) -> Method:
+) -> "Method":
     """A method with its options: as typed, or by default, which may depend on the dimensions.
 
     Args:
@@ -44,7 +48,9 @@ def configure(
         known = {each: {field.name for field in dataclasses.fields(k)} for each, k in kinds.items()}
         shared = share_out(known, options)
         parts = {each: configure(each, shared[each], dimensions, implied) for each in kinds}
-        return cast(Method, Together(parts))
+        from converter.methods.together import Together  # torch, which what is typed can do without
+
+        return cast("Method", Together(parts))
     kind = _load(name)
     try:
         hints = get_type_hints(kind)
@@ -57,7 +63,10 @@ def configure(
     others = {key: text for key, text in (implied or {}).items() if key in fields}
     for key, text in {**others, **options}.items():
         if key not in fields:
-            raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
+            raise OptionError(
+                f"-o {key}: method {name}", expected=", ".join(fields), found=key,
+                hint=did_you_mean(key, fields),
+            )  # fmt: skip
         try:
             values[key] = _parse(key, text, hints[key], dimensions)
         except TypeError as error:
@@ -76,7 +85,7 @@ def configure(
         msgspec.convert(options, dict[str, OptionValue])
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
-    return cast(Method, method)
+    return cast("Method", method)
 
 
 def _load(name: str) -> Any:
@@ -89,11 +98,19 @@ def _load(name: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
-    """A value as typed. Raises OptionError, and TypeError if the type has no text."""
+    """A value as typed. Raises as ``parse_value``."""
     if hint == Layers:
         return with_ffn(key, parse_layers(key, text, dimensions.num_hidden_layers), dimensions)
     if hint == Factors:
         return parse_factors(key, text, dimensions.num_hidden_layers)
+    return parse_value(key, text, hint)
+
+
+def parse_value(key: str, text: str, hint: Any) -> Any:
+    """A value that does not depend on the model, as typed.
+
+    Raises OptionError, and TypeError if the type has no text.
+    """
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
         return None
