@@ -18,7 +18,7 @@ PAGES = {
     "options": ROOT / "converter/guide/options.md",
     "methods": ROOT / "converter/guide/methods.md",
     "exit-codes": ROOT / "converter/guide/exit-codes.md",
-    "manifest": ROOT / "manifests/README.md",
+    "manifest": ROOT / "converter/guide/manifest.md",
 }
 """Topic -> a page with a generated part."""
 

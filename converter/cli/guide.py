@@ -17,9 +17,6 @@ from converter.text import did_you_mean
 GUIDE = Path(__file__).parents[1] / "guide"
 """The folder of the pages; ``README.md`` in it lists them."""
 
-_ELSEWHERE = {"manifest": GUIDE.parents[1] / "manifests/README.md"}
-"""Pages that a clone has elsewhere; the wheel has them in the folder."""
-
 _COMMENT = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 
 
@@ -55,7 +52,7 @@ def guide_command(asked: _GuideOptions) -> Answer:
 
 def topics() -> list[str]:
     """The names of the pages, in alphabetical order."""
-    return sorted({path.stem for path in GUIDE.glob("*.md")} - {"README"} | _ELSEWHERE.keys())
+    return sorted({path.stem for path in GUIDE.glob("*.md")} - {"README"})
 
 
 def page(topic: str | None) -> str:
@@ -70,8 +67,6 @@ def page(topic: str | None) -> str:
             "TOPIC", expected=" or ".join(names), found=topic, hint=did_you_mean(topic, names)
         )
     path = GUIDE / f"{topic or 'README'}.md"
-    if topic in _ELSEWHERE and not path.exists():
-        path = _ELSEWHERE[topic]
     return _COMMENT.sub("", path.read_text("utf-8")).rstrip("\n")
 
 
