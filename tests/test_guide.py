@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 import converter
 from converter.cli import guide
 from converter.cli.command import Command
-from converter.cli.fields import Part
+from converter.cli.fields import Part, faults_of
 from converter.cli.guide import GUIDE, page, topics
 from converter.cli.main import gloss
 from converter.errors import ConverterError, OptionError
@@ -88,6 +88,8 @@ def test_every_command_line_is_one_that_the_program_takes(path: Path) -> None:
                 for part in called.parts:
                     if not {"recipe_file", "manifest_file"} & given(context):
                         part_is_made(part, context)
+                found = map(str, faults_of(context).found)
+                assert not [fault for fault in found if "does not exist" not in fault], words
         except click.ClickException as error:
             pytest.fail(f"{shlex.join(words)}: {error.format_message()}")
 
