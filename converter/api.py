@@ -1,7 +1,7 @@
 """What the commands do, as functions; ``import converter`` gives them.
 
-They return what the commands print, raise what the commands exit with, and tell what they do to the
-logger ``converter``.
+A function returns the data that its command prints, raises the errors that its command exits with,
+and reports its progress to the logger ``converter``.
 """
 
 from collections.abc import Iterator, Sequence

@@ -83,13 +83,15 @@ class DestinationError(ConverterError):
 
 
 class VerificationError(ConverterError):
-    """A checkpoint is not what its manifest says."""
+    """What was verified is not what its manifest says, a replay gave other bytes, or gloss diff
+    --exit-code found a difference."""
 
     exit_code = 8
 
 
 class GuardError(ConverterError):
-    """The edit would break the model, or does no more than a random one."""
+    """The guard refuses the edit, which would break the model or does no more than a random one; or
+    no strength is within the budget."""
 
     exit_code = 9
 
@@ -101,7 +103,7 @@ class PublishError(ConverterError):
 
 
 class GateError(ConverterError):
-    """The edit does not meet what this run asked for beyond the guard."""
+    """A gate is closed: the edit does not meet what this run asked for beyond the guard."""
 
     exit_code = 11
 

@@ -15,8 +15,8 @@ million."""
 def one_line(text: str, longest: int = LONGEST) -> str:
     """A text in one line, without what could steer a terminal or turn its direction.
 
-    White space becomes single spaces, what is not printable its escape, and the end of what is too
-    long is left out.
+    White space becomes single spaces, a character that is not printable becomes its escape, and a
+    text that is too long loses its end.
     """
     cut = readable(text if len(text) <= longest else text[:longest] + "...")
     line = " ".join(cut.split())

@@ -30,6 +30,7 @@ from converter.checkpoints.architectures.library import MetaTensor
 from converter.checkpoints.architectures.proof import prove
 from converter.checkpoints.architectures.tiny import make_tiny
 from converter.checkpoints.names import EDIT_FILE
+from converter.cli.guide import GUIDE
 from converter.edits.edit_file import load_bases
 from converter.entrypoints.architectures import examples, try_all, try_one
 from converter.entrypoints.convert import convert
@@ -337,7 +338,7 @@ def test_a_draft_is_what_was_inferred_or_why_not(cli: Cli, tmp_path: Path) -> No
 def test_the_page_of_models_is_what_the_command_prints() -> None:
     """Of the sample, of two that are refused, of one whose layers differ in their number of heads,
     and of one without an FFN; the command tries all."""
-    page = Path(library.__file__).with_name("README.md").read_text()
+    page = (GUIDE / "models.md").read_text()
     for model_type in (*SAMPLE, "bert", "cpmant", "dots3_note_text", "mamba"):
         for tried in try_all((model_type,)):
             assert tried.row in page, "put what 'gloss architectures' prints into the page"

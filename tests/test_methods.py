@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import converter
 from converter.calibration.statistics import Request
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
@@ -55,12 +54,6 @@ def test_every_method_is_in_the_table(own: dict[str, Described], cli: Cli) -> No
         assert row == found.row
         assert row.count("|") == 7
     assert [each["name"] for each in json.loads(cli("methods", "--json", code=0).stdout)] == [*own]
-
-
-def test_the_page_of_methods_has_the_table_that_the_command_prints(cli: Cli) -> None:
-    page = Path(converter.__file__).parent / "methods" / "README.md"
-    table = cli("methods", code=0).stdout
-    assert table in page.read_text(), "put what 'gloss methods' prints into the page"
 
 
 def test_all_of_our_own_are_described(own: dict[str, Described]) -> None:

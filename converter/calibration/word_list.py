@@ -42,7 +42,7 @@ def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:
     """A text as words are compared in it, and of each of its characters the place in ``text``.
 
     Unicode's NFKC and its folding of case, character by character as readers see them. So letters
-    of full width, ligatures and decomposed letters are the plain ones. The four letters i of
+    of full width, ligatures and decomposed letters count as plain letters. The four letters i of
     Turkish, whose case is folded otherwise in other languages, are one.
     """
     if text.isascii():

@@ -4,7 +4,7 @@ Small files of a source are copied into what is published. So a link among them 
 the source: it could name any file of this machine. It may lead to what the Hub's client keeps, as
 folders that it downloaded to once did: files there have digests for names, which nobody can guess.
 The model's weights may be linked from elsewhere, as people do to save room: of them only tensors go
-on. What is neither file nor folder is refused: to open a named pipe would wait for ever.
+on. Pipes, sockets and devices are refused: opening a named pipe would wait for ever.
 """
 
 import os

@@ -32,8 +32,8 @@ def architectures_command(asked: _ArchitecturesOptions) -> Answer:
     """Try every language model of the installed transformers, and print which can be edited.
 
     Each class is described and proved by its default config, at tiny sizes: a row of a Markdown
-    table for each; a second each. With --infer, the same of the model of
-    one checkpoint, whose weights are not read.
+    table for each; a second each. With --infer, the model of one
+    checkpoint is described likewise, without reading its weights.
     """
     from converter.checkpoints.architectures import known_models
     from converter.entrypoints.architectures import draft, table, try_all

@@ -13,6 +13,7 @@ from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
 from converter.cli.evaluate import evaluate_command
+from converter.cli.guide import guide_command
 from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
 from converter.cli.terminal import echo, printing
@@ -33,6 +34,7 @@ _COMMANDS = (
     methods_command,
     calibrate_command,
     completion_command,
+    guide_command,
 )
 
 

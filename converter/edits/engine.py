@@ -69,8 +69,8 @@ def _worker_memory(targets: Iterable[Weight], rank: int) -> int:
 
     A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of
     its rows as read and as written; a strip of it takes up to 64 bytes an element, with what the
-    allocator and the threads keep. FP8 and hidden sizes that come last are held whole, or in blocks
-    as large.
+    allocator and the threads keep. A matrix in FP8, or one whose hidden size is its last axis, is
+    held whole, or in blocks of that size.
     """
     edits = [0]
     for target in targets:

@@ -55,9 +55,9 @@ def _done_before(
     """The manifest of what the same run has made of the same inputs, whole or not; else None.
 
     Manifests name files without their folders, so the content of every input is compared, too. A
-    run that evaluates is never taken for the same: not all that it depends on is recorded. The
-    gates must have been passed, ``pictures`` must hold some if it is given, and without a signer
-    there must be no signature.
+    run that evaluates never counts as the same, since not all its inputs are recorded. The gates
+    must have been passed, ``pictures`` must hold some if it is given, and without a signer there
+    must be no signature.
 
     Raises:
         SourceError, CheckpointError, DataError: an input cannot be read.

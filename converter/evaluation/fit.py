@@ -238,7 +238,7 @@ def _guard(bench: Bench, probe: Probe, step: Step, headline: Headline | str | No
     if found.reasons:
         refusal = GuardError(
             "the edit is refused: " + "; and ".join(found.reasons),
-            hint="nothing was written; see README, 'When the guard refuses'",
+            hint="nothing was written; see gloss guide guard",
         )
         if not recipe.force:
             raise refusal

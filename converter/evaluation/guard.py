@@ -1,7 +1,7 @@
 """Refuse an edit that breaks the model, or that as much of nothing would match.
 
-Any damage lowers a toxicity score: noise is not toxic. So, on text that neither the fit nor the
-choice of the strength has seen, and before a byte is written:
+Any damage lowers a toxicity score, because noise is not toxic. So, on text that neither the
+fit nor the choice of the strength has seen, and before a byte is written:
 
     perplexity ratio on neutral text         <= budget
     that of the other words of toxic text    <= MOST_CONTEXT

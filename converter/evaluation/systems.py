@@ -1,8 +1,8 @@
 """What an evaluation compares: systems, each of them the unedited model or what becomes of it.
 
 A system is the unedited model, one that has been written, a recorded edit, or a method that is
-fitted beside. All but written ones run through hooks on the unedited model. Two methods are
-controls: ``random`` and ``profs`` edit what the first system edits.
+fitted beside. All run through hooks on the unedited model, but for those that are written. Two
+methods are controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
 from collections.abc import Callable, Iterator, Mapping

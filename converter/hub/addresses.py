@@ -150,7 +150,7 @@ def _not_understood(text: str, scheme: str, host: str) -> SourceError:
 
 
 def repo_named(option: str, text: str) -> str:
-    """The repo that an option names, which takes neither a revision nor a path.
+    """The repo that an option names; it may have neither a revision nor a path.
 
     Raises OptionError.
     """

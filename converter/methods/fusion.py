@@ -81,7 +81,7 @@ class Method:
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """A step of AdamW changes what a map gives by its width times the rate, so it falls."""
+        """The rate falls with the width: a step changes a map's output by width times rate."""
         return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
 
     def footprint(self, plan: Plan) -> Footprint:

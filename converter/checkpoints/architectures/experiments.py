@@ -239,8 +239,8 @@ class Layer:
     def shift(self, name: str, vector: Tensor) -> Tensor:
         """How the residual stream moves, (..., D), when a vector is added to what a module gives.
 
-        All other modules with matrices give what they gave without it. The stream is what the layer
-        gives, or if that comes out of a norm, what the norm is given.
+        All other modules with matrices are held to the outputs that they had without it. The stream
+        is the output of the layer; if a norm makes that output, it is the input of the norm.
         """
         changes = self._pinned(name)
         changes[self.modules[name]] = lambda output: _replaced(output, lambda x: x + vector)
@@ -325,8 +325,8 @@ class Layer:
     def is_position_wise(self, name: str) -> bool:
         """Whether what a module gives at a position hangs on what it is given there alone.
 
-        Attention may look at one position alone, so that another one vanishes. It is tried with
-        small states, for which it looks at all of them, and with small and large shifts.
+        Attention may put all its weight on one position, so that a change at another has no effect.
+        So small states are tried, with which it weighs all positions, and small and large shifts.
         """
         if name not in self._alone:
             self._alone[name] = self.is_through(name) and self._found_alone(name)

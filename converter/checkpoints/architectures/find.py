@@ -1,8 +1,8 @@
 """The architecture of a checkpoint by its config: a data file's hints, inference, and the proof.
 
-A data file, one TOML beside this module for one ``model_type``, is needed only where inference does
-not see what there is: ``blocks`` names the list of decoder layers, ``ffns`` the feed-forward
-networks within a layer. The proof is the same.
+A data file is a TOML beside this module for one ``model_type``. It is needed only where inference
+fails. ``blocks`` names the list of decoder layers, ``ffns`` the feed-forward networks in a layer.
+The proof is the same.
 """
 
 import json
