@@ -1,6 +1,7 @@
 """The verdict in words, and ``gloss report``: a page for people, from a manifest."""
 
 import base64
+import csv
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from msgspec import structs
 
 from converter.checkpoints.names import CARD, MANIFEST
 from converter.cli.summary import result_data, result_text
-from converter.manifest import Manifest, SampleRecord, to_json
+from converter.manifest import Manifest, SampleRecord, to_json, to_text
 from converter.release.manifest import read_manifest
 from converter.release.report import report_page
 from converter.release.verdict import Verdict, percent, verdict
@@ -218,7 +219,7 @@ def numbers_of(value: Any) -> list[float]:
 
 
 def test_every_number_of_the_table_is_the_manifests() -> None:
-    for known in (json.loads(DEMO.read_text("utf-8")), to_json(recorded())):
+    for known in (json.loads(DEMO.read_text("utf-8")), json.loads(to_text(recorded()))):
         manifest = Manifest.from_json(known)
         text = report_page(manifest).partition('<table id="numbers">')[2]
         rows = [re.findall(r"<td.*?</td>", row) for row in re.findall("<tr>.*?</tr>", text)[1:]]
@@ -269,3 +270,47 @@ def test_a_conversion_writes_a_report_beside_its_folder(
     digest = hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()
     assert digest in page.read_text("utf-8")
     cli("verify", out, code=0)
+
+
+@pytest.mark.slow
+def test_a_browser_sorts_and_saves_with_the_keyboard(tmp_path: Path) -> None:
+    """And the page is no wider than a phone."""
+    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or browser is None:
+        pytest.skip("there is no Chromium with its chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    manifest = Manifest.from_json(json.loads(DEMO.read_text("utf-8")))
+    (tmp_path / "page.html").write_text(report_page(manifest, "ab" * 32), "utf-8")
+    service = webdriver.chrome.service.Service(driver)
+    page = webdriver.Chrome(options=options, service=service)
+    try:
+        size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        page.get((tmp_path / "page.html").as_uri())
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+        head = page.find_elements("css selector", "#numbers th")[1]
+        for key, order in (("\ue007", "ascending"), (" ", "descending")):
+            head.find_element("css selector", "button").send_keys(key)
+            assert head.get_attribute("aria-sort") == order
+            values = page.execute_script(
+                "return [...document.querySelectorAll('#numbers tbody tr')]"
+                ".map((row) => Number(row.cells[1].querySelector('data').value))"
+            )
+            assert values == sorted(values, reverse=order == "descending")
+        page.find_elements("css selector", "button.save")[1].send_keys("\ue007")
+        saved = tmp_path / "numbers.csv"
+        page.set_script_timeout(30)
+        for _ in range(100):
+            if saved.exists():
+                break
+            page.execute_async_script("setTimeout(arguments[0], 100)")
+        rows = [*csv.reader(saved.read_text("utf-8").splitlines())]
+        assert [float(row[1]) for row in rows[1:]] == values
+        assert page.get_log("browser") == []
+    finally:
+        page.quit()

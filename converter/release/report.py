@@ -210,7 +210,7 @@ def _walk(place: str, name: str, value: Any) -> Iterator[tuple[Cell, ...]]:
     elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _walk(f"{place}.{key}", key, inner)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for number, inner in enumerate(value):
             yield from _walk(f"{place}[{number}]", name, inner)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
