@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from converter.evaluation.results import around
-from converter.manifest import Estimate, GuardRecord, Manifest
+from converter.manifest import Estimate, GuardRecord, Manifest, Measured, Trial
 from converter.release.verdict import mean, percent
 
 _WIDTH = 360.0
@@ -166,7 +166,7 @@ def cost_chart(manifest: Manifest) -> Points | None:
     if guard is None or guard.defence is not None:
         return None
     found = [("no edit: +0.0 %, 100 %", "before", 1.0, 1.0)]
-    every = [(f"{manifest.method.strength} {each.strength:g}, tried", "tried", each)
+    every: list[tuple[str, str, Trial | Measured]] = [(f"{manifest.method.strength} {each.strength:g}, tried", "tried", each)
              for each in manifest.choice.tried]  # fmt: skip
     every += [(f"control {n}", "control", each) for n, each in enumerate(guard.controls, 1)]
     every.append((f"the edit, {manifest.method.strength} {manifest.choice.strength:g}", "edit",
