@@ -166,11 +166,12 @@ def cost_chart(manifest: Manifest) -> Points | None:
     if guard is None or guard.defence is not None:
         return None
     found = [("no edit: +0.0 %, 100 %", "before", 1.0, 1.0)]
-    every: list[tuple[str, str, Trial | Measured]] = [(f"{manifest.method.strength} {each.strength:g}, tried", "tried", each)
-             for each in manifest.choice.tried]  # fmt: skip
-    every += [(f"control {n}", "control", each) for n, each in enumerate(guard.controls, 1)]
-    every.append((f"the edit, {manifest.method.strength} {manifest.choice.strength:g}", "edit",
-                  guard.edit))  # fmt: skip
+    name = manifest.method.strength
+    every: list[tuple[str, str, Trial | Measured]] = [
+        (f"{name} {trial.strength:g}, tried", "tried", trial) for trial in manifest.choice.tried
+    ]
+    every += [(f"control {n}", "control", one) for n, one in enumerate(guard.controls, 1)]
+    every.append((f"the edit, {name} {manifest.choice.strength:g}", "edit", guard.edit))
     for label, kind, each in every:
         cost, left = each.perplexity_ratio.value, each.teacher_forced.value
         if isfinite(cost) and isfinite(left):
