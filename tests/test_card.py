@@ -463,11 +463,11 @@ def test_the_guards_numbers_stand_beside_the_control(card_with: CardWith) -> Non
         toxic_words=310,
     )  # fmt: skip
     text = card_with(guard=guard).text
-    assert "toxic words are **0.100 +- 0.010 times** as probable" in text
-    assert "(95 % interval 0.080 to 0.120; under the controls 1.030 times)" in text
+    assert "90 % less probable than before (95 % interval: 88 % less to 92 % less)" in text
+    assert "(random edits) it is 3.0 % more probable" in text
     assert "4,304 neutral tokens | 100.00 | 101.00 (x 1.010 +- 0.004) | x 1.002 |" in text
     assert "310 of them | x 1 | x 0.100 +- 0.010 | x 1.030 |" in text
-    assert "other words" not in text  # of a manifest of before
+    assert "other words of toxic" not in text  # of a manifest of before
     beside = [
         replace(m, context_ratio=Estimate(value=v, error=0.01))
         for m, v in ((one, 1.07), (other, 1))
@@ -476,8 +476,8 @@ def test_the_guards_numbers_stand_beside_the_control(card_with: CardWith) -> Non
     row = "other words of toxic text, 1,234 tokens | x 1 | x 1.070 +- 0.010 | x 1.000 |"
     assert row in card_with(guard=guard).text
     text = card_with(guard=replace(guard, reasons=("it does nothing",))).text
-    assert "**The guard refused this edit: it does nothing.**" in text
-    assert "as probable as before" not in text
+    assert "**The guard refused this edit: it does nothing." in text
+    assert "less probable than before" not in text
 
 
 def test_a_card_of_an_adapter(manifest: Manifest, card_with: CardWith) -> None:

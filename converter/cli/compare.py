@@ -125,10 +125,9 @@ def _check_output(path: Path | None) -> None:
     if path.suffix.lower() not in endings:
         found = path.suffix or "no ending"
         raise OptionError(f"--output {path}", expected=" or ".join(endings), found=found)
-    if not path.parent.is_dir():
-        raise DestinationError(f"the folder of --output {path} does not exist")
-    if path.is_dir():
-        raise DestinationError(f"--output {path} is a folder", hint="give the name of a file")
+    from converter.outputs.destination import check_beside
+
+    check_beside("--output", path)
 
 
 def _in_json() -> bool:

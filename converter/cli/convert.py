@@ -45,6 +45,10 @@ class _DeliveryOptions(Options):
         "them.",
         example="./out/pictures", path="folder",
     )] = None
+    report: Annotated[Path | None, Option(
+        "File for a report for people, outside of DESTINATION; see gloss report.",
+        example="report.html", path="file",
+    )] = None
     key: Annotated[Path | None, Option(
         "Private key in PEM to sign with; its password is in GLOSS_SIGN_PASSWORD.",
         flag="--sign", metavar="KEY", example="key.pem",
@@ -121,6 +125,7 @@ def _look(
     """Find all that is wrong with a conversion before torch is loaded."""
     from converter.entrypoints import first_look
     from converter.evaluation.comparison import Comparison, parse_systems
+    from converter.outputs.destination import check_beside
 
     own = recipe
     if asked.evaluate:
@@ -134,6 +139,9 @@ def _look(
     _look_at_unused(recipe, faults, asked)
     first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
     first_look.look_at_plots(asked.plots, asked.destination, faults)
+    if asked.report is not None:
+        with faults:
+            check_beside("--report", asked.report, asked.destination)
     first_look.look_at_key(asked.key, faults)
     with faults:
         gates.require_measurements(
@@ -197,6 +205,7 @@ def convert_command(
     from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
+    from converter.entrypoints.report import report
     from converter.entrypoints.resume import convert_once
     from converter.release.signing import load_signer
 
@@ -225,6 +234,8 @@ def convert_command(
     manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
     if asked.plots is not None and not inside:
         draw(manifest, asked.destination, asked.plots.absolute())
+    if asked.report is not None:
+        report(asked.destination, asked.report, "--report")
     published = stream.published if stream else None
     if repo and not stream:
         published = push(asked.destination, repo, recipe.trust_remote_code, verified=True)
@@ -232,7 +243,7 @@ def convert_command(
         progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
     result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
-    return Answer(result, result_text(result) + published_text(published))
+    return Answer(result, result_text(result, published_text(published)))
 
 
 def _look_at_plan(*, recipe: Recipe, settings: Settings, faults: Faults) -> None:

@@ -16,6 +16,7 @@ from converter.cli.evaluate import evaluate_command
 from converter.cli.guide import guide_command
 from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
+from converter.cli.report import report_command
 from converter.cli.terminal import echo, printing
 from converter.option import Declared
 from converter.version import __version__
@@ -30,6 +31,7 @@ _COMMANDS = (
     diff_command,
     evaluate_command,
     compare_command,
+    report_command,
     architectures_command,
     methods_command,
     calibrate_command,

@@ -12,6 +12,8 @@ from converter.text import one_line
 
 def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
     """The gist of a manifest, as the command line prints it with --json."""
+    from converter.release.verdict import verdict
+
     told = progress.current()
     changes = [e.relative_change for e in manifest.edited if not e.role.endswith("_bias")]
     left = [entry.measures["leakage"] for entry in manifest.edited if "leakage" in entry.measures]
@@ -39,6 +41,7 @@ def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "tensors_edited": len(manifest.edited),
         "tensors_created": len(manifest.edit.created),
         "files_changed": [*manifest.edit.patches, *manifest.edit.files],
+        "verdict": verdict(manifest).text,
         "headline": _headline_data(manifest.guard),
         "guard": manifest.guard,
         "choice": manifest.choice,
@@ -56,8 +59,8 @@ def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
     }
 
 
-def result_text(result: dict[str, Any]) -> str:
-    """The same for people."""
+def result_text(result: dict[str, Any], published: str = "") -> str:
+    """The same for people; the verdict is at the end."""
     from converter.evaluation.tables import markdown
 
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
@@ -75,7 +78,9 @@ def result_text(result: dict[str, Any]) -> str:
 {_effect(result["guard"], "toxicity" if result["instances"] is None else "refusals")}
   forward pass  {forward_text(result["forward"])}
   seconds       {seconds}
-  peak MB       {memory}{table}{_samples(result["samples"])}"""
+  peak MB       {memory}{published}{table}{_samples(result["samples"])}
+
+{one_line(result["verdict"])}"""
 
 
 def _samples(samples: Sequence[SampleRecord]) -> str:
@@ -200,8 +205,7 @@ def _headline(guard: GuardRecord | None) -> str:
         lines = [
             f"  toxic words   {_within(words.teacher_forced)} as probable {control}: "
             f"{guard.toxic_words} held-out words",
-            "                of the pairs' own kind only; elsewhere the effect is mostly smaller, "
-            f"and was not measured: {guard.fallback}",
+            "                of the pairs' own kind only",
         ]
     else:
         lines = [

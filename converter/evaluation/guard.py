@@ -50,7 +50,7 @@ _MARGIN = 2.0
 _LEAST_DROP = 0.1
 """In nats: toxic words must become a tenth less probable at least."""
 
-_CONTEXT_WARNED = 1.10
+CONTEXT_WARNED = 1.10
 """Perplexity ratio of the other words of toxic text that is said in a warning."""
 
 _LEAST_TOKENS = 3000
@@ -234,7 +234,7 @@ def judge(
                 f"perplexity of the other words of {text} is {context:.4g} times what it was, more "
                 f"than {MOST_CONTEXT:g}"
             )
-        elif context > _CONTEXT_WARNED:
+        elif context > CONTEXT_WARNED:
             warnings.append(
                 f"perplexity of the other words of {text} is {context:.3f} times what it was: the "
                 "model reads informal text less well"

@@ -124,19 +124,33 @@ def _marked(said: Said) -> str:
 
 def html_page(about: About, samples: Sequence[Sample]) -> str:
     """A page that needs no other file, runs nothing and fetches nothing."""
-    data = files("converter").joinpath("data")
-    style = data.joinpath("compare.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    style = page_file("compare.css")
+    environment = page_environment()
+    environment.filters |= {"scores": scores_text, "way": way}
+    return environment.from_string(page_file("compare.html")).render(
+        about=about, samples=samples, style=style, digest=digest_of(style), version=__version__,
+        settings=_settings(about), means=means_text(samples) if samples else "No prompts.",
+    )  # fmt: skip
+
+
+def page_file(name: str) -> str:
+    """A template, style or script of ours."""
+    return files("converter").joinpath("data", name).read_text("utf-8")
+
+
+def page_environment() -> Environment:
+    """What makes pages: all text is escaped, and ``shown`` is for that of strangers."""
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
         keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {"shown": _shown, "scores": scores_text, "way": way}
-    template = environment.from_string(data.joinpath("compare.html").read_text("utf-8"))
-    return template.render(
-        about=about, samples=samples, style=style, digest=digest, version=__version__,
-        settings=_settings(about), means=means_text(samples) if samples else "No prompts.",
-    )  # fmt: skip
+    environment.filters |= {"shown": _shown}
+    return environment
+
+
+def digest_of(text: str) -> str:
+    """What a page's policy says of an inline style or script that it allows: a sha256, base64."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _settings(about: About) -> str:

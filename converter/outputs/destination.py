@@ -57,6 +57,28 @@ def check_folder(folder: Path) -> None:
         raise DestinationError(f"{folder} cannot be written: the folder {place} is read-only")
 
 
+def check_beside(option: str, path: Path, folder: Path | None = None) -> None:
+    """Refuse a page that cannot be written where an option says.
+
+    Args:
+        option: as typed.
+        path: of the page.
+        folder: whose manifest lists every file, so that the page cannot lie in it.
+
+    Raises:
+        DestinationError: it lies there, is a folder, or its folder does not exist.
+    """
+    if folder is not None and path.resolve().is_relative_to(folder.resolve()):
+        raise DestinationError(
+            f"{option} {path} is in {folder}, whose manifest lists every file",
+            expected="a place outside of it",
+        )
+    if not path.parent.is_dir():
+        raise DestinationError(f"the folder of {option} {path} does not exist")
+    if path.is_dir():
+        raise DestinationError(f"{option} {path} is a folder", hint="give the name of a file")
+
+
 def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
     identity = cache(_identity)  # not by name: case may not count, and mounts have two

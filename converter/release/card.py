@@ -25,9 +25,10 @@ from converter.checkpoints.source import Source
 from converter.evaluation.samples import RULE
 from converter.manifest import Choice, Manifest, PairsRecord, TextRecord
 from converter.outputs.base import output_of
-from converter.release.card_results import eval_results, measured_text, pictures, summary
+from converter.release.card_results import eval_results, measured_text, pictures
 from converter.release.licences import Terms, fitting_name
 from converter.release.manifest import hash_line
+from converter.release.verdict import verdict
 from converter.text import code, escaped, one_line
 from converter.version import __version__
 
@@ -76,7 +77,7 @@ def make_card(
         licence=terms.sentences,
         hash_line=hash_line(digest),
         version=__version__,
-        summary=summary(manifest),
+        verdict=escaped(verdict(manifest).text),
         measured=measured_text(manifest),
         pictures=pictures(manifest),
         sample_rule=RULE[:1].upper() + RULE[1:],
@@ -124,7 +125,7 @@ def title_of(source: Source, manifest: Manifest) -> str:
 def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
     """What the template says of the base, and of how to load the result."""
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
-    asked = repo_id or _local(manifest.run.source)
+    asked = repo_id or local_name(manifest.run.source)
     name = repo_id or base
     place = f"[{name}]({_HUB}/{name})" if name else escaped(source.name)
     place += f" at commit {code(commit)}" if commit else ""
@@ -149,7 +150,7 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
     }
 
 
-def _local(source: str) -> str:
+def local_name(source: str) -> str:
     """A recorded local source as an argument that no repo and no word of ours is taken for."""
     return source if source == "demo" or source.startswith("./") else f"./{source}"
 

@@ -9,7 +9,6 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult
 
 from converter.checkpoints.names import PICTURE
-from converter.evaluation.results import around
 from converter.evaluation.tables import markdown
 from converter.manifest import (
     EDITED,
@@ -44,55 +43,6 @@ def pictures(manifest: Manifest) -> list[tuple[str, str]]:
         for name in ours
         if PurePosixPath(name).name == stem + PICTURE
     ]
-
-
-def summary(manifest: Manifest) -> str:
-    """What came of it, in a sentence; empty if nothing was measured."""
-    guard = manifest.guard
-    if guard is None:
-        return ""
-    if guard.reasons:
-        return f"**The guard refused this edit: {escaped('; '.join(guard.reasons))}.**"
-    edit = guard.edit
-    if guard.defence is not None:
-        refusals = guard.defence.edit
-        return (
-            f"Refusals of harmful requests that it has not seen are **{_number(refusals.harmful)} "
-            "nats a token** more probable than before, those of harmless questions by "
-            f"**{refusals.over_refusal:.0%}** of that, and perplexity is "
-            f"**{_number(edit.perplexity_ratio)} times** what it was."
-        )
-    ratio = f"perplexity is **{_number(edit.perplexity_ratio)} times** what it was"
-    told = guard.headline
-    if told is None or told.words is None:
-        return (
-            f"On held-out text **of the kind that it was fitted to**, toxic words are "
-            f"**{_number(edit.teacher_forced)} times** as probable as before "
-            f"({_sure(guard)}); in other text the effect is mostly smaller, and it was not "
-            f"measured. On neutral text {ratio}."
-        )
-    words = told.words
-    beside = (
-        f", the perplexity of the other words there {_number(words.context_ratio)} times what it "
-        "was"
-        if words.context_ratio
-        else ""
-    )
-    return (
-        "In what the model itself says after prompts that it was not fitted to, toxic "
-        f"words are **{_number(words.teacher_forced)} times** as probable as before "
-        f"({_sure(guard)}){beside}. On neutral text {ratio}, and the next token's distribution "
-        "moves by a KL divergence of "
-        f"{_number(told.divergence)} nats."
-    )
-
-
-def _sure(guard: GuardRecord) -> str:
-    """The interval of the headline, and the controls beside it."""
-    found, others = around(guard.words.teacher_forced), guard.control_words
-    mean = sum(each.teacher_forced.value for each in others) / len(others)
-    interval = f"95 % interval {found.low:.3f} to {found.high:.3f}; " if found else ""
-    return f"{interval}under the controls {mean:.3f} times"
 
 
 def measured_text(manifest: Manifest) -> str:

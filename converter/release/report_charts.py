@@ -1,0 +1,212 @@
+"""The charts of a report, as places in an SVG that ``data/report.html`` draws: no library needed.
+
+Widths are in units of a view box 360 wide, which a phone shows one to one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from converter.evaluation.results import around
+from converter.manifest import Estimate, GuardRecord, Manifest, Measured, Trial
+from converter.release.verdict import mean, percent
+
+_WIDTH = 360.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 350.0, 10.0, 230.0
+_ROW = 40
+_TICKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar, and its whisker, which is an interval of 95 %; ``low`` is None without one."""
+
+    label: str
+    value: str
+    kind: str
+    y: float
+    x: float
+    width: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """A chart of bars; ``text`` says it to who does not see it, ``zero`` is where bars begin."""
+
+    title: str
+    caption: str
+    bars: tuple[Bar, ...]
+    height: int
+    zero: float
+
+    @property
+    def text(self) -> str:
+        """The chart in a line."""
+        return f"{self.title}: " + "; ".join(f"{bar.label} {bar.value}" for bar in self.bars)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A line of the grid."""
+
+    place: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One edit, or none at all."""
+
+    label: str
+    kind: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """A chart of what edits cost, to the right, and what they leave, upwards."""
+
+    title: str
+    caption: str
+    x_label: str
+    points: tuple[Point, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+    @property
+    def text(self) -> str:
+        """The chart in a line."""
+        return f"{self.title}: " + "; ".join(point.label for point in self.points)
+
+
+def bar_charts(guard: GuardRecord) -> Iterator[Bars]:
+    """What the guard measured, before and after, with the mean of the controls beside it."""
+    if guard.defence is not None:
+        yield _refusals(guard)
+    else:
+        words, controls = guard.words, [each.teacher_forced for each in guard.control_words]
+        own = guard.words is not guard.edit
+        where = "what the model itself says" if own else "sentences of the pairs' own kind"
+        yield _chart(
+            "How probable toxic words are",
+            f"In {where}, relative to the unedited model. Look for a bar of the edit that is much "
+            "shorter than that of the controls. Shorter is better.",
+            _before_and_after(words.teacher_forced, controls),
+            "{:.1%}",
+        )
+    pairs = guard.edit.perplexity_ratio, [each.perplexity_ratio for each in guard.controls]
+    yield _chart(
+        "How much harder ordinary text is for it",
+        f"Perplexity, relative to the unedited model, on {guard.neutral_tokens:,} tokens; the "
+        f"guard allows {guard.budget:.1%}. Look for bars as long as the first. Shorter is better.",
+        _before_and_after(*pairs),
+        "{:.1%}",
+    )
+
+
+_Rows = Sequence[tuple[str, str, Estimate]]
+
+
+def _before_and_after(edit: Estimate, controls: Sequence[Estimate]) -> _Rows:
+    mild = Estimate(value=mean(controls), error=0.0)
+    return (
+        ("before", "before", Estimate(value=1.0, error=0.0)),
+        ("with the edit", "edit", edit),
+        (f"with a control instead, mean of {len(controls)}", "control", mild),
+    )
+
+
+def _refusals(guard: GuardRecord) -> Bars:
+    defence = guard.defence
+    assert defence is not None
+    named = {
+        "harmful": "harmful requests", "reworded": "the same, refused in unusual words",
+        "harmless": "harmless questions", "touchy": "harmless ones that sound harmful",
+    }  # fmt: skip
+    rows = [(said, "edit", getattr(defence.edit, name)) for name, said in named.items()]
+    mild = mean([each.harmful for each in defence.controls])
+    last = ("harmful requests, with a control", "control", Estimate(value=mild, error=0.0))
+    return _chart(
+        "How much more probable refusals are",
+        "In nats of log-probability a token. Look for a long first bar and short ones behind "
+        "harmless questions. Longer is better for harmful requests, shorter for all others.",
+        [*rows, last],
+        "{:+.3f}",
+    )
+
+
+def _chart(title: str, caption: str, rows: _Rows, form: str) -> Bars:
+    spans = [around(estimate) for _, _, estimate in rows]
+    ends = [0.0, *(e.value for _, _, e in rows)]
+    ends += [end for span in spans if span for end in (span.low, span.high)]
+    known = [end for end in ends if isfinite(end)]
+    place = _scale(min(known), max(known), 0.0, _WIDTH - 2)
+    bars = []
+    for number, ((label, kind, estimate), span) in enumerate(zip(rows, spans, strict=True)):
+        at, zero = place(estimate.value), place(0.0)
+        whisker = span if span and span.low < span.high else None
+        value = form.format(estimate.value)
+        if whisker:
+            value += f" ({form.format(whisker.low)} to {form.format(whisker.high)})"
+        value = value.replace("%", " %")
+        low, high = (place(whisker.low), place(whisker.high)) if whisker else (None, None)
+        bars.append(
+            Bar(label, value, kind, 16 + _ROW * number, min(at, zero), abs(at - zero), low, high)
+        )
+    caption = caption.replace("%", " %")
+    return Bars(title, caption, tuple(bars), _ROW * len(bars), place(0.0))
+
+
+def cost_chart(manifest: Manifest) -> Points | None:
+    """What each strength that was tried costs and leaves; None of edits for defence."""
+    guard = manifest.guard
+    if guard is None or guard.defence is not None:
+        return None
+    found = [("no edit: +0.0 %, 100 %", "before", 1.0, 1.0)]
+    name = manifest.method.strength
+    every: list[tuple[str, str, Trial | Measured]] = [
+        (f"{name} {trial.strength:g}, tried", "tried", trial) for trial in manifest.choice.tried
+    ]
+    every += [(f"control {n}", "control", one) for n, one in enumerate(guard.controls, 1)]
+    every.append((f"the edit, {name} {manifest.choice.strength:g}", "edit", guard.edit))
+    for label, kind, each in every:
+        cost, left = each.perplexity_ratio.value, each.teacher_forced.value
+        if isfinite(cost) and isfinite(left):
+            told = f"{label}: {'-' if cost < 1 else '+'}{percent(cost - 1)}, {100 * left:.0f} %"
+            found.append((told, kind, cost, left))
+    costs, lefts = [x for _, _, x, _ in found], [y for _, _, _, y in found]
+    low, high = min(costs), max(*costs, min(costs) + 0.01)
+    x = _scale(low, high, _LEFT + 8, _RIGHT - 24)
+    y = _scale(0.0, max(1.0, *lefts), _BOTTOM, _TOP + 8)
+    return Points(
+        "What it costs, and what it leaves",
+        "Upwards: how probable toxic words are, relative to the unedited model, in sentences of "
+        "the pairs' own kind. To the right: the cost. Disc: this edit; circles: strengths that "
+        "were tried; squares: controls; triangle: no edit. Look for the disc far below the "
+        "squares and no further to the right. The lower left corner is better.",
+        "change of perplexity on ordinary text",
+        tuple(Point(label, kind, x(cost), y(left)) for label, kind, cost, left in found),
+        _ticks(low, high, x, lambda value: f"{100 * (value - 1):+.1f} %"),
+        _ticks(0.0, max(1.0, *lefts), y, lambda value: f"{100 * value:.0f} %"),
+    )
+
+
+def _ticks(
+    low: float, high: float, place: Callable[[float], float], label: Callable[[float], str]
+) -> tuple[Tick, ...]:
+    values = (low + (high - low) * i / (_TICKS - 1) for i in range(_TICKS))
+    return tuple(Tick(place(value), label(value)) for value in values)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Where values are; those that are no number are at ``start``."""
+    size = high - low
+
+    def place(value: float) -> float:
+        part = (value - low) / size if size > 0 else 0.0
+        return round(start + (end - start) * min(max(part, 0.0), 1.0), 2) if part == part else start
+
+    return place
