@@ -1,5 +1,6 @@
 """The commands ``gloss-convert``, which is ``gloss convert``, and ``gloss plan``."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
+from converter.cli.search import require_optuna
 from converter.cli.summary import forward_text, layers_text, result_data, result_text
 from converter.evaluation.gates import Gates
-from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.option import Option, Options, declared_options
 from converter.recipe import Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
 from converter.text import few
 
 if TYPE_CHECKING:
+    from converter.entrypoints.delivery import Delivery
     from converter.entrypoints.upload import Published
 
 Destination = Annotated[
@@ -39,6 +42,11 @@ class _DeliveryOptions(Options):
         "System that --evaluate measures beside the edit; see gloss evaluate.",
         flag="--system", metavar="NAME", example="profs",
     )] = ("random",)
+    search: Annotated[int | None, Option(
+        "Search the options of the method first, in so many trials; see gloss search. What is "
+        "typed is not searched.",
+        by_default="no search", metavar="N", example="60", least=1,
+    )] = None
     plots: Annotated[Path | None, Option(
         "Folder for pictures. Inside DESTINATION they belong to the result, and its card shows "
         "them.",
@@ -69,10 +77,9 @@ def published_text(published: "Published | None") -> str:
 def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
     """Raise OptionError if an option was typed that has no effect beside others."""
     from converter.methods.base import METHODS, aim_of
-    from converter.methods.together import SEPARATOR
     from converter.outputs.base import output_of
 
-    kinds = map(METHODS.load, recipe.method.split(SEPARATOR))
+    kinds = map(METHODS.load, re.split(r"[+,]", recipe.method))
     if not any(aim_of(kind) == "defence" for kind in kinds):
         refuse_typed(("instances",), f"with --method {recipe.method}", "leave it out")
     where = f"with --output {recipe.output}"
@@ -85,6 +92,8 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
     if asked and not asked.evaluate:
         names = (*declared_options(EvaluationOptions), "systems")
         refuse_typed(names, "without --evaluate", "add --evaluate")
+    if asked and not asked.search:
+        refuse_typed(("search_prompts",), "without --search", "add --search N")
 
 
 @command(
@@ -95,6 +104,7 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
     gates=Part(Gates),
     evaluation=Part(EvaluationOptions),
     publication=Part(PublicationOptions),
+    searching=Part(SearchOptions, without=("trials",)),
 )
 def convert_command(
     recipe: Recipe,
@@ -103,6 +113,7 @@ def convert_command(
     gates: Gates,
     evaluation: EvaluationOptions,
     publication: PublicationOptions,
+    searching: SearchOptions,
 ) -> Answer:
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
@@ -118,6 +129,8 @@ def convert_command(
     from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
+    if asked.search:
+        require_optuna("--search")
     quiet_libraries()
     _refuse_unused(recipe, asked)
     drawn = asked.evaluate and recipe.prompts != "none" and evaluation.passages > 0
@@ -140,6 +153,8 @@ def convert_command(
     typed = recipe
     if asked.evaluate:
         recipe = own_recipe(typed, asked.systems)
+    if asked.search:
+        recipe, delivery = _searched(recipe, asked, settings, delivery, searching)
     if asked.dry_run:
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
@@ -157,6 +172,29 @@ def convert_command(
     result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result) + published_text(published))
+
+
+def _searched(
+    recipe: Recipe,
+    asked: _DeliveryOptions,
+    settings: Settings,
+    delivery: "Delivery",
+    searching: SearchOptions,
+) -> "tuple[Recipe, Delivery]":
+    """What a search has found, after everything that can be known before it; with --dry-run that
+    alone, and the recipe of the first method."""
+    from converter.entrypoints.convert import prepare_to_write
+    from converter.entrypoints.search import check_search, each_method, search_recipe
+
+    first = each_method(recipe)[0]
+    check_search(recipe, settings)
+    prepare_to_write(first, asked.destination, settings, delivery)
+    if asked.dry_run:
+        return first, delivery
+    assert asked.search is not None
+    found = search_recipe(recipe, replace(searching, trials=asked.search), settings)
+    progress.note(f"  chosen: {found.command}")
+    return found.recipe, replace(delivery, search=found.record)
 
 
 @command(

@@ -13,6 +13,7 @@ from converter.cli.diff import diff_command
 from converter.cli.evaluate import evaluate_command
 from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
+from converter.cli.search import search_command
 from converter.cli.terminal import echo, printing
 from converter.option import Declared
 from converter.version import __version__
@@ -26,6 +27,7 @@ _COMMANDS = (
     replay_command,
     diff_command,
     evaluate_command,
+    search_command,
     architectures_command,
     methods_command,
     calibrate_command,

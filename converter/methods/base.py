@@ -133,6 +133,8 @@ class Proposal:
             guard measures beside it and does not judge by.
         with_factors: the same fit with other ``Factors``, controls included, which costs no pass
             over texts: what a search varies. None if the method has no factors.
+        with_layers: likewise, the same fit of some of its layers only, controls included. None if
+            the method cannot leave layers out, or has factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
         control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
@@ -150,6 +152,7 @@ class Proposal:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     with_factors: "Callable[[Factors], Proposal] | None" = None
+    with_layers: "Callable[[Layers], Proposal] | None" = None
     lesson: Lesson | None = None
     control_kinds: tuple[str, ...] = ("the controls",)
     compared: Mapping[str, Callable[[float], Edit]] = field(default_factory=dict)
@@ -222,8 +225,9 @@ class Method(Protocol):
     An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
     None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
     ``min``, the smallest number, or ``names``, a function that returns the texts to choose from;
-    with ``unsaid`` the option is left out of manifests where it is empty. An option that neither
-    the field nor ``defaults`` gives a value has to be typed.
+    with ``unsaid`` the option is left out of manifests where it is empty, and ``search`` says what
+    ``gloss search`` does with it; see ``evaluation.search_space``. An option that neither the field
+    nor ``defaults`` gives a value has to be typed.
 
     One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
     fit will have seen, or raises OptionError: options are then refused before a model is loaded.
@@ -296,7 +300,7 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
 
 def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
     """See ``proposal_of``."""
-    others = proposal.with_factors
+    others, fewer = proposal.with_factors, proposal.with_layers
 
     def checked(edit: Any) -> Edit:
         found = _returned(edit, Edit, method)
@@ -316,6 +320,7 @@ def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
         control=lambda strength, seed: checked(proposal.control(strength, seed)),
         neutral_energy=energy,
         with_factors=others and (lambda factors: _checked(others(factors), method, bench)),
+        with_layers=fewer and (lambda layers: _checked(fewer(layers), method, bench)),
     )
 
 

@@ -56,7 +56,7 @@ class GlobalRemoval(Removal):
             positions that predict a toxic token, over all, or the last.
     """
 
-    edit_layers: Layers = ()
+    edit_layers: Layers = field(default=(), metadata={"search": "layers"})
     site: Site = "ffn"
     pooling: Pooling = "predicting"
 
@@ -96,7 +96,7 @@ class Method(GlobalRemoval):
     per_layer: int = field(default=4, metadata={"min": 1})
     directions: int = field(default=32, metadata={"min": 1})
     saturation: float = field(default=3.0, metadata={"min": 1e-3})
-    cost: float = field(default=3.0, metadata={"min": 0})
+    cost: float = field(default=3.0, metadata={"min": 0, "search": (1.0, 3.0, 6.0)})
     protect_shared: int = field(default=16, metadata={"min": 0})
     protect_own: int = field(default=4, metadata={"min": 0})
 
