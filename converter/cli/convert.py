@@ -184,11 +184,13 @@ def _searched(
     """What a search has found, after everything that can be known before it; with --dry-run that
     alone, and the recipe of the first method."""
     from converter.entrypoints.convert import prepare_to_write
+    from converter.entrypoints.resume import made_before
     from converter.entrypoints.search import check_search, each_method, search_recipe
 
     first = each_method(recipe)[0]
     check_search(recipe, settings)
-    prepare_to_write(first, asked.destination, settings, delivery)
+    place = None if made_before(asked.destination) else asked.destination  # maybe it is the result
+    prepare_to_write(first, place, settings, delivery)
     if asked.dry_run:
         return first, delivery
     assert asked.search is not None
