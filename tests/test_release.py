@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = "requirements.lock", "release.lock"
-EXTRAS = "demo", "eval", "gguf", "native", "plot", "sign"
+EXTRAS = "demo", "eval", "gguf", "native", "plot", "search", "sign"
 """Extras that requirements.lock is for."""
 
 

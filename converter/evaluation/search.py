@@ -5,8 +5,8 @@
 
 Every trial runs through hooks on a model that is loaded once, on text that is neither fitted nor
 reported on (``search_texts``). Trials come from Optuna's TPE; several methods take turns. The first
-of each method is what it does by default. A trial is measured on growing shares of the texts, and
-stopped after one
+of each method is what it does by default, and is measured on all of the text. Others are measured
+on growing shares of it, and stopped after one
 
     if a ratio is over its limit by two standard errors, or
     if an earlier trial, within its limits and measured on everything, is better in both objectives
@@ -173,7 +173,11 @@ class Search:
         return self._fits[key]
 
     def _measured(self, number: int, space: Space, options: dict[str, str]) -> Tried:
-        """What options do, measured anew unless they were tried before."""
+        """What options do, measured anew unless they were tried before.
+
+        What a method does by default, which all else is compared with, is never stopped early.
+        """
+        is_first = all(each.trial.method != space.name for each in self.tried)
         for each in self.tried:
             if (each.trial.method, each.trial.options) == (space.name, options):
                 return Tried(replace(each.trial, number=number), each.shares)
@@ -191,7 +195,8 @@ class Search:
                 shares, stopped, measured, moved = [(0.0, 0.0)], _NONE, None, None
                 break
             shares.append(values)
-            if stopped := self._stopped(measured, moved, len(shares)):
+            stopped = self._stopped(measured, moved, len(shares))
+            if stopped and not is_first:
                 break
         early = share < SHARES[-1] or measured is None
         trial = SearchTrial(

@@ -9,7 +9,7 @@ import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import ceil, isfinite
 
 from converter.calibration.split import Part
 from converter.edits.base import Edit
@@ -39,6 +39,9 @@ from converter.models.likelihood import (
 SHARES = (0.25, 0.5, 1.0)
 """Of the search part, on which a trial is measured one after the other."""
 
+_LEAST = 2
+"""Sampling units of a share, without which no standard error is known."""
+
 _NEUTRAL, _PAIRS, _OWN, _ORDINARY = "neutral", "pairs", "own", "ordinary"
 _SCORED = (_NEUTRAL, _PAIRS, _OWN)
 
@@ -61,10 +64,11 @@ class _Text:
         """What each share adds to those before it, whole groups."""
         names = list(dict.fromkeys(self.groups))
         random.Random(seed).shuffle(names)  # noqa: S311 - not a secret
-        place = {name: (number + 1) / len(names) for number, name in enumerate(names)}
-        parts, low = [], 0.0
-        for high in SHARES:
-            rows = [row for row, group in enumerate(self.groups) if low < place[group] <= high]
+        place = {name: number for number, name in enumerate(names)}
+        parts, low = [], 0
+        for share in SHARES:
+            high = max(ceil(share * len(names)), _LEAST)
+            rows = [row for row, group in enumerate(self.groups) if low <= place[group] < high]
             parts.append(self._of(rows))
             low = high
         return parts
@@ -183,16 +187,20 @@ class SearchTexts:
         ratio = perplexity_ratio(before, after, neutral.groups)
         text, old, new = joined(self._judged)
         changes = word_changes(old, new, text.words)
-        contexts = [
+        contexts = (
             perplexity_ratio(weighed(b, each.sentences), weighed(a, each.sentences), each.groups)
             for each, b, a in (joined(kind) for kind in (_PAIRS, _OWN) if kind in seen)
             if any(map(len, weighed(b, each.sentences)))
-        ]
+        )
         return Measured(
             perplexity_ratio=ratio,
             toxic_change=mean_change(changes, text.groups),
             teacher_forced=teacher_forced(changes, text.groups),
-            context_ratio=max(contexts, key=lambda each: each.value, default=None),
+            context_ratio=max(
+                (each for each in contexts if isfinite(each.error)),
+                key=lambda each: each.value,
+                default=None,
+            ),
         )
 
 
@@ -229,6 +237,4 @@ def _texts_of(bench: Bench, part: Part) -> dict[str, _Text]:
 
 
 def _mean(values: Sequence[LogProbabilities]) -> Estimate:
-    """The mean divergence; without a value, one that says nothing."""
-    found = [each.tolist() for part in values for each in part]
-    return mean_change(found) if found else Estimate(value=0.0, error=inf)
+    return mean_change([each.tolist() for part in values for each in part])
