@@ -26,7 +26,7 @@ from converter.evaluation.plots import plot_search
 from converter.evaluation.search import Search, Tried, best_of, front_of, with_kept
 from converter.evaluation.search_space import Space
 from converter.evaluation.search_texts import SHARES, SearchTexts
-from converter.manifest import Estimate, Measured, SearchTrial
+from converter.manifest import Estimate, Measured, SearchRecord, SearchTrial
 from converter.methods.workbench import Bench
 from converter.recipe import Recipe, Settings
 from converter.release.manifest import read_manifest
@@ -38,8 +38,8 @@ from tests.builders.planted import make_planted
 
 WORDS = load_words("builtin")
 
-LATE = (3, 4, 5)
-"""Layers that write toxic words, of which the default edits all but the last: it edits 1 to 4."""
+LATE = (2, 5)
+"""Layers that write toxic words, of which the default leaves the second: it edits 1 to 4."""
 
 SMALL = {"protect_shared": "1", "protect_own": "1", "directions": "4"}
 FEW = {**SMALL, "cost": "3"}
@@ -67,9 +67,11 @@ def searched(recipe: Recipe, trials: int, prompts: str = "none") -> Searched:
 
 @pytest.fixture(scope="module")
 def found(late: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
-    """What 16 trials find, with a guard. Read only."""
+    """What 14 trials find, with a guard, where perplexity is no matter. Read only."""
     with using_cache(tmp_path_factory.mktemp("searched")):
-        return searched(recipe_of(late, guard=True, guard_draws=1), 16)
+        options = {**FEW, "rank": "2"}
+        recipe = recipe_of(late, guard=True, guard_draws=1, options=options)
+        return searched(replace(recipe, max_perplexity_ratio=1.5), 14)
 
 
 def drop(trial: SearchTrial) -> float:
@@ -84,11 +86,12 @@ def test_the_search_finds_the_layer_that_the_default_leaves_out(found: Searched)
     assert default.options["edit_layers"] == "1-4"
     first, _, last = chosen.options["edit_layers"].partition("-")
     assert (int(first) <= LATE[0], last) == (True, "5")
-    assert drop(chosen) > 1.5 * drop(default) > 0
+    assert drop(chosen) > drop(default) > 0
     assert found.guard is not None
     assert found.record.kept == pytest.approx(
         -found.guard.edit.toxic_change.value / drop(chosen), abs=1e-12
     )
+    assert found.record.kept is not None
     assert 0.5 < found.record.kept < 1.5
     assert found.recipe.options == chosen.options
     assert FEW.items() <= found.recipe.options.items()  # what is typed is not searched
@@ -221,13 +224,13 @@ def test_one_fit_serves_what_differs_in_strength_layers_and_factors(
         W = bench.weight(weight)
         one, other = (edit.tensors[name].whole(W) for edit in (mine, theirs))
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(one, W)
+        assert weight.is_bias or not torch.equal(one, W)
     for name, tensor in mine.created.items():
         assert torch.equal(tensor, theirs.created[name])
     changed = [*mine.tensors, *(name for name, t in mine.created.items() if t.any())]
     layers = {int(name.split(".")[2]) for name in changed}
-    first, last = place.get("first", 1), place.get("last", 4)
-    assert layers <= {*range(min(first, last), max(first, last) + 1)} != set()
+    first, last = place.get("first", space.places[0]), place.get("last", space.places[-1])
+    assert set() != layers <= {*range(min(first, last), max(first, last) + 1)}
 
 
 def test_the_whole_search_part_measures_what_a_probe_does(late: Path) -> None:
@@ -432,7 +435,7 @@ def test_pictures_are_the_same_bytes_for_the_same_data(tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-RECORD = search.SearchRecord(
+RECORD = SearchRecord(
     trials=7, stopped=1, seed=0, prompts=None, toxic_words=30, default=TRIED[0].trial,
     chosen=TRIED[1].trial, front=(),
 )  # fmt: skip

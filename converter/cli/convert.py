@@ -121,6 +121,8 @@ def convert_command(
     consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
+    if asked.search:
+        require_optuna("--search")
     from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
@@ -129,8 +131,6 @@ def convert_command(
     from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
-    if asked.search:
-        require_optuna("--search")
     quiet_libraries()
     _refuse_unused(recipe, asked)
     drawn = asked.evaluate and recipe.prompts != "none" and evaluation.passages > 0
