@@ -411,7 +411,7 @@ assert "torch" not in sys.modules and "optuna" not in sys.modules
 def test_the_command_prints_writes_and_draws_it(late: Path, cli: Cli, tmp_path: Path) -> None:
     args: Sequence[object] = (
         "--pairs", late.parent / "pairs.jsonl", "--num-pairs", 80, "--no-guard", "--trials", 3,
-        "--search-prompts", "none", "-o", "rank=2",
+        "--search-prompts", "none", "-o", "rank=2", "--max-perplexity-ratio", 1.5,
         *(part for key, value in FEW.items() for part in ("-o", f"{key}={value}")),
     )  # fmt: skip
     places = ("--results", tmp_path / "r.json", "--plots", tmp_path / "pictures")
