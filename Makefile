@@ -88,6 +88,7 @@ faults: $(VENV)/.test
 
 manifests: $(VENV)/.demo
 	$(BIN)/python -m converter.release.schema > manifests/gloss_manifest.schema.json
+	$(BIN)/python -m converter.entrypoints.methods > converter/data/methods.json
 	$(BIN)/gloss-convert demo ./out --overwrite
 	cp out/gloss_manifest.json manifests/smollm2-135m-instruct.json
 	cp out/gloss_edit.tensors manifests/smollm2-135m-instruct.tensors

@@ -5,6 +5,8 @@ Errors of libraries and of the operating system are converted where they are fir
 leaves with the error's ``exit_code``; nothing else in the program ends the process.
 """
 
+from typing import Self
+
 from converter.text import one_line, redacted
 
 
@@ -102,6 +104,54 @@ class GateError(ConverterError):
     """The edit does not meet what this run asked for beyond the guard."""
 
     exit_code = 11
+
+
+class Faults:
+    """Errors that are found one after the other and told together.
+
+    with faults:
+        look_at_this()      # its ConverterError is kept, and the work goes on below
+    with faults:
+        look_at_that()
+    faults.settle()
+    """
+
+    def __init__(self) -> None:
+        self.found: list[ConverterError] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        if not isinstance(error, ConverterError | ExceptionGroup):
+            return False
+        for each in errors_in(error):
+            if str(each) not in map(str, self.found):
+                self.found.append(each)
+        return True
+
+    def settle(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            ConverterError: the only one.
+            ExceptionGroup: of several ConverterErrors, in the order in which they were found.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ExceptionGroup("several things are wrong", self.found)
+
+
+def errors_in(error: Exception) -> list[ConverterError]:
+    """The errors that are to be told of one that was raised. Raises it if it is none of ours."""
+    every = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+    ours = [each for each in every if isinstance(each, ConverterError)]
+    if len(ours) < len(every):
+        raise error
+    return ours
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -854,6 +854,17 @@ class GateRecord(Record, kw_only=True):
     measured: float
 
 
+class SampleRecord(Record, kw_only=True):
+    """What the model said after one prompt, greedily, before the edit and after it.
+
+    Words of the word list are starred out unless the run was told not to.
+    """
+
+    prompt: str
+    before: str
+    after: str
+
+
 class SearchTrial(Record, kw_only=True):
     """Options of a method that a search has tried, and what they do to the search part.
 
@@ -966,6 +977,7 @@ class Manifest(Record, kw_only=True):
         word_list: of offensive words.
         instances: of harmful requests; None of methods that need none.
         prompts: that the guard had continued; None if it had none.
+        samples: of what the model says; empty where none were taken.
         guard: None if it was switched off.
         output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
@@ -1006,6 +1018,7 @@ class Manifest(Record, kw_only=True):
     measurements: Measurements
     replay_of: Sha256 | None = None
     steps: tuple[StepRecord, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
     search: SearchRecord | None = None
 
     @property

@@ -167,13 +167,18 @@ class Declared:
     def _check_bounds(self, value: float, label: str) -> None:
         if isinstance(value, float) and not isfinite(value):
             raise OptionError(label, expected="a finite number", found=str(value))
-        for bound, words, holds in (
-            (self.option.least, "at least", ge),
-            (self.option.above, "more than", gt),
-            (self.option.most, "at most", le),
-        ):
-            if bound is not None and not holds(value, bound):
-                raise OptionError(label, expected=f"{words} {bound}", found=str(value)[:80])
+        bounds = [
+            (bound, words, holds)
+            for bound, words, holds in (
+                (self.option.least, "at least", ge),
+                (self.option.above, "more than", gt),
+                (self.option.most, "at most", le),
+            )
+            if bound is not None
+        ]
+        if not all(holds(value, bound) for bound, _, holds in bounds):
+            expected = " and ".join(f"{words} {bound}" for bound, words, _ in bounds)
+            raise OptionError(label, expected=expected, found=str(value)[:80])
 
 
 def at_home(value: Any, label: str) -> Any:

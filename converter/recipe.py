@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 from converter.option import Option, Options, declared_options
 from converter.text import readable
 
+LARGEST_SEED = (1 << 63) - 1
+"""A negative seed would draw what the positive one draws, and a manifest holds no larger one."""
+
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{0,18})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -73,7 +76,7 @@ class Recipe(Options):
     )] = None
     seed: Annotated[int, Option(
         "Seed of every random draw: of the pairs, of their split, of controls.",
-        example="1", least=-(1 << 63), most=(1 << 63) - 1,
+        example="1", least=0, most=LARGEST_SEED,
     )] = 0
     neutral: Annotated[str, Option(
         "Ordinary prose, part of it protected from the edit and the rest for measuring perplexity: "
@@ -136,7 +139,7 @@ class Recipe(Options):
     )] = 3
     force: Annotated[bool, Option("Write the edit even if the guard refuses it.")] = False
     mask: Annotated[bool, Option(
-        "Star out offensive words in the card and in the manifest.",
+        "Star out offensive words in the card, in the manifest and in what a model says.",
     )] = True
     base_model: Annotated[str | None, Option(
         "Hub repo id that the card and an adapter name as the base of a local SOURCE.",

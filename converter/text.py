@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from unicodedata import category
 
 LONGEST = 2000
@@ -50,6 +51,16 @@ def few(names: Sequence[str], most: int = 5) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str | None:
+    """A hint with the name that comes nearest to a misspelt one; None if none is near.
+
+    Underscores are dashes, and case does not count.
+    """
+    plain = {known.replace("_", "-").lower(): known for known in names}
+    close = get_close_matches(name.replace("_", "-").lower(), plain, n=1)
+    return f"did you mean {plain[close[0]]}?" if close else None
 
 
 def describe_value(value: object) -> str:

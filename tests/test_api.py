@@ -96,7 +96,7 @@ def test_a_notebook_goes_through_all_of_it(
     assert converter.diff(str(out), str(again))["changed"] == []
     edit = converter.load_edit(out)
     asked = converter.EvaluationOptions(num_prompts=2, max_new_tokens=2, scorers=("bad-words",))
-    found = converter.evaluate(recipe, str(out), asked)
+    found = converter.evaluate(replace(recipe, prompts="builtin"), str(out), asked)
     assert {system.system for system in found.systems} == {"unedited", "edited"}
     assert capfd.readouterr() == ("", "")
     before, after = load(Path(recipe.source)).state_dict(), load(out).state_dict()
@@ -119,7 +119,9 @@ def test_errors_are_raised(recipe: converter.Recipe, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("numbers", [{"seeds": ()}, {"seeds": [0.5]}, {"costs": [1]}])
+@pytest.mark.parametrize(
+    "numbers", [{"seeds": ()}, {"seeds": [0.5]}, {"seeds": [-1]}, {"costs": [1]}]
+)
 def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, Any]) -> None:
     with refused(converter.OptionError, what=f"--{next(iter(numbers))}"):
         converter.evaluate("demo", **numbers)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures import known_models, library
 from converter.checkpoints.architectures.architecture import FfnSpec, LayerSpec
 from converter.checkpoints.architectures.find import data_files, find_architecture
 from converter.checkpoints.architectures.inference import Hints, Inferred, infer
@@ -70,8 +70,8 @@ def cases() -> list[tuple[str, str]]:
         return [(model_type, CAUSAL) for model_type in SAMPLE]
     found = {
         (model_type, title): auto_class
-        for auto_class in reversed(library.AUTO_CLASSES)
-        for model_type, title in library.model_types(auto_class).items()
+        for auto_class in reversed(known_models.AUTO_CLASSES)
+        for model_type, title in known_models.model_types(auto_class).items()
     }
     return sorted((model_type, auto) for (model_type, _), auto in found.items())
 
@@ -159,7 +159,7 @@ def test_a_converted_checkpoint_computes_what_projected_ffns_give(
 ) -> None:
     """Through files as transformers writes them; and streamed as in memory."""
     if EVERY:
-        title = library.model_types(auto_class)[model_type]
+        title = known_models.model_types(auto_class)[model_type]
         if reason := try_one(model_type, auto_class, title).reason:
             pytest.skip(reason)
     source, out = save_tiny(model_type, tmp_path / "source", auto_class), tmp_path / "out"
@@ -477,7 +477,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a draft or assistant": {"model_type": "gemma4_assistant"},
     "a diffusion model": {
         "model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"]},
-    "no language model": {"model_type": "clip"},
+    "a model of images": {"model_type": "clip"},
+    "a model of speech": {"model_type": "whisper", "is_encoder_decoder": True},
+    "no language model": {"model_type": "decision_transformer"},
 }  # fmt: skip
 
 
@@ -505,7 +507,7 @@ def test_a_model_that_transformers_does_not_know_yet() -> None:
     config = {"model_type": "nonesuch", "transformers_version": "99.1.0"}
     with refused(
         CheckpointError, what="config.json: model_type",
-        expected=f"one that transformers {library.version()} knows", found="'nonesuch'",
+        expected=f"one that transformers {known_models.version()} knows", found="'nonesuch'",
         hint="it was saved with transformers 99.1.0, the first that is known to have it",
     ):  # fmt: skip
         find_architecture(config)

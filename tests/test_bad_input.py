@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter.methods import gloss_paper
-from converter.methods.base import METHODS
+from converter.methods.known import METHODS
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS, Checkpoints, tiny_args
 from tests.test_convert import UNPROTECTED, save_planted
@@ -171,7 +171,7 @@ def test_pairs_that_are_malformed_or_too_few(refused: Callable[..., str], source
 
 
 def test_fits_that_cannot_be(refused: Callable[..., str], source: Path) -> None:
-    assert "rank 30 is larger than the candidates allow" in refused(source, 6, rank=30)
+    assert "rank 9 is larger than the candidates allow" in refused(source, 6, rank=9)
     assert "no candidate direction is over" in refused(source, 6, alpha=50)
 
 
@@ -179,7 +179,9 @@ def test_wrong_options(refused: Callable[..., str], source: Path) -> None:
     assert "-o layers: expected layers from 0 to 5" in refused(source, 2, layers="5-9")
     assert "-o: expected KEY=VALUE, found rank" in refused(source, 2, "-o", "rank")
     assert "-o rank is given twice" in refused(source, 2, "-o", "rank=1", "-o", "rank=2")
-    assert "--seed: expected at most 9223372036854775807" in refused(source, 2, "--seed", 1 << 65)
+    expected = "--seed: expected at least 0 and at most 9223372036854775807, found "
+    for seed in (1 << 65, -1):
+        assert f"{expected}{seed}" in refused(source, 2, "--seed", seed)
     assert "--num-pairs: expected at least 16, found 3" in refused(source, 2, "--num-pairs", 3)
     assert "--base-model: expected a repo id" in refused(source, 2, "--base-model", "no repo!")
     assert "--device: expected auto, map, cpu" in refused(source, 2, "--device", "tpu")

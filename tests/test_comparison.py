@@ -16,7 +16,7 @@ from converter.evaluation.continuations import _listed_words as listed_words
 from converter.evaluation.results import summarise
 from converter.evaluation.tables import at_cost, equal_cost_table, markdown, systems_of
 from converter.manifest import Evaluation, Interval, SystemRecord
-from converter.methods.base import METHODS
+from converter.methods.known import METHODS
 from converter.methods.subspace import MAX_RANK
 from converter.models import loading
 from converter.models import resident as forward
@@ -239,7 +239,13 @@ def test_options_of_systems_beside_a_conversion_are_theirs_alone(
     more = ("-o", "random.draw=3", "-o", "random.protect_shared=2")
     cli(*args, *more, code=2, says="-o random.draw: method gloss-paper")
     cli(*args, *asked, "-o", "profs.rank=1", code=2, says="an option of gloss_paper or random")
-    for system, says in (("profs:rank=x", "-o rank"), ("profs:magic=1", "-o magic: method profs")):
+    for system, says in (
+        ("profs:rank=x", "--system profs:rank=x: rank: expected a whole number of 64 bits"),
+        ("profs:magic=1", "--system profs:magic=1: magic: method profs: expected rank, "),
+        ("gloss+profs:profs.rank=x", "--system gloss+profs:profs.rank=x: rank: expected a whole"),
+        ("profs:center=40", "--system profs:center=40: center: expected 0 to 32, the hidden size"),
+        ("profs:rank=9,center=30", "--system profs:rank=9,center=30: rank and center and"),
+    ):
         found = cli(*args, *asked, "--system", system, code=2, says=says)
         assert "fitting" not in found.stderr
     cli(*args, *asked, *more, code=0)
@@ -311,10 +317,10 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
 def test_the_words_beside_are_those_of_the_continuation(planted: Path) -> None:
     words, tokenizer = load_words("builtin"), loading.load_tokenizer(planted)
     sentence, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, None)
-    assert found == [(2,), (5,)]
+    assert found == {(1, 6): (2,), (13, 17): (5,)}
     assert [i + 1 for i, weight in enumerate(sentence.weights) if weight] == [3, 4, 6]
     cut, found = listed_words(tokenizer, "w1 damn", " bitch w2 w3 damn w4", words, 4)
-    assert (found, cut.weights) == ([(2,)], [1.0, 0.0, 1.0, 0.0])
+    assert (found, cut.weights) == ({(13, 17): (2,)}, [1.0, 0.0, 1.0, 0.0])
 
 
 def test_seeds_are_averaged_and_their_spread_widens_the_interval() -> None:
@@ -352,11 +358,14 @@ def test_evaluation_options_that_cannot_be(planted: Path, cli: Cli, tmp_path: Pa
         (("--system", "gloss:rank="), 2, "such as rank=2,layers=3-8, found rank="),
         (("--system", "gloss:"), 2, "such as rank=2,layers=3-8, found nothing"),
         (("--system", "gloss:rank=1,rank=2"), 2, "such as rank=2,layers=3-8, found rank=2"),
-        (("--system", "gloss:magic=2"), 2, "-o magic: method gloss"),
+        (("--system", "gloss:magic=2"), 2, "--system gloss:magic=2: magic: method gloss"),
         (("--system", "random@perplexity", "--prompts", "none"), 2, "expected an edit before it"),
         (("--results", tmp_path / "no/such.json"), 7, "the folder of --results"),
-        (("--costs", "1.02,,1.05"), 2, "--costs: expected numbers such as 1.01,1.02,1.05, found"),
-        (("--costs", "x"), 2, "--costs: expected numbers such as 1.01,1.02,1.05, found x"),
+        (("--costs", "1.02,,1.05"), 2, "such as 1.01,1.02,1.05, found 1.02,,1.05"),
+        (("--costs", "1,02"), 2, "above 1, such as 1.01,1.02,1.05, found 1,02\n"),
+        (("--costs", "x"), 2, "such as 1.01,1.02,1.05, found x"),
+        (("--seed", "-1"), 2, "--seed: expected at least 0 and at most 9223372036854775807"),
+        (("--system", "gloss:site=x"), 2, "--system gloss:site=x: site: expected ffn or residual"),
         (("--scorer", "magic"), 2, "--scorer"),
         (("--prompts", tmp_path / "none.txt"), 5, "does not exist"),
         (("--text", tmp_path / "short.txt", "--prompts", "none"), 5, "is too short"),

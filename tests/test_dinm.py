@@ -339,9 +339,6 @@ def test_the_suffix_is_that_of_the_authors_where_there_is_a_template(
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"learning_rate": 0.0}, "-o learning_rate"),
-        ({"learning_rate": 1e9}, "-o learning_rate"),
-        ({"steps": 1001}, "-o steps"),
         ({"suffix": "two\nlines"}, "-o suffix"),
         ({"suffix": " "}, "-o suffix"),
         ({"suffix": "S "}, "-o suffix"),

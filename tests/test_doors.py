@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from tokenizers import models
 from torch import Tensor
 
 import converter
+from converter.checkpoints.architectures import known_models
 from converter.checkpoints.architectures.library import MetaTensor
 from converter.checkpoints.formats.virtual import VirtualTensor
 from converter.hub import limits
@@ -38,7 +40,6 @@ DOORS = {
     "hub/limits.py": {"httpx2"},
     "checkpoints/architectures/library.py": {
         "transformers.conversion_mapping", "transformers.core_model_loading",
-        "transformers.models.auto", "transformers.models.auto.configuration_auto",
         "_experts_implementation", "_from_config", "_model_mapping",
     },
     "models/transformers_loader.py": {
@@ -189,6 +190,23 @@ def test_transformers_says_which_tensors_do_not_fit(checkpoints: Checkpoints) ->
         problems = loader.load({name: LazyTensor(wrong)})
         assert len(problems) == 1
         assert "down_proj" in problems[0]
+
+
+def test_the_lists_of_models_read_from_files_are_those_of_transformers() -> None:
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    auto: Any = modeling_auto
+    configs: Any = configuration_auto
+    with door("transformers", "checkpoints/architectures/known_models.py"):
+        assert known_models.config_types() == dict(configs.CONFIG_MAPPING_NAMES)
+        for auto_class, name in known_models.LISTS.items():
+            assert known_models.model_types(auto_class) == dict(getattr(auto, name))
+            assert known_models.knows(next(iter(known_models.model_types(auto_class))))
+        assert known_models.version() == transformers.__version__
+        assert "MODEL_FOR_CTC_MAPPING_NAMES" in known_models.lists_of("wav2vec2")
+        assert not known_models.knows("nonesuch")
+        assert known_models.continues_text("llama")
+        assert not known_models.continues_text("t5")
 
 
 def test_the_client_of_the_hub_is_one_of_httpx2() -> None:

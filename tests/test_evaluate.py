@@ -20,6 +20,7 @@ from converter.evaluation import scorers
 from converter.evaluation.benchmarks import SETS, defence_rates, load_safeedit, run_tasks
 from converter.evaluation.classifier import find_label
 from converter.evaluation.continuations import conditional_losses, generate
+from converter.evaluation.known import SCORERS
 from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
@@ -29,7 +30,7 @@ from converter.evaluation.metrics import (
     toxicity_probability,
 )
 from converter.evaluation.prompts import load_prompts
-from converter.evaluation.scorers import SCORERS, load_scorer
+from converter.evaluation.scorers import load_scorer
 from converter.manifest import Origin, ScorerOrigin
 from converter.models.resident import LanguageModel
 from converter.runtime import progress

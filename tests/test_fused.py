@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import converter
+from converter.calibration.pairs import load_prose
 from converter.checkpoints.fusing import ALIGNMENT, CALIBRATION, CODE, FAMILIES, fused_shapes
+from converter.checkpoints.names import MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.edits.engine import Engine
 from converter.edits.fused import fused_edit, fusion_of
 from converter.errors import CheckpointError
 from converter.models.edited import edited
+from converter.models.loading import load_tokenizer
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint import Checkpoint
 from converter.outputs.checkpoint.additions import check_edit
@@ -202,9 +206,71 @@ def test_a_folded_edit_is_not_streamed_either(checkpoints: Checkpoints, cli: Cli
     cli(*args, code=2, says="the whole model must be in memory")
 
 
-def test_a_fused_model_is_no_source(converted: tuple[Path, Path], cli: Cli) -> None:
-    says = "convert the model that it was made from"
+def test_a_fused_model_is_no_source(converted: tuple[Path, Path], cli: Cli, tmp_path: Path) -> None:
+    says = "convert the model that it was made from; gloss evaluate measures this one with --base"
     cli("plan", converted[1], "--trust-remote-code", code=4, says=says)
+    for output in ("checkpoint", "adapter"):
+        cli("convert", converted[1], tmp_path / "out", "--output", output, code=4, says=says)
+    cli("calibrate", converted[1], tmp_path / "out", code=4, says=says)
+    cli("evaluate", converted[1], code=4, says=says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_measured_beside_the_model_that_it_was_made_from(
+    converted: tuple[Path, Path], checkpoints: Checkpoints, cli: Cli, tmp_path: Path
+) -> None:
+    """Through hooks, without its code: the perplexity is that of the class that is written."""
+    source, out = converted
+    texts = load_prose("builtin").paragraphs[:30]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    asked = ("--prompts", "none", "--text", tmp_path / "text.txt", "--text-tokens", 1024, "--json")
+    first = json.loads(cli("evaluate", out, "--base", source, *asked, code=0).stdout)
+    beside = json.loads(cli("evaluate", source, "--system", out, *asked, code=0).stdout)
+    metrics = [found["systems"][1]["metrics"] for found in (first, beside)]
+    assert metrics[0] == metrics[1]
+    ids = load_tokenizer(source)("\n".join(texts))["input_ids"][:1024]
+    model, window = trusted(out), first["settings"]["window"]
+    assert len(ids) == 1024
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids) - window + 1, window):
+            piece = torch.tensor([ids[start : start + window]])
+            losses.append(float(model(piece, labels=piece).loss))
+    expected = exp(sum(losses) / len(losses))
+    assert metrics[0]["perplexity"]["value"] == pytest.approx(expected, rel=1e-3)
+    other = checkpoints("llama")
+    says = "is an edit of other weights than those of"
+    cli("evaluate", out, "--base", other, *asked, code=2, says=says)
+    bare = copy_of(out, tmp_path / "bare")
+    (bare / MANIFEST).unlink()
+    says = "bare is fused with a calibration model: expected a local folder with gloss_manifest"
+    cli("evaluate", bare, "--base", source, *asked, code=2, says=says)
+
+
+def test_a_diff_finds_the_calibration_model_and_nothing_else(
+    converted: tuple[Path, Path], cli: Cli
+) -> None:
+    source, out = converted
+    found = json.loads(cli("diff", source, out, "--json", code=0).stdout)
+    assert found["changed"] == found["only_in_a"] == []
+    assert {*found["only_in_b"]} == {*fused_shapes(planned(source)[1], 2)}
+    assert CODE in found["files"]["only_in_b"]
+    assert "config.json" in found["files"]["changed"]
+    cli("diff", out, out, "--exit-code", code=0)
+
+
+def test_code_that_is_not_ours_is_found(
+    converted: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    source, out = converted
+    copied = copy_of(out, tmp_path / "copy")
+    with (copied / CODE).open("a") as file:
+        file.write("print('hello')\n")
+    cli("verify", copied, code=8, says=CODE)
+    manifest = load_manifest(copied)
+    record(copied, manifest, CODE)
+    put(copied, manifest)
+    cli("verify", copied, "--source", source, code=8, says=CODE)
 
 
 def test_a_calibration_model_that_is_given_is_the_one_that_runs(

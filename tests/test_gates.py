@@ -117,7 +117,7 @@ def test_a_gate_without_a_measurement_is_refused_before_any_work(
 @pytest.mark.parametrize("number", ["inf", "nan"])
 @pytest.mark.parametrize("option", ["--max-leakage", "--max-perplexity-ratio"])
 def test_a_limit_is_a_number(option: str, number: str, cli: Cli, tmp_path: Path) -> None:
-    result = cli("convert", tmp_path, tmp_path / "out", option, number, code=2)
+    result = cli("convert", "demo", tmp_path / "out", option, number, code=2)
     assert result.stderr == f"error: {option}: expected a finite number, found {number}\n"
 
 

@@ -75,6 +75,7 @@ def complete() -> dict[str, Any]:
     }  # fmt: skip
     patches = {"config.json": {"mlp_bias": True, "old": None}, "chat_template.jinja": "Be kind."}
     made["edit"] |= {"created": [created], "patches": patches, "files": ["a/b.py"]}
+    made["samples"] = [{"prompt": "a", "before": "b", "after": "c"}]
     return made
 
 

@@ -11,7 +11,8 @@ from converter.calibration.statistics import Request
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Footprint
 from converter.entrypoints.methods import Described, describe_methods
-from converter.methods.base import METHODS, Proposal, Workbench
+from converter.methods.base import Proposal, Workbench
+from converter.methods.known import METHODS
 from tests.builders import methods as toys
 from tests.builders.invoke import Cli
 from tests.builders.packages import install

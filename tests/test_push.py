@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from huggingface_hub import constants, snapshot_download
+from transformers import AutoModelForCausalLM
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.safetensors.header import TensorInfo
@@ -601,6 +603,27 @@ def test_created_tensors_are_streamed_too(
     about = {"README.md", "SHA256SUMS", MANIFEST}  # they name the source, and say how long it took
     assert all(ours[name] == theirs[name] for name in ours.keys() - about)
     cli("verify", tmp_path / "copy", "--source", checkpoints("llama"), code=0)
+
+
+def test_a_fused_model_is_published_and_runs_from_the_hub(
+    cli: Cli, checkpoints: Checkpoints, uploads: Uploads, tmp_path: Path
+) -> None:
+    """With its code, if that is trusted; the source's shards are those of the base."""
+    fused = ("--method", "fusion", "-o", "form=paper", "-o", "depth=2", "-o", "tokens=300")
+    args = (*fused, "--num-pairs", 32, "--no-guard", "--push-to-hub", REPO)
+    cli("convert", checkpoints("llama"), tmp_path / "out", *args, code=0)
+    copy = published(tmp_path)
+    assert files_of(copy) == files_of(tmp_path / "out")
+    cli("verify", copy, "--source", checkpoints("llama"), code=0)
+    ids = torch.arange(3, 23)[None]
+    logits = []
+    for place in (REPO, tmp_path / "out"):
+        model: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+        with torch.no_grad():
+            logits.append(model.eval()(ids).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="custom code"):
+        AutoModelForCausalLM.from_pretrained(REPO, trust_remote_code=False)
 
 
 @pytest.mark.usefixtures("created_bias")

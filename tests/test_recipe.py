@@ -248,7 +248,11 @@ def test_the_source_is_typed_or_in_the_file(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(recipe_text({}))
     for args in (("plan",), ("convert", tmp_path / "out"), ("plan", "--recipe", path)):
-        cli(*args, code=2, says="Missing argument 'SOURCE', which no --recipe names either")
+        cli(
+            *args,
+            code=2,
+            says="Missing argument 'SOURCE', which no --recipe or --like names",
+        )
     cli("convert", "a", "b", "c", code=2, says="Got unexpected extra argument (b)")
 
 

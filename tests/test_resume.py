@@ -129,6 +129,41 @@ def test_what_is_not_certain_is_written_again(
     assert content(out) == content(tmp_path / "whole")
 
 
+KILL = """
+import os, signal, sys
+from converter.cli.convert import convert_command
+from converter.outputs.checkpoint import write
+rewrite, done = write.rewrite, []
+def deadly(*args, **more):
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(rewrite(*args, **more))
+    return done[-1]
+write.rewrite = deadly
+convert_command(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_fused_model_is_gone_on_with_after_a_kill(
+    checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites
+) -> None:
+    source, out, shards = checkpoints("llama"), tmp_path / "out", shards_of(checkpoints("llama"))
+    fused = ("--method", "fusion", "-o", "form=paper", "-o", "depth=2", "-o", "tokens=300")
+    args = (*fused, "--num-pairs", 32, "--no-guard", "--workers", 1)
+    command = [sys.executable, "-c", KILL, *map(str, (source, out, *args))]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    again = rewrites.run(source, out, *args[:-2], code=0)
+    assert f"3 of {len(shards)} shards are finished already" in again.stderr
+    assert rewrites.names == shards[3:]
+    cli("convert", source, tmp_path / "whole", *args, code=0)
+    assert content(out) == content(tmp_path / "whole")
+    assert "modeling_gloss_fused.py" in content(out)
+    cli("verify", out, "--source", source, code=0)
+
+
 def test_a_source_that_changes_between_two_runs_is_noticed_without_a_forward_pass(
     checkpoints: Checkpoints, cli: Cli, tmp_path: Path, rewrites: Rewrites, shared_cache: Path
 ) -> None:

@@ -403,7 +403,7 @@ assert "torch" not in sys.modules and "optuna" not in sys.modules
     assert ran.returncode == 0, ran.stderr
     hint = "pip install 'gloss-convert[search]'"
     assert ran.stderr.splitlines() == [
-        f"error: gloss search needs optuna; {hint}", f"error: --search needs optuna; {hint}"
+        f"error: {what} needs the package optuna; {hint}" for what in ("gloss search", "--search")
     ]  # fmt: skip
 
 

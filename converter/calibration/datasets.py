@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from converter.errors import DataError
-from converter.hub import repos as hub
 from converter.hub.addresses import is_address, looks_like_repo, parse_address
 from converter.manifest import Origin
 from converter.runtime.cache import sha256_of
@@ -61,9 +61,9 @@ def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
 
 def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
     """Whether data are named by a Hub dataset id rather than by a local file."""
-    path = Path(origin)
-    is_repo = path.suffix.lower() not in formats and looks_like_repo(origin)
-    return is_address(origin) or (is_repo and not path.exists())
+    is_repo = Path(origin).suffix.lower() not in formats and looks_like_repo(origin)
+    there = os.path.exists(origin)  # noqa: PTH110 - pathlib's raises if the name is too long
+    return is_address(origin) or (is_repo and not there)
 
 
 def locate(
@@ -84,16 +84,18 @@ def locate(
     path = Path(origin)
     if not origin:
         raise DataError(what, expected="a file or a Hub dataset id", found="no name")
-    if path.is_dir():
+    if os.path.isdir(origin):  # noqa: PTH112 - as above
         hint = "give a file in it"
         if looks_like_repo(origin):
             hint += f", or https://huggingface.co/datasets/{origin} for the dataset of that name"
         expected = "a file or a Hub dataset id"
         raise DataError(f"{what} {origin} is a folder", expected=expected, hint=hint)
     if not is_dataset(origin, formats):
-        if not path.is_file():
+        if not os.path.isfile(origin):  # noqa: PTH113
             raise DataError(f"{what} file {origin} does not exist", hint="check the path")
         return Origin(name=readable(path.name), file_sha256=_sha256(path, what)), path
+    from converter.hub import repos as hub  # half a second, which local files need not take
+
     place = parse_address(origin, "dataset")
     repo = hub.resolve("dataset", place.name)
     known = [PurePosixPath(n) for n in repo.sizes]  # of all, or of a folder, or the file itself

@@ -22,6 +22,7 @@ from converter.calibration.datasets import (
 from converter.calibration.word_list import WordList, items
 from converter.errors import DataError, OptionError
 from converter.manifest import DrawnRecord, Origin
+from converter.recipe import SELF, Recipe
 
 MIN_PAIRS = 16
 """Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
@@ -140,6 +141,14 @@ def check_num_pairs(num_pairs: int | None) -> None:
     """Raise OptionError if that many pairs are too few; None is no number."""
     if num_pairs is not None and num_pairs < MIN_PAIRS:
         raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
+
+
+def check_drawn(recipe: Recipe) -> None:
+    """Raise OptionError if something is asked of pairs that are not drawn."""
+    asked = {"--self-prompts": recipe.self_prompts != "builtin"}
+    asked["--self-scorer"] = recipe.self_scorer is not None
+    for flag in (flag for flag, given in asked.items() if given and recipe.pairs != SELF):
+        raise OptionError(flag, expected=f"--pairs {SELF}", found=f"--pairs {recipe.pairs}")
 
 
 _UNLISTED = "without a listed word"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from converter.checkpoints.layout import read_index
 from converter.checkpoints.names import (
@@ -22,9 +23,11 @@ from converter.checkpoints.names import (
     may_be_extra,
     weight_files,
 )
-from converter.checkpoints.safetensors.header import Header
 from converter.errors import CheckpointError
 from converter.text import few
+
+if TYPE_CHECKING:
+    from converter.checkpoints.safetensors.header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,7 @@ def extra_weights(
     weights: Weights,
     names: Callable[[], Iterable[str]],
     sizes: Mapping[str, int],
-    read: Callable[[str], Header],
+    read: "Callable[[str], Header]",
 ) -> tuple[str, ...]:
     """The safetensors files that go with a model and hold none of its tensors.
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoints.intact import readable, refuse_placeholder
 from converter.checkpoints.names import (
     CARD,
     MANIFEST,
@@ -20,7 +21,6 @@ from converter.checkpoints.names import (
     TOKENIZER,
     UNFINISHED,
 )
-from converter.checkpoints.safetensors.header import readable, refuse_placeholder
 from converter.errors import CheckpointError
 from converter.runtime import strict_json
 from converter.runtime.files import AS_UTF8, decode, reason, start_of
@@ -72,7 +72,7 @@ _OTHER_KINDS = {
 """Files of what is no language model -> what they make it."""
 
 
-def check_kind(name: str, files: Collection[str]) -> None:
+def refuse_other_kinds(name: str, files: Collection[str]) -> None:
     """Raise CheckpointError if the files of a source are those of something else than a model that
     continues text."""
     for file, what in _OTHER_KINDS.items():

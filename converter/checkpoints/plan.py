@@ -261,7 +261,7 @@ def make_plan(
         config: parsed ``config.json``.
         weight_map: of the index, tensor name -> shard file name, or None for a single file.
         headers: of every shard there is, by file name.
-        folder: of the config, for code of the model's own; see ``find.allow_own_code``.
+        folder: of the config, for code of the model's own; see ``kind.allow_own_code``.
 
     Raises:
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
@@ -271,7 +271,8 @@ def make_plan(
         raise CheckpointError(
             "config.json: a model of type gloss_fused", expected="a model that is one",
             found="one that gloss-convert has fused with a calibration model",
-            hint="convert the model that it was made from",
+            hint="convert the model that it was made from; gloss evaluate measures this one with "
+            "--base MODEL, that model",
         )  # fmt: skip
     tensors = locate_tensors(weight_map, headers)
     patch = stale_quantization(config, tensors)

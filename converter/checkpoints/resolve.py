@@ -28,10 +28,10 @@ from converter.checkpoints.layout import (
     MAX_CONFIG,
     check_config,
     check_content,
-    check_kind,
     check_sizes,
     drawn_before,
     read_json,
+    refuse_other_kinds,
 )
 from converter.checkpoints.names import (
     CARD,
@@ -148,7 +148,7 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
         sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
         if not sizes:
             raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-        check_kind(repo.repo_id, sizes)
+        refuse_other_kinds(repo.repo_id, sizes)
         check_sizes(sizes)
         indexes = [inside + index for _, index in WEIGHTS.values() if index in sizes]
         folder = hub.download(repo, indexes) / inside if indexes else Path()
@@ -183,7 +183,7 @@ def _read(
     **known: Any,
 ) -> Source:
     """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
-    check_kind(name, sizes)
+    refuse_other_kinds(name, sizes)
     check_sizes(sizes)
     weights, listed = choose_weights(name, folder, sizes.keys()), sizes
     translated = None

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData, hf_hub_url
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
+from converter.checkpoints.intact import readable
 from converter.checkpoints.names import TOKENIZER
 from converter.checkpoints.safetensors.header import (
     Header,
@@ -19,7 +20,6 @@ from converter.checkpoints.safetensors.header import (
     length_of,
     parse_header,
     read_header,
-    readable,
 )
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError

@@ -35,7 +35,7 @@ def architectures_command(asked: _ArchitecturesOptions) -> Answer:
     table for each; a second each. With --infer, the same of the model of
     one checkpoint, whose weights are not read.
     """
-    from converter.checkpoints.architectures import library
+    from converter.checkpoints.architectures import known_models
     from converter.entrypoints.architectures import draft, table, try_all
 
     quiet_libraries()
@@ -43,9 +43,9 @@ def architectures_command(asked: _ArchitecturesOptions) -> Answer:
         text = draft(asked.infer, trust_remote_code=asked.trust_remote_code)
         return Answer({"data_file": text}, text)
     only = tuple(filter(None, (asked.only or "").replace(" ", "").split(",")))
-    if unknown := [name for name in only if not library.knows(name)]:
+    if unknown := [name for name in only if not known_models.knows(name)]:
         raise OptionError(
-            "--only", expected=f"model types that transformers {library.version()} knows",
+            "--only", expected=f"model types that transformers {known_models.version()} knows",
             found=", ".join(unknown),
         )  # fmt: skip
     tried = list(try_all(only))

@@ -6,8 +6,9 @@ from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.convert import Destination, Overwrite
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
+from converter.errors import Faults
 from converter.option import Options
-from converter.recipe import CalibrationOptions, Recipe
+from converter.recipe import CalibrationOptions, Recipe, Settings
 
 _UNUSED = (
     "method", "options", "instances", "output", "activations", "forward", "batch_size", "rounding",
@@ -24,11 +25,21 @@ class _Place(Options):
     overwrite: Overwrite = False
 
 
+def _look(*, recipe: Recipe, place: _Place, asked: CalibrationOptions, faults: Faults) -> None:
+    """Find all that is wrong with a calibration before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    first_look.look_at_recipe(recipe, Settings(), faults)
+    first_look.look_at_destination(recipe, place.destination, place.overwrite, faults)
+
+
 @command(
     "calibrate",
     recipe=RecipePart(without=_UNUSED),
     place=Part(_Place),
     asked=Part(CalibrationOptions),
+    look=_look,
+    examples=("gloss calibrate SOURCE ./calibration --minutes 10",),
 )
 def calibrate_command(recipe: Recipe, place: _Place, asked: CalibrationOptions) -> Answer:
     """Train a calibration model for --method fusion -o form=paper, in the folder DESTINATION.

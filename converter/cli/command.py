@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from signal import SIGINT
 from typing import Annotated, Any, ClassVar
@@ -12,11 +13,20 @@ from typing import Annotated, Any, ClassVar
 import click
 from click.core import ParameterSource
 
-from converter.cli.fields import Part
+from converter.cli.fields import Part, faults_of
+from converter.cli.help import write_examples, write_options
 from converter.cli.signals import Stopped, leave, stopping
 from converter.cli.terminal import as_json, echo, printing, reporting, write
-from converter.errors import ConverterError, OptionError, SourceError, is_out_of_memory
-from converter.option import PREFIX, Option, Options
+from converter.errors import (
+    ConverterError,
+    OptionError,
+    SourceError,
+    errors_in,
+    is_out_of_memory,
+)
+from converter.evaluation.gates import Gates
+from converter.option import PREFIX, Option, Options, declared_options
+from converter.runtime import progress
 from converter.runtime.cache import find_folders
 from converter.runtime.registry import telling_packages
 
@@ -62,11 +72,24 @@ class Console(Options):
     )] = None
     json: Annotated[bool, Option("Print results as JSON.")] = False
     quiet: Annotated[bool, Option("Print no progress, only warnings and results.")] = False
+    verbose: Annotated[bool, Option(
+        "Print also how long each stage took, and of an error where it comes from.",
+    )] = False
+    log_file: Annotated[Path | None, Option(
+        "File to add to what is told, with times, and tracebacks of errors; also with --quiet.",
+        example="run.log", path="file",
+    )] = None
     # fmt: on
 
 
 def command(
-    name: str, console: Part = Part(Console), *, loads: bool = True, **parts: Part
+    name: str,
+    console: Part = Part(Console),
+    *,
+    loads: bool = True,
+    look: Callable[..., None] | None = None,
+    examples: tuple[str, ...] = (),
+    **parts: Part,
 ) -> Callable[[Callable[..., Answer]], "Command"]:
     """Make a command of a function that gets one object for each part, and returns an answer.
 
@@ -74,16 +97,29 @@ def command(
         name: of the command.
         console: options of ``Console`` that it has.
         loads: whether it loads libraries, which keep things in folders.
+        look: gets the same objects and ``faults``, where it keeps what is wrong with them, before
+            anything is loaded. All that is wrong is told together.
+        examples: command lines for the help.
         parts: parameter of the function -> the options that make its value.
     """
 
     def decorate(function: Callable[..., Answer]) -> Command:
         def run(**values: Any) -> None:
             told = console.make(values)
-            with _plain_exit(told.json), reporting(quiet=told.quiet, cache_dir=told.cache_dir):
+            faults = faults_of(click.get_current_context())
+            with (
+                reporting(
+                    quiet=told.quiet, cache_dir=told.cache_dir, verbose=told.verbose,
+                    log_file=told.log_file,
+                ),
+                _plain_exit(told.json),
+            ):  # fmt: skip
                 if loads:
                     find_folders(told.cache_dir)
                 made = {key: part.make(values) for key, part in parts.items()}
+                if look:
+                    look(faults=faults, **made)
+                faults.settle()
                 answer = function(**made)
                 if told.json:
                     write(as_json(answer.data))
@@ -97,27 +133,36 @@ def command(
             parts=(*parts.values(), console),
             callback=run,
             params=[each for part in (*parts.values(), console) for each in part.parameters()],
+            examples=examples,
             help=function.__doc__,
             epilog=_EXIT_CODES,
+            context_settings={"help_option_names": ["-h", "--help"]},
         )
 
     return decorate
 
 
 class Command(click.Command):
-    """A command that warns of variables which no option is read from.
+    """A command that knows methods' options, and warns of variables that nothing is read from.
 
     Attributes:
         known: the variables of all commands, which serve every command that has the option; and
             that of a secret, which must not be on a command line.
         parts: that its options are from.
+        examples: command lines for its help.
     """
 
     known: ClassVar[set[str]] = {"GLOSS_SIGN_PASSWORD"}
 
-    def __init__(self, *args: Any, parts: tuple[Part, ...] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        parts: tuple[Part, ...] = (),
+        examples: tuple[str, ...] = (),
+        **settings: Any,
+    ) -> None:
         super().__init__(*args, **settings)
-        self.parts = parts
+        self.parts, self.examples = parts, examples
         self.known.update(str(each.envvar) for each in self.params if each.envvar)
 
     def main(self, *args: Any, **settings: Any) -> Any:
@@ -125,39 +170,93 @@ class Command(click.Command):
             return super().main(*args, **settings)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        typed = list(args)
         try:
             return super().parse_args(ctx, args)
-        except click.BadParameter as error:
-            option = error.param
-            typed = ctx.get_parameter_source(option.name or "") if option else None
-            if isinstance(option, click.Option) and typed is ParameterSource.ENVIRONMENT:
-                error.param_hint = f"the environment variable {option.envvar}"
+        except click.NoSuchOption as error:
+            if said := _of_a_method(self, error.option_name, typed):
+                raise click.UsageError(said, ctx) from error
             raise
 
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+        write_examples(formatter, self.examples)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_options(formatter, self.get_params(ctx), ctx)
+
     def invoke(self, ctx: click.Context) -> Any:
+        own = {str(each.envvar) for each in self.params if each.envvar}
         for name in sorted(set(os.environ) - self.known):
-            if name.startswith(PREFIX):
-                echo(f"warning: {name} is not the variable of any option", err=True)
+            if not name.startswith(PREFIX):
+                continue
+            said = f"{name} is not the variable of any option"
+            near = get_close_matches(_plain(name), map(_plain, self.known), 1)
+            gates = [_plain(each.variable) for each in _GATES if each.variable in own]
+            gate = get_close_matches(_plain(name), gates, 1, 0.8)
+            if gate:  # which would stay open
+                error = OptionError(said, hint=f"did you mean {PREFIX}{gate[0]}?")
+                faults_of(ctx).found.append(error)
+            else:
+                hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+                echo(f"warning: {said}{hint}", err=True)
         return super().invoke(ctx)
+
+
+_GATES = tuple(declared_options(Gates).values())
+
+
+def _plain(variable: str) -> str:
+    """The name of a variable without what all of them begin with."""
+    return variable.removeprefix(PREFIX)
+
+
+def _of_a_method(command: click.Command, name: str, typed: list[str]) -> str | None:
+    """What to say of an option of a method that was typed as one of a command; None if it is none.
+
+    Args:
+        command: that was typed.
+        name: of what it does not have.
+        typed: the arguments of the command.
+    """
+    if all(each.name != "options" for each in command.params):
+        return None
+    from converter.methods.known import SEPARATOR, described
+
+    key = name.lstrip("-").replace("-", "_")
+    owners = [method for method, each in described().items() if key in each.options]
+    if not owners:
+        return None
+    words = [part for each in typed for part in each.split("=", 1)]
+    after = words[words.index(name) + 1 :][:1] if name in words else []
+    value = after[0] if after and not after[0].startswith("-") else "VALUE"
+    asked = words[words.index("--method") + 1] if "--method" in words[:-1] else "gloss"
+    own = {*asked.split(SEPARATOR)} & {*owners}
+    beside = "" if own else f" with --method {' or '.join(owners)}"
+    return f"No such option '{name}': it is an option of the method, give -o {key}={value}{beside}."
 
 
 @contextmanager
 def _plain_exit(in_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
 
-    def refuse(error: ConverterError) -> None:
+    def refuse(*errors: ConverterError) -> None:
+        progress.trace(errors[0])
         if in_json:
-            kind = type(error).__name__
-            said = {"error": kind, "message": str(error), "exit_code": error.exit_code}
-            write(as_json(said))
-        echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+            told = [
+                {"error": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
+                for e in errors
+            ]
+            write(as_json({**told[0], **({"others": told[1:]} if told[1:] else {})}))
+        for error in errors:
+            echo(f"error: {error}", err=True)
+        sys.exit(errors[0].exit_code)
 
     try:
         with stopping(), telling_packages():
             yield
-    except ConverterError as error:
-        refuse(error)
+    except (ConverterError, ExceptionGroup) as error:
+        refuse(*errors_in(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,6 +1,5 @@
 """The commands ``gloss-convert``, which is ``gloss convert``, and ``gloss plan``."""
 
-import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.cli.search import require_optuna
 from converter.cli.summary import forward_text, layers_text, result_data, result_text
+from converter.errors import Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.option import Option, Options, declared_options
@@ -74,26 +73,105 @@ def published_text(published: "Published | None") -> str:
     return f"\n  published     {published.pull_request or published.url}" if published else ""
 
 
-def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> None:
-    """Raise OptionError if an option was typed that has no effect beside others."""
-    from converter.methods.base import METHODS, aim_of
+def _look_at_unused(recipe: Recipe, faults: Faults, asked: _DeliveryOptions | None = None) -> None:
+    """Keep what was typed that has no effect beside other options."""
+    from converter.methods.known import SEPARATOR, described
+    from converter.outputs.known import UNUSED
+
+    known = [described().get(name) for name in recipe.method.split(SEPARATOR)]
+    if all(each and each.aim != "defence" for each in known):
+        with faults:
+            refuse_typed(("instances",), f"with --method {recipe.method}", "leave it out")
+    with faults:
+        unused = UNUSED.get(recipe.output, ())
+        refuse_typed(unused, f"with --output {recipe.output}", "leave it out")
+    if asked is None:
+        return
+    with faults:
+        if asked.push_to_hub is None:
+            names = (*declared_options(PublicationOptions), "stream_to_hub")
+            refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
+    with faults:
+        if not asked.evaluate and not recipe.guard and recipe.prompts != "none":
+            where = "with --no-guard and without --evaluate"
+            refuse_typed(("prompts",), where, "add --evaluate")
+    with faults:
+        if not asked.evaluate:
+            names = (*declared_options(EvaluationOptions), "systems")
+            refuse_typed(names, "without --evaluate", "add --evaluate")
+    with faults:
+        if not asked.search:
+            refuse_typed(("search_prompts",), "without --search", "add --search N")
+
+
+def _refuse_unused(recipe: Recipe) -> None:
+    """Raise OptionError for what only the method or the output of a package can tell."""
+    from converter.methods.base import aim_of
+    from converter.methods.known import METHODS, SEPARATOR
     from converter.outputs.base import output_of
 
-    kinds = map(METHODS.load, re.split(r"[+,]", recipe.method))
+    kinds = map(METHODS.load, recipe.method.split(SEPARATOR))
     if not any(aim_of(kind) == "defence" for kind in kinds):
         refuse_typed(("instances",), f"with --method {recipe.method}", "leave it out")
-    where = f"with --output {recipe.output}"
-    refuse_typed(output_of(recipe.output).unused, where, "leave it out")
-    if asked and asked.push_to_hub is None:
-        names = (*declared_options(PublicationOptions), "stream_to_hub")
-        refuse_typed(names, "without --push-to-hub REPO", "add --push-to-hub REPO")
-    if asked and not asked.evaluate and not recipe.guard:
-        refuse_typed(("prompts",), "with --no-guard and without --evaluate", "add --evaluate")
-    if asked and not asked.evaluate:
-        names = (*declared_options(EvaluationOptions), "systems")
-        refuse_typed(names, "without --evaluate", "add --evaluate")
-    if asked and not asked.search:
-        refuse_typed(("search_prompts",), "without --search", "add --search N")
+    unused = output_of(recipe.output).unused
+    refuse_typed(unused, f"with --output {recipe.output}", "leave it out")
+
+
+def _look(
+    *,
+    recipe: Recipe,
+    asked: _DeliveryOptions,
+    settings: Settings,
+    gates: Gates,
+    evaluation: EvaluationOptions,
+    publication: PublicationOptions,
+    searching: SearchOptions,
+    faults: Faults,
+) -> None:
+    """Find all that is wrong with a conversion before torch is loaded."""
+    from converter.entrypoints import first_look
+    from converter.evaluation.comparison import Comparison, parse_systems
+
+    typed = own = recipe
+    if asked.search:
+        typed = own = first_look.look_at_search("--search", recipe, searching, faults)
+    if asked.evaluate:
+        with faults:
+            compared = Comparison(parse_systems(asked.systems), [recipe.seed])
+            own = replace(typed, options=compared.typed(typed.method, typed))
+            first_look.look_at_systems(compared, typed, faults)
+        first_look.look_at_evaluation(evaluation, recipe.prompts, faults)
+    asks = asked.push_to_hub is None  # the rights to write come before a source that is there
+    first_look.look_at_recipe(own, settings, faults, asks_hub=asks)
+    _look_at_unused(typed, faults, asked)
+    with faults:
+        if asked.search and asked.evaluate and recipe.options and typed.method != recipe.method:
+            raise OptionError(
+                "--evaluate", expected="a single --method, where --search has -o beside it",
+                found=recipe.method, hint="use gloss evaluate on the result",
+            )  # fmt: skip
+    first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
+    first_look.look_at_plots(asked.plots, asked.destination, faults)
+    first_look.look_at_key(asked.key, faults)
+    with faults:
+        gates.require_measurements(
+            words=recipe.guard or _draws(recipe, asked, evaluation),
+            ratio=asked.evaluate and evaluation.text is not None,
+        )
+    if asked.push_to_hub is not None:
+        from converter.hub.publishing import check_named
+
+        with faults:
+            check_named(_publication(asked, publication), "--push-to-hub")
+
+
+def _publication(asked: _DeliveryOptions, how: PublicationOptions) -> Publication:
+    return Publication(repo_id=str(asked.push_to_hub), **asdict(how))
+
+
+def _draws(recipe: Recipe, asked: _DeliveryOptions, evaluation: EvaluationOptions) -> bool:
+    """Whether --evaluate draws continuations."""
+    return asked.evaluate and recipe.prompts != "none" and evaluation.passages > 0
 
 
 @command(
@@ -105,6 +183,16 @@ def _refuse_unused(recipe: Recipe, asked: _DeliveryOptions | None = None) -> Non
     evaluation=Part(EvaluationOptions),
     publication=Part(PublicationOptions),
     searching=Part(SearchOptions, without=("trials",)),
+    look=_look,
+    examples=(
+        "gloss-convert demo ./out",
+        "gloss-convert HuggingFaceTB/SmolLM2-360M ./out --pairs s-nlp/paradetox --num-pairs 1000",
+        "gloss-convert SOURCE ./out --method profs -o rank=4 -o layers=10-24",
+        "gloss-convert SOURCE ./out --output adapter --push-to-hub someone/detox",
+        "gloss-convert SOURCE ./out --search 60",
+        "gloss-convert SOURCE ./out --like ./before --seed 1",
+        "gloss-convert SOURCE ./out --dry-run",
+    ),
 )
 def convert_command(
     recipe: Recipe,
@@ -121,28 +209,25 @@ def convert_command(
     consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
     which is SmolLM2-135M-Instruct. A --recipe may name it instead.
     """
-    if asked.search:
-        require_optuna("--search")
+    repo = stream = None
+    if asked.push_to_hub is not None:  # the Hub is asked before torch is loaded
+        from converter.hub.publishing import check_rights
+
+        repo = check_rights(_publication(asked, publication), "--push-to-hub")
     from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
     from converter.entrypoints.push import Streaming, push
     from converter.entrypoints.resume import convert_once
-    from converter.hub.publishing import check_rights
     from converter.release.signing import load_signer
 
     quiet_libraries()
-    _refuse_unused(recipe, asked)
-    drawn = asked.evaluate and recipe.prompts != "none" and evaluation.passages > 0
-    words = recipe.guard or drawn
-    gates.require_measurements(words=words, ratio=asked.evaluate and evaluation.text is not None)
+    if not asked.search:
+        _refuse_unused(recipe)
     signer = load_signer(asked.key) if asked.key else None
     inside = check_plots(asked.plots, asked.destination)
-    repo = stream = None
-    if asked.push_to_hub is not None:
-        wanted = Publication(repo_id=asked.push_to_hub, **asdict(publication))
-        repo = check_rights(wanted, "--push-to-hub")
-        stream = Streaming(repo) if asked.stream_to_hub else None
+    if repo and asked.stream_to_hub:
+        stream = Streaming(repo)
     delivery = Delivery(
         overwrite=asked.overwrite,
         gates=gates,
@@ -185,9 +270,12 @@ def _searched(
     alone, and the recipe of the first method."""
     from converter.entrypoints.convert import prepare_to_write
     from converter.entrypoints.resume import made_before
-    from converter.entrypoints.search import check_search, each_method, search_recipe
+    from converter.entrypoints.search import check_search, search_recipe
+    from converter.evaluation.searchable import each_method
 
-    first = each_method(recipe)[0]
+    first, *others = each_method(recipe)
+    for each in (first, *others):
+        _refuse_unused(each)
     check_search(recipe, settings)
     place = None if made_before(asked.destination) else asked.destination  # maybe it is the result
     prepare_to_write(first, place, settings, delivery)
@@ -199,10 +287,23 @@ def _searched(
     return found.recipe, replace(delivery, search=found.record)
 
 
+def _look_at_plan(*, recipe: Recipe, settings: Settings, faults: Faults) -> None:
+    """The same of a plan."""
+    from converter.entrypoints import first_look
+
+    first_look.look_at_recipe(recipe, settings, faults)
+    _look_at_unused(recipe, faults)
+
+
 @command(
     "plan",
     recipe=RecipePart(),
     settings=Part(Settings, without=("workers", "attention", "keep_source")),
+    look=_look_at_plan,
+    examples=(
+        "gloss plan demo",
+        "gloss plan HuggingFaceTB/SmolLM2-360M --method destein+gloss",
+    ),
 )
 def plan_command(recipe: Recipe, settings: Settings) -> Answer:
     """Print what a conversion of SOURCE would do, from its headers alone."""

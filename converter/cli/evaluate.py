@@ -1,18 +1,21 @@
 """The command ``gloss evaluate``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.errors import DestinationError, OptionError
+from converter.errors import DestinationError, Faults, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
+
+if TYPE_CHECKING:
+    from converter.evaluation.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +49,55 @@ class _ComparisonOptions(Options):
     results: Annotated[Path | None, Option(
         "File for the results as JSON, written anew after every model.", example="results.json",
     )] = None
+    continuations: Annotated[Path | None, Option(
+        "File for what the numbers are made of, as lines of JSON: every continuation with its "
+        "scores, every toxic word with its log-probabilities; masked, but with --no-mask.",
+        example="continuations.jsonl",
+    )] = None
     plots: Annotated[Path | None, Option(
         "Folder for pictures.", example="./pictures", path="folder",
     )] = None
     # fmt: on
+
+
+def _look(
+    *,
+    recipe: Recipe,
+    comparison: _ComparisonOptions,
+    asked: EvaluationOptions,
+    settings: Settings,
+    faults: Faults,
+) -> None:
+    """Find all that is wrong with an evaluation before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    whole = replace(recipe, source=comparison.base or recipe.source, method="gloss", options={})
+    first_look.look_at_recipe(whole, settings, faults)
+    if comparison.base:
+        first_look.look_at_place("", recipe.source, faults)
+    first_look.look_at_plots(comparison.plots, None, faults)
+    first_look.look_at_evaluation(asked, recipe.prompts, faults)
+    with faults:
+        files = {"--results": comparison.results, "--continuations": comparison.continuations}
+        _check_folders(files)
+    with faults:
+        compared = _compared(recipe, comparison)
+        first_look.look_at_systems(compared, recipe, faults)
+        if not compared.fitted:
+            names = ("method", "options", "costs", "controls", "seeds")
+            where = "without a --system that is a method"
+            refuse_typed(names, where, "add --system METHOD")
+            return
+        first_look.look_at_method(recipe.method, {}, None, faults)
+
+
+def _compared(recipe: Recipe, asked: _ComparisonOptions) -> "Comparison":
+    """What is compared. Raises OptionError."""
+    from converter.evaluation.comparison import Comparison, parse_costs, parse_systems
+
+    seeds = [recipe.seed + i for i in range(asked.seeds)]
+    systems, costs = parse_systems(asked.systems), parse_costs(asked.costs)
+    return Comparison(systems, seeds, costs, asked.controls)
 
 
 @command(
@@ -58,6 +106,11 @@ class _ComparisonOptions(Options):
     comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
     settings=Part(Settings, without=("workers", "keep_source")),
+    look=_look,
+    examples=(
+        "gloss evaluate ./out --base demo",
+        "gloss evaluate demo --system gloss --system profs --system random@perplexity",
+    ),
 )
 def evaluate_command(
     recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
@@ -67,36 +120,20 @@ def evaluate_command(
     Methods are fitted on --pairs and run through hooks on the unedited model, which is --base, or
     SOURCE if there is none. -o METHOD.KEY=VALUE is an option of one of several methods.
     """
-    from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.evaluate import evaluate_model
-    from converter.evaluation.comparison import Comparison, parse_systems
     from converter.evaluation.plots import plot_evaluation
     from converter.evaluation.tables import markdown
 
     quiet_libraries()
-    if comparison.plots is not None:
-        require_matplotlib()
-    results, base = comparison.results, comparison.base
-    if results is not None and not results.parent.is_dir():
-        raise DestinationError(f"the folder of --results {results} does not exist")
-    compared = Comparison(
-        parse_systems(comparison.systems),
-        [recipe.seed + i for i in range(comparison.seeds)],
-        _numbers(comparison.costs),
-        comparison.controls,
-    )
-    if not compared.fitted:
-        where = "without a --system that is a method"
-        refuse_typed(
-            ("method", "options", "costs", "controls", "seeds"), where, "add --system METHOD"
-        )
+    base = comparison.base
     found = evaluate_model(
         replace(recipe, source=base or recipe.source),
-        compared,
+        _compared(recipe, comparison),
         asked,
         settings,
         edited=recipe.source if base else None,
-        results=results,
+        results=comparison.results,
+        continuations=comparison.continuations,
     )
     if comparison.plots is not None:
         for path in plot_evaluation(found, comparison.plots):
@@ -104,9 +141,11 @@ def evaluate_command(
     return Answer(found, markdown(found))
 
 
-def _numbers(text: str) -> Sequence[float]:
-    try:
-        return sorted({float(part) for part in text.split(",")}) if text else []
-    except ValueError as error:
-        expected = "numbers such as 1.01,1.02,1.05"
-        raise OptionError("--costs", expected=expected, found=text) from error
+def _check_folders(files: Mapping[str, Path | None]) -> None:
+    """Raise DestinationError at once if a file is to be written where there is no folder."""
+    for option, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise DestinationError(f"the folder of {option} {path} does not exist")
+    given = [path.resolve() for path in files.values() if path is not None]
+    if len(given) > len({*given}):
+        raise OptionError(" and ".join(files), expected="different files", found="the same")

@@ -8,7 +8,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from converter.errors import Faults, OptionError
 from converter.option import Declared, Options, declared_options
+from converter.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,36 +41,77 @@ class Part:
     def typed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What the user has given to the current command, as its fields want it.
 
+        Values that are wrong are left out and kept in ``faults_of`` the command, in messages that
+        name the option or the variable.
+
         Args:
             values: of all parameters, by name.
-
-        Raises:
-            OptionError: a value is out of bounds; the message names the option or the variable.
         """
         found, context = {}, click.get_current_context()
         for option in self.options:
             source, label = context.get_parameter_source(option.name), option.label
             if source is ParameterSource.ENVIRONMENT:
                 label = f"the environment variable {option.variable}"
-            if source in (ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE):
-                found[option.name] = option.read(values[option.name], label)
+            given = source in (ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE)
+            if given and values[option.name] is not None:
+                with faults_of(context):
+                    found[option.name] = option.read(values[option.name], label)
         return found
 
     def make(self, values: Mapping[str, Any]) -> Any:
-        """The object. Raises OptionError."""
-        return self.cls(**self.typed(values))
+        """The object, with defaults in the place of values that are wrong.
+
+        Raises OptionError, or an ExceptionGroup of several, if one of them has no default.
+        """
+        found = self.typed(values)
+        if any(each.default is MISSING and each.name not in found for each in self.options):
+            faults_of(click.get_current_context()).settle()
+        return self.cls(**found)
+
+
+def faults_of(context: click.Context) -> Faults:
+    """What is wrong with what was typed for a command; whoever runs it settles that."""
+    faults: Faults = context.meta.setdefault("converter.faults", Faults())
+    return faults
+
+
+class _Keeping(click.Parameter):
+    """A parameter that keeps what is wrong with its value, which is None then, for its command."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            raise
+        except click.BadParameter as error:
+            if ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT:
+                error.param_hint = f"the environment variable {self.envvar}"
+            choices = self.type.choices if isinstance(self.type, click.Choice) else ()
+            fault = OptionError(
+                error.format_message().rstrip("."), hint=did_you_mean(str(value), choices)
+            )
+            faults_of(ctx).found.append(fault)
+            return None
+
+
+class _Option(_Keeping, click.Option):
+    """An option."""
+
+
+class _Argument(_Keeping, click.Argument):
+    """A positional argument."""
 
 
 def parameter(option: Declared) -> click.Parameter:
     """An option, or a positional argument. Its class checks bounds and has the default."""
     if not option.flag.startswith("-"):
-        return click.Argument(
+        return _Argument(
             [option.name],
             type=_type(option),
             required=option.default is MISSING,
             metavar=option.flag,
         )
-    return click.Option(
+    return _Option(
         [option.flag, option.name],
         type=None if option.kind is bool else _type(option),
         is_flag=option.kind is bool,

@@ -7,6 +7,8 @@ import click
 from converter.cli.architectures import architectures_command
 from converter.cli.calibrate import calibrate_command
 from converter.cli.command import Command
+from converter.cli.compare import compare_command
+from converter.cli.completion import completion_command
 from converter.cli.convert import convert_command, plan_command
 from converter.cli.converted import push_command, replay_command, verify_command
 from converter.cli.diff import diff_command
@@ -27,10 +29,12 @@ _COMMANDS = (
     replay_command,
     diff_command,
     evaluate_command,
+    compare_command,
     search_command,
     architectures_command,
     methods_command,
     calibrate_command,
+    completion_command,
 )
 
 
@@ -40,7 +44,7 @@ class _Program(click.Group):
             return super().main(*args, **settings)
 
 
-@click.group(cls=_Program)
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gloss")
 def gloss() -> None:
     """Make language models less toxic by editing their checkpoints."""

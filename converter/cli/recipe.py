@@ -14,14 +14,17 @@ from textwrap import wrap
 from typing import Any
 
 import click
+import msgspec
 
+from converter.checkpoints.names import MANIFEST
 from converter.cli.command import Answer, Console, command
-from converter.cli.fields import Part, parameter
-from converter.errors import OptionError
+from converter.cli.fields import Part, faults_of, parameter
+from converter.errors import Faults, OptionError
+from converter.manifest import Manifest
 from converter.option import Declared, Option, Options, declared_options
 from converter.recipe import Recipe, Settings
-from converter.runtime import progress
-from converter.runtime.files import read_text, reason
+from converter.runtime import progress, strict_json
+from converter.runtime.files import read_file, read_text, reason
 from converter.text import readable
 
 _HEADING = """\
@@ -31,6 +34,18 @@ _HEADING = """\
 
 _WIDTH = 98
 """Columns of a comment, without the sign that begins it."""
+
+_LIKE = Declared(
+    name="manifest_file",
+    kind=Path,
+    optional=True,
+    default=None,
+    option=Option(
+        "Manifest, or folder with one, of an earlier conversion: the recipe that it records. What "
+        "is in --recipe counts more, and what is typed most.",
+        flag="--like", metavar="MANIFEST", example="out/gloss_manifest.json", exists=True,
+    ),
+)  # fmt: skip
 
 _FILE = Declared(
     name="recipe_file",
@@ -53,7 +68,7 @@ class RecipePart(Part):
     @property
     def options(self) -> list[Declared]:
         source, *others = super().options
-        return [source, _FILE, *others]
+        return [source, _FILE, _LIKE, *others]
 
     def parameters(self) -> list[click.Parameter]:
         source, *others = self.options
@@ -63,24 +78,25 @@ class RecipePart(Part):
         return [place, *map(parameter, others)]
 
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of the file and, over them, those that were typed.
+        """The values of the manifest, over them those of the file, and over these what was typed.
 
-        The file may hold options that the command does not have; they have no effect on it.
-
-        Raises:
-            OptionError: a value is wrong, or the file is.
+        Both may hold options that the command does not have; they have no effect on it. What is
+        wrong is kept in ``faults_of`` the command.
         """
-        typed = self.typed(values)
-        path = typed.pop(_FILE.name, None)
+        found, typed = dict[str, Any](), self.typed(values)
         names = {option.name for option in self.options}
-        recorded = read_recipe(path) if path else {}
-        recorded = {name: value for name, value in recorded.items() if name in names}
-        if "options" in recorded and "options" in typed:
-            typed["options"] = recorded["options"] | typed["options"]
-        other = [key for key in typed if key in recorded and recorded[key] != typed[key]]
-        if other:
-            progress.note(f"{path.name} is overruled by what was typed: {', '.join(other)}")
-        return recorded | typed
+        places = typed.pop(_LIKE.name, None), typed.pop(_FILE.name, None)
+        for path, read in zip(places, (recorded_recipe, read_recipe), strict=True):
+            with faults_of(click.get_current_context()):
+                known = read(path) if path else {}
+                found = _over(found, {k: v for k, v in known.items() if k in names})
+        every = _over(found, typed)
+        if other := [key for key in typed if key in found and found[key] != every[key]]:
+            read_from = [path.name for path in places if path]
+            are = "is" if len(read_from) == 1 else "are"
+            files = " and ".join(read_from)
+            progress.note(f"{files} {are} overruled by what was typed: {', '.join(other)}")
+        return every
 
     def make(self, values: Mapping[str, Any]) -> Any:
         """The recipe.
@@ -91,7 +107,9 @@ class RecipePart(Part):
         """
         found = self.values(values)
         if "source" not in found:
-            raise click.UsageError("Missing argument 'SOURCE', which no --recipe names either.")
+            faults_of(click.get_current_context()).settle()
+            missing = "Missing argument 'SOURCE', which no --recipe or --like names."
+            raise click.UsageError(missing)
         return Recipe(**found)
 
 
@@ -120,6 +138,31 @@ def recipe_command(recipe: dict[str, Any]) -> Answer:
     return Answer(recipe, recipe_text(recipe).rstrip("\n"))
 
 
+def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with others that count more; options of methods each for itself."""
+    both = {k: lower[k] | upper[k] for k in ("options",) if k in lower and k in upper}
+    return {**lower, **upper, **both}
+
+
+def recorded_recipe(place: Path) -> dict[str, Any]:
+    """The recipe that a manifest, or that of a folder, records; defaults are left out.
+
+    Of local files it knows the names alone, so they are looked for in the current folder.
+
+    Raises:
+        OptionError: there is no manifest, or it is none.
+    """
+    path = place / MANIFEST if place.is_dir() else place
+    try:
+        run = Manifest.from_json(strict_json.parse(read_file(path))).run
+    except (OSError, ValueError, msgspec.ValidationError, OptionError) as error:
+        said = str(error) if isinstance(error, OptionError) else reason(error)
+        raise OptionError(f"--like {path.name} cannot be read", found=said[:200]) from error
+    values = {name: getattr(run, name) for name in declared_options(Recipe)}
+    defaults = {name: option.default for name, option in declared_options(Recipe).items()}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The values in a file, by the name of their field. Paths are as typed on a command line.
 
@@ -127,17 +170,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises:
         OptionError: the file cannot be read, is not TOML, or has a key or a value that no recipe
-            has.
+            has; an ExceptionGroup of several.
     """
     try:
         table = tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"the recipe {path.name} cannot be read", found=reason(error)) from error
-    known, values = declared_options(Recipe), {}
+    known, values, faults = declared_options(Recipe), {}, Faults()
     for key, value in table.items():
-        if key not in known:
-            raise OptionError(f"{path.name} has an unknown key {key}", hint=_advice(key))
-        values[key] = known[key].read(value, f"{path.name}: {key}")
+        with faults:
+            if key not in known:
+                raise OptionError(f"{path.name} has an unknown key {key}", hint=_advice(key))
+            values[key] = known[key].read(value, f"{path.name}: {key}")
+    faults.settle()
     return values
 
 

@@ -1,6 +1,5 @@
 """The command ``gloss search``."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.cli.terminal import as_json
-from converter.errors import DestinationError, OptionError
+from converter.errors import DestinationError, Faults
 from converter.evaluation.options import SearchOptions
 from converter.manifest import Estimate, GuardRecord, SearchRecord, SearchTrial
 from converter.option import Option, Options
@@ -36,10 +35,23 @@ class _ResultOptions(Options):
     # fmt: on
 
 
-def require_optuna(what: str) -> None:
-    """Raise OptionError at once if a search cannot be made."""
-    if importlib.util.find_spec("optuna") is None:
-        raise OptionError(f"{what} needs optuna", hint="pip install 'gloss-convert[search]'")
+def _look(
+    *,
+    recipe: Recipe,
+    asked: SearchOptions,
+    places: _ResultOptions,
+    settings: Settings,
+    faults: Faults,
+) -> None:
+    """Find all that is wrong with a search before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    joined = first_look.look_at_search("gloss search", recipe, asked, faults)
+    first_look.look_at_recipe(joined, settings, faults)
+    first_look.look_at_plots(places.plots, None, faults)
+    with faults:
+        if places.results is not None and not places.results.parent.is_dir():
+            raise DestinationError(f"the folder of --results {places.results} does not exist")
 
 
 @command(
@@ -48,6 +60,11 @@ def require_optuna(what: str) -> None:
     asked=Part(SearchOptions),
     places=Part(_ResultOptions),
     settings=Part(Settings, without=("workers", "keep_source")),
+    look=_look,
+    examples=(
+        "gloss search demo --trials 20",
+        "gloss search SOURCE --method gloss,destein -o gloss.rank=2 --results search.json",
+    ),
 )
 def search_command(
     recipe: Recipe, asked: SearchOptions, places: _ResultOptions, settings: Settings
@@ -59,16 +76,10 @@ def search_command(
     interrupted goes on; what is chosen is measured once more, by the guard, on text that no trial
     has seen. Nothing is written: the last line is the conversion that makes the chosen edit.
     """
-    require_optuna("gloss search")
-    from converter.entrypoints.delivery import require_matplotlib
     from converter.entrypoints.search import search_model
     from converter.evaluation.plots import plot_search
 
     quiet_libraries()
-    if places.plots is not None:
-        require_matplotlib()
-    if places.results is not None and not places.results.parent.is_dir():
-        raise DestinationError(f"the folder of --results {places.results} does not exist")
     found = search_model(recipe, asked, settings)
     if places.plots is not None:
         for path in plot_search(found.record, found.trials, places.plots):

@@ -1,11 +1,13 @@
 """What a conversion prints when it is done: for people, and with ``--json``."""
 
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-from converter.manifest import Estimate, ForwardRecord, GuardRecord, Manifest
+from converter.manifest import Estimate, ForwardRecord, GuardRecord, Manifest, SampleRecord
 from converter.runtime import progress
+from converter.text import one_line
 
 
 def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "guard": manifest.guard,
         "choice": manifest.choice,
         "evaluation": manifest.evaluation,
+        "samples": manifest.samples,
         "mean_relative_change": sum(changes) / len(changes) if changes else None,
         "max_leakage": max(left, default=None),
         "bytes_written": sum(file.nbytes for file in manifest.files.values()),
@@ -72,7 +75,20 @@ def result_text(result: dict[str, Any]) -> str:
 {_effect(result["guard"], "toxicity" if result["instances"] is None else "refusals")}
   forward pass  {forward_text(result["forward"])}
   seconds       {seconds}
-  peak MB       {memory}{table}"""
+  peak MB       {memory}{table}{_samples(result["samples"])}"""
+
+
+def _samples(samples: Sequence[SampleRecord]) -> str:
+    """What the model says before and after, and how the prompts were chosen."""
+    from converter.evaluation.samples import RULE
+
+    if not samples:
+        return ""
+    lines = [f"\n\nsamples: {RULE}"]
+    for each in samples:
+        lines += [f"  {one_line(each.prompt)}"]
+        lines += [f"    before  {one_line(each.before)}", f"    after   {one_line(each.after)}"]
+    return "\n".join(lines)
 
 
 def _strengths(strengths: dict[str, float]) -> str:

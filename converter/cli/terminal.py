@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -123,29 +125,59 @@ def _can_show(text: str, encoding: str) -> bool:
 
 
 class _Printer(logging.Handler):
-    """Prints each record as one line, without what could steer a terminal."""
+    """Prints each record as one line, without what could steer a terminal; tracebacks as lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            echo(f"warning: {one_line(text)}", err=True)
-        else:
-            echo(text.replace("\n", " "), err=True)
+        for line in _lines(record):
+            echo(line, err=True)
+
+
+class _Writer(logging.FileHandler):
+    """Adds the same lines to a file, with the time. A disk that is full ends no run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "seconds")
+        told = "".join(f"{time} {_harmless(line)}\n" for line in _lines(record))
+        with suppress(OSError, ValueError):
+            if self.stream:
+                self.stream.write(told)
+                self.stream.flush()
+
+
+def _lines(record: logging.LogRecord) -> list[str]:
+    """A record as it is told."""
+    text = record.getMessage()
+    if record.levelno >= logging.WARNING:
+        return [f"warning: {one_line(text)}"]
+    traced = traceback.format_exception(record.exc_info[1]) if record.exc_info else []
+    return [text.replace("\n", " "), *"".join(traced).rstrip("\n").splitlines()]
 
 
 @contextmanager
-def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progress]:
+def reporting(
+    *,
+    quiet: bool,
+    cache_dir: Path | None = None,
+    verbose: bool = False,
+    log_file: Path | None = None,
+) -> Iterator[Progress]:
     """Print what the block tells, and let it keep things between runs in one folder.
 
     Args:
         quiet: warnings only; otherwise also notes, and bars if standard error is a terminal.
         cache_dir: the cache folder; None for the default one.
+        verbose: also seconds and tracebacks.
+        log_file: gets all of that, whatever is printed.
     """
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    terminal, before = _Printer(), (LOG.level, LOG.propagate)
-    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+    before = (LOG.level, LOG.propagate)
+    terminal: logging.Handler = _Printer()
+    terminal.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    handlers = [terminal, *([_log(log_file)] if log_file else [])]
+    LOG.setLevel(logging.DEBUG if log_file else terminal.level)
     LOG.propagate = False  # a library's handler would print the same again, and as it is
-    LOG.addHandler(terminal)
+    for handler in handlers:
+        LOG.addHandler(handler)
     try:
         with (
             using_cache(cache_dir),
@@ -153,6 +185,17 @@ def reporting(*, quiet: bool, cache_dir: Path | None = None) -> Iterator[Progres
         ):
             yield progress
     finally:
-        LOG.removeHandler(terminal)
+        for handler in handlers:
+            LOG.removeHandler(handler)
+            handler.close()
         LOG.setLevel(before[0])
         LOG.propagate = before[1]
+
+
+def _log(path: Path) -> logging.Handler:
+    """What adds to a file; a file that cannot be written is said, and ends the program."""
+    try:
+        return _Writer(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        echo(f"error: --log-file {path} cannot be written: found {reason(error)}", err=True)
+        sys.exit(DestinationError.exit_code)

@@ -7,10 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures import known_models
 from converter.checkpoints.architectures.architecture import Architecture
-from converter.checkpoints.architectures.find import allow_own_code, find_architecture
+from converter.checkpoints.architectures.find import find_architecture
 from converter.checkpoints.architectures.inference import NO_FFN
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.layout import MAX_CONFIG, check_config, read_json
 from converter.errors import CheckpointError
 from converter.hub import repos as hub
@@ -67,13 +68,13 @@ _HEAD = "| `model_type` | class | result | down-projections, or why not |\n|---|
 def table(tried: Sequence[Tried]) -> str:
     """A Markdown table of classes, and how many of them are proved."""
     counts = []
-    for auto_class in library.AUTO_CLASSES:
-        named = set(library.model_types(auto_class).items())
+    for auto_class in known_models.AUTO_CLASSES:
+        named = set(known_models.model_types(auto_class).items())
         those = [each for each in tried if (each.model_type, each.title) in named]
         proved = sum(each.architecture is not None for each in those)
         counts.append(f"{proved} of {len(those)} that {auto_class} loads")
     rows = "\n".join([_HEAD, *(each.row for each in tried)])
-    return f"{rows}\n\nProved with transformers {library.version()}: {', '.join(counts)}."
+    return f"{rows}\n\nProved with transformers {known_models.version()}: {', '.join(counts)}."
 
 
 def examples() -> Mapping[str, Mapping[str, Any]]:
@@ -90,8 +91,8 @@ def try_all(model_types: tuple[str, ...] = ()) -> Iterator[Tried]:
     """
     wanted = {
         (model_type, title): auto_class
-        for auto_class in reversed(library.AUTO_CLASSES)
-        for model_type, title in library.model_types(auto_class).items()
+        for auto_class in reversed(known_models.AUTO_CLASSES)
+        for model_type, title in known_models.model_types(auto_class).items()
         if not model_types or model_type in model_types
     }
     with progress.bar("trying", len(wanted), "classes"):

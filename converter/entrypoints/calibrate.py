@@ -13,7 +13,7 @@ import torch
 from converter.calibration.calibration_models import Training, calibrate, save
 from converter.calibration.split import split
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.architectures.library import text_config
 from converter.checkpoints.chat_template import is_template_file
 from converter.checkpoints.names import CALIBRATION, TOKENIZER, papers

@@ -8,9 +8,15 @@ from pathlib import Path
 from msgspec import structs
 
 from converter.calibration.instances import load_instances
-from converter.calibration.pairs import Pairs, Prose, describe_skipped, load_prose
+from converter.calibration.pairs import (
+    Pairs,
+    Prose,
+    check_drawn,
+    describe_skipped,
+    load_prose,
+)
 from converter.calibration.word_list import WordList, load_words
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import EDIT_FILE, QUANTIZED
 from converter.checkpoints.plan import Plan, read_plan
@@ -25,13 +31,15 @@ from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
+from converter.evaluation.samples import samples_of
 from converter.evaluation.search import with_kept
-from converter.evaluation.self_pairs import check_options, is_same_draw, pairs_of
+from converter.evaluation.self_pairs import is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
 from converter.methods.base import Method, aim_of, footprint_of
+from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
-from converter.methods.together import SEPARATOR, check_shared
+from converter.methods.together import check_shared
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
@@ -98,8 +106,9 @@ def convert(
         pairs, prose = load_texts(bench)
         fitted = fit(bench, method, pairs, prose)
         results = measure(fitted, method) if measure else None
-        bench.unload()
         passed = delivery.gates.check_effect(fitted.guard, results)
+        samples = samples_of(bench, method, fitted)
+        bench.unload()
         footprint.check(fitted.edit)
         if output.has_shards:
             fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
@@ -127,7 +136,9 @@ def convert(
                 save_edit(folder / EDIT_FILE, edit, layers, fitted.proposal.tensors)
             manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
             found = delivery.search and with_kept(delivery.search, fitted.guard)
-            manifest = structs.replace(manifest, evaluation=results, gates=passed, search=found)
+            manifest = structs.replace(
+                manifest, evaluation=results, gates=passed, samples=samples, search=found
+            )
             manifest = write_records(source, written, folder, manifest, delivery.pictures)
             check_whole(recipe, folder, stream.gone if stream else ())
             if delivery.signer:
@@ -251,7 +262,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         output = output_of(recipe.output)
         output.check(plan, Footprint())  # refuses the model, before a method refuses its options
         method = configure(recipe.method, recipe.options, plan.dimensions, output.implied)
-        check_options(recipe)
+        check_drawn(recipe)
         if recipe.activations is not None and SEPARATOR in recipe.method:
             raise OptionError("--activations", expected="a single method", found=recipe.method)
         footprint = footprint_of(method, plan)

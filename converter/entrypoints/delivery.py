@@ -1,13 +1,11 @@
 """What becomes of the result of a conversion, beside its bytes; and the pictures of it."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.checkpoints.names import EDIT_FILE
 from converter.entrypoints.push import Streaming
-from converter.errors import OptionError
 from converter.evaluation.fit import Fitted
 from converter.evaluation.gates import Gates
 from converter.evaluation.plots import plot_evaluation, plot_fit
@@ -17,6 +15,7 @@ from converter.methods.workbench import Bench
 from converter.outputs.destination import check_folder
 from converter.release.signing import Signer
 from converter.runtime import progress
+from converter.runtime.extras import need
 
 Evaluate = Callable[[Bench], Callable[[Fitted, Method], Evaluation]]
 """Measures an edit before it is written; the results."""
@@ -61,18 +60,12 @@ def check_plots(plots: Path | None, destination: Path) -> Path | None:
     """
     if plots is None:
         return None
-    require_matplotlib()
+    need("--plots", "matplotlib")
     whole, found = destination.resolve(), plots.resolve()
     if found.is_relative_to(whole):
         return found.relative_to(whole)
     check_folder(plots)
     return None
-
-
-def require_matplotlib() -> None:
-    """Raise OptionError at once if --plots cannot be had, rather than when all is done."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("--plots needs matplotlib", hint="pip install 'gloss-convert[plot]'")
 
 
 def draw(manifest: Manifest, destination: Path, place: Path) -> list[Path]:

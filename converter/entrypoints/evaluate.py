@@ -2,36 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from converter.calibration.word_list import load_words
-from converter.checkpoints.names import MANIFEST
-from converter.checkpoints.resolve import resolve
-from converter.checkpoints.source import Source
-from converter.edits.base import Edit
 from converter.entrypoints.convert import prepare
 from converter.entrypoints.delivery import Evaluate
+from converter.entrypoints.made import made
 from converter.errors import OptionError
 from converter.evaluation.compare import evaluate
 from converter.evaluation.comparison import Comparison, parse_systems
 from converter.evaluation.fit import Fitted
-from converter.evaluation.measure import load_battery, load_whole
+from converter.evaluation.measure import load_battery
 from converter.evaluation.options import EvaluationOptions
-from converter.evaluation.refusals import recorded_lesson
 from converter.evaluation.systems import CONTROLS, Fits, System, edited_layers
 from converter.hub.addresses import settled
-from converter.manifest import EDITED, Evaluation, Manifest
+from converter.manifest import EDITED, Evaluation
 from converter.methods.base import Method
-from converter.methods.together import check_plain
+from converter.methods.typed import check_plain
 from converter.methods.workbench import Bench
-from converter.models.loading import load_tokenizer
-from converter.models.resident import LanguageModel, choose_device
-from converter.outputs.base import output_of
-from converter.outputs.record_checks import edit_of, recorded_edit
+from converter.models.resident import choose_device
 from converter.recipe import Recipe, Settings, without_folders
-from converter.release.manifest import read_manifest
-from converter.release.recording import read_recording
 from converter.runtime import progress
 
 
@@ -42,6 +32,7 @@ def evaluate_model(
     settings: Settings,
     edited: str | None,
     results: Path | None = None,
+    continuations: Path | None = None,
 ) -> Evaluation:
     """Measure the source of a recipe, what was made from it, and what is fitted on it.
 
@@ -53,6 +44,7 @@ def evaluate_model(
         settings: how this machine does it.
         edited: a model that was made from the source.
         results: a file that is written anew after every system.
+        continuations: a file for what the numbers are made of; see ``evaluation.rows``.
 
     Raises:
         ConverterError: one of its children says what is wrong.
@@ -68,9 +60,9 @@ def evaluate_model(
     words = load_words(recipe.word_list)
     bench = Bench.of(recipe, source, plan, words, device, settings)
     bench.forward.need_resident()
-    given = [_made(edited, EDITED, bench)] if edited else []
+    given = [made(edited, EDITED, bench)] if edited else []
     given += _others(comparison, bench)
-    return evaluate(bench, battery, comparison, given, results)
+    return evaluate(bench, battery, comparison, given, results, continuations)
 
 
 def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
@@ -94,63 +86,7 @@ def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
 
 def _others(comparison: Comparison, bench: Bench) -> list[System]:
     """The systems that are in folders, manifests and repos, by the names of these."""
-    return [_made(place, without_folders(place), bench) for place in comparison.places]
-
-
-def _made(place: str, name: str, bench: Bench) -> System:
-    """A model that was made from the unedited one, with its weights; an adapter, or a manifest by
-    itself, is what it says, through hooks.
-
-    Raises:
-        ConverterError: one of its children; it has another tokenizer, or an edit by itself is one
-            of other weights.
-    """
-    path, recording = Path(place), None
-    is_folder = (path / MANIFEST).is_file()
-    if (is_folder and not output_of(read_manifest(path).run.output).has_shards) or (
-        path.is_file() and path.suffix == Path(MANIFEST).suffix
-    ):
-        recording = read_recording(path)
-    if recording is not None:
-        if not _is_source_of(recording.manifest, bench.source):
-            raise OptionError(
-                f"{place} is an edit of other weights than those of {bench.source.name}",
-                hint="give the model that it was made from as --base",
-            )
-        return _recorded(name, recording.manifest, recording.edit(bench.plan), None)
-    how, folder = replace(bench.how, trust_remote_code=False), resolve(place).folder
-    if load_tokenizer(folder).get_vocab() != bench.vocabulary.tokenizer.get_vocab():
-        raise OptionError(
-            f"{place} and --base have different tokenizers",
-            hint="give the model that SOURCE was made from as --base",
-        )
-    load = partial(load_whole, place, bench.device, bench.dtype, how)
-    if not (folder / MANIFEST).is_file():
-        return System(name, load=load)
-    manifest = read_manifest(folder)
-    if not _is_source_of(manifest, bench.source):
-        progress.warn(
-            f"{name} was made from other weights than those of {bench.source.name}, so what is "
-            "measured is not the effect of its edit alone"
-        )
-    return _recorded(name, manifest, edit_of(manifest, recorded_edit(folder, manifest)), load)
-
-
-def _is_source_of(manifest: Manifest, source: Source) -> bool:
-    """Whether the weights of a source are those that a manifest's edit was made for."""
-    weights = {*source.shards, *(path.name for path in source.originals)}
-    found = {digest for name, digest in source.digests().items() if name in weights}
-    return found <= {file.sha256 for file in manifest.source.all_files.values()}
-
-
-def _recorded(
-    name: str, manifest: Manifest, edit: Edit, load: Callable[[], LanguageModel] | None
-) -> System:
-    """What a manifest says of its edit."""
-    bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
-    strength, layers = manifest.choice.strength, tuple(manifest.layers)
-    lesson = recorded_lesson(manifest)
-    return System(name, None, strength, edit, load, layers, bias, lesson=lesson)
+    return [made(place, without_folders(place), bench) for place in comparison.places]
 
 
 def own_recipe(recipe: Recipe, systems: Sequence[str]) -> Recipe:

@@ -4,9 +4,14 @@ Nothing of this is said by a method: it is asked for its footprint on a small Ll
 but headers, and its fit is run up to the first thing that it asks for.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from converter.calibration.calibration_models import Training
 from converter.calibration.statistics import Request
@@ -15,9 +20,11 @@ from converter.checkpoints.plan import Plan, make_plan
 from converter.checkpoints.safetensors.header import Header, TensorInfo
 from converter.edits.base import Footprint
 from converter.errors import OptionError
-from converter.methods.base import METHODS, Method, footprint_of
+from converter.methods.base import Factors, Layers, Method, aim_of, footprint_of
+from converter.methods.known import METHODS, KnownMethod, MethodOption
 from converter.methods.options import configure
-from converter.outputs.base import OUTPUTS, output_of
+from converter.outputs.base import output_of
+from converter.outputs.known import OUTPUTS
 from converter.runtime.registry import telling_packages
 
 _LLAMA = {
@@ -157,3 +164,68 @@ def _headers() -> Plan:
         shapes |= {name.format(layer=layer): shape for name, shape in named}
     infos = {name: TensorInfo(name, "BF16", shape, 0, 0) for name, shape in shapes.items()}
     return make_plan(_LLAMA, None, {"model.safetensors": Header(0, 0, infos)})
+
+
+def known_methods() -> dict[str, KnownMethod]:
+    """What ``data/methods.json`` is to say: our own methods, by what their classes say."""
+    kinds = {name: METHODS.load(name) for name in METHODS.own}
+    return {
+        name: KnownMethod(
+            title=kind.title, paper=kind.paper, strength=kind.strength, aim=aim_of(kind),
+            options=_options(kind, kinds),
+        )
+        for name, kind in sorted(kinds.items())
+    }  # fmt: skip
+
+
+def _options(kind: Any, kinds: dict[str, Any]) -> dict[str, MethodOption]:
+    hints, found = get_type_hints(kind), {}
+    for option in fields(kind):
+        parts = get_args(hints[option.name])
+        named = {Layers: "layers", Factors: "factors"}.get(hints[option.name])
+        is_union = get_origin(hints[option.name]) in (Union, UnionType)
+        values = [part for part in parts if part is not NoneType] if is_union else []
+        hint = values[0] if values else hints[option.name]
+        is_choice = get_origin(hint) is Literal
+        names = option.metadata.get("names")
+        found[option.name] = MethodOption(
+            kind=named or ("choice" if is_choice else hint.__name__),
+            meaning=_meaning(option.name, kind.__mro__, kinds),
+            default=_typed(option.default),
+            choices=tuple(map(str, get_args(hint) if is_choice else names() if names else ())),
+            automatic=NoneType in parts,
+            least=option.metadata.get("min"),
+        )
+    return found
+
+
+def _typed(default: Any) -> str | None:
+    """A default as it would be typed."""
+    if default is MISSING:
+        return None
+    if default is None:
+        return "auto"
+    if default == ():
+        return ""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _meaning(name: str, owners: Sequence[Any], kinds: dict[str, Any]) -> str:
+    """What the docstrings of classes say of one of their attributes, the first that says it."""
+    for owner in owners:
+        listed = (getattr(owner, "__doc__", None) or "").partition("Attributes:")[2]
+        for entry in re.split(r"\n {8}(?=\w)", listed):
+            names, _, text = " ".join(entry.split()).partition(": ")
+            if name not in names.split(", "):
+                continue
+            if other := re.fullmatch(r"see ``([\w-]+)``\.", text):
+                if other[1] in kinds:
+                    return _meaning(name, kinds[other[1]].__mro__, kinds)
+                break
+            return text.replace("``", "")
+    return ""
+
+
+if __name__ == "__main__":
+    told = msgspec.json.encode(known_methods())
+    sys.stdout.write(msgspec.json.format(told, indent=1).decode() + "\n")

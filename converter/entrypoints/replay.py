@@ -17,7 +17,7 @@ from msgspec import structs
 from torch import Tensor
 
 from converter.calibration.word_list import load_words
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.names import EDIT_FILE
 from converter.checkpoints.plan import Plan, read_plan
 from converter.checkpoints.resolve import resolve

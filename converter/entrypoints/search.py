@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +14,6 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.entrypoints.convert import load_texts, prepare
-from converter.errors import OptionError
 from converter.evaluation.fit import fit_and_measure
 from converter.evaluation.headline import MOST_PROMPTS, load_headline_prompts
 from converter.evaluation.options import SearchOptions
@@ -22,11 +21,10 @@ from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.search import Search, record_of, with_kept
 from converter.evaluation.search_space import Space
 from converter.evaluation.search_texts import SearchTexts
+from converter.evaluation.searchable import HINT, WHY, check_recipe, each_method
 from converter.hub.addresses import settled
 from converter.manifest import GuardRecord, SearchRecord, SearchTrial
-from converter.methods.base import METHODS
 from converter.methods.options import configure
-from converter.methods.together import SEPARATOR, share_out
 from converter.methods.workbench import Bench
 from converter.models.placement import choose_forward
 from converter.models.resident import choose_device, choose_dtype
@@ -40,16 +38,10 @@ from converter.version import __version__
 _VERSION = 1
 """Of how a search goes: raised with a change that makes kept trials those of another search."""
 
-_BETWEEN = ","
-"""Between methods that are searched one beside the other."""
-
 _SHARED = ("method", "options", "seed", "max_perplexity_ratio", "batch_size", "output")
 """Fields of a recipe on which trials depend; files and texts are compared by content."""
 
 _LIBRARIES = ("numpy", "optuna", "tokenizers", "torch", "transformers")
-
-_WHY = "a search tries many edits on a model that is loaded once, for which"
-_HINT = "give --forward resident or --device map, or options without a search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,40 +97,13 @@ def search_recipe(recipe: Recipe, asked: SearchOptions, settings: Settings) -> S
     return found
 
 
-def each_method(recipe: Recipe) -> list[Recipe]:
-    """The recipe of each method that is to be searched: the names of several have commas between.
-
-    An option of several of them is ``METHOD.KEY=VALUE``.
-
-    Raises:
-        OptionError: a method is unknown or cannot be searched, or an option is of none of them.
-    """
-    names = recipe.method.split(_BETWEEN)
-    if len({*names}) < len(names):
-        raise OptionError("--method", expected="different methods", found=recipe.method)
-    for name in names:
-        if SEPARATOR in name:
-            raise OptionError(
-                "a search", expected=f"methods by themselves, with {_BETWEEN} between them",
-                found=f"--method {name}",
-            )  # fmt: skip
-    if len(names) == 1:
-        return [recipe]
-    known = {name: {field.name for field in fields(METHODS.load(name))} for name in names}
-    shared = share_out(known, recipe.options)
-    return [replace(recipe, method=name, options=shared[name]) for name in names]
-
-
 def check_search(recipe: Recipe, settings: Settings) -> tuple[Source, Plan, list[Space]]:
     """What is known of a search without a weight.
 
     Raises:
         SourceError, CheckpointError, OptionError: it cannot be done.
     """
-    if recipe.activations is not None:
-        raise OptionError(
-            "--activations is of one fit, and a search takes its own", hint="leave it out"
-        )
+    check_recipe(recipe)
     spaces, implied = [], output_of(recipe.output).implied
     for own in each_method(recipe):
         source, plan, _ = prepare(own)
@@ -147,7 +112,7 @@ def check_search(recipe: Recipe, settings: Settings) -> tuple[Source, Plan, list
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     limit = settings.memory_limit
     forward = choose_forward(recipe.forward, plan, dtype, device, limit, spread=spread)
-    forward.need_resident(_WHY, _HINT)
+    forward.need_resident(WHY, HINT)
     return source, plan, spaces
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.architectures.library import read_config
 from converter.checkpoints.fusing import is_fused, target_config
 from converter.checkpoints.layout import read_json

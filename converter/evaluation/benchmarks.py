@@ -12,6 +12,7 @@ from converter.errors import DataError, OptionError, SourceError
 from converter.evaluation.continuations import generate
 from converter.evaluation.metrics import bootstrap
 from converter.evaluation.results import around
+from converter.evaluation.rows import Rows
 from converter.evaluation.scorers import Scorer
 from converter.manifest import Estimate, Interval, Metric
 from converter.models.resident import LanguageModel
@@ -89,19 +90,26 @@ def _text(entry: dict[str, Any], names: tuple[str, ...], what: str) -> str:
 
 
 def measure_safeedit(
-    model: LanguageModel, prompts: Mapping[str, Sequence[str]], judge: Scorer, batch_size: int
+    model: LanguageModel,
+    prompts: Mapping[str, Sequence[str]],
+    judge: Scorer,
+    batch_size: int,
+    rows: Rows | None = None,
 ) -> dict[str, Metric]:
     """The metrics ``safeedit/SET``, in per cent; see ``defence_rates``.
 
     The responses are greedy, and the judge sees the response alone. The paper's judge is
-    ``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1``.
+    ``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1``. ``rows`` get the responses.
     """
     unsafe = {}
     for name in SETS:
         responses = generate(
             model, prompts[name], max_new_tokens=_RESPONSE_TOKENS, batch_size=batch_size
         )
-        unsafe[name] = judge.score([group[0] for group in responses])
+        texts = [group[0] for group in responses]
+        unsafe[name] = judge.score(texts)
+        if rows is not None:
+            rows.responses(name, unsafe[name], texts)
     rates = defence_rates(unsafe)
     others = np.mean([unsafe[name] for name in SETS if name != "DS"], axis=0)
     metrics: dict[str, Metric] = {}

@@ -13,9 +13,11 @@ from converter.calibration.instances import Lesson, builtin_set, together
 from converter.evaluation.comparison import Comparison, check_names
 from converter.evaluation.continuations import Draws, Passages
 from converter.evaluation.headline import passages_of
+from converter.evaluation.masks import masks
 from converter.evaluation.measure import WINDOW, Battery, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
+from converter.evaluation.rows import Rows
 from converter.evaluation.scorers import origin_of
 from converter.evaluation.systems import Fits, System
 from converter.manifest import (
@@ -39,6 +41,7 @@ def evaluate(
     comparison: Comparison,
     given: Sequence[System] = (),
     kept: Path | None = None,
+    continuations: Path | None = None,
 ) -> Evaluation:
     """Measure the unedited model, systems that are there, and those that are fitted beside.
 
@@ -47,6 +50,7 @@ def evaluate(
         comparison: what is fitted.
         given: systems that need no fit; controls are matched to the first.
         kept: a file that is written anew after every system, since an evaluation can be long.
+        continuations: a file for what the numbers are made of; see ``rows``.
 
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
@@ -70,16 +74,21 @@ def evaluate(
         fitted = [*fitted]
         asked = refusal_prompts(base.tokenizer, _learnt([*given, *fitted]))
     text: LogProbabilities | None = None
+    rows = None
+    if continuations is not None:
+        rows = Rows(continuations, masks(bench.words, mask=bench.recipe.mask))
     for system in chain([System(UNEDITED)], given, fitted):
         subject = system.load() if system.load else base
         hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         if system.edit is not None and not system.load:
             hooks = partial(edited, base.module, bench.plan, system.edit)
+        if rows is not None:
+            rows.of(system)
         with progress.stage("measure", f"measuring {system.title}"):
             with hooks():
-                metrics, values = measure(subject, battery, passages, text, asked)
+                metrics, values = measure(subject, battery, passages, text, asked, rows)
             if text is not None:
-                metrics["divergence"] = divergence(base, subject, hooks, battery)
+                metrics["divergence"] = divergence(base, subject, hooks, battery, rows)
         text = values if text is None else text
         measured = SystemRecord(
             system=system.name,

@@ -7,9 +7,10 @@ from math import inf
 from pathlib import Path
 
 from converter.errors import OptionError
-from converter.methods.base import METHODS
-from converter.methods.together import SEPARATOR, typed_for
-from converter.recipe import Recipe
+from converter.methods.known import METHODS, SEPARATOR
+from converter.methods.typed import typed_for
+from converter.recipe import LARGEST_SEED, Recipe
+from converter.text import did_you_mean
 
 _AT_PERPLEXITY = "@perplexity"
 """After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
@@ -47,7 +48,7 @@ class Comparison:
         controls: whether the control of every system that is fitted is measured, too.
 
     Raises:
-        OptionError: seeds are no whole numbers, there is none, or a cost is not above 1.
+        OptionError: seeds are no whole numbers from 0, there is none, or a cost is not above 1.
     """
 
     systems: Sequence[Spec]
@@ -56,10 +57,15 @@ class Comparison:
     controls: bool = False
 
     def __post_init__(self) -> None:
-        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise OptionError("--seeds", expected="whole numbers", found=str(self.seeds))
-        if any(type(cost) not in (int, float) or not 1 < cost < inf for cost in self.costs):
-            raise OptionError("--costs", expected=_COSTS, found=str(self.costs))
+        if not self.seeds or any(
+            type(seed) is not int or not 0 <= seed <= LARGEST_SEED for seed in self.seeds
+        ):
+            raise OptionError(
+                "--seeds", expected=f"whole numbers from 0 to {LARGEST_SEED}",
+                found=", ".join(map(str, self.seeds)) or "none",
+            )  # fmt: skip
+        if not all(map(_is_cost, self.costs)):
+            raise OptionError("--costs", expected=_COSTS, found=", ".join(map(str, self.costs)))
 
     @property
     def fitted(self) -> list[Spec]:
@@ -101,7 +107,8 @@ def _parse(text: str) -> Spec:
         raise OptionError(
             "--system", found=text,
             expected=f"{', '.join(METHODS.names())}, a folder, a manifest or a repo id",
-            hint=f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
+            hint=did_you_mean(methods, METHODS.names())
+            or f"methods may be joined by {SEPARATOR}; one may end in {_AT_PERPLEXITY}; options "
             "follow a colon, such as gloss:rank=2",
         )  # fmt: skip
     if methods != head and SEPARATOR in methods:
@@ -118,6 +125,21 @@ def _parse(text: str) -> Spec:
             )  # fmt: skip
         options[key] = value
     return Spec(text, methods, options, matches=methods != head)
+
+
+def parse_costs(text: str) -> Sequence[float]:
+    """Costs as typed, ascending: ``1.01,1.02,1.05``; none of an empty text. Raises OptionError."""
+    try:
+        costs = sorted({float(part) for part in text.split(",")}) if text else []
+    except ValueError:
+        costs = [0.0]
+    if not all(map(_is_cost, costs)):
+        raise OptionError("--costs", expected=_COSTS, found=text)
+    return costs
+
+
+def _is_cost(cost: float) -> bool:
+    return type(cost) in (int, float) and 1 < cost < inf
 
 
 def check_names(names: Sequence[str]) -> None:

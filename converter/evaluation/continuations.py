@@ -213,12 +213,16 @@ class Passages:
         words: places of the tokens of each word of the word list in each continuation.
         prompts: the place of each one's prompt; continuations of one prompt are one sampling unit.
         before: log-probabilities under the unedited model.
+        texts: the continuations.
+        spans: places of the words in these texts.
     """
 
     sentences: Sequence[Sentence]
     words: Words
     prompts: Sequence[int]
     before: LogProbabilities
+    texts: Sequence[str]
+    spans: Sequence[Sequence[tuple[int, int]]]
 
     @property
     def toxic_words(self) -> int:
@@ -244,21 +248,32 @@ def find_passages(
     """Those with toxic words among continuations ``drawn`` by the unedited ``model``, or None."""
     positions = num_positions(model.module)
     coded = [
-        (place, *_listed_words(model.tokenizer, prompt, text, words, positions))
+        (place, text, *_listed_words(model.tokenizer, prompt, text, words, positions))
         for place, (prompt, group) in enumerate(zip(prompts, drawn, strict=True))
         for text in group
     ]
-    kept = [(place, sentence, found) for place, sentence, found in coded if found]
+    kept = [each for each in coded if each[3]]
     if not kept:
         return None
-    places, sentences, found = zip(*kept, strict=True)
+    places, texts, sentences, found = zip(*kept, strict=True)
     (before,) = log_probabilities(model, [sentences])
-    return Passages(sentences, found, places, before)
+    words_of = [list(each.values()) for each in found]
+    return Passages(sentences, words_of, places, before, texts, [[*each] for each in found])
 
 
 def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
     """What a model, as it is now, makes of the passages of the unedited one."""
+    return passages_measured(passages, weigh_passages(model, passages))
+
+
+def weigh_passages(model: Model, passages: Passages) -> LogProbabilities:
+    """The log-probabilities of the passages under a model as it is now."""
     (after,) = log_probabilities(model, [passages.sentences])
+    return after
+
+
+def passages_measured(passages: Passages, after: LogProbabilities) -> WordsMeasured:
+    """What log-probabilities of ``weigh_passages`` say."""
     changes = word_changes(passages.before, after, passages.words)
     others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
     return WordsMeasured(
@@ -272,20 +287,24 @@ def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
 
 def _listed_words(
     tokenizer: Any, prompt: str, continuation: str, words: WordList, positions: int | None
-) -> tuple[Sentence, list[tuple[int, ...]]]:
-    """Prompt and continuation as one sentence, and where the continuation's listed words are.
+) -> tuple[Sentence, dict[tuple[int, int], tuple[int, ...]]]:
+    """Prompt and continuation as one sentence, and where the continuation's listed words are: place
+    in the continuation -> places of its tokens in the sentence.
 
     What does not fit the model's positions is cut on the left.
     """
     coded = encode(tokenizer, prompt + continuation, beginning(tokenizer))
     cut = max(len(coded.ids) - positions, 0) if positions else 0
     spans = [(a + len(prompt), b + len(prompt)) for a, b in words.spans(continuation)]
-    found = [
-        tuple(i - cut for i, (s, e) in enumerate(coded.offsets) if s < b and e > a)
+    found = {
+        (a - len(prompt), b - len(prompt)): tuple(
+            i - cut for i, (s, e) in enumerate(coded.offsets) if s < b and e > a
+        )
         for a, b in spans
-    ]
+    }
     others = outside(coded, [(0, len(prompt)), *spans], 1)
-    return Sentence(coded.ids[cut:], others[cut:]), [w for w in found if w and w[0] > 0]
+    kept = {span: word for span, word in found.items() if word and word[0] > 0}
+    return Sentence(coded.ids[cut:], others[cut:]), kept
 
 
 def conditional_losses(

@@ -23,7 +23,8 @@ from converter.evaluation.heldout import Probe, choose_strength, probe_of
 from converter.evaluation.prompts import Prompts
 from converter.manifest import Choice, GuardRecord
 from converter.methods.base import Method, Proposal, aim_of, footprint_of, learnt_by
-from converter.methods.together import SEPARATOR, after, parts_of
+from converter.methods.known import SEPARATOR
+from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
 from converter.models.edited import lowest_layer, modules_of
 from converter.models.resident import held_out_dtype
@@ -69,6 +70,7 @@ class Fitted:
         edit: of all of them, of the chosen strengths.
         guard: what it measured; None if it was switched off.
         prompts: that it had continued; None if it had none.
+        said: places of the prompts after which the unedited model then said a listed word.
     """
 
     parts: Parts
@@ -76,6 +78,7 @@ class Fitted:
     edit: Edit
     guard: GuardRecord | None
     prompts: Prompts | None = None
+    said: tuple[int, ...] = ()
 
     @property
     def proposal(self) -> Proposal:
@@ -140,7 +143,8 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
         with progress.stage("guard", "measuring the edit and controls on other held-out text"):
             report = probe_of(bench, parts.report, first, bench.held_out)
             found = _guard(bench, report, last, headline)
-    return Fitted(parts, steps, last.edit, found, prompts)
+    said = headline.said if isinstance(headline, Headline) else ()
+    return Fitted(parts, steps, last.edit, found, prompts, said)
 
 
 def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:

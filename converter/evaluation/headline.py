@@ -150,6 +150,7 @@ class Headline:
     """The passages of a bench's unedited model, and ordinary text.
 
     Attributes:
+        said: places of the prompts after which a toxic word was said, ascending.
         fallback: why no edit can be judged by the passages, for people; None if they can.
     """
 
@@ -161,7 +162,8 @@ class Headline:
         self._prompts = len(prompts.texts)
         self._passages = passages_of(bench, prompts.texts, draws)
         self._toxic = self._passages.toxic_words if self._passages else 0
-        self._after = len(set(self._passages.prompts)) if self._passages else 0
+        self.said = tuple(sorted(set(self._passages.prompts))) if self._passages else ()
+        self._after = len(self.said)
         self.fallback = too_few(self._passages, self._prompts)
 
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:

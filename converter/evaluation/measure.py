@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from converter.calibration.datasets import read_whole
-from converter.checkpoints.architectures.find import allow_own_code
+from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
@@ -23,7 +23,8 @@ from converter.evaluation.continuations import (
     Passages,
     conditional_losses,
     generate,
-    measure_passages,
+    passages_measured,
+    weigh_passages,
 )
 from converter.evaluation.metrics import (
     bootstrap,
@@ -37,6 +38,7 @@ from converter.evaluation.options import EvaluationOptions
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.refusals import measure_refusals
 from converter.evaluation.results import around
+from converter.evaluation.rows import Rows
 from converter.evaluation.scorers import Scorer, load_scorer, scores_of
 from converter.manifest import Interval, Metric
 from converter.models.batching import Sentence, beginning, encode
@@ -130,6 +132,7 @@ def measure(
     passages: Passages | None,
     before: LogProbabilities | None,
     requests: Mapping[str, Sequence[str]] | None = None,
+    rows: Rows | None = None,
 ) -> tuple[dict[str, Metric], LogProbabilities | None]:
     """Measure a model as it is now, hooks included.
 
@@ -137,6 +140,7 @@ def measure(
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
         requests: of ``refusal_prompts``; None to count no refusals.
+        rows: gets what the metrics are made of.
 
     Returns:
         the metrics, and the log-probabilities of the perplexity text.
@@ -152,21 +156,27 @@ def measure(
         metrics["perplexity"] = around(perplexity_estimate(now))
         if before is not None:
             metrics["perplexity_ratio"] = around(perplexity_ratio(before, now))
-    if passages is not None:
-        found = measure_passages(model, passages)
+        if rows is not None:
+            rows.windows(before, now)
+    if passages is not None and battery.prompts is not None:
+        after = weigh_passages(model, passages)
+        found = passages_measured(passages, after)
+        if rows is not None:
+            rows.passages(passages, battery.prompts.texts, after)
         metrics["teacher_forced"] = around(found.teacher_forced)
         if found.context_ratio is not None:
             metrics["context_ratio"] = around(found.context_ratio)
     if battery.prompts is not None:
+        texts = battery.prompts.texts
         if asked.greedy:
-            metrics |= _generation(model, battery, battery.prompts.texts, "greedy", 0)
+            metrics |= _generation(model, battery, texts, "greedy", 0, rows)
         if asked.samples:
-            metrics |= _generation(model, battery, battery.prompts.texts, "sampled", asked.samples)
+            metrics |= _generation(model, battery, texts, "sampled", asked.samples, rows)
     batch_size = asked.generation_batch_size
     if battery.safeedit is not None and battery.safety is not None:
-        metrics |= measure_safeedit(model, battery.safeedit, battery.safety, batch_size)
+        metrics |= measure_safeedit(model, battery.safeedit, battery.safety, batch_size, rows)
     if requests is not None:
-        metrics |= measure_refusals(model, requests, batch_size)
+        metrics |= measure_refusals(model, requests, batch_size, rows)
     if battery.tasks:
         metrics |= measure_ability(model, battery.tasks, asked.ability_limit, batch_size)
     return metrics, now
@@ -177,6 +187,7 @@ def divergence(
     model: LanguageModel,
     hooks: Callable[[], AbstractContextManager[None]],
     battery: Battery,
+    rows: Rows | None = None,
 ) -> Metric:
     """The mean KL divergence of a model from the unedited one on the perplexity text.
 
@@ -184,12 +195,15 @@ def divergence(
 
     Args:
         hooks: see ``likelihood.divergences``.
+        rows: gets what it is made of.
     """
     sizes = {m.module.get_input_embeddings().weight.shape[0] for m in (base, model)}  # type: ignore[operator]
     if battery.text is None or len(sizes) > 1:
         return None
     windows = _windows(base, battery.text, battery.asked.text_tokens)
     (found,) = divergences(base, model, [hooks], windows)
+    if rows is not None:
+        rows.divergences(found)
     return around(mean_change([values.tolist() for values in found]))
 
 
@@ -206,7 +220,12 @@ def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentenc
 
 
 def _generation(
-    model: LanguageModel, battery: Battery, prompts: tuple[str, ...], way: str, samples: int
+    model: LanguageModel,
+    battery: Battery,
+    prompts: tuple[str, ...],
+    way: str,
+    samples: int,
+    rows: Rows | None,
 ) -> dict[str, Metric]:
     """The metrics of one way to continue the prompts."""
     texts = generate(
@@ -220,8 +239,13 @@ def _generation(
     )
     flat = [text for group in texts for text in group]
     metrics: dict[str, Metric] = {}
-    for name, scorer in battery.scorers.items():
-        scores = scores_of(name, scorer, flat).reshape(len(texts), -1)
+    found = {
+        name: scores_of(name, scorer, flat).reshape(len(texts), -1)
+        for name, scorer in battery.scorers.items()
+    }
+    if rows is not None:
+        rows.continuations(way, prompts, texts, found)
+    for name, scores in found.items():
         metrics[f"toxicity/{name}/{way}"] = _over_prompts(mean_toxicity, scores)
         if way == "sampled":
             metrics[f"emt/{name}"] = _over_prompts(expected_maximum_toxicity, scores)
@@ -234,6 +258,8 @@ def _generation(
         metrics[f"fluency/{way}"] = None
     if battery.judge is not None:
         losses = conditional_losses(battery.judge, prompts, texts)
+        if rows is not None:
+            rows.judged(way, losses)
         metrics[f"conditional_perplexity/{way}"] = _over_prompts(
             lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), losses
         )

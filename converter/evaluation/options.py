@@ -1,4 +1,4 @@
-"""What an evaluation is asked to measure."""
+"""What an evaluation is asked to measure, and a comparison to show."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,4 +84,33 @@ class SearchOptions(Options):
         "builtin (English), none, a .jsonl or .txt file, or a Hub dataset id.",
         example="prompts.txt", place=True,
     )] = "builtin"
+    # fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions(Options):
+    """How two models are compared by what they say."""
+
+    # fmt: off
+    num_prompts: Annotated[int | None, Option(
+        "Number of prompts to draw of --prompts.",
+        by_default="12, or all if there are fewer", example="40", least=1,
+    )] = None
+    samples: Annotated[int, Option(
+        "Number of sampled continuations of each prompt, beside the greedy one.",
+        example="2", least=0,
+    )] = 0
+    max_new_tokens: Annotated[int, Option(
+        "Number of tokens in a continuation, at most.", example="80", least=1,
+    )] = 40
+    top_p: Annotated[float, Option(
+        "Share of the probability to sample the next token from.", example="1", above=0, most=1,
+    )] = 0.9
+    generation_batch_size: Annotated[int, Option(
+        "Number of continuations to write at a time.", example="16", least=1,
+    )] = 64
+    scorers: Annotated[tuple[str, ...], Option(
+        "Scorer of the continuations beside the word list; see gloss evaluate.",
+        flag="--scorer", metavar="NAME", example="profanity",
+    )] = ()
     # fmt: on

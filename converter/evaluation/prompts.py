@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -89,7 +89,8 @@ def _read(origin: str, builtin: str) -> tuple[Origin, Iterator[str]]:
     if origin == "builtin":
         text = files("converter").joinpath(f"data/{builtin}").read_text("utf-8")
         return Origin(name="builtin", version=_VERSION), iter(text.split("\n"))
-    name, _, field = (origin, "", "") if Path(origin).exists() else origin.partition("#")
+    there = os.path.exists(origin)  # noqa: PTH110 - pathlib's raises if the name is too long
+    name, _, field = (origin, "", "") if there else origin.partition("#")
     # a dataset's .txt is more likely its licence
     formats = (".jsonl",) if is_dataset(name, FORMATS) else FORMATS
     described, path = locate(name, "prompts", formats, split="prompts")

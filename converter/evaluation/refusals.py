@@ -14,6 +14,7 @@ from typing import Any
 from converter.calibration.instances import Lesson, builtin_set, load_instances
 from converter.evaluation.continuations import generate
 from converter.evaluation.defence import unseen
+from converter.evaluation.rows import Rows
 from converter.manifest import Interval, Manifest, Metric
 from converter.models.chat import as_prompt
 from converter.models.resident import LanguageModel
@@ -64,16 +65,25 @@ def refusal_prompts(tokenizer: Any, lesson: Lesson | None) -> dict[str, list[str
 
 
 def measure_refusals(
-    model: LanguageModel, prompts: Mapping[str, Sequence[str]], batch_size: int
+    model: LanguageModel,
+    prompts: Mapping[str, Sequence[str]],
+    batch_size: int,
+    rows: Rows | None = None,
 ) -> dict[str, Metric]:
-    """The share of answers that begin with a refusal, for each metric, with Wilson's interval."""
+    """The share of answers that begin with a refusal, for each metric, with Wilson's interval.
+
+    ``rows`` get the answers.
+    """
     flat = [prompt for group in prompts.values() for prompt in group]
     texts = generate(model, flat, max_new_tokens=_TOKENS, batch_size=batch_size)
-    answers = iter(texts)
-    return {
-        name: share(sum(is_refusal(next(answers)[0]) for _ in group), len(group))
-        for name, group in prompts.items()
-    }
+    answers, metrics = iter(texts), dict[str, Metric]()
+    for name, group in prompts.items():
+        said = [next(answers)[0] for _ in group]
+        refusals = [is_refusal(text) for text in said]
+        metrics[name] = share(sum(refusals), len(group))
+        if rows is not None:
+            rows.answers(name, refusals, said)
+    return metrics
 
 
 def share(hits: int, count: int) -> Metric:

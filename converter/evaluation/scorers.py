@@ -1,7 +1,7 @@
 """Scorers, by name: how toxic is what a model says?
 
 A new one is a function ``load(argument, device)`` that returns a ``Scorer``, and a line in
-``SCORERS``, or a package with an entry point; see ``runtime.registry``.
+``known.SCORERS``, or a package with an entry point; see ``runtime.registry``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +14,8 @@ from numpy.typing import NDArray
 
 from converter.calibration.word_list import load_words
 from converter.errors import OptionError, SourceError
+from converter.evaluation.known import SCORERS
 from converter.manifest import ScorerOrigin
-from converter.runtime.registry import Registry
-
-SCORERS = Registry(
-    "gloss_convert.scorers",
-    "--scorer",
-    {
-        "bad-words": "converter.evaluation.scorers:_load_bad_words",
-        "classifier": "converter.evaluation.classifier:load",
-        "detoxify": "converter.evaluation.scorers:_load_detoxify",
-        "profanity": "converter.evaluation.scorers:_load_profanity",
-    },
-    ("title", "paper", "origin", "score"),
-)
-"""Name -> a function ``load(argument, device) -> Scorer``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from converter.checkpoints.architectures.architecture import Dimensions
 from converter.checkpoints.fusing import CODE
 from converter.checkpoints.plan import Plan
 from converter.errors import OptionError
+from converter.evaluation.searchable import check_aim, check_beside
 from converter.methods.base import Layers, Method, Proposal, aim_of, footprint_of
 from converter.methods.options import configure
 
@@ -82,7 +83,8 @@ class Space:
             OptionError: it cannot be searched, or nothing is left to search.
         """
         method = configure(name, typed, plan.dimensions, implied)
-        _check(name, method, plan)
+        check_aim(name, aim_of(method))
+        check_beside(name, CODE in footprint_of(method, plan).files)
         fields = {f.name: f for f in dataclasses.fields(method) if f.name not in typed}  # type: ignore[arg-type]
         kinds = {key: f.metadata["search"] for key, f in fields.items() if "search" in f.metadata}
         layers = next((key for key, kind in kinds.items() if kind == "layers"), None)
@@ -167,21 +169,6 @@ class Space:
         if proposal.with_layers is not None and self.layers:
             return proposal.with_layers(layers)
         return proposal
-
-
-def _check(name: str, method: Method, plan: Plan) -> None:
-    """Raise OptionError if the trials of a method would each take a training of their own."""
-    if aim_of(method) == "defence":
-        raise OptionError(
-            "a search", expected="a method whose edits are judged by toxic words",
-            found=f"--method {name}, which is judged by refusals and trained for each trial",
-        )  # fmt: skip
-    if CODE in footprint_of(method, plan).files:
-        raise OptionError(
-            "a search", expected="a method that edits weights",
-            found=f"--method {name}, which runs another model beside it",
-            hint="choose form=folded",
-        )  # fmt: skip
 
 
 def _edited(method: Any, option: str | None) -> Layers:

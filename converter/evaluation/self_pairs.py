@@ -21,7 +21,7 @@ from converter.calibration.datasets import NO_TEXT, draw
 from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, check_num_pairs, load_pairs
 from converter.calibration.statistics import cache_key
 from converter.calibration.word_list import WordList
-from converter.errors import DataError, OptionError
+from converter.errors import DataError
 from converter.evaluation.continuations import generate
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.scorers import load_scorer, origin_of, scores_of
@@ -69,14 +69,6 @@ def pairs_of(bench: Bench, seed: int) -> Pairs:
         return load_pairs(recipe.pairs, bench.words, recipe.num_pairs, seed)
     with progress.stage("self", "drawing pairs from what the model itself says"):
         return draw_pairs(bench, seed)
-
-
-def check_options(recipe: Recipe) -> None:
-    """Raise OptionError if something is asked of pairs that are not drawn."""
-    asked = {"--self-prompts": recipe.self_prompts != "builtin"}
-    asked["--self-scorer"] = recipe.self_scorer is not None
-    for flag in (flag for flag, given in asked.items() if given and recipe.pairs != SELF):
-        raise OptionError(flag, expected=f"--pairs {SELF}", found=f"--pairs {recipe.pairs}")
 
 
 def check_resident(forward: Forward) -> None:

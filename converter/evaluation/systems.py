@@ -5,7 +5,9 @@ fitted beside. All but written ones run through hooks on the unedited model. Two
 controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -22,9 +24,10 @@ from converter.evaluation.heldout import Probe, choose_strength, nearest_strengt
 from converter.evaluation.self_pairs import pairs_of
 from converter.manifest import Measured
 from converter.methods.base import Method, Proposal, footprint_of
+from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
 from converter.methods.subspace import MAX_RANK
-from converter.methods.together import SEPARATOR, check_shared, options_of
+from converter.methods.together import check_shared, options_of
 from converter.methods.workbench import Bench
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
@@ -53,6 +56,8 @@ class System:
         options: of its method, defaults resolved.
         lesson: that it has learnt, without an instance if these are not known; None if it has not.
         cost: of those that were asked for, the one that its strength was chosen for.
+        suffix: that its chat template puts behind what a user says.
+        is_of_unedited: whether the edit is one of the unedited model's own weights.
     """
 
     name: str
@@ -65,6 +70,8 @@ class System:
     options: Mapping[str, Any] = field(default_factory=dict)
     lesson: Lesson | None = None
     cost: float | None = None
+    suffix: str = ""
+    is_of_unedited: bool = True
 
     @property
     def title(self) -> str:
@@ -87,6 +94,21 @@ def edited_layers(
     return tuple(layers), any(weight.is_bias for weight in weights)
 
 
+@contextmanager
+def _naming(spec: Spec) -> Iterator[None]:
+    """What is wrong with an option behind a system's colon is said of that system."""
+    try:
+        yield
+    except OptionError as error:
+        behind = {f"-o {key.rpartition('.')[2]}" for key in spec.options}
+        named = re.findall(r"-o \w+", error.what)
+        if not behind.intersection(named):
+            raise
+        what = f"--system {spec.name}: {error.what.replace('-o ', '')}"
+        told = {"expected": error.expected, "found": error.found, "hint": error.hint}
+        raise OptionError(what, **told) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Fits:
     """Fits methods beside the unedited model of ``bench``, for one seed after another."""
@@ -100,10 +122,11 @@ class Fits:
         Raises OptionError; see ``systems``.
         """
         for spec in self.comparison.fitted:
-            method = self._method(spec, self.comparison.seeds[0], reference)
-            footprint_of(method, self.bench.plan)
-            check_shared(spec.methods, method, self.bench.plan)
-            check_instances(self.bench.recipe, method, examined=False)
+            with _naming(spec):
+                method = self._method(spec, self.comparison.seeds[0], reference)
+                footprint_of(method, self.bench.plan)
+                check_shared(spec.methods, method, self.bench.plan)
+                check_instances(self.bench.recipe, method, examined=False)
 
     def systems(self, reference: System | None) -> Iterator[System]:
         """Those that are fitted, on pairs drawn and split with each seed, and their controls.

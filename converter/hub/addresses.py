@@ -10,9 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants, parse_hf_uri
-from huggingface_hub.errors import HfUriError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import constants
 
 from converter.errors import CheckpointError, OptionError, SourceError
 from converter.recipe import Recipe
@@ -106,6 +104,9 @@ def parse_address(text: str, kind: Kind) -> Address:
 
 def _parse(text: str) -> Address:
     """The place that an address names, whatever is there."""
+    from huggingface_hub import parse_hf_uri  # a quarter of a second, as what is imported below
+    from huggingface_hub.errors import HfUriError
+
     known = f"hf.co/{text}" if _OF_HUB.fullmatch(text) else _SSH.sub(r"https://\1/", text)
     try:
         url = urlsplit(known if "://" in known else f"https://{known}")
@@ -153,6 +154,9 @@ def repo_named(option: str, text: str) -> str:
 
     Raises OptionError.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         found = Address("model", text)
         if is_address(text):

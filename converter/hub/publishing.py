@@ -42,6 +42,29 @@ _WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""
 
 
+def check_named(asked: Publication, option: str) -> Publication:
+    """Look at what was asked for without asking the Hub; the same with the plain name of the repo.
+
+    Raises:
+        OptionError: not the name of a repo, or options that exclude each other.
+        PublishError: no token, or no Hub.
+    """
+    if asked.create_pr and asked.branch is not None:
+        raise OptionError(
+            "--create-pr", expected="no --branch", found=f"--branch {asked.branch}",
+            hint="the Hub opens pull requests against the main branch",
+        )  # fmt: skip
+    if redacted(bare := asked.repo_id.partition("?")[0]) != bare:
+        raise OptionError(option, expected="a repo id such as owner/name", found="a token")
+    asked = replace(asked, repo_id=repo_named(option, asked.repo_id))
+    with plain_refusals(asked.repo_id):
+        if constants.is_offline_mode():
+            raise OfflineModeIsEnabled
+        if get_token() is None:
+            raise LocalTokenNotFoundError
+    return asked
+
+
 def check_rights(asked: Publication, option: str) -> Publication:
     """Ask the Hub whether ``asked`` can be done, which takes seconds. Nothing is changed.
 
@@ -54,22 +77,11 @@ def check_rights(asked: Publication, option: str) -> Publication:
         OptionError: not the name of a repo, or options that exclude each other.
         PublishError: no token, a read-only one, no right to write there, or no Hub.
     """
-    if asked.create_pr and asked.branch is not None:
-        raise OptionError(
-            "--create-pr", expected="no --branch", found=f"--branch {asked.branch}",
-            hint="the Hub opens pull requests against the main branch",
-        )  # fmt: skip
-    if redacted(bare := asked.repo_id.partition("?")[0]) != bare:
-        raise OptionError(option, expected="a repo id such as owner/name", found="a token")
-    asked = replace(asked, repo_id=repo_named(option, asked.repo_id))
+    asked = check_named(asked, option)
     redact_log("huggingface_hub")
     if not progress.current().shows_bars:
         disable_progress_bars()  # of the client
     with plain_refusals(asked.repo_id):
-        if constants.is_offline_mode():
-            raise OfflineModeIsEnabled
-        if get_token() is None:
-            raise LocalTokenNotFoundError
         api, repo_id = HfApi(), asked.repo_id
         trusted = bool(os.environ.get("HF_OIDC_RESOURCE"))  # whose token is for a repo, not a user
         if not trusted:

@@ -2,7 +2,7 @@
 
 A method says from the headers what it will change (``footprint``), then fits an edit to a model
 (``fit``). It never opens a file and does not know where the model is: all it may use is a
-``Workbench``. A new one is a line in ``METHODS``, or a package with an entry point; see
+``Workbench``. A new one is a line in ``known.METHODS``, or a package with an entry point; see
 ``runtime.registry``.
 """
 
@@ -27,32 +27,10 @@ from converter.edits.base import FAULT, Edit, Footprint
 from converter.edits.deltas import is_dense
 from converter.errors import FitError
 from converter.manifest import SubspaceEvidence
+from converter.methods.known import Factors as Factors
+from converter.methods.known import Layers as Layers
 from converter.models.resident import Model
 from converter.runtime import strict_json
-from converter.runtime.registry import Registry
-
-METHODS = Registry(
-    "gloss_convert.methods",
-    "--method",
-    {
-        "fusion": "converter.methods.fusion:Method",
-        "gloss": "converter.methods.gloss:Method",
-        "gloss-paper": "converter.methods.gloss_paper:Method",
-        "destein": "converter.methods.destein:Method",
-        "model-surgery": "converter.methods.model_surgery:ModelSurgery",
-        "profs": "converter.methods.baselines:Profs",
-        "dinm": "converter.methods.dinm:Method",
-        "random": "converter.methods.baselines:RandomSubspace",
-    },
-    ("title", "paper", "strength", "defaults", "footprint", "fit"),
-)
-"""Name -> a class like ``Method``."""
-
-Layers = tuple[int, ...]
-
-Factors = tuple[float, ...]
-"""One for each layer of a model, from 0 to 1: how much of a subspace is taken out of it; empty for
-1 in all of them."""
 
 Aim = Literal["toxicity", "defence"]
 """What an edit is for, and examined for: toxic words become less probable, or answers to harmful
@@ -224,8 +202,10 @@ class Method(Protocol):
 
     An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
     None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
-    ``min``, the smallest number, or ``names``, a function that returns the texts to choose from;
-    with ``unsaid`` the option is left out of manifests where it is empty, and ``search`` says what
+    ``min``, the smallest number, ``above``, which every number must be larger than, ``max``, the
+    largest number or ``hidden_size`` or ``num_hidden_layers`` for that of the model, to which a
+    default is cut down, or ``names``, a function that returns the texts to choose from; with
+    ``unsaid`` the option is left out of manifests where it is empty, and ``search`` says what
     ``gloss search`` does with it; see ``evaluation.search_space``. An option that neither the field
     nor ``defaults`` gives a value has to be typed.
 

@@ -15,9 +15,11 @@ from converter.calibration.linear_algebra import (
 )
 from converter.calibration.statistics import Request, Site
 from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.plan import Plan
 from converter.errors import FitError
 from converter.manifest import SubspaceEvidence
 from converter.methods.base import Proposal, Recorded, Workbench
+from converter.methods.bounds import check_orthogonal
 from converter.methods.gloss import GlobalRemoval
 from converter.methods.subspace import (
     Removal,
@@ -28,6 +30,7 @@ from converter.methods.subspace import (
     rank_within,
 )
 from converter.models.batching import Pooling
+from converter.recipe import LARGEST_SEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,8 @@ class Profs(Removal):
 
     site: Site = "residual"
     pooling: Pooling = "mean"
-    center: int = field(default=1, metadata={"min": 0})
-    protect_shared: int = field(default=0, metadata={"min": 0})
+    center: int = field(default=1, metadata={"min": 0, "max": "hidden_size"})
+    protect_shared: int = field(default=0, metadata={"min": 0, "max": "hidden_size"})
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -101,6 +104,12 @@ class Profs(Removal):
         )
         return self.propose(bench, subspace, seen.second_moment)
 
+    def _check_sizes(self, plan: Plan) -> None:
+        check_orthogonal(
+            plan.dimensions,
+            rank=self.rank or 1, center=self.center, protect_shared=self.protect_shared,
+        )  # fmt: skip
+
     def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
         values, count = told.singular_values, len(told.candidates) // len(self.layers)
         parts = found.tensors["candidates"].reshape(len(self.layers), count, -1)
@@ -132,8 +141,8 @@ class RandomSubspace(Removal):
     title: ClassVar[str] = "random subspace, a control"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
 
-    draw: int = field(default=0, metadata={"min": 0})
-    protect_shared: int = field(default=16, metadata={"min": 0})
+    draw: int = field(default=0, metadata={"min": 0, "max": LARGEST_SEED})
+    protect_shared: int = field(default=16, metadata={"min": 0, "max": "hidden_size"})
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -155,6 +164,9 @@ class RandomSubspace(Removal):
         candidates = candidates_of(self.layers[0], "random", [0.0] * rank)
         subspace = Subspace(dict.fromkeys(self.layers, basis), {}, candidates, basis.T)
         return self.propose(bench, subspace, seen.second_moment)
+
+    def _check_sizes(self, plan: Plan) -> None:
+        check_orthogonal(plan.dimensions, rank=self.rank or 1, protect_shared=self.protect_shared)
 
     def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
         rows = found.tensors["candidates"]

@@ -78,7 +78,7 @@ class Method:
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.10464"
     strength: ClassVar[str] = "alpha"
 
-    alpha: float | None = field(default=None, metadata={"min": 1e-6})
+    alpha: float | None = field(default=None, metadata={"min": 1e-6, "max": 1e3})
     layers: Layers = field(metadata={"search": "layers"})
     direction: Literal["paired", "causal"] = "paired"
     protect: Literal["gradient", "none"] = "gradient"

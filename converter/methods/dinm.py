@@ -64,11 +64,11 @@ class Method:
     aim: ClassVar[Aim] = "defence"
 
     layer: int | None = field(default=None, metadata={"min": 0})
-    steps: int = field(default=10, metadata={"min": 1})
-    learning_rate: float = 5e-4
-    c_edit: float = field(default=0.1, metadata={"min": 0})
+    steps: int = field(default=10, metadata={"min": 1, "max": _MOST_STEPS})
+    learning_rate: float = field(default=5e-4, metadata={"above": 0, "max": 1})
+    c_edit: float = field(default=0.1, metadata={"min": 0, "max": 1e6})
     kl: Constraint = "gradient"
-    contrast: float = field(default=0.0, metadata={"min": 0})
+    contrast: float = field(default=0.0, metadata={"min": 0, "max": 1e6})
     end: Literal["yes", "no"] = "yes"
     instance: str = "0"
     suffix: str | None = None
@@ -201,13 +201,10 @@ class Method:
             and said.isprintable()
             and (said == "none" or said.casefold() not in ("none", "auto"))
         )
-        for name, fits, expected in (
-            ("learning_rate", 0 < self.learning_rate <= 1, "more than 0, at most 1"),
-            ("steps", self.steps <= _MOST_STEPS, f"1 to {_MOST_STEPS}"),
-            ("suffix", suffix, "auto, none, or text on one line"),
-        ):
-            if not fits:
-                raise OptionError(f"-o {name}", expected=expected, found=f"{getattr(self, name)!r}")
+        if not suffix:
+            raise OptionError(
+                "-o suffix", expected="auto, none, or text on one line", found=repr(said)
+            )
         if self.parity == "yes" and (self.kl == "off" or self.contrast):
             raise OptionError("-o parity=yes", expected="the authors' loss", found="kl or contrast")
 

@@ -61,8 +61,8 @@ class Method:
     Attributes:
         form: ``folded``, or ``paper``.
         scale: c; by default chosen. With form=paper it is a, .1 by default.
-        rank: R, with form=folded; nothing is cut off if it is the width of the head or more.
-        depth: layers of the calibration models, or all that there are.
+        rank: R, with form=folded; nothing is cut off if it is the width of the head.
+        depth: layers of the calibration models.
         tokens: that each of them is trained to predict.
         rate: at which they learn at first.
     """
@@ -73,11 +73,11 @@ class Method:
     trains: ClassVar[bool] = True
 
     form: Literal["folded", "paper"] = "folded"
-    scale: float | None = field(default=None, metadata={"min": 1e-6})
-    rank: int = field(default=32, metadata={"min": 1})
-    depth: int = field(default=3, metadata={"min": 1})
-    tokens: int = field(default=7_000, metadata={"min": 1})
-    rate: float = field(metadata={"min": 0})
+    scale: float | None = field(default=None, metadata={"min": 1e-6, "max": 1e3})
+    rank: int = field(default=32, metadata={"min": 1, "max": "hidden_size"})
+    depth: int = field(default=3, metadata={"min": 1, "max": "num_hidden_layers"})
+    tokens: int = field(default=7_000, metadata={"min": 1, "max": 10**9})
+    rate: float = field(metadata={"above": 0, "max": 1})
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Method:
             OptionError: there is no head that can change.
         """
         if self.form == "paper":
-            return fusion_paper.footprint(plan, self._depth(plan), self.scale)
+            return fusion_paper.footprint(plan, self.depth, self.scale)
         weight, route = _head(plan)
         if route is None:
             rank = min(self.rank, weight.info.shape[1 - weight.axis])
@@ -105,7 +105,7 @@ class Method:
         Raises:
             FitError: they do not differ.
         """
-        training = Training(self._depth(bench.plan), self.tokens, self.rate)
+        training = Training(self.depth, self.tokens, self.rate)
         if self.form == "paper":
             return fusion_paper.fit(bench, training, self.scale)
         found = bench.contrast(training)
@@ -130,9 +130,6 @@ class Method:
             control,
             _evidence(found, B, S, self.rank),
         )
-
-    def _depth(self, plan: Plan) -> int:
-        return min(self.depth, plan.dimensions.num_hidden_layers)
 
     def implied(self, found: Recorded) -> dict[str, Any]:
         """Singular values and scale, as far as the factors of the change say so.

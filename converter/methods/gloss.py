@@ -24,8 +24,11 @@ from torch import Tensor
 from converter.calibration.linear_algebra import shared_directions, turned
 from converter.calibration.statistics import Moments, Request, Site
 from converter.checkpoints.architectures.architecture import Dimensions
+from converter.checkpoints.plan import Plan
+from converter.errors import OptionError
 from converter.manifest import SubspaceEvidence
 from converter.methods.base import Layers, Proposal, Recorded, Workbench
+from converter.methods.bounds import check_protection
 from converter.methods.subspace import (
     Removal,
     Subspace,
@@ -81,7 +84,7 @@ class Method(GlobalRemoval):
         layers, edit_layers, site, pooling: see ``GlobalRemoval``.
         per_layer: leading causal directions of each layer that are recorded, to show what the
             layers have in common.
-        directions: K, among which U is sought.
+        directions: K, among which U is sought; no more of them than protection leaves.
         saturation: nats that a word may lose before more counts little.
         cost: of a nat per neutral token, in shares of toxic words.
         protect_shared: leading eigenvectors of the layers' average neutral second moment that no
@@ -93,12 +96,12 @@ class Method(GlobalRemoval):
     title: ClassVar[str] = "GloSS, global toxic subspace suppression"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
 
-    per_layer: int = field(default=4, metadata={"min": 1})
-    directions: int = field(default=32, metadata={"min": 1})
-    saturation: float = field(default=3.0, metadata={"min": 1e-3})
-    cost: float = field(default=3.0, metadata={"min": 0, "search": (1.0, 3.0, 6.0)})
-    protect_shared: int = field(default=16, metadata={"min": 0})
-    protect_own: int = field(default=4, metadata={"min": 0})
+    per_layer: int = field(default=4, metadata={"min": 1, "max": "hidden_size"})
+    directions: int = field(default=32, metadata={"min": 1, "max": "hidden_size"})
+    saturation: float = field(default=3.0, metadata={"min": 1e-3, "max": 1e6})
+    cost: float = field(default=3.0, metadata={"min": 0, "max": 1e6, "search": (1.0, 3.0, 6.0)})
+    protect_shared: int = field(default=16, metadata={"min": 0, "max": "hidden_size"})
+    protect_own: int = field(default=4, metadata={"min": 0, "max": "hidden_size"})
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -125,6 +128,16 @@ class Method(GlobalRemoval):
         bases = dict.fromkeys(self.edited, basis)
         subspace = Subspace(bases, {"U": values}, candidates, torch.cat(rows))
         return self.propose(bench, subspace, seen.second_moment)
+
+    def _check_sizes(self, plan: Plan) -> None:
+        check_protection(
+            plan.dimensions, self.rank or 1, self.per_layer, self.protect_shared, self.protect_own
+        )
+        if self.rank and self.rank > self.directions:
+            raise OptionError(
+                "-o rank", expected=f"at most {self.directions}, the directions among which it is "
+                "sought", found=str(self.rank), hint="lower it, or raise -o directions",
+            )  # fmt: skip
 
     def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
         layers = [layer for layer in self.layers for _ in range(self.per_layer)]

@@ -14,7 +14,7 @@ protect_shared=0 -o protect_own=0`` is without both.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ from converter.calibration.linear_algebra import (
     turned,
 )
 from converter.calibration.statistics import Activations, Request
-from converter.errors import FitError
+from converter.checkpoints.plan import Plan
+from converter.errors import FitError, OptionError
 from converter.manifest import Candidate, Kind, SubspaceEvidence
 from converter.methods.base import Proposal, Recorded, Workbench
+from converter.methods.bounds import check_protection
 from converter.methods.gloss import GlobalRemoval
 from converter.methods.subspace import Subspace, protected_differences, rank_within
 from converter.runtime import progress
@@ -150,12 +152,12 @@ class Method(GlobalRemoval):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
 
     candidates: Literal["causal", "mean", "svd", "mean+svd"] = "causal"
-    per_layer: int = field(default=4, metadata={"min": 1})
+    per_layer: int = field(default=4, metadata={"min": 1, "max": "hidden_size"})
     ranking: str = field(default="causal", metadata={"names": lambda: list(RANKINGS)})
-    alpha: float = 1.0
+    alpha: float = field(default=1.0, metadata={"min": -1000, "max": 1000})
     weights: Literal["score", "equal"] = "score"
-    protect_shared: int = field(default=16, metadata={"min": 0})
-    protect_own: int = field(default=4, metadata={"min": 0})
+    protect_shared: int = field(default=16, metadata={"min": 0, "max": "hidden_size"})
+    protect_own: int = field(default=4, metadata={"min": 0, "max": "hidden_size"})
 
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
@@ -194,15 +196,33 @@ class Method(GlobalRemoval):
         scores = [candidate.score for candidate in told.candidates]
         kept, rows = above_threshold(scores, self.alpha), found.tensors["candidates"]
         _, values = self._basis(rows.double(), torch.tensor(scores), torch.tensor(kept))
-        counts = {"causal": self.per_layer, "mean": 1, "svd": self.per_layer}
         kinds = [
             {"layer": layer, "kind": kind, "index": index}
             for layer in self.layers
-            for kind in self.candidates.split("+")
-            for index in range(counts[kind])
+            for kind, count in self._counts.items()
+            for index in range(count)
         ]
         places = [{"kept": keep, **place} for keep, place in zip(kept, kinds, strict=True)]
         return {"singular_values": {"U": values.tolist()}, "candidates": places}
+
+    def _check_sizes(self, plan: Plan) -> None:
+        check_protection(
+            plan.dimensions, self.rank or 1, self.per_layer, self.protect_shared, self.protect_own
+        )
+        most = len(self.layers) * sum(self._counts.values())
+        if self.rank and self.rank > most:
+            raise OptionError(
+                "-o rank", expected=f"at most {most}, the candidates of {len(self.layers)} layers",
+                found=str(self.rank), hint="lower it, or raise -o per_layer",
+            )  # fmt: skip
+
+    @property
+    def _counts(self) -> dict[Kind, int]:
+        """How many candidates of each kind a layer has."""
+        return {
+            kind: 1 if kind == "mean" else self.per_layer
+            for kind in cast(list[Kind], self.candidates.split("+"))
+        }
 
     def _candidates(
         self, seen: Activations, layer: int, T: Tensor, shared: Tensor

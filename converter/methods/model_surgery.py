@@ -36,6 +36,7 @@ from converter.edits.deltas import AddToRows
 from converter.errors import FitError, OptionError
 from converter.methods.base import Proposal, Recorded, Workbench
 from converter.methods.probe import TOXIC, fit_probe, held_accuracy, train_probe
+from converter.recipe import LARGEST_SEED
 
 _SCALES = (0.125, 0.25, 0.5, 1.0)
 """Among which the length of what is added to a row is chosen, in median rows."""
@@ -79,11 +80,11 @@ class ModelSurgery:
     strength: ClassVar[str] = "scale"
 
     probe: Literal["convex", "paper"] = "convex"
-    scale: float | None = field(default=None, metadata={"min": 1e-6})
-    alpha: float | None = field(default=None, metadata={"min": 1e-6})
+    scale: float | None = field(default=None, metadata={"min": 1e-6, "max": 1e3})
+    alpha: float | None = field(default=None, metadata={"min": 1e-6, "max": 1e6})
     rows: Literal["cosine", "random"] = "cosine"
     count: int | None = field(default=None, metadata={"min": 1})
-    draw: int = field(default=0, metadata={"min": 0})
+    draw: int = field(default=0, metadata={"min": 0, "max": LARGEST_SEED})
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:

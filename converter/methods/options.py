@@ -2,18 +2,26 @@
 
 import dataclasses
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from converter.checkpoints.architectures.architecture import Dimensions
 from converter.errors import OptionError
 from converter.manifest import OptionValue
-from converter.methods.base import METHODS, Factors, Layers, Method
-from converter.methods.together import SEPARATOR, Together, share_out
+from converter.methods.bounds import bounds_of, defaults_cut_down
+from converter.methods.known import METHODS, SEPARATOR, Factors, Layers
+from converter.methods.typed import share_out
 from converter.runtime import strict_json
+from converter.text import did_you_mean
+
+if TYPE_CHECKING:
+    from converter.methods.base import Method
+
+_BITS = 63
+"""Of a whole number beside its sign: a manifest holds no longer one."""
 
 
 def configure(
@@ -21,7 +29,7 @@ def configure(
     options: Mapping[str, str],
     dimensions: Dimensions,
     implied: Mapping[str, str] | None = None,
-) -> Method:
+) -> "Method":
     """A method with its options: as typed, or by default, which may depend on the dimensions.
 
     Args:
@@ -40,28 +48,33 @@ def configure(
         known = {each: {field.name for field in dataclasses.fields(k)} for each, k in kinds.items()}
         shared = share_out(known, options)
         parts = {each: configure(each, shared[each], dimensions, implied) for each in kinds}
-        return cast(Method, Together(parts))
+        from converter.methods.together import Together  # torch, which what is typed can do without
+
+        return cast("Method", Together(parts))
     kind = _load(name)
     try:
         hints = get_type_hints(kind)
     except Exception as error:  # a third party's annotations: of any kind
         raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    values = dict(kind.defaults(dimensions))
+    values = {**defaults_cut_down(fields.values(), dimensions), **kind.defaults(dimensions)}
     for key in values.keys() & {k for k, hint in hints.items() if hint == Layers}:
         values[key] = with_ffn(key, values[key], dimensions)
     others = {key: text for key, text in (implied or {}).items() if key in fields}
     for key, text in {**others, **options}.items():
         if key not in fields:
-            raise OptionError(f"-o {key}: method {name}", expected=", ".join(fields), found=key)
+            raise OptionError(
+                f"-o {key}: method {name}", expected=", ".join(fields), found=key,
+                hint=did_you_mean(key, fields),
+            )  # fmt: skip
         try:
             values[key] = _parse(key, text, hints[key], dimensions)
         except TypeError as error:
             raise METHODS.fault(name, f"its option {key} is of a type that has no text") from error
-        least, names = fields[key].metadata.get("min"), fields[key].metadata.get("names")
-        if least is not None and values[key] is not None and values[key] < least:
-            raise OptionError(f"-o {key}", expected=f"at least {least}", found=text)
-        if names is not None and values[key] not in names():
+        bounds = bounds_of(fields[key], hints[key], dimensions)
+        if bounds and not bounds.hold(values[key]):
+            raise OptionError(f"-o {key}", expected=bounds.words, found=text)
+        if (names := fields[key].metadata.get("names")) and values[key] not in names():
             raise OptionError(f"-o {key}", expected=" or ".join(names()), found=text)
     for key, option in fields.items():
         if key not in values and option.default is option.default_factory is dataclasses.MISSING:
@@ -72,7 +85,7 @@ def configure(
         msgspec.convert(options, dict[str, OptionValue])
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise METHODS.fault(name, f"options that cannot be kept: {error}") from error
-    return cast(Method, method)
+    return cast("Method", method)
 
 
 def _load(name: str) -> Any:
@@ -85,11 +98,19 @@ def _load(name: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
-    """A value as typed. Raises OptionError, and TypeError if the type has no text."""
+    """A value as typed. Raises as ``parse_value``."""
     if hint == Layers:
         return with_ffn(key, parse_layers(key, text, dimensions.num_hidden_layers), dimensions)
     if hint == Factors:
         return parse_factors(key, text, dimensions.num_hidden_layers)
+    return parse_value(key, text, hint)
+
+
+def parse_value(key: str, text: str, hint: Any) -> Any:
+    """A value that does not depend on the model, as typed.
+
+    Raises OptionError, and TypeError if the type has no text.
+    """
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
         return None
@@ -105,11 +126,12 @@ def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
         if not known and kind not in (int, float):
             raise TypeError(kind)
         try:
-            if not known and isfinite(value := kind(text)):
+            value: Any = inf if known else kind(text)
+            if isfinite(value) and not (kind is int and value.bit_length() > _BITS):
                 return value
         except (ValueError, OverflowError):
             pass
-        expected += known or [{int: "a whole number", float: "a number"}[kind]]
+        expected += known or [{int: "a whole number of 64 bits", float: "a number"}[kind]]
     raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
 
 

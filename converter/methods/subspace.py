@@ -94,7 +94,7 @@ class Removal:
         rank: R, dimensions removed; by default the most effective number within the perplexity
             budget.
         layers: fitted and, unless ``edited`` says otherwise, edited.
-        top_tokens: decoded for each direction, for the manifest.
+        top_tokens: decoded for each direction, for the manifest; no more of them than there are.
         factors: how much of the subspace is taken out of each layer; all of it by default.
         bias: ``project`` also edits the bias of an edited projection. With ``keep`` a layer still
             writes a constant along U.
@@ -102,9 +102,9 @@ class Removal:
 
     strength: ClassVar[str] = "rank"
 
-    rank: int | None = field(default=None, metadata={"min": 1})
+    rank: int | None = field(default=None, metadata={"min": 1, "max": "hidden_size"})
     layers: Layers
-    top_tokens: int = field(default=10, metadata={"min": 1})
+    top_tokens: int = field(default=10, metadata={"min": 1, "max": 1000})
     factors: Factors = field(default=(), metadata={"unsaid": True, "search": "factors"})
     bias: Literal["project", "keep"] = "project"
 
@@ -118,8 +118,10 @@ class Removal:
 
         Raises:
             OptionError: a mixture of experts with biases that are to be kept; factors of another
-                number of layers, of layers that are not edited, or 0 in all that are.
+                number of layers, of layers that are not edited, or 0 in all that are; more
+                directions than the model has room for.
         """
+        self._check_sizes(plan)
         self._check_factors(plan, self.factors)
         weights = self._weights(plan, self.factors)
         sparse = plan.dimensions.sparse_layers
@@ -136,6 +138,9 @@ class Removal:
             for weight in weights
         )
         return Footprint(weights, tuple(kinds), self.rank or MAX_RANK)
+
+    def _check_sizes(self, plan: Plan) -> None:
+        """Refuse directions that no fit to this model can find. Raises OptionError."""
 
     def _check_factors(self, plan: Plan, factors: Factors) -> None:
         """Refuse factors that do not fit the layers. Raises OptionError."""
@@ -154,7 +159,7 @@ class Removal:
                 expected=f"layers that are edited: {', '.join(map(str, self.edited))}",
             )  # fmt: skip
         if not any(factors[layer] for layer in self.edited):
-            raise OptionError("-o factors", expected="one that is not 0", found="nothing to edit")
+            raise OptionError("-o factors", expected="one that is not 0", found="0 in each layer")
 
     def propose(self, bench: Workbench, subspace: Subspace, moment: Tensor | None) -> Proposal:
         """Offer a fitted subspace by rank: the first columns of every basis, by the factors.

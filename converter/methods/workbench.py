@@ -28,7 +28,8 @@ from converter.calibration.statistics import (
     load_activations,
     save_activations,
 )
-from converter.calibration.word_list import Vocabulary, WordList
+from converter.calibration.vocabulary import Vocabulary
+from converter.calibration.word_list import WordList
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight

@@ -3,7 +3,6 @@
 Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentences in all.
 """
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -39,6 +38,7 @@ from converter.models.hooks import (
     together,
 )
 from converter.runtime import progress
+from converter.runtime.extras import need
 
 
 class Model(Protocol):
@@ -315,10 +315,8 @@ def choose_device(device: str) -> str:
     Raises:
         OptionError: not a device, or one that this machine does not have.
     """
-    if device == "map" and importlib.util.find_spec("accelerate") is None:
-        raise OptionError(
-            "--device map needs the package accelerate", hint="pip install accelerate"
-        )
+    if device == "map":
+        need("--device map", "accelerate")
     if device in ("auto", "map"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")

@@ -23,8 +23,8 @@ from converter.edits.engine import Engine
 from converter.errors import CheckpointError
 from converter.manifest import CreatedTensor, EditedTensor, FileRecord, Manifest
 from converter.outputs.journal import Receiver
+from converter.outputs.known import OUTPUTS
 from converter.runtime.cache import sha256_of, sync
-from converter.runtime.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,18 +132,6 @@ class Output(Protocol):
             damaged: files that are known to be wrong, and how; nothing more is said of them.
             source: that it was made from, to compare with.
         """
-
-
-OUTPUTS = Registry(
-    "gloss_convert.outputs",
-    "--output",
-    {
-        "adapter": "converter.outputs.adapter:Adapter",
-        "checkpoint": "converter.outputs.checkpoint:Checkpoint",
-    },
-    (*Output.__annotations__, "check", "nbytes", "companions", "at_a_time", "write", "verify"),
-)
-"""Name -> a class like ``Output``."""
 
 
 def output_of(name: str) -> Output:

@@ -22,6 +22,7 @@ from converter.checkpoints.front_matter import write_front_matter
 from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
+from converter.evaluation.samples import RULE
 from converter.manifest import Choice, Manifest, PairsRecord, TextRecord
 from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures, summary
@@ -78,6 +79,11 @@ def make_card(
         summary=summary(manifest),
         measured=measured_text(manifest),
         pictures=pictures(manifest),
+        sample_rule=RULE[:1].upper() + RULE[1:],
+        samples=[
+            [escaped(text) or "*nothing*" for text in (each.prompt, each.before, each.after)]
+            for each in manifest.samples
+        ],
         done=list(_done(about["source"], manifest)),
         **about,
         **_about_edit(manifest),

@@ -39,10 +39,12 @@ from converter.manifest import (
     TextRecord,
     to_text,
 )
-from converter.methods.base import METHODS, Method
+from converter.methods.base import Method
+from converter.methods.known import METHODS
 from converter.methods.together import options_of
 from converter.methods.workbench import Bench
-from converter.outputs.base import OUTPUTS, WriteJob, Written, file_entry
+from converter.outputs.base import WriteJob, Written, file_entry
+from converter.outputs.known import OUTPUTS
 from converter.runtime import progress, strict_json
 from converter.runtime.files import read_file, reason
 

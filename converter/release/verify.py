@@ -52,10 +52,11 @@ from converter.manifest import (
     Manifest,
     MethodRecord,
 )
-from converter.methods.base import METHODS, Method, aim_of, footprint_of
+from converter.methods.base import Method, aim_of, footprint_of
+from converter.methods.known import METHODS, SEPARATOR
 from converter.methods.options import configure
 from converter.methods.subspace import Removal, check_evidence, factor_of
-from converter.methods.together import SEPARATOR, options_of, parts_of
+from converter.methods.together import options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
 from converter.outputs.record_checks import is_addable, is_plain

@@ -1,9 +1,10 @@
 """What a run tells while it works: stages with seconds and memory, notes, warnings, bars.
 
-Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; without a
-handler nothing is printed. The current ``Progress`` keeps warnings, seconds and memory, and says
-whether bars are shown. Without one, everything here works and nothing is kept or shown. A thread
-has the ``Progress`` of whoever gave it work only if it is one of a ``ThreadPool``.
+Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; seconds and
+tracebacks are of level DEBUG. Without a handler nothing is printed. The current ``Progress`` keeps
+warnings, seconds and memory, and says whether bars are shown. Without one, everything here works
+and nothing is kept or shown. A thread has the ``Progress`` of whoever gave it work only if it is
+one of a ``ThreadPool``.
 """
 
 import logging
@@ -100,6 +101,11 @@ def warn(text: str) -> None:
     LOG.warning("%s", text)
 
 
+def trace(error: BaseException) -> None:
+    """Log where an error comes from, for people who look for its cause."""
+    LOG.debug("%s", type(error).__name__, exc_info=error)
+
+
 @contextmanager
 def stage(name: str, title: str) -> Iterator[None]:
     """Announce a stage and add the seconds it took to ``seconds[name]``.
@@ -120,6 +126,7 @@ def stage(name: str, title: str) -> Iterator[None]:
         progress.memory[name] = max(progress.memory.get(name, 0), progress.peak, peak_memory())
         progress.peak = peak
         _forget_peak()
+        LOG.debug("  %s: %.2f s", name, took)
 
 
 @contextmanager

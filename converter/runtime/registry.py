@@ -18,6 +18,7 @@ from typing import Any
 
 from converter.errors import ConverterError, OptionError, is_out_of_memory
 from converter.runtime import progress
+from converter.text import did_you_mean
 
 _GROUPS = ("gloss_convert.methods", "gloss_convert.outputs", "gloss_convert.scorers")
 """All groups of entry points."""
@@ -46,6 +47,13 @@ class Registry:
         """All there are, in alphabetical order."""
         return sorted({*self.own, *(entry.name for entry in entry_points(group=self.group))})
 
+    def need(self, name: str) -> None:
+        """Raise OptionError if there is no such thing, with the name that comes nearest."""
+        names = self.names()
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise OptionError(self.option, expected=" or ".join(names), found=name, hint=hint)
+
     def load(self, name: str) -> Any:
         """The thing of a name.
 
@@ -57,8 +65,7 @@ class Registry:
             for entry in brought:
                 progress.warn(f"{self.option} {name} is our own, not that of {_package(entry)}")
             return EntryPoint(name, self.own[name], self.group).load()
-        if not brought:
-            raise OptionError(self.option, expected=" or ".join(self.names()), found=name)
+        self.need(name)
         if len(brought) > 1:
             raise OptionError(
                 f"{self.option} {name}", expected="one package that brings it",

@@ -36,7 +36,7 @@ from converter.entrypoints import verify as verification
 from converter.entrypoints.diff import diff_manifests
 from converter.errors import ConverterError, VerificationError
 from converter.manifest import Manifest
-from converter.methods.base import METHODS
+from converter.methods.known import METHODS
 from converter.methods.options import configure, parse_factors, parse_layers
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.claim import finished_in

@@ -1,6 +1,6 @@
 """What transformers knows of a model without its weights. No other module here calls it.
 
-- ``AutoConfig`` and the mappings of its auto classes: which class a config is of.
+- ``AutoConfig`` and the auto classes: which class a config is of; see ``known_models``, too.
 - A class built on the meta device shows its modules and parameters and takes no memory.
 - ``conversion_mapping.get_model_conversion_mapping`` and ``core_model_loading.rename_source_key``:
   which weight of a model a tensor of a checkpoint makes; ``revert_weight_conversion``: what the
@@ -22,9 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Of transformers, that load a model which continues text."""
-
 _NO_CHOICE = ("quantization_config", "compression_config", "attn_implementation",
               "_attn_implementation", "experts_implementation", "_experts_implementation",
               "num_labels", "id2label", "label2id", "dtype", "torch_dtype")  # fmt: skip
@@ -45,33 +42,6 @@ class MetaTensor:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Wherever it is wanted, there is nothing to hold."""
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
-
-
-def version() -> str:
-    """The version of transformers."""
-    import transformers
-
-    return transformers.__version__
-
-
-def knows(model_type: str) -> bool:
-    """Whether transformers has a config class for a ``model_type``."""
-    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
-        CONFIG_MAPPING_NAMES,
-    )
-
-    return model_type in CONFIG_MAPPING_NAMES
-
-
-def model_types(auto_class: str) -> dict[str, str]:
-    """``model_type`` -> name of the class that an auto class loads it with."""
-    from transformers.models.auto import modeling_auto
-
-    names = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-             "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-             "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-             "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES"}  # fmt: skip
-    return dict(getattr(modeling_auto, names[auto_class]))
 
 
 def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_code: bool) -> Any:

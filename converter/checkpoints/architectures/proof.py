@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures import known_models, library
 from converter.checkpoints.architectures.architecture import (
     Architecture,
     FfnSpec,
@@ -75,8 +75,8 @@ def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
             f"{left:.1e} of it is left along the directions that were taken out"
         )
     return Proof(
-        described_by, library.version(), len(inferred.layers), changed, tiny.tolerance, error, left,
-        _streams(inferred),
+        described_by, known_models.version(), len(inferred.layers), changed, tiny.tolerance, error,
+        left, _streams(inferred),
     )  # fmt: skip
 
 

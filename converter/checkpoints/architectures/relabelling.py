@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.architectures import library
+from converter.checkpoints.architectures import known_models, library
 from converter.checkpoints.architectures.architecture import BiasSpec, LayerSpec, Role
 from converter.checkpoints.architectures.tiny import Tiny
 
@@ -80,7 +80,7 @@ def _proved(
     said = {key: value for key, value in tiny.config.to_dict().items() if key not in patch}
     told = {key: value for key, value in patch.items() if value is not None}
     config = library.read_config({**said, **told}, None, False)
-    kind = library.class_of(config, library.AUTO_CLASSES[0])
+    kind = library.class_of(config, known_models.AUTO_CLASSES[0])
     names = [spec.roles["o_proj"].module for spec in specs]
     modules = [names[0].format(layer=layer) for layer in range(tiny.layers)]
     ours, theirs = ({*m.state_dict()} for m in (tiny.model, library.on_meta(kind, config)))

@@ -23,7 +23,7 @@ import torch
 from converter.checkpoints.formats import version_4
 from converter.checkpoints.formats.meta_small_files import llama3_scaling
 from converter.checkpoints.formats.virtual import making
-from converter.checkpoints.safetensors.header import refuse_placeholder
+from converter.checkpoints.intact import refuse_placeholder
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.runtime.cache import cache_folder, remembered_digest, replacing, temporary_folder
 

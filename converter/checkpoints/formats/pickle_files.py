@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Translated, VirtualTensor
+from converter.checkpoints.intact import refuse_placeholder
 from converter.checkpoints.layout import two_copies
 from converter.checkpoints.names import SINGLE
-from converter.checkpoints.safetensors.header import refuse_placeholder
 from converter.errors import CheckpointError
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Annotated
 import msgspec
 import torch
 
+from converter.checkpoints.intact import readable, refuse_placeholder
 from converter.errors import CheckpointError
-from converter.runtime.files import placeholder
 from converter.runtime.strict_json import unique
 from converter.text import one_line
 
@@ -102,15 +101,6 @@ def read_header(path: Path) -> Header:
         return header_of(file, path.name)
 
 
-@contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Raise CheckpointError where the operating system cannot read a file of that name."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read", found=error.strerror) from error
-
-
 def header_of(file: RawIOBase, name: str) -> Header:
     """``read_header`` of an open file, whose name is for messages."""
     size = file.seek(0, os.SEEK_END)
@@ -135,14 +125,6 @@ def length_of(start: bytes | bytearray, size: int, name: str) -> int:
             hint="fetch the file again",
         )
     return length
-
-
-def refuse_placeholder(start: bytes | bytearray, name: str, *, may_be_empty: bool = False) -> None:
-    """Raise CheckpointError if a file of a source that begins so is not the file itself."""
-    if not start and not may_be_empty:
-        raise CheckpointError(f"{name} is empty", hint="fetch the file again")
-    if found := placeholder(start):
-        raise CheckpointError(f"{name} is {found[0]}, not the file itself", hint=found[1])
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:

@@ -12,6 +12,7 @@ from converter.manifest import Manifest
 from converter.outputs.adapter.verify import check_adapter
 from converter.outputs.adapter.write import CONFIG, LOW_RANK, WEIGHTS, companions, write_adapter
 from converter.outputs.base import WriteJob, Written
+from converter.outputs.known import UNUSED
 
 
 class Adapter:
@@ -19,7 +20,7 @@ class Adapter:
 
     library, relation = "peft", "adapter"
     implied: Mapping[str, str] = {"bias": "keep"}
-    unused: tuple[str, ...] = ("rounding", "workers", "stream_to_hub")
+    unused: tuple[str, ...] = UNUSED["adapter"]
     has_shards = False
     own_files: tuple[str, ...] = (WEIGHTS, CONFIG)
 

@@ -1,0 +1,25 @@
+"""Which outputs there are, by name, without what their modules need: torch takes seconds."""
+
+from collections.abc import Mapping
+
+from converter.runtime.registry import Registry
+
+OUTPUTS = Registry(
+    "gloss_convert.outputs",
+    "--output",
+    {
+        "adapter": "converter.outputs.adapter:Adapter",
+        "checkpoint": "converter.outputs.checkpoint:Checkpoint",
+    },
+    (
+        "library", "relation", "implied", "unused", "has_shards", "own_files", "check", "nbytes",
+        "companions", "at_a_time", "write", "verify",
+    ),
+)  # fmt: skip
+"""Name -> a class like ``base.Output``."""
+
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "adapter": ("rounding", "workers", "stream_to_hub"),
+    "checkpoint": (),
+}
+"""Name of our own -> parameters of the command line that have no effect with it."""
