@@ -147,8 +147,8 @@ def test_the_gate_of_toxicity_closes_before_the_edit(
 ) -> None:
     few = ("--num-pairs", 200, "--guard-draws", 2)
     args = ("convert", planted, tmp_path / "out", *planted_args(planted), *few)
-    result = cli(*args, "--min-toxicity-drop", 0.99, "--force", code=11)
-    assert "a gate is closed: --min-toxicity-drop asks for at least 0.99, guard" in result.stderr
+    result = cli(*args, "--min-toxicity-drop", 1, "--force", code=11)
+    assert "a gate is closed: --min-toxicity-drop asks for at least 1, guard" in result.stderr
     assert "editing" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     cli(*args, "--min-toxicity-drop", 0.1, code=0)

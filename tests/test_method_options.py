@@ -8,7 +8,8 @@ import pytest
 from converter.checkpoints.plan import Plan
 from converter.errors import OptionError
 from converter.evaluation.fit import check_instances
-from converter.methods.known import METHODS, Method, footprint_of
+from converter.methods.base import Method, footprint_of
+from converter.methods.known import METHODS
 from converter.methods.options import configure
 from converter.methods.together import check_shared
 from converter.recipe import Recipe

@@ -127,11 +127,14 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
             raise TypeError(kind)
         try:
             value: Any = inf if known else kind(text)
-            if isfinite(value) and not (kind is int and value.bit_length() > _BITS):
+            if kind is int and value.bit_length() > _BITS:
+                expected.append("a whole number of 64 bits")
+                continue
+            if isfinite(value):
                 return value
         except (ValueError, OverflowError):
             pass
-        expected += known or [{int: "a whole number of 64 bits", float: "a number"}[kind]]
+        expected += known or [{int: "a whole number", float: "a number"}[kind]]
     raise OptionError(f"-o {key}", expected=" or ".join(expected), found=text)
 
 
