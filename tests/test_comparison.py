@@ -240,8 +240,8 @@ def test_options_of_systems_beside_a_conversion_are_theirs_alone(
     cli(*args, *more, code=2, says="-o random.draw: method gloss-paper")
     cli(*args, *asked, "-o", "profs.rank=1", code=2, says="an option of gloss_paper or random")
     for system, says in (
-        ("profs:rank=x", "--system profs:rank=x: rank: expected a whole number of 64 bits"),
-        ("profs:magic=1", "--system profs:magic=1: magic: method profs: expected rank, "),
+        ("profs:rank=x", "--system profs:rank=x: rank: expected a whole number"),
+        ("profs:magic=1", "--system profs:magic=1: magic: method profs: expected bias, "),
         ("gloss+profs:profs.rank=x", "--system gloss+profs:profs.rank=x: rank: expected a whole"),
         ("profs:center=40", "--system profs:center=40: center: expected 0 to 32, the hidden size"),
         ("profs:rank=9,center=30", "--system profs:rank=9,center=30: rank and center and"),

@@ -178,12 +178,14 @@ def test_every_token_is_predicted_as_often_as_the_budget_says() -> None:
     assert 25 <= total < 25 + 5
 
 
-@pytest.mark.parametrize(("rate", "says"), [("1e30", "lower -o rate"), ("0", "are the same")])
+@pytest.mark.parametrize(("rate", "says"), [(1e30, "lower -o rate"), (1e-30, "are the same")])
 def test_calibration_models_that_learn_nothing_are_refused(
-    rate: str, says: str, checkpoints: Checkpoints
+    rate: float, says: str, checkpoints: Checkpoints
 ) -> None:
+    bench = bench_of(checkpoints("llama"))
+    method = configure("fusion", SMALL, bench.plan.dimensions)
     with pytest.raises(FitError, match=says):
-        fitted(checkpoints("llama"), rate=rate)
+        bench.fit(replace(method, rate=rate), bench.part)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -204,7 +206,7 @@ def test_the_new_head_is_w_plus_c_w_b(kind: str, checkpoints: Checkpoints) -> No
 
 
 def test_explained_is_what_a_regression_on_the_same_tokens_leaves(checkpoints: Checkpoints) -> None:
-    proposal = fitted(checkpoints("llama"), rank="99")
+    proposal = fitted(checkpoints("llama"), rank="32")
     assert 0 < proposal.evidence["explained"] < 1
     assert proposal.evidence["energy"] == pytest.approx(1)
     assert len(proposal.evidence["singular_values"]) == 32

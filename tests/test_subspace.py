@@ -503,7 +503,7 @@ def test_layer_lists_are_read() -> None:
     ("options", "what", "expected"),
     [
         ({"rnak": "4"}, "-o rnak: method gloss-paper", "rank, layers, ..."),
-        ({"rank": "four"}, "-o rank", "a whole number of 64 bits"),
+        ({"rank": "four"}, "-o rank", "a whole number"),
         ({"rank": "0"}, "-o rank", "1 to 48, the hidden size, or auto"),
         ({"alpha": "x"}, "-o alpha", "a number"),
         ({"alpha": "-inf"}, "-o alpha", "a number"),

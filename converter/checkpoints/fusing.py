@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from converter.checkpoints.architectures.kind import FUSED
 from converter.checkpoints.patch import merge
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.safetensors.header import FLOATS
 from converter.errors import CheckpointError, OptionError
 
-MODEL_TYPE, CODE = "gloss_fused", "modeling_gloss_fused.py"
-"""The type of a fused model, and the file with its class."""
+CODE = "modeling_gloss_fused.py"
+"""The file with the class of a fused model."""
 
 ALIGNMENT = "model.alignment"
 """A (D, D), by which what the calibration model gives is multiplied."""
@@ -85,7 +86,7 @@ def fused_patch(plan: Plan, depth: int, scale: float) -> dict[str, Any]:
     nulls = sorted(key for key, value in plan.config.items() if value is None)
     target = {key: value for key, value in plan.config.items() if key != "model_type"}
     fusion = {"of": plan.config["model_type"], "scale": scale, "depth": depth, "nulls": nulls}
-    kept = target_config(merge({}, {"model_type": MODEL_TYPE, "target": target, "fusion": fusion}))
+    kept = target_config(merge({}, {"model_type": FUSED, "target": target, "fusion": fusion}))
     if kept != plan.config:  # null within an object: a merge patch cannot say so
         wrong = min(key for key in plan.config if kept.get(key) != plan.config[key])
         raise OptionError(
@@ -96,7 +97,7 @@ def fused_patch(plan: Plan, depth: int, scale: float) -> dict[str, Any]:
     named = {"Config": "Config", "ModelForCausalLM": _ENDING}
     dropped: dict[str, Any] = dict.fromkeys(plan.config)
     return dropped | {
-        "model_type": MODEL_TYPE,
+        "model_type": FUSED,
         "architectures": [f"GlossFused{_ENDING}"],
         "auto_map": {f"Auto{a}": f"{module}.GlossFused{b}" for a, b in named.items()},
         "fusion": fusion,
@@ -107,7 +108,7 @@ def fused_patch(plan: Plan, depth: int, scale: float) -> dict[str, Any]:
 
 def is_fused(config: Mapping[str, Any]) -> bool:
     """Whether a parsed ``config.json`` is that of a fused model."""
-    return config.get("model_type") == MODEL_TYPE
+    return config.get("model_type") == FUSED
 
 
 def target_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def target_config(config: Mapping[str, Any]) -> dict[str, Any]:
     target, fusion = config.get("target"), config.get("fusion")
     if not isinstance(target, dict) or not isinstance(fusion, dict):
         raise CheckpointError(
-            f"config.json of a model of type {MODEL_TYPE}", expected="the objects target and fusion"
+            f"config.json of a model of type {FUSED}", expected="the objects target and fusion"
         )
     nulls = fusion.get("nulls")
     return {**dict.fromkeys(nulls or ()), **target, "model_type": fusion.get("of")}

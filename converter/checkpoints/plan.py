@@ -267,13 +267,6 @@ def make_plan(
         CheckpointError: a quantized checkpoint, an unknown architecture, an index that does not
             agree with the files, a down-projection that is missing or has the wrong shape or dtype.
     """
-    if config.get("model_type") == "gloss_fused":
-        raise CheckpointError(
-            "config.json: a model of type gloss_fused", expected="a model that is one",
-            found="one that gloss-convert has fused with a calibration model",
-            hint="convert the model that it was made from; gloss evaluate measures this one with "
-            "--base MODEL, that model",
-        )  # fmt: skip
     tensors = locate_tensors(weight_map, headers)
     patch = stale_quantization(config, tensors)
     config = merge(config, patch)

@@ -30,7 +30,7 @@ from converter.checkpoints.layout import (
 )
 from converter.checkpoints.names import ELSEWHERE, MANIFEST, TOKENIZER, is_native
 from converter.errors import CheckpointError, DestinationError, Faults, OptionError, SourceError
-from converter.evaluation.comparison import Comparison
+from converter.evaluation.comparison import Comparison, naming
 from converter.evaluation.known import SCORERS, check_scorer
 from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
@@ -429,8 +429,12 @@ def look_at_place(what: str, place: str, faults: Faults) -> None:
 def look_at_systems(compared: Comparison, recipe: Recipe, faults: Faults) -> None:
     """Look at the methods that are fitted beside each other, and the places of other systems."""
     for spec in compared.fitted:
-        with faults:
+        within = Faults()
+        with within:
             typed = compared.typed(spec.methods, recipe)
-            look_at_method(spec.methods, {**typed, **spec.options}, None, faults)
+            look_at_method(spec.methods, {**typed, **spec.options}, None, within)
+        for error in within.found:
+            with faults, naming(spec):
+                raise error
     for place in compared.places:
         look_at_place("--system ", place, faults)

@@ -1,7 +1,8 @@
 """What is typed to say what an evaluation compares."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -125,6 +126,21 @@ def _parse(text: str) -> Spec:
             )  # fmt: skip
         options[key] = value
     return Spec(text, methods, options, matches=methods != head)
+
+
+@contextmanager
+def naming(spec: Spec) -> Iterator[None]:
+    """While this lasts, a fault of an option behind a system's colon is said of that system."""
+    try:
+        yield
+    except OptionError as error:
+        behind = {f"-o {key.rpartition('.')[2]}" for key in spec.options}
+        named = re.findall(r"-o \w+", error.what)
+        if not behind.intersection(named):
+            raise
+        what = f"--system {spec.name}: {error.what.replace('-o ', '')}"
+        told = {"expected": error.expected, "found": error.found, "hint": error.hint}
+        raise OptionError(what, **told) from error
 
 
 def parse_costs(text: str) -> Sequence[float]:

@@ -5,9 +5,7 @@ fitted beside. All but written ones run through hooks on the unedited model. Two
 controls: ``random`` and ``profs`` edit what the first system edits.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -18,7 +16,7 @@ from converter.calibration.split import Part, split
 from converter.checkpoints.plan import Plan
 from converter.edits.base import Edit
 from converter.errors import GuardError, OptionError
-from converter.evaluation.comparison import Comparison, Spec
+from converter.evaluation.comparison import Comparison, Spec, naming
 from converter.evaluation.fit import check_instances, fit_steps
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.evaluation.self_pairs import pairs_of
@@ -94,21 +92,6 @@ def edited_layers(
     return tuple(layers), any(weight.is_bias for weight in weights)
 
 
-@contextmanager
-def _naming(spec: Spec) -> Iterator[None]:
-    """What is wrong with an option behind a system's colon is said of that system."""
-    try:
-        yield
-    except OptionError as error:
-        behind = {f"-o {key.rpartition('.')[2]}" for key in spec.options}
-        named = re.findall(r"-o \w+", error.what)
-        if not behind.intersection(named):
-            raise
-        what = f"--system {spec.name}: {error.what.replace('-o ', '')}"
-        told = {"expected": error.expected, "found": error.found, "hint": error.hint}
-        raise OptionError(what, **told) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Fits:
     """Fits methods beside the unedited model of ``bench``, for one seed after another."""
@@ -122,7 +105,7 @@ class Fits:
         Raises OptionError; see ``systems``.
         """
         for spec in self.comparison.fitted:
-            with _naming(spec):
+            with naming(spec):
                 method = self._method(spec, self.comparison.seeds[0], reference)
                 footprint_of(method, self.bench.plan)
                 check_shared(spec.methods, method, self.bench.plan)

@@ -17,6 +17,9 @@ ENCODER = "an encoder, which does not continue text"
 ENCODER_DECODER = "an encoder-decoder, of which only the decoder makes text"
 NO_LANGUAGE_MODEL = "no language model that transformers can have continue text"
 
+FUSED = "gloss_fused"
+"""The type of a model that ``checkpoints.fusing`` makes."""
+
 _BY_CLASS = (
     (r"(Eagle|Medusa|Speculator|Assistant|Draft|MTP|DFlash)",
      "a draft or assistant model, which only proposes tokens to another model"),
@@ -76,6 +79,13 @@ def check_kind(config: Mapping[str, Any], trusted: bool) -> None:
         raise CheckpointError(
             "config.json: model_type", expected="the name of a model that transformers knows",
             found=describe_value(model_type),
+        )  # fmt: skip
+    if model_type == FUSED:
+        raise CheckpointError(
+            f"config.json: a model of type {FUSED}", expected="a model that is one",
+            found="one that gloss-convert has fused with a calibration model",
+            hint="convert the model that it was made from; gloss evaluate measures this one with "
+            "--base MODEL, that model",
         )  # fmt: skip
     if not trusted and not known_models.knows(model_type):
         raise _unknown(config, model_type)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from converter.checkpoints.architectures.kind import FUSED
 from converter.checkpoints.fusing import (
     ALIGNMENT,
     CODE,
-    MODEL_TYPE,
     fused_shapes,
     is_fused,
     target_config,
@@ -158,7 +158,7 @@ def _check_asked_for(folder: Path, manifest: Manifest) -> Iterator[str]:
         depth = fusion.get("depth") if isinstance(fusion, Mapping) else None
         whole = type(depth) is int and fused_shapes(plan, depth).keys() == created
         if not whole or not is_fused(config) or CODE not in manifest.files:
-            yield f"config.json: does not fit the created tensors and files of a {MODEL_TYPE} model"
+            yield f"config.json: does not fit the created tensors and files of a {FUSED} model"
         return
     for what, names, needed, patch in additions_of(plan):
         ours = sorted(created & {*names})
