@@ -144,10 +144,8 @@ def test_the_same_seed_and_budget_give_the_same_however_often_it_is_interrupted(
     assert again == whole
     assert len({str(t.options) for t in whole.trials}) > count // 2
     with using_cache(tmp_path / "other"):
-        other = searched(replace(recipe, seed=1), 7)
-    ours, theirs = ([t.options for t in run.trials[:7]] for run in (whole, other))
-    assert theirs[:5] == ours[:5]  # near the default
-    assert theirs[5:] != ours[5:]
+        other = searched(replace(recipe, seed=1), 3)
+    assert [t.options for t in other.trials[1:]] != [t.options for t in whole.trials[1:3]]
 
 
 @pytest.mark.slow
@@ -200,7 +198,7 @@ def bench_of(source: Path, **changes: Any) -> tuple[Bench, Any]:
     ("method", "options", "place"),
     [
         ("gloss", SMALL, {"strength": 2, "first": 2, "last": 5, "cost": 6.0, "floor": 0.0}),
-        ("profs", {}, {"strength": 2, "top": 0.7, "floor": 0.5, "peak": 0.0}),
+        ("profs", {}, {"strength": 2, "top": 0.6, "floor": 0.5, "peak": 0.0}),
         ("destein", {"layers": "1-4"}, {"strength": 0.02}),
         ("destein", {}, {"strength": 0.04, "first": 4, "last": 2}),
     ],
@@ -233,40 +231,6 @@ def test_one_fit_serves_what_differs_in_strength_layers_and_factors(
     layers = {int(name.split(".")[2]) for name in changed}
     first, last = place.get("first", space.places[0]), place.get("last", space.places[-1])
     assert set() != layers <= {*range(min(first, last), max(first, last) + 1)}
-
-
-def test_a_search_begins_near_the_default(late: Path) -> None:
-    """Weaker, with as large or larger a rank; and with a layer more or fewer at either end."""
-    plan = bench_of(late)[0].plan
-    space, ranks = Space.of("gloss", SMALL, {}, plan), (1, 2, 3, 4, 6, 8)
-    near = space.near(space.default_point(2), ranks)
-    tried = [space.options(point) for point in near]
-    assert [(o["rank"], o["edit_layers"], o.get("factors")) for o in tried] == [
-        ("2", "1-4", None), ("4", "1-4", "1-4:0.5"), ("8", "1-4", "1-4:0.5"),
-        ("2", "1-4", "1-4:0.7"), ("4", "1-4", "1-4:0.7"), ("2", "0-5", None), ("2", "2-3", None),
-    ]  # fmt: skip
-    axes = space.axes(ranks)
-    assert all(point[name] in axis for point in near for name, axis in axes.items())
-    largest = space.near(space.default_point(8), ranks)
-    assert [space.options(p)["rank"] for p in largest] == ["8"] * 5  # none of them twice
-    typed = Space.of("gloss", {**SMALL, "rank": "2", "edit_layers": "2-3"}, {}, plan)
-    assert [typed.options(p).get("factors") for p in typed.near(typed.default_point(None), ())] == [
-        None, "2-3:0.5", "2-3:0.7"
-    ]  # fmt: skip
-    plain = Space.of("destein", {}, {}, plan)
-    assert len(plain.near(plain.default_point(0.02), (0.02, 0.04))) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_layer_is_found_near_the_default_whatever_the_seed(
-    seed: int, late: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_of(late, options={**FEW, "rank": "2"}, seed=seed, max_perplexity_ratio=1.5)
-    with using_cache(tmp_path):
-        record = searched(recipe, 5).record
-    assert record.chosen.options["edit_layers"].endswith("5")
-    assert drop(record.chosen) > drop(record.default) > 0
 
 
 def test_the_whole_search_part_measures_what_a_probe_does(late: Path) -> None:

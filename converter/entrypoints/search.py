@@ -35,7 +35,7 @@ from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 from converter.version import __version__
 
-_VERSION = 2
+_VERSION = 1
 """Of how a search goes: raised with a change that makes kept trials those of another search."""
 
 _SHARED = ("method", "options", "seed", "max_perplexity_ratio", "batch_size", "output")

@@ -5,9 +5,8 @@
 
 Every trial runs through hooks on a model that is loaded once, on text that is neither fitted nor
 reported on (``search_texts``). Trials come from Optuna's TPE; several methods take turns. The first
-of each method is what it does by default, and is measured on all of the text; the next ones are
-near it (``Space.near``). All but the first are measured on growing shares of the text, and stopped
-after one
+of each method is what it does by default, and is measured on all of the text. Others are measured
+on growing shares of it, and stopped after one
 
     if a ratio is over its limit by two standard errors, or
     if an earlier trial, within its limits and measured on everything, is better in both objectives
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 _DRAWN = 10
-"""Trials of a method before others follow from them: near its default, then drawn at random."""
+"""Trials of a method that are drawn at random before others follow from them."""
 
 _BROKEN = 1e9
 """In the place of an excess over a limit, of an edited model that gives no numbers."""
@@ -140,11 +139,9 @@ class Search:
                 "a search", expected=f"an option of {space.name} that is left to it",
                 found="none", hint="leave out an -o, or the search",
             )  # fmt: skip
-        default = self._default(space, proposal)
-        near = space.near(default, strengths)
-        given = near[done] if done < len(near) else None
+        first = None if done else self._default(space, proposal)
         with _telling(self.journal):
-            asked, point = _ask(study, f"{self.bench.recipe.seed} {space.name} {done}", axes, given)
+            asked, point = _ask(study, f"{self.bench.recipe.seed} {space.name} {done}", axes, first)
         lasting = space.default_point(strengths[-1] if strengths else None)
         tried = self._measured(number, space, space.options({**lasting, **point}))
         with _telling(self.journal):
@@ -155,12 +152,7 @@ class Search:
         return tried
 
     def _default(self, space: Space, proposal: Proposal) -> Point:
-        """What a method does without a search, its strength chosen as then: its first trial."""
-        for each in self.tried:
-            if each.trial.method == space.name:
-                text = each.trial.options.get(space.default.strength)
-                found = (s for s in proposal.strengths if str(s) == text)
-                return space.default_point(next(found, None) if proposal.is_free else None)
+        """What a method does without a search, its strength chosen as then."""
         own = space.narrowed(proposal, space.default)
         if not own.is_free:
             return space.default_point(None)
@@ -372,7 +364,7 @@ def _kept(studies: Iterable["Study"]) -> list[Tried]:
 
 
 def _ask(
-    study: "Study", seed: str, axes: Mapping[str, Sequence[Any]], given: Point | None
+    study: "Study", seed: str, axes: Mapping[str, Sequence[Any]], first: Point | None
 ) -> tuple["Trial", Point]:
     """The next trial of a study, and where it is: the given place, or what TPE makes of the others.
 
@@ -382,8 +374,8 @@ def _ask(
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
-    if given and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-        study.enqueue_trial({name: list(axis).index(given[name]) for name, axis in axes.items()})
+    if first and not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        study.enqueue_trial({name: list(axis).index(first[name]) for name, axis in axes.items()})
     study.sampler = TPESampler(
         seed=random.Random(seed).getrandbits(32),  # noqa: S311 - not a secret
         n_startup_trials=_DRAWN, multivariate=True, constant_liar=False,

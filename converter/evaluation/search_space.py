@@ -32,7 +32,7 @@ _SHAPES: Mapping[str, Sequence[float]] = {
     "peak": (0.0, 0.25, 0.5, 0.75, 1.0),
     "width": (0.25, 0.5, 0.75, 1.0),
     "floor": (0.0, 0.5, 1.0),
-    "top": (0.5, 0.7, 0.85, 1.0),
+    "top": (0.6, 0.8, 1.0),
 }
 """Axis -> its values, of the factors."""
 
@@ -42,13 +42,6 @@ _FLAT = {"peak": 0.5, "width": 1.0, "floor": 1.0, "top": 1.0}
 _UNTOUCHED = 8
 """One part in so many of the layers, the first ones, is never edited: whatever is taken out there
 is missed in all others, and every trial can begin with the layer behind them."""
-
-_WEAKER = ((0.5, 2), (0.5, 4), (0.7, 1), (0.7, 2))
-"""Factor of all layers, and by how much the strength of the default is multiplied: of a larger
-subspace of which less is taken out, the same effect often costs less elsewhere."""
-
-_STEP = 8
-"""One part in so many of the layers, but one at least, is added or left out at either end."""
 
 Point = Mapping[str, Any]
 """Axis -> one of its values."""
@@ -134,33 +127,6 @@ class Space:
         layers = _edited(self.default, self.layers) or (0,)
         chosen = {} if strength is None else {"strength": strength}
         return {**chosen, **own, "first": layers[0], "last": layers[-1], **_FLAT}
-
-    def near(self, default: Point, strengths: Sequence[float]) -> list[Point]:
-        """Where a search begins: the default, then the same weaker, and with layers more or fewer.
-
-        Args:
-            default: see ``default_point``.
-            strengths: that the fit proposes; none if the strength is typed.
-        """
-        points = [default]
-        for top, times in _WEAKER if self.shaped else ():
-            point = {**default, "top": top}
-            if strengths:
-                wanted = times * default["strength"]
-                point["strength"] = min(strengths, key=lambda each: abs(each - wanted))
-            points.append(point)
-        if self.layers:
-            step = max(1, self.dimensions.num_hidden_layers // _STEP)
-            first, last = (self.places.index(default[end]) for end in ("first", "last"))
-            for more in (step, -step):
-                low, high = max(first - more, 0), min(last + more, len(self.places) - 1)
-                if low <= high:
-                    ends = {"first": self.places[low], "last": self.places[high]}
-                    points.append({**default, **ends})
-        seen: dict[str, Point] = {}
-        for point in points:
-            seen.setdefault(str(self.options(point)), point)
-        return list(seen.values())
 
     def options(self, point: Point) -> dict[str, str]:
         """A point as options, those that were typed among them."""
