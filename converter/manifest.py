@@ -865,6 +865,60 @@ class SampleRecord(Record, kw_only=True):
     after: str
 
 
+class SearchTrial(Record, kw_only=True):
+    """Options of a method that a search has tried, and what they do to the search part.
+
+    Attributes:
+        number: in the order in which they were tried; 0 is what the method does by default.
+        method: its name.
+        options: of the method, as typed.
+        share: of the sampling units of the search part that it was measured on.
+        measured: toxic words are those that the search goes by; None if the edited model gives no
+            numbers.
+        divergence: KL of the next token's distribution under the edit from the unedited model's on
+            ordinary text, in nats a token.
+        stopped: why it was not measured on the whole part; None if it was.
+    """
+
+    number: Count
+    method: str
+    options: dict[str, str]
+    share: Share
+    measured: Measured | None
+    divergence: Estimate | None
+    stopped: str | None = None
+
+
+class SearchRecord(Record, kw_only=True):
+    """How the options of the method were found.
+
+    Attributes:
+        trials: that were tried.
+        stopped: of them, before they were measured on the whole search part.
+        seed: of what is tried.
+        prompts: whose continuations have the toxic words; None if those of held-out pairs count.
+        fallback: why those count although there are prompts.
+        toxic_words: in the search part.
+        default: what the method does without a search, with the strength that it then chooses.
+        chosen: what was converted with.
+        front: the trials within the limits than which no other one is better in both objectives,
+            in the order of their divergence.
+        kept: the drop of the log-probability of toxic words on text that the search has not seen
+            over that on the search part, both under what was chosen; None if it is not known.
+    """
+
+    trials: Positive
+    stopped: Count
+    seed: int
+    prompts: PromptsRecord | None
+    fallback: str | None = None
+    toxic_words: Positive
+    default: SearchTrial
+    chosen: SearchTrial
+    front: tuple[SearchTrial, ...]
+    kept: float | None = None
+
+
 class Measurements(Record, kw_only=True):
     """The only part that may differ between two runs of the same inputs.
 
@@ -934,6 +988,8 @@ class Manifest(Record, kw_only=True):
         replay_of: sha256 of the manifest that this one replays. What was measured then is kept.
         steps: of several methods each by itself, in order; empty of a single one. ``choice`` is
             then that of the last.
+        search: that has found the options of the method; None if there was none. A replay does not
+            search.
     """
 
     schema_version: Literal[1]
@@ -963,6 +1019,7 @@ class Manifest(Record, kw_only=True):
     replay_of: Sha256 | None = None
     steps: tuple[StepRecord, ...] = ()
     samples: tuple[SampleRecord, ...] = ()
+    search: SearchRecord | None = None
 
     @property
     def digests(self) -> dict[str, str]:

@@ -28,9 +28,6 @@ PAGES = [
     ROOT / "converter/README.md", ROOT / "manifests/README.md", *sorted(GUIDE.glob("*.md")),
 ]  # fmt: skip
 FOR_PEOPLE = [path for path in PAGES if path.name != "CHANGELOG.md"]
-TO_COME = {"search.md"}
-"""Pages of commands that another branch brings."""
-
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _OPTIONAL = re.compile(r"\[([^\]]*)\]")
 _OTHERS_FLAGS = {
@@ -75,8 +72,6 @@ def command_of(words: list[str]) -> tuple[Command, list[str]]:
 @pytest.mark.parametrize("path", FOR_PEOPLE, ids=name_of)
 def test_every_command_line_is_one_that_the_program_takes(path: Path) -> None:
     """Its options are there, and have values that they can have; files need not be there."""
-    if path.name in TO_COME:
-        pytest.skip("another branch brings its command")
     for words in lines_of(path):
         if words[0] not in ("gloss", "gloss-convert"):
             continue
@@ -109,8 +104,6 @@ def part_is_made(part: Part, context: click.Context) -> None:
 
 @pytest.mark.parametrize("path", FOR_PEOPLE, ids=name_of)
 def test_every_command_and_option_that_a_sentence_names_is_there(path: Path) -> None:
-    if path.name in TO_COME:
-        pytest.skip("another branch brings its command")
     flags = {
         flag
         for each in gloss.commands.values()

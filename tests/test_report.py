@@ -60,7 +60,8 @@ def recorded(**changes: Any) -> Manifest:
 
 def headline(**changes: Any) -> Manifest:
     guard = recorded().guard
-    assert guard is not None and guard.headline is not None
+    assert guard is not None
+    assert guard.headline is not None
     return recorded(headline={**to_json(guard.headline), **changes})
 
 

@@ -9,15 +9,16 @@ from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.cli.summary import forward_text, layers_text, result_data, result_text
-from converter.errors import Faults
+from converter.errors import Faults, OptionError
 from converter.evaluation.gates import Gates
-from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.option import Option, Options, declared_options
 from converter.recipe import Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
 from converter.text import few
 
 if TYPE_CHECKING:
+    from converter.entrypoints.delivery import Delivery
     from converter.entrypoints.upload import Published
 
 Destination = Annotated[
@@ -40,6 +41,11 @@ class _DeliveryOptions(Options):
         "System that --evaluate measures beside the edit; see gloss evaluate.",
         flag="--system", metavar="NAME", example="profs",
     )] = ("random",)
+    search: Annotated[int | None, Option(
+        "Search the options of the method first, in so many trials; see gloss search. What is "
+        "typed is not searched.",
+        by_default="no search", metavar="N", example="60", least=1,
+    )] = None
     plots: Annotated[Path | None, Option(
         "Folder for pictures. Inside DESTINATION they belong to the result, and its card shows "
         "them.",
@@ -97,6 +103,9 @@ def _look_at_unused(recipe: Recipe, faults: Faults, asked: _DeliveryOptions | No
         if not asked.evaluate:
             names = (*declared_options(EvaluationOptions), "systems")
             refuse_typed(names, "without --evaluate", "add --evaluate")
+    with faults:
+        if not asked.search:
+            refuse_typed(("search_prompts",), "without --search", "add --search N")
 
 
 def _refuse_unused(recipe: Recipe) -> None:
@@ -120,6 +129,7 @@ def _look(
     gates: Gates,
     evaluation: EvaluationOptions,
     publication: PublicationOptions,
+    searching: SearchOptions,
     faults: Faults,
 ) -> None:
     """Find all that is wrong with a conversion before torch is loaded."""
@@ -127,16 +137,24 @@ def _look(
     from converter.evaluation.comparison import Comparison, parse_systems
     from converter.outputs.destination import check_beside
 
-    own = recipe
+    typed = own = recipe
+    if asked.search:
+        typed = own = first_look.look_at_search("--search", recipe, searching, faults)
     if asked.evaluate:
         with faults:
             compared = Comparison(parse_systems(asked.systems), [recipe.seed])
-            own = replace(recipe, options=compared.typed(recipe.method, recipe))
-            first_look.look_at_systems(compared, recipe, faults)
+            own = replace(typed, options=compared.typed(typed.method, typed))
+            first_look.look_at_systems(compared, typed, faults)
         first_look.look_at_evaluation(evaluation, recipe.prompts, faults)
     asks = asked.push_to_hub is None  # the rights to write come before a source that is there
     first_look.look_at_recipe(own, settings, faults, asks_hub=asks)
-    _look_at_unused(recipe, faults, asked)
+    _look_at_unused(typed, faults, asked)
+    with faults:
+        if asked.search and asked.evaluate and recipe.options and typed.method != recipe.method:
+            raise OptionError(
+                "--evaluate", expected="a single --method, where --search has -o beside it",
+                found=recipe.method, hint="use gloss evaluate on the result",
+            )  # fmt: skip
     first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
     first_look.look_at_plots(asked.plots, asked.destination, faults)
     if asked.report is not None:
@@ -172,12 +190,14 @@ def _draws(recipe: Recipe, asked: _DeliveryOptions, evaluation: EvaluationOption
     gates=Part(Gates),
     evaluation=Part(EvaluationOptions),
     publication=Part(PublicationOptions),
+    searching=Part(SearchOptions, without=("trials",)),
     look=_look,
     examples=(
         "gloss-convert demo ./out",
         "gloss-convert HuggingFaceTB/SmolLM2-360M ./out --pairs s-nlp/paradetox --num-pairs 1000",
         "gloss-convert SOURCE ./out --method profs -o rank=4 -o layers=10-24",
         "gloss-convert SOURCE ./out --output adapter --push-to-hub someone/detox",
+        "gloss-convert SOURCE ./out --search 60",
         "gloss-convert SOURCE ./out --like ./before --seed 1",
         "gloss-convert SOURCE ./out --dry-run",
     ),
@@ -189,6 +209,7 @@ def convert_command(
     gates: Gates,
     evaluation: EvaluationOptions,
     publication: PublicationOptions,
+    searching: SearchOptions,
 ) -> Answer:
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
@@ -210,7 +231,8 @@ def convert_command(
     from converter.release.signing import load_signer
 
     quiet_libraries()
-    _refuse_unused(recipe)
+    if not asked.search:
+        _refuse_unused(recipe)
     signer = load_signer(asked.key) if asked.key else None
     inside = check_plots(asked.plots, asked.destination)
     if repo and asked.stream_to_hub:
@@ -225,6 +247,8 @@ def convert_command(
     typed = recipe
     if asked.evaluate:
         recipe = own_recipe(typed, asked.systems)
+    if asked.search:
+        recipe, delivery = _searched(recipe, asked, settings, delivery, searching)
     if asked.dry_run:
         plan = describe_plan(recipe, asked.destination, settings, delivery)
         return Answer(plan, _plan_text(plan))
@@ -244,6 +268,34 @@ def convert_command(
     result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result, published_text(published)))
+
+
+def _searched(
+    recipe: Recipe,
+    asked: _DeliveryOptions,
+    settings: Settings,
+    delivery: "Delivery",
+    searching: SearchOptions,
+) -> "tuple[Recipe, Delivery]":
+    """What a search has found, after everything that can be known before it; with --dry-run that
+    alone, and the recipe of the first method."""
+    from converter.entrypoints.convert import prepare_to_write
+    from converter.entrypoints.resume import made_before
+    from converter.entrypoints.search import check_search, search_recipe
+    from converter.evaluation.searchable import each_method
+
+    first, *others = each_method(recipe)
+    for each in (first, *others):
+        _refuse_unused(each)
+    check_search(recipe, settings)
+    place = None if made_before(asked.destination) else asked.destination  # maybe it is the result
+    prepare_to_write(first, place, settings, delivery)
+    if asked.dry_run:
+        return first, delivery
+    assert asked.search is not None
+    found = search_recipe(recipe, replace(searching, trials=asked.search), settings)
+    progress.note(f"  chosen: {found.command}")
+    return found.recipe, replace(delivery, search=found.record)
 
 
 def _look_at_plan(*, recipe: Recipe, settings: Settings, faults: Faults) -> None:

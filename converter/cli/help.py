@@ -10,7 +10,9 @@ GROUPS = {
         "pairs", "num_pairs", "neutral", "word_list", "prompts", "self_prompts", "self_scorer",
         "instances", "activations", "calibration", "seed", "mask",
     ),
-    "Method": ("method", "options", "systems", "rounding"),
+    "Method": (
+        "method", "options", "search", "trials", "search_prompts", "systems", "rounding",
+    ),
     "Budget": (
         "max_perplexity_ratio", "guard", "guard_draws", "force", "min_toxicity_drop",
         "max_leakage", "max_evaluated_perplexity_ratio", "max_informal_perplexity_ratio",

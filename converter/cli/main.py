@@ -17,6 +17,7 @@ from converter.cli.guide import guide_command
 from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
 from converter.cli.report import report_command
+from converter.cli.search import search_command
 from converter.cli.terminal import echo, printing
 from converter.option import Declared
 from converter.version import __version__
@@ -32,6 +33,7 @@ _COMMANDS = (
     evaluate_command,
     compare_command,
     report_command,
+    search_command,
     architectures_command,
     methods_command,
     calibrate_command,

@@ -32,6 +32,7 @@ from converter.errors import CheckpointError, OptionError, VerificationError
 from converter.evaluation.fit import check_instances, fit
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.samples import samples_of
+from converter.evaluation.search import with_kept
 from converter.evaluation.self_pairs import is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
 from converter.manifest import Manifest
@@ -134,7 +135,10 @@ def convert(
                 layers = {tensor.name: tensor.layer for tensor in written.edits}
                 save_edit(folder / EDIT_FILE, edit, layers, fitted.proposal.tensors)
             manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
-            manifest = structs.replace(manifest, evaluation=results, gates=passed, samples=samples)
+            found = delivery.search and with_kept(delivery.search, fitted.guard)
+            manifest = structs.replace(
+                manifest, evaluation=results, gates=passed, samples=samples, search=found
+            )
             manifest = write_records(source, written, folder, manifest, delivery.pictures)
             check_whole(recipe, folder, stream.gone if stream else ())
             if delivery.signer:

@@ -9,7 +9,7 @@ from converter.entrypoints.push import Streaming
 from converter.evaluation.fit import Fitted
 from converter.evaluation.gates import Gates
 from converter.evaluation.plots import plot_evaluation, plot_fit
-from converter.manifest import Evaluation, Manifest
+from converter.manifest import Evaluation, Manifest, SearchRecord
 from converter.methods.base import Method
 from converter.methods.workbench import Bench
 from converter.outputs.destination import check_folder
@@ -35,6 +35,7 @@ class Delivery:
         pictures: draws into the new folder what the card then shows.
         signer: signs the folder once it is verified.
         stream: publishes the shards as they are finished; the destination gets all else.
+        search: that has found the options of the method; None if they were typed.
     """
 
     overwrite: bool = False
@@ -43,6 +44,7 @@ class Delivery:
     pictures: Pictures | None = None
     signer: Signer | None = None
     stream: Streaming | None = None
+    search: SearchRecord | None = None
 
 
 def check_plots(plots: Path | None, destination: Path) -> Path | None:

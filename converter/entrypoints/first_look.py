@@ -6,7 +6,9 @@ again where it is used, with what is known there.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,18 @@ from converter.checkpoints.names import ELSEWHERE, MANIFEST, TOKENIZER, is_nativ
 from converter.errors import CheckpointError, DestinationError, Faults, OptionError, SourceError
 from converter.evaluation.comparison import Comparison, naming
 from converter.evaluation.known import SCORERS, check_scorer
-from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
 from converter.evaluation.prompts import load_prompts
+from converter.evaluation.searchable import (
+    BETWEEN,
+    HINT,
+    WHY,
+    check_aim,
+    check_beside,
+    check_recipe,
+    names_of,
+)
 from converter.hub.addresses import model_place, parse_address, repo_named, snapshot_of
 from converter.methods.known import METHODS, SEPARATOR, MethodOption, described
 from converter.methods.options import parse_factors, parse_layers, parse_value
@@ -84,9 +95,12 @@ def look_at_recipe(
 
 def _is_papers_fusion(recipe: Recipe) -> bool:
     """Whether a method may use a calibration model that is given."""
-    forms = {recipe.options.get("form"), recipe.options.get("fusion.form")}
     named = {*recipe.method.split(SEPARATOR)}
-    return bool(named - {*described()}) or ("fusion" in named and "paper" in forms)
+    return bool(named - {*described()}) or ("fusion" in named and _has_papers_form(recipe))
+
+
+def _has_papers_form(recipe: Recipe) -> bool:
+    return "paper" in (recipe.options.get("form"), recipe.options.get("fusion.form"))
 
 
 def _check_device(device: str) -> None:
@@ -366,6 +380,43 @@ def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -
     with faults:
         if asked.ability:
             need("--ability", "lm_eval")
+
+
+def look_at_search(what: str, recipe: Recipe, asked: SearchOptions, faults: Faults) -> Recipe:
+    """Look at what a search needs beside a recipe.
+
+    Args:
+        what: names the search.
+        recipe: whose methods are searched one beside the other.
+        asked: as asked for.
+        faults: gets what is wrong.
+
+    Returns:
+        the recipe with the methods joined as in one edit, whose names and options are right if
+        those of a search are.
+    """
+    names = list(dict.fromkeys(re.split(f"[{BETWEEN}{SEPARATOR}]", recipe.method)))
+    with faults:
+        need(what, "optuna")
+    with faults:
+        check_recipe(recipe)
+    with faults:
+        if recipe.forward == "streamed":
+            raise OptionError(
+                f"{WHY} the whole model must be in memory", found="--forward streamed", hint=HINT
+            )
+    with faults:
+        names_of(recipe)
+    for name in names:
+        known = described().get(name)
+        with faults:
+            check_aim(name, known.aim if known else "")
+    with faults:
+        check_beside("fusion", "fusion" in names and _has_papers_form(recipe))
+    with faults:
+        if asked.search_prompts not in ("none", "builtin"):
+            _look_at_prompts(asked.search_prompts)
+    return replace(recipe, method=SEPARATOR.join(names))
 
 
 def look_at_place(what: str, place: str, faults: Faults) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
 from converter.calibration.word_list import load_words
@@ -13,7 +15,7 @@ from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
 from converter.hub.addresses import settled
-from converter.manifest import TOOL, Manifest
+from converter.manifest import TOOL, Manifest, SearchRecord
 from converter.outputs.base import output_of
 from converter.outputs.claim import claimed
 from converter.outputs.destination import interrupted
@@ -70,12 +72,18 @@ def _done_before(
         and manifest.tool == TOOL
         and manifest.run == recipe.record()
         and manifest.evaluation is None
+        and _searched(manifest.search) == _searched(delivery.search)
         and (delivery.signer or not (destination / SIGNATURE).is_file())
         and (not pictures or any(pictures in Path(name).parents for name in manifest.files))
         and {gate.gate: gate.limit for gate in manifest.gates} == delivery.gates.limits
         and all((destination / name).is_file() for name in manifest.files)
     )
     return manifest if manifest and same and _same_inputs(recipe, destination, manifest) else None
+
+
+def _searched(search: SearchRecord | None) -> SearchRecord | None:
+    """A search without what only the conversion has measured."""
+    return search and replace(search, kept=None)
 
 
 def made_before(destination: Path) -> Manifest | None:

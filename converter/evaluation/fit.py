@@ -102,6 +102,24 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
     Raises:
         ConverterError: one of its children; a GuardError if the edit must not be written.
     """
+    fitted = fit_and_measure(bench, method, pairs, prose)
+    if fitted.guard and fitted.guard.reasons:
+        refusal = GuardError(
+            "the edit is refused: " + "; and ".join(fitted.guard.reasons),
+            hint="nothing was written; see gloss guide guard",
+        )
+        if not bench.recipe.force:
+            raise refusal
+        progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
+    return fitted
+
+
+def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
+    """The same, whatever the guard says of the edit.
+
+    Raises:
+        ConverterError: one of its children; a GuardError if no strength is within the budget.
+    """
     recipe = bench.recipe
     why = why_nothing_is_drawn(recipe, method, bench.forward.mode)
     prompts = load_headline_prompts(recipe) if why is None else None
@@ -219,13 +237,9 @@ def _lowest_layer(plan: Plan, method: Method) -> int:
 
 
 def _guard(bench: Bench, probe: Probe, step: Step, headline: Headline | str | None) -> GuardRecord:
-    """Examine the edit of a step and refuse it, or with ``force`` warn, if it does not pass.
-
-    Raises:
-        GuardError: it does not pass.
-    """
+    """Examine the edit of a step. Raises GuardError if what was measured is no number."""
     recipe, lesson = bench.recipe, step.proposal.lesson
-    found = examine(
+    return examine(
         probe,
         step.proposal,
         step.choice.strength,
@@ -235,12 +249,3 @@ def _guard(bench: Bench, probe: Probe, step: Step, headline: Headline | str | No
         defence=DefenceProbe(bench.load(), bench.plan, lesson) if lesson else None,
         headline=headline,
     )
-    if found.reasons:
-        refusal = GuardError(
-            "the edit is refused: " + "; and ".join(found.reasons),
-            hint="nothing was written; see gloss guide guard",
-        )
-        if not recipe.force:
-            raise refusal
-        progress.warn(f"--force writes an edit that the guard refuses: {refusal.what}")
-    return found

@@ -32,6 +32,7 @@ from converter.methods.workbench import Bench
 from converter.models.batching import Encoder, Sentence
 from converter.models.edited import edited
 from converter.models.likelihood import divergences, mean_change
+from converter.models.resident import Model
 from converter.recipe import Recipe
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, replacing
@@ -75,6 +76,26 @@ def why_nothing_is_drawn(recipe: Recipe, method: Method, mode: str) -> str | Non
     if mode == "streamed":
         return "a model that is streamed writes no continuations"
     return None
+
+
+def ordinary_text(model: Model, prose: Prose) -> list[Sentence]:
+    """The beginnings of paragraphs, at which divergences are taken."""
+    encode = Encoder(model.tokenizer, model.module)
+    coded = (encode(text, "mean", ()) for text in prose.paragraphs[:_PARAGRAPHS])
+    return [Sentence(each.ids[:_OPENING]) for each in coded]
+
+
+def too_few(passages: Passages | None, prompts: int) -> str | None:
+    """Why no edit can be judged by the continuations of so many prompts; None if one can."""
+    words = passages.toxic_words if passages else 0
+    after = len(set(passages.prompts)) if passages else 0
+    if words >= _LEAST_WORDS and after >= _LEAST_PROMPTS:
+        return None
+    return (
+        f"the model's own continuations of {prompts} prompts have {words} toxic words, after "
+        f"{after} of the prompts; at least {_LEAST_WORDS} words after at least {_LEAST_PROMPTS} "
+        "prompts are needed"
+    )
 
 
 def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages | None:
@@ -136,22 +157,14 @@ class Headline:
     def __init__(self, bench: Bench, prompts: Prompts, prose: Prose) -> None:
         draws = Draws(seed=bench.recipe.seed)
         model = bench.load_resident()
-        encode = Encoder(model.tokenizer, model.module)
-        coded = (encode(text, "mean", ()) for text in prose.paragraphs[:_PARAGRAPHS])
-        self._ordinary = [Sentence(each.ids[:_OPENING]) for each in coded]
+        self._ordinary = ordinary_text(model, prose)
         self._bench, self._model, self._draws = bench, model, draws
         self._prompts = len(prompts.texts)
         self._passages = passages_of(bench, prompts.texts, draws)
         self._toxic = self._passages.toxic_words if self._passages else 0
         self.said = tuple(sorted(set(self._passages.prompts))) if self._passages else ()
         self._after = len(self.said)
-        self.fallback: str | None = None
-        if self._toxic < _LEAST_WORDS or self._after < _LEAST_PROMPTS:
-            self.fallback = (
-                f"the model's own continuations of {self._prompts} prompts have {self._toxic} "
-                f"toxic words, after {self._after} of the prompts; at least {_LEAST_WORDS} words "
-                f"after at least {_LEAST_PROMPTS} prompts are needed"
-            )
+        self.fallback = too_few(self._passages, self._prompts)
 
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:
         """What edits do, the first of which is the one to be judged, and the others controls."""

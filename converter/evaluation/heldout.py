@@ -29,7 +29,7 @@ from converter.models.likelihood import (
 from converter.models.resident import Model
 from converter.runtime import progress
 
-_LEAST_GROUPS = 5
+LEAST_GROUPS = 5
 """Sentences, or frames that they are made from, without which a standard error is a guess."""
 
 MOST_CONTEXT = 1.25
@@ -70,11 +70,11 @@ class Probe:
         self.toxic_words = sum(len(words) for words in self._words)
         others = [sum(w > 0 for w in sentence.weights) for sentence in self._toxic]
         known = {g for g, count in zip(self._toxic_groups, others, strict=True) if count}
-        self.context_tokens = sum(others) if len(known) >= _LEAST_GROUPS else 0
-        if len(set(self._toxic_groups)) < _LEAST_GROUPS:
+        self.context_tokens = sum(others) if len(known) >= LEAST_GROUPS else 0
+        if len(set(self._toxic_groups)) < LEAST_GROUPS:
             raise DataError(
                 "too few toxic sentences are left to measure the edit on",
-                expected=f"at least {_LEAST_GROUPS} that do not resemble each other",
+                expected=f"at least {LEAST_GROUPS} that do not resemble each other",
                 found=str(len(set(self._toxic_groups))),
                 hint="give more pairs, or both -o rank and --no-guard",
             )
@@ -129,10 +129,10 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
     def measure(strength: float) -> Measured:
         return probe.measure(proposal.edit(strength))
 
-    tried = _bisect(measure, proposal.strengths, lambda found: not _excess(found, budget))
-    within = [strength for strength, found in tried.items() if not _excess(found, budget)]
+    tried = _bisect(measure, proposal.strengths, lambda found: not excess(found, budget))
+    within = [strength for strength, found in tried.items() if not excess(found, budget)]
     if not within:
-        text, most, ratio = _excess(tried[min(tried)], budget)[0]
+        text, most, ratio = excess(tried[min(tried)], budget)[0]
         raise GuardError(
             "not even the weakest edit keeps within the perplexity budget",
             expected=f"a perplexity ratio of at most {most:g} on {text}",
@@ -145,16 +145,21 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
     return Choice(strength=best, automatic=True, tried=tuple(trials))
 
 
-def _excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
+def excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
     """The limits that an edit does not keep by a standard error: on which text, limit, ratio."""
-    limits = (
-        ("held-out neutral text", budget, found.perplexity_ratio),
-        ("the other words of held-out toxic text", MOST_CONTEXT, found.context_ratio),
-    )
     return [
         (text, most, ratio)
-        for text, most, ratio in limits
-        if ratio is not None and not ratio.value + ratio.error <= most
+        for text, most, ratio in limits(found, budget)
+        if not ratio.value + ratio.error <= most
+    ]
+
+
+def limits(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
+    """What an edit has to keep within: on which text, limit, ratio; the budget's first."""
+    context = found.context_ratio
+    return [
+        ("held-out neutral text", budget, found.perplexity_ratio),
+        *([("the other words of held-out toxic text", MOST_CONTEXT, context)] if context else []),
     ]
 
 

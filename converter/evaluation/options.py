@@ -72,6 +72,22 @@ class EvaluationOptions(Options):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions(Options):
+    """How the options of a method are searched."""
+
+    # fmt: off
+    trials: Annotated[int, Option(
+        "Number of trials, those of an interrupted search included.", example="20", least=1,
+    )] = 60
+    search_prompts: Annotated[str, Option(
+        "Prompts that the model continues for a search, of which those of --prompts are left out: "
+        "builtin (English), none, a .jsonl or .txt file, or a Hub dataset id.",
+        example="prompts.txt", place=True,
+    )] = "builtin"
+    # fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions(Options):
     """How two models are compared by what they say."""
 

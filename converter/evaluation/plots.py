@@ -19,7 +19,15 @@ from converter.edits.edit_file import EVIDENCE
 from converter.errors import DestinationError, OptionError, VerificationError
 from converter.evaluation.results import average
 from converter.evaluation.tables import COSTS, systems_of
-from converter.manifest import Candidate, Evaluation, Manifest, Metric, SystemRecord
+from converter.manifest import (
+    Candidate,
+    Evaluation,
+    Manifest,
+    Metric,
+    SearchRecord,
+    SearchTrial,
+    SystemRecord,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +72,37 @@ def plot_evaluation(results: Evaluation, folder: Path) -> list[Path]:
     """Write ``tradeoff.png`` and ``scores_before_after.png``; everything else as ``plot_fit``."""
     bars = bars_figure(results)
     return _save(folder, tradeoff=tradeoff_figure(results), scores_before_after=bars)
+
+
+def plot_search(record: SearchRecord, trials: Sequence[SearchTrial], folder: Path) -> list[Path]:
+    """Write ``front.png``; everything else as ``plot_fit``."""
+    return _save(folder, front=front_figure(record, trials))
+
+
+def front_figure(record: SearchRecord, trials: Sequence[SearchTrial]) -> "Figure":
+    """The change of toxic words over the divergence: all trials, the front, default and chosen."""
+    figure, (axes,) = _figure((6, 3.6))
+
+    def draw(some: Sequence[SearchTrial], label: str, **look: Any) -> None:
+        points = [
+            (t.divergence.value, t.measured.toxic_change.value)
+            for t in some
+            if t.divergence and t.measured
+        ]
+        if points:
+            axes.plot(*np.array(points).T, label=label, **look)
+
+    whole = [trial for trial in trials if not trial.stopped]
+    stopped = [trial for trial in trials if trial.stopped]
+    draw(stopped, "stopped early", marker="x", markersize=4, linestyle="", color=_GREY)
+    draw(whole, "measured on everything", marker="o", markersize=4, linestyle="", color=_GREY)
+    draw(record.front, "front", marker="o", markersize=4, linewidth=1, color=_BLUE)
+    draw([record.default], "default", marker="D", markersize=6, linestyle="", color="black")
+    draw([record.chosen], "chosen", marker="*", markersize=10, linestyle="", color=_ORANGE)
+    axes.set(xlabel="KL on ordinary text (nats a token)")
+    axes.set_ylabel("change of log p of toxic words (nats)", fontsize=_NORMAL)
+    figure.legend(**_ABOVE)
+    return figure
 
 
 def spectrum_figure(manifest: Manifest) -> "Figure | None":

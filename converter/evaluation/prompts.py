@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -46,6 +46,7 @@ def load_prompts(
     *,
     builtin: str = "prompts.txt",
     most: int | None = None,
+    without: Collection[str] = (),
 ) -> Prompts:
     """Read, clean and draw prompts. Blank ones are skipped, and so are repetitions.
 
@@ -59,6 +60,7 @@ def load_prompts(
         seed: of the draw.
         most: to draw if there are more of them, and no number is given; None for no limit.
         builtin: the file among our data that ``builtin`` stands for.
+        without: texts that are left out.
 
     Raises:
         OptionError: ``num_prompts`` is not positive.
@@ -69,6 +71,7 @@ def load_prompts(
         raise OptionError("--num-prompts", expected="at least 1", found=str(num_prompts))
     described, found = _read(origin, builtin)
     texts = list(dict.fromkeys(text for text in map(str.strip, found) if text))
+    texts = [text for text in texts if text not in without]
     wanted = min(len(texts), most or len(texts)) if num_prompts is None else num_prompts
     if len(texts) < max(wanted, 1):
         raise DataError(

@@ -111,6 +111,8 @@ class Proposal:
             guard measures beside it and does not judge by.
         with_factors: the same fit with other ``Factors``, controls included, which costs no pass
             over texts: what a search varies. None if the method has no factors.
+        with_layers: likewise, the same fit of some of its layers only, controls included. None if
+            the method cannot leave layers out, or has factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
             keeps them out of what it measures on.
         control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
@@ -128,6 +130,7 @@ class Proposal:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     neutral_energy: Callable[[float], float | None] = lambda strength: None
     with_factors: "Callable[[Factors], Proposal] | None" = None
+    with_layers: "Callable[[Layers], Proposal] | None" = None
     lesson: Lesson | None = None
     control_kinds: tuple[str, ...] = ("the controls",)
     compared: Mapping[str, Callable[[float], Edit]] = field(default_factory=dict)
@@ -202,8 +205,9 @@ class Method(Protocol):
     ``min``, the smallest number, ``above``, which every number must be larger than, ``max``, the
     largest number or ``hidden_size`` or ``num_hidden_layers`` for that of the model, to which a
     default is cut down, or ``names``, a function that returns the texts to choose from; with
-    ``unsaid`` the option is left out of manifests where it is empty. An option that neither the
-    field nor ``defaults`` gives a value has to be typed.
+    ``unsaid`` the option is left out of manifests where it is empty, and ``search`` says what
+    ``gloss search`` does with it; see ``evaluation.search_space``. An option that neither the field
+    nor ``defaults`` gives a value has to be typed.
 
     One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
     fit will have seen, or raises OptionError: options are then refused before a model is loaded.
@@ -276,7 +280,7 @@ def proposal_of(method: Method, bench: Workbench) -> Proposal:
 
 def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
     """See ``proposal_of``."""
-    others = proposal.with_factors
+    others, fewer = proposal.with_factors, proposal.with_layers
 
     def checked(edit: Any) -> Edit:
         found = _returned(edit, Edit, method)
@@ -296,6 +300,7 @@ def _checked(proposal: Proposal, method: Method, bench: Workbench) -> Proposal:
         control=lambda strength, seed: checked(proposal.control(strength, seed)),
         neutral_energy=energy,
         with_factors=others and (lambda factors: _checked(others(factors), method, bench)),
+        with_layers=fewer and (lambda layers: _checked(fewer(layers), method, bench)),
     )
 
 

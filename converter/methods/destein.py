@@ -79,7 +79,7 @@ class Method:
     strength: ClassVar[str] = "alpha"
 
     alpha: float | None = field(default=None, metadata={"min": 1e-6, "max": 1e3})
-    layers: Layers
+    layers: Layers = field(metadata={"search": "layers"})
     direction: Literal["paired", "causal"] = "paired"
     protect: Literal["gradient", "none"] = "gradient"
     prompt: Literal["instruct", "none", "only"] = "instruct"
@@ -133,22 +133,27 @@ class Method:
                 found=str(count), hint="give more pairs, or raise --num-pairs",
             )  # fmt: skip
         found = {layer: self._fitted(seen, layer) for layer in self.layers}
-        steps = {layer: step for layer, (step, _) in found.items()}
-        told = {str(layer): numbers for layer, (_, numbers) in found.items()}
-        _check(sum(numbers["chunks_left_alone"] for numbers in told.values()), chunks * len(steps))
-        evidence = {"direction": self.direction, "chunks": chunks, "layers": told}
-        tensors = {
-            "steps": torch.stack(list(steps.values())),
-            "norms": torch.stack([seen.norms[layer] for layer in steps]),
-        }
 
-        def control(alpha: float, seed: int) -> Edit:
-            return self._edit(bench.plan, _random(steps, chunks, seed), alpha)
+        def offer(layers: Layers) -> Proposal:
+            steps = {layer: found[layer][0] for layer in layers}
+            told = {str(layer): found[layer][1] for layer in layers}
+            _check(sum(each["chunks_left_alone"] for each in told.values()), chunks * len(steps))
+            evidence = {"direction": self.direction, "chunks": chunks, "layers": told}
+            tensors = {
+                "steps": torch.stack(list(steps.values())),
+                "norms": torch.stack([seen.norms[layer] for layer in steps]),
+            }
 
-        return Proposal(
-            _ALPHAS if self.alpha is None else (self.alpha,), self.alpha is None,
-            lambda alpha: self._edit(bench.plan, steps, alpha), control, evidence, tensors,
-        )  # fmt: skip
+            def control(alpha: float, seed: int) -> Edit:
+                return self._edit(bench.plan, _random(steps, chunks, seed), alpha)
+
+            return Proposal(
+                _ALPHAS if self.alpha is None else (self.alpha,), self.alpha is None,
+                lambda alpha: self._edit(bench.plan, steps, alpha), control, evidence, tensors,
+                with_layers=offer,
+            )  # fmt: skip
+
+        return offer(self.layers)
 
     def implied(self, found: Recorded) -> dict[str, Any]:
         """Alpha, by the recorded vectors of alpha = 1, and how many of their chunks are 0.

@@ -59,7 +59,7 @@ class GlobalRemoval(Removal):
             positions that predict a toxic token, over all, or the last.
     """
 
-    edit_layers: Layers = ()
+    edit_layers: Layers = field(default=(), metadata={"search": "layers"})
     site: Site = "ffn"
     pooling: Pooling = "predicting"
 
@@ -99,7 +99,7 @@ class Method(GlobalRemoval):
     per_layer: int = field(default=4, metadata={"min": 1, "max": "hidden_size"})
     directions: int = field(default=32, metadata={"min": 1, "max": "hidden_size"})
     saturation: float = field(default=3.0, metadata={"min": 1e-3, "max": 1e6})
-    cost: float = field(default=3.0, metadata={"min": 0, "max": 1e6})
+    cost: float = field(default=3.0, metadata={"min": 0, "max": 1e6, "search": (1.0, 3.0, 6.0)})
     protect_shared: int = field(default=16, metadata={"min": 0, "max": "hidden_size"})
     protect_own: int = field(default=4, metadata={"min": 0, "max": "hidden_size"})
 

@@ -105,7 +105,7 @@ class Removal:
     rank: int | None = field(default=None, metadata={"min": 1, "max": "hidden_size"})
     layers: Layers
     top_tokens: int = field(default=10, metadata={"min": 1, "max": 1000})
-    factors: Factors = field(default=(), metadata={"unsaid": True})
+    factors: Factors = field(default=(), metadata={"unsaid": True, "search": "factors"})
     bias: Literal["project", "keep"] = "project"
 
     @property

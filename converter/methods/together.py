@@ -139,9 +139,9 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
     """What a method proposes on top of the edit that a former one made with a strength.
 
     Its controls are the controls of both, of one seed, and it has taught what both have. Other
-    factors are those of the later method.
+    factors and layers are those of the later method.
     """
-    edit, others = former.edit(strength), later.with_factors
+    edit, others, fewer = former.edit(strength), later.with_factors, later.with_layers
 
     def energy(own: float) -> float | None:
         known = (former.neutral_energy(strength), later.neutral_energy(own))
@@ -154,6 +154,7 @@ def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
         tensors={**former.tensors, **later.tensors},
         neutral_energy=energy,
         with_factors=others and (lambda factors: after(former, strength, others(factors))),
+        with_layers=fewer and (lambda layers: after(former, strength, fewer(layers))),
         lesson=lessons_together([former.lesson, later.lesson]),
         control_kinds=max(later.control_kinds, former.control_kinds, key=len),
     )

@@ -196,6 +196,13 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
             strength += f" of {method.subspace.hidden_size} dimensions"
         own = f"{method.strength} of {method.name}" if manifest.steps else method.strength
         yield escaped(own), strength + _chosen_text(choice, budget)
+    if (found := manifest.search) is not None:
+        kept = ""
+        if found.kept is not None:
+            kept = (
+                f"; text that no trial has seen keeps {found.kept:.0%} of the drop of toxic words"
+            )
+        yield "options", f"found by a search of {found.trials} trials on held-out text{kept}"
     if factors := manifest.factors:
         yield "factors", f"{factors_text(factors, manifest.layers)}: `a` of the formula below"
     if changes:

@@ -50,6 +50,7 @@ UNCHECKED: Mapping[str, str] = {
     "choice.tried": "what was measured to choose the strength",
     "guard": "what the guard measured", "evaluation": "what the evaluation measured",
     "samples": "what the model said before and after",
+    "search": "what the search tried and measured",
     "environment": "the machine", "forward": "how the model was run",
     "measurements": "seconds and memory",
     "tool.version": "the versions of the program and of transformers",

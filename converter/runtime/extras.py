@@ -12,6 +12,7 @@ _BROUGHT_BY = {
     "matplotlib": ("matplotlib", "plot"),
     "model_signing": ("model-signing", "sign"),
     "nltk": ("nltk", "eval"),
+    "optuna": ("optuna", "search"),
     "profanity_check": ("alt-profanity-check", "eval"),
 }
 """Module -> the package that it is of, and the extra that brings it."""

@@ -172,6 +172,37 @@ MISTAKES = {
     "a system": Mistake("evaluate {}/model --system glos", 2, ("did you mean gloss?",)),
     "costs": Mistake("evaluate {}/model --system gloss --costs 1,x", 2, ("--costs",)),
     "results": Mistake("evaluate {}/model --results {}/none/x.json", 7, ("--results",)),
+    # searches
+    "optuna": convert("--search 2", 2, "--search needs the package optuna; pip install "
+                      "'gloss-convert[search]'", without=("optuna",)),
+    "no trials": convert("--search 0", 2, "--search: expected at least 1, found 0"),
+    "no search": convert("--search-prompts none", 2, "--search-prompts has no effect without "
+                         "--search; add --search N"),
+    "a search that is evaluated": convert(
+        "--search 2 --method gloss,destein -o alpha=0.1 --evaluate", 2,
+        "--evaluate: expected a single --method"),
+    "prompts of a search": Mistake("search {}/model --search-prompts {}/none.txt", 5,
+                                   ("prompts file",)),
+    "a method of a search": Mistake("search {}/model --method gloss,destien", 2,
+                                    ("found destien", "did you mean destein?")),
+    "the same in a search": Mistake("search {}/model --method gloss,gloss", 2,
+                                    ("expected different methods, found gloss,gloss",)),
+    "an option of none": Mistake("search {}/model --method gloss,destein -o rnk=2", 2,
+                                 ("did you mean rank?",)),
+    "a search for defence": Mistake("search {}/model --method dinm", 2,
+                                    ("found --method dinm, which is judged by refusals",)),
+    "a search of one edit": Mistake("search {}/model --method gloss+destein", 2,
+                                    ("expected methods by themselves, with , between them",)),
+    "a search beside": Mistake("search {}/model --method fusion -o form=paper", 2,
+                               ("which runs another model beside it; choose form=folded",)),
+    "a streamed search": convert("--search 2 --forward streamed", 2, "a search tries many edits",
+                                 "found --forward streamed; give --forward resident"),
+    "results of a search": Mistake("search {}/model --results {}/none/x.json", 7, ("--results",)),
+    "a search all together": Mistake(
+        "search {}/mute --method dinm,gloss+destien --forward streamed --trials 0", 2,
+        ("--trials: expected at least 1", "--forward streamed", "methods by themselves",
+         "judged by refusals", "mute has no tokenizer", "did you mean destein?"), lines=6,
+    ),
     "a method to explain": Mistake("methods destien", 2, ("did you mean destein?",)),
     # all together
     "all together": Mistake(

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def planted_args(planted: Path, rank: int | None = 1) -> tuple[object, ...]:
     return (*pairs, *chosen, "-o", "protect_shared=1", "-o", "protect_own=1")
 
 
-def make_planted(folder: Path) -> Path:
-    """A Llama whose tokens are words and whose layers 2 to 4 write along two planted directions.
+def make_planted(folder: Path, writing: Sequence[int] = WRITING) -> Path:
+    """A Llama whose tokens are words and some of whose six layers, 2 to 4 unless others are given,
+    write along two planted directions.
 
     ``TOXIC`` raises the logits of curses and insults, and of no others; it is written where the
     token before is a curse, which the embedding marks with ``HOSTILE``. ``MASSIVE`` is written
@@ -66,7 +68,7 @@ def make_planted(folder: Path) -> Path:
         head -= (head @ TOXIC)[:, None] * TOXIC + (head @ MASSIVE)[:, None] * MASSIVE
         model.lm_head.weight.copy_(head + toxic[:, None] * 40 * TOXIC)
         model.model.embed_tokens.weight.add_(hostile[:, None] * 3 * HOSTILE)
-        for layer in WRITING:
+        for layer in writing:
             mlp = model.model.layers[layer].mlp
             mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = HOSTILE / 2
             mlp.down_proj.weight[:, 0] = TOXIC / 5

@@ -1,0 +1,240 @@
+"""The search part: held-out text on which a search tries edits, in shares that grow.
+
+It is the part of the texts that a strength is chosen on, and continuations of prompts of its own.
+What the guard measures on is no part of it. Whole sampling units are dealt to the shares, at
+random, so that each share is a small sample of the whole.
+"""
+
+import random
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, isfinite
+
+from converter.calibration.split import Part
+from converter.edits.base import Edit
+from converter.errors import DataError
+from converter.evaluation.continuations import Draws
+from converter.evaluation.headline import ordinary_text, passages_of, too_few
+from converter.evaluation.heldout import LEAST_GROUPS
+from converter.evaluation.prompts import Prompts
+from converter.manifest import Estimate, Measured
+from converter.methods.workbench import Bench
+from converter.models.batching import Encoder, Sentence
+from converter.models.edited import edited, lowest_edited
+from converter.models.hooks import Entered
+from converter.models.likelihood import (
+    LogProbabilities,
+    Words,
+    divergences,
+    entering,
+    log_probabilities,
+    mean_change,
+    perplexity_ratio,
+    teacher_forced,
+    weighed,
+    word_changes,
+)
+
+SHARES = (0.25, 0.5, 1.0)
+"""Of the search part, on which a trial is measured one after the other."""
+
+_LEAST = 2
+"""Sampling units of a share, without which no standard error is known."""
+
+_NEUTRAL, _PAIRS, _OWN, _ORDINARY = "neutral", "pairs", "own", "ordinary"
+_SCORED = (_NEUTRAL, _PAIRS, _OWN)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Sentences of one kind.
+
+    Attributes:
+        sentences: with weight on the positions that predict the words beside toxic ones.
+        groups: the sampling unit of each.
+        words: places of the toxic words of each.
+    """
+
+    sentences: Sequence[Sentence]
+    groups: Sequence[Hashable]
+    words: Words = ()
+
+    def shares(self, seed: int) -> "list[_Text]":
+        """What each share adds to those before it, whole groups."""
+        names = list(dict.fromkeys(self.groups))
+        random.Random(seed).shuffle(names)  # noqa: S311 - not a secret
+        place = {name: number for number, name in enumerate(names)}
+        parts, low = [], 0
+        for share in SHARES:
+            high = max(ceil(share * len(names)), _LEAST)
+            rows = [row for row, group in enumerate(self.groups) if low <= place[group] < high]
+            parts.append(self._of(rows))
+            low = high
+        return parts
+
+    def _of(self, rows: Sequence[int]) -> "_Text":
+        words = [self.words[row] for row in rows] if self.words else ()
+        groups = [self.groups[row] for row in rows]
+        return _Text([self.sentences[row] for row in rows], groups, words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """What one share adds.
+
+    Attributes:
+        texts: kind -> text.
+        before: kind -> log-probabilities under the unedited model.
+        entered: what the lowest layer that any trial edits is given.
+    """
+
+    texts: Mapping[str, _Text]
+    before: Mapping[str, LogProbabilities]
+    entered: Entered | None
+
+
+class SearchTexts:
+    """The search part, and how probable the unedited model finds it.
+
+    Args:
+        bench: whose unedited model is run, in the dtype of the fit.
+        part: that a strength is chosen on.
+        prompts: to be continued by the unedited model; None for none.
+        first: the lowest layer that any trial edits.
+
+    Attributes:
+        prompts: as given.
+        fallback: why toxic words are those of pairs although there are prompts; else None.
+        own: whether they are of the model's own continuations.
+        toxic_words: that a trial is judged by.
+
+    Raises:
+        DataError: too few toxic sentences to know a standard error.
+    """
+
+    def __init__(self, bench: Bench, part: Part, prompts: Prompts | None, first: int) -> None:
+        self._model, self._plan = bench.load_resident(), bench.plan
+        texts, self.prompts = _texts_of(bench, part), prompts
+        self.fallback: str | None = None
+        self.own = False
+        if prompts is not None:
+            passages = passages_of(bench, prompts.texts, Draws(seed=bench.recipe.seed))
+            self.fallback = too_few(passages, len(prompts.texts))
+            if passages is not None and self.fallback is None:
+                self.own = True
+                texts[_OWN] = _Text(passages.sentences, passages.prompts, passages.words)
+        self._judged = _OWN if self.own else _PAIRS
+        self.toxic_words = sum(map(len, texts[self._judged].words))
+        groups = len(set(texts[self._judged].groups))
+        if groups < LEAST_GROUPS:
+            raise DataError(
+                "too few toxic sentences are left to search on",
+                expected=f"at least {LEAST_GROUPS} that do not resemble each other",
+                found=str(groups),
+                hint="give more pairs, or --search-prompts that the model continues",
+            )
+        dealt = {kind: text.shares(bench.recipe.seed) for kind, text in texts.items()}
+        self._added = [
+            self._with_before({kind: parts[number] for kind, parts in dealt.items()}, first)
+            for number in range(len(SHARES))
+        ]
+
+    def _with_before(self, texts: Mapping[str, _Text], first: int) -> _Added:
+        scored = [texts[kind].sentences for kind in _SCORED if kind in texts]
+        entered = entering(self._model, scored, first)
+        values = log_probabilities(self._model, scored, entered)
+        kinds = (kind for kind in _SCORED if kind in texts)
+        return _Added(texts, dict(zip(kinds, values, strict=True)), entered)
+
+    def measure(self, edit: Edit) -> Iterator[tuple[float, Measured, Estimate]]:
+        """What an edit does to a share of the texts, for one share after the other.
+
+        Yields the share, what was measured on it, and the divergence on ordinary text. Nothing of
+        a share is run before it is asked for.
+        """
+        lowest = lowest_edited(self._plan, edit)
+        seen: dict[str, list[LogProbabilities]] = {}
+        for number, share in enumerate(SHARES):
+            added = self._added[number]
+            entered = added.entered if added.entered and added.entered.layer <= lowest else None
+            scored = [added.texts[kind].sentences for kind in added.before]
+            with edited(self._model.module, self._plan, edit):
+                after = log_probabilities(self._model, scored, entered)
+            for kind, values in zip(added.before, after, strict=True):
+                seen.setdefault(kind, []).append(values)
+            hooks = [partial(edited, self._model.module, self._plan, edit)]
+            ordinary = added.texts[_ORDINARY].sentences
+            seen.setdefault(_ORDINARY, []).extend(
+                divergences(self._model, self._model, hooks, ordinary)
+            )
+            yield share, self._measured(seen), _mean(seen[_ORDINARY])
+
+    def _measured(self, seen: Mapping[str, list[LogProbabilities]]) -> Measured:
+        added = self._added[: len(seen[_NEUTRAL])]
+
+        def joined(kind: str) -> tuple[_Text, LogProbabilities, LogProbabilities]:
+            parts = [each.texts[kind] for each in added]
+            text = _Text(
+                [sentence for part in parts for sentence in part.sentences],
+                [group for part in parts for group in part.groups],
+                [words for part in parts for words in part.words],
+            )
+            before = [values for each in added for values in each.before[kind]]
+            return text, before, [values for part in seen[kind] for values in part]
+
+        neutral, before, after = joined(_NEUTRAL)
+        ratio = perplexity_ratio(before, after, neutral.groups)
+        text, old, new = joined(self._judged)
+        changes = word_changes(old, new, text.words)
+        contexts = (
+            perplexity_ratio(weighed(b, each.sentences), weighed(a, each.sentences), each.groups)
+            for each, b, a in (joined(kind) for kind in (_PAIRS, _OWN) if kind in seen)
+            if any(map(len, weighed(b, each.sentences)))
+        )
+        return Measured(
+            perplexity_ratio=ratio,
+            toxic_change=mean_change(changes, text.groups),
+            teacher_forced=teacher_forced(changes, text.groups),
+            context_ratio=max(
+                (each for each in contexts if isfinite(each.error)),
+                key=lambda each: each.value,
+                default=None,
+            ),
+        )
+
+
+def _texts_of(bench: Bench, part: Part) -> dict[str, _Text]:
+    """The texts of a part, by kind: as ``heldout.Probe`` has them, and beginnings of prose.
+
+    Raises:
+        DataError: it has a single paragraph, at which no standard error can be known.
+    """
+    model = bench.load_resident()
+    encode, pairs = Encoder(model.tokenizer, model.module), part.pairs.pairs
+    groups = [pair.group or pair.neutral for pair in pairs]
+    prose = part.prose.paragraphs
+    if len(set(prose)) < 2:
+        raise DataError(
+            "too little neutral text is left to search on",
+            expected="at least two paragraphs", found=str(len(set(prose))),
+            hint="give a longer --neutral text",
+        )  # fmt: skip
+    texts = [*prose, *(pair.neutral for pair in pairs)]
+    neutral = _Text([encode(text, "mean", ()) for text in texts], [*prose, *groups])
+    coded = [encode.words(pair.toxic, pair.spans) for pair in pairs]
+    toxic = _Text(
+        [sentence for sentence, words in coded if words],
+        [group for group, (_, words) in zip(groups, coded, strict=True) if words],
+        [words for _, words in coded if words],
+    )
+    ordinary = ordinary_text(model, part.prose)
+    return {
+        _NEUTRAL: neutral,
+        _PAIRS: toxic,
+        _ORDINARY: _Text(ordinary, prose[: len(ordinary)]),
+    }
+
+
+def _mean(values: Sequence[LogProbabilities]) -> Estimate:
+    return mean_change([each.tolist() for part in values for each in part])
