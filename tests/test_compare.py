@@ -316,7 +316,7 @@ def test_samples_follow_what_the_guard_has_heard(planted: Path, cli: Cli, tmp_pa
     ]
     chosen = [s["prompt"] for s in json.loads((out / MANIFEST).read_text())["samples"]]
     assert chosen == heard[:3] != list(known[:3])
-    assert told.rstrip().split("\n")[-9].startswith("  " + chosen[0])  # unmasked, and at the end
+    assert any(line.startswith("  " + chosen[0]) for line in told.split("\n"))  # unmasked
     again = cli("replay", out, tmp_path / "again", "--source", planted, code=0)
     assert again.exit_code == 0
     assert json.loads((tmp_path / "again" / MANIFEST).read_text())["samples"]
