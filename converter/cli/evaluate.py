@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
-from converter.errors import DestinationError, Faults, OptionError
+from converter.errors import Faults, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
 from converter.recipe import Recipe, Settings
@@ -79,7 +79,7 @@ def _look(
     first_look.look_at_evaluation(asked, recipe.prompts, faults)
     with faults:
         files = {"--results": comparison.results, "--continuations": comparison.continuations}
-        _check_folders(files)
+        _check_files(files)
     with faults:
         compared = _compared(recipe, comparison)
         first_look.look_at_systems(compared, recipe, faults)
@@ -141,11 +141,13 @@ def evaluate_command(
     return Answer(found, markdown(found))
 
 
-def _check_folders(files: Mapping[str, Path | None]) -> None:
-    """Raise DestinationError at once if a file is to be written where there is no folder."""
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Raise DestinationError at once if a file cannot be written, OptionError if two are one."""
+    from converter.outputs.destination import check_beside
+
     for option, path in files.items():
-        if path is not None and not path.parent.is_dir():
-            raise DestinationError(f"the folder of {option} {path} does not exist")
+        if path is not None:
+            check_beside(option, path)
     given = [path.resolve() for path in files.values() if path is not None]
     if len(given) > len({*given}):
         raise OptionError(" and ".join(files), expected="different files", found="the same")

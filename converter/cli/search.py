@@ -45,13 +45,14 @@ def _look(
 ) -> None:
     """Find all that is wrong with a search before torch is loaded."""
     from converter.entrypoints import first_look
+    from converter.outputs.destination import check_beside
 
     joined = first_look.look_at_search("gloss search", recipe, asked, faults)
     first_look.look_at_recipe(joined, settings, faults)
     first_look.look_at_plots(places.plots, None, faults)
     with faults:
-        if places.results is not None and not places.results.parent.is_dir():
-            raise DestinationError(f"the folder of --results {places.results} does not exist")
+        if places.results is not None:
+            check_beside("--results", places.results)
 
 
 @command(

@@ -58,12 +58,12 @@ def check_folder(folder: Path) -> None:
 
 
 def check_beside(option: str, path: Path, folder: Path | None = None) -> None:
-    """Refuse a page that cannot be written where an option says.
+    """Refuse a file that cannot be written where an option says.
 
     Args:
         option: as typed.
-        path: of the page.
-        folder: whose manifest lists every file, so that the page cannot lie in it.
+        path: of the file.
+        folder: whose manifest lists every file, so that the file cannot lie in it.
 
     Raises:
         DestinationError: it lies there, is a folder, or its folder does not exist.
