@@ -625,7 +625,8 @@ class EditedTensor(Record, kw_only=True):
             is ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace, and
             ``leakage``, ||U^T W'|| / ||U^T W||, what is left of it after rounding. Of
             ``weaken-subspace`` they are ``factor``, the a of its formula, ``energy_removed``, a
-            (2 - a) times that share, and ``leakage``, ||U^T W' - (1 - a) U^T W|| / ||U^T W||.
+            (2 - a) times that share, and ``leakage``, ||U^T W' - (1 - a) U^T W|| / ||U^T W||. Of
+            ``remove-oblique`` they are ``along``, ||U^T W|| / ||W||, ``leakage`` and ``factor``.
         requantized: what became of the scales of a weight in FP8; else None.
         lora: the adapter's part; None in a checkpoint.
     """
@@ -1045,7 +1046,7 @@ class Manifest(Record, kw_only=True):
     def factors(self) -> dict[int, float]:
         """Layer -> how much of a subspace was taken out of it, where that is not all."""
         entries = sorted(self.edited, key=lambda entry: entry.layer)
-        return {e.layer: e.measures["factor"] for e in entries if "factor" in e.measures}
+        return {e.layer: e.measures["factor"] for e in entries if e.measures.get("factor", 1.0) < 1}
 
     @property
     def layers(self) -> list[int]:

@@ -44,6 +44,7 @@ from converter.outputs.adapter.write import (
 )
 from converter.outputs.base import WriteJob, Written, sha256_of_tensor
 from converter.release.manifest import read_manifest
+from converter.release.recording import read_recording
 from tests.builders.adversary import forged, load_manifest, put, reseal
 from tests.builders.edits import removal
 from tests.builders.errors import refused
@@ -92,6 +93,8 @@ def bases_of(out: Path) -> dict[int, Tensor]:
 
 def edit_of(out: Path, plan: Plan) -> Edit:
     """These bases taken out of the down-projections of a checkpoint, biases left alone."""
+    if plan.post_norms:  # obliquely, with tensors of its own for each layer
+        return read_recording(out).edit(plan)
     return removal(plan, bases_of(out), bias=False)
 
 

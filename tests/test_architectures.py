@@ -31,7 +31,7 @@ from converter.checkpoints.architectures.proof import prove
 from converter.checkpoints.architectures.tiny import make_tiny
 from converter.checkpoints.names import EDIT_FILE
 from converter.cli.guide import GUIDE
-from converter.edits.edit_file import load_bases
+from converter.edits.edit_file import load_edit_tensors
 from converter.entrypoints.architectures import examples, try_all, try_one
 from converter.entrypoints.convert import convert
 from converter.entrypoints.verify import verify
@@ -182,17 +182,23 @@ def test_a_converted_checkpoint_computes_what_projected_ffns_give(
             pytest.skip("experts of the tiny model are not as wide as kernels want them")
         raise
     assert verify(out) == []
-    manifest, bases = read_manifest(out), load_bases(out / EDIT_FILE)
+    manifest, stored = read_manifest(out), load_edit_tensors(out / EDIT_FILE)
     assert {entry.name for entry in manifest.edited if entry.role == "down_proj"} == {
         weight.info.name for weight in plan.weights("down_proj")
     }
-    of_layer = {entry.layer: bases[entry.tensors["U"]] for entry in manifest.edited}
+    of_layer = {
+        entry.layer: (
+            stored[entry.tensors["U"]],
+            stored[entry.tensors.get("A", entry.tensors["U"])],
+        )
+        for entry in manifest.edited
+    }
     plain, written = logits(model), logits(loaded(out)[1])
     with ExitStack() as stack:
-        for layer, basis in of_layer.items():
+        for layer, factors in of_layer.items():
             for ffn in plan.architecture.layer(layer).ffns:
                 module = model.module.get_submodule(ffn.module.format(layer=layer))
-                handle = module.register_forward_hook(projecting(basis))
+                handle = module.register_forward_hook(projecting(*factors))
                 stack.callback(handle.remove)
         wanted = logits(model)
     effect = (wanted - plain).abs().max()
@@ -202,9 +208,11 @@ def test_a_converted_checkpoint_computes_what_projected_ffns_give(
     shutil.rmtree(tmp_path)  # towers are large
 
 
-def projecting(basis: Tensor) -> Any:
+def projecting(U: Tensor, A: Tensor) -> Any:
+    """A hook that gives ``x - A U^T x``; A is U, or oblique where a norm is behind."""
+
     def project(x: Tensor) -> Tensor:
-        return x - (x @ basis) @ basis.T
+        return x - (x @ U) @ A.T
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):

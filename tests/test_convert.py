@@ -28,6 +28,7 @@ from converter.outputs import claim as staging
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.claim import claimed
+from converter.release.recording import read_recording
 from converter.runtime.cache import using_cache
 from tests.builders.edits import removal
 from tests.builders.errors import refused
@@ -92,7 +93,8 @@ def test_editing_weights_is_projecting_ffn_outputs(
     plain = original(ids).logits
     _, plan = planned(source)
 
-    with edited(original, plan, removal(plan, U)):
+    edit = read_recording(out).edit(plan) if plan.post_norms else removal(plan, U)
+    with edited(original, plan, edit):
         hooked = original(ids).logits
     assert torch.equal(original(ids).logits, plain)  # the hooks are gone
     result = load(out)

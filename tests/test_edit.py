@@ -18,6 +18,7 @@ from converter.edits.deltas import (
     AddLowRank,
     AddToRows,
     Delta,
+    RemoveOblique,
     RemoveSubspace,
     Replace,
     WeakenSubspace,
@@ -176,6 +177,30 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_edit(part[0], W, RemoveSubspace(basis()))
 
 
+@pytest.mark.parametrize("a", [0.4, 1.0])
+@pytest.mark.parametrize("rounding", ["nearest", "null-space"])
+def test_an_oblique_projection_leaves_its_share_along_the_subspace(
+    rounding: Rounding, a: float
+) -> None:
+    """U^T W' is (1 - a) U^T W although what is taken lies along A, and the record says how far."""
+    torch.manual_seed(3)
+    delta, W = oblique(orthonormal(640, 2), a), torch.randn(640, F).bfloat16()
+    new, record = edited(delta, target(W), W, rounding)
+    P, kept = (delta.U.double().T @ tensor.double() for tensor in (W, new))
+    leakage = float((kept - (1 - a) * P).norm() / P.norm())
+    assert record.measures["leakage"] == pytest.approx(leakage, rel=1e-3)
+    assert leakage < (5e-4 if rounding == "null-space" else 0.01)
+    norm = float(W.double().norm())
+    assert record.measures["along"] == pytest.approx(float(P.norm()) / norm)
+    error = float((new.double() - exactly(delta, W)).norm()) / norm
+    assert record.rounding_error == pytest.approx(error, rel=1e-3)
+    least, most = delta.moved(record.measures["along"])
+    assert least - error <= record.relative_change <= most + error
+    assert 1.02 * least < most
+    assert is_edit(new, W, delta, nearest=rounding == "nearest")
+    assert not is_edit(new, W, oblique(delta.U, a - 0.02), nearest=rounding == "nearest")
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "null-space"])
 def test_a_weakened_subspace_keeps_its_share_and_can_be_restored(rounding: Rounding) -> None:
     """U^T W' is (1 - a) U^T W, column by column; W follows from W' up to its rounding."""
@@ -332,9 +357,17 @@ def test_rows_are_read_twice_and_in_order() -> None:
     assert asked[half - 1][1] == 1000
 
 
+def oblique(U: Tensor, a: float) -> RemoveOblique:
+    """Weighted by numbers that differ a hundredfold, as the gains of norms do."""
+    weighted = U.double() * torch.logspace(0, 2, len(U), dtype=torch.float64)[:, None]
+    A = weighted @ torch.linalg.inv(U.double().T @ weighted)
+    return RemoveOblique(U, A.float(), torch.tensor([a], dtype=torch.float64))
+
+
 KINDS: dict[str, Callable[[], Delta]] = {
     "remove-subspace": lambda: RemoveSubspace(basis()),
     "weaken-subspace": lambda: removal_of(basis(), 0.3),
+    "remove-oblique": lambda: oblique(basis(), 0.3),
     "add-low-rank": lambda: AddLowRank(torch.randn(D, 2), torch.randn(2, F)),
     "add-to-rows": lambda: AddToRows(torch.tensor([0, 5, D - 1]), torch.randn(F)),
     "replace": lambda: Replace(torch.randn(D, F)),
@@ -345,7 +378,7 @@ def exactly(delta: Delta, W: Tensor) -> Tensor:
     """W' as the kind's formula has it, in float64 and not rounded."""
     W = W.double()
     if isinstance(delta, RemoveSubspace):
-        return W - delta.factor * delta.U.double() @ (delta.U.double().T @ W)
+        return W - delta.factor * delta.written.double() @ (delta.U.double().T @ W)
     if isinstance(delta, AddLowRank):
         return W + delta.B.double() @ delta.A.double()
     if isinstance(delta, AddToRows):
@@ -401,7 +434,10 @@ def test_a_running_model_is_shifted_as_the_written_weight_would(kind: str) -> No
     torch.testing.assert_close(y + delta.shift(x, y), x @ new.T, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["remove-subspace", "weaken-subspace", "add-low-rank"])
+LOW_RANK = ["remove-subspace", "weaken-subspace", "remove-oblique", "add-low-rank"]
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
 def test_a_change_of_low_rank_is_given_by_two_factors(kind: str) -> None:
     delta, W = KINDS[kind](), torch.randn(D, F)
     P = None if delta.protects is None else delta.protects.T @ W
@@ -424,6 +460,8 @@ def weaken(*a: float) -> Delta:
     return WeakenSubspace(basis(), torch.tensor(a, dtype=torch.float64))
 
 
+WHOLE = torch.ones(1, dtype=torch.float64)
+
 WRONG: dict[str, tuple[Callable[[], Delta], str]] = {
     "basis too short": (lambda: RemoveSubspace(basis()[1:]), r"U is float32 \[23, 3\]"),
     "basis of another dtype": (lambda: RemoveSubspace(basis().double()), "U is float64"),
@@ -432,6 +470,11 @@ WRONG: dict[str, tuple[Callable[[], Delta], str]] = {
     "a factor of no removal": (lambda: weaken(0.0), "a is 0, not between 0 and 1"),
     "two factors": (lambda: weaken(0.5, 0.5), r"a is float64 \[2\], not float64 \[1\]"),
     "a factor that is no number": (lambda: weaken(float("nan")), "a holds NaN or Inf"),
+    "an A of another width": (
+        lambda: RemoveOblique(basis(), basis()[:, :1], WHOLE), r"A is float32 \[24, 1\]"),
+    "an A that is not dual": (
+        lambda: RemoveOblique(basis(), 2 * basis(), WHOLE), "off by 1.0e"),
+    "more than all": (lambda: oblique(basis(), 1.5), "a is 1.5, not over 0 and at most 1"),
     "factors that do not meet": (
         lambda: AddLowRank(torch.ones(D, 2), torch.ones(3, F)), r"A is float32 \[3, 40\]"),
     "a vector of another length": (

@@ -9,6 +9,7 @@ dataclass here whose fields are its tensors, and its name in ``KINDS``.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import nan, sqrt
 from typing import ClassVar, Self
 
 import torch
@@ -26,16 +27,29 @@ class Delta(ABC):
 
     @property
     def protects(self) -> Tensor | None:
-        """U (O, R), orthonormal columns, if ``W' = W - a U (U^T W)``, so that rounding spares U.
+        """U (O, R), orthonormal columns, if ``W' = W - a A (U^T W)`` with ``U^T A = I``.
 
-        None for all other kinds.
+        Rounding then spares U. None for all other kinds.
         """
         return None
+
+    @property
+    def written(self) -> Tensor | None:
+        """A (O, R) of that formula: U itself, unless the projection is oblique."""
+        return self.protects
 
     @property
     def factor(self) -> float:
         """a of that formula, 0 < a <= 1."""
         return 1.0
+
+    def along(self, measures: Mapping[str, float]) -> float:
+        """||U^T W|| / ||W|| of what ``protects`` names, from ``measures``; NaN if it is unknown."""
+        return nan
+
+    def moved(self, along: float) -> tuple[float, float]:
+        """The least and the most that ||exact W' - W|| / ||W|| can be, for an ``along``."""
+        return self.factor * along, self.factor * along
 
     @property
     def stored_as(self) -> torch.dtype | None:
@@ -63,8 +77,7 @@ class Delta(ABC):
         Args:
             W: these rows and columns, in the dtype of ``to``.
             rows, columns: which they are.
-            P: a U^T W (R, columns) of what ``protects`` names, which is what is taken out; else
-                None.
+            P: a U^T W (R, columns) of what ``protects`` names, so that A P is taken out; else None.
             out: where to write the result; it is returned. Not ``W`` itself.
         """
 
@@ -128,6 +141,14 @@ class RemoveSubspace(Delta):
     def protects(self) -> Tensor:
         return self.U
 
+    @property
+    def written(self) -> Tensor:
+        return self.U
+
+    def along(self, measures: Mapping[str, float]) -> float:
+        energy = measures.get("energy_removed", nan)
+        return sqrt(energy / (self.factor * (2 - self.factor))) if energy >= 0 else nan
+
     def check(self, shape: tuple[int, int]) -> None:
         _check("U", self.U, torch.float32, (shape[0], None))
         if not 0 < self.U.shape[1] <= shape[0]:
@@ -137,20 +158,20 @@ class RemoveSubspace(Delta):
         self, W: Tensor, rows: slice, columns: slice, P: Tensor | None, out: Tensor
     ) -> Tensor:
         assert P is not None
-        torch.addmm(W, self.U[rows], P, alpha=-1, out=out)
+        torch.addmm(W, self.written[rows], P, alpha=-1, out=out)
         return out
 
     def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
-        U = self.U.to(y.device)
-        shift: Tensor = ((y.float() @ U) @ U.T * -self.factor).to(y.dtype)
+        U, A = self.U.to(y.device), self.written.to(y.device)
+        shift: Tensor = ((y.float() @ U) @ A.T * -self.factor).to(y.dtype)
         return shift
 
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor]:
         assert P is not None
-        return (self.U.double() * -self.factor).to(self.U.dtype), P
+        return (self.written.double() * -self.factor).to(self.U.dtype), P
 
     def terms(self, rows: slice, columns: slice, norms: Tensor) -> Tensor:
-        sizes: Tensor = self.U[rows].double().norm(dim=1)
+        sizes: Tensor = self.written[rows].double().norm(dim=1)
         return sizes[:, None] * norms
 
     def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
@@ -194,6 +215,67 @@ class WeakenSubspace(RemoveSubspace):
     def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
         """Those of ``RemoveSubspace``, and ``factor``: a."""
         return RemoveSubspace.measures(self, norms) | {"factor": self.factor}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RemoveOblique(RemoveSubspace):
+    """``W' = W - a A (U^T W)`` with ``U^T A = I``, 0 < a <= 1: as much less is given along U as
+    ``WeakenSubspace`` or ``RemoveSubspace`` would leave, and what is taken lies along A.
+
+    For a weight behind which a norm multiplies each of the D channels by another number, so that
+    what has the least size behind the norm has not the least size before it.
+
+    Attributes:
+        A: (O, R) float32.
+        a: (1,) float64, the factor.
+    """
+
+    A: Tensor
+    a: Tensor
+
+    kind: ClassVar[str] = "remove-oblique"
+
+    @property
+    def written(self) -> Tensor:
+        return self.A
+
+    @property
+    def factor(self) -> float:
+        return float(self.a)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        RemoveSubspace.check(self, shape)
+        _check("A", self.A, torch.float32, (shape[0], self.U.shape[1]))
+        _check("a", self.a, torch.float64, (1,))
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"a is {self.factor:g}, not over 0 and at most 1")
+        off = float((self.U.double().T @ self.A.double()).fill_diagonal_(0.0).abs().max())
+        ones = (self.U.double() * self.A.double()).sum(0)
+        off = max(off, float((ones - 1).abs().max()))
+        if not off <= _DUAL * float(self.A.double().norm(dim=0).max()):
+            raise ValueError(f"U^T A is off by {off:.1e} from the identity")
+
+    def to(self, device: str, dtype: torch.dtype) -> "RemoveOblique":
+        return RemoveOblique(self.U.to(device, dtype), self.A.to(device, dtype), self.a)
+
+    def along(self, measures: Mapping[str, float]) -> float:
+        return measures.get("along", nan)
+
+    def moved(self, along: float) -> tuple[float, float]:
+        least, most = torch.linalg.svdvals(self.A.double())[[-1, 0]].tolist()
+        return self.factor * along * least, self.factor * along * most
+
+    def measures(self, norms: Mapping[str, float]) -> dict[str, float]:
+        """``along``: ||U^T W|| / ||W||; ``leakage`` as of ``RemoveSubspace``; ``factor``: a."""
+        return {
+            "along": norms["P"] / (norms["W"] or 1.0),
+            "leakage": norms["left"] / (norms["P"] or 1.0),
+            "factor": self.factor,
+        }
+
+
+_DUAL = 1e-5
+"""How far U^T A of ``RemoveOblique`` may be from the identity, for columns of A of length 1."""
 
 
 def removal_of(U: Tensor, a: float) -> RemoveSubspace:
@@ -385,8 +467,10 @@ def _bits(W: Tensor) -> Tensor:
 
 KINDS: Mapping[str, type[Delta]] = {
     delta.kind: delta
-    for delta in (RemoveSubspace, WeakenSubspace, AddLowRank, AddToRows, Replace, AddBits)
-}
+    for delta in (
+        RemoveSubspace, WeakenSubspace, RemoveOblique, AddLowRank, AddToRows, Replace, AddBits,
+    )
+}  # fmt: skip
 """The kinds there are, by their names in a manifest."""
 
 

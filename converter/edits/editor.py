@@ -4,12 +4,13 @@
 
 An edit that takes a subspace out passes over the rows of W twice, for P and for W':
 
-    W' = round(W - U P),   P = a U^T W      U (O, R) orthonormal, P (R, I), 0 < a <= 1
+    W' = round(W - A P),   P = a U^T W      U (O, R) orthonormal, P (R, I), 0 < a <= 1
+                                            A = U, or another A (O, R) with U^T A = I
 
 Memory is a few (R, I) and one block of rows, whatever O is. All of it is float64, so that two BLAS
 libraries, which add in another order, give the same bytes.
 
-**Rounding.** With a subspace, rounding to nearest leaves ``L = U^T (W' - (W - U P))``, about 1.7e-3
+**Rounding.** With a subspace, rounding to nearest leaves ``L = U^T (W' - (W - A P))``, about 1.7e-3
 of P in bfloat16, and more where corrections are smaller than half a unit in the last place and are
 lost together. L is known block after block, so the blocks that follow make up for it, as in noise
 shaping: from row i is taken ``U_i G^-1 L`` before it is rounded, with G the Gram matrix of the rows
@@ -21,6 +22,7 @@ than that and one unit in the last place, where rounding to nearest allows half 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import isfinite, isnan, sqrt
 from typing import Literal
 
@@ -82,6 +84,8 @@ class Editor:
         host = host.to("cpu", torch.float64)
         self.U = host.to(device)
         self.delta, self.dtype = delta.to(device, torch.float64), dtype
+        oblique = None if delta.written is basis else self.delta.written
+        self.A = self.U if oblique is None else oblique
         self.removes = basis is not None
         self.feedback = self.removes and rounding == "null-space" and dtype.itemsize == 2
         self.strip = STRIP if device == "cpu" else _DEVICE_STRIP
@@ -116,17 +120,21 @@ class Editor:
         P, squares = self._first_pass(rows, width, scratch[0])
         self.squares["P"] += P.square().sum()
         P *= self.delta.factor
-        left = torch.zeros_like(P)
+        sums = _Sums(P, torch.zeros_like(P), None if self.A is self.U else torch.zeros_like(P))
         limit = PUSH * torch.finfo(self.dtype).eps * squares.div_(len(self.U)).sqrt_()
         for inverse, block in zip(self.inverses, self._blocks(), strict=True):
-            taken = P
+            push = None
             if self.feedback and block.start:
-                taken = self._push(inverse @ left, block, limit).add_(P)
-            yield self._removed(rows(block.start, block.stop), block, P, taken, left, scratch)
-        written = self.U.T @ self.U @ P
+                push = self._push(inverse @ sums.left, block, limit)
+            yield self._removed(rows(block.start, block.stop), block, sums, push, scratch)
+        written, left = self.U.T @ self.A @ P, sums.left
         self.squares["left"] += (left + P - written).square().sum()
         change = self.squares["change"] - before
-        self.squares["error"] += change + 2 * (P * left).sum() - (P * written).sum()
+        if sums.along is None:
+            self.squares["error"] += change + 2 * (P * left).sum() - (P * written).sum()
+        else:
+            both = sums.along.mul_(2).add_(self.A.T @ self.A @ P)
+            self.squares["error"] += change + (P * both).sum()
 
     def coordinates(self, rows: Rows, width: int) -> Tensor:
         """U^T W of one matrix (O, I), (R, I) float64, for who needs no more; one pass.
@@ -138,8 +146,9 @@ class Editor:
     def norms(self) -> dict[str, float]:
         """Frobenius norms over all matrices: of W, U^T W (``P``), W' - W (``change``) and two more.
 
-        ``error`` is that of E = W' - exact(W), which is ``||W' - W||^2 + 2 <P, U^T E> - ||U P||^2``
-        squared where a subspace is taken out, and ``left`` that of U^T W' - (1 - a) U^T W.
+        ``error`` is that of E = W' - exact(W), whose square is ``||W' - W||^2 + 2 <P, U^T E> - ||U
+        P||^2`` where a subspace is taken out, and ``||W' - W||^2 + <P, 2 A^T (W' - W) + A^T A P>``
+        where the projection is oblique. ``left`` is that of U^T W' - (1 - a) U^T W.
         """
         sums = {name: float(value) for name, value in self.squares.items()}
         return {name: x if isnan(x) else sqrt(max(x, 0.0)) for name, x in sums.items()}
@@ -186,29 +195,36 @@ class Editor:
         return new
 
     def _removed(
-        self, stored: Tensor, block: slice, P: Tensor, taken: Tensor, left: Tensor, scratch: Tensor
+        self, stored: Tensor, block: slice, sums: "_Sums", push: Tensor | None, scratch: Tensor
     ) -> Tensor:
-        """Some rows, less ``U_i taken``, rounded; adds to ``left`` what that leaves along U.
+        """Some rows, less ``A_i P + U_i push``, rounded; adds to ``sums`` what that leaves.
 
-        U and P stand for the columns that the matrix has, whichever of W's they are.
+        All stands for the columns that the matrix has, whichever of W's they are.
         """
         new = torch.empty_like(stored)
-        U, settled = self.U[block], self._settled(block)
-        left.addmm_(U.T @ U, P)
+        U, A, P, settled = self.U[block], self.A[block], sums.P, self._settled(block)
+        sums.left.addmm_(U.T @ A, P)
+        if push is not None and sums.along is None:
+            P, push = push.add_(P), None
         for part in self._strips(len(stored), len(P[0])):
             W = _shaped(scratch[0], stored[:, part])
-            aim = self.delta.exact(W, block, part, taken[:, part], _shaped(scratch[1], W, False))
+            aim = self.delta.exact(W, block, part, P[:, part], _shaped(scratch[1], W, False))
+            if push is not None:
+                aim.addmm_(U, push[:, part], alpha=-1)
             rounded = new[:, part].copy_(aim)
             if settled is not None:
                 nearest = rounded[settled]
                 other = neighbour(nearest, aim[settled])
             change = aim.copy_(rounded).sub_(W)
-            L = left[:, part].addmm_(U.T, change)
+            L = sums.left[:, part].addmm_(U.T, change)
             if settled is not None:
                 step = _shaped(scratch[0], other).sub_(nearest)
-                moved = absorb_residual(L, U[settled], step, AIM * float(P[:, part].norm()))
+                aimed = AIM * float(sums.P[:, part].norm())
+                moved = absorb_residual(L, U[settled], step, aimed)
                 rounded[settled] = torch.where(moved, other, nearest)
                 change[settled] += step.mul_(moved)
+            if sums.along is not None:
+                sums.along[:, part].addmm_(A.T, change)
             self.squares["change"] += torch.dot(change.flatten(), change.flatten())
         return new
 
@@ -227,6 +243,21 @@ class Editor:
     def _strips(self, height: int, width: int) -> Iterator[slice]:
         size = max(self.strip // max(height, 1), 1)
         return (slice(start, min(start + size, width)) for start in range(0, width, size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What is known along the subspace while a matrix W (O, I) is edited, float64.
+
+    Attributes:
+        P: (R, I), a U^T W.
+        left: (R, I), U^T E of the rows that are done.
+        along: (R, I), A^T (W' - W) of these rows; None where A is U.
+    """
+
+    P: Tensor
+    left: Tensor
+    along: Tensor | None
 
 
 def _shaped(scratch: Tensor, like: Tensor, filled: bool = True) -> Tensor:

@@ -168,7 +168,7 @@ DROP, LEAKAGE, RATIO, INFORMAL, DEFENCE, OVER_REFUSAL = (
 )
 """Names of the gates in their records."""
 
-_REMOVALS = {"remove-subspace", "weaken-subspace"}
+_REMOVALS = {"remove-subspace", "weaken-subspace", "remove-oblique"}
 """Kinds of edits that have a leakage."""
 
 _AT_LEAST = (DROP, DEFENCE)

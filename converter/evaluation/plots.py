@@ -111,7 +111,7 @@ def spectrum_figure(manifest: Manifest) -> "Figure | None":
     A thin line for each layer if each has its own spectrum; None if there is none, as of a random
     subspace. A bin begins at the threshold, so that each bin has one colour.
     """
-    subspace, strength = manifest.subspace, manifest.choice.strength
+    subspace, rank = manifest.subspace, manifest.edit.rank
     if subspace is None or not subspace.singular_values:
         return None
     figure, (left, right) = _figure((6, 3.6), columns=2)
@@ -120,10 +120,10 @@ def spectrum_figure(manifest: Manifest) -> "Figure | None":
         shares = (100 * np.square(values) / np.square(values).sum())[:_SPECTRUM_LENGTH]
         x = range(1, len(shares) + 1)
         left.plot(x, shares, color=_BLUE, linewidth=linewidth, marker=marker, markersize=3)
-    label = f"rank {strength:g}"
+    label = f"rank {rank}"
     if factors := manifest.factors.values():
         label += f"\nfactors from {min(factors):g} to {max(factors):g}"
-    left.axvline(strength + 0.5, label=label, **_BOUNDARY)
+    left.axvline(rank + 0.5, label=label, **_BOUNDARY)
     left.set(xlabel="singular value, the largest first", ylabel="share of the sum of squares (%)")
     left.set_ylim(bottom=0)
     left.locator_params(axis="x", integer=True)

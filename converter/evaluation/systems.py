@@ -171,19 +171,20 @@ class Fits:
             return configure(name, typed, dimensions)
         if first is not None and first.edit is not None:
             layers, bias, rank = first.layers, first.bias, first.edit.rank
-            factors = first.options.get("factors", ())
+            found = self.bench.plan.find(first.edit.tensors)
+            factors = {w.layer: first.edit.tensors[n].factor for n, w in found.items()}
         else:
             asked = self.comparison.typed(recipe.method, recipe)
             reference = configure(recipe.method, asked, dimensions)
             (layers, bias), rank = edited_layers(reference, self.bench.plan), 0
-            factors = options_of(reference).get("factors", ())
+            factors = dict(enumerate(options_of(reference).get("factors", ())))
         options = {"bias": "project" if bias else "keep"}
         if inner := [str(layer) for layer in layers if layer < dimensions.num_hidden_layers]:
             options["layers"] = ",".join(inner)
-        mild = [f"{n}:{factors[n]!r}" for n in layers if n < len(factors) and factors[n] < 1]
-        if mild and "layers" not in typed:
-            options["factors"] = ",".join(mild)
+        mild = [f"{n}:{factors[n]!r}" for n in layers if factors.get(n, 1) < 1]
         if name == "random":
+            if mild and "layers" not in typed and not spec.matches:
+                options["factors"] = ",".join(mild)
             options |= {"draw": str(seed), "rank": str(max(rank, MAX_RANK))}
         else:
             options |= _DATA_FIXES

@@ -14,7 +14,7 @@ these to nothing many times over and leave the others, or take slang, and all in
 them. The protection of neutral directions is what keeps the edit from destroying a small model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,14 +30,19 @@ from converter.manifest import SubspaceEvidence
 from converter.methods.base import Layers, Proposal, Recorded, Workbench
 from converter.methods.bounds import check_protection
 from converter.methods.subspace import (
+    MAX_RANK,
     Removal,
     Subspace,
     candidates_of,
+    factor_of,
     indexed,
     protected_differences,
     rank_within,
 )
 from converter.models.batching import Pooling
+
+_PARTS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Among which a part is chosen."""
 
 _LIMIT = 1.0
 """Nats, over the saturation, up to which a word that becomes more probable counts as worse."""
@@ -80,7 +85,13 @@ class GlobalRemoval(Removal):
 class Method(GlobalRemoval):
     """GloSS with its options.
 
+    What toxic words lose grows with the part that is taken out, what other text loses with its
+    square: so a part of a larger subspace costs less than all of a smaller one that does as much.
+
     Attributes:
+        rank: R, dimensions of the subspace; by default ``MAX_RANK``.
+        part: how much of it is taken out, 0 to 1, in layers whose factor is 1. By default all of
+            a rank that is given, and else the most effective part within the perplexity budget.
         layers, edit_layers, site, pooling: see ``GlobalRemoval``.
         per_layer: leading causal directions of each layer that are recorded, to show what the
             layers have in common.
@@ -95,7 +106,9 @@ class Method(GlobalRemoval):
 
     title: ClassVar[str] = "GloSS, global toxic subspace suppression"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.17078"
+    strength: ClassVar[str] = "part"
 
+    part: float | None = field(default=None, metadata={"above": 0, "max": 1})
     per_layer: int = field(default=4, metadata={"min": 1, "max": "hidden_size"})
     directions: int = field(default=32, metadata={"min": 1, "max": "hidden_size"})
     saturation: float = field(default=3.0, metadata={"min": 1e-3, "max": 1e6})
@@ -129,6 +142,24 @@ class Method(GlobalRemoval):
         subspace = Subspace(bases, {"U": values}, candidates, torch.cat(rows))
         return self.propose(bench, subspace, seen.second_moment)
 
+    def taken(self, strength: float) -> tuple[int, float]:
+        """See ``Removal``; a strength is a part of all that is fitted."""
+        return self.rank or MAX_RANK, strength
+
+    @property
+    def _most(self) -> float:
+        return max(self._strengths(0))
+
+    @property
+    def _is_free(self) -> bool:
+        return self.rank is None and self.part is None
+
+    def _strengths(self, widest: int) -> Sequence[float]:
+        if self._is_free:
+            return _PARTS
+        most = self.part or 1.0
+        return [*(part for part in _PARTS if part < most), most]
+
     def _check_sizes(self, plan: Plan) -> None:
         check_protection(
             plan.dimensions, self.rank or 1, self.per_layer, self.protect_shared, self.protect_own
@@ -141,8 +172,16 @@ class Method(GlobalRemoval):
 
     def _implied(self, told: SubspaceEvidence, found: Recorded) -> dict[str, Any]:
         layers = [layer for layer in self.layers for _ in range(self.per_layer)]
+        weights = found.plan.find(found.edit.tensors)
+        parts = {
+            delta.factor / factor_of(self.factors, weights[name].layer)
+            for name, delta in found.edit.tensors.items()
+        }
         same = indexed(told, kind="causal", kept=True)
-        return {"candidates": [{"layer": n, **c} for n, c in zip(layers, same, strict=True)]}
+        return {
+            "part": max(parts),  # of layers that disagree, one is not as the options say
+            "candidates": [{"layer": n, **c} for n, c in zip(layers, same, strict=True)],
+        }
 
     def _basis(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
         """U, turned to the toxic side, and square roots of what words lose on average along V."""

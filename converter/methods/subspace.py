@@ -5,7 +5,7 @@ Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candi
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +25,11 @@ from converter.calibration.statistics import Activations
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit, Footprint
-from converter.edits.deltas import RemoveSubspace, WeakenSubspace, removal_of
+from converter.edits.deltas import RemoveOblique, RemoveSubspace, WeakenSubspace, removal_of
 from converter.errors import FitError, OptionError
 from converter.manifest import Candidate, Kind, SubspaceEvidence, to_json
 from converter.methods.base import Factors, Layers, Proposal, Recorded, Workbench
+from converter.methods.behind_norm import removal_behind
 
 MAX_RANK = 8
 """Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
@@ -134,9 +135,11 @@ class Removal:
                 "that keeps them could not be examined",
             )
         kinds = dict.fromkeys(
-            WeakenSubspace if factor_of(self.factors, weight.layer) < 1 else RemoveSubspace
+            RemoveOblique if weight.layer in plan.post_norms
+            else WeakenSubspace if factor_of(self.factors, weight.layer) * self._most < 1
+            else RemoveSubspace
             for weight in weights
-        )
+        )  # fmt: skip
         return Footprint(weights, tuple(kinds), self.rank or MAX_RANK)
 
     def _check_sizes(self, plan: Plan) -> None:
@@ -170,42 +173,62 @@ class Removal:
             moment: (D, D) neutral second moment averaged over layers, or None if it is not known;
                 controls then spare nothing.
         """
-        gains = bench.gains
-        bases = before_norm(subspace.bases, gains)
+        bases, gains = subspace.bases, bench.gains
         width, widest = next(iter(bases.values())).shape
         spared = shared_directions(moment, min(_SPARED, width // 8), width)
-
-        ranks = [rank for rank in _RANKS if rank <= widest]
-        if self.rank is not None:
-            ranks = sorted({*ranks, widest})
         evidence, tensors = self._evidence(bench, subspace, width)
 
         def offer(factors: Factors) -> Proposal:
             self._check_factors(bench.plan, factors)
 
-            def edit(rank: float) -> Edit:
-                leading = {n: U[:, : int(rank)] for n, U in bases.items()}
-                return self._edit(bench.plan, leading, factors)
+            def size(strength: float) -> tuple[int, Factors]:
+                (rank, part), count = self.taken(strength), bench.plan.dimensions.num_hidden_layers
+                shares = (part * factor_of(factors, layer) for layer in range(count))
+                return min(rank, widest), tuple(shares)
 
-            def control(rank: float, seed: int) -> Edit:
-                drawn = dict.fromkeys(self.edited, random_basis(width, int(rank), seed, spared))
-                return self._edit(bench.plan, before_norm(drawn, gains), factors)
+            def edit(strength: float) -> Edit:
+                rank, shares = size(strength)
+                leading = {n: U[:, :rank] for n, U in bases.items()}
+                return self._edit(bench.plan, leading, shares, gains)
 
-            def energy(rank: float) -> float | None:
+            def control(strength: float, seed: int) -> Edit:
+                rank, shares = size(strength)
+                drawn = dict.fromkeys(self.edited, random_basis(width, rank, seed, spared))
+                return self._edit(bench.plan, drawn, shares, gains)
+
+            def energy(strength: float) -> float | None:
                 if moment is None:
                     return None
-                backwards = {n: torch.where(g == 0, 0, 1 / g) for n, g in gains.items()}
-                written = before_norm({n: U[:, : int(rank)] for n, U in bases.items()}, backwards)
-                shares = {n: factor_of(factors, n) for n in written}
+                rank, shares = size(strength)
                 return max(
-                    a * (2 - a) * neutral_energy(written[n], moment) for n, a in shares.items()
+                    a * (2 - a) * neutral_energy(U[:, :rank], moment)
+                    for a, U in ((shares[n], U) for n, U in bases.items())
                 )
 
             return Proposal(
-                ranks, self.rank is None, edit, control, evidence, tensors, energy, offer
-            )
+                self._strengths(widest), self._is_free, edit, control, evidence, tensors, energy,
+                offer,
+            )  # fmt: skip
 
         return offer(self.factors)
+
+    def taken(self, strength: float) -> tuple[int, float]:
+        """The rank, or a larger number where all that is fitted counts, and the part taken out."""
+        return int(strength), 1.0
+
+    @property
+    def _most(self) -> float:
+        """The largest part that a strength takes out."""
+        return 1.0
+
+    @property
+    def _is_free(self) -> bool:
+        return self.rank is None
+
+    def _strengths(self, widest: int) -> Sequence[float]:
+        """Of a fit of so many directions."""
+        ranks = {rank for rank in _RANKS if rank <= widest}
+        return sorted(ranks if self.rank is None else {*ranks, widest})
 
     def implied(self, found: Recorded) -> dict[str, Any]:
         """The width, and of the candidates what options and basis say. Raises FitError."""
@@ -229,14 +252,22 @@ class Removal:
         left = (weight for weight in found if factor_of(factors, weight.layer))
         return tuple(sorted(left, key=lambda weight: weight.layer))
 
-    def _edit(self, plan: Plan, bases: Mapping[int, Tensor], factors: Factors) -> Edit:
+    def _edit(
+        self, plan: Plan, bases: Mapping[int, Tensor], factors: Factors, gains: Mapping[int, Tensor]
+    ) -> Edit:
         shared: dict[int, Tensor] = {}  # of bases that layers share
-        known: dict[tuple[int, float], RemoveSubspace] = {}
+        known: dict[tuple[int, float, int | None], RemoveSubspace] = {}
         deltas = {}
         for weight in self._weights(plan, factors):
-            basis, a = bases[weight.layer], factor_of(factors, weight.layer)
-            U, key = shared.setdefault(basis.data_ptr(), basis.contiguous()), (basis.data_ptr(), a)
-            deltas[weight.info.name] = known.setdefault(key, removal_of(U, a))
+            layer, basis = weight.layer, bases[weight.layer]
+            behind, a = layer if layer in gains else None, factor_of(factors, layer)
+            key = basis.data_ptr(), a, behind
+            if key not in known:
+                U = shared.setdefault(basis.data_ptr(), basis.contiguous())
+                known[key] = (
+                    removal_of(U, a) if behind is None else removal_behind(U, gains[layer], a)
+                )
+            deltas[weight.info.name] = known[key]
         return Edit(deltas)
 
     def _evidence(
@@ -314,33 +345,6 @@ def check_evidence(evidence: SubspaceEvidence, tensors: Mapping[str, Tensor]) ->
         if ours is None or theirs is None or not (same and torch.equal(ours, theirs)):
             wrong.append(name)
     return wrong
-
-
-def before_norm(bases: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Bases of what the FFNs add as those of what the down-projections give.
-
-    A norm may come between:
-
-        f = diag(g) rms(W h)    g (D,), rms divides by a scalar of each token
-
-    To remove U (D, R) from what W gives leaves most of it in f, because g turns it: ``U^T f`` is
-    ``(diag(g) U)^T W h`` over that scalar. So W is projected along ``orth(diag(g) U)``, and nothing
-    of f is left along U. The columns keep their direction, and those of a smaller rank remain the
-    first of those of a larger one.
-
-    Args:
-        bases: layer -> U.
-        gains: layer -> g, of the layers with such a norm.
-
-    Returns:
-        layer -> (D, R) float32, orthonormal.
-    """
-    turned = dict(bases)
-    for layer in bases.keys() & gains.keys():
-        Q, R = torch.linalg.qr(gains[layer].double()[:, None] * bases[layer].double())
-        signs = torch.where(R.diagonal() < 0, -1.0, 1.0).double()
-        turned[layer] = (Q * signs).float().contiguous()
-    return turned
 
 
 def neutral_energy(U: Tensor, moment: Tensor) -> float:

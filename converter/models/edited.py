@@ -67,7 +67,8 @@ def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
     """Whether both take as much of one subspace out, and so of the sum of weight and bias."""
     if one is None or other is None or one.protects is None:
         return False
-    return one.protects is other.protects and one.factor == other.factor
+    same = one.protects is other.protects and one.written is other.written
+    return same and one.factor == other.factor
 
 
 @contextmanager

@@ -42,6 +42,8 @@ FORMULAS = {
     "remove-subspace": "`W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
     "weaken-subspace": "`W - a U Uᵀ W`, where `U` is an orthonormal basis of a subspace, and `a` "
     "a factor below 1",
+    "remove-oblique": "`W - a A Uᵀ W`, where `U` is an orthonormal basis of a subspace, `A` has "
+    "`Uᵀ A = I`, and `a` is a factor of at most 1",
     "add-low-rank": "`W + B A`, where `B` has few columns and `A` few rows",
     "add-to-rows": "`W` with a vector `v` added to some of its rows",
     "replace": "another matrix of the same size",
@@ -193,7 +195,8 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
         budget = 1 + (manifest.run.max_perplexity_ratio - 1) * number / len(manifest.methods)
         strength = f"{choice.strength:g}"
         if method.subspace is not None:
-            strength += f" of {method.subspace.hidden_size} dimensions"
+            of = "" if method.strength == "rank" else f"a subspace of {manifest.edit.rank} of "
+            strength += f" of {of}{method.subspace.hidden_size} dimensions"
         own = f"{method.strength} of {method.name}" if manifest.steps else method.strength
         yield escaped(own), strength + _chosen_text(choice, budget)
     if (found := manifest.search) is not None:
@@ -203,7 +206,7 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
                 f"; text that no trial has seen keeps {found.kept:.0%} of the drop of toxic words"
             )
         yield "options", f"found by a search of {found.trials} trials on held-out text{kept}"
-    if factors := manifest.factors:
+    if (factors := manifest.factors) and {*factors.values()} != {manifest.choice.strength}:
         yield "factors", f"{factors_text(factors, manifest.layers)}: `a` of the formula below"
     if changes:
         mean, least, most = sum(changes) / len(changes), min(changes), max(changes)

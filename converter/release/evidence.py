@@ -145,7 +145,7 @@ class EvidenceCheck:
     ) -> Iterator[str]:  # fmt: skip
         implied: dict[str, Any] = {}
         if recorded is not None:
-            if told.subspace is not None:
+            if told.subspace is not None and told.strength == "rank":
                 implied |= {told.strength: recorded.edit.rank}
             try:
                 implied |= getattr(parts[told.name], "implied", lambda found: {})(recorded)

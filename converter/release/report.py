@@ -145,7 +145,7 @@ def _edit_text(manifest: Manifest) -> str:
 
 def _layers(manifest: Manifest) -> Table:
     """The edited tensors; a rank is that of a subspace, of which only the largest is recorded."""
-    has_rank = {"remove-subspace", "weaken-subspace"}
+    has_rank = {"remove-subspace", "weaken-subspace", "remove-oblique"}
     return Table(
         ("layer", "tensor", "rank, at most", "relative change", "rounding error", "energy removed",
          "left along it"),

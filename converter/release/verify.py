@@ -239,7 +239,7 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     run, choice, guard = manifest.run, manifest.choice, manifest.guard
     method = manifest.method
     yield "run and method disagree", run.method == method.name
-    if manifest.subspace is not None:
+    if manifest.subspace is not None and method.strength == "rank":
         same = choice.strength == manifest.edit.rank
         yield "the choice and the edit have different ranks", same
     for _, each in manifest.methods:
@@ -405,8 +405,8 @@ def check_method(
     for name in sorted(asked ^ edited if whole else edited - asked):
         yield f"tensor {name}: the method's options and the list of edited tensors disagree"
     factors = {
-        weight.info.name: factor_of(part.factors, weight.layer)
-        for part in parts.values()
+        weight.info.name: part.taken(choice.strength)[1] * factor_of(part.factors, weight.layer)
+        for (_, choice), part in zip(manifest.methods, parts.values(), strict=True)
         if isinstance(part, Removal)
         for weight in footprint_of(part, plan).weights
     }

@@ -1,8 +1,9 @@
 """Is an adapter what its manifest says?
 
-B must be -a U of the recorded subspace and factor, bit for bit; A must have the recorded digest and
-norm, and, with the source at hand, be U^T W of its weights to the rounding of float32. The config
-must say of rank, scale and modules what peft needs to make W + B A of them.
+B must be -a U, or -a A where the projection is oblique, of the recorded tensors and factor, bit for
+bit; A must have the recorded digest and norm, and, with the source at hand, be U^T W of its weights
+to the rounding of float32. The config must say of rank, scale and modules what peft needs to make
+W + B A of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -144,14 +145,16 @@ def _check_factors(
     if factors is None or not torch.equal(A, factors[1]):
         yield f"{WEIGHTS}: {names[0]} is not that of the edit"
     if delta.protects is not None:
-        yield from _check_removal(entry, names[0], float(A.double().norm()), delta.factor)
+        yield from _check_removal(entry, names[0], float(A.double().norm()), delta)
 
 
-def _check_removal(entry: EditedTensor, name: str, norm: float, a: float) -> Iterator[str]:
+def _check_removal(entry: EditedTensor, name: str, norm: float, delta: Delta) -> Iterator[str]:
     """The norms of a record of a subspace that was taken out; ``norm`` is ||A|| = ||U^T W||."""
-    energy, leakage = (entry.measures.get(key, nan) for key in ("energy_removed", "leakage"))
-    along = sqrt(max(energy, 0) / (a * (2 - a)))
-    if not 0 <= energy <= 1 or not isclose(entry.relative_change, a * along, rel_tol=1e-4):
+    along, a = delta.along(entry.measures), delta.factor
+    leakage = entry.measures.get("leakage", nan)
+    least, most = delta.moved(along)
+    change = min(max(entry.relative_change, least), most)  # the nearest that can be
+    if not 0 <= along <= 1 or not isclose(entry.relative_change, change, rel_tol=1e-4):
         yield f"{MANIFEST}: the change of {entry.name} contradicts itself"
     elif not (0 <= leakage <= _LEFT and 0 <= entry.rounding_error <= _LEFT):
         yield f"{MANIFEST}: no adapter leaves so much of {entry.name}"

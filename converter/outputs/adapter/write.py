@@ -33,6 +33,7 @@ from converter.edits.apply import WeightEdit, damaged
 from converter.edits.deltas import (
     AddLowRank,
     Delta,
+    RemoveOblique,
     RemoveSubspace,
     WeakenSubspace,
     tensors_of,
@@ -56,7 +57,7 @@ from converter.runtime import progress
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-LOW_RANK = (RemoveSubspace, WeakenSubspace, AddLowRank)
+LOW_RANK = (RemoveSubspace, WeakenSubspace, RemoveOblique, AddLowRank)
 """Kinds of edits that a LoRA can hold."""
 
 _SERVED_RANK = 16
@@ -186,17 +187,18 @@ def _factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tens
 def _norms(delta: Delta, P: Tensor, exact: Tensor, A: Tensor, B: Tensor) -> dict[str, float]:
     """Those of ``editor.Editor.norms``, but for that of W, of factors in float64 on the CPU.
 
-    B of a subspace that is weakened is rounded to float32, as A is: B A + a U P is then
-    ``B (A - P) + (B + a U) P``.
+    B of a subspace that is weakened is rounded to float32, as A is: with V for ``delta.written``,
+    B A + a V P is then ``B (A - P) + (B + a V) P``.
     """
     G, E = B.T @ B, A - exact
     norms = {"P": float(P.norm()), "change": _norm_in(G, A), "error": _norm_in(G, E), "left": 0.0}
     if delta.protects is None:
         return norms
-    U, a = delta.protects.double().cpu(), delta.factor
+    U, V, a = delta.protects.double().cpu(), delta.written, delta.factor
+    assert V is not None
     norms["left"] = float((a * P + U.T @ B @ A).norm())
     if a < 1:
-        both = torch.cat([B, B + a * U], 1)
+        both = torch.cat([B, B + a * V.double().cpu()], 1)
         norms["error"] = _norm_in(both.T @ both, torch.cat([E, P]))
     return norms
 

@@ -6,7 +6,6 @@ from math import isclose, isfinite, nan, prod, sqrt
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from converter.checkpoints.architectures.kind import FUSED
 from converter.checkpoints.fusing import (
@@ -228,8 +227,8 @@ def check_edit(
         )
     if delta.protects is None:
         return
-    bound = _allowed(tensor, stored.dtype, units, basis, rounding)
-    along = along_before(tensor, delta)
+    bound = _allowed(tensor, stored.dtype, units, delta, rounding)
+    along = delta.along(tensor.measures) * tensor.norm
     if delta.factor == 1 and not left <= bound:
         yield (
             f"{shard}: tensor {name} is not orthogonal to {', '.join(tensor.tensors.values())}: "
@@ -245,53 +244,53 @@ def check_edit(
         )
 
 
-def along_before(tensor: EditedTensor, delta: Delta) -> float:
-    """||U^T W|| before a subspace was taken out or weakened, from the record."""
-    a = delta.factor
-    return sqrt(max(tensor.measures.get("energy_removed", 0.0), 0.0) / (a * (2 - a))) * tensor.norm
-
-
 def _allowed(
-    tensor: EditedTensor, dtype: torch.dtype, units: float, basis: Tensor, rounding: str
+    tensor: EditedTensor, dtype: torch.dtype, units: float, delta: Delta, rounding: str
 ) -> float:
     """The largest ||U^T W' - (1 - a) U^T W|| that rounding explains."""
+    basis = delta.protects
+    assert basis is not None
     if dtype.itemsize > 2 or (dtype.itemsize == 2 and rounding == "nearest"):
         return rounding_bound(units, len(basis), tensor.norm)
     noise = _NOISE.get(tensor.dtype, torch.finfo(dtype).eps / 2)
     noise *= sqrt(basis.shape[1] / basis.shape[0])
-    energy = tensor.measures.get("energy_removed", 0.0)
-    return max(_LEFT * sqrt(max(energy, 0.0)), noise) * tensor.norm
+    along, a = delta.along(tensor.measures), delta.factor
+    return max(_LEFT * sqrt(a * (2 - a)) * along, noise) * tensor.norm
 
 
 def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
     """Which numbers of a record do not fit what is there.
 
     ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
-    out, W' = W - a U P + E with U^T W = P and E the rounding error, so ||W - a U P||^2 =
-    ||W||^2 - a (2 - a) ||P||^2 is ||W'||^2 but for E, and W' - W = E - a U P. ``left`` is
-    ||U^T W'||, which is the leakage if a is 1, and else (1 - a) ||P|| but for the leakage: that it
-    is (1 - a) P column by column can be seen with the source only.
+    out, W' = W - a A P + E with U^T W = P and E the rounding error, so W' - W = E - a A P. If A is
+    U, ||W - a U P||^2 = ||W||^2 - a (2 - a) ||P||^2 is ||W'||^2 but for E. ``left`` is ||U^T W'||,
+    which is the leakage if a is 1, and else (1 - a) ||P|| but for the leakage: that it is (1 - a) P
+    column by column can be seen with the source only.
     """
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
-    energy = tensor.measures.get("energy_removed", nan if delta.protects is not None else 0.0)
-    leakage = tensor.measures.get("leakage", nan)
-    if not (0 <= energy <= 1 + _CLOSE and error >= 0 and isfinite(before) and change >= 0):
+    removes, a = delta.protects is not None, delta.factor
+    along = delta.along(tensor.measures) if removes else 0.0
+    if not (0 <= along <= 1 + _CLOSE and error >= 0 and isfinite(before) and change >= 0):
         yield "its norms are impossible"
         return
     noise = _CLOSE * before
-    if delta.protects is None:
-        whole = before or 1.0  # of which the change is recorded as a share
+    whole = before or 1.0  # of which the change is recorded as a share
+    if not removes or delta.written is not delta.protects:
         if not abs(norm - before) <= change * whole + _CLOSE * max(before, norm):
             yield "its norm, or its change"
+    else:
+        kept = sqrt(max(1 - a * (2 - a) * along**2, 0)) * before
+        if not abs(norm - kept) <= error * before + noise:
+            yield "its norm, or what was removed of it"
+    if not removes:
         return
-    along, a = along_before(tensor, delta), delta.factor
-    if not abs(norm - sqrt(max(1 - energy, 0)) * before) <= error * before + noise:
-        yield "its norm, or what was removed of it"
-    if not abs(change - a * sqrt(energy / (a * (2 - a)))) <= error + _CLOSE:
+    least, most = delta.moved(along)
+    if not least - error - _CLOSE <= change <= most + error + _CLOSE:
         yield "its change"
     if tensor.measures.get("factor", 1.0) != a:
         yield "its factor"
-    if a == 1 and not isclose(left, leakage * (along or 1.0), rel_tol=0.01, abs_tol=_TINY * before):
+    leakage = tensor.measures.get("leakage", nan) * (along * before or 1.0)
+    if a == 1 and not isclose(left, leakage, rel_tol=0.01, abs_tol=_TINY * before):
         yield "its leakage"
 
 
