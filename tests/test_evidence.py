@@ -75,7 +75,7 @@ def stronger(manifest: dict[str, Any], number: int = 0) -> None:
     steps = manifest.get("steps") or [manifest]
     step = steps[number]
     key, before = step["method"]["strength"], step["choice"]["strength"]
-    after = before * 2 if isinstance(before, float) else before + 1
+    after = before / 2 if isinstance(before, float) or key == "part" else before + 1
     step["choice"]["strength"] = step["method"]["options"][key] = after
     typed = key if len(steps) == 1 else f"{step['method']['name']}.{key}"
     manifest["method"]["options"][typed] = after

@@ -174,8 +174,9 @@ def test_spectrum_marks_rank_and_threshold() -> None:
     squares = np.square(evidence_of(manifest).singular_values["U"])
     shares = np.asarray(left.lines[0].get_ydata())
     assert shares == pytest.approx((100 * squares / squares.sum())[: len(shares)])
-    assert left.lines[1].get_xdata() == [4.5, 4.5]
-    assert left.lines[1].get_label() == "rank 4"
+    rank = manifest.edit.rank
+    assert left.lines[1].get_xdata() == [rank + 0.5, rank + 0.5]
+    assert left.lines[1].get_label() == f"rank {rank}"
     (threshold,) = {float(x) for x in np.asarray(right.lines[0].get_xdata())}
     for candidate in evidence_of(manifest).candidates:
         assert (candidate.score > threshold) == candidate.kept

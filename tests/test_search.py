@@ -197,7 +197,7 @@ def bench_of(source: Path, **changes: Any) -> tuple[Bench, Any]:
 @pytest.mark.parametrize(
     ("method", "options", "place"),
     [
-        ("gloss", SMALL, {"strength": 2, "first": 2, "last": 5, "cost": 6.0, "floor": 0.0}),
+        ("gloss", SMALL, {"strength": 0.4, "first": 2, "last": 5, "cost": 6.0, "floor": 0.0}),
         ("profs", {}, {"strength": 2, "top": 0.6, "floor": 0.5, "peak": 0.0}),
         ("destein", {"layers": "1-4"}, {"strength": 0.02}),
         ("destein", {}, {"strength": 0.04, "first": 4, "last": 2}),
@@ -237,7 +237,7 @@ def test_the_whole_search_part_measures_what_a_probe_does(late: Path) -> None:
     """A share is a part of it that is measured by itself; nothing else of it is run."""
     bench, parts = bench_of(late)
     space = Space.of("gloss", FEW, {}, bench.plan)
-    edit = bench.fit(space.default, parts.fit).edit(2)
+    edit = bench.fit(space.default, parts.fit).edit(0.8)
     texts = SearchTexts(bench, parts.choose, None, 1)
     steps = list(texts.measure(edit))
     assert [share for share, *_ in steps] == list(SHARES)

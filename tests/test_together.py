@@ -318,7 +318,7 @@ def test_two_heads_do_not_add_up(checkpoints: Checkpoints) -> None:
 def test_a_plan_says_what_becomes_of_each_strength(checkpoints: Checkpoints, cli: Cli) -> None:
     args = ("--method", "gloss+rows", "-o", "rows.scale=0.5", "-o", "gloss.layers=1")
     said = cli("plan", checkpoints("llama"), *args, code=0).stdout
-    assert "method gloss+rows, gloss.rank chosen by the budget, rows.scale 0.5, layers" in said
+    assert "method gloss+rows, gloss.part chosen by the budget, rows.scale 0.5, layers" in said
 
 
 def test_given_activations_are_of_one_method(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -345,12 +345,13 @@ def test_a_tensor_of_several_weights_is_refused_by_the_kind_of_the_method_that_c
 def test_the_budget_is_shared_out_and_the_sum_is_examined_once(
     planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[float, list[int], list[str]]] = []
+    asked: list[tuple[float, list[float], list[str]]] = []
 
     def choose(probe: Any, proposal: Proposal, budget: float) -> Choice:
-        edit = proposal.edit(proposal.strengths[0])
-        asked.append((round(budget, 4), [*proposal.strengths], sorted(edit.tensors)))  # type: ignore[list-item]
-        return Choice(strength=proposal.strengths[0], automatic=False, tried=())
+        strength = 0.8 if 0.8 in proposal.strengths else proposal.strengths[0]
+        edit = proposal.edit(strength)
+        asked.append((round(budget, 4), [*proposal.strengths], sorted(edit.tensors)))
+        return Choice(strength=strength, automatic=False, tried=())
 
     monkeypatch.setattr(fitting, "choose_strength", choose)
     args = ("--method", "gloss+rows", *planted_args(planted, rank=None), "-o", "gloss.layers=2-4")
@@ -358,12 +359,12 @@ def test_the_budget_is_shared_out_and_the_sum_is_examined_once(
     result = cli("convert", planted, tmp_path / "out", *args, *more, "--guard-draws", 1, code=0)
     (one, first, own), (two, second, sum_) = asked
     assert (one, two) == (1.1, 1.2)
-    assert first[0] == 1
+    assert first[-1] == 0.8
     assert second == [0.01, 0.02, 0.04]
     gate = "model.layers.0.mlp.gate_proj.weight"
     assert sum_ == sorted([*own, gate])
     found = json.loads(result.stdout)
-    assert found["strengths"] == {"gloss.rank": 1, "rows.scale": 0.01}
+    assert found["strengths"] == {"gloss.part": 0.8, "rows.scale": 0.01}
     assert found["guard"]["edit"]["teacher_forced"]["value"] < 0.7
     assert len(found["guard"]["controls"]) == 1
     cli("verify", tmp_path / "out", code=0)

@@ -24,6 +24,7 @@ def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
         "commit": manifest.source.commit,
         "output": manifest.run.output,
         "method": manifest.method.name,
+        "rank": manifest.edit.rank,
         manifest.method.strength: manifest.choice.strength,
         "strength": manifest.choice.strength,
         "strength_name": manifest.method.strength,
@@ -70,7 +71,7 @@ def result_text(result: dict[str, Any], published: str = "") -> str:
     table = f"\n\n{markdown(result['evaluation'])}" if result["evaluation"] else ""
     return f"""\
 {result["source"]} -> {result["destination"]}{_headline(result["guard"])}
-  method        {result["method"]}, {_strengths(result["strengths"])}\
+  method        {result["method"]}, {_strengths(result)}\
 {layers_text(result["layers"])}
 {_texts(result)}{chosen}
 {_changes(result)}
@@ -96,9 +97,13 @@ def _samples(samples: Sequence[SampleRecord]) -> str:
     return "\n".join(lines)
 
 
-def _strengths(strengths: dict[str, float]) -> str:
-    """What each strength is, such as ``rank 2``."""
-    return ", ".join(f"{name} {value:g}" for name, value in strengths.items())
+def _strengths(result: dict[str, Any]) -> str:
+    """What each strength is, such as ``rank 2``, or ``part 0.4 of rank 8``."""
+    of = f" of rank {result['rank']}"
+    return ", ".join(
+        f"{name} {value:g}{of if name.endswith('part') else ''}"
+        for name, value in result["strengths"].items()
+    )
 
 
 def _texts(result: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def _changes(result: dict[str, Any]) -> str:
         lines.append(f"  edited        {result['tensors_edited']} tensors")
     if (change := result["mean_relative_change"]) is not None:
         lines[-1] += f", changed by {change:.2%} of their norm on average"
-    if result["factors"]:
+    if {*result["factors"].values()} - {result["strength"]}:
         lines.append(f"  factors       {factors_text(result['factors'], result['layers'])}")
     if (left := result["max_leakage"]) is not None:
         beside = ", beside what was to stay" if result["factors"] else ""

@@ -116,6 +116,10 @@ class Method(GlobalRemoval):
     protect_shared: int = field(default=16, metadata={"min": 0, "max": "hidden_size"})
     protect_own: int = field(default=4, metadata={"min": 0, "max": "hidden_size"})
 
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.part is None:
+            object.__setattr__(self, "part", 1.0)
+
     def fit(self, bench: Workbench) -> Proposal:
         """Fit the global subspace; see the module's formulas.
 
@@ -152,13 +156,12 @@ class Method(GlobalRemoval):
 
     @property
     def _is_free(self) -> bool:
-        return self.rank is None and self.part is None
+        return self.part is None
 
     def _strengths(self, widest: int) -> Sequence[float]:
-        if self._is_free:
+        if self.part is None:
             return _PARTS
-        most = self.part or 1.0
-        return [*(part for part in _PARTS if part < most), most]
+        return [*(part for part in _PARTS if part < self.part), self.part]
 
     def _check_sizes(self, plan: Plan) -> None:
         check_protection(
