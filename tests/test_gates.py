@@ -129,7 +129,8 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
     result = cli(*args, "--max-leakage", 1e-9, code=11)
     said = json.loads(result.stdout)
     assert (said["error"], said["exit_code"]) == ("GateError", 11)
-    assert "release gate failed: --max-leakage asks for at most 1e-09, tensor model" in said["message"]
+    says = "release gate failed: --max-leakage asks for at most 1e-09, tensor model"
+    assert says in said["message"]
     assert list(tmp_path.iterdir()) == []
     cli(*args, "--max-leakage", 0.9, code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
