@@ -153,5 +153,5 @@ def test_a_file_that_cannot_be_written_is_refused(
     assert "measuring" not in found.stderr
     same = ("--continuations", tmp_path / "results.json")
     cli(*asked, *same, code=2, says="--results and --continuations: expected different files")
-    says = f"--continuations {tmp_path} is a folder; give the name of a file"
-    cli(*asked, "--continuations", tmp_path, code=7, says=says)
+    is_folder = f"--continuations {tmp_path} is a folder; give the name of a file"
+    cli(*asked, "--continuations", tmp_path, code=7, says=is_folder)
