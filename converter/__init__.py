@@ -1,6 +1,6 @@
 """gloss-convert: make a language model less toxic by editing its checkpoint.
 
-What can be imported from here is the public interface for Python; it does what the commands do:
+This is the public interface for Python. It does the same as the commands:
 
     import converter
 
@@ -9,9 +9,8 @@ What can be imported from here is the public interface for Python; it does what 
     manifest = converter.convert(recipe, "out")
     assert converter.verify("out") == []
 
-Nothing here prints or exits: what goes wrong is raised as a ``ConverterError``, and what a run
-tells while it works are records of the logger ``converter``. Everything else in this package may
-change from version to version.
+Nothing here prints or exits. Errors are raised as ``ConverterError``, and progress goes to the
+logger ``converter``. Everything else in this package may change from version to version.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is in ``__all__`` and not imported above, when it is asked for: torch takes a second."""
+    """Import the other names of ``__all__`` on first use, since importing torch takes a second."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from converter.runtime.cache import find_folders

@@ -1,4 +1,4 @@
-"""What the commands do, as functions; ``import converter`` gives them.
+"""The commands as functions; ``import converter`` provides them.
 
 A function returns the data that its command prints, raises the errors that its command exits with,
 and reports its progress to the logger ``converter``.
@@ -30,7 +30,7 @@ from converter.runtime import progress
 from converter.runtime.registry import telling_packages
 
 Place = str | PathLike[str]
-"""A path, or what is typed on a command line: a repo id, or the word demo."""
+"""A path, or a place as typed on a command line: a repo id, or the word demo."""
 
 
 @contextmanager
@@ -60,21 +60,21 @@ def convert(
 ) -> Manifest:
     """Fit an edit on a model, examine it, and write the edited model: ``gloss-convert``.
 
-    A run that was interrupted goes on where it stopped if it is called again; one that was finished
-    is verified, and not done again.
+    If a run was interrupted, the same call continues it. If it was finished, the same call only
+    verifies the result.
 
     Args:
-        recipe: all that the result depends on, or a source, for a recipe of defaults.
+        recipe: everything that the result depends on; or a source, for a recipe of defaults.
         destination: a folder that does not exist or is empty.
-        settings: how this machine does it; the bytes of the result do not depend on them.
+        settings: how this machine does the work; the bytes of the result do not depend on them.
         overwrite: replace a checkpoint that is already there.
 
     Returns:
-        the manifest that was written beside the model: what was read, fitted, measured, edited.
+        the manifest that was written beside the model.
 
     Raises:
         GuardError: the edit would break the model, or does no more than a random one.
-        ConverterError: another of its children; the destination is as it was.
+        ConverterError: another of its children; the destination is unchanged.
     """
     delivery = Delivery(overwrite=overwrite is True)  # no text such as "no" deletes anything
     return convert_once(_recipe(recipe), Path(_text(destination)), settings, delivery)
@@ -82,7 +82,7 @@ def convert(
 
 @_quietly()
 def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, Any]:
-    """What ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
+    """Say what ``convert`` would do, from the headers of the shards alone: ``gloss plan --json``.
 
     Args:
         recipe, settings: as for ``convert``.
@@ -92,7 +92,7 @@ def plan(recipe: Recipe | Place, settings: Settings = Settings()) -> dict[str, A
         and ``expected_peak_bytes``.
 
     Raises:
-        ConverterError: as ``convert`` would, as far as that can be known.
+        ConverterError: as ``convert`` would, as far as the headers show it.
     """
     return describe_plan(_recipe(recipe), settings=settings)
 
@@ -109,7 +109,7 @@ def verify(
         trust_remote_code: whether code in the folder may run, to load its tokenizer.
 
     Returns:
-        what is wrong, a sentence each; empty if nothing is.
+        a sentence for each fault; empty if there is none.
 
     Raises:
         SourceError, CheckpointError: the source cannot be read.
@@ -132,23 +132,23 @@ def evaluate(
     costs: Sequence[float] = (),
     controls: bool = False,
 ) -> Evaluation:
-    """Measure toxicity and perplexity of a model and of what was made from it: ``gloss evaluate``.
+    """Measure toxicity and perplexity of a model and of its edited copy: ``gloss evaluate``.
 
     Args:
         recipe: as for ``convert``; its source is the unedited model.
-        edited: folder or repo of what ``convert`` made from it.
-        asked: what is measured: scorers, samples, text. The prompts are the recipe's.
+        edited: folder or repo that ``convert`` made from it.
+        asked: what to measure: scorers, samples, text. The prompts are the recipe's.
         settings: as for ``convert``.
-        systems: what is measured beside: methods to fit, such as ``random``, and places of others.
-        seeds: of the pairs that these are fitted on, one at least.
-        costs: perplexity ratios; each system is measured at strengths that come nearest to them.
-        controls: whether the control of each system that is fitted is measured, too.
+        systems: other systems to measure: methods to fit, such as ``random``, and places of models.
+        seeds: of the draws of pairs to fit these on, at least one.
+        costs: perplexity ratios; each system is measured at the strengths nearest to them.
+        controls: whether to measure the control of each fitted system, too.
 
     Returns:
         metrics of each system, with their intervals of 95 %.
 
     Raises:
-        ConverterError: one of its children says what is wrong.
+        ConverterError: one of its children.
     """
     comparison = Comparison(parse_systems(systems), tuple(seeds), tuple(costs), controls)
     made = None if edited is None else _text(edited)
@@ -164,7 +164,7 @@ def replay(
     *,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write the model that a manifest records once more: ``gloss replay``.
+    """Repeat a recorded conversion: ``gloss replay``.
 
     Args:
         manifest: the file, with that of the edit beside it, or a folder that holds both.
@@ -176,7 +176,7 @@ def replay(
 
     Raises:
         VerificationError: the source or the outputs are not the recorded ones.
-        ConverterError: another of its children; the destination is as it was.
+        ConverterError: another of its children; the destination is unchanged.
     """
     given = LocalInputs(source=None if source is None else _text(source))
     recording = read_recording(Path(_text(manifest)))
@@ -188,7 +188,7 @@ def replay(
 
 @_quietly()
 def diff(before: Place, after: Place) -> dict[str, Any]:
-    """Compare two models tensor by tensor, wherever their shards begin and end: ``gloss diff``.
+    """Compare two models tensor by tensor, however they are sharded: ``gloss diff``.
 
     Args:
         before, after: anything that can be converted.
@@ -205,7 +205,7 @@ def diff(before: Place, after: Place) -> dict[str, Any]:
 
 @_quietly()
 def load_edit(destination: Place) -> Edit:
-    """The edit that a converted model has: its tensors, new tensors, patches and files.
+    """Load the edit of a converted model: its tensors, new tensors, patches and files.
 
     Args:
         destination: the model's folder, with its manifest.
@@ -218,7 +218,7 @@ def load_edit(destination: Place) -> Edit:
 
 
 def _text(place: Place) -> str:
-    """A place as text, with the home folder for a ``~``."""
+    """A place as text; ``~`` is expanded to the home folder."""
     return str(at_home(fspath(place), "the path"))
 
 

@@ -11,12 +11,12 @@ from converter.text import one_line, redacted
 
 
 class ConverterError(Exception):
-    """Something the user can mend, said in one sentence.
+    """An error that the user can mend, in one sentence.
 
     Args:
         what: the thing that is wrong, by name: a tensor, a file, a repo, an option.
-        expected: what would have been right, if that is not plain from ``what``.
-        found: what was there instead.
+        expected: a right value, if ``what`` does not make it plain.
+        found: the value that was there instead.
         hint: what to do next.
     """
 
@@ -83,15 +83,17 @@ class DestinationError(ConverterError):
 
 
 class VerificationError(ConverterError):
-    """What was verified is not what its manifest says, a replay gave other bytes, or gloss diff
-    --exit-code found a difference."""
+    """A folder does not agree with its manifest, a replay gave other bytes, or gloss diff
+    --exit-code found a difference.
+    """
 
     exit_code = 8
 
 
 class GuardError(ConverterError):
-    """The guard refuses the edit, which would break the model or does no more than a random one; or
-    no strength is within the budget."""
+    """The guard refuses the edit, which breaks the model or does no more than a random one; or no
+    strength is within the budget.
+    """
 
     exit_code = 9
 
@@ -103,13 +105,13 @@ class PublishError(ConverterError):
 
 
 class GateError(ConverterError):
-    """A gate is closed: the edit does not meet what this run asked for beyond the guard."""
+    """A release gate failed: the edit does not meet a limit that this run set beyond the guard."""
 
     exit_code = 11
 
 
 class Faults:
-    """Errors that are found one after the other and told together.
+    """Collects errors, to report them together.
 
     with faults:
         look_at_this()      # its ConverterError is kept, and the work goes on below
@@ -135,7 +137,7 @@ class Faults:
         return True
 
     def settle(self) -> None:
-        """Raise what was found.
+        """Raise the collected errors.
 
         Raises:
             ConverterError: the only one.
@@ -148,7 +150,7 @@ class Faults:
 
 
 def errors_in(error: Exception) -> list[ConverterError]:
-    """The errors that are to be told of one that was raised. Raises it if it is none of ours."""
+    """The ``ConverterError``s in a raised error. Raises it again if it is not one of ours."""
     every = error.exceptions if isinstance(error, ExceptionGroup) else [error]
     ours = [each for each in every if isinstance(each, ConverterError)]
     if len(ours) < len(every):

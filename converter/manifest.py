@@ -1,8 +1,8 @@
-"""The manifest's format: one class for each part, in the order in which the file has them.
+"""The manifest's format: one class for each part, in the order of the file.
 
-The classes are the schema. What a file may hold, what a reader of it sees and what is published as
-JSON schema all follow from the fields below, which is why they are in one file.
-``release.manifest`` makes, reads and writes manifests, ``release.schema`` prints the JSON schema.
+The classes are the schema: the reader, the writer and the published JSON schema all follow from
+their fields. That is why they are in one file. ``release.manifest`` makes, reads and writes
+manifests, ``release.schema`` prints the JSON schema.
 """
 
 import json
@@ -35,7 +35,7 @@ OptionValue = str | int | float | bool | tuple[Count | Share, ...] | None
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A part of a manifest. Fields with a default are left out of the file where they have it."""
+    """A part of a manifest. The file leaves out a field that has its default."""
 
 
 class Tool(Record, kw_only=True):
@@ -53,7 +53,7 @@ class FileRecord(Record, kw_only=True):
     """A file, by content.
 
     Attributes:
-        source: of a shard, what the source calls it, if that is another name.
+        source: of a shard, its name in the source, if that is another one.
         prefixes: of a shard, tensor name -> the first 16 digits of the sha256 of the file up to the
             end of that tensor, in file order. The empty name is the header. None for other files.
     """
@@ -71,11 +71,11 @@ class SourceRecord(Record, kw_only=True):
         repo_id: on the Hub; None for a local source.
         revision: as asked for.
         commit: that the revision was resolved to.
-        files: every file that was read and is not in ``originals``.
-        originals: weights that are not safetensors, which the shards were made from.
-        extras: safetensors files beside those of the model, which were copied and not edited.
-        left_out: files that were neither read nor copied, by name; of a hidden folder, that. None
-            are listed for an adapter, which is used with the source.
+        files: every file that was read, except ``originals``.
+        originals: files of weights in another format, from which the shards were made.
+        extras: other safetensors files, which were copied and not edited.
+        left_out: names of files that were neither read nor copied; a hidden folder counts as one.
+            Empty for an adapter, which is used with the source.
     """
 
     name: str
@@ -94,7 +94,7 @@ class SourceRecord(Record, kw_only=True):
 
 
 class ArchitectureRecord(Record, kw_only=True):
-    """How the model was described, and what was proved of that on a tiny model of its class.
+    """How the model was described, and what was proved on a tiny model of its class.
 
     The tensors of the tiny model's checkpoint were projected as the edited ones are, and its logits
     compared with those of a model whose FFN outputs are projected.
@@ -103,10 +103,10 @@ class ArchitectureRecord(Record, kw_only=True):
         name: of the class of transformers.
         described_by: ``inference``, or the name of a data file.
         transformers: its version.
-        layers_without_ffn: which were left alone.
-        left_alone: what else writes into the residual stream, and was left alone, in words.
+        layers_without_ffn: layers that were not edited.
+        left_alone: other parts that write into the residual stream and were not edited, in words.
         proved_layers, proved_tensors: of the tiny model.
-        tolerance: relative, of the logits, and of what was left along the directions taken out.
+        tolerance: relative, for the logits and for the part left along the removed directions.
     """
 
     name: str
@@ -125,9 +125,9 @@ class MethodRecord(Record, kw_only=True):
     Attributes:
         options: every option, defaults resolved.
         package: name and version of the package that brought it; None for our own.
-        strength: what its strengths are called, such as ``rank``.
-        evidence: what it keeps to show how it came to its edit. Of methods that take a subspace out
-            it is a ``SubspaceEvidence``.
+        strength: the name of its strength, such as ``rank``.
+        evidence: a record of how it found its edit. For methods that remove a subspace, a
+            ``SubspaceEvidence``.
     """
 
     name: str
@@ -155,9 +155,9 @@ class Origin(Record, kw_only=True):
 
     Attributes:
         name: of a file, a package, or ``builtin``.
-        version: of the package, or of what is built in.
+        version: of the package, or of the built-in text.
         file_sha256: of the file.
-        field: that chose among the rows of the file.
+        field: the field that chose among the rows of the file.
     """
 
     name: str | None = None
@@ -192,7 +192,7 @@ class TextRecord(Record, kw_only=True):
     """A text that the run read.
 
     Attributes:
-        sha256: of the text as it was used.
+        sha256: of the text as used.
     """
 
     origin: Annotated[Origin, NAMED]
@@ -203,9 +203,9 @@ class PairsRecord(TextRecord, kw_only=True):
     """The pairs, as drawn, toxic spans included.
 
     Attributes:
-        count: pairs that the fit used.
-        skipped: reason -> how many rows of the origin were not usable.
-        drawn: how they were drawn from the model itself; None if they were not.
+        count: number of pairs that the fit used.
+        skipped: reason -> number of rows of the origin that were not usable.
+        drawn: how the pairs were drawn from the model itself; None if they were not.
     """
 
     count: Positive
@@ -223,10 +223,11 @@ class PartRecord(Record, kw_only=True):
 
 
 class SplitRecord(Record, kw_only=True):
-    """The parts of pairs and neutral text: fitted on, chosen on, reported on.
+    """The parts of pairs and neutral text: for the fit, for the choice of the strength, for the
+    report.
 
     Attributes:
-        dropped_pairs: left out because a sentence of theirs is in a held-out part.
+        dropped_pairs: number of pairs left out because a held-out part has one of their sentences.
     """
 
     dropped_pairs: Count
@@ -256,10 +257,10 @@ class Candidate(Record, kw_only=True):
     Attributes:
         layer: counted from 0.
         kind: see ``methods.gloss``.
-        index: its place among those of its layer and kind.
+        index: its place among the candidates of its layer and kind.
         score: of the ranking signal; larger is more toxic.
-        kept: whether it went into the basis.
-        tokens: what it decodes to, the nearest first.
+        kept: whether the basis was made from it.
+        tokens: the tokens nearest to it, the nearest first.
     """
 
     layer: Count
@@ -271,11 +272,12 @@ class Candidate(Record, kw_only=True):
 
 
 class SubspaceEvidence(Record, kw_only=True):
-    """How a method came to the subspace that it takes out.
+    """How a method found the subspace that it removes.
 
     Attributes:
         hidden_size: D.
-        singular_values: basis -> of the matrix that it was taken from, the largest first.
+        singular_values: basis -> singular values of the matrix that it was taken from, the largest
+            first.
         candidates: in order of layer.
     """
 
@@ -304,10 +306,10 @@ class EditRecord(Record, kw_only=True):
 
     Attributes:
         file: beside the weights, with its tensors.
-        rank: the most columns of a subspace that is taken out; 0 if there is none.
+        rank: the largest number of columns of a removed subspace; 0 if there is none.
         created: tensors that the source lacks.
-        patches: file of the source -> how its text changes: a merge patch (RFC 7396), or text that
-            is put in front.
+        patches: file of the source -> the change of its text: a merge patch (RFC 7396), or text put
+            in front.
         files: paths of files that the source lacks.
     """
 
@@ -330,19 +332,19 @@ class Estimate(Record, kw_only=True):
 
     @property
     def finite(self) -> bool:
-        """Whether it is a number at all; a broken model gives none."""
+        """Whether it is a number; a broken model gives NaN."""
         return isfinite(self.value) and isfinite(self.error)
 
 
 class Measured(Record, kw_only=True):
-    """What an edit does to held-out text.
+    """The effect of an edit on held-out text.
 
     Attributes:
         perplexity_ratio: after over before, on neutral text.
         toxic_change: mean change of a toxic word's log-probability, in nats.
         teacher_forced: mean of p_after / p_before of toxic words, each capped at e.
-        context_ratio: perplexity after over before of the other words of toxic text; None if there
-            are too few of them, or it was made before they were looked at.
+        context_ratio: perplexity after over before of the other words of toxic text; None if they
+            are too few, or were not measured.
     """
 
     perplexity_ratio: Estimate
@@ -358,7 +360,7 @@ class Measured(Record, kw_only=True):
 
 
 class WordsMeasured(Record, kw_only=True):
-    """What an edit does to toxic words, and to those beside them, in given texts.
+    """The effect of an edit on toxic words, and on the words beside them, in given texts.
 
     Attributes:
         toxic_change: mean change of a toxic word's log-probability, in nats.
@@ -382,7 +384,7 @@ Strength = int | float
 
 
 class Trial(Record, kw_only=True):
-    """What was measured of one strength that was tried."""
+    """The measurements of one strength that was tried."""
 
     strength: Strength
     perplexity_ratio: Estimate
@@ -392,7 +394,7 @@ class Trial(Record, kw_only=True):
 
 
 class Choice(Record, kw_only=True):
-    """The strength, and what was measured of those that were tried to choose it.
+    """The strength, and the measurements of those that were tried.
 
     Attributes:
         automatic: whether it was chosen, rather than given.
@@ -405,10 +407,10 @@ class Choice(Record, kw_only=True):
 
 
 class StepRecord(Record, kw_only=True):
-    """One of several methods that edit together, fitted to what the former ones left.
+    """One of several methods that edit together, fitted to the model as the former ones left it.
 
     Attributes:
-        choice: of its strength, by what all so far do together.
+        choice: of its strength, by the joint effect of all methods so far.
         activations: None if it needed none.
     """
 
@@ -418,16 +420,17 @@ class StepRecord(Record, kw_only=True):
 
 
 class DefenceMeasured(Record, kw_only=True):
-    """What an edit does to refusals: changes of their log-probability, in nats a token.
+    """The effect of an edit on refusals: changes of their log-probability, in nats a token.
 
     Attributes:
-        learnt: of the safe answers that the fit has seen, behind their own prompts.
-        harmful: of refusals in the usual words behind harmful requests, of which neither question
-            nor attack was seen.
-        bare: the same without an attack.
-        reworded: of refusals in words that no safe answer begins with, behind such requests.
+        learnt: of the learnt safe answers, behind their own prompts.
+        harmful: of refusals in the usual words behind harmful requests; the fit saw neither these
+            questions nor these attacks.
+        bare: the same requests without an attack.
+        reworded: of refusals in words that no safe answer begins with, behind the same requests as
+            ``harmful``.
         harmless: of refusals behind harmless questions.
-        touchy: behind harmless questions with words that sound harmful.
+        touchy: of refusals behind harmless questions with words that sound harmful.
     """
 
     learnt: float
@@ -441,7 +444,7 @@ class DefenceMeasured(Record, kw_only=True):
     def over_refusal(self) -> float:
         """The change behind harmless questions as a share of that behind harmful requests.
 
-        NaN, which passes no gate, if refusals of harmful requests have not become more probable.
+        NaN, which no gate accepts, if refusals of harmful requests have not become more probable.
         """
         if not self.harmful.value > 0:
             return nan
@@ -455,15 +458,15 @@ class DefenceMeasured(Record, kw_only=True):
 
 
 class DefenceRecord(Record, kw_only=True):
-    """What the guard measured of an edit that is to make a model refuse harmful requests.
+    """The guard's measurements of an edit for defence, which makes a model refuse harmful requests.
 
     Attributes:
-        least_learnt: change of the answers that were learnt, in nats a token.
-        least_defence: change of refusals behind harmful requests, likewise.
-        most_over_refusal: change behind harmless questions, as a share of that.
-        instances: that were learnt, by id.
-        suffix: that every message had behind it; empty for none.
-        prompts: what was measured -> how many prompts.
+        least_learnt: limit: change of the learnt answers, in nats a token.
+        least_defence: limit: change of refusals behind harmful requests, in nats a token.
+        most_over_refusal: limit: change of refusals behind harmless questions, as a share of that.
+        instances: ids of the learnt instances.
+        suffix: text behind every message; empty for none.
+        prompts: measurement -> its number of prompts.
         loss: of the answers to learn under the unedited model, in nats a token.
         edit: what the edit does.
         controls: what each control does.
@@ -481,10 +484,10 @@ class DefenceRecord(Record, kw_only=True):
 
 
 class HeadlineRecord(Record, kw_only=True):
-    """What an edit and its controls do to text that is not of the pairs' kind.
+    """The effect of an edit and its controls on text that is not of the pairs' kind.
 
-    Toxic words are those in continuations of prompts, drawn once from the unedited model; they are
-    weighed under the edits in these fixed texts, and one prompt's texts are one sampling unit.
+    Toxic words are those in continuations of prompts, drawn once from the unedited model. Each edit
+    is measured on these fixed texts. The texts of one prompt are one sampling unit.
 
     Attributes:
         prompts: that were continued.
@@ -492,12 +495,12 @@ class HeadlineRecord(Record, kw_only=True):
         max_new_tokens: of each continuation, at most.
         seed: of their draw.
         toxic_words: in them.
-        toxic_prompts: after which these stand.
-        context_tokens: of the same continuations that are in no toxic word.
-        ordinary_tokens: of the beginnings of held-out neutral paragraphs, after which the
-            divergences are taken.
-        words: what the edit does to the words; None if they are too few to judge by.
-        control_words: what each control does to them; empty if they are too few.
+        toxic_prompts: number of prompts after which these words stand.
+        context_tokens: number of other tokens of the same continuations.
+        ordinary_tokens: number of tokens of held-out neutral paragraphs on which the divergences
+            are measured.
+        words: the effect of the edit on the words; None if they are too few to judge by.
+        control_words: the effect of each control on them; empty if they are too few.
         divergence: KL of the next token's distribution under the edit from the unedited model's on
             ordinary text, in nats a token.
         control_divergences: the same of each control.
@@ -525,29 +528,31 @@ class HeadlineRecord(Record, kw_only=True):
 
 
 class GuardRecord(Record, kw_only=True):
-    """What the guard measured, on the part that nothing was tuned on.
+    """The guard's measurements, on the part that nothing was tuned on.
 
     Attributes:
-        budget: the largest perplexity ratio.
-        margin: times the drop of the controls that the edit's must be.
-        least_drop: of log p of toxic words, in nats. Neither is asked of an edit for defence.
-        neutral_tokens: that the perplexities are of.
-        toxic_words: that the probabilities are of.
+        budget: the largest allowed perplexity ratio.
+        margin: the edit's drop must be this many times the drop of the controls.
+        least_drop: the least drop of log p of toxic words, in nats. Neither limit applies to an
+            edit for defence.
+        neutral_tokens: number of tokens behind the perplexities.
+        toxic_words: number of words behind the probabilities.
         perplexity: of the unedited model.
         edit: what the edit does.
-        controls: what each control does: an edit of the same strength that knows nothing of
+        controls: the effect of each control: an edit of the same strength that uses no knowledge of
             toxicity, such as a random subspace.
-        neutral_energy: share of what neutral text writes that the edit takes away: of a subspace
-            tr(U^T M U) / tr M with the neutral second moment M, the largest if each layer has its
-            own. None if it is unknown.
-        reasons: why it refuses; not empty only if ``force`` wrote the edit all the same.
-        context_tokens: that the perplexity ratios of the other words of toxic text are of; 0 if
-            they were not measured.
-        context_limit: the largest of these ratios.
-        defence: of an edit that is for defence, which is judged by it in place of toxic words.
-        compared: what other edits do that the method names, such as a part of this one by itself.
-        headline: of text that is not of the pairs' kind, by which toxic words are judged.
-        fallback: why they are judged by ``edit`` and ``controls``, which are of the pairs' kind.
+        neutral_energy: share of the squared norm of neutral activations that the edit removes: for
+            a subspace tr(U^T M U) / tr M with the neutral second moment M, the largest if each
+            layer has its own. None if it is unknown.
+        reasons: why it refuses; not empty only if ``force`` wrote the edit anyway.
+        context_tokens: number of tokens behind the perplexity ratios of the other words of toxic
+            text; 0 if they were not measured.
+        context_limit: the largest allowed of these ratios.
+        defence: of an edit for defence: the measurements that judge it, instead of toxic words.
+        compared: the effects of other edits that the method names, such as a part of this one
+            alone.
+        headline: the measurements on text that is not of the pairs' kind, which judge toxic words.
+        fallback: why ``edit`` and ``controls``, which are of the pairs' kind, judge them instead.
     """
 
     budget: float
@@ -569,17 +574,17 @@ class GuardRecord(Record, kw_only=True):
 
     @property
     def words(self) -> WordsMeasured | Measured:
-        """What the edit does to the toxic words that it is judged by."""
+        """The effect of the edit on the toxic words that judge it."""
         return (self.headline and self.headline.words) or self.edit
 
     @property
     def control_words(self) -> tuple[WordsMeasured, ...] | tuple[Measured, ...]:
-        """What the controls do to them."""
+        """The effect of the controls on them."""
         return (self.headline and self.headline.control_words) or self.controls
 
 
 class Requantized(Record, kw_only=True):
-    """The scales of a weight in FP8, which change with it.
+    """The scales of an FP8 weight, which change with it.
 
     Attributes:
         scales: name of their tensor.
@@ -595,7 +600,7 @@ class Requantized(Record, kw_only=True):
 
 
 class Lora(Record, kw_only=True):
-    """Where the edit is, if it is in an adapter: W' is W + B A, not rounded.
+    """The adapter's tensors of one edit: W' is W + B A, not rounded.
 
     Attributes:
         module: in memory, as transformers names it.
@@ -609,11 +614,11 @@ class Lora(Record, kw_only=True):
 
 
 class EditedTensor(Record, kw_only=True):
-    """What the edit did to one tensor W; norms are Frobenius norms.
+    """The change of one tensor W by the edit; norms are Frobenius norms.
 
     Attributes:
-        layer: counted from 0; of a tensor that is in none, the number of layers.
-        role: of the linear map that it belongs to, and ``_bias`` if it is its bias.
+        layer: counted from 0; for a tensor outside the layers, the number of layers.
+        role: of its linear map, with ``_bias`` if it is the bias.
         axis: of its outputs.
         kind: of the edit; see ``edits.deltas``.
         tensors: name in that kind's formula -> tensor of the edit's file.
@@ -651,7 +656,7 @@ class EditedTensor(Record, kw_only=True):
 
 
 class Environment(Record, kw_only=True):
-    """What may bear on the result besides the inputs.
+    """What may affect the result besides the inputs.
 
     Attributes:
         device: ``cpu``, or the name of the GPU.
@@ -670,7 +675,7 @@ class ForwardRecord(Record, kw_only=True):
 
     Attributes:
         mode: the whole model in memory, or a layer at a time.
-        held_out_dtype: in which the edit was measured on held-out text; None if in that of the fit.
+        held_out_dtype: dtype of the measurements on held-out text; None if it is that of the fit.
     """
 
     mode: Literal["resident", "streamed"]
@@ -702,8 +707,8 @@ class ScorerOrigin(Origin, kw_only=True):
 
     Attributes:
         sha256: of its word list.
-        model: of those that its package has.
-        label: of its classes, the one whose probability is the score.
+        model: which of its package's models.
+        label: the class whose probability is the score.
         package: name and version of the package that brought it; None for our own.
     """
 
@@ -724,14 +729,14 @@ class PromptsRecord(TextRecord, kw_only=True):
 
 
 class DrawnRecord(Record, kw_only=True):
-    """How pairs were drawn from what the model itself says.
+    """How pairs were drawn from the model's own continuations.
 
     Attributes:
         prompts: that it continued.
         seed: of the draw.
         continuations: that were drawn.
         toxic: how many of them are.
-        scorer: that had to agree with the word list; None if there was none.
+        scorer: scorer that had to agree with the word list; None if there was none.
     """
 
     prompts: PromptsRecord
@@ -742,11 +747,12 @@ class DrawnRecord(Record, kw_only=True):
 
 
 class EvaluationSettings(Record, kw_only=True):
-    """What has to be known to measure the same again.
+    """The settings of an evaluation, as needed to repeat it.
 
     Attributes:
         systems: beside the unedited model and the edited one, as typed.
-        costs: perplexity ratios that strengths were chosen for; empty for one under the budget.
+        costs: perplexity ratios that strengths were chosen for; empty for the strength under the
+            budget.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.
@@ -754,9 +760,9 @@ class EvaluationSettings(Record, kw_only=True):
         samples: continuations of each prompt, beside the greedy one.
         passages_per_prompt: continuations by the unedited model, for ``teacher_forced``.
         toxic_words: listed words in those.
-        text_tokens: of the text that were used at most; None for all.
-        window: tokens of the text that were read at a time.
-        defence_set: version of the built-in set that refusals were counted on; None if they were
+        text_tokens: the most tokens of the text that were used; None for all.
+        window: tokens of the text in one window.
+        defence_set: version of the built-in set on which refusals were counted; None if they were
             not.
     """
 
@@ -798,7 +804,7 @@ class SystemRecord(Record, kw_only=True):
             are averaged.
         seed: of its pairs; None if nothing was fitted.
         strength: of the edit; None for the unedited model.
-        layers: that it edits.
+        layers: edited layers.
         options: of its method, defaults resolved.
         metrics: see ``evaluation.measure``.
     """
@@ -827,7 +833,7 @@ class RowRecord(Record, kw_only=True):
 
 
 class Evaluation(Record, kw_only=True):
-    """What an evaluation measured of the unedited model, the edited one, and controls.
+    """The measurements of an evaluation: of the unedited model, the edited one, and controls.
 
     Attributes:
         scorers: names of the scorers of continuations.
@@ -846,7 +852,7 @@ class GateRecord(Record, kw_only=True):
 
     Attributes:
         gate: the option.
-        by: what measured: ``guard``, ``evaluation``, or an edited tensor.
+        by: the source of the measurement: ``guard``, ``evaluation``, or an edited tensor.
     """
 
     gate: str
@@ -856,7 +862,7 @@ class GateRecord(Record, kw_only=True):
 
 
 class SampleRecord(Record, kw_only=True):
-    """What the model said after one prompt, greedily, before the edit and after it.
+    """Greedy continuations of one prompt, before the edit and after it.
 
     Words of the word list are starred out unless the run was told not to.
     """
@@ -867,15 +873,14 @@ class SampleRecord(Record, kw_only=True):
 
 
 class SearchTrial(Record, kw_only=True):
-    """Options of a method that a search has tried, and what they do to the search part.
+    """Options of a method that a search has tried, and their effect on the search part.
 
     Attributes:
-        number: in the order in which they were tried; 0 is what the method does by default.
+        number: in the order of trials; 0 has the method's defaults.
         method: its name.
         options: of the method, as typed.
-        share: of the sampling units of the search part that it was measured on.
-        measured: toxic words are those that the search goes by; None if the edited model gives no
-            numbers.
+        share: share of the sampling units of the search part that it was measured on.
+        measured: with the toxic words of the search; None if the edited model gives no numbers.
         divergence: KL of the next token's distribution under the edit from the unedited model's on
             ordinary text, in nats a token.
         stopped: why it was not measured on the whole part; None if it was.
@@ -896,16 +901,17 @@ class SearchRecord(Record, kw_only=True):
     Attributes:
         trials: that were tried.
         stopped: of them, before they were measured on the whole search part.
-        seed: of what is tried.
-        prompts: whose continuations have the toxic words; None if those of held-out pairs count.
-        fallback: why those count although there are prompts.
+        seed: of the trials.
+        prompts: the prompts whose continuations have the toxic words; None if those of held-out
+            pairs count.
+        fallback: why the held-out pairs count although there are prompts.
         toxic_words: in the search part.
-        default: what the method does without a search, with the strength that it then chooses.
-        chosen: what was converted with.
-        front: the trials within the limits than which no other one is better in both objectives,
-            in the order of their divergence.
-        kept: the drop of the log-probability of toxic words on text that the search has not seen
-            over that on the search part, both under what was chosen; None if it is not known.
+        default: the trial of the method's defaults, with the strength that it then chooses.
+        chosen: the trial whose options were used.
+        front: the trials within the limits that no other one beats in both objectives, in the order
+            of their divergence.
+        kept: under the chosen options, the drop of the log-probability of toxic words on text that
+            the search has not seen, over that on the search part; None if it is not known.
     """
 
     trials: Positive
@@ -925,7 +931,7 @@ class Measurements(Record, kw_only=True):
 
     Attributes:
         seconds: of each stage.
-        memory_bytes: largest resident set of each stage, but of the last, which verifies this file.
+        memory_bytes: largest resident set of each stage, except the last, which verifies this file.
         peak_memory_bytes: the largest of all.
     """
 
@@ -935,21 +941,21 @@ class Measurements(Record, kw_only=True):
 
 
 class CalibrationRecord(Record, kw_only=True):
-    """How a calibration model was trained; no part of a manifest, but a file beside the model.
+    """How a calibration model was trained: a file beside the model, not a part of a manifest.
 
     Attributes:
         source: the model whose first layers it begins as.
-        source_files: sha256 of the files that were read of it, the tokenizer's among them.
-        pairs: where they came from; the sha256 is that of those which were trained on.
+        source_files: sha256 of its files that were read, including the tokenizer's.
+        pairs: the origin of the pairs, with the sha256 of the texts that were trained on.
         side: of the pairs.
-        count: how many sentences that are.
+        count: number of these sentences.
         depth: layers.
         rate: of AdamW at the first step.
         tokens: that were predicted in training.
-        asked: the same, as asked for; more if the time was over before.
-        minutes: after which training was to end.
+        asked: the requested number of tokens; larger if the time ended first.
+        minutes: time limit of the training.
         losses: nats a token, at the first step and at the end.
-        files: of the folder, but for this one.
+        files: of the folder, except this one.
     """
 
     tool: Tool
@@ -970,27 +976,28 @@ class CalibrationRecord(Record, kw_only=True):
 
 
 class Manifest(Record, kw_only=True):
-    """What gloss-convert read, did and wrote.
+    """The record of one conversion by gloss-convert: inputs, work and outputs.
 
     Attributes:
         run: the conversion as asked for; paths are cut down to file names.
         neutral: ordinary prose.
         word_list: of offensive words.
-        instances: of harmful requests; None of methods that need none.
-        prompts: that the guard had continued; None if it had none.
-        samples: of what the model says; empty where none were taken.
+        instances: harmful requests; None for methods that need none.
+        prompts: the guard's prompts; None if it had none.
+        samples: continuations before and after the edit; empty if none were taken.
         guard: None if it was switched off.
         output_package: name and version of the package that brought the output; None for our own.
         edited: in order of layer.
         activations: None if the method needed none.
         forward: None if activations of a file were all that was needed.
         evaluation: None if nothing was evaluated.
-        files: every file of the folder but this one, the card and SHA256SUMS.
-        replay_of: sha256 of the manifest that this one replays. What was measured then is kept.
-        steps: of several methods each by itself, in order; empty of a single one. ``choice`` is
+        files: every file of the folder except this one, the card and SHA256SUMS.
+        replay_of: sha256 of the manifest that this one replays. The measurements are the original
+            ones.
+        steps: the single methods of several, in order; empty if there is only one. ``choice`` is
             then that of the last.
-        search: that has found the options of the method; None if there was none. A replay does not
-            search.
+        search: the search that found the options of the method; None if there was none. A replay
+            does not search.
     """
 
     schema_version: Literal[1]
@@ -1055,12 +1062,12 @@ class Manifest(Record, kw_only=True):
 
     @property
     def shards(self) -> dict[str, FileRecord]:
-        """The files that hold the model's tensors; none of an adapter."""
+        """The files that hold the model's tensors; none for an adapter."""
         return {name: file for name, file in self.files.items() if file.prefixes is not None}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """A manifest from what its JSON stands for.
+        """A manifest from its decoded JSON.
 
         Raises:
             msgspec.ValidationError: naming the place, such as ``$.edited[3].norm``.
@@ -1073,12 +1080,12 @@ class Manifest(Record, kw_only=True):
 
 
 def parse_calibration(value: Any) -> CalibrationRecord:
-    """A record from what its JSON stands for. Raises msgspec.ValidationError."""
+    """A record from its decoded JSON. Raises msgspec.ValidationError."""
     return msgspec.convert(value, CalibrationRecord)
 
 
 def to_json(record: Record) -> Any:
-    """What the JSON of a record stands for."""
+    """A record as decoded JSON."""
     return msgspec.to_builtins(record, enc_hook=_to_json)
 
 

@@ -1,10 +1,10 @@
-"""Options as data: one annotated field of a frozen dataclass declares one option completely.
+"""Options as data: one annotated field of a frozen dataclass declares one option.
 
     batch_size: Annotated[int, Option("Sentences in one forward pass.", least=1)] = 16
 
 The command line, the ``GLOSS_*`` variable, the recipe file and the table of options are made from
-this field: name, type, default, bounds and help stand nowhere else. A class of options derives from
-``Options``, which checks its values whichever way they come.
+this field. Name, type, default, bounds and help stand nowhere else. A class of options derives from
+``Options``, which checks values from every source.
 """
 
 import os
@@ -25,16 +25,16 @@ _MAX_EXACT = 1 << 53
 """The largest whole number up to which each is a float, too."""
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text"}
-"""A type as a message names it."""
+"""The name of a type for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What a field cannot say about its option by its name, type and default.
+    """Everything about an option besides the name, type and default of its field.
 
     Attributes:
         help: what it does, in one or two sentences.
-        by_default: the default in words, where the value itself does not say it.
+        by_default: the default in words, if the value itself does not say it.
         example: of a value, as typed.
         flag: as typed; by default ``--field-name``, and ``--field-name/--no-field-name`` if it is
             on by default. Without a dash, the option is a positional argument.
@@ -42,11 +42,11 @@ class Option:
         least: smallest value.
         above: every value must be larger.
         most: largest value.
-        place: the value is a path or the name of something public, so that a manifest records
-            nothing but the file name of a path, and a ``~`` at its beginning is the home folder.
-        path: what a path leads to, if to anything.
-        exists: the path must lead to something. Only the command line asks for that.
-        parse: reads typed text. It raises ValueError saying what it expected.
+        place: the value is a path or a public name. A manifest then records only the file name of a
+            path, and a ``~`` at its beginning is the home folder.
+        path: the kind of thing that the path leads to, if it is a path.
+        exists: the path must exist. Only the command line checks this.
+        parse: reads typed text. Its ValueError says what it expected.
     """
 
     help: str
@@ -66,14 +66,14 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """One option of a class, with all that the field says.
+    """One option of a class, with everything that its field declares.
 
     Attributes:
         name: of the field.
         kind: the type of its values, None left out: ``int``, ``float``, ``bool``, ``str``,
             ``Path``, a ``Literal``, ``tuple`` (of texts, repeatable) or ``dict`` (of texts).
         optional: whether the value may be None.
-        default: of the field; ``dataclasses.MISSING`` if it has to be given.
+        default: of the field; ``dataclasses.MISSING`` if the option is required.
         option: the rest.
     """
 
@@ -97,7 +97,7 @@ class Declared:
 
     @property
     def variable(self) -> str:
-        """The environment variable that it is read from."""
+        """Its environment variable."""
         long = self.label[2:] if self.label.startswith("--") else self.name
         return PREFIX + long.replace("-", "_").upper()
 
@@ -108,7 +108,7 @@ class Declared:
 
     @property
     def default_text(self) -> str | None:
-        """The default for readers; None if there is none to speak of."""
+        """The default as shown in help; None if there is nothing to show."""
         if self.option.by_default or self.default in (MISSING, None, "", (), {}):
             return self.option.by_default
         if isinstance(self.default, bool):
@@ -125,7 +125,7 @@ class Declared:
         return self.kind(text) if number and text is not None else text
 
     def read(self, value: Any, label: str | None = None) -> Any:
-        """A value of the declared type, from one as typed, as in a TOML file, or as it should be.
+        """A value of the declared type, from typed text, a TOML value, or a value of that type.
 
         Args:
             value: to be read.
@@ -182,7 +182,7 @@ class Declared:
 
 
 def at_home(value: Any, label: str) -> Any:
-    """A path that begins with ``~``, which a shell leaves alone in quotes, with the home folder."""
+    """Expand a leading ``~``, which a shell does not expand in quotes."""
     text = str(value)
     if text != "~" and not text.startswith("~/"):
         return value
@@ -233,7 +233,7 @@ def _read_texts(value: Any, label: str) -> tuple[str, ...]:
 
 
 def _read_table(value: Any, label: str) -> dict[str, str]:
-    """``KEY=VALUE`` texts, or a table whose numbers are kept as text, as they would be typed."""
+    """``KEY=VALUE`` texts, or a table; its numbers become text, as typed."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
         pairs = list(value.items())
@@ -257,5 +257,5 @@ def _read_table(value: Any, label: str) -> dict[str, str]:
 
 
 def _found(value: Any) -> str:
-    """A value for a message: it may be long, and of any type."""
+    """A value of any type and length, shortened for a message."""
     return repr(value)[:80]

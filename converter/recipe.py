@@ -1,5 +1,5 @@
-"""What a user asks for: ``Recipe`` decides the bytes, ``Settings`` does not bear on them;
-``Publication`` says where the result goes, ``LocalInputs`` where recorded inputs are.
+"""The options: ``Recipe`` decides the bytes, ``Settings`` does not affect them, ``Publication``
+says where the result goes, and ``LocalInputs`` where recorded inputs are.
 
 Each field declares one option completely; see ``converter.option``.
 """
@@ -30,8 +30,8 @@ TrustRemoteCode = Annotated[
 class Recipe(Options):
     """Everything that the result of a conversion depends on, and nothing else.
 
-    The manifest records it, with paths cut down to file names. Numbers depend on where and how
-    the model runs, by rounding at least, so ``device``, ``forward``, ``forward_dtype`` and
+    The manifest records it, with paths cut down to file names. The device and the way of running
+    the model change at least the rounding, so ``device``, ``forward``, ``forward_dtype`` and
     ``batch_size`` belong to it.
     """
 
@@ -42,16 +42,16 @@ class Recipe(Options):
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
-        "Method that makes the edit, as gloss methods lists them; several, one after the other, "
-        "with + between them.", example="profs",
+        "Method that makes the edit (gloss methods lists them). Join several with + to apply them "
+        "one after the other.", example="profs",
     )] = "gloss"
     options: Annotated[dict[str, str], Option(
-        "Options of the method; with several methods METHOD.KEY=VALUE where more than one has it.",
+        "Option of the method. If more than one of several methods has it, METHOD.KEY=VALUE.",
         flag="-o", metavar="KEY=VALUE", example="rank=4",
     )] = field(default_factory=dict)
     pairs: Annotated[str, Option(
-        "Pairs of toxic and neutral sentences: builtin (English), self (drawn from what the model "
-        "itself says), a .jsonl, .tsv or .csv file, or a Hub dataset id with an optional "
+        "Pairs of toxic and neutral sentences: builtin (English), self (drawn from the model's own "
+        "continuations), a .jsonl, .tsv or .csv file, or a Hub dataset id with an optional "
         "@revision, or its address.",
         example="s-nlp/paradetox", place=True,
     )] = "builtin"
@@ -139,7 +139,7 @@ class Recipe(Options):
     )] = 3
     force: Annotated[bool, Option("Write the edit even if the guard refuses it.")] = False
     mask: Annotated[bool, Option(
-        "Star out offensive words in the card, in the manifest and in what a model says.",
+        "Star out offensive words in the card, in the manifest and in continuations.",
     )] = True
     base_model: Annotated[str | None, Option(
         "Hub repo id that the card and an adapter name as the base of a local SOURCE.",
@@ -150,7 +150,7 @@ class Recipe(Options):
     # fmt: on
 
     def record(self) -> "Recipe":
-        """The recipe as a manifest has it: folders of this machine are nobody's business."""
+        """The recipe for a manifest, without the folders of this machine."""
         given = {
             name: getattr(self, name)
             for name, declared in declared_options(Recipe).items()
@@ -177,10 +177,10 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Options):
-    """How this machine does the work; the result does not depend on it, but for rounding.
+    """How this machine does the work; apart from rounding, the result does not depend on it.
 
-    ``attention`` and, with ``forward`` auto, ``memory_limit`` say how the model
-    is run. The manifest records among the inputs of the activations what was done.
+    ``attention`` and, with ``forward`` auto, ``memory_limit`` decide how the model is run. The
+    manifest records the outcome among the inputs of the activations.
     """
 
     # fmt: off
@@ -190,7 +190,7 @@ class Settings(Options):
     )] = 0
     memory_limit: Annotated[int | None, Option(
         "Memory to plan forward passes and the edit with.",
-        by_default="what is available", example="4GB", metavar="SIZE", least=1, parse=parse_size,
+        by_default="the available memory", example="4GB", metavar="SIZE", least=1, parse=parse_size,
     )] = None
     attention: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], Option(
         "How the model computes attention; auto does what its config says, or sdpa where that is "
@@ -203,17 +203,17 @@ class Settings(Options):
 
 
 SELF = "self"
-"""The value of ``pairs`` that has the model itself say them."""
+"""The value of ``pairs`` for pairs drawn from the model itself."""
 
 _WORDS = ("demo", "builtin", SELF)
-"""Values that stand for something of ours, and never for a path."""
+"""Words that never mean a path."""
 
 
 def without_folders(text: str) -> str:
-    """A path cut down to its file name; repo ids and words of ours as they are.
+    """A path cut down to its file name; repo ids and ``_WORDS`` stay.
 
-    The name of a path that is one of these words keeps a ``./``, so that it is not taken for it. A
-    ``#FIELD`` after a path stays.
+    A file name that equals one of these words gets a ``./``, to remain a path. A ``#FIELD`` after a
+    path stays.
     """
     path = Path(text)
     place, sign, field = text.partition("#")
@@ -237,15 +237,15 @@ class CalibrationOptions(Options):
         "Layers of the calibration model: the first ones of the model.", example="2", least=1,
     )] = 3
     tokens: Annotated[int, Option(
-        "Tokens to predict in training, the same ones again and again if need be.",
+        "Tokens to predict in training; the texts are repeated as often as needed.",
         example="100000", least=1,
     )] = 40_000
     rate: Annotated[float, Option(
         "Learning rate of AdamW at the first step; it falls to 0.", example="0.001", above=0,
     )] = 0.005
     minutes: Annotated[float | None, Option(
-        "Time after which training ends, however many tokens are left. The result then depends on "
-        "the machine.", by_default="no limit", example="10", above=0,
+        "Time limit of the training. If it ends the training, the result depends on the machine.",
+        by_default="no limit", example="10", above=0,
     )] = None
     # fmt: on
 
@@ -256,11 +256,11 @@ class PublicationOptions(Options):
 
     # fmt: off
     private: Annotated[bool | None, Option(
-        "Visibility of a repo that is made; one that exists keeps its own.",
+        "Visibility of a new repo; an existing one keeps its own.",
         flag="--private/--public", by_default="private",
     )] = None
     branch: Annotated[str | None, Option(
-        "Branch to commit to; it is made if it is missing.", by_default="main", example="detox",
+        "Branch to commit to; it is created if it is missing.", by_default="main", example="detox",
     )] = None
     create_pr: Annotated[bool, Option("Open a pull request instead.")] = False
     message: Annotated[str | None, Option(
@@ -286,12 +286,13 @@ class Publication(PublicationOptions):
 class LocalInputs(Options):
     """Where the inputs of a recorded conversion are.
 
-    None where that is not needed. ``trust_remote_code`` is never taken from a manifest.
+    None if an input is not local. ``trust_remote_code`` is never taken from a manifest.
     """
 
     # fmt: off
     source: Annotated[str | None, Option(
-        "Place of the recorded source, if it was a local one or is a copy now.", example="./base",
+        "Place of the recorded source, if it was local, or if a copy is to be used.",
+        example="./base",
         place=True,
     )] = None
     pairs: Annotated[str | None, Option(

@@ -1,4 +1,4 @@
-"""Text of strangers, made fit to be shown: in one line, within Markdown, and without secrets."""
+"""Untrusted text, made safe to show: in one line, within Markdown, and without secrets."""
 
 import logging
 import os
@@ -13,10 +13,10 @@ million."""
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:
-    """A text in one line, without what could steer a terminal or turn its direction.
+    """A text in one line, without characters that control a terminal or change the text direction.
 
-    White space becomes single spaces, a character that is not printable becomes its escape, and a
-    text that is too long loses its end.
+    White space becomes single spaces, unprintable characters become escapes, and long texts are
+    cut.
     """
     cut = readable(text if len(text) <= longest else text[:longest] + "...")
     line = " ".join(cut.split())
@@ -26,7 +26,7 @@ def one_line(text: str, longest: int = LONGEST) -> str:
 
 
 def readable(name: str) -> str:
-    """A name of the file system as text; bytes of it that are no UTF-8 become escapes.
+    """A file name as text; bytes that are not UTF-8 become escapes.
 
     Python keeps bytes that the locale cannot decode as halves of surrogate pairs, which no file and
     no terminal takes.
@@ -38,9 +38,9 @@ def readable(name: str) -> str:
 
 
 def is_one_line(name: str) -> bool:
-    """Whether a name is one line that steers nothing.
+    """Whether a name is one line without control characters.
 
-    Spaces of all scripts may be in it, and what joins letters or emoji: people have such files.
+    Spaces of all scripts and joiners of letters or emoji are allowed, since real names have them.
     """
     return name.isprintable() or all(
         c.isprintable() or category(c) == "Zs" or c in "\u200c\u200d" for c in name
@@ -54,7 +54,7 @@ def few(names: Sequence[str], most: int = 5) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str | None:
-    """A hint with the name that comes nearest to a misspelt one; None if none is near.
+    """A hint with the name nearest to a misspelt one; None if none is near.
 
     Underscores are dashes, and case does not count.
     """
@@ -64,7 +64,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str | None:
 
 
 def describe_value(value: object) -> str:
-    """What a value of JSON is, in a few characters, however large it is."""
+    """A short description of a JSON value of any size."""
     if type(value) is int and abs(value) >= 10**30:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (dict, list)) and value:
@@ -73,11 +73,11 @@ def describe_value(value: object) -> str:
 
 
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$]|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|^[#+=-]")
-"""What means something in CommonMark, in tables, or in the mathematics that the Hub shows."""
+"""Characters with a meaning in CommonMark, in tables, or in the Hub's mathematics."""
 
 
 def escaped(text: str) -> str:
-    """One line of Markdown that shows as this text."""
+    """One line of Markdown that displays this text."""
     return _MARKUP.sub(
         lambda found: (
             "".join(f"&#{ord(c)};" for c in found[0]) if found[0] in "<>&|$" else "\\" + found[0]
@@ -105,7 +105,7 @@ _SECRETS = (
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1"),
 )
-"""What a token looks like; who somebody is in an URL; and the query of one, which may be signed."""
+"""A token; the user and password of a URL; the query of a URL, which may be signed."""
 
 
 def redacted(text: str) -> str:
@@ -120,7 +120,7 @@ def redacted(text: str) -> str:
 
 
 def redact_log(name: str) -> None:
-    """Redact what a library logs, whatever its handlers are by now."""
+    """Redact the log records of a library, in all its present handlers."""
     for handler in logging.getLogger(name).handlers:
         handler.addFilter(_redact)  # which a handler has once, however often it is added
 

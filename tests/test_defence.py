@@ -393,7 +393,7 @@ def test_gates_of_refusals() -> None:
         (Gates(min_defence=0.51), "--min-defence asks for at least 0.51, guard has 0.5"),
         (Gates(max_over_refusal=0.39), "--max-over-refusal asks for at most 0.39, guard has 0.4"),
     ):
-        with refused(GateError, what=f"a gate is closed: {says}"):
+        with refused(GateError, what=f"release gate failed: {says}"):
             gates.check_effect(guard, None)
         for unmeasured in (None, guard_of(None)):
             with refused(OptionError, what="... has no measurement"):

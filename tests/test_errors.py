@@ -111,8 +111,8 @@ RAISED = {
     ),
     "a gate": Row(
         GateError, lambda: Gates(min_toxicity_drop=0.7).check_effect(GUARD, None),
-        "a gate is closed: --min-toxicity-drop asks for at least 0.7, guard has 0.4; nothing was "
-        "written", 11,
+        "release gate failed: --min-toxicity-drop asks for at least 0.7, guard has 0.4; nothing "
+        "was written", 11,
     ),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def test_a_gate_is_judged_by_every_measurement_there_is() -> None:
     (record,) = gates.check_effect(GUARD, None)
     name = "--min-toxicity-drop"
     assert record == GateRecord(gate=name, by="guard", limit=0.4, measured=0.4)
-    asks = f"a gate is closed: {name} asks for at least"
+    asks = f"release gate failed: {name} asks for at least"
     with refused(GateError, what=f"{asks} 0.4, evaluation has 0.35"):
         gates.check_effect(GUARD, evaluated)
     with refused(GateError, what=f"{asks} 0.41, guard has 0.4"):
@@ -75,7 +75,7 @@ def test_the_gate_of_informal_text_is_judged_by_guard_and_evaluation() -> None:
     evaluated = results(teacher_forced=0.6, context_ratio=1.07)
     found = gates.check_effect(guard(0.6, 1.05), evaluated)
     assert [(gate.by, gate.measured) for gate in found] == [("guard", 1.05), ("evaluation", 1.07)]
-    name = "a gate is closed: --max-informal-perplexity-ratio asks for at most 1.1"
+    name = "release gate failed: --max-informal-perplexity-ratio asks for at most 1.1"
     with refused(GateError, what=f"{name}, guard has 1.2"):
         gates.check_effect(guard(0.6, 1.2), None)
     with refused(GateError, what=f"{name}, evaluation has 1.3"):
@@ -129,7 +129,8 @@ def test_the_gate_of_leakage_closes_after_the_edit_and_leaves_nothing(
     result = cli(*args, "--max-leakage", 1e-9, code=11)
     said = json.loads(result.stdout)
     assert (said["error"], said["exit_code"]) == ("GateError", 11)
-    assert "a gate is closed: --max-leakage asks for at most 1e-09, tensor model" in said["message"]
+    says = "release gate failed: --max-leakage asks for at most 1e-09, tensor model"
+    assert says in said["message"]
     assert list(tmp_path.iterdir()) == []
     cli(*args, "--max-leakage", 0.9, code=0)
     manifest = json.loads((tmp_path / "out/gloss_manifest.json").read_text())
@@ -148,7 +149,7 @@ def test_the_gate_of_toxicity_closes_before_the_edit(
     few = ("--num-pairs", 200, "--guard-draws", 2)
     args = ("convert", planted, tmp_path / "out", *planted_args(planted), *few)
     result = cli(*args, "--min-toxicity-drop", 1, "--force", code=11)
-    assert "a gate is closed: --min-toxicity-drop asks for at least 1, guard" in result.stderr
+    assert "release gate failed: --min-toxicity-drop asks for at least 1, guard" in result.stderr
     assert "editing" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     cli(*args, "--min-toxicity-drop", 0.1, code=0)

@@ -1,1 +1,1 @@
-"""Texts in, statistics out: pairs, prose and word lists, and what a model makes of them."""
+"""Texts in, statistics out: pairs, prose, word lists, and a model's activations on them."""

@@ -1,10 +1,10 @@
-"""Calibration models: the first layers of a model, trained on one side of the pairs each.
+"""Calibration models: the first layers of a model, each trained on one side of the pairs.
 
-Two of them, one trained on neutral and one on toxic sides, tell where a text goes on in a toxic way
-from where it does not: what both know of the corpus is in neither's favour. Nothing else is read in
-training, so perplexity on prose can be measured on any prose.
+The difference of two of them, one trained on neutral and one on toxic sides, shows where a text
+continues in a toxic way: their common knowledge of the corpus cancels. Training reads nothing else,
+so perplexity can be measured on any prose.
 
-Shapes: D is the width of what a head is given, T the content tokens that are compared.
+Shapes: D is the width of the head's input, T the number of compared content tokens.
 """
 
 import copy
@@ -43,14 +43,15 @@ from converter.runtime import progress
 from converter.runtime.memory import free_memory
 
 _STEP = 128
-"""Positions in a step of training, padding included: few, since a text is read a few times only,
-and it is the number of steps that counts."""
+"""Positions in a step of training, padding included. It is small, since each text is read only a
+few times, and the number of steps matters.
+"""
 
 _CLIP = 1.0
 """Largest norm of a step's gradient."""
 
 _COMPARED = 400
-"""Pairs that the calibration models are compared on, at most: some 10,000 tokens."""
+"""The most pairs on which the calibration models are compared: some 10,000 tokens."""
 
 _HINT = "give --device cpu, or lower the depth"
 
@@ -63,11 +64,11 @@ class Training:
     """How calibration models are trained.
 
     Attributes:
-        depth: how many of the model's first layers they have.
-        tokens: that each of them is to predict, the same one as often as it takes.
+        depth: number of the model's first layers that they have.
+        tokens: number of tokens that each must predict; texts are repeated as often as needed.
         rate: of AdamW at the first step; it falls to 0 linearly.
-        seconds: after which training ends, however many tokens are left; the rate falls with the
-            time, too. What comes out then depends on the machine.
+        seconds: time limit of the training; the rate falls with the time, too. The result then
+            depends on the machine.
     """
 
     depth: int
@@ -83,7 +84,7 @@ class Calibrated:
     Attributes:
         module: in float32, in eval mode.
         losses: nats per token of its side, at the first step and at the end of training.
-        tokens: that it was trained to predict.
+        tokens: number of tokens that it was trained to predict.
     """
 
     module: Any
@@ -93,11 +94,11 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a method gets of a calibration model.
+    """A calibration model as a method gets it.
 
     Attributes:
-        tensors: name in the model that it is the beginning of -> its own, float32 on the CPU.
-        about: how it came to be, as JSON.
+        tensors: name in the model -> the calibration model's tensor, float32 on the CPU.
+        about: how it was made, as JSON.
     """
 
     tensors: Mapping[str, Tensor]
@@ -106,8 +107,8 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """What a model's head is given, h, and how that of its calibration models differs on the way
-    from toxic to neutral, d = t_neutral - t_toxic; sums over the content tokens of some pairs.
+    """Sums, over the content tokens of pairs, of the input h of a model's head, and of the
+    difference of the calibration models' inputs, d = t_neutral - t_toxic.
 
     Attributes:
         gram: sum of h h^T, (D, D) float64.
@@ -126,9 +127,9 @@ class Contrast:
 
 
 def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) -> Contrast:
-    """Train a calibration model on each side of the pairs, and compare them on both sides of some.
+    """Train a calibration model on each side of the pairs, and compare them on some of the pairs.
 
-    The memory is that of two times the first layers, the embedding and the head in float32, and of
+    It needs memory for the first layers, the embedding and the head twice in float32, and for
     AdamW's two moments of the layers. Equal inputs give equal bytes on one machine.
 
     Args:
@@ -139,7 +140,7 @@ def contrast(model: LanguageModel, pairs: Pairs, training: Training, seed: int) 
 
     Raises:
         DataError: no sentence has two tokens.
-        FitError: the loss is not a number in the end.
+        FitError: the final loss is not a number.
         SourceError: the model's first layers cannot be run alone, or there is too little memory.
     """
     texts = {"neutral": [p.neutral for p in pairs.pairs], "toxic": [p.toxic for p in pairs.pairs]}
@@ -176,7 +177,7 @@ def calibrate(
         texts: sentences.
         training: how.
         seed: of the order of the steps.
-        side: what the texts are, for the progress bar.
+        side: the name of the texts, for the progress bar.
 
     Raises:
         As ``contrast``.
@@ -192,7 +193,7 @@ def calibrate(
 
 
 def _check_memory(model: LanguageModel, depth: int, copies: int) -> None:
-    """Refuse what does not fit: copies in float32, a gradient and two moments of one."""
+    """Refuse models that do not fit: copies in float32, a gradient and two moments of one."""
     with _shortened(model, depth) as module:
         every = sum(p.numel() for p in module.parameters())
         trained = sum(p.numel() for p in _trainable(module))
@@ -206,14 +207,14 @@ def _check_memory(model: LanguageModel, depth: int, copies: int) -> None:
 
 
 def _first_layers(model: LanguageModel, depth: int) -> nn.Module:
-    """A copy of a model in float32 that ends after some layers; the rest is never copied."""
+    """A copy of a model's first layers in float32; the rest is never copied."""
     with _shortened(model, depth) as module:
         return copy.deepcopy(module).float()
 
 
 @contextmanager
 def _shortened(model: LanguageModel, depth: int) -> Iterator[nn.Module]:
-    """While this lasts, the model has its first layers only."""
+    """Within this context, the model has only its first layers."""
     place = model.architecture.block.rpartition(".")[0]
     owner = model.module.get_submodule(place.rpartition(".")[0])
     name = place.rpartition(".")[2]
@@ -226,7 +227,7 @@ def _shortened(model: LanguageModel, depth: int) -> Iterator[nn.Module]:
 
 
 def _given_to_head(module: Any, batch: Batch) -> Tensor:
-    """What a model's head is given at the content tokens of a batch, (n, D) float64 on the CPU."""
+    """The head's input at the content tokens of a batch, (n, D) float64 on the CPU."""
     seen: list[Tensor] = []
 
     def keep(head: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -244,7 +245,7 @@ def _train(
     """Train a model to predict the content tokens of sentences.
 
     Returns:
-        its losses, as in ``Calibrated``, and how many tokens were predicted.
+        its losses, as in ``Calibrated``, and the number of predicted tokens.
     """
     batched = token_batches(sentences, min(_STEP, logit_positions(module)), device)
     order = _order([int((b.weights > 0).sum()) for b in batched], training.tokens, seed)
@@ -282,8 +283,9 @@ def _train(
 
 
 def _order(sizes: Sequence[int], tokens: int, seed: int) -> list[tuple[int, int]]:
-    """Which batch each step takes and how many tokens it predicts: all, in random order, again and
-    again, until so many tokens were predicted."""
+    """The batch of each step, and its number of tokens: all batches in random order, repeated until
+    enough tokens were predicted.
+    """
     usable = [number for number, size in enumerate(sizes) if size]
     if not usable:
         raise DataError("no sentence of the pairs has two tokens, so none can be predicted")
@@ -298,14 +300,14 @@ def _order(sizes: Sequence[int], tokens: int, seed: int) -> list[tuple[int, int]
 
 
 def _trainable(module: Any) -> list[nn.Parameter]:
-    """All weights of a model but those of embeddings and the head."""
+    """All weights of a model except those of embeddings and the head."""
     frozen = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     kept = {id(p) for m in (*frozen, module.get_output_embeddings()) for p in m.parameters()}
     return [p for p in module.parameters() if id(p) not in kept]
 
 
 def save(module: Any, depth: int, dtype: torch.dtype, folder: Path) -> None:
-    """Write a calibration model and its config as ``save_pretrained`` does: a model of few layers.
+    """Write a calibration model and its config like ``save_pretrained``, as a model of few layers.
 
     Raises OSError if the folder cannot be written.
     """

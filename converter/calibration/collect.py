@@ -1,4 +1,4 @@
-"""Run the model over the pairs once, and take what a fit needs."""
+"""Run the model over the pairs once, and collect the statistics of a fit."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,12 +32,12 @@ from converter.models.hooks import Modules
 from converter.models.resident import ChunkNorms, Group, Model, Pool, SecondMoment, Sink, run
 
 EXTRACTION_VERSION = 2
-"""Raised by whoever changes the numbers that are extracted, so that no cache holds the old ones.
+"""Version of the extraction. Raise it with a change of the numbers, so that no old cache is used.
 
 ``tests/test_extraction.py`` records some of them and fails when they change."""
 
 _PIECE = 8
-"""Positions of neutral text whose losses are taken together."""
+"""Positions of neutral text in one piece, whose losses are summed."""
 
 
 def activation_inputs(
@@ -53,7 +53,7 @@ def activation_inputs(
 ) -> dict[str, Any]:
     """Everything the activations depend on, by content. Its hash is the cache key.
 
-    The batch size and the mode of the forward pass change rounding only, but equal inputs have to
+    The batch size and the mode of the forward pass change only the rounding, but equal inputs must
     give equal bytes.
     """
     return {
@@ -74,7 +74,7 @@ def activation_inputs(
 
 
 def _modules(architecture: Architecture, request: Request) -> dict[int, tuple[str, ...]]:
-    """The modules whose output is wanted, those of an FFN together; by layer."""
+    """The modules to observe, by layer; the modules of an FFN together."""
     if request.site == "ffn":
         return {layer: architecture.sites(layer) for layer in request.layers}
     if request.site == "final":
@@ -91,12 +91,12 @@ def extract(
     """Run the model over pairs and prose.
 
     Returns:
-        the activations (without ``inputs``), and how many pairs were left out, since no position of
-        their toxic side predicts a toxic token.
+        the activations (without ``inputs``), and the number of pairs left out because no position
+        of their toxic side predicts a toxic token.
 
     Raises:
         DataError: no pair is left, or the activations are not finite.
-        FitError: nothing is left to fit in.
+        FitError: protection leaves no direction to fit.
     """
     modules = _modules(model.architecture, request)
     encode = Encoder(model.tokenizer, model.module)
@@ -134,12 +134,12 @@ def _passed(
     show: Callable[[Sequence[Group]], None],
     slopes: Sequence[Pool] | None = None,
 ) -> Activations:
-    """What one pass gives over the two sides of pairs and prose.
+    """The activations of one pass over the two sides of pairs and prose.
 
     Args:
         batched: the batches of either side and of prose.
         show: runs the model; see ``run``.
-        slopes: pools of gradients, which are wanted in place of activations.
+        slopes: pools of gradients, if these are wanted instead of activations.
     """
     pools = slopes or [Pool(sum(len(batch.rows) for batch in side)) for side in batched[:2]]
     moment, norms = SecondMoment(), ChunkNorms(request.chunks)
@@ -166,13 +166,13 @@ def _with_moments(
     prose: Prose,
     sides: Sequence[Sequence[Sentence]],
 ) -> Activations:
-    """The same with moments in the leading causal directions, which have to be known before.
+    """The same with moments in the leading causal directions, which must be known first.
 
-    The texts go through the model once, with gradients, and f and g of every token are kept; where
-    the disk has no room for them, once without gradients and twice with some.
+    The texts go through the model once, with gradients, and f and g of every token are kept. If the
+    disk has no room for them, the texts go once without gradients and twice with some.
 
     Args:
-        pairs: whose two sides are in ``sides`` with their weights in the pools.
+        pairs: the pairs whose sides are in ``sides``.
     """
     paragraphs = [text for text in prose.paragraphs if len(encode.predicted(text).ids) > 1]
     words = [encode(pair.toxic, "predicting", pair.spans) for pair in pairs]
@@ -204,9 +204,9 @@ def _with_moments(
 
 
 def _prompted(pair: Pair, prompts: tuple[str, str], *, bare: bool = False) -> Pair:
-    """A pair with a prompt before either side, without the spaces and stops around the sides.
+    """A pair with a prompt before each side, without the spaces and stops around the sides.
 
-    ``bare`` leaves the sides away.
+    ``bare`` omits the sides.
     """
     if bare:
         toxic, neutral = (prompt.rstrip() for prompt in prompts)
@@ -225,16 +225,18 @@ def _prompted(pair: Pair, prompts: tuple[str, str], *, bare: bool = False) -> Pa
 def _directions(
     causal: Iterator[tuple[int, Tensor]], shared: Tensor, request: Request
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-    """What toxic words owe most to, in all layers together and in each, but for what is protected.
+    """The directions that toxic words owe most to, in all layers together and in each layer,
+    outside of the protected ones.
 
-    ``shared`` (D, p) is. The causal moments of a streamed model come one by one and are not kept.
+    ``shared`` (D, p) is protected. The causal moments of a streamed model come one by one and are
+    not kept.
 
     Returns:
-        V (D, K) float32, the leading eigenvectors of their sum, K as far as it goes; and of each
-        layer its own with their eigenvalues, as ``Activations.leading``.
+        V (D, K) float32, the leading eigenvectors of their sum, at most K; and the leading ones of
+        each layer with their eigenvalues, as ``Activations.leading``.
 
     Raises:
-        FitError: all is protected.
+        FitError: everything is protected.
     """
     width, protected = shared.shape
     if protected >= width:
@@ -268,8 +270,8 @@ def _moments(
 ) -> Moments:
     """Moments of single words and of pieces of neutral text within the columns of V.
 
-    A pair weighs as much as the sum of 1 / occurrences of its toxic words, so that every word of
-    the corpus counts the same: in ParaDetox 63 % of the occurrences are forms of two.
+    A pair's weight is the sum of 1 / occurrences of its toxic words, so that every distinct word
+    counts the same: in ParaDetox 63 % of the occurrences are forms of two words.
     """
     said = [[pair.toxic[a:b].lower() for a, b in pair.spans] for pair in pairs]
     occurrences = Counter(word for words in said for word in words)
@@ -285,15 +287,15 @@ def _moments(
 def causal_moments(
     model: Model, modules: Modules, sentences: Sequence[Sentence], take: Take = gradients
 ) -> Iterator[tuple[int, Tensor]]:
-    """How much chosen tokens owe, to first order, to each direction of what a layer writes.
+    """How much chosen tokens owe, to first order, to each direction of a layer's output.
 
         A_l = (M + M^T) / 2,   M = 1/n  sum over tokens of  f g^T
         g   = gradient, with respect to f, of the sum of log p(chosen tokens)
 
     f (D,) is what the layer's FFN writes at a token. Removing u u^T from f at every token lowers
     the mean log-probability of the n chosen tokens by ``u^T A_l u``, to first order and in nats.
-    The gradient with respect to weights is not needed, so the memory is that of a forward pass
-    whose activations are kept.
+    No gradient with respect to weights is needed, so the memory is that of a forward pass with kept
+    activations.
 
     Args:
         model: not edited; its weights must not require gradients.
@@ -302,8 +304,8 @@ def causal_moments(
         take: gives f and g.
 
     Yields:
-        layers and A_l (D, D) float32 on the CPU: each when it is complete, so that those of a
-        streamed model are never all there.
+        layers and A_l (D, D) float32 on the CPU, each when it is complete: a streamed model never
+        has them all in memory.
 
     Raises:
         SourceError: the GPU is out of memory.
@@ -330,18 +332,18 @@ def moments_within(
     directions: Tensor,
     take: Take = gradients,
 ) -> list[Tensor]:
-    """The same, of every sentence by itself, summed over layers, and seen in a few directions.
+    """The same for every single sentence, summed over layers, within a few directions.
 
         M_i = sum over layers of  V^T (f g^T + g f^T) V / 2,   f and g as above
 
-    For U = V X with orthonormal X (K, R), ``tr X^T M_i X`` is what the chosen tokens of sentence i
-    lose together if the layers no longer write along U, to first order and in nats.
+    For U = V X with orthonormal X (K, R), the chosen tokens of sentence i together lose ``tr X^T
+    M_i X`` if the layers no longer write along U, to first order and in nats.
 
     Args:
         model, modules: as above.
-        texts: sentences, each with a token to choose, and None or a number of positions: then they
-            are cut into pieces of so many, and each piece has a moment: what the sentence loses if
-            nothing is written along U there.
+        texts: sentences, each with a token to choose, and None or a number of positions. With a
+            number, they are cut into pieces of that length, and each piece has a moment: the loss
+            of the sentence if nothing is written along U in that piece.
         directions: V (D, K), orthonormal columns.
         take: gives f and g.
 
@@ -373,6 +375,6 @@ def moments_within(
 
 
 def _pieces(x: Tensor, positions: int) -> Tensor:
-    """(B, T, K) cut into pieces of so many positions, the last one padded: (-1, positions, K)."""
+    """(B, T, K) cut into pieces of ``positions``, the last one padded: (-1, positions, K)."""
     rest = (0, 0, 0, -x.shape[1] % positions)
     return nn.functional.pad(x, rest).view(-1, positions, x.shape[2])

@@ -1,4 +1,4 @@
-"""Data files, local or in a Hub dataset; and those of sentence pairs, read row by row."""
+"""Read data files, local or from a Hub dataset, and rows of sentence pairs."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as read: a number for messages, and either a problem or two sides.
+    """A row: its number for messages, and either a problem or two sides.
 
     Rows of one ``group`` were made from the same text.
     """
@@ -54,13 +54,13 @@ class Row:
 
 
 def draw(items: Sequence[_T], count: int, seed: int) -> list[_T]:
-    """``count`` of them without replacement, in their own order; the same for the same seed."""
+    """Draw ``count`` items without replacement, in their order, by a seed."""
     places = random.Random(seed).sample(range(len(items)), count)  # noqa: S311 - not a secret
     return [items[place] for place in sorted(places)]
 
 
 def is_dataset(origin: str, formats: Iterable[str] = FORMATS) -> bool:
-    """Whether data are named by a Hub dataset id rather than by a local file."""
+    """Whether a name is a Hub dataset id rather than a local file."""
     is_repo = Path(origin).suffix.lower() not in formats and looks_like_repo(origin)
     there = os.path.exists(origin)  # noqa: PTH110 - pathlib's raises if the name is too long
     return is_address(origin) or (is_repo and not there)
@@ -73,9 +73,9 @@ def locate(
 
     Args:
         origin: a path or a dataset id.
-        what: the file holds, for messages.
+        what: contents of the file, for messages.
         formats: suffixes that can be read.
-        split: preferred among the files of a dataset: one that has it in its name.
+        split: files of a dataset with this in their name are preferred.
 
     Raises:
         DataError: there is no such file, or none that can be read.
@@ -118,7 +118,7 @@ def locate(
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Raise DataError where a file cannot be read, or holds no text."""
+    """Within this context, raise DataError if a file cannot be read, or is not text."""
     try:
         yield
     except UnicodeError as error:
@@ -142,10 +142,10 @@ def read_whole(path: Path, what: str) -> str:
 
 
 def read_entries(path: Path, what: str) -> list[Any]:
-    """The values in a ``.jsonl`` file, one a line, or in the list that another file of JSON holds.
+    """The values in a ``.jsonl`` file, one a line, or in the list of another JSON file.
 
     Raises:
-        DataError: the file cannot be read or is not JSON, or holds something else than a list.
+        DataError: the file cannot be read, is not JSON, or holds no list.
     """
     file = f"{what} file {path.name}"
     if path.suffix.lower() != ".jsonl":
@@ -176,7 +176,7 @@ def read_given(origin: str, what: str) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file; one that cannot be read carries its problem.
+    """Rows of a file; an unreadable row carries its problem.
 
     Raises:
         DataError: the file as a whole cannot be read, or lacks the columns.
@@ -212,7 +212,7 @@ def _read_jsonl(lines: Iterable[str | None]) -> Iterator[Row]:
 
 
 def _cells(lines: Iterable[str | None]) -> Iterator[str]:
-    """Lines for the reader of tables, which may join some to one row. Raises csv.Error."""
+    """Lines for the reader of tables, which may join several to one row. Raises csv.Error."""
     for line in lines:
         if line is None:
             raise csv.Error(f"a line has more than {MAX_LINE:,} characters")
@@ -220,13 +220,13 @@ def _cells(lines: Iterable[str | None]) -> Iterator[str]:
 
 
 def _read_table(lines: Iterable[str | None], kind: str, name: str) -> Iterator[Row]:
-    """ParaDetox names its paraphrases neutral1, neutral2, ...; the first that is there is taken."""
+    """ParaDetox names its paraphrases neutral1, neutral2, ...; the first one present is taken."""
     cells = _cells(lines)
     try:
         first = next(cells, "")
         if kind == "tsv":
             style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        else:  # spreadsheets write semicolons where the comma is the decimal point
+        else:  # spreadsheets write semicolons in locales with decimal commas
             style = {"delimiter": max(",;\t", key=first.count)}
         reader = csv.reader(chain([first], cells), **style)
         columns = [column.strip().lower() for column in next(reader, [])]
@@ -250,7 +250,7 @@ def _read_table(lines: Iterable[str | None], kind: str, name: str) -> Iterator[R
 
 
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
-"""What no sentence holds: control characters, halves of a pair, and what could not be decoded."""
+"""Characters of no sentence: control characters, surrogate halves, the replacement character."""
 
 
 def _row(number: int, toxic: Any, neutral: Any) -> Row:

@@ -1,4 +1,4 @@
-"""A calibration model that was trained before, in a folder."""
+"""A calibration model given in a folder."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -20,20 +20,20 @@ from converter.runtime.files import read_file
 _FREE = ("_name_or_path", "architectures", "dtype", "layer_types", "no_rope_layers",
          "num_hidden_layers", "tie_word_embeddings", "torch_dtype", "transformers_version",
          "use_cache")  # fmt: skip
-"""Keys of a config that a calibration model may have another value of."""
+"""Keys of a config in which a calibration model may differ."""
 
 
 def check_given(folder: Path, plan: Plan, depth: int, shapes: dict[str, tuple[int, ...]]) -> Source:
-    """Refuse a calibration model that is not the beginning of a model, from its headers.
+    """Refuse, from its headers, a calibration model that does not match the model's first layers.
 
     Args:
         folder: of the calibration model.
         plan: of the model.
-        depth: layers that the calibration model is to have.
-        shapes: of its tensors, by the names that the model's have.
+        depth: required number of layers.
+        shapes: required shapes of its tensors, by their names in the model.
 
     Raises:
-        OptionError: it is of another class, depth or size.
+        OptionError: its class, depth or sizes differ.
     """
     given = resolve(str(folder))
     found, label = given.config.get("num_hidden_layers"), f"--calibration {folder.name}"
@@ -61,9 +61,9 @@ def check_given(folder: Path, plan: Plan, depth: int, shapes: dict[str, tuple[in
 
 
 def given_calibration(folder: Path, names: Collection[str], pairs: Pairs) -> Calibration:
-    """The tensors of a calibration model that ``check_given`` lets pass, and where it is from.
+    """The tensors of a calibration model that passed ``check_given``, and its record.
 
-    Warns if it may have been trained on texts that the model is measured on.
+    Warns if it may have been trained on held-out texts.
     """
     given, record = resolve(str(folder)), calibration_record(folder)
     tensors = locate_tensors(given.weight_map, given.headers())
@@ -83,7 +83,7 @@ def given_calibration(folder: Path, names: Collection[str], pairs: Pairs) -> Cal
 def calibration_record(folder: Path) -> CalibrationRecord | None:
     """How a calibration model was trained; None if there is no such file.
 
-    Raises OptionError if it is no record.
+    Raises OptionError if the file is not a record.
     """
     path = folder / CALIBRATION
     if not path.is_file():

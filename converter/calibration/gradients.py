@@ -1,4 +1,4 @@
-"""What tokens owe to what modules give: gradients of sums of log p, a batch at a time."""
+"""Gradients of sums of log p with respect to modules' outputs, a batch at a time."""
 
 import hashlib
 import shutil
@@ -17,7 +17,7 @@ from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
 _IN_MEMORY, _ON_DISK = 1 << 26, 1 << 34
-"""Bytes of f and g that are kept: in memory, and in all unless the disk has less room."""
+"""Bytes of f and g that are kept: in memory; and in all, if the disk has room."""
 
 Found = Iterator[tuple[int, int, Tensor, Tensor]]
 """The number of a batch, a layer, f and g; see ``Model.gradients``."""
@@ -27,7 +27,7 @@ Take = Callable[[Model, Modules, Sequence[Batch]], Found]
 
 
 def gradients(model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
-    """``Model.gradients``, where memory may run out. Raises SourceError."""
+    """``Model.gradients``, with a SourceError if memory runs out."""
     most = max((len(batch.rows) for batch in batched), default=0)
     with memory_errors(
         f"gradients of {most} sentences",
@@ -40,8 +40,8 @@ def gradients(model: Model, modules: Modules, batched: Sequence[Batch]) -> Found
 class Remembered:
     """``gradients`` of one model and its modules that runs no batch twice.
 
-    What it finds of a batch goes to a file, from where it is read when that batch is asked for
-    again: all of a layer together, so that no more than one layer's sums are needed at a time.
+    The results of a batch go to a file, and are read from it when the batch is needed again. They
+    come layer by layer, so that only one layer's sums are in memory.
     """
 
     def __init__(self, states: HiddenStates) -> None:
@@ -74,14 +74,14 @@ class Remembered:
 
 
 def _key(batch: Batch) -> bytes:
-    """The same of two batches of the same tokens whose gradients are of the same tokens."""
+    """A key that two batches share if their tokens and chosen tokens are the same."""
     parts = (batch.ids, batch.mask, batch.weights)
     return hashlib.sha256(b"".join(bytes(to_bytes(x.cpu())) for x in parts)).digest()
 
 
 @contextmanager
 def remembering(model: Model, modules: Modules, batched: Sequence[Batch]) -> Iterator[Take | None]:
-    """A ``Remembered`` for these batches, or None where it would need too much of the disk."""
+    """A ``Remembered`` for these batches, or None if it would need too much disk."""
     folder, width = cache_folder(), model.architecture.sizes.hidden_size
     tokens = sum(batch.ids.numel() for batch in batched)
     nbytes = 2 * 4 * tokens * width * len(modules)
@@ -94,7 +94,7 @@ def remembering(model: Model, modules: Modules, batched: Sequence[Batch]) -> Ite
 
 
 def slopes(model: Model, modules: Modules, texts: Sequence[Sequence[Sentence]]) -> list[Pool]:
-    """What the chosen tokens of each sentence owe to a constant that is added at every position.
+    """How much the chosen tokens of each sentence owe to a constant added at every position.
 
         g_i = gradient, with respect to b, of the sum of log p(chosen tokens of sentence i),
               where each module gives f + b in place of f

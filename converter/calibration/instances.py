@@ -1,4 +1,4 @@
-"""What a model is to answer to harmful requests: instances to learn from, and the built-in set."""
+"""Harmful requests with the answers to learn: instances, and the built-in set."""
 
 import hashlib
 import json
@@ -22,7 +22,9 @@ _OTHERS = "generalization test"
 """The field of SafeEdit with prompts that an edit has not seen."""
 
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters but for white space, and halves of a pair: what no tokenizer should get."""
+"""Characters that no tokenizer should get: control characters except white space, and surrogate
+halves.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Instance:
         safe: answer to learn, Y.
         unsafe: answer that complies.
         general: a harmless question and its answer, which the edit must leave as it is.
-        held_out: name of a kind of prompt -> a prompt of it that the edit does not see.
+        held_out: kind of prompt -> a prompt of that kind that the fit does not see.
     """
 
     id: str
@@ -54,7 +56,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """All instances of one origin, in its order; ``sha256`` is of them as they are used."""
+    """All instances of one origin, in order; ``sha256`` is of the instances as used."""
 
     items: tuple[Instance, ...]
     origin: Origin
@@ -63,11 +65,11 @@ class Instances:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What a fit has taught a model.
+    """The lesson of a fit.
 
     Attributes:
-        instances: one at least, those that it has seen.
-        suffix: S, put behind every message of a user, after a space; empty for none.
+        instances: the instances that the fit has seen, at least one.
+        suffix: S, put behind every user message, after a space; empty for none.
     """
 
     instances: tuple[Instance, ...]
@@ -75,7 +77,7 @@ class Lesson:
 
 
 def together(lessons: Iterable[Lesson | None]) -> Lesson | None:
-    """All instances of some lessons, each once, with the suffix of the last; None without any."""
+    """Join lessons: each instance once, with the suffix of the last; None without any."""
     known = [lesson for lesson in lessons if lesson is not None]
     if not known:
         return None
@@ -86,17 +88,17 @@ def together(lessons: Iterable[Lesson | None]) -> Lesson | None:
 
 @dataclass(frozen=True, slots=True)
 class DefenceSet:
-    """The built-in texts that instances are made of, and that defence is measured on.
+    """The built-in texts for instances and for the measurement of defence.
 
     Attributes:
-        suffix: S, what is put behind a user's message, after a space.
-        refusals: short ones in the usual words, to measure by.
+        suffix: S, put behind a user message, after a space.
+        refusals: short refusals in the usual words, for measurements.
         rewordings: refusals in words that no safe answer begins with.
         safe, unsafe: answers, with ``{topic}`` in them.
         attacks: name -> text with ``{question}`` in it.
         questions: category, question and topic.
         harmless: questions and answers.
-        touchy: the same, with words that sound harmful.
+        touchy: harmless questions and answers with words that sound harmful.
     """
 
     version: int
@@ -111,7 +113,7 @@ class DefenceSet:
     touchy: tuple[tuple[str, str], ...]
 
     def instances(self) -> Iterator[Instance]:
-        """One of each question; the file says which attack and answers it has."""
+        """An instance for each question; the file names its attack and answers."""
         attacks = list(self.attacks.items())
         for n, (category, question, topic) in enumerate(self.questions):
             name, attack = attacks[n % len(attacks)]
@@ -156,8 +158,8 @@ def load_instances(origin: str | None = None) -> Instances:
     Args:
         origin: ``builtin`` or None; or, in the format of SafeEdit, a ``.json`` file with a list, a
             ``.jsonl`` file with an object a line, or a Hub dataset, of which a file with ``test``
-            in its name is read: its authors edit with that part. Fields that are not needed are not
-            looked at, and what may be missing is taken from the built-in set or is empty.
+            in its name is read: its authors edit with that part. Other fields are ignored. Missing
+            optional fields are taken from the built-in set or are empty.
 
     Raises:
         DataError: the file is missing, malformed or empty, or an instance cannot be used; the
@@ -231,7 +233,7 @@ def _optional(entry: Mapping[str, Any], name: str, what: str) -> str:
 
 
 def _text(entry: Mapping[str, Any], name: str, what: str) -> str:
-    """A text that is not blank and that a tokenizer takes. Raises DataError."""
+    """A text that is not blank and that a tokenizer accepts. Raises DataError."""
     value = entry.get(name)
     found = None
     if name not in entry:

@@ -17,12 +17,15 @@ def top_right_singular_vectors(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 _SAME_DIRECTION = 0.1
-"""A unit vector whose part outside a subspace is shorter than this adds no dimension to it: it is a
-second estimate of what is there, and normalising the difference would make noise a direction."""
+"""A unit vector adds a dimension to a subspace only if its part outside is longer than this. A
+shorter part is noise, and normalising it would turn noise into a direction.
+"""
 
 
 def extend(basis: Tensor, columns: Tensor) -> Tensor:
-    """An orthonormal basis (D, a), followed by what orthonormal columns (D, b) add to its span."""
+    """An orthonormal basis (D, a), extended by the directions that orthonormal columns (D, b) add
+    to its span.
+    """
     if columns.shape[1] == 0:
         return basis
     outside = columns - basis @ (basis.T @ columns)
@@ -43,7 +46,7 @@ def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
 
 
 def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-    """B (D, K) that makes ``|X B - Y|^2 + penalty |B|^2`` least, from X^T X and X^T Y.
+    """B (D, K) that minimises ``|X B - Y|^2 + penalty |B|^2``, from X^T X and X^T Y.
 
     Args:
         gram: X^T X, (D, D).
@@ -111,20 +114,20 @@ def svd_directions(differences: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def turned(rows: Tensor, toward: Tensor) -> Tensor:
-    """Rows (K, D) whose sign is arbitrary, each with a component >= 0 along ``toward`` (D,)."""
+    """Rows (K, D) with signs such that each has a component >= 0 along ``toward`` (D,)."""
     signs = torch.where(rows @ toward < 0, -1.0, 1.0).double()
     return signs[:, None] * rows
 
 
 _WIDE = 1024
-"""Hidden size from which iterating is clearly faster than a whole decomposition."""
+"""Hidden size from which iteration is clearly faster than a whole decomposition."""
 
 
 def eigen_directions(matrix: Tensor, count: int, toward: Tensor) -> Tensor:
     """The eigenvectors of a symmetric (D, D) matrix with the largest eigenvalues, ``turned`` rows.
 
-    A few of many are found by iteration (LOBPCG), since there is a matrix for every layer; the
-    start is fixed.
+    A few of many are found by iteration (LOBPCG) from a fixed start, since there is a matrix for
+    every layer.
 
     Returns:
         (count, D) float64.
@@ -139,7 +142,8 @@ def eigen_directions(matrix: Tensor, count: int, toward: Tensor) -> Tensor:
 
 
 def numerical_rank(A: Tensor) -> int:
-    """Of a matrix (O, I): singular values above max(O, I) times float32's epsilon of the largest.
+    """The rank of a matrix (O, I): the number of singular values above max(O, I) times float32's
+    epsilon times the largest.
 
     They are the roots of the eigenvalues of the smaller Gram matrix, in float64.
     """

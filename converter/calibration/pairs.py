@@ -25,21 +25,23 @@ from converter.manifest import DrawnRecord, Origin
 from converter.recipe import SELF, Recipe
 
 MIN_PAIRS = 16
-"""Fewer pairs than this say nothing about a direction in hundreds of dimensions."""
+"""The least number of pairs. Fewer say nothing about a direction in hundreds of dimensions."""
 
 _MIN_WORDS = 100
-"""Of neutral prose, which carries half of the weight in the second moment of neutral tokens."""
+"""The least number of words of neutral prose, which has half of the weight in the second moment of
+neutral tokens.
+"""
 
 _MAX_PAIRS = 2000
-"""Drawn unless the user asks for another number; more gained nothing where it was tried."""
+"""Number of pairs drawn by default; more gained nothing in experiments."""
 
 _NAMED_ROWS = 5
-"""Rows named one by one in a message about skipped rows; the rest are counted."""
+"""The most rows that a message about skipped rows names; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A toxic sentence, its neutral paraphrase, and where the toxic words of the first stand.
+    """A toxic sentence, its neutral paraphrase, and the places of the toxic words.
 
     ``spans`` are character ranges of ``toxic``, sorted, not overlapping. Pairs of one ``group``
     resemble each other and belong into the same part of a split; empty for a pair of its own.
@@ -55,8 +57,8 @@ class Pair:
 class Pairs:
     """The pairs of one run, in the order they are used.
 
-    ``sha256`` is of them as used, spans included; ``skipped``: reason -> the rows, counted from 1,
-    that were not usable. ``drawn`` says how they were drawn from the model, if they were.
+    ``sha256`` is of the pairs as used, spans included. ``skipped``: reason -> the unusable rows,
+    counted from 1. ``drawn`` says how they were drawn from the model, if they were.
     """
 
     pairs: tuple[Pair, ...]
@@ -109,7 +111,7 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
 
     Args:
         origin: ``builtin``, a ``.jsonl``, ``.tsv`` or ``.csv`` file, or a Hub dataset.
-        words: finds the toxic spans of pairs that do not know theirs.
+        words: finds the toxic spans of pairs without given spans.
         num_pairs: how many to draw; None for all, up to ``_MAX_PAIRS``.
         seed: of the draw.
 
@@ -138,13 +140,13 @@ def load_pairs(origin: str, words: WordList, num_pairs: int | None, seed: int) -
 
 
 def check_num_pairs(num_pairs: int | None) -> None:
-    """Raise OptionError if that many pairs are too few; None is no number."""
+    """Raise OptionError if this number of pairs is too small; None means no number was given."""
     if num_pairs is not None and num_pairs < MIN_PAIRS:
         raise OptionError("--num-pairs", expected=f"at least {MIN_PAIRS}", found=str(num_pairs))
 
 
 def check_drawn(recipe: Recipe) -> None:
-    """Raise OptionError if something is asked of pairs that are not drawn."""
+    """Raise OptionError if options of drawn pairs are given for other pairs."""
     asked = {"--self-prompts": recipe.self_prompts != "builtin"}
     asked["--self-scorer"] = recipe.self_scorer is not None
     for flag in (flag for flag, given in asked.items() if given and recipe.pairs != SELF):
@@ -160,11 +162,11 @@ _MENDED_BY = {
     _SHARED: "give pairs whose neutral side does without the listed words",
     _FIRST: "give pairs in which other words come before the listed ones",
 }
-"""Why a row cannot be used, and what to do if that is why most rows cannot."""
+"""Why a row cannot be used -> the hint if that is the most frequent reason."""
 
 
 def _hint(skipped: Mapping[str, Sequence[int]], usable: int, words: WordList) -> str:
-    """What to do about too few usable pairs."""
+    """The hint for too few usable pairs."""
     cause = max(skipped, key=lambda reason: len(skipped[reason]), default="")
     if cause not in _MENDED_BY or len(skipped[cause]) <= usable:
         return "give more pairs or a longer --word-list, or lower --num-pairs"
@@ -173,7 +175,7 @@ def _hint(skipped: Mapping[str, Sequence[int]], usable: int, words: WordList) ->
 
 
 def _why(toxic: str, spans: Spans, words: WordList) -> str:
-    """Why none of the toxic words of a pair can be used; ``spans`` the neutral side lacks."""
+    """Why no toxic word of a pair can be used; the neutral side lacks those in ``spans``."""
     if spans:
         return _FIRST
     return _SHARED if words.spans(toxic) else _UNLISTED
@@ -208,16 +210,16 @@ def _clean(rows: Iterable[Row], words: WordList) -> tuple[list[Pair], dict[str, 
 
 _QUOTES = str.maketrans({
     "\u2019": "'", "\u2018": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...",
-    "\u0130": "i",  # of Turkish; lower() makes two characters of it
+    "\u0130": "i",  # Turkish; lower() turns it into two characters
 })  # fmt: skip
 
 
 _STOPS = ".,!?;: \u3002\uff0c\uff01\uff1f\uff1b\uff1a\u060c\u061f\u06d4\u0964"
-"""What ends a sentence or a part of one, also in Chinese, Arabic, Urdu and Hindi."""
+"""Punctuation at the end of a sentence or clause, also in Chinese, Arabic, Urdu and Hindi."""
 
 
 def normalise(text: str) -> str:
-    """Remove what tells the two sides of a corpus apart without being toxic.
+    """Remove differences between the two sides of a corpus that are not toxic.
 
     Lower case; plain quotes; single spaces; no space before punctuation or inside contractions;
     repeated punctuation once; none at the end; letters and their accents composed (NFC). Where one

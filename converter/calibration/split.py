@@ -1,7 +1,7 @@
 """Three parts of the texts that share no sentence: one to fit, one to choose, one to report.
 
-A subspace is fitted on the first, its rank is chosen on the second, and what the guard and the
-manifest say of it is measured on the third, which nothing was tuned on.
+A subspace is fitted on the first part, and its rank is chosen on the second. Guard and manifest
+measure it on the third, which nothing was tuned on.
 """
 
 import random
@@ -18,19 +18,19 @@ from converter.manifest import PartRecord, SplitRecord
 _T = TypeVar("_T")
 
 _HELD_OUT_SHARE = 0.2
-"""Of the pairs, for each of the two parts that are not fitted."""
+"""Share of the pairs for each of the two held-out parts."""
 
 _MAX_HELD_OUT_PAIRS = 200
-"""In each of these parts; every one of them is run once for each rank and control that is tried."""
+"""The most pairs of each held-out part; they are run once for each tried rank and control."""
 
 _MAX_HELD_OUT_WORDS = 2400
-"""Of prose in each of these parts, for the same reason. It is at most a third of the prose."""
+"""The most words of prose in each held-out part, for the same reason; at most a third of it."""
 
 _MAX_FIT_WORDS = 3000
-"""Of prose in the part that is fitted on: its statistics need a few thousand tokens, not all."""
+"""The most words of prose in the part of the fit, whose statistics need few thousand tokens."""
 
 _PIECE = 150
-"""Words of a paragraph that are read as one text; ``batching.MAX_TOKENS`` is about 190 words."""
+"""The most words of a paragraph in one text; ``batching.MAX_TOKENS`` is about 190 words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Part:
     prose: Prose
 
     def record(self) -> PartRecord:
-        """What the manifest says of it."""
+        """The record for the manifest."""
         return PartRecord(
             pairs=len(self.pairs.pairs),
             pairs_sha256=self.pairs.sha256,
@@ -60,13 +60,13 @@ class Parts:
     dropped: int
 
     def record(self) -> SplitRecord:
-        """What the manifest says of the split."""
+        """The record of the split for the manifest."""
         fit, choose, report = (part.record() for part in (self.fit, self.choose, self.report))
         return SplitRecord(dropped_pairs=self.dropped, fit=fit, choose=choose, report=report)
 
 
 def split(pairs: Pairs, prose: Prose, seed: int) -> Parts:
-    """Deal pairs and paragraphs to the parts.
+    """Distribute pairs and paragraphs to the parts.
 
     Pairs of one group (those with the same neutral side, or made from the same frame) stay
     together, and a pair of the fit is dropped if one of its sentences occurs in a held-out part on
@@ -148,7 +148,7 @@ def _deal(
 
 
 def _without(pairs: Sequence[Pair], others: Sequence[Pair]) -> tuple[list[Pair], int]:
-    """The pairs none of whose sentences occurs in ``others``, and how many were left out."""
+    """The pairs without a sentence in ``others``, and the number of pairs left out."""
     taken = {text for p in others for text in (p.toxic, p.neutral)}
     kept = [p for p in pairs if p.toxic not in taken and p.neutral not in taken]
     return kept, len(pairs) - len(kept)

@@ -1,4 +1,4 @@
-"""What a fit sees of a model, and the file that keeps it; ``collect`` makes it.
+"""The statistics of a model for a fit, and their file; ``collect`` makes them.
 
 For every layer: the pooled activations of both sides of each pair, (N, D) in float32. One (D, D)
 second moment of neutral tokens, averaged over the layers. Causal moments where a method wants them.
@@ -26,39 +26,38 @@ from converter.runtime import progress, strict_json
 from converter.runtime.cache import replacing, sha256_of
 
 Site = Literal["ffn", "residual"]
-"""Where the activations of a layer are taken."""
+"""The site of a layer's activations."""
 
 TEXTS = ("pairs", "prose")
-"""The kinds of neutral text whose moments are taken apart, so that each can count the same."""
+"""The kinds of neutral text, whose moments are separate so that each kind counts the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a method wants to see.
+    """A method's request for statistics.
 
     Attributes:
-        site: ``ffn``, what the FFN adds to the residual stream; ``residual``, the stream after the
-            layer; ``attention``, what ``o_proj`` gives; or ``final``, what the head is given after
-            the last norm, as of a layer whose number is the number of layers, and without
-            gradients.
+        site: ``ffn``, the FFN's contribution to the residual stream; ``residual``, the stream after
+            the layer; ``attention``, the output of ``o_proj``; or ``final``, the head's input after
+            the last norm, under the number of layers as its layer, and without gradients.
         pooling: of the toxic side: ``predicting``, the mean over the positions that predict a
             token of a toxic span; ``mean`` over all tokens; ``last``; ``last8``, the mean over the
             last 8. The neutral side is the mean over its tokens, or over as many at its end.
         layers: from 0.
         second_moment: whether neutral tokens' second moment is wanted.
         gradient: whether the causal moments of the toxic side are wanted; needs a backward pass.
-        directions: K, how many of their leading directions the moments of single words and of
-            neutral text are wanted in; 0 for none. They are orthogonal to ``protect_shared``
+        directions: K, number of leading causal directions in which the moments of single words and
+            of neutral text are wanted; 0 for none. They are orthogonal to the ``protect_shared``
             leading eigenvectors of the second moment.
-        per_layer: with ``directions``, how many leading causal directions of each layer are kept,
-            instead of its causal moment, which is (D, D).
-        prompts: what is put before each toxic and each neutral text, which then lose the spaces and
-            stops around them; empty for the texts as they are.
-        chunks: C, into how many equal chunks what is seen is cut, for the mean norm of each over
-            the tokens of neutral prose; 0 if these are not wanted.
-        slopes: whether gradients are wanted in place of pooled activations, see
-            ``collect.slopes``: of the toxic words (pooling ``predicting``), and of all tokens of
-            the neutral side. There is no second moment then.
+        per_layer: with ``directions``, number of leading causal directions of each layer that are
+            kept, instead of its causal moment, which is (D, D).
+        prompts: put before each toxic and each neutral text, which then lose the spaces and stops
+            around them; empty for none.
+        chunks: C, number of equal chunks of an activation, for the mean norm of each chunk over the
+            tokens of neutral prose; 0 if these are not wanted.
+        slopes: whether gradients are wanted instead of pooled activations (see ``collect.slopes``):
+            of the toxic words (pooling ``predicting``), and of all tokens of the neutral side.
+            There is then no second moment.
         bare: whether the texts are the prompts alone, the same for all pairs.
     """
 
@@ -83,7 +82,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """What single words and pieces of text owe to the layers together, in a few directions.
+    """The causal moments of single words and pieces of text, summed over layers, in a few
+    directions.
 
     See ``collect.moments_within``; K directions, all float32.
 
@@ -92,7 +92,7 @@ class Moments:
         words: (n, K, K), of the toxic words of each pair.
         weights: (n,), positive; every distinct word counts the same, however often it occurs.
         texts: ``pairs`` and ``prose`` -> (m, K, K), of pieces of neutral sides and of prose.
-        tokens: how many tokens these are.
+        tokens: their number of tokens.
     """
 
     directions: Tensor
@@ -102,7 +102,7 @@ class Moments:
     tokens: Mapping[str, int]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names that they have in a file."""
+        """The tensors by their names in a file."""
         named = {"directions": self.directions, "words": self.words, "weights": self.weights}
         named |= self.texts
         named["tokens"] = torch.tensor([float(self.tokens[text]) for text in TEXTS])
@@ -129,13 +129,13 @@ class Activations:
         toxic, neutral: layer -> (N, D) float32; row i of both is pair i.
         second_moment: (D, D) float32, the mean over layers of E[f f^T] / tr E[f f^T] over neutral
             tokens, half of the weight on the pairs' neutral sides and half on prose; or None.
-        inputs: what they depend on; see ``collect.activation_inputs``. Empty for a file without
-            it.
+        inputs: everything that they depend on; see ``collect.activation_inputs``. Empty if a file
+            does not say.
         causal: layer -> A_l (D, D) float32 of the toxic words; see ``collect.causal_moments``.
             Empty if not wanted.
-        leading: layer -> its leading causal directions and what they are worth, (K, D) and (K,)
-            float32: the first eigenvectors of A_l outside of what is protected in all layers, and
-            their eigenvalues. Empty if not wanted.
+        leading: layer -> its leading causal directions and their eigenvalues, (K, D) and (K,)
+            float32: the first eigenvectors of A_l outside of the directions protected in all
+            layers. Empty if not wanted.
         moments: of single words and pieces of neutral text. None if not wanted.
         norms: layer -> (C,) float32, the mean norm of each chunk over tokens of neutral prose.
             Empty if not wanted.
@@ -156,7 +156,7 @@ class Activations:
         return next(iter(self.neutral.values())).shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names that they have in a file: ``toxic.L`` and the like."""
+        """The tensors by their names in a file: ``toxic.L`` and the like."""
         sides = {
             "toxic": self.toxic, "neutral": self.neutral, "causal": self.causal,
             "norms": self.norms,
@@ -175,7 +175,7 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
 
 
 def save_activations(activations: Activations, path: Path) -> None:
-    """Write all tensors, with their hashes and what they depend on."""
+    """Write all tensors, with their hashes and inputs."""
     tensors = activations.tensors()
     with replacing(path) as part:
         digests = {name: _digest(tensor) for name, tensor in tensors.items()}
@@ -185,7 +185,7 @@ def save_activations(activations: Activations, path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A file of ``save_activations``. Raises DataError, too, for what is read of it meanwhile."""
+    """Open a file of ``save_activations``. Also raises DataError for reads within the context."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -194,7 +194,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def load_activations(path: Path, request: Request, hidden_size: int) -> Activations:
-    """Read a file of ``save_activations``, or any that serves ``request``.
+    """Read a file of ``save_activations``, or another that serves ``request``.
 
     Raises:
         DataError: it cannot be read, lacks a layer, has other shapes, holds NaN or Inf, or was
@@ -284,10 +284,10 @@ def _digest(tensor: Tensor) -> str:
 
 
 def read_inputs(path: Path) -> dict[str, Any]:
-    """What a file of ``save_activations`` says it depends on; empty if it does not say.
+    """The inputs that a file of ``save_activations`` states; empty if it states none.
 
     Raises:
-        DataError: it cannot be read, or what it says is not what ``save_activations`` writes.
+        DataError: it cannot be read, or its metadata are not those of ``save_activations``.
     """
     what = f"activations {path.name}"
     with _opened(path) as file:
@@ -304,7 +304,7 @@ def read_inputs(path: Path) -> dict[str, Any]:
 
 
 def texts_of_file(path: Path, pairs: Pairs, prose: Prose) -> tuple[Pairs, Prose]:
-    """The pairs and the prose that an activations file was made from, for the record.
+    """Check the pairs and the prose that an activations file was made from.
 
     Raises:
         DataError: the file says that they are not those of this run.

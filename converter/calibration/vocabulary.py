@@ -1,4 +1,4 @@
-"""What directions of the residual stream say in words."""
+"""Decode directions of the residual stream to tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +56,9 @@ class Vocabulary:
         return [tuple(self.tokenizer.decode([int(i)]) for i in row) for row in ids]
 
     def single_token_share(self, words: WordList) -> float:
-        """The share of the listed words that are one token when they follow others.
+        """The share of the listed words that are one token behind a space.
 
-        A list of words says little about tokens when most of its words are several of them.
+        A ranking by vocabulary says little if most words are several tokens.
         """
         spaced = (f" {w}" if follows_a_space(w) else w for w in sorted(words.words))
         single = (len(encode(self.tokenizer, text, ()).ids) == 1 for text in spaced)

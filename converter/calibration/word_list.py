@@ -1,4 +1,4 @@
-"""Lists of offensive words, and where their words stand in a text."""
+"""Lists of offensive words, and the places of their words in a text."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,18 +32,19 @@ _SINGLE = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _SILENT = re.compile(
     r"[\p{Cf}\p{Me}\p{VS}\u034f\u0334-\u0338\u0640[\p{Mn}&&[\p{scx=Arab}\p{scx=Hebr}]]]", re.V1
 )
-"""What a word is written with or without: characters of no width, strokes through letters, points
-for the vowels of Arabic and Hebrew, and what makes Arabic letters longer."""
+"""Optional characters of a word: characters of no width, strokes through letters, vowel points of
+Arabic and Hebrew, and the Arabic lengthening character.
+"""
 
 _ALIKE = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u0131": "i", "\u2010": "-"})
 
 
 def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:
-    """A text as words are compared in it, and of each of its characters the place in ``text``.
+    """A text folded for comparison, and the place in ``text`` of each folded character.
 
-    Unicode's NFKC and its folding of case, character by character as readers see them. So letters
-    of full width, ligatures and decomposed letters count as plain letters. The four letters i of
-    Turkish, whose case is folded otherwise in other languages, are one.
+    It applies Unicode's NFKC and case folding to each visible character. So letters of full width,
+    ligatures and decomposed letters count as plain letters. The four letters i of Turkish, whose
+    case is folded otherwise in other languages, are one.
     """
     if text.isascii():
         return text.lower(), [(i, i + 1) for i in range(len(text))]
@@ -57,19 +58,20 @@ def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:
 
 
 def items(text: str) -> list[tuple[int, int]]:
-    """The places of what is counted as a word: what stands between white space, and each letter of
-    a script that has none between words."""
+    """The places of words: the parts between white space, and each letter of a script without
+    spaces.
+    """
     return [found.span() for found in _ITEM.finditer(text)]
 
 
 def follows_a_space(word: str) -> bool:
-    """Whether a word stands behind a space where it follows another."""
+    """Whether a space separates a word from the word before it."""
     return re.match(_LETTER, word, re.V1) is not None
 
 
 @cache
 def _lengths(words: frozenset[str]) -> Sequence[int]:
-    """Of the entries of a list, the longest first."""
+    """A pattern of the entries of a list, the longest first."""
     return sorted({len(word) for word in words}, reverse=True)
 
 
@@ -98,10 +100,10 @@ class WordList:
     def spans(self, text: str, other: str = "") -> tuple[tuple[int, int], ...]:
         """Character ranges of the words of ``text`` that are listed or starred out (``f*ck``).
 
-        An entry begins and ends where a word does, but for letters of scripts that are written
-        without spaces. What follows an apostrophe is a word, too (French elides), and a Korean word
-        may have an ending. Words that also occur in ``other``, the neutral side of the pair, are
-        left out: they are not what makes the difference.
+        An entry must be whole words, except in scripts without spaces. The part behind an
+        apostrophe is a word, too (French elides), and a Korean word may have an ending. Words that
+        also occur in ``other``, the neutral side of the pair, are left out, since they do not make
+        the difference.
         """
         listed = _new(self._listed, text, other)
         starred = _new(_starred, text, other)
@@ -109,7 +111,7 @@ class WordList:
         return tuple(sorted(kept + starred))
 
     def _listed(self, text: str) -> Iterator[tuple[tuple[int, int], str]]:
-        """The places of entries, the longest that begins at a place, and the entries."""
+        """The places of entries (the longest at each place), and the entries."""
         folded, places = _fold(text)
         end = 0
         for begin in (found.start() for found in _BEGIN.finditer(folded)):
@@ -132,7 +134,7 @@ _Finder = Callable[[str], Iterator[tuple[tuple[int, int], str]]]
 
 
 def _new(find: _Finder, text: str, other: str) -> list[tuple[int, int]]:
-    """The places of what is found in ``text``, but for what is found in ``other``, too."""
+    """The places of entries in ``text`` that do not also occur in ``other``."""
     shared = {word for _, word in find(other)}
     return [span for span, word in find(text) if word not in shared]
 
@@ -140,8 +142,8 @@ def _new(find: _Finder, text: str, other: str) -> list[tuple[int, int]]:
 def load_words(origin: str) -> WordList:
     """The list ``builtin``, of the package better-profanity, or of a text file.
 
-    A file has a word or a phrase a line; lines starting with # are comments. Of the package, which
-    is English, the single words are taken.
+    A file has a word or a phrase a line; lines starting with # are comments. From the package,
+    which is English, single words are taken.
 
     Raises:
         DataError: the file cannot be read or holds no words.

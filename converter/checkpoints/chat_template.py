@@ -1,13 +1,14 @@
-"""Chat templates: where a checkpoint has them, and a suffix S of every message of a user.
+"""Chat templates: find them in a checkpoint, and add a suffix S to every user message.
 
-A template is a program in Jinja that writes a conversation as text. What it says of a message's
-content differs from model to model, so its own text stays as it is: a preamble in front of it puts
-S into the messages, of which it then makes what it makes of any others.
+A template is a program in Jinja that writes a conversation as text. Templates treat a message's
+content differently, so a template's own text does not change: a preamble in front of it puts S into
+the messages, which it then renders as usual.
 
-    preamble(S) + template renders what template renders with " " + S behind what users say
+    preamble(S) + template renders the same as template with " " + S behind user messages
 
-Tools, systems and the model get no S. What users say is a text, or a list of parts that gets one
-more. Readers differ in which template they take, so all of them must change.
+Messages of tools, systems and the model get no S. A user message is a text, or a list of parts,
+which gets one more part. Readers use different templates of a checkpoint, so all of them must
+change.
 """
 
 import json
@@ -22,13 +23,13 @@ from converter.runtime.files import decode, read_file, reason
 _KEY = "chat_template"
 
 _JSON = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
-"""Files of JSON that can have templates under that key: of processors, of tokenizers."""
+"""JSON files that can have templates under that key: of processors, of tokenizers."""
 
 _MAX_BYTES = 16_000_000
-"""Of a file that can hold a template."""
+"""The most bytes of a file with a template."""
 
 _UNREAD = (INDEX, MANIFEST, "tokenizer.json", "vocab.json")
-"""Large files of JSON in which no reader looks for a template."""
+"""Large JSON files in which no reader looks for a template."""
 
 _MARK = "{#- gloss-convert: suffix of user messages -#}"
 
@@ -45,18 +46,18 @@ _PREAMBLE = (
     "{%- endfor -%}"
     "{%- set messages = gloss.messages "
 )
-"""But for the end. Lists of a sandbox cannot be appended to, but can be added."""
+"""The preamble without its end. In a sandbox lists cannot be appended to, but can be added."""
 
 
 def is_template_file(name: str) -> bool:
-    """Whether a file of a checkpoint, by its name in it, can hold templates that readers take."""
+    """Whether a file of a checkpoint, by its name, can hold templates that readers use."""
     path = PurePosixPath(name)
     named = str(path.parent) == "additional_chat_templates" and path.suffix == ".jinja"
     return named or name in ("chat_template.jinja", *_JSON)
 
 
 def templates_in(folder: Path) -> dict[str, str]:
-    """File -> its text, of all files in a folder, and in those in it, that hold chat templates.
+    """File -> its text, for all files with chat templates in a folder and its subfolders.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -81,7 +82,7 @@ def _files(folder: Path, ending: str) -> list[Path]:
 
 
 def _has_none(name: str, text: str) -> bool:
-    """Whether a file is empty, or one of JSON that is known has no template in the place for it."""
+    """Whether a file is empty, or a known JSON file without a template in its place."""
     return not (_object(name, text).get(_KEY) if name in _JSON else text)
 
 
@@ -99,7 +100,7 @@ def template_files(templates: Mapping[str, str]) -> tuple[str, ...]:
     """The files that a suffix changes: all that hold templates; see ``templates_in``.
 
     Raises:
-        CheckpointError: one is in a place where it is not known who reads it.
+        CheckpointError: one is in a place whose readers are not known.
     """
     for name in templates:
         if not is_template_file(name):
@@ -111,7 +112,7 @@ def template_files(templates: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def suffix_patches(templates: Mapping[str, str], suffix: str) -> dict[str, Mapping[str, Any] | str]:
-    """File -> the patch that has every template of a checkpoint put S behind what users say.
+    """File -> the patch that makes every template of a checkpoint put S behind user messages.
 
     Args:
         templates: file -> its text; see ``templates_in``.
@@ -119,7 +120,7 @@ def suffix_patches(templates: Mapping[str, str], suffix: str) -> dict[str, Mappi
 
     Raises:
         OptionError: S is empty, has white space at an end, or is not one printable line.
-        CheckpointError: a template has a suffix already, or is where none can be put.
+        CheckpointError: a template has a suffix already, or cannot get one where it is stored.
     """
     if not suffix or suffix != suffix.strip() or not suffix.isprintable():
         raise OptionError(
@@ -136,7 +137,7 @@ def _patch(name: str, text: str, suffix: str) -> Mapping[str, Any] | str:
 
 
 def _changed(name: str, value: Any, suffix: str) -> Any:
-    """What becomes of a template, of an object of named ones, or of a list of named ones."""
+    """The changed form of a template, of an object of named templates, or of a list of them."""
     if isinstance(value, str):
         return _preamble(name, value, suffix) + value
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
@@ -154,10 +155,10 @@ def _is_named(entry: Any) -> bool:
 
 
 def _preamble(name: str, template: str, suffix: str) -> str:
-    """What goes in front of a template.
+    """The preamble of a template.
 
-    White space at its beginning counts for transformers, which drops the end of a line behind a
-    tag: so such a template begins a line of its own, and any other one follows at once.
+    White space at a template's beginning matters for transformers, which drops a line end behind a
+    tag. So such a template starts on a new line, and any other one follows at once.
     """
     if _MARK in template:
         raise CheckpointError(
@@ -178,7 +179,7 @@ def _begun(suffix: str) -> str:
 
 
 def puts_suffix(patch: Mapping[str, Any] | str, suffix: str) -> bool:
-    """Whether a patch has every template that it changes put this suffix, and no other."""
+    """Whether a patch makes every template that it changes put this suffix, and no other."""
     begun = tuple(_begun(suffix) + end for end in _ENDS)
     if isinstance(patch, str):
         return bool(suffix) and patch in begun

@@ -1,10 +1,10 @@
-"""The files of a source's folder, as far as they may be read.
+"""List the files of a source's folder, and refuse unsafe links.
 
-Small files of a source are copied into what is published. So a link among them must not lead out of
-the source: it could name any file of this machine. It may lead to what the Hub's client keeps, as
-folders that it downloaded to once did: files there have digests for names, which nobody can guess.
-The model's weights may be linked from elsewhere, as people do to save room: of them only tensors go
-on. Pipes, sockets and devices are refused: opening a named pipe would wait for ever.
+Small files of a source are copied into the published folder. So a link among them must not lead out
+of the source: it could name any file of this machine. It may lead to the Hub client's cache, as in
+its older download folders: file names there are digests, which cannot be guessed. Links to the
+model's weights may lead anywhere, since only tensors of them are used. Pipes, sockets and devices
+are refused: opening a named pipe would wait for ever.
 """
 
 import os
@@ -17,34 +17,33 @@ from converter.errors import CheckpointError
 from converter.text import is_one_line
 
 _MAX_DEPTH = 32
-"""Folders within one another in a source."""
+"""The deepest nesting of folders in a source."""
 
 
 def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
     """Every file below a folder and its size, in bytes.
 
-    What is in hidden and in linked folders is left out, and these are listed with a slash at the
-    end; of what git and file systems have of their own, nothing is. The folder is in the source
-    ``home``, or is the source.
+    Hidden and linked folders are listed with a slash at the end, without their contents. Files of
+    git and of file systems are not listed. The folder is in the source ``home``, or is the source.
 
     Raises:
-        CheckpointError: a name is not plain text; something is no file; or a link leads nowhere,
+        CheckpointError: a name is not plain text; an entry is not a file; or a link leads nowhere,
             or out of the source.
         OSError: a folder cannot be read.
     """
     found = {}
     inside = folder.resolve(), *_allowed((home or folder).resolve())
     for entry, name in _entries(folder):
-        if not is_one_line(name):  # a name that is not UTF-8 is not, either
+        if not is_one_line(name):  # this includes names that are not UTF-8
             raise CheckpointError(f"the file name {name!r} is not plain text")
         path = Path(entry.path)
-        if path.is_dir():  # hidden, or by a link
+        if path.is_dir():  # hidden or linked
             found[f"{name}/"] = 0
             continue
         if entry.is_symlink() and is_read(name):
             _check_link(path, name, inside)
         if not path.exists():
-            continue  # a link to nothing, of what is not copied
+            continue  # a broken link among files that are not copied
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -59,7 +58,7 @@ def list_files(folder: Path, home: Path | None = None) -> dict[str, int]:
 
 
 def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
-    """What is below a folder, with names relative to it; of folders, those that are not read."""
+    """The files below a folder by relative names, and the folders that are not read."""
     waiting = [("", 0)]
     while waiting:
         inside, depth = waiting.pop()
@@ -78,8 +77,9 @@ def _entries(folder: Path) -> Iterator[tuple["os.DirEntry[str]", str]]:
 
 
 def _allowed(home: Path) -> Iterator[Path]:
-    """Where links of a source may lead: into it, and where the Hub's client keeps content, which
-    ``snapshots/COMMIT/FILE`` links to in ``blobs``."""
+    """The folders that links of a source may lead to: the source itself, and the Hub client's
+    ``blobs``, to which ``snapshots/COMMIT/FILE`` links.
+    """
     yield home
     for parent in (home, *home.parents):
         if parent.name == "snapshots":
@@ -95,7 +95,7 @@ def check_links(home: Path, names: Iterable[str]) -> None:
 
 
 def _check_link(path: Path, name: str, inside: tuple[Path, ...]) -> None:
-    """Raise CheckpointError if a link leads nowhere, or to none of some folders."""
+    """Raise CheckpointError if a link leads nowhere, or outside of the given folders."""
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: in a circle

@@ -1,4 +1,4 @@
-"""The front matter of model cards: read from those of strangers, and written into ours.
+"""Read the front matter of untrusted model cards, and write that of ours.
 
 Each scalar is text. YAML 1.1 takes ``no`` for false, ``1.10`` for 1.1 and ``12:30`` for a number,
 and YAML 1.2 takes ``1e3`` for one; a language, a licence or a tag is none of these. No other module
@@ -18,25 +18,25 @@ from converter.runtime import progress
 from converter.runtime.files import AS_UTF8, decode, reason
 
 _BLOCK = re.compile(r"\s*---[ \t]*\n((?:.*\n)*?)---[ \t]*(?:\n|$)")
-"""At the beginning of a card."""
+"""Front matter at the beginning of a card."""
 
 _KEYS = {
     "language": "a text or a list of texts", "license": "a text or a list of texts",
     "license_link": "a text", "license_name": "a text", "pipeline_tag": "a text",
 }  # fmt: skip
-"""What is taken from a stranger's card, and its shape."""
+"""The keys that are taken from a source's card, and their shapes."""
 
 _GATE = "extra_gated_"
-"""How the keys begin that say that terms have to be accepted before a download."""
+"""Beginnings of keys that require the acceptance of terms before a download."""
 
 _MAX_TEXTS = 10_000
-"""In a list; the most languages that a model has are a few thousand."""
+"""The most entries of a list; models have at most a few thousand languages."""
 
 _NULL = "tag:yaml.org,2002:null"
 
 
 class _Reader(yaml.BaseLoader):  # type: ignore[misc]
-    """Texts, lists and mappings; None where nothing or ``null`` is written."""
+    """Loads texts, lists and mappings; None for an empty value or ``null``."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
@@ -49,10 +49,10 @@ _Reader.add_constructor(_NULL, lambda loader, node: None)
 
 
 class _Writer(yaml.SafeDumper):  # type: ignore[misc]
-    """Puts a text in quotes if a reader of YAML 1.1 or 1.2 would take it for something else.
+    """Quotes a text that a reader of YAML 1.1 or 1.2 would not take for a text.
 
-    Its base knows what the readers in Python take for something else. The others are: numbers of
-    YAML 1.2, and the short words for true and false that YAML 1.1 has.
+    Its base class covers the readers in Python. This class adds the numbers of YAML 1.2, and the
+    short words for true and false of YAML 1.1.
     """
 
     def ignore_aliases(self, data: object) -> bool:
@@ -69,9 +69,9 @@ _Writer.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"[yYnN]$"), 
 
 
 def read_card(path: Path) -> ModelCardData:
-    """What is taken from the front matter of a model card; empty when there is none.
+    """The keys of ``_KEYS`` in the front matter of a model card; empty without front matter.
 
-    Says on the terminal what is left out, since it is malformed.
+    Warns of malformed values, which are left out.
     """
     if not path.is_file() or path.stat().st_size > MAX_CONFIG:
         return ModelCardData()
@@ -98,7 +98,7 @@ def read_card(path: Path) -> ModelCardData:
 
 
 def _texts(value: object) -> str | list[str] | None:
-    """A text or a list of texts, without those that say nothing; None if it is neither."""
+    """A text or a list of texts, without empty ones; None if it is neither."""
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list) or len(value) > _MAX_TEXTS:
@@ -108,6 +108,6 @@ def _texts(value: object) -> str | list[str] | None:
 
 
 def write_front_matter(data: Mapping[str, Any]) -> str:
-    """The YAML of a card's front matter, which every reader understands alike."""
+    """The YAML of a card's front matter, with the same meaning for every reader."""
     text: str = yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=True)
     return text.strip()

@@ -1,10 +1,10 @@
-"""How a checkpoint holds a calibration model beside its own, for a class that runs both.
+"""Checkpoints with a calibration model beside the model, for a class that runs both.
 
-The class is in ``data/modeling_gloss_fused.txt``, written with the names of Llama's classes, which
-are those of other families with another beginning. The checkpoint keeps its tensors and gets those
-of the calibration model. Its config becomes ``target`` in one of another ``model_type``, without a
-``model_type`` of its own: nothing that does not run our class finds a model in there, so nothing
-loads the one model without the other.
+The class is in ``data/modeling_gloss_fused.txt``, written with the names of Llama's classes; other
+families have the same names with another beginning. The checkpoint keeps its tensors and gets those
+of the calibration model. Its config becomes ``target`` in a config of another ``model_type``, and
+loses its own ``model_type``. So a program that does not run our class finds no model, and cannot
+load one model without the other.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ CODE = "modeling_gloss_fused.py"
 """The file with the class of a fused model."""
 
 ALIGNMENT = "model.alignment"
-"""A (D, D), by which what the calibration model gives is multiplied."""
+"""A (D, D), which multiplies the calibration model's output."""
 
 CALIBRATION = "model.calibration."
-"""Begins the names of the calibration model's tensors, in the place of ``model.``."""
+"""Beginning of the names of the calibration model's tensors, instead of ``model.``."""
 
 FAMILIES = ("gemma", "granite", "llama", "mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3")
-"""Model types whose classes the code was tried with: with a cache, without, and in beam search."""
+"""Model types with which the code was tested: with a cache, without, and in beam search."""
 
 _ENDING = "ForCausalLM"
 
 
 def fused_shapes(plan: Plan, depth: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a calibration model of so many layers adds.
+    """Name -> shape of every tensor that a calibration model of ``depth`` layers adds.
 
     Raises:
         OptionError: the class cannot run two models.
@@ -62,7 +62,7 @@ def fused_shapes(plan: Plan, depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def calibration_name(name: str) -> str:
-    """What a tensor of a model is called where it is one of the calibration model."""
+    """The name of a model's tensor in the calibration model."""
     return CALIBRATION + name.removeprefix("model.")
 
 
@@ -72,7 +72,7 @@ def own_name(created: str) -> str:
 
 
 def fused_dtype(plan: Plan) -> torch.dtype:
-    """That of the tensors of the calibration model: as the embedding is stored."""
+    """The dtype of the calibration model's tensors: that of the embedding."""
     _, info = plan.names.require(plan.architecture.embedding)
     return FLOATS.get(info.dtype, torch.bfloat16)
 
@@ -81,13 +81,13 @@ def fused_patch(plan: Plan, depth: int, scale: float) -> dict[str, Any]:
     """The merge patch of ``config.json``; ``target_config`` undoes it.
 
     Raises:
-        OptionError: a merge patch cannot hold what the config says.
+        OptionError: a merge patch cannot express the config.
     """
     nulls = sorted(key for key, value in plan.config.items() if value is None)
     target = {key: value for key, value in plan.config.items() if key != "model_type"}
     fusion = {"of": plan.config["model_type"], "scale": scale, "depth": depth, "nulls": nulls}
     kept = target_config(merge({}, {"model_type": FUSED, "target": target, "fusion": fusion}))
-    if kept != plan.config:  # null within an object: a merge patch cannot say so
+    if kept != plan.config:  # null within an object: a merge patch cannot express it
         wrong = min(key for key in plan.config if kept.get(key) != plan.config[key])
         raise OptionError(
             f"-o form=paper: config.json: {wrong}", expected="no null within it",
@@ -102,7 +102,7 @@ def fused_patch(plan: Plan, depth: int, scale: float) -> dict[str, Any]:
         "auto_map": {f"Auto{a}": f"{module}.GlossFused{b}" for a, b in named.items()},
         "fusion": fusion,
         "target": target,
-        "num_hidden_layers": "see target",  # a class that believes the top level fails at once
+        "num_hidden_layers": "see target",  # a class that reads the top level fails at once
     }
 
 
@@ -112,7 +112,7 @@ def is_fused(config: Mapping[str, Any]) -> bool:
 
 
 def target_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model itself; of one that is not fused, the same.
+    """The config of the model itself; for a config that is not fused, the same.
 
     Raises:
         CheckpointError: a fused one is not as ``fused_patch`` makes it.
@@ -135,7 +135,7 @@ def fused_code(plan: Plan) -> bytes:
 
 
 def _looks_at_windows(config: Mapping[str, Any]) -> bool:
-    """Whether a layer looks at a window of tokens, so that its cache is of another kind."""
+    """Whether a layer has a window, and so another kind of cache."""
     kinds = {*(config.get("layer_types") or ())} - {"full_attention"}
     used = config.get("use_sliding_window", True) and config.get("sliding_window") is not None
     return bool(kinds or used)

@@ -1,4 +1,4 @@
-"""Whether a file of a source can be read, and is the file itself."""
+"""Check that a file of a source can be read, and is not a placeholder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from converter.runtime.files import placeholder
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Raise CheckpointError where the operating system cannot read a file of that name."""
+    """Within this context, turn an OSError for a file of that name into a CheckpointError."""
     try:
         yield
     except OSError as error:
@@ -17,7 +17,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def refuse_placeholder(start: bytes | bytearray, name: str, *, may_be_empty: bool = False) -> None:
-    """Raise CheckpointError if a file of a source that begins so is not the file itself."""
+    """Raise CheckpointError if the beginning of a file shows a placeholder."""
     if not start and not may_be_empty:
         raise CheckpointError(f"{name} is empty", hint="fetch the file again")
     if found := placeholder(start):

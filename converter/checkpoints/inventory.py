@@ -1,7 +1,7 @@
-"""Which files of a source hold the weights, which go along with them, and which are left out.
+"""Sort the files of a source: weights, extra weights, and files that are left out.
 
-The index says which files hold the weights; names decide only where there is none. What else there
-is goes along or is named: nothing of a source is left out without a word.
+The index says which files hold the weights; names decide only without an index. All other files are
+copied or reported: nothing of a source is silently left out.
 """
 
 import re
@@ -46,8 +46,8 @@ class Weights:
 
 
 def choose_weights(name: str, folder: Path, known: Set[str]) -> Weights:
-    """Which files hold the weights: the parts of Meta's layout where it is all there is, since it
-    comes without config.json; else safetensors if there are any.
+    """Find the files of the weights: the parts of Meta's layout if there is nothing else, since it
+    has no config.json; else safetensors if there are any.
 
     Args:
         name: of the source, for messages.
@@ -55,8 +55,8 @@ def choose_weights(name: str, folder: Path, known: Set[str]) -> Weights:
         known: names of all files.
 
     Raises:
-        CheckpointError: two sets of weights in one format, an index without its files, or nothing
-            that can be read.
+        CheckpointError: two sets of weights in one format, an index without its files, or no
+            readable weights.
     """
     if ELSEWHERE in known and "config.json" not in known:
         raise CheckpointError(
@@ -90,7 +90,9 @@ def choose_weights(name: str, folder: Path, known: Set[str]) -> Weights:
 
 
 def _missing(index: str, files: tuple[str, ...], known: Set[str]) -> CheckpointError:
-    """An index names files that are not there: they are not whole, or it is that of others."""
+    """The error about an index that names missing files: downloads did not finish, or it is another
+    model's index.
+    """
     missing = [file for file in files if file not in known]
     ending = PurePosixPath(missing[0]).suffix
     unfinished = [n for n in known if n.endswith(UNFINISHED) and n.startswith(tuple(missing))]
@@ -115,11 +117,11 @@ _NEW_INDEX = (
     "{}, 'weight_map': {k: f for f in glob.glob('*-of-*.safetensors') for k in s.safe_open(f, "
     "'np').keys()}}, open('model.safetensors.index.json', 'w'))\""
 )
-"""How to get the index of a set of shards."""
+"""The hint for a missing index."""
 
 
 def _unreadable(name: str, known: Set[str]) -> CheckpointError:
-    """The sentence about files that are not the weights of a checkpoint, or not all of them."""
+    """The error about files that are not the weights of a checkpoint, or not all of them."""
     others = sorted(n for n in known if n.lower().endswith(OTHER_WEIGHTS) and "/" not in n)
     gguf = [n for n in others if n.endswith(".gguf")]
     unfinished = sorted(n for n in known if n.endswith(UNFINISHED))
@@ -156,7 +158,7 @@ def _unreadable(name: str, known: Set[str]) -> CheckpointError:
 
 
 def _incomplete_set(name: str, found: list[re.Match[str]]) -> CheckpointError:
-    """Shards that are not all there, or have no index; a lone one needs none."""
+    """The error about shards that are incomplete or have no index; a single file needs none."""
     first = found[0]
     stem, count, ending = first[1], int(first[3]), first[4]
     numbers = {int(match[2]) for match in found if match.group(1, 3, 4) == first.group(1, 3, 4)}
@@ -184,17 +186,16 @@ def extra_weights(
     sizes: Mapping[str, int],
     read: "Callable[[str], Header]",
 ) -> tuple[str, ...]:
-    """The safetensors files that go with a model and hold none of its tensors.
+    """The safetensors files beside a model that hold none of its tensors.
 
-    Not one of them holds a part of the model again: a tensor of it, or another form of one of its
-    weights. Nor does a set of files that is half as large as the model, or larger: that is the
-    model in other names.
+    A file with a tensor of the model, or another form of one of its weights, does not count. Nor
+    does a set of files of half of the model's size or more: that is the model under other names.
 
     Args:
         weights: of the model.
-        names: gives those of its tensors.
+        names: returns the names of its tensors.
         sizes: bytes of all files of the source, by name.
-        read: gives the header of a file.
+        read: returns the header of a file.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -217,7 +218,7 @@ def extra_weights(
 def left_out(sizes: Mapping[str, int], kept: Set[str]) -> tuple[str, ...]:
     """The files of a source that are neither read nor copied, by name.
 
-    Of a hidden folder it is the folder. ``kept`` are those that are read or copied.
+    A hidden folder counts as one name. ``kept`` are the files that are read or copied.
     """
     found = set[str]()
     for name in sizes:

@@ -1,7 +1,7 @@
-"""The small files of a checkpoint, read as far as they may be believed.
+"""Read and check the small files of a checkpoint.
 
-transformers builds what a config asks for before it looks at the weights, and some keys make it
-read or run something else than the files that are edited.
+transformers builds the model of a config before it looks at the weights, and some keys make it read
+or run other things than the edited files.
 """
 
 import codecs
@@ -27,25 +27,27 @@ from converter.runtime.files import AS_UTF8, decode, reason, start_of
 from converter.text import describe_value
 
 MAX_CONFIG = 16_000_000
-"""Bytes of a config or a card: the lists of labels and layers in some have one or two million."""
+"""The most bytes of a config or a card: some have lists of labels and layers of one or two million
+bytes.
+"""
 
 MAX_INDEX = 100_000_000
-"""Bytes of an index: a million names fit. As for the header of a shard."""
+"""The most bytes of an index, as for a shard's header: a million names fit."""
 
 _MAX_PARTS = 1_000_000
-"""Lists and objects in a file of JSON; an index has three."""
+"""The most lists and objects in a JSON file; an index has three."""
 
 _MAX_NESTING = 32
-"""Objects and lists within one another in a config; real ones have five or six."""
+"""The deepest nesting of a config; real ones have five or six levels."""
 
 _LOADED = TOKENIZER | {
     CARD, MANIFEST, "chat_template.jinja", "chat_template.json", "config.json",
     "generation_config.json", "params.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
-"""Files beside the weights that we or transformers read whole, whatever their size."""
+"""Files beside the weights that we or transformers read whole, in any size."""
 
 _LARGE = ("tokenizer.json", "vocab.json", MANIFEST)
-"""Those of them that take a second to parse: who reads them checks them."""
+"""Those that take a second to parse; their readers check them."""
 
 _LIMITS = (
     (re.compile(r"depth|.*layers?|.*experts"), 10_000, "layers or experts"),
@@ -54,27 +56,29 @@ _LIMITS = (
                 r".*(_dim|_heads?|_positions|_embeddings|_rank)|n_(embd|inner|ctx)"),
      1 << 24, "a size of a model"),
 )  # fmt: skip
-"""Keys of counts -> the most that there can be: the deepest models have a few hundred layers, and
-the longest text is 10,485,760 tokens."""
+"""Keys of counts -> the largest value: the deepest models have a few hundred layers, and the
+longest text is 10,485,760 tokens.
+"""
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation",
             "_experts_implementation")  # fmt: skip
 """Keys that can name a repo of compiled code, which transformers would fetch and run."""
 
 _KNOWN_KERNEL = re.compile(r"(paged\|)?kernels-community/[^/]+")
-"""Attention that many configs name; no model is run with it here."""
+"""Attention kernels that many configs name; no model runs with them here."""
 
 
 _OTHER_KINDS = {
     "model_index.json": "a diffusion pipeline",
     "modules.json": "a model of sentence embeddings",
 }
-"""Files of what is no language model -> what they make it."""
+"""Files of models that are not language models -> description."""
 
 
 def refuse_other_kinds(name: str, files: Collection[str]) -> None:
-    """Raise CheckpointError if the files of a source are those of something else than a model that
-    continues text."""
+    """Raise CheckpointError if the files of a source show that it is not a model that continues
+    text.
+    """
     for file, what in _OTHER_KINDS.items():
         if file in files:
             raise CheckpointError(
@@ -84,8 +88,9 @@ def refuse_other_kinds(name: str, files: Collection[str]) -> None:
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Raise CheckpointError if a file that is read whole is too large for it; ``sizes`` are the
-    bytes of the files of a source, by name."""
+    """Raise CheckpointError if a file that is read whole is too large; ``sizes`` are the bytes of a
+    source's files, by name.
+    """
     for file in sorted(_LOADED & sizes.keys()):
         most = MAX_CONFIG if file in (CARD, "config.json") else MAX_COMPANION
         if sizes[file] > most:
@@ -93,9 +98,9 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
 
 
 def check_content(name: str, path: Path) -> None:
-    """Raise CheckpointError if something else lies in the place of a file that is read or copied.
+    """Raise CheckpointError if a file that is read or copied is a placeholder.
 
-    Pages of HTML and texts in Markdown may be what they look like.
+    HTML and Markdown files are not checked for looking like HTML or text.
     """
     if name.endswith(UNFINISHED):
         raise CheckpointError(
@@ -130,8 +135,8 @@ def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, as an index says.
 
     Raises:
-        CheckpointError: there is none, a tensor is there twice, or a shard is not a plain file name
-            of its format, is like another but for case, or is one of ours.
+        CheckpointError: there is none, a tensor is repeated, or a shard's name is not a plain file
+            name of its format, equals another up to case, or is one of ours.
     """
     weight_map = read_json(path, MAX_INDEX, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -164,10 +169,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def two_copies(tensor: str, given: str | None, files: Set[str]) -> CheckpointError:
-    """The sentence about a tensor in two files, of which the index names ``given``, or neither.
+    """The error about a tensor in two files, of which the index names ``given``, or neither.
 
-    transformers takes the one that the index names; others may take the other, and with it a weight
-    that was not edited.
+    transformers takes the one that the index names. Other programs may take the other one, which
+    was not edited.
     """
     if given not in files:
         return CheckpointError(
@@ -184,9 +189,10 @@ def two_copies(tensor: str, given: str | None, files: Set[str]) -> CheckpointErr
 
 
 def read_json(path: Path, most: int = MAX_COMPANION, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in a file; ``unique`` refuses keys that are there twice.
+    """The JSON object in a file; ``unique`` refuses repeated keys.
 
-    Raises CheckpointError if it is missing, unreadable, of more than ``most`` bytes, or no object.
+    Raises CheckpointError if it is missing, unreadable, larger than ``most`` bytes, or not an
+    object.
     """
     try:
         status = path.stat()
@@ -225,7 +231,7 @@ def _levels(value: dict[str, Any]) -> Iterator[list[Any]]:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse what no ``config.json`` has, before anything is made of it.
+    """Refuse impossible values of ``config.json``, before it is used.
 
     Raises CheckpointError for counts beyond ``_LIMITS``, other weights than those that are edited,
     code from elsewhere, or a nesting that no config has.
@@ -270,9 +276,9 @@ def _check_key(key: str, value: Any) -> None:
 
 
 def drawn_before(folder: Path) -> set[str]:
-    """The pictures that an earlier conversion drew into a folder, as its own manifest says.
+    """The pictures that an earlier conversion drew into a folder, by its manifest.
 
-    They show that edit. None if there is no manifest, or one that cannot be made out.
+    They show that earlier edit. Empty if there is no readable manifest.
     """
     try:
         manifest = read_json(folder / MANIFEST)

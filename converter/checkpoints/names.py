@@ -1,4 +1,4 @@
-"""The files of a checkpoint and of its record by name: weights, what is copied along, papers."""
+"""File names of a checkpoint and of its record: weights, copied files, licence files."""
 
 import re
 from collections.abc import Container, Iterable
@@ -25,10 +25,10 @@ WEIGHTS: dict[Format, tuple[str, str]] = {
     "safetensors": (SINGLE, INDEX),
     "pickled": ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
-"""Format -> the file that holds the weights, and the index where there are several."""
+"""Format -> the file of the weights, and the index if there are several."""
 
 _PART = re.compile(r"consolidated\.\d\d\.pth")
-"""A part of the weights in Meta's layout."""
+"""Pattern of a part of the weights in Meta's layout."""
 
 _MISTRAL = "consolidated.safetensors"
 """The weights in Mistral's layout, which is like Meta's."""
@@ -38,32 +38,35 @@ OTHER_WEIGHTS = (
     ".msgpack", ".nemo", ".npy", ".npz", ".onnx", ".onnx_data", ".ot", ".parquet", ".pickle",
     ".pkl", ".pt", ".pth", ".safetensors", ".task", ".tflite",
 )  # fmt: skip
-"""Endings of files that hold weights or data, in this format or another. Readers find weights by
-them; ``.tensors`` is none that they know."""
+"""Endings of files with weights or data, by which readers find weights. They do not know
+``.tensors``.
+"""
 
 _OTHER_FOLDERS = ("checkpoint-", "coreml", "gguf", "logs", "onnx", "openvino", "original", "runs",
                   "wandb")  # fmt: skip
-"""Beginnings of folders with the model for other programs, or with the traces of a training."""
+"""Beginnings of folders with the model for other programs, or with checkpoints of a training."""
 
 MAX_COMPANION = 64_000_000
-"""Bytes of the largest file that is copied; the largest tokenizers have half of it."""
+"""The most bytes of a copied file; the largest tokenizers have half of it."""
 
 BOOKKEEPING = {".DS_Store", ".cache", ".git", ".gitattributes", ".gitignore", "lost+found"}
-"""What git, the Hub's client and file systems keep in a folder: no part of a model."""
+"""Files of git, the Hub's client and file systems, which are not part of a model."""
 
 UNFINISHED = (".aria2", ".crdownload", ".incomplete", ".part")
-"""Endings that programs give to a download, or to a file beside it, until it is finished."""
+"""Endings of unfinished downloads, or of files beside them."""
 
 UNLISTED = {CARD, MANIFEST, SUMS, SIGNATURE}
-"""Files that a conversion writes last: the manifest, and what holds its sha256."""
+"""Files that a conversion writes last: the manifest, and the files with its sha256."""
 
 OURS = {INDEX, EDIT_FILE, *UNLISTED}
-"""Files that a conversion writes itself; the source's own are not copied. A signature would be
-one of other bytes."""
+"""Files that a conversion writes itself; the source's own are not copied. A signature of the source
+would not fit.
+"""
 
 ELSEWHERE = "adapter_config.json"
-"""A file that makes transformers load the model that it names, with an adapter, in place of the
-weights beside it: a source that has one is refused, and one in a folder of it is not copied."""
+"""A file that makes transformers load the model that it names, with an adapter, instead of the
+weights beside it. A source with one is refused; one in a subfolder is not copied.
+"""
 
 PICTURE = ".png"
 """Ending of the pictures that ``evaluation.plots`` draws."""
@@ -74,17 +77,17 @@ TOKENIZER = {
 }  # fmt: skip
 
 QUANTIZED = {"hf_quant_config.json", "quant_config.json", "quantize_config.json"}
-"""Files that say how weights are quantized, beside ``config.json``."""
+"""Files besides ``config.json`` that describe a quantization."""
 
 _PAPERS = {
     "agreement": ("LICENSE", "LICENCE", "COPYING", "TERMS"),
     "policy": ("USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "PROHIBITED_USE"),
     "notice": ("NOTICE",),
 }
-"""Kind of file -> how its name begins, in whatever case."""
+"""Kind of file -> beginning of its name, in any case."""
 
 _TEXT = ("", ".txt", ".md", ".rst", ".html", ".pdf")
-"""Endings of papers; ``license.py`` is not one."""
+"""Endings of licence files; ``license.py`` is not one."""
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
@@ -94,14 +97,15 @@ def weight_files(names: Iterable[str]) -> list[str]:
 
 
 def is_native(names: Iterable[str]) -> bool:
-    """Whether file names are those of Meta's layout, params.json and consolidated.*.pth, or of
-    Mistral's, with consolidated.safetensors; either has no config.json."""
+    """Whether file names are those of Meta's layout (params.json and consolidated.*.pth) or
+    Mistral's (with consolidated.safetensors), without a config.json.
+    """
     known = set(names)
     return bool(weight_files(known)) and "params.json" in known and "config.json" not in known
 
 
 def papers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Kind of licence file -> those of ``names``, files of a folder, that are of that kind."""
+    """Kind of licence file -> its files among ``names`` of a folder."""
     found: dict[str, list[str]] = {kind: [] for kind in _PAPERS}
     for name in sorted(names):
         for kind, starts in _PAPERS.items():
@@ -128,8 +132,9 @@ def _is_apart(name: str) -> bool:
 
 
 def may_be_extra(name: str, names: Container[str]) -> bool:
-    """Whether a file, by its name among those of a source, can hold weights that go with the model
-    and are not its own: a draft head, a projector, a module of sentence-transformers."""
+    """Whether a file of a source, by its name, can hold extra weights beside the model's own: a
+    draft head, a projector, a module of sentence-transformers.
+    """
     path = PurePosixPath(name)
     adapter = path.name.startswith("adapter_") or str(path.with_name(ELSEWHERE)) in names
     ours = path.name.startswith("gloss_")
@@ -137,7 +142,7 @@ def may_be_extra(name: str, names: Container[str]) -> bool:
 
 
 def is_replaced(name: str) -> bool:
-    """Whether a conversion writes a file of its own of that name, or one that nobody misses."""
+    """Whether a conversion writes its own file of that name, or the file is dispensable."""
     parts = PurePosixPath(name).parts
     return (
         name in OURS - {SIGNATURE} or name.startswith("gloss_") or not BOOKKEEPING.isdisjoint(parts)
@@ -151,5 +156,5 @@ def is_weights(name: str) -> bool:
 
 
 def is_read(name: str) -> bool:
-    """Whether a file of a folder is copied, or read for what it says, rather than for tensors."""
+    """Whether a file of a folder is copied or read, but not for tensors."""
     return is_companion(name) or name in (INDEX, WEIGHTS["pickled"][1], CARD, MANIFEST)

@@ -1,4 +1,4 @@
-"""Change a few values of a text file and leave every other byte as it is.
+"""Change a few values of a text file and keep every other byte.
 
 A JSON object is changed by an RFC 7396 merge patch: a value replaces that of its key, an object
 changes the object of its key member by member, and null removes the member. Only the text of the
@@ -62,7 +62,7 @@ def merge(value: Any, patch: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A member of an object: its key, and where in the text that begins and its value lies."""
+    """A member of an object: its key, and the places of key and value in the text."""
 
     key: str
     start: int
@@ -71,7 +71,7 @@ class _Member:
 
 
 def _merged(text: str, start: int, patch: Mapping[str, Any]) -> tuple[str, int]:
-    """The text of the object that begins at ``start``, patched, and where it ended before."""
+    """The patched text of the object that begins at ``start``, and its old end."""
     members = list(_members(text, start))
     ends = [start + 1, *(member.end for member in members)]
     parts: list[str] = []
@@ -117,7 +117,7 @@ def _members(text: str, start: int) -> Iterator[_Member]:
 
 
 def _skip(text: str, at: int) -> int:
-    """The first place from ``at`` on that is no white space."""
+    """The first place from ``at`` on that is not white space."""
     found = _NO_SPACE.search(text, at)
     return found.start() if found else len(text)
 

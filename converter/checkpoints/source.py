@@ -1,4 +1,4 @@
-"""A checkpoint to read: its small files are in a folder, and its shards read like safetensors."""
+"""A checkpoint to read: small files in a folder, and shards that read like safetensors."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -30,10 +30,10 @@ from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.progress import ThreadPool
 
 _READERS = 8
-"""Headers that are read at a time; a model may have hundreds of shards on a network disk."""
+"""Headers read in parallel; a model may have hundreds of shards on a network disk."""
 
 _FIRST = 100_000
-"""Bytes of a shard on the Hub that are asked for first: nearly all headers end in them."""
+"""Bytes of a shard on the Hub that are requested first: nearly all headers fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,26 +42,26 @@ class Source:
 
     Attributes:
         name: repo id, or the folder's own name; never a path.
-        folder: holds the small files and, unless they are made from ``originals``, the shards,
-            those of a Hub repo once they are fetched.
+        folder: holds the small files, and the shards unless they are made from ``originals``;
+            shards of a Hub repo are there once they are fetched.
         config: parsed ``config.json``.
         shards: safetensors file names, sorted.
         weight_map: of the index, or None for a single file.
-        companions: the other small files that belong to the model, relative to ``folder``.
+        companions: the model's other small files, relative to ``folder``.
         drawn: pictures of an earlier edit, which are not copied.
-        extras: safetensors files beside the model's, which are copied and not edited.
-        left_out: files that are neither read nor copied; of a hidden folder, that.
-        above: licence files of the folder or repo that the checkpoint is in a subfolder of.
+        extras: other safetensors files, which are copied and not edited.
+        left_out: files that are neither read nor copied; a hidden folder counts as one.
+        above: licence files of the folder or repo above the checkpoint's subfolder.
         virtual_shards: how to make the shards of a checkpoint that is not safetensors; else None.
         originals: files in another format that the shards are made from.
-        states: of each of them, by name, ``cache.state_of`` before it was opened.
+        states: name of an original -> its ``cache.state_of`` before it was opened.
         serial: see ``Translated``.
         repo: where it was downloaded from, or None.
         inside: the subfolder of the repo, with a slash at the end, or empty.
-        base: repo id of the model that this is, as far as it is known.
-        base_commit: of that repo, if that is where it was downloaded from.
+        base: repo id of this model, if it is known.
+        base_commit: of that repo, if it was downloaded from there.
         card: front matter of its model card; empty when it has none.
-        virtual: the shards made from ``virtual_shards`` that have been opened.
+        virtual: the opened shards of ``virtual_shards``.
     """
 
     name: str
@@ -87,16 +87,16 @@ class Source:
 
     @property
     def small(self) -> dict[str, Path]:
-        """The files that are copied as they are: their names in the output, and where they are.
+        """The files that are copied unchanged: name in the output -> path.
 
-        Of a repo, ``extras`` have to be fetched.
+        The ``extras`` of a repo must be fetched first.
         """
         here = {name: self.folder / name for name in (*self.companions, *self.extras)}
         return here | {path.name: path for path in self.above}
 
     @property
     def files(self) -> list[Path]:
-        """The folder and what is read from it; links in it may lead elsewhere."""
+        """The folder and the files read from it; links in it may lead elsewhere."""
         if self.virtual_shards:
             weights = [path.parent for path in self.originals]
         else:
@@ -105,7 +105,7 @@ class Source:
 
     @property
     def gated(self) -> bool:
-        """Whether the Hub or the card says that terms have to be accepted before a download."""
+        """Whether the Hub or the card requires the acceptance of terms before a download."""
         said = any(key.startswith("extra_gated_") for key in vars(self.card))
         return said or (self.repo is not None and self.repo.gated)
 
@@ -132,7 +132,7 @@ class Source:
 
         Raises CheckpointError if a shard is missing or malformed, SourceError if the Hub fails.
         """
-        with ThreadPool(_READERS) as pool:  # what takes time is waiting for the network
+        with ThreadPool(_READERS) as pool:  # the time is spent waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
@@ -156,7 +156,7 @@ class Source:
         return sum(size or path.stat().st_size for size, path in zip(sizes, paths, strict=True))
 
     def fetch(self, shards: Iterable[str] | None = None) -> None:
-        """Make sure that these shards or extras, or all shards, are on disk.
+        """Fetch these shards or extras, or all shards, if they are not on disk.
 
         Raises SourceError if the Hub cannot be read, or the disk is too small.
         """
@@ -172,7 +172,7 @@ class Source:
             hub.forget(self.folder / shard)
 
     def drop_originals(self) -> None:
-        """The same for files in another format, which are needed until all shards are written."""
+        """Delete fetched files in another format, after all shards are written."""
         for path in self.originals:
             if self.repo is not None and path.exists():
                 hub.forget(path)
@@ -244,9 +244,9 @@ def header_at(folder: Path, name: str, repo: hub.Repo | None = None, inside: str
 def remote_header(repo: hub.Repo, name: str) -> Header:
     """The header of one safetensors file on the Hub, by range requests; no weights are fetched.
 
-    Not by ``HfFileSystem``: it holds all that is sent (``Response.content``), however little it
-    asked for, and takes the whole file of a server without ranges for the range; its streams ask
-    for no end.
+    ``HfFileSystem`` is not used: it holds everything that is sent (``Response.content``), even
+    beyond its request, and takes the whole file for the range if a server has no ranges; its
+    streams request no end.
 
     Raises:
         SourceError: see ``plain_errors``; or the file breaks off.

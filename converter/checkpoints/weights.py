@@ -1,6 +1,6 @@
-"""Weights by their role: found among a checkpoint's tensors, and checked against its config.
+"""Find the weights of a role among a checkpoint's tensors, and check them against its config.
 
-Those that are stored in 8-bit floating point have scales; other quantizations cannot be edited.
+Weights in 8-bit floating point have scales; other quantizations cannot be edited.
 """
 
 import re
@@ -27,9 +27,8 @@ class Scheme:
     """How a checkpoint stores weights in FP8.
 
     Attributes:
-        scales: what may replace ``weight`` at the end of a weight's name to give that of its
-            scales.
-        block: rows and columns that share a scale; None: what the shape of the scales implies.
+        scales: endings that replace ``weight`` in a weight's name to give the name of its scales.
+        block: rows and columns that share a scale; None: implied by the shape of the scales.
     """
 
     scales: tuple[str, ...]
@@ -38,7 +37,7 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Where the scales of a weight are, and how many rows and columns share one."""
+    """The scales of a weight: their tensor, and the rows and columns that share one."""
 
     info: TensorInfo
     shard: str
@@ -51,15 +50,15 @@ class Weight:
 
     Attributes:
         info, shard: its entry in the header of a shard, and that file's name.
-        layer: counted from 0; of a map that is there once, the number of layers.
+        layer: counted from 0; for a map outside the layers, the number of layers.
         axis: the axis that runs over the outputs: 0 for Linear, 1 for Conv1D, the last of a bias.
             The output of a down-projection is as long as the hidden size.
         expert: number of the expert that the tensor belongs to, or None.
-        scales: of a weight in FP8, which change with it; else None.
-        rows: the part of ``axis`` that is this map's, if the tensor holds several; else None.
-        module: of the transformers class, whose output it makes; all experts of a layer, and what
-            else is a down-projection in a mixture, have the FFN.
-        mixed: whether other weights make that output, too.
+        scales: of an FP8 weight, which change with it; else None.
+        rows: this map's part of ``axis``, if the tensor holds several maps; else None.
+        module: the module of the transformers class whose output it makes; for all down-projections
+            of a mixture, the FFN.
+        mixed: whether other weights contribute to that output.
     """
 
     info: TensorInfo
@@ -76,20 +75,20 @@ class Weight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers on disk."""
+        """The dtype on disk."""
         return DTYPES[self.info.dtype]
 
     @property
     def recorded_role(self) -> str:
-        """The role as manifests have it: ``down_proj``, or ``down_proj_bias`` of its bias."""
+        """The role as in manifests: ``down_proj``, or ``down_proj_bias`` for its bias."""
         return f"{self.role}_bias" if self.is_bias else self.role
 
 
 class Names:
     """The tensors of a checkpoint by the names that its architecture has for them.
 
-    ``tensors`` have their names on disk. Where these begin otherwise than transformers writes them,
-    ``spelling`` has the beginning of one for that of the other.
+    ``tensors`` have their names on disk. If these begin otherwise than transformers writes them,
+    ``spelling`` maps the beginnings.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Names:
         return name
 
     def of_file(self, name: str) -> str:
-        """The reverse: a name on disk as the architecture has it, with numbers."""
+        """The reverse: the architecture's name, with numbers, of a name on disk."""
         for ours, theirs in self._spelling.items():
             if name.startswith(theirs):
                 return ours + name[len(theirs) :]
@@ -147,7 +146,7 @@ class Names:
         )  # fmt: skip
 
     def locate(self, role: Role, layer: int) -> Iterator[Weight]:
-        """The weights of a role in a layer, each before its bias, if it has one.
+        """The weights of a role in a layer, each followed by its bias, if it has one.
 
         Raises CheckpointError if a weight is missing, or one of them contradicts the config in
         shape or cannot be edited by its dtype.
@@ -175,7 +174,7 @@ class Names:
         )  # fmt: skip
 
     def _bias(self, weight: Weight, place: Place) -> Weight:
-        """The bias of a weight; those of experts in one tensor are in one tensor, too."""
+        """The bias of a weight; biases of experts in one tensor are in one tensor, too."""
         shard, info = place
         shape, experts = weight.info.shape, weight.info.shape[:-2]
         check_shape(info, (*experts, shape[weight.axis]))
@@ -216,17 +215,17 @@ _SCALES = re.compile(
     r".*(scales?|scale_inv|_zeros?|zero_points?|_idx|absmax|SCB|qweight|_packed|_shape|_blocks|"
     r"quant_map|quant_state\..*)"
 )
-"""Names of what belongs to quantized weights."""
+"""Name endings of tensors that belong to quantized weights."""
 
 _DENSE = {"F16", "BF16", "F32", "F64", "BOOL", "I64"}
-"""Dtypes of a model that is not quantized: of its weights, and of masks and positions."""
+"""Dtypes in a model that is not quantized: of weights, masks and positions."""
 
 
 def stale_quantization(config: Any, tensors: Mapping[str, Place]) -> dict[str, Any]:
-    """The merge patch of ``config.json`` that drops what it says of a quantization that the tensors
-    do not have; empty if it says nothing, or if a tensor is packed or has scales.
+    """The merge patch of ``config.json`` that drops a quantization which the tensors do not have;
+    empty if there is none, or if a tensor is packed or has scales.
 
-    Such a config is left where a model was stored in 16 bits again.
+    Models that were stored in 16 bits again often keep such a config.
     """
     patch = _without_quantization(config)
     dense = all(info.dtype in _DENSE for _, info in tensors.values())
@@ -234,7 +233,7 @@ def stale_quantization(config: Any, tensors: Mapping[str, Place]) -> dict[str, A
 
 
 def _without_quantization(value: Any) -> dict[str, Any]:
-    """The merge patch that takes the keys of ``_QUANTIZATION`` out of an object and those in it."""
+    """The merge patch that removes the keys of ``_QUANTIZATION`` from an object and its parts."""
     patch: dict[str, Any] = {}
     for key, inner in _object(value).items():
         if key in _QUANTIZATION and inner is not None:
@@ -245,7 +244,7 @@ def _without_quantization(value: Any) -> dict[str, Any]:
 
 
 def drops_quantization(patch: Any) -> bool:
-    """Whether a merge patch does nothing but ``stale_quantization``."""
+    """Whether a merge patch only does what ``stale_quantization`` does."""
     return isinstance(patch, dict) and bool(patch) and all(
         inner is None if key in _QUANTIZATION else drops_quantization(inner)
         for key, inner in patch.items()
@@ -281,7 +280,7 @@ def _word(value: Any) -> str:
 
 
 def _object(value: Any) -> Mapping[str, Any]:
-    """A value of JSON, or nothing if it is no object."""
+    """A JSON object; empty for any other value."""
     return value if isinstance(value, dict) else {}
 
 
@@ -298,7 +297,7 @@ def _pair(block: Any) -> tuple[int, int] | None:
 
 
 def _quantized(scheme: str) -> CheckpointError:
-    """The one sentence about a checkpoint that is quantized in a way that cannot be edited."""
+    """The error about a quantization that cannot be edited."""
     return CheckpointError(
         "the checkpoint is quantized",
         expected="floating-point weights of 16 or 32 bits, or FP8 with scales",

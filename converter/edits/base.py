@@ -25,25 +25,26 @@ from converter.errors import CheckpointError, FitError
 from converter.runtime import strict_json
 
 Patch = Mapping[str, Any] | str
-"""What becomes of a text file: an RFC 7396 merge patch of a JSON object, or text that is put in
-front of any other file."""
+"""The change of a text file: an RFC 7396 merge patch of a JSON object, or text put in front of any
+other file.
+"""
 
 FAULT = "it is a fault of the method"
-"""What a user can know of an edit that makes no sense."""
+"""The hint about an edit that makes no sense."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """All that a method changes in a checkpoint, and nothing about how that is written.
+    """All changes of a method to a checkpoint; how they are written is not part of it.
 
     Attributes:
-        tensors: name on disk -> what becomes of it.
+        tensors: name on disk -> its change.
         created: name -> a tensor that the source lacks; it is stored in its own dtype.
-        patches: file of the source -> how its text changes.
+        patches: file of the source -> the change of its text.
         files: path -> content of a file that the source lacks.
 
     Raises:
-        FitError: a part of it is of another type, so that it is no edit at all.
+        FitError: a part of it has the wrong type.
     """
 
     tensors: Mapping[str, Delta] = field(default_factory=dict)
@@ -70,22 +71,22 @@ class Edit:
 
     @property
     def rank(self) -> int:
-        """The most columns of a subspace that is taken out of a tensor; 0 if there is none."""
+        """The most columns of a subspace that is removed from a tensor; 0 if there is none."""
         bases = (delta.protects for delta in self.tensors.values())
         return max((basis.shape[1] for basis in bases if basis is not None), default=0)
 
     def and_patch(self, patches: Mapping[str, Mapping[str, Any]]) -> "Edit":
-        """The same with merge patches of files as well; members that a method sets are kept."""
+        """The same with additional merge patches of files; members that the method sets win."""
         if not patches:
             return self
         both = {name: _joined(patch, self.patches.get(name, {})) for name, patch in patches.items()}
         return replace(self, patches={**self.patches, **both})
 
     def then(self, later: "Edit") -> "Edit":
-        """Both; tensors that both create add up.
+        """The union of two edits; tensors that both create are added.
 
         Raises:
-            FitError: both change one tensor or one file, and it matters which comes first.
+            FitError: both change the same tensor or file, and the order matters.
         """
         for what, one, other in (
             ("tensor", self.tensors, later.tensors), ("file", self.files, later.files)
@@ -111,7 +112,7 @@ class Edit:
         """Refuse changes that do not fit a checkpoint, before anything is written.
 
         Raises:
-            CheckpointError: naming a tensor that is not there, or that its change does not fit.
+            CheckpointError: naming a tensor that is missing, or that its change does not fit.
         """
         weights, known = plan.find(self.tensors), set[tuple[int, int, int]]()
         for name, delta in self.tensors.items():
@@ -122,7 +123,7 @@ class Edit:
                 )
 
     def digest(self) -> str:
-        """A sha256 of all of it: two edits of one digest change a checkpoint in the same way."""
+        """A sha256 of everything: two edits with one digest change a checkpoint in the same way."""
         known: dict[int, str] = {}
 
         def of(tensor: Tensor) -> str:
@@ -141,7 +142,7 @@ class Edit:
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """The merge patch that does what one does and then another."""
+    """The merge patch that applies one patch and then another."""
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
         return second
     common = {key: _joined(first[key], second[key]) for key in first.keys() & second.keys()}
@@ -149,7 +150,9 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 def _misfit(delta: Delta, weight: Weight | None, known: set[tuple[int, int, int]]) -> str | None:
-    """Why a change does not fit a weight, or None; ``known`` do, which weights may share."""
+    """Why a change does not fit a weight, or None; weights may share tensors, and those in
+    ``known`` fit.
+    """
     if weight is None:
         return "no weight of that name"
     shape, height = weight.info.shape, weight.info.shape[weight.axis]
@@ -186,17 +189,18 @@ def _is_shape(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What an edit will change, known from the headers alone: planned, shown and refused by it.
+    """The parts that an edit will change, from the headers alone: for the plan, its display, and
+    refusals.
 
     Attributes:
-        weights: tensors that change, or that the fit chooses among.
-        kinds: of these changes.
-        rank: largest number of columns of what is taken out or added, by which memory and disk are
-            planned; 0 for kinds that have none.
+        weights: tensors that change, or from which the fit chooses.
+        kinds: of the changes.
+        rank: largest number of removed or added columns, for planning memory and disk; 0 for kinds
+            that have none.
         created: name -> shape of a tensor that the source lacks.
         patches: files of the source whose text changes.
         files: paths of files that the source lacks.
-        chosen: how many of the weights change at most, where the fit chooses; None for all.
+        chosen: the most weights that change, if the fit chooses; None for all.
 
     Raises:
         FitError: a part of it is of another type.
@@ -227,11 +231,11 @@ class Footprint:
 
     @property
     def most(self) -> int:
-        """How many of the weights change at most."""
+        """The most weights that change."""
         return len(self.weights) if self.chosen is None else min(self.chosen, len(self.weights))
 
     def check_shared(self) -> None:
-        """Refuse from the headers what ``Edit.check`` would refuse after the fit.
+        """Refuse, from the headers, edits that ``Edit.check`` would refuse after the fit.
 
         Raises:
             CheckpointError: naming a tensor of several weights that cannot change in this way.
@@ -245,7 +249,7 @@ class Footprint:
             )
 
     def check(self, edit: Edit) -> None:
-        """Refuse an edit that goes beyond what was planned, shown and found room for.
+        """Refuse an edit that goes beyond its footprint, for which memory and disk were planned.
 
         Raises:
             FitError: naming a tensor or a file; or a basis is not orthonormal.
@@ -275,11 +279,11 @@ class Footprint:
 
 
 ORTHONORMAL = 1e-5
-"""How far U^T U may be from the identity; float32 rounding leaves less than 1e-6."""
+"""The largest deviation of U^T U from the identity; float32 rounding leaves less than 1e-6."""
 
 
 def skewness(basis: Tensor) -> float:
-    """How far U^T U is from the identity."""
+    """The deviation of U^T U from the identity."""
     U = basis.cpu()
     return float((U.T @ U - torch.eye(U.shape[1])).abs().max())
 

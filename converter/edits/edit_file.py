@@ -1,8 +1,8 @@
-"""The file beside the weights that holds an edit's tensors, so that it can be done again.
+"""The file of an edit's tensors beside the weights, from which the edit can be repeated.
 
 A tensor that several weights share is stored once: ``U`` if all do, else ``U.LAYER`` or ``U.NAME``.
-Beside them are the tensors that the edit creates, the files that it adds, as bytes, and what the
-method has kept to show how it came to the edit.
+The file also has the tensors that the edit creates, the files that it adds (as bytes), and the
+method's evidence.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from converter.edits.deltas import tensors_of
 from converter.errors import CheckpointError, VerificationError
 
 CREATED, ADDED, EVIDENCE = "created.", "file.", "evidence."
-"""How the names of tensors begin that are not those of a delta."""
+"""Beginnings of names of tensors that do not belong to a delta."""
 
 
 def stored_names(edit: Edit, layers: Mapping[str, int]) -> dict[str, dict[str, str]]:
-    """What each tensor of an edit is called in the file.
+    """The names of an edit's tensors in the file.
 
     Args:
         edit: whose deltas may share tensors.
@@ -41,7 +41,7 @@ def stored_names(edit: Edit, layers: Mapping[str, int]) -> dict[str, dict[str, s
         by_layer = [{layers[name] for name in names} for names in tensors.values()]
         apart = sum(map(len, by_layer)) == len(by_layer) == len(set().union(*by_layer))
         for (identity, names), found in zip(tensors.items(), by_layer, strict=True):
-            first = min(names, key=lambda name: (layers[name], name))  # in whatever order they are
+            first = min(names, key=lambda name: (layers[name], name))  # in any order
             end = f".{min(found)}" if apart else f".{first}"
             called[field, identity] = field if len(tensors) == 1 else field + end
     return {
@@ -53,7 +53,7 @@ def stored_names(edit: Edit, layers: Mapping[str, int]) -> dict[str, dict[str, s
 def save_edit(
     path: Path, edit: Edit, layers: Mapping[str, int], evidence: Mapping[str, Tensor]
 ) -> None:
-    """Write the file; ``evidence`` is what else the method keeps."""
+    """Write the file; ``evidence`` are the tensors that the method keeps."""
     path.write_bytes(save(file_tensors(edit, layers, evidence), {"format": "pt"}))
 
 
@@ -95,7 +95,7 @@ def load_edit_tensors(path: Path) -> dict[str, Tensor]:
         VerificationError: it cannot be read.
     """
     try:
-        read_header(path)  # refuses headers that make the library fail in other ways than its own
+        read_header(path)  # refuses headers on which the library raises unexpected errors
         return load_file(path)
     except (OSError, CheckpointError, SafetensorError) as error:
         raise VerificationError(f"{path.name} cannot be read", found=str(error)) from error

@@ -1,4 +1,4 @@
-"""How the rewriting of a checkpoint is run: what it may take, and how it rounds."""
+"""How a checkpoint is rewritten: workers, memory, device and rounding."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -14,12 +14,12 @@ from converter.edits.editor import BLOCK, STRIP, Rounding
 from converter.errors import OptionError
 
 _MOST_WORKERS = 4
-"""Shards at a time unless asked for more: disks gain little from more streams."""
+"""The most shards at a time by default: disks gain little from more streams."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Settings of a rewrite. Only ``device`` and ``rounding`` bear on what is written.
+    """Settings of a rewrite. Only ``device`` and ``rounding`` affect the bytes.
 
     Attributes:
         workers: shards at a time; 0 chooses.
@@ -52,7 +52,7 @@ class Engine:
         return max(min(wanted, shards), 1)
 
     def expected_memory(self, shards: int, targets: Iterable[Weight], rank: int) -> int:
-        """Peak bytes that the edit should take beside Python itself. Raises as ``workers_for``."""
+        """Expected peak bytes of the edit, besides Python itself. Raises as ``workers_for``."""
         chosen = list(targets)
         return self.workers_for(shards, chosen, rank) * _worker_memory(chosen, rank)
 
@@ -67,10 +67,10 @@ def _processors() -> int:
 def _worker_memory(targets: Iterable[Weight], rank: int) -> int:
     """Expected peak bytes of rewriting one shard: its buffers, and the largest edit.
 
-    A matrix (D, F) takes five (R, F) in float64 (P, L and what is made of them), and a block of
-    its rows as read and as written; a strip of it takes up to 64 bytes an element, with what the
-    allocator and the threads keep. A matrix in FP8, or one whose hidden size is its last axis, is
-    held whole, or in blocks of that size.
+    A matrix (D, F) needs five (R, F) in float64 (P, L and intermediate results), and a block of its
+    rows as read and as written. A strip of it needs up to 64 bytes an element, including memory
+    kept by the allocator and the threads. A matrix in FP8, or one whose hidden size is its last
+    axis, is held whole, or in blocks of that size.
     """
     edits = [0]
     for target in targets:
@@ -84,11 +84,11 @@ def _worker_memory(targets: Iterable[Weight], rank: int) -> int:
 
 @contextmanager
 def quiet_blas(workers: int) -> Iterator[int]:
-    """While this lasts, each of ``workers`` threads may use its share of the processors.
+    """Within this context, each of ``workers`` threads may use its share of the processors.
 
-    Every worker has a second thread that hashes and writes. Else each would start as many BLAS
-    threads as there are processors, which wait for each other. Gives the threads that a worker must
-    set for itself, since PyTorch's setting is that of a thread.
+    Every worker has a second thread that hashes and writes. Without the limit, each would start as
+    many BLAS threads as there are processors, which wait for each other. Yields the number of
+    threads that a worker must set for itself, since PyTorch's setting is per thread.
     """
     before = torch.get_num_threads()
     share = max(_processors() // (2 * workers), 1)

@@ -1,4 +1,4 @@
-"""An edit that fuses a model with a calibration model: as data, and whether it is whole."""
+"""An edit that fuses a model with a calibration model, and the check that it is complete."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,10 @@ def fused_edit(plan: Plan, depth: int, scale: float, created: Mapping[str, Tenso
 
 
 def fusion_of(plan: Plan, edit: Edit) -> tuple[int, float] | None:
-    """Depth and scale of an edit that ``fused_edit`` makes; None of one that fuses nothing.
+    """Depth and scale of an edit of ``fused_edit``; None for other edits.
 
     Raises:
-        CheckpointError: it fuses, and lacks a part of that or does more.
+        CheckpointError: it fuses, but lacks a part or does more.
     """
     patch: Any = edit.patches.get("config.json", {})
     claims = isinstance(patch, Mapping) and is_fused(patch)

@@ -1,7 +1,7 @@
-"""How much alike two edits are, each kind of change in its own terms.
+"""Compare two edits, each kind of change in its own terms.
 
 Subspaces are compared by their principal angles, since a basis may turn within its subspace. Any
-other change X of a weight is compared as a whole, X against X', whatever its factors are.
+other change X of a weight is compared as a whole, X with X', not by its factors.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ class Likeness:
 
     @property
     def degrees(self) -> float:
-        """The angle between two changes of one length that are as far apart."""
+        """The angle between two changes of equal length at this distance."""
         return 2 * degrees(asin(self.distance / 2)) if self.distance <= 2 else 180.0
 
     @classmethod
     def of(cls, kind: str, one: float, other: float, product: float) -> "Likeness":
-        """By ``<X, X>``, ``<X', X'>`` and ``<X, X'>``."""
+        """The comparison, from ``<X, X>``, ``<X', X'>`` and ``<X, X'>``."""
         between = max(one + other - 2 * product, 0.0)
         if between <= _ROUNDING * max(one, other):
             return cls(kind, 0.0, 1.0)
@@ -44,13 +44,13 @@ class Likeness:
 
 
 _ROUNDING = 1e-14
-"""Of the squares of norms, in float64: a distance of 1e-7 is as good as none."""
+"""Precision of the squares of norms in float64: a distance of 1e-7 counts as none."""
 
 
 def likeness(one: Delta, other: Delta, weight: Callable[[], Tensor]) -> Likeness:
-    """Two changes of one kind of a weight, that take no subspace out.
+    """Compare two changes of a weight, of one kind that removes no subspace.
 
-    ``weight`` gives W (O, I) in its stored dtype, which changes of bits and replacements need.
+    ``weight`` returns W (O, I) in its stored dtype, which changes of bits and replacements need.
     """
     if isinstance(one, AddLowRank) and isinstance(other, AddLowRank):
 
@@ -69,7 +69,7 @@ def likeness(one: Delta, other: Delta, weight: Callable[[], Tensor]) -> Likeness
 
 
 def tensors_alike(kind: str, one: Tensor, other: Tensor) -> Likeness:
-    """Two tensors of one shape."""
+    """Compare two tensors of one shape."""
     x, y = one.double().flatten(), other.double().flatten()
     return Likeness.of(kind, float(x @ x), float(y @ y), float(x @ y))
 
@@ -81,7 +81,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     Below 45 degrees the sine is taken: cosines near 1 cannot tell small angles apart.
 
     Args:
-        a: (D, R) of full rank; made orthonormal here, since float32 columns are so to 1e-7 only.
+        a: (D, R) of full rank; made orthonormal here, since float32 columns are orthonormal only to
+            1e-7.
         b: (D, S), S at most R.
 
     Returns:

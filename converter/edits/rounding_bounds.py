@@ -1,4 +1,4 @@
-"""How far a weight that was edited and rounded may be from the exact edit."""
+"""Bounds on the distance of an edited and rounded weight from the exact edit."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +29,7 @@ PyTorch rounds to 16 bits by way of float32."""
 def half_ulp(x: Tensor) -> Tensor:
     """Half the distance from |x| to the next larger value of its dtype, in float64.
 
-    This is the largest error that rounding to nearest can have made where it gave x. With
+    This is the largest error of rounding to nearest with the result x. With
     |x| = m 2^e, 1/2 <= m < 1, the distance is eps 2^(e-1), and below the normal numbers it is
     eps times the smallest of them.
     """
@@ -41,7 +41,7 @@ def half_ulp(x: Tensor) -> Tensor:
 
 
 class Stored:
-    """An edited tensor as it is on disk, before or after; open while it is used.
+    """An edited tensor on disk, before or after the edit; open during use.
 
     Args:
         opened: opens a shard.
@@ -72,8 +72,8 @@ class Stored:
         self._files.close()
 
     def matrices(self) -> Iterator[tuple[Matrix, Rows | None]]:
-        """What it stands for, (D, F) each, and for a weight in FP8, which is held as a whole, what
-        gives the distance to the next larger value of some rows, float64.
+        """Its matrices, (D, F) each. For an FP8 weight, which is held as a whole, also a function
+        that returns the distance to the next larger value for some rows, float64.
         """
         if len(self._regions) == 1:
             yield from ((matrix, None) for matrix in matrices(self._regions[0], self._axis))
@@ -91,14 +91,14 @@ class Stored:
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    """Rows of a matrix, so many that what is computed of them is small."""
+    """Blocks of rows of a matrix, small enough for the memory of intermediate results."""
     return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
 def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
     """``||U^T W||``, the sum of the squares of half units in the last place of W, and ``||W||``.
 
-    U is the basis (O, R); R is 0 for edits that take no subspace out.
+    U is the basis (O, R); R is 0 for edits that remove no subspace.
     """
     U, left, units, squares = basis.double(), 0.0, 0.0, 0.0
     for matrix, _ in stored.matrices():
@@ -113,7 +113,9 @@ def left_along(stored: Stored, basis: Tensor) -> tuple[float, float, float]:
 
 
 def sha256_undone(stored: Stored, delta: Delta, height: int) -> str | None:
-    """The sha256 that W (O, I) had on disk, from W', O the height; None if that cannot be known."""
+    """The sha256 of the original W (O, I) on disk, from W', O the height; None if it cannot be
+    known.
+    """
     digest = hashlib.sha256()
     for matrix, _ in stored.matrices():
         columns = slice(matrix.first, matrix.first + matrix.width)
@@ -128,12 +130,12 @@ def sha256_undone(stored: Stored, delta: Delta, height: int) -> str | None:
 def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
     """An upper bound on ||U^T W - (1 - a) U^T W0||_F for the edit W (O, I) of W0, to nearest.
 
-    Let P be the exact edit, so U^T P = (1 - a) U^T W0, and W = P + E. What is bounded is ||U^T E||
-    <= ||E||, since U has orthonormal columns. E has two parts: the final rounding, at most half a
-    unit in the last place of each element, and the arithmetic before it, whose sums over O products
-    err, were they float32, by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of
-    which is that of the weight before the edit. Rounding errors are not independent of U:
-    corrections smaller than half a unit are lost together.
+    Let P be the exact edit, so U^T P = (1 - a) U^T W0, and W = P + E. Then ||U^T E|| <= ||E||,
+    since U has orthonormal columns. E has two parts: the final rounding, at most half a unit in the
+    last place of each element, and the arithmetic before it. Its sums over O products, if in
+    float32, err by at most ``SLACK`` sqrt(O) u of the norms involved, the largest of which is that
+    of the weight before the edit. Rounding errors are not independent of U: corrections smaller
+    than half a unit are lost together.
 
     Args:
         units: the sum of their squares, of ``left_along``.
@@ -146,18 +148,18 @@ def rounding_bound(units: float, hidden_size: int, norm: float) -> float:
 def check_rounded(
     after: Stored, before: Stored, delta: Delta, height: int, *, nearest: bool
 ) -> tuple[tuple[int, int] | None, dict[str, float]]:
-    """Whether each element of W' is that of ``delta.exact``, rounded to its dtype.
+    """Check that each element of W' is that of ``delta.exact``, rounded to its dtype.
 
-    The reference is computed in float64. An element may be off by half a unit in its last place; in
-    16 bits, where a subspace is taken out and not rounded to ``nearest``, by a whole one and
-    ``PUSH`` machine epsilons of the root mean square of its column of W, as ``editor`` promises; in
-    FP8 by the distance of the values that it has there; and by the arithmetic before it, were it
-    float32: ``SLACK`` sqrt(O) u (|W_ij| + ``delta.terms``).
+    The reference is computed in float64. An element may differ by half a unit in its last place. In
+    16 bits, if a subspace is removed and rounding is not ``nearest``, it may differ by a whole unit
+    plus ``PUSH`` machine epsilons of the root mean square of its column of W, as ``editor``
+    promises; in FP8, by the distance between neighbouring values there. The arithmetic before it,
+    if in float32, adds ``SLACK`` sqrt(O) u (|W_ij| + ``delta.terms``).
 
-    Both tensors, W' and W (O, I), O the height, are read to the end, whatever is found.
+    Both tensors, W' and W (O, I), O the height, are always read to the end.
 
     Returns:
-        the first block of rows in which an element is another one, or None; and the norms of
+        the first block of rows with a wrong element, or None; and the norms of
         ``editor.Editor.norms``.
     """
     work, wrong = delta.to("cpu", torch.float64), None

@@ -1,4 +1,4 @@
-"""What was done to one tensor: how large the change is, of which rank, and along which directions.
+"""Measure the change of one tensor: its size, its rank, and its directions.
 
 The change C = B - A of a matrix (N, M) is read in blocks of rows, twice:
 
@@ -13,7 +13,7 @@ rounded by at most half a unit in its last place, with the variance of a uniform
 independent errors with these variances has a largest singular value of about the norm of the
 largest row of standard deviations plus that of the largest column (Bandeira and van Handel, Annals
 of Probability 44, 2016). A singular value counts if it exceeds ``_SAFETY`` times that. One smaller
-than about ||noise|| / sqrt(s), which the sketch drowns, may be missed.
+than about ||noise|| / sqrt(s), which is lost in the sketch's noise, may be missed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,15 +29,16 @@ from converter.checkpoints.safetensors.rewrite import read_rows
 from converter.edits.rounding_bounds import half_ulp
 
 CAP = 16
-"""The largest rank that is told; more is ``more than CAP``."""
+"""The largest rank that is reported; a larger one is ``more than CAP``."""
 
 _SKETCH = CAP + 8
 """Columns of Omega."""
 
 _SAFETY = 4.0
-"""How far the noise is taken to reach. Errors are not quite independent of what was rounded: where
-corrections are smaller than half a unit they are lost together. 3.5 times the bound below was seen,
-at rank 1 and width 16,384, where a third of the elements did not change at all."""
+"""Factor on the bound of the noise. Errors are not quite independent of the rounded values:
+corrections smaller than half a unit are lost together. 3.5 times the bound was seen, at rank 1 and
+width 16,384, where a third of the elements did not change at all.
+"""
 
 _STRIP = 1 << 18
 """Elements of a block."""
@@ -51,7 +52,7 @@ class Spectrum:
         relative_change: ||B - A|| / ||A||, Frobenius; None if one holds NaN or Inf, or A is zero.
         rank: of the part above the noise; ``CAP + 1`` for more than ``CAP``; None if unknown.
         singular_values: of the change over ||A||, the leading ones, of the matrix with that rank.
-        noise: what rounding may reach among them, over ||A||, too.
+        noise: the largest of them that rounding may cause, also over ||A||.
         in_span: share of ||B - A||^2 that lies in the span of a basis; None without one.
     """
 
@@ -124,7 +125,7 @@ def _matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _blocks(
     sides: Sequence[Place], rows: range, width: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows of two tensors, side by side in blocks: which of them, and both as stored."""
+    """Blocks of rows of two tensors: the rows, and both blocks as stored."""
     step = max(_STRIP // max(width, 1), 1)
     for i in range(0, len(rows), step):
         part = rows[i : i + step]
@@ -135,9 +136,10 @@ def _blocks(
 def _matrix(
     sides: Sequence[Place], rows: range, width: int, U: Tensor | None, last: bool
 ) -> tuple[Tensor, float, Tensor]:
-    """Of one matrix's change: the singular values, descending, and how far noise reaches.
+    """For the change of one matrix: the singular values, descending, and the bound of the noise.
 
-    And, for all matrices of a tensor, ||A||^2, ||C||^2, and what of this lies in the span of U.
+    For all matrices of a tensor, also ||A||^2, ||C||^2, and the part of the latter in the span of
+    U.
     """
     height, generator = len(rows), torch.Generator().manual_seed(0)
     size = min(_SKETCH, height, width)

@@ -1,13 +1,13 @@
-"""How weights are stored: as matrices (O, I), whatever their layout, and in FP8 with scales.
+"""Read stored weights as matrices (O, I), for every layout, and FP8 weights with scales.
 
-W is (O, I): what it gives first. A Linear weight is one such matrix, a fused tensor of experts
-(E, O, I) is E of them. Where what it gives comes last, as in a Conv1D weight and in a bias, every
-row of the file is a column of W, and so many of them at a time are a matrix.
+W is (O, I): outputs first. A Linear weight is one such matrix; a fused tensor of experts (E, O, I)
+is E of them. If outputs come last, as in a Conv1D weight and in a bias, every row of the file is a
+column of W, and a block of them is a matrix.
 
     W = q * s        q in FP8 (E4M3), s one scale for each tensor, row, or block of a weight
 
-A weight in FP8 is edited as W, and stored again with the same kind of scales. A scale stays as it
-is unless a block has grown beyond what it can hold, so most of q stays as it is, too.
+An FP8 weight is edited as W, and stored again with the same kind of scales. A scale only changes if
+its block has grown beyond its range, so most of q does not change, either.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from converter.edits.editor import STRIP, Rows, absorb_residual, neighbour
 def read_weight(read: Callable[[str, TensorInfo], Tensor], weight: Weight) -> Tensor:
     """W (O, I) float32 of a weight, however it is stored; a bias is (O, 1).
 
-    ``read`` gives a tensor of a shard, as stored.
+    ``read`` returns a tensor of a shard, as stored.
     """
     stored, scales = read(weight.shard, weight.info), weight.scales
     if scales is not None:
@@ -36,12 +36,12 @@ def read_weight(read: Callable[[str, TensorInfo], Tensor], weight: Weight) -> Te
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Some of a tensor's numbers as a matrix.
+    """A part of a tensor as a matrix.
 
     Attributes:
-        rows: reads some of its rows, again each time.
+        rows: reads rows, each time anew.
         width: its columns.
-        first: which column of W is the first of them.
+        first: the column of W that is its first.
         transposed: whether the file has it as (width, O).
     """
 
@@ -52,14 +52,14 @@ class Matrix:
 
     @classmethod
     def of(cls, W: Tensor, first: int = 0, transposed: bool = False) -> "Matrix":
-        """One that is held."""
+        """A region in memory."""
         return cls(lambda i, j: W[i:j], W.shape[1], first, transposed)
 
 
 def matrices(region: Region, axis: int, device: str = "cpu") -> Iterator[Matrix]:
-    """The matrices of a tensor, in order; the next one may be asked for when one was read.
+    """The matrices of a tensor, in order; read each before asking for the next.
 
-    ``axis`` is that of what it gives; the rows are wanted on ``device``.
+    ``axis`` is that of the outputs; the rows are needed on ``device``.
     """
     shape, dtype = region.info.shape, DTYPES[region.info.dtype]
     before, width = prod(shape[:axis]), prod(shape[axis + 1 :])
@@ -85,8 +85,8 @@ def _read(region: Region, dtype: torch.dtype, width: int, start: int, stop: int)
 def _rows(region: Region, first: int, count: int, width: int, device: str) -> Rows:
     """Reads a matrix that begins at row ``first`` of the file, from disk each time.
 
-    A GPU takes the matrix in as it is read and keeps it. The copies are asynchronous, from pinned
-    memory: while one is under way, the next rows are read.
+    On a GPU the matrix is copied while it is read, and kept. The copies are asynchronous, from
+    pinned memory: during a copy, the next rows are read.
     """
     dtype = DTYPES[region.info.dtype]
     if device == "cpu":
@@ -122,7 +122,7 @@ Block = Sequence[int]
 
 
 def column_blocks(x: Tensor, elements: int) -> list[slice]:
-    """Columns of (D, F) in blocks of so many elements: what is computed of each is small."""
+    """Blocks of columns of (D, F), small enough for the memory of intermediate results."""
     width = max(elements // max(x.shape[0], 1), 1)
     return [slice(start, start + width) for start in range(0, x.shape[1], width)]
 
@@ -145,7 +145,7 @@ def spread(scale: Tensor, shape: Sequence[int], block: Block, part: slice = slic
 
 
 def grown(W: Tensor, scale: Tensor, block: Block) -> Tensor:
-    """The scales that W (D, F) needs: as they were, or larger where a block would overflow."""
+    """The scales that W (D, F) needs: the old ones, or larger ones if a block would overflow."""
     rows, columns = W.shape
     pad = (0, -columns % block[1], 0, -rows % block[0])
     padded = torch.nn.functional.pad(W, pad) if any(pad) else W
@@ -165,11 +165,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Store W (D, F) float32 again, so that little is left along U (D, R).
 
-    To round to nearest would undo much of an edit: W was on the grid before, the change of an
-    element is mostly less than half a step of it, and what is lost is lost along U. So wherever
-    that brings ``U^T W'`` of a column nearer to ``U^T W``, an element is rounded to its other
-    neighbour, row after row, the rows that weigh most in U first, until the difference of all
-    columns together is no more than ``tolerance`` (Frobenius); see ``editor.absorb_residual``.
+    Rounding to nearest would undo much of an edit: W was on the grid before, the change of an
+    element is mostly less than half a step, and the loss is along U. So an element is rounded to
+    its other neighbour if that brings ``U^T W'`` of its column nearer to ``U^T W``. This goes row
+    by row, with the heaviest rows of U first, until the difference of all columns together is at
+    most ``tolerance`` (Frobenius); see ``editor.absorb_residual``.
 
     Returns:
         q (D, F) in FP8, and its scales, with their dtype and shape.

@@ -1,1 +1,1 @@
-"""One file for each thing a user asks for: convert, plan, verify, push, replay, diff."""
+"""One file for each command: convert, plan, verify, push, replay, diff and others."""

@@ -24,9 +24,9 @@ class Tried:
     """One class of models.
 
     Attributes:
-        auto_class: that loads it.
+        auto_class: the class that loads it.
         title: name of the class.
-        architecture: if it was described and proved.
+        architecture: its description, if it was proved.
         reason: why it was not, else empty.
     """
 
@@ -49,7 +49,7 @@ class Tried:
         return f"{start} proved{some} | {weights} |"
 
     def record(self) -> dict[str, Any]:
-        """The same for programs."""
+        """The same as data for JSON."""
         found = self.architecture
         return {
             "model_type": self.model_type,
@@ -78,7 +78,7 @@ def table(tried: Sequence[Tried]) -> str:
 
 
 def examples() -> Mapping[str, Mapping[str, Any]]:
-    """``model_type`` -> what its default config needs besides, to be that of a model that runs."""
+    """``model_type`` -> additions that its default config needs to run."""
     text = files("converter").joinpath("checkpoints/architectures/examples.toml").read_text("utf-8")
     return tomllib.loads(text)
 
@@ -112,7 +112,7 @@ def try_one(model_type: str, auto_class: str, title: str) -> Tried:
 
 
 def draft(source: str, subfolder: str = "", *, trust_remote_code: bool = False) -> str:
-    """A data file for the model of a source: what was inferred, or what is to be filled in.
+    """A data file for the model of a source: the inferred description, or a form to fill in.
 
     Raises:
         SourceError, CheckpointError: the source has no config that can be read.
@@ -154,7 +154,7 @@ def _with_config(source: str, subfolder: str) -> Path:
 
 
 def _described(found: Architecture) -> Iterator[str]:
-    """What a description says, as comments."""
+    """A description as comments."""
     yield f"#   {found.title}, loaded by {found.auto_class}"
     for number, kind in enumerate(found.kinds):
         layers = [n for n, other in enumerate(found.layers) if other == number]

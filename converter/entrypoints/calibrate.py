@@ -1,7 +1,7 @@
 """Train a calibration model and write it as a checkpoint; see ``calibration_models``.
 
 It is trained on the neutral sides of the pairs that a conversion with the same pairs and seed would
-fit on, so that what such a conversion measures on is held out of it, too.
+fit on. So the held-out texts of such a conversion are held out of the calibration model, too.
 """
 
 from math import inf
@@ -94,13 +94,13 @@ def write_calibration(
 
 
 def _copied(source: Source) -> list[str]:
-    """What a calibration model has of its source: tokenizer, chat templates and papers."""
+    """Copy the tokenizer, chat templates and licence files of the source."""
     kept = {name for names in papers(source.small).values() for name in names}
     return [n for n in source.small if n in TOKENIZER | kept or is_template_file(n)]
 
 
 def describe(record: CalibrationRecord, destination: Path) -> tuple[dict[str, Any], str]:
-    """What the command prints: data, and text for people."""
+    """The output of the command: data, and text for people."""
     first, last = record.losses
     left = f" of {record.asked:,}, ended by the time" if record.tokens < record.asked else ""
     text = (

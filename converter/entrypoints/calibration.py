@@ -1,4 +1,4 @@
-"""What a conversion with calibration models needs, refused in the plan."""
+"""Checks of a conversion with calibration models, made while planning."""
 
 from itertools import islice
 
@@ -22,10 +22,10 @@ _COMPARED = 20
 
 
 def check_calibration(recipe: Recipe, source: Source, plan: Plan, footprint: Footprint) -> None:
-    """Refuse a calibration model that does not fit, or that nothing would use.
+    """Refuse a calibration model that does not fit, or that no method would use.
 
     Raises:
-        OptionError: the method needs none, or the tokenizer, the class or the sizes are others.
+        OptionError: the method needs none, or tokenizer, class or sizes differ.
     """
     if recipe.calibration is None:
         return
@@ -49,7 +49,7 @@ def check_calibration(recipe: Recipe, source: Source, plan: Plan, footprint: Foo
 
 
 def _layer(name: str) -> int:
-    """The layer of a tensor by its name, -1 for one that is in none."""
+    """The layer in a tensor's name; -1 for a tensor outside the layers."""
     parts = name.split(".")
     return int(parts[2]) if parts[1] == "layers" else -1
 
@@ -58,7 +58,7 @@ def check_forward(recipe: Recipe, settings: Settings, plan: Plan, method: Method
     """Refuse to stream a model whose calibration models are to be trained.
 
     Raises:
-        OptionError, SourceError: it would be streamed, as asked or for want of memory.
+        OptionError, SourceError: it would be streamed, as asked for or because memory is short.
     """
     if not any(getattr(part, "trains", False) for part in parts_of(recipe.method, method).values()):
         return

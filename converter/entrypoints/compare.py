@@ -1,4 +1,4 @@
-"""What two models say after the same prompts: one, and what was made from it."""
+"""Compare the continuations of a model and of its edited copy after the same prompts."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,22 +26,22 @@ from converter.recipe import Recipe, Settings, without_folders
 from converter.runtime import progress
 
 _PROMPTS = 12
-"""That are drawn unless a number is given."""
+"""Number of prompts by default."""
 
 
 @dataclass(slots=True)
 class Two:
-    """A model and what was made from it, which continue prompts.
+    """A model and its edited copy, which continue prompts.
 
     Attributes:
         bench: of the unedited model.
         system: the other one.
         hooked: whether it is the unedited model with its edit in hooks.
-        asked: how they go on.
+        asked: how they continue.
         scorers: name -> scorer.
-        chat: whether prompts are what a user says, as the chat template writes it.
-        together: whether both are kept in memory where the other one has weights of its own.
-        loaded: that one, once it is.
+        chat: whether prompts go through the chat template, as a user's message.
+        together: whether both stay in memory if the other one has weights of its own.
+        loaded: the other one, once it is loaded.
     """
 
     bench: Bench
@@ -54,7 +54,7 @@ class Two:
     loaded: LanguageModel | None = None
 
     def say(self, prompts: Sequence[str]) -> list[Sample]:
-        """What both say after prompts.
+        """The continuations of both after prompts.
 
         Raises:
             OptionError, DataError, SourceError: see ``generate`` and ``as_prompt``.
@@ -88,7 +88,7 @@ class Two:
 
     @property
     def about(self) -> About:
-        """What was compared, and how."""
+        """Which models were compared, and how."""
         recipe, asked = self.bench.recipe, self.asked
         return About(
             base=self.bench.source.name,
@@ -111,14 +111,14 @@ def two_models(
     chat: bool | None,
     interactive: bool,
 ) -> Two:
-    """Find a model and what was made from it. No weight is read yet but for digests.
+    """Find a model and its edited copy. Weights are read only for digests.
 
     Args:
         recipe: its source is the unedited model; of the rest, seed, word list, device, dtype and
             masks count.
-        place: of what was made from it: a folder, an adapter, a manifest or a repo id.
-        chat: whether prompts go through the chat template; None if only those of an interactive
-            comparison are to, where there is one.
+        place: of the edited copy: a folder, an adapter, a manifest or a repo id.
+        chat: whether prompts go through the chat template; None: only those of an interactive
+            comparison, if there is a template.
         interactive: whether prompts come one by one, so that both models stay in memory.
 
     Raises:
@@ -151,9 +151,9 @@ def two_models(
 
 
 def _is_shown(bench: Bench, system: System) -> bool:
-    """Whether hooks on the unedited model are to show the system.
+    """Whether the system runs through hooks on the unedited model.
 
-    Raises OptionError if they cannot, and it has no weights of its own.
+    Raises OptionError if hooks cannot run it, and it has no weights of its own.
     """
     if system.edit is None or not system.is_of_unedited:
         return False
@@ -167,7 +167,7 @@ def _is_shown(bench: Bench, system: System) -> bool:
 
 
 def compare(two: Two, recipe: Recipe, asked: SampleOptions) -> list[Sample]:
-    """What two models say after the prompts of a recipe.
+    """The continuations of two models after the prompts of a recipe.
 
     Raises:
         OptionError: there are none.

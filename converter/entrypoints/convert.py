@@ -94,12 +94,12 @@ def convert(
         _tell_of_others(source)
     engine = Engine(settings.workers, settings.memory_limit, device, recipe.rounding)
     most = output.at_a_time(source)
-    engine.workers_for(most, footprint.weights, footprint.rank)  # or it says no now
+    engine.workers_for(most, footprint.weights, footprint.rank)  # refused now
     told = stream.told() if stream else nullcontext()
     with told, claimed(destination, delivery.overwrite) as claim:
         bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
         if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
-            load_headline_prompts(recipe)  # or it says no before the model draws pairs
+            load_headline_prompts(recipe)  # refused before the model draws pairs
         if delivery.evaluation:
             bench.forward.need_resident()
         measure = delivery.evaluation(bench) if delivery.evaluation else None
@@ -152,9 +152,9 @@ def convert(
 
 
 def _check_changed(written: Written, edit: Edit) -> None:
-    """Warn if rounding left less of an edit than it took, where no subspace is to be left empty.
+    """Warn if rounding undid most of an edit. Edits that remove a subspace are not checked.
 
-    Raises CheckpointError if all edited tensors are what they were: that only looks edited.
+    Raises CheckpointError if no edited tensor has changed: the output would only look edited.
     """
     created = any(bool(tensor.any()) for tensor in edit.created.values())
     if written.edits and not created and not any(e.relative_change for e in written.edits):
@@ -183,7 +183,7 @@ def load_texts(bench: Bench) -> tuple[Pairs, Prose]:
 def other_texts(
     manifest: Manifest, recipe: Recipe, pairs: Pairs | None, prose: Prose, words: WordList
 ) -> list[str]:
-    """Which texts are not those that a manifest records, by their sha256.
+    """The texts whose sha256 is not the recorded one.
 
     ``pairs`` are None if the model would have to draw them: then the record of the draw counts.
     Raises DataError, SourceError or OptionError.
@@ -201,7 +201,7 @@ def other_texts(
 
 
 def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> None:
-    """Verify what was written, except shards that are gone. Raises VerificationError."""
+    """Verify the output, except uploaded shards. Raises VerificationError."""
     with progress.stage("verify", "verifying what was written"):
         trust = recipe.trust_remote_code
         if problems := verify(folder, trust_remote_code=trust, gone=gone):
@@ -213,7 +213,7 @@ def write_records(
 ) -> Manifest:
     """Complete the manifest with the list of files and write it, then the card, then the sums.
 
-    Each states the sha256 of those before, so no byte of the three can change unnoticed.
+    Each states the sha256 of the former ones, so that every changed byte shows.
     """
     terms = terms_of(source, source.base)
     drawn = pictures(manifest, folder) if pictures else []
@@ -231,7 +231,9 @@ def write_records(
 
 
 def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
-    """All that is known without a weight. Raises SourceError, CheckpointError or OptionError."""
+    """Everything known without reading a weight. Raises SourceError, CheckpointError or
+    OptionError.
+    """
     if recipe.base_model is not None:
         repo_named("--base-model", recipe.base_model)
     allow_own_code(recipe.trust_remote_code)
@@ -277,7 +279,9 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
 
 
 def _check_head(plan: Plan) -> None:
-    """Raise CheckpointError if the head is no embedding by the config, and is not there."""
+    """Raise CheckpointError if the config says that the head is a weight of its own, and it is
+    missing.
+    """
     head = plan.architecture.head
     if head and plan.names.find(head.weight) is None:
         raise CheckpointError(
@@ -289,7 +293,7 @@ def _check_head(plan: Plan) -> None:
 
 
 def _tell_of_layers(plan: Plan) -> None:
-    """Say which layers have no FFN, and which a checkpoint has beside the model's."""
+    """Report layers without an FFN, and layers of the checkpoint that the model does not use."""
     sizes = plan.dimensions
     if left := sizes.without_ffn:
         named = few([str(layer) for layer in left])
@@ -305,7 +309,7 @@ def _tell_of_layers(plan: Plan) -> None:
 
 
 def _warn_of_language(recipe: Recipe, source: Source) -> None:
-    """Say so if what is built in is used for a model of other languages than English."""
+    """Warn if built-in English texts are used for a model of other languages."""
     said = source.card.get("language") or []
     languages = [said] if isinstance(said, str) else said
     english = ("en", "eng", "english", "multilingual", "mul")
@@ -325,10 +329,11 @@ def _warn_of_language(recipe: Recipe, source: Source) -> None:
 def prepare_to_write(
     recipe: Recipe, destination: Path | None, settings: Settings, delivery: Delivery
 ) -> tuple[Source, Plan, Method, int]:
-    """``prepare``, and the bytes that the disk of the destination must have free.
+    """``prepare``, and the number of bytes that must be free at the destination.
 
     Raises:
-        SourceError, CheckpointError, OptionError, DestinationError: it cannot be written, either.
+        SourceError, CheckpointError, OptionError, DestinationError: it cannot be converted or
+            written.
         DataError, FitError: the instances of a method for defence cannot be used.
     """
     signer, stream = delivery.signer, delivery.stream
@@ -367,7 +372,7 @@ def prepare_to_write(
 
 
 def _tell_of_others(source: Source) -> None:
-    """Say what the output has of the source beside the model, and what it has not."""
+    """Report which other files of the source are copied, and which are left out."""
     if source.extras:
         progress.note(f"  copied and not edited: {few(source.extras)}")
     if source.left_out:

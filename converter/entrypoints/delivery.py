@@ -1,4 +1,4 @@
-"""What becomes of the result of a conversion, beside its bytes; and the pictures of it."""
+"""Everything about the result of a conversion besides its bytes; and its pictures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from converter.runtime import progress
 from converter.runtime.extras import need
 
 Evaluate = Callable[[Bench], Callable[[Fitted, Method], Evaluation]]
-"""Measures an edit before it is written; the results."""
+"""Measures an edit before it is written, and returns the results."""
 
 Pictures = Callable[[Manifest, Path], list[Path]]
-"""Draws what a manifest says into a folder that holds the edit's file; the files drawn."""
+"""Draws pictures of a manifest into a folder with the edit's file, and returns their names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,10 @@ class Delivery:
         overwrite: replace a checkpoint that is already at the destination.
         gates: limits on what is measured, beyond the guard's.
         evaluation: measures the edit before it is written; its results go into the manifest.
-        pictures: draws into the new folder what the card then shows.
+        pictures: draws the card's pictures into the new folder.
         signer: signs the folder once it is verified.
-        stream: publishes the shards as they are finished; the destination gets all else.
-        search: that has found the options of the method; None if they were typed.
+        stream: uploads the shards as they are finished; the destination gets all other files.
+        search: the search that found the options of the method; None if they were typed.
     """
 
     overwrite: bool = False
@@ -51,8 +51,9 @@ def check_plots(plots: Path | None, destination: Path) -> Path | None:
     """Make sure at once that pictures can be drawn into a folder, if any are wanted.
 
     Returns:
-        where the folder is in the destination, whose pictures are drawn before the list of files is
-        made, and belong to the checkpoint; None if it is elsewhere.
+        the place of the folder within the destination, or None if it is elsewhere. Pictures within
+        the destination belong to the checkpoint, so they are drawn before its list of files is
+        made.
 
     Raises:
         OptionError: matplotlib is missing.

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, tensor by tensor, or between two manifests."""
+"""Compare two checkpoints, tensor by tensor, or two manifests."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -26,10 +26,10 @@ from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
 _GENERATED = tuple(sorted(OURS))
-"""Files of a checkpoint that are neither weights nor companions of a source."""
+"""Files that a conversion adds to a checkpoint."""
 
 _LEFT_OUT = ("measurements", "prefixes")
-"""Parts of a manifest that differ from run to run, or that the digest of the file stands for."""
+"""Parts of a manifest that differ from run to run, or that a file's sha256 implies."""
 
 
 @dataclass(slots=True)
@@ -38,10 +38,10 @@ class _Side:
 
     Attributes:
         source: of it.
-        files: those that hold none of the model's tensors, by name.
+        files: the files without tensors of the model, by name.
         tensors: name -> shard and entry.
-        targets: name -> down-projection, where the architecture is known.
-        opened: the shard that was read last.
+        targets: name -> down-projection, if the architecture is known.
+        opened: the last shard that was read.
     """
 
     source: Source
@@ -73,7 +73,7 @@ class _Side:
         )
 
     def place(self, name: str) -> Place:
-        """A tensor, its file open until one of another shard is asked for."""
+        """A tensor; its file stays open until another shard is read."""
         shard, info = self.tensors[name]
         if shard not in self.opened:
             self.close()
@@ -87,13 +87,13 @@ class _Side:
 
 
 def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
-    """Compare two checkpoints by what they hold, wherever their shards begin and end.
+    """Compare two checkpoints by content, however they are sharded.
 
-    Tensors are compared in blocks of bytes; of those that differ, both are read twice more.
+    Tensors are compared in blocks of bytes. Tensors that differ are read twice more.
 
     Args:
-        a, b: anything that can be converted; b is thought of as made from a.
-        subspace: a file of bases; without one, that of b, or of a, is used if there is one.
+        a, b: anything that can be converted; the change is b minus a.
+        subspace: a file of bases; by default that of b, or of a, if there is one.
 
     Returns:
         ``equal``, ``only_in_a``, ``only_in_b``, ``changed`` tensors and ``files``.
@@ -135,12 +135,12 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
 
 
 def _only_in(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names that only one of two has."""
+    """The names that only one of the two has."""
     return {"only_in_a": sorted(a.keys() - b.keys()), "only_in_b": sorted(b.keys() - a.keys())}
 
 
 def _spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Orthonormal columns with the same spans, float64; a file may hold any; see ``verify``."""
+    """Orthonormal columns with the same spans, float64, since a file may hold any columns."""
     return {
         name: torch.linalg.qr(U.double()).Q
         for name, U in bases.items()
@@ -151,7 +151,7 @@ def _spans(bases: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _compare(
     before: Place, after: Place, target: Weight | None, bases: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Any]]:
-    """The difference of two tensors of one name; nothing if there is none."""
+    """The difference of two tensors of one name; None if they are equal."""
     old, new = before.info, after.info
     alike = (old.dtype, old.shape) == (new.dtype, new.shape)
     if alike and _same_bytes(before, after):
@@ -171,10 +171,10 @@ def _compare(
 def _basis_for(
     info: TensorInfo, target: Weight | None, bases: Mapping[str, Tensor]
 ) -> tuple[Tensor | None, int | None]:
-    """The basis that a tensor may have lost, and the axis that it would lie along.
+    """The basis that may have been removed from a tensor, and its axis.
 
-    Of a down-projection both are known. Of another tensor a shared basis is taken, along the last
-    axis but one, where a Linear layer writes, or else the last, if its length fits.
+    For a down-projection both are known. For another tensor it is a shared basis, along the last
+    axis but one (the outputs of a Linear layer), or else the last, if the length fits.
     """
     if target is not None:
         basis = bases.get("U", bases.get(f"U.{target.layer}"))
@@ -188,7 +188,7 @@ def _basis_for(
 
 
 def _same_bytes(before: Place, after: Place) -> bool:
-    """Whether two tensors of one length have the same bytes; the first difference ends it."""
+    """Whether two tensors of one length have the same bytes. It stops at the first difference."""
     for start in range(0, before.info.nbytes, BUFFER):
         count = min(BUFFER, before.info.nbytes - start)
         read = []
@@ -201,7 +201,7 @@ def _same_bytes(before: Place, after: Place) -> bool:
 
 
 def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
-    """The leaves of two manifests that differ, but for those ``_LEFT_OUT``.
+    """The leaves that differ between two manifests, without those of ``_LEFT_OUT``.
 
     Raises:
         CheckpointError: one of them is not JSON.
@@ -218,7 +218,7 @@ def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a JSON value by path, such as ``edited[model.norm.weight].norm``.
 
-    Entries of a list are known by their name where they have one, else by their place.
+    Entries of a list are identified by their name if they have one, else by their place.
     """
     if isinstance(value, dict) and value:
         for key, child in value.items():
@@ -237,7 +237,7 @@ def diff(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
 
     Raises:
         OptionError: one of each.
-        ConverterError: as the two functions that do it.
+        ConverterError: see the two functions above.
     """
     manifests = [text.endswith(".json") and Path(text).is_file() for text in (a, b)]
     if not any(manifests):

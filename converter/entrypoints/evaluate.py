@@ -1,4 +1,4 @@
-"""Measure a model, what it was made from, and other systems; or an edit before it is written."""
+"""Measure a model, its edited copy and other systems; or an edit before it is written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,17 +34,17 @@ def evaluate_model(
     results: Path | None = None,
     continuations: Path | None = None,
 ) -> Evaluation:
-    """Measure the source of a recipe, what was made from it, and what is fitted on it.
+    """Measure the source of a recipe, its edited copy, and methods fitted to it.
 
     Args:
-        recipe: of the fits; its source is the unedited model. Options of a method that is not its
-            own have that method's name before them.
-        comparison: what is measured beside.
-        asked: what is measured.
+        recipe: of the fits; its source is the unedited model. Options of other methods begin with
+            the method's name.
+        comparison: the other systems to measure.
+        asked: what to measure.
         settings: how this machine does it.
-        edited: a model that was made from the source.
-        results: a file that is written anew after every system.
-        continuations: a file for what the numbers are made of; see ``evaluation.rows``.
+        edited: a model made from the source.
+        results: a file that is rewritten after every system.
+        continuations: a file for the data behind the numbers; see ``evaluation.rows``.
 
     Raises:
         ConverterError: one of its children says what is wrong.
@@ -66,10 +66,10 @@ def evaluate_model(
 
 
 def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
-    """Refuse options without a method's name if their method, --method, is not measured.
+    """Refuse options without a method's name if the method of --method is not measured.
 
-    Where a control is, they say what it is a control of: then it is a warning. Where nothing is
-    fitted, they are those of a conversion, whose recipe this is.
+    If a control is measured, such options define what it is a control of: then it is only a
+    warning. If nothing is fitted, the options belong to a conversion with this recipe.
 
     Raises OptionError; see ``check_plain``.
     """
@@ -85,12 +85,12 @@ def _check_plain(recipe: Recipe, comparison: Comparison) -> None:
 
 
 def _others(comparison: Comparison, bench: Bench) -> list[System]:
-    """The systems that are in folders, manifests and repos, by the names of these."""
+    """The systems in folders, manifests and repos, by their places."""
     return [made(place, without_folders(place), bench) for place in comparison.places]
 
 
 def own_recipe(recipe: Recipe, systems: Sequence[str]) -> Recipe:
-    """A recipe without the options of systems that are measured beside its edit.
+    """A recipe without the options of the other systems that are measured.
 
     Raises OptionError; see ``typed_for``.
     """
@@ -101,10 +101,10 @@ def own_recipe(recipe: Recipe, systems: Sequence[str]) -> Recipe:
 def evaluation_of(
     asked: EvaluationOptions, systems: Sequence[str], recipe: Recipe, settings: Settings
 ) -> Evaluate:
-    """What a conversion that evaluates does between the fit and the writing.
+    """The evaluation of a conversion, between the fit and the writing.
 
-    What is named is loaded now, so that whatever is missing is missed at once, and systems that
-    could not be fitted are refused when it is given the bench, before its model is loaded.
+    Scorers and texts are loaded now, so that a missing one is reported at once. Systems that cannot
+    be fitted are refused when the evaluation gets the bench, before its model is loaded.
 
     Args:
         recipe: of the conversion, whose options may also be of the systems; see ``own_recipe``.

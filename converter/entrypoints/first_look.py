@@ -1,8 +1,8 @@
-"""What is wrong with what was asked for, as far as it shows before a model library is loaded.
+"""Find mistakes in a request before a model library is loaded.
 
-Loading torch and transformers takes seconds, and a mistake is told in less. So nothing that is
-imported here imports them, and everything that is wrong is found in one go. What passes is checked
-again where it is used, with what is known there.
+Loading torch and transformers takes seconds. A mistake is reported in less. So this module must not
+import them, even indirectly. It finds all mistakes in one pass. Every value is checked again where
+it is used, with what is known there.
 """
 
 import os
@@ -55,18 +55,17 @@ from converter.runtime.extras import need
 from converter.text import did_you_mean, readable
 
 _MANY = 10_000
-"""Layers, where it is not known how many a model has."""
+"""The number of layers if the model's is not known."""
 
 
 def look_at_recipe(
     recipe: Recipe, settings: Settings, faults: Faults, *, asks_hub: bool = True
 ) -> None:
-    """Look at all that a recipe names: method and options, source, texts, device, packages.
+    """Check a recipe: method and options, source, texts, device, packages.
 
     Args:
-        recipe, settings: as asked for.
-        faults: gets what is wrong.
-        asks_hub: whether a source on the Hub is looked at.
+        recipe, settings: as asked for. faults: collects the mistakes.
+        asks_hub: whether to check a source on the Hub.
     """
     layers = look_at_source(recipe, faults, asks_hub=asks_hub)
     with faults:
@@ -94,7 +93,7 @@ def look_at_recipe(
 
 
 def _is_papers_fusion(recipe: Recipe) -> bool:
-    """Whether a method may use a calibration model that is given."""
+    """Whether a method can use a given calibration model."""
     named = {*recipe.method.split(SEPARATOR)}
     return bool(named - {*described()}) or ("fusion" in named and _has_papers_form(recipe))
 
@@ -115,12 +114,12 @@ def _check_device(device: str) -> None:
 def look_at_method(
     method: str, options: Mapping[str, str], layers: int | None, faults: Faults
 ) -> None:
-    """Look at methods and their options, as far as they are our own.
+    """Check methods and their options, if the methods are built in.
 
     Args:
         method: as typed.
         options: as typed.
-        layers: of the model; None if it is not known how many.
+        layers: number of the model's layers; None if it is not known.
         faults: gets what is wrong.
     """
     names = method.split(SEPARATOR)
@@ -135,14 +134,14 @@ def look_at_method(
             raise OptionError("--method", expected="different methods", found=method)
         return
     if not known or {*names} - {*described()}:
-        return  # a package says itself what its options are
+        return  # the options of a package are only known from its code
     for typed, text in options.items():
         with faults:
             _check_option(names, typed, text, layers)
 
 
 def _check_option(names: Sequence[str], typed: str, text: str, layers: int | None) -> None:
-    """Raise OptionError if none of some methods has an option, or its value is none."""
+    """Raise OptionError if none of the methods has an option, or its value is invalid."""
     known = {name: described()[name].options for name in names}
     every = {key for options in known.values() for key in options}
     key = typed.rpartition(".")[2] if len(names) > 1 else typed
@@ -158,13 +157,13 @@ def _check_option(names: Sequence[str], typed: str, text: str, layers: int | Non
 
 
 def _owner(key: str) -> str | None:
-    """A hint which methods have an option."""
+    """A hint that names the methods with an option."""
     owners = [name for name, each in described().items() if key in each.options]
     return f"it is an option of {' and '.join(owners)}" if owners else None
 
 
 def check_value(key: str, text: str, option: MethodOption, layers: int | None) -> None:
-    """Raise OptionError if what was typed is no value of an option of a method."""
+    """Raise OptionError if a typed value is invalid for an option of a method."""
     if option.kind == "layers":
         parse_layers(key, text, layers or _MANY)
     elif option.kind == "factors":
@@ -179,7 +178,7 @@ def check_value(key: str, text: str, option: MethodOption, layers: int | None) -
 
 
 def look_at_texts(recipe: Recipe, faults: Faults) -> None:
-    """Look at the files of texts that a recipe names; what is on the Hub is not asked for."""
+    """Check the files of texts that a recipe names, except those on the Hub."""
     local = recipe.pairs != SELF and not is_dataset(recipe.pairs, PAIR_FORMATS)
     reads = local and (recipe.pairs != "builtin" or recipe.num_pairs is not None)
     words = None
@@ -217,10 +216,10 @@ def _look_at_prompts(origin: str) -> None:
 
 
 def look_at_source(recipe: Recipe, faults: Faults, *, asks_hub: bool = True) -> int | None:
-    """Look at the names and the config of a source, not at its weights.
+    """Check the names and the config of a source, but not its weights.
 
     Returns:
-        the number of its layers; None if that is not known.
+        its number of layers; None if it is not known.
     """
     allow_own_code(recipe.trust_remote_code)
     found: list[int | None] = [None]
@@ -246,7 +245,7 @@ def look_at_source(recipe: Recipe, faults: Faults, *, asks_hub: bool = True) -> 
             top = path if subfolder else None
             _look_at_folder(recipe.source, path / subfolder, top, faults, found)
         else:
-            parse_address(source, "model")  # refuses what is no name of a repo
+            parse_address(source, "model")  # refuses an invalid name of a repo
             if asks_hub:
                 _look_at_repo(source, subfolder, faults, found)
     return found[0]
@@ -262,7 +261,7 @@ def _is_file(path: Path) -> bool:
 def _look_at_folder(
     source: str, place: Path, top: Path | None, faults: Faults, found: list[int | None]
 ) -> None:
-    """See ``look_at_source``, whose answer goes into ``found``."""
+    """See ``look_at_source``; the result goes into ``found``."""
     try:
         sizes = list_files(place, top)
     except OSError as error:
@@ -275,7 +274,7 @@ def _look_at_folder(
     check_sizes(sizes)
     if is_native(sizes.keys()):
         return
-    if ELSEWHERE in sizes:  # an adapter, which needs no more to be refused
+    if ELSEWHERE in sizes:  # an adapter, which is refused for its name alone
         choose_weights(name, place, sizes.keys())
     with faults:
         choose_weights(name, place, sizes.keys())
@@ -283,7 +282,7 @@ def _look_at_folder(
 
 
 def _look_at_repo(source: str, subfolder: str, faults: Faults, found: list[int | None]) -> None:
-    from converter.hub import repos as hub  # half a second, which others need not take
+    from converter.hub import repos as hub  # the import takes half a second
 
     repo = hub.resolve("model", source)
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -301,7 +300,7 @@ def _look_at_repo(source: str, subfolder: str, faults: Faults, found: list[int |
 def _look_at_config(
     name: str, files: Iterable[str], path: Path, faults: Faults, found: list[int | None]
 ) -> None:
-    """Look at the config among some files, and whether there is a tokenizer."""
+    """Check the config among some files, and that there is a tokenizer."""
     files = {*files}
     if not TOKENIZER & files:
         with faults:
@@ -317,7 +316,7 @@ def _look_at_config(
 
 
 def _layers(config: Mapping[str, Any]) -> int | None:
-    """The number of layers that a config names in the usual way."""
+    """The number of layers by the usual keys of a config."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         count = part.get("num_hidden_layers", part.get("n_layer"))
@@ -327,7 +326,7 @@ def _layers(config: Mapping[str, Any]) -> int | None:
 
 
 def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faults: Faults) -> None:
-    """Look whether a folder can be written; not at one that may hold the result already."""
+    """Check that a folder can be written, unless it may hold the result already."""
     there = os.path.exists(recipe.source)  # noqa: PTH110 - pathlib's raises if the name is too long
     inputs = [Path(recipe.source)] if there else []
     with faults:
@@ -342,7 +341,7 @@ def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faul
 
 
 def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) -> None:
-    """Look whether pictures can be drawn, and into that folder."""
+    """Check that pictures can be drawn, and into that folder."""
     if plots is None:
         return
     with faults:
@@ -353,7 +352,7 @@ def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) 
 
 
 def look_at_key(key: Path | None, faults: Faults) -> None:
-    """Look whether there is a key to sign with, and what signs."""
+    """Check that there is a key and the package that signs."""
     if key is None:
         return
     with faults:
@@ -366,7 +365,7 @@ def look_at_key(key: Path | None, faults: Faults) -> None:
 
 
 def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -> None:
-    """Look at what an evaluation measures with: files and packages."""
+    """Check the files and packages of an evaluation."""
     scores = prompts != "none" and (asked.greedy or asked.samples > 0)
     for name in asked.scorers if scores else ():
         with faults:
@@ -383,17 +382,17 @@ def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -
 
 
 def look_at_search(what: str, recipe: Recipe, asked: SearchOptions, faults: Faults) -> Recipe:
-    """Look at what a search needs beside a recipe.
+    """Check what a search needs besides a recipe.
 
     Args:
-        what: names the search.
-        recipe: whose methods are searched one beside the other.
+        what: the name of the search in messages.
+        recipe: with the methods to search.
         asked: as asked for.
         faults: gets what is wrong.
 
     Returns:
-        the recipe with the methods joined as in one edit, whose names and options are right if
-        those of a search are.
+        the recipe with its methods joined as for one edit, so that the usual checks apply to names
+        and options.
     """
     names = list(dict.fromkeys(re.split(f"[{BETWEEN}{SEPARATOR}]", recipe.method)))
     with faults:
@@ -420,14 +419,14 @@ def look_at_search(what: str, recipe: Recipe, asked: SearchOptions, faults: Faul
 
 
 def look_at_place(what: str, place: str, faults: Faults) -> None:
-    """Look whether a model is there that is named by a path, by how it is written."""
+    """Check that a model named by a path exists."""
     with faults:
         if place.startswith(("/", ".", "~")) and not os.path.exists(place):  # noqa: PTH110
             raise SourceError(f"{what}{place} does not exist", hint="check the path")
 
 
 def look_at_systems(compared: Comparison, recipe: Recipe, faults: Faults) -> None:
-    """Look at the methods that are fitted beside each other, and the places of other systems."""
+    """Check the methods of an evaluation, and the places of other systems."""
     for spec in compared.fitted:
         within = Faults()
         with within:

@@ -1,4 +1,4 @@
-"""What was made from a model: a checkpoint, an adapter, or a manifest with its edit by itself."""
+"""The edited copy of a model: a checkpoint, an adapter, or a manifest with its edit alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +27,8 @@ from converter.runtime import progress
 
 
 def made(place: str, name: str, bench: Bench) -> System:
-    """A model that was made from the unedited one, with its weights; an adapter, a manifest by
-    itself, or a folder with a fused model is what its manifest says, through hooks.
+    """Open an edited copy of a model. A checkpoint runs with its own weights. An adapter, a
+    manifest alone, or a folder with a fused model runs its recorded edit through hooks.
 
     Args:
         place: a folder, a manifest's file, or a repo id.
@@ -36,8 +36,8 @@ def made(place: str, name: str, bench: Bench) -> System:
         bench: of the unedited model.
 
     Raises:
-        ConverterError: one of its children; it has another tokenizer, an edit by itself is one
-            of other weights, or a fused model has no manifest in a folder.
+        ConverterError: one of its children. The tokenizers differ, an edit alone is of other
+            weights, or a fused model has no manifest in a folder.
     """
     path, recording = Path(place), None
     is_folder = (path / MANIFEST).is_file()
@@ -73,8 +73,8 @@ def made(place: str, name: str, bench: Bench) -> System:
     if _is_source_of(manifest, bench.source):
         return found
     progress.warn(
-        f"{name} was made from other weights than those of {bench.source.name}, so what is "
-        "measured is not the effect of its edit alone"
+        f"{name} was made from other weights than those of {bench.source.name}, so the measurement "
+        f"is not of its edit alone"
     )
     return replace(found, is_of_unedited=False)
 
@@ -94,7 +94,7 @@ def _is_source_of(manifest: Manifest, source: Source) -> bool:
 def _recorded(
     name: str, manifest: Manifest, edit: Edit, load: Callable[[], LanguageModel] | None
 ) -> System:
-    """What a manifest says of its edit."""
+    """The edit that a manifest records."""
     bias = any(tensor.role.endswith("_bias") for tensor in manifest.edited)
     strength, layers = manifest.choice.strength, tuple(manifest.layers)
     return System(
@@ -104,7 +104,7 @@ def _recorded(
 
 
 def _suffix(manifest: Manifest) -> str:
-    """What the chat template of an edited model puts behind what a user says."""
+    """The text that an edited model's chat template puts behind user messages."""
     if not any(map(is_template_file, manifest.edit.patches)):
         return ""
     defence = manifest.guard.defence if manifest.guard else None

@@ -1,7 +1,7 @@
-"""Which methods there are, and what each of them needs, changes and can be written as.
+"""The list of methods: what each needs and changes, and which outputs can hold its edit.
 
-Nothing of this is said by a method: it is asked for its footprint on a small Llama that is nothing
-but headers, and its fit is run up to the first thing that it asks for.
+Methods do not declare this. Each is asked for its footprint on a small Llama that consists of
+headers only, and its fit runs until it first asks for something.
 """
 
 import re
@@ -40,12 +40,12 @@ class Described:
     Attributes:
         name: for ``--method``.
         title, paper, strength: see ``Method``.
-        edit: kinds of its changes, and what else it changes or adds.
+        edit: kinds of its changes, and other files and tensors that it changes or adds.
         outputs: that can hold its edit.
-        needs: what its fit asks for first: ``pairs``, also with ``gradients``, or with ``training``
-            of small models on them; or another part of the workbench.
-        package: that brings it, with its version; None for our own.
-        fault: why nothing more is known of it, else empty.
+        needs: the first thing that its fit asks for: ``pairs``, also with ``gradients``, or with
+            ``training`` of small models on them; or another part of the workbench.
+        package: its package, with the version; None for our own.
+        fault: why it could not be examined; else empty.
     """
 
     name: str
@@ -75,7 +75,7 @@ def table(methods: list[Described]) -> str:
 
 
 def describe_methods() -> list[Described]:
-    """All methods, in alphabetical order; a package that is broken is one with a fault."""
+    """All methods, in alphabetical order; a broken package is a method with a fault."""
     plan, found = _headers(), []
     for name in METHODS.names():
         try:
@@ -122,12 +122,12 @@ def _holds(output: str, name: str, plan: Plan) -> bool:
 
 
 class _HasAsked(Exception):  # noqa: N818 - it is not an error
-    """A fit has asked for something; what it does with it is not wanted."""
+    """Ends a fit as soon as it asks for something."""
 
 
 @dataclass
 class _Listener:
-    """In the place of a ``Workbench``: ends the fit at the first thing that is no header."""
+    """Replaces a ``Workbench``, and ends the fit at the first request for more than headers."""
 
     plan: Plan
 
@@ -167,7 +167,7 @@ def _headers() -> Plan:
 
 
 def known_methods() -> dict[str, KnownMethod]:
-    """What ``data/methods.json`` is to say: our own methods, by what their classes say."""
+    """The contents of ``data/methods.json``: the built-in methods, from their classes."""
     kinds = {name: METHODS.load(name) for name in METHODS.own}
     return {
         name: KnownMethod(
@@ -211,7 +211,7 @@ def _typed(default: Any) -> str | None:
 
 
 def _meaning(name: str, owners: Sequence[Any], kinds: dict[str, Any]) -> str:
-    """What the docstrings of classes say of one of their attributes, the first that says it."""
+    """The description of an attribute in the docstrings of classes; the first that has one."""
     for owner in owners:
         listed = (getattr(owner, "__doc__", None) or "").partition("Attributes:")[2]
         for entry in re.split(r"\n {8}(?=\w)", listed):

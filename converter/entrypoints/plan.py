@@ -1,4 +1,4 @@
-"""What a conversion would do, from the headers alone."""
+"""Plan a conversion from the headers alone."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -30,13 +30,13 @@ def describe_plan(
     settings: Settings = Settings(),
     delivery: Delivery = Delivery(),
 ) -> dict[str, Any]:
-    """What a conversion would do. Nothing is written.
+    """Say what a conversion would do. Nothing is written.
 
     The destination, the instances of a method for defence, and local files of pairs, prose and
-    words are looked at too.
+    words are checked, too.
 
     Raises:
-        ConverterError: as ``convert`` would, as far as it can be known.
+        ConverterError: as ``convert`` would, as far as the headers show it.
     """
     recipe = settled(recipe)
     source, plan, method, room = prepare_to_write(recipe, destination, settings, delivery)
@@ -95,9 +95,9 @@ def describe_plan(
 
 
 def _continuations(recipe: Recipe, method: Method, mode: str) -> dict[str, Any]:
-    """What the guard will have the unedited model continue, or why nothing.
+    """The prompts that the unedited model will continue for the guard, or why there are none.
 
-    How many prompts a dataset of the Hub has is not known yet.
+    The number of prompts in a dataset of the Hub is not known yet.
     """
     if why := why_nothing_is_drawn(recipe, method, mode):
         return {"prompts": 0, "why": why}

@@ -1,9 +1,9 @@
-"""Publishing a checkpoint: one that is on disk, or its shards as they are finished.
+"""Publish a checkpoint: from disk, or shard by shard as they are finished.
 
-Of a stream the disk never holds the output. A shard is rewritten, checked, uploaded and deleted by
-one worker before it takes the next, and there are at most ``_AT_A_TIME`` workers, so no more shards
-than that are on disk. The commit comes last: without it what was uploaded belongs to no repo, and
-the Hub forgets it.
+A stream never holds the whole output on disk. A worker rewrites, checks, uploads and deletes a
+shard before it takes the next. With at most ``_AT_A_TIME`` workers, at most as many shards are on
+disk. The commit comes last: without it, the uploaded files belong to no repo, and the Hub deletes
+them in time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ _AT_A_TIME = 2
 """Shards of a stream that are on disk at most."""
 
 SMALL = 200_000_000
-"""Bytes of room for everything but shards."""
+"""Bytes of disk for everything except shards."""
 
 
 def push(
@@ -50,8 +50,8 @@ def push(
         verified: it was written and verified just now.
 
     Raises:
-        VerificationError: it is not what its manifest says; nothing was sent.
-        PublishError: the Hub refuses; there is no commit, unless it says so.
+        VerificationError: it does not agree with its manifest; nothing was sent.
+        PublishError: the Hub refuses. There is no commit, unless the message names one.
     """
     seen: dict[str, str] = {}
     if not verified:
@@ -78,14 +78,14 @@ def push(
 
 
 def published_files(folder: Path, manifest: Manifest) -> Files:
-    """What is published of a checkpoint: what the manifest lists, and what cannot be listed."""
+    """The files to publish: those that the manifest lists, and those that it cannot list."""
     known = manifest.digests
     own = [name for name in (CARD, MANIFEST, SUMS, SIGNATURE) if (folder / name).is_file()]
     return {n: (folder / n, known.get(n)) for n in (*known, *own)}
 
 
 def _untouched(manifest: Manifest, folder: Path) -> dict[str, Copyable]:
-    """The shards that are those of a source on the Hub, byte for byte."""
+    """The shards that equal those of a source on the Hub, byte for byte."""
     source, inside = manifest.source, manifest.run.subfolder
     if source.repo_id is None or source.commit is None:
         return {}
@@ -101,14 +101,14 @@ def _untouched(manifest: Manifest, folder: Path) -> dict[str, Copyable]:
 
 
 class Streaming:
-    """Takes finished shards to the Hub, and commits them in the end.
+    """Uploads finished shards to the Hub, and commits them at the end.
 
     Args:
         place: of ``check_rights``.
 
     Attributes:
         gone: shards that were checked, uploaded and deleted.
-        published: what is on the Hub, once it is.
+        published: the commit, once it is made.
     """
 
     def __init__(self, place: Publication) -> None:
@@ -116,23 +116,23 @@ class Streaming:
         self.gone: set[str] = set()
         self.published: Published | None = None
         self._upload: Upload | None = None
-        disable_progress_bars()  # of the client: that of the edit shows what is done
+        disable_progress_bars()  # of the client: the progress bar of the edit is enough
 
     def room(self, plan: Plan) -> int:
-        """Bytes that the output takes on disk at most."""
+        """The most bytes that the output takes on disk."""
         sizes = sorted((header.size for header in plan.headers.values()), reverse=True)
         return sum(sizes[:_AT_A_TIME]) + SMALL
 
     def receiver(
         self, source: Source, edit: Edit, rounding: str, folder: Path, keep_source: bool
     ) -> Receiver:
-        """Who is told of each shard that is written to ``folder``."""
+        """The receiver of each shard that is written to ``folder``."""
         warn_of_name(licence_name(source.card), self.place)
         self._upload = Upload(self.place)
         return _Receiver(self, self._upload, source, edit, rounding, folder, keep_source)
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
-        """Upload what is left in ``folder``, all of it small, and make the commit."""
+        """Upload the small files left in ``folder``, and make the commit."""
         assert self._upload is not None
         files = published_files(folder, manifest)
         with progress.stage("publish", f"committing to {self.place.repo_id}"):
@@ -141,7 +141,7 @@ class Streaming:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """An error of the block names the commit, if it was made by then."""
+        """An error in the block names the commit, if it was made by then."""
         try:
             yield
         except ConverterError as error:
@@ -152,8 +152,9 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class _Receiver:
-    """The ``Receiver`` of a stream. What was uploaded by a run that failed is made again: its
-    shards are gone, but the Hub, which may still have them, does not have them sent again."""
+    """The ``Receiver`` of a stream. Shards that a failed run uploaded are made again, since they
+    were deleted here. If the Hub still has them, they are not sent again.
+    """
 
     stream: Streaming
     upload: Upload
@@ -183,7 +184,8 @@ class _Receiver:
     def _check(self, shard: str, done: Done) -> None:
         """Read the edited tensors again, as ``verify`` does.
 
-        A weight in FP8 whose scales are in another shard cannot be: that one may be gone.
+        This cannot be done for an FP8 weight whose scales are in another shard, which may be
+            deleted.
         """
         infos = infos_of(self.folder, [shard])
         for record in done.edits:
@@ -196,7 +198,7 @@ class _Receiver:
 
 
 def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:
-    """Where the Hub has a shard in which nothing changed, if it does."""
+    """The place of an unchanged shard on the Hub, if it is there."""
     repo = source.repo
     if repo is None or source.virtual_shards is not None or record.sha256 != record.source_sha256:
         return None

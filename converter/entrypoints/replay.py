@@ -1,8 +1,8 @@
-"""Do a recorded conversion again, and say whether the same bytes come out.
+"""Repeat a recorded conversion, and check that it gives the same bytes.
 
-The recorded edit is applied to the recorded source: nothing is fitted, run or measured, so what was
-measured then is kept. A refit repeats the whole fit to compare the edits, and then writes with the
-recorded one all the same: its bytes are what can be compared.
+The recorded edit is applied to the recorded source. Nothing is fitted, run or measured, so the
+recorded measurements stay. A refit repeats the whole fit to compare the edits, and still writes
+with the recorded edit, since only its bytes can be compared.
 """
 
 import shutil
@@ -60,8 +60,8 @@ class Refitted:
     Attributes:
         angles: basis in the edit's file -> the principal angles between the two subspaces, in
             degrees, ascending.
-        changes: tensor of the checkpoint -> how much alike the two changes of it are, of those that
-            take no subspace out.
+        changes: tensor of the checkpoint -> how similar its two changes are, for changes that
+            remove no subspace.
     """
 
     angles: dict[str, list[float]]
@@ -70,10 +70,10 @@ class Refitted:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replay found.
+    """The results of a replay.
 
     Attributes:
-        manifest: that was written.
+        manifest: the written one.
         differences: of tool, device and libraries, ``what``, ``recorded`` and ``found`` each.
         identical: files with the recorded bytes.
         other: names of generated files, such as the card, that have other bytes than recorded.
@@ -97,15 +97,15 @@ def replay(
     max_angle: float | None = None,
     overwrite: bool = False,
 ) -> Replayed:
-    """Write a recorded checkpoint once more.
+    """Repeat a recorded conversion.
 
     Args:
         recording: of the conversion.
         destination: a folder that does not exist or is empty, unless it is to be overwritten.
         given: where local inputs are.
         settings: how this machine does it.
-        max_angle: fit the edit again, too; degrees that it may be off, or of changes that are no
-            subspaces the share of their norm that such an angle is. None to fit nothing.
+        max_angle: fit the edit again, too, and allow a difference of so many degrees; for changes
+            that are not subspaces, of the corresponding share of their norm. None: no fit.
 
     Raises:
         VerificationError: the source, the outputs or the refitted edit differ.
@@ -161,7 +161,7 @@ def replay(
 
 
 def _replayed_before(recording: Recording, destination: Path) -> Manifest | None:
-    """The manifest of a folder that holds a replay of this recording already; whole or not."""
+    """The manifest of a folder that already holds a replay of this recording, whole or not."""
     manifest = made_before(destination)
     if manifest is None or (manifest.replay_of, manifest.tool) != (recording.sha256, TOOL):
         return None
@@ -171,14 +171,14 @@ def _replayed_before(recording: Recording, destination: Path) -> Manifest | None
 
 
 def _device_like(recording: Recording, recipe: Recipe) -> str:
-    """A device of the recorded kind if there is one: other kinds add in another order."""
+    """A device of the recorded kind if there is one, since other kinds sum in another order."""
     if recording.manifest.environment.device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return choose_device("auto" if recipe.device == "cpu" else recipe.device)
 
 
 def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source:
-    """The source under its recorded name, and of its small files those that were there then."""
+    """The source under its recorded name, with the recorded ones of its small files."""
     recorded = recording.manifest.source
     known, base = recorded.files, base_of(recording.manifest)
     return replace(
@@ -195,10 +195,11 @@ def _as_recorded(recording: Recording, recipe: Recipe, source: Source) -> Source
 def _check_outputs(
     recording: Recording, written: Written, folder: Path, found: Sequence[Mapping[str, str]]
 ) -> int:
-    """The number of files that were written, all of them as recorded.
+    """Check the written files against the recorded ones, and return their number.
 
     Raises:
-        VerificationError: naming those that are not, and the tensor where a shard departs.
+        VerificationError: naming the files that differ, and the first tensor that differs in a
+            shard.
     """
     digests = {name: file.sha256 for name, file in file_list(written, {}).items()}
     wrong = []
@@ -224,7 +225,7 @@ def _check_outputs(
 
 
 def _others(recording: Recording, manifest: Manifest) -> list[str]:
-    """Generated files that are not as recorded, or were not there, or are not any more."""
+    """Generated files that differ from the recorded ones, are new, or are missing."""
     then, now = recording.manifest.files, manifest.files
     return sorted(n for n in {*then, *now} if then.get(n) != now.get(n))
 
@@ -274,7 +275,7 @@ def _compare_fit(
 
 
 def _compare_edits(recording: Recording, fitted: Edit, bench: Bench) -> Refitted:
-    """The refitted edit against the recorded one, change by change.
+    """Compare the refitted edit with the recorded one, change by change.
 
     Raises VerificationError if they change other tensors, other files or subspaces of other ranks.
     """
@@ -308,7 +309,7 @@ def _compare_edits(recording: Recording, fitted: Edit, bench: Bench) -> Refitted
 
 
 def _kinds(edit: Edit) -> dict[str, str]:
-    """What an edit does to each tensor, in words that are the same for two that can be compared."""
+    """A description of each tensor's change; two changes can be compared if it is the same."""
     ranks = {n: "" if d.protects is None else d.protects.shape[1] for n, d in edit.tensors.items()}
     found = {n: f"{d.kind} {ranks[n]} {d.factor}" for n, d in edit.tensors.items()}
     return found | {name: f"created {list(t.shape)}" for name, t in edit.created.items()}
@@ -321,9 +322,9 @@ def _stored(bench: Bench, weight: Weight) -> Tensor:
 
 
 def _embedding_of(source: Source, plan: Plan, edit: Edit) -> dict[str, Tensor]:
-    """What a created head is made of, by its name; empty if none is created.
+    """The tensor that a created head is made of, by the head's name; empty if no head is created.
 
-    Two such heads are almost parallel, whatever was added to the embedding.
+    Two such heads are almost parallel, whatever the edits add to the embedding.
     """
     route = plan.head_route() if edit.created else None
     if route is None or route.name not in edit.created:

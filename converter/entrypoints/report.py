@@ -1,4 +1,4 @@
-"""Tell people of a finished conversion: one page, from its manifest."""
+"""Write a report on a finished conversion: one page, from its manifest."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from converter.runtime.files import reason
 
 
 def report(place: Path, output: Path, option: str = "--output") -> Verdict:
-    """Write the report on a folder, or on a manifest alone; its verdict.
+    """Write the report on a folder, or on a manifest alone, and return its verdict.
 
-    Every file of a folder is recorded in its manifest, which the report quotes, so the report
-    cannot be one of them.
+    The report cannot be inside the folder: the manifest records every file there, and the report
+    quotes the manifest.
 
     Raises:
         VerificationError: there is no manifest, or it cannot be read.
-        DestinationError: the page cannot be written there, which is what ``option`` says.
+        DestinationError: the page cannot be written at the place that ``option`` names.
     """
     check_beside(option, output, place.parent if place.name == MANIFEST else place)
     manifest, digest = read_manifest_bytes(place)

@@ -1,4 +1,4 @@
-"""Whether a folder holds already what a conversion would write, so that it need not run again."""
+"""Recognise a folder with the result of the same conversion, so that it need not run again."""
 
 from pathlib import Path
 
@@ -35,11 +35,11 @@ def convert_once(
     delivery: Delivery = Delivery(),
     pictures: Path | None = None,
 ) -> Manifest:
-    """``convert``, unless the destination holds the result already, which is then verified.
+    """``convert``, unless the destination already holds the result. Then verify it.
 
     Args:
         recipe, destination, settings, delivery: as of ``convert``.
-        pictures: a folder within the destination that has to hold some.
+        pictures: a folder within the destination that must have pictures.
 
     Raises:
         ConverterError: as ``convert`` and ``finish_existing``.
@@ -54,7 +54,8 @@ def convert_once(
 def _done_before(
     recipe: Recipe, destination: Path, delivery: Delivery, pictures: Path | None
 ) -> Manifest | None:
-    """The manifest of what the same run has made of the same inputs, whole or not; else None.
+    """The manifest of an earlier result of the same run on the same inputs, whole or not; else
+    None.
 
     Manifests name files without their folders, so the content of every input is compared, too. A
     run that evaluates never counts as the same, since not all its inputs are recorded. The gates
@@ -82,22 +83,22 @@ def _done_before(
 
 
 def _searched(search: SearchRecord | None) -> SearchRecord | None:
-    """A search without what only the conversion has measured."""
+    """A search record without the measurements that only the conversion makes."""
     return search and replace(search, kept=None)
 
 
 def made_before(destination: Path) -> Manifest | None:
-    """The manifest of what is there, whole or not; None if the run was killed in its last step."""
+    """The manifest of a folder, whole or not; None if the run was killed in its last step."""
     try:
         if (destination / MANIFEST).is_file() and not interrupted(destination.resolve()):
             return read_manifest(destination)
     except (VerificationError, OSError):
-        pass  # who writes there will say what is wrong
+        pass  # the step that writes there will report it
     return None
 
 
 def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
-    """Whether texts, activations, source and its licence are those of a manifest."""
+    """Whether texts, activations, source and its licence are those that a manifest records."""
     words, prose = load_words(recipe.word_list), load_prose(recipe.neutral)
     pairs = None
     if recipe.pairs != SELF:
@@ -128,7 +129,7 @@ def _sha256(source: Source, name: str) -> str | None:
 def finish_existing(
     recipe: Recipe, folder: Path, manifest: Manifest, signer: Signer | None
 ) -> None:
-    """Verify what was done before, clean up beside it, and sign it by the key that is given now.
+    """Verify an earlier result, clean up beside it, and sign it with the present key.
 
     Raises:
         DestinationError: it is not whole, another run holds it or has replaced it, or it cannot be

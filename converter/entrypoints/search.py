@@ -36,7 +36,7 @@ from converter.runtime.cache import cache_folder
 from converter.version import __version__
 
 _VERSION = 1
-"""Of how a search goes: raised with a change that makes kept trials those of another search."""
+"""Version of the search procedure. Raise it with a change that makes kept trials invalid."""
 
 _SHARED = ("method", "options", "seed", "max_perplexity_ratio", "batch_size", "output")
 """Fields of a recipe on which trials depend; files and texts are compared by content."""
@@ -46,14 +46,14 @@ _LIBRARIES = ("numpy", "optuna", "tokenizers", "torch", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """What a search has found.
+    """The results of a search.
 
     Attributes:
-        recipe: with what was chosen, as if it had been typed.
+        recipe: with the chosen options, as if they had been typed.
         record: for a manifest.
         trials: all of them, in order.
-        guard: what it says of what was chosen, on text that the search has not seen; None if it
-            was not asked.
+        guard: its measurements of the chosen edit, on text that the search has not seen; None if it
+            did not run.
     """
 
     recipe: Recipe
@@ -63,12 +63,12 @@ class Searched:
 
     @property
     def command(self) -> str:
-        """The conversion without a search that makes the chosen edit."""
+        """The command that makes the chosen edit without a search."""
         return as_typed(self.recipe)
 
 
 def search_model(recipe: Recipe, asked: SearchOptions, settings: Settings) -> Searched:
-    """Search, and let the guard measure what was chosen, if the recipe has one.
+    """Search, and let the guard measure the chosen edit, if the recipe has a guard.
 
     Raises:
         ConverterError: one of its children; a GuardError if no trial is within the limits.
@@ -86,7 +86,7 @@ def search_model(recipe: Recipe, asked: SearchOptions, settings: Settings) -> Se
 
 
 def search_recipe(recipe: Recipe, asked: SearchOptions, settings: Settings) -> Searched:
-    """Search for the options of a conversion, whose own guard then measures what was chosen.
+    """Search for the options of a conversion, whose own guard then measures the chosen edit.
 
     Raises:
         ConverterError: as ``search_model``.
@@ -98,7 +98,7 @@ def search_recipe(recipe: Recipe, asked: SearchOptions, settings: Settings) -> S
 
 
 def check_search(recipe: Recipe, settings: Settings) -> tuple[Source, Plan, list[Space]]:
-    """What is known of a search without a weight.
+    """Plan a search without reading a weight.
 
     Raises:
         SourceError, CheckpointError, OptionError: it cannot be done.
@@ -138,9 +138,9 @@ class _Run:
     """A search, ready to begin.
 
     Attributes:
-        texts: of the fit, before they are split.
+        texts: the texts of the fit, before the split.
         implied: options of methods by the output.
-        state: with its bench and what it has tried.
+        state: the bench and the trials.
     """
 
     texts: tuple[Pairs, Prose]
@@ -186,7 +186,7 @@ class _Run:
         return cls((pairs, prose), implied, Search(bench, spaces, parts, texts, journal))
 
     def search(self, trials: int) -> Searched:
-        """Try, choose. Raises ConverterError."""
+        """Run the trials and choose. Raises ConverterError."""
         state, recipe = self.state, self.bench.recipe
         with progress.stage("search", f"searching: {trials} trials of {recipe.method}"):
             try:
@@ -204,7 +204,7 @@ class _Run:
 
 
 def as_typed(recipe: Recipe) -> str:
-    """A recipe as a command line; what has its default is left out."""
+    """A recipe as a command line, without options that have their default."""
     words = ["gloss-convert", recipe.source, "DESTINATION"]
     for name, declared in declared_options(Recipe).items():
         value: Any = getattr(recipe, name)

@@ -1,7 +1,7 @@
-"""One commit on the Hub: upload every file, commit them all at once, then look at the commit.
+"""One commit on the Hub: upload every file, commit them all at once, then check the commit.
 
-Nothing is visible before the commit. What was uploaded is not sent again by the next attempt: the
-Hub knows files in large storage by their sha256, and with Xet also parts of them.
+Nothing is visible before the commit. The next attempt does not send uploaded files again: the Hub
+recognises files in large storage by their sha256, and with Xet also parts of them.
 """
 
 import hashlib
@@ -35,16 +35,18 @@ _LARGEST_REGULAR = 16_000_000
 """Bytes; the Hub takes files up to 10 MB without large storage and knows them by their git id."""
 
 _LOADED = (".safetensors", ".safetensors.index.json", "adapter_config.json")
-"""Endings of files in the repo's main folder that belong to a model only if its manifest says so.
-A loader would read what an earlier model has left; transformers reads an adapter before a model."""
+"""Endings of files in the repo's main folder that belong to a model only if its manifest lists
+them. A loader would read the leftovers of an earlier model; transformers prefers an adapter to a
+model.
+"""
 
 Files = Mapping[str, tuple[Path, str | None]]
-"""Name in the repo -> path, and sha256 as far as it is known."""
+"""Name in the repo -> path, and sha256 if it is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What is on the Hub now: a commit, its URL, and that of a pull request if one was opened."""
+    """A published commit, its URL, and the URL of a pull request if one was opened."""
 
     repo_id: str
     commit: str
@@ -52,7 +54,7 @@ class Published:
     pull_request: str | None
 
     def stands(self, error: ConverterError) -> None:
-        """Let an error that came after the commit say that it was made."""
+        """Make an error after the commit name the commit."""
         error.hint = "; ".join(filter(None, [f"commit {self.url} was made and stays", error.hint]))
 
 
@@ -62,7 +64,7 @@ class Copyable:
 
     Attributes:
         repo_id, commit, name: where.
-        local: gives the same file on disk, once, if the Hub will not copy it.
+        local: provides the same file on disk, once, if the Hub does not copy it.
     """
 
     repo_id: str
@@ -84,7 +86,7 @@ class Upload:
     """Files on their way into one commit; ``send`` may be called from several threads.
 
     Args:
-        place: of ``check_rights``; the repo and the branch are made here where they are missing.
+        place: of ``check_rights``. A missing repo or branch is created here.
 
     Raises:
         PublishError: from every method.
@@ -115,7 +117,7 @@ class Upload:
                 data = path.read_bytes()
                 if (again := hashlib.sha256(data).hexdigest()) != found:
                     raise changed(name, found, again)
-                content = b"blob %d\0" % len(data) + data  # that git hashes
+                content = b"blob %d\0" % len(data) + data  # the header that git hashes
                 git = hashlib.sha1(content, usedforsecurity=False).hexdigest()
                 if adds[name].path_or_fileobj != b"":  # not uploaded: it goes into the commit
                     adds[name].path_or_fileobj = data
@@ -128,10 +130,11 @@ class Upload:
             self._copies[name], self._expected[name] = origin, _Expected(sha256, size, None)
 
     def commit(self, source: str) -> Published:
-        """Make one commit of all files, which says what was edited, and see that it holds them.
+        """Make one commit of all files, with a message that names the source, and check its
+        contents.
 
-        What an earlier version has left is deleted by it; other files that are there are left
-        alone, and said. What the Hub refuses to copy is uploaded, and then the commit is made.
+        The commit deletes the files of an earlier version. Other files stay, and a message names
+        them. Files that the Hub refuses to copy are uploaded before the commit.
         """
         with plain_refusals(self.place.repo_id):
             deletes = self._stale()
@@ -173,7 +176,7 @@ class Upload:
         return info
 
     def _send_copies(self) -> None:
-        """Upload from disk what the Hub would not copy."""
+        """Upload from disk the files that the Hub did not copy."""
         copies, self._copies = self._copies, {}
         for name, origin in copies.items():
             with origin.local as path:
@@ -184,9 +187,9 @@ class Upload:
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _stale(self) -> list[CommitOperationDelete]:
-        """Deletions of what belongs to an earlier version, and not to the one that comes.
+        """Deletions of files that belong to an earlier version, and not to the new one.
 
-        That is weights, a signature, and what the manifest that is there lists.
+        These are weights, a signature, and the files that the repo's manifest lists.
         """
         there = self._files(self.place.branch)
         listed = self._listed() if MANIFEST in there else set()
@@ -200,7 +203,7 @@ class Upload:
         return [CommitOperationDelete(name) for name in stale]
 
     def _listed(self) -> set[str]:
-        """The files of the manifest at the head of the branch; none if it is malformed."""
+        """The files that the branch's present manifest lists; none if it is malformed."""
         place = self.place
         with temporary_folder() as folder:
             path = self._api.hf_hub_download(
@@ -215,7 +218,7 @@ class Upload:
         return {name for name in files if not name.startswith(".")}  # none is .gitattributes
 
     def _check(self, commit: str) -> None:
-        """Compare what the Hub lists of a commit with what was sent."""
+        """Compare the Hub's list of a commit's files with the files that were sent."""
         found, wrong = self._files(commit), []
         for name, file in self._expected.items():
             there = found.get(name)

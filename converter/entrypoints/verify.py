@@ -1,4 +1,4 @@
-"""Is an output what its manifest says? Every byte, every edit, and whether it loads."""
+"""Verify an output against its manifest: every byte, every edit, and whether it loads."""
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
@@ -46,7 +46,7 @@ def verify(
     seen: dict[str, str] | None = None,
     unchecked: dict[str, str] | None = None,
 ) -> list[str]:
-    """Check a converted checkpoint or an adapter, and against its source if one is given.
+    """Check a converted checkpoint or an adapter, also against its source if one is given.
 
     Every file of the manifest has the recorded bytes and there are no others but a signature, which
     is looked at in ``signing``; manifest, card and SHA256SUMS agree, and so does what the manifest
@@ -58,13 +58,14 @@ def verify(
     missing. Of an adapter, see ``outputs.adapter.verify``.
 
     Args:
-        folder: that nothing else writes to meanwhile.
-        source: that it was made from.
+        folder: of the output; nothing may write to it meanwhile.
+        source: the model that it was made from.
         trust_remote_code: whether code in the folder may run, to load config and tokenizer; it runs
             last, and only if nothing was found to be wrong.
-        gone: names of shards that were checked before and are elsewhere now.
-        seen: gets the sha256 of the files that no manifest lists, as they were read.
-        unchecked: gets the places in the manifest that nothing here proves -> what they are.
+        gone: names of shards that were checked before and are no longer in the folder.
+        seen: gets the sha256 of files that no manifest lists, as read.
+        unchecked: gets place in the manifest -> description, for records that this check cannot
+            prove.
 
     Returns:
         what is wrong, a sentence each; empty if nothing is.
@@ -107,7 +108,7 @@ def _check_method(
     unchecked: dict[str, str],
 ) -> Iterator[str]:
     """The record of the method; its options depend on the sizes of the model."""
-    unchecked["method"] = "what the method says of itself"  # until it is known better
+    unchecked["method"] = "what the method says of itself"  # replaced once it is known
     if manifest.edit.file in damaged:
         return
     stored = recorded_edit(folder, manifest)
@@ -132,9 +133,10 @@ def _check_method(
 
 
 def _before(folder: Path, edit: Edit, source: tuple[Source, Plan] | None, weight: Weight) -> Tensor:
-    """W (O, I) float32 of a weight before the edit: the source's, or what was stored without it.
+    """W (O, I) float32 of a weight before the edit: from the source, or by undoing the edit.
 
-    That is to the rounding of the stored weight, and not known where a subspace was taken out.
+    Undoing is exact up to the rounding of the stored weight, and impossible if a subspace was
+    removed.
     """
 
     def read(shard: str, info: TensorInfo) -> Tensor:
@@ -162,7 +164,7 @@ def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
     from transformers import AutoConfig, AutoTokenizer
 
     config = read_json(folder / "config.json")
-    if is_fused(config) and not trust_remote_code:  # its class is code, which nobody has trusted
+    if is_fused(config) and not trust_remote_code:  # its class is code that the user does not trust
         read = read_config(target_config(config), None, False)
         load_tokenizer(folder, config=read)
         return

@@ -1,4 +1,4 @@
-"""Benchmarks that others defined, with prompts of their own: SafeEdit, and the tasks of lm-eval."""
+"""Published benchmarks with their own prompts: SafeEdit, and the tasks of lm-eval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,14 +24,15 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "DG_otherQ": ("test input of other question input", "test input of other questions"),
     "DG_otherAQ": ("test input of other questions and attack prompts",),
 }
-"""Set of SafeEdit's prompts -> its field, as the data and as their paper have it. DS is the attack
-that an edit was made with. DG's are unseen and under ``generalization test``: the bare question,
-another attack, another question, both others."""
+"""Set of SafeEdit's prompts -> its field, in the spellings of the data and of the paper. DS has the
+attack that an edit was made with. The DG sets are unseen, under ``generalization test``: the bare
+question, another attack, another question, both others.
+"""
 
 _OTHERS = "generalization test"
 
 _RESPONSE_TOKENS = 100
-"""In a response to a prompt of SafeEdit, at most."""
+"""The most tokens in a response to a prompt of SafeEdit."""
 
 
 def load_safeedit(origin: str, num_instances: int | None, seed: int) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Any sequence classifier of transformers, in a folder or on the Hub, as a scorer.
 
-Its score is the probability of one label. A classifier trained to tell something else than
-toxicity serves as well: ``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1`` is the one of
-SafeEdit, whose label 1 is unsafe.
+Its score is the probability of one label. The label need not mean toxicity:
+``classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1`` is the one of SafeEdit, whose label 1 is
+unsafe.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,9 @@ from converter.models.transformers_loader import Loading, from_files
 from converter.text import readable
 
 _TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
-"""Names of the toxic label, the plainest first. The last is what a label 1 is called that nobody
-named; it is taken for the toxic one only where there are two."""
+"""Names of the toxic label, the plainest first. The last is the default name of label 1, which
+counts as toxic only if there are two labels.
+"""
 
 _BATCH = 32
 """Texts that are scored at once."""
@@ -38,7 +39,7 @@ def load(argument: str, device: str) -> Scorer:
             ``#LABEL``.
 
     Raises:
-        OptionError: neither is given, or it is not plain which label is the toxic one.
+        OptionError: neither is given, or the toxic label is not clear.
         SourceError: the classifier cannot be reached or loaded.
     """
     name, _, label = argument.partition("#")
@@ -74,13 +75,13 @@ def load(argument: str, device: str) -> Scorer:
 
 @torch.inference_mode()
 def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """(N, labels) float64 on the CPU. What is too long is cut.
+    """(N, labels) float64 on the CPU. Long texts are cut.
 
-    The special tokens around a text are those that a classifier was trained with. One that has
-    nothing to pad with gets its texts one by one.
+    The tokenizer adds the special tokens of the classifier's training. A tokenizer without a
+    padding token gets its texts one by one.
     """
     positions: int = getattr(model.config, "max_position_embeddings", None) or 512
-    # a tokenizer that knows no limit claims a huge one; RoBERTa counts its positions from 2
+    # a tokenizer without a limit claims a huge one; RoBERTa counts its positions from 2
     known: int = tokenizer.model_max_length
     longest = known if known <= positions else positions - 2
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -104,8 +105,8 @@ def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 def find_label(labels: Sequence[str], asked: str) -> int:
     """The place of the toxic label.
 
-    It is the one that is ``asked`` for, whatever its case; or else an only label, or one of the
-    usual names.
+    It is the one that is ``asked`` for, in any case of letters; or else the only label, or one with
+    a usual name.
 
     Raises:
         OptionError: there is none of that name.
@@ -150,7 +151,7 @@ def _load(folder: Path, name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a third party's loader makes of a stranger's files
+    except Exception as error:  # a third party's loader may raise anything on untrusted files
         raise SourceError(
             f"transformers cannot load the classifier {name}",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",

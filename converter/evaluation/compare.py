@@ -1,4 +1,4 @@
-"""Evaluate a model and other systems, what they were made from, on the same prompts and text."""
+"""Evaluate a model and other systems on the same prompts and text."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -43,14 +43,14 @@ def evaluate(
     kept: Path | None = None,
     continuations: Path | None = None,
 ) -> Evaluation:
-    """Measure the unedited model, systems that are there, and those that are fitted beside.
+    """Measure the unedited model, existing systems, and systems that are fitted for the comparison.
 
     Args:
-        bench: the unedited model, and what others need to be fitted.
-        comparison: what is fitted.
+        bench: the unedited model, and everything that a fit needs.
+        comparison: the systems to fit.
         given: systems that need no fit; controls are matched to the first.
-        kept: a file that is written anew after every system, since an evaluation can be long.
-        continuations: a file for what the numbers are made of; see ``rows``.
+        kept: a file that is rewritten after every system, since an evaluation can be long.
+        continuations: a file for the data behind the numbers; see ``rows``.
 
     Raises:
         ConverterError: one of its children; the unedited model has to be in memory as a whole.
@@ -70,7 +70,7 @@ def evaluate(
     )
     fitted: Iterable[System] = fits.systems(first)
     asked: dict[str, list[str]] | None = None
-    if battery.asked.defence:  # none is asked what any of them has learnt, so all are fitted now
+    if battery.asked.defence:  # its prompts leave out all lessons, so all are fitted now
         fitted = [*fitted]
         asked = refusal_prompts(base.tokenizer, _learnt([*given, *fitted]))
     text: LogProbabilities | None = None
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _learnt(systems: Sequence[System]) -> Lesson | None:
-    """What any of them has learnt, which none of them is to be asked."""
+    """The lessons of all systems; none of them is asked these prompts."""
     for system in systems:
         if system.lesson is not None and not system.lesson.instances:
             progress.warn(
@@ -118,7 +118,7 @@ def _learnt(systems: Sequence[System]) -> Lesson | None:
 
 
 def _passages(bench: Bench, battery: Battery) -> Passages | None:
-    """What the teacher-forced estimate needs, if it is asked for and there are toxic words."""
+    """The passages of the teacher-forced estimate, if it is asked for and there are toxic words."""
     asked = battery.asked
     if battery.prompts is None or not asked.passages:
         return None
@@ -135,7 +135,7 @@ def _passages(bench: Bench, battery: Battery) -> Passages | None:
 def _settings(
     bench: Bench, battery: Battery, comparison: Comparison, passages: Passages | None
 ) -> EvaluationSettings:
-    """What has to be known to measure the same again."""
+    """The settings needed to repeat the measurement."""
     recipe, asked = bench.recipe, battery.asked
     prompts, text = battery.prompts, battery.text
     return EvaluationSettings(

@@ -1,4 +1,4 @@
-"""What is typed to say what an evaluation compares."""
+"""Parse the systems and costs that an evaluation compares."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from converter.recipe import LARGEST_SEED, Recipe
 from converter.text import did_you_mean
 
 _AT_PERPLEXITY = "@perplexity"
-"""After a method's name: its rank is the one whose perplexity comes nearest to the reference's."""
+"""After a method's name: take the strength whose perplexity is nearest to the reference's."""
 
 _COSTS = "perplexity ratios above 1, such as 1.01,1.02,1.05"
 
@@ -24,10 +24,10 @@ class Spec:
     """One system as typed, such as ``destein:direction=causal``.
 
     Attributes:
-        name: as typed; that of its rows.
-        methods: that are fitted, with ``+`` between them; empty for a place to look for a model.
+        name: as typed; also the name of its rows.
+        methods: the methods to fit, joined by ``+``; empty if the system is a place of a model.
         options: key -> value, or ``METHOD.KEY`` -> value.
-        matches: whether it is to cost as much as the first system.
+        matches: whether its perplexity is to match that of the first system.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to compare.
+    """The systems of an evaluation.
 
     Attributes:
-        systems: methods to fit and places to look for others; see ``parse_systems``. ``random``
-            has the rank of the first system, if that takes a subspace out.
+        systems: methods to fit and places of models; see ``parse_systems``. ``random`` has the rank
+            of the first system, if that removes a subspace.
         seeds: of draws and splits of the pairs.
-        costs: perplexity ratios; each system is measured at the strengths that come nearest to
-            them. Empty to measure the one that is chosen under the budget.
-        controls: whether the control of every system that is fitted is measured, too.
+        costs: perplexity ratios; each system is measured at the strengths nearest to them. Empty:
+            at the strength chosen under the budget.
+        controls: whether to measure the control of every fitted system, too.
 
     Raises:
-        OptionError: seeds are no whole numbers from 0, there is none, or a cost is not above 1.
+        OptionError: a seed is not a whole number from 0, there is none, or a cost is not above 1.
     """
 
     systems: Sequence[Spec]
@@ -87,12 +87,12 @@ class Comparison:
 def parse_systems(systems: Sequence[str]) -> tuple[Spec, ...]:
     """Systems as typed: ``gloss``, ``gloss+profs``, ``random@perplexity``, a path or a repo id.
 
-    After a method's name, and a colon, come options that this system alone has:
+    Options of this system alone follow the method's name and a colon:
     ``destein:direction=causal,layers=3-8``.
 
     Raises:
-        OptionError: one of them is neither a method nor a place, has something that is no option
-            behind its colon, or is given twice.
+        OptionError: one of them is neither a method nor a place, has an invalid option behind its
+            colon, or is given twice.
     """
     found = [_parse(system) for system in systems]
     check_names([system.name for system in found])
@@ -130,7 +130,7 @@ def _parse(text: str) -> Spec:
 
 @contextmanager
 def naming(spec: Spec) -> Iterator[None]:
-    """While this lasts, a fault of an option behind a system's colon is said of that system."""
+    """Within this context, an error in an option behind a system's colon names that system."""
     try:
         yield
     except OptionError as error:
@@ -144,7 +144,7 @@ def naming(spec: Spec) -> Iterator[None]:
 
 
 def parse_costs(text: str) -> Sequence[float]:
-    """Costs as typed, ascending: ``1.01,1.02,1.05``; none of an empty text. Raises OptionError."""
+    """Costs as typed, ascending: ``1.01,1.02,1.05``; none for an empty text. Raises OptionError."""
     try:
         costs = sorted({float(part) for part in text.split(",")}) if text else []
     except ValueError:
@@ -159,6 +159,6 @@ def _is_cost(cost: float) -> bool:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """The names of systems. Raises OptionError if two are the same, whose rows would be one."""
+    """The names of systems. Raises OptionError if two are equal, since their rows would merge."""
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise OptionError("--system", expected="systems of different names", found=twice[0])

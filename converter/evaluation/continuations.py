@@ -1,4 +1,4 @@
-"""Continuations of prompts: written by a model, and weighed by the same or another one."""
+"""Continuations of prompts: written by one model, scored by the same or another one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,20 +50,20 @@ def generate(
 ) -> list[list[str]]:
     """Continue every prompt; only the new text is returned.
 
-    Prompts begin with what the tokenizer puts before a text. One that leaves no room for
-    ``max_new_tokens`` loses its beginning, but not its BOS. A continuation ends before the first
-    EOS. Penalties, temperatures, forced and suppressed tokens of the checkpoint's own
-    ``generation_config.json`` are left out: they would be measured along with the weights.
+    Prompts begin with the tokens that the tokenizer puts before a text. A prompt that leaves no
+    room for ``max_new_tokens`` loses its beginning, but not its BOS. A continuation ends before the
+    first EOS. Penalties, temperatures, forced and suppressed tokens of the checkpoint's
+    ``generation_config.json`` are ignored, since the measurement is of the weights.
 
     Args:
-        model: in eval mode; its parts may be on several devices. Inputs go where the embeddings
-            are, or to its device if these do not say (offloaded weights do not).
+        model: in eval mode; its parts may be on several devices. Inputs go to the device of the
+            embeddings, or to the model's if that is unknown (for offloaded weights).
         samples: continuations drawn for each prompt; 0 for a single greedy one.
-        top_p: samples are drawn at temperature 1 from the fewest tokens that have this much of the
-            probability together.
-        batch_size: continuations written at a time. Greedy ones do not depend on it beyond
-            rounding; samples do.
-        seed: of the samples, which do not depend on what was drawn before, nor change it.
+        top_p: samples are drawn at temperature 1 from the fewest tokens that together have this
+            share of the probability.
+        batch_size: continuations written at a time. Samples depend on it; greedy continuations only
+            by rounding.
+        seed: of the samples. They neither depend on nor change the state of other random draws.
 
     Returns:
         For each prompt, in order, its continuations: 1, or ``samples``.
@@ -85,7 +85,7 @@ def generate(
     settings = _settings(module, tokenizer, max_new_tokens, top_p if samples else None)
     found: list[str] = [""] * len(sentences)
     with _only(module), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # of the global generators, which are all that is drawn from
+        torch.manual_seed(seed)  # generate() draws only from the global generators
         for batch in batches(sentences, batch_size, where, "left"):
             for row, ids in zip(batch.rows, _continue(module, batch, settings), strict=True):
                 found[row] = _decode(tokenizer, sentences[row].ids, ids, settings.eos_token_id)
@@ -114,11 +114,11 @@ def _encode(
 def _settings(
     model: nn.Module, tokenizer: Any, max_new_tokens: int, top_p: float | None
 ) -> GenerationConfig:
-    """What is asked and nothing else; of the checkpoint's own settings only the EOS stays."""
+    """A generation config with our settings; of the checkpoint's own, only the EOS stays."""
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     sampling = {} if top_p is None else {"top_p": top_p, "top_k": 0, "temperature": 1.0}
-    # generate() wants a padding token even where nothing is padded; what it writes after an EOS is
+    # generate() needs a padding token even without padding; what it writes after an EOS is
     # cut off again
     pad = min(ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(  # type: ignore[no-untyped-call]
@@ -132,7 +132,9 @@ def _settings(
 
 @contextmanager
 def _only(model: nn.Module) -> Iterator[None]:
-    """Empty the model's own generation config, from which generate() fills what we do not set."""
+    """Empty the model's own generation config, from which generate() takes the settings that we
+    omit.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig()  # type: ignore[assignment, no-untyped-call]
     try:
@@ -156,7 +158,7 @@ def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Ten
 
 
 def _decode(tokenizer: Any, prompt: list[int], ids: Tensor, ends: Any) -> str:
-    """The text that new ids add to a prompt's, up to the first EOS."""
+    """The text that new ids add to the prompt, up to the first EOS."""
     new: list[int] = ids.tolist()
     end = next((i for i, token in enumerate(new) if token in (ends or ())), len(new))
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -226,26 +228,28 @@ class Passages:
 
     @property
     def toxic_words(self) -> int:
-        """How many stand in them."""
+        """The number of toxic words."""
         return sum(map(len, self.words))
 
     @property
     def context_tokens(self) -> int:
-        """How many tokens of the continuations are in no toxic word."""
+        """The number of other tokens of the continuations."""
         return sum(sum(weight > 0 for weight in each.weights[:-1]) for each in self.sentences)
 
 
 def draw_passages(
     model: LanguageModel, prompts: Sequence[str], words: WordList, draws: Draws
 ) -> Passages | None:
-    """Draw them; None if there is no toxic word in them."""
+    """Draw the passages; None if they have no toxic word."""
     return find_passages(model, prompts, draws.write(model, prompts), words)
 
 
 def find_passages(
     model: LanguageModel, prompts: Sequence[str], drawn: Sequence[Sequence[str]], words: WordList
 ) -> Passages | None:
-    """Those with toxic words among continuations ``drawn`` by the unedited ``model``, or None."""
+    """The passages with toxic words among continuations ``drawn`` by the unedited ``model``, or
+    None.
+    """
     positions = num_positions(model.module)
     coded = [
         (place, text, *_listed_words(model.tokenizer, prompt, text, words, positions))
@@ -262,18 +266,18 @@ def find_passages(
 
 
 def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
-    """What a model, as it is now, makes of the passages of the unedited one."""
+    """Score the passages under a model in its present state."""
     return passages_measured(passages, weigh_passages(model, passages))
 
 
 def weigh_passages(model: Model, passages: Passages) -> LogProbabilities:
-    """The log-probabilities of the passages under a model as it is now."""
+    """The log-probabilities of the passages under a model in its present state."""
     (after,) = log_probabilities(model, [passages.sentences])
     return after
 
 
 def passages_measured(passages: Passages, after: LogProbabilities) -> WordsMeasured:
-    """What log-probabilities of ``weigh_passages`` say."""
+    """The measures that follow from log-probabilities of ``weigh_passages``."""
     changes = word_changes(passages.before, after, passages.words)
     others, kept = (weighed(x, passages.sentences) for x in (passages.before, after))
     return WordsMeasured(
@@ -310,19 +314,19 @@ def _listed_words(
 def conditional_losses(
     model: Model, prompts: Sequence[str], continuations: Sequence[Sequence[str]]
 ) -> NDArray[np.float64]:
-    """How probable continuations are after their prompts: do they make sense there?
+    """The probability of continuations after their prompts, as a measure of sense.
 
     Only tokens of the continuations are counted. Prompt and continuation are encoded as one text,
     after a BOS or the like; a token that has a character of the continuation belongs to it. What
     does not fit the model's positions is cut on the left. Empty continuations are left out.
 
     Args:
-        model: that judges; a larger one that did not write the continuations.
+        model: the judge; a larger model that did not write the continuations.
         continuations: of each of P prompts, as ``generate`` returns them.
 
     Returns:
         (P, 2), for each prompt the negative log-probability of its continuations, in nats, and
-        their tokens. exp of the sum of the ones over that of the others is the perplexity.
+        their number of tokens. The perplexity is exp of the ratio of the two sums.
 
     Raises:
         DataError: all continuations are empty.
@@ -346,12 +350,12 @@ def conditional_losses(
 def _after_prompt(
     tokenizer: Any, prompt: str, texts: Sequence[str], positions: int | None
 ) -> Iterator[tuple[Sentence, int]]:
-    """Each continuation after its prompt, and how many of its last tokens are its own."""
+    """Each continuation after its prompt, and the number of its own last tokens."""
     begin = beginning(tokenizer, needed=True)
     for text in filter(None, texts):
         coded = encode(tokenizer, prompt + text, begin)
         own = sum(end > len(prompt) for _, end in coded.offsets)
         ids = coded.ids[-(positions or 0) :]
-        # the first token of what is left is not predicted
+        # the first remaining token is not predicted
         if count := min(own, len(ids) - 1):
             yield Sentence(ids), count

@@ -1,6 +1,6 @@
-"""From texts to an edit that has been examined: fit, choose the strength, guard.
+"""From texts to an examined edit: fit, choose the strength, guard.
 
-One model is loaded at most, when it is first needed, and never written to: every edit that is tried
+At most one model is loaded, when it is first needed. Its weights never change: every tried edit
 runs through hooks.
 """
 
@@ -38,9 +38,9 @@ class Step:
 
     Attributes:
         name, method: which.
-        activations: that it has seen; None if it needed none.
+        activations: the activations that it used; None if it needed none.
         proposal: its edits and controls on top of those of the former methods.
-        choice: of its strength, by what all so far do together.
+        choice: of its strength, by the joint effect of all methods so far.
     """
 
     name: str
@@ -51,26 +51,26 @@ class Step:
 
     @property
     def evidence(self) -> Mapping[str, Any]:
-        """That the method keeps."""
+        """The tensors that the method keeps."""
         return self.proposal.evidence
 
     @property
     def edit(self) -> Edit:
-        """Of all so far, with the chosen strength."""
+        """The edit of all methods so far, with the chosen strength."""
         return self.proposal.edit(self.choice.strength)
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a fit gives.
+    """The result of a fit.
 
     Attributes:
         parts: the texts, split.
         steps: the methods, in order; mostly one.
-        edit: of all of them, of the chosen strengths.
-        guard: what it measured; None if it was switched off.
-        prompts: that it had continued; None if it had none.
-        said: places of the prompts after which the unedited model then said a listed word.
+        edit: of all methods, with the chosen strengths.
+        guard: its measurements; None if it was switched off.
+        prompts: the guard's prompts; None if it had none.
+        said: places of the prompts after which the unedited model said a listed word.
     """
 
     parts: Parts
@@ -82,17 +82,17 @@ class Fitted:
 
     @property
     def proposal(self) -> Proposal:
-        """Of the last method, on top of the others."""
+        """The proposal of the last method, on top of the others."""
         return self.steps[-1].proposal
 
     @property
     def choice(self) -> Choice:
-        """Of its strength."""
+        """The choice of the last method's strength."""
         return self.steps[-1].choice
 
     @property
     def activations(self) -> Activations | None:
-        """Those that were seen first; None if none were."""
+        """The first activations that a method used; None if there are none."""
         return next((step.activations for step in self.steps if step.activations), None)
 
 
@@ -115,7 +115,7 @@ def fit(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
 
 
 def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) -> Fitted:
-    """The same, whatever the guard says of the edit.
+    """The same, but do not raise if the guard refuses the edit.
 
     Raises:
         ConverterError: one of its children; a GuardError if no strength is within the budget.
@@ -151,11 +151,11 @@ def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:
     """Refuse, before a model is loaded, instances that a method for defence cannot be fitted to.
 
     Args:
-        examined: whether a guard will measure on what they leave of the built-in set.
+        examined: whether a guard will measure on the rest of the built-in set.
 
     Raises:
         DataError, SourceError: they cannot be read.
-        OptionError: the options ask for some that there are not.
+        OptionError: the options name an instance that does not exist.
         FitError: they leave too little of the built-in set.
     """
     parts = [part for part in parts_of("", method).values() if aim_of(part) == "defence"]
@@ -171,12 +171,12 @@ def fit_steps(
 ) -> tuple[Step, ...]:
     """Fit a method to some texts and choose its strength; several, one after the other.
 
-    What n methods together may cost is shared out: with the i-th, the edit keeps within i / n of
-    the perplexity budget.
+    n methods share the perplexity budget: the first i of them together must keep within i / n of
+    it.
 
     Args:
-        name, method: as ``configure`` takes and gives them.
-        probe: gives the text on which a strength is chosen, if one is to be.
+        name, method: see ``configure``.
+        probe: makes the probe on which a strength is chosen, if one must be.
 
     Raises:
         ConverterError: one of its children; a GuardError if no strength is within the budget.
@@ -210,7 +210,7 @@ def fit_steps(
 
 
 def _check_texts(recipe: Recipe, part: Part, proposal: Proposal, strength: str) -> None:
-    """Raise DataError if it is not known which texts a fit has not seen, and some are needed."""
+    """Raise DataError if unseen texts are needed, and the texts that the fit saw are not known."""
     needed = recipe.guard or proposal.is_free
     if recipe.activations is not None and not part.pairs.pairs and needed:
         raise DataError(
@@ -220,7 +220,9 @@ def _check_texts(recipe: Recipe, part: Part, proposal: Proposal, strength: str) 
 
 
 def _check_lesson(method: Method, proposal: Proposal) -> None:
-    """The guard must know what was learnt; and a strength is chosen by toxic words alone."""
+    """Check a proposal for defence: the guard needs the lesson, and no strength can be chosen by
+    it.
+    """
     lesson, defends = proposal.lesson, aim_of(method) == "defence"
     fits = lesson and lesson.instances and not proposal.is_free if defends else lesson is None
     if not fits:
@@ -232,12 +234,12 @@ def _check_lesson(method: Method, proposal: Proposal) -> None:
 
 
 def _lowest_layer(plan: Plan, method: Method) -> int:
-    """That an edit of the method changes, by its footprint; 0 if that does not say."""
+    """The first layer that an edit of the method changes, by its footprint; 0 if unknown."""
     return lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
 
 
 def _guard(bench: Bench, probe: Probe, step: Step, headline: Headline | str | None) -> GuardRecord:
-    """Examine the edit of a step. Raises GuardError if what was measured is no number."""
+    """Examine the edit of a step. Raises GuardError if a measurement is not a number."""
     recipe, lesson = bench.recipe, step.proposal.lesson
     return examine(
         probe,

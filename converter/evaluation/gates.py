@@ -1,8 +1,8 @@
-"""Gates of a release job: limits on what was measured, without which no checkpoint comes to be.
+"""Gates of a release job: limits on the measurements. A checkpoint is written only if all hold.
 
-The guard refuses what no one should publish. A gate is what one job asks for beyond that; ``force``
-does not open it. What is known before the edit is written is judged before it, the rest before the
-folder takes its place.
+The guard refuses edits that should never be published. A gate is an additional limit of one job;
+``force`` does not override it. A gate is judged before the edit is written if its measurement is
+known by then, else before the folder takes its place.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ from converter.option import Option, Options, declared_options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gates(Options):
-    """Limits that a result has to keep, beyond those of the guard.
+    """Limits on a result beyond those of the guard.
 
-    None where there is none. Toxic words and the others of their texts are judged by each
-    teacher-forced measurement that there is: the guard's headline, or where it has none the guard's
-    held-out pairs, and that of the evaluation. Refusals are judged by the guard's.
+    None means no limit. Toxic words, and the other words of their texts, are judged by every
+    teacher-forced measurement: the guard's headline (or without one, its held-out pairs), and the
+    evaluation. Refusals are judged by the guard's measurements.
     """
 
     # fmt: off
@@ -39,8 +39,8 @@ class Gates(Options):
         example="0.3", metavar="FRACTION", least=0, most=1,
     )] = None
     max_leakage: Annotated[float | None, Option(
-        "Gate: largest leakage of an edited tensor, the share of what it had along the subspace "
-        "that rounding leaves there.",
+        "Gate: largest leakage of an edited tensor: the share of its part along the subspace that "
+        "rounding leaves.",
         example="0.001", metavar="SHARE", least=0,
     )] = None
     max_evaluated_perplexity_ratio: Annotated[float | None, Option(
@@ -52,8 +52,8 @@ class Gates(Options):
         example="1.15", metavar="RATIO", least=0,
     )] = None
     min_defence: Annotated[float | None, Option(
-        "Gate: smallest rise of log p of refusals of harmful requests that were not learnt, in "
-        "nats a token.",
+        "Gate: smallest rise of log p of refusals of unseen harmful requests, in nats (natural-log "
+        "units) a token.",
         example="0.3", metavar="NATS", least=0,
     )] = None
     max_over_refusal: Annotated[float | None, Option(
@@ -65,12 +65,12 @@ class Gates(Options):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The gates there are, by the names that their records have."""
+        """All gates, by the names in their records."""
         given = {gate.flag: getattr(self, gate.name) for gate in declared_options(Gates).values()}
         return {name: limit for name, limit in given.items() if limit is not None}
 
     def require_measurements(self, *, words: bool, ratio: bool) -> None:
-        """Make sure that every gate will have its measurement.
+        """Check that every gate will have its measurement.
 
         Args:
             words: whether the probability of toxic words, and that of the others beside them, will
@@ -88,14 +88,14 @@ class Gates(Options):
             raise OptionError(f"{RATIO} has no measurement", expected="--evaluate with --text")
 
     def require_subspace(self, kinds: Iterable[str]) -> None:
-        """Make sure that leakage can be measured of an edit of these kinds. Raises OptionError."""
+        """Check that an edit of these kinds has a leakage. Raises OptionError."""
         if self.max_leakage is not None and _REMOVALS.isdisjoint(kinds):
             raise OptionError(
                 f"{LEAKAGE} has no measurement", expected="a method that takes a subspace out"
             )
 
     def require_defence(self, *, measured: bool) -> None:
-        """Make sure that refusals will be measured, if a gate needs it. Raises OptionError."""
+        """Check that refusals will be measured, if a gate needs it. Raises OptionError."""
         for name, limit in ((DEFENCE, self.min_defence), (OVER_REFUSAL, self.max_over_refusal)):
             if limit is not None and not measured:
                 raise OptionError(
@@ -106,7 +106,7 @@ class Gates(Options):
     def check_effect(
         self, guard: GuardRecord | None, evaluation: Evaluation | None
     ) -> tuple[GateRecord, ...]:
-        """Judge what the edit does to the model, as far as it was measured.
+        """Judge the measured effect of the edit on the model.
 
         Raises:
             GateError: one is not passed.
@@ -143,7 +143,7 @@ class Gates(Options):
         return _passed([*records, *self._refusals(guard)])
 
     def _refusals(self, guard: GuardRecord | None) -> Iterator[GateRecord]:
-        """The gates of refusals, with what the guard measured. Raises OptionError."""
+        """The gates of refusals, with the guard's measurements. Raises OptionError."""
         defence = guard.defence if guard else None
         self.require_defence(measured=defence is not None)
         for name, limit in ((DEFENCE, self.min_defence), (OVER_REFUSAL, self.max_over_refusal)):
@@ -152,7 +152,7 @@ class Gates(Options):
                 yield GateRecord(gate=name, by="guard", limit=limit, measured=found)
 
     def check_edits(self, edits: Iterable[EditedTensor]) -> tuple[GateRecord, ...]:
-        """The same for what was written."""
+        """The same for the written tensors."""
         if (most := self.max_leakage) is None:
             return ()
         left = {tensor.name: tensor.measures.get("leakage") for tensor in edits}
@@ -176,7 +176,7 @@ _AT_LEAST = (DROP, DEFENCE)
 
 
 def refusals_of(defence: DefenceRecord, gate: str) -> float:
-    """What was measured for one of the gates of refusals."""
+    """The measurement of one of the gates of refusals."""
     found = defence.edit
     return found.harmful.value if gate == DEFENCE else found.over_refusal
 
@@ -186,7 +186,7 @@ def _value(metric: Metric) -> float:
 
 
 def passes(gate: GateRecord) -> bool:
-    """Whether what was measured is within the limit; NaN is within none."""
+    """Whether a measurement is within the limit; NaN is within none."""
     if gate.gate in _AT_LEAST:
         return gate.measured >= gate.limit
     return gate.measured <= gate.limit
@@ -201,5 +201,5 @@ def _passed(gates: Sequence[GateRecord]) -> tuple[GateRecord, ...]:
             bound = "at least" if gate.gate in _AT_LEAST else "at most"
             failed.append(f"{gate.gate} asks for {bound} {gate.limit:g}, {gate.by} has {found}")
     if failed:
-        raise GateError("a gate is closed: " + "; ".join(failed), hint="nothing was written")
+        raise GateError("release gate failed: " + "; ".join(failed), hint="nothing was written")
     return tuple(gates)

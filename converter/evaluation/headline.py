@@ -1,10 +1,10 @@
-"""The headline: what an edit does to text that is not of the kind that it was fitted to.
+"""The headline: the effect of an edit on text unlike its pairs.
 
-Held-out pairs are sentences like those of the fit, and an edit does more to them than to anything
-else. So the unedited model continues prompts that resemble no pair, once, and the toxic words in
-these continuations are weighed under the edit (``continuations.Passages``). How far the edit moves
-the model elsewhere is the KL divergence of the next token's distribution on the beginnings of
-ordinary paragraphs.
+An edit has more effect on held-out pairs, which are sentences like those of the fit, than on other
+text. So the unedited model continues prompts that resemble no pair, once, and the toxic words in
+these continuations are scored under the edit (``continuations.Passages``). The KL divergence of the
+next token's distribution, on the beginnings of ordinary paragraphs, says how far the edit moves the
+model elsewhere.
 """
 
 from collections.abc import Sequence
@@ -38,20 +38,20 @@ from converter.runtime import progress
 from converter.runtime.cache import cache_folder, replacing
 
 MOST_PROMPTS = 150
-"""That are continued; of more, so many are drawn."""
+"""The most prompts that are continued; from more, so many are drawn."""
 
 _LEAST_WORDS, _LEAST_PROMPTS = 30, 10
-"""Toxic words, and prompts after which they stand, on which an edit can be judged."""
+"""The least toxic words, and prompts before them, to judge an edit by."""
 
 CONTINUATION_VERSION = 1
-"""Of how texts are drawn: raised with a change of ``continuations.generate`` that changes them."""
+"""Version of the drawing. Raise it if ``continuations.generate`` comes to give other texts."""
 
 _PARAGRAPHS, _OPENING = 32, 32
-"""Ordinary paragraphs at whose beginning the divergence is taken, and how many tokens that is."""
+"""Number of ordinary paragraphs for the divergence, and of tokens at their beginning."""
 
 
 def load_headline_prompts(recipe: Recipe) -> Prompts:
-    """The prompts that the guard has continued.
+    """The guard's prompts.
 
     Raises:
         DataError, SourceError: as of ``load_prompts``.
@@ -60,11 +60,11 @@ def load_headline_prompts(recipe: Recipe) -> Prompts:
 
 
 def why_nothing_is_drawn(recipe: Recipe, method: Method, mode: str) -> str | None:
-    """Why the guard has nothing continued, for people; None if it has.
+    """Why the guard continues no prompts, for people; None if it does.
 
     Args:
         recipe: of the conversion.
-        method: that it names.
+        method: of the recipe.
         mode: of the forward pass.
     """
     if not recipe.guard:
@@ -79,14 +79,14 @@ def why_nothing_is_drawn(recipe: Recipe, method: Method, mode: str) -> str | Non
 
 
 def ordinary_text(model: Model, prose: Prose) -> list[Sentence]:
-    """The beginnings of paragraphs, at which divergences are taken."""
+    """The beginnings of paragraphs, on which divergences are measured."""
     encode = Encoder(model.tokenizer, model.module)
     coded = (encode(text, "mean", ()) for text in prose.paragraphs[:_PARAGRAPHS])
     return [Sentence(each.ids[:_OPENING]) for each in coded]
 
 
 def too_few(passages: Passages | None, prompts: int) -> str | None:
-    """Why no edit can be judged by the continuations of so many prompts; None if one can."""
+    """Why edits cannot be judged by these continuations; None if they can."""
     words = passages.toxic_words if passages else 0
     after = len(set(passages.prompts)) if passages else 0
     if words >= _LEAST_WORDS and after >= _LEAST_PROMPTS:
@@ -101,8 +101,7 @@ def too_few(passages: Passages | None, prompts: int) -> str | None:
 def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages | None:
     """Continuations by the unedited model of a bench; None if there is no toxic word in them.
 
-    The texts are kept in the cache folder, and read from there where all that they depend on is the
-    same.
+    The texts are kept in the cache folder, under a key of everything that they depend on.
 
     Raises:
         OptionError, SourceError: the model is to be streamed, or memory ran out.
@@ -135,7 +134,7 @@ def _continuation_inputs(bench: Bench, prompts: Sequence[str], draws: Draws) -> 
 
 
 def _kept(path: Path, counts: Sequence[int]) -> list[list[str]] | None:
-    """The texts that the cache has, so many of each prompt; None if it has none, or no such."""
+    """The cached texts, ``counts`` of them for the prompts; None if there are none, or others."""
     try:
         drawn = msgspec.json.decode(path.read_bytes(), type=list[list[str]])
     except FileNotFoundError:
@@ -151,7 +150,7 @@ class Headline:
 
     Attributes:
         said: places of the prompts after which a toxic word was said, ascending.
-        fallback: why no edit can be judged by the passages, for people; None if they can.
+        fallback: why edits cannot be judged by the passages, for people; None if they can.
     """
 
     def __init__(self, bench: Bench, prompts: Prompts, prose: Prose) -> None:
@@ -167,7 +166,7 @@ class Headline:
         self.fallback = too_few(self._passages, self._prompts)
 
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:
-        """What edits do, the first of which is the one to be judged, and the others controls."""
+        """Measure edits: the first is the one to judge, the others are controls."""
         passages = self._passages if self.fallback is None else None
         words = [self._words(passages, edit) for edit in edits] if passages else []
         moved = self._divergences(edits)

@@ -1,4 +1,4 @@
-"""Held-out text: it compares edits with the model as it is, and so decides their strength."""
+"""Compare edits with the unedited model on held-out text, and choose their strength."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,22 +30,23 @@ from converter.models.resident import Model
 from converter.runtime import progress
 
 LEAST_GROUPS = 5
-"""Sentences, or frames that they are made from, without which a standard error is a guess."""
+"""The least number of sentences, or frames of sentences, for a standard error."""
 
 MOST_CONTEXT = 1.25
-"""The largest perplexity ratio of the other words of toxic text. An edit may make a model that is
-as good as ever on prose unable to read informal text, and a budget on prose does not see that."""
+"""The largest perplexity ratio of the other words of toxic text. An edit may harm informal text and
+leave prose intact; a budget on prose does not show that.
+"""
 
 
 class Probe:
-    """The held-out part of the texts, and how probable the unedited model finds it.
+    """The held-out part of the texts, and its log-probabilities under the unedited model.
 
     Neutral text is prose and the neutral sides of pairs; toxic words are those of toxic sides that
     the neutral side lacks, and the context is all other words of these toxic sides.
 
     Args:
-        first: the lowest layer that an edit will change, as far as is known. Those below it run
-            once, for all edits that do keep to it.
+        first: the lowest layer that an edit is expected to change. The layers below it run once,
+            for all edits that keep to this.
 
     Attributes:
         neutral_tokens, toxic_words, context_tokens: how many are scored.
@@ -100,7 +101,7 @@ class Probe:
         )
 
     def _context_ratio(self, after: LogProbabilities) -> Estimate | None:
-        """That of the other words of toxic sides, if there are enough of them."""
+        """The perplexity ratio of the other words of toxic sides, if they are enough."""
         if not self.context_tokens:
             return None
         before = weighed(self._before[1], self._toxic)
@@ -108,22 +109,22 @@ class Probe:
 
 
 def probe_of(bench: Bench, part: Part, first: int = 0, dtype: torch.dtype | None = None) -> Probe:
-    """The unedited model's view of a held-out part; see ``Probe`` and ``Bench.load``."""
+    """Make the ``Probe`` of a held-out part; see ``Bench.load``."""
     count = (len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)) * (2 if first else 1)
     with progress.bar("unedited", count, "text"):
         return Probe(bench.load(dtype), bench.plan, part, first)
 
 
 def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
-    """The strength that makes toxic words least probable among those within the budget.
+    """Choose the strength that makes toxic words least probable within the budget.
 
-    A strength is within the budget if its perplexity ratio plus one standard error is: measured on
-    a few thousand tokens, the best of several looks better than it is. That of the other words of
-    toxic text has to keep within what the guard refuses in the same way. Perplexity grows with the
-    strength, so the largest within the budget is found by bisection.
+    A strength is within the budget if its perplexity ratio plus one standard error is, since on a
+    few thousand tokens the best of several looks better than it is. The ratio of the other words of
+    toxic text must keep the guard's limit in the same way. Perplexity grows with the strength, so
+    bisection finds the largest strength within the budget.
 
     Raises:
-        GuardError: even the least is over the budget.
+        GuardError: even the weakest edit is over the budget.
     """
 
     def measure(strength: float) -> Measured:
@@ -146,7 +147,7 @@ def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
 
 
 def excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
-    """The limits that an edit does not keep by a standard error: on which text, limit, ratio."""
+    """The limits that an edit exceeds by a standard error: text, limit, ratio."""
     return [
         (text, most, ratio)
         for text, most, ratio in limits(found, budget)
@@ -155,7 +156,7 @@ def excess(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
 
 
 def limits(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
-    """What an edit has to keep within: on which text, limit, ratio; the budget's first."""
+    """The limits of an edit: text, limit, ratio; the budget first."""
     context = found.context_ratio
     return [
         ("held-out neutral text", budget, found.perplexity_ratio),
@@ -166,10 +167,10 @@ def limits(found: Measured, budget: float) -> list[tuple[str, float, Estimate]]:
 def nearest_strength(
     measure: Callable[[float], Measured], strengths: Sequence[float], ratio: float
 ) -> float:
-    """The strength whose perplexity ratio comes nearest to a given one, by bisection.
+    """Find the strength whose perplexity ratio is nearest to a given one, by bisection.
 
     Args:
-        measure: what a strength does to held-out text; the same strength may be asked for again.
+        measure: measures a strength on held-out text; it may be called twice for the same strength.
     """
     tried = _bisect(measure, strengths, lambda found: found.perplexity_ratio.value < ratio)
     return min(tried, key=lambda strength: abs(tried[strength].perplexity_ratio.value - ratio))
@@ -180,7 +181,7 @@ def _bisect(
     strengths: Sequence[float],
     is_low: Callable[[Measured], bool],
 ) -> dict[float, Measured]:
-    """What is measured of the strengths that are tried on the way to the first that is not low."""
+    """Measure strengths by bisection, up to the first that is not low."""
     tried: dict[float, Measured] = {}
     low, high = 0, len(strengths)
     while low < high:

@@ -1,4 +1,4 @@
-"""Which scorers there are, by name, without what their modules need."""
+"""The scorers by name, without importing their modules."""
 
 from dataclasses import replace
 
@@ -21,15 +21,15 @@ SCORERS = Registry(
 
 
 _NEEDS = {"detoxify": "detoxify", "profanity": "profanity_check"}
-"""Name of a scorer -> the module that it is of."""
+"""Name of a scorer -> the module that it needs."""
 
 
 def check_scorer(spec: str, option: str) -> None:
-    """Refuse a scorer that cannot be loaded, as far as that shows without loading it.
+    """Refuse an unknown scorer, or one whose package is missing, without loading it.
 
     Args:
         spec: as for ``load_scorer``.
-        option: that it was given with.
+        option: that named it.
 
     Raises:
         OptionError: there is no such scorer, or its package is not installed.

@@ -1,4 +1,4 @@
-"""Stars in what a model says, for all who show it or write it down."""
+"""Star out listed words in continuations that are shown or written."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,10 @@ from converter.calibration.word_list import WordList, load_words
 
 
 def masks(words: WordList, *, mask: bool) -> tuple[WordList, ...]:
-    """The lists whose words are starred out of what is shown: the given one, and the built-in one.
+    """The lists of words to star out: the given one, and the built-in one.
 
-    The built-in prompts and what follows them are English, whatever the given list knows.
+    The built-in list is always included, since the built-in prompts and their continuations are
+    English.
 
     Args:
         mask: whether any are.
@@ -19,7 +20,7 @@ def masks(words: WordList, *, mask: bool) -> tuple[WordList, ...]:
 
 
 def masked(text: str, lists: Sequence[WordList], prompt: str = "") -> str:
-    """A text, as long as it was, without words of some lists, also those begun by its prompt."""
+    """A text of the same length, listed words starred out, also those that its prompt begins."""
     for words in lists:
         alone, whole = words.mask(text), words.mask(prompt + text)[len(prompt) :]
         text = "".join(a if a == b else "*" for a, b in zip(alone, whole, strict=True))

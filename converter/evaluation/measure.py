@@ -1,4 +1,4 @@
-"""What an evaluation measures with, what it measures of one system, and how sure it is.
+"""Load the tests of an evaluation, and measure one system, with intervals.
 
 Every number comes with an interval of 95 %: over prompts by the bootstrap, over text by the
 standard error. Those of all texts together (dist-n, fluency) have none:
@@ -55,8 +55,9 @@ from converter.models.resident import LanguageModel, choose_dtype
 from converter.models.transformers_loader import Loading
 
 WINDOW = 512
-"""Tokens of the perplexity text that are read at a time; they do not overlap, and the first token
-of each is not scored. Compare perplexities only within one evaluation."""
+"""Tokens of the perplexity text in one window. Windows do not overlap, and the first token of each
+is not scored. Compare perplexities only within one evaluation.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,14 @@ class Battery:
     """The tests that every system of an evaluation goes through.
 
     Attributes:
-        asked: the options, which name all that is loaded here and say how to generate.
+        asked: the options, which name everything loaded here and say how to generate.
         seed: of the generation.
         prompts: to be continued; None to generate nothing.
         scorers: name -> scorer of continuations.
         text: for perplexity; None to leave it.
         judge: a larger model for the conditional perplexity; None to leave it.
         safeedit: set -> prompts; None to leave it out.
-        safety: says how unsafe a response to these is.
+        safety: scores how unsafe a response to these is.
         tasks: of lm-eval; empty for none.
     """
 
@@ -92,7 +93,7 @@ def load_battery(
     """Load what the options name, and prompts as ``Recipe.prompts`` names them.
 
     Raises:
-        ConverterError: one of its children says which of them cannot be had.
+        ConverterError: one of its children; something cannot be loaded.
     """
     safeedit = safety = continued = None
     if asked.safeedit:
@@ -117,7 +118,7 @@ def load_battery(
 def load_whole(
     name: str, device: str, dtype: torch.dtype | None = None, how: Loading = Loading()
 ) -> LanguageModel:
-    """A model to run as it is; its dtype is chosen as for a fit unless one is given."""
+    """Load a model to run unedited; its dtype is chosen as for a fit unless one is given."""
     allow_own_code(how.trust_remote_code)
     source = resolve(name)
     plan = read_plan(source)
@@ -134,13 +135,13 @@ def measure(
     requests: Mapping[str, Sequence[str]] | None = None,
     rows: Rows | None = None,
 ) -> tuple[dict[str, Metric], LogProbabilities | None]:
-    """Measure a model as it is now, hooks included.
+    """Measure a model in its present state, hooks included.
 
     Args:
         before: log-probabilities of the perplexity text under the unedited model; None for the
             unedited model itself.
         requests: of ``refusal_prompts``; None to count no refusals.
-        rows: gets what the metrics are made of.
+        rows: gets the data behind the metrics.
 
     Returns:
         the metrics, and the log-probabilities of the perplexity text.
@@ -195,7 +196,7 @@ def divergence(
 
     Args:
         hooks: see ``likelihood.divergences``.
-        rows: gets what it is made of.
+        rows: gets the data behind it.
     """
     sizes = {m.module.get_input_embeddings().weight.shape[0] for m in (base, model)}  # type: ignore[operator]
     if battery.text is None or len(sizes) > 1:
@@ -254,7 +255,7 @@ def _generation(
         metrics[f"distinct_{n}/{way}"] = _of_all_texts(distinct_n(flat, n))
     try:
         metrics[f"fluency/{way}"] = _of_all_texts(fluency(flat))
-    except OptionError:  # it needs the extra [eval]; not measured is said in the results
+    except OptionError:  # without the extra [eval], results say that it was not measured
         metrics[f"fluency/{way}"] = None
     if battery.judge is not None:
         losses = conditional_losses(battery.judge, prompts, texts)

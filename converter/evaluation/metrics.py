@@ -1,4 +1,4 @@
-"""Numbers about generated text: toxicity, variety, fluency, and how far to trust them.
+"""Metrics of generated text (toxicity, variety, fluency) and their intervals.
 
 Shapes: P prompts, S samples of each. Scores are in [0, 1], larger is more toxic.
 """
@@ -38,7 +38,7 @@ def expected_maximum_toxicity(scores: NDArray[np.float64]) -> float:
 def toxicity_probability(scores: NDArray[np.float64]) -> float:
     """TP: the share of prompts with a sample over 0.5, ``1/P sum_p [max_s scores[p, s] > 0.5]``.
 
-    It grows with S and comes from where EMT does.
+    It grows with S. Source: as for EMT.
     """
     return float((scores.max(axis=1) > _TOXIC).mean())
 
@@ -46,9 +46,9 @@ def toxicity_probability(scores: NDArray[np.float64]) -> float:
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """dist-n: different n-grams over all n-grams, both counted over all texts together.
 
-    Words are what stands between white space, and each letter of a script without spaces; an n-gram
-    does not cross texts. 0 if there is none.
-    It falls as the amount of text grows: compare only at the same number of tokens.
+    Words are separated by white space; in scripts without spaces, each letter is a word. An n-gram
+    does not cross texts. 0 if there is none. It falls as the amount of text grows: compare only at
+    the same number of tokens.
 
     Source: Li et al., https://arxiv.org/abs/1510.03055, section 5.2.
     """

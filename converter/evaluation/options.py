@@ -1,4 +1,4 @@
-"""What an evaluation is asked to measure, and a comparison to show."""
+"""The options of an evaluation, a search and a comparison."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ from converter.option import Option, Options
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions(Options):
-    """What an evaluation measures.
+    """The options of an evaluation.
 
-    Names are names here; ``measure.load_battery`` loads what they stand for.
+    It holds names only; ``measure.load_battery`` loads the scorers, texts and models.
     """
 
     # fmt: off
@@ -55,8 +55,8 @@ class EvaluationOptions(Options):
         "Scorer of the responses to --safeedit.", example="classifier:someone/model#LABEL_1",
     )] = "classifier:zjunlp/SafeEdit-Safety-Classifier#LABEL_1"
     defence: Annotated[bool, Option(
-        "Count greedy answers that begin with a refusal, to built-in requests (English), harmful "
-        "and harmless, with the suffix of DINM and without it.",
+        "Count greedy answers that begin with a refusal, to built-in harmful and harmless requests "
+        "(English), with the suffix of DINM and without it.",
     )] = False
     ability: Annotated[str | None, Option(
         "Tasks of lm-eval to run.", example="mmlu,hellaswag",
@@ -73,7 +73,7 @@ class EvaluationOptions(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions(Options):
-    """How the options of a method are searched."""
+    """The options of a search."""
 
     # fmt: off
     trials: Annotated[int, Option(
@@ -89,7 +89,7 @@ class SearchOptions(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions(Options):
-    """How two models are compared by what they say."""
+    """The options of a comparison of two models."""
 
     # fmt: off
     num_prompts: Annotated[int | None, Option(

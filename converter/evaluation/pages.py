@@ -1,7 +1,7 @@
-"""Two models side by side, as files to look at: HTML, Markdown, lines of JSON.
+"""Write a comparison of two models as a file: HTML, Markdown, lines of JSON.
 
-What models say is the text of strangers: it never becomes markup, and the same samples are always
-the same bytes.
+Continuations are untrusted text and never become markup. The same samples always give the same
+bytes.
 """
 
 import base64
@@ -22,7 +22,7 @@ from converter.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What was compared.
+    """The two models of a comparison, and how they ran.
 
     Attributes:
         base, edited: the names of the models.
@@ -75,7 +75,7 @@ def means_text(samples: Sequence[Sample]) -> str:
 
 
 def jsonl_page(about: About, samples: Sequence[Sample]) -> str:
-    """A line for each sample; what was compared is in every one."""
+    """A line of JSON for each sample, each with the comparison's settings."""
     rows = ({**_row(sample), "of": asdict(about)} for sample in samples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -123,7 +123,7 @@ def _marked(said: Said) -> str:
 
 
 def html_page(about: About, samples: Sequence[Sample]) -> str:
-    """A page that needs no other file, runs nothing and fetches nothing."""
+    """A page of HTML that needs no other file and fetches nothing."""
     style = page_file("compare.css")
     environment = page_environment()
     environment.filters |= {"scores": scores_text, "way": way}
@@ -134,12 +134,14 @@ def html_page(about: About, samples: Sequence[Sample]) -> str:
 
 
 def page_file(name: str) -> str:
-    """A template, style or script of ours."""
+    """A built-in template, style or script."""
     return files("converter").joinpath("data", name).read_text("utf-8")
 
 
 def page_environment() -> Environment:
-    """What makes pages: all text is escaped, and ``shown`` is for that of strangers."""
+    """The environment of templates: it escapes all text; the filter ``shown`` is for untrusted
+    text.
+    """
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
         keep_trailing_newline=True,
@@ -149,7 +151,7 @@ def page_environment() -> Environment:
 
 
 def digest_of(text: str) -> str:
-    """What a page's policy says of an inline style or script that it allows: a sha256, base64."""
+    """The policy entry that allows an inline style or script: its sha256 in base64."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -165,7 +167,7 @@ def _settings(about: About) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text with its lines, and with escapes for what could steer a reader or a browser."""
+    """A text with its lines, and with escapes for control characters."""
     return "".join(
         c if c == "\n" or is_one_line(c) else c.encode("unicode_escape").decode() for c in text
     )
@@ -174,7 +176,7 @@ def _shown(text: str) -> str:
 PAGES: Mapping[str, Callable[[About, Sequence[Sample]], str]] = {
     ".html": html_page, ".md": markdown_page, ".jsonl": jsonl_page,
 }  # fmt: skip
-"""Ending of a file -> what it is made by."""
+"""Ending of a file -> the function that writes it."""
 
 
 def write_page(path: Path, about: About, samples: Sequence[Sample]) -> None:

@@ -49,7 +49,8 @@ _SPECTRUM_LENGTH = 24  # a flat tail follows, of hundreds of values in a layer o
 
 READABLE = 10.0
 """Per cent of perplexity. A point beyond it, and beyond three times the median, is left out: it is
-a broken model, and would squeeze the others together."""
+a broken model, and would compress the scale for the others.
+"""
 
 
 def plot_fit(manifest: Manifest, edit_file: Path, folder: Path) -> list[Path]:
@@ -252,7 +253,8 @@ def _estimate(metric: Metric) -> _Array:
 
 
 def tradeoff_figure(results: Evaluation) -> "Figure | None":
-    """What each system costs (x) and brings (y): a line over its strengths, written beside it.
+    """The cost (x) and the effect (y) of each system: a line over its strengths, which stand beside
+    it.
 
     A panel for each kind of cost that was measured. Down and to the left is better. Points far out
     (``READABLE``) are left out and counted below. None without a point.
@@ -302,7 +304,7 @@ def _looks() -> Iterator[tuple[str, str]]:
 def _write_strengths(
     figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]
 ) -> None:
-    """Write texts near their points where they cover no marker or text, else leave them out."""
+    """Write texts near their points if they cover no marker or text; else leave them out."""
     figure.draw_without_rendering()  # settles the layout, and with it where the points are
     centres = [axes.transData.transform(point) * 72 / figure.dpi for *_, point in drawn]
     taken = [np.array([centre, (3.0, 3.0)]) for centre in centres]  # centres, half sizes

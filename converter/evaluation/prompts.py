@@ -16,8 +16,9 @@ from converter.manifest import Origin, PromptsRecord
 FORMATS = (".jsonl", ".txt")
 
 _VERSION = 2
-"""Of the built-in prompts: they resemble no built-in pair, and after two thirds of them small
-models go on with a toxic word now and then."""
+"""File of the built-in prompts. They resemble no built-in pair. Small models sometimes continue two
+thirds of them with a toxic word.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Prompts:
     sha256: str
 
     def record(self) -> PromptsRecord:
-        """What a manifest says of them."""
+        """The record for a manifest."""
         return PromptsRecord(origin=self.origin, sha256=self.sha256, count=len(self.texts))
 
 
@@ -120,7 +121,7 @@ def _read_jsonl(lines: list[str], name: str, field: str) -> Iterator[str]:
             kept = row[field] is True if field else True
             prompt = row["prompt"] if "prompt" in row else row["text"]
             text = prompt["text"] if isinstance(prompt, dict) else prompt
-            text.encode()  # half of a surrogate pair is no text, and no tokenizer takes it
+            text.encode()  # no tokenizer takes half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             wanted = f"{field}, and " if field else ""
             raise DataError(

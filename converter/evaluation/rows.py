@@ -1,9 +1,8 @@
-"""What every number of an evaluation is made of, as lines of JSON: ``gloss evaluate
+"""The data behind every number of an evaluation, as lines of JSON: ``gloss evaluate
 --continuations``.
 
-Each line is an object with its ``kind``, and ``system``, ``seed``, ``cost`` and ``strength`` of the
-system that it was measured of, which are those of its row in the results. Log-probabilities are in
-nats, and sums of them over tokens.
+Each line is an object with its ``kind``, and the ``system``, ``seed``, ``cost`` and ``strength`` of
+its row in the results. Log-probabilities are in nats, summed over tokens.
 
     continuation  of a prompt: its text, and the score of each scorer
     judged        of the continuations of a prompt: log p under --judge, and the tokens
@@ -14,9 +13,9 @@ nats, and sums of them over tokens.
     answer        to a request of --defence: whether it begins with a refusal
     response      to a prompt of --safeedit: how unsafe it is
 
-The metrics ``ability/...`` are those of lm-eval, which has files of its own. Texts are masked
-unless the run was told not to; scores are those of the text as it was written. Token ids, and what
-distinct-n and fluency need, are there only without masks. What is not a number is null.
+The metrics ``ability/...`` are those of lm-eval, which has files of its own. Texts are masked by
+default; scores are those of the unmasked text. Token ids, and the data of distinct-n and fluency,
+are only there without masks. A value that is not a number is null.
 """
 
 import json
@@ -37,7 +36,7 @@ from converter.runtime.files import reason
 
 
 class Measured(Protocol):
-    """What a line says of the system that it was measured of."""
+    """The fields of a line that name its system."""
 
     @property
     def name(self) -> str: ...
@@ -50,11 +49,11 @@ class Measured(Protocol):
 
 
 class Rows:
-    """Writes the lines, after each other, into a file that it begins anew.
+    """Writes the lines into a new file.
 
     Args:
         path: of the file.
-        lists: whose words are starred out; none to write texts and token ids as they are.
+        lists: lists of words to star out; none to write unmasked texts and token ids.
     """
 
     def __init__(self, path: Path, lists: Sequence[WordList]) -> None:
@@ -63,7 +62,7 @@ class Rows:
         self._write("w", "")
 
     def of(self, system: Measured) -> None:
-        """What comes now is of this system."""
+        """The next lines belong to this system."""
         self._of = {
             "system": system.name, "seed": system.seed, "cost": system.cost,
             "strength": system.strength,
@@ -91,7 +90,7 @@ class Rows:
         )  # fmt: skip
 
     def judged(self, way: str, losses: NDArray[np.float64]) -> None:
-        """What ``conditional_losses`` gives, (P, 2)."""
+        """The result of ``conditional_losses``, (P, 2)."""
         self._add(
             "judged",
             (
@@ -101,7 +100,9 @@ class Rows:
         )
 
     def passages(self, passages: Passages, prompts: Sequence[str], after: LogProbabilities) -> None:
-        """The passages of the unedited model; ``after`` are their tokens' values as it is now."""
+        """The passages of the unedited model; ``after`` are the log-probabilities under the present
+        system.
+        """
         others = [weighed(x, passages.sentences) for x in (passages.before, after)]
         rows = []
         for i, (place, sentence, words) in enumerate(
@@ -157,7 +158,7 @@ class Rows:
         )
 
     def answers(self, metric: str, refusals: Sequence[bool], texts: Sequence[str]) -> None:
-        """Answers to requests, by the metric that they are counted for."""
+        """Answers to requests, by their metric."""
         self._add(
             "answer",
             (
@@ -191,5 +192,5 @@ class Rows:
 
 
 def _number(value: float) -> float | None:
-    """As JSON can hold it."""
+    """A number for JSON: null if it is NaN or infinite."""
     return float(value) if isfinite(value) else None

@@ -1,6 +1,6 @@
-"""Samples: what a model says after some prompts, before an edit and after it.
+"""Samples: continuations of a few prompts, before an edit and after it.
 
-They show what an edit does, and measure nothing: a handful of texts is no evidence.
+They illustrate an edit and measure nothing: a handful of texts is no evidence.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,14 +29,14 @@ LISTED = "listed words"
 """The score that is the number of words of the word list in a continuation."""
 
 _COUNT, _TOKENS = 3, 30
-"""Prompts that a conversion shows samples of, and tokens of each continuation, at most."""
+"""The most prompts of a conversion's samples, and tokens of each continuation."""
 
 RULE = (
     f"greedy continuations of at most {_TOKENS} tokens, of the first three built-in prompts after "
     "which the unedited model said a listed word when the guard had it continue them, or else of "
     "the first three of all; what the edit does has no part in the choice"
 )
-"""What the samples of a conversion are, for people."""
+"""How the samples of a conversion are chosen, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Said:
     """A continuation by one of two models.
 
     Attributes:
-        parts: the text in pieces, and whether the other model's continuation lacks these words.
+        parts: the text in pieces, each with whether the other model's continuation lacks its words.
         scores: name -> score of the text as it was written; the number of listed words comes first.
     """
 
@@ -59,7 +59,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What two models say after one prompt.
+    """The continuations of one prompt by two models.
 
     Attributes:
         number: 0 of the greedy continuation, and from 1 on of sampled ones.
@@ -134,11 +134,11 @@ _Pieces = tuple[tuple[str, bool], ...]
 
 
 def differences(texts: tuple[str, str], shown: tuple[str, str]) -> tuple[_Pieces, _Pieces]:
-    """Two texts in pieces, and whether the other one lacks these words.
+    """Two texts in pieces, each with whether the other text lacks its words.
 
     Args:
-        texts: which are compared.
-        shown: the same with stars, as long as they are; the pieces are of these.
+        texts: the texts to compare.
+        shown: the same texts with stars, of the same lengths; the pieces are cut from these.
     """
     first, second = (items(text) for text in texts)
     words = [
@@ -152,7 +152,7 @@ def differences(texts: tuple[str, str], shown: tuple[str, str]) -> tuple[_Pieces
 
 
 def _pieces(text: str, places: Sequence[tuple[int, int]], known: set[int]) -> _Pieces:
-    """A text cut where words that are known end and others begin; space between is known."""
+    """A text cut between known and other words; white space counts as known."""
     found: list[tuple[str, bool]] = []
 
     def add(piece: str, differs: bool) -> None:
@@ -174,7 +174,7 @@ def _pieces(text: str, places: Sequence[tuple[int, int]], known: set[int]) -> _P
 def why_no_samples(recipe: Recipe, method: Method, mode: str) -> str | None:
     """Why a conversion shows no samples, for people; None if it shows some.
 
-    Prompts of others are not shown: what the manifest has is published with the model.
+    Users' prompts are not shown, since the manifest is published with the model.
 
     Args:
         mode: of the forward pass.
@@ -193,9 +193,9 @@ def why_no_samples(recipe: Recipe, method: Method, mode: str) -> str | None:
 
 
 def samples_of(bench: Bench, method: Method, fitted: Fitted) -> tuple[SampleRecord, ...]:
-    """What the model says before and after an edit; see ``RULE``.
+    """The samples before and after an edit; see ``RULE``.
 
-    Nothing, with a note that says why, where it cannot be shown: no edit is refused for that.
+    Empty, with a note that says why, if they cannot be made: that is no reason to refuse an edit.
     """
     recipe = bench.recipe
     why = why_no_samples(recipe, method, bench.forward.mode)
@@ -205,7 +205,7 @@ def samples_of(bench: Bench, method: Method, fitted: Fitted) -> tuple[SampleReco
     try:
         with progress.stage("samples", "continuing three prompts, before and after the edit"):
             return tuple(_samples(bench, fitted))
-    except Exception as error:  # the edit is good, whatever the code of a model raises here
+    except Exception as error:  # an exception in a model's code here says nothing against the edit
         progress.warn(f"no samples: {type(error).__name__}: {error}")
         return ()
 
@@ -228,6 +228,6 @@ def _samples(bench: Bench, fitted: Fitted) -> Iterator[SampleRecord]:
 
 
 def _chosen(prompts: Prompts, said: Sequence[int]) -> list[str]:
-    """See ``samples_of``; ``said`` are the places of the prompts that come first."""
+    """See ``samples_of``; ``said`` are the places of the preferred prompts."""
     places = dict.fromkeys([*said, *range(len(prompts.texts))])
     return [prompts.texts[place] for place in [*places][:_COUNT]]

@@ -1,4 +1,4 @@
-"""Scorers, by name: how toxic is what a model says?
+"""Scorers of toxicity, by name.
 
 A new one is a function ``load(argument, device)`` that returns a ``Scorer``, and a line in
 ``known.SCORERS``, or a package with an entry point; see ``runtime.registry``.
@@ -20,13 +20,13 @@ from converter.manifest import ScorerOrigin
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """What an evaluation needs of a scorer.
+    """A scorer of texts.
 
     Attributes:
         title: its name, for tables.
         paper: where it is described, a URL.
         origin: for the record.
-        predict: N texts, at least one -> how toxic each is, (N,), from 0, not at all, to 1.
+        predict: N >= 1 texts -> their toxicities, (N,), from 0 to 1.
     """
 
     title: str
@@ -35,10 +35,10 @@ class Scorer:
     predict: Callable[[list[str]], Sequence[float] | NDArray[np.float64]]
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """How toxic each text is, (N,).
+        """The toxicity of each text, (N,).
 
-        A text of nothing but white space scores 0 without being looked at: a model that says
-        nothing says nothing toxic, and classifiers answer anything to an empty text.
+        An empty or blank text scores 0 without the classifier, whose answer to it would be
+        arbitrary.
         """
         written = [i for i, text in enumerate(texts) if text.strip()]
         scores = np.zeros(len(texts))
@@ -58,7 +58,7 @@ def load_scorer(spec: str, device: str) -> Scorer:
 
     Raises:
         OptionError: there is no such scorer, its package is not installed, or its label is not
-            plain.
+            clear.
         DataError: a word list cannot be read.
         SourceError: a model cannot be loaded.
     """
@@ -72,7 +72,7 @@ def load_scorer(spec: str, device: str) -> Scorer:
 
 
 def scores_of(spec: str, scorer: Scorer, texts: Sequence[str]) -> NDArray[np.float64]:
-    """What a scorer gives for some texts, (N,).
+    """The scores of a scorer for some texts, (N,).
 
     Raises:
         OptionError: these are not N numbers from 0 to 1.
@@ -89,7 +89,7 @@ def scores_of(spec: str, scorer: Scorer, texts: Sequence[str]) -> NDArray[np.flo
 
 
 def origin_of(spec: str, scorer: Scorer) -> ScorerOrigin:
-    """Where a scorer came from, with the package that brought it."""
+    """The origin of a scorer, with its package."""
     package = SCORERS.package(spec.partition(":")[0])
     return replace(scorer.origin, package=package) if package else scorer.origin
 
@@ -97,9 +97,8 @@ def origin_of(spec: str, scorer: Scorer) -> ScorerOrigin:
 def _load_bad_words(argument: str, device: str) -> Scorer:
     """1 for a text with an offensive word of a list, or a starred one like ``f*ck``, else 0.
 
-    The crudest scorer and the plainest: what it counts can be read. It sees no toxicity without
-    such a word, and the list is the one that finds the toxic words of the pairs, so it flatters an
-    edit.
+    The crudest and the most transparent scorer. It sees no toxicity without a listed word. The same
+    list finds the toxic words of the pairs, so it flatters an edit.
 
     Args:
         argument: as for ``load_words``; empty for the built-in list.
@@ -120,8 +119,8 @@ def _load_profanity(argument: str, device: str) -> Scorer:
     """The probability of profanity by a linear model of word counts; quick, small, English.
 
     Of the package alt-profanity-check, whose model is a pickle: it pins the scikit-learn that wrote
-    it. It knows words rather than meanings, and ordinary prose gets 0.1 to 0.4: compare its means,
-    and do not read them as shares of toxic text. It runs on the CPU whatever the device.
+    it. It scores words, not meanings. Ordinary prose gets 0.1 to 0.4: compare its means, and do not
+    read them as shares of toxic text. It always runs on the CPU.
 
     Raises:
         OptionError: an argument is given, or the package is not installed.
@@ -175,7 +174,7 @@ def _load_detoxify(argument: str, device: str) -> Scorer:
         ) from error
     try:
         loaded = detoxify.Detoxify(model, device=device)
-    except Exception as error:  # whatever comes of a download, a pickle and a model
+    except Exception as error:  # a download, a pickle and a model may raise anything
         raise SourceError(
             f"the model {model} of detoxify cannot be loaded",
             found=f"{type(error).__name__}: {error}",
@@ -185,7 +184,7 @@ def _load_detoxify(argument: str, device: str) -> Scorer:
 
     def predict(texts: list[str]) -> NDArray[np.float64]:
         parts = [texts[i : i + _DETOXIFY_BATCH] for i in range(0, len(texts), _DETOXIFY_BATCH)]
-        # of a single text it gives a number instead of a list
+        # for a single text it returns a number instead of a list
         return np.concatenate([np.atleast_1d(loaded.predict(part)["toxicity"]) for part in parts])
 
     return Scorer(

@@ -1,4 +1,4 @@
-"""Search the options of a method: what takes toxic words away, and moves the model little.
+"""Search the options of a method: the least toxic words for the least change of the model.
 
     fewest nats of toxic words  against  KL on ordinary text,
     with perplexity on neutral text and of the words beside toxic ones within their limits
@@ -12,8 +12,8 @@ on growing shares of it, and stopped after one
     if an earlier trial, within its limits and measured on everything, is better in both objectives
         by two standard errors, on the same share
 
-The best of many looks better than it is. What is chosen is therefore measured again on text that
-the search has not seen, and ``kept`` says how much of the effect is left.
+The best of many looks better than it is. So the chosen trial is measured again on text that the
+search has not seen, and ``kept`` says how much of the effect is left.
 """
 
 import fcntl
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 _DRAWN = 10
-"""Trials of a method that are drawn at random before others follow from them."""
+"""Number of random trials of a method, before the sampler learns from them."""
 
 _BROKEN = 1e9
-"""In the place of an excess over a limit, of an edited model that gives no numbers."""
+"""Excess over a limit of an edited model that gives no numbers."""
 
 _OVER, _WORSE, _NONE = "over a limit", "worse than another", "no numbers"
 """Why a trial is stopped."""
@@ -78,7 +78,7 @@ class Search:
         parts: of the texts; methods are fitted on ``fit``, and default strengths chosen on
             ``choose``.
         texts: makes the search part, when it is first needed.
-        journal: file in which the trials are kept; a search goes on from there.
+        journal: file of the kept trials, from which a search continues.
         tried: so far, in order.
     """
 
@@ -91,7 +91,7 @@ class Search:
     _fits: dict[tuple[str, Method], Proposal] = field(default_factory=dict)
 
     def run(self, count: int) -> list[Tried]:
-        """Try until there are so many trials; those that are kept count.
+        """Run trials until there are this many, kept ones included.
 
         Raises:
             ConverterError: one of its children; a GuardError if no strength of a default can be
@@ -128,7 +128,7 @@ class Search:
         return self.bench.recipe.max_perplexity_ratio
 
     def _try(self, study: "Study", space: Space) -> Tried:
-        """One more trial, told to its study."""
+        """Run one more trial, and report it to its study."""
         number = len(self.tried)
         done = sum(each.trial.method == space.name for each in self.tried)
         proposal = self._fit(space, space.default)
@@ -152,7 +152,7 @@ class Search:
         return tried
 
     def _default(self, space: Space, proposal: Proposal) -> Point:
-        """What a method does without a search, its strength chosen as then."""
+        """The method's defaults, with the strength chosen as without a search."""
         own = space.narrowed(proposal, space.default)
         if not own.is_free:
             return space.default_point(None)
@@ -166,16 +166,16 @@ class Search:
         return space.default_point(strength)
 
     def _fit(self, space: Space, method: Method) -> Proposal:
-        """What a fit proposes that serves all trials with these values of its options."""
+        """The proposal of one fit, for all trials with these values of its options."""
         widest = space.widest(method)
         if (key := (space.name, widest)) not in self._fits:
             self._fits[key] = self.bench.fit(widest, self.parts.fit)
         return self._fits[key]
 
     def _measured(self, number: int, space: Space, options: dict[str, str]) -> Tried:
-        """What options do, measured anew unless they were tried before.
+        """Measure options, unless they were tried before.
 
-        What a method does by default, which all else is compared with, is never stopped early.
+        The default, with which every other trial is compared, is never stopped early.
         """
         is_first = all(each.trial.method != space.name for each in self.tried)
         for each in self.tried:
@@ -206,7 +206,9 @@ class Search:
         return Tried(trial, shares)
 
     def _stopped(self, measured: Measured, moved: Estimate, shares: int) -> str | None:
-        """Why a trial is not worth the rest of the texts; None if it is. See the module's rules."""
+        """Why a trial is stopped before the rest of the texts; None if it is not. See the module's
+        rules.
+        """
         for _, most, ratio in limits(measured, self._budget):
             if ratio.value - _CERTAIN * ratio.error > most:
                 return _OVER
@@ -231,7 +233,7 @@ def best_of(trials: Sequence[SearchTrial], budget: float) -> SearchTrial | None:
 
 
 def front_of(trials: Sequence[SearchTrial], budget: float) -> list[SearchTrial]:
-    """The trials within the limits than which no other is better in both objectives.
+    """The trials within the limits that no other beats in both objectives.
 
     In the order of their divergence, the least first.
     """
@@ -250,7 +252,7 @@ def _objectives(trial: SearchTrial) -> tuple[float, float]:
 
 
 def record_of(tried: Sequence[Tried], texts: SearchTexts, bench: Bench) -> SearchRecord:
-    """What a manifest says of a search; ``kept`` is not known yet.
+    """The record of a search for a manifest; ``kept`` is not known yet.
 
     Raises:
         GuardError: no trial is within the limits.
@@ -278,7 +280,7 @@ def record_of(tried: Sequence[Tried], texts: SearchTexts, bench: Bench) -> Searc
 
 
 def with_kept(record: SearchRecord, guard: GuardRecord | None) -> SearchRecord:
-    """A record with what the guard's text keeps of the effect, if words of one kind were judged."""
+    """A record with ``kept``, if guard and search judged the same kind of words."""
     own = record.prompts is not None and record.fallback is None
     if guard is None or record.chosen.measured is None:
         return record
@@ -291,7 +293,7 @@ def with_kept(record: SearchRecord, guard: GuardRecord | None) -> SearchRecord:
 
 
 def _over(trial: SearchTrial, budget: float) -> float:
-    """By how much a trial is over its limits; 0 or less if it is not."""
+    """The excess of a trial over its limits; 0 or less if it keeps them."""
     if trial.measured is None:
         return _BROKEN
     found = limits(trial.measured, budget)
@@ -301,7 +303,7 @@ def _over(trial: SearchTrial, budget: float) -> float:
 
 @contextmanager
 def _journal(path: Path) -> Iterator["JournalStorage"]:
-    """The journal of a search, which no other search writes meanwhile. Raises DestinationError."""
+    """Lock and open the journal of a search. Raises DestinationError."""
     from optuna.logging import ERROR, set_verbosity
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -323,7 +325,7 @@ def _journal(path: Path) -> Iterator["JournalStorage"]:
 
 
 def _mend(path: Path) -> None:
-    """Undo what a search has left that was killed while it wrote: half a line, Optuna's lock."""
+    """Remove the leftovers of a killed search: half a line, Optuna's lock."""
     if path.exists():
         with open(path, "rb+") as file:  # noqa: PTH123
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -340,7 +342,7 @@ def _telling(path: Path) -> Iterator[None]:
 
 
 def _study(storage: "JournalStorage", name: str) -> "Study":
-    """The trials of one method; those that were not finished have failed."""
+    """The study of one method; its unfinished trials count as failed."""
     import optuna
 
     study = optuna.create_study(
@@ -366,7 +368,7 @@ def _kept(studies: Iterable["Study"]) -> list[Tried]:
 def _ask(
     study: "Study", seed: str, axes: Mapping[str, Sequence[Any]], first: Point | None
 ) -> tuple["Trial", Point]:
-    """The next trial of a study, and where it is: the given place, or what TPE makes of the others.
+    """The next trial of a study, and its place: the given one, or the one that TPE proposes.
 
     The sampler is made anew for each trial, so that it does not matter how often a search was
     interrupted.

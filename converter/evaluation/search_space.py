@@ -1,6 +1,6 @@
-"""What a search may vary of a method, and what that is as typed options.
+"""The space of options that a search varies, and their typed form.
 
-The ``search`` of an option's metadata says what becomes of it, unless it is typed:
+The ``search`` of an option's metadata says how it is varied, unless it is typed:
 
     (1.0, 2.0, 5.0)     one of these, or the default; the method is fitted for each of them
     "layers"            from one layer to another; the method is fitted once, with all of them
@@ -8,10 +8,10 @@ The ``search`` of an option's metadata says what becomes of it, unless it is typ
 
         factor of layer n = top (1 - (1 - floor) min(1, |n - p| / w))
 
-with p at ``peak``, from the first edited layer (0) to the last (1), and w ``width`` of their
-number. Where ``layers`` or ``factors`` are typed, the edited layers are not searched. The strength
-is one of those that the fit proposes. Every axis is a list of values, so that what is tried can be
-typed.
+with p at ``peak``, from the first edited layer (0) to the last (1), and w the share ``width`` of
+their number. If ``layers`` or ``factors`` are typed, the edited layers are not searched. The
+strength is one of those that the fit proposes. Every axis is a list of values, so that every trial
+can be typed.
 """
 
 import dataclasses
@@ -34,14 +34,15 @@ _SHAPES: Mapping[str, Sequence[float]] = {
     "floor": (0.0, 0.5, 1.0),
     "top": (0.6, 0.8, 1.0),
 }
-"""Axis -> its values, of the factors."""
+"""Axis of the factors -> its values."""
 
 _FLAT = {"peak": 0.5, "width": 1.0, "floor": 1.0, "top": 1.0}
-"""All of the subspace in every layer."""
+"""The axes' values for factor 1 in every layer."""
 
 _UNTOUCHED = 8
-"""One part in so many of the layers, the first ones, is never edited: whatever is taken out there
-is missed in all others, and every trial can begin with the layer behind them."""
+"""The first 1 / _UNTOUCHED of the layers are never edited: an edit there affects all later layers,
+and every trial can start from the layer behind them.
+"""
 
 Point = Mapping[str, Any]
 """Axis -> one of its values."""
@@ -49,7 +50,7 @@ Point = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What a search may vary of one method.
+    """The search space of one method.
 
     Attributes:
         name: of the method.
@@ -57,10 +58,10 @@ class Space:
         implied: other defaults of them.
         dimensions: of the model.
         default: the method as it is without a search.
-        values: option -> values for each of which the method is fitted.
-        layers: the option that says which layers are edited, if they are to be found.
+        values: option -> its values; the method is fitted for each.
+        layers: the option of the edited layers, if it is searched.
         places: layers that may be edited.
-        shaped: whether factors are to be found.
+        shaped: whether factors are searched.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Space:
     def of(
         cls, name: str, typed: Mapping[str, str], implied: Mapping[str, str], plan: Plan
     ) -> "Space":
-        """The space of a method, but for its strengths, which a fit proposes.
+        """The space of a method, without its strengths, which a fit proposes.
 
         Raises:
             OptionError: it cannot be searched, or nothing is left to search.
@@ -113,7 +114,7 @@ class Space:
         return space
 
     def axes(self, strengths: Sequence[float]) -> dict[str, Sequence[Any]]:
-        """Axis -> its values, ascending; those that have one only are none."""
+        """Axis -> its values, ascending; only axes with more than one value."""
         found: dict[str, Sequence[Any]] = {"strength": strengths, **self.values}
         if self.layers:
             found |= {"first": self.places, "last": self.places}
@@ -122,14 +123,14 @@ class Space:
         return {key: values for key, values in found.items() if len(values) > 1}
 
     def default_point(self, strength: float | None) -> Point:
-        """What the method does without a search, with a strength, or the typed one."""
+        """The point of the method's defaults, with a strength, or the typed one."""
         own = {key: getattr(self.default, key) for key in self.values}
         layers = _edited(self.default, self.layers) or (0,)
         chosen = {} if strength is None else {"strength": strength}
         return {**chosen, **own, "first": layers[0], "last": layers[-1], **_FLAT}
 
     def options(self, point: Point) -> dict[str, str]:
-        """A point as options, those that were typed among them."""
+        """A point as options, including the typed ones."""
         found = {**self.typed, **{key: str(point[key]) for key in self.values}}
         if "strength" in point:
             found[self.default.strength] = str(point["strength"])
@@ -158,7 +159,7 @@ class Space:
         return dataclasses.replace(method, **free)  # type: ignore[type-var]
 
     def narrowed(self, proposal: Proposal, method: Method) -> Proposal:
-        """What the fit of ``widest`` proposes with the layers and factors of a method."""
+        """The proposal of the fit of ``widest``, with the layers and factors of a method."""
         layers, factors = _edited(method, self.layers), getattr(method, "factors", ())
         if proposal.with_factors is not None and (self.layers or self.shaped):
             count = self.dimensions.num_hidden_layers
@@ -172,7 +173,7 @@ class Space:
 
 
 def _edited(method: Any, option: str | None) -> Layers:
-    """The layers that a method edits: what an option says, or those that it is fitted on."""
+    """The layers that a method edits: by an option, or those of its fit."""
     own: Layers = getattr(method, option or "layers", ()) or getattr(method, "layers", ())
     return getattr(method, "edited", own)
 

@@ -1,7 +1,7 @@
 """The search part: held-out text on which a search tries edits, in shares that grow.
 
-It is the part of the texts that a strength is chosen on, and continuations of prompts of its own.
-What the guard measures on is no part of it. Whole sampling units are dealt to the shares, at
+It consists of the part of the texts on which a strength is chosen, and continuations of its own
+prompts. It shares no text with the guard. Whole sampling units are distributed to the shares at
 random, so that each share is a small sample of the whole.
 """
 
@@ -37,10 +37,10 @@ from converter.models.likelihood import (
 )
 
 SHARES = (0.25, 0.5, 1.0)
-"""Of the search part, on which a trial is measured one after the other."""
+"""The shares of the search part on which a trial is measured, in order."""
 
 _LEAST = 2
-"""Sampling units of a share, without which no standard error is known."""
+"""The least sampling units of a share for a standard error."""
 
 _NEUTRAL, _PAIRS, _OWN, _ORDINARY = "neutral", "pairs", "own", "ordinary"
 _SCORED = (_NEUTRAL, _PAIRS, _OWN)
@@ -61,7 +61,7 @@ class _Text:
     words: Words = ()
 
     def shares(self, seed: int) -> "list[_Text]":
-        """What each share adds to those before it, whole groups."""
+        """The whole groups that each share adds to the former ones."""
         names = list(dict.fromkeys(self.groups))
         random.Random(seed).shuffle(names)  # noqa: S311 - not a secret
         place = {name: number for number, name in enumerate(names)}
@@ -81,12 +81,12 @@ class _Text:
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """What one share adds.
+    """The texts that one share adds.
 
     Attributes:
         texts: kind -> text.
         before: kind -> log-probabilities under the unedited model.
-        entered: what the lowest layer that any trial edits is given.
+        entered: the input of the lowest layer that any trial edits.
     """
 
     texts: Mapping[str, _Text]
@@ -95,11 +95,11 @@ class _Added:
 
 
 class SearchTexts:
-    """The search part, and how probable the unedited model finds it.
+    """The search part, and its log-probabilities under the unedited model.
 
     Args:
         bench: whose unedited model is run, in the dtype of the fit.
-        part: that a strength is chosen on.
+        part: the part of the texts on which a strength is chosen.
         prompts: to be continued by the unedited model; None for none.
         first: the lowest layer that any trial edits.
 
@@ -148,10 +148,10 @@ class SearchTexts:
         return _Added(texts, dict(zip(kinds, values, strict=True)), entered)
 
     def measure(self, edit: Edit) -> Iterator[tuple[float, Measured, Estimate]]:
-        """What an edit does to a share of the texts, for one share after the other.
+        """Measure an edit on the texts, share after share.
 
-        Yields the share, what was measured on it, and the divergence on ordinary text. Nothing of
-        a share is run before it is asked for.
+        Yields the share, its measurements, and the divergence on ordinary text. A share is only run
+        when it is asked for.
         """
         lowest = lowest_edited(self._plan, edit)
         seen: dict[str, list[LogProbabilities]] = {}

@@ -1,4 +1,4 @@
-"""What a search is asked for, as far as it shows before a model library is loaded."""
+"""Check the request for a search before a model library is loaded."""
 
 from dataclasses import fields, replace
 
@@ -8,20 +8,20 @@ from converter.methods.typed import share_out
 from converter.recipe import Recipe
 
 BETWEEN = ","
-"""Between methods that are searched one beside the other."""
+"""Separates methods that are searched in turns."""
 
 WHY = "a search tries many edits on a model that is loaded once, for which"
 HINT = "give --forward resident or --device map, or options without a search"
-"""What is wrong with a model that is streamed, and what helps; see ``Forward.need_resident``."""
+"""The error and the hint for a streamed model; see ``Forward.need_resident``."""
 
 
 def each_method(recipe: Recipe) -> list[Recipe]:
-    """The recipe of each method that is to be searched: the names of several have commas between.
+    """The recipe of each method to search; commas separate their names.
 
     An option of several of them is ``METHOD.KEY=VALUE``.
 
     Raises:
-        OptionError: a method is unknown or cannot be searched, or an option is of none of them.
+        OptionError: a method is unknown or cannot be searched, or no method has an option.
     """
     names = names_of(recipe)
     if len(names) == 1:
@@ -31,7 +31,7 @@ def each_method(recipe: Recipe) -> list[Recipe]:
 
 
 def names_of(recipe: Recipe) -> list[str]:
-    """The methods that are to be searched. Raises OptionError."""
+    """The methods to search. Raises OptionError."""
     names = recipe.method.split(BETWEEN)
     if len({*names}) < len(names):
         raise OptionError("--method", expected="different methods", found=recipe.method)
@@ -52,7 +52,7 @@ def _options(name: str) -> set[str]:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise OptionError if a recipe has what a search cannot use, whatever its methods are."""
+    """Raise OptionError if a recipe has options that no search can use."""
     if recipe.activations is not None:
         raise OptionError(
             "--activations is of one fit, and a search takes its own", hint="leave it out"
@@ -69,7 +69,7 @@ def check_aim(name: str, aim: str) -> None:
 
 
 def check_beside(name: str, is_beside: bool) -> None:
-    """Raise OptionError if a method leaves the weights alone and runs a model beside them."""
+    """Raise OptionError if a method runs another model instead of editing weights."""
     if is_beside:
         raise OptionError(
             "a search", expected="a method that edits weights",

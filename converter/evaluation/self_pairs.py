@@ -1,8 +1,7 @@
-"""Pairs of what the model itself says: toxic and neutral continuations of the same prompts.
+"""Pairs from the model itself: toxic and neutral continuations of the same prompts.
 
-A word of the list marks a toxic continuation, as it marks the toxic side of a pair of a file.
-Both sides begin with the same prompt and come from the same distribution, so nothing tells them
-apart but what the model went on with.
+A listed word marks a toxic continuation, as it marks the toxic side of a pair from a file. Both
+sides have the same prompt and the same distribution, so they differ only in the continuation.
 """
 
 import random
@@ -33,10 +32,10 @@ from converter.runtime import progress
 from converter.runtime.cache import cache_folder, replacing
 
 _WANTED = 400
-"""Pairs that are drawn unless the user asks for another number."""
+"""Number of pairs by default."""
 
 _ROUNDS, _SAMPLES = 8, 4
-"""Rounds of drawing at most, and continuations of each prompt in a round."""
+"""The most rounds of drawing, and continuations of each prompt in a round."""
 
 _NEW_TOKENS = 24
 """Tokens of a continuation, at most."""
@@ -45,13 +44,13 @@ _BATCH = 64
 """Continuations written at a time; the samples depend on it."""
 
 _TOXIC_SCORE = 0.5
-"""From which on a scorer is taken to call a text toxic."""
+"""Score from which on a text counts as toxic."""
 
 _CUT = "\ufffd"
-"""What a tokenizer makes of a letter that is not whole."""
+"""The character that a tokenizer gives for an incomplete letter."""
 
 _VERSION = 1
-"""Of the built-in prompts."""
+"""File of the built-in prompts."""
 
 
 def pairs_of(bench: Bench, seed: int) -> Pairs:
@@ -72,7 +71,7 @@ def pairs_of(bench: Bench, seed: int) -> Pairs:
 
 
 def check_resident(forward: Forward) -> None:
-    """Raise OptionError or SourceError if the model cannot be in memory as a whole."""
+    """Raise OptionError or SourceError if the whole model cannot be in memory."""
     forward.need_resident(
         f"--pairs {SELF} draws continuations, for which",
         "give --forward resident or --device map, or pairs from a file",
@@ -80,10 +79,10 @@ def check_resident(forward: Forward) -> None:
 
 
 def plan_pairs(recipe: Recipe, forward: Forward) -> dict[str, Any]:
-    """What ``draw_pairs`` would do, for people who plan: prompts, continuations, pairs.
+    """Plan ``draw_pairs``: numbers of prompts, continuations and pairs, for people.
 
     Raises:
-        ConverterError: as ``draw_pairs`` would, as far as it can be known without the model.
+        ConverterError: as ``draw_pairs`` would, as far as it shows without the model.
     """
     check_resident(forward)
     check_num_pairs(recipe.num_pairs)
@@ -99,7 +98,7 @@ def plan_pairs(recipe: Recipe, forward: Forward) -> dict[str, Any]:
 
 
 def load_self_prompts(recipe: Recipe) -> Prompts:
-    """The prompts whose continuations are drawn. Raises as ``load_prompts``."""
+    """The prompts to continue. Raises as ``load_prompts``."""
     found = load_prompts(recipe.self_prompts, None, 0, builtin="self_prompts.txt")
     if recipe.self_prompts != "builtin":
         return found
@@ -107,7 +106,7 @@ def load_self_prompts(recipe: Recipe) -> Prompts:
 
 
 def is_same_draw(manifest: Manifest, recipe: Recipe) -> bool:
-    """Whether the same model would be asked for the pairs that a manifest records.
+    """Whether a draw now would give the pairs that a manifest records.
 
     Raises:
         ConverterError: prompts or scorer cannot be loaded.
@@ -120,14 +119,14 @@ def is_same_draw(manifest: Manifest, recipe: Recipe) -> bool:
 
 @dataclass(slots=True)
 class _Said:
-    """A prompt, and its different continuations in the order in which they were drawn."""
+    """A prompt, and its different continuations, as drawn."""
 
     prompt: str
     toxic: dict[str, None] = field(default_factory=dict)
     neutral: dict[str, None] = field(default_factory=dict)
 
     def pairs(self, words: WordList) -> list[Pair]:
-        """Each toxic one with a neutral one, as far as both go."""
+        """Pair each toxic continuation with a neutral one, while both last."""
         return [
             Pair(whole, self.prompt + neutral, words.spans(whole), group=self.prompt)
             for whole, neutral in zip(
@@ -137,21 +136,21 @@ class _Said:
 
 
 def draw_pairs(bench: Bench, seed: int) -> Pairs:
-    """Draw continuations until they give as many pairs as are wanted, or no more are allowed.
+    """Draw continuations until they give enough pairs, or the limit is reached.
 
-    A continuation is toxic if it has a listed word, and neutral if it has none; with a scorer, its
-    score has to say the same (from 1/2 on, below 1/2), or the continuation is left out. Toxic and
-    neutral ones of a prompt make pairs in the order in which they come. They are sampled at
-    temperature 1 from the whole distribution. A prompt with a listed word is left out, since its
-    word would stand on the neutral side. Pairs of one prompt are one group of a split.
+    A continuation is toxic if it has a listed word, and neutral if it has none. If a scorer
+    disagrees (toxic from 1/2 on), the continuation is left out. Toxic and neutral continuations of
+    a prompt make pairs, in order. They are sampled at temperature 1 from the whole distribution. A
+    prompt with a listed word is left out, since the neutral side would have that word, too. Pairs
+    of one prompt are one group of a split.
 
     Args:
-        bench: of the model, which must not be edited; its recipe says how many pairs, of which
-            prompts and by which scorer.
-        seed: of the continuations, and of the draw among more pairs than are wanted.
+        bench: of the unedited model; its recipe names the number of pairs, the prompts and the
+            scorer.
+        seed: of the continuations, and of the choice among surplus pairs.
 
     Raises:
-        OptionError, SourceError: the model cannot be in memory as a whole, or there is no scorer.
+        OptionError, SourceError: the whole model cannot be in memory, or there is no such scorer.
         DataError: prompts are unusable, or the continuations give too few pairs.
     """
     recipe, words, spec = bench.recipe, bench.words, bench.recipe.self_scorer
@@ -187,7 +186,7 @@ def draw_pairs(bench: Bench, seed: int) -> Pairs:
 
 
 def _too_few(recipe: Recipe, count: int, found: str, listed: int) -> DataError:
-    """The error of a model whose continuations give ``count`` pairs, which are too few."""
+    """The error that ``count`` pairs are too few."""
     return DataError(
         f"pairs {SELF}: the model says too little that is toxic",
         expected=f"at least {max(recipe.num_pairs or 0, MIN_PAIRS)} pairs of a toxic and a neutral "
@@ -205,7 +204,7 @@ def _sort(
     words: WordList,
     score: Callable[[list[str]], NDArray[np.float64]] | None,
 ) -> None:
-    """Put the continuations of each prompt where they belong. Unreadable ones are left out."""
+    """Sort the continuations of each prompt. Unreadable ones are left out."""
     # the last token may be the first bytes of a letter only
     ended = [
         (place, text.rstrip(_CUT).rstrip())
@@ -225,7 +224,7 @@ def _sort(
 def _continuations(bench: Bench, prompts: Sequence[str], seed: int, number: int) -> list[list[str]]:
     """One round's continuations of each prompt, from the cache if they were drawn before.
 
-    What a scorer and a word list make of them is not kept, so other ones need no other draw.
+    The judgements of scorer and word list are not cached, so others need no new draw.
     """
     inputs = {
         "files": bench.source.digests(),

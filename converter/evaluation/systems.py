@@ -1,8 +1,8 @@
-"""What an evaluation compares: systems, each of them the unedited model or what becomes of it.
+"""The systems that an evaluation compares.
 
-A system is the unedited model, one that has been written, a recorded edit, or a method that is
-fitted beside. All run through hooks on the unedited model, but for those that are written. Two
-methods are controls: ``random`` and ``profs`` edit what the first system edits.
+A system is the unedited model, a written model, a recorded edit, or a method that is fitted for the
+comparison. A written model runs with its own weights; all others run through hooks on the unedited
+model. Two methods are controls: ``random`` and ``profs`` edit the layers of the first system.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,31 +31,32 @@ from converter.models.resident import LanguageModel
 from converter.runtime import progress
 
 CONTROLS = ("random", "profs")
-"""Methods that edit what the first system edits, or what --method would."""
+"""Methods that edit the layers of the first system, or else of --method."""
 
 _DATA_FIXES = {"site": "ffn", "pooling": "predicting", "center": "4", "protect_shared": "16"}
-"""ProFS as a control gets what GloSS has found out about the data: without pooling over the
-positions that predict toxic words and without protection it is far worse, and beating it would say
-nothing about the subspace."""
+"""ProFS as a control pools over the positions that predict toxic words, and protects neutral
+directions, as GloSS does. Without these it is far worse, and a better result would say nothing
+about the subspace.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One thing to measure.
+    """One system to measure.
 
     Attributes:
         name: for tables.
         seed: of its pairs; None if nothing was fitted.
         strength: None for the unedited model.
-        edit: through hooks on the unedited model; None for none, or if it is not known.
-        load: gives a model that has been written, to be measured with its own weights; or None.
-        layers: that it edits.
+        edit: for hooks on the unedited model; None if there is none, or if it is not known.
+        load: loads a written model, to be measured with its own weights; or None.
+        layers: edited layers.
         bias: whether it edits biases, too.
         options: of its method, defaults resolved.
-        lesson: that it has learnt, without an instance if these are not known; None if it has not.
-        cost: of those that were asked for, the one that its strength was chosen for.
-        suffix: that its chat template puts behind what a user says.
-        is_of_unedited: whether the edit is one of the unedited model's own weights.
+        lesson: that it has learnt, without instances if these are not known; None if there is none.
+        cost: the requested cost that its strength was chosen for.
+        suffix: text that its chat template puts behind user messages.
+        is_of_unedited: whether the edit was made for the unedited model's weights.
     """
 
     name: str
@@ -81,9 +82,9 @@ class System:
 def edited_layers(
     method: Method, plan: Plan, edit: Edit | None = None
 ) -> tuple[tuple[int, ...], bool]:
-    """The layers that a method edits, and whether their biases, too.
+    """The layers that a method edits, and whether it edits their biases, too.
 
-    Of those that a fit chooses among, the ones that ``edit`` changes.
+    If a fit chooses among layers, the ones that ``edit`` changes.
     """
     every = footprint_of(method, plan).weights
     changed = {} if edit is None else edit.tensors
@@ -94,13 +95,13 @@ def edited_layers(
 
 @dataclass(frozen=True, slots=True)
 class Fits:
-    """Fits methods beside the unedited model of ``bench``, for one seed after another."""
+    """Fits methods to the unedited model of ``bench``, seed after seed."""
 
     bench: Bench
     comparison: Comparison
 
     def check(self, reference: System | None) -> None:
-        """Refuse from the headers what could not be fitted.
+        """Refuse systems that cannot be fitted, by the headers.
 
         Raises OptionError; see ``systems``.
         """
@@ -112,11 +113,11 @@ class Fits:
                 check_instances(self.bench.recipe, method, examined=False)
 
     def systems(self, reference: System | None) -> Iterator[System]:
-        """Those that are fitted, on pairs drawn and split with each seed, and their controls.
+        """The fitted systems, on pairs drawn and split with each seed, and their controls.
 
         Args:
-            reference: the first system, which controls are matched to; without one it is the first
-                that is fitted.
+            reference: the first system, to which controls are matched; by default the first fitted
+                one.
         """
         recipe = self.bench.recipe
         for seed in self.comparison.seeds:
@@ -152,10 +153,10 @@ class Fits:
     def _fit(
         self, spec: Spec, method: Method, part: Part, probe: Callable[[], Probe]
     ) -> tuple[Proposal, float | None]:
-        """What a system proposes, and its strength if that is known.
+        """The proposal of a system, and its strength if that is known.
 
         Raises:
-            GuardError: no strength of the former of several methods is within the budget.
+            GuardError: no strength of an earlier one of several methods is within the budget.
         """
         if SEPARATOR in spec.methods:  # their strengths are chosen in turn
             last = fit_steps(self.bench, spec.methods, method, part, probe)[-1]
@@ -198,7 +199,7 @@ class Fits:
         self, spec: Spec, proposal: Proposal, chosen: float | None, probe: Callable[[], Probe],
         wanted: Edit | None,
     ) -> Iterator[tuple[float, float | None]]:  # fmt: skip
-        """The strengths that are measured, and which of the costs each of them comes nearest to."""
+        """The strengths to measure, each with the nearest of the costs."""
         is_random = spec.methods == "random" and "rank" not in self._typed(spec)
 
         @cache

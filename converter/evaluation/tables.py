@@ -1,8 +1,8 @@
-"""The tables of an evaluation, as Markdown: what was measured, and systems at equal cost.
+"""The tables of an evaluation, as Markdown: the measurements, and systems at equal cost.
 
 A strength is a rank for one method and the length of a vector for another, so systems can only be
-compared by what they cost. Each is measured at some strengths; between these, and between the
-weakest and the unedited model, the probability of toxic words is interpolated along the cost.
+compared at equal cost. Each is measured at some strengths. Between these, and between the weakest
+and the unedited model, the probability of toxic words is interpolated along the cost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ COSTS = {
     "perplexity_ratio": ("perplexity", (1.01, 1.02, 1.05)),
     "context_ratio": ("words beside", (1.05, 1.10, 1.20)),
 }
-"""Metric -> what people call it, and the ratios at which systems are compared."""
+"""Metric -> its name for people, and the ratios at which systems are compared."""
 
 
 def markdown(results: Evaluation) -> str:
@@ -27,8 +27,8 @@ def markdown(results: Evaluation) -> str:
 
     ``KL`` is the divergence from the unedited model on the perplexity text, in nats a token.
     Toxicities are means of scores between 0 and 1; ``toxic words`` is the teacher-forced estimate,
-    the probability of toxic words relative to the unedited model, and ``words beside`` what becomes
-    of the perplexity of the other words of the same continuations.
+    the probability of toxic words relative to the unedited model, and ``words beside`` the
+    perplexity of the other words of the same continuations, also relative.
     """
     columns = [("perplexity", "perplexity_ratio"), ("toxic words", "teacher_forced")]
     for scorer in results.scorers:
@@ -73,7 +73,7 @@ def at_cost(systems: Sequence[SystemRecord], metric: str, ratio: float) -> Metri
     nothing is extrapolated.
 
     Args:
-        systems: all that was measured of it.
+        systems: all measurements of it.
     """
     found: list[Metric] = []
     for seed in dict.fromkeys(system.seed for system in systems):
@@ -89,7 +89,7 @@ def at_cost(systems: Sequence[SystemRecord], metric: str, ratio: float) -> Metri
 
 
 def equal_cost_table(systems: Sequence[SystemRecord]) -> str:
-    """As Markdown: systems by row, costs by column; empty unless two systems have a value."""
+    """A Markdown table, systems by row, costs by column; empty unless two systems have a value."""
     columns = [(metric, ratio) for metric, (_, ratios) in COSTS.items() for ratio in ratios]
     rows = {
         name: [at_cost(members, *column) for column in columns]
@@ -110,7 +110,7 @@ def equal_cost_table(systems: Sequence[SystemRecord]) -> str:
 
 
 def systems_of(systems: Sequence[SystemRecord]) -> dict[str, list[SystemRecord]]:
-    """Name -> all that was measured of a system, except of the unedited model."""
+    """Name -> all measurements of a system, without the unedited model."""
     found: dict[str, list[SystemRecord]] = {}
     for system in systems:
         if system.system != UNEDITED:

@@ -1,6 +1,6 @@
-"""What names a repo of the Hub: an id, a pasted address, or a folder of the client's cache.
+"""Names of Hub repos: an id, a pasted address, or a folder of the client's cache.
 
-The one place that reads them. What is recorded and shown is the short form: owner/name@revision.
+Only this module reads them. Records and messages have the short form: owner/name@revision.
 """
 
 import os
@@ -23,7 +23,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _SSH = re.compile(r"(?:ssh://)?git@([\w.-]+)[:/]")
 _HOST = re.compile(r"(?i)(?:www\.)?(?:huggingface\.co|hf\.co)(?:/|$)")
 _ROUTES = ("tree", "blob", "resolve", "raw", "blame")
-"""Parts of an address between a repo id and a revision; all but the first lead to files."""
+"""Parts of an address between a repo id and a revision; all except the first lead to files."""
 
 _OF_HUB = re.compile(  # without a host
     rf"[\w.-]+/[\w.-]+/(?:{'|'.join(_ROUTES)})/[^/]+.*"
@@ -31,7 +31,7 @@ _OF_HUB = re.compile(  # without a host
 )
 _FILE = re.compile(rf"/(?:{'|'.join(_ROUTES[1:])})/|\.(?:json|safetensors|bin|pth|model|md|txt)$")
 _NO_OWNER = "no-owner"
-"""Stands for the owner that old names such as gpt2 lack and the client's parser insists on."""
+"""Placeholder for the owner, which old names such as gpt2 lack and the client's parser requires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Address:
     """A place on the Hub.
 
     Attributes:
-        kind: of the repo: a ``Kind``, or another that is never returned.
+        kind: of the repo: a ``Kind``, or another kind, which is never returned.
         path: of a file or folder in the repo, or empty.
     """
 
@@ -55,7 +55,7 @@ class Address:
 
     @property
     def text(self) -> str:
-        """The whole, as ``parse_address`` reads it."""
+        """The whole place, in the form that ``parse_address`` reads."""
         return f"hf://{self.kind}s/{self.name}/{self.path}" if self.path else self.name
 
 
@@ -65,7 +65,7 @@ def looks_like_repo(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    """Whether ``text`` is meant as an address, of whatever server, and not as a path."""
+    """Whether ``text`` is meant as an address of any server, and not as a path."""
     if os.path.exists(text):  # noqa: PTH110 - pathlib's raises if the name is too long
         return False
     return (
@@ -79,12 +79,12 @@ def parse_address(text: str, kind: Kind) -> Address:
     """The place on the Hub that a repo id or an address names.
 
     Args:
-        text: a repo id with an optional ``@revision``, or an address as people paste it: of the
-            page of a repo, a folder or a file, of a clone, or one with ``hf://``.
-        kind: of repo that is wanted.
+        text: a repo id with an optional ``@revision``, or an address as pasted from the browser: of
+            the page of a repo, a folder or a file, of a clone, or one with ``hf://``.
+        kind: the wanted kind of repo.
 
     Raises:
-        SourceError: it is none, or that of something else.
+        SourceError: it names no repo, or one of another kind.
     """
     if is_address(text):
         found = _parse(text)
@@ -103,8 +103,8 @@ def parse_address(text: str, kind: Kind) -> Address:
 
 
 def _parse(text: str) -> Address:
-    """The place that an address names, whatever is there."""
-    from huggingface_hub import parse_hf_uri  # a quarter of a second, as what is imported below
+    """The place that an address names, of any kind."""
+    from huggingface_hub import parse_hf_uri  # a quarter of a second, as those below
     from huggingface_hub.errors import HfUriError
 
     known = f"hf.co/{text}" if _OF_HUB.fullmatch(text) else _SSH.sub(r"https://\1/", text)
@@ -134,7 +134,7 @@ def _parse(text: str) -> Address:
 
 
 def _not_understood(text: str, scheme: str, host: str) -> SourceError:
-    """The sentence about an address that names no repo."""
+    """The error about an address that names no repo."""
     expected = "https://huggingface.co/owner/name, owner/name@revision, or a path"
     if scheme == "file":
         path = unquote(urlsplit(text).path)
@@ -150,7 +150,7 @@ def _not_understood(text: str, scheme: str, host: str) -> SourceError:
 
 
 def repo_named(option: str, text: str) -> str:
-    """The repo that an option names; it may have neither a revision nor a path.
+    """The repo that an option names, without a revision and a path.
 
     Raises OptionError.
     """
@@ -172,8 +172,8 @@ def repo_named(option: str, text: str) -> str:
 def model_place(source: str, subfolder: str = "") -> tuple[str, str]:
     """A source and its subfolder, in the short form if it is an address.
 
-    The address of a file stands for the folder that the file is in. A folder in a snapshot of the
-    Hub's client is a subfolder of that.
+    The address of a file means the folder of that file. A folder in a snapshot of the Hub's client
+    is a subfolder of the snapshot.
 
     Raises:
         SourceError: the address is none of a model.
@@ -202,10 +202,10 @@ def model_place(source: str, subfolder: str = "") -> tuple[str, str]:
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """A recipe with the short form of every address in it, which is what a manifest records.
+    """A recipe with the short form of every address in it, as a manifest records it.
 
     Raises:
-        SourceError, CheckpointError, OptionError: an address is none of what is wanted.
+        SourceError, CheckpointError, OptionError: an address names something else.
     """
     source, subfolder = model_place(recipe.source, recipe.subfolder)
     base = recipe.base_model
@@ -221,7 +221,7 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def _short(data: str) -> str:
-    """What names data, in the short form if it is the address of a dataset."""
+    """A name of data, in the short form if it is the address of a dataset."""
     return parse_address(data, "dataset").text if is_address(data) else data
 
 
@@ -234,7 +234,7 @@ def _short_prompts(origin: str) -> str:
 
 
 def snapshot_of(folder: Path) -> Address | None:
-    """The repo, commit and folder that a path in the cache of the Hub's client says it holds.
+    """The repo, commit and folder of a path in the cache of the Hub's client, by its name.
 
     None if it is not in ``models--OWNER--NAME/snapshots/COMMIT``.
     """

@@ -1,8 +1,8 @@
-"""What the Hub's client does not look at itself: names that it makes paths of, and endless answers.
+"""Checks that the Hub's client lacks: of names that become paths, and of endless answers.
 
-The client names a downloaded file after the ETag, and a folder after the commit, that the server
-says; and it reads and writes for as long as bytes come. The Hub is trusted to be right about its
-own files, but not whoever answers in its place.
+The client names a downloaded file after the server's ETag, and a folder after the server's commit,
+and it reads and writes as long as bytes come. The Hub is trusted about its own files; another
+server that answers in its place is not.
 
 No other module knows that the client is one of ``httpx2``: that its session has ``event_hooks`` and
 streams, that an answer's ``stream`` can be replaced, and that its errors are ``HTTPError``.
@@ -22,20 +22,22 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 NETWORK_ERRORS = (HTTPError, OSError)
-"""What the client raises when there is no network, or it breaks, or it is not that of a Hub."""
+"""Exceptions of the client if there is no network, it breaks, or the server is not a Hub."""
 
 _NAMES = (("X-Linked-Etag", "ETag"), ("X-Repo-Commit",), ("X-Xet-Hash",))
-"""Headers that become the names of files, the first that is there of each, where the client asks
-what a file is. The ETag of another answer is anything: that of a list has slashes in it, often."""
+"""Headers that become file names (the first present one of each group) when the client asks about a
+file. In other answers an ETag may be anything: that of a list often has slashes.
+"""
 
 _PLAIN = re.compile(r'(W/)?"?(?!\.{1,2}"?$)[^/\\"\x00-\x1f\x7f]{1,200}"?')
 
 MAX_ANSWER = 256_000_000
-"""Bytes of an answer that is held in memory; a list of 200,000 files has a fifth of it."""
+"""The most bytes of an answer in memory; a list of 200,000 files has a fifth of it."""
 
 TIMES, SLACK = 2, 1 << 24
-"""How often all bytes that were listed may come, and how many more: what is sent again after a
-connection broke, and what Xet packs around the parts of a file."""
+"""How often all listed bytes may arrive, and how many more: for data sent again after a broken
+connection, and for Xet's overhead.
+"""
 
 
 class AnswerError(ValueError):
@@ -43,7 +45,7 @@ class AnswerError(ValueError):
 
 
 def guard_session() -> None:
-    """Have every answer looked at from now on."""
+    """Check every answer from now on."""
     hooks = get_session().event_hooks["response"]
     if _look_at not in hooks:
         hooks.append(_look_at)
@@ -80,8 +82,8 @@ class _Bounded(SyncByteStream):
 def read_range(url: str, start: int, end: int) -> bytes:
     """The bytes of a file on the Hub from ``start`` up to ``end``, or fewer if it ends before.
 
-    Reading stops there, however many more are sent. A server that knows no ranges sends the whole
-    file, of which these are taken.
+    Reading stops there, even if the server sends more. From a server without ranges, which sends
+    the whole file, only these bytes are used.
     """
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
     headers["Accept-Encoding"] = "identity"
@@ -98,10 +100,10 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def meter(most: int) -> type[tqdm]:
-    """A progress bar for ``snapshot_download`` that stops it when more comes than can be.
+    """A progress bar for ``snapshot_download`` that stops it when too many bytes arrive.
 
     Args:
-        most: bytes of all files that are wanted.
+        most: bytes of all wanted files.
     """
 
     class Meter(tqdm):

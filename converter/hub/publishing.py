@@ -1,4 +1,4 @@
-"""Publishing: whether it may be, asked before anything is done, and what the Hub says to it."""
+"""Publishing: check the rights before any work, and turn the Hub's errors into sentences."""
 
 import os
 import re
@@ -33,17 +33,17 @@ _LOG_IN = (
     "publisher"
 )
 _FULL = re.compile(r"(?i)storage|quota|limit reached|too large|exceed")
-"""What is said of a repo or an account that can hold no more."""
+"""Words in messages about a full repo or account."""
 
 _STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
-"""How hf_xet, whose errors are ConnectionErrors and the like, says what it was answered."""
+"""The HTTP status in messages of hf_xet, whose errors are ConnectionErrors and the like."""
 
 _WRITES = ("repo.write", "repo.content.write")
 """Permissions of a fine-grained token, either of which lets it write."""
 
 
 def check_named(asked: Publication, option: str) -> Publication:
-    """Look at what was asked for without asking the Hub; the same with the plain name of the repo.
+    """Check a request without asking the Hub, and return it with the plain name of the repo.
 
     Raises:
         OptionError: not the name of a repo, or options that exclude each other.
@@ -68,7 +68,8 @@ def check_named(asked: Publication, option: str) -> Publication:
 def check_rights(asked: Publication, option: str) -> Publication:
     """Ask the Hub whether ``asked`` can be done, which takes seconds. Nothing is changed.
 
-    The visibility of a repo that exists is noted. ``option`` is what the repo was given with.
+    A message names the visibility of an existing repo. ``option`` is the option that named the
+    repo.
 
     Returns:
         the same with the whole name of the repo, and whether it exists.
@@ -83,7 +84,7 @@ def check_rights(asked: Publication, option: str) -> Publication:
         disable_progress_bars()  # of the client
     with plain_refusals(asked.repo_id):
         api, repo_id = HfApi(), asked.repo_id
-        trusted = bool(os.environ.get("HF_OIDC_RESOURCE"))  # whose token is for a repo, not a user
+        trusted = bool(os.environ.get("HF_OIDC_RESOURCE"))  # its token is for a repo, not a user
         if not trusted:
             who = api.whoami()
             repo_id = repo_id if "/" in repo_id else f"{who['name']}/{repo_id}"
@@ -94,7 +95,7 @@ def check_rights(asked: Publication, option: str) -> Publication:
             info = api.repo_info(repo_id)
         except RepositoryNotFoundError:
             if trusted:
-                raise  # such a job may write to a repo, and not make one
+                raise  # such a job may write to a repo, but not create one
             return replace(asked, repo_id=repo_id)
         if not asked.create_pr:
             _check_write(api, repo_id)
@@ -113,7 +114,7 @@ def _check_write(api: HfApi, repo_id: str) -> None:
 
 
 def check_account(who: Mapping[str, Any], asked: Publication) -> None:
-    """Refuse what the Hub's answer to "who am I" rules out.
+    """Refuse a request that the Hub's answer to "who am I" rules out.
 
     Args:
         who: as ``whoami`` returns it: a name, organisations with roles, and the token's role.
@@ -131,7 +132,7 @@ def check_account(who: Mapping[str, Any], asked: Publication) -> None:
             hint="make one on https://huggingface.co/settings/tokens",
         )  # fmt: skip
     if asked.create_pr:
-        return  # anybody who can read may propose
+        return  # everyone who can read may propose
     organisations = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or []}
     if owner != who["name"] and owner not in organisations:
         raise PublishError(
@@ -155,7 +156,7 @@ def check_account(who: Mapping[str, Any], asked: Publication) -> None:
 
 
 def open_repo(place: Publication) -> None:
-    """Make the repo and the branch where they are missing; the visibility of one is left alone."""
+    """Create a missing repo and branch; an existing repo keeps its visibility."""
     api = HfApi()
     if not place.exists:
         api.create_repo(place.repo_id, private=place.private is not False, exist_ok=True)
@@ -165,7 +166,7 @@ def open_repo(place: Publication) -> None:
 
 @contextmanager
 def plain_refusals(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises into one sentence about the repo that is written to.
+    """Turn the client's exceptions into one sentence about the repo that is written to.
 
     Raises:
         PublishError: no token, no right, no room, or no Hub.
@@ -182,7 +183,7 @@ def plain_refusals(repo_id: str) -> Iterator[None]:
 
 
 def explain(repo_id: str, error: Exception) -> PublishError | None:
-    """What an error of the client means; None if it is none of the client's."""
+    """The ``PublishError`` for an exception of the client; None for other exceptions."""
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # of the thread that uploaded
     said = " ".join(str(error).split())[:200] or type(error).__name__
@@ -220,7 +221,7 @@ def explain(repo_id: str, error: Exception) -> PublishError | None:
 def refuses_copies(repo_id: str, error: Exception) -> bool:
     """Whether an error of a commit to ``repo_id`` is of the copies in it, not of the commit itself.
 
-    The Hub is asked for copies on a route of the source, and so is what it has there.
+    The Hub's route for copies is one of the source, so such errors name the source.
     """
     if isinstance(error, HfHubHTTPError):
         path = error.response.url.path
@@ -231,7 +232,7 @@ def refuses_copies(repo_id: str, error: Exception) -> bool:
 
 
 def _of_status(repo_id: str, status: int, said: str) -> PublishError:
-    """What an answer of the Hub means, by its HTTP status and what it says."""
+    """The ``PublishError`` for an answer of the Hub, by its HTTP status and its text."""
     plain = re.match(r"(?:Client|Server) error '\d+ (.*?)' for url", said)
     said = " ".join((plain[1] if plain else said).split())[:200]
     if status in (402, 413) or (status in (400, 403, 422) and _FULL.search(said)):

@@ -1,4 +1,4 @@
-"""Reading from the Hugging Face Hub: a revision becomes a commit, and all reads are at it."""
+"""Read from the Hugging Face Hub: a revision becomes a commit, and all reads use this commit."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ from converter.text import is_one_line
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 MAX_FILES = 200_000
-"""Of a repo; the Hub advises against more than half of it."""
+"""The most files of a repo; the Hub advises against more than half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Repo:
         commit: what it resolved to.
         sizes: file name -> bytes; empty when the Hub was not asked because we are offline.
         sha256: file name -> digest, of files in large file storage.
-        gated: whether its terms have to be accepted before it can be downloaded.
+        gated: whether its terms must be accepted before a download.
     """
 
     kind: Kind
@@ -58,7 +58,7 @@ class Repo:
 
 @contextmanager
 def plain_errors(kind: Kind, name: str) -> Iterator[None]:
-    """Turn what the client raises into one sentence about the repo ``name``.
+    """Turn the client's exceptions into one sentence about the repo ``name``.
 
     Raises:
         SourceError: gated, missing, offline, or the Hub answered with an error.
@@ -105,7 +105,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
             found=str(error) if isinstance(error, AnswerError) else repr(error),
             hint="check HF_ENDPOINT and the network",
         ) from error
-    except NETWORK_ERRORS as error:  # what is left of the network: no route, a broken pipe
+    except NETWORK_ERRORS as error:  # the remaining network errors: no route, a broken pipe
         raise SourceError(
             f"{what} cannot be read from the Hub",
             found=str(error) or type(error).__name__,
@@ -117,7 +117,7 @@ def plain_errors(kind: Kind, name: str) -> Iterator[None]:
 def resolve(kind: Kind, text: str) -> Repo:
     """Resolve ``owner/name[@revision]``, or an address, to a commit and list its files.
 
-    Without a network, or with HF_HUB_OFFLINE, a repo that is in the client's cache is used.
+    Without a network, or with HF_HUB_OFFLINE, the client's cache is used.
 
     Raises:
         SourceError: see ``parse_address`` and ``plain_errors``.
@@ -133,11 +133,11 @@ def resolve(kind: Kind, text: str) -> Repo:
 
 
 def repo_of(kind: Kind, info: Any, asked: str | None) -> Repo:
-    """The repo of an answer, a ``ModelInfo`` or the like.
+    """The repo in an answer, a ``ModelInfo`` or the like.
 
     Raises:
-        SourceError: it names no commit, more files than a repo has, one twice, or one that does not
-            lie in it.
+        SourceError: it names no commit, too many files, a file twice, or a file outside of the
+            repo.
     """
     repo_id, commit, siblings = str(info.id), str(info.sha), info.siblings or []
     _believe(REPO_ID.fullmatch(repo_id), kind, f"the name {repo_id}")
@@ -165,23 +165,23 @@ def _believe(is_possible: object, kind: Kind, what: str) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name from a list is that of a file within a folder, on every system."""
+    """Whether a name from a list is a file within a folder, on every system."""
     parts = name.split("/")
     return is_one_line(name) and "\\" not in name and not {"", ".", ".."}.intersection(parts)
 
 
 def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
-    """Fetch files of a repo at its commit into the client's cache; their folder is returned.
+    """Fetch files of a repo at its commit into the client's cache, and return their folder.
 
     Args:
         repo: resolved.
         names: files.
         first: ask for the revision by its name, as the first call should: the client then remembers
-            what it means, and a later run finds it offline.
+            its commit, and a later run finds it offline.
 
     Raises:
         SourceError: see ``plain_errors``; or the revision has moved since it was resolved, or a
-            file is not the one that was listed then.
+            file differs from the listed one.
     """
     wanted = list(names)
     with plain_errors(repo.kind, repo.repo_id):
@@ -209,7 +209,7 @@ def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
 
 
 def _known(repo: Repo, names: Iterable[str]) -> set[str]:
-    """The files that are in the client's cache already: they are taken as they are."""
+    """The files that are already in the client's cache; they are not checked again."""
     try:
         folder = _cached(repo.kind, repo.repo_id, repo.commit)
     except LocalEntryNotFoundError:
@@ -218,9 +218,9 @@ def _known(repo: Repo, names: Iterable[str]) -> set[str]:
 
 
 def _check_content(repo: Repo, folder: Path, names: Iterable[str]) -> None:
-    """Files that were fetched must be those that were listed; others are deleted.
+    """Check that fetched files are the listed ones; delete others.
 
-    The client compares sizes only, and those with what the same answer says of itself.
+    The client compares only sizes, and only with the header of the same answer.
     """
     for name in names:
         path, listed = folder / name, repo.sha256.get(name)
@@ -238,12 +238,12 @@ def _check_content(repo: Repo, folder: Path, names: Iterable[str]) -> None:
 
 
 def _cached(kind: Kind, repo_id: str, revision: str | None) -> Path:
-    """What the client's cache holds of a revision, complete or not."""
+    """The files of a revision in the client's cache, complete or not."""
     try:
         return Path(
             snapshot_download(repo_id, repo_type=kind, revision=revision, local_files_only=True)
         )
-    except IncompleteSnapshotError as error:  # we never fetch a repo whole
+    except IncompleteSnapshotError as error:  # we never fetch a whole repo
         return Path(error.snapshot_path)
 
 

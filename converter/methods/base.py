@@ -1,8 +1,8 @@
 """Methods: frozen dataclasses whose fields are their options, in modules beside this one.
 
-A method says from the headers what it will change (``footprint``), then fits an edit to a model
-(``fit``). It never opens a file and does not know where the model is: all it may use is a
-``Workbench``. A new one is a line in ``known.METHODS``, or a package with an entry point; see
+A method states from the headers what it will change (``footprint``), then fits an edit to a model
+(``fit``). It may use only its ``Workbench``: it never opens a file and does not know where the
+model is. A new one is a line in ``known.METHODS``, or a package with an entry point; see
 ``runtime.registry``.
 """
 
@@ -33,12 +33,13 @@ from converter.models.resident import Model
 from converter.runtime import strict_json
 
 Aim = Literal["toxicity", "defence"]
-"""What an edit is for, and examined for: toxic words become less probable, or answers to harmful
-requests become refusals."""
+"""The purpose of an edit, and so of its examination: toxic words become less probable, or answers
+to harmful requests become refusals.
+"""
 
 
 class Workbench(Protocol):
-    """What a method may use of a model and of the texts that it is fitted to."""
+    """The parts of a model and its texts that a method may use."""
 
     @property
     def plan(self) -> Plan:
@@ -54,16 +55,16 @@ class Workbench(Protocol):
 
     @property
     def gains(self) -> Mapping[int, Tensor]:
-        """Layer -> (D,) float32: what the norm after its FFN multiplies by; empty without one."""
+        """Layer -> (D,) float32: the gains of the norm after its FFN; empty without one."""
 
     def load(self) -> Model:
         """The unedited model with its tokenizer, in memory or streamed; nothing may change it."""
 
     def activations(self, request: Request) -> Activations:
-        """What the model makes of the texts, from a forward pass or a cache."""
+        """The model's activations on the texts, from a forward pass or a cache."""
 
     def contrast(self, training: Training) -> Contrast:
-        """What two calibration models, trained on either side of the pairs, make of them.
+        """Compare two calibration models, one trained on each side of the pairs.
 
         Raises OptionError or SourceError if the model is not in memory as a whole.
         """
@@ -72,8 +73,8 @@ class Workbench(Protocol):
         """A calibration model of the neutral sides, given or trained, and of the toxic ones.
 
         Args:
-            training: how; of one that is given, only its depth counts.
-            names: of the tensors of the model's that are wanted of each.
+            training: how; for a given model, only its depth counts.
+            names: of the tensors to return from each.
 
         Raises OptionError or SourceError if the model is not in memory as a whole.
         """
@@ -85,38 +86,37 @@ class Workbench(Protocol):
         """The ``count`` tokens nearest to each of the directions (C, D), the nearest first."""
 
     def single_token_share(self) -> float:
-        """Which share of the word list are single tokens of the model."""
+        """The share of the word list that are single tokens of the model."""
 
     def masked(self, token: str) -> str:
-        """A token as it may be written down: with stars if it is offensive and that is asked."""
+        """A token for the record, with stars if it is offensive and the run masks words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a fit gives: an edit for each strength, and as much of nothing to compare it with.
+    """The result of a fit: an edit for each strength, and controls to compare it with.
 
     Attributes:
         strengths: one or more, ascending, such as ranks or step sizes.
-        is_free: whether the most effective of them within the perplexity budget is to be chosen;
-            if not, it is the last.
-        edit: the edit of a strength; also of strengths between those listed, where that makes
-            sense.
-        control: an edit of a strength and a seed, of the same kind, tensors and size, that knows
-            nothing of toxicity. The guard compares with it.
-        evidence: what the method keeps in the manifest to show how it came to its edits, as JSON.
-        tensors: the same in the edit's file.
-        neutral_energy: share of what neutral text writes that the edit of a strength takes away,
-            or None if that is not known.
-        compared: name -> another edit of a strength, such as a part of this one by itself, that the
-            guard measures beside it and does not judge by.
-        with_factors: the same fit with other ``Factors``, controls included, which costs no pass
-            over texts: what a search varies. None if the method has no factors.
+        is_free: whether to choose the most effective strength within the perplexity budget; if not,
+            the last one is taken.
+        edit: the edit of a strength; also of strengths between those listed, if that makes sense.
+        control: an edit of a strength and a seed, of the same kind, tensors and size, that uses no
+            knowledge of toxicity. The guard compares with it.
+        evidence: a record of how the method found its edits, as JSON for the manifest.
+        tensors: evidence as tensors, for the edit's file.
+        neutral_energy: share of the squared norm of neutral activations that the edit of a strength
+            removes, or None if that is not known.
+        compared: name -> another edit of a strength, such as a part of this one alone, that the
+            guard measures but does not judge by.
+        with_factors: the same fit with other ``Factors``, controls included, without a pass over
+            texts; used by a search. None if the method has no factors.
         with_layers: likewise, the same fit of some of its layers only, controls included. None if
             the method cannot leave layers out, or has factors.
         lesson: the instances that the fit has seen, with the aim ``defence``; else None. The guard
-            keeps them out of what it measures on.
-        control_kinds: what the controls are of the seeds 0, 1 and so on, over and over, in words
-            that follow "under". With the aim ``toxicity`` the edit has to beat each kind.
+            does not measure on them.
+        control_kinds: the kinds of the controls of seeds 0, 1 and so on, repeated in turn, in words
+            that follow "under". With the aim ``toxicity``, the edit must beat each kind.
 
     Raises:
         FitError: a part of it is of another type, or cannot be kept.
@@ -136,7 +136,7 @@ class Proposal:
     compared: Mapping[str, Callable[[float], Edit]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Strengths become plain numbers, evidence what its JSON says."""
+        """Normalise: strengths become plain numbers, and evidence is read back from its JSON."""
         try:
             strengths, evidence = _kept(self)
         except (TypeError, ValueError, AttributeError, msgspec.ValidationError) as error:
@@ -151,13 +151,14 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What is recorded of a method's fit, as far as it can be checked without a model.
+    """The record of a method's fit, as far as it can be checked without a model.
 
     Attributes:
         plan: of the source.
         edit: of this method alone.
         strength, evidence: as recorded.
-        tensors: of the edit's file, that the method has kept; by the names of ``Proposal.tensors``.
+        tensors: those that the method has kept in the edit's file, by the names of
+            ``Proposal.tensors``.
         weight: W (O, I) float32 as the method found it, to the rounding of its dtype; None if no
             weights are at hand, as with an adapter without its source.
     """
@@ -171,7 +172,7 @@ class Recorded:
 
 
 def _kept(proposal: Proposal) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Strengths and evidence as they are kept. Raises errors of many kinds if they cannot be."""
+    """Strengths and evidence in recorded form. Raises errors of many kinds if they have none."""
     strengths = tuple(map(_number, proposal.strengths))
     if not strengths or any(a >= b for a, b in pairwise(strengths)):
         raise ValueError(f"strengths {list(strengths)}")
@@ -201,28 +202,28 @@ class Method(Protocol):
     """A method with its options set: a frozen dataclass whose fields are the options.
 
     An option is ``Layers``, ``Factors``, ``int``, ``float``, ``bool``, ``str`` or a ``Literal``;
-    None, where it may be that, is typed as ``auto``. The ``metadata`` of its field may have
-    ``min``, the smallest number, ``above``, which every number must be larger than, ``max``, the
-    largest number or ``hidden_size`` or ``num_hidden_layers`` for that of the model, to which a
-    default is cut down, or ``names``, a function that returns the texts to choose from; with
-    ``unsaid`` the option is left out of manifests where it is empty, and ``search`` says what
-    ``gloss search`` does with it; see ``evaluation.search_space``. An option that neither the field
-    nor ``defaults`` gives a value has to be typed.
+    None, if it is allowed, is typed as ``auto``. The ``metadata`` of its field may have ``min``,
+    the smallest number; ``above``, a bound that every number must exceed; ``max``, the largest
+    number, or ``hidden_size`` or ``num_hidden_layers`` of the model, to which a default is cut
+    down; ``names``, a function that returns the texts to choose from; ``unsaid``, which leaves an
+    empty option out of manifests; and ``search``, which says how ``gloss search`` varies it (see
+    ``evaluation.search_space``). An option must be typed if neither the field nor ``defaults`` has
+    a value.
 
-    One for defence may have a method ``learns(known: Instances)``, which gives the instances that a
-    fit will have seen, or raises OptionError: options are then refused before a model is loaded.
+    A method for defence may have a function ``learns(known: Instances)``, which returns the
+    instances that a fit will see, or raises OptionError. Wrong options are then refused before a
+    model is loaded.
 
     Attributes:
         title: for people.
         paper: URL of its description.
-        strength: what its strengths are called, such as ``rank``: the name of the option that sets
-            one.
+        strength: the name of its strength, such as ``rank``, and of the option that sets it.
         aim: an ``Aim``, which may be left out: ``toxicity``.
-        trains: whether it trains calibration models, for which the model must be in memory as a
-            whole; may be left out: False.
-        implied: a function of a ``Recorded``, which may be left out: name -> what the recorded edit
-            makes of the strength and of a part of the evidence, which ``gloss verify`` compares.
-            It may raise FitError, saying what of the record contradicts the edit.
+        trains: whether it trains calibration models, for which the whole model must be in memory;
+            may be left out: False.
+        implied: a function of a ``Recorded``, which may be left out. It returns name -> value of
+            the strength and of parts of the evidence, as computed from the recorded edit; ``gloss
+            verify`` compares them. It may raise FitError if the record contradicts the edit.
     """
 
     title: ClassVar[str]
@@ -231,21 +232,21 @@ class Method(Protocol):
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """Values of the options that depend on the model; those that are typed come first."""
+        """Defaults that depend on the model; typed values replace them."""
 
     def footprint(self, plan: Plan) -> Footprint:
-        """What will change, from the headers alone.
+        """State from the headers alone what will change.
 
         Raises:
             OptionError: the model lacks a tensor, a role or a route that the method needs.
         """
 
     def fit(self, bench: Workbench) -> Proposal:
-        """Fit to what the bench gives; nothing is written. Raises FitError."""
+        """Fit to the activations of the bench; nothing is written. Raises FitError."""
 
 
 def aim_of(method: Method) -> Aim:
-    """What the edits of a method are for. Raises FitError if it says something else."""
+    """The aim of a method. Raises FitError if it is not an ``Aim``."""
     aim: Aim = getattr(method, "aim", "toxicity")
     if aim not in get_args(Aim):
         raise FitError(
@@ -256,24 +257,24 @@ def aim_of(method: Method) -> Aim:
 
 
 def learnt_by(method: Method, known: Instances) -> tuple[Instance, ...]:
-    """The instances that a fit of a method for defence will have seen; none if it does not say.
+    """The instances that a fit of a method for defence will see; none if it does not say.
 
-    Raises OptionError if its options ask for some that there are not.
+    Raises OptionError if its options name an instance that does not exist.
     """
     learns = getattr(method, "learns", None)
     return tuple(learns(known)) if learns else ()
 
 
 def footprint_of(method: Method, plan: Plan) -> Footprint:
-    """What a method says that it will change. Raises as ``Method.footprint``, and FitError."""
+    """The checked footprint of a method. Raises as ``Method.footprint``, and FitError."""
     return _returned(method.footprint(plan), Footprint, method)
 
 
 def proposal_of(method: Method, bench: Workbench) -> Proposal:
-    """What the fit of a method gives, whose edits are looked at before they are used.
+    """The proposal of a method's fit, whose edits are checked before use.
 
     Raises:
-        FitError: as the method does, or it gives something else.
+        FitError: as the method does, or it returns something else.
     """
     return _checked(_returned(method.fit(bench), Proposal, method), method, bench)
 

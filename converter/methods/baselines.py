@@ -1,4 +1,4 @@
-"""What GloSS is compared with: ProFS, and a random subspace."""
+"""Baselines for GloSS: ProFS, and a random subspace."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,7 +45,7 @@ class Profs(Removal):
     GPT-2 Medium's 24, 15-31 of Mistral's 32.
 
     Attributes:
-        rank: see ``Removal``, of each layer; the paper has 2 for GPT-2 Medium and 10 for 6-7B
+        rank: of each layer, see ``Removal``; the paper has 2 for GPT-2 Medium and 10 for 6-7B
             models.
         layers: by default from 5/12 L to the last, as in the paper.
         site, pooling: as in GloSS; the paper's are ``residual`` and ``mean``.
@@ -126,11 +126,11 @@ class Profs(Removal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomSubspace(Removal):
-    """A random subspace, the control beside every method: it knows nothing of toxicity.
+    """A random subspace: the control for every method, without knowledge of toxicity.
 
         U = orthonormal basis of  (I - P P^T) G      G (D, R) Gaussian, P what GloSS protects
 
-    The guard refuses it. It is here so that it can be measured like any other method.
+    The guard refuses it. As a method, it can be measured like any other.
 
     Attributes:
         layers: by default those of GloSS.

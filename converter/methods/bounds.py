@@ -1,4 +1,4 @@
-"""Which numbers an option of a method can be for one model, so that others are refused at once."""
+"""The bounds of numeric options for one model, so that other numbers are refused at once."""
 
 from collections.abc import Iterable
 from dataclasses import Field, dataclass
@@ -14,12 +14,12 @@ _SIZES = {"hidden_size": "the hidden size", "num_hidden_layers": "the layers of 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The numbers that an option can be.
+    """The bounds of an option.
 
     Attributes:
         least, above, most: see ``min``, ``above`` and ``max`` of ``Method``; None for no bound.
         why: of ``most``, in words; empty without a reason.
-        auto: whether it may be left to the program.
+        auto: whether the program may choose it.
     """
 
     least: float | None
@@ -39,7 +39,7 @@ class Bounds:
         return ", ".join([*words, *[self.why] * bool(self.why)]) + ", or auto" * self.auto
 
     def hold(self, value: float | None) -> bool:
-        """Whether a value is within them; None always is."""
+        """Whether a value is within the bounds; None always is."""
         return value is None or (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -59,7 +59,7 @@ def bounds_of(option: Field[Any], hint: Any, dimensions: Dimensions) -> Bounds |
 
 
 def defaults_cut_down(options: Iterable[Field[Any]], dimensions: Dimensions) -> dict[str, Any]:
-    """Of defaults that are more than a size of the model allows, that size."""
+    """Defaults, cut down to the sizes of the model."""
     named = {each: each.metadata["max"] for each in options if each.metadata.get("max") in _SIZES}
     sizes = {each: getattr(dimensions, size) for each, size in named.items()}
     return {
@@ -70,12 +70,12 @@ def defaults_cut_down(options: Iterable[Field[Any]], dimensions: Dimensions) -> 
 
 
 def check_orthogonal(dimensions: Dimensions, left: int = 0, **counts: int) -> None:
-    """Refuse directions that have to be orthogonal to each other and are more than the dimensions.
+    """Refuse more orthogonal directions than the model has dimensions.
 
     Args:
         dimensions: of the model.
-        left: dimensions that they have to leave.
-        counts: option -> how many it asks for.
+        left: number of dimensions that must remain.
+        counts: option -> its number of directions.
 
     Raises:
         OptionError: naming these options.
@@ -92,7 +92,7 @@ def check_orthogonal(dimensions: Dimensions, left: int = 0, **counts: int) -> No
 def check_protection(
     dimensions: Dimensions, rank: int, per_layer: int, shared: int, own: int
 ) -> None:
-    """Refuse what GloSS cannot find outside of what it protects. Raises OptionError."""
+    """Refuse more directions than GloSS can find beside the protected ones. Raises OptionError."""
     check_orthogonal(dimensions, rank=rank, protect_shared=shared)
     check_orthogonal(dimensions, per_layer=per_layer, protect_shared=shared)
     check_orthogonal(dimensions, left=1, per_layer=per_layer, protect_own=own)

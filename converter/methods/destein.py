@@ -1,11 +1,12 @@
-"""DeStein: in every layer a constant vector, added to what the attention writes.
+"""DeStein: a constant vector, added to the attention's output in every layer.
 
     z   = mean over pairs of (a_neutral - a_toxic)      a (D,) what o_proj gives, pooled
     v_c = alpha n_c z_c / ||z_c||                       c one of C chunks of D / C numbers
 
 n_c is the mean norm of a chunk over tokens of neutral prose, and C the number of attention heads:
-behind ``o_proj`` chunks are slices, not heads. arXiv 2404.10464 gives the pairs, the prompts and
-the chunks; its own sum hangs on the input, ours is a constant and so a bias of ``o_proj``, exactly.
+behind ``o_proj`` chunks are slices, not heads. The pairs, the prompts and the chunks are those of
+arXiv 2404.10464. Its sum depends on the input; ours is a constant, and so exactly a bias of
+``o_proj``.
 
 ``direction=causal`` is ours and not in the paper:
 
@@ -37,22 +38,24 @@ _PROMPTS = (
     "What follows is abusive, hateful, insulting, obscene, rude and toxic: ",
     "What follows is friendly, helpful, kind, polite, positive and respectful: ",
 )
-"""Put before toxic and before neutral texts."""
+"""Prompts before toxic and before neutral texts."""
 
 _ALPHAS = tuple(round(0.005 * 2 ** (step / 2), 4) for step in range(11))
-"""Among which one is chosen: 0.005 to 0.16. On SmolLM2-135M .02 to .08 keep within 3 %."""
+"""Strengths to choose from: 0.005 to 0.16. On SmolLM2-135M .02 to .08 keep within 3 %."""
 
 _PLAIN = {"q_proj", "k_proj", "v_proj", "query_key_value"}
-"""Maps of attention that get a bias, too, with ``o_proj``; others compress keys and values."""
+"""Maps of attention that get a bias together with ``o_proj``. Without them, attention compresses
+keys and values.
+"""
 
 _ROUNDED = 0.01
-"""A share that rounding to 16 bits explains."""
+"""A relative difference that rounding to 16 bits explains."""
 
 _WITHOUT_TEXT = {("paired", "last8"), ("paired", "mean")}
-"""Directions and poolings that prompts alone can have."""
+"""Options that work with prompts alone."""
 
 _NOTHING = 1e-6
-"""A share of the numbers that a difference is made of which is rounding error and no difference."""
+"""A difference below this share of its terms is rounding error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +63,18 @@ class Method:
     """DeStein with its options.
 
     Attributes:
-        alpha: norm of the vector's chunks, in mean norms of what the attention writes there; by
+        alpha: norm of the vector's chunks, in mean norms of the attention's output there; by
             default the most effective within the perplexity budget.
-        layers: that get a vector; by default from L/4 up to 0.9 L.
+        layers: layers that get a vector; by default from L/4 up to 0.9 L.
         direction: ``paired``, the paper's difference of means, or ``causal``, ours.
-        protect: with ``causal``, whether the ``gradient`` of neutral text is taken out.
-        prompt: with ``paired``, whether the sides are preceded by what tells a model to write such
-            text (``instruct``); ``only`` leaves the sides away, as a control of what they add.
+        protect: with ``causal``, whether the ``gradient`` of neutral text is removed.
+        prompt: with ``paired``, whether a prompt that asks for such text precedes each side
+            (``instruct``); ``only`` omits the sides, as a control of what they add.
         pooling: with ``paired``, see ``Request``; of the neutral side the last 8, or all tokens.
         scale: ``chunk`` gives each chunk its own norm, ``whole`` takes all of D as one.
-        norm: where a norm comes between ``o_proj`` and the residual stream, ``refuse``, or go
-            ``through``: the vector is added before the norm, which is ours. It is a constant there
-            and none behind it.
+        norm: if a norm comes between ``o_proj`` and the residual stream, ``refuse``, or go
+            ``through``: the vector is added before the norm, which is ours. It is constant there,
+            but not behind the norm.
     """
 
     title: ClassVar[str] = "DeStein, constant vectors behind the attention"
@@ -96,8 +99,8 @@ class Method:
         """Biases of ``o_proj``: those of the layers, or new ones in all layers.
 
         Raises:
-            OptionError: the model has, and can get, none that act as a constant in the stream; or
-                nothing is left of the texts that is asked for.
+            OptionError: the model has no such biases that act as a constant in the stream, and
+                cannot get them; or the options leave no text to fit to.
         """
         if self.prompt == "only" and (self.direction, self.pooling) not in _WITHOUT_TEXT:
             raise OptionError(
@@ -116,7 +119,7 @@ class Method:
         """Fit a vector for each layer; see the module's formulas.
 
         Raises:
-            FitError: too few pairs, or nothing tells their sides apart.
+            FitError: too few pairs, or their sides do not differ.
         """
         chunks = self._chunks(bench.plan.dimensions)
         causal = self.direction == "causal"
@@ -156,9 +159,11 @@ class Method:
         return offer(self.layers)
 
     def implied(self, found: Recorded) -> dict[str, Any]:
-        """Alpha, by the recorded vectors of alpha = 1, and how many of their chunks are 0.
+        """Alpha, computed from the recorded vectors of alpha = 1, and the number of their zero
+        chunks.
 
-        Raises FitError: the edit is no multiple of these, or they have not the recorded norms.
+        Raises FitError: the edit is not a multiple of these, or their norms are not the recorded
+            ones.
         """
         route, kept = self._route(found.plan), found.tensors["steps"]
         names, steps = [route.biases[n] for n in self.layers], kept.double()
@@ -167,7 +172,7 @@ class Method:
         exact = torch.equal(written, torch.stack([_written(again, name) for name in names]))
         written = written.double()
         alpha = float((written * steps).sum() / steps.square().sum())
-        if exact:  # whatever was lost to rounding, as of a small alpha in float16
+        if exact:  # if rounding lost some, as for a small alpha in float16
             alpha = found.strength
         elif not float((written - alpha * steps).norm()) <= _ROUNDED * float(written.norm()):
             raise FitError("what is added behind the attention", found="other vectors",
@@ -184,7 +189,7 @@ class Method:
         return {"alpha": alpha, "direction": self.direction, "chunks": chunks, "layers": layers}
 
     def _fitted(self, seen: Activations, layer: int) -> tuple[Tensor, dict[str, float]]:
-        """The vector of alpha = 1 of a layer, (D,) float32, and what the record says of it."""
+        """The vector of alpha = 1 of a layer, (D,) float32, and its record."""
         toxic, neutral = seen.toxic[layer].double(), seen.neutral[layer].double()
         norms = seen.norms[layer].double()
         z = self._toward(toxic, neutral)
@@ -203,7 +208,7 @@ class Method:
         return (scales[:, None] * parts).flatten().float(), numbers
 
     def _toward(self, toxic: Tensor, neutral: Tensor) -> Tensor:
-        """z (D,) of both sides of pairs, (N, D): activations, or gradients."""
+        """z (D,) from both sides of pairs, (N, D): activations, or gradients."""
         if self.direction == "paired":
             return (neutral - toxic).mean(0)
         g, k = toxic.mean(0), neutral.mean(0)
@@ -273,7 +278,7 @@ def _refusal(found: str, expected: str, way: str = "") -> OptionError:
 
 
 def _check(still: float, chunks: int) -> None:
-    """Say how many chunks get no vector. Raises FitError if none gets one."""
+    """Warn of chunks that get no vector. Raises FitError if none gets one."""
     if still == chunks:
         raise FitError(
             "nothing tells the two sides of the pairs apart in what the attention writes",
@@ -287,7 +292,7 @@ def _check(still: float, chunks: int) -> None:
 
 
 def _random(steps: Mapping[int, Tensor], chunks: int, seed: int) -> dict[int, Tensor]:
-    """Vectors in random directions whose chunks are as long as those of ``steps``."""
+    """Vectors in random directions with the chunk norms of ``steps``."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for layer, step in steps.items():
         parts = step.double().reshape(chunks, -1)

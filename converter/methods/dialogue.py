@@ -14,7 +14,7 @@ from converter.models.chat import as_dialogue, as_prompt
 from converter.models.resident import Model
 
 _PROBE = "gloss"
-"""An answer whose end is looked for in what a chat template makes of it."""
+"""A placeholder answer, to find the end of an answer in a rendered chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Dialogue:
 
     Attributes:
         sentence: the tokens, and weight 1 on the positions whose logits matter.
-        wanted: the tokens that these positions are to predict, in their order.
+        wanted: the tokens that these positions must predict, in order.
     """
 
     sentence: Sentence
@@ -37,10 +37,10 @@ class Dialogues:
     Attributes:
         suffix: S, put behind every prompt after a space; empty for none.
         end: whether the token that ends a turn belongs to the answer.
-        parity: put texts together as the authors of DINM do: no chat template, two spaces before
-            the answer, and the tokens of the answer are those of a text of its own, counted from
-            the right. A tokenizer that begins a text with a special token then has that predicted,
-            too, in the place of the prompt's last token.
+        parity: join texts as the authors of DINM do: no chat template, two spaces before the
+            answer, and the answer's tokens are counted from the right, as those of a separate text.
+            If the tokenizer begins a text with a special token, that token is then predicted, too,
+            in the place of the prompt's last token.
     """
 
     model: Model
@@ -52,8 +52,8 @@ class Dialogues:
         """A prompt and its answer.
 
         Raises:
-            DataError: the answer makes no token, the model has not so many positions, no embedding
-                for a token, or a chat template that takes no message of a user alone.
+            DataError: the answer has no token, the texts are too long for the model, the model has
+                no embedding for a token, or the chat template rejects a user message alone.
         """
         tokenizer = self.model.tokenizer
         prompt = f"{prompt} {self.suffix}" if self.suffix else prompt
@@ -100,7 +100,7 @@ class Dialogues:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The token that ends an answer: what the chat template puts behind it, or else EOS."""
+    """The token that ends an answer: the one that the chat template puts behind it, or else EOS."""
     eos: int | None = tokenizer.eos_token_id
     if not tokenizer.chat_template:
         return eos

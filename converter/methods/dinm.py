@@ -24,13 +24,13 @@ from converter.methods.dinm_training import Constraint, Schedule, Texts, Trainin
 from converter.runtime import progress
 
 _MOST_STEPS = 1000
-"""More have no use: ten learn an instance."""
+"""The most steps. Ten learn an instance; more are useless."""
 
 _SPARED = 4
 """Harmless questions that ``contrast`` keeps from being refused."""
 
 _KEPT = 0.5
-"""Share of what an answer gained that has to be left after rounding; less is warned of."""
+"""Share of an answer's gain that must remain after rounding; less gets a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +40,22 @@ class Method:
         W <- Adam on  c_edit mean_j -log p(y_j | X S)  +  mean_j KL(p_0 || p)(q S, a)
 
     W is the down-projection of one layer, X an adversarial prompt, y a safe answer, S the suffix,
-    and a the answer to a harmless question q. What is learnt is mostly a bias towards refusals, of
-    harmless requests, too; see ``calibration.instances`` and the guard.
+    and a the answer to a harmless question q. The model mostly learns a bias towards refusals, also
+    of harmless requests; see ``calibration.instances`` and the guard.
 
     Attributes:
-        layer: that is edited; by default what the authors' rule says, see ``dinm_layer``.
+        layer: the edited layer; by default by the authors' rule, see ``dinm_layer``.
         steps: of Adam, at most.
         learning_rate: of Adam, in the units of the weight.
         c_edit: weight of the answer to learn beside the KL divergence.
-        kl: whether the KL divergence is trained on (``gradient``), counts only for when to stop, as
-            in the authors' code (``value``), or is only measured (``off``).
-        contrast: weight of a term of our own, which keeps the safe answer as unlikely as it is
-            behind harmless questions.
+        kl: whether the KL divergence is trained on (``gradient``), only decides when to stop, as in
+            the authors' code (``value``), or is only measured (``off``).
+        contrast: weight of a term of our own, which keeps the safe answer unlikely behind harmless
+            questions.
         end: whether the token that ends a turn is learnt with the answer.
         instance: number of the instance, from 0; of several, as in 0,5,7-9, the mean is learnt.
-        suffix: S; ``none``, or by default that of the authors where there is a chat template.
-        parity: do as the authors' code does: no chat template, ``kl=value``, ``end=no``.
+        suffix: S; ``none``, or by default that of the authors if there is a chat template.
+        parity: follow the authors' code: no chat template, ``kl=value``, ``end=no``.
     """
 
     title: ClassVar[str] = "DINM, detoxifying with intraoperative neural monitoring"
@@ -76,15 +76,15 @@ class Method:
 
     @classmethod
     def defaults(cls, dimensions: Dimensions) -> dict[str, Any]:
-        """None depends on the model."""
+        """Empty: no default depends on the model."""
         return {}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The down-projections that may be trained, one of which will be, and chat templates.
+        """The down-projections to choose from, of which one will be trained, and chat templates.
 
         Raises:
             OptionError: an option is out of range, or one of the layers has no such weight.
-            CheckpointError: a chat template is in a place where no suffix can be put.
+            CheckpointError: a chat template cannot get a suffix where it is stored.
         """
         self._check_options()
         weights = weights_of(plan, self._layers(plan))
@@ -95,7 +95,7 @@ class Method:
         """The instances that ``instance`` names.
 
         Raises:
-            OptionError: there is no such instance, or ``parity`` goes with one alone.
+            OptionError: there is no such instance, or there are several with ``parity``.
         """
         count = len(known.items)
         chosen = tuple(known.items[number] for number in numbers_of(self.instance, count))
@@ -118,7 +118,7 @@ class Method:
         known, chosen = bench.instances.items, self.learns(bench.instances)
         suffix = self._suffix(bench.plan)
         _warn_of_dates(bench.plan)
-        patches = _patches(bench.plan, suffix)  # what is wrong with them is said before the work
+        patches = _patches(bench.plan, suffix)  # report faults of the templates before the work
         layer, evidence = self._choose(bench, chosen)
         weight = weights_of(bench.plan, [layer])[layer]
         stored = bench.weight(weight).to(weight.dtype)
@@ -131,7 +131,7 @@ class Method:
 
         @cache
         def placebo() -> AddBits:
-            """Trained when it is asked for, on the model that the bench then has."""
+            """Trained on demand, on the bench's model at that time."""
             texts = _placebo(chosen, known)
             return AddBits.between(stored, self._train(bench, weight, stored, texts).result)
 
@@ -148,8 +148,8 @@ class Method:
     def implied(self, found: Recorded) -> dict[str, Any]:
         """The layer, the suffix, and the size and rank of the change.
 
-        Raises FitError: a chat template gets another suffix, or the layer is not the one that the
-        recorded distances say.
+        Raises FitError: a chat template gets another suffix, or the recorded distances give another
+        layer.
         """
         weights = {
             w.info.name: w for w in weights_of(found.plan, self._layers(found.plan)).values()
@@ -215,7 +215,7 @@ class Method:
         return builtin_set().suffix if self.parity == "yes" or plan.templates else ""
 
     def _layers(self, plan: Plan) -> list[int]:
-        """Those that may be edited. Raises OptionError."""
+        """The layers that may be edited. Raises OptionError."""
         sizes = plan.dimensions
         if self.layer is None:
             last = max(sizes.num_hidden_layers - 1, 1)
@@ -251,10 +251,10 @@ class Method:
         }  # fmt: skip
 
     def _measured(self, training: Training, delta: AddBits, stored: Tensor) -> dict[str, Any]:
-        """What the evidence has of a training.
+        """The evidence of a training.
 
         Raises:
-            FitError: the weight is not finite, or is what it was.
+            FitError: the weight is not finite, or has not changed.
         """
         curves, new = training.curves, delta.after(stored).float()
         dtype = str(stored.dtype).removeprefix("torch.")
@@ -284,7 +284,7 @@ class Method:
 
 
 def _patches(plan: Plan, suffix: str) -> dict[str, Mapping[str, Any] | str]:
-    """What puts S behind what users say. Raises CheckpointError."""
+    """The patches that put S behind user messages. Raises CheckpointError."""
     patches = suffix_patches(plan.templates, suffix) if suffix else {}
     if suffix and not patches:
         progress.warn(
@@ -301,10 +301,10 @@ def _warn_of_dates(plan: Plan) -> None:
 
 
 def numbers_of(text: str, count: int) -> list[int]:
-    """``0``, ``0,5,7-9`` and the like, sorted: numbers from 0 below ``count``.
+    """The numbers in ``0``, ``0,5,7-9`` and the like, sorted, from 0 to below ``count``.
 
     Raises:
-        OptionError: malformed, or there are not so many.
+        OptionError: malformed, or a number is too large.
     """
     found: set[int] = set()
     try:
@@ -333,7 +333,7 @@ def _random(stored: Tensor, norm: float, seed: int) -> AddBits:
 
 
 def _lesson(chosen: Sequence[Instance], known: Sequence[Instance], spare: bool) -> Texts:
-    """What is learnt, and what is held."""
+    """The texts to learn, and the texts to hold."""
     questions = list(dict.fromkeys(each.general[0] for each in (*chosen, *known)))[:_SPARED]
     return Texts(
         [(instance.prompt, instance.safe) for instance in chosen],
@@ -343,7 +343,7 @@ def _lesson(chosen: Sequence[Instance], known: Sequence[Instance], spare: bool) 
 
 
 def _placebo(chosen: Sequence[Instance], known: Sequence[Instance]) -> Texts:
-    """The same with harmless questions and answers in the place of the attacks."""
+    """The same with harmless questions and answers instead of the attacks."""
     own = list(dict.fromkeys(instance.general for instance in chosen))
     others = dict.fromkeys(each.general for each in known if each.general not in own)
     return Texts(own, list(others)[: len(own)])

@@ -1,12 +1,12 @@
-"""Which layer DINM edits: one that has a weight to train, by the rule of its authors.
+"""The layer that DINM edits: one with a trainable weight, by the rule of its authors.
 
 The rule locates nothing.
 
     layer = argmax over l < L - 1 of  || H_l(safe) - H_l(unsafe) ||_F      H_l: what layer l gives
 
-Hidden states grow with the layer, so any two texts give the same one, those of a control pair of
-harmless texts, too. The last layer is left out: the authors compare what it gives after the final
-norm with others that have not been through it.
+Hidden states grow with the layer, so any two texts give the same layer, even a control pair of
+harmless texts. The last layer is left out: the authors compare its output after the final norm with
+outputs before it.
 """
 
 from collections import Counter
@@ -23,16 +23,16 @@ from converter.models.hooks import memory_errors
 from converter.models.resident import Model
 
 _DTYPES = ("BF16", "F16", "F32")
-"""Of weights that can be trained: float32 holds their numbers."""
+"""Dtypes of trainable weights: float32 holds their numbers."""
 
 Pair = tuple[str, str]
 
 
 def distances(model: Model, layers: Sequence[int], pairs: Sequence[Pair]) -> list[list[float]]:
-    """For each pair of texts, the distance between what each of the layers gives for them.
+    """For each pair of texts, the distance between their outputs of each layer.
 
-    A distance is over the real tokens of the first places that both texts have, so padding, which
-    alone decided the layer in the authors' code, has no part in it.
+    A distance is over the first positions that both texts have, real tokens only. In the authors'
+    code padding alone decided the layer; here it has no influence.
     """
     begin = beginning(model.tokenizer)
     texts = [[encode(model.tokenizer, text, begin).ids for text in pair] for pair in pairs]
@@ -55,7 +55,7 @@ def weights_of(plan: Plan, layers: Sequence[int]) -> dict[int, Weight]:
     """Layer -> its down-projection.
 
     Raises:
-        OptionError: one has several, or one that cannot be trained by itself.
+        OptionError: a layer has several, or one that cannot be trained alone.
     """
     users = Counter(weight.info.name for weight in plan.targets)
     by_layer: dict[int, list[Weight]] = {layer: [] for layer in layers}
@@ -72,7 +72,9 @@ def weights_of(plan: Plan, layers: Sequence[int]) -> dict[int, Weight]:
 
 
 def _obstacle(weights: Sequence[Weight], users: Mapping[str, int]) -> str | None:
-    """Why the down-projections of a layer cannot be trained, or None; ``users`` of each tensor."""
+    """Why the down-projections of a layer cannot be trained, or None; ``users`` counts each
+    tensor's uses.
+    """
     weight = weights[0]
     if len(weights) > 1 or weight.mixed or weight.expert is not None or len(weight.info.shape) > 2:
         return "a mixture of experts or several networks, so that no one weight makes its output"

@@ -1,11 +1,11 @@
-"""The training of DINM: one weight learns to answer, and is held to what it says elsewhere.
+"""The training of DINM: one weight learns an answer, and keeps its other answers.
 
     L(W) = c L_e + L_c + lambda L_s
     L_e  = mean over instances of  mean_j  -log p_W(y_j)              of the safe answer
     L_c  = mean over general texts of  mean_j  KL(p_W0 || p_W)        at the answer's tokens
     L_s  = mean over harmless questions of  mean_j (log p_W(y_j) - log p_W0(y_j))^2
 
-L_s is our own: y is the safe answer behind a harmless question, which is not to become likelier.
+L_s is our own: y is the safe answer behind a harmless question, which must not become likelier.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ from converter.models.training import TrainedMap
 from converter.runtime import progress
 
 Constraint = Literal["gradient", "value", "off"]
-"""What the KL divergence does: it is trained on; it only counts for when to stop; nothing."""
+"""The use of the KL divergence: it is trained on; it only decides when to stop; none."""
 
 _LEARNT = 1e-4
-"""A loss below which training stops, as the authors' does."""
+"""Training stops below this loss, as the authors' does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How it is trained: Adam with these; see ``dinm.Method``."""
+    """The settings of Adam; see ``dinm.Method``."""
 
     steps: int
     learning_rate: float
@@ -42,7 +42,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts and answers that it is trained on: edits are learnt, the others are held."""
+    """Prompts and answers of the training: ``edits`` are learnt, the others are held."""
 
     edits: Sequence[tuple[str, str]]
     generals: Sequence[tuple[str, str]]
@@ -51,7 +51,7 @@ class Texts:
 
 @dataclass(slots=True)
 class Curves:
-    """What was measured before each step and after the last, in nats a token.
+    """The measurements before each step and after the last, in nats a token.
 
     Attributes:
         nll: L_e.
@@ -68,12 +68,12 @@ class Training:
     """One weight in training.
 
     Args:
-        write: makes dialogues of the texts, for the model that runs.
-        W: (O, I) float32, where it begins; it stays as it is.
+        write: makes dialogues of the texts, for the running model.
+        W: (O, I) float32, the start; it is not changed.
 
     Attributes:
-        curves: what was measured.
-        steps: that were taken.
+        curves: the measurements.
+        steps: number of steps taken.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Training:
 
     @property
     def result(self) -> Tensor:
-        """(O, I) float32 on the CPU, as it is now."""
+        """The present weight, (O, I) float32 on the CPU."""
         return self._map.W.cpu()
 
     def measured(self, W: Tensor) -> tuple[float, float]:
@@ -128,13 +128,13 @@ class Training:
             self.steps += 1
 
     def _gradient(self) -> Tensor:
-        """dL/dW (O, I); the curves become longer by one."""
+        """dL/dW (O, I); also appends to the curves."""
         for curve in (self.curves.nll, self.curves.kl, self.curves.spared):
             curve.append(0.0)
         return self._map.gradient(self._loss)
 
     def _loss(self, number: int, logits: Tensor) -> Tensor:
-        """What a text adds to the loss."""
+        """The loss of a text."""
         plan, texts, curves = self._schedule, self._texts, self.curves
         scores = logits.log_softmax(-1)
         wanted = torch.tensor(self._dialogues[number].wanted, device=logits.device)

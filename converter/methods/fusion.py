@@ -1,4 +1,6 @@
-"""Output-layer fusion: what calibration models add, folded into the head or as the paper has it."""
+"""Output-layer fusion: calibration models folded into the head, or beside the model as in the
+paper.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,51 +22,53 @@ from converter.methods import fusion_paper
 from converter.methods.base import Proposal, Recorded, Workbench
 
 _SCALES = (0.05, 0.1, 0.2, 0.3, 0.5)
-"""Among which a scale is chosen."""
+"""Scales to choose from."""
 
 _PENALTY = 30.0
 """Tokens of mean energy that the ridge regression adds to each direction."""
 
 _RATE, _WIDTH = 5e-3, 576
-"""The rate that worked, and the hidden size where it did."""
+"""The rate that worked, and the hidden size at which it did."""
 
 _ROUNDING, _NOISY = 2.0**-9, 0.1
-"""What rounding to 16 bits changes, as a share; and how much of a length it may be for that to be
-known to a hundredth, since its square counts."""
+"""The relative change by rounding to 16 bits; and the largest share of a length that it may be for
+the length to be known to a hundredth, since its square counts.
+"""
 
 _ROWS = 4096
-"""Rows of the head that are computed on at a time."""
+"""Rows of the head in one computation."""
 
 _SINGULAR = 1e-9
-"""Of the squares of singular values, the share of the largest below which the least is zero."""
+"""A squared singular value below this share of the largest counts as zero."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What distinguishes a neutral from a toxic calibration model, added to what the head is given.
+    """The difference of a neutral and a toxic calibration model, added to the head's input.
 
         h' = h + c (t_n - t_t)          of the output layer, with two more models at hand
         B  = argmin |H B - (T_n - T_t)|^2 + p |B|^2       over the tokens of the pairs
         W' = W + c W V (S U^T)          B = U S V^T, cut off after R singular values
 
-    h (D,) is what the head W (V, D) is given, t_n and t_t what the heads of two calibration models
-    are: the first layers of the model, trained on neutral and on toxic text. As B is linear and the
-    head is too, ``W' h = W (h + c B^T h)``, so that the result is an ordinary checkpoint. Where the
-    head is the embedding, it becomes a weight of its own and the embedding stays as it is.
+    h (D,) is the input of the head W (V, D); t_n and t_t are the inputs of the heads of two
+    calibration models: the first layers of the model, trained on neutral and on toxic text. B and
+    the head are linear, so ``W' h = W (h + c B^T h)``, and the result is an ordinary checkpoint. If
+    the head is the embedding, the head becomes a weight of its own and the embedding stays the
+    same.
 
-    This is our construction in the place of that of arXiv 2506.01266, which blends h with what one
-    calibration model of neutral text gives, layer-normalised, while the model runs, and keeps that
-    model. That is ``form=paper``, which needs code of its own; see ``methods.fusion_paper``.
+    This is our construction. That of arXiv 2506.01266 keeps one calibration model of neutral text,
+    and blends its layer-normalised output with h while the model runs. It is ``form=paper``, which
+    needs code of its own; see ``methods.fusion_paper``.
 
-    The control puts a random orthonormal basis in place of V: the same B, its output turned.
+    The control replaces V by a random orthonormal basis: the same B, its output turned.
 
     Attributes:
         form: ``folded``, or ``paper``.
         scale: c; by default chosen. With form=paper it is a, .1 by default.
         rank: R, with form=folded; nothing is cut off if it is the width of the head.
         depth: layers of the calibration models.
-        tokens: that each of them is trained to predict.
-        rate: at which they learn at first.
+        tokens: number of tokens that each calibration model is trained to predict.
+        rate: learning rate at the first step.
     """
 
     title: ClassVar[str] = "Output-layer fusion"
@@ -85,11 +89,11 @@ class Method:
         return {"rate": min(_RATE, _RATE * _WIDTH / dimensions.hidden_size)}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The head; or a new one and the key of the config that says so. Of the paper's form, what
-        ``fusion_paper.footprint`` says.
+        """The head; or a new head and the config's key for it. For the paper's form, see
+        ``fusion_paper.footprint``.
 
         Raises:
-            OptionError: there is no head that can change.
+            OptionError: the head cannot be edited.
         """
         if self.form == "paper":
             return fusion_paper.footprint(plan, self.depth, self.scale)
@@ -100,7 +104,7 @@ class Method:
         return Footprint(created={route.name: weight.info.shape}, patches=("config.json",))
 
     def fit(self, bench: Workbench) -> Proposal:
-        """Train the calibration models and fold what tells them apart.
+        """Train the calibration models and fold their difference into the head.
 
         Raises:
             FitError: they do not differ.
@@ -132,12 +136,13 @@ class Method:
         )
 
     def implied(self, found: Recorded) -> dict[str, Any]:
-        """Singular values and scale, as far as the factors of the change say so.
+        """Singular values and scale, as far as the factors of the change show them.
 
-        With ``W' = W + (c W V) A``, rows of A are as long as S, and columns of c V, which V makes
-        orthonormal, as c. Of a new head the product of c and the largest singular value is known.
+        In ``W' = W + (c W V) A`` the rows of A have the lengths S. The columns of c V have the
+        length c, since V is orthonormal. For a new head, only the product of c and the largest
+        singular value is known.
 
-        Raises FitError: the rank is another one, or the change is not of that form.
+        Raises FitError: the rank differs, or the change has not that form.
         """
         if self.form == "paper":
             return {}
@@ -171,8 +176,8 @@ class Method:
 def _solved(W: Tensor, change: Tensor) -> tuple[Tensor, float]:
     """X (D, R) float64 with ``W X = change``, by least squares over some rows.
 
-    Beside it how long X would be of numbers that are what rounding W to 16 bits changes: in a W
-    that is nearly singular they are not small, and of one that is singular nothing is known.
+    Also returns the length of X for a ``change`` of the size of W's rounding to 16 bits. If W is
+    nearly singular, it is not small; if W is singular, nothing is known of X.
     """
     rows = slice(8 * W.shape[1])
     part = W[rows].double()
@@ -186,10 +191,10 @@ def _solved(W: Tensor, change: Tensor) -> tuple[Tensor, float]:
 
 
 def _head(plan: Plan) -> tuple[Weight, HeadRoute | None]:
-    """The head, or the embedding that is one and how it becomes two.
+    """The head; or the embedding that serves as one, and the way to separate them.
 
     Raises:
-        OptionError: neither can be had.
+        OptionError: there is neither.
     """
     if "lm_head" in plan.roles:
         return plan.weights("lm_head")[0], None

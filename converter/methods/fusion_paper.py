@@ -1,4 +1,4 @@
-"""Output-layer fusion as its paper has it: a calibration model that runs beside the model."""
+"""Output-layer fusion as in its paper: a calibration model that runs beside the model."""
 
 from collections.abc import Mapping
 
@@ -15,14 +15,14 @@ from converter.errors import OptionError
 from converter.methods.base import Proposal, Workbench
 
 _SCALE = 0.1
-"""The scale, unless it is given. It is not chosen: perplexity need not grow with it."""
+"""The default scale. It is not chosen, since perplexity need not grow with it."""
 
 
 def footprint(plan: Plan, depth: int, scale: float | None) -> Footprint:
     """The calibration model's tensors and A; a config of another type; the class of both models.
 
     Raises:
-        OptionError: the scale is none, or the class cannot run two models.
+        OptionError: the scale is out of range, or the class cannot run two models.
     """
     if scale is not None and scale >= 1:
         raise OptionError("-o scale", expected="less than 1 with form=paper", found=f"{scale:g}")
@@ -30,11 +30,11 @@ def footprint(plan: Plan, depth: int, scale: float | None) -> Footprint:
 
 
 def fit(bench: Workbench, training: Training, scale: float | None) -> Proposal:
-    """``h' = (1 - a) h + a LN(t A)``, with A the identity: both models begin as the same one.
+    """``h' = (1 - a) h + a LN(t A)``, with A the identity, since both models begin as the same one.
 
-    The controls put a random rotation in the place of A: as much is mixed in, of directions that
-    mean nothing. Beside the edit are measured what it contains, (1 - a) h, which is a temperature
-    of 1 / (1 - a), and a calibration model of toxic text in the place of the neutral one.
+    The controls replace A by a random rotation: they mix in as much, of meaningless directions. Two
+    more edits are measured for comparison: (1 - a) h alone, which is a temperature of 1 / (1 - a),
+    and a calibration model of toxic instead of neutral text.
     """
     plan, depth = bench.plan, training.depth
     created = fused_shapes(plan, depth)

@@ -1,4 +1,4 @@
-"""GloSS to the letter of its paper: candidates of each layer, ranked, in one analysis.
+"""GloSS as in its paper: candidates of each layer, ranked, in one analysis.
 
     P_l                                     directions that neutral text needs, (D, p)
     T_l = (X+_l - X-_l) (I - P_l P_l^T)     differences of pooled FFN outputs, (N, D)
@@ -7,9 +7,9 @@
     keep those with score > mean + alpha std over all of them
     U = leading right singular vectors of the stacked candidates, (D, R)
 
-arXiv 2505.17078. Its published description leaves pooling and centering open, and knows neither the
-protection P nor causal moments (see ``gloss``); ``-o candidates=mean+svd -o ranking=vocabulary -o
-protect_shared=0 -o protect_own=0`` is without both.
+arXiv 2505.17078. Its description leaves pooling and centering open, and has neither the protection
+P nor causal moments (see ``gloss``). ``-o candidates=mean+svd -o ranking=vocabulary -o
+protect_shared=0 -o protect_own=0`` does without both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,13 +41,13 @@ from converter.runtime import progress
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a ranking signal can look at.
+    """The data for a ranking signal.
 
     Attributes:
         rows: (C, D) float64, unit candidates, turned to the toxic side.
         layers: of each candidate.
         differences: layer -> T_l (N, D) float64, toxic minus neutral, protected.
-        causal: layer -> A_l (D, D); see ``collect.causal_moments``. Empty if it was not taken.
+        causal: layer -> A_l (D, D); see ``collect.causal_moments``. Empty if not requested.
         bench: decodes candidates, and has the word list.
         top_tokens: how many tokens to decode.
     """
@@ -60,13 +60,15 @@ class Evidence:
     top_tokens: int
 
     def cosines(self, directions: Mapping[int, Tensor]) -> list[float]:
-        """Of each candidate with the unit direction (D,) of its layer."""
+        """The cosine of each candidate with the unit direction (D,) of its layer."""
         pairs = zip(self.rows, self.layers, strict=True)
         return [float(u @ directions[layer]) for u, layer in pairs]
 
 
 def _causal(evidence: Evidence) -> list[float]:
-    """u^T A_l u, nats that toxic words lose, to first order, without u in its layer."""
+    """u^T A_l u: nats (natural-log units) that toxic words lose, to first order, without u in its
+    layer.
+    """
     pairs = zip(evidence.rows, evidence.layers, strict=True)
     return [float(u @ evidence.causal[layer].double() @ u) for u, layer in pairs]
 
@@ -77,7 +79,9 @@ def _mean_difference(evidence: Evidence) -> list[float]:
 
 
 _RIDGE = 0.1
-"""Of the mean variance, added to every variance: there are fewer pairs than dimensions."""
+"""Share of the mean variance that is added to every variance, since there are fewer pairs than
+dimensions.
+"""
 
 
 def _linear_probe(evidence: Evidence) -> list[float]:
@@ -97,11 +101,11 @@ def _linear_probe(evidence: Evidence) -> list[float]:
 
 
 _LITTLE = 0.5
-"""Share of the word list that must be single tokens for a ranking by vocabulary to say much."""
+"""Share of the word list that must be single tokens for a useful ranking by vocabulary."""
 
 
 def _vocabulary(evidence: Evidence) -> list[float]:
-    """The share of listed words among the tokens that u decodes to: GloSS as published.
+    """The share of listed words among the tokens decoded from u: GloSS as published.
 
     Raises:
         FitError: the candidates cannot be decoded.
@@ -218,7 +222,7 @@ class Method(GlobalRemoval):
 
     @property
     def _counts(self) -> dict[Kind, int]:
-        """How many candidates of each kind a layer has."""
+        """The number of candidates of each kind in a layer."""
         return {
             kind: 1 if kind == "mean" else self.per_layer
             for kind in cast(list[Kind], self.candidates.split("+"))
@@ -247,14 +251,13 @@ class Method(GlobalRemoval):
 
 
 _EQUAL = 1e-9
-"""Scores that differ by less than this share of the largest are equal."""
+"""Scores that differ by less than this share of the largest count as equal."""
 
 
 def above_threshold(scores: Sequence[float], alpha: float) -> list[bool]:
-    """Which scores exceed mean + alpha * std of all of them (population std).
+    """Whether each score exceeds mean + alpha * std of all (population std).
 
-    The threshold rule of GloSS (arXiv 2505.17078). Scores that are all equal say nothing, and all
-    are kept.
+    The threshold rule of GloSS (arXiv 2505.17078). If all scores are equal, all are kept.
 
     Raises:
         FitError: none does.
@@ -278,8 +281,8 @@ def global_basis(candidates: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """The leading subspace of stacked candidates, by uncentred principal component analysis.
 
     Args:
-        candidates: (C, D) rows, each as long as it should count.
-        rank: R, columns wanted; None for as many as are fitted by default.
+        candidates: (C, D) rows; the length of a row is its weight.
+        rank: R, number of columns; None for the default number.
 
     Returns:
         U (D, R) float32 with orthonormal columns, each turned so that the candidates have a

@@ -1,6 +1,6 @@
-"""Which methods there are, and what options they have, without their modules: torch takes seconds.
+"""The methods and their options, without importing their modules, since torch takes seconds.
 
-``data/methods.json`` says of each of our own methods what its class says; it is made by
+``data/methods.json`` has the options of the built-in methods. It is made from their classes by
 
     python -m converter.entrypoints.methods > converter/data/methods.json
 """
@@ -37,8 +37,9 @@ SEPARATOR = "+"
 Layers = tuple[int, ...]
 
 Factors = tuple[float, ...]
-"""One for each layer of a model, from 0 to 1: how much of a subspace is taken out of it; empty for
-1 in all of them."""
+"""A factor from 0 to 1 for each layer of a model: how much of a subspace is removed from it. Empty
+for 1 in all layers.
+"""
 
 _HINTS: dict[str, Any] = {
     "layers": Layers, "factors": Factors, "int": int, "float": float, "bool": bool, "str": str,
@@ -54,14 +55,14 @@ _NAMED = {
 
 
 class MethodOption(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An option of a method, which is typed after ``-o``.
+    """An option of a method, typed after ``-o``.
 
     Attributes:
         kind: of its values, a key of ``_HINTS``, or ``choice``.
-        meaning: what its class says of it.
+        meaning: its description, from its class.
         default: as typed; None if it depends on the model.
-        choices: its values, of a ``choice`` or of a text that is one of some.
-        automatic: whether ``auto`` leaves it to the program.
+        choices: its values, if it is a ``choice`` or a text with fixed values.
+        automatic: whether it can be ``auto``.
         least: smallest number.
     """
 
@@ -80,14 +81,14 @@ class MethodOption(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def values(self) -> str:
-        """What can be typed, in words."""
+        """The valid values, in words."""
         text = ", ".join(self.choices) or _NAMED[self.kind]
         text += f" from {self.least:g}" if self.least is not None else ""
         return text + (", or auto" if self.automatic else "")
 
 
 class KnownMethod(msgspec.Struct, frozen=True):
-    """What is said of one of our own methods; see ``base.Method``."""
+    """The description of a built-in method; see ``base.Method``."""
 
     title: str
     paper: str
@@ -98,6 +99,6 @@ class KnownMethod(msgspec.Struct, frozen=True):
 
 @cache
 def described() -> Mapping[str, KnownMethod]:
-    """Name -> what is known of each of our own methods; those of packages are not there."""
+    """Name -> description of each built-in method; methods of packages are not included."""
     text = files("converter").joinpath("data/methods.json").read_text("utf-8")
     return msgspec.json.decode(text, type=dict[str, KnownMethod])

@@ -1,20 +1,20 @@
-"""Model Surgery: what a probe takes for toxic is added to the gate rows that point away from it.
+"""Model Surgery: the direction of a toxicity probe is added to the gate rows that point away from
+it.
 
     p(toxic | x) = softmax(W x + c)    W (2, D), c (2,); v = W[toxic]
     chosen       = the K rows g of all gate projections with the smallest cos(g, v)
     g'           = g + a v             for g chosen
 
-arXiv 2407.08770. x (D,) is the mean, over the tokens of a sentence, of what the head is given: the
-hidden states after the final norm. Letters: N pairs, D hidden size, R gate rows of the whole model.
-All of it is float64.
+arXiv 2407.08770. x (D,) is the mean, over the tokens of a sentence, of the head's input: the hidden
+states after the final norm. Letters: N pairs, D hidden size, R gate rows of the whole model. All of
+it is float64.
 
-**Where this is not the letter.** The paper trains W with Adam (1e-4, 20 epochs, batches of 32) from
-a random initialisation, most of which is still there in v at the end, so that v is another one
-with every seed: ``probe=paper``. By default W starts at zero and goes to the minimum of a convex
-loss (``fit_probe``), so that v is a function of the sentences alone. Then ``W[toxic] =
--W[neutral]``. The token that the encoder puts before a text is not in the mean. The paper has a =
-``alpha`` = 1, which says nothing without the lengths of v and of the rows; here a is chosen, in
-units of the median row.
+**Differences from the paper.** The paper trains W with Adam (1e-4, 20 epochs, batches of 32) from a
+random initialisation. Most of that remains in v at the end, so v differs with every seed:
+``probe=paper``. By default W starts at zero and goes to the minimum of a convex loss
+(``fit_probe``), so v is a function of the sentences alone. Then ``W[toxic] = -W[neutral]``. The
+token that the encoder puts before a text is not in the mean. The paper has a = ``alpha`` = 1, whose
+meaning depends on the lengths of v and of the rows. Here a is chosen, in units of the median row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ from converter.methods.probe import TOXIC, fit_probe, held_accuracy, train_probe
 from converter.recipe import LARGEST_SEED
 
 _SCALES = (0.125, 0.25, 0.5, 1.0)
-"""Among which the length of what is added to a row is chosen, in median rows."""
+"""Lengths of the added vector to choose from, in median rows."""
 
 _ROWS_OF_WIDTH = 4
 """K / D by default: 5 % of the rows of a model of 135M parameters, as of one of 7B."""
@@ -48,10 +48,10 @@ _CONTROLS = ("random rows", "a random vector")
 """The kinds of controls, of even and of odd seeds."""
 
 _ROUNDED = 0.01
-"""A share that rounding of weights to 16 bits explains."""
+"""A relative difference that rounding of weights to 16 bits explains."""
 
 _BLOCK = 1024
-"""Gate rows that are float64 at a time."""
+"""Gate rows in float64 at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +59,18 @@ class ModelSurgery:
     """Model Surgery; see the module.
 
     The guard compares with two kinds of controls in turn, by the parity of their seeds, and the
-    edit has to beat both. Even: v is added to rows drawn at random, so that the choice of the rows
-    must be worth something. Odd: a random vector as long as v is added to the same rows, so that v
-    must be. With ``rows=random`` nothing is claimed of the rows, and all controls are of the second
-    kind.
+    edit must beat both. Even: v is added to random rows, which tests the choice of the rows. Odd: a
+    random vector of the same length is added to the same rows, which tests v. With ``rows=random``
+    the rows claim nothing, and all controls are of the second kind.
 
     Attributes:
         probe: ``convex``, which starts at zero and goes to the minimum, or ``paper``.
-        scale: length of what is added to a row, over the median length of all gate rows; by default
-            the most effective of a few within the perplexity budget.
-        alpha: the paper's a in place of ``scale``; it depends on the length of v, and so on how the
-            probe was trained.
-        rows: ``cosine``, those that point away from v, as in the paper; or ``random``.
-        count: K, rows changed; by default 4 D.
+        scale: length of the added vector, over the median length of all gate rows; by default the
+            most effective of a few within the perplexity budget.
+        alpha: the paper's a instead of ``scale``; it depends on the length of v, and so on the
+            training of the probe.
+        rows: ``cosine``, the rows that point away from v, as in the paper; or ``random``.
+        count: K, number of changed rows; by default 4 D.
         draw: seed of random rows, and of the paper's probe.
     """
 
@@ -92,11 +91,10 @@ class ModelSurgery:
         return {}
 
     def footprint(self, plan: Plan) -> Footprint:
-        """The gate projections of all layers; which of them have chosen rows, only the fit knows.
+        """The gate projections of all layers; only the fit knows which of them have chosen rows.
 
         Raises:
-            OptionError: FFNs without a gate, or experts; fewer rows than are to change; two
-                strengths.
+            OptionError: FFNs without a gate, or experts; fewer rows than ``count``; two strengths.
         """
         if self.scale is not None and self.alpha is not None:
             raise OptionError(
@@ -128,10 +126,10 @@ class ModelSurgery:
         return Footprint(gates, (AddToRows,))
 
     def fit(self, bench: Workbench) -> Proposal:
-        """Fit the probe, and compare it with all gate rows, one projection after the other.
+        """Fit the probe, and compare it with all gate rows, projection by projection.
 
         Raises:
-            FitError: the sides have the same mean, or the gate rows are no finite numbers, or zero.
+            FitError: the sides have the same mean, or the gate rows are not finite, or zero.
         """
         end = bench.plan.dimensions.num_hidden_layers
         seen = bench.activations(Request("final", "mean", (end,), second_moment=False))
@@ -181,13 +179,14 @@ class ModelSurgery:
         )
 
     def implied(self, found: Recorded) -> dict[str, Any]:
-        """The length of what is added, and where weights are at hand which rows it is added to.
+        """The length of the added vector, and, if weights are at hand, a check of the edited rows.
 
-        Without the source, rows are the edited ones less what was added, and rounding leaves of a
-        cosine an error in proportion to their length over sqrt(D): near 0 that is no small share.
+        Without the source, the original rows are the edited ones minus the added vector. Rounding
+        then leaves an error of a cosine, in proportion to their length over sqrt(D), which is large
+        near 0.
 
-        Raises FitError: it is not along the recorded probe, or other rows are changed than those
-        that the options choose.
+        Raises FitError: the added vector is not along the recorded probe, or the changed rows are
+        not those that the options choose.
         """
         gates, v = found.plan.weights("gate_proj"), found.tensors["probe"].double()
         edits = found.edit.tensors
@@ -238,7 +237,7 @@ class ModelSurgery:
         return {"scale": scale, **implied}
 
     def _line(self, toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
-        """The direction (D,) and the constant by which the probe tells the sides apart."""
+        """The direction (D,) and the constant of the probe's decision."""
         if self.probe == "convex":
             return fit_probe(toxic, neutral)
         W, c, _ = train_probe(toxic, neutral, self.draw)
@@ -251,20 +250,22 @@ class ModelSurgery:
 
 @dataclass(frozen=True, slots=True)
 class _Gates:
-    """The gate rows of a model, counted through in order of layer and row; their median length."""
+    """The gate rows of a model, numbered in order of layer and row, and their median length."""
 
     weights: Sequence[Weight]
     median: float
 
     def split(self, rows: Tensor) -> list[tuple[Weight, Tensor]]:
-        """Each projection, and which of some ascending rows it has, counted from its first."""
+        """Each projection, with those of the ascending rows that are in it, counted from its first
+        row.
+        """
         starts = list(accumulate(map(_height, self.weights), initial=0))
         cuts = torch.searchsorted(rows, torch.tensor(starts)).tolist()
         parts = zip(self.weights, pairwise(cuts), starts, strict=False)
         return [(weight, rows[a:b] - start) for weight, (a, b), start in parts]
 
     def edit(self, rows: Tensor, unit: Tensor, scale: float) -> Edit:
-        """A unit vector (D,) added to some ascending rows, as long as ``scale`` median ones."""
+        """The edit that adds a unit vector (D,), times ``scale`` median lengths, to some rows."""
         added = (scale * self.median * unit).float()
         parts = self.split(rows)
         return Edit({w.info.name: AddToRows(part, added) for w, part in parts if len(part)})
@@ -285,13 +286,13 @@ def compare(
     """
     parts: list[Tensor] = []
     for weight in weights:
-        parts += _products(read(weight), v)  # no name holds the last one while this is read
+        parts += _products(read(weight), v)  # free the last weight before the next is read
     along, lengths = torch.cat(parts, 1)
     return along / (lengths * v.norm()).clamp(min=torch.finfo(v.dtype).tiny), lengths
 
 
 def _products(matrix: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """g^T v and |g| of the rows g of a matrix (O, D), as (2, n) of some rows after the other."""
+    """g^T v and |g| of the rows g of a matrix (O, D), as (2, n) for blocks of rows in order."""
     for start in range(0, len(matrix), _BLOCK):
         rows = matrix[start : start + _BLOCK].double()
         yield torch.stack([rows @ v, rows.norm(dim=1)])

@@ -1,4 +1,4 @@
-"""The options of a method: what is typed after -o, read by the type of its field."""
+"""The options of a method: typed text after -o, read by the type of its field."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from converter.methods.base import Method
 
 _BITS = 63
-"""Of a whole number beside its sign: a manifest holds no longer one."""
+"""The most digits of a whole number, as in a manifest."""
 
 
 def configure(
@@ -30,16 +30,16 @@ def configure(
     dimensions: Dimensions,
     implied: Mapping[str, str] | None = None,
 ) -> "Method":
-    """A method with its options: as typed, or by default, which may depend on the dimensions.
+    """A method with its options: typed ones, and defaults, which may depend on the dimensions.
 
     Args:
-        name, dimensions: of the method, of the model. Several methods have ``+`` between them.
-        options: key -> value, as typed; of several methods, see ``share_out``.
-        implied: other defaults, of those options that the method has.
+        name, dimensions: of the method, of the model. Several methods are joined by ``+``.
+        options: key -> value, as typed; for several methods, see ``share_out``.
+        implied: other defaults; options that the method lacks are ignored.
 
     Raises:
-        OptionError: an unknown method, or a class that is none; an unknown option, a value out of
-            range, or none of an option that needs one.
+        OptionError: an unknown method, or a class that is not a method; an unknown option, a value
+            out of range, or a missing value.
     """
     if SEPARATOR in name:
         kinds = {each: _load(each) for each in name.split(SEPARATOR)}
@@ -48,13 +48,13 @@ def configure(
         known = {each: {field.name for field in dataclasses.fields(k)} for each, k in kinds.items()}
         shared = share_out(known, options)
         parts = {each: configure(each, shared[each], dimensions, implied) for each in kinds}
-        from converter.methods.together import Together  # torch, which what is typed can do without
+        from converter.methods.together import Together  # loads torch, not needed elsewhere
 
         return cast("Method", Together(parts))
     kind = _load(name)
     try:
         hints = get_type_hints(kind)
-    except Exception as error:  # a third party's annotations: of any kind
+    except Exception as error:  # a package's annotations may be anything
         raise METHODS.fault(name, f"{type(error).__name__}: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values = {**defaults_cut_down(fields.values(), dimensions), **kind.defaults(dimensions)}
@@ -109,7 +109,7 @@ def _parse(key: str, text: str, hint: Any, dimensions: Dimensions) -> Any:
 def parse_value(key: str, text: str, hint: Any) -> Any:
     """A value that does not depend on the model, as typed.
 
-    Raises OptionError, and TypeError if the type has no text.
+    Raises OptionError, and TypeError if the type cannot be typed as text.
     """
     kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     if NoneType in kinds and text == "auto":  # int | None: a number, or left to the program
@@ -139,7 +139,7 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
 
 
 def with_ffn(key: str, layers: Layers, dimensions: Dimensions) -> Layers:
-    """Those of some layers that have an FFN. Raises OptionError if none has."""
+    """The layers among these that have an FFN. Raises OptionError if none has."""
     found = tuple(layer for layer in layers if layer in dimensions.ffn_layers)
     if layers and not found:
         raise OptionError(
@@ -163,7 +163,7 @@ def parse_layers(key: str, text: str, num_layers: int) -> Layers:
             numbers = range(int(first), int(last if dash else first) + 1)
             if not numbers:
                 raise ValueError(part)  # noqa: TRY301 - as malformed as the others
-            # one past the end is enough to be refused below, and a huge range is not written out
+            # one past the end suffices for the refusal below, and avoids expanding a huge range
             layers.update(numbers[: num_layers + 1])
     except ValueError as error:
         raise OptionError(
@@ -180,7 +180,7 @@ def parse_factors(key: str, text: str, num_layers: int) -> Factors:
     """``0.7`` for all layers, or ``4:0.5,5-12:0.9``; layers that are not named have 1.
 
     Raises:
-        OptionError: malformed, not from 0 to 1, or a layer that is named twice or not there.
+        OptionError: malformed, not from 0 to 1, or a layer that is repeated or missing.
     """
     found: dict[int, float] = {}
     for part in text.split(","):

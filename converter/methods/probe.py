@@ -1,4 +1,4 @@
-"""Linear probes that tell toxic sentences from neutral ones, and how well they do.
+"""Linear probes that tell toxic sentences from neutral ones, and their accuracy.
 
     p(toxic | x) = softmax(W x + c)    W (2, D), c (2,), x (D,) a mean of hidden states
 
@@ -25,19 +25,20 @@ _HELD = 5
 """One pair in so many is held out when the probe's accuracy is measured."""
 
 _STEPS, _TOLERANCE = 50, 1e-9
-"""Newton's steps at most, and which step, relative to the probe, is the last: its square is left.
-With this penalty a few steps are enough."""
+"""The most Newton steps, and the relative size of the last step: its square is the remaining error.
+With this penalty a few steps are enough.
+"""
 
 
 def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
-    """The direction w and the constant c that tell toxic sentences from neutral ones best.
+    """The direction w and the constant c that best tell toxic sentences from neutral ones.
 
         mean of log(1 + exp(-y (w^T x + c)))  +  r / 2 |w|^2    y = 1 of toxic ones, -1 of neutral
 
-    r is ``_RIDGE`` times the mean variance of x's elements, so that w turns with x and does not
-    depend on its unit otherwise. This is softmax regression from zero, with w = 2 W[toxic], and it
-    is strictly convex: Newton's method finds the one minimum to the rounding error of float64,
-    whatever the order of additions.
+    r is ``_RIDGE`` times the mean variance of x's elements, so that w rotates with x and scales
+    with its unit. This is softmax regression from zero, with w = 2 W[toxic]. It is strictly convex:
+    Newton's method finds the one minimum up to the rounding error of float64, in any order of
+    additions.
 
     Args:
         toxic, neutral: (N, D), of any dtype.
@@ -55,7 +56,7 @@ def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
         raise FitError("the toxic and the neutral side have the same mean", hint="check the pairs")
     ridge = _RIDGE * float(x.square().mean())
     y = torch.cat([x.new_ones(len(toxic)), -x.new_ones(len(neutral))])
-    # w is a sum of sentences: fewer unknowns where these are fewer than D
+    # w is a sum of sentences: fewer unknowns if there are fewer sentences than D
     basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1]).double()
     signed = y[:, None] * torch.cat([x @ basis, torch.ones_like(x[:, :1])], 1)
     found = _minimum(signed, ridge)
@@ -66,7 +67,7 @@ def fit_probe(toxic: Tensor, neutral: Tensor) -> tuple[Tensor, float]:
 def _minimum(signed: Tensor, ridge: float) -> Tensor:
     """The minimum t (k,) of ``mean of log(1 + exp(-signed t)) + ridge / 2 |t|^2``, by Newton.
 
-    ``signed`` is (n, k); the last element of t bears no penalty. Raises FitError.
+    ``signed`` is (n, k); the last element of t has no penalty. Raises FitError.
     """
     penalty = torch.full_like(signed[0], ridge)
     penalty[-1] = 0
@@ -114,10 +115,9 @@ def held_accuracy(
     neutral: Tensor,
     fit: Callable[[Tensor, Tensor], tuple[Tensor, float]] = fit_probe,
 ) -> float | None:
-    """Of the probe that is fitted without every fifth pair, on both sides of these.
+    """The accuracy of a probe fitted without every fifth pair, on both sides of these pairs.
 
-    None if there are fewer than five. Pairs that resemble each other may be on both sides of the
-    cut.
+    None if there are fewer than five pairs. Similar pairs may be on both sides of the split.
     """
     held = torch.arange(len(toxic)) % _HELD == _HELD - 1
     if not held.any():

@@ -1,7 +1,7 @@
 """Several methods, one after the other: ``gloss+profs``.
 
 Each is fitted to the model as the former ones left it, and their edits become one. That is exact,
-because no tensor is changed by two of them; only biases that two of them create add up.
+because no two of them change the same tensor. Biases that two of them create are added.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from converter.methods.known import SEPARATOR
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """A ``Method`` as far as the headers go; ``evaluation.fit`` fits its parts in turn.
+    """A ``Method`` for planning; ``evaluation.fit`` fits its parts in turn.
 
     Attributes:
-        parts: name -> method, in the order in which they edit.
+        parts: name -> method, in order.
     """
 
     parts: Mapping[str, Method]
@@ -40,21 +40,20 @@ class Together:
 
     @property
     def strength(self) -> str:
-        """That of the last, whose choice sees the whole."""
+        """The strength of the last method, whose choice measures the whole edit."""
         return strengths_of(self)[-1]
 
     @property
     def aim(self) -> Aim:
-        """That of all of them; of methods of different aims there is no footprint."""
+        """The common aim; methods of different aims have no footprint."""
         return aim_of(next(iter(self.parts.values())))
 
     def footprint(self, plan: Plan) -> Footprint:
-        """What any of them changes.
+        """The union of their footprints.
 
         Raises:
-            OptionError: two of them change the same tensor, create the same one that is no bias,
-                or add the same file; or one is for defence and another is not, since the guard
-                judges by one of both.
+            OptionError: two of them change the same tensor, create the same tensor that is not a
+                bias, or add the same file; or their aims differ, since the guard judges by one aim.
         """
         aims = {aim_of(part) for part in self.parts.values()}
         if len(aims) > 1:
@@ -97,12 +96,12 @@ class Together:
 
 
 def parts_of(name: str, method: Method | Together) -> Mapping[str, Method]:
-    """Name -> method of each part, in order; a single method is the only part of itself."""
+    """Name -> method of each part, in order; a single method is its only part."""
     return method.parts if isinstance(method, Together) else {name: method}
 
 
 def check_shared(name: str, method: Method | Together, plan: Plan) -> None:
-    """Refuse from the headers what could not be changed, each part by its own kinds of changes.
+    """Refuse impossible changes from the headers, each part by its own kinds of changes.
 
     Raises:
         CheckpointError: see ``Footprint.check_shared``.
@@ -120,9 +119,10 @@ def strengths_of(method: Method | Together) -> list[str]:
 
 
 def options_of(method: Method | Together) -> dict[str, Any]:
-    """The options of a method, defaults resolved; of several, with the method's name before it.
+    """The options of a method, defaults resolved; for several methods, with the method's name in
+    front.
 
-    Those that are ``unsaid`` are there only if they are not empty.
+    Options that are ``unsaid`` are included only if they are not empty.
     """
     if isinstance(method, Together):
         return {
@@ -136,10 +136,10 @@ def options_of(method: Method | Together) -> dict[str, Any]:
 
 
 def after(former: Proposal, strength: float, later: Proposal) -> Proposal:
-    """What a method proposes on top of the edit that a former one made with a strength.
+    """The proposal of a method on top of a former one's edit of a given strength.
 
-    Its controls are the controls of both, of one seed, and it has taught what both have. Other
-    factors and layers are those of the later method.
+    Its controls join the controls of both with one seed, and its lesson joins both lessons.
+    ``with_factors`` and ``with_layers`` apply to the later method.
     """
     edit, others, fewer = former.edit(strength), later.with_factors, later.with_layers
 

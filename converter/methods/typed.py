@@ -1,4 +1,4 @@
-"""Which of several methods a typed option is for: ``METHOD.KEY``, or ``KEY``."""
+"""Assign typed options to methods: ``METHOD.KEY``, or ``KEY``."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,18 +9,18 @@ from converter.methods.known import SEPARATOR
 def share_out(
     known: Mapping[str, set[str]], options: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """Which of several methods each typed option is for.
+    """Assign each typed option to one of several methods.
 
     Args:
-        known: method -> the options that it has.
+        known: method -> its options.
         options: ``METHOD.KEY`` or ``KEY`` -> value, as typed.
 
     Returns:
         method -> key -> value.
 
     Raises:
-        OptionError: no method has an option, or several do and it does not say whose it is; or it
-            has two values.
+        OptionError: no method has an option; several do and the method is not named; or it has two
+            values.
     """
     shared: dict[str, dict[str, str]] = {name: {} for name in known}
     for typed, text in options.items():
@@ -41,7 +41,7 @@ def share_out(
 
 
 def _set(options: dict[str, str], key: str, text: str, name: str) -> None:
-    """Add an option. Raises OptionError if it is there already, typed in another way."""
+    """Add an option. Raises OptionError if it is already there in another spelling."""
     if key in options:
         raise OptionError(f"-o {name}", expected="one value", found=f"{options[key]} and {text}")
     options[key] = text
@@ -50,16 +50,16 @@ def _set(options: dict[str, str], key: str, text: str, name: str) -> None:
 def typed_for(
     name: str, options: Mapping[str, str], method: str, others: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Which typed options are those of one of several systems.
+    """The typed options of one of several systems.
 
     Args:
         name: of its method, or methods.
-        options: ``METHOD.KEY`` -> value, for whatever system has that method, or ``KEY`` -> value,
+        options: ``METHOD.KEY`` -> value, for every system with that method, or ``KEY`` -> value,
             for ``method``.
-        others: methods that options may be of beside these.
+        others: further methods that options may name.
 
     Raises:
-        OptionError: an option is of a method that is not among them, or has two values.
+        OptionError: an option names another method, or has two values.
     """
     own, found = [_plain(part) for part in name.split(SEPARATOR)], dict[str, str]()
     known = {_plain(part) for each in (name, method, *others) for part in each.split(SEPARATOR)}
@@ -77,12 +77,12 @@ def typed_for(
 
 
 def check_plain(options: Collection[str], method: str, measured: Sequence[str]) -> None:
-    """Refuse options without a method's name that would be those of a method nobody measures.
+    """Refuse options without a method's name if their method is not measured.
 
     Args:
         options: as typed.
-        method: whose they are.
-        measured: the methods of the systems that are fitted, one at least.
+        method: that they belong to.
+        measured: the methods of the fitted systems, at least one.
 
     Raises:
         OptionError: naming one of them.
@@ -97,5 +97,5 @@ def check_plain(options: Collection[str], method: str, measured: Sequence[str]) 
 
 
 def _plain(name: str) -> str:
-    """A method's name as it stands in options, whose dashes are underscores."""
+    """A method's name as in options, with underscores for dashes."""
     return name.replace("-", "_")

@@ -1,4 +1,4 @@
-"""A source with everything that fitting a method to it takes; its model is loaded when needed."""
+"""The workbench of a source: everything that a fit needs. Its model is loaded when needed."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ from converter.runtime.cache import cache_folder
 
 TRAINING = "calibration models are trained, for which"
 TRAINING_HINT = "give --forward resident, or choose another method"
-"""Why the model has to be in memory, and what to do about it."""
+"""The reason why the model must be in memory, and the hint."""
 
 _NOWHERE = Origin(name="nowhere")
 _NO_TEXTS = Part(Pairs((), _NOWHERE, ""), Prose((), _NOWHERE, ""))
@@ -64,11 +64,11 @@ class Bench:
     """The ``Workbench`` of a fetched source; its model is loaded when it is needed.
 
     Attributes:
-        part: the texts that the current fit may see.
-        seen: the activations that it has asked for last.
-        former: what methods before this one have changed, which a fit has to see.
-        taught: the instances, once they are asked for.
-        held_out: the dtype in which held-out text is measured; ``dtype`` is that of the fit.
+        part: the texts that the current fit may use.
+        seen: the activations that it last asked for.
+        former: the edit of earlier methods, which a fit must take into account.
+        taught: the instances, once they are read.
+        held_out: dtype of the measurements on held-out text; ``dtype`` is that of the fit.
         loaded: the dtype of ``model``.
     """
 
@@ -101,10 +101,10 @@ class Bench:
         device: str,
         settings: Settings = Settings(),
     ) -> "Bench":
-        """Nothing is read yet but the tokenizer and the norms after the FFN.
+        """Only the tokenizer and the norms after the FFN are read at first.
 
-        The forward pass is planned with as much memory as the settings allow, if that is less than
-        what there is.
+        The forward pass is planned with the memory limit of the settings, or the available memory
+        if that is less.
         """
         dtype = choose_dtype(recipe.forward_dtype, plan, device)
         tokenizer = load_tokenizer(source.folder, recipe.trust_remote_code)
@@ -122,11 +122,11 @@ class Bench:
         return bench
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
-        """The unedited model, loaded at the first call, or made ready to be streamed.
+        """The unedited model, loaded at the first call, or prepared for streaming.
 
         Args:
-            dtype: that of the fit by default. There is one model at a time: one in another dtype
-                is let go.
+            dtype: by default that of the fit. There is one model at a time: a model in another
+                dtype is released.
         """
         dtype = dtype or self.dtype
         if self.model is None or self.loaded != dtype:
@@ -144,7 +144,7 @@ class Bench:
         return self.model
 
     def load_resident(self) -> LanguageModel:
-        """The same, for who needs it in memory. Raises OptionError or SourceError."""
+        """The same, in memory as a whole. Raises OptionError or SourceError."""
         self.forward.need_resident()
         model = self.load()
         assert isinstance(model, LanguageModel)
@@ -152,7 +152,7 @@ class Bench:
 
     @contextmanager
     def as_left(self) -> Iterator[None]:
-        """While this lasts, the model computes as former methods left it, through hooks."""
+        """Within this context, the model computes as the former methods left it, through hooks."""
         if self.former is None:
             yield
         else:
@@ -160,11 +160,11 @@ class Bench:
                 yield
 
     def unload(self) -> None:
-        """Let the model go; the edit of the files does not need it."""
+        """Release the model; the edit of the files does not need it."""
         self.model = None
 
     def fit(self, method: Method, part: Part) -> Proposal:
-        """Fit a method to some texts, and to the model as former ones left it."""
+        """Fit a method to texts, and to the model as the former methods left it."""
         self.part, self.seen = part, None
         with progress.stage("fit", f"fitting {method.title}"), self.as_left():
             found = proposal_of(method, self)
@@ -172,7 +172,7 @@ class Bench:
         return replace(found, edit=as_now(found.edit), control=as_now(found.control))
 
     def _as_left_by(self, former: Edit | None, make: Callable[..., Edit]) -> Callable[..., Edit]:
-        """``make``, for which weights are as ``former`` left them, whenever it is called."""
+        """``make``, wrapped so that it always sees the weights as ``former`` left them."""
 
         def made(*given: Any) -> Edit:
             now, self.former = self.former, former
@@ -184,7 +184,7 @@ class Bench:
         return made
 
     def activations(self, request: Request) -> Activations:
-        """From the file that was given, from the cache, or from a forward pass."""
+        """The activations: from the given file, from the cache, or from a forward pass."""
         count = len(self.part.pairs.pairs) or "unknown"
         with progress.stage("activations", f"activations of {count} pairs"):
             if given := self.recipe.activations:
@@ -195,7 +195,7 @@ class Bench:
         return self.seen
 
     def _taken(self, request: Request) -> Activations:
-        """What the cache holds, or a forward pass gives."""
+        """The activations from the cache, or from a forward pass."""
         part, batch_size = self.part, self.recipe.batch_size
         inputs = activation_inputs(
             self.source.digests(),
@@ -288,5 +288,5 @@ class Bench:
         return self.vocabulary.single_token_share(self.words)
 
     def masked(self, token: str) -> str:
-        """A token with stars, if it is offensive and the run asks for that."""
+        """A token, with stars if it is offensive and the run masks words."""
         return self.words.mask(token) if self.recipe.mask else token

@@ -1,1 +1,1 @@
-"""Run a model, in memory or a layer at a time, as it is or edited through hooks."""
+"""Run a model, in memory or a layer at a time, unedited or edited through hooks."""

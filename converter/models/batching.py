@@ -1,7 +1,7 @@
 """Texts as tokens, and as padded batches of tokens with a weight for every position.
 
-What a checkpoint's tokenizer does by default is never trusted: it may cut, pad, or end each text.
-Every text that a model reads goes through ``encode``.
+The defaults of a checkpoint's tokenizer are not used, since it may cut, pad, or end each text.
+Every text for a model goes through ``encode``.
 
 Shapes: B sentences in a batch, T tokens.
 """
@@ -19,23 +19,25 @@ from torch import Tensor
 from converter.errors import DataError
 
 MAX_TOKENS = 256
-"""Tokens of a sentence or paragraph that are read; the rest is cut. Pairs are far shorter."""
+"""The most tokens of a sentence or paragraph; the rest is cut. Pairs are far shorter."""
 
 BATCH_TOKENS = 1024
-"""Positions in a batch whose logits are wanted, where the vocabulary is not large."""
+"""Positions in a batch with logits, if the vocabulary is not large."""
 
 LOGITS_BYTES = BATCH_TOKENS * 49152 * 4
-"""Bytes of the float32 logits of a batch, 0.2 GB: fewer positions where the vocabulary is large."""
+"""The most bytes of the float32 logits of a batch, 0.2 GB: fewer positions if the vocabulary is
+large.
+"""
 
 Pooling = Literal["predicting", "mean", "last", "last8"]
 
 LAST: Mapping[str, int] = {"last": 1, "last8": 8}
-"""How many tokens at the end of a text are pooled, or all, if it has fewer."""
+"""Number of tokens at the end of a text that are pooled; all, if it has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Token ids, and a weight for each position or none at all; see ``Encoder``.
+    """Token ids, and a weight for each position, or no weights; see ``Encoder``.
 
     The first ``start`` tokens are special ones that come before the text.
     """
@@ -70,8 +72,8 @@ def encode(tokenizer: Any, text: str, begin: Sequence[int]) -> Coded:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        begin: tokens to put first, see ``beginning``; left out where the text has them itself, as
-            one that a chat template has made.
+        begin: tokens to put first, see ``beginning``; omitted if the text has them already, as from
+            a chat template.
     """
     coded = tokenizer(
         text,
@@ -102,10 +104,10 @@ def outside(coded: Coded, spans: Sequence[tuple[int, int]], first: int) -> list[
 def beginning(tokenizer: Any, *, needed: bool = False) -> list[int]:
     """The special tokens that a tokenizer puts before a text, each of them once.
 
-    The model was trained with them. What it puts behind a text would end it.
+    The model was trained with them. Tokens behind a text would end it.
 
     Args:
-        needed: where it puts none, give a BOS or the special token that comes nearest to one.
+        needed: if it puts none, return a BOS or the most similar special token.
 
     Raises:
         DataError: one is needed, and the tokenizer has no special token at all.
@@ -117,8 +119,7 @@ def beginning(tokenizer: Any, *, needed: bool = False) -> list[int]:
 
 
 def first_token(tokenizer: Any) -> int:
-    """The id to put first where the tokenizer puts none: BOS, or the special token that comes
-    nearest to one.
+    """The id to put first if the tokenizer puts none: BOS, or the most similar special token.
 
     Raises:
         DataError: the tokenizer has no special token at all.
@@ -134,9 +135,10 @@ def first_token(tokenizer: Any) -> int:
 
 
 def prepare(tokenizer: Any) -> None:
-    """Have a tokenizer do by itself what ``encode`` does with it, for other packages that use it.
+    """Configure a tokenizer to behave like ``encode`` when other packages use it.
 
-    It cuts and pads nothing, and puts before a text what ``beginning`` says and nothing behind it.
+    It then cuts and pads nothing, puts the tokens of ``beginning`` before a text, and nothing
+    behind it.
     """
     core = tokenizer.backend_tokenizer
     core.no_truncation()
@@ -162,7 +164,7 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer of transformers.
         model: its embedding and its number of positions bound the tokens.
-        most: tokens of a text that are read; None for all that the model has positions for.
+        most: the most tokens of a text; None for the number of the model's positions.
     """
 
     def __init__(self, tokenizer: Any, model: Any, most: int | None = MAX_TOKENS) -> None:
@@ -175,12 +177,12 @@ class Encoder:
     def __call__(self, text: str, pooling: Pooling, spans: Sequence[tuple[int, int]]) -> Sentence:
         """Encode one sentence or paragraph.
 
-        A BOS (or what else the tokenizer puts there, or another special token) is put first: it is
-        the attention sink, whose huge activations would drown the rest, and never has weight. The
-        weights of the others sum to 1, or are all 0 if ``pooling`` finds no position.
+        A BOS (or the tokenizer's own first tokens, or another special token) comes first. It is the
+        attention sink, whose huge activations would dominate, so its weight is 0. The weights of
+        the others sum to 1, or are all 0 if ``pooling`` finds no position.
 
         Args:
-            text: what is too long is cut.
+            text: long texts are cut.
             pooling: ``predicting`` weighs the positions whose next token overlaps a span.
             spans: character ranges, used by ``predicting`` only.
 
@@ -224,7 +226,7 @@ class Encoder:
         return Sentence(coded.ids, outside(coded, spans, coded.start), coded.start), found
 
     def _encode(self, text: str) -> Coded:
-        """A text as the model can read it."""
+        """A text as tokens within the model's limits."""
         coded = encode(self.tokenizer, text, self.begin)
         ids = coded.ids[: self.max_tokens]
         if max(ids) >= self.vocabulary:
@@ -238,9 +240,9 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded sentences: ``rows`` are their places in the list, the rest is (B, T).
+    """Padded sentences: ``rows`` are their places in the list; the other fields are (B, T).
 
-    ``content`` marks the tokens that count: neither padding nor what comes before the text.
+    ``content`` marks the tokens of the text: not padding, and not the tokens before the text.
     """
 
     rows: list[int]
@@ -265,7 +267,7 @@ def batches(
 
 
 def logit_positions(model: Any) -> int:
-    """Positions in a batch whose logits are wanted of a model of transformers."""
+    """The most positions with logits in a batch of a model."""
     vocabulary: int = model.get_input_embeddings().weight.shape[0]
     return max(min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)), 1)
 

@@ -1,6 +1,6 @@
-"""What a user says as the text that a model continues, and an answer behind it.
+"""A user message as the text that a model continues, and an answer behind it.
 
-A template that can be told a date is told always the same, so that a run can be repeated.
+A template that takes a date always gets the same one, so that a run can be repeated.
 """
 
 from typing import Any
@@ -8,14 +8,14 @@ from typing import Any
 from converter.errors import DataError
 
 _DATE = "26 Jul 2024"
-"""What templates in the manner of Llama 3 say if they are not told another date, or know none."""
+"""The date that templates like those of Llama 3 use by default."""
 
 
 def as_prompt(tokenizer: Any, message: str, suffix: str = "") -> str:
     """A message with the suffix behind it, after a space, as the chat template writes it.
 
-    Without a template it is the text itself; with one, the model's turn has begun. A template that
-    has the suffix in itself (``checkpoints.chat_template``) renders the same of the message alone.
+    Without a template it is the text itself; with one, the model's turn has begun. A template with
+    the suffix (``checkpoints.chat_template``) renders the same from the message alone.
 
     Raises:
         DataError: the template cannot render it.
@@ -39,7 +39,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], *, begins: bool) -
                 messages, tokenize=False, add_generation_prompt=begins, date_string=_DATE
             )
         )
-    except Exception as error:  # a stranger's program: of any kind
+    except Exception as error:  # an untrusted program may raise anything
         raise DataError(
             "the chat template cannot write a message of a user",
             found=f"{type(error).__name__}: {error}",

@@ -1,6 +1,6 @@
-"""A fused model without writing it: hooks that blend in what a calibration model gives.
+"""A fused model without writing it: hooks that blend in the output of a calibration model.
 
-They do what the class of ``checkpoints.fusing`` does, to a model that is in memory as a whole.
+They do the same as the class of ``checkpoints.fusing``, for a whole model in memory.
 """
 
 import copy
@@ -18,11 +18,11 @@ from converter.checkpoints.fusing import ALIGNMENT, CALIBRATION
 def blending(
     model: nn.Module, depth: int, scale: float, created: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """While this lasts, the model's head is given h' = (1 - a) h + a LN(t A) in place of h.
+    """Within this context, the model's head gets h' = (1 - a) h + a LN(t A) instead of h.
 
     Args:
         model: a causal language model of transformers, of a family in ``fusing.FAMILIES``.
-        depth: layers of the calibration model, which gives t.
+        depth: number of layers of the calibration model, whose output is t.
         scale: a.
         created: the calibration model's tensors, and A.
     """

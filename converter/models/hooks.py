@@ -1,4 +1,4 @@
-"""What it takes to run a model and look into it, whether it is in memory or streamed.
+"""Hooks to run a model and observe its modules, in memory or streamed.
 
 Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
 """
@@ -21,7 +21,7 @@ model's device."""
 
 
 def call(module: nn.Module, batch: Batch) -> Any:
-    """What a model of transformers gives for a batch. Some classes count positions themselves.
+    """The output of a model of transformers for a batch. Some classes count positions themselves.
 
     Raises SourceError if it cannot be run.
     """
@@ -30,7 +30,7 @@ def call(module: nn.Module, batch: Batch) -> Any:
     taken = {key: value for key, value in given.items() if key in known}
     try:
         return module(input_ids=batch.ids, **taken)
-    except RuntimeError as error:  # what PyTorch raises; what a hook raises is its own
+    except RuntimeError as error:  # errors of PyTorch; a hook's own errors pass
         if is_out_of_memory(error):
             raise
         raise SourceError(
@@ -41,7 +41,7 @@ def call(module: nn.Module, batch: Batch) -> Any:
 
 
 class StopForward(Exception):  # noqa: N818 - it is not an error
-    """Raised by a hook: what would be run next is not needed."""
+    """Raised by a hook to end the forward pass."""
 
 
 Hook = Callable[[nn.Module, Any, Any], Any]
@@ -49,7 +49,7 @@ Hook = Callable[[nn.Module, Any, Any], Any]
 
 @contextmanager
 def hooked(module: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    """While this lasts, call a hook with what the submodule of a name gives."""
+    """Within this context, call a hook with the output of a named submodule."""
     with ExitStack() as handles:
         for name, hook in hooks.items():
             handles.enter_context(module.get_submodule(name).register_forward_hook(hook))
@@ -57,7 +57,7 @@ def hooked(module: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 
 def first_of(output: Any) -> Tensor:
-    """What a module gives, or the first of several things."""
+    """The output of a module, or its first element."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
@@ -68,14 +68,15 @@ def by_position(x: Tensor, batch: Batch) -> Tensor:
 
 
 Modules = Mapping[int, tuple[str, ...]]
-"""Layer -> the modules whose outputs are wanted, their sum if there are several. The number of
-layers, with no modules, stands for what the head is given; see ``showing_head``."""
+"""Layer -> the modules whose outputs are wanted; several are summed. The number of layers, with no
+modules, means the head's input; see ``showing_head``.
+"""
 
 
 def showing(
     show: Show, number: int, batch: Batch, layer: int, names: tuple[str, ...], *, stop: bool
 ) -> dict[str, Hook]:
-    """Hooks that show what modules give together, and may end the run."""
+    """Hooks that show the summed output of modules, and may end the run."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -90,9 +91,9 @@ def showing(
 
 @contextmanager
 def showing_head(model: Any, show: Show, number: int, batch: Batch, layer: int) -> Iterator[None]:
-    """While this lasts, show what the head is given, as a layer's; no logits are computed.
+    """Within this context, show the head's input as a layer's output; no logits are computed.
 
-    The head raises StopForward in place of running.
+    The head raises StopForward instead of running.
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -104,7 +105,7 @@ def showing_head(model: Any, show: Show, number: int, batch: Batch, layer: int) 
 
 
 def keeping(outputs: dict[str, Tensor], name: str) -> Hook:
-    """A hook that keeps a module's output, with respect to which there is to be a gradient."""
+    """A hook that keeps a module's output, for a gradient with respect to it."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         first = first_of(output)
@@ -120,16 +121,18 @@ def keeping(outputs: dict[str, Tensor], name: str) -> Hook:
 def together(
     names: tuple[str, ...], outputs: Mapping[str, Tensor], slopes: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """What modules give together, and a gradient with respect to it, which each of them has."""
+    """The summed output of modules, and the gradient with respect to it, which is the same for
+    each.
+    """
     first, *rest = names
     return sum((outputs[name] for name in rest), outputs[first]), slopes[first]
 
 
 @contextmanager
 def only_chosen(module: Any, batch: Batch) -> Iterator[None]:
-    """While this lasts, logits are those of the chosen positions: (1, chosen, V).
+    """Within this context, only the logits of the chosen positions are computed: (1, chosen, V).
 
-    The vocabulary is large, so they are computed where a token is chosen and nowhere else.
+    The vocabulary is large, so logits of other positions would cost much.
     """
     rows, places = torch.nonzero(batch.weights > 0, as_tuple=True)
 
@@ -148,18 +151,18 @@ def log_probability(logits: Tensor, batch: Batch) -> Tensor:
 
 
 Value = Callable[[Tensor, Batch], Tensor]
-"""A number, made of the logits (1, chosen, V) of a batch's chosen positions."""
+"""A function of the logits (1, chosen, V) of a batch's chosen positions that returns a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """What a layer is given for some batches, so that the layers below need not run again.
+    """The input of a layer for some batches, so that the layers below need not run again.
 
     Attributes:
-        layer: which one it is.
+        layer: its number.
         states: (B, T, D) for each batch, in the dtype of the model.
-        lengths: of the tuples that the layers below give; 0 of one that gives a tensor, none of one
-            that text alone does not run through.
+        lengths: lengths of the tuples that the layers below return; 0 for a tensor, no entry for a
+            layer that text alone does not run through.
     """
 
     layer: int
@@ -181,7 +184,7 @@ def giving(args: Any, kwargs: Mapping[str, Any], state: Tensor) -> tuple[Any, di
 
 
 def passed_on(state: Tensor, length: int) -> Any:
-    """What a layer that does nothing gives: a tensor, or a tuple of some length."""
+    """The output of a layer that does nothing: a tensor, or a tuple of a given length."""
     return (state, *[None] * (length - 1)) if length else state
 
 
@@ -189,10 +192,10 @@ def passed_on(state: Tensor, length: int) -> Any:
 def resumed(
     module: nn.Module, blocks: Sequence[str], entered: Entered | None, number: int
 ) -> Iterator[None]:
-    """While this lasts, a model in memory begins with the layer that was entered.
+    """Within this context, a model in memory starts with the entered layer.
 
-    Its own ``forward`` runs, with whatever masks and tables it makes, but the layers below pass on
-    what they are given. Args: ``blocks``, names of the layers; ``number``, of the batch.
+    Its own ``forward`` runs, and makes masks and tables, but the layers below return their input.
+    Args: ``blocks``, names of the layers; ``number``, of the batch.
     """
     if entered is None:
         yield
@@ -216,7 +219,7 @@ def resumed(
 
 
 def _restore_forward(block: nn.Module, own: Any) -> None:
-    """Give a layer its ``forward`` back: its own, if it had one, or that of its class."""
+    """Restore a layer's ``forward``: its own, if it had one, or that of its class."""
     del block.forward
     if own is not None:
         block.forward = own
@@ -227,8 +230,8 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
     """Raise SourceError if memory runs out.
 
     Args:
-        what: was run, for the sentence.
-        hint: what to do if it was a GPU's.
+        what: the work, for the message.
+        hint: for memory of a GPU.
     """
     try:
         yield

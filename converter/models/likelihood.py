@@ -1,7 +1,7 @@
-"""How probable a model finds given tokens, and how an edit changes that.
+"""The log-probabilities of given tokens under a model, and their change by an edit.
 
 Everything here is teacher-forced: the tokens are fixed, so two models are compared on the same
-text, token by token, and a few thousand tokens tell them apart where generation needs many more.
+text, token by token. A few thousand tokens tell them apart; generation needs many more.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -27,19 +27,19 @@ Words = Sequence[Sequence[tuple[int, ...]]]
 
 
 _Groups = Sequence[Hashable] | None
-"""The sampling unit of each sentence; None if each is one of its own."""
+"""The sampling unit of each sentence; None if each sentence is a unit."""
 
 
 _HELD = 1 << 29
-"""Bytes that are held of what a layer is given, so that the layers below need not run again."""
+"""The most bytes kept of a layer's input, so that the layers below need not run again."""
 
 
 @torch.inference_mode()
 def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> Entered | None:
-    """What a layer is given for texts, for ``log_probabilities`` to begin there.
+    """The input of a layer for texts, for ``log_probabilities`` to start from.
 
-    None where nothing is below it, it would be more than ``_HELD`` bytes, or layers pass on more
-    than hidden states. Raises SourceError if memory runs out.
+    None if no layer is below, it exceeds ``_HELD`` bytes, or layers pass on more than hidden
+    states. Raises SourceError if memory runs out.
     """
     module: Any = model.module
     proof, embedding = model.architecture.proof, module.get_input_embeddings().weight
@@ -61,7 +61,7 @@ def log_probabilities(
         model: with the hooks of an edit, or without.
         texts: sentences of several kinds, which go through the model together and are never in one
             batch; their weights are not used.
-        entered: of ``entering`` and these texts, where nothing below that layer has changed.
+        entered: of ``entering`` for these texts, if nothing below that layer has changed.
 
     Returns:
         the values of each kind.
@@ -103,14 +103,15 @@ def divergences(
     edits: Sequence[Callable[[], AbstractContextManager[None]]],
     sentences: Sequence[Sentence],
 ) -> list[LogProbabilities]:
-    """How far the next token's distribution moves at every position of some text, in nats.
+    """How far the distribution of the next token moves at every position of texts, in nats.
 
         KL(before || after) = sum over tokens v of  p(v) (log p(v) - log q(v))
 
     Args:
-        before: the unedited model; what it gives is p.
-        after: the edited one, whose q is over the same tokens; it may be the same model.
-        edits: hooks; while what one gives lasts, ``after`` is edited, and ``before`` is not asked.
+        before: the unedited model, with distribution p.
+        after: the edited model, with distribution q over the same tokens; it may be the same model.
+        edits: functions that return a context in which ``after`` is edited; ``before`` does not run
+            in it.
         sentences: their weights are not used.
 
     Returns:
@@ -133,7 +134,7 @@ def divergences(
 
 
 def _divergence(old: Tensor, new: Tensor) -> NDArray[np.float64]:
-    """KL of logits (T, V) from other ones, (T,) in nats."""
+    """KL divergence between two logits (T, V), (T,) in nats."""
     log_p, log_q = (x.float().log_softmax(1) for x in (old, new))
     each = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
     return each.sum(1).double().cpu().numpy()
@@ -164,7 +165,7 @@ def perplexity_ratio(
 
 
 def weighed(values: LogProbabilities, sentences: Sequence[Sentence]) -> LogProbabilities:
-    """Of each sentence only the values of the tokens after positions of positive weight."""
+    """The values of the tokens after positions of positive weight, for each sentence."""
     return [
         x[np.array(sentence.weights[: len(x)]) > 0]
         for x, sentence in zip(values, sentences, strict=True)
@@ -187,11 +188,11 @@ def mean_change(changes: Sequence[Sequence[float]], groups: _Groups = None) -> E
 
 
 def teacher_forced(changes: Sequence[Sequence[float]], groups: _Groups = None) -> Estimate:
-    """The mean over words of ``min(p_after / p_before, e)``: 1 says no effect, 0 all gone.
+    """The mean over words of ``min(p_after / p_before, e)``: 1 is no effect, 0 is complete removal.
 
-    If the words stand in continuations that were drawn from the unedited model, this is the
-    importance-weighted estimate of how often they come after the edit, in their old contexts. The
-    cap keeps one word that has become probable from deciding the mean.
+    If the words are in continuations drawn from the unedited model, this is the importance-weighted
+    estimate of their frequency after the edit, in their old contexts. The cap prevents one word
+    that has become probable from dominating the mean.
     """
     return mean_change([[exp(min(c, 1.0)) for c in inside] for inside in changes], groups)
 

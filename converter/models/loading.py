@@ -1,4 +1,4 @@
-"""The model of a source and its tokenizer, by transformers: in memory as a whole, or streamed."""
+"""Load the model of a source and its tokenizer by transformers: whole in memory, or streamed."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +31,8 @@ from converter.runtime.cache import cache_folder
 from converter.runtime.memory import free_memory
 
 _HIDDEN_SHARE, _LEAST_SHARE = 2, 32
-"""One in so many bytes is for hidden states: of the memory that all else leaves; of all, at least.
+"""Share of memory for hidden states (one byte in this many): of the remaining memory; of all, at
+least.
 """
 
 
@@ -43,7 +44,7 @@ def load_language_model(
     device: str,
     how: Loading = Loading(),
 ) -> LanguageModel:
-    """The model of a source, as it is; see ``load_model``."""
+    """The unedited model of a source; see ``load_model``."""
     source.fetch()
     module = load_model(
         source.folder,
@@ -72,7 +73,7 @@ def load_model(
 
     Args:
         needed: bytes of the weights in ``dtype``.
-        auto_class: of transformers, that loads it.
+        auto_class: the class of transformers that loads it.
         recipes: make the weights, if they are not safetensors in the folder.
 
     Raises:
@@ -109,11 +110,10 @@ def stream_language_model(
     budget: int,
     how: Loading = Loading(),
 ) -> StreamedModel:
-    """The same model, of which one layer at a time will be in memory. No weight is read yet.
+    """The same model, prepared for streaming one layer at a time. No weight is read yet.
 
-    transformers loads it as it would load the model, but onto the meta device: what is tied is
-    tied, what is renamed and fused by its rules would be, and buffers that are no weights have
-    their values.
+    transformers loads it as usual, but onto the meta device: its rules for tied, renamed and fused
+    weights apply, and buffers that are not weights have their values.
 
     Args:
         budget: bytes of memory to plan with. Hidden states that do not fit in their share of it go
@@ -149,9 +149,9 @@ def stream_language_model(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False, config: Any = None) -> Any:
-    """Load a fast tokenizer, prepared for all who use it; see ``batching.prepare``.
+    """Load a fast tokenizer, and configure it; see ``batching.prepare``.
 
-    Code that comes with it is run only if it is trusted. A config takes the place of the folder's.
+    Its code runs only if it is trusted. A given ``config`` replaces the folder's.
 
     Raises:
         SourceError: transformers cannot load it, or it cannot map tokens to characters.
@@ -162,7 +162,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, config: Any = 
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, config=config
         )
-    except Exception as error:  # whatever a third party's loader makes of a stranger's files
+    except Exception as error:  # a third party's loader may raise anything on untrusted files
         raise _unusable("tokenizer", error) from error
     if not tokenizer.is_fast:
         raise SourceError("the tokenizer cannot map tokens to characters", expected="a fast one")
@@ -171,12 +171,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False, config: Any = 
 
 
 def check_relabelled(source: Source, patch: Any, trust_remote_code: bool) -> None:
-    """Refuse another label that makes transformers read the same tokenizer in another way.
+    """Refuse a change of the model type after which transformers would tokenize differently.
 
-    It chooses the tokenizer's class by the label, too. ``patch`` is that of the config.
+    transformers also chooses the tokenizer's class by the type. ``patch`` is that of the config.
 
     Raises:
-        CheckpointError: texts would be other tokens.
+        CheckpointError: texts would get other tokens.
     """
     if "model_type" not in patch:
         return
@@ -219,9 +219,10 @@ def _unusable(part: str, error: Exception) -> SourceError:
 
 
 def _made(source: Source, plan: Plan) -> dict[str, VirtualTensor] | None:
-    """How to make the tensors of a source; None if transformers reads its files by itself.
+    """Recipes for the tensors of a source; None if transformers reads its files by itself.
 
-    It does not where its config is refuted: it would quantize what it loads.
+    It does not if the config names a quantization that the tensors refute: it would quantize the
+        weights.
     """
     if plan.scheme is not None:
         return _dequantized(source, plan, plan.scheme)
@@ -233,7 +234,7 @@ def _made(source: Source, plan: Plan) -> dict[str, VirtualTensor] | None:
 
 
 def _dequantized(source: Source, plan: Plan, scheme: Scheme) -> dict[str, VirtualTensor]:
-    """An FP8 checkpoint as the numbers that it stands for, on any machine.
+    """Recipes for an FP8 checkpoint as the numbers that it represents, on any machine.
 
     Weights are in float32, and scales are left out.
 
@@ -270,13 +271,13 @@ def _of_fp8(source: Source, shard: str, info: TensorInfo, scales: Scales) -> Vir
 
 
 def _all_stored(source: Source, plan: Plan) -> dict[str, VirtualTensor]:
-    """The tensors of a source as they are."""
+    """Recipes for the tensors of a source, unchanged."""
     places = plan.names.tensors.items()
     return {name: _stored(source, shard, info) for name, (shard, info) in places}
 
 
 def _stored(source: Source, shard: str, info: TensorInfo) -> VirtualTensor:
-    """The recipe of a tensor that is read as it is.
+    """The recipe of an unchanged tensor.
 
     Raises:
         CheckpointError: PyTorch has no such dtype.

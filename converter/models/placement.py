@@ -1,4 +1,4 @@
-"""Whether the forward pass holds the whole model, or one layer of it at a time."""
+"""Decide whether the forward pass holds the whole model, or one layer at a time."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ class Forward:
     """How the model is run, and why.
 
     Attributes:
-        reason: a function of the inputs and not of how much memory happened to be free.
+        reason: depends on the inputs, not on how much memory happened to be free.
         budget: bytes of memory to plan with.
     """
 
@@ -35,16 +35,16 @@ class Forward:
     budget: int
 
     def record(self, held_out_dtype: str | None = None) -> ForwardRecord:
-        """For the manifest, and for a plan, which does not know the dtype."""
+        """The record for the manifest, and for a plan, which does not know the dtype."""
         return ForwardRecord(mode=self.mode, reason=self.reason, held_out_dtype=held_out_dtype)
 
     def need_resident(self, why: str = _WHY, hint: str = _HINT) -> None:
-        """Raise what is wrong if the whole model must be in memory.
+        """Raise an error if the whole model must be in memory and is not.
 
         Args:
-            why: the beginning of the sentence; by default for continuations, of which each token is
-                a pass by itself.
-            hint: what to do about it.
+            why: the beginning of the message; by default for continuations, where each token is a
+                separate pass.
+            hint: of the message.
         """
         if self.mode == "resident":
             return
@@ -66,11 +66,12 @@ def choose_forward(
     *,
     spread: bool,
 ) -> Forward:
-    """``auto`` is resident where the model fits in memory comfortably, and streamed elsewhere.
+    """``auto`` is resident if the model fits in memory comfortably, else streamed.
 
     Args:
-        limit: bytes of memory to plan with, if less than what is available.
-        spread: over several devices, which only a resident model can be.
+        limit: bytes of memory to plan with, if less than the available memory.
+        spread: whether the model is spread over several devices, which only a resident model can
+            be.
 
     Raises:
         OptionError: streamed and spread.
@@ -103,9 +104,10 @@ def choose_forward(
 
 
 def needed_weights(plan: Plan, dtype: torch.dtype, mode: Mode) -> int:
-    """Bytes of the weights that a forward pass has in memory at a time.
+    """Bytes of weights in memory at a time during a forward pass.
 
-    A layer's tensors are those whose names begin as its down-projections do up to its number.
+    A layer's tensors are those whose names have the same beginning, up to the number, as its
+    down-projections.
     """
     if mode == "resident":
         return plan.num_parameters * dtype.itemsize
@@ -120,11 +122,10 @@ def needed_weights(plan: Plan, dtype: torch.dtype, mode: Mode) -> int:
 
 
 def margin(plan: Plan, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass and its gradients take beside the weights, roughly.
+    """The approximate bytes that a forward pass and its gradients take besides the weights.
 
-    Logits and what is made of them; about 10 hidden states and 3 of the FFN's that a layer keeps
-    for the backward pass, for a batch of ``BATCH_TOKENS`` positions; and two (D, D) sums for each
-    layer.
+    Logits and their derivatives; about 10 hidden states and 3 FFN states that a layer keeps for the
+    backward pass, for a batch of ``BATCH_TOKENS`` positions; and two (D, D) sums for each layer.
     """
     sizes = plan.dimensions
     position = 10 * sizes.hidden_size + 3 * sizes.intermediate_size

@@ -1,4 +1,4 @@
-"""Run a model over sentences and look at what chosen modules give; nothing is kept but sums.
+"""Run a model over sentences and observe the outputs of chosen modules; only sums are kept.
 
 Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentences in all.
 """
@@ -44,7 +44,7 @@ from converter.runtime.extras import need
 class Model(Protocol):
     """A causal language model of transformers, in memory as a whole or a layer at a time.
 
-    What is run may come in either order, all layers of a batch or all batches of a layer. Hooks on
+    Results may come in either order: all layers of a batch, or all batches of a layer. Hooks on
     modules inside of layers work as in any model.
     """
 
@@ -61,15 +61,15 @@ class Model(Protocol):
         """Run batches up to the last module of interest and show each one's output.
 
         Args:
-            modules: by layer, those whose output is wanted; a tuple's first element counts. See
-                ``Modules`` for what the head is given.
+            modules: by layer, the modules whose output is wanted; of a tuple, the first element.
+                See ``Modules`` for the head's input.
             show: called once for each batch and layer.
         """
 
     def logits(
         self, batched: Sequence[Batch], entered: Entered | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """The number of each batch and its logits, (B, T, V), one batch after the other.
+        """The number of each batch and its logits, (B, T, V), batch by batch.
 
         Args:
             entered: of ``entering`` and these batches: no layer below that one is run.
@@ -82,20 +82,20 @@ class Model(Protocol):
         value: Value = log_probability,
         entered: Entered | None = None,
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """What tokens owe to what modules give.
+        """Gradients with respect to the outputs of modules.
 
-        Yields for each batch and layer the number of the batch, the layer, f and g, both
-        (B, T, D) float32: what the module gives, and the gradient with respect to it of a number.
+        Yields for each batch and layer the number of the batch, the layer, f and g, both (B, T, D)
+        float32: the output of the module, and the gradient of a number with respect to it.
 
         Args:
-            value: makes that number of the logits at the batch's positions of positive weight; by
-                default the sum of log p of the tokens that come after them.
+            value: computes that number from the logits at the batch's positions of positive weight;
+                by default the sum of log p of the tokens that follow them.
             entered: of ``entering``, of the lowest layer in ``modules`` and these batches: nothing
                 below it is run.
         """
 
     def entering(self, layer: int, batched: Sequence[Batch]) -> Entered:
-        """What a layer is given; the layers from it on are not run."""
+        """The input of a layer; the layer and those above it do not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +212,10 @@ class SecondMoment:
 
         M = mean over layers of  M_l / tr M_l,   M_l = sum over groups of  E_group[f f^T]
 
-    Uncentred; every token counts the same within its group, and every group the same. Memory is
-    one (D, D) float32 accumulator per layer, a small part of the model's own; where all batches of
-    a layer come together, one in all. The mean is taken in float64, in which layers may come in any
-    order: a streamed model with gradients gives the last one first.
+    Uncentred; every token counts the same within its group, and every group the same. Memory is one
+    (D, D) float32 accumulator per layer, a small part of the model's own; if all batches of a layer
+    come together, only one in all. The mean is in float64, so that layers may come in any order: a
+    streamed model with gradients yields the last one first.
     """
 
     def __init__(self) -> None:
@@ -250,13 +250,13 @@ class SecondMoment:
 
 
 class ChunkNorms:
-    """A sink for how large each of C equal chunks of what a layer gives is, on average.
+    """A sink for the mean norm of each of C equal chunks of a layer's output.
 
         n_c = mean over tokens of  ||f_c||
 
     Attributes:
         sums: layer -> (C,) float64 on the CPU, over the content tokens that were seen.
-        tokens: how many these are, by layer.
+        tokens: their number, by layer.
     """
 
     def __init__(self, chunks: int) -> None:
@@ -276,19 +276,19 @@ class ChunkNorms:
 
 
 def _normalised(moment: Tensor) -> Tensor:
-    """M_l / tr M_l; a layer that writes nothing has no directions."""
+    """M_l / tr M_l; zero for a layer whose output is zero."""
     return moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 Group = tuple[Sequence[Batch], Sequence[Sink]]
-"""Batches, and what to do with their activations."""
+"""Batches, and the sinks of their activations."""
 
 
 def run(model: Model, modules: Modules, groups: Sequence[Group]) -> None:
     """Run all batches of all groups and show every layer's activations to the group's sinks.
 
-    All groups go through the model together, which reads a streamed one once; those without sinks
-    are not run.
+    All groups go through the model together, so a streamed model is read once. Groups without sinks
+    do not run.
 
     Raises:
         SourceError: memory ran out.
@@ -310,7 +310,8 @@ def run(model: Model, modules: Modules, groups: Sequence[Group]) -> None:
 
 
 def choose_device(device: str) -> str:
-    """``auto`` becomes the first GPU if there is one, and so does ``map``, whose parts go anywhere.
+    """``auto`` becomes the first GPU if there is one. So does ``map``, whose model parts may go to
+    any device.
 
     Raises:
         OptionError: not a device, or one that this machine does not have.
@@ -333,10 +334,10 @@ def choose_device(device: str) -> str:
 
 
 def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """The dtype in which held-out text is measured: that of the fit, or with ``mixed`` bfloat16.
+    """The dtype of measurements on held-out text: that of the fit, or with ``mixed`` bfloat16.
 
-    What is measured is a difference between an edited and an unedited model, both in this dtype;
-    the edit itself is not touched.
+    A measurement is a difference between an edited and an unedited model, both in this dtype. The
+    edit itself does not depend on it.
 
     Raises:
         OptionError: ``mixed``, and bfloat16 would round the weights.
@@ -352,10 +353,10 @@ def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
 
 
 def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """``auto`` is float32 on the CPU, and on a GPU, where memory is dear, the stored dtype.
+    """``auto`` is float32 on the CPU, and the stored dtype on a GPU, where memory is scarce.
 
-    That is the dtype of the down-projections; bfloat16 where they are stored in less. ``mixed`` is
-    float32; see ``held_out_dtype``.
+    The stored dtype is that of the down-projections, or bfloat16 if they have fewer bits. ``mixed``
+    is float32; see ``held_out_dtype``.
     """
     if asked != "auto":
         named: torch.dtype = torch.float32 if asked == "mixed" else getattr(torch, asked)

@@ -1,14 +1,14 @@
-"""A model that is run one layer at a time, its weights read as they are needed.
+"""A model that runs one layer at a time, with weights read when they are needed.
 
-All batches go through a layer before the next one is read. The code that runs is the model's own:
-its ``forward`` is called for every layer and batch, and all decoder layers but one return what they
-are given. That one gets the hidden states that the layer before it gave for this batch, with
-whatever masks and tables the model makes for it; what it gives is kept, and the run ends there. So
-nothing here knows how a model is built, but that its layers pass on hidden states and nothing else.
+All batches go through a layer before the next one is read. The model's own code runs: its
+``forward`` is called for every layer and batch, and all decoder layers except one return their
+input. That layer gets the hidden states of this batch from the layer before it, with the masks and
+tables that the model makes. Its output is kept, and the run ends there. So this module only assumes
+that layers pass on hidden states and nothing else.
 
-What needs memory is the weights of one layer, one batch and the hidden states of all batches, and
-these last go to a file where they are many. Every byte of the weights is read once in a pass, and
-with gradients those of the layers that they go back through twice.
+Memory is needed for the weights of one layer, one batch, and the hidden states of all batches,
+which go to a file if they are many. A pass reads every byte of the weights once; with gradients, it
+reads the layers of the backward pass twice.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,10 +51,10 @@ class StreamedModel:
     """A ``Model`` of which one layer is in memory at a time. All batches of a layer come together.
 
     Args:
-        weights: of the model, none of which is in memory; its modules run stand-ins from now on.
+        weights: of the model, none in memory; its modules run replacements from now on.
         blocks: names of its layers.
-        held: bytes of hidden states to hold in memory.
-        folder: for the file with the others.
+        held: the most bytes of hidden states in memory.
+        folder: for the file of the other hidden states.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class StreamedModel:
         for part in [m for m in self.module.modules() if hasattr(m, "get_input_embeddings")]:
             _say_device(part, device)
         self._blocks = list(blocks)
-        self._now = -1  # the layer that is run
-        self._given: Tensor | None = None  # what it is given instead of its input
-        self._entered: Tensor | None = None  # what it was given in the end
-        self._lengths: dict[int, int] = {}  # layer -> length of the tuple that it gives, or 0
+        self._now = -1  # the layer that runs
+        self._given: Tensor | None = None  # replaces its input
+        self._entered: Tensor | None = None  # its actual input
+        self._lengths: dict[int, int] = {}  # layer -> length of its output tuple, or 0
         for number, name in enumerate(self._blocks):
             self._stand_in(number, self.module.get_submodule(name))
         for name, module in self.module.named_modules():
@@ -90,7 +90,7 @@ class StreamedModel:
         self._rows, self._steps, self._done = list[int](), 1, 0  # for the count of sentences
 
     def _stand_in(self, number: int, block: nn.Module) -> None:
-        """Let a layer run only when it is its turn; see the module."""
+        """Wrap a layer's forward so that it runs only during its own pass; see the module."""
         run = block.forward
 
         @wraps(run)
@@ -109,10 +109,10 @@ class StreamedModel:
         block.forward = forward
 
     def _load_when_called(self, module: nn.Module, parts: set[str]) -> None:
-        """Let a module outside of the layers load its weights when it is first needed.
+        """Wrap a module outside of the layers so that it loads its weights at first use.
 
-        The embedding is needed for the first layer only; for others it gives zeros, which do not
-        get anywhere.
+        The embedding is needed only for the first layer. For others it returns zeros, which are not
+        used.
         """
         run, embeds = module.forward, module is self.module.get_input_embeddings()
 
@@ -172,11 +172,11 @@ class StreamedModel:
     ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """See ``Model``. Layers come in descending order.
 
-        With ``entered`` the lowest of these layers stays in memory until the next pass without it,
-        so that step after step reads those above only.
+        With ``entered``, the lowest of these layers stays in memory until the next pass without it,
+        so that further steps read only the layers above it.
 
-        A pass up keeps what every layer from the first one of interest on is given; a pass down
-        runs each layer again from that, and takes the gradient back through it.
+        A pass up keeps the input of every layer from the first one of interest on. A pass down runs
+        each layer again from its input, and takes the gradient back through it.
         """
         first, end = min(modules), len(self._blocks)
         start = 0 if entered is None else first
@@ -196,7 +196,7 @@ class StreamedModel:
                         self._step(number)
 
     def entering(self, layer: int, batched: Sequence[Batch]) -> Entered:
-        """See ``Model``; the states of the first layer are not kept, but made again."""
+        """See ``Model``; the states of the first layer are not kept but computed again."""
         end = len(self._blocks)
         with self._pass(batched, layer) as states:
             self._upwards(batched, states, range(layer))
@@ -215,15 +215,15 @@ class StreamedModel:
         """Run all batches through the lowest layers.
 
         Args:
-            states: where (layer, number) will be what a layer is given for a batch, from the layer
-                ``first`` on, or only what the last layer gives.
-            layers: from 0, or from ``first`` where ``states`` has what that is given.
+            states: gets under (layer, number) the input of a layer for a batch, from the layer
+                ``first`` on, or only the output of the last layer.
+            layers: from 0, or from ``first`` if ``states`` has its input.
             first: see ``states``.
-            hooks: for a layer and the number of a batch, what to call with modules' outputs.
+            hooks: returns, for a layer and the number of a batch, the hooks on modules' outputs.
         """
         first = len(self._blocks) if first is None else first
         for layer in layers:
-            for part in self._embedding if layer == 0 else ():  # some models ask where it is
+            for part in self._embedding if layer == 0 else ():  # some models ask for its device
                 self.weights.load(part)
             with self._layer(layer, layer + 1 if layer + 1 in layers else None):
                 for number, batch in enumerate(batched):
@@ -243,7 +243,7 @@ class StreamedModel:
     def _through(
         self, layer: int, batch: Batch, given: Tensor | None, hooks: Mapping[str, Hook]
     ) -> Tensor | None:
-        """What a layer gives for a batch, or None if a hook has ended the run."""
+        """The output of a layer for a batch, or None if a hook ended the run."""
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -257,13 +257,13 @@ class StreamedModel:
         return found[0] if found else None
 
     def _top(self, batch: Batch, given: Tensor) -> Tensor:
-        """The logits that the last norm and the head make of what the last layer gave."""
+        """The logits that the last norm and the head make from the last layer's output."""
         self._now, self._given = len(self._blocks), given
         logits: Tensor = call(self.module, batch).logits
         return logits
 
     def _back_from_head(self, batched: Sequence[Batch], states: HiddenStates, value: Value) -> None:
-        """Put gradients of a number in the place of what the last layer gave."""
+        """Replace the last layer's outputs by the gradients of a number."""
         end, before = len(self._blocks), set(self.weights.loaded)
         self.weights.expect(self._blocks[-1])
         for number, batch in enumerate(batched):
@@ -283,14 +283,14 @@ class StreamedModel:
         *,
         further: bool,
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Take a gradient back through a layer for a batch, of which ``place`` has the numbers.
+        """Take a gradient back through a layer for the batch of ``place``.
 
-        The gradient with respect to what the layer is given, if it is to go ``further``, takes the
-        place of that.
+        If the gradient must go ``further``, the gradient with respect to the layer's input replaces
+        that input.
 
         Returns:
-            what the modules of some names give together, if there are any, and the gradient with
-            respect to it.
+            the summed output of the named modules, if there are any, and the gradient with respect
+            to it.
         """
         layer, number = place
         outputs: dict[str, Tensor] = {}
@@ -311,7 +311,7 @@ class StreamedModel:
 
     @contextmanager
     def _layer(self, layer: int, following: int | None) -> Iterator[None]:
-        """While this lasts, the weights of a layer are in memory."""
+        """Within this context, the weights of a layer are in memory."""
         self.weights.load(self._blocks[layer])
         if following is not None:
             self.weights.expect(self._blocks[following])
@@ -330,12 +330,12 @@ class StreamedModel:
         head: bool = False,
         kept: frozenset[str] = frozenset(),
     ) -> Iterator[HiddenStates]:
-        """A pass over the weights, all of which are let go at its end, but for layers to be kept.
+        """A pass over the weights. At its end all are released, except the layers to keep.
 
         Args:
-            steps: that each batch takes, not one after the other: its sentences count as done only
-                when so many steps are.
-            head: whether it goes to the end, where the head may share the embedding's weight.
+            steps: number of steps of each batch, which are not consecutive: its sentences count as
+                done only after all of them.
+            head: whether the pass includes the head, which may share the embedding's weight.
         """
         self._rows, self._steps, self._done = [len(batch.rows) for batch in batched], steps, 0
         self._head_needs_embedding, self._kept = head and bool(self._embedding & self._head), kept
@@ -354,7 +354,7 @@ class StreamedModel:
 
 
 def _say_device(model: nn.Module, device: str) -> None:
-    """Have a model of transformers say that it is on a device, which it takes from its weights."""
+    """Make a model of transformers report a device, which it usually takes from its weights."""
     kind = type(model)
     known = {"device": torch.device(device), "__module__": kind.__module__}
     model.__class__ = type(kind.__name__, (kind,), known)

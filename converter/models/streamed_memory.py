@@ -1,4 +1,4 @@
-"""What is in memory of a streamed model: a part of its weights, and hidden states up to a limit."""
+"""The memory of a streamed model: parts of its weights, and hidden states up to a limit."""
 
 import tempfile
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -19,10 +19,10 @@ from converter.models.transformers_loader import LazyTensor, PartLoader
 class Weights:
     """Loads and drops a model's weights part by part.
 
-    A part is a decoder layer, or what one module outside of them holds itself: the embedding, the
-    last norm, the head. Which tensors of the checkpoint a part is made from, and how, is for
-    transformers to say, which renames, splits and fuses tensors by rules for each architecture. A
-    weight that two modules share belongs to the one under whose name the checkpoint has it.
+    A part is a decoder layer, or the own weights of one module outside of the layers: the
+    embedding, the last norm, the head. transformers makes a part from tensors of the checkpoint; it
+    renames, splits and fuses them by rules for each architecture. A weight that two modules share
+    belongs to the one under whose name the checkpoint has it.
 
     Args:
         module: from ``transformers_loader``. Its weights are on the meta device, and return to it
@@ -31,7 +31,7 @@ class Weights:
         blocks: names of the decoder layers.
 
     Attributes:
-        loaded: the parts that are in memory now.
+        loaded: the parts in memory.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Weights:
         self._recipes, self._device = recipes, device
         self._meta: dict[str, Tensor] = module.state_dict(keep_vars=True)
         for key, buffer in list(module.named_buffers()):
-            if key not in self._meta:  # no weight: a table of frequencies, or the like
+            if key not in self._meta:  # not a weight: a table of frequencies, or the like
                 self._set(key, buffer.to(device))
         self._loader = PartLoader(module, dtype, device)
         self._sources = self._find_sources(set(blocks))
@@ -56,7 +56,7 @@ class Weights:
         self._side: Any = None  # a stream and a thread, on a GPU
 
     def _find_sources(self, blocks: set[str]) -> dict[str, list[str]]:
-        """Part -> the tensors of the checkpoint that it is made from; some make nothing."""
+        """Part -> its tensors in the checkpoint; some tensors make nothing."""
         found: dict[str, list[str]] = {}
         for name in self._recipes:
             if (key := self._loader.weight_of(name)) is not None:
@@ -64,7 +64,7 @@ class Weights:
         return found
 
     def _find_keys(self, blocks: set[str]) -> dict[str, list[str]]:
-        """Part -> the weights of the model that it loads, by all of their names."""
+        """Part -> its weights in the model, by all of their names."""
         groups: dict[int, list[str]] = {}
         for key, tensor in self._meta.items():
             groups.setdefault(id(tensor), []).append(key)
@@ -76,7 +76,7 @@ class Weights:
         return found
 
     def parts_of(self, module: str) -> set[str]:
-        """The parts that what a module holds itself is in."""
+        """The parts that hold a module's own weights."""
         return {
             part
             for part, keys in self._keys.items()
@@ -94,10 +94,10 @@ class Weights:
         return list(self._keys)
 
     def load(self, part: str) -> None:
-        """Read a part, unless it is there.
+        """Read a part, unless it is loaded.
 
         Raises:
-            CheckpointError: it cannot be read, or is not what its header said.
+            CheckpointError: it cannot be read, or contradicts its header.
         """
         if part in self.loaded:
             return
@@ -127,21 +127,21 @@ class Weights:
                 )
 
     def drop(self, *parts: str) -> None:
-        """Let parts go."""
+        """Release parts."""
         for part in self.loaded.intersection(parts):
             self.loaded.remove(part)
             for key in self._keys[part]:
                 self._set(key, self._meta[key])
 
     def drop_all(self, but: Collection[str] = ()) -> None:
-        """Let all parts go but some, those too that are on their way."""
+        """Release all parts except some, including those that are being copied."""
         self._coming.clear()
         self.drop(*self.loaded.difference(but))
 
     def expect(self, part: str) -> None:
-        """Begin to copy a part to the GPU, which computes meanwhile; on the CPU do nothing.
+        """Start copying a part to the GPU while it computes; on the CPU do nothing.
 
-        There memory is the point, and a part that waits would double it.
+        On the CPU memory is the limit, and a waiting part would double it.
         """
         if self._device == "cpu" or part in self.loaded or part in self._coming:
             return
@@ -183,12 +183,12 @@ def _part_of(key: str, blocks: set[str]) -> str:
 
 
 class HiddenStates:
-    """Tensors by name, as long as this is open.
+    """A store of tensors by name.
 
-    What is more than ``limit`` bytes goes to a file in ``folder`` that has no name and exists only
-    if it is needed. It is read and written with plain calls: a mapped file would count as memory
-    where the address space is limited. A name keeps its place, so that the states of a layer take
-    that of the layer before.
+    Tensors beyond ``limit`` bytes go to an unnamed file in ``folder``, which is only made if
+    needed. It is read and written with plain calls, since a mapped file would count as memory if
+    the address space is limited. A name keeps its place, so that the states of a layer replace
+    those of the layer before.
 
     Attributes:
         filed: bytes in the file.
@@ -209,7 +209,7 @@ class HiddenStates:
             self._file.close()
 
     def put(self, name: Hashable, tensor: Tensor) -> None:
-        """Keep a tensor in the place of the last one of this name, which was as large.
+        """Keep a tensor in the place of the last one of this name, which must have the same size.
 
         Raises:
             SourceError: the disk is full.
@@ -250,6 +250,6 @@ class HiddenStates:
         return torch.frombuffer(data, dtype=dtype).reshape(shape).to(device)
 
     def drop(self, name: Hashable) -> None:
-        """Forget a tensor; its place in memory, if it had one, is free for others."""
+        """Remove a tensor, and free its place in memory."""
         if name in self._held:
             self.left += self._held.pop(name).nbytes

@@ -1,12 +1,12 @@
-"""The weight of one linear map as a parameter: the layers above it run, those below have run once.
+"""Train the weight of one linear map: the layers above it run in each step, those below once.
 
     y = x W^T (+ b)         x (T, I) what the map is given, W (O, I) the parameter, b as it is
     dL/dW = G^T x           G (T, O) the gradient of L at y, summed over all texts
 
-Nothing below the map depends on W, so what its layer is given is kept for each text, and every step
-begins there. The layers run by the model's own code, and no layer is known in detail: one with a
-norm behind its FFN, or with its FFN beside the attention, is like any other. W is float32, whatever
-the dtype of the model is; the other weights stay as they are.
+Nothing below the map depends on W, so the input of its layer is kept for each text, and every step
+starts there. The layers run by the model's own code, so a norm behind the FFN or an FFN beside the
+attention needs no special case. W is float32 for every dtype of the model; the other weights do not
+change.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from converter.models.hooks import hooked, memory_errors
 from converter.models.resident import Model
 
 Loss = Callable[[int, Tensor], Tensor]
-"""What a text, by its number, adds to L: made of its logits (A, V) at its A positions of weight."""
+"""The loss of a text, by its number, from its logits (A, V) at its A positions of weight."""
 
 
 class TrainedMap:
-    """One linear map of a model, whose weight is ``W`` whatever the checkpoint has.
+    """One linear map of a model, with ``W`` as its weight.
 
     Args:
         model: in memory or streamed.
-        weight: which map it is; no part of a tensor, and no expert.
+        weight: the map; not a part of a tensor, and not an expert.
         W: (O, I) float32; it is the attribute ``W``, to be changed in place.
-        texts: with weight on the positions whose logits are wanted, one at least of each.
+        texts: with weight on the positions whose logits are wanted, at least one in each.
     """
 
     def __init__(self, model: Model, weight: Weight, W: Tensor, texts: Sequence[Sentence]) -> None:
@@ -48,7 +48,7 @@ class TrainedMap:
             )
 
     def gradient(self, loss: Loss) -> Tensor:
-        """dL/dW (O, I) float32, L the sum of what ``loss`` says of all texts."""
+        """dL/dW (O, I) float32, with L the sum of ``loss`` over all texts."""
         total, weight = torch.zeros_like(self.W), self._weight
 
         def value(logits: Tensor, batch: Batch) -> Tensor:
@@ -66,7 +66,7 @@ class TrainedMap:
         return total
 
     def _run(self, module: nn.Module, args: Any, output: Any) -> Tensor:
-        """What the map gives with ``W``, in place of what it gave."""
+        """Replace the map's output by its output with ``W``."""
         x: Tensor = args[0].detach()
         self._given = x
         W, bias = self.W.to(x.device), getattr(module, "bias", None)

@@ -1,4 +1,4 @@
-"""How transformers loads a model, where that is not documented.
+"""The undocumented parts of transformers' loader.
 
 - ``from_pretrained(None, config=..., state_dict=...)`` takes for a tensor whatever can be sliced,
   and slices it when its turn comes: ``LazyTensor``, ``MetaTensor``.
@@ -7,8 +7,8 @@
 - ``_get_dtype_plan`` and ``base_model_prefix`` of a model.
 - ``_attn_implementation`` of a config, which sets that of its parts, too; None for the default.
 
-What a model is without its weights, ``checkpoints.architectures.library`` knows.
-``tests/test_doors.py`` fails where another version of transformers does otherwise.
+``checkpoints.architectures.library`` builds models without weights. ``tests/test_doors.py`` fails
+where another version of transformers does otherwise.
 """
 
 import os
@@ -29,7 +29,7 @@ from converter.runtime import progress
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is made when transformers loads it, which it does by slicing."""
+    """A tensor that is made when transformers slices it to load it."""
 
     tensor: VirtualTensor
 
@@ -42,7 +42,7 @@ class Loading:
     """How a model is loaded.
 
     Attributes:
-        attention: how it computes attention; ``auto`` for what the config says, if that is there.
+        attention: how it computes attention; ``auto`` for the config's way, if that is installed.
         trust_remote_code: whether code that comes with the checkpoint may be run.
         spread: let accelerate put its parts on all GPUs, then in memory, then on disk.
     """
@@ -57,7 +57,7 @@ def from_files(
 ) -> Any:
     """``from_pretrained`` of a model whose weights are in files of the folder. No network.
 
-    Raises OptionError if the attention that was asked for is not there.
+    Raises OptionError if the requested attention is not installed.
     """
     import transformers
 
@@ -80,13 +80,13 @@ def from_tensors(
     dtype: torch.dtype,
     **settings: Any,
 ) -> Any:
-    """The same of a model whose tensors are not in files of the folder."""
+    """The same for a model whose tensors are not in files of the folder."""
     import transformers
 
     config = _config(folder, how, device, dtype)
     for part in (config, config.get_text_config(decoder=True)):
         for key in ("quantization_config", "compression_config"):
-            if hasattr(part, key):  # what is made is not quantized
+            if hasattr(part, key):  # the made tensors are not quantized
                 delattr(part, key)
     auto = getattr(transformers, auto_class)
     with torch.device("meta"):
@@ -95,12 +95,11 @@ def from_tensors(
 
 
 def _config(folder: Path, how: Loading, device: str, dtype: torch.dtype) -> Any:
-    """The config of a folder, with an attention that is there.
+    """The config of a folder, with an installed attention.
 
-    Training leaves in configs that it was done with FlashAttention, or with code that transformers
-    would fetch from the Hub. Here this is only what was used elsewhere: what needs more than
-    PyTorch is used if it was asked for, or if the config says so and it is there; nothing is ever
-    fetched for it.
+    Configs often name the attention of the training: FlashAttention, or code that transformers
+    would fetch from the Hub. Here, an attention beyond PyTorch's is used only if it was asked for,
+    or if the config names it and it is installed. Nothing is ever fetched for it.
     """
     from transformers import AutoConfig
     from transformers.utils import is_flash_attn_2_available  # type: ignore[attr-defined]
@@ -132,7 +131,7 @@ def _config(folder: Path, how: Loading, device: str, dtype: torch.dtype) -> Any:
 
 
 class PartLoader:
-    """Loads some weights of a model after others, by the rules that transformers has for it.
+    """Loads the weights of a model part by part, by transformers' rules.
 
     At the beginning all weights of ``module`` are on the meta device.
     """
@@ -153,13 +152,13 @@ class PartLoader:
         return self._renaming.weight_of(name)
 
     def load(self, tensors: dict[str, Any]) -> list[str]:
-        """Load the weights that are made from tensors of the checkpoint, one after the other.
+        """Load the weights that are made from tensors of the checkpoint, in turn.
 
         Args:
             tensors: name -> ``LazyTensor`` or tensor; transformers may take them out.
 
         Returns:
-            what transformers says of those that it could not make.
+            transformers' messages about weights that it could not make.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
@@ -170,9 +169,9 @@ class PartLoader:
 
 @contextmanager
 def _one_by_one() -> Iterator[None]:
-    """Have transformers load tensors one after the other, and without a progress bar for a part.
+    """Make transformers load tensors in turn, without a progress bar for each part.
 
-    Threads would read all tensors of a mixture's layer before the first are fused.
+    With threads it would read all tensors of a mixture's layer before it fuses the first.
     """
     from transformers.utils import logging
 

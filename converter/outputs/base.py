@@ -1,4 +1,4 @@
-"""What an output is: a way to write an edit, and to verify what was written.
+"""Outputs: ways to write an edit, and to verify the written folder.
 
 An output is a package beside this module and a line in ``OUTPUTS``, or an installed package with an
 entry point in the group ``gloss_convert.outputs``.
@@ -35,10 +35,10 @@ class WriteJob:
         source: its shards are fetched as they come.
         plan: of that source.
         edit: what changes.
-        folder: holds nothing but what ``receiver`` may know.
-        engine: how it is computed.
+        folder: to write into; it holds only files that ``receiver`` knows.
+        engine: computes the changes.
         keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
-        receiver: is asked first what is finished, and told of each shard that is.
+        receiver: says first which shards are finished, and gets each finished shard.
     """
 
     source: Source
@@ -57,14 +57,14 @@ class WriteJob:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written.
+    """The results of writing.
 
     Attributes:
         shards: shard of the source -> digests of source and output; empty if none was written.
-        copies: file name -> a file that was copied.
-        made: the same, of a file that the source lacks or that is not a copy of it.
+        copies: file name -> record of a copied file.
+        made: the same for files that are not copies from the source.
         edits: a record for each edited tensor, in order of layer.
-        renamed: shard of the source -> its name in the output, where that is another.
+        renamed: shard of the source -> its name in the output, if that is another one.
         extra: name of the shard of created tensors -> its record; empty if there is none.
         created: those tensors.
     """
@@ -82,9 +82,9 @@ class Output(Protocol):
     """A way to write an edit.
 
     Attributes:
-        library: that loads it, as the Hub calls it.
-        relation: what it is to its base model, as the Hub calls it.
-        implied: options of methods that have another default here.
+        library: that loads it, by its name on the Hub.
+        relation: to its base model, by its name on the Hub.
+        implied: other defaults of methods' options with this output.
         unused: parameters of the command line that have no effect here.
         has_shards: whether it holds every tensor of the model, in shards like those of the source.
         own_files: names of the files that it writes beside shards and copies.
@@ -98,23 +98,23 @@ class Output(Protocol):
     own_files: tuple[str, ...]
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
-        """Refuse what cannot be written this way, before anything is computed.
+        """Refuse an edit that cannot be written this way, before anything is computed.
 
         Raises:
-            OptionError: naming what could be done instead.
+            OptionError: naming an alternative.
         """
 
     def nbytes(self, plan: Plan, footprint: Footprint) -> int:
-        """What will be written, about; the small files are not counted."""
+        """The approximate number of bytes to write, without the small files."""
 
     def companions(self, names: Iterable[str]) -> list[str]:
-        """Which of the source's small files, by name, are copied."""
+        """Names of the source's small files that are copied."""
 
     def at_a_time(self, source: Source) -> int:
-        """Shards that may be worked on at a time."""
+        """The most shards in work at a time."""
 
     def write(self, job: WriteJob) -> Written:
-        """Write all but the card, the edit's file and the manifest.
+        """Write everything except the card, the edit's file and the manifest.
 
         Raises:
             CheckpointError: a shard is malformed or damaged.
@@ -124,12 +124,12 @@ class Output(Protocol):
     def verify(
         self, folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
     ) -> Iterator[str]:
-        """What is wrong with the weights of an output, a sentence each.
+        """A sentence for each fault of an output's weights.
 
         Args:
             folder: of the output.
             manifest: of it.
-            damaged: files that are known to be wrong, and how; nothing more is said of them.
+            damaged: files with known faults; they are not checked further.
             source: that it was made from, to compare with.
         """
 
@@ -170,6 +170,6 @@ def sha256_of_tensor(tensor: Tensor) -> str:
 
 
 def file_entry(path: Path) -> FileRecord:
-    """Flush a file to disk; its record."""
+    """Flush a file to disk, and return its record."""
     sync(path)
     return FileRecord(sha256=sha256_of(path), nbytes=path.stat().st_size)

@@ -1,9 +1,9 @@
-"""How a destination becomes real: held by one run, filled beside its place, moved there at once.
+"""Claim a destination: one run holds it, fills a folder beside it, and moves that into its place.
 
-While a run works there is a folder ``.NAME.part`` beside the destination NAME, with ``lock``, the
-new folder ``new`` and the journal of what is finished. If the process is killed it stays, and the
-next run into the same destination goes on from it. What matters is flushed to disk before the step
-that makes it count.
+During a run there is a folder ``.NAME.part`` beside the destination NAME, with ``lock``, the new
+folder ``new`` and the journal of finished shards. If the process is killed, the folder stays, and
+the next run into the same destination continues from it. Files are flushed to disk before the step
+that relies on them.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ JOURNAL = "journal.jsonl"
 """See ``outputs.journal``."""
 
 _LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
-"""Moved in last and out first, where files are moved one by one: without them it is neither."""
+"""Moved in last and out first, if files move one by one: without them a folder is no output."""
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -43,7 +43,7 @@ class Claim:
         target: the same, resolved.
         mounted: whether it is a mount point, which is filled and not replaced.
         holder: the folder ``.NAME.part``.
-        torn: whether the last step has failed and could not be undone.
+        torn: whether the last step failed and could not be undone.
     """
 
     def __init__(self, destination: Path) -> None:
@@ -65,18 +65,18 @@ class Claim:
     def staged(self, overwrite: bool) -> Iterator[Path]:
         """The folder under construction, which takes the place of the destination in the end.
 
-        That is one step for everybody who looks. Only a mount point, which cannot be renamed, is
-        filled file by file. If the block does not succeed the destination is as it was.
+        The replacement is one atomic step, except for a mount point, which cannot be renamed and is
+        filled file by file. If the block fails, the destination is unchanged.
 
         Raises:
-            DestinationError: the operating system refuses to write, or there is something in the
-                destination by then and ``overwrite`` does not allow to replace it.
+            DestinationError: the operating system refuses to write, or the destination is not empty
+                by then and ``overwrite`` is not set.
         """
         with self._told():
             self.part.mkdir(exist_ok=True)
             yield self.part
             for folder, _, _ in os.walk(self.part, topdown=False):
-                sync(Path(folder))  # what it lists; the files were flushed when written
+                sync(Path(folder))  # its entries; the files were flushed when written
             if not overwrite:
                 self.check_empty("it was filled meanwhile; choose another folder")
             try:
@@ -88,7 +88,7 @@ class Claim:
                 raise
 
     def check_empty(self, hint: str) -> None:
-        """Raise DestinationError if there is something in the destination."""
+        """Raise DestinationError if the destination is not empty."""
         if self._content():
             raise DestinationError(f"destination {self.destination} is not empty", hint=hint)
 
@@ -104,7 +104,7 @@ class Claim:
             ) from error
 
     def _content(self) -> list[Path]:
-        """What is in the destination besides what is ours."""
+        """The destination's files, without those of a run."""
         return files_not_ours(self.target) if self.target.is_dir() else []
 
     def _replace(self) -> None:
@@ -115,7 +115,7 @@ class Claim:
         sync(self.target.parent)
 
     def _fill(self) -> None:
-        """Move what is there aside, and the new files to its place; ``recover`` undoes both."""
+        """Move the old files aside, and the new files to their place; ``recover`` undoes both."""
         old = self.holder / "old"
         old.mkdir()
         sync(self.holder)
@@ -127,7 +127,7 @@ class Claim:
         sync(self.target)
 
     def recover(self) -> None:
-        """Put things where they were if a run was killed in its last step."""
+        """Undo the last step of a killed run."""
         old, filling = self.holder / "old", self.holder / "filling"
         if self.mounted and filling.exists():
             _move(self._content(), self.part, away=True)
@@ -145,9 +145,10 @@ class Claim:
             shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Delete all that is not the destination. What is renamed first is nobody's any more.
+        """Delete the work folder. It is renamed first, so that no other run can pick it up half
+        deleted.
 
-        If that fails it changes nothing about the destination, so it is a warning.
+        A failure is only a warning, since the destination is complete.
         """
         trash = self.holder.with_name(f"{self.holder.name}-{secrets.token_hex(4)}")
         try:
@@ -160,14 +161,14 @@ class Claim:
 
 @contextmanager
 def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
-    """Hold a destination against other runs, and take over what a killed one has left.
+    """Lock a destination against other runs, and take over the work of a killed one.
 
-    If the block fails after shards were finished, they are kept for the next run, unless what
-    failed is what they hold.
+    If the block fails after shards were finished, they are kept for the next run, unless their
+    verification failed.
 
     Raises:
-        DestinationError: another run holds it, or it cannot be written, which
-            ``check_destination`` says before; or it may not be overwritten and is not empty.
+        DestinationError: another run holds it; it cannot be written, which ``check_destination``
+            usually reports earlier; or it is not empty and may not be overwritten.
     """
     claim = Claim(destination)
     made = [path for path in claim.target.parents if not path.exists()]
@@ -206,7 +207,7 @@ def claimed(destination: Path, overwrite: bool) -> Iterator[Claim]:
 
 
 def finished_in(path: Path) -> int:
-    """How many shards a journal names, a line each after its first; 0 without one."""
+    """The number of shards in a journal, a line each after the first; 0 without a journal."""
     try:
         return max(path.read_bytes().count(b"\n") - 1, 0)
     except OSError:
@@ -214,13 +215,13 @@ def finished_in(path: Path) -> int:
 
 
 def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
-    """Move files to a folder, ``_LAST`` last, or first if it is ``away`` from a destination."""
+    """Move files to a folder, those of ``_LAST`` last, or first if ``away`` from a destination."""
     for path in sorted(paths, key=lambda path: ((path.name in _LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two folders swap names in one step; False where the operating system cannot."""
+    """Swap the names of two folders in one step; False if the operating system cannot."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -229,17 +230,18 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _locked(folder: Path, destination: Path) -> int:
-    """Make a folder, unless it is there, and hold the lock in it: whoever has it may rename it.
+    """Make a folder, if it is missing, and hold the lock in it. Only the holder may rename the
+    folder.
 
-    Not by ``filelock``: it opens the file by its path and does not see that the folder was renamed,
-    has no lock to give where the file system has none, and says nothing of who holds it.
+    ``filelock`` is not used: it opens the file by its path and does not notice that the folder was
+    renamed, it fails on file systems without locks, and it does not name the holder.
 
     Returns:
-        a descriptor; the operating system lets go of the lock when it is closed or this process
-        ends, however it ends.
+        a descriptor; the operating system releases the lock when it is closed or this process ends
+        in any way.
 
     Raises:
-        DestinationError: another process has it, and which.
+        DestinationError: another process has it; the message names the process.
         OSError: the folder cannot be written.
     """
     path = folder / "lock"
@@ -251,13 +253,13 @@ def _locked(folder: Path, destination: Path) -> int:
         except FileExistsError:
             if os.path.lexists(folder) and not folder.is_dir():
                 raise
-            continue  # who held it has renamed it between two looks
+            continue  # the holder renamed it between the two calls
         try:
-            names = {entry.name for entry in folder.iterdir()}  # who makes it begins with the lock
+            names = {entry.name for entry in folder.iterdir()}  # a run creates the lock first
             if names and path.name not in names:
                 raise OSError(errno.EEXIST, f"{folder.name} is there and is not of gloss-convert")
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # who held it has just renamed the folder
+        except FileNotFoundError:  # the holder has just renamed the folder
             continue
         try:
             _lock(file, destination)
@@ -272,7 +274,7 @@ def _locked(folder: Path, destination: Path) -> int:
 
 
 def _lock(file: int, destination: Path) -> None:
-    """Lock an open file, and write into it who did."""
+    """Lock an open file, and write this process's name into it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -283,7 +285,7 @@ def _lock(file: int, destination: Path) -> None:
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise  # those say that the file system has none
+            raise  # errors of file systems without locks
         progress.warn(
             f"the file system of {destination} has no locks: see that only one run uses it"
         )

@@ -1,4 +1,4 @@
-"""The folder where a result goes: whether it can go there, and what runs leave beside it."""
+"""Check the destination of a result, and clean up what runs leave beside it."""
 
 import hashlib
 import os
@@ -11,22 +11,22 @@ from pathlib import Path
 from converter.errors import DestinationError
 
 _LONGEST = 240
-"""Bytes of a file name that leave room for ours around it; file systems take 255."""
+"""The most bytes of a name, to leave room for our additions; file systems allow 255."""
 
 TRUTH = ("config.json", "adapter_config.json")
-"""A checkpoint or an adapter has one of them."""
+"""A checkpoint or an adapter has one of these files."""
 
 
 def check_destination(
     destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
 ) -> None:
-    """Refuse a folder to be made that cannot be written, before anything is computed.
+    """Refuse a destination that cannot be written, before anything is computed.
 
     Args:
         destination: the folder.
-        overwrite: whether a checkpoint that is already there may be replaced.
+        overwrite: whether an existing checkpoint may be replaced.
         inputs: files and folders that the run reads.
-        nbytes: what will be written.
+        nbytes: number of bytes to write.
 
     Raises:
         DestinationError: it is a file, is not empty, is or contains an input or the current
@@ -58,15 +58,15 @@ def check_folder(folder: Path) -> None:
 
 
 def check_beside(option: str, path: Path, folder: Path | None = None) -> None:
-    """Refuse a file that cannot be written where an option says.
+    """Refuse a file of an option that cannot be written.
 
     Args:
         option: as typed.
         path: of the file.
-        folder: whose manifest lists every file, so that the file cannot lie in it.
+        folder: that may not contain the file, since its manifest lists every file.
 
     Raises:
-        DestinationError: it lies there, is a folder, or its folder does not exist.
+        DestinationError: it lies in ``folder``, is a folder, or its folder does not exist.
     """
     if folder is not None and path.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(
@@ -81,7 +81,7 @@ def check_beside(option: str, path: Path, folder: Path | None = None) -> None:
 
 def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
-    identity = cache(_identity)  # not by name: case may not count, and mounts have two
+    identity = cache(_identity)  # not by name: case may not matter, and a mount can have two names
     above, own = {identity(path) for path in (target, *target.parents)} - {None}, identity(target)
     for path in (path.resolve() for path in inputs):
         if target == path or identity(path) in above:
@@ -130,7 +130,7 @@ def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: i
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode; None if there is nothing."""
+    """Device and inode; None if the path does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -148,7 +148,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def holder_of(target: Path) -> Path:
-    """The folder ``.NAME.part`` of a resolved destination: in it, if it is a mount point."""
+    """The folder ``.NAME.part`` of a resolved destination: inside it, if it is a mount point."""
     name = target.name
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -156,30 +156,30 @@ def holder_of(target: Path) -> Path:
 
 
 def files_not_ours(target: Path) -> list[Path]:
-    """What is in a folder, but for what runs into it have left there while it is a mount point."""
+    """The files of a folder, without those that runs leave in a mount point."""
     ours = holder_of(target)
     return [p for p in target.iterdir() if p != ours and not _is_trash(p, ours)]
 
 
 def _unfinished_bytes(target: Path) -> int:
-    """Bytes beside a resolved destination that the next run goes on from or deletes."""
+    """Bytes beside a resolved destination that the next run continues from or deletes."""
     try:
         files = (holder_of(target) / "new").rglob("*")
         return sum(path.stat().st_size for path in files if path.is_file())
-    except OSError:  # another run works there; who asks for the lock will be told
+    except OSError:  # another run works there; the request for the lock will report it
         return 0
 
 
 def interrupted(target: Path) -> bool:
-    """Whether a run was killed while it changed a destination, so that its content is in between.
+    """Whether a run was killed while it replaced a destination.
 
-    ``Claim.recover`` mends that.
+    ``Claim.recover`` repairs it.
     """
     return any((holder_of(target) / name).exists() for name in ("old", "filling"))
 
 
 def sweep(holder: Path) -> None:
-    """Delete what was discarded beside a ``.NAME.part``."""
+    """Delete discarded folders beside a ``.NAME.part``."""
     for path in holder.parent.iterdir():
         if _is_trash(path, holder):
             shutil.rmtree(path, ignore_errors=True)

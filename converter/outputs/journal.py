@@ -1,9 +1,9 @@
-"""Which shards are finished, so that a run that was killed is gone on with and not begun anew.
+"""The journal of finished shards, from which the next run continues.
 
-A text file with a JSON object on each line: first what the bytes of all shards depend on, as a
-digest, then for each finished shard its record and those of the edits in it. Lines are appended
-and flushed after the shard is; the last one may be torn. Nothing in it is believed without the
-sha256 of the file that it speaks of.
+A text file with a JSON object on each line: first a digest of everything that the shards' bytes
+depend on, then for each finished shard its record and those of its edits. A line is appended and
+flushed after its shard is; the last one may be torn. A record only counts if the sha256 of its
+shard agrees.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from converter.version import __version__
 
 
 class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A finished shard: its digests, and what was edited in it."""
+    """A finished shard: its digests, and its edits."""
 
     record: ShardRecord
     edits: tuple[EditedTensor, ...]
@@ -42,23 +42,23 @@ class _Line(Done, frozen=True):
 
 
 class Receiver(Protocol):
-    """Who is told of each shard that is finished.
+    """Gets each finished shard.
 
     Attributes:
-        at_a_time: shards that may be there at a time, or None.
+        at_a_time: the most shards on disk at a time, or None.
     """
 
     @property
     def at_a_time(self) -> int | None: ...
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
-        """Shards that are finished already, of those in ``users``; the others are deleted.
+        """The finished shards among those in ``users``; the others are deleted.
 
         ``users`` is that of ``checkpoint.write.users_of``.
         """
 
     def finished(self, shard: str, done: Done) -> None:
-        """A shard is on disk. Called by the thread that wrote it, which goes on afterwards."""
+        """A shard is on disk. Called by the thread that wrote it, before it continues."""
 
 
 class Journal:
@@ -67,8 +67,8 @@ class Journal:
     Args:
         path: of the file.
         folder: with the shards.
-        key: a digest of all that the bytes of the shards depend on, besides the source's.
-        digests: gives the sha256 of the source's shards as they are now, where shards are files.
+        key: a digest of everything that the bytes of the shards depend on, besides the source's.
+        digests: returns the present sha256 of the source's shards, if shards are files.
     """
 
     at_a_time: int | None = None
@@ -87,9 +87,9 @@ class Journal:
         return cls(claim.journal, claim.part, key, digests)
 
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
-        """The shards that an earlier run has finished, looked at again; the journal begins anew.
+        """Check the shards that an earlier run finished, and start the journal again.
 
-        A shard that cannot be made without another counts only if that one does.
+        A shard that needs another one counts only if that one does.
         """
         known = {name: done for name, done in self._read().items() if name in users}
         if known:
@@ -113,7 +113,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _read(self) -> dict[str, _Line]:
-        """What the file says, if it is about the same edit."""
+        """The records of the file, if it is of the same edit."""
         try:
             first, *lines = self._path.read_bytes().split(b"\n")
             if msgspec.json.decode(first) != {"key": self._key}:
@@ -140,7 +140,7 @@ class Journal:
 
 
 def keep_only(folder: Path, names: Container[str]) -> None:
-    """Delete all files below a folder but these, and the folders that are then empty."""
+    """Delete all files below a folder except these, and then empty folders."""
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             if (Path(parent) / name).relative_to(folder).as_posix() not in names:
@@ -151,9 +151,9 @@ def keep_only(folder: Path, names: Container[str]) -> None:
 
 
 def _key_of(edit: Edit, engine: Engine, originals: Mapping[str, FileRecord]) -> str:
-    """A sha256 of all that the bytes of the shards depend on, besides those of the source.
+    """A sha256 of everything that the bytes of the shards depend on, besides the source's.
 
-    ``originals`` are the files that shards are made from, if shards are no files.
+    ``originals`` are the files from which virtual shards are made.
     """
     what = {
         "tool": __version__, "torch": str(torch.__version__), "device": engine.device,

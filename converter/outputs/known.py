@@ -1,4 +1,4 @@
-"""Which outputs there are, by name, without what their modules need: torch takes seconds."""
+"""The outputs by name, without importing their modules, since torch takes seconds."""
 
 from collections.abc import Mapping
 
@@ -22,4 +22,4 @@ UNUSED: Mapping[str, tuple[str, ...]] = {
     "adapter": ("rounding", "workers", "stream_to_hub"),
     "checkpoint": (),
 }
-"""Name of our own -> parameters of the command line that have no effect with it."""
+"""Name of a built-in output -> options of the command line that have no effect with it."""

@@ -1,8 +1,8 @@
-"""What readers make of a folder by its names: rules for every output of every source.
+"""Rules for the file names of every output, since programs recognise weights by them.
 
-Readers choose files of weights by name. transformers takes ``model.safetensors`` before it looks
-for an index. vLLM takes every ``*.safetensors`` and, where there is an index, drops what that does
-not name. llama.cpp and MLX take ``model*.safetensors``. Old versions know old keys only. So:
+transformers takes ``model.safetensors`` before it looks for an index. vLLM takes every
+``*.safetensors``; if there is an index, it drops the files that the index does not name. llama.cpp
+and MLX take ``model*.safetensors``. Old versions know only old keys. So:
 
 - What is not a weight looks like none, in folders, too. What the source has keeps its name.
 - The weights are one ``model.safetensors``, or shards that the index names, all of them and no
@@ -23,7 +23,7 @@ from converter.outputs.base import Output
 def check_readers(
     folder: Path, manifest: Manifest, output: Output, damaged: Mapping[str, str]
 ) -> Iterator[str]:
-    """Which of the rules an output breaks, a sentence each; nothing more of ``damaged`` files.
+    """A sentence for each rule that an output breaks; ``damaged`` files are skipped.
 
     Raises:
         CheckpointError: the index or a config cannot be read.

@@ -1,4 +1,4 @@
-"""What verifying any output needs: the edit's file, and the source, against the manifest."""
+"""Checks for every output: the edit's file and the source against the manifest."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -21,7 +21,7 @@ from converter.runtime.cache import sha256_of
 from converter.text import is_one_line
 
 _LONGEST_NAME = 255
-"""Bytes of the name of a file, on every usual system."""
+"""The most bytes of a file name on usual systems."""
 
 
 def recorded_edit(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -35,10 +35,10 @@ def recorded_edit(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta:
-    """What became of a tensor, by its record and the tensors of the edit's file.
+    """The change of a tensor, from its record and the tensors of the edit's file.
 
     Raises:
-        VerificationError: the file lacks a tensor, or they do not make a change of that tensor.
+        VerificationError: the file lacks a tensor, or its tensors do not fit.
     """
     what = f"{MANIFEST}: the edit of tensor {tensor.name}"
     if lacking := sorted(set(tensor.tensors.values()) - stored.keys()):
@@ -56,7 +56,7 @@ def delta_of_record(tensor: EditedTensor, stored: Mapping[str, Tensor]) -> Delta
 
 
 def base_of(manifest: Manifest) -> str | None:
-    """Repo id of the base model, as far as a run knew it: what its card and adapter name."""
+    """Repo id of the base model in card and adapter; None if the run did not know it."""
     demo = DEMO if manifest.run.source == "demo" else None
     return manifest.run.base_model or manifest.source.repo_id or demo
 
@@ -82,7 +82,7 @@ def edit_of(manifest: Manifest, stored: Mapping[str, Tensor]) -> Edit:
 
 
 def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
-    """The tensors of ``recorded_edit`` must be what the manifest says, and bases orthonormal."""
+    """Check the tensors of ``recorded_edit`` against the manifest; bases must be orthonormal."""
     name, ranks = manifest.edit.file, [0]
     for tensor in {tuple(t.tensors.items()): t for t in manifest.edited}.values():
         basis = delta_of_record(tensor, stored).protects
@@ -111,9 +111,9 @@ def check_edit_file(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterato
 
 
 def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]) -> Iterator[str]:
-    """The files of a source must be those that were read.
+    """Check that the files of a source are the recorded ones.
 
-    ``copied`` are those of which this output has copies, edited ones included.
+    ``copied`` are the files that this output has copies of, edited ones included.
     """
     shards = {file.source or name for name, file in manifest.shards.items()}
     for name in sorted({*copied} - {*manifest.files, *shards}):
@@ -127,31 +127,31 @@ def check_source_files(manifest: Manifest, source: Source, copied: Iterable[str]
 
 
 def check_left_out(manifest: Manifest, source: Source) -> Iterator[str]:
-    """What was left out of a source is what it has beside the files that were read."""
+    """Check that exactly the unread files of a source are recorded as left out."""
     recorded, found = {*manifest.source.left_out}, {*source.left_out}
     known = source.repo is not None and source.repo.commit == manifest.source.commit
     for name in sorted(() if known else found - recorded):  # a cache need not have a whole commit
         yield f"{name} of the source was left out and is not recorded as such"
-    if source.repo is None or source.repo.sizes:  # offline, what was not fetched is not known
+    if source.repo is None or source.repo.sizes:  # offline, unfetched files are not known
         for name in sorted(recorded - found):
             yield f"{name} is recorded as left out, and the source has no such file"
 
 
 def is_recorded(weight: Weight, tensor: EditedTensor) -> bool:
-    """Whether a plan has a weight where and as its record says, whatever the dtype is."""
+    """Whether a plan has a weight as its record says, in any dtype."""
     found = weight.shard, weight.layer, weight.axis, weight.recorded_role, weight.info.shape
     return found == (tensor.shard, tensor.layer, tensor.axis, tensor.role, tensor.shape)
 
 
 def place_of(source: Source, name: str) -> Path:
-    """Where a source has a listed file. Raises VerificationError if its name leads out of it."""
+    """The path of a listed file in a source. Raises VerificationError if its name leads out."""
     plain_name(name)
     known = {path.name: path for path in source.originals} | source.small
     return known.get(name, source.folder / name)
 
 
 def plain_name(name: str) -> None:
-    """Make sure that a name from a manifest stays in its folder. Raises VerificationError."""
+    """Check that a name from a manifest stays in its folder. Raises VerificationError."""
     if not is_plain(name) or "\\" in name:
         raise VerificationError(
             "the manifest is not one of gloss-convert", expected="names of files in a folder",
@@ -160,15 +160,15 @@ def plain_name(name: str) -> None:
 
 
 def is_addable(name: str, nbytes: int = 0) -> bool:
-    """Whether an edit may add a file of that name: one that belongs to a model as its texts do.
+    """Whether an edit may add a file of that name.
 
-    It is none that loaders take for weights, and a conversion of the output copies it.
+    Loaders must not take it for weights, and a conversion of the output must copy it.
     """
     return is_plain(name) and "\\" not in name and is_companion(name, nbytes)
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name from a manifest is that of a file in its folder, and plain text."""
+    """Whether a name from a manifest is plain text and a file within its folder."""
     parts = name.split("/")
     if not is_one_line(name) or {"", ".", ".."}.intersection(parts):
         return False

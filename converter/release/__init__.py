@@ -1,1 +1,1 @@
-"""What makes a folder fit to be published: manifest, card, licence, signature."""
+"""Make a folder fit for publishing: manifest, card, licence, signature."""

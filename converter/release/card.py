@@ -1,7 +1,7 @@
-"""The model card: front matter for the Hub, and in plain words what was done to the model.
+"""The model card: front matter for the Hub, and a description of the edit in plain words.
 
-The text is in ``data/card.md``, a template; here is what goes into it. A manifest's ``run.output``
-says what the card is of: a ``checkpoint`` or an ``adapter``.
+The template is ``data/card.md``; this module fills it in. A manifest's ``run.output`` says whether
+the card describes a ``checkpoint`` or an ``adapter``.
 """
 
 import json
@@ -36,7 +36,7 @@ _TAGS = ["detoxification", "model-editing"]
 _HUB = "https://huggingface.co"
 
 _URL = "/:?&=%#@,;+!$'*~"
-"""What may be in the link to a paper besides letters and digits."""
+"""Characters that a link to a paper may have besides letters and digits."""
 
 FORMULAS = {
     "remove-subspace": "`W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
@@ -49,7 +49,7 @@ FORMULAS = {
     "replace": "another matrix of the same size",
     "add-bits": "a matrix whose bit patterns, as integers, are those of `W` plus recorded ones",
 }
-"""Kind of edit -> what an edited matrix ``W`` became."""
+"""Kind of edit -> the edited matrix, in terms of ``W``."""
 
 _SHOWN = 8
 """Candidate directions in the card; the manifest has all."""
@@ -99,7 +99,7 @@ def make_card(
 def front_matter(
     source: Source, base: str | None, manifest: Manifest, terms: Terms
 ) -> ModelCardData:
-    """The metadata; nothing of the base's is taken but licence, language and task."""
+    """The metadata. From the base it takes only licence, language and task."""
     output = output_of(manifest.run.output)
     dataset = manifest.pairs.origin.repo_id
     results = eval_results(manifest)
@@ -119,13 +119,13 @@ def front_matter(
 
 
 def title_of(source: Source, manifest: Manifest) -> str:
-    """A name for the model, as its licence wants it to begin."""
+    """A name for the model, with the beginning that its licence requires."""
     name = f"{source.name.rpartition('/')[2]}-{manifest.method.name}"
     return fitting_name(source.card, name)
 
 
 def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[str, Any]:
-    """What the template says of the base, and of how to load the result."""
+    """The template's fields on the base, and on how to load the result."""
     repo_id, commit = manifest.source.repo_id, manifest.source.commit
     asked = repo_id or local_name(manifest.run.source)
     name = repo_id or base
@@ -153,14 +153,16 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
 
 
 def local_name(source: str) -> str:
-    """A recorded local source as an argument that no repo and no word of ours is taken for."""
+    """A recorded local source as an argument that cannot be taken for a repo or a word such as
+    demo.
+    """
     return source if source == "demo" or source.startswith("./") else f"./{source}"
 
 
 def pinned(source: Source, manifest: Manifest) -> str:
-    """What transformers is to be told, besides the name, to load what was edited.
+    """The arguments of transformers, besides the name, that load the edited checkpoint.
 
-    Of Meta's own layout it reads the translation, which is at the top of the repo.
+    For Meta's own layout it loads the translation, which is at the top of the repo.
     """
     commit, subfolder = manifest.source.commit, manifest.run.subfolder
     arguments = [f'revision="{commit}"'] if commit else []
@@ -170,7 +172,7 @@ def pinned(source: Source, manifest: Manifest) -> str:
 
 
 def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The rows of the table that says what was done to the base at this place."""
+    """The rows of the table that describes the change of the base."""
     edited = manifest.edited
     changes = [100 * entry.relative_change for entry in edited]
     yield "base", place
@@ -220,7 +222,7 @@ def _done(place: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _chosen_text(choice: Choice, budget: float) -> str:
-    """How a strength was chosen; nothing if it was given."""
+    """How a strength was chosen; empty if it was given."""
     if not choice.automatic:
         return ""
     tried = [trial.strength for trial in choice.tried]
@@ -269,7 +271,7 @@ def _data_link(record: TextRecord) -> str:
 
 
 def _about_edit(manifest: Manifest) -> dict[str, Any]:
-    """What the template says of the edit, its directions and the words behind it."""
+    """The template's fields on the edit, its directions and its words."""
     subspace = manifest.subspace
     candidates = subspace.candidates if subspace else ()
     kept = [c for c in candidates if c.kept and any(c.tokens)]
@@ -315,7 +317,7 @@ def _about_edit(manifest: Manifest) -> dict[str, Any]:
 
 
 def _suffix(manifest: Manifest) -> dict[str, Any]:
-    """What the template says of a sentence behind what users say."""
+    """The template's fields on a text behind user messages."""
     defence = manifest.guard.defence if manifest.guard else None
     found = defence.suffix if defence else manifest.method.evidence.get("suffix")
     return {

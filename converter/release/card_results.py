@@ -1,4 +1,4 @@
-"""What was measured, for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
+"""The measurements for the card: as a sentence, as tables, and as the Hub's ``model-index``."""
 
 from collections.abc import Iterator, Mapping
 from math import isnan
@@ -46,7 +46,9 @@ def pictures(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def measured_text(manifest: Manifest) -> str:
-    """What the guard and the evaluation found, with the controls; or that nothing was measured."""
+    """The results of guard and evaluation, with the controls; or a sentence that nothing was
+    measured.
+    """
     guard, results = manifest.guard, manifest.evaluation
     if guard is None and results is None:
         what = "Toxicity" if manifest.instances is None else "Refusals"
@@ -66,7 +68,7 @@ def measured_text(manifest: Manifest) -> str:
 
 
 def _headline_text(guard: GuardRecord, prompts: PromptsRecord | None, control: str) -> str:
-    """What was measured outside the pairs' kind, beside the controls, or why it was not."""
+    """The measurements outside the pairs' kind, beside the controls; or why there are none."""
     told = guard.headline
     if told is None or prompts is None:
         fallback = f": {escaped(guard.fallback)}" if guard.fallback else ""
@@ -109,7 +111,7 @@ Outside the pairs' own kind, in what the unedited model itself writes ({texts}):
 def _guard_text(guard: GuardRecord, control: str, how: str) -> str:
     """The guard's measurements, beside those of its controls.
 
-    ``control`` says what one is, such as ``a random subspace``, and ``how`` what it is like.
+    ``control`` names a control, such as ``a random subspace``, and ``how`` describes it.
     """
     edit, controls, before = guard.edit, guard.controls, guard.perplexity
 
@@ -147,11 +149,11 @@ _ASKED = {
     "harmless": "refusals of harmless questions",
     "touchy": "refusals of harmless questions with words that sound harmful",
 }
-"""What is measured of refusals, in words."""
+"""The measurements of refusals, in words."""
 
 
 def _defence_text(defence: DefenceRecord) -> str:
-    """What the guard measured of refusals, beside its controls."""
+    """The guard's measurements of refusals, beside its controls."""
     edit, controls, count = defence.edit, defence.controls, len(defence.controls)
     rows = [
         f"| {said}, {defence.prompts.get(name, 0):,} | {_number(getattr(edit, name))} "
@@ -179,7 +181,7 @@ an answer is safe was not measured: one that begins with a refusal may go on to 
 
 
 def _evaluation_text(results: Evaluation) -> str:
-    """The table of the evaluation, and what it was measured on."""
+    """The table of the evaluation, and the texts behind it."""
     asked = results.settings
     on = []
     if prompts := asked.prompts:
@@ -262,4 +264,4 @@ _NAMES = {
     "safeedit": "defence rate in per cent",
     "ability": "",
 }
-"""Metrics that go into the index, and what they are called there; ``measure`` explains them."""
+"""Metrics of the index, and their names there; ``measure`` explains them."""

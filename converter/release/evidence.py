@@ -1,7 +1,7 @@
-"""Which of the evidence in a manifest follows from the edit, and which is recorded only.
+"""Check which evidence in a manifest follows from the edit, and which is only recorded.
 
-A method may say, by ``implied``, what its recorded edit makes of its strength and its evidence: no
-model is run. What it does not say is somebody's word, and is listed as that.
+A method may compute, by ``implied``, strength and evidence from its recorded edit, without running
+a model. All other evidence cannot be checked, and is listed as such.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +22,15 @@ from converter.manifest import Choice, Manifest, MethodRecord
 from converter.methods.base import Method, Recorded, footprint_of
 
 _CLOSE = 0.01
-"""Share by which a number may differ from what the edit makes of it, where weights are known to
-the rounding of their dtype only."""
+"""Share by which a recorded number may differ from the computed one if weights are known only up to
+the rounding of their dtype.
+"""
 
 _MALFORMED = (
     LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
     RuntimeError, msgspec.ValidationError,
 )  # fmt: skip
-"""What happens to who reads evidence that is not what the method keeps."""
+"""Errors of reading evidence that the method did not write."""
 
 _ASKED = (
     "activations", "base_model", "batch_size", "calibration", "device", "force", "forward",
@@ -56,12 +57,13 @@ UNCHECKED: Mapping[str, str] = {
     "tool.version": "the versions of the program and of transformers",
     "architecture.transformers": "the versions of the program and of transformers",
 }  # fmt: skip
-"""Places in a manifest that nothing in a folder or a source proves -> what they are. Only what is
-said of them twice is compared."""
+"""Place in a manifest -> description, for records that neither the folder nor the source proves.
+They are compared only where the manifest has them twice.
+"""
 
 
 def unchecked_parts(manifest: Manifest) -> dict[str, str]:
-    """Those of ``UNCHECKED`` that a manifest has."""
+    """The places of ``UNCHECKED`` that a manifest has."""
 
     def has(place: str) -> bool:
         value: Any = manifest
@@ -73,7 +75,7 @@ def unchecked_parts(manifest: Manifest) -> dict[str, str]:
 
 
 class _Kept(dict[str, Tensor]):
-    """Tensors that a method has kept, and which of them were looked at."""
+    """Tensors that a method has kept; notes which of them were read."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
@@ -88,9 +90,9 @@ class EvidenceCheck:
     """Compares the evidence of the methods of a manifest with its edit.
 
     Attributes:
-        unchecked: places in the manifest, such as ``method.evidence.nll``, that nothing proves ->
-            what they are.
-        done: whether ``problems`` has ended, so that these are all.
+        unchecked: place in the manifest, such as ``method.evidence.nll`` -> description, for
+            evidence that nothing proves.
+        done: whether ``problems`` has ended, so that ``unchecked`` is complete.
     """
 
     def __init__(
@@ -108,14 +110,16 @@ class EvidenceCheck:
         self._kept = {n[begin:]: tensor for n, tensor in stored.items() if n.startswith(EVIDENCE)}
 
     def problems(self, parts: Mapping[str, Method]) -> Iterator[str]:
-        """What contradicts the edit, of each of the methods; ``parts`` are name -> method."""
+        """The contradictions between each method's evidence and the edit; ``parts`` are name ->
+        method.
+        """
         footprints = {name: footprint_of(part, self._plan) for name, part in parts.items()}
         owners = tuple(f"{name}." for name in parts) if self._manifest.steps else ("",)
         for name in sorted(name for name in self._kept if not name.startswith(owners)):
             yield f"{EDIT_FILE}: holds a tensor {EVIDENCE}{name} that no method keeps"
         for number, (told, choice) in enumerate(self._manifest.methods):
             if told.name not in parts:
-                return  # that run and method disagree is said elsewhere
+                return  # another check reports that run and method disagree
             mine = footprints[told.name]
             theirs = {n for name, each in footprints.items() if name != told.name
                       for n in each.created}  # fmt: skip
@@ -177,16 +181,16 @@ class EvidenceCheck:
 
 
 def _useless(told: MethodRecord, method: Method, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Tensors that a method does not look at when it checks what it keeps; see ``check_kept``."""
+    """The kept tensors that a method does not read in its check; see ``check_kept``."""
     if isinstance(tensors, _Kept) and told.subspace is None and hasattr(method, "implied"):
         for name in sorted(tensors.keys() - tensors.seen):
             yield f"{EDIT_FILE}: holds a tensor {EVIDENCE}{name} that {told.name} does not keep"
 
 
 def differing(implied: Any, told: Any, path: str = "") -> Iterator[str]:
-    """The places where what is told is not what is implied; what is not implied is left alone.
+    """The places where a recorded value differs from the implied one; other values are skipped.
 
-    Numbers agree within a hundredth, or of a list within that of its largest.
+    Numbers must agree within a hundredth; in a list, of its largest number.
     """
     if isinstance(implied, Mapping):
         if not isinstance(told, Mapping):
@@ -214,7 +218,9 @@ def differing(implied: Any, told: Any, path: str = "") -> Iterator[str]:
 
 
 def unproved(implied: Any, told: Any, path: str = "") -> Iterator[str]:
-    """The places of what is told and not implied; numbers of layers and in lists are ``#``."""
+    """The places of recorded values that are not implied; layer numbers and list places become
+    ``#``.
+    """
     if isinstance(told, Mapping):
         known = implied if isinstance(implied, Mapping) else {}
         for key, value in told.items():

@@ -1,8 +1,8 @@
-"""What the source's licence asks of those who publish an edited model, by family.
+"""The duties of the source's licence for an edited model, by licence family.
 
-``data/licences.toml`` holds what is known of each family. A family is recognised by the word in the
-source's card and by nothing else, a file that the source lacks is never made up, and what is
-missing is said: on the terminal, and in the card.
+``data/licences.toml`` describes each family. A family is recognised only by the word in the
+source's card. A file that the source lacks is never made up: the terminal and the card say that it
+is missing.
 """
 
 import re
@@ -24,14 +24,14 @@ from converter.runtime import progress
 from converter.text import code, escaped
 
 NOTICE = "Notice"
-"""The text file that Llama's licences and the Gemma terms ask for, as they spell it."""
+"""The text file that Llama's licences and the Gemma terms require, in their spelling."""
 
 _CALLED = {"agreement": "the licence itself", "policy": "the use policy", "notice": "the notice"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What is known of a licence; ``data/licences.toml`` explains the fields."""
+    """A licence family; ``data/licences.toml`` explains the fields."""
 
     title: str
     link: str
@@ -43,14 +43,14 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a licence means for one output.
+    """The duties of a licence for one output.
 
     Attributes:
         fields: ``license``, ``license_name`` and ``license_link`` of the front matter.
         family: None if nothing is known of this licence.
         sentences: for the card, each a list item in Markdown.
         warnings: for the terminal.
-        notice: the text of the file ``NOTICE`` that has to be written; empty for none.
+        notice: the text of the file ``NOTICE`` to write; empty for none.
     """
 
     fields: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Terms:
 
 @cache
 def families() -> dict[str, Family]:
-    """The word of a card -> what is known of that licence."""
+    """The word of a card -> the licence family."""
     text = files("converter").joinpath("data/licences.toml").read_text("utf-8")
     return {
         name: Family(**{**entry, "papers": tuple(entry["papers"])})
@@ -71,9 +71,9 @@ def families() -> dict[str, Family]:
 
 
 def licence_name(card: ModelCardData) -> str | None:
-    """The word of a card that says which licence it is; None if it does not say."""
+    """The word in a card that names the licence; None if there is none."""
     said = card.get("license")
-    if isinstance(said, list):  # the Hub takes several; one that asks for something comes first
+    if isinstance(said, list):  # the Hub allows several; a licence with duties comes first
         names = [name for name in said if isinstance(name, str)]
         said = next((name for name in names if name in families()), names[0] if names else None)
     if said == "other":
@@ -82,7 +82,7 @@ def licence_name(card: ModelCardData) -> str | None:
 
 
 def check_name(license: str | None, repo_id: str) -> list[str]:  # noqa: A002
-    """A sentence if a licence, by its ``licence_name``, asks for another name of the repository."""
+    """A sentence if a licence, by its ``licence_name``, requires another name of the repository."""
     family, name = families().get(license or ""), repo_id.rpartition("/")[2]
     if family is None or not family.prefix or _prefix(family).match(name):
         return []
@@ -98,7 +98,7 @@ def _prefix(family: Family) -> re.Pattern[str]:
 
 
 def fitting_name(card: ModelCardData, name: str) -> str:
-    """``name``, cut or lengthened at its beginning if the licence of a card asks for that."""
+    """``name``, with the beginning that the card's licence requires."""
     family = families().get(licence_name(card) or "")
     if family is None or not family.prefix:
         return name
@@ -107,7 +107,7 @@ def fitting_name(card: ModelCardData, name: str) -> str:
 
 
 def terms_of(source: Source, base: str | None) -> Terms:
-    """Read from a source's card and small files what its licence asks for, and what is there.
+    """Compare the duties of a source's licence with the source's card and small files.
 
     ``base`` is the Hub repo id of the base model.
     """
@@ -189,7 +189,7 @@ def _fields(
 
 
 def _under(source: Source, name: str | None, family: Family | None) -> str:
-    """Which licence it is."""
+    """A sentence that names the licence."""
     if name is None:
         return (
             "The source does not state a licence. Find out which one it has before you use or "
@@ -207,12 +207,12 @@ def _under(source: Source, name: str | None, family: Family | None) -> str:
 
 
 def _says(source: Source, names: Iterable[str], line: str) -> bool:
-    """Whether one of these files holds a line, however it is broken."""
+    """Whether one of these files holds a line, in any line breaks."""
     texts = (source.small[name].read_text("utf-8", "replace") for name in names)
     return any(" ".join(line.split()) in " ".join(text.split()) for text in texts)
 
 
 def warn_of_name(licence: str | None, place: Publication) -> None:
-    """Say so if the licence of the base asks for another name than the repo has."""
+    """Warn if the licence of the base requires another name of the repo."""
     for text in check_name(licence, place.repo_id):
         progress.warn(text)

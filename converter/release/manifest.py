@@ -1,4 +1,4 @@
-"""The manifest: what was read, what was done to it, what was written, by content.
+"""Make, read and write manifests.
 
 Its format is ``converter.manifest``. Everything in it but ``measurements`` is a function of the
 inputs, so two runs can be compared with ``diff``. It holds no absolute path, no host name and no
@@ -63,7 +63,7 @@ def make_manifest(
     """The manifest of a conversion, without evaluation, gates and ``files``."""
     recipe, source, words = bench.recipe, bench.source, bench.words
     repo, seen, taught = source.repo, fitted.activations, bench.taught
-    ran = bench.has_run or recipe.activations is None  # or has run before
+    ran = bench.has_run or recipe.activations is None  # or ran in an earlier run
     several = len(fitted.steps) > 1
     other = str(bench.held_out).removeprefix("torch.") if bench.held_out != bench.dtype else None
     return Manifest(
@@ -119,7 +119,7 @@ def make_manifest(
 
 
 def _method_record(name: str, method: Method, evidence: Mapping[str, Any]) -> MethodRecord:
-    """What the manifest says of a method, or of several together."""
+    """The manifest's record of a method, or of several together."""
     return MethodRecord(
         name=name,
         title=method.title,
@@ -132,7 +132,7 @@ def _method_record(name: str, method: Method, evidence: Mapping[str, Any]) -> Me
 
 
 def _step_record(step: Step) -> StepRecord:
-    """What it says of one of several."""
+    """The record of one of several."""
     return StepRecord(
         method=_method_record(step.name, step.method, step.evidence),
         choice=step.choice,
@@ -157,10 +157,10 @@ def architecture_record(architecture: Architecture) -> ArchitectureRecord:
 
 
 def files_read(job: WriteJob, written: Written) -> dict[str, FileRecord]:
-    """The records of the source's files, but for those in another format.
+    """The records of the source's files, except those in another format.
 
-    Shards that were not read from beginning to end have the digest that is remembered, asked for
-    now that they were read, so that a change meanwhile shows in their times.
+    Shards that were not read as a whole have a remembered digest. It is looked up only now, after
+    the reading, so that a change meanwhile shows in their times.
     """
     source = job.source
     if written.shards:
@@ -186,10 +186,10 @@ def files_read(job: WriteJob, written: Written) -> dict[str, FileRecord]:
 
 
 def check_unchanged(source: Source, read: Mapping[str, FileRecord], seen: Activations) -> None:
-    """The shards that were edited must be those that the activations were taken from.
+    """Check that the edited shards are those from which the activations were taken.
 
     Raises:
-        CheckpointError: naming a shard that is not.
+        CheckpointError: naming a shard that differs.
     """
     known: Mapping[str, str] = seen.inputs.get("files", {})
     found = {name: read[name] for name in source.shards if name in read}
@@ -209,12 +209,12 @@ def check_unchanged(source: Source, read: Mapping[str, FileRecord], seen: Activa
 
 
 def _activations_record(inputs: Mapping[str, Any]) -> ActivationsRecord:
-    """What the manifest says of activations that depend on these inputs, if they are known."""
+    """The manifest's record of activations with these inputs, if they are known."""
     return ActivationsRecord(key=cache_key(inputs) if inputs else None, inputs=dict(inputs))
 
 
 def environment(device: str) -> Environment:
-    """What besides the inputs may bear on the result."""
+    """What may affect the result besides the inputs."""
     return Environment(
         device=torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         platform=f"{platform.system()} {platform.machine()}",
@@ -285,7 +285,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest_bytes(place: Path) -> tuple[Manifest, str]:
-    """The same, or a file of any name; and the sha256 of the very bytes that were read."""
+    """Read the manifest of a folder, or a manifest file; also return the sha256 of its bytes."""
     path = place if place.is_file() else place / MANIFEST
     if not path.is_file():
         raise VerificationError(

@@ -1,4 +1,4 @@
-"""A manifest to be replayed: the run that it records, and how the inputs here differ from its."""
+"""A manifest to be replayed: its recorded run, and the differences of the inputs here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,18 +22,18 @@ from converter.runtime.cache import remembered_digest, sha256_of
 from converter.version import __version__
 
 NAMED = 5
-"""Files that are named one by one in a message; the rest are counted."""
+"""The most files that a message names; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A manifest and the edit that belongs to it.
+    """A manifest and its edit.
 
     Attributes:
         path: of the manifest.
         manifest: as it was written.
         sha256: of the manifest's bytes.
-        edit_file: the file of the edit, whose sha256 is the recorded one.
+        edit_file: the file of the edit, checked against its recorded sha256.
         stored: its tensors, by name.
     """
 
@@ -63,8 +63,8 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """Read a manifest, or that of a folder, and its edit.
 
-    The edit's file is looked for beside the manifest, under the name that it is recorded with or
-    under the manifest's own: ``some-model.tensors`` beside ``some-model.json``.
+    The edit's file must be beside the manifest, under its recorded name or under the manifest's
+    own: ``some-model.tensors`` beside ``some-model.json``.
 
     Raises:
         VerificationError: one of them is missing, malformed, or not the recorded one.
@@ -95,10 +95,10 @@ def read_recording(path: Path) -> Recording:
 
 
 def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recipe:
-    """The recorded recipe, its inputs pinned to what they resolved to; texts only to refit.
+    """The recorded recipe, its inputs pinned to the recorded commits; texts only for a refit.
 
     Raises:
-        OptionError: an input is local, and it is not said where it is.
+        OptionError: an input is local, and its place was not given.
         VerificationError: a name leads out of the source, or is not that of a repo.
     """
     manifest = recording.manifest
@@ -120,7 +120,7 @@ def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recip
 
 
 def _source(manifest: Manifest, given: str | None) -> str:
-    """What to read: a repo at the recorded commit, unless a place is given."""
+    """The source to read: a repo at the recorded commit, unless a place is given."""
     source = manifest.source
     if given is not None:
         return given
@@ -167,7 +167,7 @@ def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
 
 
 def differences(recording: Recording, device: str) -> list[dict[str, str]]:
-    """What is not as recorded of tool, device, platform, Python and libraries, each with a name."""
+    """The differences from the recorded tool, device, platform, Python and libraries."""
     then, now = recording.manifest.environment, environment(device)
     pairs = {"gloss-convert": (recording.manifest.tool.version, __version__)}
     for name in ("device", "platform", "python"):
@@ -182,12 +182,12 @@ def differences(recording: Recording, device: str) -> list[dict[str, str]]:
 
 
 def check_source(recording: Recording, source: Source) -> None:
-    """Every file that the recorded run read must have the recorded bytes.
+    """Check that every file that the recorded run read has the recorded bytes.
 
-    Shards that are on the Hub only are known by the digests that it lists.
+    For shards that are only on the Hub, the digests of its listing are compared.
 
     Raises:
-        VerificationError: naming those that do not.
+        VerificationError: naming the files that differ.
     """
     wrong = []
     for name, file in recording.manifest.source.all_files.items():

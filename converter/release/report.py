@@ -1,7 +1,7 @@
 """A finished conversion as one page of HTML, for people: verdict, pictures, samples, numbers.
 
 The page needs no other file and fetches nothing. It is made from a manifest alone, whose texts are
-those of strangers: they never become markup.
+untrusted: they never become markup.
 """
 
 import json
@@ -67,14 +67,14 @@ _WHAT = {
     "limit": "limit of a gate",
     "measured": "measured for a gate",
 }
-"""Name of a number in the manifest -> what it is, for people."""
+"""Name of a number in the manifest -> description for people."""
 
 
 def report_page(manifest: Manifest, digest: str = "") -> str:
     """The page. The same manifest is always the same bytes.
 
     Args:
-        manifest: of what was made.
+        manifest: of the result.
         digest: sha256 of its file.
     """
     style = page_file("compare.css") + page_file("report.css")
@@ -107,7 +107,7 @@ def report_page(manifest: Manifest, digest: str = "") -> str:
 
 
 def _about(manifest: Manifest) -> str:
-    """What was made from what, in sentences."""
+    """The source, the method and the result, in sentences."""
     methods = ", then ".join(method.title for method, _ in manifest.methods)
     strengths = ", ".join(f"{method.strength} {c.strength:g}" for method, c in manifest.methods)
     commit = f" at commit {manifest.source.commit}" if manifest.source.commit else ""
@@ -129,7 +129,7 @@ def _samples(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _edit_text(manifest: Manifest) -> str:
-    """How many tensors of which layers, and how they changed."""
+    """A sentence on the edited tensors and their changes."""
     kinds = sorted({entry.kind for entry in manifest.edited})
     became = "; ".join(FORMULAS[kind].replace("`", "") for kind in kinds if kind in FORMULAS)
     layers = compress(manifest.layers)
@@ -161,7 +161,7 @@ def _layers(manifest: Manifest) -> Table:
 
 
 def _undo(manifest: Manifest) -> str:
-    """Where the weights are that nothing was done to."""
+    """A sentence on where the unedited weights are."""
     place = _source(manifest)
     if output_of(manifest.run.output).relation == "adapter":
         return f"Use the base without the adapter: {place}."
@@ -180,7 +180,7 @@ def _source(manifest: Manifest) -> str:
 
 
 def _commands(manifest: Manifest) -> str:
-    """What checks a folder, and what makes it again."""
+    """The commands that check, repeat and compare."""
     source, inside = shlex.quote(_source(manifest)), manifest.run.subfolder
     part = f" --subfolder {shlex.quote(inside)}" if inside else ""
     place = "" if manifest.source.repo_id or source == "demo" else f" --source {source}"
@@ -192,7 +192,7 @@ def _commands(manifest: Manifest) -> str:
 
 
 def _numbers(manifest: Manifest) -> Iterator[tuple[Cell, ...]]:
-    """What was measured, and where that stands."""
+    """The measurements, and their places in the manifest."""
     parts: dict[str, Any] = {
         "guard": manifest.guard, "choice": manifest.choice, "gates": manifest.gates,
         "steps": [step.choice for step in manifest.steps],

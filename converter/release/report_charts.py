@@ -33,7 +33,9 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """A chart of bars; ``text`` says it to who does not see it, ``zero`` is where bars begin."""
+    """A chart of bars; ``text`` describes it for readers who cannot see it, ``zero`` is where bars
+    begin.
+    """
 
     title: str
     caption: str
@@ -57,7 +59,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One edit, or none at all."""
+    """The point of one edit, or of the unedited model."""
 
     label: str
     kind: str
@@ -67,7 +69,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """A chart of what edits cost, to the right, and what they leave, upwards."""
+    """A chart of the cost of edits, to the right, and the remaining toxicity, upwards."""
 
     title: str
     caption: str
@@ -83,7 +85,7 @@ class Points:
 
 
 def bar_charts(guard: GuardRecord) -> Iterator[Bars]:
-    """What the guard measured, before and after, with the mean of the controls beside it."""
+    """The guard's measurements, before and after, beside the mean of the controls."""
     if guard.defence is not None:
         yield _refusals(guard)
     else:
@@ -161,7 +163,7 @@ def _chart(title: str, caption: str, rows: _Rows, form: str) -> Bars:
 
 
 def cost_chart(manifest: Manifest) -> Points | None:
-    """What each strength that was tried costs and leaves; None of edits for defence."""
+    """The cost and the remaining toxicity of each tried strength; None for edits for defence."""
     guard = manifest.guard
     if guard is None or guard.defence is not None:
         return None
@@ -202,7 +204,7 @@ def _ticks(
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Where values are; those that are no number are at ``start``."""
+    """The positions of values; values that are not numbers are at ``start``."""
     size = high - low
 
     def place(value: float) -> float:

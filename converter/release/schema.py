@@ -1,7 +1,7 @@
 """The JSON schema of a manifest: ``python -m converter.release.schema`` prints it.
 
-It says what the classes of ``converter.manifest`` say. Only two things are beyond it: a reader here
-refuses 1.0 where an integer is wanted, and an object in which a key occurs twice.
+It is made from the classes of ``converter.manifest``. The reader here also refuses two things that
+the schema allows: 1.0 for an integer, and an object with a repeated key.
 """
 
 import json
@@ -43,7 +43,7 @@ def schema() -> dict[str, Any]:
 
 
 def _describe(part: dict[str, Any]) -> None:
-    """Take a class's docstring apart: a sentence on the object, and one on each property."""
+    """Split a class's docstring into a sentence on the object and one on each property."""
     text, _, attributes = part["description"].partition("\n\nAttributes:\n")
     part["description"] = _one_line(text.partition("\n\n")[0])
     for name, about in _ATTRIBUTE.findall(attributes):
@@ -52,7 +52,7 @@ def _describe(part: dict[str, Any]) -> None:
 
 
 def _declare(part: dict[str, Any]) -> None:
-    """Say of each option of a recipe what its declaration says."""
+    """Describe each option of a recipe by its declaration."""
     for name, declared in declared_options(Recipe).items():
         option = declared.option
         found = {word: getattr(option, field) for field, word in _BOUNDS.items()}
@@ -61,7 +61,7 @@ def _declare(part: dict[str, Any]) -> None:
 
 
 def _one_line(text: str) -> str:
-    """A sentence of a docstring, in the words of JSON."""
+    """A sentence of a docstring, with JSON's words for None, True and False."""
     return re.sub(r"\bNone\b", "null", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""OpenSSF model signatures: whose a folder is, and that it is still what they signed.
+"""OpenSSF model signatures: they prove who signed a folder, and that it has not changed since.
 
 ``model.sig`` is a Sigstore bundle around the sha256 of every file, made with an elliptic-curve key
 by the package model-signing, which nothing imports unless a key is given. Its own command line can
@@ -25,11 +25,12 @@ _PASSWORD = "GLOSS_SIGN_PASSWORD"  # noqa: S105 - the name of the variable that 
 """Environment variable with the password of a private key; others could see an option."""
 
 _IGNORED = (SIGNATURE, ".cache")
-"""Not signed: the signature itself, and what the Hub's client leaves in a folder it downloads to.
-Git's own files are left out by the package."""
+"""Not signed: the signature itself, and files that the Hub's client leaves in a download folder.
+The package leaves out Git's own files.
+"""
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-"""What the package can sign with."""
+"""The curves of keys that the package can use."""
 
 _INSTALL = "pip install 'gloss-convert[sign]'"
 _MAKE = "openssl ecparam -name prime256v1 -genkey -noout -out KEY makes one"
@@ -49,7 +50,7 @@ class Signer:
     _config: Any = field(repr=False)
 
     def keep_out_of(self, source: str) -> None:
-        """Raise OptionError if the key lies in a source folder: what is there is published."""
+        """Raise OptionError if the key lies in a source folder, whose files are published."""
         folder = Path(source)
         places = {self.path.absolute(), self.path.resolve()}
         if folder.is_dir() and any(place.is_relative_to(folder.resolve()) for place in places):
@@ -61,7 +62,8 @@ class Signer:
     def sign(self, folder: Path, name: str, beside: Path | None = None) -> None:
         """Sign every file of a folder under a name for the model; ``model.sig`` is written.
 
-        If somebody may be looking it is written to a folder ``beside`` first, on the same disk.
+        In a folder that is already in its place, it is written to a folder ``beside`` first, on the
+        same disk.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -111,7 +113,7 @@ class PublicKey:
     _config: Any = field(repr=False)
 
     def check(self, folder: Path) -> list[str]:
-        """What in a folder is not, file by file, what the owner of the key signed."""
+        """The differences between a folder and the signed files, a sentence each."""
         if not (folder / SIGNATURE).is_file():
             return [f"{SIGNATURE} is missing; the folder is not signed"]
         hashing = _Hashing(folder.name)
@@ -148,7 +150,7 @@ def load_public_key(path: Path) -> PublicKey:
 
 
 class _Hashing:
-    """What the package asks of a hashing configuration; it would name the model after its folder.
+    """A hashing configuration for the package, whose own would name the model after its folder.
 
     Attributes:
         found: file name -> sha256, once they have been computed.
@@ -161,7 +163,7 @@ class _Hashing:
         self.config = hashing.Config().set_ignored_paths(paths=_IGNORED).set_allow_symlinks(True)
 
     def add_ignored_paths(self, **given: Any) -> None:
-        """Leave out what the signature says, too: who signed it knew what they signed."""
+        """Also leave out the files that the signature leaves out."""
         self.config.add_ignored_paths(**given)
 
     def hash(self, folder: Path, **more: Any) -> Any:
@@ -179,14 +181,14 @@ class _Hashing:
 
 
 def _is_canonical(signature: Path) -> bool:
-    """Whether the base64 of a valid signature has no bits set that decoders pass over."""
+    """Whether the base64 of a valid signature has no set bits that decoders ignore."""
     envelope = json.loads(signature.read_text("utf-8"))["dsseEnvelope"]
     texts = [envelope["payload"], *(entry["sig"] for entry in envelope["signatures"])]
     return all(base64.b64encode(base64.b64decode(text)).decode() == text for text in texts)
 
 
 def _differences(signature: Path, found: dict[str, str]) -> list[str]:
-    """The files that are not as a signature, which is known to be valid, says."""
+    """The files that differ from a signature that is known to be valid."""
     bundle = json.loads(signature.read_text("utf-8"))
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     resources = statement.get("predicate", {}).get("resources", [])

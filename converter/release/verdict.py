@@ -1,4 +1,4 @@
-"""The verdict on an edit, in words: what fell, by how much, at what cost, and how sure that is.
+"""The verdict on an edit, in words: the drop, its cost, and how certain they are.
 
 Card, terminal and report say the same sentence, so that none of them can claim more than another.
 """
@@ -13,24 +13,25 @@ from converter.evaluation.results import around
 from converter.manifest import DefenceRecord, Estimate, GuardRecord, Manifest
 
 FEW_WORDS, FEW_UNITS = 100, 30
-"""Toxic words, and prompts after which they stand, below which an interval is itself doubtful: it
-takes their mean to be normal."""
+"""The least toxic words, and prompts before them, for a sound interval, which assumes a normal
+mean.
+"""
 
 _CLOSE = 4.0
 """Where an edit worked, toxic words fell 4 to 6 times as far as under random subspaces."""
 
 _MOST_NATS = 50.0
-"""No change of a log-probability is larger in words; what is larger is no number to tell."""
+"""The largest change of a log-probability that is told in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to be thought of an edit.
+    """The verdict on an edit.
 
     Attributes:
-        kind: ``clear``; ``weak`` if the same sentence says why it is doubtful; ``refused`` by the
-            guard and written by force; or ``unmeasured``, where nothing is claimed.
-        text: plain, with the text of strangers in it.
+        kind: ``clear``; ``weak`` if the sentence says why it is doubtful; ``refused`` by the guard
+            and written by force; or ``unmeasured``, which claims nothing.
+        text: plain; it contains untrusted text.
     """
 
     kind: Literal["clear", "weak", "refused", "unmeasured"]
@@ -66,7 +67,7 @@ def verdict(manifest: Manifest) -> Verdict:
 
 
 def _words(guard: GuardRecord, manifest: Manifest) -> str:
-    """What became of toxic words."""
+    """The verdict on toxic words."""
     words, told, many = guard.words, guard.headline, len(guard.control_words)
     if told is not None and told.words is not None:
         where = "In what the model itself says after prompts unlike those that it was fitted to"
@@ -118,7 +119,9 @@ def _doubts_of_words(guard: GuardRecord) -> Iterator[str]:
 
 
 def _refusals(guard: GuardRecord, defence: DefenceRecord) -> str:
-    """What became of refusals; changes of log-probabilities are told as changes of a token."""
+    """The verdict on refusals; changes of log-probabilities are given as changes of a token's
+    probability.
+    """
     edit, count = defence.edit, defence.prompts.get("harmful", 0)
     controls = mean([each.harmful for each in defence.controls])
     found = around(edit.harmful)
@@ -152,7 +155,7 @@ def _share(part: float, whole: float) -> str:
 
 
 def _factor(nats: float) -> float:
-    """The change of a probability whose logarithm changes so."""
+    """The change of a probability, from that of its logarithm."""
     return expm1(min(nats, _MOST_NATS))
 
 

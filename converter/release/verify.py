@@ -1,8 +1,8 @@
-"""Is a folder what its manifest says, and does what the manifest says twice agree?
+"""Compare a folder with its manifest, and the manifest with itself.
 
-Links to files count as what they lead to: the Hub's client keeps downloads that way. What is said
-once only, such as what was measured, cannot be checked without doing it again; see ``gloss replay
---refit``.
+Links to files count as their targets, since the Hub's client keeps downloads that way. A record
+that occurs only once, such as a measurement, can only be checked by repeating the work: ``gloss
+replay --refit``.
 """
 
 import hashlib
@@ -72,11 +72,11 @@ from converter.version import __version__
 def check_files(
     folder: Path, manifest: Manifest, gone: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Look at every file of a folder.
+    """Check every file of a folder.
 
     Returns:
-        the files that are missing, altered or unexpected, and how; and what the manifest says
-        falsely of whole ones, a sentence each.
+        the missing, altered or unexpected files, and how they differ; and a sentence for each false
+        record of an intact file.
 
     Raises:
         OSError: a folder in it cannot be read.
@@ -107,7 +107,7 @@ def check_files(
 
 
 def _look_at(path: Path, file: FileRecord) -> tuple[str, int, dict[str, str] | None]:
-    """sha256, bytes and, of a shard, prefixes of a file; no sha256 if it is no shard any more."""
+    """sha256, bytes and, of a shard, prefixes of a file; no sha256 if it is no longer a shard."""
     size = path.stat().st_size
     if file.prefixes is None:
         return sha256_of(path), size, None
@@ -128,7 +128,9 @@ def _damage(path: Path, prefixes: Mapping[str, str] | None) -> str:
 
 
 def _others(folder: Path) -> Iterator[tuple[str, str]]:
-    """Everything in a folder that is no folder, and what is wrong if it is not in the manifest."""
+    """Everything in a folder except folders, with the fault to report if the manifest does not list
+    it.
+    """
 
     def fail(error: OSError) -> None:
         raise error
@@ -149,9 +151,9 @@ def _others(folder: Path) -> Iterator[tuple[str, str]]:
 def check_sums(
     folder: Path, manifest: Manifest, digest: str, seen: dict[str, str]
 ) -> Iterator[str]:
-    """The card names this manifest, and SHA256SUMS is exactly what follows from both.
+    """Check that the card names this manifest, and that SHA256SUMS agrees with both.
 
-    ``digest`` is the sha256 of the manifest's bytes; ``seen`` gets those of what is read here.
+    ``digest`` is the sha256 of the manifest's bytes; ``seen`` gets those of the files read here.
     """
     seen[MANIFEST] = digest
     try:
@@ -178,7 +180,7 @@ def check_sums(
 
 
 def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
-    """Copies, the key of the activations, the rank, guard and gates."""
+    """Check repeated records: copies, the key of the activations, the rank, guard and gates."""
     seen = manifest.activations
     for record in (seen, *(step.activations for step in manifest.steps)):
         if record and (cache_key(record.inputs) if record.inputs else None) != record.key:
@@ -198,7 +200,7 @@ def check_records(manifest: Manifest, output: Output) -> Iterator[str]:
 
 
 def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
-    """Each file is a shard, one that a conversion makes, or a copy of one of the source's."""
+    """Check that each file is a shard, is made by a conversion, or is a copy from the source."""
     files, theirs = manifest.files, manifest.source.files
     edit = manifest.edit
     made = {EDIT_FILE, NOTICE, *edit.files, *output.own_files}
@@ -235,7 +237,7 @@ def _check_origins(manifest: Manifest, output: Output) -> Iterator[str]:
 
 
 def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
-    """Sentences that would be true of a false manifest, and whether this one is not."""
+    """Sentences that describe a false manifest, each with whether it does not apply."""
     run, choice, guard = manifest.run, manifest.choice, manifest.guard
     method = manifest.method
     yield "run and method disagree", run.method == method.name
@@ -292,7 +294,7 @@ def _claims(manifest: Manifest) -> Iterator[tuple[str, bool]]:
 
 
 def _headline_claims(manifest: Manifest, guard: GuardRecord) -> Iterator[tuple[str, bool]]:
-    """The same of what was measured outside the pairs' kind."""
+    """The same for the measurements outside the pairs' kind."""
     told, prompts = guard.headline, manifest.prompts
     counts = (told and told.prompts, prompts and prompts.count)
     yield "the guard continued other prompts than those recorded", counts[0] == counts[1]
@@ -309,7 +311,7 @@ def _headline_claims(manifest: Manifest, guard: GuardRecord) -> Iterator[tuple[s
 
 
 def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str]:
-    """The evidence of a subspace in the manifest must be that of the edit's file, ``stored``."""
+    """Check that the manifest's evidence of a subspace is that of the edit's file, ``stored``."""
     kept = {n.removeprefix(EVIDENCE): t for n, t in stored.items() if n.startswith(EVIDENCE)}
     for method, _ in manifest.methods:
         own = f"{method.name}." if manifest.steps else ""
@@ -319,7 +321,7 @@ def check_kept(manifest: Manifest, stored: Mapping[str, Tensor]) -> Iterator[str
 
 
 def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
-    """What the manifest says of the model must be what its config says.
+    """Check the manifest's record of the model against its config.
 
     Another version of transformers may prove it in another way.
     """
@@ -331,14 +333,14 @@ def check_architecture(manifest: Manifest, plan: Plan) -> Iterator[str]:
             layers_without_ffn=told.layers_without_ffn,
             left_alone=told.left_alone,
         )
-    if "model_type" in manifest.edit.patches.get("config.json", {}):  # a model by another label
+    if "model_type" in manifest.edit.patches.get("config.json", {}):  # under another name
         told = structs.replace(told, name=found.name)
     if told != found:
         yield f"{MANIFEST}: the architecture is not what config.json makes it"
 
 
 def _check_options(told: MethodRecord, choice: Choice, made: Method) -> Iterator[str]:
-    """What a manifest says of a method must be what the method says of itself."""
+    """Check a manifest's record of a method against the method."""
     options = options_of(made)
     for key in sorted({*options, *told.options}):
         if options.get(key) != told.options.get(key):
@@ -352,7 +354,7 @@ def _check_options(told: MethodRecord, choice: Choice, made: Method) -> Iterator
 
 
 def _check_aim(manifest: Manifest, made: Method, footprint: Footprint) -> Iterator[str]:
-    """An edit for defence has instances and was judged by refusals; any other has and was not."""
+    """Check that edits for defence have instances and were judged by refusals, and no others."""
     defends, guard = aim_of(made) == "defence", manifest.guard
     if (manifest.instances is not None) != defends:
         yield f"{MANIFEST}: the instances are not what a method for {aim_of(made)} has"
@@ -368,13 +370,13 @@ def _check_aim(manifest: Manifest, made: Method, footprint: Footprint) -> Iterat
 def check_method(
     manifest: Manifest, plan: Plan, implied: Mapping[str, str], evidence: EvidenceCheck
 ) -> Iterator[str]:
-    """What the manifest says of the method and its edit must follow from the run.
+    """Check that the records of the method and its edit follow from the run.
 
     Args:
         manifest: of an output.
         plan: of the source, or of the output, which has the same tensors.
         implied: other defaults of the method's options with this output.
-        evidence: looks at what the methods have kept.
+        evidence: checks the kept tensors and evidence of the methods.
     """
     run = manifest.run
     names = run.method.split(SEPARATOR)

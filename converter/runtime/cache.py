@@ -1,7 +1,7 @@
-"""What is kept between runs, in the user's cache folder: activations, file digests, the demo model.
+"""The user's cache folder, kept between runs: activations, file digests, the demo model.
 
-Everything in it can be deleted at any time; it is made again. Where there is no home folder to
-write to, as in batch jobs and containers, the cache is in the folder for temporary files.
+Everything in it can be deleted at any time, and is made again. Without a writable home folder, as
+in batch jobs and containers, the cache is in the folder for temporary files.
 """
 
 import hashlib
@@ -26,11 +26,12 @@ from converter.runtime import progress
 from converter.runtime.files import reason
 
 STALE = 24 * 3600
-"""Seconds after which something half-written is nobody's any more."""
+"""Seconds after which half-written files are considered abandoned."""
 
 SETTLED = 2.0
-"""Seconds since a file's last change before its times are trusted: coarser than any clock of a
-filesystem, so a change within one tick of the clock cannot hide behind an unchanged time."""
+"""Seconds since a file's last change before its times are trusted. This is longer than a tick of
+any filesystem's clock, within which a change could leave the time unchanged.
+"""
 
 
 _OWN = "GLOSS_CACHE_DIR"
@@ -57,23 +58,23 @@ def _caches() -> Path:
 
 
 def find_folders(cache_dir: Path | None = None) -> None:
-    """Settle where this process, and each library that is imported later, keeps things.
+    """Set the folders of this process, and of libraries that are imported later.
 
-    To be called before libraries are imported. Nothing changes if the home folder can be written.
+    Call it before libraries are imported. Nothing changes if the home folder can be written.
 
     Args:
-        cache_dir: that was chosen for the cache, if one was.
+        cache_dir: the chosen cache folder, if any.
 
     Raises:
-        OptionError: a variable names a folder in a home folder, and there is none; or it is one of
-            the Hub's client, which does not understand it.
+        OptionError: a variable names a folder in a missing home folder; or the Hub's client does
+            not understand one of its variables.
         DestinationError: there is no folder for temporary files, or no current folder.
     """
     _settle_variables(cache_dir)
     try:
         Path.cwd()
         importlib.import_module("huggingface_hub.constants")
-    except ValueError as error:  # a number is wanted
+    except ValueError as error:  # a variable must be a number
         raise OptionError(
             "an environment variable HF_... cannot be read", found=str(error), hint="unset it"
         ) from error
@@ -84,7 +85,7 @@ def find_folders(cache_dir: Path | None = None) -> None:
 
 
 def _settle_variables(cache_dir: Path | None) -> None:
-    """Settle the variables in which libraries look. Arguments and errors: see ``find_folders``."""
+    """Set the variables that libraries read. Arguments and errors: see ``find_folders``."""
     for name in (*_FOLDERS, "XDG_CACHE_HOME"):
         value = os.environ.get(name)
         if not value:
@@ -99,7 +100,7 @@ def _settle_variables(cache_dir: Path | None) -> None:
         return
     theirs = caches / "huggingface"
     if caches.is_absolute() and theirs.is_dir():
-        os.environ.setdefault("HF_HOME", str(theirs))  # what is there can be read
+        os.environ.setdefault("HF_HOME", str(theirs))  # existing files can be read
     folder = _private_folder()
     os.environ["XDG_CACHE_HOME"] = str(folder)
     os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))
@@ -124,7 +125,7 @@ def _can_write(folder: Path) -> bool:
 
 
 def _private_folder() -> Path:
-    """A folder for temporary files that nobody else can read, the same for each run if it can be.
+    """A private folder for temporary files, the same for each run if possible.
 
     Raises DestinationError.
     """
@@ -132,7 +133,7 @@ def _private_folder() -> Path:
         folder = Path(tempfile.gettempdir()) / f"gloss-convert-{os.getuid()}"
         with suppress(FileExistsError):
             folder.mkdir(0o700)
-        found = folder.lstat()  # a link of somebody else leads anywhere
+        found = folder.lstat()  # another user's link may lead anywhere
         mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
         if mine and not found.st_mode & 0o077:
             return folder
@@ -142,7 +143,7 @@ def _private_folder() -> Path:
 
 
 def _no_temporary_folder(error: OSError) -> DestinationError:
-    """The one sentence about temporary files that cannot be made."""
+    """The error about temporary files that cannot be made."""
     return DestinationError(
         "there is no folder for temporary files", found=reason(error),
         hint="set TMPDIR to a folder that can be written, on a disk with room",
@@ -167,14 +168,14 @@ def cache_folder() -> Path:
     """The folder of ``using_cache``, or the default one.
 
     Raises:
-        OptionError: it is in a home folder, and there is none.
+        OptionError: it is in a missing home folder.
     """
     return Path(at_home(_chosen.get() or default_cache(), "--cache-dir"))
 
 
 @contextmanager
 def using_cache(folder: Path | None) -> Iterator[None]:
-    """Let a folder, or the default one, be the cache while this lasts."""
+    """Within this context, use a folder, or the default one, as the cache."""
     token = _chosen.set(folder)
     try:
         yield
@@ -204,7 +205,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Let a file, or all files of a folder, be on disk before they count as being there."""
+    """Flush a file, or all files of a folder, to disk."""
     for each in (path, *path.rglob("*")):
         sync(each)
 
@@ -219,7 +220,7 @@ def sync(path: Path) -> None:
 
 
 def discard_stale(folder: Path, prefix: str) -> None:
-    """Delete what killed processes have left half-written, under names that begin so, a day ago."""
+    """Delete half-written files of killed processes, by the beginning of the name, after a day."""
     for path in folder.glob(f"{escape(prefix)}*"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE:
@@ -227,7 +228,7 @@ def discard_stale(folder: Path, prefix: str) -> None:
 
 
 def cache_error(path: Path, error: Exception) -> DestinationError:
-    """The one sentence about a cache that cannot be written."""
+    """The error about a cache that cannot be written."""
     return DestinationError(
         f"the cache {path.parent} cannot be written",
         found=reason(error),
@@ -251,8 +252,7 @@ def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
     """A file's digest, remembered for as long as its inode, size and times stay the same.
 
     The times include that of the last change of the inode, which a program cannot set. A wrong
-    answer would still be caught: who writes a checkpoint hashes the same bytes again while they are
-    read.
+    digest would still be caught: the writer of a checkpoint hashes the same bytes again.
     """
     state = state_of(path)
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
@@ -262,7 +262,7 @@ def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
         if known["state"] == state:
             return str(known[algorithm])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memo, or one that is damaged: the file itself is the truth
+        pass  # no memo, or a damaged one: hash the file
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
     if time.time() - max(state[3:]) / 1e9 > SETTLED:

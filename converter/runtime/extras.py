@@ -1,4 +1,4 @@
-"""Packages that only some features need: whether they are installed, without importing them."""
+"""Optional packages: check that they are installed, without importing them."""
 
 from importlib.util import find_spec
 
@@ -15,14 +15,14 @@ _BROUGHT_BY = {
     "optuna": ("optuna", "search"),
     "profanity_check": ("alt-profanity-check", "eval"),
 }
-"""Module -> the package that it is of, and the extra that brings it."""
+"""Module -> its package, and the extra that installs it."""
 
 
 def need(what: str, module: str) -> None:
     """Raise OptionError if a package is missing that an option, named as ``what``, needs."""
     try:
         missing = find_spec(module) is None
-    except ValueError:  # it was imported, and does not say from where
+    except ValueError:  # an imported module without a spec
         missing = False
     if missing:
         package, extra = _BROUGHT_BY[module]

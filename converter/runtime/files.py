@@ -1,4 +1,4 @@
-"""Files read whole, if they are files and not larger than what is read can be."""
+"""Read whole files, if they are regular and not too large."""
 
 import codecs
 import os
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAX_TEXT = 256_000_000
-"""Bytes of prose, of a word list or of a manifest; the largest manifests have a fiftieth of it."""
+"""The most bytes of prose, a word list or a manifest; the largest manifests have a fiftieth."""
 
 MAX_LINE = 1_000_000
-"""Characters of a sentence or of a paragraph; more is no text."""
+"""The most characters of a sentence or a paragraph; a longer line is not a text."""
 
 
 _PLACEHOLDERS = (
@@ -24,15 +24,16 @@ _PLACEHOLDERS = (
      "an error message of a server", "fetch the file again; it may need a login"),
     (rb"\0{16,}\Z", "a file of zero bytes", "the download did not finish; fetch the file again"),
 )  # fmt: skip
-"""Beginning of a file, what the file is then, and what to do."""
+"""Beginning of a file, what such a file is, and the hint."""
 
 _START = 1024
-"""Bytes of a file that are looked at for it."""
+"""Bytes of a file that are compared with it."""
 
 
 def placeholder(start: bytes | bytearray) -> tuple[str, str] | None:
-    """What lies in the place of a file that begins so, and what to do; None if nothing shows that
-    it is not the file itself. A file that may not be empty is for the caller to refuse."""
+    """A description of a placeholder that begins so, and the hint; None if it seems to be the file
+    itself. The caller refuses empty files.
+    """
     for pattern, what, hint in _PLACEHOLDERS:
         if re.match(pattern, start[:_START]):
             return what, hint
@@ -46,17 +47,17 @@ def start_of(path: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError if ``read_file`` would for something else than the size."""
+    """Raise OSError if ``read_file`` would, except for the size."""
     with open(path, "rb", opener=_open):
         pass
 
 
 def read_file(path: Path, most: int = MAX_TEXT) -> bytes:
-    """The bytes of a regular file; a pipe would be waited for, a device may never end.
+    """The bytes of a regular file. Reading a pipe would wait, and a device may never end.
 
     Raises:
-        OSError: it is none, is larger, cannot be read, or is a ``placeholder``; ``strerror`` says
-            so.
+        OSError: it is not regular, is larger, cannot be read, or is a ``placeholder``; see its
+            ``strerror``.
     """
     with open(path, "rb", opener=_open) as file:
         size = os.fstat(file.fileno()).st_size
@@ -136,11 +137,11 @@ _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
 )  # fmt: skip
-"""How a file of another encoding begins; the first two begin like the others."""
+"""Byte order marks of other encodings; the first two begin like the others."""
 
 
 def _not_utf8(error: UnicodeDecodeError, lines: int) -> str:
-    """What a text is instead; ``lines`` of it come before the bytes that were decoded."""
+    """What the file is instead of UTF-8; ``lines`` precede the decoded bytes."""
     for mark, name in _MARKS:
         if lines == 0 and error.start == 0 and error.object.startswith(mark):
             return f"{name}, as its first bytes say"
@@ -153,9 +154,9 @@ def _not_utf8(error: UnicodeDecodeError, lines: int) -> str:
 
 
 AS_UTF8 = "save it as UTF-8, for example with: iconv -f ENCODING -t UTF-8 OLD > NEW"
-"""What to do about a text in another encoding."""
+"""The hint for a text in another encoding."""
 
 
 def reason(error: Exception) -> str:
-    """What an error of these says."""
+    """The message of one of these errors."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""How much memory there is, and whether a model fits in it."""
+"""The available memory."""
 
 import re
 import resource
@@ -8,10 +8,10 @@ from pathlib import Path
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process can still use without swapping or being stopped for it.
 
-    The least of what the system has available, what ``ulimit -v`` leaves above the address space
-    in use, and what the control groups of the process leave, of version 2 and of version 1. File
-    pages in a group do not count as used: the kernel drops them when it needs to. Where the system
-    says nothing (it has no ``/proc``), there is no bound and the answer is ``UNKNOWN``.
+    The least of: the system's available memory, the address space that ``ulimit -v`` leaves, and
+    the memory that the process's control groups (version 1 and 2) leave. File pages in a group do
+    not count as used, since the kernel drops them when needed. Without ``/proc`` there is no bound,
+    and the result is ``UNKNOWN``.
     """
     system = number_in(proc / "meminfo", "MemAvailable")
     free = UNKNOWN if system is None else system * 1024
@@ -23,23 +23,23 @@ UNKNOWN = 1 << 62
 
 
 def address_space(proc: Path = Path("/proc")) -> int:
-    """What ``ulimit -v`` leaves above the address space in use, or ``UNKNOWN``."""
+    """The address space that ``ulimit -v`` leaves, or ``UNKNOWN``."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     used = number_in(proc / "self/status", "VmSize")
     return UNKNOWN if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
 
 
 def free_memory(device: str) -> int:
-    """The same of a device: a GPU has what its driver says."""
+    """The available memory of a device; for a GPU, by its driver."""
     if device == "cpu":
         return available_memory()
-    import torch  # seconds, which a look at the computer's own memory need not take
+    import torch  # the import takes seconds, and the CPU's memory does not need it
 
     return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _read(path: Path) -> str:
-    """A small file of the system, or nothing if there is none."""
+    """A small file of the system; empty if there is none."""
     try:
         return path.read_text("utf-8", "replace")
     except OSError:
@@ -47,13 +47,14 @@ def _read(path: Path) -> str:
 
 
 def number_in(path: Path, name: str) -> int | None:
-    """The number after a name at the beginning of a line of a small file of the system, if any."""
+    """The number behind a name at the beginning of a line of a small file, if any."""
     found = re.search(rf"^{name}:?\s+(\d+)", _read(path), re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def _groups(proc: Path, cgroups: Path) -> list[int]:
-    """What every control group above the process leaves; a container may see its own as the root.
+    """The memory that each control group above the process leaves; a container may see its own
+    group as the root.
 
     A line of ``/proc/self/cgroup`` is ``number:controllers:path``; version 2 has number 0 and no
     controllers. Version 1 writes a huge number where there is no limit.

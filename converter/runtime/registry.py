@@ -1,11 +1,11 @@
-"""Things that are chosen by name: our own, and those that installed packages bring.
+"""Things that are chosen by name: built-in ones, and those of installed packages.
 
-A package brings one by an entry point, for example in its ``pyproject.toml``:
+A package adds one by an entry point, for example in its ``pyproject.toml``:
 
     [project.entry-points."gloss_convert.methods"]
     my-method = "my_package.method:MyMethod"
 
-What is wrong with a package is said in one sentence that names it.
+A fault of a package is reported in one sentence that names it.
 """
 
 import traceback
@@ -32,10 +32,9 @@ class Registry:
 
     Attributes:
         group: of entry points.
-        option: by which one is chosen, for messages.
-        own: name -> ``module:attribute`` of those that come with the program. They cannot be
-            replaced.
-        needs: attributes that each of them must have, once it is made.
+        option: the option that chooses one, for messages.
+        own: name -> ``module:attribute`` of the built-in ones. They cannot be replaced.
+        needs: attributes that each must have, once it is made.
     """
 
     group: str
@@ -44,11 +43,11 @@ class Registry:
     needs: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
-        """All there are, in alphabetical order."""
+        """All names, in alphabetical order."""
         return sorted({*self.own, *(entry.name for entry in entry_points(group=self.group))})
 
     def need(self, name: str) -> None:
-        """Raise OptionError if there is no such thing, with the name that comes nearest."""
+        """Raise OptionError if there is no such thing, with the nearest name."""
         names = self.names()
         if name not in names:
             hint = did_you_mean(name, names)
@@ -58,7 +57,7 @@ class Registry:
         """The thing of a name.
 
         Raises:
-            OptionError: there is none, two packages bring one, or its package cannot be loaded.
+            OptionError: there is none, two packages have one, or its package cannot be loaded.
         """
         brought = self._brought(name)
         if name in self.own:
@@ -87,19 +86,19 @@ class Registry:
         return _package(brought[0]) if brought else None
 
     def check(self, name: str, thing: Any) -> None:
-        """Raise OptionError if a thing of a package, ready to be used, lacks what it must have."""
+        """Raise OptionError if a thing of a package lacks a required attribute."""
         if lacking := [need for need in self.needs if not hasattr(thing, need)]:
             raise self.fault(name, f"it has no {', '.join(lacking)}")
 
     def fault(self, name: str, said: str) -> OptionError:
-        """The error that says what is wrong with a thing of a package."""
+        """The error about a fault of a package's thing."""
         return OptionError(
             f"{self.option} {name}: it is not what {self.package(name) or 'it'} should bring",
             found=said, hint=_FAULT,
         )  # fmt: skip
 
     def _brought(self, name: str) -> list[EntryPoint]:
-        """What packages bring under a name, each once."""
+        """The entry points of packages under a name, each once."""
         entries = entry_points(group=self.group, name=name)
         return list({(_package(entry), entry.value): entry for entry in entries}.values())
 
@@ -111,7 +110,7 @@ def _package(entry: EntryPoint) -> str | None:
 
 @contextmanager
 def telling_packages() -> Iterator[None]:
-    """What a package's code raises in the block becomes an OptionError that names the package.
+    """An exception of a package's code in the block becomes an OptionError that names the package.
 
     The error itself is kept as its cause. All other errors are raised as they are.
     """
@@ -129,7 +128,7 @@ def telling_packages() -> Iterator[None]:
 
 
 def _raised_in(error: Exception) -> tuple[EntryPoint | None, str]:
-    """The entry point of the package whose code an error went through last, and the line."""
+    """The entry point of the package whose code last raised an error, and the line."""
     found = (entry for group in _GROUPS for entry in entry_points(group=group))
     brought = {entry.module.partition(".")[0]: entry for entry in found}
     entry, place = None, ""

@@ -1,8 +1,8 @@
-"""JSON of strangers, read so that nothing in it surprises later.
+"""Read untrusted JSON strictly.
 
-Python's parser takes the last of two equal keys, NaN and infinities, which are no JSON, integers of
-any length and halves of surrogate pairs. Each has its place in an attack: two programs read two
-different things in the same bytes, or a number or text ends ours far from where it came in.
+Python's parser accepts repeated keys (it takes the last), NaN and infinities (which are not JSON),
+integers of any length and surrogate halves. Each allows an attack: two programs read different
+things in the same bytes, or a number or text crashes the program far from where it came in.
 """
 
 import json
@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any
 
 DEEPEST = 100
-"""Objects and lists within one another; what gloss-convert writes has ten."""
+"""The deepest nesting of objects and lists; gloss-convert writes ten levels."""
 
 
 def parse(raw: bytes | str) -> Any:
@@ -28,15 +28,15 @@ def parse(raw: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from error
     _check_depth(value)
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a pair cannot be
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a surrogate half cannot be encoded
     return value
 
 
 def plain(value: Any) -> Any:
-    """A value as it is read back from its JSON: of the built-in types, and good for ``parse``.
+    """A value as read back from its JSON: of built-in types, and valid for ``parse``.
 
     Raises:
-        ValueError: it has none, for example since it holds a tensor or NaN, or ``parse`` refuses
+        ValueError: it has no JSON, for example since it holds a tensor or NaN, or ``parse`` refuses
             it.
     """
     try:

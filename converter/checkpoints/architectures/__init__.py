@@ -1,1 +1,1 @@
-"""What the tensors and modules of each model type are called, as data files."""
+"""Find the names of a model's tensors and modules, and prove them."""

@@ -1,4 +1,4 @@
-"""What the tensors and modules of a model are called, and which of its layers have an FFN.
+"""The names of a model's tensors and modules, and the layers that have an FFN.
 
 An ``Architecture`` describes one model, by its config; ``inference`` makes it. No Python file knows
 the name of a model.
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 Role = Literal["down_proj", "gate_proj", "up_proj", "o_proj", "lm_head"]
-"""What a linear map is for, by its name in Llama."""
+"""The role of a linear map, by its name in Llama."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of one model; 0 for what it does not have.
+    """Sizes of one model; 0 for parts that it does not have.
 
     Attributes:
         intermediate_size: of the widest FFN, or of its experts if it has nothing else.
-        num_experts: of a mixture, without those that every token goes through.
-        attention_heads: by the config; 0 if it does not say one number.
+        num_experts: of a mixture, without shared experts.
+        attention_heads: by the config; 0 if it does not name one number.
         sparse_layers: those with experts.
         ffn_layers: those with an FFN; others are left alone.
-        idle_layers: those that text alone does not run through; left alone, too.
+        idle_layers: layers that text alone does not run through; not edited, either.
         unused_layers: layers that a checkpoint may have after the last, for speculative decoding;
-            the model does not run through them, and they are left alone.
+            the model does not run them, and they are not edited.
     """
 
     num_hidden_layers: int
@@ -57,11 +57,11 @@ class WeightSpec:
             ``{expert}`` if each expert has a tensor of its own. A checkpoint may lack the bias.
         shape: of the tensor.
         output_axis: the axis of the weight that runs over the outputs.
-        module: of the transformers class, that gives the output: the linear map itself, or the FFN
-            where other weights make it, too.
-        mixed: whether other weights make what the module gives, too.
+        module: the module of the transformers class with this output: the linear map itself, or the
+            FFN if other weights contribute to the output.
+        mixed: whether other weights contribute to the module's output.
         part: (i, n) if the tensor holds n of these maps along the output axis, this being the i-th.
-        experts: how many tensors there are, if the name has ``{expert}``.
+        experts: number of tensors, if the name has ``{expert}``.
     """
 
     weight: str
@@ -83,8 +83,8 @@ class FfnSpec:
     """An FFN of a layer. Names have ``{layer}``.
 
     Attributes:
-        module: of the transformers class; its down-projections make what it gives.
-        site: the module whose output reaches the residual stream as a multiple of it: the same, or
+        module: of the transformers class; its down-projections make its output.
+        site: the module whose output is added to the residual stream, up to a factor: the same, or
             a norm after it.
         norm: disk name of that norm's weight, or empty.
         norm_offset: the norm multiplies by its weight plus this.
@@ -103,11 +103,11 @@ class LayerSpec:
     """How layers of one kind are built.
 
     Attributes:
-        roles: those but ``down_proj`` and ``lm_head``.
-        runs: whether text alone runs through them; else nothing is known of them.
-        o_writes: whether what ``o_proj`` gives reaches the residual stream as a multiple of it.
-        parallel: whether a constant in the bias of the one down-projection acts as if ``o_proj``
-            gave it; see ``ffn.takes_constant``.
+        roles: all except ``down_proj`` and ``lm_head``.
+        runs: whether text alone runs through them; if not, nothing is known of them.
+        o_writes: whether the output of ``o_proj`` is added to the residual stream, up to a factor.
+        parallel: whether a constant in the bias of the only down-projection acts like one in the
+            output of ``o_proj``; see ``ffn.takes_constant``.
         shapes: of all tensors of such a layer, by disk name with ``{layer}``.
     """
 
@@ -121,12 +121,12 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class BiasSpec:
-    """How a checkpoint gets biases that a role of it lacks.
+    """How a checkpoint gets missing biases of a role.
 
     Attributes:
         config: merge patch of ``config.json``.
-        zeros: names of the maps beside the role's that have a bias, too, because of it.
-        told: whether the config says so already, so that the biases that are there are read.
+        zeros: names of other maps that then have a bias, too.
+        told: whether the config already says so, and existing biases are read.
     """
 
     config: Mapping[str, Any]
@@ -136,7 +136,7 @@ class BiasSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """How a model gets a head of its own where the head is the embedding.
+    """How a model whose head is the embedding gets a head of its own.
 
     Attributes:
         config: merge patch of ``config.json``.
@@ -149,17 +149,18 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was proved of a description, on a tiny model; see ``proof``.
+    """The proof of a description, on a tiny model; see ``proof``.
 
     Attributes:
         described_by: ``inference``, or the name of a data file.
         transformers: its version.
-        layers, tensors: of the tiny model, and how many of its checkpoint were projected.
-        tolerance: relative, of logits and of what is left along the directions taken out.
+        layers, tensors: number of layers of the tiny model, and of projected tensors of its
+            checkpoint.
+        tolerance: relative, of logits and of the part left along the removed directions.
         error: the largest difference of the logits from those of projected outputs, over the
-            largest that projecting makes.
-        left: the largest component along these directions of what a site gives, over the largest
-            that it gives.
+            largest change by projecting.
+        left: the largest component of a site's output along these directions, over its largest
+            output.
         streams: whether layers pass on hidden states and nothing else, so that they can be run one
             after the other.
     """
@@ -190,7 +191,7 @@ class Architecture:
         block: name of a decoder layer in the class, with ``{layer}``.
         bias_routes: of roles whose biases can be added.
         untying: how the head becomes a weight of its own, or became one; None if no way is known.
-        left_alone: what else writes into the residual stream, and stays as it is, in words.
+        left_alone: other parts that write into the residual stream and are not edited, in words.
         proof: of the description; None before it.
     """
 
@@ -223,7 +224,7 @@ class Architecture:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Those that some layer has, or the model."""
+        """The roles that a layer has, or the model."""
         found: list[Role] = ["down_proj"]
         for role in ("gate_proj", "up_proj", "o_proj"):
             if any(role in kind.roles for kind in self.kinds):
@@ -243,7 +244,7 @@ class Architecture:
                 yield spec, expert
 
     def sites(self, layer: int) -> tuple[str, ...]:
-        """The modules whose outputs are, together, what the FFN of a layer adds."""
+        """The modules whose outputs sum to the contribution of a layer's FFN."""
         return tuple(ffn.site.format(layer=layer) for ffn in self.layer(layer).ffns)
 
     def down_projections(self) -> tuple[str, ...]:
@@ -275,7 +276,7 @@ class Architecture:
 
     @cached_property
     def _start(self) -> str:
-        """How the disk names of a layer's tensors begin, before its number."""
+        """The beginnings of the disk names of a layer's tensors, before its number."""
         return self.down_projections()[0].partition("{layer}")[0]
 
     @cached_property

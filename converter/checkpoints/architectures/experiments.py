@@ -1,8 +1,8 @@
-"""Experiments on a decoder layer: change what modules are given or give, and see what follows.
+"""Experiments on a decoder layer: change the input or output of modules, and observe the effect.
 
-Nothing here reads a name. A decoder layer is called again and again with what a forward pass called
-it with. Shapes: B texts, T tokens, D hidden size; "a position" is one of the B T of them. Adding a
-vector at one position shows whether positions are mixed, since others see it then.
+No name is used. A decoder layer is called many times with the arguments of a forward pass. Shapes:
+B texts, T tokens, D hidden size; "a position" is one of the B T of them. Adding a vector at one
+position shows whether positions are mixed, since others then change.
 """
 
 import copy
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from converter.checkpoints.architectures.tiny import Tiny, block_lists
 
 Change = Callable[[Any], Any]
-"""Makes something else of what a module gives."""
+"""Replaces the output of a module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module: what it was given, before it ran, and what it gave."""
+    """One call of a module: its input, before it ran, and its output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -39,17 +39,17 @@ class Call:
 
     @property
     def state(self) -> Tensor | None:
-        """The hidden states that it was given: the first tensor."""
+        """Its input hidden states: the first tensor."""
         found: Any = self.args[0] if self.args else self.kwargs.get(self.key or "")
         return found if isinstance(found, Tensor) else None
 
     @property
     def given(self) -> Tensor | None:
-        """The first tensor that it gave."""
+        """The first tensor of its output."""
         return first_tensor(self.output)
 
     def again(self, module: nn.Module, state: Tensor | None = None) -> Tensor:
-        """What the module gives if it is called in the same way, with another state."""
+        """The output of the module for the same call with another state."""
         args, kwargs = _copied(self.args), _copied(self.kwargs)
         if state is not None and args:
             args = (state, *args[1:])
@@ -89,7 +89,7 @@ def record(modules: Iterable[nn.Module], run: Callable[[], Any]) -> dict[nn.Modu
 
 
 def _copied(value: Any) -> Any:
-    """What code may change in place, apart: tensors, and caches of keys and values."""
+    """A copy of all that code may change in place: tensors, and caches of keys and values."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (tuple, list):
@@ -102,15 +102,16 @@ def _copied(value: Any) -> Any:
 def decoder_layers(
     tiny: Tiny, name: str = ""
 ) -> tuple[str, list[nn.Module], dict[nn.Module, list[Call]]]:
-    """The decoder layers of a tiny model: the name of their list, themselves, and their calls.
+    """The decoder layers of a tiny model: the name of their list, the layers, and their calls.
 
-    Those that text does not run through have no calls.
+    Layers that text does not run through have no calls.
 
     Args:
         name: of the list, if it is known.
 
     Raises:
-        ValueError: there is not just one such list, or layers run several times, or share weights.
+        ValueError: there is not exactly one such list, or layers run several times, or share
+            weights.
     """
     lists = {n: blocks for n, blocks in block_lists(tiny.model).items() if name in ("", n)}
     calls = record([block for blocks in lists.values() for block in blocks], tiny.run)
@@ -137,7 +138,7 @@ def decoder_layers(
 
 
 def check_positions(calls: Iterable[Call], shape: tuple[int, ...]) -> None:
-    """Raise ValueError if layers are given other positions than those of the tokens, (B, T)."""
+    """Raise ValueError if layers get other positions than those of the tokens, (B, T)."""
     for call in calls:
         assert call.state is not None
         places = call.state.shape[:-1]
@@ -149,7 +150,7 @@ def check_positions(calls: Iterable[Call], shape: tuple[int, ...]) -> None:
 
 
 def _are_layers(blocks: Iterable[nn.Module], calls: Mapping[nn.Module, list[Call]]) -> bool:
-    """Whether text runs through modules that are given hidden states, and give them."""
+    """Whether text runs through modules from hidden states to hidden states."""
     ran = [call for block in blocks for call in calls[block]]
     return bool(ran) and all(
         call.state is not None
@@ -204,15 +205,15 @@ class Layer:
         return counts.most_common(1)[0][0] if counts else state.shape[:2]
 
     def only_call(self, name: str) -> Call | None:
-        """The call of a module that is called once, and is given and gives tensors."""
+        """The call of a module that is called once, from tensors to tensors."""
         calls = self.calls[self.modules[name]]
         once = len(calls) == 1 and calls[0].state is not None and calls[0].given is not None
         return calls[0] if once else None
 
     def alone(self, name: str) -> tuple[Call, Tensor, Tensor]:
-        """The only call of a module, and the tensors that it was given and gave.
+        """The only call of a module, and its input and output tensors.
 
-        Raises ValueError if it was not called just once, or was given or gives none.
+        Raises ValueError if it was not called exactly once, or has no input or output tensor.
         """
         call = self.only_call(name)
         if call is None or call.state is None or call.given is None:
@@ -224,7 +225,7 @@ class Layer:
         return any(p.ndim > 1 for p in self.modules[name].parameters())
 
     def states(self, seed: int, count: int) -> list[Tensor]:
-        """Random ones that the layer can be given."""
+        """Random hidden states for the layer."""
         generator, like = torch.Generator().manual_seed(seed), self.call.state
         assert like is not None
         return [torch.randn(like.shape, generator=generator).to(like.dtype) for _ in range(count)]
@@ -237,10 +238,10 @@ class Layer:
         return unit.to(self.given.dtype)
 
     def shift(self, name: str, vector: Tensor) -> Tensor:
-        """How the residual stream moves, (..., D), when a vector is added to what a module gives.
+        """The change of the residual stream, (..., D), if a vector is added to a module's output.
 
-        All other modules with matrices are held to the outputs that they had without it. The stream
-        is the output of the layer; if a norm makes that output, it is the input of the norm.
+        All other modules with matrices keep their original outputs. The stream is the output of the
+        layer, or, if a norm makes that output, the input of the norm.
         """
         changes = self._pinned(name)
         changes[self.modules[name]] = lambda output: _replaced(output, lambda x: x + vector)
@@ -260,38 +261,39 @@ class Layer:
         return found[-1] - before
 
     def writes(self, name: str) -> bool:
-        """Whether what a module gives reaches the residual stream as a multiple of it."""
+        """Whether a module's output is added to the residual stream, up to a factor."""
         vector = self.vectors(2) * self.width**0.5
         return self.moves(name) and is_multiple(self.shift(name, vector), vector, self.tolerance)
 
     def moves(self, name: str) -> bool:
-        """Whether what a module gives reaches the residual stream at all, other than by modules
-        with matrices."""
+        """Whether a module's output reaches the residual stream other than through modules with
+        matrices.
+        """
         if not self.gives_width(name):
             return False
         return bool(self.shift(name, self.vectors(2)).abs().max() > 1e-9)
 
     def gives_width(self, name: str) -> bool:
-        """Whether a module is called once and gives (..., D)."""
+        """Whether a module is called once and returns (..., D)."""
         call = self.only_call(name)
         return call is not None and call.given is not None and call.given.shape[-1] == self.width
 
     def reached_by(self, name: str) -> bool:
-        """Whether what the layer gives hangs in any way on what a module gives."""
+        """Whether the layer's output depends in any way on a module's output."""
         if not self.gives_width(name):
             return False
         moved = self.given_after(name, self.vectors(2)) - self.given
         return bool(moved.abs().max() > self.noise(self.given))
 
     def given_after(self, name: str, vector: Tensor) -> Tensor:
-        """What the layer gives when a vector is added to what a module gives, and all that reads
-        it follows."""
+        """The layer's output if a vector is added to a module's output, with all later effects."""
         changes = {self.modules[name]: lambda output: _replaced(output, lambda x: x + vector)}
         return self._run(changes)
 
     def moves_within(self, name: str, outer: str) -> bool:
-        """Whether what a module gives reaches what one around it gives, other than by modules with
-        matrices."""
+        """Whether a module's output reaches that of a surrounding module other than through modules
+        with matrices.
+        """
         _, _, given = self.alone(outer)
         vector = self.vectors(2)
         changes = self._pinned(name)
@@ -300,7 +302,9 @@ class Layer:
         return bool((after - given).abs().max() > self.noise(given))
 
     def feeds(self, name: str, other: str) -> bool:
-        """Whether what a module gives reaches another one, not by others with matrices."""
+        """Whether a module's output reaches another module other than through modules with
+        matrices.
+        """
         calls = self.calls[self.modules[other]]
         before = calls[-1].state if calls else None
         if before is None:
@@ -319,21 +323,21 @@ class Layer:
         return None
 
     def mixes(self, name: str) -> bool:
-        """Whether a module is given and gives (..., D), and mixes positions."""
+        """Whether a module maps (..., D) to (..., D) and mixes positions."""
         return self.is_through(name) and not self.is_position_wise(name)
 
     def is_position_wise(self, name: str) -> bool:
-        """Whether what a module gives at a position hangs on what it is given there alone.
+        """Whether a module's output at a position depends only on its input there.
 
         Attention may put all its weight on one position, so that a change at another has no effect.
-        So small states are tried, with which it weighs all positions, and small and large shifts.
+        So small states are tried, which spread the weight, and small and large shifts.
         """
         if name not in self._alone:
             self._alone[name] = self.is_through(name) and self._found_alone(name)
         return self._alone[name]
 
     def is_through(self, name: str) -> bool:
-        """Whether a module is called once, and is given and gives D numbers for each position."""
+        """Whether a module is called once, from D to D numbers for each position."""
         if not self.only_call(name):
             return False
         _, state, given = self.alone(name)
@@ -358,8 +362,9 @@ class Layer:
         return moves and self._is_same_everywhere(name)
 
     def _is_same_everywhere(self, name: str) -> bool:
-        """Whether a module treats all positions alike: if they are given in another order, what it
-        gives is in that order. Attention to what another layer left, or to an encoder, does not."""
+        """Whether a module commutes with a permutation of positions. Attention to another layer's
+        cache, or to an encoder, does not.
+        """
         call, _, given = self.alone(name)
         after = self.reordered(call).again(self.modules[name]).reshape(given.shape)
         moved = (after - self.reorder(given)).abs().max()
@@ -378,17 +383,18 @@ class Layer:
         return Call(reorder(call.args), reorder(call.kwargs), None)
 
     def reorder(self, tensor: Tensor) -> Tensor:
-        """A tensor of which the first axis, or the first two, run over positions, in another order
-        of them; or the same tensor."""
+        """A tensor whose first axis, or first two axes, run over positions, permuted; else the same
+        tensor.
+        """
         order = torch.randperm(self.positions.numel(), generator=torch.Generator().manual_seed(6))
         if tensor.shape[:2] == self.positions:
             return tensor.flatten(0, 1)[order].reshape(tensor.shape)
         return tensor[order] if tensor.ndim and len(tensor) == len(order) else tensor
 
     def is_affine(self, name: str, silent: Iterable[str] = ()) -> bool:
-        """Whether a module is a linear map, and perhaps adds a vector.
+        """Whether a module is a linear map plus a vector.
 
-        Norms in it multiply by what they did, and modules in ``silent`` give zeros.
+        Norms in it keep their factors, and modules in ``silent`` return zeros.
         """
         call, state, _ = self.alone(name)
         changes = {self.modules[other]: _silent for other in silent}
@@ -396,8 +402,9 @@ class Layer:
         return self._is_affine(self.modules[name], call, state, changes, inside)
 
     def is_affine_but_for(self, names: Iterable[str]) -> bool:
-        """Whether the layer is a linear map, and perhaps adds a vector, if modules give what they
-        gave, and norms multiply by what they did."""
+        """Whether the layer is a linear map plus a vector, if the given modules keep their outputs
+        and norms keep their factors.
+        """
         changes = {
             self.modules[name]: _giving(
                 [call.output for call in self.calls[self.modules[name]]] * 4
@@ -430,7 +437,7 @@ class Layer:
         return bool((both - one - other_one).abs().max() <= self.tolerance * largest)
 
     def is_norm(self, name: str) -> bool:
-        """Whether a module without matrices gives the same if what it is given is scaled."""
+        """Whether a module without matrices gives the same output for a scaled input."""
         call, module = self.only_call(name), self.modules[name]
         if call is None or self.has_matrices(name) or len(call.args) + len(call.kwargs) != 1:
             return False
@@ -442,7 +449,7 @@ class Layer:
         return bool((once - thrice).abs().max() <= 1e-3 * once.abs().max())
 
     def linear_maps(self, inside: str = "") -> list[str]:
-        """Modules with one matrix and none in them, that are called once."""
+        """Modules with one matrix, none in submodules, that are called once."""
         return [
             name
             for name, module in self.modules.items()
@@ -454,7 +461,7 @@ class Layer:
         ]
 
     def fed(self, name: str, given: Mapping[str, Tensor], state: Tensor | None = None) -> Tensor:
-        """What a module is given when others give something else, or the layer is given it."""
+        """The input of a module if other modules' outputs, or the layer's input, are replaced."""
         return self._fed(name, self._giving(given), state)
 
     def _fed(
@@ -471,7 +478,7 @@ class Layer:
     def given_by(
         self, name: str, given: Mapping[str, Tensor] | None = None, state: Tensor | None = None
     ) -> Tensor:
-        """What a module gives when others give something else, or the layer is given it."""
+        """The output of a module if other modules' outputs, or the layer's input, are replaced."""
         return self._given_by(name, self._giving(given or {}), state)
 
     def _given_by(
@@ -492,7 +499,7 @@ class Layer:
         changes: Mapping[nn.Module, Change],
         state: Tensor | None = None,
     ) -> Tensor:
-        """What a hook saw last."""
+        """The last value that a hook saw."""
         try:
             self._run(changes, state)
         finally:
@@ -502,7 +509,7 @@ class Layer:
         return seen
 
     def _giving(self, given: Mapping[str, Tensor]) -> dict[nn.Module, Change]:
-        """Changes that have modules give tensors, whatever else they give beside them."""
+        """Changes that replace modules' output tensors, and keep their other outputs."""
 
         def change(tensor: Tensor) -> Change:
             return lambda output: _replaced(output, lambda _: tensor)
@@ -510,7 +517,7 @@ class Layer:
         return {self.modules[name]: change(tensor) for name, tensor in given.items()}
 
     def noise(self, values: Tensor) -> float:
-        """The most by which rounding changes values."""
+        """The largest change of values by rounding."""
         return 1e3 * torch.finfo(values.dtype).eps * float(values.abs().max())
 
     def _run(self, changes: Mapping[nn.Module, Change], state: Tensor | None = None) -> Tensor:
@@ -521,8 +528,9 @@ class Layer:
             return self.call.again(self.block, state)
 
     def _pinned(self, name: str) -> dict[nn.Module, Change]:
-        """Have every module with matrices give what it gave, but those that one is in or that are
-        in it."""
+        """Changes that hold the outputs of all modules with matrices, except those inside or around
+        a given one.
+        """
         return {
             module: _giving([call.output for call in self.calls[module]])
             for other, module in self.modules.items()
@@ -530,7 +538,7 @@ class Layer:
         }
 
     def _norm_at_end(self) -> nn.Module | None:
-        """The norm that gives what the layer gives."""
+        """The norm whose output is the layer's output."""
         for name, module in self.modules.items():
             if self.is_norm(name):
                 given = self.calls[module][0].given
@@ -545,7 +553,9 @@ def related(name: str, other: str) -> bool:
 
 
 def is_multiple(shift: Tensor, vector: Tensor, tolerance: float) -> bool:
-    """Whether every vector (..., D) of ``shift`` is a multiple of one, and not all are zero."""
+    """Whether every vector (..., D) of ``shift`` is a multiple of a given one, and not all are
+    zero.
+    """
     unit = vector / vector.norm()
     along = shift @ unit
     rest = (shift - along.unsqueeze(-1) * unit).abs().max()
@@ -554,19 +564,19 @@ def is_multiple(shift: Tensor, vector: Tensor, tolerance: float) -> bool:
 
 
 def _giving(outputs: list[Any]) -> Change:
-    """Give what was given, in the same order; copies, which a layer may add to in place."""
+    """A hook that replays outputs in order, as copies, which a layer may add to in place."""
     left: Iterator[Any] = iter(outputs)
     return lambda output: _copied(next(left, outputs[-1]))
 
 
 def _silent(output: Any) -> Any:
-    """Zeros in place of the first tensor."""
+    """The output with zeros as its first tensor."""
     return _replaced(output, torch.zeros_like)
 
 
 @contextmanager
 def silenced(module: nn.Module) -> Iterator[None]:
-    """While this lasts, the first tensor that a module gives is zeros."""
+    """Within this context, the first tensor of a module's output is zeros."""
     handle = module.register_forward_hook(_hook(_silent))
     try:
         yield
@@ -582,7 +592,7 @@ def _replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _keeping_factor(call: Call) -> Any:
-    """A hook: a module multiplies each number by what it once did."""
+    """A hook that makes a module multiply each number by its original factor."""
     state, given = call.state, call.given
     assert state is not None
     assert given is not None

@@ -1,10 +1,10 @@
-"""Find the FFN of a decoder layer by what it does.
+"""Find the FFN of a decoder layer by its behaviour.
 
 A feed-forward network reads the residual stream and writes into it, treats every position by
-itself, and is not linear. Attention, convolutions and state spaces mix positions; projections and
-norms are linear maps, or have no matrices. The weights that write are those to which a vector u can
-be added along one axis, times anything along the others, so that all that changes of the FFN's
-output is a multiple of u; projecting all of them projects the output.
+itself, and is not linear. Attention, convolutions and state spaces mix positions. Projections and
+norms are linear maps, or have no matrices. A weight writes if adding a vector u along one of its
+axes, times anything along the others, changes the FFN's output by a multiple of u. Projecting all
+such weights projects the output.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from converter.checkpoints.architectures.experiments import Layer, is_multiple, 
 class Map:
     """A linear map: its module, name and output axis of its weight, and its part of the outputs.
 
-    Names are within the layer. ``part`` is (i, n) if the weight holds n maps, this being the i-th.
+    Names are within the layer. ``part`` is (i, n) if this is the i-th of n maps in the weight.
     """
 
     module: str
@@ -32,7 +32,7 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm: its module, the name of its weight, and what it adds to that before it multiplies."""
+    """A norm: its module, the name of its weight, and the offset added to the weight."""
 
     module: str
     weight: str
@@ -44,13 +44,13 @@ class Ffn:
     """An FFN of a layer. Names are within the layer.
 
     Attributes:
-        module: what its down-projections give together.
+        module: the module whose output the down-projections make together.
         site: the module whose output is added to the residual stream: the same, or the norm.
         norm: between it and the residual stream.
         weights: of its down-projections, with their output axes; no biases.
         biases: of them.
-        gate, up: what the activation function is applied to, and what it is multiplied by, or the
-            only one, of an FFN that is no mixture of experts.
+        gate, up: the maps before the activation function and of its factor, or the only one; not of
+            mixtures of experts.
     """
 
     module: str
@@ -66,8 +66,8 @@ def find_ffns(layer: Layer) -> list[Ffn]:
     """All FFNs of a decoder layer.
 
     Raises:
-        ValueError: something is like an FFN, and what it writes does not reach the residual stream
-            as a multiple, or no set of weights makes it.
+        ValueError: something is like an FFN, but its output is not added to the residual stream up
+            to a factor, or no set of weights makes it.
     """
     found: list[Ffn] = []
     problems: dict[str, ValueError] = {}
@@ -96,8 +96,9 @@ def find_ffns(layer: Layer) -> list[Ffn]:
 
 
 def check_complete(layer: Layer, ffns: Sequence[Ffn]) -> None:
-    """Raise ValueError if a layer is not linear but for its FFNs, norms and what mixes positions:
-    something else in it is like an FFN, as one that runs twice or that is no module."""
+    """Raise ValueError if a layer is not linear apart from its FFNs, norms and mixing of positions.
+    Then something else is like an FFN, such as one that runs twice or is not a module.
+    """
     known = [ffn.module for ffn in ffns]
     for name in layer.modules:
         if any(related(name, other) for other in known):
@@ -112,8 +113,9 @@ def check_complete(layer: Layer, ffns: Sequence[Ffn]) -> None:
 
 
 def _gives_factors(layer: Layer, name: str) -> bool:
-    """Whether a module with matrices, and more than a linear map, gives fewer numbers for each
-    position than a hidden state has, as those by which hyper-connections mix streams."""
+    """Whether a nonlinear module with matrices returns fewer numbers for each position than a
+    hidden state has, such as the factors by which hyper-connections mix streams.
+    """
     call = layer.only_call(name)
     if call is None or name in layer.linear_maps() or not layer.has_matrices(name):
         return False
@@ -122,10 +124,9 @@ def _gives_factors(layer: Layer, name: str) -> bool:
 
 
 def _check_that_there_is_none(layer: Layer) -> None:
-    """Raise ValueError if a layer is not linear but for norms and what mixes positions.
+    """Raise ValueError if a layer is not linear apart from norms and mixing of positions.
 
-    Of modules in one another that mix positions, the innermost do, and what is around them need
-    not be attention: it may have an FFN.
+    Only the innermost mixing modules count as mixing: a module around them may contain an FFN.
     """
     mixing = [name for name in layer.modules if layer.mixes(name)]
     mixers = [n for n in mixing if not any(other.startswith(f"{n}.") for other in mixing)]
@@ -135,15 +136,15 @@ def _check_that_there_is_none(layer: Layer) -> None:
 
 
 def _is_affine_without(layer: Layer, name: str, inside: list[str]) -> bool:
-    """Whether modules are all of a module that is not linear, whatever experts it chooses."""
+    """Whether a module is linear without the given modules, for all choices of experts."""
     with _changed(_without_preference(layer)):
         return layer.is_affine(name, inside)
 
 
 def _prepares(layer: Layer, name: str) -> bool:
-    """Whether what a module gives is only for attention or an FFN to read, as of a gated norm.
+    """Whether only attention or an FFN reads a module's output, as for a gated norm.
 
-    These are not linear, and do not give the residual stream itself.
+    Such modules are not linear, and do not write into the residual stream themselves.
     """
     if layer.moves(name):
         return False
@@ -165,8 +166,8 @@ def examine(layer: Layer, module: str) -> Ffn:
     """An FFN by its module.
 
     Raises:
-        ValueError: it is not one, or not a whole one, or its output does not reach the residual
-            stream; what it does instead.
+        ValueError: it is not an FFN, not a whole one, or its output does not reach the residual
+            stream; the message says why.
     """
     if module not in layer.modules:
         raise ValueError(f"there is no {module} in the layer")
@@ -217,8 +218,9 @@ def _is_bias(name: str, stems: set[str]) -> bool:
 
 
 def _is_like_ffn(layer: Layer, name: str) -> bool:
-    """Whether a module treats positions apart, is not linear but for norms, and has a part in what
-    the layer gives, and not only within attention."""
+    """Whether a module treats positions separately, is nonlinear apart from norms, and contributes
+    to the layer's output, not only within attention.
+    """
     if not layer.has_matrices(name) or not layer.is_position_wise(name) or layer.is_affine(name):
         return False
     outer = layer.mixer_around(name)
@@ -226,9 +228,9 @@ def _is_like_ffn(layer: Layer, name: str) -> bool:
 
 
 def _site(layer: Layer, module: str) -> tuple[str, Norm | None]:
-    """Where what a module gives reaches the residual stream, and the norm on its way.
+    """The site where a module's output reaches the residual stream, and the norm before it.
 
-    Raises ValueError if something else is on its way; what.
+    Raises ValueError, naming it, if something else is on the way.
     """
     if layer.writes(module):
         return module, None
@@ -249,7 +251,7 @@ def _site(layer: Layer, module: str) -> tuple[str, Norm | None]:
 
 
 def _given_multiples(layer: Layer, module: str) -> list[str]:
-    """Modules without matrices that are given a multiple of what a module gives."""
+    """Modules without matrices whose input is a multiple of a module's output."""
     _, _, given = layer.alone(module)
     found = []
     for name in layer.modules:
@@ -266,7 +268,7 @@ def _given_multiples(layer: Layer, module: str) -> list[str]:
 
 
 def _obstacle(layer: Layer, module: str, after: list[str]) -> str:
-    """What is between what a module gives and the residual stream."""
+    """The obstacle between a module's output and the residual stream, in words."""
     if layer.moves(module):
         if weight := _scale(layer, module):
             return f"{weight} multiplies each channel by another number, outside of any module"
@@ -280,7 +282,7 @@ def _obstacle(layer: Layer, module: str, after: list[str]) -> str:
 
 
 def _what(layer: Layer, name: str) -> str:
-    """What a module is that is no norm."""
+    """A description of a module that is not a norm."""
     if layer.mixes(name):
         return "mixes positions"
     if layer.has_matrices(name):
@@ -297,7 +299,7 @@ def _what(layer: Layer, name: str) -> str:
 
 
 def _scale(layer: Layer, module: str) -> str | None:
-    """The parameter by which each channel of what a module gives is multiplied on its way."""
+    """The parameter that multiplies each channel of a module's output on the way."""
     vector = layer.vectors(2) * layer.width**0.5
     ratio = layer.shift(module, vector) / vector
     for name, parameter in layer.block.named_parameters():
@@ -307,7 +309,7 @@ def _scale(layer: Layer, module: str) -> str | None:
 
 
 def is_multiple_everywhere(layer: Layer, name: str) -> bool:
-    """Whether a module gives a multiple of what it is given, another one for each position."""
+    """Whether a module multiplies its input by one factor for each position."""
     _, state, given = layer.alone(name)
     x, y = state.reshape(-1, layer.width), given.reshape(-1, layer.width)
     along = (x * y).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True)
@@ -315,7 +317,9 @@ def is_multiple_everywhere(layer: Layer, name: str) -> bool:
 
 
 def norm_of(layer: Layer, name: str) -> Norm | None:
-    """A module as a norm that multiplies by its weight, or its weight + 1; None if it is none."""
+    """A module as a norm that multiplies by its weight, or its weight + 1; None if it is not a
+    norm.
+    """
     _, state, given = layer.alone(name)
     x, y = state.reshape(-1, layer.width), given.reshape(-1, layer.width)
     for key, weight in layer.modules[name].named_parameters():
@@ -353,10 +357,9 @@ def _writing(layer: Layer, module: str) -> list[tuple[str, int, int]]:
 
 
 def check_projection(layer: Layer, module: str, axes: Mapping[str, int]) -> None:
-    """Raise ValueError if projecting parameters does not project what a module gives.
+    """Raise ValueError if projecting parameters does not project a module's output.
 
-    The layer is given several states, and no expert is preferred by a bias, so that all of them
-    run.
+    Several states are tried, with the routers' biases evened out, so that all experts run.
     """
     u, parameters = layer.vectors(9), dict(layer.modules[module].named_parameters())
     projected = {}
@@ -388,7 +391,7 @@ def _without_preference(layer: Layer) -> dict[Tensor, Tensor]:
 
 @contextmanager
 def _changed(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """While this lasts, parameters have other values."""
+    """Within this context, parameters have other values."""
     old = {parameter: parameter.detach().clone() for parameter in values}
     try:
         with torch.no_grad():
@@ -402,9 +405,9 @@ def _changed(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 
 def _flat(layer: Layer) -> list[str]:
-    """Linear maps that give what an FFN does that is no module of its own.
+    """Linear maps that write like an FFN that is not a module of its own.
 
-    Each hangs on other linear maps alone, on these position by position, and not linearly.
+    The input of each depends only on other linear maps, position by position and nonlinearly.
     """
     found = []
     for name in layer.linear_maps():
@@ -416,7 +419,7 @@ def _flat(layer: Layer) -> list[str]:
 
 
 def _mixed_after(layer: Layer, name: str, outer: str) -> bool:
-    """Whether what a module gives at one position changes what one around it gives at others."""
+    """Whether a module's output at one position changes that of a surrounding module at others."""
     _, _, given = layer.alone(name)
     shifted = given.clone()
     shifted.reshape(-1, layer.width)[0] += layer.vectors(5)
@@ -425,7 +428,7 @@ def _mixed_after(layer: Layer, name: str, outer: str) -> bool:
 
 
 def _before(layer: Layer, name: str) -> list[str]:
-    """Linear maps on which, position by position, hangs what a module is given."""
+    """Linear maps on which a module's input depends, position by position."""
     _, state, _ = layer.alone(name)
     found = []
     for other in layer.linear_maps():
@@ -442,7 +445,7 @@ def _before(layer: Layer, name: str) -> list[str]:
 
 
 def _hangs_on(layer: Layer, name: str, first: list[str]) -> bool:
-    """Whether what a module is given hangs on what others give alone, and not linearly."""
+    """Whether a module's input depends only on others' outputs, and nonlinearly."""
     _, state, _ = layer.alone(name)
     outer = layer.call.state
     assert outer is not None
@@ -462,7 +465,9 @@ def _hangs_on(layer: Layer, name: str, first: list[str]) -> bool:
 
 
 def _gate_and_up(layer: Layer, module: str, down: str) -> tuple[Map | None, Map | None]:
-    """The maps before the down-projection: it is linear in what ``up`` gives, not ``gate``."""
+    """The maps before the down-projection, whose input is linear in the output of ``up``, not of
+    ``gate``.
+    """
     within = f"{module}." if down != "weight" else ""
     name = within + down.removesuffix(".weight") if within else module
     if name not in layer.modules or not layer.only_call(name):
@@ -487,9 +492,9 @@ def _gate_and_up(layer: Layer, module: str, down: str) -> tuple[Map | None, Map 
 def _is_linear_in(
     layer: Layer, name: str, other: str, before: Tensor, part: tuple[int, int]
 ) -> bool | None:
-    """Whether what a module is given is a multiple of what another gives; None if it stays."""
+    """Whether a module's input scales with another's output; None if it does not change."""
     linear = True
-    for factor in (2, -1):  # ReLU doubles, too
+    for factor in (2, -1):  # ReLU scales, too
         given = layer.alone(other)[2].clone()
         given.chunk(part[1], -1)[part[0]].mul_(factor)
         after = layer.fed(name, {other: given})
@@ -525,11 +530,11 @@ def output_axis(module: nn.Module) -> int | None:
 
 
 def takes_constant(layer: Layer, o_proj: Map, ffn: Ffn) -> bool:
-    """Whether a vector added to the bias of an FFN's down-projection, the only one, makes the layer
-    give what it gives with the vector added to what ``o_proj`` gives.
+    """Whether adding a vector to the bias of the only down-projection has the same effect on the
+    layer's output as adding it to the output of ``o_proj``.
 
-    So it is where attention and FFN read one stream and their outputs are added: the FFN must not
-    read what ``o_proj`` gives.
+    This holds if attention and FFN read the same stream and their outputs are added: the FFN must
+    not read the output of ``o_proj``.
     """
     if len(ffn.weights) != 1 or len(ffn.biases) != 1 or layer.feeds(o_proj.module, ffn.module):
         return False
@@ -545,7 +550,7 @@ def takes_constant(layer: Layer, o_proj: Map, ffn: Ffn) -> bool:
 
 
 def find_o_proj(layer: Layer, ffns: list[Ffn]) -> Map | None:
-    """The linear map that gives what a module that mixes positions gives; None if not just one."""
+    """The linear map that makes the output of a mixing module; None if there is not exactly one."""
     found: set[str] = set()
     for name in layer.linear_maps():
         call = layer.only_call(name)

@@ -1,6 +1,6 @@
 """The architecture of a checkpoint by its config: a data file's hints, inference, and the proof.
 
-A data file is a TOML beside this module for one ``model_type``. It is needed only where inference
+A data file is a TOML file beside this module for one ``model_type``. It is needed only if inference
 fails. ``blocks`` names the list of decoder layers, ``ffns`` the feed-forward networks in a layer.
 The proof is the same.
 """
@@ -37,7 +37,7 @@ _FOLDER = files("converter").joinpath("checkpoints/architectures")
 _DRAFT = "gloss architectures --infer SOURCE prints a draft of the data file that would settle it"
 
 _MAX_LAYERS = 10_000
-"""The deepest models have a few hundred."""
+"""The most layers; the deepest models have a few hundred."""
 
 
 def find_architecture(config: Mapping[str, Any], folder: Path | None = None) -> Architecture:
@@ -56,7 +56,9 @@ def find_architecture(config: Mapping[str, Any], folder: Path | None = None) -> 
 
 
 def find_renaming(config: Mapping[str, Any], folder: Path | None = None) -> library.Renaming:
-    """Which weight of its model each tensor of a checkpoint makes. As ``find_architecture``."""
+    """Tensor of a checkpoint -> the weight of the model that it makes. Raises as
+    ``find_architecture``.
+    """
     read, trusted = _read(config, _with_own_code(config, folder))
     kind, _ = _class_of(config, read, trusted)
     return library.Renaming(library.on_meta(kind, read))
@@ -75,7 +77,7 @@ def _proved(text: str, folder: str | None) -> Architecture:
     hints, by = hints_of(config["model_type"])
     try:
         model = library.on_meta(kind, read)
-    except Exception as error:  # whatever a class makes of a config
+    except Exception as error:  # a class may raise anything on a config
         raise CheckpointError(
             f"{kind.__name__} cannot be built from config.json",
             found=_first_line(error),
@@ -102,7 +104,7 @@ def _read(config: Mapping[str, Any], folder: Path | None) -> tuple[Any, bool]:
     check_kind(config, trusted)
     try:
         read = library.read_config(config, folder, trusted)
-    except Exception as error:  # whatever a config class makes of values that it does not like
+    except Exception as error:  # a config class may raise anything on wrong values
         raise _unusable(config, error) from error
     count = getattr(library.text_config(read), "num_hidden_layers", 1)
     if type(count) is int and not 0 < count <= _MAX_LAYERS:
@@ -129,7 +131,7 @@ def data_files() -> dict[str, Hints]:
 
 
 def hints_of(model_type: str) -> tuple[Hints, str]:
-    """What a data file says of a model, and by what it is described."""
+    """The hints of a data file for a model, and the name of the description."""
     hints = data_files().get(model_type)
     return (hints, f"{model_type}.toml") if hints else (Hints(), "inference")
 
@@ -137,8 +139,8 @@ def hints_of(model_type: str) -> tuple[Hints, str]:
 def _class_of(config: Mapping[str, Any], read: Any, trusted: bool) -> tuple[Any, str]:
     """The class of a model and the auto class that loads it.
 
-    The class that the config names, if an auto class knows it; or else that of the first that
-    knows the config, for a wrapper those first that read more than text.
+    The class that the config names, if an auto class knows it; else the class of the first auto
+    class that knows the config. For a wrapper, auto classes that read more than text come first.
     """
     named = config.get("architectures")
     names = {n for n in named if isinstance(n, str)} if isinstance(named, list) else set()
@@ -169,7 +171,7 @@ def _unusable(config: Mapping[str, Any], error: Exception) -> CheckpointError:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, in a line; of a config's check, that after the one that names it."""
+    """The message of an error in one line; for a config's check, the line after its name."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if re.search(r"[Vv]alidation.*:$", lines[0]) and len(lines) > 1:
         lines = lines[1:]

@@ -1,4 +1,4 @@
-"""Describe a model by its config alone, without a list of the models that there are.
+"""Describe a model from its config alone, without a list of models.
 
 The class of transformers is built on the meta device, for the real sizes, and as a tiny model with
 random weights, on which ``ffn`` finds what each kind of layer has, and ``stored`` how transformers
@@ -54,12 +54,12 @@ from converter.checkpoints.architectures.untying import find_untying
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What a data file says where inference does not see it; empty for what inference is to find.
+    """Hints of a data file; empty fields are left to inference.
 
     Attributes:
         blocks: name of the list of decoder layers in the class.
-        ffns: names of the FFNs within a layer; a layer has those of them that it has.
-        left_alone: what else writes into the residual stream, and stays as it is, in words.
+        ffns: names of the FFNs within a layer; a layer may have only some of them.
+        left_alone: other parts that write into the residual stream and are not edited, in words.
     """
 
     blocks: str = ""
@@ -69,7 +69,7 @@ class Hints:
 
 @dataclass(slots=True)
 class Inferred:
-    """A description, and what it was made from.
+    """A description, and the model and tiny model behind it.
 
     Attributes:
         layers: of the tiny model, in order; None for one that text does not run through.
@@ -92,7 +92,7 @@ def infer(
         model: of the class, on the meta device, if there is one already.
 
     Raises:
-        ValueError: something cannot be described, and what.
+        ValueError: something cannot be described; the message names it.
     """
     model = model or library.on_meta(kind, config)
     tiny = make_tiny(kind, config, model)
@@ -157,9 +157,9 @@ class _Around(nn.Module):
 def _check_outside(tiny: Tiny, place: str) -> None:
     """Raise ValueError if a module outside of the layers is like an FFN.
 
-    It is given hidden states by text, treats positions apart, is not linear but for norms, and
-    without what it gives, logits hang on the text: it adds to hidden states. A part of a head that
-    all goes through does not.
+    Such a module gets hidden states, treats positions separately, and is nonlinear apart from
+    norms; and logits still depend on the text without its output, so it adds to hidden states. A
+    part of a head, which everything goes through, does not.
     """
     modules = {
         module: name
@@ -287,8 +287,9 @@ class _Describe:
         return self.storage.of_model(name, axis)
 
     def final_norm(self, last: nn.Module, calls: Mapping[nn.Module, list[Call]]) -> tuple[str, int]:
-        """Disk name of the weight of the norm that is given what the last layer gives, and what
-        the norm adds to it; an empty name if there is no such weight."""
+        """Disk name of the weight of the norm after the last layer, and its offset; an empty name
+        if there is no such weight.
+        """
         given = calls[last][0].given if calls[last] else None
         model = self.tiny.model
         others = {n: m for n, m in model.named_modules() if n and not n.startswith(self.place)}
@@ -320,7 +321,9 @@ def _key(model: nn.Module, weight: Tensor) -> str:
 
 
 def _offset(norm: nn.Module, state: Tensor) -> int:
-    """What a norm adds to its weight: with a weight of zeros, it gives nothing or its input."""
+    """The offset that a norm adds to its weight: with a weight of zeros, it returns zeros or its
+    input.
+    """
     weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
     old = weight.detach().clone()
     with torch.no_grad():
@@ -364,13 +367,13 @@ def _sizes(config: Any, specs: Sequence[LayerSpec], numbers: Sequence[int]) -> D
 
 
 _BIAS = "attention_bias"
-"""The key of a config that gives attention biases, in classes that look at it."""
+"""The config's key for attention biases, in classes that read it."""
 
 
 def _bias_routes(
     kind: Any, tiny: Tiny, place: str, specs: Sequence[LayerSpec]
 ) -> dict[Role, BiasSpec]:
-    """How ``o_proj`` gets biases: by a key of the config, in classes that look at it."""
+    """How ``o_proj`` gets biases: by a key of the config, in classes that read it."""
     config = tiny.config
     text = library.text_config(config)
     said = getattr(text, _BIAS, None)
@@ -378,7 +381,7 @@ def _bias_routes(
         return {}
     try:
         other = set(library.on_meta(kind, library.changed(config, _BIAS, not said)).state_dict())
-    except Exception:  # a class that refuses it
+    except Exception:  # the class refuses the key
         return {}
     before, after = (set(tiny.model.state_dict()), other)[:: -1 if said else 1]
     added = after - before

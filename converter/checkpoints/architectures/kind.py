@@ -1,6 +1,6 @@
-"""What kind of model a ``config.json`` is of, by what is written in it: nothing is built.
+"""The kind of model of a ``config.json``, from its text alone: nothing is built.
 
-Other kinds than language models are named for what they are.
+Messages name the other kinds of models.
 """
 
 import re
@@ -31,7 +31,7 @@ _BY_CLASS = (
     (r"(?<!LMHead)Model$|ForTextEncoding|ForEmbedding|Retrieval",
      "a model without a head that makes text, as for embeddings"),
 )  # fmt: skip
-"""Names of classes -> what they are, of those that do not continue text."""
+"""Pattern of class names -> description, for classes that do not continue text."""
 
 _BY_LIST = (
     (r"SPEECH|AUDIO|_CTC_|RNNT|WAVEFORM|SPECTROGRAM|_TDT_",
@@ -40,8 +40,9 @@ _BY_LIST = (
      "a model of images, which does not continue text"),
     (r"TIME_SERIES", "a model of time series, which does not continue text"),
 )  # fmt: skip
-"""Names of transformers' lists of models by task -> what a model is that is in one of them, and in
-none of those of language models."""
+"""Names of transformers' lists of models by task -> description of a model that is in one of them,
+and in no list of language models.
+"""
 
 _STATE_SPACE = {"mamba", "mamba2", "falcon_mamba"}
 """Types of models whose layers have no feed-forward network."""
@@ -50,22 +51,22 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
 def allow_own_code(trusted: bool) -> None:
-    """From now on in this context, let code that comes with a checkpoint build its model, or not.
+    """From now on in this context, allow or forbid a checkpoint's own code to build its model.
 
-    Every entry point that plans says so before it does.
+    Every entry point calls this before it plans.
     """
     _trusted.set(trusted)
 
 
 def brings_code(config: Mapping[str, Any]) -> bool:
-    """Whether code of its own may run, and is that of a model, and not of a config alone."""
+    """Whether own code may run, and defines a model, not only a config."""
     named = config.get("auto_map")
     brings = isinstance(named, dict) and any(auto in named for auto in AUTO_CLASSES)
     return brings and _trusted.get()
 
 
 def check_kind(config: Mapping[str, Any], trusted: bool) -> None:
-    """Refuse what transformers cannot know, and what is no language model.
+    """Refuse models that transformers does not know, and models that are not language models.
 
     Args:
         config: parsed ``config.json``.
@@ -102,7 +103,7 @@ def check_kind(config: Mapping[str, Any], trusted: bool) -> None:
 def _other_kinds(
     config: Mapping[str, Any], model_type: str, title: str, trusted: bool
 ) -> Iterator[tuple[str, str]]:
-    """What is no language model, and what it is, the most telling first; nothing of one that is."""
+    """Names in a config, with descriptions, the most telling first; none for a language model."""
     lists = known_models.lists_of(model_type)
     of_speech = any("SPEECH_SEQ" in name for name in lists)
     if config.get("is_encoder_decoder") is True and not of_speech:
@@ -129,7 +130,7 @@ def _other_kinds(
 
 
 def _unknown(config: Mapping[str, Any], model_type: str) -> CheckpointError:
-    """The sentence about a type that transformers does not know."""
+    """The error about a type that transformers does not know."""
     if "auto_map" in config:
         return CheckpointError(
             f"config.json: model_type {describe_value(model_type)} is code of its own",
@@ -156,7 +157,7 @@ def _later(one: str, other: str) -> bool:
 
 
 def not_text(name: str, what: str) -> CheckpointError:
-    """The sentence about a model that does not continue text."""
+    """The error about a model that does not continue text."""
     return CheckpointError(
         f"{name} is {what}", expected="a language model that continues text",
         hint="give the checkpoint of such a model",

@@ -1,4 +1,4 @@
-"""Which models transformers knows, by ``model_type``, read from its files. An import takes seconds.
+"""The models of transformers by ``model_type``, read from its files, since an import takes seconds.
 
 ``configuration_auto.py`` and ``auto_mappings.py`` name the configs, ``modeling_auto.py`` has a list
 of types and classes for each auto class. ``tests/test_doors.py`` compares with an import.
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""Of transformers, that load a model which continues text."""
+"""The auto classes of transformers that load a model which continues text."""
 
 LISTS = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -59,7 +59,7 @@ def lists_of(model_type: str) -> set[str]:
 
 @cache
 def _read(name: str) -> dict[str, dict[str, str]]:
-    """Name of a list in a file of the auto classes -> what is written in it, and added to it."""
+    """Name of a list in a file of the auto classes -> its entries, later additions included."""
     spec = find_spec("transformers")
     assert spec is not None  # it is a dependency
     assert spec.origin is not None
@@ -80,7 +80,7 @@ def _read(name: str) -> dict[str, dict[str, str]]:
 
 
 def _entries(value: ast.expr, known: dict[str, dict[str, str]]) -> dict[str, str]:
-    """What an expression adds: pairs of texts, a dict of them, or another list."""
+    """The entries of an expression: pairs of texts, a dict of them, or another list."""
     if isinstance(value, ast.Dict):
         pairs = (_texts([key, item]) for key, item in zip(value.keys, value.values, strict=True))
         return dict(filter(None, pairs))
@@ -96,6 +96,6 @@ def _entries(value: ast.expr, known: dict[str, dict[str, str]]) -> dict[str, str
 
 
 def _texts(parts: Sequence[ast.expr | None]) -> tuple[str, str] | None:
-    """Two texts that are written down, or None."""
+    """Two literal texts, or None."""
     texts = [str(part.value) for part in parts if isinstance(part, ast.Constant)]
     return (texts[0], texts[1]) if len(texts) == len(parts) == 2 else None

@@ -1,4 +1,4 @@
-"""What transformers knows of a model without its weights. No other module here calls it.
+"""Use transformers to build models without weights. No other module of this package calls it.
 
 - ``AutoConfig`` and the auto classes: which class a config is of; see ``known_models``, too.
 - A class built on the meta device shows its modules and parameters and takes no memory.
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 _NO_CHOICE = ("quantization_config", "compression_config", "attn_implementation",
               "_attn_implementation", "experts_implementation", "_experts_implementation",
               "num_labels", "id2label", "label2id", "dtype", "torch_dtype")  # fmt: skip
-"""Keys of a config that say how weights are stored or run, or are of a classifier, and nothing of
-the structure of a model that continues text."""
+"""Keys of a config about storage, running or classifiers, which do not affect the structure of a
+model that continues text.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class MetaTensor:
-    """A tensor that transformers is to load onto the meta device."""
+    """A tensor that transformers loads onto the meta device."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -40,17 +41,17 @@ class MetaTensor:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Wherever it is wanted, there is nothing to hold."""
+        """It holds no data on any device."""
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
 
 
 def read_config(config: Mapping[str, Any], folder: Path | None, trust_remote_code: bool) -> Any:
-    """The config object of a parsed ``config.json``, without what it says of how it is run.
+    """The config object of a parsed ``config.json``, without its keys about running.
 
     Args:
         folder: of the file; code of its own is loaded from there, if it is trusted.
 
-    Raises what transformers raises.
+    Raises the exceptions of transformers.
     """
     from transformers import AutoConfig
 
@@ -70,7 +71,7 @@ def _without(value: Any, keys: Iterable[str]) -> Any:
         return [_without(item, keys) for item in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"__float__"}:  # how transformers writes what JSON has not
+    if value.keys() == {"__float__"}:  # transformers' spelling of numbers that JSON lacks
         return float(value["__float__"])
     return {k: _without(v, keys) for k, v in value.items() if k not in keys}
 
@@ -82,8 +83,9 @@ def text_config(config: Any) -> Any:
 
 
 def own_config(kind: Any, config: Any) -> Any:
-    """What an auto class builds a class of: the config, or if it is a wrapper's and the class that
-    of its language model, the language model's."""
+    """The config from which an auto class builds a class: the config itself, or the language
+    model's, if the config is a wrapper's and the class is that of its language model.
+    """
     text = (getattr(config, "sub_configs", None) or {}).get("text_config")
     of_text = text is not None and getattr(kind, "config_class", None) is text
     return config.get_text_config() if of_text else config
@@ -109,7 +111,7 @@ def patch(config: Any, key: str, value: Any) -> dict[str, Any]:
 
 
 def run_experts_plainly(config: Any) -> None:
-    """Have experts computed one after the other, in any dtype and of any size."""
+    """Make experts compute in turn, in any dtype and of any size."""
     config._experts_implementation = "eager"
 
 
@@ -130,14 +132,14 @@ def class_of(config: Any, auto_class: str, trust_remote_code: bool = False) -> t
 
 
 def is_model(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, and no part of one."""
+    """Whether a module is a model of transformers, and not a part of one."""
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
 
 
 def on_meta(kind: Any, config: Any) -> Any:
-    """A model of a class without memory for its weights. Raises what transformers raises."""
+    """A model of a class without memory for its weights. Raises the exceptions of transformers."""
     with torch.device("meta"), quietly():
         return kind._from_config(copy.deepcopy(own_config(kind, config))).eval()
 
@@ -165,7 +167,7 @@ def load(
 
 
 class Renaming:
-    """Which weight of a model each tensor of a checkpoint makes."""
+    """Tensor of a checkpoint -> the weight of the model that it makes."""
 
     def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -192,8 +194,9 @@ class Renaming:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without a look at the network, without what transformers prints, and without a change of the
-    random numbers of others."""
+    """A context without network, without transformers' output, and without effect on the global
+    random state.
+    """
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 

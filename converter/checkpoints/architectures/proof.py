@@ -1,10 +1,10 @@
 """Prove a description of an architecture on a tiny model, before it is used.
 
-Theorem, of which each sentence is tried: a vector added to what a site gives moves the residual
-stream by a multiple of it, at each position; so what has no component along U there adds none to
-the stream. What the FFN gives at a position hangs on that position alone. With the named tensors of
-the checkpoint projected along their axes, and loaded again by transformers, the model computes what
-it computes with the outputs of its FFNs projected; behind a norm, along diag(g) U.
+Theorem, of which each sentence is tested: A vector added to a site's output moves the residual
+stream by a multiple of it, at each position; so an output without a component along U adds none to
+the stream. The FFN's output at a position depends only on that position. After the named tensors of
+the checkpoint are projected along their axes and loaded again by transformers, the model computes
+the same as with projected FFN outputs; behind a norm, along diag(g) U.
 """
 
 import re
@@ -30,7 +30,7 @@ from converter.checkpoints.architectures.inference import Inferred
 from converter.checkpoints.architectures.tiny import Tiny
 
 _RANK = 2
-"""Directions that are taken out."""
+"""Number of removed directions."""
 
 
 def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
@@ -40,7 +40,7 @@ def prove(inferred: Inferred, described_by: str = "inference") -> Proof:
         described_by: what it was made by.
 
     Raises:
-        ValueError: a sentence of the theorem is not true, and which.
+        ValueError: a sentence of the theorem is false; the message names it.
     """
     architecture, tiny = inferred.architecture, inferred.tiny
     for number, layer in enumerate(inferred.layers):
@@ -94,8 +94,8 @@ def _compared(
     """``Proof.error`` and ``Proof.left`` of a model with projected tensors.
 
     Args:
-        bases: of what an FFN gives, to be projected out of it in the tiny model by hooks.
-        U: of what reaches the residual stream.
+        bases: to project out of the FFNs' outputs in the tiny model, by hooks.
+        U: of the output that reaches the residual stream.
     """
     plain, sites = tiny.run(), dict[str, Tensor]()
     with ExitStack() as stack:
@@ -115,7 +115,7 @@ def _compared(
 
 
 def _streams(inferred: Inferred) -> bool:
-    """Whether each layer gives the same when no other one runs."""
+    """Whether each layer gives the same output if no other layer runs."""
     blocks = [layer.block for layer in inferred.layers if layer]
     try:
         for number, layer in enumerate(inferred.layers):
@@ -124,17 +124,17 @@ def _streams(inferred: Inferred) -> bool:
             found = _alone(inferred.tiny, layer, blocks, embeds=number == 0)
             if not torch.equal(found, layer.given):
                 return False
-    except Exception:  # a class may want whatever other layers leave behind
+    except Exception:  # a class may need anything that other layers leave behind
         return False
     return len(blocks) == len(inferred.layers)
 
 
 def _alone(tiny: Tiny, layer: Layer, blocks: Sequence[nn.Module], *, embeds: bool) -> Tensor:
-    """What a layer gives if it is given what it was given, and all others give that back.
+    """The output of a layer for its original input, if all other layers return their input.
 
     Args:
-        embeds: whether the embedding gives what it does, or zeros, as it does for a layer that is
-            streamed and not the first.
+        embeds: whether the embedding works, or returns zeros, as for a streamed layer that is not
+            the first.
     """
     state = layer.call.state
     seen: list[Tensor] = []
@@ -183,7 +183,7 @@ def _inside(architecture: Architecture, ffn: FfnSpec) -> tuple[str, str]:
 
 
 def _check_layer(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None:
-    """Raise ValueError if the FFNs of a layer are not what it has."""
+    """Raise ValueError if the described FFNs of a layer are not its real ones."""
     for module, site in ffns:
         if module not in layer.modules or site not in layer.modules:
             raise ValueError(f"layer {number} has no module {module}")
@@ -205,8 +205,9 @@ def _check_layer(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None
 
 
 def _check_together(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> None:
-    """Raise ValueError if FFNs of a layer do not add to the stream in the same way, side by side:
-    activations are their sum, which a gradient must not tell apart."""
+    """Raise ValueError if the FFNs of a layer do not add to the stream in parallel and with equal
+    weight: activations are their sum, so the gradient must be the same for each.
+    """
     vector = layer.vectors(3)
     shifts = [layer.shift(site, vector) for _, site in ffns]
     for (one, site), (other, _) in permutations(ffns, 2):
@@ -218,7 +219,7 @@ def _check_together(number: int, layer: Layer, ffns: list[tuple[str, str]]) -> N
 
 
 def _before(U: Tensor, ffn: FfnSpec, number: int, tensors: Mapping[str, Any]) -> Tensor:
-    """The basis of what the down-projections give, for U (D, R) of what the site gives."""
+    """The basis for the down-projections' output, from U (D, R) for the site's output."""
     if not ffn.norm:
         return U
     gain = tensors[ffn.norm.format(layer=number)].to(U.dtype) + ffn.norm_offset
@@ -243,7 +244,7 @@ def _projected(tensor: Any, axis: int, basis: Tensor) -> Tensor:
 
 
 def _check_round_trip(model: Any, tensors: Mapping[str, Any]) -> None:
-    """Raise ValueError if transformers does not write what it read."""
+    """Raise ValueError if transformers does not write the tensors that it read."""
     written = library.on_disk(model, model.state_dict())
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and name not in written:

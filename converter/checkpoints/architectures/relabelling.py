@@ -1,10 +1,11 @@
-"""Biases of attention by another label: Llama's class computes some models from the same tensors.
+"""Attention biases by a change of the model type: Llama's class computes some models from the same
+tensors.
 
 Qwen2 and Mistral without a window are Llama with other fixed settings, but their classes read no
-``o_proj.bias``. With the config of Llama they get one. Nothing of it is believed by name: the tiny
-model is loaded again by the other class, with random biases, and must give the logits that vectors
-added to what ``o_proj`` gives make of it. A tiny model cannot show what hangs on large sizes, as a
-window does, so a config may have no key that Llama's does not know, but for windows that are off.
+``o_proj.bias``. With the config of Llama they get one. The equality is proved: the tiny model is
+loaded again by the other class, with random biases, and must give the same logits as with vectors
+added to the output of ``o_proj``. A tiny model cannot show effects of large sizes, such as a
+window. So a config may have no key that Llama's does not know, except windows that are off.
 """
 
 from collections.abc import Sequence
@@ -19,20 +20,20 @@ from converter.checkpoints.architectures.architecture import BiasSpec, LayerSpec
 from converter.checkpoints.architectures.tiny import Tiny
 
 _LABEL, _CLASS = "llama", "LlamaForCausalLM"
-"""The other label, and its class."""
+"""The other model type, and its class."""
 
 _BESIDE = ("q_proj", "k_proj", "v_proj")
 """The maps of the other class that have biases together with ``o_proj``."""
 
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
-"""Keys that say which layers look at a window only; they are dropped where none does."""
+"""Keys about layers with a window; they are dropped if no layer has one."""
 
 _OWN = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype"}
-"""Keys that are another's with another label, or say nothing of a model."""
+"""Keys that change with the model type, or do not matter."""
 
 
 def relabelled(config: Any, tiny: Tiny, specs: Sequence[LayerSpec]) -> dict[Role, BiasSpec]:
-    """How ``o_proj`` gets biases by another label; empty if that is not proved.
+    """How ``o_proj`` gets biases by another model type; empty if that is not proved.
 
     Args:
         config: of the model, of which ``tiny`` is the tiny one.
@@ -43,15 +44,15 @@ def relabelled(config: Any, tiny: Tiny, specs: Sequence[LayerSpec]) -> dict[Role
         return {}
     try:
         zeros = _proved(tiny, patches[1] or {}, specs)
-    except Exception:  # whatever the other class makes of a config that is not its own
+    except Exception:  # the other class may raise anything on this config
         return {}
     return {} if zeros is None else {"o_proj": BiasSpec(patches[0] or {}, zeros)}
 
 
 def _patch(config: Any) -> dict[str, Any] | None:
-    """The merge patch that makes a config one of the other label; None if none can.
+    """The merge patch that turns a config into one of the other type; None if that is impossible.
 
-    Keys whose default is another there are written out.
+    Keys with another default there are written out.
     """
     if library.text_config(config) is not config:
         return None
@@ -75,8 +76,9 @@ def _patch(config: Any) -> dict[str, Any] | None:
 def _proved(
     tiny: Tiny, patch: dict[str, Any], specs: Sequence[LayerSpec]
 ) -> tuple[str, ...] | None:
-    """The maps beside ``o_proj`` that get a bias of zeros, too; None if the other class does not
-    give, with biases, the logits of the tiny model with vectors."""
+    """The other maps that get a bias of zeros; None if the other class with biases does not give
+    the logits of the tiny model with vectors.
+    """
     said = {key: value for key, value in tiny.config.to_dict().items() if key not in patch}
     told = {key: value for key, value in patch.items() if value is not None}
     config = library.read_config({**said, **told}, None, False)

@@ -1,7 +1,7 @@
 """How the weights of a model are stored in a checkpoint: their names there, axes and shapes.
 
-It is seen by having transformers write a tiny model: all zeros but for one weight, whose values are
-the number of the output that they belong to.
+transformers writes a tiny model of zeros, except for one weight, whose values are the numbers of
+their outputs.
 """
 
 import re
@@ -33,7 +33,7 @@ class _Stored:
 
 
 class Storage:
-    """Where the weights of a model are in its checkpoint.
+    """Finds the weights of a model in its checkpoint.
 
     Args:
         model: of the real sizes, on the meta device.
@@ -67,7 +67,7 @@ class Storage:
             bias: name of its bias within the layer, if it is not the usual one.
 
         Raises:
-            ValueError: it is stored in a way that is not known.
+            ValueError: it is stored in an unknown way.
         """
         stored = self._stored(self.within(number, inside), axis, part)
         template, experts = _template(stored.names, number)
@@ -200,7 +200,7 @@ def _by_number(name: str) -> list[Any]:
 def spelling(
     renaming: library.Renaming, architecture: Architecture, names: Iterable[str]
 ) -> dict[str, str]:
-    """Beginnings of disk names as ``save_pretrained`` writes them -> as a checkpoint has them.
+    """Beginning of disk names of ``save_pretrained`` -> that of a checkpoint.
 
     For checkpoints with names that transformers reads, and does not write.
 

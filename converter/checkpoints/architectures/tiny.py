@@ -1,7 +1,7 @@
 """A tiny model of the same class: the config of a model with smaller sizes, and random weights.
 
-Sizes are divided, not replaced, so that those that hang together stay consistent: a head's width by
-one number, the count of heads by another, and the width of the model by both.
+Sizes are divided, not replaced, so that related sizes stay consistent: a head's width by one
+number, the count of heads by another, and the width of the model by both.
 """
 
 import copy
@@ -25,13 +25,13 @@ _HEAD_WIDTH = 16
 """A head is made no narrower than half of this."""
 
 _LEAST = 16
-"""The model is made no narrower than this, and nothing in it than half of it."""
+"""The least width of the model; the least width of anything in it is half of this."""
 
 _MOST = 60_000_000
-"""Parameters of a tiny model that are not on the meta device, at most."""
+"""The most parameters of a tiny model that are not on the meta device."""
 
 _LARGE = 1 << 20
-"""Parameters of a weight of a wrapper, at least, for it to be none of its language model's."""
+"""The least parameters of a wrapper's weight to count as not of its language model."""
 
 _WIDTHS = r"size|dim|embd|d_model|d_ff|dff|dim_ff|inner|rank|width|lowrank|d_ssm|d_state|d_rel"
 _HEADS = re.compile(r"(\w*_)?(n_)?(heads?|kv_heads|num_query_groups|n_groups|o_groups)")
@@ -44,7 +44,7 @@ _NO_WIDTH = re.compile(
     r"num_|codebook|segment|multiple|router_).*"
 )
 _FREE = re.compile(r"intermediate|ffn|expert")
-"""Keys of widths on which no other hangs: kernels for experts want multiples of 8."""
+"""Keys of independent widths: kernels for experts want multiples of 8."""
 
 _POSITIONS = re.compile(r"n_positions|n_ctx|max_position_embeddings|max_seq_len|max_target_\w+")
 _EXPERTS = re.compile(
@@ -57,11 +57,11 @@ _LAYERS = re.compile(
 )
 _OF_TEXT = re.compile(r"(\w*_)?(out|output|projection|text|language|llm|lm)_?(hidden|proj)?_?"
                       r"(size|dim|dims|hidden_size)")  # fmt: skip
-"""Keys of other parts of a wrapper that are the width of the language model."""
+"""Keys of other parts of a wrapper that equal the width of the language model."""
 
 
 class NoTinyModelError(ValueError):
-    """No tiny model of a class runs on text alone; why."""
+    """The reason why no tiny model of a class runs on text alone."""
 
 
 @dataclass(slots=True)
@@ -69,11 +69,11 @@ class Tiny:
     """A tiny model of the class of a model.
 
     Attributes:
-        tensors: of its checkpoint, by their names there; those that text does not run through are
-            on the meta device.
+        tensors: of its checkpoint, by their names there; tensors that text does not use are on the
+            meta device.
         inputs: keyword arguments of a forward pass over (B, T) tokens.
         tolerance: relative, of what is computed in the model's dtype.
-        layers: how many decoder layers it has.
+        layers: its number of decoder layers.
     """
 
     kind: Any
@@ -107,8 +107,9 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:
-    """What layers have in common that are built alike: classes of modules, names and shapes of
-    parameters and buffers."""
+    """A key that equal layers share: classes of modules, names and shapes of parameters and
+    buffers.
+    """
     kinds = sorted((name, type(module).__name__) for name, module in block.named_modules())
     shapes = sorted((name, tuple(p.shape)) for name, p in block.named_parameters())
     shapes += sorted((name, tuple(b.shape)) for name, b in block.named_buffers())
@@ -123,7 +124,7 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
         model: with this config, on the meta device.
 
     Raises:
-        ValueError: no way of shrinking the config gives a model that is built alike and runs.
+        ValueError: no way of shrinking the config gives a model of the same structure that runs.
     """
     _check_takes_text(kind)
     config = library.own_config(kind, config)
@@ -133,16 +134,16 @@ def make_tiny(kind: Any, config: Any, model: Any) -> Tiny:
             outline = library.on_meta(kind, small)
             _check_alike(outline, model)
             return _built(kind, small, outline)
-        except Exception as error:  # whatever a class makes of sizes that it does not like
+        except Exception as error:  # a class may raise anything on wrong sizes
             errors.append(error)
         if len(errors) == 2 and str(errors[0]) == str(errors[1]):
-            break  # it has nothing to do with sizes
+            break  # the fault does not depend on sizes
     reason = str(errors[0]).strip().splitlines()[0] if errors else "it has no layers"
     raise NoTinyModelError(reason) from next(iter(errors), None)
 
 
 def _check_takes_text(kind: Any) -> None:
-    """Raise ValueError if token ids are not enough to run a model of a class."""
+    """Raise ValueError if a model of a class does not run on token ids alone."""
     if kind.forward is nn.Module.forward:
         raise NoTinyModelError(f"{kind.__name__} has no forward pass of its own")
     for name, parameter in list(inspect.signature(kind.forward).parameters.items())[1:]:
@@ -152,7 +153,7 @@ def _check_takes_text(kind: Any) -> None:
 
 
 def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
-    """Smaller configs. The second has other numbers of both layers and heads than the first."""
+    """Smaller configs. The second differs from the first in the numbers of layers and heads."""
     count = number_of_layers(config)
     kept = _layers_needed(model, count)
     more = min(3 * kept, count)
@@ -165,13 +166,13 @@ def _attempts(config: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def number_of_layers(config: Any) -> int:
-    """Of the language model, as its config says; 0 if it does not."""
+    """The language model's number of layers by its config; 0 if it does not say."""
     count = getattr(text_config(config), "num_hidden_layers", None)
     return count if type(count) is int else 0
 
 
 def _layers_needed(model: nn.Module, count: int) -> int:
-    """The number of lowest layers among which every kind of layer is."""
+    """The least number of lowest layers that include every kind of layer."""
     needed = min(count, 2)
     for blocks in block_lists(model).values():
         if len(blocks) == count:
@@ -183,7 +184,7 @@ def _layers_needed(model: nn.Module, count: int) -> int:
 def _built(kind: Any, config: Any, outline: Any) -> Tiny:
     """The model of an outline, in the widest dtype, and with the fewest weights, that it runs in.
 
-    Only what has to do with them, dtypes or weights on the meta device, has it built again.
+    It is built again only for errors that depend on the dtype or on weights on the meta device.
     """
     wanted = _run_by_text(outline)
     try:
@@ -217,7 +218,7 @@ def _filled(kind: Any, config: Any, outline: Any, wanted: set[str], dtype: torch
 
 
 def _check_alike(small: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if what text runs through has other parameters than in the model."""
+    """Raise ValueError if parts that text runs through have other parameters than in the model."""
 
     def names(of: nn.Module) -> set[tuple[str, int]]:
         towers = _towers(of)
@@ -239,8 +240,8 @@ def _check_alike(small: nn.Module, model: nn.Module) -> None:
 
 
 def _check_same_parameters(name: str, small: nn.Module, block: nn.Module) -> None:
-    """Raise ValueError if a layer of a smaller model lacks a parameter, as of an expert that has a
-    module of its own, or has another: what is found in one would not be all that is in the other.
+    """Raise ValueError if a layer of a smaller model has other parameters, such as fewer experts
+    with modules of their own: a description of one would not fit the other.
     """
     one, other = ({(n, p.ndim) for n, p in b.named_parameters()} for b in (small, block))
     if differing := one ^ other:
@@ -249,8 +250,9 @@ def _check_same_parameters(name: str, small: nn.Module, block: nn.Module) -> Non
 
 
 def _run_by_text(model: Any) -> set[str]:
-    """Names of the weights that text may run through: all but those of other parts, and large ones
-    that are in no part. The first one says on what device a model is."""
+    """Names of the weights that text may run through: all except those of other parts, and large
+    ones that are in no part. The first one defines the device of a model.
+    """
     inside, towers = _language_models(model), _towers(model)
     first, _ = next(model.named_parameters())
     return {first} | {
@@ -281,7 +283,9 @@ def _towers(model: Any) -> tuple[str, ...]:
 
 
 def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values that keep the size of what runs through, and that no two parts of a model share."""
+    """Values that preserve the scale of hidden states, and that differ between all parts of a
+    model.
+    """
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
     values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
@@ -312,7 +316,7 @@ def _shrunk(
     Args:
         layers: their number, and how many to keep.
         heads: what to divide the number of heads by.
-        sections: of a rotary embedding, that the model has though its config may not say so.
+        sections: of a rotary embedding, even if the config does not name them.
     """
     config = copy.deepcopy(config)
     library.run_experts_plainly(config)
@@ -353,7 +357,7 @@ def _sections_of(model: nn.Module) -> Sequence[int] | None:
 
 
 def _others(config: Any, text: Any) -> Iterator[Any]:
-    """The parts of a config that are not the language model's, itself among them."""
+    """The parts of a config that are not the language model's, including the config itself."""
     if config is text:
         return
     yield config
@@ -364,7 +368,7 @@ def _others(config: Any, text: Any) -> Iterator[Any]:
 
 
 def _divisors(text: Any) -> tuple[int, int]:
-    """What the width of a head, and the number of heads, can be divided by."""
+    """Divisors of the width of a head, and of the number of heads."""
     sizes = {k: v for k, v in vars(text).items() if type(v) is int and v > 1}
     heads = {v for k, v in sizes.items() if _HEADS.fullmatch(k) and not _PER_HEAD.fullmatch(k)}
     main = _first(text, "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
@@ -393,7 +397,7 @@ def _divisors(text: Any) -> tuple[int, int]:
 
 
 def _first(part: Any, *keys: str) -> int:
-    """The first of a config's numbers that it has; 1 if it has none."""
+    """The first of these numbers that a config has; 1 if it has none."""
     own_names = getattr(part, "attribute_map", {})
     found = (vars(part).get(own_names.get(key, key)) for key in keys)
     return next((number for number in found if type(number) is int), 1)
@@ -458,7 +462,7 @@ class _Divide:
         return self.number(key, value) if type(value) is int else value
 
     def number(self, key: str, value: int) -> int:
-        """A new size, or the same number if it is none."""
+        """A new size, or the same number if it is not a size."""
         if value < 2:
             return value
         if _EXPERTS.fullmatch(key):

@@ -11,10 +11,10 @@ _TIED = "tie_word_embeddings"
 
 
 def find_untying(kind: Any, config: Any) -> HeadSpec | None:
-    """The key of the config that makes the head a weight of its own; None if none does.
+    """The key of the config that makes the head a weight of its own; None if there is none.
 
-    Of a wrapper, its language model's part is asked first. What is found is the same whether the
-    head is the embedding or, because of that key, is not.
+    In a wrapper, the language model's part is tried first. The result is the same whether the head
+    is the embedding now or not.
 
     Args:
         kind: class of transformers.
@@ -29,7 +29,7 @@ def find_untying(kind: Any, config: Any) -> HeadSpec | None:
 
 
 def _others(config: Any) -> Iterator[tuple[bool, Any, dict[str, Any]]]:
-    """What a config says in a place, another that says the reverse, and the patch to untie."""
+    """The value at a place of a config, a config with the opposite, and the patch to untie."""
     text = library.text_config(config)
     said = getattr(text, _TIED, None)
     if type(said) is bool:
@@ -45,7 +45,7 @@ def _head(kind: Any, config: Any) -> tuple[str, bool] | None:
     """The module that makes the logits of such a model, and whether its weight is the embedding."""
     try:
         model = library.on_meta(kind, config)
-    except Exception:  # a class that refuses what a config says
+    except Exception:  # the class refuses the config
         return None
     head = model.get_output_embeddings()
     if head is None:

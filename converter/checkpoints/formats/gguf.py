@@ -1,8 +1,8 @@
-"""GGUF files, as far as transformers can read them: unpacked once, into the user's cache.
+"""GGUF files that transformers can read: unpacked once, into the user's cache.
 
-transformers dequantizes the whole model in memory; from there on it is a folder like any other.
-What reads these files makes objects for every element of a list and layers for every number, so a
-small file could ask for all memory there is: the header is looked through first.
+transformers dequantizes the whole model in memory; then it is a folder like any other. The readers
+of these files make objects for every list element and layers for every number, so a small file
+could demand all memory. The header is therefore checked first.
 """
 
 import io
@@ -28,29 +28,31 @@ from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.runtime.cache import cache_folder, remembered_digest, replacing, temporary_folder
 
 _VERSION = 2
-"""Of what is unpacked; to be raised when it changes."""
+"""Version of the unpacked files. Raise it when they change."""
 
 _SMALLEST = 1.5
-"""Bits per weight of the smallest quantization that GGUF has; less cannot be the whole model."""
+"""Bits per weight of GGUF's smallest quantization; a smaller file cannot be the whole model."""
 
 _MAX_FIELDS = 10_000
 _MAX_TENSORS = 200_000
 _MAX_ELEMENTS = 1 << 21
-"""Of a list; the largest vocabularies have a quarter of a million words, and twice that in merges.
+"""The most elements of a list; the largest vocabularies have a quarter of a million words, and
+twice as many merges.
 """
 
 _MAX_TEXT = 16_000_000
-"""Bytes of a string."""
+"""The most bytes of a string."""
 
 _LIMITS = (
     (re.compile(r".*\.(block|expert)_count"), 10_000),
     (re.compile(r"(?!general\.).*(_length|_count|_size|_rank)"), 1 << 24),
 )
-"""Endings of keys -> the most that such a number can be. Those that begin with general describe the
-file: some have its number of parameters."""
+"""Endings of keys -> the largest value. Keys that begin with general describe the file: some have
+its number of parameters.
+"""
 
 _SCALES = ("freq_base_swa", "scale_linear", "scaling.")
-"""Beginnings of keys that say how positions are scaled, after the architecture and ``rope.``."""
+"""Beginnings of keys for the scaling of positions, after the architecture and ``rope.``."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
@@ -61,8 +63,8 @@ _STRING, _LIST = 8, 9
 def unpacked(path: Path) -> Path:
     """The folder of a GGUF file's model in bfloat16; it is made on the first call.
 
-    Beside it are the digests of its files, as they were made. If they are not those of the files
-    any more, it is made again.
+    Beside it are the digests of its files. If the files no longer have these digests, it is made
+    again.
 
     Raises:
         CheckpointError: transformers cannot read it, or not all of it.
@@ -80,8 +82,9 @@ def unpacked(path: Path) -> Path:
 
 
 def made_by() -> str:
-    """What the files of ``make_folder`` depend on, beside the model: names of folders in the cache
-    say it, so that one of another version is not used."""
+    """The versions that the files of ``make_folder`` depend on. They are in the names of cache
+    folders, so that a folder of another version is not used.
+    """
     return f"{_VERSION}-{version('transformers')}"
 
 
@@ -114,8 +117,8 @@ def make_folder(
 def load(path: Path) -> tuple[Any, Any]:
     """Model in bfloat16 and tokenizer of a GGUF file.
 
-    It is read from a folder of its own: of what lies beside it, transformers would take an adapter,
-    or ask whether to run code. Raises CheckpointError or SourceError, as ``unpacked``.
+    It is read from a folder of its own, since transformers would use an adapter beside it, or ask
+    whether to run code. Raises CheckpointError or SourceError, as ``unpacked``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -143,7 +146,7 @@ def load(path: Path) -> tuple[Any, Any]:
             found=str(error).strip().split("\n")[0],
             hint="pip install 'gloss-convert[gguf]'",
         ) from error
-    except Exception as error:  # whatever a third party's loader makes of a stranger's file
+    except Exception as error:  # a third party's loader may raise anything on an untrusted file
         raise CheckpointError(
             f"transformers cannot read {path.name}",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
@@ -155,8 +158,9 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 def _check_size(path: Path, folder: Path) -> None:
-    """Refuse a header that asks for a larger model than the file, which ``folder`` has a link to,
-    can hold: it would be made first."""
+    """Refuse a header that describes a larger model than the file (linked in ``folder``) can hold,
+    since the model would be made first.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -171,7 +175,9 @@ def _check_size(path: Path, folder: Path) -> None:
 
 
 def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers, and leaves out what is too much."""
+    """Refuse other tensors than the model's: transformers fills missing ones with random numbers,
+    and ignores surplus ones.
+    """
     from gguf import GGUFReader
 
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -189,8 +195,9 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
 
 
 def _read_positions(path: Path, config: Any) -> None:
-    """Let a config say how the file scales positions; transformers reads that for few models, and
-    would run the others with positions of their own on long texts."""
+    """Put the file's scaling of positions into a config. transformers reads it for few models, and
+    would run the others with wrong positions on long texts.
+    """
     from gguf import GGUFReader
 
     reader, parameters = GGUFReader(path), getattr(config, "rope_parameters", None) or {}
@@ -199,7 +206,7 @@ def _read_positions(path: Path, config: Any) -> None:
     tensors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
     whole = parameters.get("full_attention", parameters)
     if whole.get("rope_type") != "default":
-        return  # it has read that, or there are no positions
+        return  # it was read already, or there are no positions
     if "sliding_attention" in parameters and (theta := said.pop("freq_base_swa", None)):
         parameters["sliding_attention"]["rope_theta"] = float(theta)
     scaling = _scaling(said)
@@ -217,7 +224,7 @@ def _read_positions(path: Path, config: Any) -> None:
 
 
 def _scaling(said: dict[str, Any]) -> dict[str, Any] | None:
-    """``rope_parameters`` of what a header says; None if they cannot say it."""
+    """``rope_parameters`` for a header; None if they cannot express it."""
     told = {key.removeprefix("scaling."): value for key, value in said.items()}
     kind, length = told.pop("type", "linear"), told.pop("original_context_length", 0)
     factor = float(told.pop("factor", 0) or told.pop("scale_linear", 0))
@@ -233,7 +240,7 @@ def _scaling(said: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _as_llama3(theta: float, factors: torch.Tensor) -> dict[str, Any] | None:
-    """The same of what each frequency is divided by; None if Llama 3.1 has others."""
+    """The same from the divisors of frequencies; None if they are not those of Llama 3.1."""
     factor = float(factors.max())
     if bool((factors == 1).all()):
         return {}
@@ -255,7 +262,7 @@ def _incomplete(path: Path, **details: str) -> CheckpointError:
 
 
 def check_header(path: Path) -> None:
-    """Raise CheckpointError if a file is no GGUF, ends early, or asks for more than can be."""
+    """Raise CheckpointError if a file is not GGUF, ends early, or has impossible values."""
     with path.open("rb") as file:
         start = file.read(64)
         refuse_placeholder(start, path.name, may_be_empty=True)

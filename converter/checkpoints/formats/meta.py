@@ -1,5 +1,4 @@
-"""Meta's own layout of a Llama, or Mistral's of a Mistral, read as the checkpoint of Hugging Face
-that it would be.
+"""Read Meta's own layout of a Llama, or Mistral's of a Mistral, as a Hugging Face checkpoint.
 
 A folder holds ``params.json``, ``tokenizer.model`` and the weights in ``consolidated.00.pth``,
 ``consolidated.01.pth``, ..., one for each GPU of Meta's tensor parallelism, often with md5 sums.
@@ -40,7 +39,7 @@ from converter.errors import CheckpointError, SourceError
 from converter.runtime.cache import cache_folder
 
 _VERSION = 2
-"""Of the small files that a translation writes; to be raised when they change."""
+"""Version of the small files of a translation. Raise it when they change."""
 
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -51,7 +50,7 @@ _Parts = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What a tensor becomes; ``heads`` is how many the rows of q and k belong to, else 0."""
+    """A translated tensor; ``heads`` is the number of heads for q and k, else 0."""
 
     name: str
     shape: tuple[int, ...]
@@ -107,11 +106,11 @@ def _load(path: Path) -> Mapping[str, Tensor]:
 
 
 def check_md5(folder: Path, names: Iterable[str], digest: Callable[[Path], str]) -> None:
-    """Compare files with the md5 sums that Meta gave along, as far as there are any.
+    """Compare files with Meta's md5 sums, if there are any.
 
     Args:
         folder: in Meta's layout.
-        names: of the files to check; one that no checklist lists, or that is not there, passes.
+        names: of the files to check; a missing or unlisted file passes.
         digest: gives the md5 of a file as hex digits.
 
     Raises:
@@ -157,8 +156,9 @@ def _part_paths(folder: Path) -> list[Path]:
 
 
 def _is_tied(part: Mapping[str, Tensor]) -> bool:
-    """Whether the output is the embedding: there is none, or it is the same bytes of the file under
-    another name."""
+    """Whether the output is the embedding: it is missing, or has the same bytes in the file under
+    another name.
+    """
     output, embedding = part.get(_OUTPUT), part.get(_EMBEDDING)
     if output is None or embedding is None:
         return output is None
@@ -193,7 +193,7 @@ def _places(params: Params, vocab: int, tied: bool) -> Iterator[tuple[str, _Plac
 def _virtual_tensors(
     parts: _Parts, places: Iterable[tuple[str, _Place]], tied: bool
 ) -> list[VirtualTensor]:
-    """A tensor for every place; each part must have a share of each, and nothing else."""
+    """Translate every tensor. Each part must have a share of each, and nothing else."""
     made, known = [], {_OUTPUT} if tied else set()
     for name, place in places:
         for part, tensors in parts.items():
@@ -242,7 +242,7 @@ def _virtual_tensor(name: str, place: _Place, parts: _Parts) -> VirtualTensor:
 
 
 def _axis(share: tuple[int, ...], whole: tuple[int, ...], parts: int) -> int | None:
-    """The axis along which shares make the whole; -1 if each is the whole, None if nothing fits."""
+    """The axis along which shares are joined; -1 if each is the whole, None if nothing fits."""
     if share == whole and (parts == 1 or len(whole) == 1):
         return -1
     for axis, size in enumerate(share):
@@ -252,5 +252,5 @@ def _axis(share: tuple[int, ...], whole: tuple[int, ...], parts: int) -> int | N
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """The rows of q or k, in each head first those at even places, then those at odd ones."""
+    """The rows of q or k: in each head first the even ones, then the odd ones."""
     return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -28,20 +28,20 @@ from converter.text import describe_value
 AGAIN = "fetch the file again"
 
 _MAX_ALL = 256_000_000
-"""Bytes of all files beside the weights; they are held in memory."""
+"""The most bytes of all files beside the weights, which are held in memory."""
 
 _MAX_PARAMS = 1_000_000
-"""Bytes of ``params.json``, which has ten numbers."""
+"""The most bytes of ``params.json``, which has ten numbers."""
 
 _NOT_SMALL = (".bin", ".chk", ".gguf", ".index.json", ".pt", ".pth", ".safetensors", "params.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """What ``params.json`` says; ``vocab`` is None where that is left to the tensors.
+    """The values of ``params.json``; ``vocab`` is None if the tensors define it.
 
     Attributes:
-        mistral: what a config of Mistral has beyond that of a Llama; None of a Llama.
+        mistral: additional config keys of a Mistral; None for a Llama.
     """
 
     dim: int
@@ -60,7 +60,7 @@ class Params:
 def read_params(path: Path) -> Params:
     """Read ``params.json``.
 
-    That of a Mistral says how wide the FFN is. In a Llama it is 8/3 as wide as the model, times
+    That of a Mistral states the width of the FFN. In a Llama it is 8/3 of the model's width, times
     ``ffn_dim_multiplier``, rounded up to a multiple of ``multiple_of``.
 
     Raises:
@@ -113,11 +113,11 @@ _MISTRAL = {
 """Keys of a dense Mistral."""
 
 _NEUTRAL = {"causal": True, "model_type": "transformer"}
-"""Other keys -> the value that changes nothing; of those that are not here, it is None or false."""
+"""Other keys -> the neutral value; for keys that are not listed, None or false."""
 
 
 def _mistral(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of a dense Mistral has beyond that of a Llama.
+    """The additional config keys of a dense Mistral.
 
     Raises CheckpointError, naming it, for a key that would make it another model.
     """
@@ -174,7 +174,7 @@ def llama3_scaling(factor: float) -> dict[str, Any]:
 
 
 def _positions(params: Params) -> int:
-    """How long a text the model knows; params.json does not say, so by its other numbers.
+    """The model's longest text. params.json does not state it, so it is derived from other numbers.
 
     131,072 with scaled rotary positions (Llama 3.1 and later); 16,384 with a ``rope_theta`` of 1e6
     (Code Llama), 8,192 with another one over 10,000 (Llama 3); 2,048 with a ``norm_eps`` of 1e-6
@@ -230,13 +230,14 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _write_ids(folder: Path, config: dict[str, Any]) -> None:
-    """Put the ids of the tokenizer into the configs. Generation stops at the end of a turn, too, as
-    in Meta's code: whether a Llama 3 is one to chat with is not known."""
+    """Put the ids of the tokenizer into the configs. Generation also stops at the end of a turn, as
+    in Meta's code, since it is not known whether a Llama 3 is a chat model.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of many kinds, down to those of the library in Rust
+    except Exception as error:  # exceptions of many kinds, even of the library in Rust
         raise _tokenizer_error("tokenizer.json", error) from error
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     _write_json(folder / "config.json", config | ids)
@@ -264,7 +265,7 @@ def _convert_tokenizer(folder: Path, config: Mapping[str, Any], scaled: bool) ->
             "a package that reads tokenizer.model is missing", found=str(error).strip()[:100],
             hint="pip install 'gloss-convert[native]'",
         ) from error  # fmt: skip
-    except Exception as error:  # of many kinds, down to those of protobuf and of a library in Rust
+    except Exception as error:  # of many kinds, even of protobuf and of a library in Rust
         raise _tokenizer_error(path.name, error) from error
     if core.get_vocab_size() > config["vocab_size"]:
         raise CheckpointError(
@@ -319,7 +320,7 @@ def _from_ranks(path: Path, scaled: bool) -> tuple[Any, dict[str, Any]]:
         raise ValueError("the ranks have gaps")
     reader: Any = TikTokenConverter
     converter = reader(extra_special_tokens=special_tokens(scaled))
-    # tiktoken's own reader keeps a copy by path and would give that of a file that has changed
+    # tiktoken's own reader caches by path, and would return an old version of a changed file
     converter.load_tiktoken_bpe = lambda _: ranks
     core = converter.converted()
     _begin_with(core, "<|begin_of_text|>")
@@ -327,7 +328,7 @@ def _from_ranks(path: Path, scaled: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def special_tokens(scaled: bool) -> list[str]:
-    """Those of Llama 3 in their order; 3.1 and later (``scaled``) gave names to some of them."""
+    """The special tokens of Llama 3 in order; 3.1 and later (``scaled``) name some of them."""
     named = {
         0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id",
     } | ({4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"} if scaled else {})  # fmt: skip

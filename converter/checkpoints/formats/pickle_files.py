@@ -1,7 +1,7 @@
 """PyTorch's own files, ``pytorch_model.bin`` or its shards, read as safetensors.
 
-They are pickles, so they are read with ``weights_only``: nothing in them is executed. Each stays a
-shard of its own, mapped rather than read, so that memory is a tensor at a time.
+They are pickles, so they are read with ``weights_only``: nothing in them is executed. Each is one
+shard. It is mapped rather than read, so that only one tensor is in memory at a time.
 """
 
 import pickle
@@ -33,12 +33,12 @@ def read_pickled(
     Args:
         folder, files: where they are, and their names.
         weight_map: tensor name -> file name of the index; empty if there is none.
-        tied: the name that is left out of two for the same numbers: the unembedding's, if the model
-            ties its embeddings; else empty.
+        tied: of two names for the same numbers, the one to leave out: the unembedding's, if the
+            model ties its embeddings; else empty.
 
     Raises:
-        CheckpointError: a file cannot be read without executing what it holds, is truncated, holds
-            something else than tensors, or lacks one that the index places in it.
+        CheckpointError: a file cannot be read without executing its contents, is truncated, holds
+            other things than tensors, or lacks a tensor that the index places in it.
     """
     paths = tuple(folder / name for name in files)
     placed: dict[str, list[str]] = {}
@@ -61,7 +61,7 @@ def read_pickled(
         groups = _same_numbers(tensors)
         if len(groups) < len(kept) and tied:
             kept = [next((n for n in g if n != tied), g[0]) for g in groups]
-        # What is mapped can stay open: it costs addresses, no memory. Else the file is read again.
+        # A mapped file can stay open: it costs addresses, not memory. Other files are read again.
         again = partial(_same, tensors) if mapped else partial(read_again, path)
         serial |= not mapped
         shards[_shard_name(path.name, len(paths))] = [
@@ -72,7 +72,7 @@ def read_pickled(
 
 
 def _shard_name(name: str, files: int) -> str:
-    """What a file of pickles is called as safetensors; readers look for model*.safetensors."""
+    """The safetensors name of a pickle file; readers look for model*.safetensors."""
     stem = name.removeprefix("pytorch_").removesuffix(".bin")
     if files == 1:
         return SINGLE
@@ -88,7 +88,7 @@ def _virtual(name: str, tensor: Tensor, again: Callable[[], dict[str, Tensor]]) 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """All tensors of a file by name, and whether their numbers stay in the file until read.
+    """All tensors of a file by name, and whether the file is mapped.
 
     Files that PyTorch wrote before version 1.6 cannot be mapped, and are read whole. Raises as
     ``read_pickled``.
@@ -138,8 +138,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
 def _check_archive(path: Path) -> None:
     """Refuse an archive that PyTorch has not written: compressed, overlapping, or misnamed.
 
-    What is compressed could be a thousand times as large in memory, and its numbers could not be
-    mapped: other bytes would be taken for them. Raises CheckpointError, or BadZipFile.
+    A compressed part could be a thousand times as large in memory, and could not be mapped: wrong
+    bytes would be read as numbers. Raises CheckpointError, or BadZipFile.
     """
     with ZipFile(path) as archive:
         entries = archive.infolist()
@@ -158,19 +158,19 @@ def _check_archive(path: Path) -> None:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether something is a tensor whose numbers are simply there."""
+    """Whether a value is a dense tensor."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return False
     return not (value.is_quantized or value.is_meta or value.is_conj() or value.is_neg())
 
 
 def _said(error: Exception) -> str:
-    """The first sentence of what PyTorch says, which can be a page."""
+    """The first sentence of PyTorch's message, which can fill a page."""
     return " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
 
 
 def _same_numbers(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names, those that stand for the same bytes of the file together."""
+    """The names, grouped by the same bytes of the file."""
     found: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())

@@ -1,9 +1,8 @@
-"""What version 4 of transformers reads, beside what version 5 writes.
+"""Write configs that version 4 of transformers reads, too.
 
 Version 5 moved the positions of a model to ``rope_parameters`` and its dtype to ``dtype``.
-Version 4, and readers that follow it, ignore both and run the model with positions that it was not
-trained with, without a word. Where we cause a config to be written, it says everything in both
-ways. A config that a source has is copied as it is.
+Version 4, and readers that follow it, ignore both and silently run the model with wrong positions.
+A config that this program generates has both forms. A source's own config is copied unchanged.
 """
 
 import json
@@ -15,11 +14,11 @@ _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 """Layers with positions of their own in models such as Gemma 3."""
 
 _OF_THIS_RUN = ("backend", "is_local", "local_files_only")
-"""Keys of a tokenizer that say how it was loaded, and nothing to a reader."""
+"""Keys of a tokenizer about how it was loaded, which readers do not need."""
 
 
 def rope_keys(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keys of version 4 that say the same as ``rope_parameters``; none if there are none."""
+    """The keys of version 4 with the meaning of ``rope_parameters``; empty without these."""
     if not parameters:
         return {}
     whole = parameters.get(_GLOBAL, parameters)
@@ -36,7 +35,7 @@ def rope_keys(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def complete(folder: Path, tokenizer: Any) -> None:
-    """Let version 4 read a folder that version 5 has saved a model and its ``tokenizer`` to."""
+    """Make a folder that version 5 has saved readable for version 4."""
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config["torch_dtype"] = config["dtype"]
@@ -65,6 +64,6 @@ def _tokenizer(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
-    """As transformers does."""
+    """Write JSON in the style of transformers."""
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")

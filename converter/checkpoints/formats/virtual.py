@@ -1,8 +1,8 @@
 """Checkpoints that are not safetensors, read as if they were.
 
-A format says how each tensor is made from what is on disk (a ``VirtualTensor``); a ``VirtualShard``
-is the safetensors file that such tensors would make, and reads like one. It is never written:
-whoever reads it holds one tensor at a time. Everything behind the source sees safetensors only.
+A format says how each tensor is made from the files on disk (a ``VirtualTensor``). A
+``VirtualShard`` reads like the safetensors file of such tensors, but is never written: a reader
+holds one tensor at a time. So all other code sees only safetensors.
 """
 
 import io
@@ -25,15 +25,15 @@ from converter.errors import CheckpointError
 from converter.runtime.cache import cache_error, discard_stale, flush
 
 MAX_SHARD = 5_000_000_000
-"""Bytes of an output shard, where the source has none to keep."""
+"""Bytes of an output shard, if the source has no shards to keep."""
 
 
 @dataclass(frozen=True, slots=True)
 class VirtualTensor:
-    """One tensor that can be made.
+    """A tensor that is made on demand.
 
     Attributes:
-        dtype, shape: of what ``make`` returns; known without making it.
+        dtype, shape: of the result of ``make``; known without making it.
         make: makes it, on the CPU; called each time the tensor is read.
     """
 
@@ -57,10 +57,10 @@ class Translated:
 
     Attributes:
         folder: holds the small files of a Hugging Face checkpoint (config, tokenizer).
-        shards: what its weights would be.
+        shards: its virtual shards.
         originals: the files that the tensors are made from.
-        serial: whether a file must be held to read a tensor of it, so that it is better to be done
-            with one before the next.
+        serial: whether reading a tensor holds a whole file in memory, so that files should be read
+            in turn.
     """
 
     folder: Path
@@ -122,7 +122,7 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 class VirtualFile:
-    """A safetensors file that is never written: its header, and where its tensors would be.
+    """A safetensors file that is never written: its header, and the places of its tensors.
 
     Wider dtypes come first, so that every tensor is aligned; the order is otherwise kept.
     """
@@ -169,7 +169,7 @@ class VirtualShard(io.RawIOBase):
             return memoryview(b"")
         place = bisect_right(self._starts, position) - 1
         if self._held[0] != place:
-            self._held = (-1, memoryview(b""))  # let go of the old one before the new one is made
+            self._held = (-1, memoryview(b""))  # release the old tensor before the new one is made
             self._held = (place, self._made(self._tensors[place]))
         return self._held[1][position - self._starts[place] :]
 

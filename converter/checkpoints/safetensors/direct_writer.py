@@ -1,13 +1,13 @@
-"""One file, written in order and in large aligned blocks, hashed and written by a second thread.
+"""Write one file in order, in large aligned blocks; a second thread hashes and writes.
 
-Where the operating system allows it, the page cache is bypassed (O_DIRECT): a checkpoint is larger
-than memory and is not read again soon, so to cache it costs a copy and evicts what is. Where the
-file system can, the file starts as a clone of its source that shares its blocks (a reflink), and
-only what differs is written.
+If the operating system allows it, the page cache is bypassed (O_DIRECT): a checkpoint is often
+larger than memory and not read again soon, so caching it costs a copy and evicts other data. If the
+file system can, the file starts as a clone that shares the blocks of its source (a reflink), and
+only differences are written.
 
-O_DIRECT is worth its lines: on ext4 and two cores an edit of 1.5 GB takes 1.2 times as long (1.1 to
-1.3, five rounds) if ``copy_file_range`` writes what is unchanged, and 1.4 to 1.8 times with plain
-writes that are flushed as they go.
+O_DIRECT pays: on ext4 and two cores an edit of 1.5 GB takes 1.2 times as long (1.1 to 1.3, five
+rounds) if ``copy_file_range`` writes unchanged data, and 1.4 to 1.8 times with plain writes and
+continuous flushing.
 """
 
 import ctypes
@@ -24,19 +24,21 @@ from queue import SimpleQueue
 from threading import Thread
 
 BUFFER = 2 << 20
-"""Bytes written at a time: enough that a call costs nothing beside them."""
+"""Bytes written at a time: enough to make the cost of a call negligible."""
 
 BUFFERS = 3
-"""One is filled, one is written, one waits."""
+"""Number of blocks: one is filled, one is written, one waits."""
 
 _ALIGNMENT = 4096
-"""Of offsets, lengths and memory of direct writes; disks ask for that or less."""
+"""Alignment of offsets, lengths and memory of direct writes; disks require this or less."""
 
 _FICLONE = 0x40049409
 """Request of Linux to share all blocks of another file; see ioctl_ficlone(2)."""
 
 PREFIX_DIGITS = 16
-"""Hex digits kept of a running digest: they name a damaged tensor, the full digest proves it."""
+"""Number of hex digits kept of a running digest: enough to find a damaged tensor; the full digest
+proves the damage.
+"""
 
 
 @dataclass(slots=True)
@@ -54,16 +56,16 @@ class _Block:
 
 
 class Writer:
-    """Writes a new file of known size; whoever fills it asks for ``space`` and says ``filled``.
+    """Writes a new file of known size; the caller asks for ``space`` and reports ``filled``.
 
     Args:
         path: must not exist.
         size: bytes of the file.
-        ends: (offset, name) of where each part of it ends, in order.
+        ends: (offset, name) of the end of each part, in order.
         source: descriptor of a file of the same size to start from as a clone, or None.
 
     Attributes:
-        digest: sha256 of the file; None if it was never told to ``fork``.
+        digest: sha256 of the file; None if ``fork`` was never called.
         prefixes: name -> digest from the first byte to the end of that part, first digits, for the
             parts that end after the fork.
 
@@ -105,7 +107,7 @@ class Writer:
         self._thread.start()
 
     def space(self) -> memoryview:
-        """Where the next bytes go: some of those that are still to come."""
+        """A buffer for the next bytes."""
         if self._block is None:
             self._block = self._free.get()
             if self._error is not None:
@@ -116,7 +118,9 @@ class Writer:
         return memoryview(self._block.memory)[self._block.size : room]
 
     def filled(self, count: int, changed: bool = False) -> None:
-        """So many bytes of ``space`` are there; ``changed``: they are not those of the source."""
+        """Report that ``count`` bytes of ``space`` are filled; ``changed``: they differ from the
+        source.
+        """
         block = self._block
         assert block is not None
         if changed:
@@ -138,7 +142,7 @@ class Writer:
             data = data[count:]
 
     def fork(self, digest: "hashlib._Hash") -> None:
-        """From here on the file has a digest of its own, which goes on from ``digest``."""
+        """From here on the file has its own digest, which continues ``digest``."""
         self.digest, self._forked_at = digest.copy(), self._position
 
     def close(self) -> None:
@@ -192,7 +196,7 @@ class Writer:
             self.digest.update(view[place:])
 
     def _write(self, view: memoryview, block: _Block) -> None:
-        """Write what differs from the clone, or everything; direct as far as it is aligned."""
+        """Write the differences from the clone, or everything; directly if aligned."""
         first, last = (block.first, block.last) if self._cloned else (0, len(view))
         first -= first % _ALIGNMENT
         last = min(last + -last % _ALIGNMENT, len(view))
@@ -212,13 +216,13 @@ class Writer:
 def _write_at(file: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(file, view, offset)
-        if not count:  # some file systems on networks say so where they should fail
+        if not count:  # some network file systems return 0 instead of an error
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         view, offset = view[count:], offset + count
 
 
 def _clone(source: int, target: int) -> bool:
-    """Make ``target`` share the blocks of ``source``; whether the file system can."""
+    """Make ``target`` share the blocks of ``source``; False if the file system cannot."""
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
@@ -227,9 +231,9 @@ def _clone(source: int, target: int) -> bool:
 
 
 def _allocate(file: int, size: int) -> None:
-    """Reserve the blocks of a file, so that they lie together and a full disk is known at once.
+    """Reserve the blocks of a file, so that they are contiguous and a full disk is noticed at once.
 
-    ``os.posix_fallocate`` would write zeros where the file system cannot reserve.
+    ``os.posix_fallocate`` would write zeros if the file system cannot reserve.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if fallocate is None or not size:

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and checked by itself.
+"""Read and check the header of a safetensors file.
 
-A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes.
-A header may have 100 MB, and a JSON parser makes twenty times that of it before anybody can look:
-here every entry is checked before the next one is read.
+A file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes. A header
+may have 100 MB, and a JSON parser would use twenty times as much memory before any check. Here
+every entry is checked before the next one is read.
 """
 
 import json
@@ -58,13 +58,13 @@ BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Bits per element of the dtypes of the format (safetensors 0.8)."""
 
 _MAX_AXES = 64
-"""Of a tensor; PyTorch has no more."""
+"""The most axes of a tensor, as in PyTorch."""
 
 _MAX_ENTRY = 4096
-"""Bytes of an entry: a dtype, two offsets and 64 axes take half of it at most."""
+"""The most bytes of an entry: a dtype, two offsets and 64 axes take at most half of it."""
 
 MAX_NAME = 4096
-"""Bytes of a tensor's name; the longest are near 100."""
+"""The most bytes of a tensor's name; the longest real ones are near 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,9 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed safetensors header; ``tensors`` in file order, ``data_start`` where they begin."""
+    """A parsed safetensors header; ``tensors`` in file order, ``data_start`` is the first byte of
+    data.
+    """
 
     data_start: int
     size: int
@@ -113,7 +115,7 @@ def header_of(file: RawIOBase, name: str) -> Header:
 def length_of(start: bytes | bytearray, size: int, name: str) -> int:
     """Bytes of the header of a file of ``size`` bytes that begins with ``start``.
 
-    Raises CheckpointError if it has none, or a longer one than can be.
+    Raises CheckpointError if it has none, or one that is too long.
     """
     refuse_placeholder(start, name)
     length = int.from_bytes(start[:8], "little")
@@ -128,7 +130,9 @@ def length_of(start: bytes | bytearray, size: int, name: str) -> int:
 
 
 def read_exactly(file: RawIOBase, count: int, name: str) -> bytearray:
-    """The next bytes of a file; ``name`` says of what. Raises CheckpointError if it ends early."""
+    """The next bytes of a file; ``name`` is for the message. Raises CheckpointError if it ends
+    early.
+    """
     data = bytearray(count)
     fill(file, memoryview(data), name)
     return data
@@ -150,8 +154,8 @@ def fill(file: RawIOBase, view: memoryview, name: str) -> memoryview:
 def parse_header(raw: bytes | bytearray, size: int, name: str) -> Header:
     """Parse the JSON of a header for a file of ``size`` bytes, and check it against the format.
 
-    The tensors must cover the data section exactly, without holes or overlaps, and each must be
-    as long as its dtype and shape say. Names must be plain text, each there once.
+    The tensors must cover the data section exactly, without holes or overlaps. The length of each
+    must agree with its dtype and shape. Names must be plain text and unique.
 
     Raises:
         CheckpointError: naming ``name`` and, where there is one, the tensor.
@@ -193,8 +197,9 @@ def _bad(name: str, what: str, **details: str) -> CheckpointError:
 
 
 def _bits(shape: Iterable[int], each: int) -> int | None:
-    """Bits of a tensor; None if their number, or one on the way to it, has more than 64 digits in
-    base 2, which safetensors refuses, too."""
+    """Bits of a tensor; None if this number, or an intermediate product, needs more than 64 bits,
+    which safetensors also refuses.
+    """
     total = 1
     for count in (*shape, each):
         total *= count
@@ -223,11 +228,11 @@ _METADATA = re.compile(rb"null|\{(?:" + _SPACE + rb"|" + _PAIR + rb"(?:," + _PAI
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-"""A number of a header that is a count and nothing like it (true, 2.0, 1e999, -1)."""
+"""A count in a header. Raises for similar values (true, 2.0, 1e999, -1)."""
 
 
 class _Entry(msgspec.Struct, frozen=True, gc=False):
-    """What the format says of one tensor; keys that the format does not know are ignored."""
+    """One entry of a header; unknown keys are ignored."""
 
     dtype: str
     shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=_MAX_AXES)]
@@ -240,11 +245,11 @@ _UNIQUE = json.JSONDecoder(object_pairs_hook=unique)
 _NO_ENTRY = "the header has an entry without dtype, shape or offsets"
 
 _QUOTES = 8
-"""Quotation marks of an entry that has each key of ``_Entry`` once, and no others."""
+"""Number of quotation marks in an entry with each key of ``_Entry`` once, and no others."""
 
 
 def _entries(raw: bytes | bytearray, data_start: int) -> Iterator[TensorInfo]:
-    """The tensors of a header, in its order. Raises ValueError, which says why it is none."""
+    """The tensors of a header, in its order. Raises ValueError with the fault."""
     text = _Text(raw)
     for name in text.keys():  # noqa: SIM118 - it reads them
         if name == "__metadata__":
@@ -264,7 +269,7 @@ def _entries(raw: bytes | bytearray, data_start: int) -> Iterator[TensorInfo]:
 
 
 class _Text:
-    """A header, and how far it has been read."""
+    """A header, and the place up to which it has been read."""
 
     def __init__(self, raw: bytes | bytearray) -> None:
         self.raw, self.place = raw, 0
@@ -280,7 +285,7 @@ class _Text:
         return found
 
     def keys(self) -> Iterator[str]:
-        """The keys of an object; whoever gets one reads its value before asking for the next."""
+        """The keys of an object; the caller reads the value of each before the next."""
         names: set[str] = set()
         closed = self.take(_OPEN)[1] == b"}"
         while not closed:
@@ -295,9 +300,9 @@ class _Text:
 
 
 def _decoded(raw: bytes) -> str:
-    """A string of JSON. Raises ValueError if it is no Unicode."""
+    """A JSON string. Raises ValueError if it is not valid Unicode."""
     if b"\\" not in raw:
         return raw.decode("utf-8")
     text: str = json.loads(b'"' + raw + b'"')
-    text.encode("utf-8")  # half of a pair cannot be
+    text.encode("utf-8")  # a surrogate half cannot be encoded
     return text

@@ -1,9 +1,9 @@
-"""safetensors files as streams: a header, then byte ranges.
+"""Rewrite safetensors files as streams: a header, then byte ranges.
 
 A shard is rewritten in one pass. The header and every untouched tensor are copied byte for byte,
 an edited tensor replaces a range of the same length, so names, order, shapes, dtypes, padding and
-metadata of the source survive without being understood. Memory is a few buffers and what a change
-holds, whatever the size of the shard.
+metadata of the source survive without being interpreted. Memory is a few buffers and the data of a
+change, for any size of the shard.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from converter.checkpoints.safetensors.header import (
 from converter.errors import CheckpointError
 
 PIECE = 1 << 20
-"""Bytes read and hashed at a time: they are still in the processor's cache when they are hashed."""
+"""Bytes read and hashed at a time: few enough to be in the processor's cache for the hash."""
 
 
 def to_tensor(data: bytearray | memoryview, info: TensorInfo) -> torch.Tensor:
@@ -71,23 +71,23 @@ def read_tensor(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
 
 
 def read_raw(file: RawIOBase, info: TensorInfo) -> torch.Tensor:
-    """One whole tensor of an open shard, whatever its dtype."""
+    """One whole tensor of an open shard, of any dtype."""
     file.seek(info.start)
     return as_tensor(read_exactly(file, info.nbytes, info.name), info)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What was read and written for one shard.
+    """The digests of one shard, as read and as written.
 
     Attributes:
         source_sha256: of the whole source file.
         sha256: of the whole output file.
         nbytes: size of both.
         prefixes: per tensor in file order, the first ``PREFIX_DIGITS`` digits of the sha256 of the
-            output from its first byte to the end of that tensor. They are read off the running
-            digest, so they cost nothing, and the first that differs names the damaged tensor.
-            The empty name stands for the header.
+            output from its first byte to the end of that tensor. They are taken from the running
+            digest, at no cost. The first that differs names the damaged tensor. The empty name
+            means the header.
     """
 
     source_sha256: str
@@ -97,13 +97,13 @@ class ShardRecord:
 
 
 class Region:
-    """The bytes of one tensor in an open shard, as often as they are needed.
+    """Reads the bytes of one tensor in an open shard, also repeatedly.
 
-    What is read for the first time, which must be in order, goes into ``digests``.
+    The first reading must be in order, and feeds ``digests``.
 
     Attributes:
         info: the tensor's entry.
-        seen: bytes that have been read.
+        seen: number of bytes read so far.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Region:
         self._scratch = bytearray()
 
     def read(self, start: int, count: int) -> memoryview:
-        """``count`` bytes from ``start`` on; they last until the next call.
+        """``count`` bytes from ``start`` on, valid until the next call.
 
         Raises CheckpointError if the file ends early, or cannot be read.
         """
@@ -134,12 +134,12 @@ class Region:
         return view
 
     def also_hash(self, digest: "hashlib._Hash") -> None:
-        """Feed one more digest; said before anything is read."""
+        """Feed one more digest; call it before reading."""
         self._digests.append(digest)
 
 
 Change = Callable[[Region], Iterator[memoryview]]
-"""Reads a tensor's bytes and gives those that replace them, as many, in order."""
+"""Reads a tensor's bytes and yields as many new bytes, in order."""
 
 
 def rewrite(
@@ -223,7 +223,8 @@ def _replace(
 def _prefixes(file: RawIOBase, name: str, digest: "hashlib._Hash") -> Iterator[tuple[str, str]]:
     """The ``prefixes`` of a shard, as ``digest`` reads it.
 
-    The header is parsed only after its own is given: who knows another one stops there.
+    The header is parsed only after its own prefix is yielded, so that a caller can stop at a wrong
+        one.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -240,7 +241,7 @@ def _prefixes(file: RawIOBase, name: str, digest: "hashlib._Hash") -> Iterator[t
 
 
 def find_damage(path: Path, prefixes: Mapping[str, str]) -> str:
-    """Name the first tensor at which a shard departs from its recorded prefix digests.
+    """Name the first tensor at which a shard differs from its recorded prefix digests.
 
     Returns ``the header``, ``tensor NAME``, or ``the bytes after its last tensor``.
     """

@@ -16,7 +16,7 @@ from converter.outputs.known import UNUSED
 
 
 class Adapter:
-    """A few megabytes, loaded on the source, which stays as it is."""
+    """A few megabytes, to load on the unchanged source."""
 
     library, relation = "peft", "adapter"
     implied: Mapping[str, str] = {"bias": "keep"}
@@ -25,7 +25,9 @@ class Adapter:
     own_files: tuple[str, ...] = (WEIGHTS, CONFIG)
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
-        """A LoRA adds a matrix of low rank to the weight of one Linear or Conv1D, and no more."""
+        """Refuse edits that are not a matrix of low rank added to the weights of Linear or Conv1D
+        modules.
+        """
         if plan.architecture.is_mixture:
             raise OptionError(
                 "--output adapter",
@@ -56,7 +58,7 @@ class Adapter:
         return sum(4 * footprint.rank * sum(w.info.shape) for w in footprint.weights)
 
     def companions(self, names: Iterable[str]) -> list[str]:
-        """The licence and its like; config and tokenizer are those of the source and stay there."""
+        """The licence files; config and tokenizer stay with the source."""
         return companions(names)
 
     def at_a_time(self, source: Source) -> int:

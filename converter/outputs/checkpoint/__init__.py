@@ -15,7 +15,7 @@ from converter.outputs.checkpoint.write import at_a_time, write_checkpoint
 
 
 class Checkpoint:
-    """The source again, with other bytes where the edit changes them."""
+    """The source with the edited bytes replaced."""
 
     library, relation = "transformers", "finetune"
     implied: Mapping[str, str] = {}
@@ -24,7 +24,7 @@ class Checkpoint:
     own_files: tuple[str, ...] = (INDEX,)
 
     def check(self, plan: Plan, footprint: Footprint) -> None:
-        """Whatever can be planned can be written as a checkpoint."""
+        """Every planned edit can be written as a checkpoint."""
 
     def nbytes(self, plan: Plan, footprint: Footprint) -> int:
         return plan.nbytes + sum(4 * prod(shape) for shape in footprint.created.values())

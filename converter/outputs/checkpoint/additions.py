@@ -1,8 +1,8 @@
-"""What an edit adds to a checkpoint: new tensors, new texts of small files, new files.
+"""Additions of an edit to a checkpoint: new tensors, changed small files, new files.
 
-Tensors go into a shard of their own, so that the source's shards keep their bytes. A source that is
-the single file ``model.safetensors`` becomes the first of two shards, under another name: loaders
-that find a file of that name look at no index, and would leave the new tensors out.
+Tensors go into a shard of their own, so that the source's shards keep their bytes. A single file
+``model.safetensors`` becomes the first of two shards, under another name: loaders that find a file
+of that name ignore the index, and would miss the new tensors.
 """
 
 import json
@@ -33,13 +33,13 @@ _EXTRA = "model-created.safetensors"
 """The shard of created tensors beside those of the source."""
 
 _FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-"""The two shards that a single file and its created tensors become."""
+"""Names of the two shards for a single file and its created tensors."""
 
 _RESERVED = (*OURS, _EXTRA, _FIRST, _SECOND)
 """Names that an output may need for itself."""
 
 _PATCHABLE = ("config.json", "generation_config.json")
-"""Files of a source whose text an edit may change, beside those that hold chat templates."""
+"""Files of a source whose text an edit may change, besides those with chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Shards:
     """The shards of an output.
 
     Attributes:
-        renamed: shard of the source -> its name in the output, where that is another.
+        renamed: shard of the source -> its name in the output, if that is another one.
         extra: the shard of created tensors; None if there are none.
     """
 
@@ -56,7 +56,7 @@ class Shards:
 
     @classmethod
     def of(cls, shards: tuple[str, ...], created: bool) -> "Shards":
-        """Of an output made from these shards of a source."""
+        """The names for an output from these shards of a source."""
         if not created:
             return cls({}, None)
         if shards == (SINGLE,):
@@ -65,7 +65,7 @@ class Shards:
         return cls({}, next(name for name in names if name not in shards))
 
     def output(self, shard: str) -> str:
-        """What a shard of the source is called in the output."""
+        """The name of a source's shard in the output."""
         return self.renamed.get(shard, shard)
 
     def source(self, shard: str) -> str:
@@ -77,8 +77,8 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
     """Refuse an edit that cannot be written, before anything is.
 
     Raises:
-        CheckpointError: naming a change that does not fit its tensor, a new tensor that is there
-            already, a patch that does not apply, or a file that would take the place of another.
+        CheckpointError: naming a change that does not fit its tensor, a new tensor that already
+            exists, a patch that does not apply, or a file that would replace another.
     """
     edit.check(plan)
     shards = Shards.of(source.shards, bool(edit.created))
@@ -113,8 +113,9 @@ def check_edit(edit: Edit, plan: Plan, source: Source) -> None:
 
 
 def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
-    """Paths of new files, which have so many bytes, must be those of texts of a model, and free
-    also where case does not count."""
+    """Check that new files, with these sizes, have names of a model's texts that are free, also if
+    case is ignored.
+    """
     known, folders = {name.casefold() for name in taken}, set[str]()
     for name, nbytes in files.items():
         if not is_addable(name, nbytes):
@@ -133,7 +134,7 @@ def _check_files(files: Mapping[str, int], taken: Iterable[str]) -> None:
 
 
 def _check_config(config: Mapping[str, object], plan: Plan) -> None:
-    """A patched config must still be that of the same weights, stored and tied in the same way."""
+    """Check that a patched config is of the same weights, stored and tied in the same way."""
     routes = plan.architecture.bias_routes.values()
     labels = {plan.architecture.model_type, *(route.config.get("model_type") for route in routes)}
     same = config.get("model_type") in labels
@@ -150,7 +151,7 @@ def _check_config(config: Mapping[str, object], plan: Plan) -> None:
 
 
 def _check_asked_for(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
-    """Models look at new biases, or a new head, if and only if the config says that there are."""
+    """Check that the config announces new biases or a new head if and only if they are created."""
     created, config = edit.created, merge(before, edit.patches.get("config.json", {}))
     for what, names, needed, patch in additions_of(plan):
         asked = merge(config, patch) == config
@@ -169,7 +170,9 @@ def _check_asked_for(edit: Edit, plan: Plan, before: Mapping[str, Any]) -> None:
 
 
 def additions_of(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mapping[str, Any]]]:
-    """What a checkpoint can get, in words, by name, all that belongs to it, and the patch."""
+    """Possible additions to a checkpoint: in words, one name, all names that belong to it, and the
+    patch.
+    """
     for role in plan.architecture.bias_routes:
         route = plan.bias_route(role) if role in plan.roles else None
         if route is not None and route.created:
@@ -181,8 +184,8 @@ def additions_of(plan: Plan) -> Iterator[tuple[str, list[str], list[str], Mappin
 def check_additions(created: Collection[str], plan: Plan, config: Mapping[str, Any]) -> None:
     """Refuse from the headers new tensors that no patch of ``config.json`` can make a model read.
 
-    A key may have the value that asks for them already, and another place of the config, such as
-    ``text_config``, may overrule it; or the tensors are asked for and are not there.
+    The key may already have that value while another place of the config, such as ``text_config``,
+    overrules it; or the config asks for tensors that are missing.
 
     Raises:
         CheckpointError: naming the key.
@@ -202,7 +205,7 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
     """The new text of a small file of a source.
 
     Raises:
-        CheckpointError: the source has none of that name, or the patch does not apply.
+        CheckpointError: the source has no such file, or the patch does not apply.
     """
     known = [n for n in source.small if n in _PATCHABLE or is_template_file(n)]
     if name not in known:
@@ -210,7 +213,7 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
             f"the edit changes the file {name}", expected=f"one of {', '.join(known)}"
         )
     try:
-        text = source.small[name].read_bytes().decode()  # line ends as they are
+        text = source.small[name].read_bytes().decode()  # keep the line ends
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name} cannot be read", found=str(error)) from error
     return patched(name, text, patch)
@@ -219,10 +222,10 @@ def patched_text(name: str, patch: Patch, source: Source) -> str:
 def write_extra(
     folder: Path, shards: Shards, edit: Edit
 ) -> tuple[dict[str, FileRecord], tuple[CreatedTensor, ...]]:
-    """Write the shard of created tensors and give the source's shards their new names.
+    """Write the shard of created tensors, and rename the source's shards.
 
     Returns:
-        its name and record, and the tensors in it; nothing if the edit creates none.
+        its name and record, and its tensors; empty if the edit creates none.
     """
     if shards.extra is None:
         return {}, ()
@@ -243,9 +246,9 @@ def write_extra(
 
 
 def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, int]) -> str | None:
-    """The text of the output's index; None if it has none, or that of the source as it is.
+    """The text of the output's index; None if it has none, or keeps the source's.
 
-    ``created`` is the name of each created tensor -> how many bytes it has.
+    ``created`` is name of each created tensor -> its bytes.
     """
     if source.virtual_shards is not None and source.weight_map is not None:
         text = index_text(source.virtual_shards)
@@ -258,7 +261,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
     if not created:
         return text
     patch: dict[str, object] = {"weight_map": dict.fromkeys(sorted(created), shards.extra)}
-    metadata = json.loads(text).get("metadata")  # of a stranger's index: of any type
+    metadata = json.loads(text).get("metadata")  # an untrusted index may have any type here
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, int):
         patch["metadata"] = {"total_size": total + sum(created.values())}
@@ -266,7 +269,7 @@ def index_of(source: Source, plan: Plan, shards: Shards, created: Mapping[str, i
 
 
 def _whole_index(plan: Plan, shards: Shards) -> str:
-    """The index of a source that has none, or whose single file gets another name."""
+    """A new index, for a source without one, or whose single file is renamed."""
     places: dict[str, str] = {}
     size = 0
     for shard, header in plan.headers.items():
