@@ -67,7 +67,7 @@ def test_all_of_our_own_are_described(own: dict[str, Described]) -> None:
 
 def test_what_is_known_of_some_methods_is_found(own: dict[str, Described]) -> None:
     gloss, profs, surgery = (own[name] for name in ("gloss", "profs", "model-surgery"))
-    assert (gloss.edit, gloss.needs) == (("remove-subspace",), ("pairs", "gradients"))
+    assert (gloss.edit, gloss.needs) == (("weaken-subspace",), ("pairs", "gradients"))
     assert (profs.outputs, profs.needs) == (("adapter", "checkpoint"), ("pairs",))
     assert (surgery.edit, surgery.outputs) == (("add-to-rows",), ("checkpoint",))
     assert surgery.strength == "scale"
