@@ -28,7 +28,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def before(U: Tensor, g: Tensor) -> Tensor:
     """orth(diag(g) U), which is taken out of the weight."""
-    Q, _ = torch.linalg.qr(g[:, None] * U)
+    Q: Tensor = torch.linalg.qr(g[:, None] * U).Q
     return Q
 
 
