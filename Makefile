@@ -1,12 +1,12 @@
 # make demo   set up, convert the demo model to ./out, verify it
-# make test   set up, check style and types, run the tests, in as many processes as WORKERS says
+# make test   set up, check style and types, run the tests in WORKERS processes
 # make fuzz   set up with a fuzzer, run it against each reader of untrusted bytes for FUZZ_SECONDS
 # make consumers   other engines and lm-eval on outputs of tiny models, with packages of their own
 # make architectures   convert a tiny model of every class of transformers; ten minutes
-# make properties   what hypothesis thinks of, thirty times as much of it as in make test
-# make flips  every byte of a tiny output flipped, every value of its manifest forged: all found?
+# make properties   the hypothesis tests, with thirty times as many examples as in make test
+# make flips  flip every byte of a tiny output, forge every value of its manifest, and verify
 # make lock   write requirements.lock and release.lock, with sha256 of every file, from the index
-# make audit  look up known vulnerabilities of what is locked; fails if any cannot be looked up
+# make audit  look up known vulnerabilities of locked packages; fails if any cannot be looked up
 # make release   build the sdist and the wheel twice, the same bytes, into dist
 # make faults   kill, starve and power off conversions at every operation; takes hours of one core
 # make guide  write the generated parts of the guide anew: options, methods, exit codes, manifest

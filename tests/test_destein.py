@@ -224,7 +224,7 @@ def test_a_chunk_that_tells_nothing_is_left_alone_and_said(
     said: list[str] = []
     monkeypatch.setattr(progress, "warn", said.append)
     found = vectors(fit(without(planted(), 1)).edit(0.1))
-    assert [text.partition(" of what")[0] for text in said] == ["4 of 16 chunks"]
+    assert [text.partition(" of the att")[0] for text in said] == ["4 of 16 chunks"]
     for vector in found.values():
         assert torch.allclose(
             parts(vector).norm(dim=1), 0.1 * NORMS * torch.tensor([0, 1, 1, 1]), rtol=1e-5
@@ -232,7 +232,7 @@ def test_a_chunk_that_tells_nothing_is_left_alone_and_said(
 
 
 def test_no_difference_and_too_few_pairs_are_refused(fit: Fit) -> None:
-    with refused(FitError, what="nothing tells the two sides of the pairs apart..."):
+    with refused(FitError, what="the attention's outputs do not differ between the two sides..."):
         fit(without(planted(), HEADS))
     few = {n: x[:15] for n, x in planted().toxic.items()}
     with refused(FitError, what="too few pairs...", expected="at least 16", found="15"):

@@ -190,7 +190,7 @@ def test_a_suffix_that_no_template_puts_is_said(
 ) -> None:
     chat = with_template(source, tmp_path / "chat")
     args = ("--method", "dinm", "--no-guard", "-o", "steps=1", "-o", "layer=3", "-o", "suffix=S.")
-    says = "nothing puts the suffix behind what users say"
+    says = "nothing puts the suffix behind user messages"
     assert says in cli("convert", source, tmp_path / "a", *args, code=0).stderr + caplog.text
     caplog.clear()
     assert says not in cli("convert", chat, tmp_path / "b", *args, code=0).stderr + caplog.text
@@ -272,7 +272,7 @@ def test_a_learning_rate_that_rounding_swallows_is_said_and_refused(
     result = cli(*args, *options, "-o", "learning_rate=1e-6", code=9, says=says)
     assert "rounding to bfloat16 loses the edit: the answer's log-probability" in result.stderr
     assert not (tmp_path / "out").exists()
-    says = "rounding to bfloat16 leaves every weight as it was; give a larger -o learning_rate"
+    says = "rounding to bfloat16 undoes every change of the weight; give a larger -o learning_rate"
     cli(*args, *options, "-o", "learning_rate=1e-12", code=6, says=says)
 
 
@@ -361,7 +361,7 @@ def test_what_cannot_be_trained_is_said_in_a_sentence(source: Path) -> None:
         fit(source, instance="0,1", parity="yes")
     with refused(DataError, expected="at most 512 tokens"):
         fit(source, suffix="a long suffix" * 200)
-    with refused(FitError, what="rounding to float32 leaves every weight as it was"):
+    with refused(FitError, what="rounding to float32 undoes every change of the weight"):
         fit(source, learning_rate=1e-30)
     with refused(FitError, what="training diverges: ..."):
         fit(source, learning_rate=1.0, c_edit=1e308, kl="off")

@@ -590,7 +590,7 @@ def test_an_edit_that_rounding_undoes_is_refused_and_one_that_it_nearly_does_is_
     convert(source, "rows", scale="0", code=4, says=says)
     convert(source, "rows", scale="1e-30", code=4, says=says)
     assert not (tmp_path / "out").exists()
-    says = "rounding to BF16 left less than it took of the edit of 1 of 1 tensors"
+    says = "rounding to BF16 undid most of the edit of 1 of 1 tensors"
     convert(source, "rows", scale="1e-6", says=says)
 
 

@@ -420,7 +420,7 @@ def test_only_a_whole_checkpoint_is_published(
     shutil.copytree(converted[1], tmp_path / "out")
     (tmp_path / "out/config.json").write_text("{}")
     result = cli("push", tmp_path / "out", REPO, code=8)
-    assert "out is not published, for it is not whole: found config.json" in result.stderr
+    assert "out is not published, since it fails verification: found config.json" in result.stderr
     assert not uploads.repos
     ignored = cli("convert", "demo", tmp_path / "x", "--create-pr", code=2)
     assert "--create-pr has no effect without --push-to-hub REPO" in ignored.stderr
@@ -569,7 +569,7 @@ def test_what_cannot_be_streamed_is_refused_first(
     publish: Cli, uploads: Uploads, tmp_path: Path
 ) -> None:
     for more, says in (
-        (("--sign", write_key(tmp_path)), "--sign: expected a folder that is whole"),
+        (("--sign", write_key(tmp_path)), "--sign: expected a folder with all its files"),
         (("--output", "adapter"), "--stream-to-hub has no effect with --output adapter"),
         (("--no-keep-source",), "--no-keep-source: expected a source on the Hub"),
     ):

@@ -297,7 +297,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part/mine").write_text("mine")
     with (
-        refused(DestinationError, found=".out.part is there and is not of gloss-convert"),
+        refused(DestinationError, found=".out.part exists and was not made by gloss-convert"),
         claimed(tmp_path / "out", False),
     ):
         pytest.fail("it was claimed")

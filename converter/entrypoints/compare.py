@@ -144,8 +144,8 @@ def two_models(
     hooked = _is_shown(bench, system)
     if hooked and system.load is not None:
         progress.note(
-            f"  {system.name} is the edit of its manifest, in hooks on {source.name}; whether its "
-            "own weights are that, gloss verify says"
+            f"  {system.name} runs as the edit of its manifest, in hooks on {source.name}; "
+            "gloss verify checks its own weights"
         )
     return Two(bench, system, hooked, asked, scorers, chat, interactive)
 

@@ -159,16 +159,16 @@ def _check_changed(written: Written, edit: Edit) -> None:
     created = any(bool(tensor.any()) for tensor in edit.created.values())
     if written.edits and not created and not any(e.relative_change for e in written.edits):
         raise CheckpointError(
-            "the edit changes no number of the model", expected="a change that rounding leaves",
-            found=f"{len(written.edits)} tensors as they were",
+            "the edit changes no number of the model", expected="a change that survives rounding",
+            found=f"{len(written.edits)} unchanged tensors",
             hint="raise the strength",
         )  # fmt: skip
     lost = [e for e in written.edits if e.rounding_error > e.relative_change]
     lost = [e for e in lost if edit.tensors[e.name].protects is None]
     if lost:
         progress.warn(
-            f"rounding to {lost[0].dtype} left less than it took of the edit of {len(lost)} of "
-            f"{len(written.edits)} tensors, such as {lost[0].name}; a larger strength would stay"
+            f"rounding to {lost[0].dtype} undid most of the edit of {len(lost)} of "
+            f"{len(written.edits)} tensors, such as {lost[0].name}; raise the strength"
         )
 
 
@@ -205,7 +205,7 @@ def check_whole(recipe: Recipe, folder: Path, gone: Collection[str] = ()) -> Non
     with progress.stage("verify", "verifying what was written"):
         trust = recipe.trust_remote_code
         if problems := verify(folder, trust_remote_code=trust, gone=gone):
-            raise VerificationError("what was written is not whole", found="; ".join(problems))
+            raise VerificationError("the written folder is damaged", found="; ".join(problems))
 
 
 def write_records(
@@ -242,7 +242,7 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         if recipe.base_model is not None:
             if recipe.output == "adapter" and source.base not in (None, recipe.base_model):
                 raise OptionError(
-                    "--base-model", expected=f"{source.base}, which SOURCE is, or none",
+                    "--base-model", expected=f"{source.base}, the repo of SOURCE, or none",
                     found=recipe.base_model, hint="an adapter is for the model it was made from",
                 )  # fmt: skip
             commit = source.base_commit if recipe.base_model == source.base else None
@@ -253,12 +253,12 @@ def prepare(recipe: Recipe) -> tuple[Source, Plan, Method]:
         for name in plan.stale:
             progress.warn(
                 f"{name} names a quantization, but no tensor is quantized; the model is read as it "
-                f"is stored, and the {name} of a checkpoint that is written lacks the key"
+                f"is stored, and the {name} of a written checkpoint does not name one"
             )
         if plan.scheme is None and (named := QUANTIZED & {*source.companions}):
             progress.warn(
                 f"{', '.join(sorted(named))}: names a quantization that no tensor has, and is "
-                "copied as it is; readers such as vLLM may believe it, so delete it"
+                "copied unchanged; readers such as vLLM may rely on it, so delete it"
             )
         _tell_of_layers(plan)
         output = output_of(recipe.output)
@@ -321,8 +321,8 @@ def _warn_of_language(recipe: Recipe, source: Source) -> None:
     known = any(name.lower().replace("_", "-").partition("-")[0] in english for name in languages)
     if flags and languages and not known:
         progress.warn(
-            f"the card says that the model's language is {', '.join(languages[:5])}, and what is "
-            f"built in is English; give {flags}"
+            f"the card says that the model's language is {', '.join(languages[:5])}, and the "
+            f"built-in texts are English; give {flags}"
         )
 
 
@@ -341,7 +341,7 @@ def prepare_to_write(
         signer.keep_out_of(recipe.source)
         if stream:
             raise OptionError(
-                "--sign", expected="a folder that is whole", found="--stream-to-hub",
+                "--sign", expected="a folder with all its files", found="--stream-to-hub",
                 hint="give --push-to-hub alone",
             )  # fmt: skip
     source, plan, method = prepare(recipe)

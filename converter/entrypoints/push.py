@@ -58,7 +58,7 @@ def push(
         with progress.stage("verify", f"verifying {folder.name}"):
             if problems := verify(folder, trust_remote_code=trust_remote_code, seen=seen):
                 raise VerificationError(
-                    f"{folder.name} is not published, for it is not whole",
+                    f"{folder.name} is not published, since it fails verification",
                     found="; ".join(problems),
                 )
     manifest, digest = read_manifest_bytes(folder)
@@ -194,7 +194,7 @@ class _Receiver:
                 continue
             delta = self.edit.tensors[record.name]
             if problems := list(check_edit(self.folder, record, delta, infos, self.rounding)):
-                raise VerificationError("what was written is not whole", found="; ".join(problems))
+                raise VerificationError("a written shard is damaged", found="; ".join(problems))
 
 
 def _origin(source: Source, shard: str, record: ShardRecord, keep_source: bool) -> Copyable | None:

@@ -254,9 +254,7 @@ def _compare_fit(
         edit = edit.and_patch(plan.stale)
     bench.unload()
     found = _compare_edits(recording, edit, bench)
-    hint = (
-        "nothing was written; batch size, device and libraries turn what the texts hardly determine"
-    )
+    hint = "nothing was written; batch size, device and libraries turn weakly determined directions"
     for name, angles in found.angles.items():
         if not angles[-1] <= max_angle:
             raise VerificationError(
@@ -288,7 +286,7 @@ def _compare_edits(recording: Recording, fitted: Edit, bench: Bench) -> Refitted
         if wrong := sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
             raise VerificationError(
                 f"the refitted edit changes other {what} than the recorded one, such as {wrong[0]}",
-                hint="nothing was written; a rank at the edge of the budget is chosen by little",
+                hint="nothing was written; rounding can decide a rank at the edge of the budget",
             )
     weights = plan.find(recorded.tensors)
     angles: dict[str, list[float]] = {}

@@ -142,10 +142,10 @@ def finish_existing(
             is_same = read_manifest(folder) == manifest  # nobody held it until now
         except VerificationError as error:
             raise _not_empty(
-                folder, f"the result of this recipe, and it is not whole: {error.found}"
+                folder, f"the result of this recipe, and it is damaged: {error.found}"
             ) from error
         if not is_same:
-            raise _not_empty(folder, "the result of another recipe, which has just come there")
+            raise _not_empty(folder, "the result of another recipe, written there a moment ago")
         if signer:
             name = f"{manifest.source.name.rpartition('/')[2]}-{manifest.method.name}"
             signer.sign(folder, fitting_name(read_card(folder / CARD), name), claim.holder)

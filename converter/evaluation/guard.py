@@ -192,7 +192,7 @@ def _warn_of_little(
             "more, from more pairs, would say more"
         )
     if not probe.context_tokens:
-        progress.warn("the other words of toxic text are too few to measure what becomes of them")
+        progress.warn("the other words of toxic text are too few to measure their perplexity")
 
 
 def judge(

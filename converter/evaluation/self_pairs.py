@@ -66,7 +66,7 @@ def pairs_of(bench: Bench, seed: int) -> Pairs:
     recipe = bench.recipe
     if recipe.pairs != SELF:
         return load_pairs(recipe.pairs, bench.words, recipe.num_pairs, seed)
-    with progress.stage("self", "drawing pairs from what the model itself says"):
+    with progress.stage("self", "drawing pairs from the model's own continuations"):
         return draw_pairs(bench, seed)
 
 

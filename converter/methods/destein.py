@@ -281,13 +281,13 @@ def _check(still: float, chunks: int) -> None:
     """Warn of chunks that get no vector. Raises FitError if none gets one."""
     if still == chunks:
         raise FitError(
-            "nothing tells the two sides of the pairs apart in what the attention writes",
+            "the attention's outputs do not differ between the two sides of the pairs",
             hint="give other pairs or other -o layers",
         )
     if still:
         progress.warn(
-            f"{still:.0f} of {chunks} chunks of what the attention writes do not tell the two "
-            "sides apart and are left alone"
+            f"{still:.0f} of {chunks} chunks of the attention's output do not differ between the "
+            "two sides and get no vector"
         )
 
 

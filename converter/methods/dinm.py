@@ -262,7 +262,7 @@ class Method:
             raise FitError("the trained weight is too large for its dtype")
         if not bool(delta.d.any()):
             raise FitError(
-                f"rounding to {dtype} leaves every weight as it was",
+                f"rounding to {dtype} undoes every change of the weight",
                 hint="give a larger -o learning_rate",
             )
         nll, kl = training.measured(new)
@@ -288,8 +288,8 @@ def _patches(plan: Plan, suffix: str) -> dict[str, Mapping[str, Any] | str]:
     patches = suffix_patches(plan.templates, suffix) if suffix else {}
     if suffix and not patches:
         progress.warn(
-            "the model has no chat template, so nothing puts the suffix behind what users say; who "
-            "prompts the edited model has to"
+            "the model has no chat template, so nothing puts the suffix behind user messages; put "
+            "it into the prompts of the edited model"
         )
     return patches
 

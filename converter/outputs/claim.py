@@ -257,7 +257,9 @@ def _locked(folder: Path, destination: Path) -> int:
         try:
             names = {entry.name for entry in folder.iterdir()}  # a run creates the lock first
             if names and path.name not in names:
-                raise OSError(errno.EEXIST, f"{folder.name} is there and is not of gloss-convert")
+                raise OSError(
+                    errno.EEXIST, f"{folder.name} exists and was not made by gloss-convert"
+                )
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the holder has just renamed the folder
             continue
