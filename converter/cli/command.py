@@ -113,6 +113,7 @@ def command(
                     log_file=told.log_file,
                 ),
                 _plain_exit(told.json),
+                progress.doing(f"gloss {name}"),
             ):  # fmt: skip
                 if loads:
                     find_folders(told.cache_dir)

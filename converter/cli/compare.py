@@ -139,9 +139,15 @@ def _typed_prompts() -> Iterator[str]:
     """The lines of standard input that say something."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="backslashreplace")
-    for line in sys.stdin:
+    while line := _read_line():
         if prompt := readable(line.strip()):
             yield prompt
+
+
+def _read_line() -> str:
+    """A line that is typed, while nothing else is drawn; empty at the end of file."""
+    with progress.doing(""):
+        return sys.stdin.readline()
 
 
 def samples_text(base: str, edited: str, samples: "Sequence[Sample]", width: int) -> str:

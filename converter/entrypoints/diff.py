@@ -119,7 +119,7 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
     tensors, files = _only_in(one.tensors, two.tensors), _only_in(one.files, two.files)
     files["changed"] = sorted(
         name
-        for name in one.files.keys() & two.files.keys()
+        for name in progress.each(one.files.keys() & two.files.keys(), "compare files", "file")
         if sha256_of(one.files[name]) != sha256_of(two.files[name])
     )
     return {
