@@ -46,6 +46,8 @@ class Option:
             nothing but the file name of a path, and a ``~`` at its beginning is the home folder.
         path: what a path leads to, if to anything.
         exists: the path must lead to something. Only the command line asks for that.
+        variable: the name of its environment variable, where that of the flag is another option's
+            of another command.
         parse: reads typed text. It raises ValueError saying what it expected.
     """
 
@@ -61,6 +63,7 @@ class Option:
     place: bool = False
     path: Literal["file", "folder"] | None = None
     exists: bool = False
+    variable: str | None = None
     parse: Callable[[str], Any] | None = None
 
 
@@ -98,6 +101,8 @@ class Declared:
     @property
     def variable(self) -> str:
         """The environment variable that it is read from."""
+        if self.option.variable:
+            return self.option.variable
         long = self.label[2:] if self.label.startswith("--") else self.name
         return PREFIX + long.replace("-", "_").upper()
 

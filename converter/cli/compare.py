@@ -49,6 +49,7 @@ class _CompareOptions(Options):
     )]
     output: Annotated[Path | None, Option(
         "File for the result: .html to look at, .md, or .jsonl.", example="page.html",
+        variable="GLOSS_COMPARE_OUTPUT",
     )] = None
     interactive: Annotated[bool, Option(
         "Continue prompts that are typed, a line each, until end of file.",
