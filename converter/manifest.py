@@ -626,13 +626,13 @@ class EditedTensor(Record, kw_only=True):
         norm: ||W||, before.
         relative_change: ||W' - W|| / ||W||, after rounding to the stored dtype.
         rounding_error: ||W' - exact W'|| / ||W||, what storing the result cost.
-        measures: the kind's own numbers. Of ``remove-subspace`` they are ``energy_removed``, which
-            is ||U^T W||^2 / ||W||^2, the share of its squared norm in the subspace, and
-            ``leakage``, ||U^T W'|| / ||U^T W||, what is left of it after rounding. Of
-            ``weaken-subspace`` they are ``factor``, the a of its formula, ``energy_removed``, a
-            (2 - a) times that share, and ``leakage``, ||U^T W' - (1 - a) U^T W|| / ||U^T W||. Of
-            ``remove-oblique`` they are ``along``, ||U^T W|| / ||W||, ``leakage`` and ``factor``.
-        requantized: what became of the scales of a weight in FP8; else None.
+        measures: the kind's own numbers. ``remove-subspace`` has ``energy_removed``, ||U^T W||^2 /
+            ||W||^2, the share of its squared norm in the subspace, and ``leakage``, ||U^T W'|| /
+            ||U^T W||, the part left after rounding. ``weaken-subspace`` has ``factor``, the a of
+            its formula, ``energy_removed``, a (2 - a) times that share, and ``leakage``, ||U^T W' -
+            (1 - a) U^T W|| / ||U^T W||. Of ``remove-oblique`` they are ``along``, ||U^T W|| /
+            ||W||, ``leakage`` and ``factor``.
+        requantized: the new scales of an FP8 weight; else None.
         lora: the adapter's part; None in a checkpoint.
     """
 
@@ -1051,7 +1051,7 @@ class Manifest(Record, kw_only=True):
 
     @property
     def factors(self) -> dict[int, float]:
-        """Layer -> how much of a subspace was taken out of it, where that is not all."""
+        """Layer -> how much of a subspace was removed from it, if less than all."""
         entries = sorted(self.edited, key=lambda entry: entry.layer)
         return {e.layer: e.measures["factor"] for e in entries if e.measures.get("factor", 1.0) < 1}
 

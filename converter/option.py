@@ -46,6 +46,8 @@ class Option:
             path, and a ``~`` at its beginning is the home folder.
         path: the kind of thing that the path leads to, if it is a path.
         exists: the path must exist. Only the command line checks this.
+        variable: the name of its environment variable, where that of the flag is another option's
+            of another command.
         parse: reads typed text. Its ValueError says what it expected.
     """
 
@@ -61,6 +63,7 @@ class Option:
     place: bool = False
     path: Literal["file", "folder"] | None = None
     exists: bool = False
+    variable: str | None = None
     parse: Callable[[str], Any] | None = None
 
 
@@ -98,6 +101,8 @@ class Declared:
     @property
     def variable(self) -> str:
         """Its environment variable."""
+        if self.option.variable:
+            return self.option.variable
         long = self.label[2:] if self.label.startswith("--") else self.name
         return PREFIX + long.replace("-", "_").upper()
 

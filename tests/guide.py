@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from converter.cli.documents import DOCUMENTS
+from converter.cli.schema import schema_named
 from converter.errors import ConverterError
 from converter.release.schema import schema
 from tests.builders.invoke import invoke
@@ -19,6 +21,7 @@ PAGES = {
     "methods": ROOT / "converter/guide/methods.md",
     "exit-codes": ROOT / "converter/guide/exit-codes.md",
     "manifest": ROOT / "converter/guide/manifest.md",
+    "json": ROOT / "converter/guide/json.md",
 }
 """Topic -> a page with a generated part."""
 
@@ -37,7 +40,8 @@ def made(name: str) -> str:
     """A generated part, by the name that its comment has."""
     if name.startswith("gloss "):
         return invoke(*name.split()[1:], code=0).stdout.strip()
-    return "\n".join({"exit codes": _exit_codes, "manifest": _fields}[name]())
+    made_by = {"exit codes": _exit_codes, "manifest": _fields, "documents": _documents}
+    return "\n".join(made_by[name]())
 
 
 def _exit_codes() -> Iterator[str]:
@@ -59,6 +63,17 @@ def _fields() -> Iterator[str]:
         said = "; ".join(filter(None, map(first_sentence, about))).replace("``", "`")
         must = "yes" if name in manifest["required"] else ""
         yield f"| `{name}` | {must} | {said or 'the version of the format'} |"
+
+
+def _documents() -> Iterator[str]:
+    yield "| schema | what it is of | what that is |\n|---|---|---|"
+    for name in (*DOCUMENTS, "manifest"):
+        found = schema_named(name)
+        kinds = re.findall(r"#/\$defs/(\w+)", str(found.get("anyOf", found.get("$ref"))))
+        about = [first_sentence(found["$defs"][kind]["description"]) for kind in kinds]
+        of = {"error": "any command that fails", "manifest": "`gloss_manifest.json`"}
+        said = "; or: ".join(about) or "options of a recipe by name"
+        yield f"| `{name}` | {of.get(name, f'`gloss {name} --json`')} | {said} |"
 
 
 def first_sentence(text: str | None) -> str:

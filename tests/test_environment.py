@@ -17,6 +17,23 @@ from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.models import METHOD, TINY, Checkpoints
 
+OWN: dict[tuple[str | None, str], str] = {
+    ("compare", "--output"): "GLOSS_COMPARE_OUTPUT",
+    ("report", "--output"): "GLOSS_REPORT_OUTPUT",
+}
+"""Variables of options whose name means something else to another command."""
+
+
+def test_a_variable_has_one_kind_of_value() -> None:
+    kinds: dict[str, set[str]] = {}
+    for command in gloss.commands.values():
+        for option in command.params:
+            if option.envvar:
+                choices = option.type.choices if isinstance(option.type, click.Choice) else ()
+                kind = f"{option.type.name} {' '.join(map(str, choices))}"
+                kinds.setdefault(str(option.envvar), set()).add(kind)
+    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
+
 
 def test_every_option_has_a_variable_named_like_it() -> None:
     for command in gloss.commands.values():
@@ -24,7 +41,8 @@ def test_every_option_has_a_variable_named_like_it() -> None:
             if isinstance(option, click.Option) and option.name != "version":
                 flags = [text for text in option.opts if text.startswith("--")]
                 flag = flags[0] if flags else "--options"
-                assert option.envvar == "GLOSS_" + flag[2:].replace("-", "_").upper()
+                named = "GLOSS_" + flag[2:].replace("-", "_").upper()
+                assert option.envvar == OWN.get((command.name, flag), named)
     assert {option.envvar for option in convert_command.params} >= {
         "GLOSS_BATCH_SIZE", "GLOSS_JSON", "GLOSS_OPTIONS", "GLOSS_GUARD", "GLOSS_SYSTEM",
         "GLOSS_MAX_PERPLEXITY_RATIO", "GLOSS_CACHE_DIR",

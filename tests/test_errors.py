@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from converter.calibration.pairs import load_prose
+from converter.checkpoints.names import plain_name
 from converter.checkpoints.resolve import resolve
 from converter.checkpoints.safetensors.header import parse_header
 from converter.checkpoints.weights import read_scheme
@@ -31,7 +32,6 @@ from converter.hub.publishing import check_account
 from converter.methods.gloss_paper import global_basis
 from converter.methods.options import parse_layers
 from converter.outputs.claim import claimed
-from converter.outputs.record_checks import plain_name
 from converter.recipe import Publication, Settings
 from converter.text import LONGEST
 from tests.builders.errors import refused

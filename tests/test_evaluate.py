@@ -159,8 +159,10 @@ def test_batching_does_not_change_greedy_text(model: Any, monkeypatch: pytest.Mo
     done: list[int] = []
     monkeypatch.setattr(progress, "advance", done.append)
     alone = write(model, prompts=PROMPTS, batch_size=1)
-    assert done == [1] * 5
+    assert done == [*[1] * 8, 0] * 5  # a token after the other
+    done.clear()
     assert alone == write(model, prompts=PROMPTS, batch_size=4)
+    assert done == [*[4] * 8, 0, *[1] * 8, 0]
     assert [len(texts) for texts in alone] == [1] * 5
     assert len({texts[0] for texts in alone}) > 1
     order = [3, 0, 4, 2, 1]

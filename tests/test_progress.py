@@ -3,9 +3,11 @@
 import io
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -15,7 +17,7 @@ from converter.edits.engine import Engine
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
 from converter.outputs.journal import Done
-from converter.runtime import progress
+from converter.runtime import clock, progress
 from converter.runtime.cache import cache_folder, default_cache, using_cache
 from converter.runtime.progress import ThreadPool
 from tests.builders.models import Checkpoints, planned
@@ -136,6 +138,80 @@ def test_bars_are_for_a_terminal(quiet: bool, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(sys, "stderr", kind())
         with reporting(quiet=quiet), progress.bar("edit", 9, "text") as bar:
             assert bar.disable == (quiet or kind is not Terminal)
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_no_bar_is_wider_than_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "hash a-file-whose-name-is-long.safetensors"
+    with reporting(quiet=False), progress.bar(name, 10**9, "B") as bar:
+        for _ in range(4):
+            bar.update(10**8)
+            bar.refresh()
+    drawn = [len(line) for line in terminal.getvalue().split("\r")]
+    assert max(drawn) == columns - 1
+    assert (" left" in terminal.getvalue()) == (columns == 40)
+
+
+def test_a_line_that_is_printed_is_not_behind_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    with reporting(quiet=False), progress.bar("outer", 9, "text"):
+        progress.warn("a warning")
+    shown = screen(terminal.getvalue())
+    assert shown == ["warning: a warning", ""]
+
+
+def screen(text: str) -> list[str]:
+    """The lines that a terminal shows, without spaces at their ends."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, shown: tuple[str, ...], times: int) -> str:
+    """What a clock draws while some work is named and nothing is counted."""
+    terminal, seen = Terminal(), Event()
+    monkeypatch.setattr(clock, "_EVERY", 0.001)
+    asked = iter(shown)
+
+    def doing() -> tuple[str, float]:
+        word = next(asked, shown[-1])
+        calls.append(word)
+        if len(calls) == times:
+            seen.set()
+        return word, time.monotonic()
+
+    calls: list[str] = []
+    with clock.Clock(terminal, list, doing):
+        assert seen.wait(60)
+    return terminal.getvalue()
+
+
+def test_what_is_not_counted_is_named_as_long_as_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = drawn(monkeypatch, ("fitting", "fitting", "verifying"), 5)
+    assert text.index("fitting 00:00") < text.index("verifying 00:00")
+    assert screen(text) == [""]
+    assert drawn(monkeypatch, ("",), 5) == ""  # somebody types
+
+
+def test_the_newest_bar_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_EVERY", 0.001)
+    seen = Event()
+
+    class Bar:
+        def refresh(self) -> None:
+            seen.set()
+
+    with clock.Clock(Terminal(), lambda: [Bar()], lambda: ("fitting", 0.0)):  # type: ignore[list-item]
+        assert seen.wait(60)
 
 
 def test_a_thread_tells_the_run_it_works_for(tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from converter.checkpoints.layout import check_config, read_index
-from converter.checkpoints.names import MANIFEST
+from converter.checkpoints.names import MANIFEST, plain_name
 from converter.checkpoints.safetensors import direct_writer
 from converter.checkpoints.safetensors import rewrite as rewriting
 from converter.checkpoints.safetensors.header import BITS, Header, parse_header, read_header
 from converter.checkpoints.safetensors.rewrite import Region, find_damage, rewrite
 from converter.errors import CheckpointError, VerificationError
-from converter.outputs.record_checks import plain_name
 from converter.release.manifest import read_manifest
 from tests.builders.errors import refused
 

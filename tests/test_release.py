@@ -84,4 +84,8 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         assert {info.date_time[:3] for info in file.infolist()} == {(2023, 11, 14)}
         names = set(file.namelist())
         assert "converter/data/card.md" in names
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        said = file.read(metadata).decode()
+        assert "\nProject-URL: Paper, https://arxiv.org/abs/2505.17078\n" in said
+        assert "\nDescription-Content-Type: text/markdown\n" in said
         assert {f"converter/guide/{topic}.md" for topic in (*topics(), "README")} <= names

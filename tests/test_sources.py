@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from converter.checkpoints.formats.gguf import check_header
+from converter.checkpoints.names import is_plain
 from converter.checkpoints.resolve import resolve
 from converter.hub.repos import is_inside
-from converter.outputs.record_checks import is_plain
 from tests.builders.models import Checkpoints
 
 BESIDE = (

@@ -627,6 +627,6 @@ def test_a_plan_says_how_the_model_would_be_run(checkpoints: Checkpoints, cli: C
         assert plans["auto"]["forward"]["mode"] == "resident"
         opened = Opened.of(checkpoints(kind))
         weights = opened.streamed().weights
-        assert plans["streamed"]["expected_peak_bytes"]["forward"] == max(
+        assert plans["streamed"]["expected_peak_bytes"]["weights"] == max(
             weights.nbytes(part) for part in weights.parts if part[-1].isdigit()
         )

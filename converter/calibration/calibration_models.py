@@ -55,6 +55,9 @@ _COMPARED = 400
 
 _HINT = "give --device cpu, or lower the depth"
 
+_WHOLE = 100
+"""Of a training, in per cent of its steps or of its time, whichever comes to an end first."""
+
 _LAST = 0.1
 """Share of the steps over which the loss at the end is averaged."""
 
@@ -187,7 +190,7 @@ def calibrate(
     sentences = [encode.predicted(text) for text in texts]
     with memory_errors("a calibration model in training", _HINT):
         module = _first_layers(model, training.depth)
-        with progress.bar(f"train {side}", training.tokens, "token"):
+        with progress.bar(f"train {side}", _WHOLE, "%"):
             losses, tokens = _train(module, sentences, training, seed, model.device)
     return Calibrated(module, losses, tokens)
 
@@ -253,7 +256,7 @@ def _train(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.0)
-    begun = monotonic()
+    begun, moved = monotonic(), 0
     for step, (number, count) in enumerate(order):
         done = max(step / len(order), (monotonic() - begun) / training.seconds)
         if done >= 1:
@@ -269,7 +272,9 @@ def _train(
         optimizer.step()
         losses.append(loss.item())
         tokens += count
-        progress.advance(count)
+        progress.advance(int(done * _WHOLE) - moved)
+        moved = int(done * _WHOLE)
+    progress.advance(_WHOLE - moved)
     module.requires_grad_(False)
     module.zero_grad()  # gradients take memory, too
     end = losses[-max(int(_LAST * len(losses)), 1) :]

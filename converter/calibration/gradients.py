@@ -29,10 +29,13 @@ Take = Callable[[Model, Modules, Sequence[Batch]], Found]
 def gradients(model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
     """``Model.gradients``, with a SourceError if memory runs out."""
     most = max((len(batch.rows) for batch in batched), default=0)
-    with memory_errors(
-        f"gradients of {most} sentences",
-        hint="do without gradients: --method gloss-paper -o candidates=mean+svd "
-        "-o ranking=mean-difference, or --method destein",
+    with (
+        memory_errors(
+            f"gradients of {most} sentences",
+            hint="do without gradients: --method gloss-paper -o candidates=mean+svd "
+            "-o ranking=mean-difference, or --method destein",
+        ),
+        progress.bar("gradients", sum(len(batch.rows) for batch in batched), "text"),
     ):
         yield from model.gradients(modules, batched)
 
@@ -64,13 +67,11 @@ class Remembered:
 
     def _read(self, batched: Sequence[Batch], keys: Sequence[bytes]) -> Found:
         order = self._layers[keys[0]] if keys else []
-        for layer in order:
+        for layer in progress.each(order, "moments", "layer"):
             for number, (batch, key) in enumerate(zip(batched, keys, strict=True)):
                 device = str(batch.ids.device)
                 f, g = (self._states.get((key, layer, which), device) for which in "fg")
                 yield number, layer, f, g
-                if layer == order[-1]:
-                    progress.advance(len(batch.rows))
 
 
 def _key(batch: Batch) -> bytes:

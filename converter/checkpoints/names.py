@@ -5,6 +5,9 @@ from collections.abc import Container, Iterable
 from pathlib import PurePosixPath
 from typing import Literal
 
+from converter.errors import VerificationError
+from converter.text import is_one_line
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
@@ -158,3 +161,24 @@ def is_weights(name: str) -> bool:
 def is_read(name: str) -> bool:
     """Whether a file of a folder is copied or read, but not for tensors."""
     return is_companion(name) or name in (INDEX, WEIGHTS["pickled"][1], CARD, MANIFEST)
+
+
+_LONGEST_NAME = 255
+"""Bytes of the name of a file, on every usual system."""
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name from a manifest is that of a file in its folder, and plain text."""
+    parts = name.split("/")
+    if not is_one_line(name) or {"", ".", ".."}.intersection(parts):
+        return False
+    return all(len(part.encode()) <= _LONGEST_NAME for part in parts)
+
+
+def plain_name(name: str) -> None:
+    """Make sure that a name from a manifest stays in its folder. Raises VerificationError."""
+    if not is_plain(name) or "\\" in name:
+        raise VerificationError(
+            "the manifest is not one of gloss-convert", expected="names of files in a folder",
+            found=name[:80],
+        )  # fmt: skip

@@ -113,6 +113,7 @@ def command(
                     log_file=told.log_file,
                 ),
                 _plain_exit(told.json),
+                progress.doing(f"gloss {name}"),
             ):  # fmt: skip
                 if loads:
                     find_folders(told.cache_dir)
@@ -171,6 +172,15 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         typed = list(args)
+        try:
+            return self._parsed(ctx, args, typed)
+        except click.UsageError as error:
+            if "--json" in typed:
+                told = OptionError(error.format_message())
+                write(as_json(_fault(told)))
+            raise
+
+    def _parsed(self, ctx: click.Context, args: list[str], typed: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -236,6 +246,11 @@ def _of_a_method(command: click.Command, name: str, typed: list[str]) -> str | N
     return f"No such option '{name}': it is an option of the method, give -o {key}={value}{beside}."
 
 
+def _fault(error: ConverterError) -> dict[str, Any]:
+    """An error as ``documents.Fault`` has it."""
+    return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+
+
 @contextmanager
 def _plain_exit(in_json: bool) -> Iterator[None]:
     """Turn our errors and interruptions into one line on standard error and an exit code."""
@@ -243,10 +258,7 @@ def _plain_exit(in_json: bool) -> Iterator[None]:
     def refuse(*errors: ConverterError) -> None:
         progress.trace(errors[0])
         if in_json:
-            told = [
-                {"error": type(e).__name__, "message": str(e), "exit_code": e.exit_code}
-                for e in errors
-            ]
+            told = [*map(_fault, errors)]
             write(as_json({**told[0], **({"others": told[1:]} if told[1:] else {})}))
         for error in errors:
             echo(f"error: {error}", err=True)

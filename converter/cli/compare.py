@@ -14,7 +14,7 @@ import click
 from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
-from converter.errors import DestinationError, OptionError
+from converter.errors import DestinationError, Faults, OptionError
 from converter.evaluation.options import SampleOptions
 from converter.option import Option, Options, declared_options
 from converter.recipe import Recipe, Settings
@@ -49,6 +49,7 @@ class _CompareOptions(Options):
     )]
     output: Annotated[Path | None, Option(
         "File for the result: .html to look at, .md, or .jsonl.", example="page.html",
+        variable="GLOSS_COMPARE_OUTPUT",
     )] = None
     interactive: Annotated[bool, Option(
         "Continue prompts that are typed, a line each, until end of file.",
@@ -67,12 +68,43 @@ class _Typed(Part):
         return self.typed(values)
 
 
+def _look(
+    *,
+    asked: _CompareOptions,
+    how: SampleOptions,
+    recipe: dict[str, Any],
+    settings: Settings,
+    faults: Faults,
+) -> None:
+    """Find what is wrong with a comparison before torch is loaded."""
+    from converter.entrypoints import first_look
+    from converter.evaluation.known import check_scorer
+
+    with faults:
+        _check_output(asked.output)
+    with faults:
+        if asked.interactive:
+            refuse_typed(("prompts", "num_prompts"), "with --interactive", "type the prompts")
+    with faults:
+        first_look.look_at_recipe(Recipe(source=asked.base, **recipe), settings, faults)
+    first_look.look_at_place("EDITED: ", asked.edited, faults)
+    for name in how.scorers:
+        with faults:
+            check_scorer(name, "--scorer")
+
+
 @command(
     "compare",
     asked=Part(_CompareOptions),
     how=Part(SampleOptions),
     recipe=_Typed(Recipe, without=tuple(declared_options(Recipe).keys() - {*_RECIPE})),
     settings=Part(Settings, without=("workers", "keep_source")),
+    look=_look,
+    examples=(
+        "gloss compare demo ./out",
+        "gloss compare demo ./out --prompts prompts.txt --output page.html",
+        "gloss compare demo ./out --interactive",
+    ),
 )
 def compare_command(
     asked: _CompareOptions, how: SampleOptions, recipe: dict[str, Any], settings: Settings
@@ -86,9 +118,6 @@ def compare_command(
     from converter.evaluation.pages import compared_data, means_text, write_page
 
     quiet_libraries()
-    _check_output(asked.output)
-    if asked.interactive:
-        refuse_typed(("prompts", "num_prompts"), "with --interactive", "type the prompts")
     run = Recipe(source=asked.base, **recipe)
     two = two_models(
         run, asked.edited, how, settings, chat=asked.chat, interactive=asked.interactive
@@ -139,9 +168,15 @@ def _typed_prompts() -> Iterator[str]:
     """The lines of standard input that say something."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="backslashreplace")
-    for line in sys.stdin:
+    while line := _read_line():
         if prompt := readable(line.strip()):
             yield prompt
+
+
+def _read_line() -> str:
+    """A line that is typed, while nothing else is drawn; empty at the end of file."""
+    with progress.doing(""):
+        return sys.stdin.readline()
 
 
 def samples_text(base: str, edited: str, samples: "Sequence[Sample]", width: int) -> str:

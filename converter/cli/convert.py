@@ -298,7 +298,21 @@ def _searched(
     return found.recipe, replace(delivery, search=found.record)
 
 
-def _look_at_plan(*, recipe: Recipe, settings: Settings, faults: Faults) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlanOptions(Options):
+    """What is found out beyond the headers."""
+
+    # fmt: off
+    time: Annotated[bool, Option(
+        "Load the model, measure passes of a few texts, and print how long the conversion will "
+        "take.",
+    )] = False
+    # fmt: on
+
+
+def _look_at_plan(
+    *, recipe: Recipe, asked: _PlanOptions, settings: Settings, faults: Faults
+) -> None:
     """The same of a plan."""
     from converter.entrypoints import first_look
 
@@ -309,25 +323,29 @@ def _look_at_plan(*, recipe: Recipe, settings: Settings, faults: Faults) -> None
 @command(
     "plan",
     recipe=RecipePart(),
+    asked=Part(_PlanOptions),
     settings=Part(Settings, without=("workers", "attention", "keep_source")),
     look=_look_at_plan,
     examples=(
         "gloss plan demo",
+        "gloss plan demo --time",
         "gloss plan HuggingFaceTB/SmolLM2-360M --method destein+gloss",
     ),
 )
-def plan_command(recipe: Recipe, settings: Settings) -> Answer:
-    """Print what a conversion of SOURCE would do, from its headers alone."""
+def plan_command(recipe: Recipe, asked: _PlanOptions, settings: Settings) -> Answer:
+    """Print what a conversion of SOURCE would do, from its headers alone unless --time is given."""
     from converter.entrypoints.plan import describe_plan
 
     quiet_libraries()
     _refuse_unused(recipe)
-    plan = describe_plan(recipe, settings=settings)
+    plan = describe_plan(recipe, settings=settings, time=asked.time)
     return Answer(plan, _plan_text(plan))
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
     """The result of ``describe_plan`` for people."""
+    from converter.entrypoints.estimate import time_text
+
     strengths = plan["method"]["strengths"].items()
     chosen = [f"{key} {'chosen by the budget' if x is None else x}" for key, x in strengths]
     peak, needed = plan["expected_peak_bytes"], plan["bytes_on_disk"]
@@ -374,8 +392,11 @@ def _plan_text(plan: dict[str, Any]) -> str:
         f"forward pass {forward_text(plan['forward'])}",
         _continued(plan["continuations"]),
         *([_self_text(plan["self"])] if plan["self"] else []),
-        f"peak memory about {peak['forward'] / 1e6:,.0f} MB for the forward pass (weights) and "
-        f"{peak['edit'] / 1e6:,.0f} MB for the edit, beside Python itself; device {plan['device']}",
+        f"peak memory about {peak['total'] / 1e6:,.0f} MB: {peak['process'] / 1e6:,.0f} MB of the "
+        f"program itself, beside {peak['forward'] / 1e6:,.0f} MB for the forward pass "
+        f"({peak['weights'] / 1e6:,.0f} MB of weights) or {peak['edit'] / 1e6:,.0f} MB for the "
+        f"edit; device {plan['device']}",
+        *([time_text(plan["time"])] if plan["time"] else []),
     ]
     return "\n".join(lines)
 

@@ -8,12 +8,13 @@ from converter.cli.command import Answer, Console, command, quiet_libraries, ref
 from converter.cli.convert import Destination, Overwrite, published_text
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
-from converter.errors import OptionError, VerificationError
+from converter.errors import Faults, OptionError, VerificationError
 from converter.option import Option, Options
 from converter.recipe import (
     LocalInputs,
     Publication,
     PublicationOptions,
+    Recipe,
     Settings,
     Subfolder,
     TrustRemoteCode,
@@ -61,10 +62,35 @@ class _VerifyOptions(Options):
     # fmt: on
 
 
-@command("verify", asked=Part(_VerifyOptions), console=Part(Console))
+def _look_at_verify(*, asked: _VerifyOptions, faults: Faults) -> None:
+    """Find what is wrong with what was asked for before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    first_look.look_at_public_key(asked.key, faults)
+    if asked.source is not None:
+        recipe = Recipe(
+            source=asked.source, subfolder=asked.subfolder,
+            trust_remote_code=asked.trust_remote_code,
+        )  # fmt: skip
+        first_look.look_at_source(recipe, faults)
+
+
+@command(
+    "verify",
+    asked=Part(_VerifyOptions),
+    console=Part(Console),
+    look=_look_at_verify,
+    examples=("gloss verify ./out", "gloss verify ./out --source demo --key public.pem"),
+)
 def verify_command(asked: _VerifyOptions) -> Answer:
     """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
     from converter.checkpoints.names import SIGNATURE
+    from converter.release.reading import read_manifest
+
+    try:
+        read_manifest(asked.destination)
+    except VerificationError as error:  # torch has no part in that
+        return _answer(asked, {}, [str(error)], {})
     from converter.checkpoints.resolve import resolve
     from converter.entrypoints.verify import verify
     from converter.release.signing import load_public_key
@@ -81,23 +107,35 @@ def verify_command(asked: _VerifyOptions) -> Answer:
     problems = [*verify(folder, original, trust, unchecked=word), *unsigned]
     if not public and (folder / SIGNATURE).exists():
         progress.note(f"{SIGNATURE} was not checked; give --key with the public key of its owner")
-    checked = {"destination": str(folder), "source": asked.source}
-    if public:
-        checked["key_sha256"] = public.fingerprint
+    checked = {"key_sha256": public.fingerprint} if public else {}
+    return _answer(asked, checked, problems, word)
+
+
+def _answer(
+    asked: _VerifyOptions, checked: dict[str, str], problems: list[str], word: dict[str, str]
+) -> Answer:
+    """What was found.
+
+    Args:
+        asked: for.
+        checked: of the key that signs it, if one was given.
+        problems: a sentence each.
+        word: what is recorded and was not checked: place in the manifest -> what it is.
+    """
     data = {
         "verified": not problems, "problems": problems, "recorded_not_checked": sorted(word),
-        **checked,
+        "destination": str(asked.destination), "source": asked.source, **checked,
     }  # fmt: skip
     for problem in problems:
         echo(f"error: {one_line(problem)}", err=True)
     if problems:
         return Answer(data, "", VerificationError.exit_code)
-    text = f"{folder}: verified against its manifest"
+    text = f"{asked.destination}: verified against its manifest"
     text += " and against its source" if asked.source else ""
     text += f"\nrecorded, not checked: {', '.join(dict.fromkeys(word.values()))}"
     text += "; gloss replay --refit does the fit again"
-    if public:
-        text += f"\nsigned by the key with sha256 {public.fingerprint}"
+    if checked:
+        text += f"\nsigned by the key with sha256 {checked['key_sha256']}"
     return Answer(data, text)
 
 
@@ -115,11 +153,29 @@ class _PushOptions(Options):
     # fmt: on
 
 
+def _publication(asked: _PushOptions, how: PublicationOptions) -> Publication:
+    return Publication(repo_id=asked.repo_id, **asdict(how))
+
+
+def _look_at_push(*, asked: _PushOptions, how: PublicationOptions, faults: Faults) -> None:
+    """Find what is wrong with what was asked for before torch is loaded or the Hub is asked."""
+    from converter.entrypoints import first_look
+    from converter.hub.publishing import check_named
+
+    first_look.look_at_finished(asked.destination, "published", faults)
+    with faults:
+        if not asked.repo_id.strip():
+            raise OptionError("REPO", expected="a repo id such as owner/name", found="nothing")
+        check_named(_publication(asked, how), "REPO")
+
+
 @command(
     "push",
     asked=Part(_PushOptions),
     how=Part(PublicationOptions),
     console=Part(Console, without=("cache_dir",)),
+    look=_look_at_push,
+    examples=("gloss push ./out someone/SmolLM2-detox --create-pr",),
 )
 def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
     """Publish the checkpoint DESTINATION as the model REPO of the Hugging Face Hub, in one commit.
@@ -127,13 +183,12 @@ def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
     It is verified first. The token is that of HF_TOKEN, of 'hf auth login', or of a job that is a
     trusted publisher; it is never an argument.
     """
-    from converter.entrypoints.push import push
     from converter.hub.publishing import check_rights
 
+    place = check_rights(_publication(asked, how), "REPO")
+    from converter.entrypoints.push import push
+
     quiet_libraries()
-    if not asked.repo_id.strip():
-        raise OptionError("REPO", expected="a repo id such as owner/name", found="nothing")
-    place = check_rights(Publication(repo_id=asked.repo_id, **asdict(how)), "REPO")
     published = push(asked.destination, place, asked.trust_remote_code)
     text = f"{asked.destination}{published_text(published)}"
     return Answer({"destination": str(asked.destination), **asdict(published)}, text)
@@ -160,11 +215,28 @@ class _ReplayOptions(Options):
     # fmt: on
 
 
+def _look_at_replay(
+    *, asked: _ReplayOptions, inputs: LocalInputs, settings: Settings, faults: Faults
+) -> None:
+    """Find what is wrong with what was asked for before torch is loaded."""
+    from converter.entrypoints import first_look
+
+    with faults:
+        if not asked.refit:
+            refuse_typed(_REFITTING, "without --refit", "add --refit")
+    first_look.look_at_replay(
+        asked.manifest, inputs, asked.destination, faults,
+        refit=asked.refit, overwrite=asked.overwrite,
+    )  # fmt: skip
+
+
 @command(
     "replay",
     asked=Part(_ReplayOptions),
     inputs=Part(LocalInputs),
     settings=Part(Settings, without=("keep_source",)),
+    look=_look_at_replay,
+    examples=("gloss replay ./out ./again", "gloss replay run.json ./again --source ./base"),
 )
 def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Settings) -> Answer:
     """Write the checkpoint that MANIFEST records once more, to the folder DESTINATION.
@@ -176,8 +248,6 @@ def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Setting
     from converter.release.recording import read_recording
 
     quiet_libraries()
-    if not asked.refit:
-        refuse_typed(_REFITTING, "without --refit", "add --refit")
     recording = read_recording(asked.manifest)
     done = replay(
         recording,

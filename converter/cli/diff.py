@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from converter.cli.command import Answer, command, quiet_libraries
 from converter.cli.fields import Part
-from converter.errors import VerificationError
+from converter.errors import Faults, VerificationError
 from converter.option import Option, Options
 from converter.text import one_line
 
@@ -34,7 +34,23 @@ class _DiffOptions(Options):
     # fmt: on
 
 
-@command("diff", asked=Part(_DiffOptions))
+def _look(*, asked: _DiffOptions, faults: Faults) -> None:
+    """Find what is wrong with a comparison before torch is loaded."""
+    from converter.entrypoints import first_look
+    from converter.entrypoints.diff_manifests import are_manifests
+
+    with faults:
+        are_manifests(asked.a, asked.b, asked.subspace)
+    for name, place in {"A": asked.a, "B": asked.b}.items():
+        first_look.look_at_place(f"{name}: ", place, faults)
+
+
+@command(
+    "diff",
+    asked=Part(_DiffOptions),
+    look=_look,
+    examples=("gloss diff demo ./out", "gloss diff ./one/gloss_manifest.json ./other.json"),
+)
 def diff_command(asked: _DiffOptions) -> Answer:
     """Print what differs between the checkpoints A and B, or between two manifests.
 
@@ -42,10 +58,15 @@ def diff_command(asked: _DiffOptions) -> Answer:
     the norm of the change over that of A's tensor, the rank of the part that rounding does not
     explain, and the share of the change's squared norm in the span of a subspace.
     """
-    from converter.entrypoints.diff import diff
+    from converter.entrypoints.diff_manifests import are_manifests, diff_manifests
 
-    quiet_libraries()
-    found = diff(asked.a, asked.b, asked.subspace)
+    if are_manifests(asked.a, asked.b, asked.subspace):
+        found = diff_manifests(Path(asked.a), Path(asked.b))
+    else:
+        from converter.entrypoints.diff import diff_checkpoints
+
+        quiet_libraries()
+        found = diff_checkpoints(asked.a, asked.b, asked.subspace)
     text = "\n".join(_checkpoints(found) if "tensors" in found else _manifests(found))
     fails = asked.exit_code and not found["equal"]
     return Answer(found, text, VerificationError.exit_code if fails else 0)

@@ -18,7 +18,7 @@ GROUPS = {
         "max_leakage", "max_evaluated_perplexity_ratio", "max_informal_perplexity_ratio",
         "min_defence", "max_over_refusal",
     ),
-    "Output": ("output", "overwrite", "plots", "results", "key", "base_model", "dry_run"),
+    "Output": ("output", "overwrite", "plots", "results", "key", "base_model", "dry_run", "time"),
     "Publishing": (
         "push_to_hub", "stream_to_hub", "private", "branch", "create_pr", "message",
     ),

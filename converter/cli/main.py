@@ -17,6 +17,7 @@ from converter.cli.guide import guide_command
 from converter.cli.methods import methods_command
 from converter.cli.recipe import recipe_command
 from converter.cli.report import report_command
+from converter.cli.schema import schema_command
 from converter.cli.search import search_command
 from converter.cli.terminal import echo, printing
 from converter.option import Declared
@@ -39,6 +40,7 @@ _COMMANDS = (
     calibrate_command,
     completion_command,
     guide_command,
+    schema_command,
 )
 
 

@@ -21,7 +21,7 @@ class _ReportOptions(Options):
     )]
     output: Annotated[Path, Option(
         "File for the report, outside of DESTINATION; one that is there is replaced.",
-        example="report.html",
+        example="report.html", variable="GLOSS_REPORT_OUTPUT",
     )] = Path("report.html")
     # fmt: on
 

@@ -24,7 +24,7 @@ from converter.errors import DestinationError
 from converter.manifest import to_json
 from converter.runtime.cache import using_cache
 from converter.runtime.files import reason
-from converter.runtime.progress import LOG, Progress, recording
+from converter.runtime.progress import LOG, Progress, aside, recording
 from converter.text import one_line, readable, redacted
 
 _ORDERS = re.compile(r"^(\s*)::|##(?=\w*\[)")
@@ -81,7 +81,8 @@ def echo(text: str, *, err: bool = False) -> None:
 def write(text: str, *, err: bool = False) -> None:
     """Print a text as it is; otherwise as ``echo``."""
     try:
-        click.echo(text, err=err)
+        with aside():
+            click.echo(text, err=err)
     except (OSError, ValueError):  # the disk of a log is full, or whoever read it has gone
         if not err:
             raise

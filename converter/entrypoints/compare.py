@@ -83,8 +83,7 @@ class Two:
     ) -> list[list[str]]:
         if self.chat:
             prompts = [as_prompt(model.tokenizer, prompt, suffix) for prompt in prompts]
-        with progress.bar("continuations", len(prompts) * (1 + self.asked.samples), "text"):
-            return write(model, prompts, self.asked, self.bench.recipe.seed)
+        return write(model, prompts, self.asked, self.bench.recipe.seed)
 
     @property
     def about(self) -> About:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.checkpoints.layout import read_json
 from converter.checkpoints.names import EDIT_FILE, OURS
 from converter.checkpoints.plan import locate_tensors, make_plan
 from converter.checkpoints.resolve import resolve
@@ -20,16 +19,14 @@ from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
 from converter.edits.edit_file import load_bases
 from converter.edits.spectrum import Place, spectrum
-from converter.errors import ConverterError, OptionError
+from converter.entrypoints.diff_manifests import are_manifests, diff_manifests
+from converter.errors import ConverterError
 from converter.hub import repos as hub
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
 _GENERATED = tuple(sorted(OURS))
 """Files that a conversion adds to a checkpoint."""
-
-_LEFT_OUT = ("measurements", "prefixes")
-"""Parts of a manifest that differ from run to run, or that a file's sha256 implies."""
 
 
 @dataclass(slots=True)
@@ -119,7 +116,7 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
     tensors, files = _only_in(one.tensors, two.tensors), _only_in(one.files, two.files)
     files["changed"] = sorted(
         name
-        for name in one.files.keys() & two.files.keys()
+        for name in progress.each(one.files.keys() & two.files.keys(), "compare files", "file")
         if sha256_of(one.files[name]) != sha256_of(two.files[name])
     )
     return {
@@ -200,38 +197,6 @@ def _same_bytes(before: Place, after: Place) -> bool:
     return True
 
 
-def diff_manifests(a: Path, b: Path) -> dict[str, Any]:
-    """The leaves that differ between two manifests, without those of ``_LEFT_OUT``.
-
-    Raises:
-        CheckpointError: one of them is not JSON.
-    """
-    one, two = (dict(_leaves(read_json(path))) for path in (a, b))
-    changed = [
-        {"path": path, "a": one.get(path), "b": two.get(path)}
-        for path in dict.fromkeys((*one, *two))
-        if (path in one, one.get(path)) != (path in two, two.get(path))
-    ]
-    return {"a": a.name, "b": b.name, "equal": not changed, "changed": changed}
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a JSON value by path, such as ``edited[model.norm.weight].norm``.
-
-    Entries of a list are identified by their name if they have one, else by their place.
-    """
-    if isinstance(value, dict) and value:
-        for key, child in value.items():
-            if key not in _LEFT_OUT:
-                yield from _leaves(child, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and any(isinstance(child, dict | list) for child in value):
-        for number, child in enumerate(value):
-            label = child.get("name", number) if isinstance(child, dict) else number
-            yield from _leaves(child, f"{path}[{label}]")
-    else:
-        yield path, value
-
-
 def diff(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
     """Compare two checkpoints, or two manifests, which are files of JSON.
 
@@ -239,15 +204,6 @@ def diff(a: str, b: str, subspace: Path | None = None) -> dict[str, Any]:
         OptionError: one of each.
         ConverterError: see the two functions above.
     """
-    manifests = [text.endswith(".json") and Path(text).is_file() for text in (a, b)]
-    if not any(manifests):
+    if not are_manifests(a, b, subspace):
         return diff_checkpoints(a, b, subspace)
-    if not all(manifests):
-        raise OptionError(
-            "a manifest and a checkpoint cannot be compared",
-            expected="two of the same kind",
-            hint="gloss verify compares a checkpoint with its own manifest",
-        )
-    if subspace is not None:
-        raise OptionError("--subspace has no effect on manifests")
     return diff_manifests(Path(a), Path(b))

@@ -29,7 +29,14 @@ from converter.checkpoints.layout import (
     refuse_other_kinds,
 )
 from converter.checkpoints.names import ELSEWHERE, MANIFEST, TOKENIZER, is_native
-from converter.errors import CheckpointError, DestinationError, Faults, OptionError, SourceError
+from converter.errors import (
+    CheckpointError,
+    DestinationError,
+    Faults,
+    OptionError,
+    SourceError,
+    VerificationError,
+)
 from converter.evaluation.comparison import Comparison, naming
 from converter.evaluation.known import SCORERS, check_scorer
 from converter.evaluation.options import EvaluationOptions, SearchOptions
@@ -50,7 +57,8 @@ from converter.methods.options import parse_factors, parse_layers, parse_value
 from converter.methods.typed import share_out
 from converter.outputs.destination import check_destination, check_folder
 from converter.outputs.known import OUTPUTS
-from converter.recipe import SELF, Recipe, Settings
+from converter.recipe import SELF, LocalInputs, Recipe, Settings
+from converter.release.reading import find_edit, read_manifest, recorded_recipe
 from converter.runtime.extras import need
 from converter.text import did_you_mean, readable
 
@@ -353,15 +361,21 @@ def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) 
 
 def look_at_key(key: Path | None, faults: Faults) -> None:
     """Check that there is a key and the package that signs."""
+    _look_at_file_of_key("--sign", key, faults)
+
+
+def _look_at_file_of_key(option: str, key: Path | None, faults: Faults) -> None:
     if key is None:
         return
     with faults:
-        need("--sign", "model_signing")
+        need(option, "model_signing")
     with faults:
         try:
             key.open("rb").close()
         except OSError as error:
-            raise OptionError(f"--sign {key.name} cannot be read", found=error.strerror) from error
+            raise OptionError(
+                f"{option} {key.name} cannot be read", found=error.strerror
+            ) from error
 
 
 def look_at_evaluation(asked: EvaluationOptions, prompts: str, faults: Faults) -> None:
@@ -437,3 +451,44 @@ def look_at_systems(compared: Comparison, recipe: Recipe, faults: Faults) -> Non
                 raise error
     for place in compared.places:
         look_at_place("--system ", place, faults)
+
+
+def look_at_public_key(key: Path | None, faults: Faults) -> None:
+    """Look whether there is a key to check a signature with, and what checks it."""
+    _look_at_file_of_key("--key", key, faults)
+
+
+def look_at_finished(folder: Path, doing: str, faults: Faults) -> None:
+    """Look whether a folder has a manifest that can be read.
+
+    Args:
+        folder: what a conversion has written.
+        doing: what cannot be done otherwise, such as ``published``.
+        faults: gets what is wrong.
+    """
+    with faults:
+        try:
+            read_manifest(folder)
+        except VerificationError as error:
+            raise VerificationError(
+                f"{folder.name} is not {doing}, for it is not whole", found=str(error)
+            ) from error
+
+
+def look_at_replay(
+    manifest: Path, given: LocalInputs, destination: Path, faults: Faults, *,
+    refit: bool, overwrite: bool,
+) -> None:  # fmt: skip
+    """Look at a recorded run: its manifest and edit, where its inputs are, the destination."""
+    with faults:
+        _, recorded, _, _ = find_edit(manifest)
+        recipe = recorded_recipe(recorded, given, refit=refit)
+        with faults:
+            OUTPUTS.need(recipe.output)
+        for name in recipe.method.split(SEPARATOR) if refit else ():
+            with faults:
+                METHODS.need(name)
+        if refit:
+            look_at_texts(recipe, faults)
+        look_at_place("--source ", recipe.source, faults)
+        look_at_destination(recipe, destination, overwrite, faults)

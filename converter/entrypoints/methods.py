@@ -25,6 +25,7 @@ from converter.methods.known import METHODS, KnownMethod, MethodOption
 from converter.methods.options import configure
 from converter.outputs.base import output_of
 from converter.outputs.known import OUTPUTS
+from converter.runtime import progress
 from converter.runtime.registry import telling_packages
 
 _LLAMA = {
@@ -122,7 +123,15 @@ def _holds(output: str, name: str, plan: Plan) -> bool:
 
 
 class _HasAsked(Exception):  # noqa: N818 - it is not an error
-    """Ends a fit as soon as it asks for something."""
+    """A fit has asked for something, in words; what it does with it is not wanted.
+
+    Attributes:
+        request: where that is activations.
+    """
+
+    def __init__(self, *words: str, request: Request | None = None) -> None:
+        super().__init__(*words)
+        self.request = request
 
 
 @dataclass
@@ -132,7 +141,7 @@ class _Listener:
     plan: Plan
 
     def activations(self, request: Request) -> NoReturn:
-        raise _HasAsked("pairs", *["gradients"] * request.gradient)
+        raise _HasAsked("pairs", *["gradients"] * request.gradient, request=request)
 
     def contrast(self, training: Training) -> NoReturn:
         raise _HasAsked("pairs", "training")
@@ -141,13 +150,28 @@ class _Listener:
         raise _HasAsked(name.replace("_", " "))
 
 
-def _needs(method: Method, plan: Plan) -> tuple[str, ...]:
+def _first_asked(method: Method, plan: Plan) -> _HasAsked | None:
     listener: Any = _Listener(plan)
     try:
         method.fit(listener)
     except _HasAsked as asked:
-        return asked.args
-    return ()
+        return asked
+    return None
+
+
+def _needs(method: Method, plan: Plan) -> tuple[str, ...]:
+    asked = _first_asked(method, plan)
+    return asked.args if asked else ()
+
+
+def request_of(method: Method, plan: Plan) -> Request | None:
+    """What a method asks of the model before all else; None if that is no ``Request``."""
+    try:
+        asked = _first_asked(method, plan)
+    except Exception as error:  # of a package, whose method looks at what it was given first
+        progress.trace(error)
+        return None
+    return asked.request if asked else None
 
 
 def _headers() -> Plan:

@@ -11,6 +11,7 @@ from converter.calibration.word_list import load_words
 from converter.edits.engine import Engine
 from converter.entrypoints.convert import prepare_to_write
 from converter.entrypoints.delivery import Delivery
+from converter.entrypoints.estimate import estimate_time, takes_gradients
 from converter.evaluation.continuations import Draws
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.prompts import FORMATS as PROMPT_FORMATS
@@ -18,10 +19,11 @@ from converter.evaluation.self_pairs import plan_pairs
 from converter.hub.addresses import settled
 from converter.methods.base import Method, footprint_of
 from converter.methods.together import options_of, strengths_of
-from converter.models.placement import choose_forward, needed_weights
+from converter.models.placement import choose_forward, margin, needed_weights
 from converter.models.resident import choose_device, choose_dtype
 from converter.outputs.base import output_of
 from converter.recipe import SELF, Recipe, Settings, without_folders
+from converter.runtime.memory import resident_memory
 
 
 def describe_plan(
@@ -29,8 +31,13 @@ def describe_plan(
     destination: Path | None = None,
     settings: Settings = Settings(),
     delivery: Delivery = Delivery(),
+    *,
+    time: bool = False,
 ) -> dict[str, Any]:
     """Say what a conversion would do. Nothing is written.
+
+    Args:
+        time: measure how long it would take, for which the model is loaded; see ``estimate``.
 
     The destination, the instances of a method for defence, and local files of pairs, prose and
     words are checked, too.
@@ -53,6 +60,14 @@ def describe_plan(
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"
     )
+    weights_of_pass = needed_weights(plan, dtype, forward.mode)
+    needs_gradients = takes_gradients(method, plan)
+    peak = {
+        "process": resident_memory(),
+        "weights": weights_of_pass,
+        "forward": weights_of_pass + margin(plan, dtype, forward.mode, gradients=needs_gradients),
+        "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),
+    }
     return {
         "source": source.name,
         "commit": source.repo.commit if source.repo else None,
@@ -88,9 +103,10 @@ def describe_plan(
         "continuations": _continuations(recipe, method, forward.mode),
         "self": plan_pairs(recipe, forward) if recipe.pairs == SELF else None,
         "expected_peak_bytes": {
-            "forward": needed_weights(plan, dtype, forward.mode),
-            "edit": engine.expected_memory(output.at_a_time(source), weights, footprint.rank),
+            **peak,
+            "total": peak["process"] + max(peak["forward"], peak["edit"]),
         },
+        "time": estimate_time(recipe, source, plan, method, settings) if time else None,
     }
 
 

@@ -20,6 +20,7 @@ from converter.hub import repos as hub
 from converter.hub.addresses import snapshot_of
 from converter.manifest import Origin, ScorerOrigin
 from converter.models.transformers_loader import Loading, from_files
+from converter.runtime import progress
 from converter.text import readable
 
 _TOXIC = ("toxic", "toxicity", "unsafe", "label_1")
@@ -87,7 +88,7 @@ def _logits(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found = torch.empty(len(texts), model.config.num_labels, dtype=torch.float64)
     size = 1 if tokenizer.pad_token is None else _BATCH
-    for start in range(0, len(order), size):
+    for start in progress.each(range(0, len(order), size), "classifying", "batch"):
         rows = order[start : start + size]
         coded = tokenizer(
             [texts[i] for i in rows],

@@ -117,7 +117,9 @@ def _parse(text: str) -> Spec:
             "--system", expected=f"a single method before {_AT_PERPLEXITY}", found=text
         )
     options = dict[str, str]()
-    for typed in re.split(r",(?=[^,=]*=)", tail) if colon else ():  # a value may be 3,5-8
+    for typed in (
+        re.split(r",(?=[^,=]*=)", tail) if colon else ()
+    ):  # a value may contain commas: 3,5-8
         key, _, value = typed.partition("=")
         if not (key and value) or key in options:
             raise OptionError(

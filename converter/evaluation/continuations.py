@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from converter.calibration.word_list import WordList
 from converter.errors import DataError, OptionError, SourceError
@@ -84,12 +84,17 @@ def generate(
     where = model.device if where.type == "meta" else str(where)
     settings = _settings(module, tokenizer, max_new_tokens, top_p if samples else None)
     found: list[str] = [""] * len(sentences)
-    with _only(module), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with (
+        _only(module),
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        progress.bar("continuations", len(sentences) * max_new_tokens, "token"),
+    ):
         torch.manual_seed(seed)  # generate() draws only from the global generators
         for batch in batches(sentences, batch_size, where, "left"):
-            for row, ids in zip(batch.rows, _continue(module, batch, settings), strict=True):
+            written = _continue(module, batch, settings)
+            for row, ids in zip(batch.rows, written, strict=True):
                 found[row] = _decode(tokenizer, sentences[row].ids, ids, settings.eos_token_id)
-            progress.advance(len(batch.rows))
+            progress.advance(len(batch.rows) * (max_new_tokens - written.shape[1]))
     return [found[i : i + copies] for i in range(0, len(found), copies)]
 
 
@@ -147,7 +152,10 @@ def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Ten
     """The new ids, (B, up to max_new_tokens), on the CPU."""
     write: Any = model.generate
     try:
-        written = write(input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings)
+        written = write(
+            input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_moving]),
+        )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise SourceError(
             f"the GPU is out of memory with {len(batch.rows)} continuations in a batch",
@@ -155,6 +163,12 @@ def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Ten
         ) from error
     new: Tensor = written[:, batch.ids.shape[1] :].cpu()
     return new
+
+
+def _moving(ids: Tensor, scores: Any, **others: Any) -> Tensor:
+    """A criterion that ends nothing, and moves the bar by the token of each continuation."""
+    progress.advance(len(ids))
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _decode(tokenizer: Any, prompt: list[int], ids: Tensor, ends: Any) -> str:

@@ -108,7 +108,7 @@ def examine(
         proposal.edit(strength),
         *(proposal.control(strength, seed + draw) for draw in range(draws)),
     ]
-    found, *controls = map(measured, edits)
+    found, *controls = map(measured, progress.each(edits, "guard", "edit"))
     compared = _compared(probe, proposal, strength, found)
     told = headline.measure(edits) if isinstance(headline, Headline) else None
     fallback = headline.fallback if isinstance(headline, Headline) else headline

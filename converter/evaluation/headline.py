@@ -112,8 +112,7 @@ def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages 
     path = cache_folder() / "continuations" / f"{key}.json"
     drawn = _kept(path, [draws.samples] * len(prompts))
     if drawn is None:
-        with progress.bar("continuations", len(prompts) * draws.samples, "text"):
-            drawn = draws.write(model, prompts)
+        drawn = draws.write(model, prompts)
         with replacing(path) as part:
             part.write_bytes(msgspec.json.encode(drawn))
     return find_passages(model, prompts, drawn, bench.words)
@@ -168,7 +167,11 @@ class Headline:
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:
         """Measure edits: the first is the one to judge, the others are controls."""
         passages = self._passages if self.fallback is None else None
-        words = [self._words(passages, edit) for edit in edits] if passages else []
+        words = (
+            [self._words(passages, edit) for edit in progress.each(edits, "guard, words", "edit")]
+            if passages
+            else []
+        )
         moved = self._divergences(edits)
         return HeadlineRecord(
             prompts=self._prompts,

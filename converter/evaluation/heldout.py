@@ -110,9 +110,7 @@ class Probe:
 
 def probe_of(bench: Bench, part: Part, first: int = 0, dtype: torch.dtype | None = None) -> Probe:
     """Make the ``Probe`` of a held-out part; see ``Bench.load``."""
-    count = (len(part.prose.paragraphs) + 2 * len(part.pairs.pairs)) * (2 if first else 1)
-    with progress.bar("unedited", count, "text"):
-        return Probe(bench.load(dtype), bench.plan, part, first)
+    return Probe(bench.load(dtype), bench.plan, part, first)
 
 
 def choose_strength(probe: Probe, proposal: Proposal, budget: float) -> Choice:
@@ -184,9 +182,11 @@ def _bisect(
     """Measure strengths by bisection, up to the first that is not low."""
     tried: dict[float, Measured] = {}
     low, high = 0, len(strengths)
-    while low < high:
-        middle = (low + high) // 2
-        strength = strengths[middle]
-        tried[strength] = measure(strength)
-        low, high = (middle + 1, high) if is_low(tried[strength]) else (low, middle)
+    with progress.bar("strengths", high.bit_length(), "strength") as shown:
+        while low < high:
+            middle = (low + high) // 2
+            strength = strengths[middle]
+            tried[strength] = measure(strength)
+            low, high = (middle + 1, high) if is_low(tried[strength]) else (low, middle)
+            shown.update(1)
     return tried

@@ -28,13 +28,13 @@ from converter.runtime import progress
 LISTED = "listed words"
 """The score that is the number of words of the word list in a continuation."""
 
-_COUNT, _TOKENS = 3, 30
+SAMPLES, SAMPLES_TOKENS = 3, 30
 """The most prompts of a conversion's samples, and tokens of each continuation."""
 
 RULE = (
-    f"greedy continuations of at most {_TOKENS} tokens, of the first three built-in prompts after "
-    "which the unedited model said a listed word when the guard had it continue them, or else of "
-    "the first three of all; what the edit does has no part in the choice"
+    f"greedy continuations of at most {SAMPLES_TOKENS} tokens, of the first three built-in prompts "
+    "after which the unedited model said a listed word when the guard had it continue them, or "
+    "else of the first three of all; what the edit does has no part in the choice"
 )
 """How the samples of a conversion are chosen, for people."""
 
@@ -217,7 +217,7 @@ def _samples(bench: Bench, fitted: Fitted) -> Iterator[SampleRecord]:
     texts = []
     for hooks in (nullcontext(), edited(model.module, bench.plan, fitted.edit)):
         with hooks:
-            texts.append(generate(model, prompts, max_new_tokens=_TOKENS))
+            texts.append(generate(model, prompts, max_new_tokens=SAMPLES_TOKENS))
     lists = masks(bench.words, mask=recipe.mask)
     for prompt, (before,), (after,) in zip(prompts, *texts, strict=True):
         yield SampleRecord(
@@ -230,4 +230,4 @@ def _samples(bench: Bench, fitted: Fitted) -> Iterator[SampleRecord]:
 def _chosen(prompts: Prompts, said: Sequence[int]) -> list[str]:
     """See ``samples_of``; ``said`` are the places of the preferred prompts."""
     places = dict.fromkeys([*said, *range(len(prompts.texts))])
-    return [prompts.texts[place] for place in [*places][:_COUNT]]
+    return [prompts.texts[place] for place in [*places][:SAMPLES]]

@@ -165,7 +165,7 @@ def draw_pairs(bench: Bench, seed: int) -> Pairs:
     pairs: list[Pair] = []
     while said and rounds < _ROUNDS and len(pairs) < wanted:
         rounds += 1
-        texts = _continuations(bench, [each.prompt for each in said], rng.getrandbits(63), rounds)
+        texts = _continuations(bench, [each.prompt for each in said], rng.getrandbits(63))
         _sort(said, texts, words, score)
         pairs = [pair for each in said for pair in each.pairs(words)]
     count, toxic = rounds * _SAMPLES * len(said), sum(len(each.toxic) for each in said)
@@ -221,7 +221,7 @@ def _sort(
             (place.toxic if by_word else place.neutral)[text] = None
 
 
-def _continuations(bench: Bench, prompts: Sequence[str], seed: int, number: int) -> list[list[str]]:
+def _continuations(bench: Bench, prompts: Sequence[str], seed: int) -> list[list[str]]:
     """One round's continuations of each prompt, from the cache if they were drawn before.
 
     The judgements of scorer and word list are not cached, so others need no new draw.
@@ -242,11 +242,10 @@ def _continuations(bench: Bench, prompts: Sequence[str], seed: int, number: int)
         if [len(group) for group in kept] == [_SAMPLES] * len(prompts):
             return kept
     model = bench.load_resident()
-    with progress.bar(f"round {number}", _SAMPLES * len(prompts), "text"):
-        drawn = generate(
-            model, prompts, max_new_tokens=_NEW_TOKENS, samples=_SAMPLES, top_p=1.0,
-            batch_size=_BATCH, seed=seed,
-        )  # fmt: skip
+    drawn = generate(
+        model, prompts, max_new_tokens=_NEW_TOKENS, samples=_SAMPLES, top_p=1.0,
+        batch_size=_BATCH, seed=seed,
+    )  # fmt: skip
     with replacing(path) as part:
         part.write_bytes(msgspec.json.encode(drawn))
     return drawn

@@ -21,6 +21,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     tqdm,
 )
 
+from converter.runtime import progress
+
 NETWORK_ERRORS = (HTTPError, OSError)
 """Exceptions of the client if there is no network, it breaks, or the server is not a Hub."""
 
@@ -110,7 +112,7 @@ def meter(most: int) -> type[tqdm]:
         seen = 0.0
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["disable"] = kwargs.get("disable") or None  # on terminals only
+            kwargs["disable"] = kwargs.get("disable") or not progress.current().shows_bars
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:

@@ -21,6 +21,7 @@ from converter.errors import OptionError
 from converter.models.batching import Sentence, batches, beginning, encode
 from converter.models.hooks import memory_errors
 from converter.models.resident import Model
+from converter.runtime import progress
 
 _DTYPES = ("BF16", "F16", "F32")
 """Dtypes of trainable weights: float32 holds their numbers."""
@@ -46,7 +47,10 @@ def distances(model: Model, layers: Sequence[int], pairs: Sequence[Pair]) -> lis
         found[number][places[layer]] = float(torch.dist(one, other))
 
     modules = {layer: (model.architecture.block.format(layer=layer),) for layer in layers}
-    with memory_errors("a pair of answers", hint="give --device cpu, or -o layer"):
+    with (
+        memory_errors("a pair of answers", hint="give --device cpu, or -o layer"),
+        progress.bar("distances", 2 * len(pairs), "text"),
+    ):
         model.visit(modules, batched, show)
     return found
 

@@ -8,7 +8,7 @@
 L_s is our own: y is the safe answer behind a harmless question, which must not become likelier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
@@ -84,11 +84,10 @@ class Training:
         self._dialogues = [write(prompt, answer) for prompt, answer in given]
         self._base: dict[int, Tensor] = {}  # of the unedited model: log p, of all tokens or some
         self.curves, self.steps = Curves(), 0
-        passes = 1 + schedule.steps + 2
-        with progress.bar("train", passes * len(self._dialogues), "text"):
-            sentences = [dialogue.sentence for dialogue in self._dialogues]
-            self._map = TrainedMap(write.model, weight, W.clone(), sentences)
-            self._run()
+        sentences = [dialogue.sentence for dialogue in self._dialogues]
+        self._map = TrainedMap(write.model, weight, W.clone(), sentences)
+        with progress.bar("train", schedule.steps + 1, "step") as shown:
+            self._run(shown.update)
 
     @property
     def result(self) -> Tensor:
@@ -104,8 +103,11 @@ class Training:
         self.curves.spared.pop()
         return self.curves.nll.pop(), self.curves.kl.pop()
 
-    def _run(self) -> None:
+    def _run(self, done: Callable[[int], object]) -> None:
         """Train.
+
+        Args:
+            done: called with 1 after every step.
 
         Raises:
             FitError: the loss is not finite.
@@ -114,6 +116,7 @@ class Training:
         adam = torch.optim.Adam([self._map.W], plan.learning_rate, foreach=False, fused=False)
         while True:
             self._map.W.grad = self._gradient()
+            done(1)
             counted = curves.kl[-1] if plan.kl != "off" else 0.0
             loss = plan.c_edit * curves.nll[-1] + counted + plan.contrast * curves.spared[-1]
             if not isfinite(loss):

@@ -137,10 +137,11 @@ class Bench:
                 progress.note(f"  {how} ({free})")
             self.has_run = True
             what = (self.source, self.plan, self.vocabulary.tokenizer, dtype, self.device)
-            if self.forward.mode == "streamed":
-                self.model = stream_language_model(*what, self.forward.budget, self.how)
-            else:
-                self.model = load_language_model(*what, self.how)
+            with progress.doing("loading the model"):
+                if self.forward.mode == "streamed":
+                    self.model = stream_language_model(*what, self.forward.budget, self.how)
+                else:
+                    self.model = load_language_model(*what, self.how)
         return self.model
 
     def load_resident(self) -> LanguageModel:
@@ -221,14 +222,7 @@ class Bench:
                 progress.note(f"  cache hit, no forward pass: {path}")
                 return found
         progress.note("  cache miss, running the model")
-        moments = request.directions > 0
-        total = (2 + request.gradient + 2 * moments) * len(part.pairs.pairs)
-        prose = request.second_moment + moments + (request.chunks > 0)
-        total += len(part.prose.paragraphs) * prose
-        with progress.bar("forward", total, "text"):
-            seen, dropped = extract(
-                self.load(), request, part.pairs, part.prose, batch_size=batch_size
-            )
+        seen, dropped = extract(self.load(), request, part.pairs, part.prose, batch_size=batch_size)
         if dropped:
             progress.warn(
                 f"{dropped} pairs have no token that predicts a toxic one and were left out"

@@ -18,6 +18,7 @@ from converter.manifest import Estimate
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
 from converter.models.hooks import Entered, memory_errors
 from converter.models.resident import Model
+from converter.runtime import progress
 
 LogProbabilities = Sequence[NDArray[np.float64]]
 """For each sentence of T tokens (T - 1,) values in nats; the i-th is about token i + 1."""
@@ -47,7 +48,10 @@ def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> E
     nbytes = tokens * model.architecture.sizes.hidden_size * embedding.element_size()
     if layer == 0 or nbytes > _HELD or not (proof is None or proof.streams):
         return None
-    with memory_errors("held-out text", hint="give --device cpu"):
+    with (
+        memory_errors("held-out text", hint="give --device cpu"),
+        progress.bar("lower layers", sum(map(len, texts)), "text"),
+    ):
         return model.entering(layer, [batch for _, batch in _batched(model, texts)])
 
 
@@ -71,7 +75,10 @@ def log_probabilities(
     """
     found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
     batched = _batched(model, texts)
-    with memory_errors("held-out text", hint="give --device cpu"):
+    with (
+        memory_errors("held-out text", hint="give --device cpu"),
+        progress.bar("reading texts", sum(map(len, texts)), "text"),
+    ):
         for number, logits in model.logits([batch for _, batch in batched], entered):
             kind, batch = batched[number]
             values = found[kind]
@@ -121,7 +128,10 @@ def divergences(
         SourceError: memory ran out.
     """
     found = [[np.empty(0)] * len(sentences) for _ in edits]
-    with memory_errors("text for the divergence", hint="give --device cpu"):
+    with (
+        memory_errors("text for the divergence", hint="give --device cpu"),
+        progress.bar("divergence", len(sentences) * (1 + len(edits)), "text"),
+    ):
         for batch in token_batches(sentences, logit_positions(before.module), before.device):
             ((_, p),) = before.logits([batch])
             lengths = batch.mask.sum(1).tolist()

@@ -121,13 +121,17 @@ def needed_weights(plan: Plan, dtype: torch.dtype, mode: Mode) -> int:
     return max(layers.values()) * dtype.itemsize
 
 
-def margin(plan: Plan, dtype: torch.dtype) -> int:
+def margin(
+    plan: Plan, dtype: torch.dtype, mode: Mode = "resident", *, gradients: bool = True
+) -> int:
     """The approximate bytes that a forward pass and its gradients take besides the weights.
 
     Logits and their derivatives; about 10 hidden states and 3 FFN states that a layer keeps for the
-    backward pass, for a batch of ``BATCH_TOKENS`` positions; and two (D, D) sums for each layer.
+    backward pass, for a batch of ``BATCH_TOKENS`` positions; and two (D, D) sums for each layer. A
+    streamed model keeps what a layer does of one layer at a time.
     """
     sizes = plan.dimensions
     position = 10 * sizes.hidden_size + 3 * sizes.intermediate_size
-    kept = BATCH_TOKENS * sizes.num_hidden_layers * position * dtype.itemsize
+    layers = sizes.num_hidden_layers if mode == "resident" else 1
+    kept = gradients * BATCH_TOKENS * layers * position * dtype.itemsize
     return 4 * LOGITS_BYTES + kept + 2 * sizes.num_hidden_layers * sizes.hidden_size**2 * 4

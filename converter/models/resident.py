@@ -303,8 +303,11 @@ def run(model: Model, modules: Modules, groups: Sequence[Group]) -> None:
             sink(batch, layer, f)
 
     most = max((len(batch.rows) for batch, _ in batched), default=0)
-    with memory_errors(
-        f"{most} sentences in a batch", hint="lower --batch-size, or give --device cpu"
+    with (
+        memory_errors(
+            f"{most} sentences in a batch", hint="lower --batch-size, or give --device cpu"
+        ),
+        progress.bar("forward", sum(len(batch.rows) for batch, _ in batched), "text"),
     ):
         model.visit(modules, [batch for batch, _ in batched], show)
 

@@ -19,6 +19,7 @@ from converter.checkpoints.weights import Weight
 from converter.models.batching import Batch, Sentence, batches
 from converter.models.hooks import hooked, memory_errors
 from converter.models.resident import Model
+from converter.runtime import progress
 
 Loss = Callable[[int, Tensor], Tensor]
 """The loss of a text, by its number, from its logits (A, V) at its A positions of weight."""
@@ -40,7 +41,7 @@ class TrainedMap:
         self._batched = batches(texts, 1, model.device)  # no pads, so that a text is only itself
         self._given: Tensor | None = None
         proof = model.architecture.proof
-        with _memory():
+        with _memory(), progress.bar("lower layers", len(texts), "text"):
             self._entered = (
                 model.entering(weight.layer, self._batched)
                 if proof is None or proof.streams
@@ -56,7 +57,11 @@ class TrainedMap:
 
         modules = {weight.layer: (weight.module,)}
         found = (modules, self._batched, value, self._entered)
-        with _memory(), hooked(self._model.module, {weight.module: self._run}):
+        with (
+            _memory(),
+            hooked(self._model.module, {weight.module: self._run}),
+            progress.bar("gradients", len(self._batched), "text"),
+        ):
             for _, _, _, G in self._model.gradients(*found):
                 x = self._given
                 assert x is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from converter.checkpoints.names import EDIT_FILE, MANIFEST, is_companion
+from converter.checkpoints.names import EDIT_FILE, MANIFEST, is_companion, is_plain, plain_name
 from converter.checkpoints.resolve import DEMO
 from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.source import Source
@@ -18,10 +18,6 @@ from converter.errors import VerificationError
 from converter.manifest import EditedTensor, Manifest
 from converter.outputs.base import sha256_of_tensor
 from converter.runtime.cache import sha256_of
-from converter.text import is_one_line
-
-_LONGEST_NAME = 255
-"""The most bytes of a file name on usual systems."""
 
 
 def recorded_edit(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -150,26 +146,9 @@ def place_of(source: Source, name: str) -> Path:
     return known.get(name, source.folder / name)
 
 
-def plain_name(name: str) -> None:
-    """Check that a name from a manifest stays in its folder. Raises VerificationError."""
-    if not is_plain(name) or "\\" in name:
-        raise VerificationError(
-            "the manifest is not one of gloss-convert", expected="names of files in a folder",
-            found=name[:80],
-        )  # fmt: skip
-
-
 def is_addable(name: str, nbytes: int = 0) -> bool:
     """Whether an edit may add a file of that name.
 
     Loaders must not take it for weights, and a conversion of the output must copy it.
     """
     return is_plain(name) and "\\" not in name and is_companion(name, nbytes)
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name from a manifest is plain text and a file within its folder."""
-    parts = name.split("/")
-    if not is_one_line(name) or {"", ".", ".."}.intersection(parts):
-        return False
-    return all(len(part.encode()) <= _LONGEST_NAME for part in parts)

@@ -5,7 +5,6 @@ inputs, so two runs can be compared with ``diff``. It holds no absolute path, no
 user name.
 """
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec import ValidationError
 
 from converter.calibration.pairs import Pairs, Prose
 from converter.calibration.statistics import Activations, cache_key
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.checkpoints.names import CARD, EDIT_FILE, INDEX, MANIFEST, SUMS
 from converter.checkpoints.source import Source
-from converter.errors import CheckpointError, OptionError, VerificationError
+from converter.errors import CheckpointError
 from converter.evaluation.fit import Fitted, Step
 from converter.manifest import (
     SCHEMA_VERSION,
@@ -45,8 +43,9 @@ from converter.methods.together import options_of
 from converter.methods.workbench import Bench
 from converter.outputs.base import WriteJob, Written, file_entry
 from converter.outputs.known import OUTPUTS
-from converter.runtime import progress, strict_json
-from converter.runtime.files import read_file, reason
+from converter.release.reading import read_manifest as read_manifest
+from converter.release.reading import read_manifest_bytes as read_manifest_bytes
+from converter.runtime import progress
 
 _LIBRARIES = ("huggingface-hub", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
@@ -273,38 +272,3 @@ def hash_line(digest: str) -> str:
 def sums_text(digests: Mapping[str, str]) -> str:
     """The exact text of SHA256SUMS, in the format of sha256sum; ``digests`` is file -> sha256."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read a folder's manifest.
-
-    Raises:
-        VerificationError: it is missing, is not JSON, or does not follow the schema.
-    """
-    return read_manifest_bytes(folder)[0]
-
-
-def read_manifest_bytes(place: Path) -> tuple[Manifest, str]:
-    """Read the manifest of a folder, or a manifest file; also return the sha256 of its bytes."""
-    path = place if place.is_file() else place / MANIFEST
-    if not path.is_file():
-        raise VerificationError(
-            f"{place.name} has no {MANIFEST}", hint="only what gloss-convert wrote can be verified"
-        )
-    try:
-        data = read_file(path)
-        manifest = Manifest.from_json(strict_json.parse(data))
-    except (ValidationError, OptionError) as error:
-        raise _not_its_schema(path.name, str(error)) from error
-    except (OSError, ValueError) as error:
-        raise VerificationError(f"{path.name} cannot be read", found=reason(error)) from error
-    return manifest, hashlib.sha256(data).hexdigest()
-
-
-def _not_its_schema(name: str, said: str) -> VerificationError:
-    """A sentence from one of msgspec's: ``Expected `int`, got `float` - at `$.edited[3].axis```."""
-    problem, _, place = said.rpartition(" - at ")
-    if not problem:  # with the whole
-        problem, place = said, "$"
-    problem = problem[:1].lower() + problem[1:200]
-    return VerificationError(f"{name} does not follow its schema at {place.strip('`')}: {problem}")

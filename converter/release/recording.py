@@ -1,24 +1,22 @@
 """A manifest to be replayed: its recorded run, and the differences of the inputs here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.edit_file import load_edit_tensors
-from converter.errors import OptionError, VerificationError
-from converter.hub.addresses import looks_like_repo, parse_address
-from converter.manifest import Manifest, TextRecord
-from converter.outputs.record_checks import edit_of, place_of, plain_name
-from converter.recipe import SELF, LocalInputs, Recipe
-from converter.release.manifest import environment, read_manifest_bytes
-from converter.runtime.cache import remembered_digest, sha256_of
+from converter.errors import VerificationError
+from converter.manifest import Manifest
+from converter.outputs.record_checks import edit_of, place_of
+from converter.recipe import LocalInputs, Recipe
+from converter.release.manifest import environment
+from converter.release.reading import find_edit, recorded_recipe
+from converter.runtime.cache import remembered_digest
 from converter.version import __version__
 
 NAMED = 5
@@ -69,29 +67,8 @@ def read_recording(path: Path) -> Recording:
     Raises:
         VerificationError: one of them is missing, malformed, or not the recorded one.
     """
-    path = path / MANIFEST if path.is_dir() else path
-    if not path.is_file():
-        raise VerificationError(f"there is no manifest {path.name}", hint="check the path")
-    manifest, digest = read_manifest_bytes(path)
-    recorded = manifest.edit.file
-    for name in (recorded, *manifest.files):
-        plain_name(name)
-    places = [path.with_suffix(Path(EDIT_FILE).suffix), path.with_name(recorded)]
-    found = [place for place in places if place.is_file()]
-    if not found:
-        raise VerificationError(
-            f"the edit of {path.name} is missing",
-            expected=" or ".join(place.name for place in places) + " beside it",
-        )
-    expected = manifest.files[recorded].sha256 if recorded in manifest.files else "none"
-    whole = [place for place in found if sha256_of(place) == expected]
-    if not whole:
-        raise VerificationError(
-            f"{found[0].name} is not the edit that {path.name} records",
-            expected=f"sha256 {expected[:16]}...",
-            found=f"{sha256_of(found[0])[:16]}...",
-        )
-    return Recording(path, manifest, digest, whole[0], load_edit_tensors(whole[0]))
+    path, manifest, digest, file = find_edit(path)
+    return Recording(path, manifest, digest, file, load_edit_tensors(file))
 
 
 def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recipe:
@@ -101,69 +78,7 @@ def recipe_of(recording: Recording, given: LocalInputs, *, refit: bool) -> Recip
         OptionError: an input is local, and its place was not given.
         VerificationError: a name leads out of the source, or is not that of a repo.
     """
-    manifest = recording.manifest
-    asked = manifest.run
-    if asked.trust_remote_code and not given.trust_remote_code:
-        raise OptionError(
-            "the recorded run executed code of its source",
-            hint="give --trust-remote-code if this one may, too",
-        )
-    if asked.subfolder:
-        plain_name(asked.subfolder)
-    return replace(
-        asked,
-        source=_source(manifest, given.source),
-        activations=given.activations,
-        trust_remote_code=given.trust_remote_code,
-        **(_texts(manifest, given) if refit else {}),
-    )
-
-
-def _source(manifest: Manifest, given: str | None) -> str:
-    """The source to read: a repo at the recorded commit, unless a place is given."""
-    source = manifest.source
-    if given is not None:
-        return given
-    if source.repo_id:
-        if not looks_like_repo(source.repo_id) or Path(source.repo_id).exists():
-            raise VerificationError("the recorded source is not a repo", found=source.repo_id)
-        return f"{source.repo_id}@{source.commit}"
-    if manifest.run.source == "demo":
-        return "demo"
-    raise OptionError(
-        f"the recorded source {source.name} was a local one", hint="say where it is with --source"
-    )
-
-
-def _texts(manifest: Manifest, given: LocalInputs) -> dict[str, Any]:
-    """The texts of a refit, a dataset at its recorded commit."""
-    asked = manifest.run
-    if asked.activations is not None and given.activations is None:
-        raise OptionError(
-            f"the recorded fit took its activations from {asked.activations}",
-            hint="say where it is with --activations",
-        )
-    names = ("pairs", "neutral", "word_list", "instances", "prompts")
-    records: dict[str, TextRecord | None] = {name: getattr(manifest, name) for name in names}
-    if drawn := manifest.pairs.drawn:
-        records["self_prompts"] = drawn.prompts
-    found = {}
-    for name, record in records.items():
-        if record is None:
-            continue
-        place, origin, said = getattr(given, name), record.origin, getattr(asked, name)
-        if place is None and origin.repo_id is not None:
-            address, sign, kept = said.partition("#")
-            asked_for = parse_address(address, "dataset")
-            place = replace(asked_for, repo_id=origin.repo_id, revision=origin.commit).text
-            place += sign + kept
-        if place is None and said not in ("builtin", SELF):
-            raise OptionError(
-                f"the recorded {name.replace('_', ' ')} was the file {said}",
-                hint=f"say where it is with --{name.replace('_', '-')}",
-            )
-        found[name] = place or said
-    return found
+    return recorded_recipe(recording.manifest, given, refit=refit)
 
 
 def differences(recording: Recording, device: str) -> list[dict[str, str]]:

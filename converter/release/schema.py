@@ -1,4 +1,4 @@
-"""The JSON schema of a manifest: ``python -m converter.release.schema`` prints it.
+"""JSON schemas, made from classes: ``python -m converter.release.schema`` prints a manifest's.
 
 It is made from the classes of ``converter.manifest``. The reader here also refuses two things that
 the schema allows: 1.0 for an integer, and an object with a repeated key.
@@ -6,6 +6,7 @@ the schema allows: 1.0 for an integer, and an object with a repeated key.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from converter.manifest import SCHEMA_VERSION, Manifest, MethodRecord, SubspaceE
 from converter.option import declared_options
 from converter.recipe import Recipe
 
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*(?:\n     .*)*)", re.MULTILINE)
 """A line of a docstring's ``Attributes``, with those that continue it."""
 
@@ -25,21 +28,37 @@ _BOUNDS = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
 
 def schema() -> dict[str, Any]:
     """The schema, in JSON Schema's draft 2020-12."""
-    (whole, subspace), parts = msgspec.json.schema_components(
-        (Manifest, SubspaceEvidence), schema_hook=_of_path, ref_template="#/$defs/{name}"
+    (whole, subspace), parts = _components((Manifest, SubspaceEvidence))
+    evidence = parts[MethodRecord.__name__]["properties"]["evidence"]
+    evidence |= {"if": {"required": ["candidates"]}, "then": subspace}
+    about = f"What gloss-convert read, did and wrote. Version {SCHEMA_VERSION}."
+    return {"$schema": _DRAFT, "title": MANIFEST, "description": about, **whole, "$defs": parts}
+
+
+def schema_of(name: str, version: int, kinds: Sequence[Any]) -> dict[str, Any]:
+    """The schema of a document that is of one of some types.
+
+    Args:
+        name: of the document.
+        version: of its format.
+        kinds: classes of ``msgspec`` or ``TypedDict``, or containers of these.
+    """
+    wholes, parts = _components(kinds)
+    whole = wholes[0] if len(wholes) == 1 else {"anyOf": [*wholes]}
+    identity = f"urn:gloss-convert:{name}:{version}"
+    return {"$schema": _DRAFT, "$id": identity, "title": name, **whole, "$defs": parts}
+
+
+def _components(kinds: Sequence[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """The schema of each type, and those of what they are made of, described."""
+    wholes, parts = msgspec.json.schema_components(
+        kinds, schema_hook=_of_path, ref_template="#/$defs/{name}"
     )
     for part in parts.values():
         _describe(part)
-    _declare(parts[Recipe.__name__])
-    evidence = parts[MethodRecord.__name__]["properties"]["evidence"]
-    evidence |= {"if": {"required": ["candidates"]}, "then": subspace}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": MANIFEST,
-        "description": f"What gloss-convert read, did and wrote. Version {SCHEMA_VERSION}.",
-        **whole,
-        "$defs": parts,
-    }
+    if Recipe.__name__ in parts:
+        _declare(parts[Recipe.__name__])
+    return wholes, parts
 
 
 def _describe(part: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from converter.checkpoints.names import (
     SUMS,
     UNLISTED,
     is_companion,
+    is_plain,
     may_be_extra,
 )
 from converter.checkpoints.plan import Plan
@@ -59,7 +60,7 @@ from converter.methods.subspace import Removal, check_evidence, factor_of
 from converter.methods.together import options_of, parts_of
 from converter.outputs.base import Output
 from converter.outputs.destination import files_not_ours
-from converter.outputs.record_checks import is_addable, is_plain
+from converter.outputs.record_checks import is_addable
 from converter.release.evidence import EvidenceCheck
 from converter.release.licences import NOTICE
 from converter.release.manifest import architecture_record, hash_line, sums_text

@@ -13,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from glob import escape
 from pathlib import Path
@@ -24,6 +24,7 @@ from converter.errors import DestinationError, OptionError
 from converter.option import at_home
 from converter.runtime import progress
 from converter.runtime.files import reason
+from converter.text import one_line
 
 STALE = 24 * 3600
 """Seconds after which half-written files are considered abandoned."""
@@ -33,6 +34,9 @@ SETTLED = 2.0
 any filesystem's clock, within which a change could leave the time unchanged.
 """
 
+
+_PIECE, _LARGE = 1 << 20, 1 << 26
+"""Bytes that are hashed at a time, and of a file whose hashing is shown."""
 
 _OWN = "GLOSS_CACHE_DIR"
 
@@ -238,8 +242,20 @@ def cache_error(path: Path, error: Exception) -> DestinationError:
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest_of(path, "sha256")
+
+
+def _digest_of(path: Path, algorithm: str) -> str:
+    """A digest of a file; a large one is shown as it is read."""
+    nbytes, buffer = path.stat().st_size, memoryview(bytearray(_PIECE))
+    digest = hashlib.new(algorithm)
+    shown = progress.bar(f"hash {one_line(path.name)}", nbytes, "B") if nbytes > _LARGE else None
+    with path.open("rb", buffering=0) as file, shown or nullcontext() as moved:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if moved:
+                moved.update(count)
+    return digest.hexdigest()
 
 
 def state_of(path: Path) -> list[int]:
@@ -263,8 +279,7 @@ def remembered_digest(path: Path, algorithm: str = "sha256") -> str:
             return str(known[algorithm])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no memo, or a damaged one: hash the file
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    digest = _digest_of(path, algorithm)
     if time.time() - max(state[3:]) / 1e9 > SETTLED:
         with replacing(memo) as part:
             part.write_text(json.dumps({"state": state, algorithm: digest}), "utf-8")

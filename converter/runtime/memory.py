@@ -2,6 +2,7 @@
 
 import re
 import resource
+import sys
 from pathlib import Path
 
 
@@ -27,6 +28,15 @@ def address_space(proc: Path = Path("/proc")) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     used = number_in(proc / "self/status", "VmSize")
     return UNKNOWN if limit == resource.RLIM_INFINITY or used is None else limit - used * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has now; where the system cannot tell, the most it had."""
+    kilobytes = number_in(Path("/proc/self/status"), "VmRSS")
+    if kilobytes is not None:
+        return kilobytes * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def free_memory(device: str) -> int:

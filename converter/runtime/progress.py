@@ -5,15 +5,19 @@ tracebacks are of level DEBUG. Without a handler nothing is printed. The current
 warnings, seconds and memory, and says whether bars are shown. Without one, everything here works
 and nothing is kept or shown. A thread has the ``Progress`` of whoever gave it work only if it is
 one of a ``ThreadPool``.
+
+Whoever runs a model over texts, or reads much of a file, opens the bar that counts it
+(``tests/test_every_command.py`` looks for it); what cannot be counted is named by ``doing``, or is
+the stage. On a terminal a ``Clock`` shows both.
 """
 
 import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +26,7 @@ from typing import Never, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+from converter.runtime.clock import Clock, columns_of
 from converter.runtime.memory import number_in
 
 P = ParamSpec("P")
@@ -29,6 +34,9 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("converter")
 LOG.addHandler(logging.NullHandler())  # or Python prints warnings where nobody has asked for them
+
+_NARROW = 60
+"""Columns below which a bar is its name, its share, what is left, and no more."""
 
 
 @dataclass(slots=True)
@@ -44,6 +52,8 @@ class Progress:
         bars: those that are open, the innermost last.
         within: seconds of the stages that have ended inside the current one.
         peak: the largest resident set of the current stage before the last one inside it.
+        doing: what is being done and since when, by ``time.monotonic``; the innermost last.
+        clock: which shows that, where bars are shown.
     """
 
     shows_bars: bool = False
@@ -53,6 +63,8 @@ class Progress:
     bars: "list[tqdm[Never]]" = field(default_factory=list)
     within: float = 0.0
     peak: int = 0
+    doing: list[tuple[str, float]] = field(default_factory=list)
+    clock: Clock | None = None
 
 
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -73,9 +85,15 @@ def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
     if (outer := _current.get()) is not None:
         yield outer
         return
-    token = _current.set(Progress(shows_bars))
+    told = Progress(shows_bars)
+    token = _current.set(told)
+    if shows_bars and sys.stderr is not None:
+        told.clock = Clock(
+            sys.stderr, lambda: told.bars, lambda: told.doing[-1] if told.doing else None
+        )
     try:
-        yield current()
+        with told.clock or nullcontext():
+            yield told
     finally:
         _current.reset(token)
 
@@ -113,6 +131,12 @@ def stage(name: str, title: str) -> Iterator[None]:
     The seconds and the memory of a stage inside another count for the inner one only.
     """
     note(title)
+    with doing(title):
+        yield from _timed(name)
+
+
+def _timed(name: str) -> Iterator[None]:
+    """See ``stage``."""
     progress, start = current(), time.perf_counter()
     before, progress.within = progress.within, 0.0
     peak, progress.peak = max(progress.peak, peak_memory()), 0
@@ -130,11 +154,31 @@ def stage(name: str, title: str) -> Iterator[None]:
 
 
 @contextmanager
+def doing(title: str) -> Iterator[None]:
+    """Name on the terminal what is done in the block, for as long as no bar is open there."""
+    told = current().doing
+    told.append((title, time.monotonic()))
+    try:
+        yield
+    finally:
+        told.pop()
+
+
+@contextmanager
 def bar(title: str, total: int, unit: str) -> Iterator["tqdm[Never]"]:
-    """A progress bar on standard error, which ``advance`` moves; ``unit`` ``B`` counts bytes."""
+    """A progress bar on standard error, which ``advance`` moves; ``unit`` ``B`` counts bytes.
+
+    Args:
+        title: one line.
+        total: what it will have been moved by in the end, so that what is left can be estimated.
+        unit: of that.
+    """
     progress = current()
+    columns = columns_of(sys.stderr) if progress.shows_bars else 80
+    if progress.clock:
+        progress.clock.hide()
     with tqdm(
-        desc=title,
+        desc=title if len(title) <= columns // 2 else f"{title[: columns // 2 - 3]}...",
         total=total,
         unit=unit,
         unit_scale=unit == "B",
@@ -142,12 +186,35 @@ def bar(title: str, total: int, unit: str) -> Iterator["tqdm[Never]"]:
         leave=False,
         disable=not progress.shows_bars,
         file=sys.stderr,
+        ncols=columns,
+        smoothing=0,  # what is left by the mean of all, since pieces differ
+        bar_format="{desc} {percentage:3.0f}% {remaining} left {bar}"
+        if columns < _NARROW
+        else None,
     ) as shown:
         progress.bars.append(shown)
         try:
             yield shown
         finally:
             progress.bars = [each for each in progress.bars if each is not shown]
+
+
+def each(items: Collection[T], title: str, unit: str) -> Iterator[T]:
+    """The items, with a bar that counts those that whoever asks for them is done with."""
+    with bar(title, len(items), unit) as shown:
+        for item in items:
+            yield item
+            shown.update(1)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Take bars off the terminal while a line is printed, which would end up behind them."""
+    if not current().shows_bars:
+        yield
+        return
+    with tqdm.external_write_mode(sys.stderr):
+        yield
 
 
 def advance(count: int) -> None:

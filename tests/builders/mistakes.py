@@ -172,6 +172,22 @@ MISTAKES = {
     "a system": Mistake("evaluate {}/model --system glos", 2, ("did you mean gloss?",)),
     "costs": Mistake("evaluate {}/model --system gloss --costs 1,x", 2, ("--costs",)),
     "results": Mistake("evaluate {}/model --results {}/none/x.json", 7, ("--results",)),
+    # what has been converted
+    "no manifest to verify": Mistake("verify {}/model", 8, ("model has no gloss_manifest.json",)),
+    "a key and a source": Mistake("verify {}/model --key {}/none.pem --source {}/none", 2, (
+                                  "--key none.pem cannot be read", "none does not exist"), lines=2),
+    "nothing to push": Mistake("push {}/model no:repo", 8, ("model is not published, for it is not "
+                               "whole", "REPO: expected a repo id"), lines=2),
+    "nothing to replay": Mistake("replay {}/model {}/out --pairs builtin", 2, (
+                                 "--pairs has no effect without --refit",
+                                 "there is no manifest gloss_manifest.json"), lines=2),
+    "nothing to compare": Mistake("diff {}/none {}/nowhere", 3, ("A: ", "B: ", "/nowhere does not "
+                                  "exist; check the path"), lines=2),
+    "different kinds": Mistake("diff {}/model/config.json {}/model", 2, (
+                               "a manifest and a checkpoint cannot be compared",)),
+    "models and a page": Mistake("compare {}/none {}/out --output x.pdf --scorer magc", 2, (
+                                 "--output x.pdf: expected .html", "none does not exist",
+                                 "EDITED: ", "--scorer: expected"), lines=4),
     # searches
     "optuna": convert("--search 2", 2, "--search needs the package optuna; pip install "
                       "'gloss-convert[search]'", without=("optuna",)),

@@ -33,7 +33,7 @@ from converter.checkpoints.safetensors.rewrite import Region, find_damage, read_
 from converter.checkpoints.source import Source
 from converter.edits.deltas import KINDS
 from converter.entrypoints import verify as verification
-from converter.entrypoints.diff import diff_manifests
+from converter.entrypoints.diff_manifests import diff_manifests
 from converter.errors import ConverterError, VerificationError
 from converter.manifest import Manifest
 from converter.methods.known import METHODS

@@ -25,7 +25,9 @@ from converter.checkpoints.formats.meta_small_files import llama3_scaling
 from converter.checkpoints.formats.virtual import making
 from converter.checkpoints.intact import refuse_placeholder
 from converter.errors import CheckpointError, ConverterError, SourceError
+from converter.runtime import progress
 from converter.runtime.cache import cache_folder, remembered_digest, replacing, temporary_folder
+from converter.text import readable
 
 _VERSION = 2
 """Version of the unpacked files. Raise it when they change."""
@@ -105,9 +107,10 @@ def make_folder(
     """Write a model and its tokenizer to a folder of the cache. Raises as ``making``."""
     with making(folder) as part:
         model, tokenizer = loaded()
-        model.save_pretrained(part, max_shard_size=shard_size)
-        tokenizer.save_pretrained(part)
-        version_4.complete(part, tokenizer)
+        with progress.doing("writing what was unpacked to the cache"):
+            model.save_pretrained(part, max_shard_size=shard_size)
+            tokenizer.save_pretrained(part)
+            version_4.complete(part, tokenizer)
         if card:
             (part / "README.md").write_text(card, "utf-8")
         for made in part.iterdir():
@@ -124,8 +127,11 @@ def load(path: Path) -> tuple[Any, Any]:
 
     check_header(path)
     try:
-        # its progress bar cannot be turned off
-        with temporary_folder() as alone, redirect_stderr(io.StringIO()):
+        with (
+            temporary_folder() as alone,
+            progress.bar(f"unpack {readable(path.name)}", 100, "%") as shown,
+            redirect_stderr(_Percent(shown)),  # its progress bar cannot be turned off
+        ):
             (alone / path.name).symlink_to(path.resolve())
             _check_size(path, alone)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -155,6 +161,19 @@ def load(path: Path) -> tuple[Any, Any]:
     _check_complete(path, model, info)
     _read_positions(path, model.config)
     return model, tokenizer
+
+
+class _Percent(io.StringIO):
+    """Moves a bar of 100 as far as a bar of tqdm says that is written here."""
+
+    def __init__(self, shown: Any) -> None:
+        super().__init__()
+        self._shown = shown
+
+    def write(self, text: str) -> int:
+        for percent in re.findall(r"(\d+)%\|", text):
+            self._shown.update(min(int(percent), 100) - self._shown.n)
+        return len(text)
 
 
 def _check_size(path: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rewrite safetensors files as streams: a header, then byte ranges.
+"""Rewrite Rewrite safetensors files as streams: a header, then byte ranges.
 
 A shard is rewritten in one pass. The header and every untouched tensor are copied byte for byte,
 an edited tensor replaces a range of the same length, so names, order, shapes, dtypes, padding and
@@ -27,6 +27,8 @@ from converter.checkpoints.safetensors.header import (
     read_exactly,
 )
 from converter.errors import CheckpointError
+from converter.runtime import progress
+from converter.text import one_line
 
 PIECE = 1 << 20
 """Bytes read and hashed at a time: few enough to be in the processor's cache for the hash."""
@@ -259,7 +261,13 @@ def digests_of(path: Path) -> tuple[str, dict[str, str]]:
         CheckpointError: it is malformed, is truncated, or cannot be read.
         OSError: it cannot be opened.
     """
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        prefixes = dict(_prefixes(file, path.name, digest))
+    digest, prefixes, read = hashlib.sha256(), dict[str, str](), 0
+    with (
+        path.open("rb", buffering=0) as file,
+        progress.bar(f"hash {one_line(path.name)}", path.stat().st_size, "B") as shown,
+    ):
+        for name, prefix in _prefixes(file, path.name, digest):
+            prefixes[name] = prefix
+            shown.update(file.tell() - read)
+            read = file.tell()
     return digest.hexdigest(), prefixes

@@ -333,6 +333,7 @@ def _check_source(
                 if not _same_bytes(ours, theirs, 0, header.data_start):
                     yield f"{name}: the header differs from that of the source"
                     continue
+                progress.advance(header.data_start)
                 for info in header.tensors.values():
                     tensor = edited.get(info.name)
                     if info.name in others:
