@@ -7,6 +7,7 @@ entry point in the group ``gloss_convert.outputs``.
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,8 @@ class WriteJob:
         engine: how it is computed.
         keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
         receiver: is asked first what is finished, and told of each shard that is.
+        executor: of processes that see the same folders, to edit shards in; None: threads of this
+            one do. Who gives it shuts it down.
     """
 
     source: Source
@@ -48,6 +51,7 @@ class WriteJob:
     engine: Engine
     keep_source: bool = True
     receiver: Receiver | None = None
+    executor: Executor | None = None
 
     @property
     def weights(self) -> tuple[Weight, ...]:
