@@ -306,13 +306,22 @@ def test_what_a_job_warns_of_is_told_by_the_run(
     assert sorted(told.warnings) == list(source.shards)
 
 
+class Stuck(Executor):
+    """Never begins the first job, and fails with the second."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.futures.append(Future())
+        if len(self.futures) == 2:
+            self.futures[1].set_exception(OSError("no"))
+        return self.futures[-1]
+
+
 def test_jobs_that_have_not_begun_are_given_up(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """One shard cannot be written; the executor, which does one at a time, has more of them."""
     source, plan = planned(checkpoints("llama"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / source.shards[0]).touch()
-    with ThreadPoolExecutor(1) as pool:
-        counting = Counting(pool)
-        with pytest.raises(FileExistsError):
-            written(source, plan, subspace(plan), tmp_path / "out", counting)
-    assert counting.count < len(source.shards)
+    executor = Stuck()
+    with pytest.raises(OSError, match="no"):
+        written(source, plan, subspace(plan), tmp_path / "out", executor)
+    assert [future.cancelled() for future in executor.futures] == [True, False]
