@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.checkpoints.plan import Plan
+from converter.checkpoints.safetensors.rewrite import rewrite
 from converter.checkpoints.source import Source
 from converter.edits.base import Edit
 from converter.edits.deltas import AddBits, AddLowRank, AddToRows, Delta, RemoveSubspace, Replace
@@ -257,7 +258,7 @@ def test_threads_go_on_from_what_processes_have_finished(
     finished = {name.name for name in out.glob("*.safetensors")} - {path.name}
     assert finished
     save_file(intact, path, {"format": "pt"})
-    rewrite, again = shard_job.rewrite, set()
+    again = set()
 
     def note(reading: Any, target: Path, *args: Any) -> Any:
         again.add(target.name)
@@ -289,12 +290,28 @@ def test_a_lost_process_is_one_sentence(checkpoints: Checkpoints, tmp_path: Path
     assert caught.value.exit_code == 3
 
 
+def test_a_gpu_that_is_out_of_memory_is_one_sentence(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan = planned(checkpoints("llama"))
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(shard_job, "rewrite", full)
+    with refused(
+        SourceError,
+        what="the GPU is out of memory with the edit of ...",
+        hint="give --workers 1, or --device cpu",
+    ):
+        written(source, plan, subspace(plan), tmp_path / "out", None)
+
+
 def test_what_a_job_warns_of_is_told_by_the_run(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread of a plain pool knows as little of the run as another process."""
     source, plan = planned(checkpoints("llama"))
-    rewrite = shard_job.rewrite
 
     def doubtful(reading: Any, target: Path, *args: Any) -> Any:
         progress.warn(target.name)

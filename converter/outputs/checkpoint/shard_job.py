@@ -20,7 +20,7 @@ from converter.checkpoints.safetensors.header import to_bytes
 from converter.checkpoints.safetensors.rewrite import rewrite
 from converter.checkpoints.source import Source
 from converter.edits.apply import WeightEdit, changes_of
-from converter.errors import OptionError
+from converter.errors import OptionError, SourceError
 from converter.outputs.journal import Done
 from converter.runtime import progress
 
@@ -74,13 +74,20 @@ def edit_shards(
 
     Raises:
         CheckpointError: a shard is malformed or damaged, or an edited tensor overflows its dtype.
+        SourceError: a GPU is out of memory.
         OSError: the folder cannot be written, or such a file is there.
     """
     torch.set_num_threads(job.threads)
     changes, found = changes_of(job.source, job.edits), dict[str, Done]()
     for shard in job.source.shards:
-        with _stream(job.device), job.source.open(shard) as file:
-            record = rewrite(file, job.folder / shard, changes[shard].tensors, advance)
+        try:
+            with _stream(job.device), job.source.open(shard) as file:
+                record = rewrite(file, job.folder / shard, changes[shard].tensors, advance)
+        except torch.OutOfMemoryError as error:
+            raise SourceError(
+                f"the GPU is out of memory with the edit of {shard}",
+                hint="give --workers 1, or --device cpu",
+            ) from error
         found[shard] = Done(record, tuple(changes[shard].edits))
         finished(shard, found[shard])
     return ShardResult(found)

@@ -41,7 +41,7 @@ def write_checkpoint(job: WriteJob) -> Written:
     Raises:
         CheckpointError: a shard is malformed, or a weight was left unchanged.
         OptionError: the engine's memory is too little, or other processes cannot do the job.
-        SourceError: a process that edits shards was lost.
+        SourceError: a GPU is out of memory, or a process that edits shards was lost.
         OSError: the folder cannot be written.
     """
     source, weights = job.source, job.weights
