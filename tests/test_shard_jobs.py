@@ -234,15 +234,27 @@ def test_an_error_in_a_job_is_that_of_a_thread(
     assert said[0] == said[1]
 
 
-def test_a_file_that_is_there_is_not_written_over(
+def test_a_job_that_was_begun_before_is_done_again(
+    checkpoints: Checkpoints, processes: Executor, tmp_path: Path
+) -> None:
+    """A process that is lost may have written its shard, and half of it beside the folder."""
+    source, plan = planned(checkpoints("llama"))
+    for name in ("out", "out.parts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / source.shards[1]).write_text("half")
+    theirs = written(source, plan, subspace(plan), tmp_path / "out", processes)
+    assert theirs == written(source, plan, subspace(plan), tmp_path / "whole", None)
+    for shard in source.shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "whole" / shard).read_bytes()
+
+
+def test_what_the_system_refuses_is_raised_as_it_was(
     checkpoints: Checkpoints, processes: Executor, tmp_path: Path
 ) -> None:
     source, plan = planned(checkpoints("llama"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / source.shards[1]).write_text("mine")
-    with pytest.raises(FileExistsError):
+    (tmp_path / "out" / source.shards[1]).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
         written(source, plan, subspace(plan), tmp_path / "out", processes)
-    assert (tmp_path / "out" / source.shards[1]).read_text() == "mine"
 
 
 def test_threads_go_on_from_what_processes_have_finished(

@@ -11,6 +11,7 @@ from converter.cli.terminal import echo
 from converter.errors import OptionError, VerificationError
 from converter.option import Option, Options
 from converter.recipe import (
+    CLUSTER,
     LocalInputs,
     Publication,
     PublicationOptions,
@@ -164,7 +165,7 @@ class _ReplayOptions(Options):
     "replay",
     asked=Part(_ReplayOptions),
     inputs=Part(LocalInputs),
-    settings=Part(Settings, without=("keep_source",)),
+    settings=Part(Settings, without=(*CLUSTER, "keep_source")),
 )
 def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Settings) -> Answer:
     """Write the checkpoint that MANIFEST records once more, to the folder DESTINATION.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -65,12 +66,15 @@ def edit_shards(
     job: ShardJob,
     advance: Callable[[int], object] = lambda count: None,
     finished: Callable[[str, Done], object] = lambda shard, done: None,
+    attempt: Path | None = None,
 ) -> ShardResult:
     """Write the shards of a job, one after the other.
 
     Args:
         advance: called with the number of bytes done since the last call.
         finished: called with each shard once it is on disk.
+        attempt: a folder beside ``folder`` that is nobody else's, to write into first; the shards
+            of a job that was begun before are replaced. By default they must not be there.
 
     Raises:
         CheckpointError: a shard is malformed or damaged, or an edited tensor overflows its dtype.
@@ -82,12 +86,15 @@ def edit_shards(
     for shard in job.source.shards:
         try:
             with _stream(job.device), job.source.open(shard) as file:
-                record = rewrite(file, job.folder / shard, changes[shard].tensors, advance)
+                target = (attempt or job.folder) / shard
+                record = rewrite(file, target, changes[shard].tensors, advance)
         except torch.OutOfMemoryError as error:
             raise SourceError(
                 f"the GPU is out of memory with the edit of {shard}",
                 hint="give --workers 1, or --device cpu",
             ) from error
+        if attempt:
+            target.replace(job.folder / shard)
         found[shard] = Done(record, tuple(changes[shard].edits))
         finished(shard, found[shard])
     return ShardResult(found)
@@ -106,13 +113,7 @@ def packed(job: ShardJob) -> bytes:
     Raises:
         OptionError: it is too large, or made from files that only this process can read.
     """
-    if job.source.virtual_shards is not None:
-        raise OptionError(
-            "the shards of this source cannot be edited in other processes",
-            expected="a checkpoint of safetensors files",
-            found=", ".join(sorted({path.suffix for path in job.source.originals})),
-            hint="edit it in threads, or convert it to safetensors first",
-        )
+    refuse_made(job.source)
     file = io.BytesIO()
     packer = _Packer(file)
     packer.dump(job)
@@ -126,12 +127,33 @@ def packed(job: ShardJob) -> bytes:
     return file.getvalue()
 
 
+def refuse_made(source: Source) -> None:
+    """Raise OptionError if other processes cannot read the shards of a source."""
+    if source.virtual_shards is not None:
+        raise OptionError(
+            "the shards of this source cannot be edited in other processes",
+            expected="a checkpoint of safetensors files",
+            found=", ".join(sorted({path.suffix for path in source.originals})),
+            hint="edit it in threads, or convert it to safetensors first",
+        )
+
+
 def edit_packed(data: bytes) -> ShardResult:
-    """Do a job of ``packed`` in another process. Raises as ``edit_shards``."""
+    """Do a job of ``packed`` in another process. Raises as ``edit_shards``.
+
+    It may be killed anywhere and done again, even twice at a time.
+    """
     job: ShardJob = pickle.loads(data)  # noqa: S301 - who sends it has started this process
-    with progress.recording() as told:
-        result = edit_shards(job)
+    parts = parts_of(job.folder)
+    parts.mkdir(exist_ok=True)
+    with progress.recording() as told, TemporaryDirectory(dir=parts) as attempt:
+        result = edit_shards(job, attempt=Path(attempt))
     return replace(result, warnings=tuple(told.warnings))
+
+
+def parts_of(folder: Path) -> Path:
+    """Where what jobs of other processes have begun is; it stays there if they are killed."""
+    return folder.with_name(f"{folder.name}.parts")
 
 
 class _Packer(pickle.Pickler):
