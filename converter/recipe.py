@@ -188,6 +188,14 @@ class Settings(Options):
         "Number of shards to edit at a time.",
         by_default="number of processors, at most 4", example="2", least=0,
     )] = 0
+    engine: Annotated[Literal["local", "ray"], Option(
+        "Where shards are edited: threads of this machine, or the machines of a Ray cluster that "
+        "see SOURCE and DESTINATION under the same paths.",
+    )] = "local"
+    ray_address: Annotated[str, Option(
+        "The Ray cluster to join, HOST:PORT; auto finds that of RAY_ADDRESS or of this machine.",
+        example="10.0.0.1:6379",
+    )] = "auto"
     memory_limit: Annotated[int | None, Option(
         "Memory to plan forward passes and the edit with.",
         by_default="the available memory", example="4GB", metavar="SIZE", least=1, parse=parse_size,
@@ -201,6 +209,9 @@ class Settings(Options):
     )] = True
     # fmt: on
 
+
+CLUSTER = ("engine", "ray_address")
+"""The settings of commands that write shards of a new edit, and of no others."""
 
 SELF = "self"
 """The value of ``pairs`` for pairs drawn from the model itself."""

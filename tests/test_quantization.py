@@ -198,7 +198,7 @@ def test_a_fetched_shard_is_kept_while_another_one_needs_its_scales(
     job = WriteJob(
         source=hub, plan=plan, edit=Edit(), folder=tmp_path, engine=Engine(), keep_source=False
     )
-    rewriting = Rewriting(job, {}, users, None)
+    rewriting = Rewriting(job, users, None)
     rewriting.release_shard(source.shards[0])
     assert dropped == []
     rewriting.release_shard(source.shards[1])

@@ -18,7 +18,7 @@ from click.testing import Result
 
 from converter.checkpoints.safetensors import rewrite as shard_files
 from converter.errors import DestinationError
-from converter.outputs.checkpoint import write as checkpoint
+from converter.outputs.checkpoint import shard_job
 from converter.outputs.claim import Claim, claimed
 from converter.runtime import progress
 from tests.builders.errors import refused
@@ -47,7 +47,7 @@ class Rewrites:
             self.names.append(target.name)
             return rewrite(reading, target, *args, **more)
 
-        monkeypatch.setattr(checkpoint, "rewrite", note)
+        monkeypatch.setattr(shard_job, "rewrite", note)
 
     def run(self, *args: object, fails: str | None = None, **expected: Any) -> Result:
         """A conversion; what is expected is as for ``cli``."""
@@ -132,14 +132,14 @@ def test_what_is_not_certain_is_written_again(
 KILL = """
 import os, signal, sys
 from converter.cli.convert import convert_command
-from converter.outputs.checkpoint import write
-rewrite, done = write.rewrite, []
+from converter.outputs.checkpoint import shard_job
+rewrite, done = shard_job.rewrite, []
 def deadly(*args, **more):
     if len(done) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(rewrite(*args, **more))
     return done[-1]
-write.rewrite = deadly
+shard_job.rewrite = deadly
 convert_command(sys.argv[1:])
 """
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -84,6 +84,13 @@ class Source:
     base_commit: str | None = None
     card: ModelCardData
     virtual: dict[str, VirtualFile] = field(default_factory=dict)
+
+    def part(self, shards: Iterable[str]) -> "Source":
+        """Some shards that are on disk, and no more than it takes to read them."""
+        return replace(
+            self, shards=tuple(shards), config={}, weight_map=None, companions=(), drawn=(),
+            extras=(), left_out=(), above=(), repo=None, card=ModelCardData(),
+        )  # fmt: skip
 
     @property
     def small(self) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from converter.cli.terminal import echo
 from converter.errors import DestinationError, Faults, OptionError
 from converter.evaluation.options import SampleOptions
 from converter.option import Option, Options, declared_options
-from converter.recipe import Recipe, Settings
+from converter.recipe import CLUSTER, Recipe, Settings
 from converter.runtime import progress
 from converter.runtime.files import reason
 from converter.text import one_line, readable
@@ -98,7 +98,7 @@ def _look(
     asked=Part(_CompareOptions),
     how=Part(SampleOptions),
     recipe=_Typed(Recipe, without=tuple(declared_options(Recipe).keys() - {*_RECIPE})),
-    settings=Part(Settings, without=("workers", "keep_source")),
+    settings=Part(Settings, without=("workers", *CLUSTER, "keep_source")),
     look=_look,
     examples=(
         "gloss compare demo ./out",

@@ -13,7 +13,7 @@ from converter.errors import Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.option import Option, Options, declared_options
-from converter.recipe import Publication, PublicationOptions, Recipe, Settings
+from converter.recipe import CLUSTER, Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
 from converter.text import few
 
@@ -324,7 +324,7 @@ def _look_at_plan(
     "plan",
     recipe=RecipePart(),
     asked=Part(_PlanOptions),
-    settings=Part(Settings, without=("workers", "attention", "keep_source")),
+    settings=Part(Settings, without=("workers", *CLUSTER, "attention", "keep_source")),
     look=_look_at_plan,
     examples=(
         "gloss plan demo",

@@ -11,6 +11,7 @@ from converter.cli.terminal import echo
 from converter.errors import Faults, OptionError, VerificationError
 from converter.option import Option, Options
 from converter.recipe import (
+    CLUSTER,
     LocalInputs,
     Publication,
     PublicationOptions,
@@ -234,7 +235,7 @@ def _look_at_replay(
     "replay",
     asked=Part(_ReplayOptions),
     inputs=Part(LocalInputs),
-    settings=Part(Settings, without=("keep_source",)),
+    settings=Part(Settings, without=(*CLUSTER, "keep_source")),
     look=_look_at_replay,
     examples=("gloss replay ./out ./again", "gloss replay run.json ./again --source ./base"),
 )

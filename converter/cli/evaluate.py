@@ -11,7 +11,7 @@ from converter.cli.recipe import RecipePart
 from converter.errors import Faults, OptionError
 from converter.evaluation.options import EvaluationOptions
 from converter.option import Option, Options
-from converter.recipe import Recipe, Settings
+from converter.recipe import CLUSTER, Recipe, Settings
 from converter.runtime import progress
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _compared(recipe: Recipe, asked: _ComparisonOptions) -> "Comparison":
     recipe=RecipePart(without=("output",)),
     comparison=Part(_ComparisonOptions),
     asked=Part(EvaluationOptions),
-    settings=Part(Settings, without=("workers", "keep_source")),
+    settings=Part(Settings, without=("workers", *CLUSTER, "keep_source")),
     look=_look,
     examples=(
         "gloss evaluate ./out --base demo",

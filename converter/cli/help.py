@@ -24,6 +24,7 @@ GROUPS = {
     ),
     "Machine": (
         "device", "forward", "forward_dtype", "batch_size", "attention", "memory_limit", "workers",
+        "engine", "ray_address",
         "keep_source", "cache_dir",
     ),
     "Evaluation": (

@@ -13,7 +13,7 @@ from converter.errors import DestinationError, Faults
 from converter.evaluation.options import SearchOptions
 from converter.manifest import Estimate, GuardRecord, SearchRecord, SearchTrial
 from converter.option import Option, Options
-from converter.recipe import Recipe, Settings
+from converter.recipe import CLUSTER, Recipe, Settings
 from converter.runtime import progress
 from converter.text import escaped
 
@@ -60,7 +60,7 @@ def _look(
     recipe=RecipePart(without=("activations", "force")),
     asked=Part(SearchOptions),
     places=Part(_ResultOptions),
-    settings=Part(Settings, without=("workers", "keep_source")),
+    settings=Part(Settings, without=("workers", *CLUSTER, "keep_source")),
     look=_look,
     examples=(
         "gloss search demo --trials 20",

@@ -1,7 +1,7 @@
 """What becomes of each weight, as a change of bytes; ``safetensors.rewrite`` carries it out."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 
@@ -12,9 +12,7 @@ from converter.checkpoints.safetensors.header import DTYPES, to_bytes
 from converter.checkpoints.safetensors.rewrite import Change, Region
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.base import Edit
 from converter.edits.deltas import Delta
-from converter.edits.edit_file import stored_names
 from converter.edits.editor import Editor
 from converter.edits.engine import Engine
 from converter.edits.storage import column_blocks, dequantize, matrices, quantize, whole
@@ -34,20 +32,16 @@ class Changes:
     edits: list[EditedTensor] = field(default_factory=list)
 
 
-def changes_of(
-    source: Source, edit: Edit, weights: tuple[Weight, ...], engine: Engine
-) -> dict[str, Changes]:
-    """Shard file name -> its changes, of all shards."""
+def changes_of(source: Source, edits: Iterable["WeightEdit"]) -> dict[str, Changes]:
+    """Shard file name -> its changes, of all shards of the source, which has all these weights."""
     found = {shard: Changes() for shard in source.shards}
-    names = stored_names(edit, {weight.info.name: weight.layer for weight in weights})
-    for weight in weights:
-        name, changes = weight.info.name, found[weight.shard]
-        job = WeightEdit(weight, edit.tensors[name], names[name], engine)
+    for edit in edits:
+        weight, changes = edit.weight, found[edit.weight.shard]
         if weight.scales is None:
-            changes.tensors[name] = job.change(changes.edits)
+            changes.tensors[weight.info.name] = edit.change(changes.edits)
         else:
-            new, scales = _quantized(source, job, changes.edits)
-            changes.tensors[name] = new
+            new, scales = _quantized(source, edit, changes.edits)
+            changes.tensors[weight.info.name] = new
             found[weight.scales.shard].tensors[weight.scales.info.name] = scales
     return found
 

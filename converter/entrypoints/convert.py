@@ -1,7 +1,7 @@
 """The whole job, in the order in which it happens."""
 
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,14 +43,15 @@ from converter.methods.together import check_shared
 from converter.methods.workbench import Bench
 from converter.models.loading import check_relabelled
 from converter.models.resident import choose_device
-from converter.outputs.base import WriteJob, Written, file_entry, output_of
+from converter.outputs.base import Output, WriteJob, Written, file_entry, output_of
 from converter.outputs.checkpoint.additions import (
     Shards,
     additions_of,
     check_additions,
     check_edit,
 )
-from converter.outputs.claim import claimed
+from converter.outputs.claim import Claim, claimed
+from converter.outputs.cluster import RayExecutor, joined
 from converter.outputs.destination import check_destination
 from converter.outputs.journal import Journal
 from converter.recipe import SELF, Recipe, Settings
@@ -96,7 +97,13 @@ def convert(
     most = output.at_a_time(source)
     engine.workers_for(most, footprint.weights, footprint.rank)  # refused now
     told = stream.told() if stream else nullcontext()
-    with told, claimed(destination, delivery.overwrite) as claim:
+    with (
+        told,
+        claimed(destination, delivery.overwrite) as claim,
+        _edited_by(settings, output, device, source, claim) as executor,
+    ):
+        if executor:
+            engine = replace(engine, workers=settings.workers or executor.workers)
         bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
         if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
             load_headline_prompts(recipe)  # refused before the model draws pairs
@@ -121,7 +128,7 @@ def convert(
             with progress.stage("edit", f"editing {len(edit.tensors)} tensors on {device}"):
                 job = WriteJob(
                     source=source, plan=plan, edit=edit, folder=folder, engine=engine,
-                    keep_source=keep_source,
+                    keep_source=keep_source, executor=executor,
                     receiver=stream.receiver(source, edit, recipe.rounding, folder, keep_source)
                     if stream
                     else Journal.of(claim, source, edit, engine),
@@ -149,6 +156,15 @@ def convert(
     if not keep_source:
         source.drop_originals()
     return manifest
+
+
+def _edited_by(
+    settings: Settings, output: Output, device: str, source: Source, claim: Claim
+) -> AbstractContextManager[RayExecutor | None]:
+    """Who edits shards, if not threads of this process. Raises as ``joined``."""
+    if settings.engine == "local" or not output.has_shards:
+        return nullcontext()
+    return joined(settings.ray_address, device, source, claim.part)
 
 
 def _check_changed(written: Written, edit: Edit) -> None:

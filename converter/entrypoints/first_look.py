@@ -86,6 +86,9 @@ def look_at_recipe(
     with faults:
         _check_device(recipe.device)
     with faults:
+        if settings.engine == "ray":
+            need("--engine ray", "ray")
+    with faults:
         if recipe.self_scorer is not None and recipe.pairs == SELF:
             check_scorer(recipe.self_scorer, "--self-scorer")
     with faults:

@@ -18,6 +18,7 @@ from converter.checkpoints.weights import FP8, Scales, Scheme, scales_of
 from converter.edits.storage import dequantize
 from converter.errors import CheckpointError, ConverterError, SourceError
 from converter.models.batching import LOGITS_BYTES, prepare
+from converter.models.hooks import memory_errors
 from converter.models.resident import LanguageModel
 from converter.models.streamed import StreamedModel
 from converter.models.streamed_memory import Weights
@@ -90,15 +91,13 @@ def load_model(
         )
     given = (auto_class, how, device, dtype)
     settings = {"device_map": "auto" if how.spread else None}
-    if recipes is None:
-        model = _loaded(from_files, folder, *given, **settings)
-    else:
-        made = {name: LazyTensor(recipe) for name, recipe in recipes.items()}
-        model = _loaded(from_tensors, folder, made, *given, **settings)
-    try:
+    with memory_errors("the model", hint="give --forward streamed, or --device map"):
+        if recipes is None:
+            model = _loaded(from_files, folder, *given, **settings)
+        else:
+            made = {name: LazyTensor(recipe) for name, recipe in recipes.items()}
+            model = _loaded(from_tensors, folder, made, *given, **settings)
         return model if how.spread else model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise _unusable("model", error) from error
 
 
 def stream_language_model(
@@ -196,7 +195,7 @@ def _loaded(load: Callable[..., Any], *args: Any, **settings: Any) -> nn.Module:
     """A model of ``from_pretrained``, in eval mode and with every tensor that it needs."""
     try:
         loaded = load(*args, **settings, output_loading_info=True)
-    except ConverterError:
+    except (ConverterError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as above
         raise _unusable("model", error) from error

@@ -7,6 +7,7 @@ entry point in the group ``gloss_convert.outputs``.
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,8 @@ class WriteJob:
         engine: computes the changes.
         keep_source: if not, shards fetched from the Hub are deleted once they are not needed.
         receiver: says first which shards are finished, and gets each finished shard.
+        executor: of processes that see the same folders, to edit shards in; None: threads of this
+            process edit them. The caller shuts it down.
     """
 
     source: Source
@@ -48,6 +51,7 @@ class WriteJob:
     engine: Engine
     keep_source: bool = True
     receiver: Receiver | None = None
+    executor: Executor | None = None
 
     @property
     def weights(self) -> tuple[Weight, ...]:

@@ -54,7 +54,8 @@ class Receiver(Protocol):
     def before(self, users: Mapping[str, set[str]]) -> dict[str, Done]:
         """The finished shards among those in ``users``; the others are deleted.
 
-        ``users`` is that of ``checkpoint.write.users_of``.
+        ``users`` is that of ``checkpoint.write.users_of``: of shards that one job has to write,
+        all are finished or none.
         """
 
     def finished(self, shard: str, done: Done) -> None:

@@ -19,7 +19,7 @@ OUTPUTS = Registry(
 """Name -> a class like ``base.Output``."""
 
 UNUSED: Mapping[str, tuple[str, ...]] = {
-    "adapter": ("rounding", "workers", "stream_to_hub"),
+    "adapter": ("rounding", "workers", "engine", "ray_address", "stream_to_hub"),
     "checkpoint": (),
 }
 """Name of a built-in output -> options of the command line that have no effect with it."""

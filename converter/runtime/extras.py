@@ -13,6 +13,7 @@ _BROUGHT_BY = {
     "model_signing": ("model-signing", "sign"),
     "nltk": ("nltk", "eval"),
     "optuna": ("optuna", "search"),
+    "ray": ("ray", "ray"),
     "profanity_check": ("alt-profanity-check", "eval"),
 }
 """Module -> its package, and the extra that installs it."""

@@ -1,24 +1,30 @@
 """An edited checkpoint: output shard i is a function of source shard i, the rest are copies."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from contextlib import nullcontext
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from threading import BoundedSemaphore, Event, Lock
 from typing import Any
 
-import torch
 from msgspec.structs import replace
 
 from converter.checkpoints.names import INDEX
-from converter.checkpoints.safetensors.rewrite import ShardRecord, rewrite
+from converter.checkpoints.safetensors.rewrite import ShardRecord
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.apply import Changes, changes_of
+from converter.edits.apply import WeightEdit
+from converter.edits.edit_file import stored_names
 from converter.edits.engine import quiet_blas
-from converter.errors import CheckpointError
+from converter.errors import CheckpointError, SourceError
 from converter.manifest import EditedTensor, FileRecord
 from converter.outputs.base import WriteJob, Written, copy_file, make_file
 from converter.outputs.checkpoint.additions import Shards, index_of, patched_text, write_extra
+from converter.outputs.checkpoint.shard_job import (
+    ShardJob,
+    ShardResult,
+    edit_packed,
+    edit_shards,
+    packed,
+)
 from converter.outputs.journal import Done
 from converter.runtime import progress
 from converter.runtime.progress import ThreadPool
@@ -34,7 +40,8 @@ def write_checkpoint(job: WriteJob) -> Written:
 
     Raises:
         CheckpointError: a shard is malformed, or a weight was left unchanged.
-        OptionError: the engine's memory is too little.
+        OptionError: the engine's memory is too little, or other processes cannot do the job.
+        SourceError: a GPU is out of memory, or a process that edits shards was lost.
         OSError: the folder cannot be written.
     """
     source, weights = job.source, job.weights
@@ -60,16 +67,16 @@ def _rewrite_shards(
     source, receiver = job.source, job.receiver
     users = users_of(source, weights)
     before = receiver.before(users) if receiver else {}
-    changes = changes_of(source, job.edit, weights, job.engine)
     most = at_a_time(source)
     if receiver and receiver.at_a_time:
         most = min(most, receiver.at_a_time)
     workers = job.engine.workers_for(most, weights, job.edit.rank)
     with progress.bar("edit", job.plan.nbytes, "B") as bar:
-        rewriting = Rewriting(job, changes, users, bar)
-        records = rewriting.run(workers, {shard: done.record for shard, done in before.items()})
-    edits = [edit for done in before.values() for edit in done.edits]
-    return records, edits + [edit for found in changes.values() for edit in found.edits]
+        done = Rewriting(job, users, bar).run(workers, before)
+    return (
+        {shard: done[shard].record for shard in source.shards},
+        [edit for each in done.values() for edit in each.edits],
+    )
 
 
 def _small_files(
@@ -99,6 +106,10 @@ def _small_files(
     return copies, made
 
 
+_LOOK = 0.5
+"""Seconds after which it is asked whether an executor's job is still wanted."""
+
+
 class _Stopped(Exception):  # noqa: N818 - it is not an error
     """Raised in a worker when another one has failed."""
 
@@ -106,60 +117,83 @@ class _Stopped(Exception):  # noqa: N818 - it is not an error
 class Rewriting:
     """The shards being rewritten, some at a time; see ``write_checkpoint``."""
 
-    def __init__(
-        self, job: WriteJob, changes: Mapping[str, Changes], users: Mapping[str, set[str]], bar: Any
-    ) -> None:
-        self.job, self.source, self.changes, self.bar = job, job.source, changes, bar
+    def __init__(self, job: WriteJob, users: Mapping[str, set[str]], bar: Any) -> None:
+        self.job, self.source, self.bar = job, job.source, bar
         self.users, self.waiting = users, {shard: set(users[shard]) for shard in users}
+        self.done: dict[str, Done] = {}
         self.lock, self.stop = Lock(), Event()
 
-    def run(self, workers: int, before: Mapping[str, ShardRecord]) -> dict[str, ShardRecord]:
-        """Rewrite the shards that were not ``before``; the records of all, in order.
+    def run(self, workers: int, before: Mapping[str, Done]) -> dict[str, Done]:
+        """Rewrite the shards that were not finished ``before``; what was done in all.
 
         If one fails, the others stop soon and its error is raised.
         """
-        free = BoundedSemaphore(workers)
-        futures: dict[str, Future[ShardRecord]] = {}
-        for shard, record in before.items():
-            self.bar.update(record.nbytes)
-            self.release_shard(shard)
-        with (
-            quiet_blas(workers) as threads,
-            ThreadPool(workers, "edit", torch.set_num_threads, (threads,)) as pool,
-        ):
+        free, futures = BoundedSemaphore(workers), list[Future[None]]()
+        for shard, done in before.items():
+            self.bar.update(done.record.nbytes)
+            self._keep(shard, done)
+        with quiet_blas(workers) as threads, ThreadPool(workers, "edit") as pool:
+            jobs = jobs_of(self.job, self.users, before, threads)
+            last = {job.source.shards[-1]: job for job in jobs}
             try:
-                for shard in fetched(
-                    self.source, [s for s in self.source.shards if s not in before]
-                ):
+                for shard in fetched(self.source, [s for job in jobs for s in job.source.shards]):
+                    if shard not in last:
+                        continue
                     free.acquire()
                     if self.stop.is_set():
                         break
                     self.bar.set_postfix_str(shard)
-                    futures[shard] = pool.submit(self._work, shard)
-                    futures[shard].add_done_callback(lambda done: free.release())
-                wait(futures.values())
+                    futures.append(pool.submit(self._work, last[shard]))
+                    futures[-1].add_done_callback(lambda done: free.release())
+                wait(futures)
             except BaseException:  # Ctrl-C too, which must not leave threads that write
                 self.stop.set()
                 raise
-        errors = [error for future in futures.values() if (error := future.exception())]
+        errors = [error for future in futures if (error := future.exception())]
         for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
             raise error
-        new = {shard: future.result() for shard, future in futures.items()}
-        return {shard: before.get(shard) or new[shard] for shard in self.source.shards}
+        return self.done
 
-    def _work(self, shard: str) -> ShardRecord:
-        changes, receiver = self.changes[shard], self.job.receiver
+    def _work(self, job: ShardJob) -> None:
+        """Do a job in this thread, or wait until the executor has done it."""
         try:
-            with _stream(self.job.engine.device), self.source.open(shard) as file:
-                target = self.job.folder / shard
-                record = rewrite(file, target, changes.tensors, self._advance)
-            if receiver:
-                receiver.finished(shard, Done(record, tuple(changes.edits)))
-            self.release_shard(shard)
+            if self.job.executor is None:
+                edit_shards(job, self._advance, self._finished)
+            else:
+                result = self._sent(job, self.job.executor)
+                for text in result.warnings:
+                    progress.warn(text)
+                for shard, done in result.done.items():
+                    self._finished(shard, done)
+                    with self.lock:
+                        self.bar.update(done.record.nbytes)
         except BaseException:
             self.stop.set()
             raise
-        return record
+
+    def _sent(self, job: ShardJob, executor: Executor) -> ShardResult:
+        """What an executor makes of a job. One that has begun is waited for: it writes."""
+        try:
+            future = executor.submit(edit_packed, packed(job))
+            while not wait([future], _LOOK).done:
+                if self.stop.is_set() and future.cancel():
+                    raise _Stopped
+            return future.result()
+        except BrokenExecutor as error:
+            raise SourceError(
+                "a process that edits shards was lost",
+                hint="its memory may have run out; run again with fewer workers, and it goes on "
+                "from the shards that are finished",
+            ) from error
+
+    def _finished(self, shard: str, done: Done) -> None:
+        if self.job.receiver:
+            self.job.receiver.finished(shard, done)
+        self._keep(shard, done)
+
+    def _keep(self, shard: str, done: Done) -> None:
+        self.done[shard] = done
+        self.release_shard(shard)
 
     def _advance(self, count: int) -> None:
         if self.stop.is_set():
@@ -176,21 +210,42 @@ class Rewriting:
                     self.source.drop(name)
 
 
-def _stream(device: str) -> Any:
-    """On a GPU every worker has a stream, so that copies of one overlap with sums of another."""
-    if device == "cpu":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
 def users_of(source: Source, weights: tuple[Weight, ...]) -> dict[str, set[str]]:
-    """Shard -> the shards that cannot be written without it: an FP8 weight may need two."""
+    """Shard -> the shards that one job has to write, itself among them.
+
+    An FP8 weight and its scales may be in two; computed apart they might not fit each other.
+    """
     users = {shard: {shard} for shard in source.shards}
     for weight in weights:
         if weight.scales:
-            users[weight.shard].add(weight.scales.shard)
-            users[weight.scales.shard].add(weight.shard)
+            both = users[weight.shard] | users[weight.scales.shard]
+            users.update(dict.fromkeys(both, both))
     return users
+
+
+def jobs_of(
+    job: WriteJob, users: Mapping[str, set[str]], before: Container[str], threads: int
+) -> list[ShardJob]:
+    """The jobs of a writing, in order of their first shards, without those finished ``before``."""
+    weights = job.weights
+    names = stored_names(job.edit, {weight.info.name: weight.layer for weight in weights})
+    edits: dict[str, list[WeightEdit]] = {shard: [] for shard in job.source.shards}
+    for weight in weights:
+        name = weight.info.name
+        edit = WeightEdit(weight, job.edit.tensors[name], names[name], job.engine)
+        edits[weight.shard].append(edit)
+    groups = dict.fromkeys(tuple(sorted(users[shard])) for shard in job.source.shards)
+    return [
+        ShardJob(
+            job.source.part(group),
+            tuple(edit for shard in group for edit in edits[shard]),
+            job.folder,
+            job.engine.device,
+            threads,
+        )
+        for group in groups
+        if group[0] not in before
+    ]
 
 
 def fetched(source: Source, shards: Sequence[str]) -> Iterator[str]:
