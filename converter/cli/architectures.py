@@ -1,4 +1,4 @@
-"""The command ``gloss architectures``: what can be edited, and a draft of a data file."""
+"""The command ``gloss architectures``: which models can be edited, and a draft of a data file."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,7 +16,7 @@ class _ArchitecturesOptions(Options):
 
     # fmt: off
     infer: Annotated[str | None, Option(
-        "Print what is inferred of a checkpoint's model, as a data file, instead of the table.",
+        "Print the inferred description of a checkpoint's model as a data file, not the table.",
         example="SOURCE", place=True,
     )] = None
     only: Annotated[str | None, Option(
@@ -31,9 +31,9 @@ class _ArchitecturesOptions(Options):
 def architectures_command(asked: _ArchitecturesOptions) -> Answer:
     """Try every language model of the installed transformers, and print which can be edited.
 
-    Each class is described and proved by its default config, at tiny sizes: a row of a Markdown
-    table for each; a second each. With --infer, the model of one
-    checkpoint is described likewise, without reading its weights.
+    Each class is described from its default config and proved at tiny sizes, in about a second, and
+    gets a row of a Markdown table. With --infer, the model of one checkpoint is described in the
+    same way, without reading its weights.
     """
     from converter.checkpoints.architectures import known_models
     from converter.entrypoints.architectures import draft, table, try_all

@@ -14,19 +14,19 @@ _UNUSED = (
     "method", "options", "instances", "output", "activations", "forward", "batch_size", "rounding",
     "max_perplexity_ratio", "guard", "guard_draws", "force", "mask", "base_model",
 )  # fmt: skip
-"""Options of a recipe that do not bear on a calibration model."""
+"""Options of a recipe that do not affect a calibration model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place(Options):
-    """Where a calibration model goes."""
+    """The destination of a calibration model."""
 
     destination: Destination
     overwrite: Overwrite = False
 
 
 def _look(*, recipe: Recipe, place: _Place, asked: CalibrationOptions, faults: Faults) -> None:
-    """Find all that is wrong with a calibration before torch is loaded."""
+    """Find all mistakes in the request before torch is loaded."""
     from converter.entrypoints import first_look
 
     first_look.look_at_recipe(recipe, Settings(), faults)

@@ -1,4 +1,6 @@
-"""What all commands share: options from fields and the environment, one answer, an exit code."""
+"""The common parts of all commands: options from fields and the environment, one answer, an exit
+code.
+"""
 
 import os
 import sys
@@ -38,8 +40,7 @@ Exit codes:
   3  source cannot be reached    7  destination cannot be written
   4  not an editable checkpoint  8  verification failed
   9  the guard refuses the edit  10 the Hub refuses the upload or cannot be reached
-  11 a gate is closed
-  130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP
+  11 a release gate failed 130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP
 \b
 Every option is also read from the environment: --batch-size from
 GLOSS_BATCH_SIZE, -o from GLOSS_OPTIONS.
@@ -48,7 +49,7 @@ GLOSS_BATCH_SIZE, -o from GLOSS_OPTIONS.
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a command prints on standard output, and how it ends.
+    """The output of a command, and its exit code.
 
     Attributes:
         data: printed with ``--json``.
@@ -63,20 +64,20 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Console(Options):
-    """Where a command keeps things, and how it tells results."""
+    """The cache folder of a command, and the form of its results."""
 
     # fmt: off
     cache_dir: Annotated[Path | None, Option(
-        "Folder for what is kept between runs: activations, digests, the demo model.",
+        "Cache folder, kept between runs: activations, digests, the demo model.",
         by_default="~/.cache/gloss-convert", example="/scratch/gloss", path="folder",
     )] = None
     json: Annotated[bool, Option("Print results as JSON.")] = False
     quiet: Annotated[bool, Option("Print no progress, only warnings and results.")] = False
     verbose: Annotated[bool, Option(
-        "Print also how long each stage took, and of an error where it comes from.",
+        "Also print how long each stage took, and where an error comes from.",
     )] = False
     log_file: Annotated[Path | None, Option(
-        "File to add to what is told, with times, and tracebacks of errors; also with --quiet.",
+        "File to append the log to, with times and tracebacks of errors; also with --quiet.",
         example="run.log", path="file",
     )] = None
     # fmt: on
@@ -96,9 +97,9 @@ def command(
     Args:
         name: of the command.
         console: options of ``Console`` that it has.
-        loads: whether it loads libraries, which keep things in folders.
-        look: gets the same objects and ``faults``, where it keeps what is wrong with them, before
-            anything is loaded. All that is wrong is told together.
+        loads: whether it loads libraries, which use cache folders.
+        look: gets the same objects and ``faults``, before anything is loaded, and collects their
+            mistakes there. All mistakes are reported together.
         examples: command lines for the help.
         parts: parameter of the function -> the options that make its value.
     """
@@ -144,12 +145,12 @@ def command(
 
 
 class Command(click.Command):
-    """A command that knows methods' options, and warns of variables that nothing is read from.
+    """A command that knows methods' options, and warns of unused variables.
 
     Attributes:
         known: the variables of all commands, which serve every command that has the option; and
             that of a secret, which must not be on a command line.
-        parts: that its options are from.
+        parts: the sources of its options.
         examples: command lines for its help.
     """
 
@@ -204,7 +205,7 @@ class Command(click.Command):
             near = get_close_matches(_plain(name), map(_plain, self.known), 1)
             gates = [_plain(each.variable) for each in _GATES if each.variable in own]
             gate = get_close_matches(_plain(name), gates, 1, 0.8)
-            if gate:  # which would stay open
+            if gate:  # a misspelt gate would never be judged
                 error = OptionError(said, hint=f"did you mean {PREFIX}{gate[0]}?")
                 faults_of(ctx).found.append(error)
             else:
@@ -217,16 +218,17 @@ _GATES = tuple(declared_options(Gates).values())
 
 
 def _plain(variable: str) -> str:
-    """The name of a variable without what all of them begin with."""
+    """The name of a variable without its prefix."""
     return variable.removeprefix(PREFIX)
 
 
 def _of_a_method(command: click.Command, name: str, typed: list[str]) -> str | None:
-    """What to say of an option of a method that was typed as one of a command; None if it is none.
+    """The message for an option of a method that was typed as one of a command; None if it is not
+    one.
 
     Args:
         command: that was typed.
-        name: of what it does not have.
+        name: of the unknown option.
         typed: the arguments of the command.
     """
     if all(each.name != "options" for each in command.params):
@@ -278,7 +280,7 @@ def _plain_exit(in_json: bool) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Their progress bars and advice do not belong into our output."""
+    """Silence the progress bars and advice of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

@@ -29,33 +29,33 @@ _RECIPE = (
     "prompts", "seed", "word_list", "device", "forward_dtype", "mask", "subfolder",
     "trust_remote_code",
 )  # fmt: skip
-"""Options of a recipe that bear on what two models say."""
+"""Options of a recipe that affect continuations."""
 
 _NARROW, _BETWEEN = 24, " | "
-"""Columns of a terminal below which a text is not put beside another, and what is between two."""
+"""The least terminal columns for two texts side by side, and the text between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CompareOptions(Options):
-    """Which models are compared, and where the result goes."""
+    """The models to compare, and the destination of the result."""
 
     # fmt: off
     base: Annotated[str, Option(
         "Unedited model: a folder, a Hub repo id, or demo.", flag="BASE", place=True,
     )]
     edited: Annotated[str, Option(
-        "What was made from it: a folder, an adapter, a manifest or a repo id.",
+        "Edited copy of it: a folder, an adapter, a manifest or a repo id.",
         flag="EDITED", place=True,
     )]
     output: Annotated[Path | None, Option(
-        "File for the result: .html to look at, .md, or .jsonl.", example="page.html",
+        "File for the result: .html, .md, or .jsonl.", example="page.html",
         variable="GLOSS_COMPARE_OUTPUT",
     )] = None
     interactive: Annotated[bool, Option(
-        "Continue prompts that are typed, a line each, until end of file.",
+        "Continue typed prompts, a line each, until end of file.",
     )] = False
     chat: Annotated[bool | None, Option(
-        "Have prompts be what a user says, as the chat template writes it.",
+        "Treat prompts as user messages, through the chat template.",
         flag="--chat/--no-chat", by_default="with --interactive, where there is a template",
     )] = None
     # fmt: on
@@ -109,10 +109,10 @@ def _look(
 def compare_command(
     asked: _CompareOptions, how: SampleOptions, recipe: dict[str, Any], settings: Settings
 ) -> Answer:
-    """Show what BASE and EDITED say after the same prompts, side by side.
+    """Show the continuations of the same prompts by BASE and EDITED, side by side.
 
-    Where the edit of EDITED is known, it runs in hooks on BASE, so that there is one model in
-    memory. The texts show what an edit does; gloss evaluate measures it.
+    If the edit of EDITED is known, it runs in hooks on BASE, so that only one model is in memory.
+    The texts illustrate an edit; gloss evaluate measures it.
     """
     from converter.entrypoints.compare import compare, two_models
     from converter.evaluation.pages import compared_data, means_text, write_page
@@ -160,12 +160,12 @@ def _check_output(path: Path | None) -> None:
 
 
 def _in_json() -> bool:
-    """Whether the current command prints JSON, all of it at its end."""
+    """Whether the current command prints JSON, as one object at its end."""
     return bool(click.get_current_context().params.get("json"))
 
 
 def _typed_prompts() -> Iterator[str]:
-    """The lines of standard input that say something."""
+    """The lines of standard input that are not blank."""
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="backslashreplace")
     while line := _read_line():
@@ -182,8 +182,7 @@ def _read_line() -> str:
 def samples_text(base: str, edited: str, samples: "Sequence[Sample]", width: int) -> str:
     """Samples for a terminal: two columns, or one below the other where it is narrow.
 
-    What one continuation has and the other lacks is between ``[-`` and ``-]``, or ``{+`` and
-    ``+}``.
+    Words that only one continuation has are between ``[-`` and ``-]``, or ``{+`` and ``+}``.
     """
     lines = []
     for sample in samples:

@@ -1,4 +1,4 @@
-"""The command ``gloss completion``: what a shell needs to complete our options."""
+"""The command ``gloss completion``: scripts with which a shell completes our options."""
 
 import os
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class _CompletionOptions(Options):
 
     # fmt: off
     shell: Annotated[Literal["bash", "zsh", "fish"], Option("Shell.", flag="SHELL")]
-    install: Annotated[bool, Option("Write it to where the shell looks for it.")] = False
+    install: Annotated[bool, Option("Write it to the place from which the shell loads it.")] = False
     # fmt: on
 
 
@@ -34,7 +34,8 @@ class _CompletionOptions(Options):
     examples=("gloss completion bash --install", "gloss completion zsh >> ~/.zshrc"),
 )
 def completion_command(asked: _CompletionOptions) -> Answer:
-    """Print what makes SHELL (bash, zsh or fish) complete the options of gloss and gloss-convert.
+    """Print a script that makes SHELL (bash, zsh or fish) complete the options of gloss and
+    gloss-convert.
 
     With --install it is kept in a file of the shell's own, for bash and fish, or added to .zshrc.
     """
@@ -52,7 +53,7 @@ def completion_command(asked: _CompletionOptions) -> Answer:
 
 
 def _script(shell: str, name: str) -> str:
-    """What a shell runs once so that it completes a program."""
+    """A script that a shell runs once to complete a program."""
     kind = get_completion_class(shell)
     assert kind is not None  # click has these three
     variable = f"_{name.replace('-', '_')}_COMPLETE".upper()

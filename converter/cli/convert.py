@@ -29,21 +29,21 @@ Overwrite = Annotated[bool, Option("Replace the checkpoint or adapter at DESTINA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DeliveryOptions(Options):
-    """What becomes of the result."""
+    """Options for the result."""
 
     # fmt: off
     destination: Destination
     overwrite: Overwrite = False
     evaluate: Annotated[bool, Option(
-        "Measure more than the guard does, before anything is written; see gloss evaluate.",
+        "Evaluate the edit beyond the guard, before anything is written; see gloss evaluate.",
     )] = False
     systems: Annotated[tuple[str, ...], Option(
         "System that --evaluate measures beside the edit; see gloss evaluate.",
         flag="--system", metavar="NAME", example="profs",
     )] = ("random",)
     search: Annotated[int | None, Option(
-        "Search the options of the method first, in so many trials; see gloss search. What is "
-        "typed is not searched.",
+        "Number of trials of a search for the options of the method; see gloss search. Typed "
+        "options are not searched.",
         by_default="no search", metavar="N", example="60", least=1,
     )] = None
     plots: Annotated[Path | None, Option(
@@ -60,14 +60,14 @@ class _DeliveryOptions(Options):
         flag="--sign", metavar="KEY", example="key.pem",
     )] = None
     push_to_hub: Annotated[str | None, Option(
-        "Repo of the Hub to publish the result to; see gloss push.",
+        "Hub repo to publish the result to; see gloss push.",
         metavar="REPO", example="someone/SmolLM2-detox",
     )] = None
     stream_to_hub: Annotated[bool, Option(
-        "With --push-to-hub: publish each shard once it is finished, and delete it here.",
+        "With --push-to-hub: upload each shard once it is finished, and delete it here.",
     )] = False
     dry_run: Annotated[bool, Option(
-        "Check the options, the room and the rights, print the plan from the headers, and stop.",
+        "Check options, free space and rights, print the plan from the headers, and stop.",
     )] = False
     # fmt: on
 
@@ -78,7 +78,7 @@ def published_text(published: "Published | None") -> str:
 
 
 def _look_at_unused(recipe: Recipe, faults: Faults, asked: _DeliveryOptions | None = None) -> None:
-    """Keep what was typed that has no effect beside other options."""
+    """Collect typed options that have no effect beside others."""
     from converter.methods.known import SEPARATOR, described
     from converter.outputs.known import UNUSED
 
@@ -109,7 +109,7 @@ def _look_at_unused(recipe: Recipe, faults: Faults, asked: _DeliveryOptions | No
 
 
 def _refuse_unused(recipe: Recipe) -> None:
-    """Raise OptionError for what only the method or the output of a package can tell."""
+    """Raise OptionError for options without effect with the method or output of a package."""
     from converter.methods.base import aim_of
     from converter.methods.known import METHODS, SEPARATOR
     from converter.outputs.base import output_of
@@ -132,7 +132,7 @@ def _look(
     searching: SearchOptions,
     faults: Faults,
 ) -> None:
-    """Find all that is wrong with a conversion before torch is loaded."""
+    """Find all mistakes in the request before torch is loaded."""
     from converter.entrypoints import first_look
     from converter.evaluation.comparison import Comparison, parse_systems
     from converter.outputs.destination import check_beside
@@ -277,8 +277,9 @@ def _searched(
     delivery: "Delivery",
     searching: SearchOptions,
 ) -> "tuple[Recipe, Delivery]":
-    """What a search has found, after everything that can be known before it; with --dry-run that
-    alone, and the recipe of the first method."""
+    """The result of a search, after all checks that are possible before it. With --dry-run, only
+    these checks, and the recipe of the first method.
+    """
     from converter.entrypoints.convert import prepare_to_write
     from converter.entrypoints.resume import made_before
     from converter.entrypoints.search import check_search, search_recipe
@@ -402,7 +403,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
 
 
 def _continued(plan: dict[str, Any]) -> str:
-    """What the unedited model will be asked to write."""
+    """The continuations that the unedited model will write."""
     if "why" in plan:
         return f"no continuations for the guard: {plan['why']}"
     count = "the" if plan["prompts"] is None else plan["prompts"]

@@ -1,4 +1,4 @@
-"""The commands on what has been converted: ``gloss verify``, ``push`` and ``replay``."""
+"""The commands on finished conversions: ``gloss verify``, ``push`` and ``replay``."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ _REFITTING = (
     "prompts",
     "activations",
 )
-"""Options of a replay that only a refit looks at."""
+"""Options of a replay that only a refit uses."""
 
 _Folder = Annotated[
     Path,
@@ -47,7 +47,7 @@ _Folder = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _VerifyOptions(Options):
-    """What is verified, and against what."""
+    """The folder to verify, and the references."""
 
     # fmt: off
     destination: _Folder
@@ -57,7 +57,7 @@ class _VerifyOptions(Options):
     )] = None
     subfolder: Subfolder = ""
     key: Annotated[Path | None, Option(
-        "Public key in PEM of whoever should have signed it.", example="public.pem",
+        "Public key in PEM of the expected signer.", example="public.pem",
     )] = None
     trust_remote_code: TrustRemoteCode = False
     # fmt: on
@@ -84,7 +84,7 @@ def _look_at_verify(*, asked: _VerifyOptions, faults: Faults) -> None:
     examples=("gloss verify ./out", "gloss verify ./out --source demo --key public.pem"),
 )
 def verify_command(asked: _VerifyOptions) -> Answer:
-    """Check that DESTINATION, checkpoint or adapter, is byte for byte what its manifest says."""
+    """Check that DESTINATION, checkpoint or adapter, agrees with its manifest, byte for byte."""
     from converter.checkpoints.names import SIGNATURE
     from converter.release.reading import read_manifest
 
@@ -103,7 +103,7 @@ def verify_command(asked: _VerifyOptions) -> Answer:
     if original:
         original.fetch()
     unsigned = public.check(folder) if public else []
-    trust = asked.trust_remote_code and not unsigned  # what its owner did not sign is not run
+    trust = asked.trust_remote_code and not unsigned  # unsigned code does not run
     word: dict[str, str] = {}
     problems = [*verify(folder, original, trust, unchecked=word), *unsigned]
     if not public and (folder / SIGNATURE).exists():
@@ -142,7 +142,7 @@ def _answer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PushOptions(Options):
-    """What is published, and where to."""
+    """The folder to publish, and the repo."""
 
     # fmt: off
     destination: _Folder
@@ -197,7 +197,7 @@ def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ReplayOptions(Options):
-    """What is replayed, and where to."""
+    """The manifest to replay, and the destination."""
 
     # fmt: off
     manifest: Annotated[Path, Option(
@@ -205,7 +205,7 @@ class _ReplayOptions(Options):
         flag="MANIFEST", exists=True,
     )]
     destination: Destination
-    refit: Annotated[bool, Option("Fit the edit again, too, and compare it.")] = False
+    refit: Annotated[bool, Option("Also fit the edit again, and compare it.")] = False
     max_angle: Annotated[float, Option(
         "Largest angle between the subspace of --refit and the recorded one, or the share of a "
         "change's norm that such an angle is. Other batch sizes, threads and devices add in "
@@ -240,7 +240,7 @@ def _look_at_replay(
     examples=("gloss replay ./out ./again", "gloss replay run.json ./again --source ./base"),
 )
 def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Settings) -> Answer:
-    """Write the checkpoint that MANIFEST records once more, to the folder DESTINATION.
+    """Repeat the conversion that MANIFEST records, into the folder DESTINATION.
 
     MANIFEST is a gloss_manifest.json or a folder with one; the subspace lies beside it. The source
     is read at the recorded commit, and the weights must be byte for byte those recorded.
@@ -263,7 +263,7 @@ def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Setting
 
 
 def _replay_data(recording: "Recording", done: "Replayed", destination: Path) -> dict[str, Any]:
-    """What a replay found, as printed with --json."""
+    """The results of a replay, as printed with --json."""
     told, source = progress.current(), done.manifest.source
     return {
         "destination": str(destination),

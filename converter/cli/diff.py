@@ -18,7 +18,7 @@ _LONGEST = 60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DiffOptions(Options):
-    """What is compared."""
+    """The two sides of a comparison."""
 
     # fmt: off
     a: Annotated[str, Option(
@@ -52,7 +52,7 @@ def _look(*, asked: _DiffOptions, faults: Faults) -> None:
     examples=("gloss diff demo ./out", "gloss diff ./one/gloss_manifest.json ./other.json"),
 )
 def diff_command(asked: _DiffOptions) -> Answer:
-    """Print what differs between the checkpoints A and B, or between two manifests.
+    """Print the differences between the checkpoints A and B, or between two manifests.
 
     A and B are anything that can be converted, or two files of JSON. Of each tensor that differs:
     the norm of the change over that of A's tensor, the rank of the part that rounding does not

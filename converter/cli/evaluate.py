@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ComparisonOptions(Options):
-    """What is measured beside the model, and where the results go."""
+    """The other systems of an evaluation, and the destination of the results."""
 
     # fmt: off
     base: Annotated[str | None, Option(
@@ -28,10 +28,10 @@ class _ComparisonOptions(Options):
         example="demo", place=True,
     )] = None
     systems: Annotated[tuple[str, ...], Option(
-        "System to measure beside: a method to fit, several with + between them, a control "
-        "(random, profs), or a folder, an adapter, a manifest or a repo id of what was made from "
-        "the same model. A method that ends in @perplexity costs as much as the first system; "
-        "options of one system follow a colon.",
+        "Another system to measure: a method to fit, several joined by +, a control (random, "
+        "profs), or a folder, an adapter, a manifest or a repo id of an edit of the same model. A "
+        "method that ends in @perplexity is measured at the perplexity of the first system. "
+        "Options of one system follow a colon.",
         flag="--system", metavar="NAME", example="gloss:rank=2,layers=3-8",
     )] = ()
     seeds: Annotated[int, Option(
@@ -43,15 +43,15 @@ class _ComparisonOptions(Options):
         by_default="one strength, under the budget", metavar="NUMBERS", example="1.01,1.02,1.05",
     )] = ""
     controls: Annotated[bool, Option(
-        "Measure the control of each system that is fitted: as much of the same kind of edit, "
-        "which knows nothing of toxicity.",
+        "Measure the control of each fitted system: an edit of the same kind and size that uses no "
+        "knowledge of toxicity.",
     )] = False
     results: Annotated[Path | None, Option(
-        "File for the results as JSON, written anew after every model.", example="results.json",
+        "File for the results as JSON, rewritten after every model.", example="results.json",
     )] = None
     continuations: Annotated[Path | None, Option(
-        "File for what the numbers are made of, as lines of JSON: every continuation with its "
-        "scores, every toxic word with its log-probabilities; masked, but with --no-mask.",
+        "File for the data behind the numbers, as lines of JSON: every continuation with its "
+        "scores, every toxic word with its log-probabilities; masked unless --no-mask is given.",
         example="continuations.jsonl",
     )] = None
     plots: Annotated[Path | None, Option(
@@ -68,7 +68,7 @@ def _look(
     settings: Settings,
     faults: Faults,
 ) -> None:
-    """Find all that is wrong with an evaluation before torch is loaded."""
+    """Find all mistakes in the request before torch is loaded."""
     from converter.entrypoints import first_look
 
     whole = replace(recipe, source=comparison.base or recipe.source, method="gloss", options={})
@@ -115,10 +115,10 @@ def _compared(recipe: Recipe, asked: _ComparisonOptions) -> "Comparison":
 def evaluate_command(
     recipe: Recipe, comparison: _ComparisonOptions, asked: EvaluationOptions, settings: Settings
 ) -> Answer:
-    """Measure perplexity and toxicity of SOURCE, of what it was made from, and of other systems.
+    """Measure perplexity and toxicity of SOURCE, of its base, and of other systems.
 
     Methods are fitted on --pairs and run through hooks on the unedited model, which is --base, or
-    SOURCE if there is none. -o METHOD.KEY=VALUE is an option of one of several methods.
+    SOURCE without one. -o METHOD.KEY=VALUE sets an option of one of several methods.
     """
     from converter.entrypoints.evaluate import evaluate_model
     from converter.evaluation.plots import plot_evaluation

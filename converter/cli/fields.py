@@ -39,7 +39,7 @@ class Part:
         return [parameter(option) for option in self.options]
 
     def typed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the user has given to the current command, as its fields want it.
+        """The values that the user gave to the current command, as its fields need them.
 
         Values that are wrong are left out and kept in ``faults_of`` the command, in messages that
         name the option or the variable.
@@ -70,13 +70,13 @@ class Part:
 
 
 def faults_of(context: click.Context) -> Faults:
-    """What is wrong with what was typed for a command; whoever runs it settles that."""
+    """The mistakes in a command's options; its runner raises them."""
     faults: Faults = context.meta.setdefault("converter.faults", Faults())
     return faults
 
 
 class _Keeping(click.Parameter):
-    """A parameter that keeps what is wrong with its value, which is None then, for its command."""
+    """A parameter whose faulty value becomes None, and whose fault its command collects."""
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         try:

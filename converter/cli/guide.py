@@ -41,7 +41,7 @@ class _GuideOptions(Options):
 def guide_command(asked: _GuideOptions) -> Answer:
     """Print a page of the guide; without a TOPIC, the list of them.
 
-    A terminal gets it a screen at a time and styled, a pipe or a file gets it in Markdown.
+    On a terminal it is styled and paged; a pipe or a file gets Markdown.
     """
     text = page(asked.topic)
     if _is_terminal() and not click.get_current_context().params["json"]:

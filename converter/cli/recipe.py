@@ -1,4 +1,4 @@
-"""Recipes: from what is typed and from TOML files; and ``gloss recipe``, which prints one.
+"""Recipes: from typed options and from TOML files; and ``gloss recipe``, which prints one.
 
 The keys of a file are the fields of ``Recipe``, and its ``[options]`` are the method's.
 """
@@ -78,7 +78,7 @@ class RecipePart(Part):
         return [place, *map(parameter, others)]
 
     def values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of the manifest, over them those of the file, and over these what was typed.
+        """The values of the manifest, overruled by those of the file, and these by typed options.
 
         Both may hold options that the command does not have; they have no effect on it. What is
         wrong is kept in ``faults_of`` the command.

@@ -41,7 +41,7 @@ def _look(*, asked: _ReportOptions, faults: Faults) -> None:
     examples=("gloss report ./out", "gloss report ./out --output report.html"),
 )
 def report_command(asked: _ReportOptions) -> Answer:
-    """Write what a conversion did as one page of HTML, for people.
+    """Write a report on a conversion as one page of HTML, for people.
 
     The page is made from the manifest of DESTINATION alone: a verdict in words, pictures, samples,
     the edit layer by layer, how to undo it, and all numbers. It fetches nothing.

@@ -111,7 +111,7 @@ def _data(found: "Searched") -> dict[str, Any]:
 
 
 def _text(found: "Searched") -> str:
-    """The front as a Markdown table, what the unseen text keeps, and the conversion."""
+    """The front as a Markdown table, the share of the effect on unseen text, and the command."""
     record, first = found.record, found.record.default
     rows = [_row("default", first)]
     rows += [_row("chosen" if t == record.chosen else "", t) for t in record.front]
@@ -153,7 +153,7 @@ def _number(estimate: Estimate, places: int = 3) -> str:
 
 
 def _unseen(record: SearchRecord, guard: GuardRecord | None) -> Sequence[str]:
-    """What the text that no trial has seen says of what was chosen."""
+    """The effect of the chosen options on text that no trial has seen."""
     if guard is None:
         return ["on unseen text nothing was measured (--no-guard)"]
     words, ratio = guard.words, guard.edit.perplexity_ratio

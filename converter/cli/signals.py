@@ -38,7 +38,8 @@ def leave(number: int) -> NoReturn:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """While this lasts, the first signal of ``_STOPPING`` raises ``Stopped``; others are ignored.
+    """Within this context, the first signal of ``_STOPPING`` raises ``Stopped``; others are
+    ignored.
 
     Only in the main thread. If the block does not end soon after, the process does.
     """

@@ -245,7 +245,7 @@ def _within(estimate: Estimate) -> str:
 
 
 def _refusals(guard: GuardRecord) -> str:
-    """What the guard measured of refusals; nothing if that is not what the edit is for."""
+    """The guard's measurements of refusals; empty if the edit is not for defence."""
     if guard.defence is None:
         return ""
     edit, controls = guard.defence.edit, guard.defence.controls

@@ -71,7 +71,7 @@ def _read_names_as_utf8() -> None:
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print lines of ours that may quote strangers; what is quoted is one line by then.
+    """Print our lines, which may quote untrusted text that was made one line before.
 
     Standard error that cannot be written ends no run.
     """
@@ -89,7 +89,7 @@ def write(text: str, *, err: bool = False) -> None:
 
 
 def _harmless(line: str) -> str:
-    """A line with its spaces, without tokens, and with escapes for what could steer."""
+    """A line with its spaces, without tokens, and with escapes for control characters."""
     line = redacted(readable(line))
     if not line.isprintable():
         line = "".join(c if c.isprintable() else one_line(c) or " " for c in line)
@@ -126,7 +126,7 @@ def _can_show(text: str, encoding: str) -> bool:
 
 
 class _Printer(logging.Handler):
-    """Prints each record as one line, without what could steer a terminal; tracebacks as lines."""
+    """Prints each record as one line without control characters, and tracebacks as lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in _lines(record):
@@ -146,7 +146,7 @@ class _Writer(logging.FileHandler):
 
 
 def _lines(record: logging.LogRecord) -> list[str]:
-    """A record as it is told."""
+    """The printed form of a record."""
     text = record.getMessage()
     if record.levelno >= logging.WARNING:
         return [f"warning: {one_line(text)}"]
@@ -162,7 +162,7 @@ def reporting(
     verbose: bool = False,
     log_file: Path | None = None,
 ) -> Iterator[Progress]:
-    """Print what the block tells, and let it keep things between runs in one folder.
+    """Print the messages of the block, and set its cache folder.
 
     Args:
         quiet: warnings only; otherwise also notes, and bars if standard error is a terminal.

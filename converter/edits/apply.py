@@ -1,4 +1,4 @@
-"""What becomes of each weight, as a change of bytes; ``safetensors.rewrite`` carries it out."""
+"""The change of each weight, as a change of bytes for ``safetensors.rewrite``."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,13 +20,14 @@ from converter.errors import CheckpointError
 from converter.manifest import EditedTensor, Lora, Requantized
 
 _FP8_AIM = 1e-3
-"""Share of what was along the subspace that rounding a weight to FP8 aims to leave there, at most;
-its steps are 16 times as wide as those of bfloat16."""
+"""Aim of rounding to FP8: the largest share to leave along the subspace. Its steps are 16 times as
+wide as those of bfloat16.
+"""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What becomes of the tensors of one shard, by name, and what that did, once it is done."""
+    """The changes of the tensors of one shard, by name, and their records, once they are done."""
 
     tensors: dict[str, Change] = field(default_factory=dict)
     edits: list[EditedTensor] = field(default_factory=list)
@@ -48,7 +49,7 @@ def changes_of(source: Source, edits: Iterable["WeightEdit"]) -> dict[str, Chang
 
 @dataclass(frozen=True, slots=True)
 class WeightEdit:
-    """One weight and what becomes of it.
+    """One weight and its change.
 
     Attributes:
         stored: field of the delta -> tensor of the edit's file.
@@ -84,7 +85,7 @@ class WeightEdit:
         requantized: Requantized | None = None,
         lora: Lora | None = None,
     ) -> EditedTensor:
-        """What was done, from ``editor.Editor.norms`` and the sha256 before and after.
+        """The record of an edit, from ``editor.Editor.norms`` and the sha256 before and after.
 
         The second is None if the tensor itself stays as it is, with the edit in ``lora``.
 
@@ -119,7 +120,7 @@ class WeightEdit:
 
 
 def _edited(region: Region, editor: Editor, weight: Weight) -> Iterator[memoryview]:
-    """The new bytes of a tensor, a matrix after the other."""
+    """The new bytes of a tensor, matrix by matrix."""
     try:
         for matrix in matrices(region, weight.axis, str(editor.U.device)):
             blocks = editor.edit(matrix.rows, matrix.width, matrix.first)
@@ -159,10 +160,10 @@ def damaged(weight: Weight) -> CheckpointError:
 
 
 def _quantized(source: Source, job: WeightEdit, edits: list[EditedTensor]) -> tuple[Change, Change]:
-    """What becomes of a weight in FP8 and of its scales.
+    """The change of an FP8 weight and of its scales.
 
-    They are two tensors of the file, in any order and even in two shards. Whichever is met first
-    reads the other; if that is the scales, the edit is computed twice.
+    They are two tensors of the file, in any order and even in two shards. The one that comes first
+    in the file reads the other. If the scales come first, the edit is computed twice.
     """
     held: list[Tensor] = []
     weight, place = job.weight, job.weight.scales

@@ -1,9 +1,9 @@
-"""What becomes of one weight, as data: a kind of change and the tensors that it takes.
+"""The change of one weight, as data: a kind of change and its tensors.
 
-W is (O, I) throughout: what the weight gives first, however it is stored. A Conv1D weight is
-transposed on the way in and out; a bias is (O, 1), and its input is 1. A kind knows no files, no
-dtype on disk and no blocks: ``edits.editor`` streams and rounds for all. A new one is a frozen
-dataclass here whose fields are its tensors, and its name in ``KINDS``.
+W is (O, I) throughout: outputs first, however it is stored. A Conv1D weight is transposed on the
+way in and out; a bias is (O, 1), and its input is 1. A kind does not depend on files, dtypes on
+disk or blocks: ``edits.editor`` streams and rounds for all. A new one is a frozen dataclass here
+whose fields are its tensors, and its name in ``KINDS``.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from converter.checkpoints.safetensors.header import FLOATS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta(ABC):
-    """What becomes of one weight W (O, I)."""
+    """The change of one weight W (O, I)."""
 
     kind: ClassVar[str]
     """Its name in the manifest."""
@@ -44,7 +44,7 @@ class Delta(ABC):
         return 1.0
 
     def along(self, measures: Mapping[str, float]) -> float:
-        """||U^T W|| / ||W|| of what ``protects`` names, from ``measures``; NaN if it is unknown."""
+        """||U^T W|| / ||W|| for the U of ``protects``, from ``measures``; NaN if it is unknown."""
         return nan
 
     def moved(self, along: float) -> tuple[float, float]:
@@ -53,7 +53,7 @@ class Delta(ABC):
 
     @property
     def stored_as(self) -> torch.dtype | None:
-        """The dtype of the only weights that it can be made to; None if any will do."""
+        """The only dtype of weights that it fits; None if it fits any."""
         return None
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Delta(ABC):
         Args:
             W: these rows and columns, in the dtype of ``to``.
             rows, columns: which they are.
-            P: a U^T W (R, columns) of what ``protects`` names, so that A P is taken out; else None.
+            P: a U^T W (R, columns) for the U of ``protects``, so that A P is removed; else None.
             out: where to write the result; it is returned. Not ``W`` itself.
         """
 
@@ -94,7 +94,7 @@ class Delta(ABC):
 
     @abstractmethod
     def shift(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
-        """What an edited weight adds to y = x W^T.
+        """The change of y = x W^T by the edit of the weight.
 
         Args:
             x: (..., I), in any dtype.
@@ -105,7 +105,7 @@ class Delta(ABC):
     def low_rank(self, P: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """B (O, R) and A (R, I), so that ``W' = W + B A``; None if the change has no such form.
 
-        P is U^T W (R, I) of what ``protects`` names; else None.
+        P is U^T W (R, I) for the U of ``protects``; else None.
         """
         return None
 
@@ -125,7 +125,7 @@ class Delta(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RemoveSubspace(Delta):
-    """``W' = W - U (U^T W)``: nothing that the weight gives lies in the subspace any more.
+    """``W' = W - U (U^T W)``: the weight's output has nothing in the subspace any more.
 
     The O x O projector is never formed.
 
@@ -186,7 +186,7 @@ class RemoveSubspace(Delta):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeakenSubspace(RemoveSubspace):
-    """``W' = W - a U (U^T W)``, 0 < a < 1: what the weight gives along U is 1 - a times as large.
+    """``W' = W - a U (U^T W)``, 0 < a < 1: the weight's output along U is 1 - a times as large.
 
     Unlike a subspace that was taken out, one that was weakened can be restored from W' alone, to
     its rounding: ``W = W' + a / (1 - a) U (U^T W')``.
@@ -219,11 +219,11 @@ class WeakenSubspace(RemoveSubspace):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RemoveOblique(RemoveSubspace):
-    """``W' = W - a A (U^T W)`` with ``U^T A = I``, 0 < a <= 1: as much less is given along U as
-    ``WeakenSubspace`` or ``RemoveSubspace`` would leave, and what is taken lies along A.
+    """``W' = W - a A (U^T W)`` with ``U^T A = I``, 0 < a <= 1: the output along U is as for
+    ``WeakenSubspace`` or ``RemoveSubspace``, but the change lies along A.
 
-    For a weight behind which a norm multiplies each of the D channels by another number, so that
-    what has the least size behind the norm has not the least size before it.
+    For a weight before a norm that multiplies each of the D channels by another number, so that the
+    least change behind the norm is not the least change before it.
 
     Attributes:
         A: (O, R) float32.
@@ -406,7 +406,7 @@ class Replace(Delta):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AddBits(Delta):
-    """``bits(W') = bits(W) + d`` modulo 2^16, or what the dtype has: exact whatever the values are.
+    """``bits(W') = bits(W) + d`` modulo 2^16, or the power of the dtype: exact for all values.
 
     Half as large as a float32 change of a 16-bit weight. No arithmetic of floats is done, so every
     machine gives the same bytes, and W follows from W' as W' from W.
@@ -494,7 +494,7 @@ def delta_of(kind: str, tensors: Mapping[str, Tensor]) -> Delta:
 
 
 def is_dense(value: object) -> bool:
-    """Whether this is a tensor of which nothing is special: with data, dense, without gradients."""
+    """Whether this is a plain tensor: with data, dense, without gradients."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided

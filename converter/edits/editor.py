@@ -1,4 +1,4 @@
-"""Edit a matrix in blocks of rows, whatever the kind of edit, and round it to its dtype.
+"""Edit a matrix in blocks of rows, by any kind of edit, and round it to its dtype.
 
     W' = round(exact(W))           W (O, I)
 
@@ -7,7 +7,7 @@ An edit that takes a subspace out passes over the rows of W twice, for P and for
     W' = round(W - A P),   P = a U^T W      U (O, R) orthonormal, P (R, I), 0 < a <= 1
                                             A = U, or another A (O, R) with U^T A = I
 
-Memory is a few (R, I) and one block of rows, whatever O is. All of it is float64, so that two BLAS
+Memory is a few (R, I) and one block of rows, for any O. All of it is float64, so that two BLAS
 libraries, which add in another order, give the same bytes.
 
 **Rounding.** With a subspace, rounding to nearest leaves ``L = U^T (W' - (W - A P))``, about 1.7e-3
@@ -34,14 +34,15 @@ from converter.edits.deltas import Delta
 Rounding = Literal["nearest", "null-space"]
 
 BLOCK = 64
-"""Rows at a time, and so many are settled one by one at the end. More would make L larger between,
-fewer would make matrix products slow."""
+"""Rows of a block; this many are also rounded one by one at the end. More would make L larger in
+between, fewer would make matrix products slow.
+"""
 
 AIM = 1e-4
-"""||L|| / ||P|| at which rounding is content: a sixteenth of what rounding to nearest leaves."""
+"""The aim of rounding for ||L|| / ||P||: a sixteenth of what rounding to nearest leaves."""
 
 _HEAVY = 4.0
-"""A row of U is heavy if it holds so many times what it would if all held the same."""
+"""A row of U is heavy if its weight is this many times the mean."""
 
 _CHECKED = 32
 """Rows after which it is asked whether ``AIM`` is reached."""
@@ -68,7 +69,7 @@ class Editor:
     """Edits the matrices of one tensor and measures what happens to it.
 
     Args:
-        delta: what becomes of W (O, I).
+        delta: the change of W (O, I).
         height: O.
         dtype: as stored, of 16 to 64 bits.
         rounding: ``null-space`` changes how bfloat16 and float16 are rounded where a subspace is
@@ -137,7 +138,7 @@ class Editor:
             self.squares["error"] += change + (P * both).sum()
 
     def coordinates(self, rows: Rows, width: int) -> Tensor:
-        """U^T W of one matrix (O, I), (R, I) float64, for who needs no more; one pass.
+        """U^T W of one matrix (O, I), (R, I) float64, in one pass.
 
         Without a subspace (0, I). Args and Raises: as ``edit``.
         """
@@ -197,7 +198,7 @@ class Editor:
     def _removed(
         self, stored: Tensor, block: slice, sums: "_Sums", push: Tensor | None, scratch: Tensor
     ) -> Tensor:
-        """Some rows, less ``A_i P + U_i push``, rounded; adds to ``sums`` what that leaves.
+        """Some rows, minus ``A_i P + U_i push``, rounded; adds the remainder to ``sums``.
 
         All stands for the columns that the matrix has, whichever of W's they are.
         """
@@ -229,7 +230,9 @@ class Editor:
         return new
 
     def _settled(self, block: slice) -> Tensor | slice | None:
-        """Which rows of a block are settled one by one: the heavy ones, and all of the last."""
+        """The rows of a block that are rounded one by one: the heavy ones, and all of the last
+        block.
+        """
         if self.feedback and block.stop == len(self.U):
             return slice(None)
         heavy = self.heavy[block].nonzero()[:, 0]
@@ -247,7 +250,7 @@ class Editor:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What is known along the subspace while a matrix W (O, I) is edited, float64.
+    """The sums along the subspace during the edit of a matrix W (O, I), float64.
 
     Attributes:
         P: (R, I), a U^T W.

@@ -1,4 +1,4 @@
-"""Taking a subspace out of what an FFN adds where a norm stands between it and its last weight.
+"""Remove a subspace from an FFN's output if a norm follows its last weight.
 
 Gemma 2 and 3, OLMo 2 and others add
 
@@ -24,10 +24,10 @@ from converter.edits.deltas import RemoveOblique
 
 
 def removal_behind(U: Tensor, gains: Tensor, a: float) -> RemoveOblique:
-    """The change of W that takes a share ``a`` of what lies along U out of what the norm gives.
+    """The change of W that removes a share ``a`` along U from the norm's output.
 
     Args:
-        U: (D, R) float32, orthonormal columns, in the space of what the FFN adds.
+        U: (D, R) float32, orthonormal columns, in the space of the FFN's contribution.
         gains: (D,) g of the norm.
         a: 0 < a <= 1.
     """

@@ -7,11 +7,11 @@
     U = V X                                 X (K, R) from the moments of single words and pieces of
                                             neutral text within V: see ``greedy_directions``
 
-arXiv 2505.17078 gives the scheme of one subspace and one projection for all layers; ``gloss_paper``
-is its letter. Here the signal speaks before the layers are cut into candidates, and more is asked
-for than a large sum: a corpus is mostly forms of two words, and the eigenvectors of the sum take
-these to nothing many times over and leave the others, or take slang, and all informal text, with
-them. The protection of neutral directions is what keeps the edit from destroying a small model.
+The scheme of one subspace and one projection for all layers is that of arXiv 2505.17078;
+``gloss_paper`` follows it literally. Here the signal is used before the layers are cut into
+candidates, and a large sum is not enough: a corpus is mostly forms of two words. The eigenvectors
+of the sum remove these many times over and leave the others, or remove slang, and all informal
+text, with them. The protection of neutral directions keeps the edit from destroying a small model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ from converter.methods.subspace import (
 from converter.models.batching import Pooling
 
 _PARTS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-"""Among which a part is chosen."""
+"""The parts to choose from."""
 
 _LIMIT = 1.0
 """Nats, over the saturation, up to which a word that becomes more probable counts as worse."""
@@ -53,7 +53,7 @@ _STARTS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalRemoval(Removal):
-    """What both methods of GloSS have, which take one subspace out of all layers.
+    """The common part of both methods of GloSS, which remove one subspace from all layers.
 
     Attributes:
         layers: see ``Removal``; by default from L/4 up to 0.9 L. The last layers cost perplexity
@@ -85,16 +85,16 @@ class GlobalRemoval(Removal):
 class Method(GlobalRemoval):
     """GloSS with its options.
 
-    What toxic words lose grows with the part that is taken out, what other text loses with its
-    square: so a part of a larger subspace costs less than all of a smaller one that does as much.
+    The effect on toxic words grows with the removed part, the effect on other text with its square.
+    So a part of a larger subspace costs less than all of a smaller one with the same effect.
 
     Attributes:
         rank: R, dimensions of the subspace; by default ``MAX_RANK``.
         part: how much of it is taken out, 0 to 1, in layers whose factor is 1. By default all of
             a rank that is given, and else the most effective part within the perplexity budget.
         layers, edit_layers, site, pooling: see ``GlobalRemoval``.
-        per_layer: leading causal directions of each layer that are recorded, to show what the
-            layers have in common.
+        per_layer: number of leading causal directions of each layer that are recorded, to compare
+            the layers.
         directions: K, among which U is sought; no more of them than protection leaves.
         saturation: nats that a word may lose before more counts little.
         cost: of a nat per neutral token, in shares of toxic words.
@@ -258,7 +258,7 @@ class _Objective:
         return {kind: moments.flatten(1) @ outer for kind, moments in kinds.items()}
 
     def leading(self, X: Tensor, free: Tensor) -> Tensor:
-        """What the words that are left owe most to, (K, at most _STARTS)."""
+        """The directions that the remaining words owe most to, (K, at most _STARTS)."""
         left = self.weights * self._left(self.losses(X)["words"])
         A = free.T @ torch.einsum("w,wij->ij", left, self.words) @ free
         vectors: Tensor = torch.linalg.eigh(A).eigenvectors.flip(1)[:, :_STARTS]

@@ -1,4 +1,4 @@
-"""What methods share that take a subspace out of down-projections.
+"""The common part of methods that remove a subspace from down-projections.
 
 Letters: N pairs, D hidden size, C candidates, R rank. Rows are samples or candidates; a basis is
 (D, R) with orthonormal columns. Everything is float64: the matrices are small beside the model.
@@ -32,16 +32,16 @@ from converter.methods.base import Factors, Layers, Proposal, Recorded, Workbenc
 from converter.methods.behind_norm import removal_behind
 
 MAX_RANK = 8
-"""Fitted if the rank is left to be chosen; larger ones bought nothing where they were tried."""
+"""The rank that is fitted if it is to be chosen; larger ones gained nothing in experiments."""
 
 _RANKS = (1, 2, 3, 4, 6, MAX_RANK)
-"""Among which a rank is chosen."""
+"""The ranks to choose from."""
 
 _SPARED = 16
 """Leading neutral directions that random subspaces spare, as GloSS does by default."""
 
 _NOTHING = 1e-6
-"""A share of the differences' norm that is rounding error rather than a difference."""
+"""Below this share of the differences' norm, a difference is rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def candidates_of(layer: int, kind: Kind, scores: Iterable[float]) -> list[Candi
 
 
 def rank_within(rank: int | None, most: int, *, than: str, which: str, hint: str) -> int:
-    """The rank that is asked for, or what is fitted if none is: ``MAX_RANK`` where that can be.
+    """The given rank, or the rank to fit: ``MAX_RANK``, if possible.
 
     Raises:
         FitError: it is over ``most``, or that is 0; ``than``, ``which`` and ``hint`` say why.
@@ -89,7 +89,7 @@ def rank_within(rank: int | None, most: int, *, than: str, which: str, hint: str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """What all methods have that take a subspace out of down-projections.
+    """The common base of methods that remove a subspace from down-projections.
 
     Attributes:
         rank: R, dimensions removed; by default the most effective number within the perplexity
@@ -273,7 +273,7 @@ class Removal:
     def _evidence(
         self, bench: Workbench, subspace: Subspace, width: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the manifest and the edit's file keep of a fit."""
+        """The evidence of a fit for the manifest and the edit's file."""
         decoded = bench.decode(subspace.rows, self.top_tokens)
         evidence = SubspaceEvidence(
             hidden_size=width,
@@ -356,7 +356,8 @@ def neutral_energy(U: Tensor, moment: Tensor) -> float:
 def protected_differences(
     activations: Activations, layer: int, shared: Tensor, own: int, needed: int
 ) -> Tensor:
-    """``(X+ - X-) (I - P P^T)`` of a layer, (N, D) float64: what tells the two sides apart.
+    """``(X+ - X-) (I - P P^T)`` of a layer, (N, D) float64: the protected differences of the two
+    sides.
 
     Args:
         activations, layer: of the pairs, and which.

@@ -1,4 +1,4 @@
-"""An edit without writing a weight: hooks that change what modules give."""
+"""Apply an edit without writing a weight: hooks that change modules' outputs."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -21,13 +21,13 @@ from converter.models.hooks import hooked
 
 @dataclass(slots=True)
 class _ModuleEdit:
-    """What becomes of one module.
+    """The change of one module.
 
     Attributes:
-        weight, bias: of its weight and of its bias; None if they stay as they are.
+        weight, bias: of its weight and of its bias; None if they do not change.
         created: (O,) a bias that it lacks.
         own: (O, I) a weight of its own, in place of one that it shares.
-        axis: of its weight, over what it gives.
+        axis: of its weight, over its outputs.
     """
 
     weight: Delta | None = None
@@ -39,7 +39,7 @@ class _ModuleEdit:
     def applied(
         self, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None = None
     ) -> Tensor:
-        """What a module that makes y (..., O) of x (..., I) would give with the edit in it.
+        """The output that a module with y (..., O) from x (..., I) would have with the edit.
 
         Its bias (O,) is part of y, if it has one. Its weight is (O, I).
         """
@@ -55,7 +55,7 @@ class _ModuleEdit:
         return new
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """A forward hook; of several things that the module gives, the first one changes."""
+        """A forward hook; of several outputs, the first one changes."""
         first, *rest = output if isinstance(output, tuple) else (output,)
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         matrix = weight.movedim(self.axis, 0) if isinstance(weight, Tensor) else None
@@ -73,7 +73,7 @@ def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
 
 @contextmanager
 def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
-    """While this lasts, the model computes as if ``edit`` were written into its weights.
+    """Within this context, the model computes as if ``edit`` were written into its weights.
 
     Raises:
         CheckpointError: the edit does not fit the checkpoint.
@@ -109,7 +109,7 @@ def modules_of(plan: Plan, footprint: Footprint) -> list[str]:
 
 
 def module_edits(plan: Plan, edit: Edit) -> dict[str, _ModuleEdit]:
-    """Module of the transformers class -> what becomes of it.
+    """Module of the transformers class -> its change.
 
     Raises:
         OptionError: a change whose effect on a running model is not known: experts of one module

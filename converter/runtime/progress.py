@@ -1,10 +1,10 @@
-"""What a run tells while it works: stages with seconds and memory, notes, warnings, bars.
+"""The progress of a run: stages with seconds and memory, notes, warnings, bars.
 
 Notes and warnings are records of the logger ``converter``, of level INFO and WARNING; seconds and
 tracebacks are of level DEBUG. Without a handler nothing is printed. The current ``Progress`` keeps
 warnings, seconds and memory, and says whether bars are shown. Without one, everything here works
-and nothing is kept or shown. A thread has the ``Progress`` of whoever gave it work only if it is
-one of a ``ThreadPool``.
+and nothing is kept or shown. A thread has the caller's ``Progress`` only if it belongs to a
+``ThreadPool``.
 
 Whoever runs a model over texts, or reads much of a file, opens the bar that counts it
 (``tests/test_every_command.py`` looks for it); what cannot be counted is named by ``doing``, or is
@@ -41,7 +41,7 @@ _NARROW = 60
 
 @dataclass(slots=True)
 class Progress:
-    """What a run has told so far.
+    """The messages and measurements of a run so far.
 
     Attributes:
         shows_bars: whether bars appear on standard error.
@@ -49,7 +49,7 @@ class Progress:
         memory: the largest resident set during each stage, in bytes; where the system cannot tell
             (anything but Linux), the largest of the process so far.
         warnings: in order.
-        bars: those that are open, the innermost last.
+        bars: the open bars, the innermost last.
         within: seconds of the stages that have ended inside the current one.
         peak: the largest resident set of the current stage before the last one inside it.
         doing: what is being done and since when, by ``time.monotonic``; the innermost last.
@@ -71,13 +71,13 @@ _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 
 def current() -> Progress:
-    """The ``Progress`` of this context, or a new one that nobody looks at."""
+    """The ``Progress`` of this context, or a new, unused one."""
     return _current.get() or Progress()
 
 
 @contextmanager
 def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
-    """Let what the block tells be kept in one ``Progress``: the current one if there is one.
+    """Collect the messages of the block in one ``Progress``: the current one if there is one.
 
     Args:
         shows_bars: of a new one.
@@ -101,7 +101,7 @@ def recording(*, shows_bars: bool = False) -> Iterator[Progress]:
 class ThreadPool(ThreadPoolExecutor):
     """A pool whose threads do each piece of work in a copy of the context that submitted it.
 
-    So the current ``Progress`` and the cache folder are those of the run. A thread has none else.
+    So the current ``Progress`` and the cache folder are those of the run. Other threads have none.
     """
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -109,18 +109,18 @@ class ThreadPool(ThreadPoolExecutor):
 
 
 def note(text: str) -> None:
-    """Log a line for people who watch."""
+    """Log a progress line."""
     LOG.info("%s", text)
 
 
 def warn(text: str) -> None:
-    """Log a line that everybody should read, and keep it for the summary."""
+    """Log a warning, and keep it for the summary."""
     current().warnings.append(text)
     LOG.warning("%s", text)
 
 
 def trace(error: BaseException) -> None:
-    """Log where an error comes from, for people who look for its cause."""
+    """Log the traceback of an error, at level DEBUG."""
     LOG.debug("%s", type(error).__name__, exc_info=error)
 
 

@@ -1,9 +1,8 @@
-"""Is an adapter what its manifest says?
+"""Verify an adapter against its manifest.
 
 B must be -a U, or -a A where the projection is oblique, of the recorded tensors and factor, bit for
 bit; A must have the recorded digest and norm, and, with the source at hand, be U^T W of its weights
-to the rounding of float32. The config must say of rank, scale and modules what peft needs to make
-W + B A of them.
+to the rounding of float32. Rank, scale and modules in the config must make peft compute W + B A.
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,7 +56,7 @@ _LEFT = 1e-5
 def check_adapter(
     folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
-    """What an adapter must be, beside having its files; see ``entrypoints.verify``.
+    """Verify an adapter, besides its list of files; see ``entrypoints.verify``.
 
     Raises:
         ConverterError: a file cannot be read at all.
@@ -85,7 +84,7 @@ def check_adapter(
 
 
 def _check_records(manifest: Manifest) -> Iterator[str]:
-    """The list of edited tensors must be one of weights in an adapter."""
+    """Check that the edited tensors are weights that an adapter can edit."""
     if not manifest.edited:
         yield f"{MANIFEST}: no tensor is recorded as edited"
     kinds = {kind.kind for kind in LOW_RANK}
@@ -107,7 +106,7 @@ def _lora(entry: EditedTensor) -> Lora:
 def _check_config(
     config: Mapping[str, Any], manifest: Manifest, deltas: Mapping[str, Delta]
 ) -> Iterator[str]:
-    """It must be the one that follows from the manifest."""
+    """Check that the config follows from the manifest."""
     entries, known = manifest.edited, base_of(manifest)
     commit = manifest.source.commit if known == manifest.source.repo_id else None
     ranks = {_lora(entry).module: rank_of(deltas[entry.name]) for entry in entries}

@@ -1,4 +1,4 @@
-"""The edit as a LoRA adapter: a few megabytes, loaded on the source, which stays as it is.
+"""Write the edit as a LoRA adapter: a few megabytes, loaded on the unchanged source.
 
     W - a U (U^T W) = W + B A      A = U^T W (R, I),  B = -a U (O, R)
 
@@ -65,7 +65,7 @@ _SERVED_RANK = 16
 
 
 def companions(names: Iterable[str]) -> list[str]:
-    """The licence and its like; config and tokenizer are those of the source and stay there."""
+    """The licence files; config and tokenizer stay with the source."""
     return list(chain(*papers(names).values()))
 
 
@@ -160,13 +160,13 @@ def adapter_config(
 
 
 def tensor_names(module: str) -> tuple[str, str]:
-    """What A and B of a module are called in the file."""
+    """The names of a module's A and B in the file."""
     start = f"base_model.model.{module}"
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
 def _factors(source: Source, module: str, job: WeightEdit) -> tuple[Tensor, Tensor, EditedTensor]:
-    """A (R, I) and B (O, R) of the weight of a module, float32, and what they do to it.
+    """A (R, I) and B (O, R) of the weight of a module, float32, and the measures of the change.
 
     Raises:
         CheckpointError: the weight holds NaN or Inf, or is too large for float32.
@@ -206,7 +206,7 @@ def _norms(delta: Delta, P: Tensor, exact: Tensor, A: Tensor, B: Tensor) -> dict
 def coordinates(
     source: Source, weight: Weight, delta: Delta, device: str
 ) -> tuple[Tensor, float, str]:
-    """U^T W (R, I) float64 of what a delta protects, on the CPU; ||W||_F; sha256 of W.
+    """U^T W (R, I) float64 for the U that a delta protects, on the CPU; ||W||_F; sha256 of W.
 
     R is 0 if it protects nothing.
 
@@ -241,7 +241,7 @@ def _matrices(
 
 
 def _as_fetched(source: Source, order: Sequence[Weight], keep_source: bool) -> Iterator[Weight]:
-    """The weights one after the other, each with its shard on disk.
+    """The weights in order, each with its shard on disk.
 
     The next shard is fetched meanwhile. Those that no later weight needs are deleted, if the source
     is not to be kept.

@@ -1,4 +1,4 @@
-"""Is a checkpoint what its manifest says? Its structure, its edited tensors, and its source."""
+"""Verify a checkpoint against its manifest: structure, edited tensors, and source."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import RawIOBase
@@ -53,8 +53,8 @@ from converter.outputs.record_checks import (
 from converter.runtime import progress
 
 _LEFT = 0.05
-"""Share of what was along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of
-rows to choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
+"""Share along U that rounding toward U^T W' = 0 may leave. Where there are hundreds of rows to
+choose from it leaves 1e-4 in 16 bits and 1e-3 in FP8; to nearest, FP8 leaves 0.05 to 0.15.
 """
 
 _CLOSE, _SMALL, _TINY = 1e-4, 1e-6, 1e-9
@@ -70,7 +70,7 @@ sqrt(R / D) of it would be along R of D directions: no edit is asked to leave le
 def check_checkpoint(
     folder: Path, manifest: Manifest, damaged: Mapping[str, str], source: Source | None
 ) -> Iterator[str]:
-    """What a whole model must be, beside having its files; see ``entrypoints.verify``."""
+    """Verify a complete model, besides its list of files; see ``entrypoints.verify``."""
     whole = not damaged.keys() & {*manifest.shards, INDEX, "config.json"}
     structure = list(_check_structure(folder, manifest)) if whole else []
     yield from structure
@@ -89,7 +89,7 @@ def check_checkpoint(
 
 
 def _check_patched(folder: Path, manifest: Manifest, damaged: Mapping[str, str]) -> Iterator[str]:
-    """A patched file says what the patch says: doing that once more would change nothing."""
+    """Check that a patched file has its patch: applying it again would change nothing."""
     for name, patch in manifest.edit.patches.items():
         if name in damaged or name not in manifest.files:
             continue
@@ -117,7 +117,7 @@ def _check_created(folder: Path, manifest: Manifest, damaged: Mapping[str, str])
 def _readable(
     folder: Path, manifest: Manifest, damaged: Mapping[str, str]
 ) -> Iterator[EditedTensor]:
-    """The edited tensors that can be looked at in a folder that is not whole.
+    """The edited tensors that can be checked in a damaged folder.
 
     They are plain numbers, in whole shards, of the recorded shape.
     """
@@ -132,7 +132,7 @@ def _readable(
 
 
 def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """The index, the headers and the config must describe one checkpoint."""
+    """Check that the index, the headers and the config describe one checkpoint."""
     plan = plan_of(folder, manifest)
     weights = plan.find({tensor.name for tensor in manifest.edited})
     for tensor in manifest.edited:
@@ -149,7 +149,7 @@ def _check_structure(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_asked_for(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Created tensors must be those that a model with this config looks at, and all of them."""
+    """Check that the created tensors are exactly those that a model with this config reads."""
     plan, config = plan_of(folder, manifest, edited=False), read_json(folder / "config.json")
     created = {tensor.name for tensor in manifest.edit.created}
     if is_fused(config) or ALIGNMENT in created:
@@ -184,7 +184,7 @@ def plan_of(folder: Path, manifest: Manifest, *, edited: bool = True) -> Plan:
 
 
 def _is_same(weight: Weight, tensor: EditedTensor) -> bool:
-    """Whether a weight is what its record says; of FP8 also in where its scales are."""
+    """Whether a weight agrees with its record; for FP8, including the place of its scales."""
     scales, fp8 = weight.scales, tensor.requantized
     found = scales and (scales.info.name, scales.shard, tuple(scales.block))
     same_scales = found == (fp8 and (fp8.scales, fp8.shard, fp8.block))
@@ -259,7 +259,7 @@ def _allowed(
 
 
 def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float) -> Iterator[str]:
-    """Which numbers of a record do not fit what is there.
+    """The numbers of a record that contradict the tensor.
 
     ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
     out, W' = W - a A P + E with U^T W = P and E the rounding error, so W' - W = E - a A P. If A is
@@ -356,7 +356,7 @@ def _check_source(
 def _check_texts(
     folder: Path, manifest: Manifest, source: Source, shards: Shards, damaged: Mapping[str, str]
 ) -> Iterator[str]:
-    """Patched files and the index must follow from those of the source."""
+    """Check that patched files and the index follow from those of the source."""
     edit, plan = manifest.edit, read_plan(source)
     created = {t.name: prod(t.shape) * BITS.get(t.dtype, 0) // 8 for t in edit.created}
     try:
@@ -374,7 +374,7 @@ def _check_texts(
 def _check_rounded(
     tensor: EditedTensor, before: Stored, after: Stored, delta: Delta, nearest: bool
 ) -> Iterator[str]:
-    """An edited tensor against the one it was made from."""
+    """Compare an edited tensor with its original."""
     place, fp8 = f"{tensor.shard}: tensor {tensor.name}", tensor.requantized
     height = tensor.shape[tensor.axis]
     wrong, norms = check_rounded(after, before, delta, height, nearest=nearest)

@@ -1,4 +1,6 @@
-"""An edited checkpoint: output shard i is a function of source shard i, the rest are copies."""
+"""Write an edited checkpoint: output shard i depends only on source shard i; other files are
+copies.
+"""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, wait
@@ -63,7 +65,7 @@ def write_checkpoint(job: WriteJob) -> Written:
 def _rewrite_shards(
     job: WriteJob, weights: tuple[Weight, ...]
 ) -> tuple[dict[str, ShardRecord], list[EditedTensor]]:
-    """Write all shards of the source; their records, and those of the edited tensors."""
+    """Write all shards of the source, and return their records and those of the edited tensors."""
     source, receiver = job.source, job.receiver
     users = users_of(source, weights)
     before = receiver.before(users) if receiver else {}
@@ -82,7 +84,7 @@ def _rewrite_shards(
 def _small_files(
     job: WriteJob, shards: Shards
 ) -> tuple[dict[str, FileRecord], dict[str, FileRecord]]:
-    """Copy or make all files but the shards; what was copied, and what was made."""
+    """Copy or make all files except the shards, and return the records of both."""
     source, folder, edit = job.source, job.folder, job.edit
     copies: dict[str, FileRecord] = {}
     made = {name: make_file(folder / name, content) for name, content in edit.files.items()}
