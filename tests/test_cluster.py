@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,6 +79,7 @@ def address() -> Iterator[str]:
         head.wait(30)
         for pid in processes_of(folder):
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(*args: object) -> "subprocess.CompletedProcess[str]":

@@ -1,7 +1,7 @@
 """All that a GPU does here, once, beside what the CPU of the same machine gives: one table.
 
     python -m tests.bench.gpu                                                  # under eight minutes
-    python -m tests.bench.gpu --device cpu --gigabytes 0.2 --pairs 32 --minutes 8     # a dry run
+    python -m tests.bench.gpu --device cpu --gigabytes 0.2 --pairs 32 --unguarded     # a dry run
 
 It needs PyTorch and the packages of ``pyproject.toml``; which of them are missing is said first.
 Rows are printed as they come. Those that do not fit in ``--minutes`` are left out and say so, and
@@ -78,6 +78,7 @@ class Bench:
     gigabytes: float
     source: str
     pairs: int | None
+    unguarded: bool
     folder: Path
     end: float
     rate: float = 0.0
@@ -354,7 +355,8 @@ def demo(bench: Bench) -> Iterator[Row]:
         if time.perf_counter() + 6 * needed > bench.end:  # a CPU is so much slower, or more
             break
         out = bench.folder / f"demo {device.replace(':', ' ')}"
-        recipe = Recipe(source=bench.source, device=device, num_pairs=bench.pairs)
+        less: dict[str, Any] = {"guard": False, "prompts": "none"} if bench.unguarded else {}
+        recipe = Recipe(source=bench.source, device=device, num_pairs=bench.pairs, **less)
         start = time.perf_counter()
         with using_cache(bench.folder / "cache"):
             manifest = convert(recipe, out)
@@ -437,6 +439,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint")
     parser.add_argument("--source", default="demo", help="of the whole run; none leaves it out")
     parser.add_argument("--pairs", type=int, help="of the whole run; all by default")
+    parser.add_argument("--unguarded", action="store_true", help="no guard, no samples")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which no part begins")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts")
     given = parser.parse_args()
@@ -456,8 +459,8 @@ def main() -> int:
     begun, failed = time.perf_counter(), False
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
-            given.device, given.gigabytes, given.source, given.pairs, Path(folder),
-            begun + 60 * given.minutes,
+            given.device, given.gigabytes, given.source, given.pairs, given.unguarded,
+            Path(folder), begun + 60 * given.minutes,
         )  # fmt: skip
         for part in given.only or PARTS:
             if part != "demo" or bench.source != "none":
