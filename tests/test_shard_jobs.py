@@ -21,6 +21,7 @@ from converter.edits.base import Edit
 from converter.edits.deltas import AddBits, AddLowRank, AddToRows, Delta, RemoveSubspace, Replace
 from converter.edits.engine import Engine
 from converter.errors import CheckpointError, OptionError, SourceError
+from converter.methods.behind_norm import removal_behind
 from converter.outputs.base import WriteJob, Written
 from converter.outputs.checkpoint import shard_job
 from converter.outputs.checkpoint.write import jobs_of, users_of, write_checkpoint
@@ -131,6 +132,7 @@ def test_shards_that_hang_together_are_one_job(checkpoints: Checkpoints) -> None
 
 KINDS: dict[str, Callable[[], Delta]] = {
     "columns of a wider matrix": lambda: RemoveSubspace(torch.eye(HIDDEN)[:, :2]),
+    "oblique": lambda: removal_behind(torch.eye(HIDDEN)[:, :2], torch.logspace(0, 2, HIDDEN), 0.5),
     "low rank": lambda: AddLowRank(torch.randn(HIDDEN, 2), torch.randn(2, FFN)),
     "rows": lambda: AddToRows(torch.tensor([0, 5]), torch.randn(FFN)),
     "dense": lambda: Replace(torch.randn(HIDDEN, FFN)),
