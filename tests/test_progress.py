@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from converter.cli.terminal import reporting
 from converter.edits.base import Edit
@@ -200,6 +202,21 @@ def test_what_is_not_counted_is_named_as_long_as_it_lasts(monkeypatch: pytest.Mo
     assert text.index("fitting 00:00") < text.index("verifying 00:00")
     assert screen(text) == [""]
     assert drawn(monkeypatch, ("",), 5) == ""  # somebody types
+
+
+def test_an_interrupt_that_has_lost_the_lock_of_bars_ends_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clock, "_EVERY", 0.001)
+    asked = Event()
+
+    def doing() -> tuple[str, float]:
+        asked.set()
+        return "fitting", time.monotonic()
+
+    lock: Any = tqdm.get_lock()  # type: ignore[no-untyped-call]
+    with lock, clock.Clock(Terminal(), list, doing):  # whose thread waits for it
+        assert asked.wait(60)
 
 
 def test_the_newest_bar_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
