@@ -167,6 +167,17 @@ def test_a_line_that_is_printed_is_not_behind_a_bar(monkeypatch: pytest.MonkeyPa
     assert shown == ["warning: a warning", ""]
 
 
+def test_what_strangers_say_steers_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.recording(shows_bars=True) as told, progress.doing("reading \x1b[2J\nover"):
+        with progress.bar("hash \x1b]0;x\x07", 9, "B"):
+            pass
+        assert told.doing[-1][0].isprintable()
+    assert "\x1b[2J" not in terminal.getvalue()
+    assert "\x1b]" not in terminal.getvalue()
+
+
 def screen(text: str) -> list[str]:
     """The lines that a terminal shows, without spaces at their ends."""
     lines = []
