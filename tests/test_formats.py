@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from io import SEEK_END
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from converter.errors import CheckpointError, SourceError
 from converter.evaluation.fit import fit
 from converter.outputs.base import WriteJob
 from converter.outputs.checkpoint.write import write_checkpoint
+from converter.runtime import progress
 from tests.builders.edits import removal
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
@@ -327,6 +329,24 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_unpacking_a_gguf_file_moves_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what transformers prints, which it counts tensors with."""
+    write_gguf(tmp_path / "x.gguf", 3)
+    steps: list[float] = []
+
+    class Bar:
+        n = 0
+
+        def update(self, count: int) -> None:
+            self.n += count
+            steps.append(self.n)
+
+    monkeypatch.setattr(progress, "bar", lambda *given: nullcontext(Bar()))
+    gguf.load(tmp_path / "x.gguf")
+    assert steps == sorted(steps)
+    assert steps[-1] == 100
 
 
 def test_a_gguf_file_is_unpacked_once(

@@ -17,6 +17,7 @@ from converter.cli.fields import Part, faults_of
 from converter.cli.guide import GUIDE, page, topics
 from converter.cli.main import gloss
 from converter.errors import ConverterError, OptionError
+from converter.runtime import progress
 from tests.builders.errors import refused
 from tests.builders.invoke import Cli
 from tests.builders.planted import planted_args
@@ -177,7 +178,12 @@ def test_a_terminal_gets_it_styled_and_a_screen_at_a_time(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(click, "echo_via_pager", lambda text, color: shown.append(text))
+
+    def paged(text: str, color: bool) -> None:
+        shown.append(text)
+        assert progress.current().doing[-1][0] == ""  # nothing is drawn over the pager
+
+    monkeypatch.setattr(click, "echo_via_pager", paged)
     monkeypatch.setattr(guide, "_is_terminal", lambda: True)
     assert cli("guide", "guard", code=0).stdout == ""
     assert "\x1b[" in shown[0]

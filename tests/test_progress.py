@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from converter.cli.terminal import reporting
 from converter.edits.base import Edit
@@ -165,6 +167,17 @@ def test_a_line_that_is_printed_is_not_behind_a_bar(monkeypatch: pytest.MonkeyPa
     assert shown == ["warning: a warning", ""]
 
 
+def test_what_strangers_say_steers_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.recording(shows_bars=True) as told, progress.doing("reading \x1b[2J\nover"):
+        with progress.bar("hash \x1b]0;x\x07", 9, "B"):
+            pass
+        assert told.doing[-1][0].isprintable()
+    assert "\x1b[2J" not in terminal.getvalue()
+    assert "\x1b]" not in terminal.getvalue()
+
+
 def screen(text: str) -> list[str]:
     """The lines that a terminal shows, without spaces at their ends."""
     lines = []
@@ -200,6 +213,21 @@ def test_what_is_not_counted_is_named_as_long_as_it_lasts(monkeypatch: pytest.Mo
     assert text.index("fitting 00:00") < text.index("verifying 00:00")
     assert screen(text) == [""]
     assert drawn(monkeypatch, ("",), 5) == ""  # somebody types
+
+
+def test_an_interrupt_that_has_lost_the_lock_of_bars_ends_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clock, "_EVERY", 0.001)
+    asked = Event()
+
+    def doing() -> tuple[str, float]:
+        asked.set()
+        return "fitting", time.monotonic()
+
+    lock: Any = tqdm.get_lock()  # type: ignore[no-untyped-call]
+    with lock, clock.Clock(Terminal(), list, doing):  # whose thread waits for it
+        assert asked.wait(60)
 
 
 def test_the_newest_bar_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from converter.cli.command import Answer, Console, command
 from converter.cli.fields import Part
 from converter.errors import OptionError
 from converter.option import Option, Options
+from converter.runtime import progress
 from converter.text import did_you_mean
 
 GUIDE = Path(__file__).parents[1] / "guide"
@@ -45,7 +46,8 @@ def guide_command(asked: _GuideOptions) -> Answer:
     """
     text = page(asked.topic)
     if _is_terminal() and not click.get_current_context().params["json"]:
-        click.echo_via_pager(_styled(text), color=True)
+        with progress.doing(""):  # the terminal is the pager's
+            click.echo_via_pager(_styled(text), color=True)
         return Answer(None, "")
     return Answer({"topic": asked.topic, "text": text}, text)
 

@@ -45,8 +45,7 @@ class Clock:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        self._thread.join(2 * _EVERY)  # not for ever: whoever was interrupted may hold tqdm's lock
-        self.hide()
+        self._thread.join(_EVERY)  # not for ever: it may wait for tqdm's lock, lost by an interrupt
 
     def hide(self) -> None:
         """Take the line away, before a bar takes its place."""
@@ -58,6 +57,7 @@ class Clock:
             with self._lock:
                 if not self._over.is_set():
                     self._draw()
+        self.hide()
 
     def _draw(self) -> None:
         doing = self._doing()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from converter.runtime.clock import Clock, columns_of
 from converter.runtime.memory import number_in
+from converter.text import one_line, redacted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -157,7 +158,7 @@ def _timed(name: str) -> Iterator[None]:
 def doing(title: str) -> Iterator[None]:
     """Name on the terminal what is done in the block, for as long as no bar is open there."""
     told = current().doing
-    told.append((title, time.monotonic()))
+    told.append((one_line(redacted(title)), time.monotonic()))
     try:
         yield
     finally:
@@ -169,12 +170,13 @@ def bar(title: str, total: int, unit: str) -> Iterator["tqdm[Never]"]:
     """A progress bar on standard error, which ``advance`` moves; ``unit`` ``B`` counts bytes.
 
     Args:
-        title: one line.
+        title: what is counted; it may quote strangers.
         total: what it will have been moved by in the end, so that what is left can be estimated.
         unit: of that.
     """
     progress = current()
     columns = columns_of(sys.stderr) if progress.shows_bars else 80
+    title = one_line(redacted(title))
     if progress.clock:
         progress.clock.hide()
     with tqdm(

@@ -127,23 +127,24 @@ def load(path: Path) -> tuple[Any, Any]:
 
     check_header(path)
     try:
-        with (
-            temporary_folder() as alone,
-            progress.bar(f"unpack {readable(path.name)}", 100, "%") as shown,
-            redirect_stderr(_Percent(shown)),  # its progress bar cannot be turned off
-        ):
+        with temporary_folder() as alone:
             (alone / path.name).symlink_to(path.resolve())
-            _check_size(path, alone)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                alone,
-                gguf_file=path.name,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+            with redirect_stderr(io.StringIO()):
+                _check_size(path, alone)
+            with (
+                progress.bar(f"unpack {readable(path.name)}", 100, "%") as shown,
+                redirect_stderr(_Percent(shown)),  # its progress bar cannot be turned off
+            ):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    gguf_file=path.name,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    dtype=torch.bfloat16,
+                    quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+                    output_loading_info=True,
+                )
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
     except ConverterError:
         raise
     except ImportError as error:
@@ -164,7 +165,8 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 class _Percent(io.StringIO):
-    """Moves a bar of 100 as far as a bar of tqdm says that is written here."""
+    """Moves a bar of 100 as far as a bar of tqdm says that is written here; a second one, which
+    begins anew, moves it no more."""
 
     def __init__(self, shown: Any) -> None:
         super().__init__()
@@ -172,7 +174,7 @@ class _Percent(io.StringIO):
 
     def write(self, text: str) -> int:
         for percent in re.findall(r"(\d+)%\|", text):
-            self._shown.update(min(int(percent), 100) - self._shown.n)
+            self._shown.update(max(min(int(percent), 100) - self._shown.n, 0))
         return len(text)
 
 
