@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from converter.errors import ConverterError, DataError, OptionError, SourceError
-from converter.evaluation import scorers
+from converter.evaluation import measure, scorers
 from converter.evaluation.benchmarks import SETS, defence_rates, load_safeedit, run_tasks
 from converter.evaluation.classifier import find_label
 from converter.evaluation.continuations import conditional_losses, generate
@@ -38,6 +38,7 @@ from tests.builders.errors import refused
 from tests.builders.hub_client import connect
 from tests.builders.hub_server import COMMIT, HubServer
 from tests.builders.models import Checkpoints, architecture_of, load, tiny_tokenizer
+from tests.test_forward import BOS, templated
 
 PROMPTS = (
     "The river rises in the hills",
@@ -269,6 +270,25 @@ def test_offloaded_weights_give_the_same_text(model: Any) -> None:
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
     assert offloaded.get_input_embeddings().weight.device.type == "meta"
     assert write(offloaded, prompts=PROMPTS) == plain
+
+
+# perplexity
+
+
+@pytest.mark.parametrize("begin", [(), (BOS,), (BOS, BOS)])
+def test_each_window_begins_as_a_text_does_and_all_else_is_scored_once(
+    begin: tuple[str, ...],
+) -> None:
+    tokenizer = templated(*begin, "$A")
+    text = " ".join(PROMPTS * 80)
+    ids = tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    bos = [tokenizer.convert_tokens_to_ids(BOS)] * len({*begin})
+    model: Any = SimpleNamespace(tokenizer=tokenizer)
+    windows = measure._windows(model, text, 1200)
+    assert len(windows) == 3
+    assert all(window.ids[: len(bos)] == bos for window in windows)
+    assert [n for window in windows for n in window.ids[len(bos) :]] == ids[:1200]
+    assert max(len(window.ids) for window in windows) == measure.WINDOW
 
 
 # conditional perplexity

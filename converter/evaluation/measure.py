@@ -55,8 +55,9 @@ from converter.models.resident import LanguageModel, choose_dtype
 from converter.models.transformers_loader import Loading
 
 WINDOW = 512
-"""Tokens of the perplexity text in one window. Windows do not overlap, and the first token of each
-is not scored. Compare perplexities only within one evaluation.
+"""Tokens of one window of the perplexity text. Windows do not overlap. Each begins with the special
+tokens that the tokenizer puts before a text: without its BOS, a model such as Gemma is not the model
+that was trained. The first token is not scored. Compare perplexities only within one evaluation.
 """
 
 
@@ -209,15 +210,16 @@ def divergence(
 
 
 def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentence]:
-    """A text as windows of tokens."""
-    ids = encode(model.tokenizer, text, beginning(model.tokenizer)).ids[:limit]
+    """A text as windows of tokens, each with what the tokenizer puts before a text."""
+    ids, begin = encode(model.tokenizer, text, ()).ids[:limit], beginning(model.tokenizer)
     if len(ids) < 2 * WINDOW:
         raise DataError(
             "the text for perplexity is too short",
             expected=f"at least {2 * WINDOW} tokens",
             found=str(len(ids)),
         )
-    return [Sentence(ids[i : i + WINDOW]) for i in range(0, len(ids) - 1, WINDOW)]
+    size = WINDOW - len(begin)
+    return [Sentence([*begin, *ids[i : i + size]]) for i in range(0, len(ids) - 1, size)]
 
 
 def _generation(
