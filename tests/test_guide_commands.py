@@ -59,6 +59,7 @@ HERE = {
     "gloss search SOURCE --trials 60": f"--trials 2 {SEARCHED}",
     "gloss search SOURCE --trials 60 --results search.json "
     "--plots ./pictures": f"--trials 2 {SEARCHED}",
+    "gloss schema verify": "",
     "gloss verify ./out": "",
     "gloss verify ./out --key public.pem": "",
     "gloss verify ./out --source '$BASE'": "",
@@ -80,6 +81,8 @@ ELSEWHERE = {
     "gloss recipe SOURCE": README_TEST,
     "gloss diff A B": README_TEST,
     "gloss methods NAME": README_TEST,
+    "gloss schema": "test_every_command.py::",
+    "gloss schema NAME": "test_every_command.py::",
     "gloss guide TOPIC": README_TEST,
     "gloss replay ./out ./again --json": README_TEST,
     "gloss-convert demo ./out": "test_demo.py::test_the_demo_model_is_edited_and_still_speaks",
@@ -101,6 +104,8 @@ ELSEWHERE = {
 """Line -> the test that runs it, or one like it; a file alone has several."""
 
 NOT_RUN = {
+    "gloss-convert /data/Llama-3.1-405B /data/out --engine ray": "needs machines; test_cluster.py "
+    "runs one",
     "gloss architectures": "takes five minutes; single classes run in test_architectures.py",
     "gloss architectures --only qwen3_next": "takes half a minute; other classes run in "
     "test_architectures.py",

@@ -216,8 +216,13 @@ def test_a_command_prints_the_recipe_that_another_reads(
     source, path = checkpoints("llama"), tmp_path / "run.toml"
     typed = (*TINY_ARGS, "--num-pairs", 32, "--batch-size", 4, "--no-mask")
     path.write_text(cli("recipe", source, *typed).stdout)
-    plain = cli("plan", source, *typed, "--json", code=0)
-    assert cli("plan", "--recipe", path, "--json").stdout == plain.stdout
+    plans = [
+        json.loads(cli("plan", *args, "--json", code=0).stdout)
+        for args in ((source, *typed), ("--recipe", path))
+    ]
+    for each in plans:
+        del each["memory"]  # of which a part is what Python has taken by then
+    assert plans[0] == plans[1]
     first, second = tmp_path / "first", tmp_path / "second"
     for args in ((source, first, *typed), (second, "--recipe", path)):
         result = cli("convert", *args, code=0)

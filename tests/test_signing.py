@@ -198,12 +198,13 @@ def test_what_is_no_key_is_said_before_any_work(
         result = cli("convert", source, out, *TINY_ARGS, "--sign", path, code=2, says=says)
         assert "reading the headers" not in result.stderr
         assert not out.exists()
+    cli("convert", source, out, *TINY_ARGS, code=0)
     for path, says in (
         (tmp_path / "none", "--key none cannot be read: found No such file"),
         (key, "expected a public key in PEM, "),
         (curve.with_suffix(".pub"), "found secp256k1"),
     ):
-        cli("verify", tmp_path, "--key", path, code=2, says=says.rstrip(", "))
+        cli("verify", out, "--key", path, code=2, says=says.rstrip(", "))
 
 
 def test_a_key_is_not_published_and_not_deleted(

@@ -84,7 +84,21 @@ def load_bases(path: Path) -> dict[str, Tensor]:
     Raises:
         VerificationError: the file cannot be read.
     """
+    return _bases(load_edit_tensors(path))
+
+
+def load_spans(path: Path) -> dict[str, Tensor]:
+    """The columns along which an edit changes weights, by the names of ``load_bases``.
+
+    They are the basis of a subspace, or A where the projection is oblique. Raises as
+    ``load_bases``.
+    """
     tensors = load_edit_tensors(path)
+    others = {name: tensors.get(f"A{name[1:]}", U) for name, U in _bases(tensors).items()}
+    return {n: A if A.shape == tensors[n].shape else tensors[n] for n, A in others.items()}
+
+
+def _bases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if name == "U" or name.startswith("U.")}
 
 

@@ -17,7 +17,7 @@ from converter.checkpoints.safetensors.direct_writer import BUFFER
 from converter.checkpoints.safetensors.header import FLOATS, TensorInfo, read_exactly
 from converter.checkpoints.source import Source
 from converter.checkpoints.weights import Weight
-from converter.edits.edit_file import load_bases
+from converter.edits.edit_file import load_spans
 from converter.edits.spectrum import Place, spectrum
 from converter.entrypoints.diff_manifests import are_manifests, diff_manifests
 from converter.errors import ConverterError
@@ -100,7 +100,7 @@ def diff_checkpoints(a: str, b: str, subspace: Path | None = None) -> dict[str, 
     """
     one, two = _Side.of(a), _Side.of(b)
     place = subspace or two.files.get(EDIT_FILE) or one.files.get(EDIT_FILE)
-    bases = _spans(load_bases(place)) if place else {}
+    bases = _spans(load_spans(place)) if place else {}
     changed: list[dict[str, Any]] = []
     total = sum(info.nbytes for _, info in one.tensors.values())
     try:

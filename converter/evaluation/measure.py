@@ -56,8 +56,8 @@ from converter.models.transformers_loader import Loading
 
 WINDOW = 512
 """Tokens of one window of the perplexity text. Windows do not overlap. Each begins with the special
-tokens that the tokenizer puts before a text: without its BOS, a model such as Gemma is not the model
-that was trained. The first token is not scored. Compare perplexities only within one evaluation.
+tokens that the tokenizer puts before a text: without its BOS, Gemma is not the model that was
+trained. The first token is not scored. Compare perplexities only within one evaluation.
 """
 
 
