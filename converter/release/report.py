@@ -32,8 +32,8 @@ class Table:
 
 
 _TERMS = (
-    "Perplexity says how much text surprises the model: higher is worse. A control is an edit of "
-    "the same size that knows nothing of toxicity: what it does, any such edit does. An interval "
+    "Perplexity says how much text surprises the model: higher is worse. A control is a random edit "
+    "of the same size: an effect counts only if it is well beyond that of the controls. An interval "
     "of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a list, not all that "
     "may hurt."
 )
@@ -166,8 +166,8 @@ def _undo(manifest: Manifest) -> str:
     if output_of(manifest.run.output).relation == "adapter":
         return f"Use the base without the adapter: {place}."
     return (
-        f"Use the source, which was not touched: {place}. The edited folder alone is not enough; "
-        "its manifest has the sha256 of each of the source's files."
+        f"Use the source, which the conversion did not change: {place}. The manifest has the sha256 "
+        "of each of its files."
     )
 
 
@@ -185,9 +185,9 @@ def _commands(manifest: Manifest) -> str:
     part = f" --subfolder {shlex.quote(inside)}" if inside else ""
     place = "" if manifest.source.repo_id or source == "demo" else f" --source {source}"
     return (
-        f"gloss verify FOLDER --source {source}{part}\n"
-        f"gloss replay FOLDER/{MANIFEST} OUT{place}\n"
-        f"gloss compare {source} FOLDER --output page.html"
+        f"# check every file of this folder\ngloss verify FOLDER --source {source}{part}\n"
+        f"# make the same files again\ngloss replay FOLDER/{MANIFEST} OUT{place}\n"
+        f"# show what both models say\ngloss compare {source} FOLDER --output page.html"
     )
 
 

@@ -112,9 +112,13 @@ def _doubts_of_words(guard: GuardRecord) -> Iterator[str]:
     ratio = guard.edit.perplexity_ratio
     if not ratio.value + ratio.error <= guard.budget:
         yield f"the cost is within the budget of {_higher(guard.budget - 1)} by less than its error"
-    for each in (words.context_ratio, guard.edit.context_ratio if own else None):
+    pairs = guard.edit.context_ratio if own else None
+    for each, where in ((words.context_ratio, "there"), (pairs, "in held-out pairs")):
         if each is not None and each.value > CONTEXT_WARNED:
-            yield "the model reads informal text less well"
+            yield (
+                "the model reads informal text less well: perplexity of the words beside toxic "
+                f"ones {where} is {_higher(each.value - 1)}"
+            )
             return
 
 
