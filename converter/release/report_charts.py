@@ -185,8 +185,8 @@ def cost_chart(manifest: Manifest) -> Points | None:
     y = _scale(0.0, max(1.0, *lefts), _BOTTOM, _TOP + 8)
     return Points(
         "What it costs, and what it leaves",
-        "Upwards: how probable toxic words are, relative to the unedited model, in held-out sentences "
-        "like those of the fit, where the effect looks larger than elsewhere: go by the picture "
+        "Upwards: how probable toxic words are, relative to the unedited model, in held-out "
+        "sentences like those of the fit, where the effect looks larger than elsewhere: go by the picture "
         "before. To the right: the cost. Disc: this edit; circles: strengths that were tried; "
         "squares: controls; triangle: no edit. Look for the disc far below the squares and no "
         "further to the right. The lower left corner is better.",
