@@ -32,9 +32,9 @@ class Table:
 
 
 _TERMS = (
-    "Perplexity says how much text surprises the model: higher is worse. A control is a random edit "
-    "of the same size: an effect counts only if it is well beyond that of the controls. An interval "
-    "of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a list, not all that "
+    "Perplexity says how much text surprises the model: higher is worse. A control is a random "
+    "edit of the same size: an effect counts only if it is well beyond that of the controls. An "
+    "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a list, not all that "
     "may hurt."
 )
 
@@ -166,8 +166,8 @@ def _undo(manifest: Manifest) -> str:
     if output_of(manifest.run.output).relation == "adapter":
         return f"Use the base without the adapter: {place}."
     return (
-        f"Use the source, which the conversion did not change: {place}. The manifest has the sha256 "
-        "of each of its files."
+        f"Use the source, which the conversion did not change: {place}. The manifest has the "
+        "sha256 of each of its files."
     )
 
 

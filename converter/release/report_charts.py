@@ -186,10 +186,10 @@ def cost_chart(manifest: Manifest) -> Points | None:
     return Points(
         "What it costs, and what it leaves",
         "Upwards: how probable toxic words are, relative to the unedited model, in held-out "
-        "sentences like those of the fit, where the effect looks larger than elsewhere: go by the picture "
-        "before. To the right: the cost. Disc: this edit; circles: strengths that were tried; "
-        "squares: controls; triangle: no edit. Look for the disc far below the squares and no "
-        "further to the right. The lower left corner is better.",
+        "sentences like those of the fit, where the effect looks larger than elsewhere: go by the "
+        "picture before. To the right: the cost. Disc: this edit; circles: strengths that were "
+        "tried; squares: controls; triangle: no edit. Look for the disc far below the squares and "
+        "no further to the right. The lower left corner is better.",
         "change of perplexity on ordinary text",
         tuple(Point(label, kind, x(cost), y(left)) for label, kind, cost, left in found),
         _ticks(low, high, x, lambda value: f"{100 * (value - 1):+.1f} %"),
