@@ -34,8 +34,8 @@ class Table:
 _TERMS = (
     "Perplexity says how much text surprises the model: higher is worse. A control is a random "
     "edit of the same size: an effect counts only if it is well beyond that of the controls. An "
-    "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a list, not all that "
-    "may hurt."
+    "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a "
+    "list, not all that may hurt."
 )
 
 _WHAT = {
