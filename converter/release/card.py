@@ -40,8 +40,8 @@ _URL = "/:?&=%#@,;+!$'*~"
 
 FORMULAS = {
     "remove-subspace": "`W - U Uᵀ W`, where `U` is an orthonormal basis of a subspace",
-    "weaken-subspace": "`W - a U Uᵀ W`, where `U` is an orthonormal basis of a subspace, and `a` "
-    "a factor below 1",
+    "weaken-subspace": "`W - a U Uᵀ W`, where `U` is an orthonormal basis of a subspace, and the "
+    "factor `a` is below 1",
     "remove-oblique": "`W - a A Uᵀ W`, where `U` is an orthonormal basis of a subspace, `A` has "
     "`Uᵀ A = I`, and `a` is a factor of at most 1",
     "add-low-rank": "`W + B A`, where `B` has few columns and `A` few rows",

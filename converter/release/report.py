@@ -109,7 +109,11 @@ def report_page(manifest: Manifest, digest: str = "") -> str:
 def _about(manifest: Manifest) -> str:
     """The source, the method and the result, in sentences."""
     methods = ", then ".join(method.title for method, _ in manifest.methods)
-    strengths = ", ".join(f"{method.strength} {c.strength:g}" for method, c in manifest.methods)
+    of = f" of rank {manifest.edit.rank}"
+    strengths = ", ".join(
+        f"{method.strength} {choice.strength:g}{of if method.strength == 'part' else ''}"
+        for method, choice in manifest.methods
+    )
     commit = f" at commit {manifest.source.commit}" if manifest.source.commit else ""
     kind = "An adapter for" if manifest.run.output == "adapter" else "An edited copy of"
     texts = f"{manifest.pairs.count:,} pairs of toxic and neutral sentences"
