@@ -25,7 +25,7 @@ HERE = {
     "gloss-convert MODEL ./out --memory-limit 4GB --forward streamed "
     "--no-keep-source": "--keep-source",
     "gloss-convert MODEL ./out --output adapter": "",
-    "gloss-convert MODEL ./out --json --quiet --max-leakage 0.001": "",
+    "gloss-convert MODEL ./out --json --quiet --min-toxicity-drop 0.3": "--min-toxicity-drop 0.01",
     "gloss-convert --recipe run.toml DESTINATION": "--num-pairs 200",
     "gloss-convert SOURCE ./out --sign key.pem": "",
     "gloss-convert SOURCE DESTINATION --search 60": f"--search 2 {SEARCHED}",
@@ -73,6 +73,7 @@ HERE = {
 README_TEST = "test_guide.py::test_the_commands_of_the_readme_run_on_a_tiny_model"
 ELSEWHERE = {
     "gloss-convert MODEL ./out": README_TEST,
+    "gloss-convert ./my-model ./edited": README_TEST,
     "gloss-convert SOURCE DESTINATION": README_TEST,
     "gloss-convert HuggingFaceTB/SmolLM2-360M ./out": README_TEST,
     "gloss-convert '$BASE' ./out --json": README_TEST,
