@@ -41,9 +41,6 @@ from converter.methods.subspace import (
 )
 from converter.models.batching import Pooling
 
-_RANK = MAX_RANK
-"""Fitted if no rank is given. A part of 4 directions did less at the same cost, on two models."""
-
 _PARTS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """The parts to choose from."""
 
@@ -92,7 +89,7 @@ class Method(GlobalRemoval):
     So a part of a larger subspace costs less than all of a smaller one with the same effect.
 
     Attributes:
-        rank: R, dimensions of the subspace; by default 8, or as many as there are.
+        rank: R, dimensions of the subspace; by default ``MAX_RANK``, or as many as there are.
         part: how much of it is taken out, 0 to 1, in layers whose factor is 1. By default all of
             a rank that is given, and else the most effective part within the perplexity budget.
         layers, edit_layers, site, pooling: see ``GlobalRemoval``.
@@ -151,7 +148,7 @@ class Method(GlobalRemoval):
 
     def taken(self, strength: float) -> tuple[int, float]:
         """See ``Removal``; a strength is a part of all that is fitted."""
-        return self.rank or _RANK, strength
+        return self.rank or MAX_RANK, strength
 
     @property
     def _most(self) -> float:
@@ -191,10 +188,9 @@ class Method(GlobalRemoval):
 
     def _basis(self, moments: Moments, toward: Tensor) -> tuple[Tensor, Tensor]:
         """U, turned to the toxic side, and square roots of what words lose on average along V."""
-        most = moments.directions.shape[1]
         rank = rank_within(
-            self.rank or min(_RANK, most),
-            most,
+            self.rank,
+            moments.directions.shape[1],
             than="the directions among which it is sought",
             which="",
             hint="lower -o rank, or raise -o directions",
