@@ -17,6 +17,7 @@ from converter.edits.fused import fusion_of
 from converter.errors import OptionError
 from converter.models.fused import blending
 from converter.models.hooks import hooked
+from converter.models.pieces import under
 
 
 @dataclass(slots=True)
@@ -81,11 +82,11 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     """
     edit.check(plan)
     if fusion := fusion_of(plan, edit):
-        with blending(model, *fusion, edit.created):
+        with under(model, edit), blending(model, *fusion, edit.created):
             yield
         return
-    changes = module_edits(plan, edit)
-    with hooked(model, {name: change.hook for name, change in changes.items()}):
+    hooks = {name: change.hook for name, change in module_edits(plan, edit).items()}
+    with under(model, edit), hooked(model, hooks):
         yield
 
 

@@ -6,6 +6,7 @@ text, token by token. A few thousand tokens tell them apart; generation needs ma
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from math import exp
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from converter.manifest import Estimate
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
 from converter.models.hooks import Entered, memory_errors
+from converter.models.pieces import pieces_of
 from converter.models.resident import Model
 from converter.runtime import progress
 
@@ -73,24 +75,42 @@ def log_probabilities(
     Raises:
         SourceError: memory ran out.
     """
-    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
-    batched = _batched(model, texts)
+    batched, pieces = _batched(model, texts), pieces_of(model.module)
+    names = [pieces.name("log p", b.ids, b.mask) for _, b in batched] if pieces else []
+    values: dict[int, Tensor] = {
+        number: pieces.get(name)["values"]
+        for number, name in enumerate(names)
+        if pieces and name in pieces
+    }
+    left = [number for number in range(len(batched)) if number not in values]
     with (
         memory_errors("held-out text", hint="give --device cpu"),
-        progress.bar("reading texts", sum(map(len, texts)), "text"),
+        progress.bar("reading texts", sum(len(batched[n][1].rows) for n in left), "text"),
     ):
-        for number, logits in model.logits([batch for _, batch in batched], entered):
-            kind, batch = batched[number]
-            values = found[kind]
-            lengths = batch.mask.sum(1).tolist()
-            for row, length, scores, ids in zip(
-                batch.rows, lengths, logits, batch.ids, strict=True
-            ):
-                loss = torch.nn.functional.cross_entropy(
-                    scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
-                )
-                values[row] = -loss.double().cpu().numpy()
+        some = entered and replace(entered, states=[entered.states[n] for n in left])
+        for place, logits in model.logits([batched[n][1] for n in left], some):
+            number = left[place]
+            values[number] = _log_probabilities(logits, batched[number][1])
+            if pieces:
+                pieces.put(names[number], {"values": values[number]})
+    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
+    for number, (kind, batch) in enumerate(batched):
+        lengths = (batch.mask.sum(1) - 1).tolist()
+        for row, of_row in zip(batch.rows, torch.split(values[number], lengths), strict=True):
+            found[kind][row] = of_row.numpy()
     return list(found)
+
+
+def _log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """Of every token after the first of each sentence, one after the other, float64 on the CPU."""
+    lengths = batch.mask.sum(1).tolist()
+    rows = [
+        -torch.nn.functional.cross_entropy(
+            scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
+        )
+        for length, scores, ids in zip(lengths, logits, batch.ids, strict=True)
+    ]
+    return torch.cat([row.double().cpu() for row in rows])
 
 
 def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[int, Batch]]:
