@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from converter.edits.deltas import Delta
 from converter.edits.fused import fusion_of
 from converter.errors import OptionError
 from converter.models.fused import blending
-from converter.models.hooks import hooked
+from converter.models.hooks import Editing, hooked
 
 
 @dataclass(slots=True)
@@ -75,18 +76,24 @@ def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
 def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     """Within this context, the model computes as if ``edit`` were written into its weights.
 
+    Raises as ``editing``.
+    """
+    with editing(model, plan, edit)():
+        yield
+
+
+def editing(model: nn.Module, plan: Plan, edit: Edit) -> Editing:
+    """The same, to be entered as often as needed; the edit is checked once.
+
     Raises:
         CheckpointError: the edit does not fit the checkpoint.
         OptionError: see ``module_edits``.
     """
     edit.check(plan)
     if fusion := fusion_of(plan, edit):
-        with blending(model, *fusion, edit.created):
-            yield
-        return
+        return partial(blending, model, *fusion, edit.created)
     changes = module_edits(plan, edit)
-    with hooked(model, {name: change.hook for name, change in changes.items()}):
-        yield
+    return partial(hooked, model, {name: change.hook for name, change in changes.items()})
 
 
 def lowest_layer(architecture: Architecture, modules: Iterable[str]) -> int:

@@ -4,8 +4,8 @@ Everything here is teacher-forced: the tokens are fixed, so two models are compa
 text, token by token. A few thousand tokens tell them apart; generation needs many more.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Sequence
+from contextlib import closing
 from math import exp
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converter.manifest import Estimate
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
-from converter.models.hooks import Entered, memory_errors
+from converter.models.hooks import UNEDITED, Editing, Entered, memory_errors
 from converter.models.resident import Model
 from converter.runtime import progress
 
@@ -55,7 +55,6 @@ def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> E
         return model.entering(layer, [batch for _, batch in _batched(model, texts)])
 
 
-@torch.inference_mode()
 def log_probabilities(
     model: Model, texts: Sequence[Sequence[Sentence]], entered: Entered | None = None
 ) -> list[LogProbabilities]:
@@ -73,15 +72,32 @@ def log_probabilities(
     Raises:
         SourceError: memory ran out.
     """
-    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
+    return log_probabilities_under(model, UNEDITED, texts, entered)[0]
+
+
+@torch.inference_mode()
+def log_probabilities_under(
+    model: Model,
+    edits: Sequence[Editing],
+    texts: Sequence[Sequence[Sentence]],
+    entered: Entered | None = None,
+) -> list[list[LogProbabilities]]:
+    """The same under each of several edits, with the same bits as one at a time.
+
+    A streamed model reads its weights once for all of them; see ``Model.logits``.
+    """
     batched = _batched(model, texts)
+    found = [[[np.empty(0)] * len(kind) for kind in texts] for _ in edits]
+    logits_of = model.logits([batch for _, batch in batched], entered, edits)
     with (
         memory_errors("held-out text", hint="give --device cpu"),
-        progress.bar("reading texts", sum(map(len, texts)), "text"),
+        progress.bar("reading texts", len(edits) * sum(map(len, texts)), "text"),
+        closing(logits_of),  # an error must not leave an edit's hooks behind
     ):
-        for number, logits in model.logits([batch for _, batch in batched], entered):
-            kind, batch = batched[number]
-            values = found[kind]
+        for number, logits in logits_of:
+            edit, place = divmod(number, len(batched))
+            kind, batch = batched[place]
+            values = found[edit][kind]
             lengths = batch.mask.sum(1).tolist()
             for row, length, scores, ids in zip(
                 batch.rows, lengths, logits, batch.ids, strict=True
@@ -90,7 +106,7 @@ def log_probabilities(
                     scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
                 )
                 values[row] = -loss.double().cpu().numpy()
-    return list(found)
+    return [list(each) for each in found]
 
 
 def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[int, Batch]]:
@@ -107,7 +123,7 @@ def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[in
 def divergences(
     before: Model,
     after: Model,
-    edits: Sequence[Callable[[], AbstractContextManager[None]]],
+    edits: Sequence[Editing],
     sentences: Sequence[Sentence],
 ) -> list[LogProbabilities]:
     """How far the distribution of the next token moves at every position of texts, in nats.
@@ -117,8 +133,7 @@ def divergences(
     Args:
         before: the unedited model, with distribution p.
         after: the edited model, with distribution q over the same tokens; it may be the same model.
-        edits: functions that return a context in which ``after`` is edited; ``before`` does not run
-            in it.
+        edits: of ``after``; ``before`` runs without.
         sentences: their weights are not used.
 
     Returns:
