@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from converter.calibration.instances import Lesson, load_instances
 from converter.calibration.pairs import load_pairs, load_prose
@@ -66,8 +67,9 @@ def parts() -> Parts:
     return split(load_pairs("builtin", WORDS, 64, 0), load_prose("builtin"), 0)
 
 
-def subspace(seed: int) -> torch.Tensor:
-    return torch.linalg.qr(draw(seed, HIDDEN, 4))[0]
+def subspace(seed: int) -> Tensor:
+    basis: Tensor = torch.linalg.qr(draw(seed, HIDDEN, 4))[0]
+    return basis
 
 
 def made_by(bench: Bench, name: str) -> Edit:

@@ -8,7 +8,8 @@ that layers pass on hidden states and nothing else.
 
 Memory is needed for the weights of one layer, one batch, and the hidden states of all batches,
 which go to a file if they are many. A pass reads every byte of the weights once; with gradients, it
-reads the layers of the backward pass twice.
+reads the layers of the backward pass twice. Several edits share a pass of ``logits``: each has its
+own hidden states, and its hooks are there only while these run.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
