@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from converter.checkpoints.safetensors.header import to_bytes
-from converter.edits.base import Edit
 from converter.runtime import progress
 from converter.runtime.cache import cache_error, cache_folder, discard_stale
 
@@ -127,13 +126,13 @@ def pieces_for(module: nn.Module) -> Iterator[Pieces]:
 
 
 @contextmanager
-def under(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """Within this context, the module computes with an edit on top of those of now."""
+def under(module: nn.Module, digest: str) -> Iterator[None]:
+    """Within this context, the module computes with one more edit, which has this digest."""
     pieces = pieces_of(module)
     if pieces is None:
         yield
         return
-    before, pieces.edits = pieces.edits, (*pieces.edits, edit.digest())
+    before, pieces.edits = pieces.edits, (*pieces.edits, digest)
     try:
         yield
     finally:

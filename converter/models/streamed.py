@@ -8,11 +8,12 @@ that layers pass on hidden states and nothing else.
 
 Memory is needed for the weights of one layer, one batch, and the hidden states of all batches,
 which go to a file if they are many. A pass reads every byte of the weights once; with gradients, it
-reads the layers of the backward pass twice.
+reads the layers of the backward pass twice. Several edits share a pass of ``logits``: each has its
+own hidden states, and its hooks are there only while these run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
 from converter.models.hooks import (
+    UNEDITED,
+    Editing,
     Entered,
-    Hook,
     Modules,
     Show,
     StopForward,
@@ -133,11 +135,11 @@ class StreamedModel:
         """See ``Model``; the layers above the last one of interest are not read."""
         last, end = max(modules), len(self._blocks)
 
-        def hooks(layer: int, number: int) -> dict[str, Hook]:
+        def hooks(layer: int, number: int) -> AbstractContextManager[None]:
             if layer not in modules:
-                return {}
-            stop = layer == last
-            return showing(show, number, batched[number], layer, modules[layer], stop=stop)
+                return nullcontext()
+            given = show, number, batched[number], layer, modules[layer]
+            return hooked(self.module, showing(*given, stop=layer == last))
 
         with self._pass(batched, last + 1) as states:
             self._upwards(batched, states, range(min(last + 1, end)), hooks=hooks)
@@ -149,16 +151,42 @@ class StreamedModel:
                 self._step(number)
 
     def logits(
-        self, batched: Sequence[Batch], entered: Entered | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """See ``Model``."""
+        self,
+        batched: Sequence[Batch],
+        entered: Entered | None = None,
+        edits: Sequence[Editing] = UNEDITED,
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """See ``Model``. A pass takes the batches of as many edits as have room for their hidden
+        states in memory, and at least of one.
+        """
+        at_once = max(self._held // max(self._states_nbytes(batched), 1), 1)
+        for place in range(0, len(edits), at_once):
+            some = edits[place : place + at_once]
+            for number, logits in self._logits(batched, entered, some):
+                yield place * len(batched) + number, logits
+
+    def _states_nbytes(self, batched: Sequence[Batch]) -> int:
+        """Bytes of the hidden states of batches before or behind a layer."""
+        size: int = self.module.get_input_embeddings().weight.element_size()
+        positions = sum(batch.ids.numel() for batch in batched)
+        return positions * self.architecture.sizes.hidden_size * size
+
+    def _logits(
+        self, batched: Sequence[Batch], entered: Entered | None, edits: Sequence[Editing]
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """The same in one pass: each edit has the batches again, under its own hooks."""
         end, start = len(self._blocks), 0 if entered is None else entered.layer
+        under = [editing for editing in edits for _ in batched]
+        states_of = [*(entered.states if entered and start else ())] * len(edits)
+        batched = [*batched] * len(edits)
         with self._pass(batched, end + 1 - start, head=True) as states:
-            for number, state in enumerate(entered.states if entered and start else ()):
+            for number, state in enumerate(states_of):
                 states.put((end, number), state)
-            self._upwards(batched, states, range(start, end))
+            self._upwards(
+                batched, states, range(start, end), hooks=lambda layer, number: under[number]()
+            )
             for number, batch in enumerate(batched):
-                with torch.no_grad():
+                with torch.no_grad(), under[number]():
                     logits = self._top(batch, states.get((end, number), self.device))
                 yield number, logits
                 self._step(number)
@@ -210,7 +238,7 @@ class StreamedModel:
         states: HiddenStates,
         layers: range,
         first: int | None = None,
-        hooks: Callable[[int, int], Mapping[str, Hook]] = lambda layer, number: {},
+        hooks: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
     ) -> None:
         """Run all batches through the lowest layers.
 
@@ -219,7 +247,7 @@ class StreamedModel:
                 ``first`` on, or only the output of the last layer.
             layers: from 0, or from ``first`` if ``states`` has its input.
             first: see ``states``.
-            hooks: returns, for a layer and the number of a batch, the hooks on modules' outputs.
+            hooks: returns, for a layer and the number of a batch, a context to run it in.
         """
         first = len(self._blocks) if first is None else first
         for layer in layers:
@@ -241,7 +269,11 @@ class StreamedModel:
                 self.weights.drop(*self._embedding)
 
     def _through(
-        self, layer: int, batch: Batch, given: Tensor | None, hooks: Mapping[str, Hook]
+        self,
+        layer: int,
+        batch: Batch,
+        given: Tensor | None,
+        hooks: AbstractContextManager[None],
     ) -> Tensor | None:
         """The output of a layer for a batch, or None if a hook ended the run."""
         found: list[Tensor] = []
@@ -252,7 +284,7 @@ class StreamedModel:
 
         self._now, self._given = layer, None if given is None else given.clone()
         last = {self._blocks[layer]: stop}
-        with hooked(self.module, hooks), hooked(self.module, last), suppress(StopForward):
+        with hooks, hooked(self.module, last), suppress(StopForward):
             call(self.module, batch)
         return found[0] if found else None
 
@@ -294,7 +326,7 @@ class StreamedModel:
         """
         layer, number = place
         outputs: dict[str, Tensor] = {}
-        hooks = {name: keeping(outputs, name) for name in names}
+        hooks = hooked(self.module, {name: keeping(outputs, name) for name in names})
         given = states.get(place, self.device).clone()
         with torch.enable_grad():
             given.requires_grad_(further)
