@@ -308,11 +308,6 @@ def find_passages(
     return Passages(sentences, words_of, places, before, texts, [[*each] for each in found])
 
 
-def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
-    """Score the passages under a model in its present state."""
-    return passages_measured(passages, weigh_passages(model, passages))
-
-
 def weigh_passages(model: Model, passages: Passages) -> LogProbabilities:
     """The log-probabilities of the passages under a model in its present state."""
     (after,) = log_probabilities(model, [passages.sentences])
