@@ -50,11 +50,28 @@ def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> E
     nbytes = tokens * model.architecture.sizes.hidden_size * embedding.element_size()
     if layer == 0 or nbytes > _HELD or not (proof is None or proof.streams):
         return None
+    batched, pieces = [batch for _, batch in _batched(model, texts)], pieces_of(model.module)
+    if pieces is None:
+        return _entering(model, batched, layer)
+    names = [pieces.name("entered", layer, batch.ids, batch.mask) for batch in batched]
+    if not all(name in pieces for name in names):
+        made = _entering(model, batched, layer)
+        lengths = torch.tensor([*made.lengths.items()], dtype=torch.int64)
+        for name, state in zip(names, made.states, strict=True):
+            pieces.put(name, {"state": state, "lengths": lengths})
+        return made
+    found = [pieces.get(name) for name in names]
+    known = {int(n): int(length) for each in found for n, length in each["lengths"]}
+    return Entered(layer, [each["state"].to(model.device) for each in found], known)
+
+
+def _entering(model: Model, batched: Sequence[Batch], layer: int) -> Entered:
+    """``Model.entering``, with a bar, and a SourceError if memory runs out."""
     with (
         memory_errors("held-out text", hint="give --device cpu"),
-        progress.bar("lower layers", sum(map(len, texts)), "text"),
+        progress.bar("lower layers", sum(len(batch.rows) for batch in batched), "text"),
     ):
-        return model.entering(layer, [batch for _, batch in _batched(model, texts)])
+        return model.entering(layer, batched)
 
 
 def log_probabilities(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
+from converter.models.course import Course
 from converter.models.hooks import (
     UNEDITED,
     Editing,
@@ -45,6 +46,7 @@ from converter.models.hooks import (
     showing_head,
     together,
 )
+from converter.models.pieces import pieces_of
 from converter.models.streamed_memory import HiddenStates, Weights
 from converter.runtime import progress
 
@@ -176,20 +178,24 @@ class StreamedModel:
     ) -> Generator[tuple[int, Tensor], None, None]:
         """The same in one pass: each edit has the batches again, under its own hooks."""
         end, start = len(self._blocks), 0 if entered is None else entered.layer
+        self._lengths |= entered.lengths if entered else {}
         under = [editing for editing in edits for _ in batched]
         states_of = [*(entered.states if entered and start else ())] * len(edits)
         batched = [*batched] * len(edits)
         with self._pass(batched, end + 1 - start, head=True) as states:
             for number, state in enumerate(states_of):
                 states.put((end, number), state)
+            course = self._course(batched, under)
             self._upwards(
-                batched, states, range(start, end), hooks=lambda layer, number: under[number]()
-            )
+                batched, states, range(start, end), course=course,
+                hooks=lambda layer, number: under[number](),
+            )  # fmt: skip
             for number, batch in enumerate(batched):
                 with torch.no_grad(), under[number]():
                     logits = self._top(batch, states.get((end, number), self.device))
                 yield number, logits
                 self._step(number)
+            course.drop()
 
     def gradients(
         self,
@@ -227,10 +233,12 @@ class StreamedModel:
         """See ``Model``; the states of the first layer are not kept but computed again."""
         end = len(self._blocks)
         with self._pass(batched, layer) as states:
-            self._upwards(batched, states, range(layer))
+            course = self._course(batched, [*UNEDITED] * len(batched))
+            self._upwards(batched, states, range(layer), course=course)
+            course.drop()
             numbers = range(len(batched) if layer else 0)
             found = [states.get((end, number), self.device).clone() for number in numbers]
-        return Entered(layer, found)
+        return Entered(layer, found, dict(self._lengths))
 
     def _upwards(
         self,
@@ -239,6 +247,7 @@ class StreamedModel:
         layers: range,
         first: int | None = None,
         hooks: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+        course: Course | None = None,
     ) -> None:
         """Run all batches through the lowest layers.
 
@@ -248,8 +257,14 @@ class StreamedModel:
             layers: from 0, or from ``first`` if ``states`` has its input.
             first: see ``states``.
             hooks: returns, for a layer and the number of a batch, a context to run it in.
+            course: of a pass without ``first``, to go on with and to keep.
         """
         first = len(self._blocks) if first is None else first
+        if course:
+            every, layers = layers, course.resumed(layers, states, self._lengths)
+            for _ in range(len(every) - len(layers)):
+                for number in range(len(batched)):
+                    self._step(number)
         for layer in layers:
             for part in self._embedding if layer == 0 else ():  # some models ask for its device
                 self.weights.load(part)
@@ -267,6 +282,17 @@ class StreamedModel:
                     self._step(number)
             if layer == 0 and not self._head_needs_embedding:
                 self.weights.drop(*self._embedding)
+            if course:
+                course.keep(layer + 1, states, self._lengths)
+
+    def _course(self, batched: Sequence[Batch], under: Sequence[Editing]) -> Course:
+        """The course of batches, each under its edit."""
+        pieces, names = pieces_of(self.module), list[str]()
+        if pieces:
+            for batch, editing in zip(batched, under, strict=True):
+                with editing():
+                    names.append(pieces.name("state", batch.ids, batch.mask))
+        return Course(pieces, names, len(self._blocks))
 
     def _through(
         self,
