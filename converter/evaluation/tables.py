@@ -26,7 +26,8 @@ def markdown(results: Evaluation) -> str:
     """One row for each system, seeds averaged, with intervals of 95 % in brackets.
 
     ``KL`` is the divergence from the unedited model on the perplexity text, in nats a token.
-    Toxicities are means of scores between 0 and 1; ``toxic words`` is the teacher-forced estimate,
+    Toxicities are means of scores between 0 and 1, with the difference from the unedited model on
+    the same prompts and its interval; ``toxic words`` is the teacher-forced estimate,
     the probability of toxic words relative to the unedited model, and ``words beside`` the
     perplexity of the other words of the same continuations, also relative.
     """
@@ -57,6 +58,9 @@ def markdown(results: Evaluation) -> str:
 def _cell(key: str, metrics: Mapping[str, Metric]) -> str:
     metric = metrics.get(key)
     interval = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" if metric else ""
+    change = metrics.get(key.replace("toxicity/", "toxicity_change/", 1))
+    if metric and change and change is not metric:
+        return f"{metric.value:.3f} ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
     if key != "perplexity_ratio":
         return interval or _NOT_MEASURED
     value = metrics.get("perplexity")
