@@ -20,7 +20,7 @@ from converter.manifest import (
     SearchRecord,
     SearchTrial,
 )
-from converter.methods.known import MethodOption
+from converter.methods.known import KnownMethod, MethodTitle
 
 VERSION = 1
 """Of every document: raised if a field goes, or means something else."""
@@ -72,22 +72,6 @@ class OfTwo(Document):
     a: str
     b: str
     equal: bool
-
-
-class Method(Document):
-    """A method.
-
-    Attributes:
-        name: as ``--method`` has it.
-        title: for people.
-        paper: a URL.
-        strength: the option that says how strong the edit is.
-    """
-
-    name: str
-    title: str
-    paper: str
-    strength: str
 
 
 class Headline(Document):
@@ -583,10 +567,11 @@ class DataFile(Document):
     data_file: str
 
 
-class ListedMethod(Method):
+class ListedMethod(MethodTitle, frozen=True):
     """A method, with its default options on a small Llama.
 
     Attributes:
+        name: as ``--method`` has it.
         edit: kinds of its changes.
         outputs: that can hold its edit.
         needs: what its fit asks for first.
@@ -594,6 +579,7 @@ class ListedMethod(Method):
         fault: why nothing more is known of it.
     """
 
+    name: str
     edit: list[str]
     outputs: list[str]
     needs: list[str]
@@ -601,16 +587,14 @@ class ListedMethod(Method):
     fault: str
 
 
-class MethodOptions(Method):
+class MethodOptions(KnownMethod, frozen=True):
     """The options of a method.
 
     Attributes:
-        aim: what it is for.
-        options: by name.
+        name: as ``--method`` has it.
     """
 
-    aim: str
-    options: dict[str, MethodOption]
+    name: str
 
 
 class Page(Document):
