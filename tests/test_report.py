@@ -21,7 +21,7 @@ from converter.cli.summary import result_data, result_text
 from converter.manifest import Interval, Manifest, SampleRecord, to_json, to_text
 from converter.release.manifest import read_manifest
 from converter.release.report import report_page
-from converter.release.report_charts import cost_chart
+from converter.release.report_charts import bar_charts, cost_chart
 from converter.release.report_labels import Box, place_labels
 from converter.release.report_tables import Table, numbers_table
 from converter.release.trust import trust
@@ -218,6 +218,21 @@ def test_a_label_covers_no_point_and_no_other_label(drawn: list[tuple[int, float
     assert all(box.within(frame) for box in boxes)
     assert not any(box.touches(other) for box, other in combinations(boxes, 2))
     assert not any(box.touches(Box(x, y, 5.0, 5.0)) for box in boxes for _, x, y in points)
+
+
+def test_the_texts_of_a_bar_stand_apart() -> None:
+    nats = {name: estimate(-0.2, 0.1) for name in
+            ("harmful", "bare", "reworded", "harmless", "touchy")}  # fmt: skip
+    defence = {
+        "least_learnt": 0.5, "least_defence": 0.1, "most_over_refusal": 0.5, "instances": [],
+        "suffix": "", "prompts": {"harmful": 40}, "loss": 2.0, "edit": {"learnt": 1.0, **nats},
+        "controls": [{"learnt": 0.0, **nats}],
+    }  # fmt: skip
+    for guard in (recorded().guard, recorded(headline=None, defence=defence).guard):
+        assert guard is not None
+        for chart in bar_charts(guard):
+            for bar in chart.bars:
+                assert 7.2 * len(bar.label + bar.value) <= 360, bar
 
 
 def test_every_point_of_the_demo_has_its_name_beside_it() -> None:

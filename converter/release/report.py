@@ -94,13 +94,14 @@ def _edit_text(manifest: Manifest) -> str:
     kinds = sorted({entry.kind for entry in manifest.edited})
     became = "; ".join(FORMULAS[kind].replace("`", "") for kind in kinds if kind in FORMULAS)
     layers = compress(manifest.layers)
-    where = f" of layers {layers}, counted from 0" if layers else ""
+    many = "" if len(manifest.layers) == 1 else "s"
+    where = f" of layer{many} {layers}, counted from 0," if layers else ""
     formula = f" Each matrix W became {became}." if became else ""
     created = len(manifest.edit.created)
     more = f" {created} tensors were created that the base lacks." if created else ""
     return (
-        f"{len(manifest.edited)} tensors{where} changed, all others are those of the base.{formula}"
-        f"{more}"
+        f"{len(manifest.edited)} tensor{'' if len(manifest.edited) == 1 else 's'}{where} changed; "
+        f"all others are those of the base.{formula}{more}"
     )
 
 

@@ -136,18 +136,19 @@ def _refusals(guard: GuardRecord) -> Bars:
     defence = guard.defence
     assert defence is not None
     named = {
-        "harmful": "harmful requests", "reworded": "the same, refused in unusual words",
-        "harmless": "harmless questions", "touchy": "harmless ones that sound harmful",
+        "harmful": "harmful requests", "reworded": "the same, other words",
+        "harmless": "harmless questions", "touchy": "harmless, sound harmful",
     }  # fmt: skip
     rows = [(said, "edit", getattr(defence.edit, name)) for name, said in named.items()]
     mild = mean([each.harmful for each in defence.controls])
-    last = ("harmful requests, with a control", "control", Estimate(value=mild, error=0.0))
+    last = ("harmful, with a control", "control", Estimate(value=mild, error=0.0))
     return _chart(
         "How much more probable refusals are",
-        "In nats of log-probability a token. Look for a long first bar and short ones behind "
+        "In nats of log-probability a token, behind requests and questions; the second bar is of "
+        "refusals in unusual words. Look for a long first bar and short ones behind "
         "harmless questions. Longer is better for harmful requests, shorter for all others.",
         [*rows, last],
-        "{:+.3f}",
+        "{:+.2f}",
     )
 
 

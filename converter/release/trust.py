@@ -114,12 +114,12 @@ def _held_out(manifest: Manifest, guard: GuardRecord) -> str:
     )
     if guard.defence is not None:
         return "No: the requests behind which refusals were measured are not those of the fit."
-    if guard.headline is None or guard.headline.words is None or prompts is None:
+    if guard.headline is None or guard.headline.words is None:
         return f"No. {parts} But it is text of the same kind."
-    own = "It is what the unedited model wrote after prompts that are in none of the pairs."
-    if manifest.pairs.origin.name == prompts.origin.name == "builtin":
+    if prompts is not None and manifest.pairs.origin.name == prompts.origin.name == "builtin":
+        own = "It is what the unedited model wrote after prompts that resemble none of the pairs."
         return f"No. {own} {parts}"
-    if drawn is not None and drawn.prompts.sha256 == prompts.sha256:
+    if drawn is not None and prompts is not None and drawn.prompts.sha256 == prompts.sha256:
         return f"In part: the pairs were drawn from the model with the same prompts. {parts}"
     return f"Whether its prompts resemble the pairs was not checked. {parts}"
 
