@@ -235,6 +235,16 @@ def test_the_texts_of_a_bar_stand_apart() -> None:
                 assert 7.2 * len(bar.label + bar.value) <= 360, bar
 
 
+def test_numbers_of_any_size_and_any_number_of_points_make_a_page() -> None:
+    guard = to_json(recorded().guard)  # type: ignore[arg-type]
+    huge = {**words(1e308, -1e308), "perplexity_ratio": estimate(-1e308)}
+    vast = {**words(-1e308, 1e308), "perplexity_ratio": estimate(1e308)}
+    moved = {**guard["headline"], "control_divergences": []}
+    page = report_page(recorded(edit=huge, controls=[vast] * 200, headline=moved))
+    assert "What it costs" in page
+    assert "distribution of the next token" not in page
+
+
 def test_every_point_of_the_demo_has_its_name_beside_it() -> None:
     chart = cost_chart(Manifest.from_json(json.loads(DEMO.read_text("utf-8"))))
     assert chart is not None

@@ -220,6 +220,8 @@ def _cost(ratio: float) -> str:
 def _ticks(low: float, high: float, place: Callable[[float], float], form: str) -> tuple[Tick, ...]:
     """Lines at round per cents between two values."""
     least = (high - low) * 100 / _TICKS
+    if not isfinite(least):  # of a broken model, or of someone's manifest
+        return ()
     power = 10.0 ** floor(log10(least))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= least)
     counts = range(ceil(low * 100 / step - 1e-9), floor(high * 100 / step + 1e-9) + 1)

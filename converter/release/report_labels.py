@@ -9,6 +9,9 @@ _LETTER, _LINE, _MARK = 7.2, 14.0, 8.0
 _STEPS = (0.0, 10.0, 20.0, 32.0, 46.0)
 """Distances between a mark and its label that are tried, the nearest first."""
 
+_MOST = 40
+"""Points that get a label; more have no room."""
+
 _SIDES = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1))
 
 
@@ -50,7 +53,7 @@ def place_labels(points: Sequence[tuple[str, float, float]], frame: Box) -> list
     """
     taken = [Box(x, y, _MARK, _MARK) for _, x, y in points]
     found: list[Label | None] = []
-    for text, x, y in points:
+    for text, x, y in points[:_MOST]:
         label = None
         for step in _STEPS:
             boxes = (box for box in _around(text, x, y, step) if box.within(frame))
@@ -59,7 +62,7 @@ def place_labels(points: Sequence[tuple[str, float, float]], frame: Box) -> list
                 taken.append(free)
                 break
         found.append(label)
-    return found
+    return found + [None] * (len(points) - len(found))
 
 
 def _around(text: str, x: float, y: float, step: float) -> Iterator[Box]:

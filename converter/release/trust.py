@@ -91,7 +91,7 @@ def _controls(manifest: Manifest, guard: GuardRecord) -> str:
     part = percent(max(others, 0.0) / drop) if drop > 0 else "all"
     s = "" if many == 1 else "s"
     moved = ""
-    if (told := guard.headline) is not None:
+    if (told := guard.headline) and told.control_divergences:
         moved = (
             " On ordinary text the edit moves the distribution of the next token by "
             f"{told.divergence.value:.3f} nats, the control{s} by "
