@@ -112,6 +112,8 @@ def _held_out(manifest: Manifest, guard: GuardRecord) -> str:
         f"{split.choose.pairs:,} to choose the strength, {split.report.pairs:,} to measure. No "
         "sentence of a pair is in two parts."
     )
+    if manifest.search is not None:
+        parts += f" Its options were the best of {manifest.search.trials:,} trials on other text."
     if guard.defence is not None:
         return "No: the requests behind which refusals were measured are not those of the fit."
     if guard.headline is None or guard.headline.words is None:
