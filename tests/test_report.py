@@ -174,8 +174,10 @@ def test_whether_the_fit_saw_the_text_is_said_only_where_it_is_known() -> None:
     assert said(pairs={**theirs, "drawn": drawn}).startswith("In part: the pairs were drawn from")
     trial = {"number": 0, "method": "gloss", "options": {}, "share": 1.0, "measured": None,
              "divergence": None}  # fmt: skip
-    search: dict[str, Any] = {"trials": 24, "stopped": 0, "seed": 0, "prompts": None, "toxic_words": 9,
-              "default": trial, "chosen": trial, "front": []}  # fmt: skip
+    search: dict[str, Any] = {
+        "trials": 24, "stopped": 0, "seed": 0, "prompts": None, "toxic_words": 9,
+        "default": trial, "chosen": trial, "front": [],
+    }  # fmt: skip
     assert said(search=search).endswith("Its options were the best of 24 trials on other text.")
     fallback = answers(recorded(headline=None, fallback="--prompts none"))
     assert fallback[question].endswith("But it is text of the same kind.")
