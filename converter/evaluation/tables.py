@@ -2,7 +2,8 @@
 
 A strength is a rank for one method and the length of a vector for another, so systems can only be
 compared at equal cost. Each is measured at some strengths. Between these, and between the weakest
-and the unedited model, the probability of toxic words is interpolated along the cost.
+and the unedited model, the probability of toxic words is interpolated along the cost. A system that
+was measured at one strength is left out: between one strength and none, a line says little.
 """
 
 from collections.abc import Mapping, Sequence
@@ -87,7 +88,7 @@ def at_cost(systems: Sequence[SystemRecord], metric: str, ratio: float) -> Metri
             if each.seed == seed and cost is not None and toxic is not None:
                 points.append((cost.value, toxic.value, toxic.low, toxic.high))
         costs, *values = np.array(sorted(points)).T
-        if costs[0] <= ratio <= costs[-1]:
+        if len(points) > 2 and costs[0] <= ratio <= costs[-1]:
             found.append(Interval.of(*(float(np.interp(ratio, costs, line)) for line in values)))
     return average(found)
 
