@@ -88,7 +88,7 @@ def at_cost(systems: Sequence[SystemRecord], metric: str, ratio: float) -> Metri
             if each.seed == seed and cost is not None and toxic is not None:
                 points.append((cost.value, toxic.value, toxic.low, toxic.high))
         costs, *values = np.array(sorted(points)).T
-        if len(points) > 2 and costs[0] <= ratio <= costs[-1]:
+        if costs[0] <= ratio <= costs[-1]:
             found.append(Interval.of(*(float(np.interp(ratio, costs, line)) for line in values)))
     return average(found)
 
@@ -99,6 +99,7 @@ def equal_cost_table(systems: Sequence[SystemRecord]) -> str:
     rows = {
         name: [at_cost(members, *column) for column in columns]
         for name, members in systems_of(systems).items()
+        if len({member.seed for member in members}) < len(members)
     }
     rows = {name: cells for name, cells in rows.items() if any(cells)}
     if len(rows) < 2:
