@@ -1,4 +1,5 @@
-"""Names of Hub repos: an id, a pasted address, or a folder of the client's cache.
+"""Names of Hub repos (an id, a pasted address, a folder of the client's cache), and addresses of
+object stores.
 
 Only this module reads them. Records and messages have the short form: owner/name@revision.
 """
@@ -14,8 +15,15 @@ from huggingface_hub import constants
 
 from converter.errors import CheckpointError, OptionError, SourceError
 from converter.recipe import Recipe
+from converter.text import redacted
 
 Kind = Literal["model", "dataset"]
+
+_STORES = {
+    "abfs", "adl", "arrow_hdfs", "az", "gcs", "gs", "hdfs", "lakefs", "memory", "oci", "oss", "s3",
+    "s3a", "sftp", "smb", "tos", "webdav", "webhdfs",
+}  # fmt: skip
+"""Schemes of fsspec that name places on servers; others are of local files, archives and code."""
 
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -73,6 +81,28 @@ def is_address(text: str) -> bool:
         or any(known.match(text) for known in (_HOST, _SSH))
         or (_OF_HUB.fullmatch(text) is not None)
     )
+
+
+def is_store(text: str) -> bool:
+    """Whether ``text`` is an address of an object store, such as ``s3://bucket/prefix``."""
+    scheme, sign, _ = text.partition("://")
+    return bool(sign) and scheme in _STORES
+
+
+def store_address(text: str) -> str:
+    """An address of an object store without a slash at its end.
+
+    Raises SourceError: it has a password, a query or no place.
+    """
+    scheme, _, place = text.partition("://")
+    place = place.rstrip("/")
+    if not place or "?" in place or re.match("[^/]*:[^/]*@", place):
+        raise SourceError(
+            f"{redacted(f'{scheme}://{place}')} is not the address of a prefix",
+            expected=f"{scheme}://bucket/prefix, without user, password and query",
+            hint="the store's own variables, such as AWS_PROFILE, hold credentials",
+        )
+    return f"{scheme}://{place}"
 
 
 def parse_address(text: str, kind: Kind) -> Address:
@@ -135,7 +165,9 @@ def _parse(text: str) -> Address:
 
 def _not_understood(text: str, scheme: str, host: str) -> SourceError:
     """The error about an address that names no repo."""
-    expected = "https://huggingface.co/owner/name, owner/name@revision, or a path"
+    expected = (
+        "https://huggingface.co/owner/name, owner/name@revision, s3://bucket/prefix or a path"
+    )
     if scheme == "file":
         path = unquote(urlsplit(text).path)
         return SourceError(f"{text} is the address of a path", hint=f"give the path: {path}")
@@ -143,7 +175,7 @@ def _not_understood(text: str, scheme: str, host: str) -> SourceError:
         what = f"{text} is not the address of a repo, folder or file on the Hub"
         return SourceError(what, expected=expected, hint="copy the address of the model's page")
     return SourceError(
-        f"{text} is not an address on the Hugging Face Hub", expected=expected,
+        f"{text} is not an address on the Hugging Face Hub or of a store", expected=expected,
         found=f"the server {host}" if scheme in ("http", "https") else scheme or None,
         hint="download the model and give its folder; if this is a Hub, set HF_ENDPOINT",
     )  # fmt: skip
@@ -185,6 +217,8 @@ def model_place(source: str, subfolder: str = "") -> tuple[str, str]:
         return str(top), str(PurePosixPath(kept.path, subfolder))
     if not is_address(source):
         return source, subfolder
+    if is_store(source):
+        return store_address(source), subfolder
     found = parse_address(source, "model")
     path, file = found.path, PurePosixPath(found.path)
     if path.endswith(".gguf"):
