@@ -196,7 +196,7 @@ def test_what_is_no_checkpoint_is_said(
     "address", ["s3://", "s3://me:secret@bucket/tiny", "s3://bucket/tiny?versionId=3"]
 )
 def test_an_address_has_no_password_and_no_query(address: str) -> None:
-    with refused(SourceError, expected="s3://bucket/prefix, without...") as caught:
+    with refused(OptionError, expected="s3://bucket/prefix, without...") as caught:
         model_place(address)
     assert "secret" not in str(caught.value)
 

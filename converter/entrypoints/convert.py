@@ -384,7 +384,8 @@ def prepare_to_write(
     room = copied + (stream.room(plan) if stream else output.nbytes(plan, footprint))
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)
-        check_destination(destination, delivery.overwrite, inputs, room)
+        overwrite = delivery.overwrite or delivery.scratch
+        check_destination(destination, overwrite, inputs, room)
     check_instances(recipe, method, examined=recipe.guard)
     return source, plan, method, room
 

@@ -360,6 +360,23 @@ def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faul
             check_destination(destination, overwrite, inputs, 0)
 
 
+def look_at_store(address: str, folder: Path, faults: Faults) -> None:
+    """Ask a store whether a result can be uploaded to an address.
+
+    Args:
+        address: of ``addresses.store_address``.
+        folder: with the result, if an earlier run has made it; then some of it may be there.
+        faults: gets what is wrong.
+    """
+    from converter.hub.store_uploads import check_empty  # the imports take half a second
+    from converter.hub.stores import need_store
+
+    with faults:
+        need_store(address)
+        if not (folder / MANIFEST).is_file():
+            check_empty(address)
+
+
 def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) -> None:
     """Check that pictures can be drawn, and into that folder."""
     if plots is None:

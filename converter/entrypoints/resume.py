@@ -1,8 +1,9 @@
 """Recognise a folder with the result of the same conversion, so that it need not run again."""
 
+import dataclasses
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
@@ -47,6 +48,8 @@ def convert_once(
     if before := _done_before(recipe, destination, delivery, pictures):
         finish_existing(recipe, destination, before, delivery.signer)
         return before
+    if delivery.scratch:
+        delivery = dataclasses.replace(delivery, overwrite=True)
     return convert(recipe, destination, settings, delivery)
 
 
@@ -83,7 +86,7 @@ def _done_before(
 
 def _searched(search: SearchRecord | None) -> SearchRecord | None:
     """A search record without the measurements that only the conversion makes."""
-    return search and replace(search, kept=None)
+    return search and structs.replace(search, kept=None)
 
 
 def made_before(destination: Path) -> Manifest | None:

@@ -92,12 +92,12 @@ def is_store(text: str) -> bool:
 def store_address(text: str) -> str:
     """An address of an object store without a slash at its end.
 
-    Raises SourceError: it has a password, a query or no place.
+    Raises OptionError: it has a password, a query or no place.
     """
     scheme, _, place = text.partition("://")
     place = place.rstrip("/")
     if not place or "?" in place or re.match("[^/]*:[^/]*@", place):
-        raise SourceError(
+        raise OptionError(
             f"{redacted(f'{scheme}://{place}')} is not the address of a prefix",
             expected=f"{scheme}://bucket/prefix, without user, password and query",
             hint="the store's own variables, such as AWS_PROFILE, hold credentials",

@@ -177,6 +177,12 @@ def cache_folder() -> Path:
     return Path(at_home(_chosen.get() or default_cache(), "--cache-dir"))
 
 
+def outgoing(address: str) -> Path:
+    """The folder for a result that is uploaded to an address. Raises as ``cache_folder``."""
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]
+    return cache_folder() / "outgoing" / key / "result"
+
+
 @contextmanager
 def using_cache(folder: Path | None) -> Iterator[None]:
     """Within this context, use a folder, or the default one, as the cache."""

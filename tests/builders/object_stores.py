@@ -59,6 +59,14 @@ def objects(address: str) -> dict[str, bytes]:
     return {name.removeprefix(f"{prefix}/"): files.cat_file(name) for name in files.find(prefix)}
 
 
+def fetch(address: str, folder: Path) -> Path:
+    """Download what is below an address into a folder."""
+    for name, data in objects(address).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
 def drop(address: str) -> None:
     """Delete all objects below an address."""
     files, prefix = fsspec.url_to_fs(address)
