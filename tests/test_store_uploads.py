@@ -1,6 +1,7 @@
 """Object stores as destinations: what is seen there, in which order, and what goes wrong."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def test_a_result_in_a_store_is_that_of_a_folder(
 def test_an_object_of_s3_has_its_sha256_in_its_metadata(
     s3: str, converted: tuple[Path, Path]
 ) -> None:
-    invoke("push", converted[1], s3, code=0)
+    answer = json.loads(invoke("push", converted[1], s3, "--json", code=0).stdout)
+    assert answer == {"destination": str(converted[1]), "address": s3}
     files, prefix = fsspec.url_to_fs(s3)
     for name, data in objects(s3).items():
         said = files.metadata(f"{prefix}/{name}")["sha256"]
@@ -199,6 +201,7 @@ def test_what_is_wrong_with_a_store_is_said_before_the_model_is_looked_at(
     invoke("push", converted[1], "s3://no-such-bucket/out", code=10, says=says)
     says = "DESTINATION: expected a folder, or an address such as s3://bucket/prefix, found s4://b"
     invoke("convert", source, "s4://b", code=2, says=says)
+    invoke("replay", converted[1], s3, "--source", converted[0], code=2, says="expected a folder")
     invoke("convert", source, s3, "--push-to-hub", "a/b", code=2, says="--push-to-hub")
     invoke("push", converted[1], s3, "--create-pr", code=2, says="--create-pr")
     assert objects(s3) == {}

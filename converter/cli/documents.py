@@ -60,7 +60,7 @@ class Converted(TypedDict):
     """The gist of the manifest of a conversion. The strength also stands under its own name.
 
     Attributes:
-        destination: the folder.
+        destination: the folder, or the address of the prefix.
         source: name of the model.
         commit: of its repo; None of a folder.
         output: what was written, as ``--output`` names it.
@@ -289,6 +289,18 @@ class PushedFolder(Pushed):
     """
 
     destination: str
+
+
+class UploadedFolder(TypedDict):
+    """What was uploaded to an object store.
+
+    Attributes:
+        destination: the folder.
+        address: of the prefix.
+    """
+
+    destination: str
+    address: str
 
 
 class OtherThan(TypedDict):
@@ -672,7 +684,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "guide": (Page,),
     "methods": (list[ListedMethod], MethodOptions),
     "plan": (Planned,),
-    "push": (PushedFolder,),
+    "push": (PushedFolder, UploadedFolder),
     "recipe": (dict[str, Any],),
     "replay": (Replayed,),
     "report": (Reported,),
