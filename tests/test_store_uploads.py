@@ -201,7 +201,7 @@ def test_what_is_wrong_with_a_store_is_said_before_the_model_is_looked_at(
     invoke("push", converted[1], "s3://no-such-bucket/out", code=10, says=says)
     says = "DESTINATION: expected a folder, or an address such as s3://bucket/prefix, found s4://b"
     invoke("convert", source, "s4://b", code=2, says=says)
-    invoke("replay", converted[1], s3, "--source", converted[0], code=2, says="expected a folder")
+    invoke("replay", converted[1], s3, "--source", converted[0], code=7, says="expected a folder")
     invoke("convert", source, s3, "--push-to-hub", "a/b", code=2, says="--push-to-hub")
     invoke("push", converted[1], s3, "--create-pr", code=2, says="--create-pr")
     assert objects(s3) == {}

@@ -301,9 +301,9 @@ def convert_command(
         published = push(asked.folder, repo, recipe.trust_remote_code, verified=True)
     if signer:
         progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
-    result = result_data(manifest, asked.destination)
     if asked.store:
         put_and_drop(asked.folder, asked.store, recipe.trust_remote_code)
+    result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result, published_text(published)))
 

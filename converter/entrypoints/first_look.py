@@ -350,10 +350,6 @@ def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faul
     there = os.path.exists(recipe.source)  # noqa: PTH110 - pathlib's raises if the name is too long
     inputs = [Path(recipe.source)] if there else []
     with faults:
-        typed = str(destination)  # pathlib has made one slash of the two
-        if re.match("[a-z0-9]+:/", typed) and not os.path.isdir(os.path.dirname(typed)):  # noqa: PTH112, PTH120
-            raise OptionError("DESTINATION", expected="a folder", found="the address of a store")
-    with faults:
         try:
             done = (destination / MANIFEST).is_file()
         except OSError as error:

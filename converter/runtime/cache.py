@@ -179,8 +179,7 @@ def cache_folder() -> Path:
 
 def outgoing(address: str) -> Path:
     """The folder for a result that is uploaded to an address. Raises as ``cache_folder``."""
-    key = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return cache_folder() / "outgoing" / key / "result"
+    return cache_folder() / "outgoing" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 @contextmanager
