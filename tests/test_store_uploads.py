@@ -174,6 +174,16 @@ def test_a_large_file_is_sent_in_parts_and_no_part_is_left(
             upload(s3, wanted)
     assert unfinished() == ["someone/else"]
     assert objects(s3) == {}
+    with monkeypatch.context() as patch:
+
+        def stopped(self: Any, *args: Any, **how: Any) -> None:  # its thread would go on
+            files.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+            raise KeyboardInterrupt
+
+        patch.setattr(type(files), "put_file", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            upload(s3, wanted)
+    assert unfinished() == ["someone/else"]
     upload(s3, wanted)
     assert files.info(f"{prefix}/x.safetensors")["ETag"].endswith('-3"')  # it was in parts
     assert files.metadata(f"{prefix}/x.safetensors")["sha256"] == "ab" * 32

@@ -29,8 +29,8 @@ def check_destination(
         nbytes: number of bytes to write.
 
     Raises:
-        DestinationError: it is a file or an address, is not empty, is or contains an input or the current
-            folder, lies inside an input, or the disk is too small.
+        DestinationError: it is a file or an address, is not empty, is or contains an input or the
+            current folder, lies inside an input, or the disk is too small.
     """
     try:
         _check(destination, overwrite, inputs, nbytes)
