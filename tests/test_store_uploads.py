@@ -176,11 +176,11 @@ def test_a_large_file_is_sent_in_parts_and_no_part_is_left(
     assert objects(s3) == {}
     with monkeypatch.context() as patch:
 
-        def stopped(self: Any, *args: Any, **how: Any) -> None:  # its thread would go on
+        def stopped(*args: Any, **how: Any) -> None:  # its thread would go on
             files.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
             raise KeyboardInterrupt
 
-        patch.setattr(type(files), "put_file", stopped)
+        patch.setattr(files, "put_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             upload(s3, wanted)
     assert unfinished() == ["someone/else"]
