@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from converter.checkpoints.names import MANIFEST, SUMS
+from converter.checkpoints.resolve import resolve
 from converter.entrypoints.push import put
 from converter.errors import DestinationError, PublishError
 from converter.hub import store_uploads
@@ -159,7 +160,6 @@ def test_a_large_file_is_sent_in_parts_and_no_part_is_left(
     def unfinished() -> list[str]:
         return [each["Key"] for each in files.list_multipart_uploads(bucket)]
 
-    files.call_s3("create_multipart_upload", Bucket=bucket, Key=key)  # of a run that was killed
     files.call_s3("create_multipart_upload", Bucket=bucket, Key="someone/else")
     with monkeypatch.context() as patch:
         call = type(files)._call_s3
@@ -184,6 +184,7 @@ def test_a_large_file_is_sent_in_parts_and_no_part_is_left(
         with pytest.raises(KeyboardInterrupt):
             upload(s3, wanted)
     assert unfinished() == ["someone/else"]
+    files.call_s3("create_multipart_upload", Bucket=bucket, Key=key)  # of a run that was killed
     upload(s3, wanted)
     assert files.info(f"{prefix}/x.safetensors")["ETag"].endswith('-3"')  # it was in parts
     assert files.metadata(f"{prefix}/x.safetensors")["sha256"] == "ab" * 32
@@ -200,6 +201,18 @@ def test_what_is_there_is_neither_overwritten_nor_mixed(
     invoke("convert", checkpoints("llama"), place, code=7, says=says)
     invoke("convert", checkpoints("llama"), place, "--overwrite", code=2, says="--overwrite")
     assert objects(place) == {"config.json": b"{}"}
+
+
+def test_an_object_that_stands_for_an_empty_folder_does_not_count(
+    s3: str, converted: tuple[Path, Path]
+) -> None:
+    """The console of Amazon makes one where a user makes a folder."""
+    files, prefix = fsspec.url_to_fs(s3)
+    bucket, _, key = prefix.partition("/")
+    for each in (f"{key}/", f"{key}/old/"):
+        files.call_s3("put_object", Bucket=bucket, Key=each)
+    put(converted[1], s3, verified=True)
+    assert {*resolve(s3).shards} == {path.name for path in converted[1].glob("model-*.safetensors")}
 
 
 def test_what_is_wrong_with_a_store_is_said_before_the_model_is_looked_at(

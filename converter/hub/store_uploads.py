@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import DestinationError, PublishError
-from converter.hub.stores import file_system, plain_errors
+from converter.hub.stores import file_system, objects_below, plain_errors
 from converter.runtime import progress
 from converter.text import few
 
@@ -84,9 +84,7 @@ class _Target:
     def objects(self) -> dict[str, Any]:
         """What is below the prefix: name -> entry of the listing."""
         with plain_errors(self.address, PublishError, "written"):
-            self.files.invalidate_cache()
-            listed = self.files.find(self.prefix, detail=True)
-        return {path.removeprefix(f"{self.prefix}/"): entry for path, entry in listed.items()}
+            return objects_below(self.files, self.prefix)
 
     def sent_before(self, files: Files) -> set[str]:
         """The files that are there already. Raises DestinationError if anything else is there."""

@@ -131,18 +131,12 @@ def open_store(address: str) -> Store:
     """
     files, prefix = file_system(address)
     with plain_errors(address):
-        listed = files.find(prefix, detail=True)
-        files.invalidate_cache()  # later questions are about the objects as they are then
-    if prefix in listed:
+        objects = objects_below(files, prefix)
+    if prefix in objects:
         raise SourceError(
             f"{address} is a single object", expected="the prefix of a checkpoint's files",
             hint="give the part before it; a .gguf file is read from disk",
         )  # fmt: skip
-    objects = {
-        path.removeprefix(f"{prefix}/"): entry
-        for path, entry in listed.items()
-        if entry["type"] == "file" and not path.endswith("/")
-    }
     if not objects:
         raise SourceError(f"there is nothing below {address}", hint="check bucket and prefix")
     wrong = next((name for name in objects if not is_inside(name)), None)
@@ -158,6 +152,18 @@ def open_store(address: str) -> Store:
         {name: int(entry["size"]) for name, entry in objects.items()},
         {name: version for name, version in versions.items() if version},
     )  # fmt: skip
+
+
+def objects_below(files: Any, prefix: str) -> dict[str, Any]:
+    """The objects below a prefix: name without it -> entry of the listing.
+
+    An object that stands for a folder does not count. Raises what the client raises.
+    """
+    files.invalidate_cache()
+    listed = files.find(prefix, detail=True)
+    files.invalidate_cache()  # later questions are about the objects as they are then
+    below = {path.removeprefix(f"{prefix}/"): entry for path, entry in listed.items()}
+    return {n: e for n, e in below.items() if e["type"] == "file" and n and not n.endswith("/")}
 
 
 def file_system(address: str) -> tuple[Any, str]:
