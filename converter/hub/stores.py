@@ -45,6 +45,7 @@ class Store:
         prefix: of all objects, as ``files`` names it.
         sizes: object, without the prefix -> bytes.
         versions: the same -> its ETag, or what the store has instead; of objects that have one.
+        key: a digest of the address and this listing.
         sha256: empty, since no listing has digests.
     """
 
@@ -55,6 +56,7 @@ class Store:
     prefix: str
     sizes: dict[str, int]
     versions: dict[str, str]
+    key: str
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,8 +71,7 @@ class Store:
             SourceError: as ``plain_errors``, or an object is not the listed one.
             DestinationError: the cache cannot be written.
         """
-        listed = json.dumps([self.address, self.sizes, self.versions], sort_keys=True)
-        folder = cache_folder() / "stores" / hashlib.sha256(listed.encode()).hexdigest()[:32]
+        folder = cache_folder() / "stores" / self.key
         with _FETCHING:
             for name in names:
                 if name in self.sizes and not (folder / name).is_file():
@@ -106,8 +107,9 @@ class Store:
                         moved.update(len(data))
         with plain_errors(f"{self.address}/{name}"):
             found = self.files.info(f"{self.prefix}/{name}")
-        if (found["size"], _version(found)) != (size, self.versions.get(name, "")):
-            raise self._other(name, f"{found['size']:,} bytes, version {_version(found)}")
+        version = _version(found) or "unknown"
+        if found["size"] != size or version not in ("unknown", self.versions.get(name, version)):
+            raise self._other(name, f"{found['size']:,} bytes, version {version}")
 
     def _other(self, name: str, found: str) -> SourceError:
         """The error about an object that is not the listed one."""
@@ -146,12 +148,11 @@ def open_store(address: str) -> Store:
             expected=f"at most {MAX_FILES:,} objects with plain names",
             found=f"{len(objects):,}" if wrong is None else f"the name {wrong}",
         )  # fmt: skip
-    versions = {name: _version(entry) for name, entry in objects.items()}
-    return Store(
-        address, files, prefix,
-        {name: int(entry["size"]) for name, entry in objects.items()},
-        {name: version for name, version in versions.items() if version},
-    )  # fmt: skip
+    sizes = {name: int(entry["size"]) for name, entry in objects.items()}
+    versions = {name: found for name, entry in objects.items() if (found := _version(entry))}
+    listed = json.dumps([address, sizes, versions], sort_keys=True)
+    key = hashlib.sha256(listed.encode()).hexdigest()[:32]
+    return Store(address, files, prefix, sizes, versions, key)
 
 
 def objects_below(files: Any, prefix: str) -> dict[str, Any]:
