@@ -10,7 +10,8 @@ import pytest
 
 from converter.checkpoints.resolve import resolve
 from converter.errors import CheckpointError, OptionError, SourceError
-from converter.hub.addresses import is_store, model_place
+from converter.hub.addresses import model_place
+from converter.hub.store_addresses import is_store
 from converter.hub.stores import Store
 from converter.runtime import extras
 from converter.runtime.cache import cache_folder, using_cache

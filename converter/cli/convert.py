@@ -12,7 +12,7 @@ from converter.cli.summary import forward_text, layers_text, result_data, result
 from converter.errors import Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions, SearchOptions
-from converter.hub.addresses import is_store, store_address
+from converter.hub.store_addresses import is_store, store_address
 from converter.option import Option, Options, declared_options
 from converter.recipe import CLUSTER, Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress

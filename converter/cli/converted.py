@@ -9,7 +9,7 @@ from converter.cli.convert import Destination, Overwrite, published_text
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
 from converter.errors import Faults, OptionError, VerificationError
-from converter.hub.addresses import is_store, store_address
+from converter.hub.store_addresses import is_store, store_address
 from converter.option import Option, Options, declared_options
 from converter.recipe import (
     CLUSTER,

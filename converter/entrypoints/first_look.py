@@ -52,12 +52,12 @@ from converter.evaluation.searchable import (
     names_of,
 )
 from converter.hub.addresses import (
-    is_store,
     model_place,
     parse_address,
     repo_named,
     snapshot_of,
 )
+from converter.hub.store_addresses import is_store
 from converter.methods.known import METHODS, SEPARATOR, MethodOption, described
 from converter.methods.options import parse_factors, parse_layers, parse_value
 from converter.methods.typed import share_out
@@ -364,7 +364,7 @@ def look_at_store(address: str, folder: Path, faults: Faults) -> None:
     """Ask a store whether a result can be uploaded to an address.
 
     Args:
-        address: of ``addresses.store_address``.
+        address: of ``store_address``.
         folder: with the result, if an earlier run has made it; then some of it may be there.
         faults: gets what is wrong.
     """

@@ -75,7 +75,7 @@ def put(
 
     Args:
         folder, trust_remote_code, verified: as of ``push``.
-        address: of ``addresses.store_address``.
+        address: of ``store_address``.
 
     Raises:
         VerificationError: it does not agree with its manifest; nothing was sent.

@@ -1,5 +1,4 @@
-"""Names of Hub repos (an id, a pasted address, a folder of the client's cache), and addresses of
-object stores.
+"""Names of Hub repos: an id, a pasted address, or a folder of the client's cache.
 
 Only this module reads them. Records and messages have the short form: owner/name@revision.
 """
@@ -14,16 +13,10 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import constants
 
 from converter.errors import CheckpointError, OptionError, SourceError
+from converter.hub.store_addresses import is_store, store_address
 from converter.recipe import Recipe
-from converter.text import redacted
 
 Kind = Literal["model", "dataset"]
-
-_STORES = {
-    "abfs", "adl", "arrow_hdfs", "az", "gcs", "gs", "hdfs", "lakefs", "memory", "oci", "oss", "s3",
-    "s3a", "sftp", "smb", "tos", "webdav", "webhdfs",
-}  # fmt: skip
-"""Schemes of fsspec that name places on servers; others are of local files, archives and code."""
 
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s@]+)?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -81,28 +74,6 @@ def is_address(text: str) -> bool:
         or any(known.match(text) for known in (_HOST, _SSH))
         or (_OF_HUB.fullmatch(text) is not None)
     )
-
-
-def is_store(text: str) -> bool:
-    """Whether ``text`` is an address of an object store, such as ``s3://bucket/prefix``."""
-    scheme, sign, _ = text.partition("://")
-    return bool(sign) and scheme in _STORES
-
-
-def store_address(text: str) -> str:
-    """An address of an object store without a slash at its end.
-
-    Raises OptionError: it has a password, a query or no place.
-    """
-    scheme, _, place = text.partition("://")
-    place = place.rstrip("/")
-    if not place or "?" in place or re.match("[^/]*:[^/]*@", place):
-        raise OptionError(
-            f"{redacted(f'{scheme}://{place}')} is not the address of a prefix",
-            expected=f"{scheme}://bucket/prefix, without user, password and query",
-            hint="the store's own variables, such as AWS_PROFILE, hold credentials",
-        )
-    return f"{scheme}://{place}"
 
 
 def parse_address(text: str, kind: Kind) -> Address:

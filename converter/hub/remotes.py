@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from converter.hub import repos
-from converter.hub.addresses import is_store
+from converter.hub.store_addresses import is_store
 from converter.hub.stores import open_store
 
 

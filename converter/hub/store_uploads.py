@@ -28,7 +28,7 @@ def check_empty(address: str) -> None:
     """Ask a store whether there is anything below an address, which takes seconds.
 
     Args:
-        address: of ``addresses.store_address``.
+        address: of ``store_address``.
 
     Raises:
         DestinationError: there is.

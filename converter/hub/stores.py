@@ -125,7 +125,7 @@ def open_store(address: str) -> Store:
     """List the objects of an address.
 
     Args:
-        address: of ``addresses.store_address``.
+        address: of ``store_address``.
 
     Raises:
         OptionError: the package for this kind of store is missing.

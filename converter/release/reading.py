@@ -9,7 +9,8 @@ from msgspec import ValidationError
 
 from converter.checkpoints.names import EDIT_FILE, MANIFEST, plain_name
 from converter.errors import OptionError, VerificationError
-from converter.hub.addresses import is_store, looks_like_repo, parse_address, store_address
+from converter.hub.addresses import looks_like_repo, parse_address
+from converter.hub.store_addresses import is_store, store_address
 from converter.manifest import Manifest, TextRecord
 from converter.recipe import SELF, LocalInputs, Recipe
 from converter.runtime import strict_json
