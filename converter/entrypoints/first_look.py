@@ -373,8 +373,8 @@ def look_at_store(address: str, folder: Path, faults: Faults) -> None:
 
     with faults:
         need_store(address)
-        if not (folder / MANIFEST).is_file():
-            check_empty(address)
+        made = folder.rglob("*") if (folder / MANIFEST).is_file() else ()
+        check_empty(address, {path.relative_to(folder).as_posix() for path in made})
 
 
 def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) -> None:

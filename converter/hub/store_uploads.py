@@ -6,7 +6,7 @@ there; the parts of a failed upload are deleted. On S3, an object has the sha256
 metadata, by which the next attempt recognises what it need not send again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +24,20 @@ Files = Mapping[str, tuple[Path, str]]
 """Object, without the prefix -> path and sha256, in the order in which they are sent."""
 
 
-def check_empty(address: str) -> None:
+def check_empty(address: str, but: Container[str] = ()) -> None:
     """Ask a store whether there is anything below an address, which takes seconds.
 
     Args:
         address: of ``store_address``.
+        but: names of objects that may be there; ``upload`` looks at them.
 
     Raises:
         DestinationError: there is.
         OptionError: a package is missing.
         PublishError: the bucket is missing, there is no right to it, or there is no answer.
     """
-    _Target.of(address).sent_before({})
+    target = _Target.of(address)
+    target.refuse([name for name in target.objects() if name not in but])
 
 
 def upload(address: str, files: Files) -> None:
@@ -89,13 +91,16 @@ class _Target:
     def sent_before(self, files: Files) -> set[str]:
         """The files that are there already. Raises DestinationError if anything else is there."""
         there = self.objects()
-        other = [name for name in there if name not in files or not self._is(name, *files[name])]
+        self.refuse([n for n in there if n not in files or not self._is(n, *files[n])])
+        return {*there}
+
+    def refuse(self, other: Sequence[str]) -> None:
+        """Raise DestinationError if there are other objects."""
         if other:
             raise DestinationError(
                 f"destination {self.address} is not empty", found=few(other),
                 hint="choose another prefix, or delete what is there",
             )  # fmt: skip
-        return {*there}
 
     def _is(self, name: str, path: Path, sha256: str) -> bool:
         """Whether an object was made from a file, as its metadata say; only S3 has them."""
