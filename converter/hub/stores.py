@@ -177,8 +177,9 @@ def file_system(address: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
-    need_store(address)
     scheme = address.partition("://")[0]
+    if scheme in ("s3", "s3a"):
+        need(address, "s3fs")
     with plain_errors(address):
         try:
             files, path = url_to_fs(address)
@@ -188,12 +189,6 @@ def file_system(address: str) -> tuple[Any, str]:
                 found=known_implementations.get(scheme, {}).get("err") or str(error),
             ) from error
     return files, path.rstrip("/")
-
-
-def need_store(address: str) -> None:
-    """Raise OptionError if ``s3://`` is asked for and its package is missing."""
-    if address.partition("://")[0] in ("s3", "s3a"):
-        need(address, "s3fs")
 
 
 def _version(entry: Mapping[str, Any]) -> str:
