@@ -61,7 +61,7 @@ LOCK = $(RELEASE)/bin/uv pip compile --quiet --universal --python-version 3.11 -
 	--custom-compile-command 'make lock'
 
 lock: $(RELEASE)/.done
-	$(LOCK) pyproject.toml $(addprefix --extra ,demo eval native plot search sign) -o requirements.lock
+	$(LOCK) pyproject.toml $(addprefix --extra ,demo eval native plot s3 search sign) -o requirements.lock
 	$(LOCK) --group release -o release.lock
 
 audit: $(RELEASE)/.done

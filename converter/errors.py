@@ -99,7 +99,7 @@ class GuardError(ConverterError):
 
 
 class PublishError(ConverterError):
-    """The Hub refuses the upload or cannot be reached."""
+    """The Hub or an object store refuses the upload or cannot be reached."""
 
     exit_code = 10
 

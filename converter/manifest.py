@@ -76,6 +76,7 @@ class SourceRecord(Record, kw_only=True):
         extras: other safetensors files, which were copied and not edited.
         left_out: names of files that were neither read nor copied; a hidden folder counts as one.
             Empty for an adapter, which is used with the source.
+        versions: the ETag, or what the store has instead, of files read from an object store.
     """
 
     name: str
@@ -86,6 +87,7 @@ class SourceRecord(Record, kw_only=True):
     originals: dict[str, FileRecord]
     extras: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
 
     @property
     def all_files(self) -> dict[str, FileRecord]:

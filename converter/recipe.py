@@ -38,7 +38,8 @@ class Recipe(Options):
     # fmt: off
     source: Annotated[str, Option(
         "Model to convert: a folder with a checkpoint, a .gguf file, a Hub repo id with an "
-        "optional @revision or its address, or the word demo.",
+        "optional @revision or its address, the address of a prefix in an object store, or the "
+        "word demo.",
         flag="SOURCE", example="HuggingFaceTB/SmolLM2-360M", place=True,
     )]
     method: Annotated[str, Option(
@@ -205,7 +206,8 @@ class Settings(Options):
         "not installed.",
     )] = "auto"
     keep_source: Annotated[bool, Option(
-        "Keep the files fetched from the Hub; otherwise delete each shard once it is edited.",
+        "Keep the files fetched from the Hub or a store; otherwise delete each shard once it is "
+        "edited.",
     )] = True
     # fmt: on
 

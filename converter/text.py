@@ -96,8 +96,9 @@ def code(token: str) -> str:
 
 _VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
 )  # fmt: skip
-"""Environment variables that hold a secret of the Hub's client."""
+"""Environment variables that hold a secret of the Hub's client, or of a store's."""
 
 _SECRETS = (
     (re.compile(r"\bhf_(?:jwt|oauth)_[\w.-]+|\bhf_[A-Za-z0-9]{20,}"), "hf_***"),

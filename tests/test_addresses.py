@@ -58,7 +58,7 @@ def test_an_address_is_a_repo_a_revision_and_a_folder(text: str) -> None:
         ("datasets/acme/pairs", SourceError, {"expected": "a model"}),
         ("https://huggingface.co/spaces/acme/x", SourceError, {"what": "...is a space..."}),
         ("https://hub.elsewhere.org/acme/tiny", SourceError, {"found": "the server hub.else..."}),
-        ("s3://bucket/tiny", SourceError, {"found": "s3"}),
+        ("s4://bucket/tiny", SourceError, {"found": "s4"}),
         ("http://[acme/tiny", SourceError, {"hint": "download the model..."}),
         ("file:///srv/my%20model", SourceError, {"hint": "...: /srv/my model"}),
         ("https://huggingface.co/acme/tiny/discussions/3", SourceError, {"hint": "copy the..."}),

@@ -675,7 +675,7 @@ def test_a_gate_on_the_hub_is_seen(
         info = SimpleNamespace(id="someone/tiny", sha="c0ffee0000" * 4, siblings=[], gated=gated)
         monkeypatch.setattr(HfApi, "repo_info", lambda *_, info=info, **__: info)
         source: Source = resolve(str(converted[0]))
-        source = dataclasses.replace(source, repo=hub.resolve("model", "someone/tiny"))
+        source = dataclasses.replace(source, remote=hub.resolve("model", "someone/tiny"))
         warnings = terms_of(source, "someone/tiny").warnings
         assert any("someone/tiny is gated" in text for text in warnings) is bool(gated)
 

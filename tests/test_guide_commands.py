@@ -96,6 +96,11 @@ ELSEWHERE = {
     "gloss push ./out someone/SmolLM2-detox": "test_push.py::",
     "gloss push ./out '$REPO'": "test_push.py::",
     "gloss push DESTINATION REPO": "test_push.py::",
+    "gloss push ./out s3://bucket/prefix": "test_store_uploads.py::",
+    "gloss-convert SOURCE s3://bucket/prefix": "test_store_uploads.py::",
+    "gloss-convert s3://bucket/models/tiny ./out": "test_stores.py::",
+    "gloss plan s3://bucket/models/tiny": "test_stores.py::",
+    "gloss verify ./out --source s3://bucket/models/tiny": "test_stores.py::",
     "gloss-convert meta-llama/Llama-2-7b ./out --push-to-hub someone/Llama-2-7b-detox":
         "test_push.py::",
     "gloss search SOURCE": "test_search.py::",

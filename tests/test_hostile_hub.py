@@ -111,7 +111,7 @@ def repo_of(size: int) -> hub.Repo:
 def read(names: tuple[str, ...]) -> Path:
     """A repo resolved and fetched."""
     repo = hub.resolve("model", "someone/tiny")
-    return hub.download(repo, names or list(repo.sizes), first=True)
+    return repo.download(names or list(repo.sizes), first=True)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_token_does_not_travel_to_another_host(server: LyingServer) -> None:
     server.lie = answering(b"", status=302, headers=headers)
     try:
         repo = hub.resolve("model", "someone/tiny")
-        folder = hub.download(repo, ["config.json"])
+        folder = repo.download(["config.json"])
         assert (folder / "config.json").read_bytes() == CONFIG
         with refused(CheckpointError, found="a length field of 6,..."):  # CONFIG as a header
             remote_header(repo, "model.safetensors")

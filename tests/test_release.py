@@ -16,7 +16,7 @@ from converter.cli.guide import topics
 
 ROOT = Path(__file__).parents[1]
 LOCKS = "requirements.lock", "release.lock"
-EXTRAS = "demo", "eval", "gguf", "native", "plot", "search", "sign"
+EXTRAS = "demo", "eval", "gguf", "native", "plot", "s3", "search", "sign"
 """Extras that requirements.lock is for."""
 
 

@@ -107,7 +107,7 @@ def locate(
             expected=", ".join(formats),
             found=place.path or ", ".join(sorted({n.suffix for n in known} - {""})),
         )
-    folder = hub.download(repo, [chosen] if chosen else ["*"], first=True)
+    folder = repo.download([chosen] if chosen else ["*"], first=True)
     paths = [folder / chosen] if chosen else sorted(folder.rglob("*"))
     inside = (path for path in paths if path.is_relative_to(folder / place.path))
     data = next((path for path in inside if path.suffix.lower() in formats), None)

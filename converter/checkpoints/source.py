@@ -7,7 +7,7 @@ from io import RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCardData, hf_hub_url
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from converter.checkpoints.formats.virtual import Shards, VirtualFile, VirtualShard
@@ -23,8 +23,9 @@ from converter.checkpoints.safetensors.header import (
 )
 from converter.checkpoints.safetensors.rewrite import read_tensor
 from converter.errors import CheckpointError, SourceError
-from converter.hub import repos as hub
-from converter.hub.limits import read_range
+from converter.hub.remotes import Remote
+from converter.hub.repos import Repo, forget
+from converter.hub.stores import Store
 from converter.manifest import FileRecord
 from converter.runtime.cache import remembered_digest, state_of
 from converter.runtime.progress import ThreadPool
@@ -33,7 +34,7 @@ _READERS = 8
 """Headers read in parallel; a model may have hundreds of shards on a network disk."""
 
 _FIRST = 100_000
-"""Bytes of a shard on the Hub that are requested first: nearly all headers fit."""
+"""Bytes of a remote shard that are requested first: nearly all headers fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Source:
     Attributes:
         name: repo id, or the folder's own name; never a path.
         folder: holds the small files, and the shards unless they are made from ``originals``;
-            shards of a Hub repo are there once they are fetched.
+            remote shards are there once they are fetched.
         config: parsed ``config.json``.
         shards: safetensors file names, sorted.
         weight_map: of the index, or None for a single file.
@@ -56,8 +57,8 @@ class Source:
         originals: files in another format that the shards are made from.
         states: name of an original -> its ``cache.state_of`` before it was opened.
         serial: see ``Translated``.
-        repo: where it was downloaded from, or None.
-        inside: the subfolder of the repo, with a slash at the end, or empty.
+        remote: where it is fetched from, or None.
+        inside: the subfolder of that, with a slash at the end, or empty.
         base: repo id of this model, if it is known.
         base_commit: of that repo, if it was downloaded from there.
         card: front matter of its model card; empty when it has none.
@@ -78,7 +79,7 @@ class Source:
     originals: tuple[Path, ...] = ()
     states: Mapping[str, list[int]] = field(default_factory=dict)
     serial: bool = False
-    repo: hub.Repo | None = None
+    remote: Remote | None = None
     inside: str = ""
     base: str | None = None
     base_commit: str | None = None
@@ -89,14 +90,26 @@ class Source:
         """Some shards that are on disk, and no more than it takes to read them."""
         return replace(
             self, shards=tuple(shards), config={}, weight_map=None, companions=(), drawn=(),
-            extras=(), left_out=(), above=(), repo=None, card=ModelCardData(),
+            extras=(), left_out=(), above=(), remote=None, card=ModelCardData(),
         )  # fmt: skip
+
+    @property
+    def repo(self) -> Repo | None:
+        """The repo of the Hub that it is fetched from, or None."""
+        return self.remote if isinstance(self.remote, Repo) else None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """File -> its ETag or the like, of a source in a store."""
+        known = self.remote.versions if isinstance(self.remote, Store) else {}
+        here = self.inside
+        return {n.removeprefix(here): v for n, v in known.items() if n.startswith(here)}
 
     @property
     def small(self) -> dict[str, Path]:
         """The files that are copied unchanged: name in the output -> path.
 
-        The ``extras`` of a repo must be fetched first.
+        Remote ``extras`` must be fetched first.
         """
         here = {name: self.folder / name for name in (*self.companions, *self.extras)}
         return here | {path.name: path for path in self.above}
@@ -117,7 +130,7 @@ class Source:
         return said or (self.repo is not None and self.repo.gated)
 
     def open(self, shard: str) -> RawIOBase:
-        """A shard, open for reading as safetensors; it is fetched first if it is on the Hub only.
+        """A shard, open for reading as safetensors; it is fetched first if it is remote.
 
         Raises CheckpointError if it cannot be read, SourceError if it cannot be fetched.
         """
@@ -135,29 +148,29 @@ class Source:
             return read_tensor(file, info)
 
     def headers(self) -> dict[str, Header]:
-        """The header of every shard, from disk, or by range requests while it is only on the Hub.
+        """The header of every shard, from disk, or by range requests while it is not there.
 
-        Raises CheckpointError if a shard is missing or malformed, SourceError if the Hub fails.
+        Raises CheckpointError if a shard is missing or malformed, SourceError if the remote fails.
         """
         with ThreadPool(_READERS) as pool:  # the time is spent waiting for the network
             return dict(zip(self.shards, pool.map(self._header, self.shards), strict=True))
 
     def _header(self, shard: str) -> Header:
         if self.virtual_shards is None:
-            return header_at(self.folder, shard, self.repo, self.inside)
+            return header_at(self.folder, shard, self.remote, self.inside)
         with self.open(shard) as file:
             return header_of(file, shard)
 
     def _missing(self, shard: str) -> bool:
-        """Whether a shard, or one of the extras, is on the Hub and not on disk."""
+        """Whether a shard, or one of the extras, is remote and not on disk."""
         made = self.virtual_shards is not None and shard not in self.extras
-        known = self.repo is not None and bool(self.repo.sizes) and not made
+        known = self.remote is not None and bool(self.remote.sizes) and not made
         return known and not (self.folder / shard).exists()
 
     @property
     def nbytes_of_extras(self) -> int:
         """Bytes of all extras."""
-        known = self.repo.sizes if self.repo else {}
+        known = self.remote.sizes if self.remote else {}
         sizes = (known.get(self.inside + name) for name in self.extras)
         paths = (self.folder / name for name in self.extras)
         return sum(size or path.stat().st_size for size, path in zip(sizes, paths, strict=True))
@@ -165,24 +178,24 @@ class Source:
     def fetch(self, shards: Iterable[str] | None = None) -> None:
         """Fetch these shards or extras, or all shards, if they are not on disk.
 
-        Raises SourceError if the Hub cannot be read, or the disk is too small.
+        Raises SourceError if the remote cannot be read, or the disk is too small.
         """
         wanted = self.shards if shards is None else shards
         names = [self.inside + shard for shard in wanted if self._missing(shard)]
-        if self.repo is not None and names:
-            check_space(self.repo, names, self.folder, self.name)
-            hub.download(self.repo, names)
+        if self.remote is not None and names:
+            check_space(self.remote, names, self.folder, self.name)
+            self.remote.download(names)
 
     def drop(self, shard: str) -> None:
-        """Delete a fetched shard, or one of the extras, from the Hub client's cache."""
-        if self.repo is not None and (self.virtual_shards is None or shard in self.extras):
-            hub.forget(self.folder / shard)
+        """Delete a fetched shard, or one of the extras, from the cache."""
+        if self.remote is not None and (self.virtual_shards is None or shard in self.extras):
+            forget(self.folder / shard)
 
     def drop_originals(self) -> None:
         """Delete fetched files in another format, after all shards are written."""
         for path in self.originals:
-            if self.repo is not None and path.exists():
-                hub.forget(path)
+            if self.remote is not None and path.exists():
+                forget(path)
 
     def digests(self) -> dict[str, str]:
         """sha256 of everything a forward pass reads: weights, config and tokenizer files.
@@ -194,8 +207,8 @@ class Source:
         if self.originals:
             found = {name: file.sha256 for name, file in self.original_files().items()}
         else:
-            if self.repo:  # the Hub knows them
-                digests = {s: self.repo.sha256.get(self.inside + s) for s in self.shards}
+            if self.remote:  # the Hub knows them
+                digests = {s: self.remote.sha256.get(self.inside + s) for s in self.shards}
                 found = {s: sha for s, sha in digests.items() if sha and self._missing(s)}
             unknown = [shard for shard in self.shards if shard not in found]
             self.fetch(unknown)
@@ -224,59 +237,40 @@ def _digest(path: Path) -> str:
         return remembered_digest(path)
 
 
-def check_space(repo: hub.Repo, names: Iterable[str], folder: Path, name: str) -> None:
-    """Raise SourceError if files of ``repo`` that ``folder`` lacks do not fit on its disk."""
+def check_space(remote: Remote, names: Iterable[str], folder: Path, name: str) -> None:
+    """Raise SourceError if files of ``remote`` that ``folder`` lacks do not fit on its disk."""
     missing = (n for n in names if not (folder / PurePosixPath(n).name).exists())
-    needed = sum(repo.sizes.get(n, 0) for n in missing)
+    needed = sum(remote.sizes.get(n, 0) for n in missing)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise SourceError(
-            f"the disk of the Hugging Face cache is too small for {name}",
+            f"the disk of the cache is too small for {name}",
             expected=f"{needed / 1e9:.1f} GB free",
             found=f"{free / 1e9:.1f} GB",
-            hint="set HF_HOME to a larger disk",
+            hint=remote.room,
         )
 
 
-def header_at(folder: Path, name: str, repo: hub.Repo | None = None, inside: str = "") -> Header:
-    """The header of a safetensors file in a folder, or of a repo while it is not there.
+def header_at(folder: Path, name: str, remote: Remote | None = None, inside: str = "") -> Header:
+    """The header of a safetensors file in a folder, or of a remote one while it is not there.
 
     Raises CheckpointError, or SourceError as ``remote_header``.
     """
-    if repo and repo.sizes and not (folder / name).exists():
-        return remote_header(repo, inside + name)
+    if remote and remote.sizes and not (folder / name).exists():
+        return remote_header(remote, inside + name)
     return read_header(folder / name)
 
 
-def remote_header(repo: hub.Repo, name: str) -> Header:
-    """The header of one safetensors file on the Hub, by range requests; no weights are fetched.
-
-    ``HfFileSystem`` is not used: it holds everything that is sent (``Response.content``), even
-    beyond its request, and takes the whole file for the range if a server has no ranges; its
-    streams request no end.
+def remote_header(remote: Remote, name: str) -> Header:
+    """The header of one remote safetensors file, by range requests; no weights are fetched.
 
     Raises:
-        SourceError: see ``plain_errors``; or the file breaks off.
+        SourceError: it cannot be read, or breaks off.
         CheckpointError: it is not well-formed safetensors.
     """
-    size = repo.sizes[name]
-    start = _range(repo, name, 0, min(_FIRST, size))
+    size = remote.sizes[name]
+    start = remote.read(name, 0, min(_FIRST, size))
     length = length_of(start, size, name)
     if 8 + length > len(start):
-        start += _range(repo, name, len(start), 8 + length)
+        start += remote.read(name, len(start), 8 + length)
     return parse_header(start[8 : 8 + length], size, name)
-
-
-def _range(repo: hub.Repo, name: str, start: int, end: int) -> bytes:
-    """Bytes of a file at the commit."""
-    url = hf_hub_url(repo.repo_id, name, repo_type=repo.kind, revision=repo.commit)
-    with hub.plain_errors(repo.kind, repo.repo_id):
-        found = read_range(url, start, end)
-    if len(found) < end - start:
-        raise SourceError(
-            f"{name} of {repo.kind} {repo.repo_id} breaks off",
-            expected=f"{repo.sizes[name]:,} bytes, as the Hub lists",
-            found=f"the end after {start + len(found):,}",
-            hint="run again",
-        )
-    return found

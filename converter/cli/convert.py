@@ -12,9 +12,11 @@ from converter.cli.summary import forward_text, layers_text, result_data, result
 from converter.errors import Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions, SearchOptions
+from converter.hub.store_addresses import is_store, store_address
 from converter.option import Option, Options, declared_options
 from converter.recipe import CLUSTER, Publication, PublicationOptions, Recipe, Settings
 from converter.runtime import progress
+from converter.runtime.cache import outgoing
 from converter.text import few
 
 if TYPE_CHECKING:
@@ -27,12 +29,20 @@ Destination = Annotated[
 Overwrite = Annotated[bool, Option("Replace the checkpoint or adapter at DESTINATION.")]
 
 
+_LOCAL = ("overwrite", "push_to_hub", "stream_to_hub")
+"""Options for a DESTINATION that is a folder."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DeliveryOptions(Options):
     """Options for the result."""
 
     # fmt: off
-    destination: Destination
+    destination: Annotated[str, Option(
+        "Folder for the result, which does not exist or is empty; or the address of a prefix "
+        "in an object store, which is empty.",
+        flag="DESTINATION", example="s3://bucket/prefix", place=True,
+    )]
     overwrite: Overwrite = False
     evaluate: Annotated[bool, Option(
         "Evaluate the edit beyond the guard, before anything is written; see gloss evaluate.",
@@ -70,6 +80,26 @@ class _DeliveryOptions(Options):
         "Check options, free space and rights, print the plan from the headers, and stop.",
     )] = False
     # fmt: on
+
+    @property
+    def store(self) -> str | None:
+        """The address that the result is uploaded to, if DESTINATION is one.
+
+        Raises OptionError: it is another address.
+        """
+        if is_store(self.destination):
+            return store_address(self.destination)
+        if "://" in self.destination:
+            raise OptionError(
+                "DESTINATION", expected="a folder, or an address such as s3://bucket/prefix",
+                found=self.destination,
+            )  # fmt: skip
+        return None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the result is written to: DESTINATION, or one in the cache."""
+        return outgoing(self.store) if self.store else Path(self.destination)
 
 
 def published_text(published: "Published | None") -> str:
@@ -155,11 +185,15 @@ def _look(
                 "--evaluate", expected="a single --method, where --search has -o beside it",
                 found=recipe.method, hint="use gloss evaluate on the result",
             )  # fmt: skip
-    first_look.look_at_destination(recipe, asked.destination, asked.overwrite, faults)
-    first_look.look_at_plots(asked.plots, asked.destination, faults)
+    if asked.store:
+        with faults:
+            refuse_typed(_LOCAL, f"with the address {asked.store} as DESTINATION", "leave it out")
+        first_look.look_at_store(asked.store, asked.folder, faults)
+    first_look.look_at_destination(recipe, asked.folder, asked.overwrite, faults)
+    first_look.look_at_plots(asked.plots, asked.folder, faults)
     if asked.report is not None:
         with faults:
-            check_beside("--report", asked.report, asked.destination)
+            check_beside("--report", asked.report, asked.folder)
     first_look.look_at_key(asked.key, faults)
     with faults:
         gates.require_measurements(
@@ -214,8 +248,9 @@ def convert_command(
     """Write a less toxic copy of the model SOURCE, or an adapter, to the folder DESTINATION.
 
     SOURCE is a folder with a checkpoint (safetensors, pytorch_model.bin, or Meta's or Mistral's
-    consolidated.*), a .gguf file, a Hub repo id with an optional @revision, or the word demo,
-    which is SmolLM2-135M-Instruct. A --recipe may name it instead.
+    consolidated.*), a .gguf file, a Hub repo id with an optional @revision, the address of a
+    prefix in an object store, or the word demo, which is SmolLM2-135M-Instruct. A --recipe may
+    name it instead. DESTINATION may be such an address, too.
     """
     repo = stream = None
     if asked.push_to_hub is not None:  # the Hub is asked before torch is loaded
@@ -225,7 +260,7 @@ def convert_command(
     from converter.entrypoints.delivery import Delivery, check_plots, draw
     from converter.entrypoints.evaluate import evaluation_of, own_recipe
     from converter.entrypoints.plan import describe_plan
-    from converter.entrypoints.push import Streaming, push
+    from converter.entrypoints.push import Streaming, push, put_and_drop
     from converter.entrypoints.report import report
     from converter.entrypoints.resume import convert_once
     from converter.release.signing import load_signer
@@ -234,11 +269,12 @@ def convert_command(
     if not asked.search:
         _refuse_unused(recipe)
     signer = load_signer(asked.key) if asked.key else None
-    inside = check_plots(asked.plots, asked.destination)
+    inside = check_plots(asked.plots, asked.folder)
     if repo and asked.stream_to_hub:
         stream = Streaming(repo)
     delivery = Delivery(
         overwrite=asked.overwrite,
+        scratch=asked.store is not None,
         gates=gates,
         pictures=partial(draw, place=inside) if inside else None,
         signer=signer,
@@ -250,21 +286,23 @@ def convert_command(
     if asked.search:
         recipe, delivery = _searched(recipe, asked, settings, delivery, searching)
     if asked.dry_run:
-        plan = describe_plan(recipe, asked.destination, settings, delivery)
+        plan = describe_plan(recipe, asked.folder, settings, delivery)
         return Answer(plan, _plan_text(plan))
     if asked.evaluate:
         measures = evaluation_of(evaluation, asked.systems, typed, settings)
         delivery = replace(delivery, evaluation=measures)
-    manifest = convert_once(recipe, asked.destination, settings, delivery, inside)
+    manifest = convert_once(recipe, asked.folder, settings, delivery, inside)
     if asked.plots is not None and not inside:
-        draw(manifest, asked.destination, asked.plots.absolute())
+        draw(manifest, asked.folder, asked.plots.absolute())
     if asked.report is not None:
-        report(asked.destination, asked.report, "--report")
+        report(asked.folder, asked.report, "--report")
     published = stream.published if stream else None
     if repo and not stream:
-        published = push(asked.destination, repo, recipe.trust_remote_code, verified=True)
+        published = push(asked.folder, repo, recipe.trust_remote_code, verified=True)
     if signer:
         progress.note(f"  signed by the key whose public half has sha256 {signer.fingerprint}")
+    if asked.store:
+        put_and_drop(asked.folder, asked.store, recipe.trust_remote_code)
     result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result, published_text(published)))
@@ -289,7 +327,7 @@ def _searched(
     for each in (first, *others):
         _refuse_unused(each)
     check_search(recipe, settings)
-    place = None if made_before(asked.destination) else asked.destination  # maybe it is the result
+    place = None if made_before(asked.folder) else asked.folder  # maybe it is the result
     prepare_to_write(first, place, settings, delivery)
     if asked.dry_run:
         return first, delivery

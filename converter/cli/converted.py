@@ -9,7 +9,8 @@ from converter.cli.convert import Destination, Overwrite, published_text
 from converter.cli.fields import Part
 from converter.cli.terminal import echo
 from converter.errors import Faults, OptionError, VerificationError
-from converter.option import Option, Options
+from converter.hub.store_addresses import is_store, store_address
+from converter.option import Option, Options, declared_options
 from converter.recipe import (
     CLUSTER,
     LocalInputs,
@@ -147,7 +148,8 @@ class _PushOptions(Options):
     # fmt: off
     destination: _Folder
     repo_id: Annotated[str, Option(
-        "Repo of the Hub, such as owner/name; the owner is that of the token unless it is given.",
+        "Repo of the Hub, such as owner/name; the owner is that of the token unless it is given. "
+        "Or the address of an empty prefix in an object store, such as s3://bucket/prefix.",
         flag="REPO",
     )]
     trust_remote_code: TrustRemoteCode = False
@@ -164,6 +166,13 @@ def _look_at_push(*, asked: _PushOptions, how: PublicationOptions, faults: Fault
     from converter.hub.publishing import check_named
 
     first_look.look_at_finished(asked.destination, "published", faults)
+    if is_store(asked.repo_id):
+        with faults:
+            names = declared_options(PublicationOptions)
+            refuse_typed(names, "with the address of a store", "leave it out")
+        with faults:
+            first_look.look_at_store(store_address(asked.repo_id), asked.destination, faults)
+        return
     with faults:
         if not asked.repo_id.strip():
             raise OptionError("REPO", expected="a repo id such as owner/name", found="nothing")
@@ -179,11 +188,19 @@ def _look_at_push(*, asked: _PushOptions, how: PublicationOptions, faults: Fault
     examples=("gloss push ./out someone/SmolLM2-detox --create-pr",),
 )
 def push_command(asked: _PushOptions, how: PublicationOptions) -> Answer:
-    """Publish the checkpoint DESTINATION as the model REPO of the Hugging Face Hub, in one commit.
+    """Publish the checkpoint DESTINATION as the model REPO of the Hugging Face Hub, in one commit;
+    or upload it to an object store.
 
     It is verified first. The token is that of HF_TOKEN, of 'hf auth login', or of a job that is a
     trusted publisher; it is never an argument.
     """
+    if is_store(asked.repo_id):
+        from converter.entrypoints.push import put
+
+        quiet_libraries()
+        put(asked.destination, store_address(asked.repo_id), asked.trust_remote_code)
+        data = {"destination": str(asked.destination), "address": store_address(asked.repo_id)}
+        return Answer(data, f"{data['destination']} -> {data['address']}")
     from converter.hub.publishing import check_rights
 
     place = check_rights(_publication(asked, how), "REPO")

@@ -46,7 +46,7 @@ class Made(OfModel):
     """A folder that a command has made.
 
     Attributes:
-        destination: the folder.
+        destination: the folder, or the address of the prefix.
         tensors_edited: how many.
         verified: always true: a folder that is not whole is an error.
         seconds: of each stage.
@@ -323,6 +323,18 @@ class PushedFolder(Pushed):
     """
 
     destination: str
+
+
+class UploadedFolder(Document):
+    """What was uploaded to an object store.
+
+    Attributes:
+        destination: the folder.
+        address: of the prefix.
+    """
+
+    destination: str
+    address: str
 
 
 class OtherThan(Document):
@@ -646,7 +658,7 @@ DOCUMENTS: dict[str, tuple[Any, ...]] = {
     "guide": (Page,),
     "methods": (list[ListedMethod], MethodOptions),
     "plan": (Planned,),
-    "push": (PushedFolder,),
+    "push": (PushedFolder, UploadedFolder),
     "recipe": (dict[str, Any],),
     "replay": (Replayed,),
     "report": (Reported,),

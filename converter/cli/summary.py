@@ -10,7 +10,7 @@ from converter.runtime import progress
 from converter.text import one_line
 
 
-def result_data(manifest: Manifest, destination: Path) -> dict[str, Any]:
+def result_data(manifest: Manifest, destination: Path | str) -> dict[str, Any]:
     """The gist of a manifest, as the command line prints it with --json."""
     from converter.release.verdict import verdict
 

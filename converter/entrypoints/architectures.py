@@ -14,8 +14,8 @@ from converter.checkpoints.architectures.inference import NO_FFN
 from converter.checkpoints.architectures.kind import allow_own_code
 from converter.checkpoints.layout import MAX_CONFIG, check_config, read_json
 from converter.errors import CheckpointError
-from converter.hub import repos as hub
 from converter.hub.addresses import model_place
+from converter.hub.remotes import find_remote
 from converter.runtime import progress
 
 
@@ -146,11 +146,11 @@ def _with_config(source: str, subfolder: str) -> Path:
     place, subfolder = model_place(source, subfolder)
     if Path(place).is_dir():
         return Path(place) / subfolder
-    repo = hub.resolve("model", place)
+    remote = find_remote(place)
     inside = f"{subfolder}/" if subfolder else ""
-    wanted = [n for n in repo.sizes if n.startswith(inside) and n.endswith((".json", ".py"))]
-    small = [n for n in wanted if repo.sizes[n] <= MAX_CONFIG] or [f"{inside}config.json"]
-    return hub.download(repo, small, first=True) / subfolder
+    wanted = [n for n in remote.sizes if n.startswith(inside) and n.endswith((".json", ".py"))]
+    small = [n for n in wanted if remote.sizes[n] <= MAX_CONFIG] or [f"{inside}config.json"]
+    return remote.download(small, first=True) / subfolder
 
 
 def _described(found: Architecture) -> Iterator[str]:

@@ -363,9 +363,11 @@ def prepare_to_write(
             )  # fmt: skip
     source, plan, method = prepare(recipe)
     check_forward(recipe, settings, plan, method)
-    if not settings.keep_source and source.repo is None:
-        raise OptionError("--no-keep-source", expected="a source on the Hub", found=recipe.source)
-    if not settings.keep_source and source.repo is not None and not source.repo.sizes:
+    if not settings.keep_source and source.remote is None:
+        raise OptionError(
+            "--no-keep-source", expected="a source on the Hub or in a store", found=recipe.source
+        )
+    if not settings.keep_source and source.remote is not None and not source.remote.sizes:
         raise OptionError(
             "--no-keep-source", expected="a repo by its name, and a Hub that can be reached",
             found="the client's cache alone, so what is deleted could not be fetched again",
@@ -383,7 +385,8 @@ def prepare_to_write(
     room = copied + (stream.room(plan) if stream else output.nbytes(plan, footprint))
     if destination is not None:
         inputs = inputs_of(recipe, source, signer)
-        check_destination(destination, delivery.overwrite, inputs, room)
+        overwrite = delivery.overwrite or delivery.scratch
+        check_destination(destination, overwrite, inputs, room)
     check_instances(recipe, method, examined=recipe.guard)
     return source, plan, method, room
 

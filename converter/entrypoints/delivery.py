@@ -30,6 +30,8 @@ class Delivery:
 
     Attributes:
         overwrite: replace a checkpoint that is already at the destination.
+        scratch: replace there whatever is not the result of the same run: the folder is the
+            program's own, and emptied once its files are uploaded.
         gates: limits on what is measured, beyond the guard's.
         evaluation: measures the edit before it is written; its results go into the manifest.
         pictures: draws the card's pictures into the new folder.
@@ -39,6 +41,7 @@ class Delivery:
     """
 
     overwrite: bool = False
+    scratch: bool = False
     gates: Gates = field(default_factory=Gates)
     evaluation: Evaluate | None = None
     pictures: Pictures | None = None

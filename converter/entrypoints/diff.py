@@ -21,7 +21,6 @@ from converter.edits.edit_file import load_spans
 from converter.edits.spectrum import Place, spectrum
 from converter.entrypoints.diff_manifests import are_manifests, diff_manifests
 from converter.errors import ConverterError
-from converter.hub import repos as hub
 from converter.runtime import progress
 from converter.runtime.cache import sha256_of
 
@@ -51,9 +50,9 @@ class _Side:
     def of(cls, name: str) -> "_Side":
         """From headers, small files and extras. Raises SourceError or CheckpointError."""
         source = resolve(name)
-        if (repo := source.repo) and repo.sizes:
+        if (remote := source.remote) and remote.sizes:
             own = (source.inside + name for name in _GENERATED)
-            hub.download(repo, [name for name in own if name in repo.sizes])
+            remote.download([name for name in own if name in remote.sizes])
         made = [name for name in _GENERATED if (source.folder / name).is_file()]
         names = (*source.companions, *source.extras, *source.drawn, *made)
         source.fetch(source.extras)

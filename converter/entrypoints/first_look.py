@@ -51,7 +51,13 @@ from converter.evaluation.searchable import (
     check_recipe,
     names_of,
 )
-from converter.hub.addresses import model_place, parse_address, repo_named, snapshot_of
+from converter.hub.addresses import (
+    model_place,
+    parse_address,
+    repo_named,
+    snapshot_of,
+)
+from converter.hub.store_addresses import is_store
 from converter.methods.known import METHODS, SEPARATOR, MethodOption, described
 from converter.methods.options import parse_factors, parse_layers, parse_value
 from converter.methods.typed import share_out
@@ -99,7 +105,9 @@ def look_at_recipe(
     with faults:
         if not settings.keep_source and os.path.exists(recipe.source):  # noqa: PTH110
             raise OptionError(
-                "--no-keep-source", expected="a source on the Hub", found=recipe.source
+                "--no-keep-source",
+                expected="a source on the Hub or in a store",
+                found=recipe.source,
             )
 
 
@@ -256,9 +264,10 @@ def look_at_source(recipe: Recipe, faults: Faults, *, asks_hub: bool = True) -> 
             top = path if subfolder else None
             _look_at_folder(recipe.source, path / subfolder, top, faults, found)
         else:
-            parse_address(source, "model")  # refuses an invalid name of a repo
+            if not is_store(source):
+                parse_address(source, "model")  # refuses an invalid name of a repo
             if asks_hub:
-                _look_at_repo(source, subfolder, faults, found)
+                _look_at_remote(source, subfolder, faults, found)
     return found[0]
 
 
@@ -292,20 +301,20 @@ def _look_at_folder(
     _look_at_config(name, sizes.keys(), place / "config.json", faults, found)
 
 
-def _look_at_repo(source: str, subfolder: str, faults: Faults, found: list[int | None]) -> None:
-    from converter.hub import repos as hub  # the import takes half a second
+def _look_at_remote(source: str, subfolder: str, faults: Faults, found: list[int | None]) -> None:
+    from converter.hub.remotes import find_remote  # the import takes half a second
 
-    repo = hub.resolve("model", source)
+    remote = find_remote(source)
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
-    sizes = {n.removeprefix(inside): s for n, s in repo.sizes.items() if n.startswith(inside)}
+    sizes = {n.removeprefix(inside): s for n, s in remote.sizes.items() if n.startswith(inside)}
     if not sizes or is_native(sizes.keys()):
         return  # offline, or no such folder, as ``resolve`` says
-    refuse_other_kinds(repo.repo_id, sizes)
+    refuse_other_kinds(remote.name, sizes)
     check_sizes(sizes)
     folder = Path()
     if "config.json" in sizes:
-        folder = hub.download(repo, [f"{inside}config.json"], first=True) / inside
-    _look_at_config(repo.repo_id, sizes.keys(), folder / "config.json", faults, found)
+        folder = remote.download([f"{inside}config.json"], first=True) / inside
+    _look_at_config(remote.name, sizes.keys(), folder / "config.json", faults, found)
 
 
 def _look_at_config(
@@ -349,6 +358,21 @@ def look_at_destination(recipe: Recipe, destination: Path, overwrite: bool, faul
             ) from error
         if not done:
             check_destination(destination, overwrite, inputs, 0)
+
+
+def look_at_store(address: str, folder: Path, faults: Faults) -> None:
+    """Ask a store whether a result can be uploaded to an address.
+
+    Args:
+        address: of ``store_address``.
+        folder: with the result, if an earlier run has made it; then some of it may be there.
+        faults: gets what is wrong.
+    """
+    from converter.hub.store_uploads import check_empty  # the import takes half a second
+
+    with faults:
+        made = folder.rglob("*") if (folder / MANIFEST).is_file() else ()
+        check_empty(address, {path.relative_to(folder).as_posix() for path in made})
 
 
 def look_at_plots(plots: Path | None, destination: Path | None, faults: Faults) -> None:

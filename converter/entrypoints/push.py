@@ -1,4 +1,4 @@
-"""Publish a checkpoint: from disk, or shard by shard as they are finished.
+"""Publish a checkpoint: from disk, or shard by shard as they are finished; or put it into a store.
 
 A stream never holds the whole output on disk. A worker rewrites, checks, uploads and deletes a
 shard before it takes the next. With at most ``_AT_A_TIME`` workers, at most as many shards are on
@@ -6,6 +6,7 @@ disk. The commit comes last: without it, the uploaded files belong to no repo, a
 them in time.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ from converter.edits.base import Edit
 from converter.entrypoints.upload import Copyable, Files, Published, Upload, changed
 from converter.entrypoints.verify import verify
 from converter.errors import ConverterError, VerificationError
+from converter.hub.store_uploads import upload
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
-from converter.outputs.claim import JOURNAL
+from converter.outputs.claim import JOURNAL, LAST
 from converter.outputs.journal import Done, Receiver, keep_only
 from converter.recipe import Publication
 from converter.release.licences import licence_name, warn_of_name
 from converter.release.manifest import read_manifest_bytes
 from converter.runtime import progress
+from converter.runtime.cache import sha256_of
 
 _AT_A_TIME = 2
 """Shards of a stream that are on disk at most."""
@@ -53,6 +56,55 @@ def push(
         VerificationError: it does not agree with its manifest; nothing was sent.
         PublishError: the Hub refuses. There is no commit, unless the message names one.
     """
+    manifest, files = _verified(folder, trust_remote_code, verified)
+    warn_of_name(licence_name(read_card(folder / CARD)), place)
+    size = sum(path.stat().st_size for path, _ in files.values())
+    with progress.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
+        upload, copyable = Upload(place), _untouched(manifest, folder)
+        for name, origin in copyable.items():
+            file = manifest.files[name]
+            upload.copy(name, file.sha256, file.nbytes, origin)
+        upload.send({name: file for name, file in files.items() if name not in copyable})
+        return upload.commit(manifest.source.name)
+
+
+def put(
+    folder: Path, address: str, trust_remote_code: bool = False, verified: bool = False
+) -> None:
+    """Upload a converted checkpoint to an object store, what makes it a checkpoint last.
+
+    Args:
+        folder, trust_remote_code, verified: as of ``push``.
+        address: of ``store_address``.
+
+    Raises:
+        VerificationError: it does not agree with its manifest; nothing was sent.
+        DestinationError, OptionError, PublishError: as ``store_uploads.upload``.
+    """
+    manifest, files = _verified(folder, trust_remote_code, verified)
+    order = {name: place for place, name in enumerate((*LAST, SIGNATURE), start=2)}
+    order = dict.fromkeys(manifest.shards, 0) | order
+    sent = {n: (files[n][0], files[n][1] or sha256_of(files[n][0])) for n in files}
+    size = sum(path.stat().st_size for path, _ in sent.values())
+    with progress.stage("upload", f"uploading {size / 1e6:,.1f} MB to {address}"):
+        upload(address, {n: sent[n] for n in sorted(sent, key=lambda n: (order.get(n, 1), n))})
+
+
+def put_and_drop(folder: Path, address: str, trust_remote_code: bool) -> None:
+    """Upload a folder that was written and verified just now, then delete it.
+
+    Raises as ``put``; then the folder stays, and the error says where it is.
+    """
+    try:
+        put(folder, address, trust_remote_code, verified=True)
+    except ConverterError as error:
+        error.hint = "; ".join(filter(None, [error.hint, f"the result is kept in {folder}"]))
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verified(folder: Path, trust_remote_code: bool, verified: bool) -> tuple[Manifest, Files]:
+    """The manifest of a folder and its files, after verification. Raises as ``push``."""
     seen: dict[str, str] = {}
     if not verified:
         with progress.stage("verify", f"verifying {folder.name}"):
@@ -64,17 +116,8 @@ def push(
     manifest, digest = read_manifest_bytes(folder)
     if digest != (verified_one := seen.get(MANIFEST, digest)):
         raise changed(MANIFEST, verified_one, digest)
-    warn_of_name(licence_name(read_card(folder / CARD)), place)
     listed = published_files(folder, manifest)
-    files = {name: (path, seen.get(name, sha256)) for name, (path, sha256) in listed.items()}
-    size = sum(path.stat().st_size for path, _ in files.values())
-    with progress.stage("upload", f"uploading {size / 1e6:,.1f} MB to {place.repo_id}"):
-        upload, copyable = Upload(place), _untouched(manifest, folder)
-        for name, origin in copyable.items():
-            file = manifest.files[name]
-            upload.copy(name, file.sha256, file.nbytes, origin)
-        upload.send({name: file for name, file in files.items() if name not in copyable})
-        return upload.commit(manifest.source.name)
+    return manifest, {n: (path, seen.get(n, sha256)) for n, (path, sha256) in listed.items()}
 
 
 def published_files(folder: Path, manifest: Manifest) -> Files:

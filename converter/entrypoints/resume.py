@@ -1,8 +1,9 @@
 """Recognise a folder with the result of the same conversion, so that it need not run again."""
 
+import dataclasses
 from pathlib import Path
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from converter.calibration.pairs import load_pairs, load_prose
 from converter.calibration.statistics import read_inputs
@@ -10,7 +11,6 @@ from converter.calibration.word_list import load_words
 from converter.checkpoints.front_matter import read_card
 from converter.checkpoints.names import CARD, MANIFEST, SIGNATURE
 from converter.checkpoints.resolve import resolve
-from converter.checkpoints.source import Source
 from converter.entrypoints.convert import check_whole, convert, other_texts
 from converter.entrypoints.delivery import Delivery
 from converter.errors import DestinationError, VerificationError
@@ -19,13 +19,13 @@ from converter.manifest import TOOL, Manifest, SearchRecord
 from converter.outputs.base import output_of
 from converter.outputs.claim import claimed
 from converter.outputs.destination import interrupted
-from converter.outputs.record_checks import check_left_out, place_of
+from converter.outputs.record_checks import check_left_out
 from converter.recipe import SELF, Recipe, Settings
 from converter.release.licences import fitting_name, terms_of
 from converter.release.manifest import read_manifest
+from converter.release.recording import digest_of
 from converter.release.signing import Signer
 from converter.runtime import progress
-from converter.runtime.cache import remembered_digest
 
 
 def convert_once(
@@ -48,6 +48,8 @@ def convert_once(
     if before := _done_before(recipe, destination, delivery, pictures):
         finish_existing(recipe, destination, before, delivery.signer)
         return before
+    if delivery.scratch:
+        delivery = dataclasses.replace(delivery, overwrite=True)
     return convert(recipe, destination, settings, delivery)
 
 
@@ -84,7 +86,7 @@ def _done_before(
 
 def _searched(search: SearchRecord | None) -> SearchRecord | None:
     """A search record without the measurements that only the conversion makes."""
-    return search and replace(search, kept=None)
+    return search and structs.replace(search, kept=None)
 
 
 def made_before(destination: Path) -> Manifest | None:
@@ -117,13 +119,8 @@ def _same_inputs(recipe: Recipe, destination: Path, manifest: Manifest) -> bool:
         all(card.get(key) == value for key, value in terms.fields.items())
         and set(output_of(recipe.output).companions(source.small)) <= files.keys()
         and (not manifest.shards or not any(check_left_out(manifest, source)))
-        and all(_sha256(source, name) == file.sha256 for name, file in files.items())
+        and all(digest_of(source, name) == file.sha256 for name, file in files.items())
     )
-
-
-def _sha256(source: Source, name: str) -> str | None:
-    path = place_of(source, name)
-    return remembered_digest(path) if path.is_file() else None
 
 
 def finish_existing(

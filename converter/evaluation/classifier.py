@@ -138,7 +138,7 @@ def _locate(name: str) -> tuple[Path, Origin]:
     weights = weights or [file for file in top if file.startswith("pytorch_model")]
     small = [file for file in top if PurePosixPath(file).suffix in (".json", ".model", ".txt")]
     return (
-        hub.download(repo, {*weights, *small}, first=True),
+        repo.download({*weights, *small}, first=True),
         Origin(repo_id=repo.repo_id, commit=repo.commit),
     )
 

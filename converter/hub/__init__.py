@@ -1,1 +1,1 @@
-"""Talk to the Hugging Face Hub: repos, limits, publishing."""
+"""Talk to the Hugging Face Hub and to object stores: addresses, reading, limits, publishing."""

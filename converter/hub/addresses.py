@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import constants
 
 from converter.errors import CheckpointError, OptionError, SourceError
+from converter.hub.store_addresses import is_store, store_address
 from converter.recipe import Recipe
 
 Kind = Literal["model", "dataset"]
@@ -135,7 +136,9 @@ def _parse(text: str) -> Address:
 
 def _not_understood(text: str, scheme: str, host: str) -> SourceError:
     """The error about an address that names no repo."""
-    expected = "https://huggingface.co/owner/name, owner/name@revision, or a path"
+    expected = (
+        "https://huggingface.co/owner/name, owner/name@revision, s3://bucket/prefix or a path"
+    )
     if scheme == "file":
         path = unquote(urlsplit(text).path)
         return SourceError(f"{text} is the address of a path", hint=f"give the path: {path}")
@@ -143,7 +146,7 @@ def _not_understood(text: str, scheme: str, host: str) -> SourceError:
         what = f"{text} is not the address of a repo, folder or file on the Hub"
         return SourceError(what, expected=expected, hint="copy the address of the model's page")
     return SourceError(
-        f"{text} is not an address on the Hugging Face Hub", expected=expected,
+        f"{text} is not an address on the Hugging Face Hub or of a store", expected=expected,
         found=f"the server {host}" if scheme in ("http", "https") else scheme or None,
         hint="download the model and give its folder; if this is a Hub, set HF_ENDPOINT",
     )  # fmt: skip
@@ -185,6 +188,8 @@ def model_place(source: str, subfolder: str = "") -> tuple[str, str]:
         return str(top), str(PurePosixPath(kept.path, subfolder))
     if not is_address(source):
         return source, subfolder
+    if is_store(source):
+        return store_address(source), subfolder
     found = parse_address(source, "model")
     path, file = found.path, PurePosixPath(found.path)
     if path.endswith(".gguf"):

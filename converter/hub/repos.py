@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 
 from converter.errors import SourceError
 from converter.hub.addresses import COMMIT, REPO_ID, Kind, parse_address
-from converter.hub.limits import NETWORK_ERRORS, AnswerError, guard_session, meter
+from converter.hub.limits import NETWORK_ERRORS, AnswerError, guard_session, meter, read_range
 from converter.runtime.cache import sha256_of
 from converter.text import is_one_line
 
@@ -54,6 +54,69 @@ class Repo:
     sizes: dict[str, int]
     sha256: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+
+    room: ClassVar[str] = "set HF_HOME to a larger disk"
+
+    @property
+    def name(self) -> str:
+        return self.repo_id
+
+    def download(self, names: Iterable[str], *, first: bool = False) -> Path:
+        """Fetch files of a repo at its commit into the client's cache, and return their folder.
+
+        Args:
+            names: files.
+            first: ask for the revision by its name, as the first call should: the client then
+                remembers its commit, and a later run finds it offline.
+
+        Raises:
+            SourceError: see ``plain_errors``; or the revision has moved since it was resolved, or a
+                file differs from the listed one.
+        """
+        wanted = list(names)
+        with plain_errors(self.kind, self.repo_id):
+            if not self.sizes:
+                return _cached(self.kind, self.repo_id, self.commit)
+            known = _known(self, wanted)
+            folder = Path(
+                snapshot_download(
+                    self.repo_id,
+                    repo_type=self.kind,
+                    revision=self.revision if first else self.commit,
+                    allow_patterns=[escape(name) for name in wanted],
+                    tqdm_class=meter(sum(self.sizes.get(name, 0) for name in wanted)),
+                )
+            )
+        if folder.name != self.commit:
+            raise SourceError(
+                f"{self.kind} {self.repo_id} changed while it was read",
+                expected=f"commit {self.commit}",
+                found=folder.name,
+                hint="run again, or name a commit after @",
+            )
+        _check_content(self, folder, [name for name in wanted if name not in known])
+        return folder
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file at the commit from ``start`` up to ``end``.
+
+        ``HfFileSystem`` is not used: it holds everything that is sent (``Response.content``), even
+        beyond its request, and takes the whole file for the range if a server has no ranges; its
+        streams request no end.
+
+        Raises SourceError: see ``plain_errors``; or the file breaks off.
+        """
+        url = hf_hub_url(self.repo_id, name, repo_type=self.kind, revision=self.commit)
+        with plain_errors(self.kind, self.repo_id):
+            found = read_range(url, start, end)
+        if len(found) < end - start:
+            raise SourceError(
+                f"{name} of {self.kind} {self.repo_id} breaks off",
+                expected=f"{self.sizes[name]:,} bytes, as the Hub lists",
+                found=f"the end after {start + len(found):,}",
+                hint="run again",
+            )
+        return found
 
 
 @contextmanager
@@ -168,44 +231,6 @@ def is_inside(name: str) -> bool:
     """Whether a name from a list is a file within a folder, on every system."""
     parts = name.split("/")
     return is_one_line(name) and "\\" not in name and not {"", ".", ".."}.intersection(parts)
-
-
-def download(repo: Repo, names: Iterable[str], *, first: bool = False) -> Path:
-    """Fetch files of a repo at its commit into the client's cache, and return their folder.
-
-    Args:
-        repo: resolved.
-        names: files.
-        first: ask for the revision by its name, as the first call should: the client then remembers
-            its commit, and a later run finds it offline.
-
-    Raises:
-        SourceError: see ``plain_errors``; or the revision has moved since it was resolved, or a
-            file differs from the listed one.
-    """
-    wanted = list(names)
-    with plain_errors(repo.kind, repo.repo_id):
-        if not repo.sizes:
-            return _cached(repo.kind, repo.repo_id, repo.commit)
-        known = _known(repo, wanted)
-        folder = Path(
-            snapshot_download(
-                repo.repo_id,
-                repo_type=repo.kind,
-                revision=repo.revision if first else repo.commit,
-                allow_patterns=[escape(name) for name in wanted],
-                tqdm_class=meter(sum(repo.sizes.get(name, 0) for name in wanted)),
-            )
-        )
-    if folder.name != repo.commit:
-        raise SourceError(
-            f"{repo.kind} {repo.repo_id} changed while it was read",
-            expected=f"commit {repo.commit}",
-            found=folder.name,
-            hint="run again, or name a commit after @",
-        )
-    _check_content(repo, folder, [name for name in wanted if name not in known])
-    return folder
 
 
 def _known(repo: Repo, names: Iterable[str]) -> set[str]:

@@ -28,7 +28,7 @@ from converter.runtime.cache import sync
 JOURNAL = "journal.jsonl"
 """See ``outputs.journal``."""
 
-_LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
+LAST = (INDEX, *TRUTH, MANIFEST, SUMS)
 """Moved in last and out first, if files move one by one: without them a folder is no output."""
 
 _RENAME_EXCHANGE = 2
@@ -215,8 +215,8 @@ def finished_in(path: Path) -> int:
 
 
 def _move(paths: Iterable[Path], folder: Path, *, away: bool = False) -> None:
-    """Move files to a folder, those of ``_LAST`` last, or first if ``away`` from a destination."""
-    for path in sorted(paths, key=lambda path: ((path.name in _LAST) != away, path.name)):
+    """Move files to a folder, those of ``LAST`` last, or first if ``away`` from a destination."""
+    for path in sorted(paths, key=lambda path: ((path.name in LAST) != away, path.name)):
         path.rename(folder / path.name)
 
 

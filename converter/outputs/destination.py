@@ -29,8 +29,8 @@ def check_destination(
         nbytes: number of bytes to write.
 
     Raises:
-        DestinationError: it is a file, is not empty, is or contains an input or the current
-            folder, lies inside an input, or the disk is too small.
+        DestinationError: it is a file or an address, is not empty, is or contains an input or the
+            current folder, lies inside an input, or the disk is too small.
     """
     try:
         _check(destination, overwrite, inputs, nbytes)
@@ -81,6 +81,11 @@ def check_beside(option: str, path: Path, folder: Path | None = None) -> None:
 
 def _check(destination: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int) -> None:
     target = destination.resolve()
+    if re.match("[a-z0-9]+:/", str(destination)) and not destination.parent.is_dir():
+        raise DestinationError(
+            f"destination {destination} is an address", expected="a folder",
+            hint="gloss push uploads a folder to an object store",
+        )  # fmt: skip
     identity = cache(_identity)  # not by name: case may not matter, and a mount can have two names
     above, own = {identity(path) for path in (target, *target.parents)} - {None}, identity(target)
     for path in (path.resolve() for path in inputs):

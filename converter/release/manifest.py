@@ -62,6 +62,7 @@ def make_manifest(
     """The manifest of a conversion, without evaluation, gates and ``files``."""
     recipe, source, words = bench.recipe, bench.source, bench.words
     repo, seen, taught = source.repo, fitted.activations, bench.taught
+    originals = source.original_files()
     ran = bench.has_run or recipe.activations is None  # or ran in an earlier run
     several = len(fitted.steps) > 1
     other = str(bench.held_out).removeprefix("torch.") if bench.held_out != bench.dtype else None
@@ -75,9 +76,10 @@ def make_manifest(
             revision=repo.revision if repo else None,
             commit=repo.commit if repo else None,
             files=read,
-            originals=source.original_files(),
+            originals=originals,
             extras=source.extras if written.shards else (),
             left_out=source.left_out if written.shards else (),
+            versions={n: v for n, v in source.versions.items() if n in read or n in originals},
         ),
         architecture=architecture_record(bench.plan.architecture),
         method=_method_record(recipe.method, method, {} if several else fitted.steps[0].evidence),

@@ -10,6 +10,7 @@ from msgspec import ValidationError
 from converter.checkpoints.names import EDIT_FILE, MANIFEST, plain_name
 from converter.errors import OptionError, VerificationError
 from converter.hub.addresses import looks_like_repo, parse_address
+from converter.hub.store_addresses import is_store, store_address
 from converter.manifest import Manifest, TextRecord
 from converter.recipe import SELF, LocalInputs, Recipe
 from converter.runtime import strict_json
@@ -102,7 +103,7 @@ def recorded_recipe(manifest: Manifest, given: LocalInputs, *, refit: bool) -> R
 
 
 def _source(manifest: Manifest, given: str | None) -> str:
-    """What to read: a repo at the recorded commit, unless a place is given."""
+    """What to read: a repo at the recorded commit, or a prefix, unless a place is given."""
     source = manifest.source
     if given is not None:
         return given
@@ -112,6 +113,8 @@ def _source(manifest: Manifest, given: str | None) -> str:
         return f"{source.repo_id}@{source.commit}"
     if manifest.run.source == "demo":
         return "demo"
+    if is_store(manifest.run.source):
+        return store_address(manifest.run.source)
     raise OptionError(
         f"the recorded source {source.name} was a local one", hint="say where it is with --source"
     )

@@ -106,7 +106,7 @@ def check_source(recording: Recording, source: Source) -> None:
     """
     wrong = []
     for name, file in recording.manifest.source.all_files.items():
-        recorded, found = file.sha256, _digest(source, name)
+        recorded, found = file.sha256, digest_of(source, name)
         if found is None:
             wrong.append(f"{name} is missing")
         elif found != recorded:
@@ -120,11 +120,13 @@ def check_source(recording: Recording, source: Source) -> None:
         )  # fmt: skip
 
 
-def _digest(source: Source, name: str) -> str | None:
-    """The sha256 of a file of the source; None if it has none of that name."""
+def digest_of(source: Source, name: str) -> str | None:
+    """The sha256 of a file of the source, which is fetched if no listing has its digest; None if
+    there is none of that name.
+    """
     path = place_of(source, name)
-    if not path.is_file() and source.repo is not None:
-        if known := source.repo.sha256.get(source.inside + name):
+    if not path.is_file() and source.remote is not None:
+        if known := source.remote.sha256.get(source.inside + name):
             return known
         if name in (*source.shards, *source.extras):
             source.fetch([name])

@@ -177,6 +177,11 @@ def cache_folder() -> Path:
     return Path(at_home(_chosen.get() or default_cache(), "--cache-dir"))
 
 
+def outgoing(address: str) -> Path:
+    """The folder for a result that is uploaded to an address. Raises as ``cache_folder``."""
+    return cache_folder() / "outgoing" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
 @contextmanager
 def using_cache(folder: Path | None) -> Iterator[None]:
     """Within this context, use a folder, or the default one, as the cache."""

@@ -14,6 +14,7 @@ _BROUGHT_BY = {
     "nltk": ("nltk", "eval"),
     "optuna": ("optuna", "search"),
     "ray": ("ray", "ray"),
+    "s3fs": ("s3fs", "s3"),
     "profanity_check": ("alt-profanity-check", "eval"),
 }
 """Module -> its package, and the extra that installs it."""
