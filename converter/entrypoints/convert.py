@@ -4,6 +4,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import structs
 
@@ -29,13 +30,13 @@ from converter.entrypoints.calibration import check_calibration, check_forward
 from converter.entrypoints.delivery import Delivery, Pictures
 from converter.entrypoints.verify import verify
 from converter.errors import CheckpointError, OptionError, VerificationError
-from converter.evaluation.fit import check_instances, fit
+from converter.evaluation.fit import Fitted, check_instances, fit
 from converter.evaluation.headline import load_headline_prompts, why_nothing_is_drawn
 from converter.evaluation.samples import samples_of
 from converter.evaluation.search import with_kept
 from converter.evaluation.self_pairs import is_same_draw, pairs_of
 from converter.hub.addresses import repo_named, settled
-from converter.manifest import Manifest
+from converter.manifest import Evaluation, GateRecord, Manifest, SampleRecord
 from converter.methods.base import Method, aim_of, footprint_of
 from converter.methods.known import SEPARATOR
 from converter.methods.options import configure
@@ -106,17 +107,7 @@ def convert(
     ):
         if executor:
             engine = replace(engine, workers=settings.workers or executor.workers)
-        if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
-            load_headline_prompts(recipe)  # refused before the model draws pairs
-        if delivery.evaluation:
-            bench.forward.need_resident()
-        measure = delivery.evaluation(bench) if delivery.evaluation else None
-        pairs, prose = load_texts(bench)
-        fitted = fit(bench, method, pairs, prose)
-        results = measure(fitted, method) if measure else None
-        passed = delivery.gates.check_effect(fitted.guard, results)
-        samples = samples_of(bench, method, fitted)
-        bench.unload()
+        pairs, prose, fitted, measured = _examined(bench, method, delivery)
         footprint.check(fitted.edit)
         if output.has_shards:
             fitted = replace(fitted, edit=fitted.edit.and_patch(plan.stale))
@@ -139,14 +130,15 @@ def convert(
                 read = files_read(job, written)
                 if fitted.activations:
                     check_unchanged(source, read, fitted.activations)
-                passed += delivery.gates.check_edits(written.edits)
+                passed = measured.gates + delivery.gates.check_edits(written.edits)
                 layers = {tensor.name: tensor.layer for tensor in written.edits}
                 save_edit(folder / EDIT_FILE, edit, layers, fitted.proposal.tensors)
             manifest = make_manifest(bench, method, pairs, prose, fitted, written, read)
             found = delivery.search and with_kept(delivery.search, fitted.guard)
             manifest = structs.replace(
-                manifest, evaluation=results, gates=passed, samples=samples, search=found
-            )
+                manifest, evaluation=measured.evaluation, gates=passed, samples=measured.samples,
+                search=found,
+            )  # fmt: skip
             manifest = write_records(source, written, folder, manifest, delivery.pictures)
             check_whole(recipe, folder, stream.gone if stream else ())
             if delivery.signer:
@@ -157,6 +149,35 @@ def convert(
     if not keep_source:
         source.drop_originals()
     return manifest
+
+
+class _Measured(NamedTuple):
+    """What is measured of an edit beside the guard; the fields are those of ``Manifest``."""
+
+    evaluation: Evaluation | None
+    gates: tuple[GateRecord, ...]
+    samples: tuple[SampleRecord, ...]
+
+
+def _examined(
+    bench: Bench, method: Method, delivery: Delivery
+) -> tuple[Pairs, Prose, Fitted, _Measured]:
+    """The texts, and the edit that was fitted to them and examined; the model is released.
+
+    Raises ConverterError: one of its children.
+    """
+    if why_nothing_is_drawn(bench.recipe, method, bench.forward.mode) is None:
+        load_headline_prompts(bench.recipe)  # refused before the model draws pairs
+    if delivery.evaluation:
+        bench.forward.need_resident()
+    measure = delivery.evaluation(bench) if delivery.evaluation else None
+    pairs, prose = load_texts(bench)
+    fitted = fit(bench, method, pairs, prose)
+    results = measure(fitted, method) if measure else None
+    passed = delivery.gates.check_effect(fitted.guard, results)
+    samples = samples_of(bench, method, fitted)
+    bench.unload()
+    return pairs, prose, fitted, _Measured(results, passed, samples)
 
 
 def _edited_by(
